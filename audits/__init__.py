@@ -1,0 +1,1 @@
+"""What it shows: budgets, attacks, costs, the comparison and its report."""

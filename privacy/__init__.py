@@ -1,0 +1,1 @@
+"""What noise costs: budgets, accounting, mechanisms, and the torch wrapper."""

@@ -1,0 +1,1 @@
+"""Who learns what: secure sums of integer vectors, and the messages they need."""

@@ -1,0 +1,107 @@
+"""The seam between trainers and secure sums: integer vectors in, their sum out.
+
+A :class:`SecureSum` is a frozen configuration (``Plain()``, ``Masked(...)``). ``open`` turns it into a
+:class:`SumSession` for fixed parties and a fixed vector; each training round is one :class:`SumRound`:
+
+    session = Masked(min_survivors=2).open(SumSpec(parties=("north", "south", "east"), length=650, bound=2**30))
+    summing = session.begin()                    # key exchange among all parties
+    for party, vector in updates:                # int64, shape (length,), every |value| <= bound
+        summing.submit(party, vector)            # a party that is never submitted has dropped out
+    result = summing.finish()                    # the exact sum over the survivors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from choral.protocols.errors import SpecError
+
+IntVector = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumSpec:
+    """What is summed: agreed on before the first round, checked again by each party.
+
+    parties: the roster, distinct non-empty names, at least two.
+    length: coordinates per vector, 1 to 2^31.
+    bound: the largest absolute value that any party may send in any coordinate. The modulus is sized from it, so
+        that no sum of up to ``len(parties)`` vectors can wrap.
+
+    Raises: SpecError for anything outside these ranges, or when the modulus would pass 2^64.
+    """
+
+    parties: tuple[str, ...]
+    length: int
+    bound: int
+
+    def __post_init__(self) -> None:
+        if len(self.parties) < 2:
+            raise SpecError(
+                f"expected at least 2 parties, got {len(self.parties)}: one party's sum is its own value"
+            )
+        if len(set(self.parties)) != len(self.parties) or not all(self.parties):
+            raise SpecError("party names must be distinct and non-empty")
+        if not 1 <= self.length <= 2**31:
+            raise SpecError(f"expected 1 <= length <= 2^31, got {self.length}")
+        if self.bound < 1:
+            raise SpecError(f"expected bound >= 1, got {self.bound}")
+        if self.modulus_bits > 64:
+            raise SpecError(
+                f"{len(self.parties)} parties with values up to {self.bound} need a modulus of {self.modulus_bits} bits,"
+                " over 64",
+                hint="use fewer bits per value, a smaller weight cap, or fewer parties",
+            )
+
+    @property
+    def modulus_bits(self) -> int:
+        """The least b with 2^b >= 2 n bound + 1: sums lie in [-n bound, n bound] and are lifted centred."""
+        return (2 * len(self.parties) * self.bound).bit_length()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumResult:
+    """One round's outcome.
+
+    total: int64, shape (length,): the exact sum over the survivors.
+    survivors: the parties whose vectors are in it, in roster order.
+    bytes_up, bytes_down: bytes on the wire per party, in both directions, all messages of the round counted.
+    """
+
+    total: IntVector
+    survivors: tuple[str, ...]
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+
+
+class SumRound(Protocol):
+    """One round. ``submit`` each present party once, then ``finish`` once; nothing can be used twice."""
+
+    def submit(self, party: str, vector: IntVector) -> None: ...
+
+    def finish(self) -> SumResult: ...
+
+
+class SumSession(Protocol):
+    """A secure sum set up for fixed parties; identities last, secrets are fresh each round."""
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        """JSON-able facts for the report: who must be trusted with what, threshold, neighbours, modulus bits."""
+        ...
+
+    def begin(self) -> SumRound: ...
+
+
+class SecureSum(Protocol):
+    """How integers become their sum, and who must be trusted."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, spec: SumSpec) -> SumSession: ...

@@ -1,0 +1,1 @@
+"""Who computes what: local steps, federated algorithms, the cloud baseline, engines."""
