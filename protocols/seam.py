@@ -42,9 +42,7 @@ class SumSpec:
 
     def __post_init__(self) -> None:
         if len(self.parties) < 2:
-            raise SpecError(
-                f"expected at least 2 parties, got {len(self.parties)}: one party's sum is its own value"
-            )
+            raise SpecError(f"expected at least 2 parties, got {len(self.parties)}: one party's sum is its own value")
         if len(set(self.parties)) != len(self.parties) or not all(self.parties):
             raise SpecError("party names must be distinct and non-empty")
         if not 1 <= self.length <= 2**31:
