@@ -51,7 +51,7 @@ class SumSpec:
             raise SpecError(f"expected bound >= 1, got {self.bound}")
         if self.modulus_bits > 64:
             raise SpecError(
-                f"{len(self.parties)} parties with values up to {self.bound} need a modulus of {self.modulus_bits} bits,"
+                f"{len(self.parties)} parties with values up to {self.bound} need {self.modulus_bits} bits of modulus,"
                 " over 64",
                 hint="use fewer bits per value, a smaller weight cap, or fewer parties",
             )
