@@ -1,0 +1,25 @@
+"""What a data holder's promise has cost so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """An (epsilon, delta) statement with everything that is needed to read it.
+
+    epsilon: the accountant's upper bound for all recorded events, at ``delta``.
+    unit: whose presence is hidden. neighbours: how two neighbouring datasets differ.
+    steps, noise_multiplier, sample_rate: noisy steps taken in all, and the setting of the latest ones
+        (noise standard deviation over clipping norm; expected batch size over dataset size).
+    """
+
+    epsilon: float
+    delta: float
+    unit: str = "record"
+    neighbours: str = "add or remove one record"
+    accountant: str
+    steps: int
+    noise_multiplier: float
+    sample_rate: float
