@@ -1,0 +1,238 @@
+"""A run and its folder: what was asked, what happened round by round, the trained weights.
+
+    DIR/run.json            RunInfo: settings, parties, versions, budgets spent
+    DIR/history.jsonl       one Round per line, appended when the round is complete
+    DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
+    DIR/ledger/NAME.jsonl   one privacy ledger per data holder
+
+JSON is the truth; nothing is pickled. Each file is replaced in one step (write, fsync, rename), so a killed
+process loses at most the round in progress.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from choral.errors import ChoralError, ConfigError
+from choral.privacy.spent import Spent
+
+FORMAT_VERSION = 1
+_NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
+
+
+class RunFolderError(ChoralError):
+    """A run folder is missing, incomplete, damaged, of another version, or holds another run."""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of the history. Round 0 is the initial model, before any training.
+
+    metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
+    seconds: wall-clock time of the round, evaluation excluded.
+    survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
+        busiest party in this round. epsilon: the worst data holder's spending after this round, None without privacy.
+    """
+
+    round: int
+    metrics: dict[str, float]
+    seconds: float
+    survivors: int
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None = None
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a run that is not its history or its weights.
+
+    kind: "centralized" (pooled data) or "federated". parties: examples per party.
+    privacy: the settings of the promise (epsilon, delta, max_grad_norm, epochs) or None.
+    spent: the cost per data holder; one entry, "pooled", for a centralized private run.
+    secure_sum: name and trust statement of the secure sum; None for a centralized run.
+    fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
+    raw_bytes: size of each party's raw examples, which a centralized run has to move once.
+    config: the settings that the user typed, as they were typed.
+    """
+
+    format: Literal["choral-run"] = "choral-run"
+    version: int = FORMAT_VERSION
+    kind: Literal["centralized", "federated"]
+    rounds: int
+    seed: int
+    device: str
+    parties: dict[str, int]
+    parameters: int
+    privacy: dict[str, float | int] | None = None
+    spent: dict[str, Spent] = {}
+    secure_sum: dict[str, Any] | None = None
+    fixed_point: dict[str, float | int] | None = None
+    raw_bytes: dict[str, int] = {}
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished or interrupted training. ``state`` is the model's state dict after the last history entry."""
+
+    info: RunInfo
+    history: tuple[Round, ...]
+    state: Mapping[str, torch.Tensor]
+    folder: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.history) and self.history[-1].round >= self.info.rounds
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest evaluation."""
+        return dict(self.history[-1].metrics) if self.history else {}
+
+    @property
+    def spent(self) -> Spent | None:
+        """The worst data holder's cost, or None without privacy."""
+        return max(self.info.spent.values(), key=lambda spent: spent.epsilon, default=None)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run as a folder (its ledgers excepted: those live where they were opened).
+
+        Raises: RunFolderError if the folder already holds a run.
+        """
+        folder = Path(folder)
+        if (folder / "run.json").exists():
+            raise RunFolderError(f"{folder} already holds a run", hint="choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self.history)
+        replace_file(folder / "history.jsonl", lines)
+        replace_file(folder / "model.safetensors", _weights(self.state, self.history[-1].round if self.history else 0))
+        write_info(folder, self.info)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a run folder back.
+
+        Raises: RunFolderError naming the file that is missing, damaged or of another version.
+        """
+        folder = Path(folder)
+        info = read_info(folder)
+        state, last = read_weights(folder)
+        return cls(info=info, history=read_history(folder, last), state=state, folder=folder)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _NAMED_PACKAGES}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write atomically: after a crash the file holds the old content or the new, whole."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    replace_file(folder / "run.json", msgspec.json.format(msgspec.json.encode(info), indent=1))
+
+
+def read_info(folder: Path) -> RunInfo:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise RunFolderError(f"{folder} is not a run folder: no run.json in it", hint="name the folder given to --out")
+    try:
+        raw = path.read_bytes()
+        version = json.loads(raw).get("version")
+        if version != FORMAT_VERSION:
+            raise RunFolderError(f"{path} is of format version {version}; this Choral reads {FORMAT_VERSION}")
+        return msgspec.json.decode(raw, type=RunInfo)
+    except (msgspec.DecodeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}", hint="restore it, or run again in a new folder") from None
+
+
+def append_round(folder: Path, entry: Round) -> None:
+    with (folder / "history.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(entry) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_history(folder: Path, last: int) -> tuple[Round, ...]:
+    """The complete rounds up to ``last``; a torn or surplus tail belongs to a round that was cut short."""
+    path = folder / "history.jsonl"
+    if not path.is_file():
+        raise RunFolderError(f"{folder} has no history.jsonl", hint="the folder is incomplete; run again in a new one")
+    entries: list[Round] = []
+    for line in path.read_bytes().splitlines():
+        if len(entries) > last:
+            break
+        try:
+            entries.append(msgspec.json.decode(line, type=Round))
+        except msgspec.DecodeError as error:
+            raise RunFolderError(f"{path}, line {len(entries) + 1}, is damaged: {error}") from None
+    if [entry.round for entry in entries] != list(range(last + 1)):
+        raise RunFolderError(f"{path} does not hold rounds 0 to {last}, which model.safetensors belongs to")
+    return tuple(entries)
+
+
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor], round_number: int) -> None:
+    replace_file(folder / "model.safetensors", _weights(state, round_number))
+
+
+def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise RunFolderError(f"{folder} has no model.safetensors", hint="the run ended before its first round")
+    try:
+        with safe_open(path, framework="pt") as file:
+            number = int((file.metadata() or {})["round"])
+            return {name: file.get_tensor(name) for name in file.keys()}, number  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from None
+
+
+def _weights(state: Mapping[str, torch.Tensor], round_number: int) -> bytes:
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return bytes(safetensors_bytes(copies, metadata={"round": str(round_number)}))
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse an output folder that holds anything: a run is never overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file", hint="name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        held = "another run" if (folder / "run.json").exists() else "other files"
+        raise RunFolderError(
+            f"{folder} already holds {held}", hint="choose another --out, or continue that run with --resume"
+        )
+
+
+def check_same(info: RunInfo, wanted: RunInfo) -> None:
+    """Refuse to resume a run that was started with other settings."""
+    for field in ("kind", "rounds", "seed", "parties", "parameters", "privacy", "fixed_point"):
+        old, new = getattr(info, field), getattr(wanted, field)
+        if old != new:
+            raise ConfigError(
+                f"cannot resume: {field} was {old}, now it is {new}", hint="use the same settings, or a new --out"
+            )
