@@ -1,0 +1,134 @@
+"""Integers modulo a power of two: bit-packing for the wire, and the signed values they stand for.
+
+A vector modulo 2^bits lives in the narrowest unsigned numpy type that wraps natively (:func:`accumulator_dtype`), its
+spare high bits being noise until :func:`unpack` or :func:`lift` looks at the low ``bits`` only. Signed values are
+two's complement, with one centred lift after the sum.
+
+Wire format: coordinate ``i`` takes bits ``i * bits`` to ``(i + 1) * bits - 1`` of one little-endian bit string, whose
+bit ``j`` is bit ``j % 8`` (least significant first) of byte ``j // 8``; the last byte is padded with zero bits.
+
+Vectors are processed in chunks of 2^16 coordinates: temporaries stay small and in cache, and every index is a Python
+or 64-bit integer, so 2^31 coordinates of 64 bits (16 GiB) pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from choral.protocols.errors import SpecError
+
+_CHUNK = 1 << 16
+"""Coordinates per chunk; a multiple of 8, so that every chunk starts on a byte."""
+
+
+class PackingError(SpecError):
+    """Bytes that are not a packed vector of the agreed length and width."""
+
+
+def accumulator_dtype(bits: int) -> np.dtype[Any]:
+    """uint32 for 1 to 32 bits, uint64 for 33 to 64."""
+    return np.dtype(np.uint32 if _check_bits(bits) <= 32 else np.uint64)
+
+
+def packed_bytes(length: int, bits: int) -> int:
+    """The exact size of a packed vector: ceil(length * bits / 8)."""
+    return -(-length * _check_bits(bits) // 8)
+
+
+def wrap(values: NDArray[np.int64], bits: int) -> NDArray[Any]:
+    """Signed values as integers modulo 2^bits (two's complement), in :func:`accumulator_dtype`; a new array.
+
+    Raises: SpecError unless every value lies in [-2^(bits-1), 2^(bits-1)): outside it the lift is another value.
+    """
+    dtype = accumulator_dtype(bits)
+    if values.dtype != np.int64:
+        raise SpecError(f"expected int64 values, got {values.dtype}")
+    if values.size and bits < 64 and not (-(1 << bits - 1) <= int(values.min()) and int(values.max()) < 1 << bits - 1):
+        raise SpecError(f"a value does not fit {bits} bits of two's complement")
+    wrapped = values.astype(dtype)
+    if bits < 8 * dtype.itemsize:
+        wrapped &= dtype.type((1 << bits) - 1)
+    return wrapped
+
+
+def lift(values: NDArray[Any], bits: int) -> NDArray[np.int64]:
+    """Each value's representative modulo 2^bits in [-2^(bits-1), 2^(bits-1)): int64, same shape, a new array.
+
+    values: uint32 (bits <= 32) or uint64.
+    """
+    _check_values(values, bits)
+    if bits == 32 and values.dtype == np.uint32:
+        return values.view(np.int32).astype(np.int64)
+    lifted = values.astype(np.uint64).view(np.int64)
+    if bits < 64:
+        lifted <<= 64 - bits
+        lifted >>= 64 - bits  # arithmetic: copies the sign bit down
+    return lifted
+
+
+def pack(values: NDArray[Any], bits: int) -> bytes:
+    """The low ``bits`` bits of each value, packed: :func:`packed_bytes` bytes.
+
+    values: uint32 (bits <= 32) or uint64, shape (n,). Bits above ``bits`` are dropped, which is the reduction modulo
+    2^bits.
+    """
+    _check_values(values, bits)
+    out = np.empty(packed_bytes(values.size, bits), np.uint8)
+    if bits == 8 * values.dtype.itemsize:
+        out[:] = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+        return out.tobytes()
+    for start in range(0, values.size, _CHUNK):
+        piece = values[start : start + _CHUNK]
+        packed = _pack_chunk(piece, bits)
+        first = start * bits // 8
+        out[first : first + packed.size] = packed
+    return out.tobytes()
+
+
+def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
+    """The vector that :func:`pack` packed, in :func:`accumulator_dtype`, shape (length,), every value below 2^bits.
+
+    Raises: PackingError unless ``data`` has exactly :func:`packed_bytes` bytes and its padding bits are zero.
+    """
+    expected = packed_bytes(length, bits)
+    if len(data) != expected:
+        raise PackingError(f"expected {expected} bytes for {length} values of {bits} bits, got {len(data)}")
+    padding = expected * 8 - length * bits
+    if padding and data[-1] >> 8 - padding:
+        raise PackingError("the padding bits of a packed vector are not zero")
+    dtype = accumulator_dtype(bits)
+    raw = np.frombuffer(data, np.uint8)
+    out = np.empty(length, dtype)
+    for start in range(0, length, _CHUNK):
+        count = min(_CHUNK, length - start)
+        first = start * bits // 8
+        out[start : start + count] = _unpack_chunk(raw[first : first + -(-count * bits // 8)], count, bits)
+    return out
+
+
+def _pack_chunk(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    as_bytes = values.astype("<u8").view(np.uint8).reshape(-1, 8)
+    unpacked = np.unpackbits(as_bytes, axis=1, count=bits, bitorder="little")
+    return np.packbits(unpacked.reshape(-1), bitorder="little")
+
+
+def _unpack_chunk(data: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint64]:
+    unpacked = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    padded = np.zeros((count, 64), np.uint8)
+    padded[:, :bits] = unpacked
+    return np.packbits(padded, axis=1, bitorder="little").view("<u8").reshape(-1)
+
+
+def _check_bits(bits: int) -> int:
+    if not 1 <= bits <= 64:
+        raise SpecError(f"expected 1 to 64 bits, got {bits}")
+    return bits
+
+
+def _check_values(values: NDArray[Any], bits: int) -> None:
+    _check_bits(bits)
+    if values.dtype != np.uint64 and not (values.dtype == np.uint32 and bits <= 32):
+        raise SpecError(f"expected uint64 values (or uint32 for up to 32 bits) for {bits} bits, got {values.dtype}")
