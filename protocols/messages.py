@@ -1,0 +1,268 @@
+"""The messages of the masked sum: typed, versioned, strictly decoded, bounded in length.
+
+On the wire: one byte VERSION, then a msgpack array ``[kind, field, ...]``. :func:`decode` refuses another version, an
+unknown kind, a missing or extra field, another type, a length out of bounds, trailing bytes, and any encoding that is
+not the one :func:`encode` writes, so that each message has exactly one form.
+
+``session`` is 16 bytes: the session's identifier before it is open, the first half of the session digest after.
+``round`` counts from 1. Parties are named by their place in the roster, from 0.
+
+Sizes in bytes, with m the entries that the list in the message has, b the modulus bits, d the length, and a margin of
+at most ENVELOPE bytes for the version, kind, session, round and headers:
+
+| message | way | size at most |
+|---|---|---|
+| Setup | down | ENVELOPE + 64 + sum of (5 + bytes of name) |
+| Hello | up | ENVELOPE + 134 |
+| Hellos | down | ENVELOPE + 135 n |
+| Reveal | up | ENVELOPE + 34 |
+| Reveals | down | ENVELOPE + 34 n |
+| Advertise | up | ENVELOPE + 101 |
+| Roster | down | ENVELOPE + 106 m |
+| Shares | up | ENVELOPE + 68 + 158 m |
+| Deliveries | down | ENVELOPE + 158 m |
+| Upload | up | ENVELOPE + ceil(b d / 8) |
+| Survivors | down | ENVELOPE + ceil(n / 8) |
+| Confirm | up | ENVELOPE + 66 |
+| Confirmations | down | ENVELOPE + 72 m |
+| Unmask | up | ENVELOPE + 41 m + 103 |
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from choral.protocols.errors import MessageError
+
+VERSION = 1
+ENVELOPE = 64
+MAX_PARTIES = 1 << 20
+
+Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
+RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+Share = Annotated[bytes, Meta(min_length=33, max_length=33)]
+SealedShares = Annotated[bytes, Meta(min_length=82, max_length=82)]
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="kind", tag=str.lower):
+    """The base of all messages."""
+
+
+class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The base of what messages hold lists of."""
+
+
+class Setup(Message, frozen=True):
+    """What a session sums, and under which protection. Every party signs its digest (in its Hello).
+
+    roster: the parties' names. length: coordinates. bound: largest |value| of one party, weights included.
+    neighbours, threshold: k and t. min_survivors: fewer vectors than this are never summed.
+    corrupt, dropouts: how many parties of the roster may collude with the server, and may vanish, as k and t assume.
+    """
+
+    session: SessionId
+    roster: Annotated[tuple[Name, ...], Meta(min_length=2, max_length=MAX_PARTIES)]
+    length: Annotated[int, Meta(ge=1, le=1 << 31)]
+    bound: Annotated[int, Meta(ge=1, lt=1 << 62)]
+    modulus_bits: Annotated[int, Meta(ge=1, le=64)]
+    neighbours: Annotated[int, Meta(ge=1, lt=MAX_PARTIES)]
+    threshold: Annotated[int, Meta(ge=2, lt=MAX_PARTIES)]
+    min_survivors: Annotated[int, Meta(ge=2, lt=MAX_PARTIES)]
+    corrupt: Index
+    dropouts: Index
+    server: Literal["semi-honest", "malicious"]
+
+
+class Hello(Message, frozen=True):
+    """A party accepts the setup: its transport key and its commitment to a nonce, signed."""
+
+    session: SessionId
+    transport: Bytes32
+    commitment: Bytes32
+    signature: Signature
+
+
+class Hellos(Message, frozen=True):
+    """Everybody's Hello, in roster order."""
+
+    session: SessionId
+    hellos: Annotated[tuple[HelloEntry, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class HelloEntry(Entry, frozen=True):
+    transport: Bytes32
+    commitment: Bytes32
+    signature: Signature
+
+
+class Reveal(Message, frozen=True):
+    """The nonce that was committed to, sent only after all commitments were seen."""
+
+    session: SessionId
+    nonce: Bytes32
+
+
+class Reveals(Message, frozen=True):
+    """Everybody's nonce, in roster order."""
+
+    session: SessionId
+    nonces: Annotated[tuple[Bytes32, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Advertise(Message, frozen=True):
+    """A party's fresh public mask key for one round, signed."""
+
+    session: SessionId
+    round: RoundNumber
+    mask: Bytes32
+    signature: Signature
+
+
+class RosterEntry(Entry, frozen=True):
+    party: Index
+    mask: Bytes32
+    signature: Signature
+
+
+class Roster(Message, frozen=True):
+    """The keys of those neighbours that take part in this round, by ascending index."""
+
+    session: SessionId
+    round: RoundNumber
+    entries: Annotated[tuple[RosterEntry, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Packet(Entry, frozen=True):
+    """Two sealed shares. In Shares ``party`` is whom they are for, in Deliveries whom they are from.
+
+    seed_hash, key_hash: commitments to the two shares, by which the server recognises them when they are revealed.
+    """
+
+    party: Index
+    seed_hash: Bytes32
+    key_hash: Bytes32
+    sealed: SealedShares
+
+
+class Shares(Message, frozen=True):
+    """A party's shares for each neighbour, and commitments to its own share and to the self-mask seed."""
+
+    session: SessionId
+    round: RoundNumber
+    seed_commitment: Bytes32
+    own_hash: Bytes32
+    packets: Annotated[tuple[Packet, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Deliveries(Message, frozen=True):
+    """The shares that this party's neighbours made for it, by ascending index."""
+
+    session: SessionId
+    round: RoundNumber
+    packets: Annotated[tuple[Packet, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Upload(Message, frozen=True):
+    """The masked vector, packed."""
+
+    session: SessionId
+    round: RoundNumber
+    vector: bytes
+
+
+class Survivors(Message, frozen=True):
+    """Whose vectors are in the sum: bit i % 8 (least significant first) of byte i // 8 is party i."""
+
+    session: SessionId
+    round: RoundNumber
+    bitmap: Annotated[bytes, Meta(min_length=1, max_length=MAX_PARTIES // 8)]
+
+
+class Confirm(Message, frozen=True):
+    """A survivor's signature on the set of survivors."""
+
+    session: SessionId
+    round: RoundNumber
+    signature: Signature
+
+
+class Confirmation(Entry, frozen=True):
+    party: Index
+    signature: Signature
+
+
+class Confirmations(Message, frozen=True):
+    """Enough neighbours' signatures on the set of survivors, by ascending index."""
+
+    session: SessionId
+    round: RoundNumber
+    entries: Annotated[tuple[Confirmation, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Revealed(Entry, frozen=True):
+    """One share of the secret of ``party``."""
+
+    party: Index
+    share: Share
+
+
+class Following(Entry, frozen=True):
+    """The next round's Advertise, riding on this round's last message."""
+
+    mask: Bytes32
+    signature: Signature
+
+
+class Unmask(Message, frozen=True):
+    """Shares of the survivors' self-mask seeds and of the dropped parties' mask keys, each by ascending index."""
+
+    session: SessionId
+    round: RoundNumber
+    seeds: Annotated[tuple[Revealed, ...], Meta(max_length=MAX_PARTIES)]
+    keys: Annotated[tuple[Revealed, ...], Meta(max_length=MAX_PARTIES)]
+    following: Following | None
+
+
+ToServer = Hello | Reveal | Advertise | Shares | Upload | Confirm | Unmask
+ToParty = Setup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpack.Decoder(ToParty)}
+
+
+def encode(message: Message) -> bytes:
+    return bytes([VERSION]) + _encoder.encode(message)
+
+
+def to_server(raw: bytes, *, sender: str, limit: int) -> ToServer:
+    """A message that ``sender`` sent to the server. Raises MessageError, blaming it, for anything else."""
+    message: ToServer = _decode("server", raw, sender, limit)
+    return message
+
+
+def to_party(raw: bytes, *, limit: int) -> ToParty:
+    """A message from the server. Raises MessageError, blaming the server, for anything else."""
+    message: ToParty = _decode("party", raw, "the server", limit)
+    return message
+
+
+def _decode(receiver: str, raw: bytes, sender: str, limit: int) -> Message:
+    if len(raw) > limit:
+        raise MessageError(sender, f"expected a message of at most {limit} bytes, got {len(raw)}")
+    if not raw or raw[0] != VERSION:
+        raise MessageError(sender, f"expected a message of protocol version {VERSION}")
+    try:
+        message = _decoders[receiver].decode(memoryview(raw)[1:])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # msgspec's own text may quote what the sender wrote.
+        raise MessageError(sender, "these bytes are no message of this protocol") from None
+    if encode(message) != raw:
+        raise MessageError(sender, "a message in another encoding than the canonical one")
+    return message

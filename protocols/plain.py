@@ -1,0 +1,93 @@
+"""The sum without protection: the server sees every vector. The yardstick for what masking costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.integers import accumulator_dtype, lift, pack, unpack
+from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.vectors import checked, is_tensor, words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Each party sends its vector bit-packed to the server, which adds them up and sees each one.
+
+    Guarantee: none against the server. Bytes: ceil(modulus_bits length / 8) up per party, nothing down.
+    """
+
+    @property
+    def name(self) -> str:
+        return "plain"
+
+    def open(self, spec: SumSpec) -> PlainSession:
+        return PlainSession(spec)
+
+
+class PlainSession:
+    """See :class:`choral.protocols.seam.SumSession`."""
+
+    def __init__(self, spec: SumSpec) -> None:
+        self._spec = spec
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        return {
+            "name": "plain",
+            "trust": "The server is trusted with every party's vector: it sees each one.",
+            "server_learns": "every vector",
+            "parties": len(self._spec.parties),
+            "modulus_bits": self._spec.modulus_bits,
+        }
+
+    def begin(self) -> PlainRound:
+        return PlainRound(self._spec)
+
+
+class PlainRound:
+    """See :class:`choral.protocols.seam.SumRound`. Memory: one vector, whatever the number of parties."""
+
+    def __init__(self, spec: SumSpec) -> None:
+        self._spec = spec
+        self._sum = np.zeros(spec.length, accumulator_dtype(spec.modulus_bits))
+        self._bytes_up: dict[str, int] = {}
+        self._finished = False
+
+    def submit(self, party: str, vector: IntVector) -> None:
+        """Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector."""
+        check_submission(party, self._spec, self._bytes_up, finished=self._finished)
+        values = checked(vector, self._spec.length, self._spec.bound)
+        if is_tensor(values):
+            values = values.cpu().numpy()
+        packed = pack(words(values, self._spec.modulus_bits), self._spec.modulus_bits)
+        self._bytes_up[party] = len(packed)
+        self._sum += unpack(packed, self._spec.length, self._spec.modulus_bits)
+
+    def finish(self) -> SumResult:
+        """Raises: SpecError when nobody submitted; StateUsedError the second time."""
+        if self._finished:
+            raise StateUsedError("this round is finished")
+        self._finished = True
+        if not self._bytes_up:
+            raise SpecError("no party submitted a vector")
+        return SumResult(
+            total=lift(self._sum, self._spec.modulus_bits),
+            survivors=tuple(party for party in self._spec.parties if party in self._bytes_up),
+            bytes_up={party: self._bytes_up.get(party, 0) for party in self._spec.parties},
+            bytes_down=dict.fromkeys(self._spec.parties, 0),
+        )
+
+
+def check_submission(party: str, spec: SumSpec, submitted: Mapping[str, Any], *, finished: bool) -> None:
+    """Raises: SpecError for a party not in the roster; StateUsedError for a second vector or a finished round."""
+    if party not in spec.parties:
+        raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
+    if finished:
+        raise StateUsedError("this round is finished")
+    if party in submitted:
+        raise StateUsedError(f"{party} has already submitted its vector of this round")

@@ -1,0 +1,45 @@
+"""A party's own vector, checked against what was agreed on before anything is done with it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from choral.protocols.errors import InputError
+from choral.protocols.integers import wrap
+
+
+def is_tensor(vector: object) -> bool:
+    """Whether ``vector`` is a torch tensor; torch is not imported for it (nobody has a tensor without)."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(vector, torch.Tensor)
+
+
+def checked(vector: Any, length: int, bound: int) -> Any:
+    """``vector`` itself when it is int64, shape (length,), every |value| <= bound: a numpy array or a torch tensor.
+
+    A tensor on the CPU comes back as the numpy array that shares its memory; one on another device stays there.
+
+    Raises: InputError otherwise. Floats are refused whatever they hold: NaN and infinity have no integer, and how
+    the rest are rounded is the caller's to decide.
+    """
+    if is_tensor(vector) and vector.device.type == "cpu":
+        vector = vector.detach().numpy()
+    if not isinstance(vector, np.ndarray) and not is_tensor(vector):
+        raise InputError(f"expected a numpy array or a torch tensor of int64, got {type(vector).__name__}")
+    if str(vector.dtype) not in ("int64", "torch.int64"):
+        raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
+    if tuple(vector.shape) != (length,):
+        raise InputError(f"expected a vector of shape ({length},), got {tuple(vector.shape)}")
+    low, high = int(vector.min()), int(vector.max())
+    if low < -bound or high > bound:
+        raise InputError(f"expected every |value| <= {bound}: this vector has one outside")
+    return vector
+
+
+def words(vector: NDArray[np.int64], bits: int) -> NDArray[Any]:
+    """A checked numpy vector modulo 2^bits, in the unsigned type that sums are accumulated in; a new array."""
+    return wrap(np.ascontiguousarray(vector), bits)
