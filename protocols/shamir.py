@@ -126,7 +126,7 @@ class Combiner:
         """The field element at 0 of the polynomial through ``values``. Raises ShareError as :meth:`combine` does."""
         if self._parity:
             self._check_parity(values)
-        return sum(map(mul, self._weights, values)) % self._field
+        return int(sum(map(mul, self._weights, values))) % self._field
 
     def _check_parity(self, values: Sequence[int]) -> None:
         """Syndromes S_k = sum_i v_i i^k y_i for k < m - t vanish exactly on the values of polynomials of degree < t."""

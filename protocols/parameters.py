@@ -1,0 +1,218 @@
+"""How many neighbours, which threshold: (k, t) for n parties, of whom some collude and some drop out.
+
+Who is protected against what (Google's names in brackets):
+
+- ``semi-honest`` (CURIOUS_SERVER): the server follows the protocol and pools what it sees with up to ``corrupt``
+  parties. Needs that no party has t colluding share holders.
+- ``malicious`` (SEMI_MALICIOUS_SERVER): the server may also ask different share holders for different secrets of one
+  party, the self mask here and the pairwise key there, which together unmask it. Colluders answer both questions,
+  honest holders one: needs 2t > holders + colluding holders. That the keys are genuine, all parties see one survivor
+  set and the graph's seed is not the server's alone is not a matter of (k, t): the protocol's signatures, its
+  consistency round and its joint seed see to it.
+
+Two regimes:
+
+- the **complete graph**, for up to COMPLETE_UP_TO parties and wherever no sparser graph suffices: everyone, the party
+  itself included, holds a share, so holders = n and k = n - 1. Security and correctness are certain, not statistical,
+  within the stated numbers (Bonawitz et al. 2017, theorems 6.3 and 6.5).
+- the **Harary graph** above it, on a random ring (:mod:`choral.protocols.graph`): the k neighbours alone hold shares
+  (holders = k). The smallest even k, and for it the smallest t, such that
+  (1) the graph of honest survivors is disconnected with probability < 2^-(security_bits + 1);
+  (2) *some* party has too many colluding neighbours with probability < 2^-(security_bits + 1);
+  (3) *some* party has fewer than t surviving neighbours with probability < 2^-correctness_bits.
+  The neighbours of one party that are marked (corrupt, surviving) are hypergeometric, and (2) and (3) are union bounds
+  over n parties; (1) is a union bound over the pairs of gaps of k/2 that cut a ring (Bell et al. 2020, sections 3.3
+  to 3.5). This is the rule of Google's graph_parameter_finder (federated-compute, fcp/secagg/server), whose published
+  table tests/protocols/test_parameters.py reproduces.
+
+(1) and (3) take *which* parties drop out as independent of the ring. The smallest sufficient t is taken in both
+regimes: it is as secure as was asked for and leaves the most room for dropouts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+
+from choral.protocols.errors import SpecError
+
+COMPLETE_UP_TO = 64
+"""Parties up to which everyone masks with everyone."""
+MAX_PARTIES = 1_000_000
+
+Server = Literal["semi-honest", "malicious"]
+
+
+class InfeasibleError(SpecError):
+    """No threshold withstands that many corrupt parties and that many dropouts at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """What :func:`choose` chose, and what it achieves.
+
+    parties: n. neighbours: k, how many others each party masks with. threshold: t, shares needed for a secret.
+    holders: how many parties hold shares of each secret: n on the complete graph (the party itself is one of them), k
+        on a Harary graph (it is not).
+    corrupt, dropouts: the absolute numbers withstood. server: see the module.
+    security_bits, correctness_bits: -log2 of the bound on the probability that the choice is insecure, or that the
+        round fails, within those numbers; infinite on the complete graph.
+    """
+
+    parties: int
+    neighbours: int
+    threshold: int
+    holders: int
+    corrupt: int
+    dropouts: int
+    server: Server
+    security_bits: float
+    correctness_bits: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether everyone masks with everyone."""
+        return self.neighbours == self.parties - 1
+
+
+def choose(
+    n: int,
+    *,
+    corrupt: float | int,
+    dropouts: float | int,
+    server: Server,
+    security_bits: float = 40,
+    correctness_bits: float = 20,
+) -> Parameters:
+    """The cheapest safe parameters for ``n`` parties.
+
+    n: 2 to 1,000,000. corrupt, dropouts: an int is a number of parties, a float in [0, 1) a fraction of n, rounded
+    *up*: 5 % of 10 parties is one party, not none. At least two parties must be honest.
+    security_bits, correctness_bits: > 0; see the module. The complete graph meets any.
+
+    Raises: SpecError for a value outside these ranges; InfeasibleError, saying what would be feasible, when not even
+    the complete graph withstands the numbers.
+    """
+    if not 2 <= n <= MAX_PARTIES:
+        raise SpecError(f"expected 2 to {MAX_PARTIES} parties, got {n}")
+    if server not in ("semi-honest", "malicious"):
+        raise SpecError(f"expected server 'semi-honest' or 'malicious', got {server!r}")
+    if not (0 < security_bits <= 128 and 0 < correctness_bits <= 128):
+        raise SpecError(f"expected 0 < bits <= 128, got security {security_bits} and correctness {correctness_bits}")
+    bad = _count(corrupt, n, "corrupt")
+    gone = _count(dropouts, n, "dropouts")
+    if n - bad < 2:
+        raise InfeasibleError(
+            f"{bad} corrupt of {n} parties leave fewer than 2 honest ones, whose sum is one party's own value",
+            hint=f"allow for at most {n - 2} corrupt parties",
+        )
+    complete = _complete(n, bad, gone, server)
+    if n <= COMPLETE_UP_TO:
+        return complete
+    return harary(n, bad, gone, server, security_bits, correctness_bits) or complete
+
+
+def harary(
+    n: int, corrupt: int, dropouts: int, server: Server, security_bits: float = 40, correctness_bits: float = 20
+) -> Parameters | None:
+    """The Harary graph's parameters, or None when no k < n - 1 will do. Arguments as for :func:`choose`, counted."""
+    log_event = -(security_bits + 1) * math.log(2)
+    log_party = log_event - math.log(n)
+    log_failure = -correctness_bits * math.log(2) - math.log(n)
+    for k in range(2, n - 1, 2):
+        disconnected = _log_disconnected(n, k, corrupt + dropouts)
+        if disconnected >= log_event:
+            continue
+        many_corrupt = _log_tails(n, corrupt, k)  # [j]: log Pr[at least j corrupt neighbours]
+        withstood = int(np.argmax(many_corrupt < log_party)) - 1  # more than this many is the bad event
+        threshold = max(2, withstood + 1 if server == "semi-honest" else (k + withstood) // 2 + 1)
+        many_gone = _log_tails(n, dropouts, k)
+        if threshold > k or many_gone[k - threshold + 1] >= log_failure:
+            continue
+        tolerable = threshold if server == "semi-honest" else 2 * threshold - k
+        insecure = np.logaddexp(disconnected, math.log(n) + many_corrupt[min(tolerable, k + 1)])
+        return Parameters(
+            parties=n,
+            neighbours=k,
+            threshold=threshold,
+            holders=k,
+            corrupt=corrupt,
+            dropouts=dropouts,
+            server=server,
+            security_bits=_bits(float(insecure)),
+            correctness_bits=_bits(math.log(n) + float(many_gone[k - threshold + 1])),
+        )
+    return None
+
+
+def _complete(n: int, corrupt: int, dropouts: int, server: Server) -> Parameters:
+    malicious = server == "malicious"
+    threshold = max(2, (n + corrupt) // 2 + 1 if malicious else corrupt + 1)
+    if threshold > n - dropouts:
+        fewer_gone = n - threshold
+        fewer_bad = n - 2 * dropouts - 1 if malicious else n - dropouts - 1
+        options = [f"at most {fewer_gone} dropouts with {corrupt} corrupt"] if fewer_gone >= 0 else []
+        options += [f"at most {fewer_bad} corrupt with {dropouts} dropouts"] if 0 <= fewer_bad < corrupt else []
+        raise InfeasibleError(
+            f"{corrupt} corrupt and {dropouts} dropouts of {n} parties cannot both be withstood with a {server} server",
+            hint="; or ".join(options) or f"with {n} parties and a {server} server nothing can be withstood",
+        )
+    return Parameters(
+        parties=n,
+        neighbours=n - 1,
+        threshold=threshold,
+        holders=n,
+        corrupt=corrupt,
+        dropouts=dropouts,
+        server=server,
+        security_bits=math.inf,
+        correctness_bits=math.inf,
+    )
+
+
+def _count(value: float | int, n: int, what: str) -> int:
+    """An int as it is; a fraction of n rounded up, with a little slack so that 0.07 x 100 is 7 and not 8."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SpecError(f"expected {what} as a count (int) or a fraction (float), got {type(value).__name__}")
+    if isinstance(value, float):
+        if not 0 <= value < 1:
+            raise SpecError(
+                f"expected {what} as a fraction in [0, 1), got {value}", hint="a number of parties is an int"
+            )
+        return math.ceil(value * n - 1e-9)
+    if not 0 <= value < n:
+        raise SpecError(f"expected {what} from 0 to {n - 1}, got {value}")
+    return value
+
+
+def _log_disconnected(n: int, k: int, bad: int) -> float:
+    """log of a bound on Pr[removing ``bad`` random nodes cuts the ring in two places, each k/2 nodes wide]."""
+    if k > bad:
+        return -math.inf
+    pairs = math.log(n) + math.log(n - k - 1) - math.log(2)
+    return pairs + math.lgamma(bad + 1) + math.lgamma(n - k + 1) - math.lgamma(n + 1) - math.lgamma(bad - k + 1)
+
+
+def _log_tails(n: int, marked: int, k: int) -> NDArray[np.float64]:
+    """``[j] = log Pr[X >= j]``, j = 0 .. k + 1, for X ~ Hypergeometric(n parties, ``marked`` of them, k drawn)."""
+    j = np.arange(k + 1)
+    possible = (j <= marked) & (k - j <= n - marked)
+    j = j[possible]
+    log_pmf = np.full(k + 2, -np.inf)
+    log_pmf[:-1][possible] = _log_choose(marked, j) + _log_choose(n - marked, k - j) - _log_choose(n, np.asarray(k))
+    tails: NDArray[np.float64] = np.logaddexp.accumulate(log_pmf[::-1])[::-1]
+    return tails
+
+
+def _log_choose(n: int, j: NDArray[np.int64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = gammaln(n + 1) - gammaln(j + 1) - gammaln(n - j + 1)
+    return result
+
+
+def _bits(log_probability: float) -> float:
+    return math.inf if log_probability == -math.inf else -log_probability / math.log(2)
