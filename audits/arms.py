@@ -1,0 +1,186 @@
+"""From runs that differ in their seeds to one row of the comparison. What cannot be compared is refused here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from choral.audits.claims import claim_of
+from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Point
+from choral.audits.statistics import difference_interval, mean_interval
+from choral.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from choral.trainers.run import Run
+
+
+def check_runs(name: str, runs: Sequence[Run], metric: str) -> tuple[Run, ...]:
+    """The runs of one arm by rising seed, fit to be averaged.
+
+    Raises: ConfigError for no runs, one seed twice, an interrupted run, a metric that was not evaluated, or runs with
+        unlike settings; DataError for a metric that is not finite.
+    """
+    if not runs:
+        raise ConfigError(f"arm {name!r} has no runs", hint="give each arm one run per seed")
+    runs = sorted(runs, key=lambda run: run.info.seed)
+    for run in runs:
+        _check_run(name, run, metric)
+    for earlier, later in pairwise(runs):
+        if earlier.info.seed == later.info.seed:
+            raise ConfigError(
+                f"arm {name!r} has two runs of seed {later.info.seed}", hint="runs of one arm differ in their seed"
+            )
+        for field in ("kind", "rounds", "parameters", "privacy"):
+            if getattr(earlier.info, field) != getattr(later.info, field):
+                raise ConfigError(
+                    f"arm {name!r} mixes runs with different {field}: {getattr(earlier.info, field)} and"
+                    f" {getattr(later.info, field)}",
+                    hint="make them two arms; runs at several budgets belong in budgets=",
+                )
+        if _sum_name(earlier) != _sum_name(later):
+            raise ConfigError(f"arm {name!r} mixes two secure sums", hint="make them two arms")
+    return tuple(runs)
+
+
+def _check_run(name: str, run: Run, metric: str) -> None:
+    what = f"arm {name!r}, seed {run.info.seed}"
+    if not run.finished:
+        done = run.history[-1].round if run.history else 0
+        raise ConfigError(
+            f"{what}: interrupted after round {done} of {run.info.rounds}",
+            hint="finish it with --resume, or leave it out",
+        )
+    for entry in run.history:
+        if metric not in entry.metrics:
+            known = ", ".join(sorted(entry.metrics)) or "none"
+            raise ConfigError(f"{what}: no metric {metric!r}, it has {known}", hint="name a common one with metric=")
+        if not math.isfinite(entry.metrics[metric]):
+            raise DataError(
+                f"{what}: {metric} is {entry.metrics[metric]} after round {entry.round}",
+                hint="the training diverged; lower the learning rate and run it again",
+            )
+    if run.info.privacy is not None:
+        if "epsilon" not in run.info.privacy or not run.info.spent:
+            raise ConfigError(f"{what}: promises privacy but records no spending", hint="the run folder is incomplete")
+        for holder, spent in run.info.spent.items():
+            if not spent.epsilon >= 0:
+                raise DataError(f"{what}: epsilon spent by {holder} is {spent.epsilon}, expected a number >= 0")
+
+
+def _sum_name(run: Run) -> str:
+    return str((run.info.secure_sum or {}).get("name", ""))
+
+
+def values(runs: Sequence[Run], metric: str) -> list[float]:
+    return [run.history[-1].metrics[metric] for run in runs]
+
+
+def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
+    """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs`."""
+    info = runs[0].info
+    federated = info.kind == "federated"
+    return Arm(
+        name=name,
+        kind=info.kind,
+        seeds=tuple(run.info.seed for run in runs),
+        rounds=info.rounds,
+        parties=max(len(run.info.parties) for run in runs),
+        examples=max(sum(run.info.parties.values()) for run in runs),
+        parameters=info.parameters,
+        metric=mean_interval(values(runs, metric)),
+        claim=claim_of([run.info for run in runs]),
+        holders=_holders(runs),
+        bytes_per_party=_bytes_per_party(runs),
+        seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),
+        survivors=min(entry.survivors for run in runs for entry in run.history if entry.round) if federated else None,
+        secure_sum=msgspec.to_builtins(info.secure_sum),
+        curve=_curve(runs, metric),
+        devices=tuple(sorted({run.info.device for run in runs})),
+        folders=tuple(_short(run.folder) for run in runs if run.folder is not None),
+        config=msgspec.to_builtins(info.config),
+    )
+
+
+def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:
+    points = []
+    for entries in zip(*(run.history for run in runs), strict=True):
+        scores = [entry.metrics[metric] for entry in entries]
+        mean = math.fsum(scores) / len(scores)
+        points.append(Point(round=entries[0].round, mean=mean, low=min(scores), high=max(scores)))
+    return tuple(points)
+
+
+def _holders(runs: Sequence[Run]) -> tuple[Holder, ...]:
+    """Every data holder with its worst run, the most expensive first."""
+    worst: dict[str, Holder] = {}
+    for run in runs:
+        for name, spent in run.info.spent.items():
+            if name not in worst or spent.epsilon > worst[name].epsilon:
+                pooled = sum(run.info.parties.values()) if run.info.kind == "centralized" else None
+                worst[name] = Holder(
+                    name=name,
+                    examples=run.info.parties.get(name, pooled),
+                    epsilon=spent.epsilon,
+                    steps=spent.steps,
+                    noise_multiplier=spent.noise_multiplier,
+                    sample_rate=spent.sample_rate,
+                )
+    return tuple(sorted(worst.values(), key=lambda holder: (-holder.epsilon, holder.name)))
+
+
+def _bytes_per_party(runs: Sequence[Run]) -> float | None:
+    """Mean over seeds of the busiest party's traffic; for pooled training, of the largest party's raw data."""
+    if runs[0].info.kind == "centralized":
+        if not all(run.info.raw_bytes for run in runs):
+            return None
+        return math.fsum(max(run.info.raw_bytes.values()) for run in runs) / len(runs)
+    return math.fsum(entry.bytes_up + entry.bytes_down for run in runs for entry in run.history) / len(runs)
+
+
+def _short(folder: Path) -> str:
+    """The last two names of a path: enough to find it, without the reporter's home folder."""
+    return "/".join(folder.parts[-2:])
+
+
+def difference_of(runs: Sequence[Run], baseline: Sequence[Run], name: str, metric: str) -> Difference:
+    """Seed by seed when both arms have the same seeds, Welch's interval of two independent means when not."""
+    ours, theirs = values(runs, metric), values(baseline, metric)
+    paired = [run.info.seed for run in runs] == [run.info.seed for run in baseline]
+    if paired:
+        estimate = mean_interval([mine - other for mine, other in zip(ours, theirs, strict=True)])
+    else:
+        estimate = difference_interval(ours, theirs)
+    return Difference(baseline=name, paired=paired, estimate=estimate)
+
+
+def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[BudgetCurve, ...]:
+    """Each arm's runs, grouped by the epsilon that was asked for."""
+    curves = []
+    for arm, runs in budgets.items():
+        groups: dict[float, list[Run]] = {}
+        for run in runs:
+            if run.info.privacy is None or "epsilon" not in run.info.privacy:
+                raise ConfigError(f"budgets[{arm!r}] holds a run without privacy", hint="give private runs only")
+            groups.setdefault(float(run.info.privacy["epsilon"]), []).append(run)
+        points = []
+        for asked in sorted(groups):
+            group = check_runs(f"{arm} at epsilon {asked:g}", groups[asked], metric)
+            spent = max((cost for run in group for cost in run.info.spent.values()), key=lambda cost: cost.epsilon)
+            points.append(
+                BudgetPoint(
+                    asked=asked,
+                    spent=spent.epsilon,
+                    delta=spent.delta,
+                    seeds=tuple(run.info.seed for run in group),
+                    metric=mean_interval(values(group, metric)),
+                )
+            )
+        if not points:
+            raise ConfigError(f"budgets[{arm!r}] has no runs", hint="leave it out, or give its runs")
+        curves.append(BudgetCurve(arm=arm, points=tuple(points)))
+    return tuple(curves)

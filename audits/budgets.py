@@ -1,0 +1,149 @@
+"""Recompute what each data holder has spent, from its ledger, and hold it against what was claimed and promised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from choral.audits.report import Check, HolderBudget, Verdict
+
+if TYPE_CHECKING:
+    from choral.privacy.spent import Spent
+    from choral.trainers.run import Run
+
+TOLERANCE = 1e-9  # relative; covers the decimal rounding of JSON, nothing else
+
+
+def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
+    """One row per data holder; empty for a run without privacy.
+
+    Raises: LedgerError if a ledger is damaged, edited or of another holder.
+    """
+    if run.info.privacy is None:
+        return ()
+    holders = list(run.info.parties) if run.info.kind == "federated" else ["pooled"]
+    holders += [name for name in run.info.spent if name not in holders]
+    return tuple(_holder_budget(run, name) for name in holders)
+
+
+def _holder_budget(run: Run, name: str) -> HolderBudget:
+    privacy = run.info.privacy or {}
+    promised, delta = float(privacy["epsilon"]), float(privacy["delta"])
+    claimed = run.info.spent.get(name)
+    events, recomputed = _from_ledger(run, name, claimed.delta if claimed else delta)
+    verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
+    return HolderBudget(
+        holder=name,
+        promised=promised,
+        claimed=claimed.epsilon if claimed else None,
+        recomputed=recomputed,
+        delta=claimed.delta if claimed else delta,
+        steps=events,
+        verdict=verdict,
+        finding=finding,
+    )
+
+
+def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, float | None]:
+    """Noisy steps on the ledger and what they cost at ``delta``; None where there is no ledger to read."""
+    from choral.privacy.accounting import epsilon
+    from choral.privacy.ledger import Ledger
+
+    path = ledger_path(run, name)
+    if path is None or not path.is_file():
+        return 0, None
+    events = Ledger(path, holder=name).events
+    return sum(event.steps for event in events), epsilon(events, delta)
+
+
+def ledger_path(run: Run, name: str) -> Path | None:
+    return run.folder / "ledger" / f"{quote(name, safe='')}.jsonl" if run.folder else None
+
+
+def _above(value: float, limit: float) -> bool:
+    """Fails closed: what is not a number is above every limit."""
+    return not value <= limit * (1 + TOLERANCE)
+
+
+def _judge(
+    promised: float, delta: float, claimed: Spent | None, steps: int, recomputed: float | None, *, finished: bool
+) -> tuple[Verdict, str]:
+    if claimed and _above(claimed.delta, delta):
+        return "violated", f"the cost is stated at δ = {claimed.delta:g}, the promise at δ = {delta:g}"
+    if claimed and _above(claimed.epsilon, promised):
+        return "violated", "run.json itself claims more than was promised"
+    if recomputed is None:
+        return "unverified", "there is no ledger to recompute it from"
+    if _above(recomputed, promised):
+        return "violated", "the ledger costs more than was promised"
+    if claimed is None:
+        return ("violated" if finished and steps else "unverified"), "run.json claims no cost for this holder"
+    if steps < claimed.steps:
+        return "unverified", f"the ledger holds {steps} steps, run.json claims {claimed.steps}: part of it is missing"
+    if _above(recomputed, claimed.epsilon):
+        if finished:
+            return "violated", "the ledger costs more than run.json claims"
+        return "holds", "the ledger also holds a round that was cut short; the ledger counts"
+    return "holds", "recomputed from the ledger, within claim and promise"
+
+
+def budget_checks(run: Run, rows: Sequence[HolderBudget]) -> list[Check]:
+    """The rows in a sentence each, and whether history, delta and folder agree with them."""
+    if run.info.privacy is None:
+        return _no_promise(run)
+    return [_all_holders(rows), _history_agrees(run), _delta_means_something(run)]
+
+
+def _all_holders(rows: Sequence[HolderBudget]) -> Check:
+    name = "Every data holder's budget, recomputed from its ledger"
+    for verdict in ("violated", "unverified"):
+        faulty = [row for row in rows if row.verdict == verdict]
+        if faulty:
+            said = "; ".join(f"{row.holder}: {row.finding}" for row in faulty[:3])
+            more = f"; and {len(faulty) - 3} more" if len(faulty) > 3 else ""
+            return Check(name=name, verdict=verdict, finding=f"{said}{more}.")
+    worst = max(rows, key=lambda row: row.recomputed or 0.0)
+    finding = (
+        f"{len(rows)} of {len(rows)} hold; the most is ε = {worst.recomputed:.4g} ({worst.holder}), of"
+        f" {worst.promised:g} promised."
+    )
+    return Check(name=name, verdict="holds", finding=finding)
+
+
+def _history_agrees(run: Run) -> Check:
+    """The running epsilon in the history may not pass the promise, nor end above the claim."""
+    name = "The history stays within the promise"
+    promised = float((run.info.privacy or {})["epsilon"])
+    claimed = run.spent.epsilon if run.spent else promised
+    for entry in run.history:
+        if entry.epsilon is not None and _above(entry.epsilon, min(promised, claimed)):
+            finding = (
+                f"Round {entry.round} says ε = {entry.epsilon:.6g}; claimed are {claimed:.6g}, promised {promised:g}."
+            )
+            return Check(name=name, verdict="violated", finding=finding)
+    return Check(name=name, verdict="holds", finding=f"No round says more than ε = {claimed:.4g}.")
+
+
+def _delta_means_something(run: Run) -> Check:
+    """At delta >= 1/n a mechanism may publish one of n records in the clear."""
+    name = "Delta is below 1/n for every data holder"
+    delta = float((run.info.privacy or {})["delta"])
+    sizes = run.info.parties.values()
+    most = max(sizes, default=0) if run.info.kind == "federated" else sum(sizes)
+    if not most or not delta < 1 / most:
+        return Check(
+            name=name, verdict="violated", finding=f"δ = {delta:g} with {most} records allows one in the clear."
+        )
+    return Check(name=name, verdict="holds", finding=f"δ = {delta:g}.")
+
+
+def _no_promise(run: Run) -> list[Check]:
+    stray = sorted(run.folder.glob("ledger/*.jsonl")) if run.folder else []
+    if not stray:
+        return []
+    finding = (
+        f"run.json promises none, yet there are {len(stray)} privacy ledgers in the folder: it was edited or mixed up."
+    )
+    return [Check(name="No privacy was promised", verdict="unverified", finding=finding)]

@@ -1,0 +1,157 @@
+"""Checks of a comparison: same start, same data, budgets kept, and a masked sum that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from choral.audits.report import Arm, Check, WeightsMatch
+
+if TYPE_CHECKING:
+    from choral.trainers.run import Run
+
+Runs = Mapping[str, Sequence["Run"]]
+
+
+def comparison_checks(arms: Runs, rows: Sequence[Arm], metric: str) -> tuple[Check, ...]:
+    """The sanity checks that make the arms comparable at all, and whether budgets were kept."""
+    return (_same_start(arms, metric), _same_data(rows), *_budgets_kept(rows))
+
+
+def _same_start(arms: Runs, metric: str) -> Check:
+    """Identical starting weights show as an identical evaluation of round 0."""
+    name = "Every arm starts from the same weights"
+    starts: dict[int, dict[str, float]] = {}
+    for arm, runs in arms.items():
+        for run in runs:
+            starts.setdefault(run.info.seed, {})[arm] = run.history[0].metrics[metric]
+    shared = {seed: scores for seed, scores in starts.items() if len(scores) > 1}
+    if not shared:
+        return Check(name=name, verdict="unverified", finding="No two arms share a seed.")
+    for seed, scores in sorted(shared.items()):
+        if len(set(scores.values())) > 1:
+            said = ", ".join(f"{arm} {score:.6g}" for arm, score in scores.items())
+            return Check(
+                name=name, verdict="violated", finding=f"The {metric} before training differs at seed {seed}: {said}."
+            )
+    seeds = ", ".join(map(str, sorted(shared)))
+    return Check(
+        name=name, verdict="holds", finding=f"The {metric} before training is equal in all arms (seeds {seeds})."
+    )
+
+
+def _same_data(rows: Sequence[Arm]) -> Check:
+    name = "Every arm trains on the same number of examples"
+    counts = {row.examples for row in rows}
+    if len(counts) == 1:
+        return Check(name=name, verdict="holds", finding=f"{rows[0].examples:,} examples in each arm.")
+    said = ", ".join(f"{row.name} {row.examples:,}" for row in rows)
+    return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
+
+
+def _budgets_kept(rows: Sequence[Arm]) -> list[Check]:
+    checks = []
+    for row in rows:
+        if row.claim is None:
+            continue
+        kept = row.claim.epsilon <= row.claim.asked * (1 + 1e-9)
+        checks.append(
+            Check(
+                name=f"{row.name} stays within its budget",
+                verdict="holds" if kept else "violated",
+                finding=f"Worst holder {row.claim.holder}: ε = {row.claim.epsilon:.4g} of {row.claim.asked:g} asked"
+                " for, as the run states it; choral audit recomputes it from the ledger.",
+            )
+        )
+    return checks
+
+
+def weights_match(arms: Runs) -> tuple[tuple[WeightsMatch, ...], Check | None]:
+    """Largest difference of any final weight between non-private federated arms with different secure sums.
+
+    All sums take the same integers, so the expectation is exactly 0; the printed bound is what fixed-point encoding
+    may do to one coordinate of the weighted mean in one round. None when there are no two such arms.
+    """
+    candidates = {
+        name: runs for name, runs in arms.items() if runs[0].info.kind == "federated" and runs[0].info.privacy is None
+    }
+    kinds = {name: str((runs[0].info.secure_sum or {}).get("name", "")).lower() for name, runs in candidates.items()}
+    if len(set(kinds.values())) < 2:
+        return (), None
+    reference = next((name for name, kind in kinds.items() if kind == "plain"), next(iter(kinds)))
+    others = [name for name in kinds if kinds[name] != kinds[reference]]
+    rows: list[WeightsMatch] = []
+    obstacles: list[str] = []
+    for other in others:
+        twins = {run.info.seed: run for run in candidates[reference]}
+        for run in candidates[other]:
+            obstacle = _obstacle(run, twins.get(run.info.seed))
+            if obstacle:
+                obstacles.append(f"{other}, seed {run.info.seed}: {obstacle}")
+            else:
+                rows.append(_match(other, run, reference, twins[run.info.seed]))
+    return tuple(rows), _verdict(reference, others, rows, obstacles)
+
+
+def _obstacle(run: Run, twin: Run | None) -> str:
+    """Why two runs cannot be held against each other, or nothing."""
+    if twin is None:
+        return "no run of the same seed"
+    if run.info.rounds != twin.info.rounds or run.info.parties != twin.info.parties:
+        return "other rounds or parties"
+    if any(mine.survivors != other.survivors for mine, other in zip(run.history, twin.history, strict=True)):
+        return "other parties survived"
+    if run.info.fixed_point is None or run.info.fixed_point != twin.info.fixed_point:
+        return "no common fixed-point encoding"
+    return ""
+
+
+def _match(arm: str, run: Run, reference: str, twin: Run) -> WeightsMatch:
+    bound = float((run.info.fixed_point or {})["error_bound"])
+    return WeightsMatch(
+        arm=arm, reference=reference, seed=run.info.seed, difference=_distance(run, twin), error_bound=bound
+    )
+
+
+def _distance(run: Run, twin: Run) -> float:
+    """max |difference| over all weights; infinite where they do not even have the same shapes or are not finite."""
+    if run.state.keys() != twin.state.keys():
+        return float("inf")
+    largest = 0.0
+    for name, mine in run.state.items():
+        other = twin.state[name]
+        if mine.shape != other.shape:
+            return float("inf")
+        if mine.numel() == 0:
+            continue
+        gap = float((mine.double().cpu() - other.double().cpu()).abs().max())
+        if not gap < float("inf"):
+            return float("inf")
+        largest = max(largest, gap)
+    return largest
+
+
+def _verdict(reference: str, others: Sequence[str], rows: Sequence[WeightsMatch], obstacles: Sequence[str]) -> Check:
+    name = f"{' and '.join(others)} equals {reference}"
+    broken = [row for row in rows if not row.difference <= row.error_bound]
+    if broken:
+        worst = max(broken, key=lambda row: row.difference)
+        finding = (
+            f"Some weight differs by {worst.difference:.3g} ({worst.arm}, seed {worst.seed}); the fixed-point bound"
+            f" is {worst.error_bound:.3g}."
+        )
+        return Check(name=name, verdict="violated", finding=finding)
+    if obstacles or not rows:
+        return Check(name=name, verdict="unverified", finding="Not compared: " + "; ".join(obstacles) + ".")
+    largest, bound = max(row.difference for row in rows), min(row.error_bound for row in rows)
+    if largest == 0:
+        finding = (
+            f"Every final weight is identical, to the last bit, at each of {len({row.seed for row in rows})} seeds"
+        )
+    else:
+        finding = f"The largest difference of any final weight is {largest:.3g}"
+    return Check(
+        name=name,
+        verdict="holds",
+        finding=f"{finding} (the fixed-point bound is {bound:.3g} per coordinate and round).",
+    )

@@ -1,0 +1,106 @@
+"""The claim of a run in words: unit, neighbours, adversary, epsilon, delta, accountant; and what qualifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from choral.audits.report import Claim
+
+if TYPE_CHECKING:
+    from choral.trainers.run import RunInfo
+
+_CAVEATS_ALWAYS = (
+    "Example counts, party names and party sizes are treated as public.",
+    "The evaluation data is taken to be public or disjoint from the training data: what is measured on it is published"
+    " without noise.",
+)
+_CAVEATS_PRIVATE = (
+    "Each epsilon is that of one run alone. Publishing several runs on the same records (several seeds, several"
+    " budgets, or a choice made by looking at them) costs the composition of all of them.",
+    "A record that two parties hold is spent at both: its epsilon is at most the sum of the two.",
+    "The guarantee covers what was noised. Normalisation statistics, model choice and tuning on the same records are"
+    " outside it.",
+)
+_CAVEATS_COMPARED = (
+    "Intervals are over seeds only (initial weights, data order, noise). They say nothing about another split, another"
+    " test set or another task.",
+    "Seconds are those of the machine that ran the arms, one party after another; parties that work at the same time"
+    " over a network would take other times.",
+)
+
+
+def sentence_parts(info: RunInfo) -> tuple[str, str]:
+    """Who is held off (``adversary``), and who is not."""
+    if info.kind == "centralized":
+        return (
+            "anyone who sees the trained model, after any step",
+            "The cloud itself holds the raw data and has to be trusted with it.",
+        )
+    unit = next((spent.unit for spent in info.spent.values()), "record")
+    if unit == "record":
+        return (
+            "anyone who sees every message and every model of the training, the server and all other parties included",
+            "Each party adds its own noise before anything leaves it.",
+        )
+    return ("anyone who sees the model after any round", "What the server sees is in the secure sum's statement.")
+
+
+def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
+    """The promise of one or several runs with the same settings: the worst holder over all of them."""
+    info = infos[0]
+    if info.privacy is None:
+        return None
+    holder, spent = max(
+        ((name, spent) for each in infos for name, spent in each.spent.items()), key=lambda item: item[1].epsilon
+    )
+    asked = float(info.privacy["epsilon"])
+    adversary, trust = sentence_parts(info)
+    several = len(info.spent) > 1
+    sentence = (
+        f"Training is (ε = {spent.epsilon:.4g}, δ = {spent.delta:.2g})-differentially private for each {spent.unit}:"
+        f" datasets are neighbours if they differ by “{spent.neighbours}”, and the guarantee holds against"
+        f" {adversary}. {trust} The budget asked for was ε = {asked:g}; ε is an upper bound by {spent.accountant}"
+        + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
+    )
+    return Claim(
+        sentence=sentence,
+        adversary=adversary,
+        unit=spent.unit,
+        neighbours=spent.neighbours,
+        epsilon=spent.epsilon,
+        asked=asked,
+        delta=spent.delta,
+        accountant=spent.accountant,
+        holder=holder,
+    )
+
+
+def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:
+    """What is said of a run that promises no differential privacy."""
+    if kind == "centralized":
+        return "No differential privacy is promised, and the cloud holds the raw data of every party."
+    name = str((secure_sum or {}).get("name", "")).lower()
+    if name in ("", "plain"):
+        seen = "The server sees each party's update in the clear; the raw records stay with the parties."
+    else:
+        seen = (
+            "The secure sum hides each party's update from the server and the other parties, under the trust it states;"
+            " the sum and every model are seen in the clear, and may give records away."
+        )
+    return f"No differential privacy is promised. {seen}"
+
+
+def caveats(*, private: bool, compared: bool) -> tuple[str, ...]:
+    """What a reader must know to read the numbers rightly."""
+    return (_CAVEATS_COMPARED if compared else ()) + (_CAVEATS_PRIVATE if private else ()) + _CAVEATS_ALWAYS
+
+
+def merged_versions(infos: Sequence[RunInfo]) -> dict[str, str]:
+    """Versions over all runs; where they differ, every one that occurs."""
+    found: dict[str, list[str]] = {}
+    for info in infos:
+        for package, version in info.versions.items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return {package: " and ".join(versions) for package, versions in found.items()}

@@ -1,0 +1,151 @@
+"""Compare ways of training on the same data: what privacy and distribution cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import msgspec
+
+from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
+from choral.audits.checks import comparison_checks, weights_match
+from choral.audits.claims import caveats, merged_versions
+from choral.audits.report import (
+    FORMAT_VERSION,
+    NOT_RUN,
+    ORDER,
+    Arm,
+    BudgetCurve,
+    Check,
+    NotRun,
+    WeightsMatch,
+)
+from choral.audits.storage import read_report, save_report
+from choral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from choral.trainers.run import Run
+
+TITLE = "What privacy and distribution cost"
+
+
+class Comparison(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="comparison"
+):
+    """What :func:`compare` found. JSON holds exactly these fields, and HTML is drawn from them alone.
+
+    metric: which evaluation is compared. baseline: the arm that differences are to. made: when, in UTC.
+    level: of every interval. matches: final weights under different secure sums, per seed.
+    """
+
+    format: Literal["choral-report"] = "choral-report"
+    version: int = FORMAT_VERSION
+    title: str
+    made: str
+    metric: str
+    baseline: str
+    level: float = 0.95
+    arms: tuple[Arm, ...]
+    budgets: tuple[BudgetCurve, ...] = ()
+    checks: tuple[Check, ...]
+    matches: tuple[WeightsMatch, ...] = ()
+    not_run: tuple[NotRun, ...] = NOT_RUN
+    caveats: tuple[str, ...]
+    versions: dict[str, str]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as ``.json`` or as one offline ``.html`` file, by suffix.
+
+        Raises: ConfigError for another suffix.
+        """
+        from choral.audits.html import comparison_page
+
+        return save_report(self, path, comparison_page)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table to the terminal, or to ``console``."""
+        from choral.audits.terminal import print_comparison
+
+        print_comparison(self, console)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a saved ``.json`` back, strictly.
+
+        Raises: ReportError if it is missing, damaged, of another version or no comparison.
+        """
+        return read_report(path, cls)
+
+
+def compare(
+    arms: Mapping[str, Run | Sequence[Run]],
+    *,
+    budgets: Mapping[str, Sequence[Run]] | None = None,
+    baseline: str | None = None,
+    metric: str = "accuracy",
+    title: str = TITLE,
+) -> Comparison:
+    """Compare arms, each one run or several that differ in their seed.
+
+    arms: name -> runs. Names are free; ``cloud``, ``cloud-dp``, ``federated``, ``federated-masked`` and
+        ``federated-dp`` always come first and in this order.
+    budgets: name -> all private runs at several epsilons and seeds, for the budget-against-accuracy curve.
+    baseline: the arm that differences are to; by default ``cloud``, else the first centralized arm without privacy,
+        else the first arm.
+    metric: which of the evaluations to compare.
+
+    Intervals are Student's at 95 %, over seeds; differences are paired by seed where the seeds are the same.
+
+    Raises: ConfigError for no arms, an arm without runs, an interrupted run, runs of one arm with unlike settings, an
+        unknown baseline or metric; DataError for a metric that is not finite.
+    """
+    if not arms:
+        raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
+    ready = {name: check_runs(name, _as_list(arms[name]), metric) for name in _ordered(arms)}
+    base = _baseline(ready, baseline)
+    rows = []
+    for name, runs in ready.items():
+        row = arm_of(name, runs, metric)
+        if name != base:
+            row = msgspec.structs.replace(row, difference=difference_of(runs, ready[base], base, metric))
+        rows.append(row)
+    curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
+    matches, verdict = weights_match(ready)
+    checks = comparison_checks(ready, rows, metric) + ((verdict,) if verdict else ())
+    every = [run.info for runs in (*ready.values(), *(budgets or {}).values()) for run in runs]
+    return Comparison(
+        title=title,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        metric=metric,
+        baseline=base,
+        arms=tuple(rows),
+        budgets=curves,
+        checks=checks,
+        matches=matches,
+        caveats=caveats(private=any(info.privacy is not None for info in every), compared=True),
+        versions=merged_versions(every),
+    )
+
+
+def _as_list(runs: Run | Sequence[Run]) -> Sequence[Run]:
+    return runs if isinstance(runs, Sequence) else [runs]
+
+
+def _ordered(names: Mapping[str, object]) -> list[str]:
+    """The well-known arms in their order, then the others as given: tables and colours stay put between reports."""
+    return [name for name in ORDER if name in names] + [name for name in names if name not in ORDER]
+
+
+def _baseline(arms: Mapping[str, Sequence[Run]], wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in arms:
+            raise ConfigError(f"no arm {wanted!r} to serve as baseline", hint=f"name one of: {', '.join(arms)}")
+        return wanted
+    if "cloud" in arms:
+        return "cloud"
+    pooled = (name for name, runs in arms.items() if runs[0].info.kind == "centralized" and not runs[0].info.privacy)
+    return next(pooled, next(iter(arms)))

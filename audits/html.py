@@ -1,0 +1,207 @@
+"""One offline HTML file per report, drawn from the report's fields alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from choral.audits import figures, text
+from choral.audits.claims import no_claim
+from choral.audits.report import ORDER, Arm
+from choral.audits.svg import arm_classes
+
+if TYPE_CHECKING:
+    from choral.audits.comparison import Comparison
+    from choral.audits.run_audit import Audit
+
+_WORDS = {"holds": "holds", "violated": "violated", "unverified": "not verified"}
+
+
+def comparison_page(report: Comparison) -> str:
+    """The comparison as HTML. Every name and title in it is escaped: they come from whoever ran the arms."""
+    colours = arm_classes([arm.name for arm in report.arms] + [curve.arm for curve in report.budgets], ORDER)
+    private = [arm for arm in report.arms if arm.claim]
+    references = [
+        arm for arm in report.arms if not arm.claim and (arm.name == report.baseline or arm.kind == "federated")
+    ]
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            report=report,
+            colours=colours,
+            private=private,
+            cards=cards(report),
+            lead=lead(report),
+            statements=statements(report.arms),
+            settings=settings(report.arms),
+            rounds=figures.rounds_figure(report.arms, report.metric, colours),
+            budget=figures.budget_figure(report.budgets, references[:2], report.metric, colours)
+            if report.budgets
+            else None,
+            holders=figures.holders_figure(report.arms, colours) if private else None,
+        )
+    )
+
+
+def audit_page(report: Audit) -> str:
+    """The audit of one run as HTML."""
+    return (
+        _environment()
+        .get_template("audit.html")
+        .render(
+            report=report,
+            lead=audit_lead(report),
+            trace=figures.trace_figure(report.traces[0]) if report.traces else None,
+            settings=_settings_text(report.config) if report.config else "",
+        )
+    )
+
+
+def audit_lead(report: Audit) -> str:
+    """The verdict in a sentence or two, with what it does not cover."""
+    if not report.promised:
+        said = "This run promises no differential privacy, so there is no budget to break."
+    else:
+        said = {
+            "holds": "The budget holds: recomputed from the ledgers, no data holder has spent more than was claimed or"
+            " promised.",
+            "violated": "The claim is violated.",
+            "unverified": "The claim cannot be verified from what this run left behind.",
+        }[report.verdict]
+    if report.completed < report.rounds:
+        said += f" The run was interrupted after round {report.completed} of {report.rounds}."
+    if report.traces:
+        trace = report.traces[0]
+        first, last = text.score(trace.values[0], trace.name), text.score(trace.values[-1], trace.name)
+        said += f" Its {trace.name} went from {first} to {last}."
+    return said + " No attack was run."
+
+
+def _settings_text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        score=text.score,
+        plus_minus=text.plus_minus,
+        signed=text.signed,
+        amount=text.amount,
+        duration=text.duration,
+        no_claim=no_claim,
+        words=_WORDS,
+    )
+    environment.filters["plain"] = _plain
+    environment.filters["words"] = lambda key: str(key).replace("_", " ")
+    return environment
+
+
+def _plain(value: Any) -> str:
+    """A setting or statement in a line of text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, Mapping):
+        return "; ".join(f"{str(key).replace('_', ' ')}: {_plain(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def lead(report: Comparison) -> str:
+    """The result in a few sentences."""
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    metric = report.metric
+    data = f"{base.examples:,} examples of {base.parties} parties"
+    said = [f"{base.name} reaches {score_of(base, metric)} {metric} on {data}."]
+    spread = _plain_federated(report)
+    if spread and spread is not base:
+        said.append(f"Without pooling the data, {spread.name} reaches {score_of(spread, metric)}.")
+    for arm in report.arms:
+        if arm.claim and arm is not base:
+            said.append(
+                f"With differential privacy for each {arm.claim.unit} at ε = {arm.claim.epsilon:.3g}, {arm.name}"
+                f" reaches {score_of(arm, metric)}."
+            )
+    return " ".join(said)
+
+
+def score_of(arm: Arm, metric: str) -> str:
+    return text.score(arm.metric.mean, metric)
+
+
+def _plain_federated(report: Comparison) -> Arm | None:
+    return next((arm for arm in report.arms if arm.kind == "federated" and not arm.claim), None)
+
+
+def cards(report: Comparison) -> list[dict[str, str]]:
+    """Headline numbers: the baseline, then what distribution, the secure sum and privacy cost against it."""
+    metric = report.metric
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    kind = "pooled data" if base.kind == "centralized" else f"{base.parties} parties"
+    found = [
+        _card("Baseline", score_of(base, metric), f"{base.name}: {kind}, {'with' if base.claim else 'no'} privacy")
+    ]
+    spread = _plain_federated(report)
+    if spread and spread.difference:
+        found.append(_cost("Distribution", spread, metric, f"{spread.name}, data stay with {spread.parties} parties"))
+    if report.matches:
+        largest = max(row.difference for row in report.matches)
+        value = "none" if largest == 0 else f"{largest:.1g}"
+        note = "not one weight differs" if largest == 0 else "largest difference of a weight"
+        found.append(_card("Secure sum", value, f"{report.matches[0].arm}: {note}"))
+    for arm in report.arms:
+        if arm.claim and arm.difference:
+            where = "pooled" if arm.kind == "centralized" else "distributed"
+            found.append(_cost(f"Privacy, {where}", arm, metric, f"{arm.name} at ε = {arm.claim.epsilon:.3g}"))
+    return found
+
+
+def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
+    if arm.difference is None:
+        return _card(label, "-", note)
+    estimate = arm.difference.estimate
+    value = text.signed(estimate.mean, metric) + (" points" if text.is_percent(metric) else "")
+    interval = text.plus_minus(estimate.half_width, metric).strip()
+    return _card(label, value, note, interval or "one seed")
+
+
+def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "interval": interval}
+
+
+def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """Each distinct secure-sum statement with the arms that it holds for."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for arm in arms:
+        if arm.secure_sum is None:
+            continue
+        for names, statement in found:
+            if statement == arm.secure_sum:
+                names.append(arm.name)
+                break
+        else:
+            found.append(([arm.name], arm.secure_sum))
+    return [(", ".join(names), statement) for names, statement in found]
+
+
+def settings(arms: tuple[Arm, ...]) -> list[tuple[str, str]]:
+    """What was typed, once for all the arms that share it."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.config:
+            found.setdefault(_settings_text(arm.config), []).append(arm.name)
+    return [("all arms" if len(found) == 1 else ", ".join(names), typed) for typed, names in found.items()]

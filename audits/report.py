@@ -1,0 +1,218 @@
+"""The report's schema: what JSON holds and HTML is drawn from.
+
+One format, ``choral-report``, of one version, in two kinds: ``comparison`` (several arms) and ``audit`` (one run).
+Decoding is strict: an unknown field, a missing one or a wrong type is refused. This module knows no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from choral.errors import ChoralError
+
+FORMAT = "choral-report"
+FORMAT_VERSION = 1
+ORDER = ("cloud", "cloud-dp", "federated", "federated-masked", "federated-dp")  # these come first, with fixed colours
+Verdict = Literal["holds", "violated", "unverified"]
+
+
+class ReportError(ChoralError):
+    """A report file is missing, damaged, edited by hand into something else, or of another version."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mean over seeds. low, high: its 95 % interval, None where one seed gives none. values: per seed."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    values: tuple[float, ...]
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """This arm minus the baseline. paired: seed by seed (Student), otherwise two independent means (Welch)."""
+
+    baseline: str
+    paired: bool
+    estimate: Estimate
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The metric after one round: mean, least and greatest over seeds."""
+
+    round: int
+    mean: float
+    low: float
+    high: float
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One data holder's cost, the worst over seeds. examples: how many records it trained on in that run."""
+
+    name: str
+    examples: int | None
+    epsilon: float
+    steps: int
+    noise_multiplier: float | None
+    sample_rate: float | None
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A promise with everything that is needed to read it.
+
+    sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data holder's spending
+    (``holder``), at ``delta``. asked: the epsilon that was promised.
+    """
+
+    sentence: str
+    adversary: str
+    unit: str
+    neighbours: str
+    epsilon: float
+    asked: float
+    delta: float
+    accountant: str
+    holder: str
+
+
+class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way of training, over its seeds.
+
+    examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
+    party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
+    recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
+    """
+
+    name: str
+    kind: Literal["centralized", "federated"]
+    seeds: tuple[int, ...]
+    rounds: int
+    parties: int
+    examples: int
+    parameters: int
+    metric: Estimate
+    difference: Difference | None = None
+    claim: Claim | None = None
+    holders: tuple[Holder, ...] = ()
+    bytes_per_party: float | None = None
+    seconds: Estimate
+    survivors: int | None = None
+    secure_sum: dict[str, Any] | None = None
+    curve: tuple[Point, ...]
+    devices: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+    config: dict[str, Any] = {}
+
+
+class BudgetPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The metric at one budget. asked: the epsilon promised; spent: the worst holder's over all seeds."""
+
+    asked: float
+    spent: float
+    delta: float
+    seeds: tuple[int, ...]
+    metric: Estimate
+
+
+class BudgetCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Budget against accuracy for one arm, by rising epsilon."""
+
+    arm: str
+    points: tuple[BudgetPoint, ...]
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that was tried, and what came of it."""
+
+    name: str
+    verdict: Verdict
+    finding: str
+
+
+class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two secure sums, one seed: the largest difference of any final weight.
+
+    error_bound: how far fixed-point encoding may move one coordinate of the weighted mean in one round.
+    """
+
+    arm: str
+    reference: str
+    seed: int
+    difference: float
+    error_bound: float
+
+
+class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An audit that was not carried out, and what it would have shown."""
+
+    name: str
+    would_show: str
+
+
+class HolderBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One holder's budget: promised, claimed in run.json, and recomputed from its ledger (None: it could not be).
+
+    steps: noisy steps on the ledger.
+    """
+
+    holder: str
+    promised: float
+    claimed: float | None
+    recomputed: float | None
+    delta: float
+    steps: int
+    verdict: Verdict
+    finding: str
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One metric of one run, by round; ``values[0]`` belongs to the initial model."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+NOT_RUN = (
+    NotRun(
+        name="Membership inference by loss threshold",
+        would_show="how often a plain guess from the loss tells a training record from a fresh one",
+    ),
+    NotRun(
+        name="LiRA (likelihood-ratio attack)",
+        would_show="the same with shadow models: the true-positive rate at 1 % and 0.1 % false positives",
+    ),
+    NotRun(
+        name="RMIA (robust membership inference)",
+        would_show="a strong membership attack from few reference models",
+    ),
+    NotRun(
+        name="One-run audit with canaries",
+        would_show="a statistical lower bound on epsilon, to hold against the accountant's upper bound",
+    ),
+    NotRun(
+        name="Gradient inversion",
+        would_show="whether inputs can be rebuilt from an update, from a masked message and from the sum",
+    ),
+    NotRun(
+        name="Transcript audit",
+        would_show="whether any recorded message correlates with a single party's update or reuses a mask or key",
+    ),
+)
+
+
+def check_version(raw: bytes, path: str) -> None:
+    """Refuse a file that is not a report of this version, before it is decoded."""
+    try:
+        head = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise ReportError(f"{path} is damaged: {error}") from None
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise ReportError(f"{path} is not a Choral report", hint="name the report.json of a comparison or an audit")
+    if head.get("version") != FORMAT_VERSION:
+        raise ReportError(f"{path} is of report version {head.get('version')}; this Choral reads {FORMAT_VERSION}")

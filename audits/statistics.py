@@ -1,0 +1,61 @@
+"""Means over seeds and their 95 % intervals, by Student's t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from choral.audits.report import Estimate
+
+LEVEL = 0.95
+
+
+def mean_interval(values: Sequence[float]) -> Estimate:
+    """The mean with its two-sided 95 % Student-t interval, ``mean ± t(.975, n-1) s / sqrt(n)``.
+
+    The interval assumes values that are independent and near normal. One value has no interval: ``low`` and
+    ``high`` are None, never 0 wide.
+
+    Raises: ValueError for no values or a value that is not finite.
+    """
+    mean, variance = _moments(values)
+    if len(values) == 1:
+        return Estimate(mean=mean, values=tuple(values))
+    half = _quantile(len(values) - 1) * math.sqrt(variance / len(values))
+    return Estimate(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+
+
+def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """The difference of two independent means, ours minus theirs, with Welch's 95 % interval.
+
+    For arms that were run with different seeds. ``values`` is empty: no pair belongs together.
+    Reference: Welch (1947), with the Welch-Satterthwaite degrees of freedom.
+
+    Raises: ValueError for no values or a value that is not finite.
+    """
+    (mean_a, variance_a), (mean_b, variance_b) = _moments(ours), _moments(theirs)
+    mean = mean_a - mean_b
+    if len(ours) == 1 or len(theirs) == 1:
+        return Estimate(mean=mean, values=())
+    square_a, square_b = variance_a / len(ours), variance_b / len(theirs)
+    if square_a + square_b == 0:
+        return Estimate(mean=mean, low=mean, high=mean, values=())
+    spread = square_a**2 / (len(ours) - 1) + square_b**2 / (len(theirs) - 1)
+    half = _quantile((square_a + square_b) ** 2 / spread) * math.sqrt(square_a + square_b)
+    return Estimate(mean=mean, low=mean - half, high=mean + half, values=())
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and unbiased variance (0 for one value)."""
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"Expected one or more finite values, got {list(values)}.")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    return mean, math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _quantile(freedom: float) -> float:
+    from scipy.special import stdtrit  # a third of a second to import
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))

@@ -1,0 +1,46 @@
+"""Reports on disk: JSON is the truth, HTML a drawing of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from choral.audits.report import ReportError, check_version
+from choral.errors import ConfigError
+
+ReportT = TypeVar("ReportT", bound=msgspec.Struct)
+
+
+def save_report(report: ReportT, path: str | Path, page: Callable[[ReportT], str]) -> Path:
+    """Write ``report`` by suffix, in one step: a reader finds the old file or the new one, whole."""
+    path = Path(path)
+    if path.suffix == ".json":
+        content = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+    elif path.suffix == ".html":
+        content = page(report).encode()
+    else:
+        raise ConfigError(f"cannot save a report as {path.name!r}", hint="end the name in .json or .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)
+    return path
+
+
+def read_report(path: str | Path, kind: type[ReportT]) -> ReportT:
+    """Decode a report strictly."""
+    path = Path(path)
+    if not path.is_file():
+        raise ReportError(f"no report at {path}", hint="name a report.json")
+    raw = path.read_bytes()
+    check_version(raw, str(path))
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise ReportError(
+            f"{path} does not hold what it should: {error}", hint="it was edited, or is another kind"
+        ) from None

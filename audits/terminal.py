@@ -1,0 +1,92 @@
+"""Reports on the terminal: tables that fit 80 columns and survive a pipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from choral.audits.text import amount, duration, plus_minus, score, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from choral.audits.comparison import Comparison
+    from choral.audits.report import Arm, Check
+    from choral.audits.run_audit import Audit
+
+_MARKS = {"holds": "ok", "violated": "VIOLATED", "unverified": "unverified"}
+
+
+def print_comparison(report: Comparison, console: Console | None = None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for heading in (report.metric, f"vs {report.baseline}", "epsilon", "rounds", "per party", "time"):
+        table.add_column(Text(heading), justify="right")
+    for arm in report.arms:
+        table.add_row(*(Text(cell) for cell in (arm.name, *_cells(arm, report.metric))))
+    console.print(Text(report.title, style="bold"))
+    console.print(table)
+    console.print(Text(legend(report), style="dim"))
+    for check in report.checks:
+        _print_check(check, console)
+
+
+def _cells(arm: Arm, metric: str) -> tuple[str, ...]:
+    return (
+        f"{score(arm.metric.mean, metric)}{plus_minus(arm.metric.half_width, metric)}",
+        f"{signed(arm.difference.estimate.mean, metric)}{plus_minus(arm.difference.estimate.half_width, metric)}"
+        if arm.difference
+        else "-",
+        f"{arm.claim.epsilon:.3g}" if arm.claim else "-",
+        str(arm.rounds),
+        amount(arm.bytes_per_party),
+        duration(arm.seconds.mean),
+    )
+
+
+def legend(report: Comparison) -> str:
+    """What the columns mean, in the words that the numbers need."""
+    counts = sorted({len(arm.seeds) for arm in report.arms})
+    seeds = " or ".join(map(str, counts)) + (" seeds" if counts != [1] else " seed: no interval")
+    unpaired = any(arm.difference and not arm.difference.paired for arm in report.arms)
+    pairing = "not paired where seeds differ (Welch)" if unpaired else "paired by seed"
+    return (
+        f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. epsilon: the worst data holder's."
+        " per party: sent and received by the busiest party; for pooled arms, its raw data, moved once."
+    )
+
+
+def print_audit(report: Audit, console: Console | None = None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    console.print(Text(f"{report.title}: {report.verdict}", style="bold"))
+    console.print(Text(report.claim))
+    if report.budgets:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table.add_column("data holder", overflow="fold")
+        for heading in ("promised", "claimed", "from ledger", "verdict"):
+            table.add_column(heading, justify="right")
+        for row in report.budgets:
+            numbers = (f"{value:.4g}" if value is not None else "-" for value in (row.claimed, row.recomputed))
+            table.add_row(*map(Text, (row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict])))
+        console.print(table)
+    for check in report.checks:
+        _print_check(check, console)
+    missing = ", ".join(audit.name for audit in report.not_run)
+    console.print(Text(f"Not audited: {missing}.", style="dim"))
+
+
+def _print_check(check: Check, console: Console) -> None:
+    from rich.text import Text
+
+    style = {"holds": "green", "violated": "bold red", "unverified": "yellow"}[check.verdict]
+    console.print(Text.assemble((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (check.finding, "dim")))
