@@ -1,1 +1,78 @@
-"""What noise costs: budgets, accounting, mechanisms, and the torch wrapper."""
+"""What noise costs: budgets, accounting, mechanisms, and the torch wrapper.
+
+`choral.privacy.accounting` needs no torch; the names below are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from choral.privacy.accounting import Budget, budget
+    from choral.privacy.encoding import FixedPoint
+    from choral.privacy.errors import (
+        AccountingError,
+        BudgetExceededError,
+        EncodingError,
+        LedgerError,
+        PrivacyError,
+        UnsupportedLoaderError,
+        UnsupportedModelError,
+    )
+    from choral.privacy.events import PoissonSampledGaussian
+    from choral.privacy.guard import Guard, Privacy
+    from choral.privacy.ledger import Ledger
+    from choral.privacy.model import unwrap
+    from choral.privacy.spent import Spent
+
+_HOME = {
+    "AccountingError": "errors",
+    "Budget": "accounting",
+    "BudgetExceededError": "errors",
+    "EncodingError": "errors",
+    "FixedPoint": "encoding",
+    "Guard": "guard",
+    "Ledger": "ledger",
+    "LedgerError": "errors",
+    "PoissonSampledGaussian": "events",
+    "Privacy": "guard",
+    "PrivacyError": "errors",
+    "Spent": "spent",
+    "UnsupportedLoaderError": "errors",
+    "UnsupportedModelError": "errors",
+    "budget": "accounting",
+    "unwrap": "model",
+}
+
+__all__ = [
+    "AccountingError",
+    "Budget",
+    "BudgetExceededError",
+    "EncodingError",
+    "FixedPoint",
+    "Guard",
+    "Ledger",
+    "LedgerError",
+    "PoissonSampledGaussian",
+    "Privacy",
+    "PrivacyError",
+    "Spent",
+    "UnsupportedLoaderError",
+    "UnsupportedModelError",
+    "budget",
+    "unwrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'choral.privacy' has no attribute {name!r}")
+    value = getattr(import_module(f"choral.privacy.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,8 @@ class Spent:
     epsilon: the accountant's upper bound for all recorded events, at ``delta``.
     unit: whose presence is hidden. neighbours: how two neighbouring datasets differ.
     steps, noise_multiplier, sample_rate: noisy steps taken in all, and the setting of the latest ones
-        (noise standard deviation over clipping norm; expected batch size over dataset size).
+        (noise standard deviation over clipping norm; expected batch size over dataset size); 0 before any step.
+    accountant: the method that computed epsilon.
     """
 
     epsilon: float
@@ -23,3 +25,7 @@ class Spent:
     steps: int
     noise_multiplier: float
     sample_rate: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dict of JSON types."""
+        return asdict(self)

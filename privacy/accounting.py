@@ -1,0 +1,320 @@
+"""What releases cost: epsilon at a delta, and the noise that fits a budget. Imports no torch.
+
+Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`), the
+neighbour relation *add or remove one record*, and an adversary who sees every noisy sum but neither the
+noise nor who was sampled.
+
+Two independent accountants run: privacy loss distributions (PLD, pessimistic discretisation; Doroshenko et
+al. 2022, "Connect the Dots") give the answer, and Renyi DP (Mironov, Talwar, Zhang 2019, with the
+conversion of Canonne, Kamath, Steinke 2020) must not be below it, since RDP is the looser bound. If it is,
+one of the two is wrong and :class:`AccountingError` is raised.
+
+>>> event = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=10_000)
+>>> round(epsilon([event], 1e-5), 4)
+0.947
+>>> round(noise_multiplier(1.0, 1e-5, 0.1, 100), 4)
+3.9417
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+
+import dp_accounting
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.rdp import RdpAccountant
+
+from choral.errors import ConfigError
+from choral.privacy.errors import AccountingError, BudgetExceededError
+from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+
+ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')}), cross-checked by RDP"
+
+_GRIDS = (1e-2, 1e-3, 1e-4)  # discretisation of the privacy loss, nested
+_LARGEST_NOISE = 1e6
+
+_Merged = tuple[tuple[float, float, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The answer of :func:`budget`: `steps` at `sample_rate` with `noise_multiplier` cost `epsilon` at `delta`.
+
+    `epsilon` is the PLD value, the one to quote; `epsilon_rdp` the looser cross-check.
+    """
+
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    unit: str = UNIT
+    neighbours: str = NEIGHBOURS
+    accountant: str = ACCOUNTANT
+
+
+def epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    """Return the epsilon at `delta` of all `events` together, by PLD, checked against RDP.
+
+    Guarantee: an upper bound; the releases are (epsilon, delta)-DP.
+    Raises: ConfigError (delta), AccountingError (the accountants disagree).
+    """
+    _check_delta(delta)
+    merged = _merge(events)
+    return _checked_epsilon(merged, delta) if merged else 0.0
+
+
+def epsilon_rdp(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
+    _check_delta(delta)
+    merged = _merge(events)
+    return _rdp(merged, delta) if merged else 0.0
+
+
+def noise_multiplier(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: Iterable[PoissonSampledGaussian] = (),
+    *,
+    slack: float = 1e-5,
+) -> float:
+    """Return the smallest noise multiplier with which `spent` and `steps` more releases cost at most `epsilon`.
+
+    Guarantee: the cost of the result never exceeds `epsilon` and is at least (1 - slack) * epsilon; a larger
+    `slack` (1e-3 is plenty for training) is answered faster.
+    Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little),
+    AccountingError (the search found no answer).
+    """
+    check_target(epsilon, delta)
+    PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps)
+    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(spent), slack)
+
+
+def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:
+    """Return the largest number of releases that cost at most `epsilon` at `delta`; 0 if not even one fits.
+
+    Raises: ConfigError (a number out of range).
+    """
+    check_target(epsilon, delta)
+    one = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=1)
+
+    def fits(steps: int) -> bool:
+        return _checked_epsilon(((one.sample_rate, one.noise_multiplier, steps),), delta) <= epsilon
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 2**40:
+            raise AccountingError(
+                f"more than 2^39 steps fit into epsilon={epsilon}", hint="Check the sample rate and the noise."
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def budget(
+    *,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+) -> Budget:
+    """Solve for the one of `epsilon` and `noise_multiplier` that is not given.
+
+    Raises: ConfigError (not exactly one given, or a number out of range).
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError(
+            "expected exactly one of epsilon and noise_multiplier",
+            hint="Give --epsilon to learn the noise, or --noise-multiplier to learn the epsilon.",
+        )
+    if epsilon is not None:
+        noise_multiplier = _noise_for(epsilon, delta, sample_rate, steps)
+    noise = 0.0 if noise_multiplier is None else noise_multiplier
+    event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
+    return Budget(
+        epsilon=_cost_of([event], delta),
+        epsilon_rdp=epsilon_rdp([event], delta),
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=steps,
+        noise_multiplier=noise,
+    )
+
+
+def check_target(epsilon: float, delta: float) -> None:
+    """Raise ConfigError unless 0 < epsilon < infinity and 0 < delta < 1."""
+    if not (math.isfinite(epsilon) and epsilon > 0.0):
+        raise ConfigError(f"epsilon is {epsilon}, expected a finite number > 0", hint="Values from 1 to 8 are usual.")
+    _check_delta(delta)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0.0 < delta < 1.0:
+        raise ConfigError(
+            f"delta is {delta}, expected 0 < delta < 1", hint="Choose delta below 1/n for n records, such as 1e-5."
+        )
+
+
+def _merge(events: Iterable[PoissonSampledGaussian]) -> _Merged:
+    totals: dict[tuple[float, float], int] = {}
+    for event in events:
+        key = (event.sample_rate, event.noise_multiplier)
+        totals[key] = totals.get(key, 0) + event.steps
+    return tuple(sorted((rate, noise, steps) for (rate, noise), steps in totals.items()))
+
+
+@lru_cache(maxsize=4096)
+def _checked_epsilon(merged: _Merged, delta: float) -> float:
+    by_rdp, by_pld = _rdp(merged, delta), _refined(merged, delta)
+    if by_pld > by_rdp and by_pld - by_rdp < 0.1:  # perhaps only the grid's pessimism
+        by_pld = _pld(merged, delta, _GRIDS[-1] / 10.0)
+    if by_pld > by_rdp * (1.0 + 1e-6):
+        raise AccountingError(
+            f"PLD says epsilon={by_pld:.6g} but RDP, the looser bound, says {by_rdp:.6g} at delta={delta:g}",
+            hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
+        )
+    return by_pld
+
+
+def _refined(merged: _Merged, delta: float) -> float:
+    """PLD on finer and finer grids until it settles: each value is an upper bound, a finer one is only tighter."""
+    value = math.inf
+    for grid in _GRIDS:
+        before, value = value, _pld(merged, delta, grid)
+        if before - value <= 2e-3 * value:  # the next factor of ten would change about a hundredth of that
+            break
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _pld(merged: _Merged, delta: float, grid: float) -> float:
+    if len(merged) == 1 and merged[0][0] == 1.0:  # exact: Balle and Wang 2018, theorem 8
+        _, noise, steps = merged[0]
+        return float(dp_accounting.get_epsilon_gaussian(noise / math.sqrt(steps), delta))
+    total = None
+    for rate, noise, steps in merged:
+        if rate == 1.0:  # T full-batch Gaussians are exactly one Gaussian of noise / sqrt(T)
+            part = pld.from_gaussian_mechanism(noise / math.sqrt(steps), value_discretization_interval=grid)
+        else:
+            part = pld.from_gaussian_mechanism(noise, value_discretization_interval=grid, sampling_prob=rate)
+            part = part.self_compose(steps) if steps > 1 else part
+        total = part if total is None else total.compose(part)
+    return float(total.get_epsilon_for_delta(delta)) if total is not None else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _rdp(merged: _Merged, delta: float) -> float:
+    accountant = RdpAccountant()
+    with _quiet():
+        for rate, noise, steps in merged:
+            event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(noise)
+            if rate < 1.0:
+                event = dp_accounting.PoissonSampledDpEvent(rate, event)
+            accountant.compose(event, steps)
+        return float(accountant.get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # RDP warns for every fractional order whose series does not converge and leaves that order out, which is sound.
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "failed to converge" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@lru_cache(maxsize=1024)
+def _calibrate(target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float) -> float:
+    if spent and _checked_epsilon(spent, delta) >= target:
+        raise BudgetExceededError(
+            f"the budget epsilon={target:g} at delta={delta:g} is spent: {_checked_epsilon(spent, delta):.6g} so far",
+            hint="This data may not be used again under this promise; a larger epsilon is a weaker promise.",
+        )
+
+    def together(noise: float) -> _Merged:
+        parts = {(q, s): t for q, s, t in spent}
+        parts[(rate, noise)] = parts.get((rate, noise), 0) + steps
+        return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
+
+    def coarse(noise: float) -> float:
+        return _pld(together(noise), delta, _GRIDS[0])
+
+    # Solve on the coarse grid, measure on the fine one, and shift the coarse aim by what that showed.
+    goal = target * (1.0 - slack / 2.0)
+    aim, noise = goal, _clt_guess(target, delta, rate, steps, spent)
+    for _ in range(20):
+        noise = _search(coarse, aim, noise, slack=slack / 4.0)
+        cost = _checked_epsilon(together(noise), delta)
+        if (1.0 - slack) * target <= cost <= target:
+            return noise
+        aim = coarse(noise) * goal / cost
+    return _search(lambda z: _checked_epsilon(together(z), delta), target, noise, slack=slack)
+
+
+def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: _Merged) -> float:
+    """Guess the noise by the central limit theorem of Gaussian DP (Bu et al. 2020): a start, never a guarantee."""
+    mu_squared = dp_accounting.get_sigma_gaussian(target, delta) ** -2
+    left = mu_squared - sum(t * q * q * math.expm1(min(s**-2, 50.0)) for q, s, t in spent)
+    return min(1.0 / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate))), _LARGEST_NOISE / 2)
+
+
+def _search(cost: Callable[[float], float], target: float, start: float, *, slack: float) -> float:
+    """Return a noise whose cost lies in [(1 - slack) * target, target], by secant steps kept inside a bracket.
+
+    Cost falls with noise, nearly as a power, so secants of log cost over log noise converge in a few steps.
+    """
+    too_little, enough = 0.0, math.inf
+    noise, slope = start, -1.0
+    previous: tuple[float, float] | None = None
+    aim = math.log(target * (1.0 - slack / 2.0))
+    for _ in range(200):
+        value = cost(noise)
+        if (1.0 - slack) * target <= value <= target:
+            return noise
+        too_little, enough = (noise, enough) if value > target else (too_little, noise)
+        if enough - too_little <= 1e-9 * too_little:  # the cost jumps over the aim
+            return enough
+        if too_little > _LARGEST_NOISE:
+            raise BudgetExceededError(
+                f"what is left of epsilon={target:g} is too little for any noise multiplier up to {_LARGEST_NOISE:g}",
+                hint="Plan fewer steps, or accept that this data's budget is spent.",
+            )
+        here = (math.log(noise), math.log(max(value, 1e-300)))
+        if previous is not None and here[0] != previous[0]:
+            slope = min((here[1] - previous[1]) / (here[0] - previous[0]), -1e-3)
+        previous = here
+        noise = math.exp(here[0] + max(-2.0, min(2.0, (aim - here[1]) / slope)))
+        if not too_little < noise < enough:
+            noise = _between(too_little, enough)
+    raise AccountingError("the calibration of the noise did not converge", hint="Please report the four numbers.")
+
+
+def _between(low: float, high: float) -> float:
+    if low == 0.0:
+        return high / 2.0
+    return 2.0 * low if high == math.inf else math.sqrt(low * high)
+
+
+# The parameters of budget() carry the field's names and hide the functions of the same name.
+_cost_of, _noise_for = epsilon, noise_multiplier

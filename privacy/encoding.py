@@ -1,0 +1,109 @@
+"""Float updates as integers and back: what lets a secure sum add weighted updates exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from choral.errors import ConfigError
+from choral.privacy.errors import EncodingError
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class FixedPoint:
+    """Weighted fixed-point encoding of update vectors: refuses what does not fit, never clips, never wraps.
+
+    A coordinate v in [-bound, bound] becomes the integer k = round(v / step), half to even, with
+    step = bound / (2^(value_bits - 1) - 1), so |k| < 2^(value_bits - 1). A party of weight w sends
+    (w k_1, ..., w k_d, w): the weight is one more coordinate, so that a secure sum hides it too.
+
+    The weighted mean decodes to within `error_bound` = step / 2 per coordinate: |k_i step - v_i| <= step / 2
+    for each party i, hence |sum w_i k_i step / sum w_i - sum w_i v_i / sum w_i| is at most a weighted mean of
+    numbers <= step / 2. (Float64 arithmetic adds relative 2^-52 to this; keep value_bits <= 48.)
+
+    Args:
+        bound: largest absolute value of a coordinate, in the update's unit, finite and > 0.
+        value_bits: bits of one encoded value with its sign, 2 to 48.
+        max_weight: largest weight of one party, such as its number of examples, >= 1.
+
+    Raises: ConfigError if a setting is out of range or max_weight * 2^(value_bits - 1) exceeds 2^62.
+    """
+
+    def __init__(self, *, bound: float, value_bits: int, max_weight: int) -> None:
+        if not (math.isfinite(bound) and bound > 0.0):
+            raise ConfigError(f"bound is {bound}, expected a finite number > 0")
+        if not 2 <= value_bits <= 48:
+            raise ConfigError(f"value_bits is {value_bits}, expected 2 to 48", hint="24 bits suit float32 updates.")
+        if max_weight < 1 or max_weight << (value_bits - 1) > 2**62:
+            raise ConfigError(
+                f"max_weight is {max_weight}, expected 1 to {2**62 >> (value_bits - 1)} with {value_bits} value bits",
+                hint="Use fewer value bits or smaller weights.",
+            )
+        self.bound = float(bound)
+        self.value_bits = int(value_bits)
+        self.max_weight = int(max_weight)
+        self._largest: int = (1 << (self.value_bits - 1)) - 1
+        self.step: float = self.bound / self._largest
+
+    def __repr__(self) -> str:
+        return f"FixedPoint(bound={self.bound}, value_bits={self.value_bits}, max_weight={self.max_weight})"
+
+    @property
+    def integer_bound(self) -> int:
+        """The largest absolute value of any coordinate of one party's encoding."""
+        return self.max_weight * self._largest
+
+    @property
+    def error_bound(self) -> float:
+        """The largest error of a coordinate of the decoded weighted mean: step / 2."""
+        return self.step / 2.0
+
+    def encode(self, update: torch.Tensor | npt.NDArray[Any], weight: int) -> Int64Array:
+        """Encode `update` (shape (d,), floating point) with its `weight` as int64 integers, shape (d + 1,).
+
+        Raises: EncodingError if the update is not a float vector, holds NaN or infinity or a coordinate
+        beyond `bound`, or if the weight is not an integer from 1 to `max_weight`.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= self.max_weight:
+            raise EncodingError(f"weight is {weight}, expected an integer from 1 to {self.max_weight}")
+        values = update.detach().cpu().to(torch.float64).numpy() if isinstance(update, torch.Tensor) else update
+        if values.ndim != 1 or values.dtype.kind != "f":
+            raise EncodingError(f"update has shape {values.shape} and type {values.dtype}, expected one float vector")
+        values = values.astype(np.float64, copy=False)
+        largest = float(np.abs(values).max(initial=0.0))
+        if not largest <= self.bound:  # also NaN
+            what = "not finite" if not math.isfinite(largest) else f"{largest:.6g}"
+            raise EncodingError(
+                f"the largest coordinate is {what}, expected at most the bound {self.bound:.6g}",
+                hint="Lower the learning rate or clip the update; raise the bound only if the parties agree on it.",
+            )
+        encoded = np.empty(len(values) + 1, dtype=np.int64)
+        encoded[:-1] = np.rint(values / self.step)
+        np.clip(encoded[:-1], -self._largest, self._largest, out=encoded[:-1])  # a rounding of the division at most
+        encoded[:-1] *= int(weight)
+        encoded[-1] = weight
+        return encoded
+
+    def decode(self, total: Int64Array) -> tuple[torch.Tensor, int]:
+        """Return the weighted mean, shape (d,), float64, and the total weight, of a sum of encodings, shape (d + 1,).
+
+        Raises: EncodingError if the total is not an int64 vector, its weight is below 1, or a coordinate is
+        larger than that weight allows (parties disagree on the settings, or the sum wrapped).
+        """
+        if total.ndim != 1 or total.dtype != np.int64 or len(total) < 1:
+            raise EncodingError(f"total has shape {total.shape} and type {total.dtype}, expected one int64 vector")
+        weight = int(total[-1])
+        if weight < 1:
+            raise EncodingError(f"total weight is {weight}, expected >= 1")
+        sums = total[:-1]
+        if len(sums) and max(int(sums.max()), -int(sums.min())) > weight * self._largest:
+            raise EncodingError(
+                "a coordinate of the sum is larger than its weight allows",
+                hint="All parties must use the same bound, value bits and modulus.",
+            )
+        return torch.from_numpy(sums.astype(np.float64) * (self.step / weight)), weight

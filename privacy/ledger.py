@@ -1,0 +1,235 @@
+"""The ledger: everything one data holder ever released, written down before it is released.
+
+Epsilon belongs to the life of the data, not to a run or a process. A ledger therefore outlives both: it is an
+append-only file of JSON lines, each carrying the SHA-256 of the line before it and its own. An append is
+written, flushed and fsynced under an exclusive lock before the noise it pays for is drawn, so a crash can only
+overcount.
+
+A file that ends in a torn line was cut during an append that never returned: nothing was released for it, and
+the torn tail alone is removed. Any other irregularity (an edited, missing, reordered or foreign line) is
+refused with :class:`LedgerError`. The hash chain finds damage and careless edits. It cannot bind a holder who
+rewrites the whole chain, or rolls the file back to an older copy: keep the head hash elsewhere against that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from choral.errors import ConfigError
+from choral.privacy import accounting
+from choral.privacy.errors import LedgerError
+from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+
+_FORMAT = "choral ledger 1"
+_GENESIS = "0" * 64
+_ONE_EACH = "Give each data holder a ledger of its own."
+_RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="header"):
+    format: str
+    holder: str
+    delta: float
+    unit: str
+    neighbours: str
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    previous: str  # the digest of the line before
+    entry: _Header | PoissonSampledGaussian
+    digest: str  # hexadecimal SHA-256 of the JSON of [previous, entry]
+
+
+class Ledger:
+    """The events of one data holder: in memory if `path` is None, else in an append-only file.
+
+    Args:
+        path: the file; the first append makes it, in a folder that exists.
+        holder: whose data this is. Left out, it is read from the file or set by the first Guard that uses it.
+
+    Safe under kill -9 and with several writing processes.
+    Raises: LedgerError if the file is damaged or belongs to another holder.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._asked = holder
+        self._asked_delta: float | None = None
+        self._header: _Header | None = None
+        self._events: list[PoissonSampledGaussian] = []
+        self._head = _GENESIS
+        self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
+        self._refresh()
+        if holder is not None and self.holder != holder:
+            raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+
+    def __repr__(self) -> str:
+        return f"Ledger(path={self.path}, holder={self.holder!r}, events={len(self._events)})"
+
+    @property
+    def holder(self) -> str | None:
+        """Whose data this is; None until it is known."""
+        return self._header.holder if self._header else self._asked
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that the holder's budget is stated at; None before the first event."""
+        return self._header.delta if self._header else self._asked_delta
+
+    @property
+    def events(self) -> tuple[PoissonSampledGaussian, ...]:
+        """All events so far, oldest first, with those that other processes wrote."""
+        self._refresh()
+        return tuple(self._events)
+
+    def epsilon(self, delta: float) -> float:
+        """Return what all events together cost at `delta` (PLD, checked by RDP)."""
+        return accounting.epsilon(self.events, delta)
+
+    def bind(self, holder: str, delta: float) -> None:
+        """Declare whose ledger this is and the delta of the budget; the first append writes it down.
+
+        Raises: LedgerError if the ledger belongs to another holder or states another delta.
+        """
+        if not holder:
+            raise ConfigError("holder is empty, expected a name")
+        self._refresh()
+        if self.holder not in (None, holder):
+            raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+        if self.delta not in (None, delta):
+            raise LedgerError(
+                f"{self._name} states its budget at delta={self.delta}, not {delta}",
+                hint="Keep one delta for the life of the data.",
+            )
+        self._asked, self._asked_delta = holder, delta
+
+    def append(self, event: PoissonSampledGaussian, *, after: int) -> None:
+        """Write one event down for good; on return it is on disk and may be used.
+
+        `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
+        nothing is written. Raises: LedgerError (that, a damaged file, no holder bound, or a failed write).
+        """
+        if self._asked is None or self._asked_delta is None:
+            raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
+        header = _Header(format=_FORMAT, holder=self._asked, delta=self._asked_delta, unit=UNIT, neighbours=NEIGHBOURS)
+        if self.path is None:
+            self._check_count(after)
+            self._header = header
+            self._events.append(event)
+            return
+        try:
+            with self._open(create=True) as file:
+                end = self._read(file)
+                self._check_count(after)
+                if self._header is not None and self._header != header:
+                    raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
+                lines = b""
+                head = self._head
+                for entry in (header, event) if self._header is None else (event,):
+                    line = _line(head, entry)
+                    lines += msgspec.json.encode(line) + b"\n"
+                    head = line.digest
+                file.truncate(end)  # a torn tail goes; its append never returned
+                file.seek(end)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+                if end == 0:
+                    _sync_folder(self.path)
+                self._read(file)
+        except OSError as error:
+            raise LedgerError(
+                f"{self._name} cannot be written: {error.strerror}",
+                hint="Nothing was released; mend the disk and retry.",
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        return f"ledger {self.path}" if self.path is not None else "the ledger in memory"
+
+    def _check_count(self, after: int) -> None:
+        if len(self._events) != after:
+            raise LedgerError(
+                f"{self._name} has {len(self._events)} events, expected {after}: somebody else has spent from it",
+                hint="Wrap again: the noise is then calibrated for what is left.",
+            )
+
+    def _refresh(self) -> None:
+        if self.path is None:
+            return
+        try:
+            with self._open(create=False) as file:
+                self._read(file)
+        except FileNotFoundError:
+            if self._events:
+                raise LedgerError(
+                    f"{self._name} is gone", hint="Bring the file back; it is the proof of what was spent."
+                ) from None
+        except OSError as error:
+            raise LedgerError(f"{self._name} cannot be read: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _open(self, *, create: bool) -> Iterator[BinaryIO]:
+        flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+        with os.fdopen(os.open(str(self.path), flags, 0o600), "r+b" if create else "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if create else fcntl.LOCK_SH)  # released when the file is closed
+            yield file
+
+    def _read(self, file: BinaryIO) -> int:
+        """Read and verify the file if it changed; return where its last whole line ends."""
+        status = os.fstat(file.fileno())
+        file.seek(0)
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if seen == self._seen:
+            return end
+        header, events, head = _verify(content[:end], self._name)
+        if events[: len(self._events)] != self._events:
+            raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
+        self._header, self._events, self._head, self._seen = header, events, head, seen
+        return end
+
+
+def _line(previous: str, entry: _Header | PoissonSampledGaussian) -> _Line:
+    digest = hashlib.sha256(msgspec.json.encode((previous, entry))).hexdigest()
+    return _Line(previous=previous, entry=entry, digest=digest)
+
+
+def _verify(content: bytes, name: str) -> tuple[_Header | None, list[PoissonSampledGaussian], str]:
+    """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
+    header: _Header | None = None
+    events: list[PoissonSampledGaussian] = []
+    head = _GENESIS
+    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            entry = msgspec.json.decode(text, type=_Line).entry
+        except (msgspec.MsgspecError, ConfigError) as error:
+            raise LedgerError(f"{name}, line {number}: not a line of a ledger", hint=_RESTORE) from error
+        line = _line(head, entry)
+        if msgspec.json.encode(line) != text or isinstance(entry, _Header) != (number == 1):
+            raise LedgerError(f"{name}, line {number}: the chain of hashes is broken", hint=_RESTORE)
+        if isinstance(entry, _Header):
+            header = entry
+            if (header.format, header.unit, header.neighbours) != (_FORMAT, UNIT, NEIGHBOURS):
+                raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
+        else:
+            events.append(entry)
+        head = line.digest
+    return header, events, head
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,108 @@
+"""Poisson batches from the user's loader: each record of its own chance, and no record twice in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from fractions import Fraction
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+from choral.privacy.errors import UnsupportedLoaderError
+from choral.privacy.noise import Source, poisson_sample
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """`steps` batches of indices below `size`; each index is in each batch with probability exactly `rate`."""
+
+    def __init__(self, size: int, rate: Fraction, steps: int, source: Source) -> None:
+        self.size, self.rate, self.steps, self.source = size, rate, steps, source
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield poisson_sample(self.size, self.rate, self.source).tolist()
+
+
+class _Collate:
+    """The user's collate function, with the number of records beside the batch and nothing for an empty one."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, records: list[Any]) -> tuple[int, Any]:
+        return len(records), (self.collate(records) if records else None)
+
+
+class PrivateLoader(DataLoader[Any]):
+    """The user's loader with Poisson batches. A pass is paid for before its first batch is drawn.
+
+    An empty batch is not shown to the loop: its step, of noise alone, is made by `empty_batch`. So a pass
+    takes len(loader) steps but may show fewer batches.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: PoissonSampler,
+        *,
+        before_pass: Callable[[], None],
+        before_batch: Callable[[int], None],
+        empty_batch: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            loader.dataset,
+            batch_sampler=sampler,
+            num_workers=loader.num_workers,
+            collate_fn=_Collate(loader.collate_fn),
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+        )
+        self.hooks = (before_pass, before_batch, empty_batch)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before_pass, before_batch, empty_batch = self.hooks
+        before_pass()
+        for count, batch in super().__iter__():
+            if count:
+                before_batch(count)
+                yield batch
+            else:
+                empty_batch()
+
+
+def refuse_unsupported(loader: Any) -> None:
+    """Raise UnsupportedLoaderError unless `loader` draws plain batches, shuffled or in order, from a sized dataset."""
+    if isinstance(loader, PrivateLoader):
+        raise UnsupportedLoaderError("the loader is already private", hint="Wrap the original loader.")
+    if not isinstance(loader, DataLoader):
+        raise UnsupportedLoaderError(f"loader is a {type(loader).__name__}, expected a torch.utils.data.DataLoader")
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        raise UnsupportedLoaderError(
+            "the dataset has no length, so no record has a known chance of being sampled",
+            hint="Use a map-style dataset with __len__ and __getitem__.",
+        )
+    if len(loader.dataset) == 0:
+        raise UnsupportedLoaderError("the dataset is empty", hint="Leave out parties without data.")
+    if loader.batch_size is None:
+        raise UnsupportedLoaderError(
+            "the loader has its own batch sampler or no batches; Poisson batches would silently replace them",
+            hint="Give DataLoader a batch_size instead.",
+        )
+    sampler = loader.sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    )
+    if not plain:
+        raise UnsupportedLoaderError(
+            f"the loader's sampler is a {type(sampler).__name__}; Poisson sampling, at one rate for all records, "
+            "would silently replace it",
+            hint="Use shuffle=True, and weight the loss if classes are uneven.",
+        )

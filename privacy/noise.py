@@ -1,0 +1,112 @@
+"""Randomness nobody can replay: Poisson masks and Gaussian noise from a cryptographic stream.
+
+A *source* is a function from a number of bytes to that many uniformly random ones. :func:`os_stream` is the
+one to use: AES-256 in counter mode under a key that the operating system gives afresh for each call, so there
+is no state that a fork, a copy or a checkpoint could repeat, and no seed. Everything else here is a
+deterministic function of its source. The mask of who was sampled is as secret as the noise: amplification by
+sampling rests on it.
+
+Floating point. Noise drawn with floats has holes that reveal the value under it (Mironov 2012; Holohan and
+Braghin 2021, "Secure random sampling in differential privacy"). Summing several float Gaussians makes the
+holes harder to find; here they are removed: value and noise are both rounded to multiples of one grid and
+added exactly, as integers. Since rounding commutes with adding a multiple of the grid, the release is
+round(value + noise) for a value on the grid: post-processing of the ideal Gaussian mechanism, with the same
+support whatever the data. Rounding the value may stretch the distance between neighbours by one grid step
+per coordinate; :func:`noise_grid` chooses the step so that this is at most 2^-10 of the sensitivity, and
+:func:`grid_gaussian` pays for it with as much more noise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+from Crypto.Cipher import AES
+
+from choral.errors import ConfigError
+
+Source = Callable[[int], bytes]
+
+_CHUNK = 1 << 15  # Gaussians made at once: their buffers stay in the second-level cache
+STRETCH = 2.0**-10  # by how much rounding to the grid may stretch the sensitivity, relative
+
+
+def os_stream(count: int) -> bytes:
+    """Return `count` random bytes: an AES-256-CTR keystream under a fresh key from the operating system."""
+    return bytes(AES.new(os.urandom(32), AES.MODE_CTR, nonce=b"").encrypt(bytes(count)))
+
+
+def poisson_sample(size: int, rate: Fraction, source: Source) -> npt.NDArray[np.int64]:
+    """Return the sorted indices below `size` that a Poisson sample takes, each with probability exactly `rate`.
+
+    Compares the binary expansion of a uniform number with that of `rate`, 32 bits at a time, so the
+    probability is exact for every rational rate. Shape (k,) with k random, int64.
+    Raises: ConfigError (rate outside [0, 1], negative size).
+    """
+    if not 0 <= rate <= 1 or size < 0:
+        raise ConfigError(f"rate is {rate} and size {size}, expected 0 <= rate <= 1 and size >= 0")
+    if rate == 1:
+        return np.arange(size, dtype=np.int64)
+    chosen = np.zeros(size, dtype=np.bool_)
+    open_ = np.arange(size, dtype=np.int64)
+    while len(open_) and rate > 0:
+        digit, rate = divmod(rate * 2**32, 1)
+        word = np.frombuffer(source(4 * len(open_)), dtype="<u4")
+        chosen[open_[word < digit]] = True
+        open_ = open_[word == digit]
+    return np.flatnonzero(chosen).astype(np.int64, copy=False)
+
+
+def gaussian(count: int, source: Source) -> npt.NDArray[np.float64]:
+    """Return `count` standard Gaussians, shape (count,), float64, by the method of Box and Muller (1958).
+
+    Radii come from 64-bit uniforms in (0, 1], so the tail reaches 9.4 standard deviations (2^-64); angles
+    from 53-bit ones. Not for release as they are: see :func:`grid_gaussian`.
+    """
+    result = np.empty(count, dtype=np.float64)
+    for start in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - start)
+        half = (size + 1) // 2
+        words = np.frombuffer(source(16 * half), dtype="<u8")
+        radius = (words[:half].astype(np.float64) + 0.5) * 2.0**-64
+        np.log(radius, out=radius)
+        radius *= -2.0
+        np.sqrt(np.maximum(radius, 0.0, out=radius), out=radius)
+        angle = (words[half:] >> np.uint64(11)).astype(np.float64)
+        angle *= 2.0 * math.pi * 2.0**-53
+        result[start : start + half] = radius * np.cos(angle)
+        np.sin(angle, out=angle)
+        angle *= radius
+        result[start + half : start + size] = angle[: size - half]
+    return result
+
+
+def noise_grid(sensitivity: float, size: int) -> float:
+    """Return the grid step for `size` coordinates: the largest power of two <= STRETCH * sensitivity / sqrt(size).
+
+    Then rounding two vectors to the grid stretches their distance by at most step * sqrt(size)
+    <= STRETCH * sensitivity.
+    """
+    return 2.0 ** math.floor(math.log2(STRETCH * sensitivity / math.sqrt(max(size, 1))))
+
+
+def grid_gaussian(
+    count: int, noise_multiplier: float, sensitivity: float, grid: float, source: Source
+) -> npt.NDArray[np.float64]:
+    """Return Gaussian noise rounded to multiples of `grid`, shape (count,), float64.
+
+    Guarantee: added to a value that was itself rounded to `grid`, the release costs no more than the ideal
+    Gaussian mechanism with this `noise_multiplier` on values of L2 sensitivity `sensitivity` before rounding;
+    the standard deviation is noise_multiplier * (sensitivity + grid * sqrt(count)).
+    Unit and neighbours: those for which `sensitivity` holds.
+    Reference: module docstring.
+    """
+    noise = gaussian(count, source)
+    noise *= noise_multiplier * (sensitivity + grid * math.sqrt(count)) / grid
+    np.rint(noise, out=noise)
+    noise *= grid
+    return noise

@@ -1,0 +1,166 @@
+"""The private step: clip each record's gradient, sum, add noise once, divide by the expected batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch.optim import Optimizer
+
+from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+from choral.privacy.model import PerSampleModel
+from choral.privacy.noise import Source, grid_gaussian, noise_grid
+
+# Norms are computed in float32; clipping this much below the norm keeps their rounding inside the sensitivity.
+_MARGIN = 1e-4
+
+
+class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
+    """The user's optimizer, fed with noisy gradients; its groups, state and hyper-parameters are the user's own.
+
+    Guarantee: each step releases, and hands to the user's optimizer,
+        (sum over the batch of g_i * min(1, C / |g_i|) + N(0, (sigma C)^2 I)) / expected_batch_size,
+    g_i the gradient of record i over all parameters of the optimizer together: the Gaussian mechanism with
+    noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018).
+    Unit: the record. Neighbours: add or remove one record. The divisor is public, never the realised size.
+    One step per batch drawn: a second one raises BudgetExceededError.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: PerSampleModel,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: int,
+        source: Source,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+        )
+        self._model = model
+        self._source = source
+        self._drawn: int | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def expect(self, drawn: int) -> None:
+        """Prepare for the step of a batch of `drawn` records."""
+        self._model.forget()
+        self._drawn = drawn
+        if not self._model.checked:
+            self._buffers = {name: b.detach().clone() for name, b in self._model._module.named_buffers()}
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Make one private step with the gradients of the batch just drawn.
+
+        Raises: BudgetExceededError (no batch awaits a step), UnsupportedModelError (per-sample gradients
+        missing or wrong), PrivacyError (a closure, or gradients that are not finite). Nothing is released then.
+        """
+        if closure is not None:
+            raise PrivacyError("step(closure) evaluates the loss again, which was not paid for", hint="Call step().")
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            raise BudgetExceededError(
+                "optimizer.step() without a fresh batch: each batch pays for one step",
+                hint="Draw batches from the wrapped loader and step once for each.",
+            )
+        samples = [self._per_sample(p, drawn) for p in self.params]
+        if not self._model.checked:
+            self._check_first(samples)
+        clip = self._clip_factors(samples)
+        self._release([clip.to(g) @ g for g in samples])
+        return self.original_optimizer.step()
+
+    def step_empty(self) -> None:
+        """Make the step of a batch without records: noise alone."""
+        self._model.forget()
+        self._drawn = None
+        self._release([torch.zeros(p.numel(), device=p.device) for p in self.params])
+        self.original_optimizer.step()
+        self._model.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        for p in self.params:
+            p.grad_sample = None
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def _per_sample(self, p: torch.Tensor, drawn: int) -> torch.Tensor:
+        """Return the per-sample gradients of `p`, shape (drawn, p.numel()), float32 or wider."""
+        samples = getattr(p, "grad_sample", None)
+        if samples is None:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
+                "outside its own layer's forward, or the model was in eval mode",
+                hint="Call model.train(); freeze unused parameters and leave them out of the optimizer.",
+            )
+        if isinstance(samples, list):
+            raise PrivacyError(
+                "two backward passes before one step: gradient accumulation is not accounted for",
+                hint="Step after each batch; raise the loader's batch size instead.",
+            )
+        if len(samples) != drawn:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} has gradients for {len(samples)} samples, but {drawn} records were drawn",
+                hint="Each layer's input needs one row per record: expand position indices to the batch, do not "
+                "drop, repeat or merge records.",
+            )
+        flat: torch.Tensor = samples.reshape(drawn, p.numel())
+        return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+
+    def _check_first(self, samples: list[torch.Tensor]) -> None:
+        """Compare the per-sample gradients of every parameter with autograd; refuse buffers that follow the data."""
+        for p, g in zip(self.params, samples, strict=True):
+            if p.grad is None:
+                continue
+            expected = p.grad.reshape(-1).to(g.dtype)
+            scale = torch.linalg.vector_norm(g, dim=1).mean()
+            difference = torch.linalg.vector_norm(g.mean(0) - expected)
+            if difference > 1e-3 * scale + 1e-7:
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
+                    hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
+                    "across records or a scaled loss. Nothing was released.",
+                )
+        for name, buffer in self._model._module.named_buffers():
+            before = self._buffers.get(name)
+            if before is None or not torch.equal(before, buffer):
+                raise UnsupportedModelError(
+                    f"buffer {name} changes during training: it would publish the data without noise",
+                    hint="Remove the running statistics, or freeze them.",
+                )
+        self._buffers = {}
+        self._model.checked = True
+
+    def _clip_factors(self, samples: list[torch.Tensor]) -> torch.Tensor:
+        """Return each record's factor min(1, C / norm), shape (batch,); refuse gradients that are not finite."""
+        device = samples[0].device
+        per_parameter = torch.stack([torch.linalg.vector_norm(g, dim=1).to(device) for g in samples])
+        norms = torch.linalg.vector_norm(per_parameter, dim=0)
+        if not bool(torch.isfinite(norms).all()):
+            bad = next((i for i, n in enumerate(per_parameter) if not bool(torch.isfinite(n).all())), 0)
+            raise PrivacyError(
+                f"the gradient of parameter {self._name(self.params[bad])} is not finite; nothing was released",
+                hint="Check the loss for NaN, lower the learning rate, or mend the data.",
+            )
+        factors: torch.Tensor = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
+        return factors
+
+    def _release(self, sums: list[torch.Tensor]) -> None:
+        """Add noise to the clipped sums (one flat tensor per parameter) and leave the result in `p.grad`."""
+        device = sums[0].device if sums[0].device.type in ("cpu", "cuda") else torch.device("cpu")
+        flat = torch.cat([s.to(device, torch.float64) for s in sums])
+        grid = noise_grid(self.max_grad_norm, len(flat))
+        noise = grid_gaussian(len(flat), self.noise_multiplier, self.max_grad_norm, grid, self._source)
+        flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(device)).div_(self.expected_batch_size)
+        for p, g in zip(self.params, torch.split(flat, [p.numel() for p in self.params]), strict=True):
+            p.grad = g.view(p.shape).to(p.device, p.dtype)
+
+    def _name(self, p: torch.Tensor) -> str:
+        return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")
