@@ -25,12 +25,13 @@ at most ENVELOPE bytes for the version, kind, session, round and headers:
 | Survivors | down | ENVELOPE + ceil(n / 8) |
 | Confirm | up | ENVELOPE + 66 |
 | Confirmations | down | ENVELOPE + 72 m |
-| Unmask | up | ENVELOPE + 41 m + 103 |
+| Unmask | up | ENVELOPE + 41 m + 109 |
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -78,6 +79,16 @@ class Setup(Message, frozen=True):
     corrupt: Index
     dropouts: Index
     server: Literal["semi-honest", "malicious"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everyone masks with everyone. Then each party also holds a share of its own self-mask seed."""
+        return self.neighbours == len(self.roster) - 1
+
+    @property
+    def holders(self) -> int:
+        """How many parties hold shares of one party's seed: all n on a complete graph, else its k neighbours."""
+        return len(self.roster) if self.complete else self.neighbours
 
 
 class Hello(Message, frozen=True):
@@ -152,12 +163,15 @@ class Packet(Entry, frozen=True):
 
 
 class Shares(Message, frozen=True):
-    """A party's shares for each neighbour, and commitments to its own share and to the self-mask seed."""
+    """A party's shares for each neighbour, and a commitment to the self-mask seed.
+
+    own_hash: commitment to the share of the seed that it keeps itself; on a complete graph only.
+    """
 
     session: SessionId
     round: RoundNumber
     seed_commitment: Bytes32
-    own_hash: Bytes32
+    own_hash: Bytes32 | None
     packets: Annotated[tuple[Packet, ...], Meta(max_length=MAX_PARTIES)]
 
 
@@ -214,8 +228,9 @@ class Revealed(Entry, frozen=True):
 
 
 class Following(Entry, frozen=True):
-    """The next round's Advertise, riding on this round's last message."""
+    """A later round's Advertise, riding on this round's last message."""
 
+    round: RoundNumber
     mask: Bytes32
     signature: Signature
 
@@ -237,6 +252,25 @@ _encoder = msgspec.msgpack.Encoder()
 _decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpack.Decoder(ToParty)}
 
 
+def setup_limit(parties: int) -> int:
+    """The largest Setup for a directory of so many parties: names have at most 255 characters of 4 bytes."""
+    return ENVELOPE + 64 + 1025 * parties
+
+
+def to_bitmap(parties: Iterable[int], n: int) -> bytes:
+    """The set of party numbers below ``n``, as in Survivors: ceil(n / 8) bytes."""
+    bits = sum(1 << party for party in set(parties))
+    return bits.to_bytes(-(-n // 8), "little")
+
+
+def from_bitmap(bitmap: bytes, n: int) -> frozenset[int] | None:
+    """The set, or None when the bitmap is not of ``n`` parties: another length, or a bit set beyond them."""
+    bits = int.from_bytes(bitmap, "little")
+    if len(bitmap) != -(-n // 8) or bits >> n:
+        return None
+    return frozenset(party for party in range(n) if bitmap[party // 8] >> party % 8 & 1)
+
+
 def encode(message: Message) -> bytes:
     return bytes([VERSION]) + _encoder.encode(message)
 
@@ -253,7 +287,7 @@ def to_party(raw: bytes, *, limit: int) -> ToParty:
     return message
 
 
-def _decode(receiver: str, raw: bytes, sender: str, limit: int) -> Message:
+def _decode(receiver: str, raw: bytes, sender: str, limit: int) -> Any:
     if len(raw) > limit:
         raise MessageError(sender, f"expected a message of at most {limit} bytes, got {len(raw)}")
     if not raw or raw[0] != VERSION:

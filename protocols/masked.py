@@ -1,0 +1,271 @@
+"""``Masked``: the front door of the masked sum, and its parties and server all in this process."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from choral.protocols import messages as wire
+from choral.protocols import party as steps
+from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.keys import ed25519_public
+from choral.protocols.parameters import Parameters, choose
+from choral.protocols.plain import check_submission
+from choral.protocols.policy import Policy
+from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.server import Opening, Session, Uploading
+from choral.protocols.transcript import Signatures
+
+SECURITY_BITS = 128
+"""Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """The server learns the sum over the survivors and no single vector (Bonawitz et al. 2017, Bell et al. 2020).
+
+    min_survivors: fewer vectors than this are never summed; 2 to n. Default: the threshold, or a majority of the
+        parties if that is more, so that the same round can never be summed over two sets without a common party.
+    corrupt: how many parties may collude with the server; dropouts: how many may vanish in a round. A count (int) or
+        a fraction of the parties (float, rounded up). Defaults: up to 10 parties (n - 1) // 3 of each, so that 3
+        parties withstand the server alone and one dropout, 4 to 6 one colluder and one dropout, 10 three and three;
+        for more parties one tenth of each.
+    server: "malicious" (it does what it likes) or "semi-honest" (it follows the protocol and looks at everything).
+        The second allows more dropouts; signatures and consistency are checked in both.
+
+    Guarantee: what ``server`` and up to ``corrupt`` parties see together is independent of the other survivors' vectors
+    but for their sum, under the assumptions of docs/secure-sums.md. Unit: one vector of one round. The sum itself may
+    say much about one vector when few are in it; that is the matter of differential privacy.
+
+    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once.
+    """
+
+    min_survivors: int | None = None
+    corrupt: int | float | None = None
+    dropouts: int | float | None = None
+    server: Literal["semi-honest", "malicious"] = "malicious"
+
+    @property
+    def name(self) -> str:
+        return "masked"
+
+    def parameters(self, n: int) -> Parameters:
+        """The neighbours and threshold for ``n`` parties. Raises SpecError."""
+        default: int | float = (n - 1) // 3 if n <= 10 else 0.1
+        corrupt = default if self.corrupt is None else self.corrupt
+        dropouts = default if self.dropouts is None else self.dropouts
+        return choose(n, corrupt=corrupt, dropouts=dropouts, server=self.server)
+
+    def setup(self, spec: SumSpec, *, session: bytes) -> wire.Setup:
+        """The terms that every party signs. session: 16 fresh random bytes. Raises SpecError."""
+        n = len(spec.parties)
+        chosen = self.parameters(n)
+        minimum = max(chosen.threshold, n // 2 + 1) if self.min_survivors is None else self.min_survivors
+        if not 2 <= minimum <= n:
+            raise SpecError(f"expected 2 <= min_survivors <= {n} parties, got {minimum}")
+        return wire.Setup(
+            session=session,
+            roster=spec.parties,
+            length=spec.length,
+            bound=spec.bound,
+            modulus_bits=spec.modulus_bits,
+            neighbours=chosen.neighbours,
+            threshold=chosen.threshold,
+            min_survivors=minimum,
+            corrupt=chosen.corrupt,
+            dropouts=chosen.dropouts,
+            server=self.server,
+        )
+
+    def open(self, spec: SumSpec) -> MaskedSession:
+        return MaskedSession(self, spec)
+
+
+class MaskedSession:
+    """See :class:`choral.protocols.seam.SumSession`. All parties are played in this process, each in its own state.
+
+    Identities are made here and live as long as the session; every round has fresh secrets, and the keys of the next
+    round ride on the last message of this one.
+    """
+
+    def __init__(self, config: Masked, spec: SumSpec) -> None:
+        setup = config.setup(spec, session=secrets.token_bytes(16))
+        self._parameters = config.parameters(len(spec.parties))
+        self._setup = setup
+        self.spec = spec
+        self.traffic = Traffic()
+        identities = {party: secrets.token_bytes(32) for party in spec.parties}
+        signatures = Signatures()
+        self._policy = Policy(
+            directory={party: ed25519_public(identity) for party, identity in identities.items()},
+            minimum_cohort=setup.min_survivors,
+            minimum_threshold=setup.threshold,
+            maximum_modulus_bits=setup.modulus_bits,
+            maximum_bound=setup.bound,
+            maximum_length=setup.length,
+            server=config.server,
+            signatures=signatures,
+        )
+        self.members: dict[str, steps.Member] = {}
+        self.early: dict[str, tuple[steps.Advertised, bytes]] = {}
+        self.following: Mapping[int, wire.Following] = {}
+        self.number = 0
+        self.server = self._open(identities, signatures)
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        setup, chosen = self._setup, self._parameters
+        server = "may do whatever it likes" if setup.server == "malicious" else "follows the protocol"
+        return {
+            "name": "masked",
+            "trust": (
+                f"The server {server} and may collude with up to {setup.corrupt} of {len(setup.roster)} parties:"
+                f" together they learn the sum over the survivors, at least {setup.min_survivors} parties, and no"
+                " single vector of the others. Each party trusts its pinned directory of identities, which in this"
+                " in-process run was made by the process itself."
+            ),
+            "server_learns": "the sum over the survivors, who they are, and who dropped out",
+            "server": setup.server,
+            "parties": len(setup.roster),
+            "threshold": setup.threshold,
+            "neighbours": setup.neighbours,
+            "graph": "complete" if setup.complete else "Harary",
+            "corrupt": setup.corrupt,
+            "dropouts": setup.dropouts,
+            "min_survivors": setup.min_survivors,
+            "security_bits": round(min(SECURITY_BITS, chosen.security_bits), 1),
+            "correctness_bits": round(chosen.correctness_bits, 1) if chosen.correctness_bits < SECURITY_BITS else None,
+            "modulus_bits": setup.modulus_bits,
+            "ciphers": {
+                "mask stream": "AES-128-CTR",
+                "key agreement": "X25519",
+                "signatures": "Ed25519",
+                "sealed shares": "ChaCha20-Poly1305",
+                "derivation": "HKDF-SHA-256",
+                "secret sharing": "Shamir over 2^256 + 297",
+            },
+            "protocol_version": wire.VERSION,
+        }
+
+    def begin(self) -> MaskedRound:
+        """Keys and shares of a fresh round; an unfinished earlier round is lost."""
+        return MaskedRound(self)
+
+    def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> Session:
+        opening = Opening(self._setup, self._policy.directory, signatures)
+        joining = {}
+        for party, identity in identities.items():
+            self.traffic.down(party, opening.invitation)
+            joining[party], hello = steps.join(
+                opening.invitation, name=party, identity=identity, policy=self._policy, randomness=secrets.token_bytes
+            )
+            opening.receive(party, self.traffic.up(party, hello))
+        gathering, hellos = opening.close()
+        revealing = {}
+        for party, raw in self.traffic.all_down(hellos).items():
+            revealing[party], reveal = joining[party].reveal(raw)
+            gathering.receive(party, self.traffic.up(party, reveal))
+        session, reveals = gathering.close()
+        for party, raw in self.traffic.all_down(reveals).items():
+            self.members[party] = revealing[party].enter(raw)
+        return session
+
+    def advertise(self, party: str, number: int) -> bytes:
+        """The party's keys for round ``number``; its state waits in ``early`` until that round begins."""
+        if party not in self.early:
+            member, advertised, raw = self.members[party].advertise(number, randomness=secrets.token_bytes)
+            self.members[party], self.early[party] = member, (advertised, raw)
+        return self.early[party][1]
+
+
+class MaskedRound:
+    """See :class:`choral.protocols.seam.SumRound`. The server holds one vector, whatever the number of parties."""
+
+    def __init__(self, session: MaskedSession) -> None:
+        self._session = session
+        self._traffic = traffic = session.traffic
+        session.number += 1
+        self._number = session.number
+        advertising = session.server.begin(self._number, session.following)
+        for party in advertising.waiting:
+            advertising.receive(party, traffic.up(party, session.advertise(party, self._number)))
+        advertised, session.early, session.following = session.early, {}, {}
+        sharing, rosters = advertising.close()
+        shared = {}
+        for party, raw in traffic.all_down(rosters).items():
+            shared[party], shares = advertised[party][0].share(raw, randomness=secrets.token_bytes)
+            sharing.receive(party, traffic.up(party, shares))
+        self._uploading: Uploading
+        self._uploading, deliveries = sharing.close()
+        self._ready = {party: shared[party].receive(raw) for party, raw in traffic.all_down(deliveries).items()}
+        self._uploaded: dict[str, steps.Uploaded] = {}
+        self._finished = False
+
+    def submit(self, party: str, vector: IntVector) -> None:
+        """Mask the vector and add it to the server's sum.
+
+        Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
+        InputError for another vector than agreed on, after which the party may submit a right one.
+        """
+        self._check_current()
+        check_submission(party, self._session.spec, self._uploaded, finished=self._finished)
+        self._uploaded[party], upload = self._ready[party].upload(vector)
+        self._uploading.receive(party, self._traffic.up(party, upload))
+
+    def finish(self) -> SumResult:
+        """Recover from the dropouts and unmask.
+
+        Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time.
+        """
+        self._check_current()
+        if self._finished:
+            raise StateUsedError("this round is finished")
+        self._finished = True
+        session, traffic = self._session, self._traffic
+        confirming, survivors = self._uploading.close()
+        confirmed = {}
+        for party, raw in traffic.all_down(survivors).items():
+            confirmed[party], confirm = self._uploaded[party].confirm(raw)
+            confirming.receive(party, traffic.up(party, confirm))
+        unmasking, confirmations = confirming.close()
+        for party, raw in traffic.all_down(confirmations).items():
+            following = session.advertise(party, self._number + 1)
+            unmasking.receive(party, traffic.up(party, confirmed[party].unmask(raw, following=following)))
+        outcome = unmasking.close()
+        session.following = outcome.following
+        up, down = traffic.take(session.spec.parties)
+        return SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)
+
+    def _check_current(self) -> None:
+        if self._number != self._session.number:
+            raise StateUsedError(f"round {self._number} ended when round {self._session.number} began")
+
+
+class Traffic:
+    """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round."""
+
+    def __init__(self) -> None:
+        self._up: Counter[str] = Counter()
+        self._down: Counter[str] = Counter()
+
+    def up(self, party: str, raw: bytes) -> bytes:
+        self._up[party] += len(raw)
+        return raw
+
+    def down(self, party: str, raw: bytes) -> None:
+        self._down[party] += len(raw)
+
+    def all_down(self, outbox: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        for party, raw in outbox.items():
+            self.down(party, raw)
+        return outbox
+
+    def take(self, parties: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
+        """What was counted since the last call, up and down."""
+        up, down = ({party: count[party] for party in parties} for count in (self._up, self._down))
+        self._up.clear()
+        self._down.clear()
+        return up, down

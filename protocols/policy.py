@@ -1,0 +1,99 @@
+"""What a party accepts, and what a setup must satisfy whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from choral.protocols.errors import PolicyError, SpecError
+from choral.protocols.messages import Setup
+from choral.protocols.transcript import Signatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """One party's own terms. The server's word counts for none of them.
+
+    directory: Ed25519 public keys by party name, pinned: obtained from elsewhere than this server, and no two alike.
+    minimum_cohort: fewest vectors that a sum with this party's in it may have; at least 2.
+    minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2.
+    maximum_modulus_bits, maximum_bound, maximum_length: of the vector.
+    server: "malicious" refuses a setup that protects against a semi-honest server only.
+
+    Raises: SpecError for values outside these ranges, or two parties with one key (a Sybil of whoever holds it).
+    """
+
+    directory: Mapping[str, bytes]
+    minimum_cohort: int = 2
+    minimum_threshold: int = 2
+    maximum_modulus_bits: int = 64
+    maximum_bound: int = 2**62
+    maximum_length: int = 2**31
+    server: Literal["semi-honest", "malicious"] = "malicious"
+    signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.minimum_cohort < 2 or self.minimum_threshold < 2:
+            raise SpecError("expected a minimum cohort and threshold of at least 2: one party's sum is its own value")
+        if any(len(key) != 32 for key in self.directory.values()):
+            raise SpecError("expected Ed25519 public keys of 32 bytes")
+        if len(set(self.directory.values())) != len(self.directory):
+            raise SpecError("two parties of the directory have the same key: they are one")
+
+    def check(self, setup: Setup, name: str) -> None:
+        """Raises: PolicyError when ``setup`` is inconsistent, or weaker than this policy allows ``name`` to join."""
+        check_setup(setup)
+        strangers = [party for party in setup.roster if party not in self.directory]
+        if strangers:
+            raise PolicyError(f"the roster has {strangers[0]!r}, whose key is not pinned")
+        if name not in setup.roster:
+            raise PolicyError(f"the roster does not have {name!r}, the party that was asked to join")
+        _at_least("smallest sum", setup.min_survivors, self.minimum_cohort)
+        _at_least("threshold", setup.threshold, self.minimum_threshold)
+        _at_most("modulus bits", setup.modulus_bits, self.maximum_modulus_bits)
+        _at_most("bound", setup.bound, self.maximum_bound)
+        _at_most("length", setup.length, self.maximum_length)
+        if self.server == "malicious" and setup.server != "malicious":
+            raise PolicyError(
+                "the setup protects against a semi-honest server only; this party expects a malicious one"
+            )
+
+
+def check_setup(setup: Setup) -> None:
+    """What holds for any safe setup. Raises: PolicyError.
+
+    Thresholds, on a complete graph where all n parties hold shares: corrupt < t, and against a malicious server
+    2t > n + corrupt (Bonawitz et al. 2017, 6.2), by which two disjoint groups of honest holders can never complete
+    both kinds of shares of one party. On a sparse graph it is 2t > k here: how many of a neighbourhood are corrupt is a
+    matter of probability, settled where k and t are chosen (:mod:`choral.protocols.parameters`).
+    """
+    n, k, t = len(setup.roster), setup.neighbours, setup.threshold
+    if len(set(setup.roster)) != n:
+        raise PolicyError("the roster has a name twice")
+    if k > n - 1 or (k < n - 1 and (k < 2 or (k % 2 and n % 2))):
+        raise PolicyError(f"no graph has {n} parties with {k} neighbours each")
+    if t > setup.holders:
+        raise PolicyError(f"a threshold of {t} among {setup.holders} holders can never be met")
+    if not setup.min_survivors <= n:
+        raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
+    if setup.corrupt >= n or setup.dropouts >= n:
+        raise PolicyError("the setup assumes that nobody is left")
+    if setup.modulus_bits < (2 * n * setup.bound).bit_length():
+        raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")
+    if setup.complete and t <= setup.corrupt:
+        raise PolicyError(f"a threshold of {t} is met by the {setup.corrupt} parties that may be corrupt")
+    if setup.server == "malicious":
+        corrupt = setup.corrupt if setup.complete else 0
+        if not 2 * t > setup.holders + corrupt:
+            raise PolicyError(f"a malicious server asks for 2t > {setup.holders} + {corrupt}, got t = {t}")
+
+
+def _at_least(what: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise PolicyError(f"this party accepts a {what} of at least {minimum}, the setup says {value}")
+
+
+def _at_most(what: str, value: int, maximum: int) -> None:
+    if value > maximum:
+        raise PolicyError(f"this party accepts {what} of at most {maximum}, the setup says {value}")

@@ -1,0 +1,188 @@
+"""Plain and Masked through the seam, as trainers use them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from choral.protocols import Masked, Plain, SumSpec
+from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
+
+KINDS = pytest.mark.parametrize("kind", [Plain(), Masked()], ids=["plain", "masked"])
+SPEC = SumSpec(parties=("north", "south", "east"), length=4, bound=100)
+VECTORS = {"north": [1, -2, 100, 0], "south": [5, 5, -100, 1], "east": [7, 0, 0, 0]}
+
+
+def run(session: Any, vectors: dict[str, Any]) -> Any:
+    summing = session.begin()
+    for party, vector in vectors.items():
+        summing.submit(party, np.asarray(vector, np.int64))
+    return summing.finish()
+
+
+@KINDS
+def test_the_sum_over_all_and_over_the_survivors(kind: Any) -> None:
+    session = kind.open(SPEC)
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
+    for dropped in (*SPEC.parties, None):
+        left = {party: vector for party, vector in VECTORS.items() if party != dropped}
+        result = run(session, left)
+        assert result.total.tolist() == np.sum(list(left.values()), axis=0).tolist()
+        assert result.total.dtype == np.int64
+        assert result.survivors == tuple(left)
+        assert set(result.bytes_up) == set(result.bytes_down) == set(SPEC.parties)
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_masked_without_arguments_withstands_a_dropout_from_three_parties_on(n: int) -> None:
+    names = tuple(f"party {i}" for i in range(n))
+    session = Masked().open(SumSpec(parties=names, length=3, bound=2**40))
+    present = names[:-1] if n >= 3 else names
+    result = run(session, {name: [2**40, -(2**40), place] for place, name in enumerate(present)})
+    assert result.total.tolist() == [len(present) * 2**40, -len(present) * 2**40, sum(range(len(present)))]
+
+
+@KINDS
+def test_extremes_of_the_bound_do_not_wrap(kind: Any) -> None:
+    bound = (2**64 - 1) // 6
+    spec = SumSpec(parties=SPEC.parties, length=2, bound=bound)
+    assert spec.modulus_bits == 64
+    assert run(kind.open(spec), {party: [bound, -bound] for party in SPEC.parties}).total.tolist() == [
+        3 * bound,
+        -3 * bound,
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "vector",
+    [
+        np.array([1.0, 2, 3, 4]),
+        np.array([np.nan, 2, 3, 4]),
+        np.array([np.inf, 2, 3, 4]),
+        np.array([1, 2, 3, 4], np.int32),
+        np.array([1, 2, 3, 4], np.uint64),
+        np.array([True, False, True, True]),
+        np.array([1, 2, 3, 101]),
+        np.array([1, 2, 3, -101]),
+        np.array([1, 2, 3, np.iinfo(np.int64).min]),
+        np.array([1, 2, 3]),
+        np.array([[1, 2, 3, 4]]),
+        np.array([], np.int64),
+        [1, 2, 3, 4],
+        None,
+        torch.tensor([1.0, 2, 3, 4]),
+        torch.tensor([1, 2, 3, 101]),
+        torch.tensor([1, 2, 3], dtype=torch.int64),
+    ],
+    ids=str,
+)
+def test_a_vector_that_was_not_agreed_on_is_refused_and_harms_nothing(kind: Any, vector: Any) -> None:
+    summing = kind.open(SPEC).begin()
+    with pytest.raises(InputError) as caught:
+        summing.submit("north", vector)
+    assert "101" not in str(caught.value)  # no data value in an error
+    for party in SPEC.parties:
+        summing.submit(party, np.array(VECTORS[party]))
+    assert summing.finish().total.tolist() == [13, 3, 0, 1]
+
+
+@KINDS
+def test_torch_tensors_and_strided_arrays_are_summed_as_they_are(kind: Any) -> None:
+    summing = kind.open(SPEC).begin()
+    summing.submit("north", torch.tensor(VECTORS["north"]))
+    summing.submit("south", np.array(VECTORS["south"])[::-1][::-1])
+    summing.submit("east", np.repeat(np.array(VECTORS["east"]), 2)[::2])
+    assert summing.finish().total.tolist() == [13, 3, 0, 1]
+
+
+@KINDS
+def test_nothing_is_used_twice(kind: Any) -> None:
+    summing = kind.open(SPEC).begin()
+    with pytest.raises(SpecError, match="unknown party"):
+        summing.submit("west", np.array(VECTORS["north"]))
+    for party in SPEC.parties:
+        summing.submit(party, np.array(VECTORS[party]))
+        with pytest.raises(StateUsedError):
+            summing.submit(party, np.array(VECTORS[party]))
+    summing.finish()
+    with pytest.raises(StateUsedError):
+        summing.finish()
+    with pytest.raises(StateUsedError):
+        summing.submit("north", np.array(VECTORS["north"]))
+
+
+def test_a_round_ends_when_the_next_begins() -> None:
+    session = Masked().open(SPEC)
+    first = session.begin()
+    first.submit("north", np.array(VECTORS["north"]))
+    session.begin()
+    with pytest.raises(StateUsedError):
+        first.submit("south", np.array(VECTORS["south"]))
+    with pytest.raises(StateUsedError):
+        first.finish()
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
+
+
+def test_too_few_survivors_are_named_and_the_session_goes_on() -> None:
+    session = Masked(min_survivors=3).open(SPEC)
+    with pytest.raises(TooFewSurvivorsError) as caught:
+        run(session, {party: VECTORS[party] for party in ("north", "south")})
+    assert (caught.value.survivors, caught.value.needed, caught.value.missing) == (2, 3, ("east",))
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
+    with pytest.raises(TooFewSurvivorsError):
+        run(session, {})
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
+
+
+def test_the_statement_is_json_and_says_who_is_trusted() -> None:
+    plain, masked = Plain().open(SPEC).statement, Masked().open(SPEC).statement
+    assert json.loads(json.dumps(plain)) == plain
+    assert json.loads(json.dumps(masked)) == masked
+    assert "sees each one" in plain["trust"]
+    assert (masked["threshold"], masked["neighbours"], masked["graph"]) == (2, 2, "complete")
+    big = Masked().open(SumSpec(parties=tuple(map(str, range(100))), length=1, bound=1)).statement
+    assert json.loads(json.dumps(big)) == big
+    assert (big["neighbours"], big["threshold"], big["graph"]) == (32, 22, "Harary")  # of the golden table, .1/.1
+    assert 40 <= big["security_bits"] <= 128
+    assert big["correctness_bits"] >= 20
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Masked(min_survivors=1),
+        Masked(min_survivors=4),
+        Masked(corrupt=2),
+        Masked(corrupt=1, dropouts=1),
+        Masked(dropouts=2),
+        Masked(corrupt=0.99),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_withstood_is_refused_at_opening(config: Masked) -> None:
+    with pytest.raises(SpecError):
+        config.open(SPEC)
+
+
+def test_a_semi_honest_server_allows_more_dropouts() -> None:
+    parties = ("a", "b", "c", "d")
+    with pytest.raises(SpecError):
+        Masked(corrupt=0, dropouts=2).open(SumSpec(parties=parties, length=1, bound=1))
+    session = Masked(corrupt=0, dropouts=2, min_survivors=2, server="semi-honest").open(
+        SumSpec(parties=parties, length=1, bound=1)
+    )
+    assert run(session, {"a": [1], "d": [1]}).total.tolist() == [2]
+
+
+def test_keys_that_ride_along_make_later_rounds_cheaper_even_after_a_failed_one() -> None:
+    session = Masked().open(SPEC)
+    sizes = [run(session, VECTORS).bytes_up["north"] for _ in range(3)]
+    assert sizes[0] > sizes[1] == sizes[2]
+    missing = run(session, {party: VECTORS[party] for party in ("south", "east")})
+    assert missing.survivors == ("south", "east")
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]  # north advertises anew
