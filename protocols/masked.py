@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
+from choral.protocols import party_round as rounds
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.keys import ed25519_public
 from choral.protocols.parameters import Parameters, choose
 from choral.protocols.plain import check_submission
 from choral.protocols.policy import Policy
 from choral.protocols.seam import IntVector, SumResult, SumSpec
-from choral.protocols.server import Opening, Session, Uploading
+from choral.protocols.server import Opening, Session
+from choral.protocols.server_round import Uploading
 from choral.protocols.transcript import Signatures
 
 SECURITY_BITS = 128
@@ -110,7 +112,7 @@ class MaskedSession:
             signatures=signatures,
         )
         self.members: dict[str, steps.Member] = {}
-        self.early: dict[str, tuple[steps.Advertised, bytes]] = {}
+        self.early: dict[str, tuple[rounds.Advertised, bytes]] = {}
         self.following: Mapping[int, wire.Following] = {}
         self.number = 0
         self.server = self._open(identities, signatures)
@@ -201,7 +203,7 @@ class MaskedRound:
         self._uploading: Uploading
         self._uploading, deliveries = sharing.close()
         self._ready = {party: shared[party].receive(raw) for party, raw in traffic.all_down(deliveries).items()}
-        self._uploaded: dict[str, steps.Uploaded] = {}
+        self._uploaded: dict[str, rounds.Uploaded] = {}
         self._finished = False
 
     def submit(self, party: str, vector: IntVector) -> None:

@@ -149,7 +149,7 @@ def test_the_statement_is_json_and_says_who_is_trusted() -> None:
     assert json.loads(json.dumps(big)) == big
     assert (big["neighbours"], big["threshold"], big["graph"]) == (32, 22, "Harary")  # of the golden table, .1/.1
     assert 40 <= big["security_bits"] <= 128
-    assert big["correctness_bits"] >= 20
+    assert big["correctness_bits"] is None  # certain: 11 of 32 neighbours can drop, and only 10 parties do
 
 
 @pytest.mark.parametrize(
