@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from choral.audits.report import Check, HolderBudget, Verdict
+from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
     from choral.privacy.spent import Spent
@@ -48,8 +49,8 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
 
 def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, float | None]:
     """Noisy steps on the ledger and what they cost at ``delta``; None where there is no ledger to read."""
+    from choral.privacy import Ledger
     from choral.privacy.accounting import epsilon
-    from choral.privacy.ledger import Ledger
 
     path = ledger_path(run, name)
     if path is None or not path.is_file():
@@ -71,7 +72,7 @@ def _judge(
     promised: float, delta: float, claimed: Spent | None, steps: int, recomputed: float | None, *, finished: bool
 ) -> tuple[Verdict, str]:
     if claimed and _above(claimed.delta, delta):
-        return "violated", f"the cost is stated at δ = {claimed.delta:g}, the promise at δ = {delta:g}"
+        return "violated", f"the cost is stated at δ = {power(claimed.delta)}, the promise at δ = {power(delta)}"
     if claimed and _above(claimed.epsilon, promised):
         return "violated", "run.json itself claims more than was promised"
     if recomputed is None:
@@ -106,7 +107,7 @@ def _all_holders(rows: Sequence[HolderBudget]) -> Check:
             return Check(name=name, verdict=verdict, finding=f"{said}{more}.")
     worst = max(rows, key=lambda row: row.recomputed or 0.0)
     finding = (
-        f"{len(rows)} of {len(rows)} hold; the most is ε = {worst.recomputed:.4g} ({worst.holder}), of"
+        f"{len(rows)} of {len(rows)} hold; the most is ε = {cost(worst.recomputed or 0.0)} ({worst.holder}), of"
         f" {worst.promised:g} promised."
     )
     return Check(name=name, verdict="holds", finding=finding)
@@ -123,7 +124,7 @@ def _history_agrees(run: Run) -> Check:
                 f"Round {entry.round} says ε = {entry.epsilon:.6g}; claimed are {claimed:.6g}, promised {promised:g}."
             )
             return Check(name=name, verdict="violated", finding=finding)
-    return Check(name=name, verdict="holds", finding=f"No round says more than ε = {claimed:.4g}.")
+    return Check(name=name, verdict="holds", finding=f"No round says more than ε = {cost(claimed)}.")
 
 
 def _delta_means_something(run: Run) -> Check:
@@ -134,9 +135,9 @@ def _delta_means_something(run: Run) -> Check:
     most = max(sizes, default=0) if run.info.kind == "federated" else sum(sizes)
     if not most or not delta < 1 / most:
         return Check(
-            name=name, verdict="violated", finding=f"δ = {delta:g} with {most} records allows one in the clear."
+            name=name, verdict="violated", finding=f"δ = {power(delta)} with {most} records allows one in the clear."
         )
-    return Check(name=name, verdict="holds", finding=f"δ = {delta:g}.")
+    return Check(name=name, verdict="holds", finding=f"δ = {power(delta)}; the largest has {most:,} records.")
 
 
 def _no_promise(run: Run) -> list[Check]:

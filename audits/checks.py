@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Arm, Check, WeightsMatch
+from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
     from choral.trainers.run import Run
@@ -59,7 +61,7 @@ def _budgets_kept(rows: Sequence[Arm]) -> list[Check]:
             Check(
                 name=f"{row.name} stays within its budget",
                 verdict="holds" if kept else "violated",
-                finding=f"Worst holder {row.claim.holder}: ε = {row.claim.epsilon:.4g} of {row.claim.asked:g} asked"
+                finding=f"Worst holder {row.claim.holder}: ε = {cost(row.claim.epsilon)} of {row.claim.asked:g} asked"
                 " for, as the run states it; choral audit recomputes it from the ledger.",
             )
         )
@@ -113,45 +115,44 @@ def _match(arm: str, run: Run, reference: str, twin: Run) -> WeightsMatch:
     )
 
 
-def _distance(run: Run, twin: Run) -> float:
-    """max |difference| over all weights; infinite where they do not even have the same shapes or are not finite."""
+def _distance(run: Run, twin: Run) -> float | None:
+    """max |difference| over all weights; None where they have other shapes or are not finite."""
     if run.state.keys() != twin.state.keys():
-        return float("inf")
+        return None
     largest = 0.0
     for name, mine in run.state.items():
         other = twin.state[name]
         if mine.shape != other.shape:
-            return float("inf")
+            return None
         if mine.numel() == 0:
             continue
         gap = float((mine.double().cpu() - other.double().cpu()).abs().max())
-        if not gap < float("inf"):
-            return float("inf")
+        if not math.isfinite(gap):
+            return None
         largest = max(largest, gap)
     return largest
 
 
 def _verdict(reference: str, others: Sequence[str], rows: Sequence[WeightsMatch], obstacles: Sequence[str]) -> Check:
     name = f"{' and '.join(others)} equals {reference}"
-    broken = [row for row in rows if not row.difference <= row.error_bound]
-    if broken:
-        worst = max(broken, key=lambda row: row.difference)
-        finding = (
-            f"Some weight differs by {worst.difference:.3g} ({worst.arm}, seed {worst.seed}); the fixed-point bound"
-            f" is {worst.error_bound:.3g}."
-        )
-        return Check(name=name, verdict="violated", finding=finding)
+    for row in rows:
+        where = f"{row.arm}, seed {row.seed}"
+        if row.difference is None:
+            return Check(name=name, verdict="violated", finding=f"The weights do not even compare ({where}).")
+        if not row.difference <= row.error_bound:
+            finding = f"Some weight differs by {power(row.difference)} ({where}); the fixed-point bound is"
+            return Check(name=name, verdict="violated", finding=f"{finding} {power(row.error_bound)}.")
     if obstacles or not rows:
         return Check(name=name, verdict="unverified", finding="Not compared: " + "; ".join(obstacles) + ".")
-    largest, bound = max(row.difference for row in rows), min(row.error_bound for row in rows)
+    largest, bound = max(row.difference or 0.0 for row in rows), min(row.error_bound for row in rows)
     if largest == 0:
         finding = (
             f"Every final weight is identical, to the last bit, at each of {len({row.seed for row in rows})} seeds"
         )
     else:
-        finding = f"The largest difference of any final weight is {largest:.3g}"
+        finding = f"The largest difference of any final weight is {power(largest)}"
     return Check(
         name=name,
         verdict="holds",
-        finding=f"{finding} (the fixed-point bound is {bound:.3g} per coordinate and round).",
+        finding=f"{finding} (the fixed-point bound is {power(bound)} per coordinate and round).",
     )

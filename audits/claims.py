@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Claim
+from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo
@@ -57,10 +58,11 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
     asked = float(info.privacy["epsilon"])
     adversary, trust = sentence_parts(info)
     several = len(info.spent) > 1
+    promise = f"(ε\u00a0=\u00a0{cost(spent.epsilon)}, δ\u00a0=\u00a0{power(spent.delta)})"
     sentence = (
-        f"Training is (ε = {spent.epsilon:.4g}, δ = {spent.delta:.2g})-differentially private for each {spent.unit}:"
-        f" datasets are neighbours if they differ by “{spent.neighbours}”, and the guarantee holds against"
-        f" {adversary}. {trust} The budget asked for was ε = {asked:g}; ε is an upper bound by {spent.accountant}"
+        f"Training is {promise}-differentially private for each {spent.unit}: datasets are neighbours if they differ by"
+        f" “{spent.neighbours}”, and the guarantee holds against {adversary}. {trust} The budget asked for was"
+        f" ε\u00a0=\u00a0{asked:g}; ε is an upper bound by {spent.accountant}"
         + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
     )
     return Claim(

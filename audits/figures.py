@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from choral.audits.report import Arm, BudgetCurve, Point, Trace
 from choral.audits.svg import LABEL_GAP, Chart, shortened, ticks
-from choral.audits.text import is_percent, score
+from choral.audits.text import cost, is_percent, score
 
 MOST_POINTS = 200
 NAMED_HOLDERS = 16
-WIDE, NARROW = 760.0, 360.0
+WIDE, NARROW = 864.0, 360.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _rounds(lines: Sequence[tuple[str, Sequence[Point], int]], metric: str, *, w
         chart.band([(p.round, p.low) for p in thinned], [(p.round, p.high) for p in thinned], colour)
     for _, curve, colour in lines:
         chart.line([(p.round, p.mean) for p in _thin(curve)], colour)
-    _name(chart, [(name, curve[-1].mean, colour) for name, curve, colour in lines], wide)
+    _name(chart, [(name, curve[-1].mean, colour) for name, curve, colour in lines], metric, wide)
     return chart
 
 
@@ -122,7 +122,7 @@ def _budgets(
             chart.dot(across, middle, colour)
     labels = [(curve.arm, curve.points[-1].metric.mean, colours[curve.arm]) for curve in curves]
     labels += [(arm.name, arm.metric.mean, colours[arm.name]) for arm in references]
-    _name(chart, labels, wide)
+    _name(chart, labels, metric, wide, levels=len(references))
     return chart
 
 
@@ -136,7 +136,7 @@ def holders_figure(arms: Sequence[Arm], colours: Mapping[str, int]) -> Figure:
     private = [arm for arm in arms if arm.claim is not None]
     said = "; ".join(
         f"{arm.name}: {len(arm.holders)} data holder{'s' if len(arm.holders) > 1 else ''}, epsilon from"
-        f" {arm.holders[-1].epsilon:.3g} to {arm.holders[0].epsilon:.3g}, {arm.claim.asked:g} asked for"
+        f" {cost(arm.holders[-1].epsilon)} to {cost(arm.holders[0].epsilon)}, {arm.claim.asked:g} asked for"
         for arm in private
         if arm.claim
     )
@@ -174,7 +174,7 @@ def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> 
             if step > 8:
                 chart.text(chart.left - 10, middle + 4, shortened(holder.name, 20 if wide else 11), "tick", "end")
                 past = max(chart.across(holder.epsilon), limit)
-                chart.text(past + 10, middle + 4, f"{holder.epsilon:.3g}", "value")
+                chart.text(past + 10, middle + 4, cost(holder.epsilon), "value")
             y += step
         chart.rule(limit, y - step * len(arm.holders) - 4, limit, y + 2, "limit")
         y += 10
@@ -184,16 +184,16 @@ def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> 
 
 def _frame(wide: bool, labels: int, x: tuple[float, float], y: tuple[float, float]) -> Chart:
     if wide:
-        return Chart(width=WIDE, height=400, left=48, right=160, top=34, bottom=50, x=x, y=y)
+        return Chart(width=WIDE, height=430, left=52, right=210, top=34, bottom=50, x=x, y=y)
     rows = LABEL_GAP * ((labels + 1) // 2)
     return Chart(width=NARROW, height=320 + rows, left=42, right=10, top=40 + rows, bottom=50, x=x, y=y)
 
 
-def _name(chart: Chart, labels: Sequence[tuple[str, float, int]], wide: bool) -> None:
+def _name(chart: Chart, labels: Sequence[tuple[str, float, int]], metric: str, wide: bool, levels: int = 0) -> None:
     if wide:
-        chart.end_labels(labels)
+        chart.end_labels([(f"{shortened(name, 18)}  {score(y, metric)}", y, colour) for name, y, colour in labels])
     else:
-        chart.key([(name, colour) for name, _, colour in labels], 12)
+        chart.key([(name, colour) for name, _, colour in labels], 12, levels)
 
 
 def _short_score(value: float, metric: str) -> str:

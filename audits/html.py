@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits import figures, text
 from choral.audits.claims import no_claim
-from choral.audits.report import ORDER, Arm
+from choral.audits.report import ORDER, Arm, BudgetPoint, WeightsMatch
 from choral.audits.svg import arm_classes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def comparison_page(report: Comparison) -> str:
             budget=figures.budget_figure(report.budgets, references[:2], report.metric, colours)
             if report.budgets
             else None,
+            budget_rows=budget_rows(report),
             holders=figures.holders_figure(report.arms, colours) if private else None,
         )
     )
@@ -99,6 +100,8 @@ def _environment() -> Environment:
         plus_minus=text.plus_minus,
         signed=text.signed,
         amount=text.amount,
+        power=text.power,
+        cost=text.cost,
         duration=text.duration,
         no_claim=no_claim,
         words=_WORDS,
@@ -125,18 +128,27 @@ def lead(report: Comparison) -> str:
     """The result in a few sentences."""
     base = next(arm for arm in report.arms if arm.name == report.baseline)
     metric = report.metric
-    data = f"{base.examples:,} examples of {base.parties} parties"
-    said = [f"{base.name} reaches {score_of(base, metric)} {metric} on {data}."]
+    said = [f"Trained on {_where(base)} ({base.name}), the model reaches {score_of(base, metric)} {metric}."]
     spread = _plain_federated(report)
     if spread and spread is not base:
-        said.append(f"Without pooling the data, {spread.name} reaches {score_of(spread, metric)}.")
-    for arm in report.arms:
-        if arm.claim and arm is not base:
-            said.append(
-                f"With differential privacy for each {arm.claim.unit} at ε = {arm.claim.epsilon:.3g}, {arm.name}"
-                f" reaches {score_of(arm, metric)}."
-            )
+        said.append(f"With {_where(spread)} ({spread.name}), it reaches {score_of(spread, metric)}.")
+    private = [arm for arm in report.arms if arm.claim and arm is not base]
+    reached = [
+        f"{score_of(arm, metric)} {'pooled' if arm.kind == 'centralized' else 'distributed'}"
+        f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)})"
+        for arm in private
+        if arm.claim
+    ]
+    if reached:
+        units = sorted({arm.claim.unit for arm in private if arm.claim})
+        said.append(f"With differential privacy for each {' or '.join(units)}, it reaches {' and '.join(reached)}.")
     return " ".join(said)
+
+
+def _where(arm: Arm) -> str:
+    if arm.kind == "centralized":
+        return f"the pooled data of {arm.parties} parties"
+    return f"the data left at their {arm.parties} parties"
 
 
 def score_of(arm: Arm, metric: str) -> str:
@@ -159,28 +171,43 @@ def cards(report: Comparison) -> list[dict[str, str]]:
     if spread and spread.difference:
         found.append(_cost("Distribution", spread, metric, f"{spread.name}, data stay with {spread.parties} parties"))
     if report.matches:
-        largest = max(row.difference for row in report.matches)
-        value = "none" if largest == 0 else f"{largest:.1g}"
-        note = "not one weight differs" if largest == 0 else "largest difference of a weight"
-        found.append(_card("Secure sum", value, f"{report.matches[0].arm}: {note}"))
+        found.append(_match_card(report.matches))
     for arm in report.arms:
         if arm.claim and arm.difference:
             where = "pooled" if arm.kind == "centralized" else "distributed"
-            found.append(_cost(f"Privacy, {where}", arm, metric, f"{arm.name} at ε = {arm.claim.epsilon:.3g}"))
+            found.append(
+                _cost(f"Privacy, {where}", arm, metric, f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)}")
+            )
     return found
+
+
+def _match_card(matches: tuple[WeightsMatch, ...]) -> dict[str, str]:
+    gaps = [row.difference for row in matches if row.difference is not None]
+    if len(gaps) < len(matches):
+        return _card("Secure sum", "differs", f"{matches[0].arm}: the weights cannot be compared")
+    if max(gaps) == 0:
+        return _card("Secure sum", "none", f"{matches[0].arm}: not one weight differs")
+    return _card("Secure sum", text.power(max(gaps)), f"{matches[0].arm}: largest difference of a weight")
 
 
 def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
     if arm.difference is None:
-        return _card(label, "-", note)
+        return _card(label, "–", note)
     estimate = arm.difference.estimate
-    value = text.signed(estimate.mean, metric) + (" points" if text.is_percent(metric) else "")
-    interval = text.plus_minus(estimate.half_width, metric).strip()
-    return _card(label, value, note, interval or "one seed")
+    interval = text.plus_minus(estimate.half_width, metric).strip() or "one seed"
+    unit = "points" if text.is_percent(metric) else ""
+    return _card(label, text.signed(estimate.mean, metric), note, interval, unit)
 
 
-def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, str]:
-    return {"label": label, "value": value, "note": note, "interval": interval}
+def _card(label: str, value: str, note: str, interval: str = "", unit: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "interval": interval, "unit": unit}
+
+
+def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None]]]:
+    """One row per epsilon asked for, one cell per arm."""
+    asked = sorted({point.asked for curve in report.budgets for point in curve.points})
+    by_arm = [{point.asked: point for point in curve.points} for curve in report.budgets]
+    return [(epsilon, [points.get(epsilon) for points in by_arm]) for epsilon in asked]
 
 
 def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:

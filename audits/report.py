@@ -138,13 +138,14 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Two secure sums, one seed: the largest difference of any final weight.
 
+    difference: None if the weights differ in shape or are not finite.
     error_bound: how far fixed-point encoding may move one coordinate of the weighted mean in one round.
     """
 
     arm: str
     reference: str
     seed: int
-    difference: float
+    difference: float | None
     error_bound: float
 
 
@@ -210,7 +211,7 @@ def check_version(raw: bytes, path: str) -> None:
     """Refuse a file that is not a report of this version, before it is decoded."""
     try:
         head = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} is damaged: {error}") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ReportError(f"{path} is not a Choral report", hint="name the report.json of a comparison or an audit")

@@ -14,6 +14,7 @@ from choral.audits.budgets import budget_checks, holder_budgets
 from choral.audits.claims import caveats, claim_of, no_claim
 from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
 from choral.audits.storage import read_report, save_report
+from choral.audits.text import power
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -134,10 +135,8 @@ def _in_words(run: Run, sentence: str) -> str:
         return no_claim(run.info.kind, run.info.secure_sum)
     if sentence:
         return sentence
-    return (
-        f"Differential privacy at ε = {run.info.privacy['epsilon']:g}, δ = {run.info.privacy['delta']:g} was asked for;"
-        " run.json records no spending."
-    )
+    asked = f"ε = {run.info.privacy['epsilon']:g}, δ = {power(run.info.privacy['delta'])}"
+    return f"Differential privacy at {asked} was asked for; run.json records no spending."
 
 
 def _worst(checks: Sequence[Check]) -> Verdict:

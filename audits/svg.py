@@ -125,16 +125,15 @@ class Chart:
         placed = spread(wanted, self.top, self.height - self.bottom)
         for (name, _, place), start, end in zip(labels, wanted, placed, strict=True):
             self.add(f'<path d="M{edge + 3:.1f} {start:.1f}L{edge + 14:.1f} {end:.1f}" class="leader arm-{place}"/>')
-            self.text(edge + 18, end + 4, shortened(name, 20), f"name arm-{place}")
+            self.text(edge + 18, end + 4, name, f"name arm-{place}")
 
-    def key(self, labels: Sequence[tuple[str, int]], y: float) -> None:
-        """Names in rows of two above a narrow drawing, where there is no room beside the lines."""
+    def key(self, labels: Sequence[tuple[str, int]], y: float, levels: int = 0) -> None:
+        """Names in rows of two above a narrow drawing; the last ``levels`` of them are level lines."""
         for index, (name, place) in enumerate(labels):
             x, row = (index % 2) * self.width / 2, y + LABEL_GAP * (index // 2)
-            self.add(
-                f'<line x1="{x:.1f}" y1="{row - 4:.1f}" x2="{x + 20:.1f}" y2="{row - 4:.1f}" class="line arm-{place}"'
-                f"{dash(place)}/>"
-            )
+            level = index >= len(labels) - levels
+            kind, extra = ("level", "") if level else ("line", dash(place))
+            self.rule(x, row - 4, x + 20, row - 4, f"{kind} arm-{place}", extra)
             self.text(x + 26, row, shortened(name, 18), f"name arm-{place}")
 
     def render(self, identity: str, title: str, description: str) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from choral.audits.text import amount, duration, plus_minus, score, signed
+from choral.audits.text import amount, cost, duration, plus_minus, score, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ def _cells(arm: Arm, metric: str) -> tuple[str, ...]:
         f"{signed(arm.difference.estimate.mean, metric)}{plus_minus(arm.difference.estimate.half_width, metric)}"
         if arm.difference
         else "-",
-        f"{arm.claim.epsilon:.3g}" if arm.claim else "-",
+        cost(arm.claim.epsilon) if arm.claim else "-",
         str(arm.rounds),
         amount(arm.bytes_per_party),
         duration(arm.seconds.mean),

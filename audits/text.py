@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 MINUS = "−"
+NBSP = "\u00a0"  # keeps a number and its unit on one line
 _PERCENT = ("accuracy",)
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def is_percent(metric: str) -> bool:
@@ -12,7 +16,13 @@ def is_percent(metric: str) -> bool:
 
 
 def score(value: float, metric: str) -> str:
-    return f"{100 * value:.1f} %" if is_percent(metric) else f"{value:.4g}".replace("-", MINUS)
+    return f"{100 * value:.1f}{NBSP}%" if is_percent(metric) else f"{value:.4g}".replace("-", MINUS)
+
+
+def cost(epsilon: float) -> str:
+    """An epsilon to two decimals (four below 0.1), rounded up: a bound may not look smaller than it is."""
+    decimals = 2 if epsilon >= 0.1 else 4
+    return f"{math.ceil(epsilon * 10**decimals - 1e-9) / 10**decimals:.{decimals}f}"
 
 
 def plus_minus(half_width: float | None, metric: str) -> str:
@@ -28,20 +38,29 @@ def signed(value: float, metric: str) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
 
 
+def power(value: float) -> str:
+    """A small number such as a delta: ``10⁻⁵`` or ``2.5 × 10⁻⁶``; others as they are."""
+    digits, exponent = f"{value:.1e}".split("e")
+    if not 0 < value < 0.001:  # 0, inf and everyday sizes
+        return f"{value:.3g}"
+    raised = "10" + str(int(exponent)).translate(_RAISED)
+    return raised if digits == "1.0" else f"{digits.removesuffix('.0')} × {raised}"
+
+
 def amount(count: float | None) -> str:
     """Bytes in decimal units (1 MB is 10^6 bytes)."""
     if count is None:
         return "-"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+            return f"{count:.0f}{NBSP}{unit}" if unit == "B" or count >= 99.95 else f"{count:.1f}{NBSP}{unit}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:.1f}{NBSP}TB"
 
 
 def duration(seconds: float) -> str:
     if seconds < 59.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}{NBSP}s"
     if seconds < 3599.5:
-        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
-    return f"{seconds / 3600:.1f} h"
+        return f"{round(seconds) // 60}{NBSP}min {round(seconds) % 60:02d}{NBSP}s"
+    return f"{seconds / 3600:.1f}{NBSP}h"
