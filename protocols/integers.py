@@ -7,12 +7,13 @@ two's complement, with one centred lift after the sum.
 Wire format: coordinate ``i`` takes bits ``i * bits`` to ``(i + 1) * bits - 1`` of one little-endian bit string, whose
 bit ``j`` is bit ``j % 8`` (least significant first) of byte ``j // 8``; the last byte is padded with zero bits.
 
-Vectors are processed in chunks of 2^16 coordinates: temporaries stay small and in cache, and every index is a Python
+Vectors are processed in chunks of 2^18 coordinates: temporaries stay small and in cache, and every index is a Python
 or 64-bit integer, so 2^31 coordinates of 64 bits (16 GiB) pass.
 """
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 """Coordinates per chunk; a multiple of 8, so that every chunk starts on a byte."""
 
 
@@ -35,6 +36,8 @@ def accumulator_dtype(bits: int) -> np.dtype[Any]:
 
 def packed_bytes(length: int, bits: int) -> int:
     """The exact size of a packed vector: ceil(length * bits / 8)."""
+    if length < 0:
+        raise SpecError(f"expected length >= 0, got {length}")
     return -(-length * _check_bits(bits) // 8)
 
 
@@ -100,6 +103,8 @@ def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
     if padding and data[-1] >> 8 - padding:
         raise PackingError("the padding bits of a packed vector are not zero")
     dtype = accumulator_dtype(bits)
+    if bits == 8 * dtype.itemsize:
+        return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
     raw = np.frombuffer(data, np.uint8)
     out = np.empty(length, dtype)
     for start in range(0, length, _CHUNK):
@@ -109,17 +114,52 @@ def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
     return out
 
 
+def _group(bits: int, width: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """The least ``values`` of ``bits`` bits that fill whole ``words`` of ``width`` bits, and where each value starts."""
+    divisor = gcd(bits, width)
+    values = width // divisor
+    return values, bits // divisor, [divmod(place * bits, width) for place in range(values)]
+
+
 def _pack_chunk(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    as_bytes = values.astype("<u8").view(np.uint8).reshape(-1, 8)
-    unpacked = np.unpackbits(as_bytes, axis=1, count=bits, bitorder="little")
-    return np.packbits(unpacked.reshape(-1), bitorder="little")
+    """Shift and or whole columns: the values at one place of their groups all start at the same bit of a word."""
+    word = values.dtype
+    width = 8 * word.itemsize
+    group, group_words, places = _group(bits, width)
+    rows = -(-values.size // group)
+    padded = np.zeros(rows * group, word)
+    np.bitwise_and(values, word.type((1 << bits) - 1), out=padded[: values.size])
+    columns = padded.reshape(rows, group)
+    words = np.zeros((group_words, rows), word)
+    column, shifted = np.empty(rows, word), np.empty(rows, word)
+    for place, (first, shift) in enumerate(places):
+        column[:] = columns[:, place]
+        np.left_shift(column, word.type(shift), out=shifted)
+        np.bitwise_or(words[first], shifted, out=words[first])
+        if shift + bits > width:
+            np.right_shift(column, word.type(width - shift), out=shifted)
+            np.bitwise_or(words[first + 1], shifted, out=words[first + 1])
+    packed = np.ascontiguousarray(words.T).astype(word.newbyteorder("<"), copy=False)
+    return packed.view(np.uint8).reshape(-1)[: packed_bytes(values.size, bits)]
 
 
-def _unpack_chunk(data: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint64]:
-    unpacked = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    padded = np.zeros((count, 64), np.uint8)
-    padded[:, :bits] = unpacked
-    return np.packbits(padded, axis=1, bitorder="little").view("<u8").reshape(-1)
+def _unpack_chunk(data: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]:
+    word = accumulator_dtype(bits)
+    width = 8 * word.itemsize
+    group, group_words, places = _group(bits, width)
+    rows = -(-count // group)
+    padded = np.zeros(rows * group_words * word.itemsize, np.uint8)
+    padded[: data.size] = data
+    words = np.ascontiguousarray(padded.view(word.newbyteorder("<")).astype(word, copy=False).reshape(rows, -1).T)
+    columns = np.empty((rows, group), word)
+    value, shifted = np.empty(rows, word), np.empty(rows, word)
+    for place, (first, shift) in enumerate(places):
+        np.right_shift(words[first], word.type(shift), out=value)
+        if shift + bits > width:
+            np.left_shift(words[first + 1], word.type(width - shift), out=shifted)
+            np.bitwise_or(value, shifted, out=value)
+        np.bitwise_and(value, word.type((1 << bits) - 1), out=columns[:, place])
+    return columns.reshape(-1)[:count]
 
 
 def _check_bits(bits: int) -> int:
@@ -130,5 +170,7 @@ def _check_bits(bits: int) -> int:
 
 def _check_values(values: NDArray[Any], bits: int) -> None:
     _check_bits(bits)
+    if values.ndim != 1:
+        raise SpecError(f"expected a vector, got shape {values.shape}")
     if values.dtype != np.uint64 and not (values.dtype == np.uint32 and bits <= 32):
         raise SpecError(f"expected uint64 values (or uint32 for up to 32 bits) for {bits} bits, got {values.dtype}")
