@@ -115,7 +115,7 @@ def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
 
 
 def _group(bits: int, width: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """The least ``values`` of ``bits`` bits that fill whole ``words`` of ``width`` bits, and where each value starts."""
+    """The fewest values of ``bits`` bits that fill whole words of ``width`` bits, the words, and where each starts."""
     divisor = gcd(bits, width)
     values = width // divisor
     return values, bits // divisor, [divmod(place * bits, width) for place in range(values)]
