@@ -29,8 +29,9 @@ SECURITY_BITS = 128
 class Masked:
     """The server learns the sum over the survivors and no single vector (Bonawitz et al. 2017, Bell et al. 2020).
 
-    min_survivors: fewer vectors than this are never summed; 2 to n. Default: the threshold, or a majority of the
-        parties if that is more, so that the same round can never be summed over two sets without a common party.
+    min_survivors: fewer vectors than this are never summed; 2 to n. Default: a majority of the parties, so that no
+        round can be summed over two sets without a common party. Where it is more, the threshold counts, and so do
+        corrupt + 2, below which a sum could hold a single honest vector.
     corrupt: how many parties may collude with the server; dropouts: how many may vanish in a round. A count (int) or
         a fraction of the parties (float, rounded up). Defaults: up to 10 parties (n - 1) // 3 of each, so that 3
         parties withstand the server alone and one dropout, 4 to 6 one colluder and one dropout, 10 three and three;
@@ -65,9 +66,15 @@ class Masked:
         """The terms that every party signs. session: 16 fresh random bytes. Raises SpecError."""
         n = len(spec.parties)
         chosen = self.parameters(n)
-        minimum = max(chosen.threshold, n // 2 + 1) if self.min_survivors is None else self.min_survivors
-        if not 2 <= minimum <= n:
-            raise SpecError(f"expected 2 <= min_survivors <= {n} parties, got {minimum}")
+        wanted = n // 2 + 1 if self.min_survivors is None else self.min_survivors
+        if not 2 <= wanted <= n:
+            raise SpecError(f"expected 2 <= min_survivors <= {n} parties, got {wanted}")
+        if chosen.corrupt + 2 > n - chosen.dropouts:
+            raise SpecError(
+                f"{chosen.corrupt} corrupt and {chosen.dropouts} dropouts of {n} parties may leave one honest vector"
+                " in the sum",
+                hint="expect fewer corrupt parties or fewer dropouts",
+            )
         return wire.Setup(
             session=session,
             roster=spec.parties,
@@ -76,7 +83,7 @@ class Masked:
             modulus_bits=spec.modulus_bits,
             neighbours=chosen.neighbours,
             threshold=chosen.threshold,
-            min_survivors=minimum,
+            min_survivors=max(wanted, chosen.threshold, chosen.corrupt + 2),
             corrupt=chosen.corrupt,
             dropouts=chosen.dropouts,
             server=self.server,
@@ -112,7 +119,7 @@ class MaskedSession:
             signatures=signatures,
         )
         self.members: dict[str, steps.Member] = {}
-        self.early: dict[str, tuple[rounds.Advertised, bytes]] = {}
+        self.early: dict[str, tuple[int, rounds.Advertised, bytes]] = {}
         self.following: Mapping[int, wire.Following] = {}
         self.number = 0
         self.server = self._open(identities, signatures)
@@ -177,10 +184,10 @@ class MaskedSession:
 
     def advertise(self, party: str, number: int) -> bytes:
         """The party's keys for round ``number``; its state waits in ``early`` until that round begins."""
-        if party not in self.early:
+        if party not in self.early or self.early[party][0] != number:
             member, advertised, raw = self.members[party].advertise(number, randomness=secrets.token_bytes)
-            self.members[party], self.early[party] = member, (advertised, raw)
-        return self.early[party][1]
+            self.members[party], self.early[party] = member, (number, advertised, raw)
+        return self.early[party][2]
 
 
 class MaskedRound:
@@ -198,7 +205,7 @@ class MaskedRound:
         sharing, rosters = advertising.close()
         shared = {}
         for party, raw in traffic.all_down(rosters).items():
-            shared[party], shares = advertised[party][0].share(raw, randomness=secrets.token_bytes)
+            shared[party], shares = advertised[party][1].share(raw, randomness=secrets.token_bytes)
             sharing.receive(party, traffic.up(party, shares))
         self._uploading: Uploading
         self._uploading, deliveries = sharing.close()

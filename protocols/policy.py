@@ -75,7 +75,12 @@ def check_setup(setup: Setup) -> None:
         raise PolicyError(f"no graph has {n} parties with {k} neighbours each")
     if t > setup.holders:
         raise PolicyError(f"a threshold of {t} among {setup.holders} holders can never be met")
-    if not setup.min_survivors <= n:
+    if setup.min_survivors < max(t, setup.corrupt + 2):
+        raise PolicyError(
+            f"a sum of {setup.min_survivors} may be over fewer than the threshold, or over one honest vector and"
+            f" {setup.corrupt} corrupt ones"
+        )
+    if setup.min_survivors > n:
         raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
     if setup.corrupt >= n or setup.dropouts >= n:
         raise PolicyError("the setup assumes that nobody is left")

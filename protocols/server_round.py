@@ -24,11 +24,6 @@ class RoundStage(Stage):
         super().__init__(setup.roster, session, number, expected, wire.ENVELOPE + size)
         self._terms = terms
 
-    @property
-    def _enough(self) -> int:
-        """Fewest parties with whom a round can still end well."""
-        return max(self._terms.setup.min_survivors, self._terms.setup.threshold)
-
     def _fault(self, party: int, what: str) -> FaultyPartyError:
         return FaultyPartyError(self._terms.name(party), what)
 
@@ -51,7 +46,7 @@ class Advertising(RoundStage):
         return wire.RosterEntry(party, message.mask, message.signature)
 
     def close(self) -> tuple[Sharing, Outbox]:
-        present = self._close(self._enough, "too few advertised keys")
+        present = self._close(self._terms.setup.min_survivors, "too few advertised keys")
         outbox = {}
         for party in present:
             entries = tuple(self._heard[peer] for peer in self._terms.graph[party] if peer in self._heard)
@@ -79,7 +74,7 @@ class Sharing(RoundStage):
         return message
 
     def close(self) -> tuple[Uploading, Outbox]:
-        sharers = self._close(self._enough, "too few shared their secrets")
+        sharers = self._close(self._terms.setup.min_survivors, "too few shared their secrets")
         packets = {(dealer, packet.party): packet for dealer in sharers for packet in self._heard[dealer].packets}
         outbox = {}
         for party in sharers:
@@ -124,7 +119,7 @@ class Uploading(RoundStage):
 
         Raises TooFewSurvivorsError also when some secret could not be reconstructed by those who are left.
         """
-        survivors = self._close(self._enough, "too few sent a vector")
+        survivors = self._close(self._terms.setup.min_survivors, "too few sent a vector")
         tally = unmasking.Tally(self._terms.setup, self._terms.graph, self._terms.session, self._number, self._ledger)
         tally.check_reachable(survivors, survivors)
         bitmap = wire.to_bitmap(survivors, len(self._roster))

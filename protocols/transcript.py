@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Sequence
 
 from choral.protocols.keys import ed25519_sign, ed25519_verify, hkdf_sha256
@@ -82,10 +81,6 @@ def seal_key(shared: bytes, session: bytes, number: int, sender: int, receiver: 
 
 def seal_data(session: bytes, number: int, sender: int, receiver: int, seed_hash: bytes, key_hash: bytes) -> bytes:
     return digest("packet", session, number, sender, receiver, seed_hash, key_hash)
-
-
-def same(one: bytes, other: bytes) -> bool:
-    return hmac.compare_digest(one, other)
 
 
 class Signatures:
