@@ -3,6 +3,7 @@
     DIR/run.json            RunInfo: settings, parties, versions, budgets spent
     DIR/history.jsonl       one Round per line, appended when the round is complete
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
+    DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
     DIR/ledger/NAME.jsonl   one privacy ledger per data holder
 
 JSON is the truth; nothing is pickled. Each file is replaced in one step (write, fsync, rename), so a killed
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from choral.errors import ChoralError, ConfigError
-from choral.privacy.spent import Spent
+from choral.privacy import Spent
 
 FORMAT_VERSION = 1
 _NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
@@ -204,6 +205,10 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no model.safetensors", hint="the run ended before its first round")
+    return _read_tensors(path)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     try:
         with safe_open(path, framework="pt") as file:
             number = int((file.metadata() or {})["round"])
@@ -217,6 +222,35 @@ def _weights(state: Mapping[str, torch.Tensor], round_number: int) -> bytes:
     return bytes(safetensors_bytes(copies, metadata={"round": str(round_number)}))
 
 
+def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number: int) -> None:
+    """Tensors and numbers of the optimizer's state, as optimizer.ROUND.safetensors.
+
+    Named by round: it is written before model.safetensors, which makes the round complete.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor | int | float):
+                state[f"{index}.{name}"] = torch.as_tensor(value)
+    if state:
+        replace_file(folder / f"optimizer.{round_number}.safetensors", _weights(state, round_number))
+    for old in folder.glob("optimizer.*.safetensors"):
+        if old.name not in {f"optimizer.{number}.safetensors" for number in (round_number, round_number - 1)}:
+            old.unlink()
+
+
+def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number: int) -> None:
+    path = folder / f"optimizer.{round_number}.safetensors"
+    if not path.is_file():
+        return
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    tensors, _ = _read_tensors(path)
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def check_empty(folder: Path) -> None:
     """Refuse an output folder that holds anything: a run is never overwritten."""
     if folder.exists() and not folder.is_dir():
@@ -228,11 +262,22 @@ def check_empty(folder: Path) -> None:
         )
 
 
-def check_same(info: RunInfo, wanted: RunInfo) -> None:
+def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    for field in ("kind", "rounds", "seed", "parties", "parameters", "privacy", "fixed_point"):
-        old, new = getattr(info, field), getattr(wanted, field)
-        if old != new:
+    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy"))
+
+
+def check_complete(old: RunInfo, new: RunInfo) -> None:
+    """The same for what is known only once the model is built."""
+    _compare(old, new, ("parameters", "fixed_point"))
+    if (old.secure_sum or {}).get("name") != (new.secure_sum or {}).get("name"):
+        raise ConfigError("cannot resume with another secure sum", hint="use the same settings, or a new --out")
+
+
+def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        was, now = getattr(old, field), getattr(new, field)
+        if was != now:
             raise ConfigError(
-                f"cannot resume: {field} was {old}, now it is {new}", hint="use the same settings, or a new --out"
+                f"cannot resume: {field} was {was}, now it is {now}", hint="use the same settings, or a new --out"
             )

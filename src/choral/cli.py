@@ -1,0 +1,159 @@
+"""The command line: ``choral compare | train | audit | budget``.
+
+Exit codes: 0 done (for `audit`: the claim holds), 1 an audit found the claim violated or could not verify it,
+2 wrong usage, bad input, or a run that had to stop. Ctrl-C ends with 130 and keeps every completed round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from choral.errors import ChoralError, ConfigError
+
+T = TypeVar("T")
+Command = Callable[[list[str]], int]
+
+_HELP = """\
+usage: choral COMMAND [options]
+
+Train PyTorch models on data that may not be seen, and say what that costs.
+
+commands:
+  compare CONFIG --out DIR   train every arm of a TOML file and report accuracy, epsilon, bytes and time side by side
+  train CONFIG --out DIR     train one arm: federated (default), or --centralized on pooled data
+  audit DIR                  check what a finished run claims against its ledgers
+  budget                     how much noise a promise needs, or what a noise is worth
+
+Start here:  choral compare examples/digits.toml --out runs/digits
+Details:     choral COMMAND --help
+
+exit codes: 0 done / claim holds, 1 claim violated or not verifiable (audit), 2 bad input or stopped, 130 Ctrl-C
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Noise for a promise, or the promise of a noise, for DP-SGD with Poisson sampling.
+
+    Give --epsilon to get the noise multiplier that it needs, or --noise-multiplier to get the epsilon that it buys.
+    Unit: one record. Neighbours: add or remove one record. Accountant: PLD, cross-checked by RDP.
+    """
+
+    delta: float
+    """Probability outside the promise; well below 1 / number of records."""
+    sample_rate: float
+    """Expected batch size over number of records."""
+    steps: int
+    """Noisy steps in all."""
+    epsilon: float | None = None
+    """The promise wanted."""
+    noise_multiplier: float | None = None
+    """Noise standard deviation over clipping norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Check what a run folder claims: recompute every epsilon from the ledgers, and report what was not checked.
+
+    Exit code 0: the claim holds. 1: it is violated, or cannot be verified. 2: not a run folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    out: Path | None = None
+    """Where the report goes (report.json and report.html); by default into the run folder."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_HELP, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from choral import __version__
+
+        print(f"choral {__version__}")
+        return 0
+    try:
+        if words[0] not in _COMMANDS:
+            raise ConfigError(
+                f"unknown command {words[0]!r}", hint=f"one of: {', '.join(_COMMANDS)}; see choral --help"
+            )
+        return _COMMANDS[words[0]](words[1:])
+    except ChoralError as error:
+        print(f"choral: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("choral: stopped; completed rounds are kept, --resume goes on from them", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"choral: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argument errors, already printed
+        return int(stop.code or 0)
+
+
+def parse(command: str, words: list[str], kind: type[T], default: T | None = None) -> T:
+    """The flags of one command. Raises: SystemExit, after printing help or what is wrong."""
+    if default is None:
+        return tyro.cli(kind, args=words, prog=f"choral {command}")
+    return tyro.cli(kind, args=words, prog=f"choral {command}", default=default)
+
+
+# Torch takes seconds to import, so only the commands that train import it.
+def _compare(words: list[str]) -> int:
+    from choral.commands import compare
+
+    return compare(words)
+
+
+def _train(words: list[str]) -> int:
+    from choral.commands import train
+
+    return train(words)
+
+
+def _audit(words: list[str]) -> int:
+    wanted = parse("audit", words, Audit)
+    from choral.audits import audit
+
+    result = audit(wanted.run)
+    folder = wanted.out or wanted.run
+    folder.mkdir(parents=True, exist_ok=True)
+    result.save(folder / "report.json")
+    result.save(folder / "report.html")
+    if not wanted.quiet:
+        result.print()
+        print(f"report: {folder / 'report.html'}")
+    return result.exit_code
+
+
+def _budget(words: list[str]) -> int:
+    wanted = parse("budget", words, Budget)
+    from choral.privacy.accounting import budget
+
+    if (wanted.epsilon is None) == (wanted.noise_multiplier is None):
+        raise ConfigError("expected exactly one of --epsilon and --noise-multiplier")
+    answer = budget(
+        epsilon=wanted.epsilon,
+        noise_multiplier=wanted.noise_multiplier,
+        delta=wanted.delta,
+        sample_rate=wanted.sample_rate,
+        steps=wanted.steps,
+    )
+    print(answer)
+    return 0
+
+
+_COMMANDS: dict[str, Command] = {"compare": _compare, "train": _train, "audit": _audit, "budget": _budget}

@@ -1,0 +1,135 @@
+"""The commands that train: ``choral compare`` and ``choral train``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from choral import jobs
+from choral.cli import parse
+from choral.errors import ConfigError
+from choral.settings import Arm, Settings, read_settings
+from choral.trainers import Round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train every arm of a comparison for several seeds; write report.json and report.html.
+
+    Every key of CONFIG is a flag of the same name below; the flag wins.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """TOML file with the settings, e.g. examples/digits.toml."""
+    out: Path
+    """Folder for the runs and the report; must be new or empty, unless --resume."""
+    resume: bool = False
+    """Continue in a folder that an earlier, interrupted comparison left."""
+    quiet: bool = False
+    """No progress and no table, only errors."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one arm into a run folder: federated, or --centralized; private if privacy.epsilon is set.
+
+    Every key of CONFIG is a flag of the same name below; the flag wins.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """TOML file with the settings, e.g. examples/digits.toml."""
+    out: Path
+    """Run folder; must be new or empty, unless --resume."""
+    arm: str | None = None
+    """Train this arm of CONFIG, e.g. cloud."""
+    centralized: bool = False
+    """Pool the data: the cloud baseline."""
+    resume: bool = False
+    """Continue the run that the folder holds."""
+    quiet: bool = False
+    """No progress and no summary, only errors."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+def compare(words: list[str]) -> int:
+    wanted = parse("compare", words, Compare, Compare(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
+    settings = wanted.settings
+    total = sum(1 for _ in jobs.cells(settings)) * settings.training.rounds
+    with _progress(total, wanted.quiet) as tick:
+        comparison = jobs.run_comparison(settings, wanted.out, resume=wanted.resume, tick=tick)
+    if not wanted.quiet:
+        comparison.print()
+        print(f"report: {wanted.out / 'report.html'}")
+    return 0
+
+
+def train(words: list[str]) -> int:
+    wanted = parse("train", words, Train, Train(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
+    settings = wanted.settings
+    name, arm = _arm(wanted)
+    with _progress(settings.training.rounds, wanted.quiet) as tick:
+        run = jobs.train(
+            settings,
+            arm,
+            seed=settings.seed,
+            epsilon=settings.privacy.epsilon,
+            out=wanted.out,
+            resume=wanted.resume,
+            on_round=lambda entry: tick(name, entry),
+        )
+    if not wanted.quiet:
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
+        spent = run.spent
+        promise = f"; epsilon {spent.epsilon:.3f} at delta {spent.delta:g} (worst data holder)" if spent else ""
+        print(f"{name}: {run.info.rounds} rounds, {metrics}{promise}")
+        print(f"run folder: {wanted.out}   next: choral audit {wanted.out}")
+    return 0
+
+
+def _arm(wanted: Train) -> tuple[str, Arm]:
+    """The arm that the flags ask for. Raises: ConfigError for an unknown arm, or both ways of naming one."""
+    if wanted.arm is None:
+        private = wanted.settings.privacy.epsilon is not None
+        return "cloud" if wanted.centralized else "federated", Arm(centralized=wanted.centralized, private=private)
+    if wanted.centralized:
+        raise ConfigError("--arm and --centralized exclude each other", hint="give one of the two")
+    if wanted.arm not in wanted.settings.arms:
+        known = ", ".join(wanted.settings.arms) or "none"
+        raise ConfigError(f"no arm {wanted.arm!r}", hint=f"arms in {wanted.config}: {known}")
+    return wanted.arm, wanted.settings.arms[wanted.arm]
+
+
+def _settings(words: list[str]) -> Settings:
+    """The TOML file's settings, when the first word is its path, as the flags' defaults."""
+    return read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, Round], None]]:
+    """A bar over all rounds on a terminal; nothing in a pipe or with --quiet."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rounds"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def tick(label: str, entry: Round) -> None:
+            first = next(iter(entry.metrics.items()))
+            bar.update(task, advance=1, description=f"{label}: {first[0]} {first[1]:.3f}")
+
+        yield tick

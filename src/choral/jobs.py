@@ -1,0 +1,229 @@
+"""The jobs behind the command line: train one arm, or all arms of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from choral.errors import ConfigError
+from choral.settings import Arm, Settings, to_json
+
+if TYPE_CHECKING:
+    from choral.audits import Comparison
+    from choral.protocols.seam import SecureSum
+    from choral.trainers import Round, Run, Task
+
+# Called with a label for what runs and the round that it completed.
+Tick = Callable[[str, "Round"], None]
+
+
+class Cell(NamedTuple):
+    """One run of a comparison."""
+
+    arm: str
+    seed: int
+    epsilon: float | None
+
+    @property
+    def label(self) -> str:
+        budget = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
+        return f"{self.arm}{budget}, seed {self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        budget = "" if self.epsilon is None else f"-epsilon-{self.epsilon:g}"
+        return out / "arms" / quote(self.arm, safe="") / f"seed-{self.seed}{budget}"
+
+
+def load_task(settings: Settings, seed: int) -> Task:
+    """The task named by ``settings.task``, for one seed.
+
+    Raises: ConfigError if it is neither embedded nor a Python file with a function ``load`` that returns a Task.
+    """
+    from choral.trainers import Task
+
+    load: Callable[..., object]
+    if settings.task == "digits":
+        from choral.trainers.digits import load
+    else:
+        load = _load_function(Path(settings.task))
+    task = load(settings.split, settings.training, seed)
+    if not isinstance(task, Task):
+        raise ConfigError(f"load in {settings.task} returned {type(task).__name__}; expected choral.trainers.Task")
+    return task
+
+
+def _load_function(path: Path) -> Callable[..., object]:
+    if not path.is_file():
+        raise ConfigError(f"no task {str(path)!r}", hint='task is "digits" or the path of a Python file')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(load := getattr(module, "load", None)):
+        raise ConfigError(f"{path} has no function load(split, training, seed)")
+    return load  # type: ignore[no-any-return]
+
+
+def train(
+    settings: Settings,
+    arm: Arm,
+    *,
+    seed: int,
+    epsilon: float | None,
+    out: Path,
+    resume: bool,
+    on_round: Callable[[Round], None] | None = None,
+) -> Run:
+    """Train one arm into the folder ``out``. epsilon: the budget of a private arm."""
+    from choral.privacy import Privacy
+    from choral.trainers import centralize, federate
+
+    overrides = {name: value for name in ("batch_size", "learning_rate") if (value := getattr(arm, name)) is not None}
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **overrides))
+    task = load_task(settings, seed)
+    privacy = None
+    if arm.private:
+        if epsilon is None:
+            raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
+        privacy = Privacy(
+            epsilon=epsilon,
+            delta=settings.privacy.delta,
+            max_grad_norm=settings.privacy.max_grad_norm,
+            epochs=settings.training.local_epochs,
+        )
+    config = to_json(settings)
+    rounds = settings.training.rounds
+    if arm.centralized:
+        return centralize(
+            build=task.build,
+            fit=task.fit,
+            evaluate=task.evaluate,
+            parties=task.parties,
+            rounds=rounds,
+            seed=seed,
+            privacy=privacy,
+            device=settings.device,
+            out=out,
+            resume=resume,
+            config=config,
+            on_round=on_round,
+        )
+    return federate(
+        build=task.build,
+        fit=task.fit,
+        evaluate=task.evaluate,
+        parties=task.parties,
+        rounds=rounds,
+        seed=seed,
+        privacy=privacy,
+        secure_sum=_secure_sum(settings, arm),
+        value_bound=settings.secure_sum.value_bound,
+        value_bits=settings.secure_sum.value_bits,
+        dropout_rate=settings.dropout_rate,
+        min_classes=settings.split.min_classes,
+        device=settings.device,
+        out=out,
+        resume=resume,
+        config=config,
+        on_round=on_round,
+    )
+
+
+def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
+    from choral.protocols import Masked, Plain
+
+    if (arm.secure_sum or settings.secure_sum.kind) == "plain":
+        return Plain()
+    if settings.secure_sum.min_survivors is None:
+        return Masked()
+    return Masked(min_survivors=settings.secure_sum.min_survivors)
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+    """Every run of the comparison: each arm and seed, private arms at each budget."""
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        for name, arm in settings.arms.items():
+            if not arm.private:
+                yield Cell(name, seed, None)
+            elif settings.privacy.epsilon is not None:
+                for epsilon in sorted({settings.privacy.epsilon, *settings.epsilons}):
+                    yield Cell(name, seed, epsilon)
+
+
+def run_comparison(settings: Settings, out: Path, *, resume: bool, tick: Tick) -> Comparison:
+    """Train every arm for every seed into ``out/arms``, compare them, and write ``out/report.json`` and ``.html``.
+
+    Raises: ConfigError for settings that leave nothing to compare; RunFolderError if ``out`` holds another run.
+    """
+    from choral.audits import compare
+
+    _check(settings)
+    _open(settings, out, resume)
+    runs: dict[Cell, Run] = {}
+    for cell in cells(settings):
+        runs[cell] = train(
+            settings,
+            settings.arms[cell.arm],
+            seed=cell.seed,
+            epsilon=cell.epsilon,
+            out=cell.folder(out),
+            resume=resume,
+            on_round=lambda entry, label=cell.label: tick(label, entry),  # type: ignore[misc]
+        )
+    headline = (None, settings.privacy.epsilon)
+    comparison = compare(
+        {
+            name: [run for cell, run in runs.items() if cell.arm == name and cell.epsilon in headline]
+            for name in settings.arms
+        },
+        budgets={
+            name: [run for cell, run in runs.items() if cell.arm == name]
+            for name, arm in settings.arms.items()
+            if arm.private and len(settings.epsilons) > 0
+        },
+        title=settings.title,
+    )
+    comparison.save(out / "report.json")
+    comparison.save(out / "report.html")
+    return comparison
+
+
+def _check(settings: Settings) -> None:
+    if not settings.arms:
+        raise ConfigError(
+            "there is nothing to compare: no [arms.NAME] in the settings", hint="see examples/digits.toml"
+        )
+    if settings.seeds < 1:
+        raise ConfigError(f"expected seeds >= 1, got {settings.seeds}")
+    private = [name for name, arm in settings.arms.items() if arm.private]
+    if private and settings.privacy.epsilon is None:
+        raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set")
+    for epsilon in settings.epsilons:
+        if not epsilon > 0:
+            raise ConfigError(f"expected epsilons > 0, got {epsilon:g}")
+
+
+def _open(settings: Settings, out: Path, resume: bool) -> None:
+    """Claim the folder: a fresh one, or on resume one that was made with the same settings (more seeds are welcome)."""
+    from choral.trainers.run import check_empty, replace_file
+
+    record = out / "settings.json"
+    wanted = to_json(settings)
+    if resume and record.is_file():
+        old = json.loads(record.read_text(encoding="utf-8"))
+        for key in sorted(old.keys() | wanted.keys()):
+            if key not in {"seeds", "title", "device"} and old.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"cannot resume {out}: {key} was {old.get(key)}, now it is {wanted.get(key)}",
+                    hint="use the same settings, or another --out",
+                )
+    else:
+        check_empty(out)
+        out.mkdir(parents=True, exist_ok=True)
+    replace_file(record, json.dumps(wanted, indent=1).encode())

@@ -1,0 +1,138 @@
+"""The settings of a job: one set of names for TOML files and command-line flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from choral.errors import ConfigError
+from choral.trainers.settings import Split, Training
+
+SumKind = Literal["plain", "masked"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """The promise: record-level differential privacy in each party."""
+
+    epsilon: float | None = None
+    """Budget of each data holder for the whole run; None trains without differential privacy."""
+    delta: float = 1e-5
+    """Probability outside the promise; must be well below 1 / (records of the smallest party)."""
+    max_grad_norm: float = 1.0
+    """Clipping norm of each record's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumSettings:
+    """The secure sum between the parties."""
+
+    kind: SumKind = "masked"
+    """plain: the server sees each update; masked: only the sum."""
+    min_survivors: int | None = None
+    """Fewest parties whose sum may be opened (masked); by default chosen from the number of parties."""
+    value_bound: float = 16.0
+    """Largest absolute value of an update's coordinate; a larger one stops the run."""
+    value_bits: int = 28
+    """Fixed-point bits per coordinate, before weights and parties are counted in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train the same task. What is not set here is taken from the rest of the file."""
+
+    centralized: bool = False
+    """Pool the data in the cloud instead of federating."""
+    private: bool = False
+    """Train with differential privacy, as [privacy] says."""
+    secure_sum: SumKind | None = None
+    """Secure sum of a federated arm."""
+    batch_size: int | None = None
+    """Batch size of this arm."""
+    learning_rate: float | None = None
+    """Learning rate of this arm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a job. Every key of the TOML file is a flag of the same name."""
+
+    title: str = "Choral comparison"
+    """Headline of the report."""
+    task: str = "digits"
+    """What is trained: "digits", or a Python file with load(split, training, seed) -> choral.trainers.Task."""
+    seed: int = 0
+    """First seed: initial weights, split and data order; never noise, keys or masks."""
+    seeds: int = 3
+    """How many seeds `compare` runs, counting up from the first."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model trains."""
+    dropout_rate: float = 0.0
+    """Chance per party and round to be lost after the key exchange, to rehearse failures."""
+    epsilons: tuple[float, ...] = ()
+    """Budgets at which `compare` trains each private arm, for the budget-against-accuracy curve."""
+    split: Split = field(default_factory=Split)
+    training: Training = field(default_factory=Training)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    secure_sum: SumSettings = field(default_factory=SumSettings)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """The arms of the comparison, by name."""
+
+
+def read_settings(path: str | Path, kind: type[T]) -> T:
+    """Settings from a TOML file.
+
+    Raises: ConfigError naming the file and the key: missing file, not TOML, unknown key, wrong type, bad value.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}", hint="examples/digits.toml is one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    _refuse_unknown(table, kind, str(path), "")
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_cause(error)}") from None
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """The settings as plain JSON data."""
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    return plain
+
+
+def _refuse_unknown(table: Mapping[str, Any], kind: Any, path: str, prefix: str) -> None:
+    if not dataclasses.is_dataclass(kind):
+        if get_args(kind) and get_args(kind)[-1] is Arm:
+            for name, arm in table.items():
+                if isinstance(arm, Mapping):
+                    _refuse_unknown(arm, Arm, path, f"{prefix}{name}.")
+        return
+    hints = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(hints)}"
+            raise ConfigError(f"{path}: unknown key {prefix}{key}", hint=known)
+        if isinstance(value, Mapping):
+            _refuse_unknown(value, hints[key], path, f"{prefix}{key}.")
+
+
+def _cause(error: msgspec.ValidationError) -> str:
+    """msgspec's message with its `$.a.b` path written as our dotted key; errors of our own checks pass through."""
+    if isinstance(error.__cause__, ConfigError):
+        return str(error.__cause__)
+    return str(error).replace(" - at `$.", " at `")

@@ -1,0 +1,214 @@
+"""The command line as its users meet it: help, errors with a hint, exit codes, the whole job at a small size."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+
+from choral.cli import main
+
+SMALL = """
+title = "A small comparison"
+seeds = 2
+epsilons = [2, 8]
+device = "cpu"
+[split]
+parties = 3
+alpha = 2.0
+[training]
+rounds = 3
+batch_size = 64
+hidden = 0
+[privacy]
+epsilon = 8
+[arms.cloud]
+centralized = true
+[arms.cloud-dp]
+centralized = true
+private = true
+[arms.federated]
+secure_sum = "plain"
+[arms.federated-masked]
+secure_sum = "masked"
+[arms.federated-dp]
+private = true
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "small.toml").write_text(SMALL)
+    assert main(["compare", str(folder / "small.toml"), "--out", str(folder / "out"), "--quiet"]) == 0
+    return folder
+
+
+def test_compare_writes_everything(finished, capsys):
+    out = finished / "out"
+    report = json.loads((out / "report.json").read_text())
+    text = json.dumps(report)
+    for arm in ("cloud", "cloud-dp", "federated", "federated-masked", "federated-dp"):
+        assert arm in text
+        assert (out / "arms" / arm).is_dir()
+    assert "</html>" in (out / "report.html").read_text()
+    assert len(list((out / "arms" / "cloud-dp").iterdir())) == 4
+    masked, plain = (
+        (out / "arms" / arm / "seed-0" / "model.safetensors").read_bytes() for arm in ("federated-masked", "federated")
+    )
+    assert masked == plain
+
+
+def test_finished_comparison_is_not_overwritten_and_resumes(finished, capsys):
+    config, out = str(finished / "small.toml"), str(finished / "out")
+    before = (finished / "out" / "arms" / "cloud" / "seed-0" / "run.json").read_bytes()
+    assert main(["compare", config, "--out", out]) == 2
+    assert "already holds" in capsys.readouterr().err
+    assert main(["compare", config, "--out", out, "--resume", "--training.rounds", "4"]) == 2
+    assert "cannot resume" in capsys.readouterr().err
+    assert main(["compare", config, "--out", out, "--resume"]) == 0
+    assert "federated-masked" in capsys.readouterr().out
+    assert (finished / "out" / "arms" / "cloud" / "seed-0" / "run.json").read_bytes() == before
+
+
+def test_train_audit_and_tampering(config, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", config, "--privacy.epsilon", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"accuracy 0\.\d+; epsilon 2\.9", printed)
+    assert main(["audit", str(out)]) == 0
+    assert (out / "report.html").is_file()
+    content = json.loads((out / "run.json").read_text())
+    first = next(iter(content["spent"]))
+    content["spent"][first]["epsilon"] = 1.0
+    (out / "run.json").write_text(json.dumps(content))
+    assert main(["audit", str(out), "--out", str(tmp_path / "second")]) == 1
+    ledger = next((out / "ledger").iterdir())
+    ledger.write_bytes(ledger.read_bytes()[:-20] + b"x" * 20)
+    assert main(["audit", str(out), "--out", str(tmp_path / "third")]) in {1, 2}
+
+
+def test_train_one_arm_and_centralized(config, tmp_path, capsys):
+    assert main(["train", config, "--arm", "cloud", "--out", str(tmp_path / "a"), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    words = ["train", config, "--centralized", "--privacy.epsilon", "None", "--out", str(tmp_path / "b"), "--quiet"]
+    assert main(words) == 0
+    first, second = (json.loads((tmp_path / name / "run.json").read_text()) for name in "ab")
+    assert first["kind"] == second["kind"] == "centralized"
+    assert first["privacy"] is None
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "audit", "budget"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"choral {command}" in text
+
+
+def test_help_explains_flags(capsys):
+    main(["compare", "--help"])
+    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert "--privacy.epsilon" in text
+    assert "Budget of each data holder for the whole run" in text
+    assert "Clipping norm of each record's gradient" in text
+
+
+def test_top_level(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "choral compare examples/digits.toml" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert main(["sing"]) == 2
+    assert "hint: one of: compare, train, audit, budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "message", "hint"),
+    [
+        ("epsilonn = 3\n" + SMALL, "unknown key epsilonn", "epsilons"),
+        (SMALL.replace("epsilon = 8", "epsilonn = 8"), "unknown key privacy.epsilonn", "did you mean privacy.epsilon?"),
+        (
+            SMALL.replace("private = true", "privat = true", 1),
+            "unknown key arms.cloud-dp.privat",
+            "arms.cloud-dp.private",
+        ),
+        (
+            SMALL.replace("epsilon = 8", 'epsilon = "much"'),
+            "Expected `float | null`, got `str` - at `privacy.epsilon`",
+            "",
+        ),
+        (SMALL.replace("epsilon = 8", "epsilon = -1"), "epsilon", ""),
+        (SMALL.replace("epsilon = 8", "epsilon = nan"), "epsilon", ""),
+        (SMALL.replace("epsilon = 8", "epsilon = 8\ndelta = 0.5"), "delta", ""),
+        (SMALL.replace("parties = 3", "parties = 1"), "at least 2 parties", "centralize"),
+        (SMALL.replace("parties = 3", "parties = 0"), "split.parties >= 1", ""),
+        (SMALL.replace("alpha = 2.0", "alpha = 0"), "alpha > 0", ""),
+        (SMALL.replace("alpha = 2.0", "alpha = 0.001"), "party", "alpha"),
+        (SMALL.replace("rounds = 3", "rounds = 0"), "training.rounds >= 1", ""),
+        (SMALL.replace("batch_size = 64", "batch_size = 64\nlearning_rate = 1e30"), "", ""),
+        (SMALL.replace("seeds = 2", "seeds = 0"), "seeds >= 1", ""),
+        (SMALL.replace("seeds = 2", 'seeds = 2\ntask = "nothing.py"'), "no task", "Python file"),
+        (SMALL.replace("epsilons = [2, 8]", "epsilons = [0]"), "epsilons > 0", ""),
+        (SMALL.replace("[privacy]\nepsilon = 8", ""), "privacy.epsilon is not set", ""),
+        (SMALL.split("[arms")[0], "nothing to compare", "examples/digits.toml"),
+        ("title = ", "not valid TOML", ""),
+    ],
+)
+def test_bad_settings_end_with_2_and_one_line(edit, message, hint, tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    path.write_text(edit)
+    assert main(["compare", str(path), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("choral: ")
+    assert message in error
+    assert hint in error
+    assert len(error.strip().splitlines()) <= 2
+    assert "Traceback" not in error
+
+
+def test_missing_files(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "no.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["audit", str(tmp_path / "nothing")]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_bad_flags(config, tmp_path, capsys):
+    assert main(["compare", config, "--out", str(tmp_path / "out"), "--privacy.epsilonn", "3"]) == 2
+    assert "--privacy.epsilon" in capsys.readouterr().err
+    assert main(["compare", config]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert main(["train", config, "--arm", "nobody", "--out", str(tmp_path / "out")]) == 2
+    assert "cloud, cloud-dp" in capsys.readouterr().err
+
+
+def test_own_task_file(tmp_path):
+    (tmp_path / "mine.py").write_text("from choral.trainers.digits import load\n")
+    (tmp_path / "mine.toml").write_text(SMALL.replace("seeds = 2", f'seeds = 2\ntask = "{tmp_path / "mine.py"}"'))
+    assert main(["train", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+
+
+def test_budget(capsys):
+    """The published setting of 10,000 steps at rate 0.01 with noise multiplier 4: epsilon 0.947 (PLD)."""
+    words = ["--delta", "1e-5", "--sample-rate", "0.01", "--steps", "10000"]
+    started = time.monotonic()
+    assert main(["budget", *words, "--noise-multiplier", "4"]) == 0
+    assert time.monotonic() - started < 10
+    assert "0.947" in capsys.readouterr().out
+    assert main(["budget", *words, "--epsilon", "0.947"]) == 0
+    assert re.search(r"\b(4\.0|3\.99)", capsys.readouterr().out)
+    assert main(["budget", *words]) == 2
+    assert main(["budget", *words, "--epsilon", "-1"]) == 2
+    assert main(["budget", "--delta", "2", "--sample-rate", "0.01", "--steps", "10", "--epsilon", "1"]) == 2
+    capsys.readouterr()

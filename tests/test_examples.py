@@ -1,0 +1,38 @@
+"""The examples run, and making a plain loop private takes three lines."""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(*words: str, cwd: Path) -> str:
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_private_loop_adds_three_lines():
+    plain, private = ((EXAMPLES / name).read_text().splitlines()[1:] for name in ("plain_loop.py", "private_loop.py"))
+    changes = [line for line in difflib.ndiff(plain, private) if line[0] in "+-" and line[2:].strip()]
+    assert all(line[0] == "+" for line in changes)
+    marked = [line for line in changes if "(+)" in line]
+    assert len(marked) == 3
+    assert [line for line in changes if line not in marked] == ["+     print(privacy.spent())"]
+
+
+def test_both_loops_learn(tmp_path):
+    last = run(str(EXAMPLES / "plain_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
+    assert float(last.split()[-1]) > 0.9
+    *_, accuracy, spent = run(str(EXAMPLES / "private_loop.py"), cwd=tmp_path).strip().splitlines()
+    assert float(accuracy.split()[-1]) > 0.7
+    assert spent.startswith("Spent(epsilon=2.9")
+
+
+def test_hospitals(tmp_path):
+    printed = run(str(EXAMPLES / "federate_hospitals.py"), str(tmp_path / "out"), cwd=tmp_path)
+    assert "accuracy 0.9" in printed or "accuracy 0.8" in printed
+    assert (tmp_path / "out" / "compare.html").is_file()
+    assert (tmp_path / "out" / "audit.html").is_file()

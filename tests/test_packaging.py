@@ -1,0 +1,95 @@
+"""The wheel holds every package, leaks no other name, and `import choral` is light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("privacy", "protocols", "trainers", "audits")
+
+
+@pytest.fixture(scope="session")
+def setup():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_folder_with_an_init_is_listed(setup):
+    found = {"choral": "src/choral"}
+    for room in ROOMS:
+        for init in (ROOT / room).rglob("__init__.py"):
+            folder = init.parent.relative_to(ROOT)
+            found["choral." + ".".join(folder.parts)] = folder.as_posix()
+    assert setup["package-dir"] == found
+    assert sorted(setup["packages"]) == sorted(found)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    # A copy, so that no build folder is left in the repository and none that lies there is packed.
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {"choral/" + path.name for path in (ROOT / "src/choral").glob("*.py")} | {"choral/py.typed"}
+    for room in ROOMS:
+        expected |= {f"choral/{room}/{path.name}" for kind in ("*.py", "*.html") for path in (ROOT / room).glob(kind)}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_imports_alone(wheel, tmp_path):
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import choral, choral.privacy, choral.protocols, choral.trainers, choral.audits, choral.cli\n"
+        f"assert choral.trainers.__file__.startswith({str(target)!r}), choral.trainers.__file__\n"
+        "[getattr(choral, name) for name in choral.__all__]\n"
+    )
+    # A user's own folders of these names must not be imported instead.
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, choral\n"
+        "heavy = {'torch', 'opacus', 'sklearn', 'matplotlib', 'scipy', 'flwr', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_pickle_no_eval_no_assert_in_shipped_code():
+    """House rule 6, by syntax tree rather than by text."""
+    import ast
+
+    for path in [p for room in (*ROOMS, "src/choral") for p in (ROOT / room).glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            assert not isinstance(node, ast.Assert), where
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "cloudpickle", "dill"} & {module.partition(".")[0] for module in modules}, where
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, where

@@ -1,0 +1,190 @@
+"""A run's folder: what is in it, what survives an interruption, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from choral import Masked, Privacy, Run, centralize, federate
+from choral.errors import ConfigError
+from choral.trainers import RunFolderError
+
+
+def test_round_trip(job, tmp_path):
+    run = federate(**job(), secure_sum=Masked(), privacy=Privacy(epsilon=4.0, delta=1e-3), out=tmp_path / "run")
+    back = Run.load(tmp_path / "run")
+    assert back.info == run.info
+    assert back.history == run.history
+    assert all(torch.equal(back.state[name], run.state[name]) for name in run.state)
+    assert back.spent == run.spent
+    copy = run.save(tmp_path / "copy")
+    assert Run.load(copy).history == run.history
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        run.save(copy)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(after):
+    def on_round(entry):
+        if entry.round == after:
+            raise Stop
+
+    return on_round
+
+
+@pytest.mark.parametrize("trainer", [federate, centralize])
+def test_resumed_equals_uninterrupted(job, tmp_path, trainer):
+    def build(dataset):
+        model, _, loader = job()["build"](dataset)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loader
+
+    whole = trainer(**job(build=build, rounds=5))
+    with pytest.raises(Stop):
+        trainer(**job(build=build, rounds=5), out=tmp_path / "run", on_round=interrupt(after=2))
+    assert Run.load(tmp_path / "run").history[-1].round == 2
+    resumed = trainer(**job(build=build, rounds=5), out=tmp_path / "run", resume=True)
+    assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+    assert [entry.metrics for entry in resumed.history] == [entry.metrics for entry in whole.history]
+    again = trainer(**job(build=build, rounds=5), out=tmp_path / "run", resume=True)
+    assert again.history == resumed.history
+
+
+def test_resume_keeps_the_budget(job, tmp_path):
+    """What the ledgers hold counts: a resumed run ends within the budget, with noise for what was left."""
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(Stop):
+        federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", on_round=interrupt(after=3))
+    resumed = federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
+    assert resumed.finished
+    assert all(3.8 < spent.epsilon <= 4.0 for spent in resumed.info.spent.values())
+    assert [spent.steps for spent in resumed.info.spent.values()] == [6 * 6, 6 * 4, 6 * 3]
+
+
+SCRIPT = """
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from choral import Privacy, federate
+points = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+data = TensorDataset(points, (points[:, 0] > 0).long())
+def build(dataset):
+    model = torch.nn.Linear(5, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.2), DataLoader(dataset, batch_size=10, shuffle=True)
+def fit(model, optimizer, loader):
+    for batch, target in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch), target).backward()
+        optimizer.step()
+def evaluate(model):
+    return (model(points).argmax(dim=1) == data.tensors[1]).float().mean().item()
+run = federate(build=build, fit=fit, evaluate=evaluate, parties={"a": data, "b": data}, rounds=ROUNDS,
+               privacy=Privacy(epsilon=4.0, delta=1e-3), out=sys.argv[1], resume=True)
+print(run.spent.epsilon)
+"""
+
+
+def test_killed_process_loses_at_most_the_round_in_progress(tmp_path):
+    folder, script = tmp_path / "run", SCRIPT.replace("ROUNDS", "400")
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.DEVNULL)
+    history = folder / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.is_file() and len(history.read_bytes().splitlines()) > 4):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    lines = history.read_bytes().splitlines()
+    kept = Run.load(folder)
+    assert len(lines) - 1 <= len(kept.history) <= len(lines)
+    before = {path.name: path.read_bytes() for path in (folder / "ledger").iterdir()}
+    charged = [path.read_bytes().count(b"\n") for path in (folder / "ledger").iterdir()]
+    assert min(charged) >= len(kept.history) - 1
+    # To go on, the plan must be the same; what was charged before stays charged.
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace("ROUNDS", "401"), str(folder)], capture_output=True, text=True
+    )
+    assert "cannot resume: rounds was 400, now it is 401" in done.stderr
+    assert {path.name: path.read_bytes() for path in (folder / "ledger").iterdir()} == before
+
+
+def test_other_settings_are_refused_on_resume(job, tmp_path):
+    federate(**job(), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="seed was 0, now it is 1"):
+        federate(**job(seed=1), out=tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="kind was federated"):
+        centralize(**job(), out=tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="another secure sum"):
+        federate(**job(), secure_sum=Masked(), out=tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="needs the folder"):
+        federate(**job(), resume=True)
+
+
+def test_a_used_folder_is_never_overwritten(job, tmp_path):
+    federate(**job(), out=tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(RunFolderError, match="already holds another run"):
+        federate(**job(), out=tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="other files"):
+        federate(**job(), out=tmp_path / "notes")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunFolderError, match="is a file"):
+        federate(**job(), out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", b"{", "damaged"),
+        ("run.json", b"[]", "damaged"),
+        ("run.json", None, "not a run folder"),
+        ("history.jsonl", b"", "does not hold rounds"),
+        ("history.jsonl", b"{}\n", "line 1, is damaged"),
+        ("history.jsonl", None, "no history.jsonl"),
+        ("model.safetensors", b"\0" * 20, "damaged"),
+        ("model.safetensors", None, "no model.safetensors"),
+    ],
+)
+def test_damaged_folders_are_named(job, tmp_path, file, content, message):
+    federate(**job(), out=tmp_path / "run")
+    path = tmp_path / "run" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=message):
+        Run.load(tmp_path / "run")
+
+
+def test_other_versions_and_unknown_fields_are_refused(job, tmp_path):
+    federate(**job(), out=tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"version": 99}))
+    with pytest.raises(RunFolderError, match="version 99"):
+        Run.load(tmp_path / "run")
+    path.write_text(json.dumps(content | {"epsilon": 0}))
+    with pytest.raises(RunFolderError, match="damaged"):
+        Run.load(tmp_path / "run")
+
+
+def test_a_torn_history_line_is_dropped_on_resume(job, tmp_path):
+    with pytest.raises(Stop):
+        federate(**job(rounds=4), out=tmp_path / "run", on_round=interrupt(after=2))
+    with (tmp_path / "run" / "history.jsonl").open("ab") as file:
+        file.write(b'{"round":3,"metr')
+    assert Run.load(tmp_path / "run").history[-1].round == 2
+    assert federate(**job(rounds=4), out=tmp_path / "run", resume=True).finished
+    assert Run.load(tmp_path / "run").history[-1].round == 4

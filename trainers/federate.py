@@ -1,0 +1,212 @@
+"""Federated training in one process: the way of a round, from local training to the next global model.
+
+    party:   local training        weights -> update        float32, shape (d,)      local.Resident.update
+    party:   encode                update  -> integers      int64, shape (d + 1,)    privacy.FixedPoint.encode
+    parties: secure sum            integers -> their sum    int64, shape (d + 1,)    protocols.SecureSum
+    server:  decode, step          sum -> next weights      float32, shape (d,)      fedavg.server_step
+
+The extra coordinate carries the example counts, so the server needs no party's count in the clear.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import torch
+
+from choral.errors import ConfigError
+from choral.privacy import FixedPoint, Guard, Ledger, Privacy
+from choral.protocols import Plain
+from choral.protocols.seam import SecureSum, SumResult, SumSession, SumSpec
+from choral.trainers.fedavg import server_step
+from choral.trainers.local import Resident, resolve_device, seeded
+from choral.trainers.record import Recorder
+from choral.trainers.run import Round, Run, RunInfo, versions
+from choral.trainers.task import Build, Evaluate, Fit, check_parties, metrics_of, raw_bytes
+
+OnRound = Callable[[Round], None]
+
+
+def federate(
+    *,
+    build: Build,
+    fit: Fit,
+    evaluate: Evaluate,
+    parties: Mapping[str, Any],
+    rounds: int,
+    seed: int = 0,
+    privacy: Privacy | None = None,
+    secure_sum: SecureSum | None = None,
+    value_bound: float = 16.0,
+    value_bits: int = 28,
+    dropout_rate: float = 0.0,
+    min_classes: int = 2,
+    device: str = "cpu",
+    out: str | Path | None = None,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    on_round: OnRound | None = None,
+) -> Run:
+    """Train one model over parties that keep their data (FedAvg).
+
+    build, fit, evaluate: the user's own functions: ``build(dataset) -> (model, optimizer, loader)``,
+        ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats.
+    parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
+        ``min_classes`` classes.
+    privacy: record-level differential privacy inside each party, each with its own ledger, sample rate and noise;
+        None trains without. secure_sum: ``Plain()`` (default: the server sees each update) or ``Masked(...)``.
+    value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. An update beyond the
+        range raises; it is never clipped or wrapped.
+    dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
+    seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
+        keys or masks.
+    device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
+    out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
+    on_round: called after each completed round.
+
+    Raises: ConfigError, DataError, TaskError, DivergedError, RunFolderError (this package), and what privacy and the
+        protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Rounds already
+        completed stay in ``out``.
+    """
+    secure_sum = secure_sum if secure_sum is not None else Plain()
+    check_settings(rounds, seed, dropout_rate)
+    examples = check_parties(parties, least=2, min_classes=min_classes)
+    on = resolve_device(device)
+    info = RunInfo(
+        kind="federated",
+        rounds=rounds,
+        seed=seed,
+        device=on.type,
+        parties=examples,
+        parameters=0,
+        privacy=settings_of(privacy),
+        raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
+        config=dict(config or {}),
+        versions=versions(),
+    )
+    recorder = Recorder.open(out, info, resume=resume)
+    guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
+    resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
+    # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
+    coder = FixedPoint(bound=value_bound, value_bits=value_bits, max_weight=1 << max(examples.values()).bit_length())
+    session = secure_sum.open(
+        SumSpec(parties=tuple(parties), length=resident.layout.length + 1, bound=coder.integer_bound)
+    )
+    recorder.begin(
+        msgspec.structs.replace(
+            info,
+            parameters=resident.layout.length,
+            secure_sum={"name": secure_sum.name, **session.statement},
+            fixed_point={
+                "bound": value_bound,
+                "value_bits": value_bits,
+                "max_weight": coder.max_weight,
+                "error_bound": coder.error_bound,
+            },
+        )
+    )
+    weights = recorder.restore(resident.model, resident.layout)
+    if recorder.fresh:
+        recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
+    for number in range(recorder.completed + 1, rounds + 1):
+        started = time.perf_counter()
+        present = _present(tuple(parties), dropout_rate, seed, number)
+        result = _one_round(resident, session, coder, examples, present, weights, number)
+        mean, _ = coder.decode(result.total)
+        weights = server_step(weights, mean.to(on))
+        resident.layout.write(weights)
+        seconds = time.perf_counter() - started
+        spent = {name: guard.spent() for name, guard in guards.items()}
+        entry = Round(
+            round=number,
+            metrics=metrics_of(evaluate, resident.model),
+            seconds=seconds,
+            survivors=len(result.survivors),
+            bytes_up=max(result.bytes_up.values()),
+            bytes_down=max(result.bytes_down.values()),
+            epsilon=max((cost.epsilon for cost in spent.values()), default=None),
+        )
+        recorder.add(entry, resident.model, spent)
+        if on_round:
+            on_round(entry)
+    return recorder.run()
+
+
+NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
+
+
+def _one_round(
+    resident: Resident,
+    session: SumSession,
+    coder: FixedPoint,
+    examples: Mapping[str, int],
+    present: tuple[str, ...],
+    weights: torch.Tensor,
+    number: int,
+) -> SumResult:
+    """Keys among all parties, then each present party's update, masked and added as it comes, then the sum."""
+    summing = session.begin()
+    for party in present:
+        update = resident.update(party, weights, number)
+        summing.submit(party, coder.encode(update, examples[party]))
+    return summing.finish()
+
+
+def _present(parties: tuple[str, ...], dropout_rate: float, seed: int, number: int) -> tuple[str, ...]:
+    if not dropout_rate:
+        return parties
+    with seeded(seed, number, "dropouts"):
+        kept = torch.rand(len(parties)) >= dropout_rate
+    return tuple(party for party, stays in zip(parties, kept.tolist(), strict=True) if stays)
+
+
+def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
+    if rounds < 1:
+        raise ConfigError(f"expected rounds >= 1, got {rounds}")
+    if seed < 0:
+        raise ConfigError(f"expected seed >= 0, got {seed}")
+    if not 0 <= dropout_rate < 1:
+        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}")
+
+
+def settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
+    if privacy is None:
+        return None
+    return {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "max_grad_norm": privacy.max_grad_norm,
+        "epochs": privacy.epochs,
+    }
+
+
+def open_guards(
+    privacy: Privacy | None, examples: Mapping[str, int], folder: Path | None, rounds_left: int
+) -> dict[str, Guard]:
+    """One guard and one ledger per data holder; empty without privacy.
+
+    Raises: ConfigError if delta is not below 1/n for some holder: such a promise would allow one record in the clear.
+    """
+    if privacy is None:
+        return {}
+    for name, count in examples.items():
+        if privacy.delta >= 1 / count:
+            raise ConfigError(
+                f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
+                hint="choose a delta well below 1 over the smallest party's record count",
+            )
+    passes = max(rounds_left, 1) * privacy.epochs
+    return {
+        name: Guard(
+            privacy,
+            holder=name,
+            ledger=Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name),
+            passes=passes,
+        )
+        for name in examples
+    }

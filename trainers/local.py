@@ -1,0 +1,165 @@
+"""One party's update from the global model: the parties of a process take turns on one resident model.
+
+``build`` runs once per party, at its first turn. Its loader and its optimizer are kept, the optimizer pointed at
+the resident model's parameters; its model is dropped. So a round copies one vector into the model per party: no
+deepcopy, which is slow and trains the original where a forward closes over its own modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from choral.privacy import Guard
+from choral.trainers.flat import Layout
+from choral.trainers.task import Build, DivergedError, Fit, TaskError, checked_build
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a party keeps between its turns."""
+
+    optimizer: torch.optim.Optimizer
+    fresh: dict[str, Any]
+    loader: Any
+
+
+class Resident:
+    """The resident model of this process, and the seats of the parties that have had a turn.
+
+    build, fit: the user's functions. datasets: one per party. guards: one per party for record-level
+    differential privacy, empty without. seed: decides initial weights and data order, never noise.
+    """
+
+    def __init__(
+        self,
+        *,
+        build: Build,
+        fit: Fit,
+        datasets: Mapping[str, Any],
+        guards: Mapping[str, Guard],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._build, self._fit, self._datasets, self._guards = build, fit, datasets, guards
+        self._seed, self._device = seed, device
+        self.model = initial_model(build, next(iter(datasets.values())), seed).to(device)
+        self.layout = Layout(self.model)
+        self._training: nn.Module = self.model
+        self._by_name = dict(self.model.named_parameters())
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self._seats: dict[str, Seat] = {}
+
+    def update(self, party: str, weights: torch.Tensor, round_number: int) -> torch.Tensor:
+        """Train on one party's data from ``weights``, shape (d,); return the change, float32, shape (d,).
+
+        Raises: DivergedError naming the party if the weights become NaN or infinite; TaskError if ``fit`` changed
+        the model's shape or its buffers; whatever ``fit`` itself raises.
+        """
+        seat = self._seats.get(party) or self._take_seat(party)
+        with seeded(self._seed, round_number, party):
+            self.layout.write(weights)
+            seat.optimizer.load_state_dict(seat.fresh)
+            self.model.train()
+            model, optimizer, loader = self._training, seat.optimizer, seat.loader
+            if party in self._guards:
+                model, optimizer, loader = self._guards[party].wrap(model, optimizer, loader)
+                self._training = model
+            self._fit(model, optimizer, OnDevice.wrap(loader, self._device))
+        self.layout.check(self.model, f"party {party!r} after fit")
+        self._check_buffers(party)
+        update = self.layout.read() - weights
+        if not torch.isfinite(update).all():
+            raise DivergedError(
+                f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
+                hint="lower the learning rate; the last good round is kept",
+            )
+        return update
+
+    def _take_seat(self, party: str) -> Seat:
+        # Seeded apart from training: a resumed run takes its seats in a later round.
+        with seeded(self._seed, 0, party):
+            model, optimizer, loader = checked_build(self._build, self._datasets[party])
+        self.layout.check(model, f"party {party!r}")
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            # In place: some optimizers (LBFGS) keep a second reference to this very list.
+            group["params"][:] = [self._by_name[names[id(parameter)]] for parameter in group["params"]]
+        optimizer.state.clear()
+        seat = Seat(optimizer, copy.deepcopy(optimizer.state_dict()), loader)
+        self._seats[party] = seat
+        return seat
+
+    def _check_buffers(self, party: str) -> None:
+        for name, buffer in self.model.named_buffers():
+            if not torch.equal(buffer, self._buffers[name]):
+                raise TaskError(
+                    f"training at party {party!r} changed the buffer {name!r}, which is not part of the summed update",
+                    hint="make it a parameter, keep it constant, or use a layer without running statistics",
+                )
+
+
+def initial_model(build: Build, dataset: Any, seed: int) -> nn.Module:
+    """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison."""
+    with seeded(seed, 0, "initial weights"):
+        return checked_build(build, dataset)[0]
+
+
+@contextmanager
+def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
+    """torch's generators seeded from (seed, round, purpose), and put back afterwards."""
+    digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+        yield
+
+
+class OnDevice:
+    """A loader whose batches arrive on ``device``; everything else is the wrapped loader's."""
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self._loader, self._device = loader, device
+
+    @classmethod
+    def wrap(cls, loader: Any, device: torch.device) -> Any:
+        return loader if device.type == "cpu" else cls(loader, device)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield _moved(batch, self._device)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, else MPS, else the CPU. Raises: TaskError if the named device is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise TaskError(f"device {name!r} is not available here", hint="use --device auto or cpu")
+    return torch.device(name)

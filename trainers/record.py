@@ -1,0 +1,111 @@
+"""Keeps a run as it goes: history, weights and costs, in memory and (with a folder) on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import torch
+from torch import nn
+
+from choral.errors import ConfigError
+from choral.privacy import Spent
+from choral.trainers import run as folders
+from choral.trainers.flat import Layout
+from choral.trainers.run import Round, Run, RunInfo
+
+
+class Recorder:
+    """One run's record. ``open`` refuses before any training; ``add`` is called once per completed round.
+
+    On disk a round counts as complete when model.safetensors carries its number; what a killed process had written
+    beyond that is dropped on resume.
+    """
+
+    def __init__(
+        self, folder: Path | None, info: RunInfo, history: list[Round], state: dict[str, torch.Tensor]
+    ) -> None:
+        self._folder, self._info, self._history, self._state = folder, info, history, state
+
+    @classmethod
+    def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
+        """Raises: RunFolderError if ``out`` holds anything and ``resume`` is off; ConfigError if the run that it holds
+        was started with other settings.
+        """
+        if out is None:
+            if resume:
+                raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
+            return cls(None, info, [], {})
+        folder = Path(out)
+        if resume and (folder / "model.safetensors").is_file():
+            folders.check_same(folders.read_info(folder), info)
+            state, last = folders.read_weights(folder)
+            return cls(folder, folders.read_info(folder), list(folders.read_history(folder, last)), state)
+        if not (resume and (folder / "run.json").is_file()):
+            folders.check_empty(folder)
+        return cls(folder, info, [], {})
+
+    @property
+    def fresh(self) -> bool:
+        return not self._history
+
+    @property
+    def completed(self) -> int:
+        return self._history[-1].round if self._history else 0
+
+    @property
+    def folder(self) -> Path | None:
+        return self._folder
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        return self._folder / "ledger" if self._folder else None
+
+    def begin(self, info: RunInfo) -> None:
+        """Write the folder's run.json, and drop what was written beyond the last complete round.
+
+        Raises: ConfigError if a run that is resumed was started with another model or encoding.
+        """
+        if not self.fresh:
+            folders.check_complete(self._info, info)
+            info = msgspec.structs.replace(info, spent=self._info.spent)
+        self._info = info
+        if self._folder:
+            (self._folder / "ledger").mkdir(parents=True, exist_ok=True)
+            lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self._history)
+            folders.replace_file(self._folder / "history.jsonl", lines)
+            folders.write_info(self._folder, info)
+
+    def restore(self, model: nn.Module, layout: Layout, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
+        """Put the recorded weights, if there are any, into ``model``; return its weights, float32, shape (d,).
+
+        optimizer: its state is restored too where it lives through all rounds (centralized runs).
+        """
+        if self._state:
+            model.load_state_dict(self._state)
+            if optimizer and self._folder:
+                folders.read_optimizer(self._folder, optimizer, self.completed)
+        return layout.read()
+
+    def add(
+        self,
+        entry: Round,
+        model: nn.Module,
+        spent: Mapping[str, Spent] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Record one completed round. The weights are written last: they make it complete."""
+        self._history.append(entry)
+        self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        self._info = msgspec.structs.replace(self._info, spent=dict(spent or {}))
+        if self._folder:
+            folders.append_round(self._folder, entry)
+            folders.write_info(self._folder, self._info)
+            if optimizer:
+                folders.write_optimizer(self._folder, optimizer, entry.round)
+            folders.write_weights(self._folder, self._state, entry.round)
+
+    def run(self) -> Run:
+        return Run(info=self._info, history=tuple(self._history), state=self._state, folder=self._folder)

@@ -1,0 +1,54 @@
+"""Settings of a job that its task needs: how the data is split, how a party trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from choral.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the data is divided among the parties."""
+
+    parties: int = 10
+    """Number of parties."""
+    alpha: float = 0.5
+    """Dirichlet concentration of the labels: small is very unequal, large is alike."""
+    test_fraction: float = 0.2
+    """Share of the records held out for the evaluation."""
+    min_records: int = 10
+    """Fewest records that a party may get; the draw is repeated until it holds."""
+    min_classes: int = 2
+    """Fewest classes that a party may have; 1 allows parties of a single class."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise ConfigError(f"expected 0 < split.test_fraction < 1, got {self.test_fraction:g}")
+        if self.parties < 1:
+            raise ConfigError(f"expected split.parties >= 1, got {self.parties}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the model is trained, at each party and in the cloud."""
+
+    rounds: int = 20
+    """Training rounds; the cloud makes as many passes over the data."""
+    local_epochs: int = 1
+    """Passes over a party's data in one round."""
+    batch_size: int = 16
+    """Records per step; with differential privacy the expected number."""
+    learning_rate: float = 0.5
+    """Step size of SGD."""
+    hidden: int = 32
+    """Width of the hidden layer; 0 trains a linear model."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "local_epochs", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"expected training.{name} >= 1, got {value}")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}")
+        if self.hidden < 0:
+            raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}")

@@ -1,0 +1,155 @@
+"""What is trained: the three functions that a user already has, and the checks on what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from choral.errors import ChoralError, ConfigError, DataError
+
+Built = tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]
+Build = Callable[[Any], Built]
+Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
+Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A training job as its user has it: three functions, and one dataset per party."""
+
+    build: Build
+    fit: Fit
+    evaluate: Evaluate
+    parties: Mapping[str, Any]
+
+
+class TaskError(ChoralError):
+    """One of the user's functions returned, trained or raised something that the engine cannot use."""
+
+
+class DivergedError(ChoralError):
+    """Training produced NaN or infinite weights. The run keeps its last good round."""
+
+
+def checked_build(build: Build, dataset: Any) -> Built:
+    """Call ``build`` and check its result.
+
+    Raises: TaskError if it is not (model, optimizer, loader), if nothing is trainable, or if the optimizer holds
+    parameters of another model; ConfigError for layers whose state cannot be averaged (BatchNorm).
+    """
+    built = build(dataset)
+    if not (isinstance(built, tuple) and len(built) == 3):
+        raise TaskError(f"build returned {type(built).__name__}; expected a tuple (model, optimizer, loader)")
+    model, optimizer, loader = built
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        got = f"({type(model).__name__}, {type(optimizer).__name__}, {type(loader).__name__})"
+        raise TaskError(f"build returned {got}; expected (torch.nn.Module, torch.optim.Optimizer, loader)")
+    if not isinstance(loader, Iterable):
+        raise TaskError(f"build returned a loader of type {type(loader).__name__}, which cannot be iterated over")
+    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not own:
+        raise TaskError("the model has no trainable parameter")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not held & own:
+        raise TaskError(
+            "the optimizer holds no trainable parameter of the model",
+            hint="create the optimizer from the parameters of the model that build returns",
+        )
+    _refuse_batch_norm(model)
+    return model, optimizer, loader
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"layer {name!r} is {type(module).__name__}: its running statistics mix the records of a batch"
+                " and cannot be averaged between parties",
+                hint="replace it by torch.nn.GroupNorm; accuracy is usually within a point",
+            )
+
+
+def metrics_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
+    """Call ``evaluate`` on the model in eval mode, without gradients; a bare number is filed under "accuracy".
+
+    Raises: TaskError if the result is neither a number nor a mapping of names to finite numbers.
+    """
+    model.eval()
+    with torch.no_grad():
+        result = evaluate(model)
+    named = result if isinstance(result, Mapping) else {"accuracy": result}
+    try:
+        metrics = {str(name): float(value) for name, value in named.items()}
+    except (TypeError, ValueError):
+        raise TaskError(
+            f"evaluate returned {type(result).__name__}; expected a number, or a dict of names to numbers"
+        ) from None
+    for name, value in metrics.items():
+        if not torch.isfinite(torch.tensor(value)):
+            raise TaskError(f"evaluate returned {value} for {name!r}; expected a finite number")
+    if not metrics:
+        raise TaskError("evaluate returned no metric")
+    return metrics
+
+
+def check_parties(parties: Mapping[str, Any], *, least: int, min_classes: int) -> dict[str, int]:
+    """The number of examples of each party.
+
+    Raises: ConfigError for fewer than ``least`` parties; DataError for a party without a length, without records,
+    or whose labels (where they can be read cheaply) have fewer than ``min_classes`` classes.
+    """
+    if len(parties) < least:
+        raise ConfigError(
+            f"expected at least {least} parties, got {len(parties)}",
+            hint="for one holder of data use Privacy.wrap or centralize",
+        )
+    examples: dict[str, int] = {}
+    for name, dataset in parties.items():
+        if not name or not isinstance(name, str):
+            raise ConfigError(f"party names must be non-empty strings, got {name!r}")
+        if not isinstance(dataset, Sized):
+            raise DataError(f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset")
+        examples[name] = len(dataset)
+        if not examples[name]:
+            raise DataError(f"party {name!r} has no records", hint="leave it out, or change the split")
+        labels = labels_of(dataset)
+        if labels is not None and (classes := len(torch.unique(labels))) < min_classes:
+            raise DataError(
+                f"party {name!r} has {classes} class in {examples[name]} records; expected at least {min_classes}",
+                hint="raise the split's alpha, merge parties, or allow it with min_classes=1",
+            )
+    return examples
+
+
+def labels_of(dataset: Any) -> torch.Tensor | None:
+    """Integer class labels, shape (n,), if the dataset shows them without reading each record; else None."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = labels_of(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    is_tensors = isinstance(dataset, torch.utils.data.TensorDataset)
+    labels = dataset.tensors[-1] if is_tensors else getattr(dataset, "targets", None)
+    if not isinstance(labels, torch.Tensor | list):
+        return None
+    labels = torch.as_tensor(labels)
+    return labels if labels.ndim == 1 and not labels.is_floating_point() else None
+
+
+def raw_bytes(dataset: Any) -> int:
+    """Size of the raw examples, in bytes: that of the first one times the length."""
+    return len(dataset) * _size(dataset[0])
+
+
+def _size(item: Any) -> int:
+    if isinstance(item, Mapping):
+        return sum(_size(value) for value in item.values())
+    if isinstance(item, list | tuple):
+        return sum(_size(value) for value in item)
+    if isinstance(item, str):
+        return len(item.encode())
+    if isinstance(item, bytes):
+        return len(item)
+    return int(getattr(item, "nbytes", 8))
