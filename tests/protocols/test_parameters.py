@@ -1,0 +1,339 @@
+"""(k, t) against a published table, against scipy, and against every possible choice of corrupt and missing parties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import hypergeom
+
+from choral.protocols import graph, parameters
+from choral.protocols.errors import SpecError
+from choral.protocols.parameters import InfeasibleError, Parameters, choose, harary
+
+HONEST, MALICIOUS = "semi-honest", "malicious"
+
+# google-parfait/federated-compute, fcp/secagg/server/graph_parameter_finder_test.cc (Apache-2.0): parties, corrupt,
+# dropouts, CURIOUS_SERVER or SEMI_MALICIOUS_SERVER, degree, threshold. The rows at .1 are from its finder.
+PUBLISHED = [
+    (100, 0.45, 0.45, HONEST, 92, 46),
+    (1000, 0.45, 0.45, HONEST, 822, 417),
+    (10000, 0.45, 0.45, HONEST, 3494, 1771),
+    (100, 0.33, 0.33, HONEST, 68, 34),
+    (1000, 0.33, 0.33, HONEST, 286, 150),
+    (10000, 0.33, 0.33, HONEST, 422, 221),
+    (100000, 0.33, 0.33, HONEST, 480, 251),
+    (1000000, 0.33, 0.33, HONEST, 518, 270),
+    (100, 0.3, 0.3, MALICIOUS, 92, 62),
+    (1000, 0.3, 0.3, MALICIOUS, 872, 584),
+    (100, 0.05, 0.33, HONEST, 28, 6),
+    (1000, 0.05, 0.33, HONEST, 72, 24),
+    (10000, 0.05, 0.33, HONEST, 86, 29),
+    (100000, 0.05, 0.33, HONEST, 96, 32),
+    (1000000, 0.05, 0.33, HONEST, 102, 34),
+    (100, 0.05, 0.33, MALICIOUS, 72, 39),
+    (1000, 0.05, 0.33, MALICIOUS, 398, 223),
+    (10000, 0.05, 0.33, MALICIOUS, 746, 420),
+    (100000, 0.05, 0.33, MALICIOUS, 882, 496),
+    (1000000, 0.05, 0.33, MALICIOUS, 970, 545),
+    (100, 0.33, 0.05, HONEST, 34, 29),
+    (1000, 0.33, 0.05, HONEST, 78, 60),
+    (10000, 0.33, 0.05, HONEST, 92, 70),
+    (100000, 0.33, 0.05, HONEST, 102, 77),
+    (1000000, 0.33, 0.05, HONEST, 110, 83),
+    (100, 0.33, 0.05, MALICIOUS, 42, 37),
+    (1000, 0.33, 0.05, MALICIOUS, 132, 109),
+    (10000, 0.33, 0.05, MALICIOUS, 178, 146),
+    (100000, 0.33, 0.05, MALICIOUS, 196, 160),
+    (1000000, 0.33, 0.05, MALICIOUS, 212, 173),
+    (100, 0.05, 0.05, HONEST, 12, 6),
+    (1000, 0.05, 0.05, HONEST, 30, 17),
+    (10000, 0.05, 0.05, HONEST, 34, 20),
+    (100000, 0.05, 0.05, HONEST, 36, 21),
+    (1000000, 0.05, 0.05, HONEST, 38, 22),
+    (100, 0.05, 0.05, MALICIOUS, 16, 11),
+    (1000, 0.05, 0.05, MALICIOUS, 52, 37),
+    (10000, 0.05, 0.05, MALICIOUS, 62, 44),
+    (100000, 0.05, 0.05, MALICIOUS, 68, 48),
+    (1000000, 0.05, 0.05, MALICIOUS, 74, 52),
+    (100, 0.1, 0.1, HONEST, 22, 11),
+    (100, 0.1, 0.1, MALICIOUS, 32, 22),
+    (1000, 0.1, 0.1, HONEST, 48, 27),
+    (1000, 0.1, 0.1, MALICIOUS, 96, 67),
+    (10000, 0.1, 0.1, HONEST, 54, 31),
+    (10000, 0.1, 0.1, MALICIOUS, 122, 85),
+    (100, 0.33, 0.0, HONEST, 26, 25),
+    (1000, 0.33, 0.0, HONEST, 38, 36),
+    (1000000, 0.33, 0.0, HONEST, 50, 47),
+    (100, 0.33, 0.0, MALICIOUS, 26, 26),
+    (1000, 0.33, 0.0, MALICIOUS, 38, 37),
+    (1000000, 0.33, 0.0, MALICIOUS, 50, 49),
+    (100, 0.0, 0.33, HONEST, 26, 2),
+    (1000, 0.0, 0.33, HONEST, 38, 2),
+    (1000000, 0.0, 0.33, HONEST, 50, 2),
+    (100, 0.0, 0.33, MALICIOUS, 68, 35),
+    (1000, 0.0, 0.33, MALICIOUS, 228, 115),
+    (1000000, 0.0, 0.33, MALICIOUS, 410, 206),
+    (100, 0.0, 0.0, HONEST, 2, 2),
+    (1000, 0.0, 0.0, MALICIOUS, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("n", "corrupt", "dropouts", "server", "k", "t"), PUBLISHED)
+def test_the_published_table(n: int, corrupt: float, dropouts: float, server: Any, k: int, t: int) -> None:
+    chosen = choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
+    assert (chosen.neighbours, chosen.threshold, chosen.holders) == (k, t, k)
+    assert chosen.security_bits > 40
+    assert chosen.correctness_bits > 20
+    assert chosen == choose(n, corrupt=round(corrupt * n), dropouts=round(dropouts * n), server=server)
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "dropouts", "server", "k", "t"),
+    [(3, 3, HONEST, 8, 4), (0, 3, MALICIOUS, 8, 5), (3, 0, HONEST, 4, 4), (3, 0, MALICIOUS, 4, 4)],
+)
+def test_the_published_table_at_ten_parties(corrupt: int, dropouts: int, server: Any, k: int, t: int) -> None:
+    found = harary(10, corrupt, dropouts, server)
+    assert found is not None
+    assert (found.neighbours, found.threshold) == (k, t)
+
+
+def test_where_the_published_finder_forgets_a_check() -> None:
+    """At 10 parties, .05 and .33, it gives k = 4, t = 2: it raises t from 1 to 2 after having tested t = 1. Three
+    missing parties can then leave one of four neighbours: one round in three fails, not one in 2^20."""
+    failing = sum(
+        any(sum((p + d) % 10 in gone for d in (1, 2, -1, -2)) > 2 for p in range(10))
+        for gone in combinations(range(10), 3)
+    )
+    assert failing / math.comb(10, 3) > 0.2
+    found = harary(10, 0, 3, HONEST)
+    assert found is not None
+    assert (found.neighbours, found.threshold) == (6, 2)
+
+
+def slow_oracle(n: int, corrupt: int, dropouts: int, server: str, security: float, correctness: float) -> Any:
+    """The rule from its three sentences, with scipy's hypergeometric distribution and exact binomials."""
+    event = 2.0 ** -(security + 1)
+    bad = corrupt + dropouts
+    for k in range(2, n - 1, 2):
+        cut = n * (n - k - 1) / 2 * math.comb(n - k, bad - k) / math.comb(n, bad) if bad >= k else 0
+        if cut >= event:
+            continue
+        neighbours, survivors = hypergeom(n, corrupt, k), hypergeom(n, n - dropouts, k)
+        for t in range(2, k + 1):
+            lost = t if server == HONEST else 2 * t - k
+            insecure = n * neighbours.sf(lost - 1) >= event
+            if not insecure and n * survivors.cdf(t - 1) < 2.0**-correctness:
+                return k, t
+            if not insecure:
+                break
+    return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(5, 250),
+    corrupt=st.floats(0, 0.5),
+    dropouts=st.floats(0, 0.5),
+    server=st.sampled_from([HONEST, MALICIOUS]),
+    security=st.sampled_from([8, 20, 40]),
+    correctness=st.sampled_from([5, 20]),
+)
+def test_the_smallest_k_and_t_by_scipy(
+    n: int, corrupt: float, dropouts: float, server: Any, security: float, correctness: float
+) -> None:
+    bad, gone = int(corrupt * n), int(dropouts * n)
+    found = harary(n, bad, gone, server, security, correctness)
+    assert (found and (found.neighbours, found.threshold)) == slow_oracle(n, bad, gone, server, security, correctness)
+
+
+@pytest.mark.parametrize(
+    ("n", "marked", "k"), [(20, 7, 6), (100, 0, 10), (100, 100, 10), (1000, 330, 286), (10**6, 50_000, 74)]
+)
+def test_tails_by_scipy(n: int, marked: int, k: int) -> None:
+    ours = parameters._log_tails(n, marked, k)
+    theirs = hypergeom(n, marked, k).logsf(list(range(-1, k + 1)))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == other or math.isclose(mine, other, rel_tol=1e-6, abs_tol=1e-6) or (mine < -600 and other < -600)
+
+
+def every_choice(n: int, count: int, event: Callable[[set[int]], bool]) -> float:
+    chosen = [set(members) for members in combinations(range(n), count)]
+    return sum(map(event, chosen)) / len(chosen)
+
+
+def connected(nodes: set[int], adjacent: list[set[int]]) -> bool:
+    if not nodes:
+        return True
+    frontier = [next(iter(nodes))]
+    reached = set(frontier)
+    while frontier:
+        new = (adjacent[frontier.pop()] & nodes) - reached
+        reached |= new
+        frontier += new
+    return reached == nodes
+
+
+def true_probabilities(chosen: Parameters) -> tuple[float, float]:
+    """Of exposing someone or cutting the graph, and of failing, over every set of corrupt and of missing parties."""
+    n, k, t = chosen.parties, chosen.neighbours, chosen.threshold
+    adjacent = [set(others) for others in graph.neighbours(n, k, bytes(32))]
+    lost = t if chosen.server == HONEST else 2 * t - k
+    exposed = every_choice(n, chosen.corrupt, lambda bad: any(len(bad & near) >= lost for near in adjacent))
+    cut = every_choice(n, chosen.corrupt + chosen.dropouts, lambda bad: not connected(set(range(n)) - bad, adjacent))
+    failed = every_choice(n, chosen.dropouts, lambda gone: any(k - len(gone & near) < t for near in adjacent))
+    return exposed + cut, failed
+
+
+@pytest.mark.parametrize("server", [HONEST, MALICIOUS])
+@pytest.mark.parametrize(("n", "corrupt", "dropouts"), [(14, 2, 2), (16, 3, 2), (18, 2, 1), (15, 1, 3)])
+def test_stated_probabilities_bound_the_true_ones(n: int, corrupt: int, dropouts: int, server: Any) -> None:
+    ran = 0
+    for bits in (1, 2, 3, 4, 6):
+        chosen = harary(n, corrupt, dropouts, server, bits, bits)
+        if chosen is None:
+            continue
+        ran += 1
+        insecure, failed = true_probabilities(chosen)
+        rounding = 1 + 1e-9  # where the bad events exclude one another the union bound is exact
+        assert insecure <= 2.0**-chosen.security_bits * rounding
+        assert failed <= 2.0**-chosen.correctness_bits * rounding
+        assert min(chosen.security_bits, chosen.correctness_bits) >= bits
+    assert ran >= 3
+
+
+def test_the_cut_bound_is_not_idle() -> None:
+    """On a thin ring the cut is the event that decides."""
+    n, bad, k = 16, 4, 2
+    adjacent = [set(others) for others in graph.neighbours(n, k, bytes(32))]
+    cut = every_choice(n, bad, lambda gone: not connected(set(range(n)) - gone, adjacent))
+    bound = math.exp(parameters._log_disconnected(n, k, bad))
+    assert 0.5 < cut <= bound
+
+
+# The complete graph
+
+
+@pytest.mark.parametrize("n", range(2, 12))
+@pytest.mark.parametrize("server", [HONEST, MALICIOUS])
+def test_small_cohorts_exhaustively(n: int, server: Any) -> None:
+    """Every pair of counts: the threshold is the least safe one, or there is none and choose says so."""
+    for corrupt in range(n):
+        for dropouts in range(n):
+            # Of n holders, colluders answer for both secrets, others for one; t shares of either kind are needed.
+            def safe(t: int, corrupt: int = corrupt) -> bool:
+                return corrupt < t if server == HONEST else 2 * t > (n - corrupt) + 2 * corrupt
+
+            possible = [t for t in range(2, n - dropouts + 1) if safe(t)] if corrupt <= n - 2 else []
+            if not possible:
+                with pytest.raises(InfeasibleError):
+                    choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
+                continue
+            chosen = choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
+            assert chosen == Parameters(
+                parties=n,
+                neighbours=n - 1,
+                threshold=possible[0],
+                holders=n,
+                corrupt=corrupt,
+                dropouts=dropouts,
+                server=server,
+                security_bits=math.inf,
+                correctness_bits=math.inf,
+            )
+            assert chosen.complete
+
+
+@pytest.mark.parametrize("n", range(4, 64))
+def test_two_thirds_is_enough_for_fewer_than_a_third_corrupt(n: int) -> None:
+    """Bonawitz et al. 2017: floor(2n/3) + 1 for corrupt < n/3; ours is never above it."""
+    corrupt = (n - 1) // 3
+    t = choose(n, corrupt=corrupt, dropouts=0, server=MALICIOUS).threshold
+    assert n + corrupt < 2 * t <= n + corrupt + 2
+    assert t <= 2 * n // 3 + 1
+
+
+def test_fractions_round_up() -> None:
+    """5 % of 10 parties is one party: the published finder's floor would plan for nobody."""
+    assert choose(10, corrupt=0.05, dropouts=0.05, server=HONEST) == choose(10, corrupt=1, dropouts=1, server=HONEST)
+    assert choose(100, corrupt=0.07, dropouts=0.29, server=HONEST).corrupt == 7
+    assert choose(100, corrupt=0.07, dropouts=0.29, server=HONEST).dropouts == 29
+    assert choose(70, corrupt=0.05, dropouts=0.0, server=HONEST).corrupt == 4
+    assert choose(10, corrupt=0.0, dropouts=0.0, server=HONEST).corrupt == 0
+
+
+def test_complete_below_harary_above() -> None:
+    limit = parameters.COMPLETE_UP_TO
+    assert choose(limit, corrupt=0.05, dropouts=0.05, server=HONEST).complete
+    assert not choose(limit + 1, corrupt=0.05, dropouts=0.05, server=HONEST).complete
+
+
+def test_complete_where_no_sparser_graph_will_do() -> None:
+    chosen = choose(100, corrupt=49, dropouts=25, server=MALICIOUS)
+    assert harary(100, 49, 25, MALICIOUS) is None
+    assert chosen.complete
+    assert (chosen.threshold, chosen.holders) == (75, 100)
+
+
+@pytest.mark.parametrize(
+    ("n", "corrupt", "dropouts", "server", "hint"),
+    [
+        (10, 5, 5, HONEST, "at most 4 dropouts with 5 corrupt; or at most 4 corrupt with 5 dropouts"),
+        (10, 3, 4, MALICIOUS, "at most 3 dropouts with 3 corrupt; or at most 1 corrupt with 4 dropouts"),
+        (1000, 0.5, 0.5, HONEST, "at most 499 dropouts with 500 corrupt; or at most 499 corrupt with 500 dropouts"),
+        (
+            1000,
+            0.33,
+            0.34,
+            MALICIOUS,
+            "at most 334 dropouts with 330 corrupt; or at most 319 corrupt with 340 dropouts",
+        ),
+        (3, 1, 1, MALICIOUS, "at most 0 dropouts with 1 corrupt; or at most 0 corrupt with 1 dropouts"),
+    ],
+)
+def test_infeasible_requests_say_what_is_feasible(n: int, corrupt: Any, dropouts: Any, server: Any, hint: str) -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
+    assert caught.value.hint == hint
+    for option in hint.split("; or "):
+        words = option.split()
+        numbers = {words[3]: int(words[2]), words[6]: int(words[5])}
+        choose(n, corrupt=numbers["corrupt"], dropouts=numbers["dropouts"], server=server)
+
+
+@pytest.mark.parametrize("corrupt", [2, 0.6])
+def test_one_honest_party_alone_cannot_be_hidden(corrupt: Any) -> None:
+    with pytest.raises(InfeasibleError, match="honest"):
+        choose(3, corrupt=corrupt, dropouts=0, server=HONEST)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 1},
+        {"n": 1_000_001},
+        {"corrupt": -1},
+        {"corrupt": -0.1},
+        {"corrupt": 1.0},
+        {"corrupt": 100},
+        {"corrupt": True},
+        {"corrupt": "5%"},
+        {"corrupt": math.nan},
+        {"dropouts": 100},
+        {"dropouts": math.inf},
+        {"server": "honest"},
+        {"security_bits": 0},
+        {"security_bits": math.nan},
+        {"correctness_bits": -1},
+        {"correctness_bits": 1000},
+    ],
+)
+def test_values_out_of_range(wrong: dict[str, Any]) -> None:
+    request: dict[str, Any] = {"n": 100, "corrupt": 0.1, "dropouts": 0.1, "server": HONEST, **wrong}
+    with pytest.raises(SpecError):
+        choose(request.pop("n"), **request)
