@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from choral.audits.claims import claim_of
+from choral.audits.claims import check_costs, claim_of
 from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Point
 from choral.audits.statistics import difference_interval, mean_interval
 from choral.errors import ConfigError, DataError
@@ -64,12 +64,9 @@ def _check_run(name: str, run: Run, metric: str) -> None:
                 f"{what}: {metric} is {entry.metrics[metric]} after round {entry.round}",
                 hint="the training diverged; lower the learning rate and run it again",
             )
-    if run.info.privacy is not None:
-        if "epsilon" not in run.info.privacy or not run.info.spent:
-            raise ConfigError(f"{what}: promises privacy but records no spending", hint="the run folder is incomplete")
-        for holder, spent in run.info.spent.items():
-            if not spent.epsilon >= 0:
-                raise DataError(f"{what}: epsilon spent by {holder} is {spent.epsilon}, expected a number >= 0")
+    check_costs(run.info, what)
+    if run.info.privacy is not None and not run.info.spent:
+        raise ConfigError(f"{what}: promises privacy but records no spending", hint="the run folder is incomplete")
 
 
 def _sum_name(run: Run) -> str:
@@ -164,8 +161,9 @@ def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[Bu
     for arm, runs in budgets.items():
         groups: dict[float, list[Run]] = {}
         for run in runs:
-            if run.info.privacy is None or "epsilon" not in run.info.privacy:
+            if run.info.privacy is None:
                 raise ConfigError(f"budgets[{arm!r}] holds a run without privacy", hint="give private runs only")
+            check_costs(run.info, f"budgets[{arm!r}], seed {run.info.seed}")
             groups.setdefault(float(run.info.privacy["epsilon"]), []).append(run)
         points = []
         for asked in sorted(groups):

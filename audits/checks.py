@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from choral.audits.report import Arm, Check, WeightsMatch
+from choral.audits.budgets import holder_budgets
+from choral.audits.report import Arm, Check, Verdict, WeightsMatch
 from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Runs = Mapping[str, Sequence["Run"]]
 
 def comparison_checks(arms: Runs, rows: Sequence[Arm], metric: str) -> tuple[Check, ...]:
     """The sanity checks that make the arms comparable at all, and whether budgets were kept."""
-    return (_same_start(arms, metric), _same_data(rows), *_budgets_kept(rows))
+    return (_same_start(arms, metric), _same_data(rows), *_budgets_kept(arms, rows))
 
 
 def _same_start(arms: Runs, metric: str) -> Check:
@@ -51,20 +52,23 @@ def _same_data(rows: Sequence[Arm]) -> Check:
     return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
 
 
-def _budgets_kept(rows: Sequence[Arm]) -> list[Check]:
+def _budgets_kept(arms: Runs, rows: Sequence[Arm]) -> list[Check]:
+    """Every run of every private arm, recomputed from its ledgers where it has a folder."""
     checks = []
     for row in rows:
         if row.claim is None:
             continue
-        kept = row.claim.epsilon <= row.claim.asked * (1 + 1e-9)
-        checks.append(
-            Check(
-                name=f"{row.name} stays within its budget",
-                verdict="holds" if kept else "violated",
-                finding=f"Worst holder {row.claim.holder}: ε = {cost(row.claim.epsilon)} of {row.claim.asked:g} asked"
-                " for, as the run states it; choral audit recomputes it from the ledger.",
-            )
-        )
+        budgets = [(run.info.seed, each) for run in arms[row.name] for each in holder_budgets(run)]
+        worst = f"The worst holder is {row.claim.holder} with ε = {cost(row.claim.epsilon)} of {row.claim.asked:g}"
+        faults = [f"seed {seed}, {each.holder}: {each.finding}" for seed, each in budgets if each.verdict == "violated"]
+        gaps = [f"seed {seed}, {each.holder}: {each.finding}" for seed, each in budgets if each.verdict == "unverified"]
+        verdict: Verdict = "violated" if faults else "unverified" if gaps else "holds"
+        finding = f"{worst}; every run and holder recomputed from its ledger."
+        if faults or gaps:
+            more = len(faults or gaps) - 1
+            finding = f"{worst}, as the run states it ({(faults or gaps)[0]}"
+            finding += f"; and {more} more like it)." if more else ")."
+        checks.append(Check(name=f"{row.name} stays within its budget", verdict=verdict, finding=finding))
     return checks
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Claim
 from choral.audits.text import cost, power
+from choral.errors import DataError
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo
 
+_INCOMPLETE = "the run was edited or is incomplete"
 _CAVEATS_ALWAYS = (
     "Example counts, party names and party sizes are treated as public.",
     "The evaluation data is taken to be public or disjoint from the training data: what is measured on it is published"
@@ -29,6 +32,18 @@ _CAVEATS_COMPARED = (
     "Seconds are those of the machine that ran the arms, one party after another; parties that work at the same time"
     " over a network would take other times.",
 )
+
+
+def check_costs(info: RunInfo, what: str) -> None:
+    """Raises: DataError for a promise or a cost that is not a number in range; ``what`` names the run."""
+    for name, most in (("epsilon", math.inf), ("delta", 1.0)):
+        promised = (info.privacy or {name: 0.5}).get(name, math.nan)
+        if not (0 < promised < most):
+            raise DataError(f"{what}: promises {name} = {promised}, expected 0 < {name} < {most:g}", hint=_INCOMPLETE)
+        for holder, spent in info.spent.items():
+            if not 0 <= getattr(spent, name) < most:
+                said = f"{name} spent by {holder} is {getattr(spent, name)}"
+                raise DataError(f"{what}: {said}, expected 0 <= {name} < {most:g}", hint=_INCOMPLETE)
 
 
 def sentence_parts(info: RunInfo) -> tuple[str, str]:

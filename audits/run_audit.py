@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from choral.audits.budgets import budget_checks, holder_budgets
-from choral.audits.claims import caveats, claim_of, no_claim
+from choral.audits.claims import caveats, check_costs, claim_of, no_claim
 from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
@@ -94,7 +94,7 @@ def audit(run: Run | str | Path) -> Audit:
     cannot bind a holder who rewrites all of its own ledger.
 
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
-        DataError for a metric that is not finite; ConfigError for a run without any history.
+        DataError for a metric or cost that is not finite; ConfigError for a run without any history.
     """
     from choral.trainers.run import Run
 
@@ -102,6 +102,7 @@ def audit(run: Run | str | Path) -> Audit:
         run = Run.load(run)
     if not run.history:
         raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
+    check_costs(run.info, "this run")
     budgets = holder_budgets(run)
     checks = budget_checks(run, budgets)
     info = run.info

@@ -189,7 +189,8 @@ def test_other_data_is_found(arms: Arms, make_run: MakeRun) -> None:
 
 
 def test_a_budget_that_was_passed_is_found(arms: Arms, make_run: MakeRun) -> None:
-    assert check(compare(arms), "federated-dp stays").verdict == "holds"
+    # These runs have no folder, so there is no ledger to believe them by; see test_integration for the verdict "holds".
+    assert check(compare(arms), "federated-dp stays").verdict == "unverified"
     privacy = {"epsilon": 7.9, "delta": 1e-5, "max_grad_norm": 1.0, "epochs": 2}
     arms["federated-dp"] = [make_run("federated-dp", seed, privacy=privacy) for seed in range(3)]
     assert check(compare(arms), "federated-dp stays").verdict == "violated"
