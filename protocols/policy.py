@@ -82,7 +82,7 @@ def check_setup(setup: Setup) -> None:
         )
     if setup.min_survivors > n:
         raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
-    if setup.corrupt >= n or setup.dropouts >= n:
+    if setup.dropouts >= n:
         raise PolicyError("the setup assumes that nobody is left")
     if setup.modulus_bits < (2 * n * setup.bound).bit_length():
         raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")

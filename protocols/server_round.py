@@ -38,6 +38,8 @@ class Advertising(RoundStage):
         for party, early in following.items():
             if early.round == number:
                 self._heard[party] = wire.RosterEntry(party, early.mask, early.signature)
+                message = wire.Advertise(self._session, number, early.mask, early.signature)
+                self._seen[party] = self._fingerprint(message)
 
     def _accept(self, party: int, message: wire.Advertise) -> wire.RosterEntry:
         signed = transcript.advertise(self._terms.session, self._number, party, message.mask)

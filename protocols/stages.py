@@ -58,6 +58,7 @@ class Stage:
         self._expected = frozenset(expected)
         self._limit = limit
         self._heard: dict[int, Any] = {}
+        self._seen: dict[int, bytes] = {}
         self._closed = False
 
     @property
@@ -84,8 +85,14 @@ class Stage:
         if self._closed or party not in self._expected:
             raise FaultyPartyError(sender, f"its {kind} came after the round went on without it")
         if party in self._heard:
-            raise FaultyPartyError(sender, f"sent a second {kind}")
+            differs = self._seen[party] != self._fingerprint(message)
+            raise FaultyPartyError(sender, f"sent a second {kind}{', and not the same' if differs else ''}")
         self._heard[party] = self._accept(party, message)
+        self._seen[party] = self._fingerprint(message)
+
+    def _fingerprint(self, message: wire.Message) -> bytes:
+        """To tell a repetition from two different answers; vectors are too long to be kept or hashed for that."""
+        return b"" if isinstance(message, wire.Upload) else transcript.digest("seen", wire.encode(message))
 
     def _too_late(self, party: int, number: int) -> bool:
         """Whether an Upload of this round number belongs to a party that was declared dropped."""

@@ -1,0 +1,924 @@
+"""The attack zoo: each test plays a cheating party or server against the real state machines."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from choral.protocols import messages as wire
+from choral.protocols import party as steps
+from choral.protocols import party_round as rounds
+from choral.protocols import shamir, transcript
+from choral.protocols.errors import (
+    FaultyPartyError,
+    FaultyPartyOrServerError,
+    FaultyServerError,
+    LateVectorError,
+    MessageError,
+    PolicyError,
+    ProtocolError,
+    SpecError,
+    StateUsedError,
+    TooFewSurvivorsError,
+)
+from choral.protocols.keys import ed25519_public, ed25519_sign, x25519_public
+from choral.protocols.policy import Policy
+from choral.protocols.server import Opening
+
+Make = Callable[..., Any]
+VECTORS = {f"p{place}": [place, -place, 1] for place in range(12)}
+SMALL_ORDER = [
+    bytes(32),
+    (1).to_bytes(32, "little"),
+    (325606250916557431795983626356110631294008115727848805560023387167927233504).to_bytes(32, "little"),
+    (2**255 - 20).to_bytes(32, "little"),
+]
+
+
+def parse(raw: bytes) -> Any:
+    """What is in a message, whoever it is for."""
+    return wire.to_party(raw, limit=1 << 30) if _is_down(raw) else wire.to_server(raw, sender="test", limit=1 << 30)
+
+
+def _is_down(raw: bytes) -> bool:
+    try:
+        wire.to_party(raw, limit=1 << 30)
+    except MessageError:
+        return False
+    return True
+
+
+def edit(change: Callable[[str, Any], Any], *, only: str | None = None) -> Callable[[str, bytes], bytes | None]:
+    """A hook that rewrites decoded messages: fields of the struct that ``change`` gives back."""
+
+    def hook(name: str, raw: bytes) -> bytes | None:
+        if only not in (None, name):
+            return raw
+        message = parse(raw)
+        changed = change(name, message)
+        return None if changed is None else wire.encode(changed)
+
+    return hook
+
+
+def with_(message: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(message, **changes)
+
+
+def replaced(items: tuple[Any, ...], place: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:place], item, *items[place + 1 :])
+
+
+def flip(raw: bytes, place: int = 0) -> bytes:
+    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+
+def secrets_in(value: Any, seen: set[int] | None = None) -> Iterator[bytes]:
+    """Every bytes object that can be reached from ``value``."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict | set | frozenset | list | tuple):
+        for item in (*value.values(), *value.keys()) if isinstance(value, dict) else value:
+            yield from secrets_in(item, seen)
+    for slot in (*getattr(type(value), "__slots__", ()), *getattr(value, "__dict__", {})):
+        yield from secrets_in(getattr(value, slot, None), seen)
+
+
+def expect_sum(net: Any, outcome: Any, names: Any) -> None:
+    assert outcome.survivors == tuple(names)
+    np.testing.assert_array_equal(outcome.total, np.sum([VECTORS[name] for name in names], axis=0))
+
+
+# ---------------------------------------------------------------- double reveal
+
+
+def test_a_party_that_confirmed_holds_one_share_per_peer_and_nothing_of_the_other(
+    network: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt: list[list[list[bytes]]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> list[list[bytes]]:
+        dealt.append(shamir.split(*args, **kwargs))
+        return dealt[-1]
+
+    monkeypatch.setattr(rounds, "split", spy)
+    net = network(4, corrupt=1).open()
+    _, states = net.round(VECTORS, drops={"p3": "upload"}, until="confirm")
+    # In the order of sharing p0 .. p3; dealer d's holders are the others ascending, then d itself.
+    held = set(secrets_in(states["p0"]._content))
+    for dealer, (seeds, keys) in enumerate(dealt):
+        place = -1 if dealer == 0 else 0  # p0's place among the holders of this dealer
+        assert (seeds[place] in held) == (dealer != 3), dealer
+        assert (keys[place] in held) == (dealer == 3), dealer
+
+
+def test_a_second_request_finds_an_empty_state(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    stage, states = net.round(VECTORS, drops={"p3": "share"}, until="upload")
+    uploaded = states["p0"]
+    _, survivors = stage.close()
+    confirmed, _ = uploaded.confirm(survivors["p0"])
+    everyone_else = wire.encode(with_(parse(survivors["p0"]), bitmap=wire.to_bitmap([0, 1, 2, 3], 4)))
+    for again in (survivors["p0"], everyone_else):
+        with pytest.raises(StateUsedError, match="used already") as caught:
+            uploaded.confirm(again)
+        assert "server" in caught.value.blame
+    garbage = wire.encode(wire.Confirmations(parse(survivors["p0"]).session, 1, ()))
+    with pytest.raises(TooFewSurvivorsError):
+        confirmed.unmask(garbage)
+    with pytest.raises(StateUsedError):  # a refusal spends the state too
+        confirmed.unmask(garbage)
+
+
+def test_states_cannot_be_copied_or_shown(network: Make) -> None:
+    net = network(3).open()
+    _, states = net.round(VECTORS, until="confirm")
+    for state in (net.members["p0"], states["p0"]):
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(StateUsedError):
+                duplicate(state)
+        text = repr(state) + str(state)
+        assert len(text) < 60
+        for secret in secrets_in(state._content):
+            assert secret.hex() not in text
+
+
+def test_overlapping_sets_of_survivors_and_dropped_in_one_answer(network: Make) -> None:
+    def both(name: str, message: Any) -> Any:
+        return with_(message, keys=(wire.Revealed(message.seeds[0].party, message.seeds[0].share), *message.keys))
+
+    net = network(5, corrupt=1).open()
+    net.hooks["up", "unmask"] = edit(both, only="p1")
+    outcome = net.round(VECTORS)
+    assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p1", FaultyPartyError, "p1")]
+    expect_sum(net, outcome, net.names)  # the others' answers suffice
+
+
+def test_a_server_cannot_ask_for_a_set_that_overlaps_its_complement() -> None:
+    # One bit per party: the request has no form that says "survived" and "dropped" of the same one.
+    assert wire.from_bitmap(bytes([0b0101]), 4) == {0, 2}
+    assert wire.from_bitmap(bytes([0b10101]), 4) is None
+    assert wire.from_bitmap(bytes([0b0101, 0]), 4) is None
+
+
+# ---------------------------------------------------------------- survivors
+
+
+def split_views(net: Any, views: dict[str, list[int]]) -> dict[str, Any]:
+    """A malicious server shows each party its own set and forwards every signature it gets; the refusals."""
+    stage, states = net.round(VECTORS, until="upload")
+    session, n = parse(stage.close()[1]["p0"]).session, len(net.names)
+    signatures, confirmed, refused = {}, {}, {}
+    for name, view in views.items():
+        raw = wire.encode(wire.Survivors(session, net.number, wire.to_bitmap(view, n)))
+        try:
+            confirmed[name], reply = states[name].confirm(raw)
+        except ProtocolError as error:
+            refused[name] = error
+        else:
+            signatures[name] = parse(reply).signature
+    for name, state in confirmed.items():
+        entries = tuple(
+            wire.Confirmation(net.names.index(peer), signature)
+            for peer, signature in sorted(signatures.items())
+            if peer != name and net.names.index(peer) in views[name]
+        )
+        try:
+            state.unmask(wire.encode(wire.Confirmations(session, net.number, entries)))
+        except ProtocolError as error:
+            refused[name] = error
+    return refused
+
+
+def test_different_survivor_sets_shown_to_different_parties(network: Make) -> None:
+    everyone, without = [0, 1, 2, 3], [0, 1, 2]
+    net = network(4, corrupt=1).open()
+    assert not split_views(net, dict.fromkeys(net.names, everyone))
+    refused = split_views(net, {"p0": everyone, "p1": everyone, "p2": without, "p3": everyone})
+    assert set(refused) == {"p0", "p1", "p2", "p3"}
+    assert {type(error) for error in refused.values()} == {FaultyServerError}
+
+
+def test_hiding_the_differing_signatures_leaves_too_few(network: Make) -> None:
+    net = network(4, corrupt=1).open()  # t = 3: two and two can never both agree
+    stage, states = net.round(VECTORS, until="upload")
+    session = parse(stage.close()[1]["p0"]).session
+    raw = wire.encode(wire.Survivors(session, 1, wire.to_bitmap(range(4), 4)))
+    pairs = {name: states[name].confirm(raw) for name in ("p0", "p1")}
+    for one, other in (("p0", "p1"), ("p1", "p0")):
+        entry = wire.Confirmation(net.names.index(other), parse(pairs[other][1]).signature)
+        with pytest.raises(TooFewSurvivorsError, match="agree on the survivors"):
+            pairs[one][0].unmask(wire.encode(wire.Confirmations(session, 1, (entry,))))
+
+
+@pytest.mark.parametrize(
+    ("view", "error"),
+    [
+        ([1, 2, 3], FaultyServerError),  # says that p0 dropped, and asks it all the same
+        ([0, 1], TooFewSurvivorsError),  # below min_survivors
+        ([0], TooFewSurvivorsError),
+    ],
+)
+def test_survivors_that_a_party_cannot_agree_to(network: Make, view: list[int], error: type[Exception]) -> None:
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(view, 4)), only="p0")
+    net.round(VECTORS)
+    assert type(net.refused["p0"]) is error
+
+
+def test_a_survivor_that_never_shared(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(range(4), 4)), only="p0")
+    net.hooks["down", "confirm"] = lambda name, raw: raw
+    with pytest.raises(TooFewSurvivorsError):
+        net.round(VECTORS, drops={"p3": "share"})
+    assert isinstance(net.refused["p0"], FaultyServerError)
+    assert "p3 survives but never shared" in str(net.refused["p0"])
+
+
+def test_a_confirmation_of_a_dropped_or_unrelated_party_does_not_count(network: Make) -> None:
+    net = network(5).open()
+
+    def forge(name: str, message: Any) -> Any:
+        signature = ed25519_sign(net.identities["p4"], transcript.confirm(net.session.terms.session, 1, 4, b"\x0f"))
+        return with_(message, entries=(*message.entries, wire.Confirmation(4, signature)))
+
+    net.hooks["down", "confirm"] = edit(forge, only="p0")
+    net.round(VECTORS, drops={"p4": "upload"})
+    assert isinstance(net.refused["p0"], FaultyServerError)
+
+
+def test_one_confirmation_counted_twice(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "confirm"] = edit(lambda _, message: with_(message, entries=(message.entries[0],) * 2), only="p0")
+    net.round(VECTORS)
+    assert isinstance(net.refused["p0"], FaultyServerError)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_a_mask_key_substituted_on_the_way_down(network: Make) -> None:
+    mallory = x25519_public(b"m" * 32)
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "advertise"] = edit(
+        lambda _, message: with_(
+            message, entries=replaced(message.entries, 0, with_(message.entries[0], mask=mallory))
+        ),
+        only="p0",
+    )
+    outcome = net.round(VECTORS)
+    assert isinstance(net.refused["p0"], FaultyServerError)
+    assert "p1 is not signed" in str(net.refused["p0"])
+    expect_sum(net, outcome, ["p1", "p2", "p3"])
+
+
+def test_a_mask_key_signed_by_another_identity_on_the_way_up(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+
+    def forge(name: str, message: Any) -> Any:
+        signed = transcript.advertise(net.session.terms.session, 1, 0, message.mask)
+        return with_(message, signature=ed25519_sign(net.identities["p1"], signed))
+
+    net.hooks["up", "advertise"] = edit(forge, only="p0")
+    outcome = net.round(VECTORS)
+    assert [(name, error.blame) for name, error in net.rejected] == [("p0", "p0")]
+    expect_sum(net, outcome, ["p1", "p2", "p3"])
+
+
+def test_a_transport_key_substituted_when_the_session_opens(network: Make) -> None:
+    net = network(3)
+
+    def swap(name: str, message: Any) -> Any:
+        return with_(message, hellos=replaced(message.hellos, 1, with_(message.hellos[1], transport=b"m" * 32)))
+
+    net.hooks["down", "hello"] = edit(swap, only="p0")
+    with pytest.raises(TooFewSurvivorsError, match="p0"):
+        net.open()
+    assert isinstance(net.refused["p0"], FaultyServerError)
+    assert "Hello of p1" in str(net.refused["p0"])
+
+
+def test_a_party_whose_own_hello_was_replaced(network: Make) -> None:
+    for field in ("transport", "commitment"):
+        net = network(3)
+
+        def swap(name: str, message: Any, field: str = field, net: Any = net) -> Any:
+            mine = with_(message.hellos[0], **{field: x25519_public(b"m" * 32)})
+            signed = transcript.hello(
+                transcript.setup_digest(wire.encode(net.setup)), 0, mine.transport, mine.commitment
+            )
+            mine = with_(mine, signature=ed25519_sign(net.identities["p0"], signed))  # its identity was stolen, even
+            return with_(message, hellos=replaced(message.hellos, 0, mine))
+
+        net.hooks["down", "hello"] = edit(swap)
+        with pytest.raises(TooFewSurvivorsError):
+            net.open()
+        assert "another Hello of this party" in str(net.refused["p0"])
+
+
+@pytest.mark.parametrize("point", SMALL_ORDER, ids=["zero", "one", "order 8", "minus one"])
+def test_small_order_points_are_refused_and_their_signer_named(network: Make, point: bytes) -> None:
+    net = network(4, corrupt=1).open()
+
+    def mask(name: str, message: Any) -> Any:
+        signed = transcript.advertise(net.session.terms.session, 1, 0, point)
+        return with_(message, mask=point, signature=ed25519_sign(net.identities["p0"], signed))
+
+    net.hooks["up", "advertise"] = edit(mask, only="p0")
+    with pytest.raises(TooFewSurvivorsError):
+        net.round(VECTORS)
+    for name in ("p1", "p2", "p3"):
+        assert isinstance(net.refused[name], FaultyPartyError)
+        assert net.refused[name].blame == "p0"
+
+    opening = _cheating_open(network, point)
+    assert {name: error.blame for name, error in opening.refused.items()} == {"p1": "p0", "p2": "p0"}
+
+
+def _cheating_open(network: Make, point: bytes) -> Any:
+    """Open a session in which p0 is not run but played: it signs ``point`` as its transport key."""
+    net = network(3)
+    digest, nonce = transcript.setup_digest(wire.encode(net.setup)), b"n" * 32
+    committed = transcript.commitment(digest, 0, nonce)
+    signature = ed25519_sign(net.identities["p0"], transcript.hello(digest, 0, point, committed))
+    hello = wire.encode(wire.Hello(net.setup.session, point, committed, signature))
+    reveal = wire.encode(wire.Reveal(net.setup.session, nonce))
+    net.hooks["up", "hello"] = lambda name, raw: hello if name == "p0" else raw
+    net.hooks["up", "reveal"] = lambda name, raw: reveal if name == "p0" else raw
+    opening = Opening(net.setup, net.directory, net.signatures)
+    states = {}
+    for name in ("p1", "p2"):
+        states[name], raw = steps.join(
+            opening.invitation,
+            name=name,
+            identity=net.identities[name],
+            policy=net.policy,
+            randomness=net.random[name],
+        )
+        opening.receive(name, raw)
+    opening.receive("p0", hello)
+    gathering, outbox = opening.close()
+    gathering.receive("p0", reveal)
+    replies = net.each(
+        "down", "hello", {name: outbox[name] for name in states}, lambda name, raw: states[name].reveal(raw)
+    )
+    states = net.post("reveal", gathering, replies)
+    _, outbox = gathering.close()
+    net.each("down", "reveal", {name: outbox[name] for name in states}, lambda name, raw: states[name].enter(raw))
+    return net
+
+
+# ---------------------------------------------------------------- replay
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "upload", "confirm", "unmask"])
+def test_a_party_replays_its_message_of_another_round_or_session(network: Make, stage: str) -> None:
+    net = network(4, corrupt=1).open()
+    net.round(VECTORS)
+    old = {name: raw for way, at, name, raw in net.sent if (way, at) == ("up", stage)}
+    net.hooks["up", stage] = lambda name, raw: old[name] if name == "p0" else raw
+    outcome = net.round(VECTORS)
+    kind = LateVectorError if stage == "upload" else FaultyPartyError
+    assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", kind, "p0")]
+    assert "round 1" in str(net.rejected[0][1]) or stage == "upload"
+    expect_sum(net, outcome, net.names if stage in ("confirm", "unmask") else ["p1", "p2", "p3"])
+
+    other = network(4, corrupt=1, seed=1).open()
+    other.hooks["up", stage] = lambda name, raw: old[name] if name == "p0" else raw
+    other.round(VECTORS)
+    assert "another session" in str(other.rejected[0][1])
+
+
+@pytest.mark.parametrize(
+    ("stage", "blame"),
+    [("advertise", "the server"), ("share", "p1 or the server"), ("upload", "the server"), ("confirm", "the server")],
+)
+@pytest.mark.parametrize("relabel", [False, True], ids=["as it was", "relabelled"])
+def test_the_server_replays_its_message_of_another_round(network: Make, stage: str, blame: str, relabel: bool) -> None:
+    net = network(4, corrupt=1).open()
+    net.round(VECTORS, drops={"p3": "upload"})
+    old = {name: raw for way, at, name, raw in net.sent if (way, at) == ("down", stage)}
+
+    def replay(name: str, raw: bytes) -> bytes:
+        if name != "p0":
+            return raw
+        return wire.encode(with_(parse(old[name]), round=2)) if relabel else old[name]
+
+    net.hooks["down", stage] = replay
+    net.round(VECTORS)
+    if relabel and stage == "upload":  # the set itself is no secret and can recur; nobody else confirms it
+        assert net.rejected[0][0] == "p0"
+        assert isinstance(net.rejected[0][1], FaultyPartyError)
+        return
+    assert net.refused["p0"].blame == (blame if relabel else "the server")
+
+
+def test_a_party_does_not_run_a_round_twice(network: Make) -> None:
+    net = network(3).open()
+    net.round(VECTORS)
+    with pytest.raises(FaultyServerError, match="round 1 after round 1"):
+        net.members["p0"].advertise(1, randomness=net.random["p0"])
+
+
+def test_the_same_setup_twice_is_not_the_same_session(network: Make) -> None:
+    first = network(3).open()
+    first.random = network(3, seed=9).random  # the parties restart: fresh randomness, the server repeats itself
+    again = first.session.terms.session
+    first.open()
+    assert first.session.terms.setup.session == first.setup.session
+    assert first.session.terms.session != again
+
+
+def test_messages_of_another_session_with_the_same_identities(network: Make) -> None:
+    one, other = network(3).open(), network(3)
+    other.random = network(3, seed=9).random
+    other.open()
+    one.round(VECTORS)
+    session = parse(next(raw for way, at, _, raw in other.round(VECTORS) and other.sent if at == "advertise")).session
+    old = {name: raw for way, at, name, raw in one.sent if (way, at) == ("up", "advertise")}
+    with pytest.raises(FaultyPartyError, match="another session"):
+        other.session.begin(5).receive("p0", old["p0"])
+    with pytest.raises(FaultyPartyError, match="not signed"):
+        other.session.begin(6).receive("p0", wire.encode(with_(parse(old["p0"]), session=session, round=6)))
+
+
+# ---------------------------------------------------------------- terms
+
+
+def join(net: Any, **changes: Any) -> Any:
+    raw = wire.encode(with_(net.setup, **changes))
+    return steps.join(raw, name="p0", identity=net.identities["p0"], policy=net.policy, randomness=net.random["p0"])
+
+
+def test_a_threshold_of_one_is_no_message_and_two_is_below_the_policy(network: Make) -> None:
+    net = network(6, corrupt=1, policy={"minimum_threshold": 4})
+    join(net)
+    with pytest.raises(MessageError, match="the server"):
+        join(net, threshold=1)
+    with pytest.raises(PolicyError, match="malicious server asks for 2t") as caught:
+        join(net, threshold=2)
+    assert caught.value.blame == "the server"
+    with pytest.raises(PolicyError, match="threshold of at least 4"):
+        join(network(6, corrupt=0, server="semi-honest", policy={"minimum_threshold": 4, "server": "semi-honest"}))
+
+
+def test_a_sybil_in_the_roster_and_in_the_directory(network: Make) -> None:
+    net = network(4)
+    with pytest.raises(PolicyError, match="'sybil', whose key is not pinned"):
+        join(net, roster=("p0", "p1", "p2", "sybil"))
+    with pytest.raises(SpecError, match="the same key"):
+        Policy(directory={**net.directory, "sybil": net.directory["p1"]})
+
+
+def test_sybil_neighbours_in_a_round(network: Make) -> None:
+    net = network(6, neighbours=2, threshold=2).open()
+    around = net.session.terms.graph[0]
+    stranger = next(party for party in range(1, 6) if party not in around)
+
+    def add(name: str, message: Any) -> Any:
+        mask = x25519_public(b"m" * 32)
+        signature = ed25519_sign(
+            net.identities[f"p{stranger}"], transcript.advertise(net.session.terms.session, 1, stranger, mask)
+        )
+        entries = (message.entries[0], wire.RosterEntry(stranger, mask, signature))
+        return with_(message, entries=tuple(sorted(entries, key=lambda entry: entry.party)))
+
+    net.hooks["down", "advertise"] = edit(add, only="p0")
+    with pytest.raises(TooFewSurvivorsError):
+        net.round(VECTORS)
+    assert "no place among them" in str(net.refused["p0"])
+    assert net.refused["p0"].blame == "the server"
+
+
+def test_one_neighbour_shown_twice(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "advertise"] = edit(
+        lambda _, message: with_(message, entries=(message.entries[0], *message.entries)[:3]), only="p0"
+    )
+    net.round(VECTORS)
+    assert "each once" in str(net.refused["p0"])
+
+
+def test_a_cohort_below_the_minimum(network: Make) -> None:
+    net = network(6, corrupt=1, policy={"minimum_cohort": 6})
+    with pytest.raises(PolicyError, match="smallest sum of at least 6"):
+        join(net)
+    join(net, min_survivors=6)
+    net = network(5, corrupt=1, min_survivors=5, policy={"minimum_cohort": 5}).open()
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=b"\x0f"))
+    with pytest.raises(TooFewSurvivorsError):
+        net.round(VECTORS)
+    assert {name: type(error) for name, error in net.refused.items()} == {
+        **dict.fromkeys(("p0", "p1", "p2", "p3"), TooFewSurvivorsError),
+        "p4": FaultyServerError,
+    }
+
+
+def test_the_server_cannot_choose_the_graph(network: Make) -> None:
+    # Whatever everyone else reveals, one honest nonce moves that party's neighbours over all of the roster.
+    met = set()
+    for seed in range(40):
+        net = network(9, neighbours=2, threshold=2)
+        net.random["p0"] = network(9, seed=seed).random["p0"]  # the others and the server repeat themselves
+        net.open()
+        met |= set(net.session.terms.graph[0])
+    assert met == set(range(1, 9))
+
+
+def test_a_nonce_cannot_be_chosen_after_the_others_are_known(network: Make) -> None:
+    net = network(4)
+    net.hooks["up", "reveal"] = edit(lambda _, message: with_(message, nonce=b"x" * 32), only="p3")
+    with pytest.raises(TooFewSurvivorsError, match="p3"):
+        net.open()
+    assert [(name, error.blame) for name, error in net.rejected] == [("p3", "p3")]
+
+    net = network(4)
+    net.hooks["down", "reveal"] = edit(
+        lambda _, message: with_(message, nonces=replaced(message.nonces, 3, b"x" * 32)), only="p0"
+    )
+    net.open()
+    assert isinstance(net.refused["p0"], FaultyPartyOrServerError)
+    assert net.refused["p0"].blame == "p3 or the server"
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 5])
+def test_no_nonce_is_shown_before_everybody_committed(network: Make, count: int) -> None:
+    net = network(4)
+    net.hooks["down", "hello"] = edit(lambda _, message: with_(message, hellos=(message.hellos * 2)[:count]), only="p0")
+    with pytest.raises(TooFewSurvivorsError):
+        net.open()
+    assert "expected 4 Hellos" in str(net.refused["p0"]) or isinstance(net.refused["p0"], MessageError)
+    assert not [1 for way, at, name, _ in net.sent if (way, at, name) == ("up", "reveal", "p0")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"roster": ("p0", "p1", "p1", "p2")}, "a name twice"),
+        ({"roster": ("p1", "p2", "p3"), "neighbours": 2}, "does not have 'p0'"),
+        ({"modulus_bits": 12}, "can wrap"),
+        ({"bound": 10**6}, "can wrap"),
+        ({"neighbours": 4}, "no graph"),
+        ({"neighbours": 1}, "no graph"),
+        ({"threshold": 5, "min_survivors": 5}, "can never be met"),
+        ({"min_survivors": 5}, "can never be made"),
+        ({"min_survivors": 2}, "fewer than the threshold"),
+        ({"corrupt": 2}, "corrupt ones"),
+        ({"corrupt": 2, "min_survivors": 4}, "2t > 4 \\+ 2"),
+        ({"dropouts": 4}, "nobody is left"),
+        ({"server": "semi-honest", "threshold": 2, "corrupt": 2, "min_survivors": 4}, "may be corrupt"),
+        ({"server": "semi-honest", "threshold": 2}, "semi-honest server only"),
+        ({"modulus_bits": 40, "bound": 2**30}, "bound of at most"),
+        ({"modulus_bits": 40}, "modulus bits of at most"),
+        ({"length": 100}, "length of at most"),
+    ],
+    ids=str,
+)
+def test_terms_that_a_party_refuses(network: Make, changes: dict[str, Any], complaint: str) -> None:
+    policy = {"maximum_modulus_bits": 39, "maximum_bound": 2**20, "maximum_length": 99}
+    if "maximum" in complaint or "bound of" in complaint:
+        policy["maximum_modulus_bits"] = 64
+    net = network(4, corrupt=1, policy=policy)
+    join(net)
+    with pytest.raises(PolicyError, match=complaint):
+        join(net, **changes)
+
+
+def test_an_identity_that_is_not_the_pinned_one(network: Make) -> None:
+    net = network(3)
+    with pytest.raises(SpecError, match="not the one"):
+        steps.join(
+            wire.encode(net.setup), name="p0", identity=b"x" * 32, policy=net.policy, randomness=net.random["p0"]
+        )
+    assert ed25519_public(b"x" * 32) not in net.directory.values()
+
+
+# ---------------------------------------------------------------- shares and secrets
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        lambda seeds: (seeds[0], with_(seeds[1], share=seeds[2].share), with_(seeds[2], share=seeds[1].share)),
+        lambda seeds: (seeds[0], with_(seeds[1], party=2), with_(seeds[2], party=1)),
+        lambda seeds: (seeds[0], seeds[2], seeds[1]),
+        lambda seeds: (seeds[0], seeds[1], seeds[1]),
+        lambda seeds: seeds[:2],
+        lambda seeds: (*seeds[:3], wire.Revealed(3, seeds[2].share), seeds[3]),
+        lambda seeds: (*seeds, wire.Revealed(9, seeds[2].share)),
+        lambda seeds: (seeds[0], seeds[1], with_(seeds[2], share=flip(seeds[2].share))),
+        lambda seeds: (seeds[0], seeds[1], with_(seeds[2], share=b"\xff" * 33)),
+        lambda seeds: (with_(seeds[0], share=flip(seeds[0].share)), *seeds[1:]),
+    ],
+    ids=["swapped", "renamed", "reordered", "duplicate", "missing", "extra", "unknown", "wrong", "no element", "own"],
+)
+def test_a_holder_that_reveals_wrong_shares_is_named_and_done_without(network: Make, cheat: Any) -> None:
+    net = network(5, corrupt=1, dropouts=1).open()
+    net.hooks["up", "unmask"] = edit(lambda _, message: with_(message, seeds=cheat(message.seeds)), only="p0")
+    with pytest.raises(TooFewSurvivorsError, match="p0"):
+        net.round(VECTORS, drops={"p3": "upload"})  # p0 is needed: t = 4
+    assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", FaultyPartyError, "p0")]
+
+
+def test_a_wrong_share_costs_only_its_holder_when_others_suffice(network: Make) -> None:
+    net = network(5).open()  # t = 3
+    net.hooks["up", "unmask"] = edit(
+        lambda _, message: with_(message, keys=(with_(message.keys[0], share=flip(message.keys[0].share)),)), only="p0"
+    )
+    outcome = net.round(VECTORS, drops={"p3": "upload"})
+    assert [error.blame for _, error in net.rejected] == ["p0"]
+    expect_sum(net, outcome, ["p0", "p1", "p2", "p4"])
+
+
+@pytest.mark.parametrize("which", ["seed", "key"])
+def test_a_dealer_whose_shares_give_another_secret_is_named(
+    network: Make, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    net = network(4, corrupt=1).open()
+    turn = []
+
+    def lie(secrets: list[bytes], **kwargs: Any) -> list[list[bytes]]:
+        turn.append(1)
+        if len(turn) == 2:  # p1 deals shares of another secret
+            secrets = [flip(secrets[0]), secrets[1]] if which == "seed" else [secrets[0], flip(secrets[1], 5)]
+        return shamir.split(secrets, **kwargs)
+
+    monkeypatch.setattr(rounds, "split", lie)
+    drops = {"p1": "upload"} if which == "key" else {}
+    with pytest.raises(FaultyPartyError, match="p1: its shares give another") as caught:
+        net.round(VECTORS, drops=drops)
+    assert caught.value.blame == "p1"
+    assert not net.rejected
+    assert not net.refused
+
+
+def test_a_dealer_whose_shares_are_of_no_polynomial_is_named(network: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(4, corrupt=1).open()
+    turn = []
+
+    def lie(secrets: list[bytes], **kwargs: Any) -> list[list[bytes]]:
+        turn.append(1)
+        seeds, keys = shamir.split(secrets, **kwargs)
+        return [[b"\xff" * 33 for _ in seeds], keys] if len(turn) == 2 else [seeds, keys]
+
+    monkeypatch.setattr(rounds, "split", lie)
+    with pytest.raises(FaultyPartyError, match="p1: the shares that it dealt combine to no secret"):
+        net.round(VECTORS)
+
+
+def test_a_packet_whose_shares_are_not_those_committed_to(network: Make) -> None:
+    for field in ("seed_share", "key_share"):
+        net = network(4, corrupt=1).open()
+
+        def packet(*args: Any, field: str = field, honest: Any = rounds._packet) -> Any:
+            """p1 seals one share and commits to another; the seal itself is right."""
+            member, number, public, peer, seed_share, key_share = args
+            sealed = honest(*args)
+            if member.index != 1:
+                return sealed
+            bad = {"seed_share": seed_share, "key_share": key_share}
+            bad[field] = flip(bad[field])
+            key = transcript.seal_key(member.channels[peer], member.session, number, 1, peer, public)
+            data = transcript.seal_data(member.session, number, 1, peer, sealed.seed_hash, sealed.key_hash)
+            return with_(sealed, sealed=rounds.seal(key, rounds.NONCE, bad["seed_share"] + bad["key_share"], data))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "_packet", packet)
+            with pytest.raises(TooFewSurvivorsError):
+                net.round(VECTORS)
+        assert {name: (type(error), error.blame) for name, error in net.refused.items()} == dict.fromkeys(
+            ("p0", "p2", "p3"), (FaultyPartyError, "p1")
+        )
+
+
+@pytest.mark.parametrize("field", ["sealed", "seed_hash", "key_hash"])
+def test_a_packet_changed_on_the_way(network: Make, field: str) -> None:
+    net = network(4, corrupt=1).open()
+
+    def change(name: str, message: Any) -> Any:
+        packet = message.packets[1]
+        packet = with_(packet, **{field: flip(getattr(packet, field), 7)})
+        return with_(message, packets=replaced(message.packets, 1, packet))
+
+    net.hooks["down", "share"] = edit(change, only="p0")
+    outcome = net.round(VECTORS)
+    assert isinstance(net.refused["p0"], FaultyPartyOrServerError)
+    assert net.refused["p0"].blame == "p2 or the server"
+    expect_sum(net, outcome, ["p1", "p2", "p3"])
+
+
+def test_packets_given_to_the_wrong_party_or_under_another_name(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    kept = {}
+    net.hooks["down", "share"] = lambda name, raw: kept.setdefault(name, raw) and None
+    with pytest.raises(TooFewSurvivorsError):
+        net.round(VECTORS)
+    net = network(4, corrupt=1).open()
+    net.hooks["down", "share"] = lambda name, raw: {"p0": kept["p1"]}.get(name, raw)
+    net.round(VECTORS)
+    assert net.refused["p0"].blame == "the server"  # p1's list has a packet from p0, and none from p1
+    net = network(4, corrupt=1).open()
+
+    def rename(name: str, message: Any) -> Any:
+        one, two, three = message.packets
+        return with_(message, packets=(with_(two, party=one.party), with_(one, party=two.party), three))
+
+    net.hooks["down", "share"] = edit(rename, only="p0")
+    net.round(VECTORS)
+    assert isinstance(net.refused["p0"], FaultyPartyOrServerError)
+
+
+def test_shares_for_the_wrong_neighbours(network: Make) -> None:
+    for cheat in (
+        lambda packets: packets[:-1],
+        lambda packets: (*packets, packets[-1]),
+        lambda packets: packets[::-1],
+        lambda packets: (with_(packets[0], party=0), *packets[1:]),
+    ):
+        net = network(4, corrupt=1).open()
+        net.hooks["up", "share"] = edit(
+            lambda _, message, c=cheat: with_(message, packets=c(message.packets)), only="p0"
+        )
+        outcome = net.round(VECTORS)
+        assert [(name, error.blame) for name, error in net.rejected] == [("p0", "p0")]
+        expect_sum(net, outcome, ["p1", "p2", "p3"])
+    net = network(4, corrupt=1).open()
+    net.hooks["up", "share"] = edit(lambda _, message: with_(message, own_hash=None), only="p0")
+    net.round(VECTORS)
+    assert net.rejected[0][1].blame == "p0"
+
+
+# ---------------------------------------------------------------- vectors
+
+
+def test_a_late_vector_is_thrown_away(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    late = {}
+    net.hooks["up", "upload"] = lambda name, raw: late.setdefault(name, raw) and None if name == "p3" else raw
+    stage, states = net.round(VECTORS, until="upload")
+    assert stage.waiting == ("p3",)
+    confirming, outbox = stage.close()
+    for at in (stage, confirming):
+        with pytest.raises(LateVectorError) as caught:
+            at.receive("p3", late["p3"])
+        assert caught.value.blame == "p3"
+    replies = net.each("down", "upload", outbox, lambda name, raw: states[name].confirm(raw))
+    states = net.post("confirm", confirming, replies)
+    unmasking, outbox = confirming.close()
+    with pytest.raises(LateVectorError):
+        unmasking.receive("p3", late["p3"])
+    replies = net.each("down", "confirm", outbox, lambda name, raw: (None, states[name].unmask(raw)))
+    net.post("unmask", unmasking, replies)
+    expect_sum(net, unmasking.close(), ["p0", "p1", "p2"])
+    with pytest.raises(LateVectorError):
+        net.session.begin(2).receive("p3", late["p3"])
+
+
+def test_a_second_vector_does_not_replace_the_first(network: Make) -> None:
+    net = network(3).open()
+    stage, _ = net.round(VECTORS, until="upload")
+    first = next(raw for way, at, name, raw in net.sent if (way, at, name) == ("up", "upload", "p0"))
+    before = stage._sum.copy()
+    with pytest.raises(FaultyPartyError, match="p0: sent a second Upload"):
+        stage.receive("p0", first)
+    np.testing.assert_array_equal(stage._sum, before)
+
+
+@pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v + b"\0", lambda v: b"", lambda v: v[:-1] + b"\xff"])
+def test_a_vector_of_another_length_or_modulus(network: Make, change: Callable[[bytes], bytes]) -> None:
+    net = network(4, corrupt=1).open()  # 3 values of 13 bits: 39 bits, one of padding
+    net.hooks["up", "upload"] = edit(lambda _, message: with_(message, vector=change(message.vector)), only="p0")
+    outcome = net.round(VECTORS)
+    assert [(name, error.blame) for name, error in net.rejected] == [("p0", "p0")]
+    expect_sum(net, outcome, ["p1", "p2", "p3"])
+
+
+# ---------------------------------------------------------------- messages out of place
+
+
+UP = ["hello", "reveal", "advertise", "share", "upload", "confirm", "unmask"]
+DOWN = ["setup", "hello", "reveal", "advertise", "share", "upload", "confirm"]
+TAMPER: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda raw: b"",
+    "truncated": lambda raw: raw[:-1],
+    "extended": lambda raw: raw + b"\0",
+    "oversized": lambda raw: raw + bytes(1 << 20),
+    "of another version": lambda raw: bytes([2]) + raw[1:],
+    "garbage": lambda raw: b"\x01" + b"\xc1" * 40,
+    "another kind": lambda raw: (
+        wire.encode(wire.Reveal(b"s" * 16, b"n" * 32))
+        if not _is_down(raw)
+        else wire.encode(wire.Reveals(b"s" * 16, (b"n" * 32,) * 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("how", TAMPER)
+@pytest.mark.parametrize(("way", "stage"), [("up", stage) for stage in UP] + [("down", stage) for stage in DOWN])
+def test_tampered_messages_are_refused_by_name_and_never_give_a_wrong_sum(
+    network: Make, way: str, stage: str, how: str
+) -> None:
+    net = network(4, corrupt=1)
+    net.hooks[way, stage] = lambda name, raw: TAMPER[how](raw) if name == "p0" else raw
+    if stage in ("setup", "hello") or (way, stage) == ("up", "reveal"):
+        with pytest.raises(TooFewSurvivorsError, match="p0"):
+            net.open()
+    else:
+        net.open()
+        outcome = net.round(VECTORS)
+        stays = stage in ("confirm", "unmask") or (way, stage) == ("down", "upload")
+        expect_sum(net, outcome, net.names if stays else ["p1", "p2", "p3"])
+    if way == "up":
+        (blamed,) = {error.blame for _, error in net.rejected}
+        assert blamed == "p0"
+    else:
+        assert net.refused["p0"].blame == "the server"
+        assert set(net.refused) == {"p0"}
+
+
+@pytest.mark.parametrize("stage", UP)
+def test_duplicated_messages(network: Make, stage: str) -> None:
+    net = network(3)
+    inner: list[Any] = []
+
+    class Twice:
+        def __init__(self, server: Any) -> None:
+            self.server = server
+
+        def receive(self, name: str, raw: bytes) -> None:
+            self.server.receive(name, raw)
+            with pytest.raises(FaultyPartyError, match=f"{name}: sent a second"):
+                self.server.receive(name, raw)
+            inner.append(name)
+
+    honest = net.post
+    net.post = lambda at, server, replies: honest(at, Twice(server) if at == stage else server, replies)
+    expect_sum(net, net.open().round(VECTORS), net.names)
+    assert inner == list(net.names)
+
+
+def test_reordered_messages(network: Make) -> None:
+    net = network(3).open()
+    net.round(VECTORS)
+    sent = {(way, at, name): raw for way, at, name, raw in net.sent}
+    for early, stage in (("upload", "advertise"), ("confirm", "share"), ("unmask", "upload")):
+        other = network(3).open()
+        other.hooks["up", stage] = lambda name, raw, e=early: sent["up", e, name] if name == "p0" else raw
+        other.round(VECTORS)
+        assert "out of order" in str(other.rejected[0][1]), (early, stage)
+        assert other.rejected[0][1].blame == "p0"
+    for early, stage in (("confirm", "share"), ("upload", "advertise")):
+        other = network(3).open()
+        other.hooks["down", stage] = lambda name, raw, e=early: sent["down", e, name] if name == "p0" else raw
+        other.round(VECTORS)
+        assert other.refused["p0"].blame == "the server"
+
+
+def test_a_stranger_is_not_heard(network: Make) -> None:
+    net = network(3).open()
+    with pytest.raises(FaultyPartyError, match="mallory: is not in the roster"):
+        net.session.begin(1).receive("mallory", b"")
+
+
+# ---------------------------------------------------------------- two different things signed
+
+
+def test_a_party_that_signs_two_different_keys_for_one_round(network: Make) -> None:
+    net = network(3).open()
+    stage = net.session.begin(1)
+    for mask in (x25519_public(b"a" * 32), x25519_public(b"b" * 32)):
+        signed = transcript.advertise(net.session.terms.session, 1, 0, mask)
+        message = wire.Advertise(net.session.terms.session[:16], 1, mask, ed25519_sign(net.identities["p0"], signed))
+        if mask == x25519_public(b"a" * 32):
+            stage.receive("p0", wire.encode(message))
+            continue
+        with pytest.raises(FaultyPartyError, match="p0: sent a second Advertise, and not the same") as caught:
+            stage.receive("p0", wire.encode(message))
+        assert caught.value.blame == "p0"
+
+
+def test_a_party_that_signs_two_sets_of_survivors(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    stage, states = net.round(VECTORS, until="upload")
+    confirming, outbox = stage.close()
+    _, honest = states["p0"].confirm(outbox["p0"])
+    confirming.receive("p0", honest)
+    signed = transcript.confirm(net.session.terms.session, 1, 0, b"\x07")
+    other = with_(parse(honest), signature=ed25519_sign(net.identities["p0"], signed))
+    with pytest.raises(FaultyPartyError, match="p0: sent a second Confirm, and not the same"):
+        confirming.receive("p0", wire.encode(other))
+    signed = transcript.confirm(net.session.terms.session, 1, 1, b"\x07")
+    other = with_(parse(honest), signature=ed25519_sign(net.identities["p1"], signed))
+    with pytest.raises(FaultyPartyError, match="p1: its confirmation is not a signature on the set"):
+        confirming.receive("p1", wire.encode(other))
