@@ -30,13 +30,13 @@ from choral.protocols.errors import SpecError
 SEED_BYTES = 32
 BLOCK_BYTES = 16
 CHUNK_BYTES = 256 * 1024
-"""Counters, key stream and the piece of the vector together fit a second-level cache of 1 MiB."""
+"""The counters' template, the stream and the piece of the vector together fit a second-level cache of 1 MiB."""
 
 Keystream = Callable[[bytes, int, int], Iterator[NDArray[np.uint8]]]
 """``(seed, first_block, blocks)`` to the stream's pieces of at most CHUNK_BYTES; each is valid until the next."""
 
 _CHUNK_BLOCKS = CHUNK_BYTES // BLOCK_BYTES
-_MASK64 = 2**64 - 1
+_ROW_BLOCKS = 128
 _local = threading.local()
 
 
@@ -44,7 +44,8 @@ def add_mask(accumulator: NDArray[Any], seed: bytes, *, subtract: bool = False, 
     """Add the mask of ``seed`` to ``accumulator`` in place, or subtract it, modulo 2^32 or 2^64.
 
     accumulator: uint32 or uint64, shape (n,), C-contiguous: coordinates ``offset`` to ``offset + n - 1`` of the vector.
-    seed: 32 bytes. offset: >= 0, in elements; pieces may be done in any order and on any thread.
+    seed: 32 bytes. offset: >= 0, in elements; pieces may be done in any order and on any thread. With many seeds for
+        a vector too long for the last cache, go piece by piece (2^20 elements, say) and seed by seed within it.
 
     Raises: SpecError for another dtype, shape or layout, another seed length, a negative offset.
     """
@@ -108,24 +109,31 @@ def _buffer(name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
 
 
 def _pycryptodome(seed: bytes, first_block: int, blocks: int) -> Iterator[NDArray[np.uint8]]:
+    """ECB, in place, over counters. Chunks are aligned to whole multiples of their size, so that within one only the
+    low bits of the counter change and a fixed template, XORed with the rest, gives all of it without a carry."""
     cipher = AES.new(seed[:16], AES.MODE_ECB)
+    template = _buffer("template", _template)
+    counters = _buffer("counters", lambda: np.empty_like(template))
+    stream = counters.reshape(-1).view(np.uint8)
     start = int.from_bytes(seed[16:], "big") + first_block
-    counters = _buffer("counters", lambda: np.empty((_CHUNK_BLOCKS, 2), ">u8"))
-    index = _buffer("index", lambda: np.arange(_CHUNK_BLOCKS, dtype=np.uint64))
-    low = _buffer("low", lambda: np.empty(_CHUNK_BLOCKS, np.uint64))
-    out = _buffer("out", lambda: np.empty(CHUNK_BYTES, np.uint8))
-    for done in range(0, blocks, _CHUNK_BLOCKS):
-        count = min(_CHUNK_BLOCKS, blocks - done)
-        high, base = start + done >> 64 & _MASK64, start + done & _MASK64
-        np.add(index[:count], np.uint64(base), out=low[:count])
-        counters[:count, 1] = low[:count]
-        if done == 0 or base < _CHUNK_BLOCKS or base + count > _MASK64:
-            counters[:count, 0] = high
-            wrapped = min(2**64 - base, count)
-            counters[wrapped:count, 0] = high + 1 & _MASK64
-        size = count * BLOCK_BYTES
-        cipher.encrypt(counters[:count].data.cast("B"), output=out[:size].data)
-        yield out[:size]
+    stop = start + blocks
+    while start < stop:
+        skip = start % _CHUNK_BLOCKS
+        count = min(_CHUNK_BLOCKS - skip, stop - start)
+        high = ((start - skip) % 2**128).to_bytes(BLOCK_BYTES, "big")
+        rows = slice(skip // _ROW_BLOCKS, -(-(skip + count) // _ROW_BLOCKS))
+        np.bitwise_xor(template[rows], np.frombuffer(high * _ROW_BLOCKS, np.uint64), out=counters[rows])
+        piece = stream[skip * BLOCK_BYTES : (skip + count) * BLOCK_BYTES]
+        cipher.encrypt(piece.data, output=piece.data)
+        start += count
+        yield piece
+
+
+def _template() -> NDArray[np.uint64]:
+    """Counter blocks 0, 1, 2, ... in rows that are long enough for numpy to broadcast at full speed."""
+    counters = np.zeros((_CHUNK_BLOCKS, 2), ">u8")
+    counters[:, 1] = np.arange(_CHUNK_BLOCKS)
+    return counters.view(np.uint64).reshape(-1, 2 * _ROW_BLOCKS)
 
 
 def _openssl() -> Keystream:
