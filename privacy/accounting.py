@@ -64,6 +64,17 @@ class Budget:
     neighbours: str = NEIGHBOURS
     accountant: str = ACCOUNTANT
 
+    def __str__(self) -> str:
+        return (
+            f"noise multiplier  {self.noise_multiplier:.6g}\n"
+            f"epsilon (PLD)     {self.epsilon:.6g}\n"
+            f"epsilon (RDP)     {self.epsilon_rdp:.6g}, a looser bound\n"
+            f"delta             {self.delta:g}\n"
+            f"steps             {self.steps} at sample rate {self.sample_rate:.6g} (Poisson)\n"
+            f"unit              {self.unit}; neighbours: {self.neighbours}\n"
+            f"accountant        {self.accountant}"
+        )
+
 
 def epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
     """Return the epsilon at `delta` of all `events` together, by PLD, checked against RDP.

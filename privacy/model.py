@@ -86,14 +86,48 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         """Return the dotted name of one of the model's layers."""
         return next((name for name, layer in self._module.named_modules() if layer is module and name), "(the model)")
 
-    def forget(self) -> None:
-        """Drop gradients and half-finished backward passes, so that each batch starts clean."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's model; before the first step also check that it treats records one by one."""
+        if not self.checked and self.training and torch.is_grad_enabled():
+            self._refuse_mixing(args, kwargs)
+        return self._module(*args, **kwargs)
+
+    def _refuse_mixing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare the outputs of half a batch with those of the whole one, in eval mode."""
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 0]
+        if not tensors or len(tensors[0]) < 2 or any(len(t) != len(tensors[0]) for t in tensors):
+            return
+        half = len(tensors[0]) // 2
+
+        def first_half(value: Any) -> Any:
+            return value[:half] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+        modes = {module: module.training for module in self._module.modules()}
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                whole, again = self._module(*args, **kwargs), self._module(*args, **kwargs)
+                part = self._module(*map(first_half, args), **{k: first_half(v) for k, v in kwargs.items()})
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if not isinstance(whole, torch.Tensor) or len(whole) != len(tensors[0]) or not torch.equal(whole, again):
+            return
+        if len(part) != half or not torch.allclose(part, whole[:half], rtol=1e-2, atol=1e-4, equal_nan=True):
+            raise UnsupportedModelError(
+                "the model's output for a record depends on the other records of the batch, so no record has a "
+                "gradient of its own",
+                hint="Normalise and attend within a record only, never over the batch dimension.",
+            )
+
+    def forget(self, *, keep_gradients: bool = False) -> None:
+        """Drop per-sample gradients and half-finished backward passes, so that each batch starts clean."""
         for module in self._module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
         for p in self._module.parameters():
             if p.requires_grad:
-                p.grad = None
+                p.grad = p.grad if keep_gradients else None
                 p.grad_sample = None
                 p._forward_counter = 0
                 p.__dict__.pop("_current_grad_sample", None)
@@ -141,6 +175,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
         )
     for name, layer in model.named_modules():
         kind = type(layer).__name__
+        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UnsupportedModelError(
+                f"the model is a {kind}; several processes on one dataset are not accounted for",
+                hint="Wrap the plain model in one process, or make each process a party of federate().",
+            )
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}: it mixes the records of a batch, so no record has a "

@@ -77,7 +77,7 @@ def one_step(rate: float, noise: float, grid: float) -> tuple[_Loss, _Loss]:
 
 def _connect(low: float, high: float, rate: float, noise: float, grid: float, *, remove: bool) -> _Loss:
     first, last = math.floor(low / grid), math.ceil(high / grid) + 1
-    delta = _hockey_stick(np.arange(first, last + 1) * grid, rate, noise, remove=remove)
+    delta = _hockey_stick(np.arange(first, last + 1, dtype=np.float64) * grid, rate, noise, remove=remove)
     delta = np.minimum.accumulate(np.clip(delta, 0.0, 1.0))
     rise = np.diff(delta)
     probs = np.empty_like(delta)
