@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from choral.audits.claims import check_costs, claim_of
+from choral.audits.claims import check_costs, claim_of, short_path
 from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Point
 from choral.audits.statistics import difference_interval, mean_interval
 from choral.errors import ConfigError, DataError
@@ -98,7 +97,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
         secure_sum=msgspec.to_builtins(info.secure_sum),
         curve=_curve(runs, metric),
         devices=tuple(sorted({run.info.device for run in runs})),
-        folders=tuple(_short(run.folder) for run in runs if run.folder is not None),
+        folders=tuple(short_path(run.folder) for run in runs if run.folder is not None),
         config=msgspec.to_builtins(info.config),
     )
 
@@ -137,11 +136,6 @@ def _bytes_per_party(runs: Sequence[Run]) -> float | None:
             return None
         return math.fsum(max(run.info.raw_bytes.values()) for run in runs) / len(runs)
     return math.fsum(entry.bytes_up + entry.bytes_down for run in runs for entry in run.history) / len(runs)
-
-
-def _short(folder: Path) -> str:
-    """The last two names of a path: enough to find it, without the reporter's home folder."""
-    return "/".join(folder.parts[-2:])
 
 
 def difference_of(runs: Sequence[Run], baseline: Sequence[Run], name: str, metric: str) -> Difference:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.budgets import holder_budgets
-from choral.audits.report import Arm, Check, Verdict, WeightsMatch
+from choral.audits.report import Arm, Check, WeightsMatch
 from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 Runs = Mapping[str, Sequence["Run"]]
 
 
-def comparison_checks(arms: Runs, rows: Sequence[Arm], metric: str) -> tuple[Check, ...]:
+def comparison_checks(arms: Runs, budgets: Runs, rows: Sequence[Arm], metric: str) -> tuple[Check, ...]:
     """The sanity checks that make the arms comparable at all, and whether budgets were kept."""
-    return (_same_start(arms, metric), _same_data(rows), *_budgets_kept(arms, rows))
+    kept = [
+        budget_kept(f"{name} stays within its budget", runs)
+        for name, runs in arms.items()
+        if runs[0].info.privacy is not None
+    ]
+    kept += [budget_kept(f"{name} stays within each budget of its curve", runs) for name, runs in budgets.items()]
+    return (_same_start(arms, metric), _same_data(rows), *kept)
 
 
 def _same_start(arms: Runs, metric: str) -> Check:
@@ -52,24 +58,21 @@ def _same_data(rows: Sequence[Arm]) -> Check:
     return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
 
 
-def _budgets_kept(arms: Runs, rows: Sequence[Arm]) -> list[Check]:
-    """Every run of every private arm, recomputed from its ledgers where it has a folder."""
-    checks = []
-    for row in rows:
-        if row.claim is None:
-            continue
-        budgets = [(run.info.seed, each) for run in arms[row.name] for each in holder_budgets(run)]
-        worst = f"The worst holder is {row.claim.holder} with ε = {cost(row.claim.epsilon)} of {row.claim.asked:g}"
-        faults = [f"seed {seed}, {each.holder}: {each.finding}" for seed, each in budgets if each.verdict == "violated"]
-        gaps = [f"seed {seed}, {each.holder}: {each.finding}" for seed, each in budgets if each.verdict == "unverified"]
-        verdict: Verdict = "violated" if faults else "unverified" if gaps else "holds"
-        finding = f"{worst}; every run and holder recomputed from its ledger."
-        if faults or gaps:
-            more = len(faults or gaps) - 1
-            finding = f"{worst}, as the run states it ({(faults or gaps)[0]}"
-            finding += f"; and {more} more like it)." if more else ")."
-        checks.append(Check(name=f"{row.name} stays within its budget", verdict=verdict, finding=finding))
-    return checks
+def budget_kept(name: str, runs: Sequence[Run]) -> Check:
+    """Every holder of every run, recomputed from its ledger where the run has a folder."""
+    rows = [(run.info.seed, row) for run in runs for row in holder_budgets(run)]
+    for verdict in ("violated", "unverified"):
+        faults = [f"seed {seed}, {row.holder}: {row.finding}" for seed, row in rows if row.verdict == verdict]
+        if faults:
+            more = f"; and {len(faults) - 1} more like it" if len(faults) > 1 else ""
+            return Check(name=name, verdict=verdict, finding=f"{faults[0]}{more}.")
+    closest = max((row for _, row in rows), key=lambda row: (row.recomputed or 0.0) / row.promised)
+    return Check(
+        name=name,
+        verdict="holds",
+        finding=f"{len(rows)} ledgers of {len(runs)} runs recomputed; the closest to its promise is {closest.holder}"
+        f" with ε\u00a0=\u00a0{cost(closest.recomputed or 0.0)} of {closest.promised:g}.",
+    )
 
 
 def weights_match(arms: Runs) -> tuple[tuple[WeightsMatch, ...], Check | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Claim
@@ -121,3 +122,8 @@ def merged_versions(infos: Sequence[RunInfo]) -> dict[str, str]:
             if version not in found.setdefault(package, []):
                 found[package].append(version)
     return {package: " and ".join(versions) for package, versions in found.items()}
+
+
+def short_path(folder: Path) -> str:
+    """The last two names of a path: enough to find it, without the reporter's home folder."""
+    return "/".join(folder.parts[-2:])

@@ -115,7 +115,7 @@ def compare(
         rows.append(row)
     curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
     matches, verdict = weights_match(ready)
-    checks = comparison_checks(ready, rows, metric) + ((verdict,) if verdict else ())
+    checks = comparison_checks(ready, budgets or {}, rows, metric) + ((verdict,) if verdict else ())
     every = [run.info for runs in (*ready.values(), *(budgets or {}).values()) for run in runs]
     return Comparison(
         title=title,

@@ -118,7 +118,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value))
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
+        return {True: "yes", False: "no", None: "not applicable"}[value]
     if isinstance(value, Mapping):
         return "; ".join(f"{str(key).replace('_', ' ')}: {_plain(item)}" for key, item in value.items())
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from choral.audits.budgets import budget_checks, holder_budgets
-from choral.audits.claims import caveats, check_costs, claim_of, no_claim
+from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path
 from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
@@ -108,7 +108,7 @@ def audit(run: Run | str | Path) -> Audit:
     info = run.info
     claim = claim_of([info]) if info.spent else None
     return Audit(
-        title=f"Audit of {run.folder.name}" if run.folder and run.folder.name else f"Audit of a {info.kind} run",
+        title=f"Audit of {short_path(run.folder)}" if run.folder else f"Audit of a {info.kind} run",
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=_worst(checks),
         claim=_in_words(run, claim.sentence if claim else ""),
