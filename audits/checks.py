@@ -62,7 +62,7 @@ def budget_kept(name: str, runs: Sequence[Run]) -> Check:
     """Every holder of every run, recomputed from its ledger where the run has a folder."""
     rows = [(run.info.seed, row) for run in runs for row in holder_budgets(run)]
     for verdict in ("violated", "unverified"):
-        faults = [f"seed {seed}, {row.holder}: {row.finding}" for seed, row in rows if row.verdict == verdict]
+        faults = [f"Seed {seed}, {row.holder}: {row.finding}" for seed, row in rows if row.verdict == verdict]
         if faults:
             more = f"; and {len(faults) - 1} more like it" if len(faults) > 1 else ""
             return Check(name=name, verdict=verdict, finding=f"{faults[0]}{more}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits import figures, text
 from choral.audits.claims import no_claim
-from choral.audits.report import ORDER, Arm, BudgetPoint, WeightsMatch
+from choral.audits.report import ORDER, Arm, BudgetPoint, Check, Verdict, WeightsMatch
 from choral.audits.svg import arm_classes
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def comparison_page(report: Comparison) -> str:
             private=private,
             cards=cards(report),
             lead=lead(report),
+            tally=tally(report.checks),
             statements=statements(report.arms),
             settings=settings(report.arms),
             rounds=figures.rounds_figure(report.arms, report.metric, colours),
@@ -201,6 +202,13 @@ def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
 
 def _card(label: str, value: str, note: str, interval: str = "", unit: str = "") -> dict[str, str]:
     return {"label": label, "value": value, "note": note, "interval": interval, "unit": unit}
+
+
+def tally(checks: Sequence[Check]) -> list[tuple[Verdict, int]]:
+    """How many checks came out which way, the worst first."""
+    order: tuple[Verdict, ...] = ("violated", "unverified", "holds")
+    counts = [(verdict, sum(check.verdict == verdict for check in checks)) for verdict in order]
+    return [(verdict, count) for verdict, count in counts if count]
 
 
 def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None]]]:

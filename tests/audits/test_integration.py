@@ -97,4 +97,4 @@ def test_a_ledger_that_vanished_shows_in_the_comparison(arms: dict[str, list[Run
     finally:
         hidden.rename(ledger)
     assert found.verdict == "unverified"
-    assert "seed 1, east" in found.finding
+    assert "Seed 1, east" in found.finding
