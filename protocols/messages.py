@@ -7,12 +7,11 @@ not the one :func:`encode` writes, so that each message has exactly one form.
 ``session`` is 16 bytes: the session's identifier before it is open, the first half of the session digest after.
 ``round`` counts from 1. Parties are named by their place in the roster, from 0.
 
-Sizes in bytes, with m the entries that the list in the message has, b the modulus bits, d the length, and a margin of
-at most ENVELOPE bytes for the version, kind, session, round and headers:
+Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, session, round and all headers:
 
-| message | way | size at most |
+| message | way | size |
 |---|---|---|
-| Setup | down | ENVELOPE + 64 + sum of (5 + bytes of name) |
+| Setup | down | ENVELOPE + 64 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
 | Hello | up | ENVELOPE + 134 |
 | Hellos | down | ENVELOPE + 135 n |
 | Reveal | up | ENVELOPE + 34 |
@@ -25,7 +24,11 @@ at most ENVELOPE bytes for the version, kind, session, round and headers:
 | Survivors | down | ENVELOPE + ceil(n / 8) |
 | Confirm | up | ENVELOPE + 66 |
 | Confirmations | down | ENVELOPE + 72 m |
-| Unmask | up | ENVELOPE + 41 m + 109 |
+| Unmask | up | ENVELOPE + 109 + 41 m |
+
+n: parties; b: modulus bits; d: length; m: entries in the message's list, at most k (k + 1 in Unmask on a complete
+graph, where a party also reveals its own share; at most t in Confirmations). So a round whose keys rode on the one
+before costs a party at most ceil(b d / 8) + 199 k + 540 bytes up and 264 k + 72 t + n / 8 + 256 down.
 """
 
 from __future__ import annotations
@@ -245,6 +248,20 @@ class Unmask(Message, frozen=True):
     following: Following | None
 
 
+_FIXED = {Setup: 64, Hello: 134, Reveal: 34, Advertise: 101, Shares: 68, Confirm: 66, Unmask: 109}
+_EACH = {
+    Setup: 1025,
+    Hellos: 135,
+    Reveals: 34,
+    Roster: 106,
+    Shares: 158,
+    Deliveries: 158,
+    Upload: 1,
+    Survivors: 1,
+    Confirmations: 72,
+    Unmask: 41,
+}
+
 ToServer = Hello | Reveal | Advertise | Shares | Upload | Confirm | Unmask
 ToParty = Setup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
 
@@ -252,9 +269,9 @@ _encoder = msgspec.msgpack.Encoder()
 _decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpack.Decoder(ToParty)}
 
 
-def setup_limit(parties: int) -> int:
-    """The largest Setup for a directory of so many parties: names have at most 255 characters of 4 bytes."""
-    return ENVELOPE + 64 + 1025 * parties
+def limit(kind: type[Message], entries: int = 0) -> int:
+    """The largest size in bytes of a message with so many entries in its list, or bytes in its vector or bitmap."""
+    return ENVELOPE + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * entries
 
 
 def to_bitmap(parties: Iterable[int], n: int) -> bytes:

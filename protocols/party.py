@@ -57,7 +57,7 @@ def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness
     identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``.
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
-    message = wire.to_party(setup, limit=wire.setup_limit(len(policy.directory)))
+    message = wire.to_party(setup, limit=wire.limit(wire.Setup, len(policy.directory)))
     message = expect(message, wire.Setup)
     policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
@@ -81,7 +81,7 @@ class Joining(Once[_Own]):
         """
         own = self._take()
         n = len(own.setup.roster)
-        message = expect(wire.to_party(hellos, limit=wire.ENVELOPE + 136 * n), wire.Hellos)
+        message = expect(wire.to_party(hellos, limit=wire.limit(wire.Hellos, n)), wire.Hellos)
         if message.session != own.setup.session:
             raise FaultyServerError("the Hellos are of another session")
         if len(message.hellos) != n:
@@ -108,7 +108,7 @@ class Revealing(Once[tuple[_Own, wire.Hellos]]):
         """
         own, hellos = self._take()
         n = len(own.setup.roster)
-        message = expect(wire.to_party(reveals, limit=wire.ENVELOPE + 34 * n), wire.Reveals)
+        message = expect(wire.to_party(reveals, limit=wire.limit(wire.Reveals, n)), wire.Reveals)
         if message.session != own.setup.session:
             raise FaultyServerError("the nonces are of another session")
         if len(message.nonces) != n:

@@ -126,7 +126,7 @@ class Advertised(Once[Keys]):
         keys = self._take()
         member = keys.member
         setup, me = member.setup, member.index
-        message = _in_round(wire.Roster, roster, member, keys.number, 106 * setup.neighbours)
+        message = _in_round(wire.Roster, roster, member, keys.number, setup.neighbours)
         _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
         for entry in message.entries:
             signed = transcript.advertise(member.session, keys.number, entry.party, entry.mask)
@@ -178,7 +178,7 @@ class Sharing(Once[_Shared]):
         """
         shared = self._take()
         member, number = shared.member, shared.number
-        message = _in_round(wire.Deliveries, deliveries, member, number, 158 * member.setup.neighbours)
+        message = _in_round(wire.Deliveries, deliveries, member, number, member.setup.neighbours)
         _check_order([packet.party for packet in message.packets], shared.masks, "packets")
         _check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
         held = {packet.party: _open(member, number, shared.masks[packet.party], packet) for packet in message.packets}
@@ -221,7 +221,7 @@ class Uploaded(Once[_Waiting]):
         waiting = self._take()
         member, number, me = waiting.member, waiting.number, waiting.member.index
         n = len(member.setup.roster)
-        message = _in_round(wire.Survivors, survivors, member, number, 8 + -(-n // 8))
+        message = _in_round(wire.Survivors, survivors, member, number, -(-n // 8))
         alive = wire.from_bitmap(message.bitmap, n)
         if alive is None:
             raise FaultyServerError(f"the set of survivors is no set of {n} parties")
@@ -254,7 +254,7 @@ class Confirmed(Once[_Agreed]):
         """
         agreed = self._take()
         member, number = agreed.member, agreed.number
-        message = _in_round(wire.Confirmations, confirmations, member, number, 72 * member.setup.neighbours)
+        message = _in_round(wire.Confirmations, confirmations, member, number, member.setup.neighbours)
         signers = [entry.party for entry in message.entries]
         _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
         for entry in message.entries:
@@ -277,7 +277,7 @@ def _choose(held: _Held, *, survived: bool) -> Reveal:
 def _riding(following: bytes | None, member: Membership, number: int) -> wire.Following | None:
     if following is None:
         return None
-    message = wire.to_server(following, sender=member.setup.roster[member.index], limit=wire.ENVELOPE + 101)
+    message = wire.to_server(following, sender=member.setup.roster[member.index], limit=wire.limit(wire.Advertise))
     if not isinstance(message, wire.Advertise) or message.session != member.id or message.round <= number:
         raise SpecError("expected the Advertise of a later round of this session to ride along")
     return wire.Following(message.round, message.mask, message.signature)
@@ -324,9 +324,9 @@ def expect(message: wire.ToParty, kind: type[M]) -> M:
     return message
 
 
-def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, size: int) -> Any:
+def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
     """Decode the one message that this state waits for. Raises MessageError; FaultyServerError for any other."""
-    message = expect(wire.to_party(raw, limit=wire.ENVELOPE + size), kind)
+    message = expect(wire.to_party(raw, limit=wire.limit(kind, entries)), kind)
     if message.session != member.id:
         raise FaultyServerError(f"the {kind.__name__} is of another session")
     if message.round != number:

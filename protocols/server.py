@@ -45,7 +45,7 @@ class Opening(Stage):
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")
         everyone = range(len(setup.roster))
-        super().__init__(setup.roster, setup.session, 0, everyone, wire.ENVELOPE + 134)
+        super().__init__(setup.roster, setup.session, 0, everyone, wire.limit(wire.Hello))
         self._setup = setup
         self._directory = directory
         self._signatures = signatures
@@ -84,7 +84,7 @@ class Gathering(Stage):
         signatures: transcript.Signatures,
         hellos: Sequence[wire.HelloEntry],
     ) -> None:
-        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), wire.ENVELOPE + 134)
+        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), wire.limit(wire.Hello))
         self._setup = setup
         self._digest = digest
         self._directory = directory

@@ -19,9 +19,13 @@ class RoundStage(Stage):
 
     def __init__(self, terms: Terms, number: int, expected: Sequence[int]) -> None:
         setup = terms.setup
-        size = max(packed_bytes(setup.length, setup.modulus_bits), 158 * setup.neighbours + 109)
+        size = max(  # of a late vector too, so that it is called that
+            wire.limit(wire.Upload, packed_bytes(setup.length, setup.modulus_bits)),
+            wire.limit(wire.Shares, setup.neighbours),
+            wire.limit(wire.Unmask, setup.holders),
+        )
         session = terms.session[: transcript.SESSION_BYTES]
-        super().__init__(setup.roster, session, number, expected, wire.ENVELOPE + size)
+        super().__init__(setup.roster, session, number, expected, size)
         self._terms = terms
 
     def _fault(self, party: int, what: str) -> FaultyPartyError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -227,11 +228,12 @@ def test_hiding_the_differing_signatures_leaves_too_few(network: Make) -> None:
         ([1, 2, 3], FaultyServerError),  # says that p0 dropped, and asks it all the same
         ([0, 1], TooFewSurvivorsError),  # below min_survivors
         ([0], TooFewSurvivorsError),
+        ([0, 1, 2, 5], FaultyServerError),  # there is no party 5
     ],
 )
 def test_survivors_that_a_party_cannot_agree_to(network: Make, view: list[int], error: type[Exception]) -> None:
     net = network(4, corrupt=1).open()
-    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(view, 4)), only="p0")
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(view, 8)), only="p0")
     net.round(VECTORS)
     assert type(net.refused["p0"]) is error
 
@@ -422,6 +424,135 @@ def test_the_server_replays_its_message_of_another_round(network: Make, stage: s
         assert isinstance(net.rejected[0][1], FaultyPartyError)
         return
     assert net.refused["p0"].blame == (blame if relabel else "the server")
+
+
+@pytest.mark.parametrize("stage", ["hello", "reveal", "advertise", "share", "upload", "confirm"])
+def test_a_message_of_the_server_under_another_session(network: Make, stage: str) -> None:
+    net = network(4, corrupt=1)
+    net.hooks["down", stage] = edit(lambda _, message: with_(message, session=b"another session!"), only="p0")
+    if stage in ("hello", "reveal"):
+        with pytest.raises(TooFewSurvivorsError) if stage == "hello" else nullcontext():
+            net.open()
+    else:
+        net.open().round(VECTORS)
+    assert isinstance(net.refused["p0"], FaultyServerError)
+    assert "another session" in str(net.refused["p0"])
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_nonces_missing_or_too_many(network: Make, count: int) -> None:
+    net = network(4)
+    net.hooks["down", "reveal"] = edit(
+        lambda _, message: with_(message, nonces=(message.nonces * 2)[:count]), only="p0"
+    )
+    net.open()
+    assert net.refused["p0"].blame == "the server"
+
+
+def test_only_a_key_for_a_later_round_of_this_session_rides_along(network: Make) -> None:
+    for ride in ("confirm", "same round", "other session"):
+        net, other = network(3).open(), network(3, seed=1).open()
+        stage, states = net.round(VECTORS, until="confirm")
+        _, outbox = stage.close()
+        sent = {at: raw for way, at, name, raw in net.sent if (way, name) == ("up", "p0")}
+        rides = {
+            "confirm": sent["confirm"],
+            "same round": sent["advertise"],
+            "other session": other.members["p0"].advertise(2, randomness=net.random["p0"])[2],
+        }
+        with pytest.raises(SpecError, match="later round of this session"):
+            states["p0"].unmask(outbox["p0"], following=rides[ride])
+
+
+@pytest.mark.parametrize("fault", ["mask", "round", "earlier"])
+def test_a_key_that_rides_along_is_checked_by_the_server(network: Make, fault: str) -> None:
+    net = network(3).open()
+    stage, states = net.round(VECTORS, until="confirm")
+    unmasking, outbox = stage.close()
+    net.members["p0"], _, ride = net.members["p0"].advertise(2, randomness=net.random["p0"])
+    message = parse(states["p0"].unmask(outbox["p0"], following=ride))
+    mask = message.following.mask
+    signed = transcript.advertise(net.session.terms.session, 1, 0, mask)
+    following = {
+        "mask": with_(message.following, mask=x25519_public(b"m" * 32)),
+        "round": with_(message.following, round=3),
+        "earlier": wire.Following(1, mask, ed25519_sign(net.identities["p0"], signed)),
+    }[fault]
+    with pytest.raises(FaultyPartyError, match="p0: the key that it sent along"):
+        unmasking.receive("p0", wire.encode(with_(message, following=following)))
+    unmasking.receive("p0", wire.encode(message))
+
+
+def test_a_policy_that_protects_nobody(network: Make) -> None:
+    directory = network(3).directory
+    for weak in ({"minimum_cohort": 1}, {"minimum_threshold": 1}):
+        with pytest.raises(SpecError, match="at least 2"):
+            Policy(directory=directory, **weak)
+    with pytest.raises(SpecError, match="32 bytes"):
+        Policy(directory={**directory, "p9": b"short"})
+
+
+def test_a_message_after_the_round_went_on_without_its_sender(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    kept = {}
+    net.hooks["up", "share"] = lambda name, raw: kept.setdefault(name, raw) and None if name == "p3" else raw
+    stage, _ = net.round(VECTORS, until="share")
+    uploading, _ = stage.close()
+    with pytest.raises(FaultyPartyError, match="p3: its Shares came after the round went on without it"):
+        stage.receive("p3", kept["p3"])
+    with pytest.raises(FaultyPartyError, match="p3: expected its Upload"):
+        uploading.receive("p3", kept["p3"])
+    forged = wire.encode(wire.Upload(parse(kept["p3"]).session, 1, bytes(5)))
+    with pytest.raises(FaultyPartyError, match="p3: its Upload came after the round went on without it"):
+        uploading.receive("p3", forged)
+    with pytest.raises(StateUsedError, match="closed"):
+        stage.close()
+
+
+def test_a_hello_signed_by_somebody_else(network: Make) -> None:
+    net = network(3)
+
+    def forge(name: str, message: Any) -> Any:
+        signed = transcript.hello(
+            transcript.setup_digest(wire.encode(net.setup)), 0, message.transport, message.commitment
+        )
+        return with_(message, signature=ed25519_sign(net.identities["p1"], signed))
+
+    net.hooks["up", "hello"] = edit(forge, only="p0")
+    with pytest.raises(TooFewSurvivorsError, match="p0"):
+        net.open()
+    assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", FaultyPartyError, "p0")]
+
+
+@pytest.mark.parametrize(
+    "cheat", [lambda keys: (), lambda keys: keys[:1], lambda keys: keys[::-1], lambda keys: keys * 2]
+)
+def test_a_holder_that_withholds_or_repeats_shares_of_the_dropped(network: Make, cheat: Any) -> None:
+    net = network(7).open()  # t = 4
+    net.hooks["up", "unmask"] = edit(lambda _, message: with_(message, keys=cheat(message.keys)), only="p0")
+    outcome = net.round(VECTORS, drops={"p5": "upload", "p6": "upload"})
+    assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", FaultyPartyError, "p0")]
+    expect_sum(net, outcome, ["p0", "p1", "p2", "p3", "p4"])
+
+
+def test_a_survivor_stranded_among_dropped_neighbours_is_named_before_anything_is_revealed(network: Make) -> None:
+    net = network(10, neighbours=4, threshold=3, min_survivors=3).open()
+    victim = 0
+    gone = [f"p{peer}" for peer in net.session.terms.graph[victim][:2]]
+    with pytest.raises(TooFewSurvivorsError, match="too few hold a share of p"):
+        net.round(VECTORS, drops=dict.fromkeys(gone, "upload"))
+    assert not [1 for way, stage, *_ in net.sent if (way, stage) == ("up", "confirm")]
+
+
+def test_a_server_opens_only_for_parties_that_it_knows(network: Make) -> None:
+    net = network(3)
+    with pytest.raises(SpecError, match="no key for 'p2'"):
+        Opening(net.setup, {name: net.directory[name] for name in ("p0", "p1")}, net.signatures)
+    with pytest.raises(PolicyError, match="can wrap"):
+        Opening(with_(net.setup, modulus_bits=3), net.directory, net.signatures)
+    net.open().session.begin(3)
+    with pytest.raises(SpecError, match="a round after 3"):
+        net.session.begin(3)
 
 
 def test_a_party_does_not_run_a_round_twice(network: Make) -> None:

@@ -169,6 +169,15 @@ def test_what_cannot_be_withstood_is_refused_at_opening(config: Masked) -> None:
         config.open(SPEC)
 
 
+def test_a_sum_may_not_come_down_to_one_honest_vector() -> None:
+    parties = tuple(map(str, range(10)))
+    spec = SumSpec(parties=parties, length=1, bound=1)
+    with pytest.raises(SpecError, match="one honest vector"):
+        Masked(corrupt=4, dropouts=5, server="semi-honest").open(spec)
+    session = Masked(corrupt=4, dropouts=4, min_survivors=2, server="semi-honest").open(spec)
+    assert session.statement["min_survivors"] == 6
+
+
 def test_a_semi_honest_server_allows_more_dropouts() -> None:
     parties = ("a", "b", "c", "d")
     with pytest.raises(SpecError):

@@ -1,0 +1,191 @@
+"""The wire format: one encoding per message, sizes and trips as the docstrings say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from choral.protocols import Masked, SumSpec
+from choral.protocols import messages as wire
+from choral.protocols.errors import MessageError
+from choral.protocols.integers import packed_bytes
+
+ID, H, SIG = b"s" * 16, b"h" * 32, b"g" * 64
+SAMPLES: dict[str, Any] = {
+    "Setup": wire.Setup(ID, ("a", "b", "ç"), 5, 9, 6, 2, 2, 2, 0, 0, "malicious"),
+    "Hello": wire.Hello(ID, H, H, SIG),
+    "Hellos": wire.Hellos(ID, (wire.HelloEntry(H, H, SIG),) * 3),
+    "Reveal": wire.Reveal(ID, H),
+    "Reveals": wire.Reveals(ID, (H, H)),
+    "Advertise": wire.Advertise(ID, 7, H, SIG),
+    "Roster": wire.Roster(ID, 7, (wire.RosterEntry(300, H, SIG),)),
+    "Shares": wire.Shares(ID, 7, H, None, (wire.Packet(1, H, H, b"x" * 82),)),
+    "Deliveries": wire.Deliveries(ID, 7, (wire.Packet(1, H, H, b"x" * 82),)),
+    "Upload": wire.Upload(ID, 7, b"vector"),
+    "Survivors": wire.Survivors(ID, 7, b"\x07"),
+    "Confirm": wire.Confirm(ID, 7, SIG),
+    "Confirmations": wire.Confirmations(ID, 7, (wire.Confirmation(2, SIG),)),
+    "Unmask": wire.Unmask(ID, 7, (wire.Revealed(0, b"s" * 33),), (), wire.Following(8, H, SIG)),
+}
+UP = {"Hello", "Reveal", "Advertise", "Shares", "Upload", "Confirm", "Unmask"}
+
+
+def decode(kind: str, raw: bytes, limit: int = 1 << 20) -> Any:
+    return wire.to_server(raw, sender="a", limit=limit) if kind in UP else wire.to_party(raw, limit=limit)
+
+
+def test_there_is_a_sample_of_every_message() -> None:
+    kinds = {kind.__name__ for kind in wire.Message.__subclasses__()}
+    assert kinds == set(SAMPLES)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_round_trip_version_and_direction(kind: str) -> None:
+    raw = wire.encode(SAMPLES[kind])
+    assert decode(kind, raw) == SAMPLES[kind]
+    assert decode(kind, raw, limit=len(raw)) == SAMPLES[kind]
+    with pytest.raises(MessageError, match="at most"):
+        decode(kind, raw, limit=len(raw) - 1)
+    with pytest.raises(MessageError, match="version 1"):
+        decode(kind, b"\x02" + raw[1:])
+    other = "Setup" if kind in UP else "Hello"
+    with pytest.raises(MessageError):
+        decode(other, raw)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_every_prefix_and_every_extension_is_refused(kind: str) -> None:
+    raw = wire.encode(SAMPLES[kind])
+    for end in range(len(raw)):
+        with pytest.raises(MessageError):
+            decode(kind, raw[:end])
+    for tail in (b"\0", b"\xc0", raw):
+        with pytest.raises(MessageError):
+            decode(kind, raw + tail)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_missing_extra_and_misplaced_fields_are_refused(kind: str) -> None:
+    fields = msgspec.msgpack.decode(wire.encode(SAMPLES[kind])[1:])
+    for changed in (
+        fields[:-1],
+        [*fields, 0],
+        [*fields, None],
+        [fields[0], *fields[:0:-1], 3],
+        fields[1:],
+        {},
+        0,
+        None,
+    ):
+        with pytest.raises(MessageError):
+            decode(kind, b"\x01" + msgspec.msgpack.encode(changed))
+    for place in range(1, len(fields)):
+        for wrong in ("text", -1, 1.5, True, b"", b"x" * 31, [[]], {"a": 1}, 1 << 63):
+            fits = isinstance(wrong, bytes) and place == 3 and (kind == "Upload" or (kind == "Survivors" and wrong))
+            if fields[place] == wrong or fits:
+                continue
+            with pytest.raises(MessageError):
+                decode(kind, b"\x01" + msgspec.msgpack.encode([*fields[:place], wrong, *fields[place + 1 :]]))
+
+
+def test_only_the_canonical_encoding_is_accepted() -> None:
+    raw = wire.encode(SAMPLES["Advertise"])
+    place = raw.index(b"\x07", 20)
+    assert raw[place - 1 : place] == b"s"  # the round number 7, one byte
+    longer = raw[:place] + b"\xcc\x07" + raw[place + 1 :]
+    assert msgspec.msgpack.decode(longer[1:]) == msgspec.msgpack.decode(raw[1:])
+    with pytest.raises(MessageError, match="canonical"):
+        decode("Advertise", longer)
+
+
+def test_deep_nesting_and_huge_headers_cost_nothing() -> None:
+    for bomb in (
+        b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff" * 10,
+        b"\xc6\xff\xff\xff\xff",
+        b"\x95\xa5hello" + b"\x91" * 99_999,
+    ):
+        for kind in ("Hello", "Setup"):
+            with pytest.raises(MessageError):
+                decode(kind, b"\x01" + bomb)
+
+
+def test_an_error_does_not_quote_what_was_sent() -> None:
+    raw = b"\x01" + msgspec.msgpack.encode(["private text", 1])
+    with pytest.raises(MessageError) as caught:
+        decode("Hello", raw)
+    assert "private" not in str(caught.value)
+
+
+def test_bitmaps() -> None:
+    for n in (1, 7, 8, 9, 64):
+        for members in (set(), {0}, {n - 1}, set(range(n))):
+            assert wire.from_bitmap(wire.to_bitmap(members, n), n) == members
+            assert len(wire.to_bitmap(members, n)) == -(-n // 8)
+
+
+@pytest.mark.parametrize(("n", "neighbours", "threshold"), [(2, 1, 2), (9, 8, 6), (40, 39, 25), (150, 20, 14)])
+def test_sizes_and_trips_are_what_the_docstrings_say(
+    network: Callable[..., Any], n: int, neighbours: int, threshold: int
+) -> None:
+    net = network(n, neighbours=neighbours, threshold=threshold, length=1001, min_survivors=max(threshold, 2)).open()
+    drops = {"p1": "upload"} if n > 2 else {}
+    net.round({name: [1] * 1001 for name in net.names}, drops=drops)
+    setup = net.setup
+    lists = {
+        "Hellos": n,
+        "Reveals": n,
+        "Roster": neighbours,
+        "Shares": neighbours,
+        "Deliveries": neighbours,
+        "Upload": packed_bytes(1001, setup.modulus_bits),
+        "Survivors": -(-n // 8),
+        "Confirmations": threshold - setup.complete,
+        "Unmask": neighbours + setup.complete,
+    }
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for way, _, name, raw in net.sent:
+        message = wire.to_server(raw, sender=name, limit=1 << 20) if way == "up" else wire.to_party(raw, limit=1 << 20)
+        kind = type(message)
+        seen[way, kind.__name__, name] += 1
+        if kind is wire.Setup:
+            assert len(raw) <= wire.ENVELOPE + 64 + sum(2 + len(party) for party in setup.roster)
+            continue
+        entries = lists.get(kind.__name__, 0)
+        bound = wire.limit(kind, entries)
+        per_entry_slack = 4 if kind not in (wire.Upload, wire.Survivors, wire.Reveals) else 0
+        rides = 109 if kind is wire.Unmask else 0  # no key for a later round rode along
+        own = 34 if kind is wire.Shares and not setup.complete else 0
+        assert bound - wire.ENVELOPE - per_entry_slack * entries - rides - own <= len(raw) <= bound, kind
+    assert set(seen.values()) == {1}
+    # Trips of a party that stays: 2 to open the session and 5 for a round, each one message up and one down.
+    up = [kind for way, kind, name in seen if (way, name) == ("up", "p0")]
+    assert up == ["Hello", "Reveal", "Advertise", "Shares", "Upload", "Confirm", "Unmask"]
+    down = [kind for way, kind, name in seen if (way, name) == ("down", "p0")]
+    assert down == ["Setup", "Hellos", "Reveals", "Roster", "Deliveries", "Survivors", "Confirmations"]
+
+
+@pytest.mark.parametrize("n", [3, 20, 100])
+def test_bytes_per_round_are_counted_and_within_the_formula(n: int) -> None:
+    spec = SumSpec(parties=tuple(f"p{place}" for place in range(n)), length=500, bound=2**15)
+    session = Masked().open(spec)
+    k, t = session.statement["neighbours"], session.statement["threshold"]
+    vectors = {party: [place] * 500 for place, party in enumerate(spec.parties)}
+    packed = packed_bytes(500, spec.modulus_bits)
+    for number in range(2):
+        summing = session.begin()
+        for party, vector in vectors.items():
+            summing.submit(party, np.array(vector))
+        result = summing.finish()
+        if number == 0:
+            continue  # the first also counts the opening
+        for party in spec.parties:
+            assert packed + 199 * k < result.bytes_up[party] + 4 * 2 * k + 400
+            assert result.bytes_up[party] <= packed + 199 * k + 540
+            assert result.bytes_down[party] <= 264 * k + 72 * t + n / 8 + 256
+            assert result.bytes_down[party] > 250 * k
