@@ -277,7 +277,8 @@ def _quiet() -> Iterator[None]:
 
 @lru_cache(maxsize=1024)
 def _calibrate(target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float) -> float:
-    if spent and _checked_epsilon(spent, delta) >= target:
+    # A remainder within the slack is what earlier calibrations left over, not budget to train on.
+    if spent and _checked_epsilon(spent, delta) >= (1.0 - 2.0 * slack) * target:
         raise BudgetExceededError(
             f"the budget epsilon={target:g} at delta={delta:g} is spent: {_checked_epsilon(spent, delta):.6g} so far",
             hint="This data may not be used again under this promise; a larger epsilon is a weaker promise.",

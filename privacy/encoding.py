@@ -71,10 +71,11 @@ class FixedPoint:
         """
         if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= self.max_weight:
             raise EncodingError(f"weight is {weight}, expected an integer from 1 to {self.max_weight}")
-        values = update.detach().cpu().to(torch.float64).numpy() if isinstance(update, torch.Tensor) else update
-        if values.ndim != 1 or values.dtype.kind != "f":
-            raise EncodingError(f"update has shape {values.shape} and type {values.dtype}, expected one float vector")
-        values = values.astype(np.float64, copy=False)
+        if isinstance(update, torch.Tensor):
+            update = update.detach().cpu().to(torch.float64 if update.is_floating_point() else update.dtype).numpy()
+        if update.ndim != 1 or update.dtype.kind != "f":
+            raise EncodingError(f"update has shape {update.shape} and type {update.dtype}, expected one float vector")
+        values = update.astype(np.float64, copy=False)
         largest = float(np.abs(values).max(initial=0.0))
         if not largest <= self.bound:  # also NaN
             what = "not finite" if not math.isfinite(largest) else f"{largest:.6g}"

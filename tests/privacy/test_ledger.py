@@ -1,0 +1,206 @@
+"""The ledger under crashes, several writers, damage and forgery."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from choral.privacy import accounting
+from choral.privacy.errors import LedgerError
+from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.ledger import Ledger
+
+EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
+WRITER = """
+import sys
+from choral.privacy.errors import LedgerError
+from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.ledger import Ledger
+path, count = sys.argv[1], int(sys.argv[2])
+ledger = Ledger(path)
+ledger.bind("a", 1e-5)
+print("ready", flush=True)
+done = 0
+while done < count:
+    try:
+        ledger.append(PoissonSampledGaussian(sample_rate=0.5, noise_multiplier=2.0, steps=1), after=len(ledger.events))
+    except LedgerError as error:
+        if "somebody else" not in str(error):
+            raise
+        continue
+    done += 1
+    print(done, flush=True)
+"""
+
+
+def written(path: Path, count: int = 3) -> Ledger:
+    ledger = Ledger(path, holder="a")
+    ledger.bind("a", 1e-5)
+    for i in range(count):
+        ledger.append(EVENT, after=i)
+    return ledger
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.jsonl"
+
+
+def test_remembers(path: Path) -> None:
+    written(path)
+    again = Ledger(path)
+    assert (again.holder, again.delta, again.events) == ("a", 1e-5, (EVENT,) * 3)
+    assert again.epsilon(1e-5) == accounting.epsilon([EVENT] * 3, 1e-5)
+
+
+def test_in_memory() -> None:
+    ledger = Ledger()
+    ledger.bind("a", 1e-5)
+    ledger.append(EVENT, after=0)
+    assert ledger.events == (EVENT,)
+    with pytest.raises(LedgerError, match="somebody else"):
+        ledger.append(EVENT, after=0)
+
+
+def test_no_file_before_the_first_append(path: Path) -> None:
+    Ledger(path, holder="a").bind("a", 1e-5)
+    assert not path.exists()
+
+
+def test_append_needs_a_holder(path: Path) -> None:
+    with pytest.raises(LedgerError, match="no holder"):
+        Ledger(path, holder="a").append(EVENT, after=0)
+
+
+def test_another_holder_is_refused(path: Path) -> None:
+    written(path)
+    with pytest.raises(LedgerError, match="belongs to 'a'"):
+        Ledger(path, holder="b")
+    with pytest.raises(LedgerError, match="belongs to 'a'"):
+        Ledger(path).bind("b", 1e-5)
+
+
+def test_another_delta_is_refused(path: Path) -> None:
+    written(path)
+    with pytest.raises(LedgerError, match="delta"):
+        Ledger(path).bind("a", 1e-6)
+
+
+def test_each_line_is_synced_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(os.fstat(fd).st_size), real(fd))[1])
+    written(path, 2)
+    assert path.stat().st_size in sizes
+
+
+def test_every_cut_leaves_whole_events_or_is_mended(path: Path) -> None:
+    """Cut the file at every byte, as a crash within write() may: acknowledged events survive, the torn tail goes."""
+    written(path)
+    content = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    for cut in range(len(content)):
+        path.write_bytes(content[:cut])
+        whole = sum(end <= cut for end in ends)
+        ledger = Ledger(path)
+        assert len(ledger.events) == max(whole - 1, 0)  # the first line is the header
+        ledger.bind("a", 1e-5)
+        ledger.append(EVENT, after=len(ledger.events))
+        assert len(Ledger(path).events) == max(whole - 1, 0) + 1
+
+
+def test_every_flipped_bit_is_noticed(path: Path) -> None:
+    written(path, 2)
+    content = path.read_bytes()
+    for position in range(len(content) - 1):  # the last newline's loss is a torn line
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(LedgerError):
+            Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "forge", ["drop", "swap", "edit", "edit last", "duplicate", "empty line", "header twice", "spaces"]
+)
+def test_forgeries_are_refused(path: Path, forge: str) -> None:
+    written(path)
+    lines = path.read_text().splitlines()
+    if forge == "drop":
+        del lines[1]
+    elif forge == "swap":
+        lines[1], lines[2] = lines[2], lines[1]
+    elif forge == "edit":
+        lines[1] = lines[1].replace('"steps":10', '"steps":1')
+    elif forge == "edit last":
+        lines[-1] = lines[-1].replace('"steps":10', '"steps":1')
+    elif forge == "duplicate":
+        lines.append(lines[-1])
+    elif forge == "empty line":
+        lines.insert(2, "")
+    elif forge == "header twice":
+        lines.insert(1, lines[0])
+    else:
+        lines[1] = json.dumps(json.loads(lines[1]))
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(LedgerError) as caught:
+        Ledger(path)
+    assert "Nothing was spent" in caught.value.hint
+
+
+def test_a_foreign_file_is_refused_and_left_alone(path: Path) -> None:
+    path.write_text("epoch,loss\n1,0.5\n")
+    with pytest.raises(LedgerError, match="not a line of a ledger"):
+        Ledger(path)
+    assert path.read_text() == "epoch,loss\n1,0.5\n"
+
+
+def test_a_file_that_vanishes_or_shrinks_in_use_is_refused(path: Path) -> None:
+    ledger = written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]))
+    with pytest.raises(LedgerError, match="rewritten"):
+        ledger.append(EVENT, after=3)
+    path.unlink()
+    with pytest.raises(LedgerError, match="is gone"):
+        _ = ledger.events
+
+
+def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "missing" / "a.jsonl", holder="a")
+    ledger.bind("a", 1e-5)
+    with pytest.raises(LedgerError, match="cannot be written"):
+        ledger.append(EVENT, after=0)
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
+    for _ in range(3):
+        before = len(Ledger(path).events)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), "1000000"], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = [line for line in writer.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+        writer.wait()
+        writer.stdout.close()
+        after = len(Ledger(path).events)
+        assert after - before >= int(acknowledged[-1]) > 0
+        assert after - before <= int(acknowledged[-1]) + 1
+
+
+def test_two_writers_lose_nothing(path: Path) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), "60"], stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert len(Ledger(path).events) == 120

@@ -1,0 +1,266 @@
+"""Which models are refused, by what name, and that the rest get the gradients autograd gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from opacus.layers import DPLSTM, DPMultiheadAttention
+from torch import nn
+
+from choral.privacy import UnsupportedModelError, unwrap
+from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.noise import os_stream
+from choral.privacy.step import PrivateOptimizer
+
+
+def one_step(model: nn.Module, x: torch.Tensor, loss: Any = None) -> None:
+    """One private step on records x, first dimension the batch."""
+    private = with_per_sample_gradients(model)
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        private,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=len(x),
+        source=os_stream,
+    )
+    optimizer.expect(len(x))
+    out = private(x)
+    (loss(out) if loss else out.square().flatten(1).mean(1).mean()).backward()
+    optimizer.step()
+
+
+class Apply(nn.Module):
+    """A module from a function of itself and its input, so that each case fits a few lines."""
+
+    def __init__(self, forward: Any, **children: Any) -> None:
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+        self._forward = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(self, x)
+
+
+tokens = torch.arange(12).reshape(4, 3) % 5
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6).eval()])
+def test_batchnorm_is_refused_even_in_eval_or_without_weights(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="layer 1 is a BatchNorm1d") as caught:
+        with_per_sample_gradients(nn.Sequential(nn.Linear(6, 6), layer))
+    assert "GroupNorm" in caught.value.hint
+    assert "accuracy" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("layer", "instead"),
+    [(nn.LSTM(6, 6), "DPLSTM"), (nn.GRU(6, 6), "DPGRU"), (nn.MultiheadAttention(6, 2), "DPMultiheadAttention")],
+)
+def test_layers_without_per_sample_gradients_are_refused_with_a_replacement(layer: nn.Module, instead: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=type(layer).__name__) as caught:
+        with_per_sample_gradients(nn.Sequential(layer))
+    assert instead in caught.value.hint
+
+
+def test_running_statistics_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="running statistics"):
+        with_per_sample_gradients(nn.Sequential(nn.InstanceNorm1d(6, track_running_stats=True), nn.Linear(6, 2)))
+
+
+def test_buffers_that_follow_the_data_are_refused() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.mean += 0.1 * x.detach().mean(0)
+            return x
+
+    with pytest.raises(UnsupportedModelError, match=r"buffer 0\.mean"):
+        one_step(nn.Sequential(Mean(), nn.Linear(6, 2)), torch.randn(4, 6))
+
+
+def test_trainable_layer_with_buffers_is_refused() -> None:
+    layer = nn.Linear(3, 3)
+    layer.register_buffer("seen", torch.zeros(1))
+    with pytest.raises(UnsupportedModelError, match="buffers"):
+        with_per_sample_gradients(nn.Sequential(layer))
+
+
+def test_no_trainable_parameter_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no trainable parameter"):
+        with_per_sample_gradients(nn.Sequential(nn.Flatten()))
+    with pytest.raises(UnsupportedModelError, match=r"expected a torch\.nn\.Module"):
+        with_per_sample_gradients(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_position_embedding_with_a_broadcast_batch_dimension_is_named() -> None:
+    """GPT's and BERT's way; Opacus' validator calls it fine."""
+    model = Apply(
+        lambda m, t: m.head(m.wte(t) + m.wpe(torch.arange(t.shape[1])[None])),
+        wte=nn.Embedding(5, 6),
+        wpe=nn.Embedding(3, 6),
+        head=nn.Linear(6, 5),
+    )
+    with pytest.raises(UnsupportedModelError, match=r"wpe\.weight has gradients for 1 samples, but 4") as caught:
+        one_step(model, tokens)
+    assert "expand position indices" in caught.value.hint
+
+
+def test_position_embedding_expanded_to_the_batch_is_fine() -> None:
+    model = Apply(
+        lambda m, t: m.head(m.wte(t) + m.wpe(torch.arange(t.shape[1]).expand_as(t))),
+        wte=nn.Embedding(5, 6),
+        wpe=nn.Embedding(3, 6),
+        head=nn.Linear(6, 5),
+    )
+    one_step(model, tokens)
+
+
+def test_bare_parameter_beside_layers_is_named() -> None:
+    """A class token or a learned position: functorch takes the whole module, and the check holds it to autograd."""
+    model = Apply(lambda m, x: m.head(x * m.scale), scale=nn.Parameter(torch.ones(6)), head=nn.Linear(6, 2))
+    one_step(model, torch.randn(4, 6))
+
+
+def test_wrong_per_sample_gradients_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule for a layer that returns something of the right shape and the wrong value."""
+    from opacus.grad_sample import GradSampleModule
+
+    rules = dict(GradSampleModule.GRAD_SAMPLERS)
+    right = rules[nn.Linear]
+    rules[nn.Linear] = lambda m, a, b: {p: (2 * g if p is m.bias else g) for p, g in right(m, a, b).items()}
+    monkeypatch.setattr(GradSampleModule, "GRAD_SAMPLERS", rules)
+    with pytest.raises(UnsupportedModelError, match=r"parameter 0\.bias: its per-sample gradients do not average"):
+        one_step(nn.Sequential(nn.Linear(6, 2)), torch.randn(4, 6))
+
+
+def test_layer_that_mixes_records_is_refused() -> None:
+    model = Apply(lambda m, x: m.head(x - x.mean(0)), head=nn.Linear(6, 2))
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        one_step(model, torch.randn(4, 6))
+
+
+def test_parameter_used_outside_its_layer_is_named() -> None:
+    model = Apply(
+        lambda m, x: nn.functional.linear(m.first(x), m.second.weight), first=nn.Linear(6, 6), second=nn.Linear(6, 2)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"second\.weight received no per-sample gradient"):
+        one_step(model, torch.randn(4, 6))
+
+
+def test_tied_weights_through_layers_are_right_and_through_functions_are_refused() -> None:
+    embed, head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+    head.weight = embed.weight
+    one_step(Apply(lambda m, t: m.head(m.embed(t)), embed=embed, head=head), tokens)  # held to autograd
+    model = Apply(lambda m, t: m.embed(t) @ m.embed.weight.T, embed=nn.Embedding(5, 6))
+    with pytest.raises(UnsupportedModelError, match=r"embed\.weight: its per-sample gradients do not average"):
+        one_step(model, tokens)
+
+
+def test_unused_parameter_is_named_and_frozen_ones_are_fine() -> None:
+    model = Apply(lambda m, x: m.used(x), used=nn.Linear(6, 2), spare=nn.Linear(6, 2))
+    with pytest.raises(UnsupportedModelError, match=r"spare\.weight received no"):
+        one_step(model, torch.randn(4, 6))
+    model = Apply(lambda m, x: m.head(m.body(x)), body=nn.Linear(6, 6).requires_grad_(False), head=nn.Linear(6, 2))
+    one_step(model, torch.randn(4, 6))
+
+
+def test_eval_mode_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 2)).eval()
+    with pytest.raises(UnsupportedModelError, match="eval mode") as caught:
+        one_step(model, torch.randn(4, 6))
+    assert "model.train()" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3)),
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(3)
+        ),
+        nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Dropout(0.5), nn.Linear(64, 3)),
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.PReLU(), nn.Linear(8, 3)),
+        nn.Sequential(nn.Flatten(2), Apply(lambda m, x: m.rnn(x)[0], rnn=DPLSTM(64, 5, batch_first=True))),
+        Apply(
+            lambda m, x: m.a(*[x.flatten(2).expand(-1, 3, -1)] * 3)[0], a=DPMultiheadAttention(64, 4, batch_first=True)
+        ),
+    ],
+    ids=["cnn", "strided cnn", "layernorm dropout", "prelu", "lstm", "attention"],
+)
+def test_ordinary_models_pass_the_first_batch_check(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(torch.randn(2, 1, 8, 8))  # materialises lazy layers
+    one_step(model, torch.randn(5, 1, 8, 8))
+
+
+def test_siamese_calls_add_up_per_record() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh())
+    private = with_per_sample_gradients(model)
+    a, b = torch.randn(5, 6), torch.randn(5, 6)
+    private.forget()
+    (private(a) - private(b)).square().sum(1).mean().backward()
+    for i in range(5):
+        alone = torch.autograd.grad(
+            (model.eval()(a[i : i + 1]) - model(b[i : i + 1])).square().sum(), list(model.parameters())
+        )
+        for p, g in zip(model.parameters(), alone, strict=True):
+            torch.testing.assert_close(p.grad_sample[i], g)  # type: ignore[attr-defined]
+
+
+def test_wrapper_is_reused_and_can_be_removed() -> None:
+    model = nn.Sequential(nn.Linear(6, 2))
+    private = with_per_sample_gradients(model)
+    assert with_per_sample_gradients(model) is private is with_per_sample_gradients(private)
+    assert list(private.state_dict()) == ["0.weight", "0.bias"] == list(model.state_dict())
+    assert unwrap(private) is model is unwrap(model)
+    assert not model[0]._forward_hooks
+    assert not hasattr(model[0].weight, "grad_sample")
+    assert with_per_sample_gradients(model) is not private
+
+
+def test_attributes_and_methods_of_the_model_still_work() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.width = nn.Linear(6, 2), 7
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encode(x)
+
+    private = with_per_sample_gradients(Net())
+    assert private.width == 7
+    assert private.encode(torch.randn(3, 6)).shape == (3, 2)
+    with pytest.raises(AttributeError, match="missing"):
+        _ = private.missing
+
+
+def test_copy_of_a_wrapped_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 2))
+    with_per_sample_gradients(model)
+    with pytest.raises(UnsupportedModelError, match="copy of a wrapped model"):
+        with_per_sample_gradients(copy.deepcopy(model))
+
+
+def test_copy_whose_forward_trains_the_original_is_refused() -> None:
+    """A forward that closes over its own layers: the copy's parameters never get a gradient."""
+    head = nn.Linear(6, 2)
+    original = Apply(lambda _, x: head(x), head=head)
+    with pytest.raises(UnsupportedModelError, match=r"head\.weight received no per-sample gradient"):
+        one_step(copy.deepcopy(original), torch.randn(4, 6))
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="DataParallel"):
+        with_per_sample_gradients(nn.DataParallel(nn.Linear(6, 2)))

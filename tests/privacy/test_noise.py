@@ -1,0 +1,129 @@
+"""Samplers against exact probabilities. False-alarm rates: 1e-7 for each statistical test."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from choral.errors import ConfigError
+from choral.privacy.noise import STRETCH, gaussian, grid_gaussian, noise_grid, os_stream, poisson_sample
+
+ALARM = 1e-7
+
+
+def test_stream_never_repeats_and_ignores_seeds() -> None:
+    def seeded() -> bytes:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        return os_stream(32)
+
+    assert seeded() != seeded()
+    assert len(os_stream(0)) == 0
+    assert len(os_stream(1_000_003)) == 1_000_003
+
+
+def test_stream_is_uniform() -> None:
+    counts = np.bincount(np.frombuffer(os_stream(1 << 20), np.uint8), minlength=256)
+    assert stats.chisquare(counts).pvalue > ALARM
+
+
+def test_gaussian_follows_the_normal_distribution() -> None:
+    x = gaussian(2_000_001, os_stream)
+    assert stats.kstest(x, "norm").pvalue > ALARM
+    edges = stats.norm.ppf(np.linspace(0, 1, 201))
+    assert stats.chisquare(np.histogram(x, edges)[0]).pvalue > ALARM
+    far = int((np.abs(x) > 4).sum())
+    assert stats.binomtest(far, len(x), 2 * stats.norm.sf(4)).pvalue > ALARM
+    assert abs((x[:-1] * x[1:]).mean()) < stats.norm.isf(ALARM / 2) / math.sqrt(len(x))
+
+
+def test_the_two_halves_of_box_and_muller_are_independent() -> None:
+    x = gaussian(1 << 15, os_stream)  # one chunk: cosines, then sines of the same angles
+    a, b = x[: 1 << 14], x[1 << 14 :]
+    for f in (lambda v: v, np.square):
+        assert stats.pearsonr(f(a), f(b)).pvalue > ALARM
+    assert stats.kstest((a + b) / math.sqrt(2), "norm").pvalue > ALARM
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, (1 << 15) - 1, 1 << 15, (1 << 15) + 1])
+def test_gaussian_of_any_length(count: int) -> None:
+    x = gaussian(count, os_stream)
+    assert x.shape == (count,)
+    assert np.isfinite(x).all()
+
+
+def test_gaussian_survives_extreme_words() -> None:
+    for byte in (b"\x00", b"\xff"):
+        x = gaussian(4, lambda n, byte=byte: byte * n)
+        assert np.isfinite(x).all()
+        assert np.abs(x).max() < 9.5
+
+
+@pytest.mark.parametrize("rate", [Fraction(1, 3), Fraction(100, 101), Fraction(1, 1000)])
+def test_poisson_sample_has_the_exact_rate(rate: Fraction) -> None:
+    size, draws = 1000, 500
+    counts = np.zeros(size, dtype=int)
+    sizes = []
+    for _ in range(draws):
+        chosen = poisson_sample(size, rate, os_stream)
+        assert (np.diff(chosen) > 0).all()
+        counts[chosen] += 1
+        sizes.append(len(chosen))
+    assert stats.binomtest(int(counts.sum()), size * draws, float(rate)).pvalue > ALARM
+    # Independent records: batch sizes are binomial, not fixed; each record is as likely as any other.
+    expected = size * float(rate) * (1 - float(rate))
+    spread = (draws - 1) * np.var(sizes, ddof=1) / expected
+    assert ALARM < stats.chi2.cdf(spread, draws - 1) < 1 - ALARM
+    spread = ((counts - draws * float(rate)) ** 2).sum() / (draws * float(rate) * (1 - float(rate)))
+    assert ALARM < stats.chi2.cdf(spread, size - 1) < 1 - ALARM
+
+
+def test_poisson_sample_compares_further_words_when_the_first_ties() -> None:
+    """1/3 = 0.(01)...; a word equal to floor(2^32 / 3) decides nothing, the next one does."""
+    tie = (2**32 // 3).to_bytes(4, "little")
+    for second, taken in ((b"\x00\x00\x00\x00", 1), (b"\xff\xff\xff\xff", 0)):
+        words = iter([tie, second])
+        assert len(poisson_sample(1, Fraction(1, 3), lambda _, words=words: next(words))) == taken
+
+
+def test_poisson_sample_at_the_ends() -> None:
+    assert poisson_sample(5, Fraction(1), os_stream).tolist() == [0, 1, 2, 3, 4]
+    assert poisson_sample(5, Fraction(0), os_stream).tolist() == []
+    with pytest.raises(ConfigError):
+        poisson_sample(5, Fraction(3, 2), os_stream)
+
+
+@pytest.mark.parametrize("size", [1, 10, 1000, 10**6, 10**8])
+@pytest.mark.parametrize("sensitivity", [1e-6, 0.03, 1.0, 17.0])
+def test_grid_is_a_power_of_two_and_stretches_no_more_than_it_says(size: int, sensitivity: float) -> None:
+    grid = noise_grid(sensitivity, size)
+    assert math.frexp(grid)[0] == 0.5
+    assert STRETCH / 2 < grid * math.sqrt(size) / sensitivity <= STRETCH
+
+
+def test_grid_gaussian_lies_on_the_grid_with_the_variance_it_says() -> None:
+    size, noise, clip = 200_000, 1.3, 0.7
+    grid = noise_grid(clip, size)
+    x = grid_gaussian(size, noise, clip, grid, os_stream)
+    assert np.array_equal(x / grid, np.rint(x / grid))
+    scale = noise * (clip + grid * math.sqrt(size))
+    assert stats.kstest(x, "norm", args=(0, scale)).pvalue > ALARM
+    ratio = (size - 1) * x.var(ddof=1) / scale**2
+    assert ALARM < stats.chi2.cdf(ratio, size - 1) < 1 - ALARM
+
+
+def test_release_has_the_same_support_whatever_the_value() -> None:
+    """The attack on float noise (Mironov 2012): which values can be reached tells the value. Here all can."""
+    grid = 0.25
+    releases = []
+    for value in (0.1, 1.1):
+        noise = grid_gaussian(20_000, 1.0, 1.0, grid, os_stream)
+        releases.append(set(np.round(value / grid) * grid + noise))
+    central = np.arange(-1.5, 2.75, grid)
+    assert all(set(central) <= release for release in releases)
+    assert all(v % grid == 0 for release in releases for v in release)

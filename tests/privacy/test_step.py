@@ -1,0 +1,187 @@
+"""The private step against loops written by hand. False-alarm rates: 1e-7 for each statistical test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError
+from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.noise import os_stream
+from choral.privacy.step import PrivateOptimizer
+
+ALARM = 1e-7
+
+
+def silent(count: int) -> bytes:
+    """A source whose Gaussians are (almost) zero: radius 0, so steps show the clipped sum alone."""
+    return b"\xff" * count
+
+
+def optimizer_of(
+    model: nn.Module, clip: float, source: Any = silent, *, expected: int = 10, noise: float = 1.0, lr: float = 1.0
+) -> tuple[Any, PrivateOptimizer]:
+    private = with_per_sample_gradients(model)
+    return private, PrivateOptimizer(
+        torch.optim.SGD(model.parameters(), lr=lr),
+        private,
+        noise_multiplier=noise,
+        max_grad_norm=clip,
+        expected_batch_size=expected,
+        source=source,
+    )
+
+
+def gradient(model: Any, optimizer: PrivateOptimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    optimizer.expect(len(x))
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+
+def by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor, clip: float) -> torch.Tensor:
+    """Sum of clipped gradients, one record at a time, float64."""
+    model = model.double()
+    total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for i in range(len(x)):
+        parts = torch.autograd.grad(
+            nn.functional.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1]), list(model.parameters())
+        )
+        g = torch.cat([p.reshape(-1) for p in parts])
+        total += g * min(1.0, clip / float(g.norm()))
+    return total
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.5, 1e3])
+@pytest.mark.parametrize("drawn", [1, 3, 17])
+def test_clipped_sum_equals_a_hand_loop(problem: Any, clip: float, drawn: int) -> None:
+    x, y = problem.x[:drawn], problem.y[:drawn]
+    got = gradient(*optimizer_of(problem.model(), clip, expected=7), x, y)
+    want = by_hand(problem.model(), x, y, clip) / 7  # the expected size, whatever was drawn
+    assert (got - want).norm() <= 3e-3 * want.norm() + 1e-3 * clip / 7
+
+
+@pytest.mark.parametrize("clip", [0.01, 1.0])
+def test_sensitivity_is_the_clipping_norm(problem: Any, clip: float) -> None:
+    """Removing any one record moves the sum by at most C (and not by far less: the clip is not too tight)."""
+    x, y = problem.x[:12].clone(), problem.y[:12]
+    x[3] *= 1e4  # a record with an enormous gradient
+    whole = gradient(*optimizer_of(problem.model(), clip, expected=1), x, y).double()
+    moved = []
+    for i in range(12):
+        rest = [j for j in range(12) if j != i]
+        part = gradient(*optimizer_of(problem.model(), clip, expected=1), x[rest], y[rest]).double()
+        moved.append(float((whole - part).norm()))
+    assert 0.99 * clip < max(moved) <= clip * (1 + 2**-9)
+
+
+def test_noise_has_the_standard_deviation_that_is_accounted_for(problem: Any) -> None:
+    model, optimizer = optimizer_of(problem.model(), clip=0.5, source=os_stream, noise=1.7, expected=4, lr=0.0)
+    draws = []
+    for _ in range(400):
+        optimizer.expect(0)
+        optimizer._release([torch.zeros(p.numel()) for p in optimizer.params])
+        draws.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy())
+    x = np.concatenate(draws).astype(float)
+    scale = 1.7 * 0.5 / 4
+    count = len(x)
+    # Within the 2^-10 that the grid adds, and never below.
+    ratio = (count - 1) * x.var(ddof=1) / scale**2
+    assert stats.chi2.cdf(ratio, count - 1) > ALARM
+    assert stats.chi2.cdf(ratio / (1 + 2**-10) ** 2, count - 1) < 1 - ALARM
+    assert stats.kstest(x / x.std(), "norm").pvalue > ALARM
+
+
+def test_an_empty_batch_steps_with_noise_alone(problem: Any) -> None:
+    plain = problem.model()
+    _, optimizer = optimizer_of(plain, clip=1.0, source=os_stream)
+    before = [p.detach().clone() for p in plain.parameters()]
+    optimizer.step_empty()
+    assert all(not torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
+    assert all(p.grad is None for p in plain.parameters())
+
+
+def test_one_step_for_each_batch(problem: Any) -> None:
+    model, optimizer = optimizer_of(problem.model(), clip=1.0)
+    gradient(model, optimizer, problem.x[:4], problem.y[:4])
+    nn.functional.cross_entropy(model(problem.x[:4]), problem.y[:4]).backward()
+    with pytest.raises(BudgetExceededError, match="without a fresh batch"):
+        optimizer.step()
+
+
+def test_raw_gradients_do_not_outlive_the_step(problem: Any) -> None:
+    model, optimizer = optimizer_of(problem.model(), clip=1.0)
+    gradient(model, optimizer, problem.x[:4], problem.y[:4])
+    assert all(p.grad_sample is None and p.grad is not None for p in model.parameters())
+    assert not any(hasattr(m, "activations") for m in model._module.modules())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_refused_before_anything_is_released(problem: Any, bad: float) -> None:
+    plain = problem.model()
+    model, optimizer = optimizer_of(plain, clip=1.0)
+    gradient(model, optimizer, problem.x[:4], problem.y[:4])
+    before = [p.detach().clone() for p in plain.parameters()]
+    x = problem.x[:4].clone()
+    x[2, 1] = bad
+    with pytest.raises(PrivacyError, match="not finite"):
+        gradient(model, optimizer, x, problem.y[:4])
+    assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
+
+
+def test_closure_is_refused(problem: Any) -> None:
+    _, optimizer = optimizer_of(problem.model(), clip=1.0)
+    optimizer.expect(1)
+    with pytest.raises(PrivacyError, match="closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_gradient_accumulation_is_refused(problem: Any) -> None:
+    model, optimizer = optimizer_of(problem.model(), clip=1.0)
+    optimizer.expect(4)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(problem.x[:4]), problem.y[:4]).backward()
+    with pytest.raises(PrivacyError, match="two backward passes"):
+        optimizer.step()
+
+
+def test_dropped_or_repeated_records_are_refused(problem: Any) -> None:
+    for rows in ([0, 1, 2], [0, 1, 2, 3, 0]):
+        model, optimizer = optimizer_of(problem.model(), clip=1.0)
+        optimizer.expect(4)
+        nn.functional.cross_entropy(model(problem.x[rows]), problem.y[rows]).backward()
+        with pytest.raises(UnsupportedModelError, match=f"{len(rows)} samples, but 4 records"):
+            optimizer.step()
+
+
+def test_evaluation_between_forward_and_step_leaves_no_trace(problem: Any) -> None:
+    """A forward pass in train mode without backward must not disturb the next batch's gradients."""
+    model, optimizer = optimizer_of(problem.model(), clip=1.0, lr=0.0)
+    clean = gradient(model, optimizer, problem.x[:4], problem.y[:4])
+    model(problem.x[50:90])
+    again = gradient(model, optimizer, problem.x[:4], problem.y[:4])
+    assert torch.equal(clean, again)
+
+
+def test_adam_momentum_schedulers_and_state_are_the_users(problem: Any, loop: Callable[..., int]) -> None:
+    plain = problem.model()
+    adam = torch.optim.Adam(plain.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(adam, 1, gamma=0.5)
+    model, optimizer, loader = Privacy(epsilon=5.0, delta=1e-3).wrap(plain, adam, problem.loader())
+    assert optimizer.param_groups is adam.param_groups
+    loop(model, optimizer, loader)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.005
+    later = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.original_optimizer._opt_called = True
+    assert later.get_last_lr() == [0.005]
+    state = optimizer.state_dict()
+    assert state["state"][0]["step"] == len(loader)
+    optimizer.load_state_dict(state)
