@@ -69,6 +69,11 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         super().capture_activations_hook(module, forward_input, forward_output)
         if len(getattr(module, "activations", ())) == recorded:
             return
+        if isinstance(module, nn.GroupNorm) and forward_input[0][:1].numel() == module.num_groups:
+            raise UnsupportedModelError(
+                f"layer {self.name_of(module)} normalises groups of one value each, which makes every output zero",
+                hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
+            )
         if not isinstance(forward_output, torch.Tensor):
             raise UnsupportedModelError(
                 f"layer {self.name_of(module)} ({type(module).__name__}) does not return one tensor",
