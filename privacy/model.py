@@ -26,7 +26,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
     """The user's model, computing per-sample gradients; attributes, methods and `state_dict` are the model's own."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.checked = False
+        self.checked = False  # per-sample gradients against autograd, by the optimizer at the first step
+        self._unmixed = False
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
 
     def __getattr__(self, name: str) -> Any:
@@ -92,21 +93,22 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         return next((name for name, layer in self._module.named_modules() if layer is module and name), "(the model)")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's model; before the first step also check that it treats records one by one."""
-        if not self.checked and self.training and torch.is_grad_enabled():
+        """Run the user's model; once, on a batch of four or more, check that it treats records one by one."""
+        if not self._unmixed and self.training and torch.is_grad_enabled():
             self._refuse_mixing(args, kwargs)
         return self._module(*args, **kwargs)
 
     def _refuse_mixing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare the outputs of half a batch with those of the whole one, in eval mode."""
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 0]
-        if not tensors or len(tensors[0]) < 2 or any(len(t) != len(tensors[0]) for t in tensors):
+        if not tensors or len(tensors[0]) < 4 or any(len(t) != len(tensors[0]) for t in tensors):
             return
         half = len(tensors[0]) // 2
 
         def first_half(value: Any) -> Any:
             return value[:half] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
 
+        self._unmixed = True
         modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         try:
