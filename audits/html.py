@@ -165,9 +165,9 @@ def cards(report: Comparison) -> list[dict[str, str]]:
     metric = report.metric
     base = next(arm for arm in report.arms if arm.name == report.baseline)
     kind = "pooled data" if base.kind == "centralized" else f"{base.parties} parties"
-    found = [
-        _card("Baseline", score_of(base, metric), f"{base.name}: {kind}, {'with' if base.claim else 'no'} privacy")
-    ]
+    note = f"{base.name}: {kind}, {'with' if base.claim else 'no'} privacy"
+    interval = text.plus_minus(base.metric.half_width, metric).strip() or "one seed"
+    found = [_card("Baseline", score_of(base, metric), note, interval)]
     spread = _plain_federated(report)
     if spread and spread.difference:
         found.append(_cost("Distribution", spread, metric, f"{spread.name}, data stay with {spread.parties} parties"))
@@ -195,13 +195,14 @@ def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
     if arm.difference is None:
         return _card(label, "–", note)
     estimate = arm.difference.estimate
-    interval = text.plus_minus(estimate.half_width, metric).strip() or "one seed"
+    interval = text.plus_minus(estimate.half_width, metric).strip()
     unit = "points" if text.is_percent(metric) else ""
-    return _card(label, text.signed(estimate.mean, metric), note, interval, unit)
+    interval = " ".join(part for part in (interval, unit) if part) + ("" if interval else " (one seed)")
+    return _card(label, text.signed(estimate.mean, metric), note, interval)
 
 
-def _card(label: str, value: str, note: str, interval: str = "", unit: str = "") -> dict[str, str]:
-    return {"label": label, "value": value, "note": note, "interval": interval, "unit": unit}
+def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "interval": interval}
 
 
 def tally(checks: Sequence[Check]) -> list[tuple[Verdict, int]]:

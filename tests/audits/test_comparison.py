@@ -173,6 +173,24 @@ def test_a_dropout_leaves_the_masked_sum_unverified(arms: Arms, make_run: MakeRu
     assert (found.verdict, "survived" in found.finding) == ("unverified", True)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rounds": 5}, "other rounds or parties"),
+        ({"parties": {"a": 700, "b": 665}}, "other rounds or parties"),
+        ({"fixed_point": None}, "no common fixed-point encoding"),
+        ({"fixed_point": {"bound": 8.0, "error_bound": 1e-9}}, "no common fixed-point encoding"),
+    ],
+)
+def test_runs_that_cannot_be_held_against_each_other_are_unverified(
+    change: dict[str, object], said: str, arms: Arms, make_run: MakeRun
+) -> None:
+    arms["federated-masked"] = [make_run("federated-masked", seed, **change) for seed in range(3)]
+    report = compare(arms)
+    found = check(report, "equals")
+    assert (found.verdict, said in found.finding, report.matches) == ("unverified", True, ())
+
+
 def test_other_starting_weights_are_found(arms: Arms, make_run: MakeRun) -> None:
     assert check(compare(arms), "starts").verdict == "holds"
     history = list(make_run("cloud", 1).history)
