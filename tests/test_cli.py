@@ -84,7 +84,7 @@ def test_train_audit_and_tampering(config, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", config, "--privacy.epsilon", "3", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"accuracy 0\.\d+; epsilon 2\.9", printed)
+    assert re.search(r"accuracy 0\.\d+; epsilon (2\.99|3\.000)", printed)
     assert main(["audit", str(out)]) == 0
     assert (out / "report.html").is_file()
     content = json.loads((out / "run.json").read_text())
@@ -144,7 +144,7 @@ def test_top_level(capsys):
         ),
         (
             SMALL.replace("epsilon = 8", 'epsilon = "much"'),
-            "Expected `float | null`, got `str` - at `privacy.epsilon`",
+            "privacy.epsilon: expected `float | null`, got `str`",
             "",
         ),
         (SMALL.replace("epsilon = 8", "epsilon = -1"), "epsilon", ""),
@@ -153,7 +153,7 @@ def test_top_level(capsys):
         (SMALL.replace("parties = 3", "parties = 1"), "at least 2 parties", "centralize"),
         (SMALL.replace("parties = 3", "parties = 0"), "split.parties >= 1", ""),
         (SMALL.replace("alpha = 2.0", "alpha = 0"), "alpha > 0", ""),
-        (SMALL.replace("alpha = 2.0", "alpha = 0.001"), "party", "alpha"),
+        (SMALL.replace("parties = 3\nalpha = 2.0", "parties = 9\nalpha = 0.001"), "has 1 class", "alpha"),
         (SMALL.replace("rounds = 3", "rounds = 0"), "training.rounds >= 1", ""),
         (SMALL.replace("batch_size = 64", "batch_size = 64\nlearning_rate = 1e30"), "", ""),
         (SMALL.replace("seeds = 2", "seeds = 0"), "seeds >= 1", ""),
@@ -205,9 +205,9 @@ def test_budget(capsys):
     started = time.monotonic()
     assert main(["budget", *words, "--noise-multiplier", "4"]) == 0
     assert time.monotonic() - started < 10
-    assert "0.947" in capsys.readouterr().out
+    assert "0.9469  (PLD; RDP, the looser bound: 1.0355)" in capsys.readouterr().out
     assert main(["budget", *words, "--epsilon", "0.947"]) == 0
-    assert re.search(r"\b(4\.0|3\.99)", capsys.readouterr().out)
+    assert re.search(r"(4\.000|3\.999)", capsys.readouterr().out)
     assert main(["budget", *words]) == 2
     assert main(["budget", *words, "--epsilon", "-1"]) == 2
     assert main(["budget", "--delta", "2", "--sample-rate", "0.01", "--steps", "10", "--epsilon", "1"]) == 2

@@ -128,7 +128,7 @@ def federate(
             seconds=seconds,
             survivors=len(result.survivors),
             bytes_up=max(result.bytes_up.values()),
-            bytes_down=max(result.bytes_down.values()),
+            bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
             epsilon=max((cost.epsilon for cost in spent.values()), default=None),
         )
         recorder.add(entry, resident.model, spent)
@@ -155,6 +155,11 @@ def _one_round(
         update = resident.update(party, weights, number)
         summing.submit(party, coder.encode(update, examples[party]))
     return summing.finish()
+
+
+def _model_bytes(weights: torch.Tensor) -> int:
+    """What each party downloads at the start of a round: the global weights as float32."""
+    return weights.numel() * 4
 
 
 def _present(parties: tuple[str, ...], dropout_rate: float, seed: int, number: int) -> tuple[str, ...]:

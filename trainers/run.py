@@ -43,7 +43,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
     seconds: wall-clock time of the round, evaluation excluded.
     survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
-        busiest party in this round. epsilon: the worst data holder's spending after this round, None without privacy.
+        busiest party in this round, the download of the global model included. epsilon: the worst data holder's spending after this round, None without privacy.
     """
 
     round: int

@@ -11,7 +11,7 @@ from torch import nn
 
 from choral.errors import ChoralError, ConfigError, DataError
 
-Built = tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]
+Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
 Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]

@@ -143,8 +143,6 @@ def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, Budget)
     from choral.privacy.accounting import budget
 
-    if (wanted.epsilon is None) == (wanted.noise_multiplier is None):
-        raise ConfigError("expected exactly one of --epsilon and --noise-multiplier")
     answer = budget(
         epsilon=wanted.epsilon,
         noise_multiplier=wanted.noise_multiplier,
@@ -152,7 +150,12 @@ def _budget(words: list[str]) -> int:
         sample_rate=wanted.sample_rate,
         steps=wanted.steps,
     )
-    print(answer)
+    print(f"noise multiplier  {answer.noise_multiplier:.4f}")
+    print(f"epsilon           {answer.epsilon:.4f}  (PLD; RDP, the looser bound: {answer.epsilon_rdp:.4f})")
+    print(f"delta             {answer.delta:g}")
+    print(f"steps             {answer.steps} at sample rate {answer.sample_rate:g}, Poisson sampling")
+    print(f"unit              {answer.unit}; neighbours: {answer.neighbours}")
+    print(f"accountant        {answer.accountant}")
     return 0
 
 

@@ -33,6 +33,8 @@ class Compare:
     """Folder for the runs and the report; must be new or empty, unless --resume."""
     resume: bool = False
     """Continue in a folder that an earlier, interrupted comparison left."""
+    workers: int | None = None
+    """Runs trained side by side, each in its own process; by default one per core."""
     quiet: bool = False
     """No progress and no table, only errors."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -65,7 +67,7 @@ def compare(words: list[str]) -> int:
     settings = wanted.settings
     total = sum(1 for _ in jobs.cells(settings)) * settings.training.rounds
     with _progress(total, wanted.quiet) as tick:
-        comparison = jobs.run_comparison(settings, wanted.out, resume=wanted.resume, tick=tick)
+        comparison = jobs.run_comparison(settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick)
     if not wanted.quiet:
         comparison.print()
         print(f"report: {wanted.out / 'report.html'}")

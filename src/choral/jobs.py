@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
+import os
+import queue
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
@@ -156,26 +161,26 @@ def cells(settings: Settings) -> Iterator[Cell]:
                     yield Cell(name, seed, epsilon)
 
 
-def run_comparison(settings: Settings, out: Path, *, resume: bool, tick: Tick) -> Comparison:
+def run_comparison(
+    settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick
+) -> Comparison:
     """Train every arm for every seed into ``out/arms``, compare them, and write ``out/report.json`` and ``.html``.
+
+    workers: processes that train runs side by side; by default one per core.
 
     Raises: ConfigError for settings that leave nothing to compare; RunFolderError if ``out`` holds another run.
     """
     from choral.audits import compare
+    from choral.trainers import Run
 
     _check(settings)
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"expected workers >= 1, got {workers}")
     _open(settings, out, resume)
-    runs: dict[Cell, Run] = {}
-    for cell in cells(settings):
-        runs[cell] = train(
-            settings,
-            settings.arms[cell.arm],
-            seed=cell.seed,
-            epsilon=cell.epsilon,
-            out=cell.folder(out),
-            resume=resume,
-            on_round=lambda entry, label=cell.label: tick(label, entry),  # type: ignore[misc]
-        )
+    todo = list(cells(settings))
+    _train_all(settings, todo, out, resume, workers, tick)
+    runs = {cell: Run.load(cell.folder(out)) for cell in todo}
     headline = (None, settings.privacy.epsilon)
     comparison = compare(
         {
@@ -194,19 +199,83 @@ def run_comparison(settings: Settings, out: Path, *, resume: bool, tick: Tick) -
     return comparison
 
 
+def _train_all(settings: Settings, todo: list[Cell], out: Path, resume: bool, workers: int, tick: Tick) -> None:
+    """Train the runs, ``workers`` at a time. The first error ends the job; completed rounds stay on disk."""
+    if workers == 1:
+        for cell in todo:
+            _train_cell(settings, cell, out, resume, tick)
+        return
+    context = multiprocessing.get_context("spawn")
+    ticks: queue.Queue[tuple[str, Round]] = context.Queue()  # type: ignore[assignment]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, _start_worker, (ticks, threads)) as pool:
+        running = {pool.submit(_train_in_worker, settings, cell, out, resume) for cell in todo}
+        try:
+            while running:
+                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not ticks.empty():
+                    tick(*ticks.get())
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
+    train(
+        settings,
+        settings.arms[cell.arm],
+        seed=cell.seed,
+        epsilon=cell.epsilon,
+        out=cell.folder(out),
+        resume=resume,
+        on_round=lambda entry: tick(cell.label, entry),
+    )
+
+
+_ticks: queue.Queue[tuple[str, Round]]  # set once in each worker process
+
+
+def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
+    import torch
+
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its folder is always consistent
+
+
+def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> None:
+    _train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
+
+
 def _check(settings: Settings) -> None:
+    """Everything that can be refused before a folder is touched or a model is trained."""
+    from choral.privacy import Privacy
+    from choral.trainers.task import check_parties
+
     if not settings.arms:
         raise ConfigError(
             "there is nothing to compare: no [arms.NAME] in the settings", hint="see examples/digits.toml"
         )
     if settings.seeds < 1:
         raise ConfigError(f"expected seeds >= 1, got {settings.seeds}")
-    private = [name for name, arm in settings.arms.items() if arm.private]
-    if private and settings.privacy.epsilon is None:
-        raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set")
     for epsilon in settings.epsilons:
         if not epsilon > 0:
             raise ConfigError(f"expected epsilons > 0, got {epsilon:g}")
+    private = [name for name, arm in settings.arms.items() if arm.private]
+    if private and settings.privacy.epsilon is None:
+        raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8")
+    if private and settings.privacy.epsilon is not None:
+        Privacy(
+            epsilon=settings.privacy.epsilon,
+            delta=settings.privacy.delta,
+            max_grad_norm=settings.privacy.max_grad_norm,
+        )
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        parties = load_task(settings, seed).parties
+        check_parties(parties, least=2, min_classes=settings.split.min_classes)
 
 
 def _open(settings: Settings, out: Path, resume: bool) -> None:

@@ -110,7 +110,7 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """The settings as plain JSON data."""
-    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings))
     return plain
 
 
@@ -132,7 +132,6 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, path: str, prefix: str)
 
 
 def _cause(error: msgspec.ValidationError) -> str:
-    """msgspec's message with its `$.a.b` path written as our dotted key; errors of our own checks pass through."""
-    if isinstance(error.__cause__, ConfigError):
-        return str(error.__cause__)
-    return str(error).replace(" - at `$.", " at `")
+    """msgspec's message with its `$.a.b` path written as our dotted key."""
+    message, _, key = str(error).partition(" - at `$.")
+    return f"{key.rstrip('`')}: {message[0].lower()}{message[1:]}" if key else message
