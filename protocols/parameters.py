@@ -25,8 +25,13 @@ Two regimes:
   to 3.5). This is the rule of Google's graph_parameter_finder (federated-compute, fcp/secagg/server), whose published
   table tests/protocols/test_parameters.py reproduces.
 
-(1) and (3) take *which* parties drop out as independent of the ring. The smallest sufficient t is taken in both
-regimes: it is as secure as was asked for and leaves the most room for dropouts.
+(1) and (3) take *which* parties drop out as independent of the ring. A malicious server that declares parties dropped
+of its own choice, after it has seen the graph, cannot be held to (1): it can split the ring at two parties whose
+colluding neighbours crowd on the side where the others are declared dropped. ``security_bits`` does not count that;
+where it matters use the complete graph, which has no cut.
+
+The smallest sufficient t is taken in both regimes: it is as secure as was asked for and leaves the most room for
+dropouts.
 """
 
 from __future__ import annotations

@@ -108,14 +108,14 @@ class Combiner:
         if len(shares) != len(self.indices):
             raise SpecError(f"expected {len(self.indices)} shares, got {len(shares)}")
         values = [int.from_bytes(share, "little") for share in shares]
-        malformed = tuple(
-            sorted(
-                index
-                for index, share, value in zip(self.indices, shares, values, strict=True)
-                if len(share) != SHARE_BYTES or value >= self._field
+        if max(values) >= self._field or set(map(len, shares)) != {SHARE_BYTES}:
+            malformed = tuple(
+                sorted(
+                    index
+                    for index, share, value in zip(self.indices, shares, values, strict=True)
+                    if len(share) != SHARE_BYTES or value >= self._field
+                )
             )
-        )
-        if malformed:
             raise ShareError(f"the shares of indices {malformed} are not field elements", indices=malformed)
         secret = self.interpolate(values)
         if secret >> 8 * SECRET_BYTES:
