@@ -298,11 +298,12 @@ def test_a_mask_key_signed_by_another_identity_on_the_way_up(network: Make) -> N
     expect_sum(net, outcome, ["p1", "p2", "p3"])
 
 
-def test_a_transport_key_substituted_when_the_session_opens(network: Make) -> None:
+@pytest.mark.parametrize("field", ["transport", "commitment"])
+def test_a_hello_changed_on_the_way(network: Make, field: str) -> None:
     net = network(3)
 
     def swap(name: str, message: Any) -> Any:
-        return with_(message, hellos=replaced(message.hellos, 1, with_(message.hellos[1], transport=b"m" * 32)))
+        return with_(message, hellos=replaced(message.hellos, 1, with_(message.hellos[1], **{field: b"m" * 32})))
 
     net.hooks["down", "hello"] = edit(swap, only="p0")
     with pytest.raises(TooFewSurvivorsError, match="p0"):
@@ -576,12 +577,58 @@ def test_messages_of_another_session_with_the_same_identities(network: Make) -> 
     other.random = network(3, seed=9).random
     other.open()
     one.round(VECTORS)
-    session = parse(next(raw for way, at, _, raw in other.round(VECTORS) and other.sent if at == "advertise")).session
-    old = {name: raw for way, at, name, raw in one.sent if (way, at) == ("up", "advertise")}
+    old = next(raw for way, at, name, raw in one.sent if (way, at, name) == ("up", "advertise", "p0"))
+    stage = other.session.begin(1)
     with pytest.raises(FaultyPartyError, match="another session"):
-        other.session.begin(5).receive("p0", old["p0"])
+        stage.receive("p0", old)
     with pytest.raises(FaultyPartyError, match="not signed"):
-        other.session.begin(6).receive("p0", wire.encode(with_(parse(old["p0"]), session=session, round=6)))
+        stage.receive("p0", wire.encode(with_(parse(old), session=other.session.terms.session[:16])))
+
+
+def test_the_same_survivors_confirmed_in_an_earlier_round(network: Make) -> None:
+    net = network(4, corrupt=1).open()
+    net.round(VECTORS)
+    old = {name: raw for way, at, name, raw in net.sent if (way, at) == ("down", "confirm")}
+    net.hooks["down", "confirm"] = lambda name, raw: (
+        wire.encode(with_(parse(old[name]), round=2)) if name == "p0" else raw
+    )
+    net.round(VECTORS)
+    assert "not on the set shown" in str(net.refused["p0"])
+    assert net.refused["p0"].blame == "the server"
+
+
+def test_a_session_depends_on_everything_that_was_agreed() -> None:
+    parts = (b"s" * 32, [b"a" * 32, b"b" * 32], [b"c" * 32, b"d" * 32], [b"e" * 32, b"f" * 32])
+    digests = {transcript.session_digest(*parts)}
+    digests.add(transcript.session_digest(b"x" * 32, *parts[1:]))
+    for place in (1, 2, 3):
+        for party in (0, 1):
+            changed = [list(part) if isinstance(part, list) else part for part in parts]
+            changed[place][party] = b"x" * 32
+            digests.add(transcript.session_digest(*changed))
+    assert len(digests) == 8
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share"])
+def test_too_few_neighbours_are_refused_before_anything_is_sent(network: Make, stage: str) -> None:
+    net = network(5, corrupt=1).open()  # t = 4: three neighbours and the party itself
+    what = "entries" if stage == "advertise" else "packets"
+    net.hooks["down", stage] = edit(lambda _, message: with_(message, **{what: getattr(message, what)[:2]}), only="p0")
+    net.round(VECTORS)
+    assert isinstance(net.refused["p0"], TooFewSurvivorsError)
+    assert (net.refused["p0"].survivors, net.refused["p0"].needed) == (3, 4)
+    following = {"advertise": "share", "share": "upload"}[stage]
+    assert not [1 for way, at, name, _ in net.sent if (way, at, name) == ("up", following, "p0")]
+
+
+def test_survivors_without_enough_of_this_party_s_neighbours(network: Make) -> None:
+    net = network(10, neighbours=4, threshold=3, min_survivors=3).open()
+    around = net.session.terms.graph[0]
+    view = wire.to_bitmap(set(range(10)) - set(around[:2]), 10)
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=view), only="p0")
+    net.round(VECTORS)
+    assert isinstance(net.refused["p0"], TooFewSurvivorsError)
+    assert "to unmask anyone" in str(net.refused["p0"])
 
 
 # ---------------------------------------------------------------- terms
@@ -912,8 +959,13 @@ def test_a_late_vector_is_thrown_away(network: Make) -> None:
     replies = net.each("down", "confirm", outbox, lambda name, raw: (None, states[name].unmask(raw)))
     net.post("unmask", unmasking, replies)
     expect_sum(net, unmasking.close(), ["p0", "p1", "p2"])
+    del net.hooks["up", "upload"]
     with pytest.raises(LateVectorError):
         net.session.begin(2).receive("p3", late["p3"])
+    net.number = 2
+    stage, _ = net.round(VECTORS, until="confirm")
+    with pytest.raises(LateVectorError):
+        stage.receive("p3", late["p3"])
 
 
 def test_a_second_vector_does_not_replace_the_first(network: Make) -> None:
