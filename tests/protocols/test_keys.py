@@ -142,8 +142,8 @@ def test_a_zero_shared_secret_is_refused_however_it_came_about(monkeypatch: pyte
 
 @pytest.mark.parametrize("length", [0, 31, 33, 64])
 def test_x25519_lengths(backend: str, length: int) -> None:
-    with pytest.raises(keys.WeakKeyError):
-        keys.x25519_shared(bytes(32), bytes(length))
+    with pytest.raises(keys.WeakKeyError, match=f"32 bytes, got {length}"):
+        keys.x25519_shared(bytes(32), bytes(range(1, length + 1)))
     with pytest.raises(SpecError):
         keys.x25519_shared(bytes(length), bytes(range(32)))
     with pytest.raises(SpecError):
@@ -366,6 +366,12 @@ def test_changed_seals_do_not_open(backend: str, change: Callable[..., tuple[byt
         keys.unseal(*change(key, nonce, sealed, associated_data))
     assert "share" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 15])
+def test_a_seal_shorter_than_its_tag_never_reaches_a_library(backend: str, length: int) -> None:
+    with pytest.raises(keys.SealError, match=f"at least 16 bytes, got {length}"):
+        keys.unseal(bytes(32), bytes(12), bytes(length), b"")
 
 
 @pytest.mark.parametrize(("key", "nonce"), [(31, 12), (33, 12), (16, 12), (32, 11), (32, 13), (32, 8), (32, 24)])

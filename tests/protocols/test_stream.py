@@ -187,7 +187,7 @@ def test_masks_are_uniform() -> None:
         np.zeros(8, ">u4"),
         np.zeros((2, 4), np.uint32),
         np.zeros(8, np.uint32)[::2],
-        np.broadcast_to(np.uint32(0), (8,)),
+        np.frombuffer(bytes(32), np.uint32),  # read-only
         np.array(0, np.uint32),
     ],
 )
