@@ -25,7 +25,7 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
     console = console or Console()
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     table.add_column("arm", overflow="fold")
-    for heading in (report.metric, f"vs {report.baseline}", "epsilon", "rounds", "per party", "time"):
+    for heading in (report.metric, f"vs {report.baseline}", "ε", "rounds", "per party", "time"):
         table.add_column(Text(heading), justify="right")
     for arm in report.arms:
         table.add_row(*(Text(cell) for cell in (arm.name, *_cells(arm, report.metric))))
@@ -56,7 +56,7 @@ def legend(report: Comparison) -> str:
     unpaired = any(arm.difference and not arm.difference.paired for arm in report.arms)
     pairing = "not paired where seeds differ (Welch)" if unpaired else "paired by seed"
     return (
-        f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. epsilon: the worst data holder's."
+        f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. ε: the worst data holder's."
         " per party: sent and received by the busiest party; for pooled arms, its raw data, moved once."
     )
 

@@ -160,9 +160,17 @@ def test_weights_that_differ(nudge: float, verdict: str, arms: Arms, make_run: M
     assert found == pytest.approx(nudge, rel=1e-6) if math.isfinite(nudge) else found is None
 
 
-def test_other_shapes_are_a_difference(arms: Arms, make_run: MakeRun) -> None:
-    arms["federated-masked"][0] = make_run("federated-masked", 0, state={"weight": torch.zeros(3)})
-    assert check(compare(arms), "equals").verdict == "violated"
+@pytest.mark.parametrize("change", ["a tensor is missing", "a shape that would broadcast"])
+def test_other_shapes_are_a_difference(change: str, arms: Arms, make_run: MakeRun) -> None:
+    state = dict(arms["federated-masked"][0].state)
+    if change == "a tensor is missing":
+        del state["bias"]
+    else:
+        state["bias"] = torch.zeros(1)
+    arms["federated-masked"][0] = make_run("federated-masked", 0, state=state)
+    report = compare(arms)
+    assert check(report, "equals").verdict == "violated"
+    assert report.matches[0].difference is None
 
 
 def test_a_dropout_leaves_the_masked_sum_unverified(arms: Arms, make_run: MakeRun) -> None:
