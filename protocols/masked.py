@@ -161,6 +161,7 @@ class MaskedSession:
 
     def begin(self) -> MaskedRound:
         """Keys and shares of a fresh round; an unfinished earlier round is lost."""
+        self._policy.signatures.forget()
         return MaskedRound(self)
 
     def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> Session:

@@ -101,9 +101,13 @@ class Signatures:
         if not ed25519_verify(public, message, signature):
             return False
         if len(self._accepted) >= self._LIMIT:
-            self._accepted.clear()
+            self.forget()
         self._accepted.add(key)
         return True
+
+    def forget(self) -> None:
+        """Start over; a round's signatures are of no use in the next."""
+        self._accepted.clear()
 
 
 def sign(identity: bytes, message: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from choral.protocols import Masked, Plain, SumSpec
 from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
 
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "secure-sums.md"
 KINDS = pytest.mark.parametrize("kind", [Plain(), Masked()], ids=["plain", "masked"])
 SPEC = SumSpec(parties=("north", "south", "east"), length=4, bound=100)
 VECTORS = {"north": [1, -2, 100, 0], "south": [5, 5, -100, 1], "east": [7, 0, 0, 0]}
@@ -167,6 +169,30 @@ def test_the_statement_is_json_and_says_who_is_trusted() -> None:
 def test_what_cannot_be_withstood_is_refused_at_opening(config: Masked) -> None:
     with pytest.raises(SpecError):
         config.open(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("n", "colluders", "dropouts", "neighbours", "threshold", "smallest"),
+    [
+        (2, 0, 0, 1, 2, 2),
+        (3, 0, 0, 2, 2, 2),
+        (4, 1, 1, 3, 3, 3),
+        (7, 2, 2, 6, 5, 5),
+        (10, 3, 3, 9, 7, 7),
+        (50, 5, 5, 49, 28, 28),
+        (100, 10, 10, 32, 22, 51),
+        (1000, 100, 100, 96, 67, 501),
+    ],
+)
+def test_the_table_of_defaults_in_the_guide(
+    n: int, colluders: int, dropouts: int, neighbours: int, threshold: int, smallest: int
+) -> None:
+    setup = Masked().setup(SumSpec(parties=tuple(map(str, range(n))), length=1, bound=1), session=bytes(16))
+    found = (setup.corrupt, setup.dropouts, setup.neighbours, setup.threshold, setup.min_survivors)
+    assert found == (colluders, dropouts, neighbours, threshold, smallest)
+    note = " (one is withstood)" if n == 3 else ""
+    row = f"| {n} | {colluders} | {dropouts}{note} | {neighbours} | {threshold} | {smallest} |"
+    assert row in GUIDE.read_text()
 
 
 def test_a_sum_may_not_come_down_to_one_honest_vector() -> None:
