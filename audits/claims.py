@@ -30,8 +30,8 @@ _CAVEATS_PRIVATE = (
 _CAVEATS_COMPARED = (
     "Intervals are over seeds only (initial weights, data order, noise). They say nothing about another split, another"
     " test set or another task.",
-    "Seconds are those of the machine that ran the arms, one party after another; parties that work at the same time"
-    " over a network would take other times.",
+    "Seconds are those of the machine that ran the arms: one party after another, perhaps with other runs beside it."
+    " Parties that work at the same time over a network would take other times.",
 )
 
 

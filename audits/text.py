@@ -21,7 +21,7 @@ def score(value: float, metric: str) -> str:
 
 def cost(epsilon: float) -> str:
     """An epsilon to two decimals (four below 0.1), rounded up: a bound may not look smaller than it is."""
-    decimals = 2 if epsilon >= 0.1 else 4
+    decimals = 2 if epsilon >= 0.1 or epsilon == 0 else 4
     return f"{math.ceil(epsilon * 10**decimals - 1e-9) / 10**decimals:.{decimals}f}"
 
 
@@ -40,9 +40,9 @@ def signed(value: float, metric: str) -> str:
 
 def power(value: float) -> str:
     """A small number such as a delta: ``10⁻⁵`` or ``2.5 × 10⁻⁶``; others as they are."""
-    digits, exponent = f"{value:.1e}".split("e")
-    if not 0 < value < 0.001:  # 0, inf and everyday sizes
+    if not 0 < value < 0.001:  # 0, infinity and everyday sizes
         return f"{value:.3g}"
+    digits, exponent = f"{value:.1e}".split("e")
     raised = "10" + str(int(exponent)).translate(_RAISED)
     return raised if digits == "1.0" else f"{digits.removesuffix('.0')} × {raised}"
 
