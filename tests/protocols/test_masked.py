@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import tracemalloc
 from typing import Any
@@ -91,6 +92,7 @@ def test_fresh_secrets_each_round_and_nothing_kept() -> None:
     for number in range(60):
         run(session, spec, np.array([number % 9, -3]), number % 2)
         if number % 20 == 19:
+            gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert sizes[2] - sizes[1] < 20_000
