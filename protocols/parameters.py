@@ -137,7 +137,7 @@ def harary(
         withstood = int(np.argmax(many_corrupt < log_party)) - 1  # more than this many is the bad event
         threshold = max(2, withstood + 1 if server == "semi-honest" else (k + withstood) // 2 + 1)
         many_gone = _log_tails(n, dropouts, k)
-        if threshold > k or many_gone[k - threshold + 1] >= log_failure:
+        if many_gone[k - threshold + 1] >= log_failure:  # [0] is certain: a threshold of k + 1 fails too
             continue
         tolerable = threshold if server == "semi-honest" else 2 * threshold - k
         insecure = np.logaddexp(disconnected, math.log(n) + many_corrupt[min(tolerable, k + 1)])

@@ -6,7 +6,8 @@ interpolation at 0; fewer are independent of it (Shamir, *How to share a secret*
 
 Shares are *not* authenticated: with exactly ``threshold`` of them a corrupt one gives another secret, so the caller
 must be able to recognise the right one (the protocol recomputes the public key). With more, :class:`Combiner` finds
-every corruption of up to ``shares - threshold`` of them and names up to half as many, being a Reed-Solomon code.
+every corruption of up to ``shares - threshold`` of them and names up to half as many, being a Reed-Solomon code. A
+coalition of more than that half can make the honest look corrupt: take a name as proof only below it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _RANDOM_BYTES = 64
 class ShareError(ChoralError):
     """Shares that no split of a 32-byte secret can have given: out of the field, or inconsistent with one another.
 
-    indices: those shown to be corrupt, ascending; empty when it cannot be told which they are.
+    indices: those that are corrupt, ascending; empty when it cannot be told which they are. Where shares contradict one
+        another it is certain only if at most half of ``shares - threshold`` are corrupt.
     """
 
     def __init__(self, message: str, *, indices: tuple[int, ...] = (), hint: str = "") -> None:

@@ -127,8 +127,9 @@ def test_other_tensors_are_refused(tensor: torch.Tensor) -> None:
         add_mask_tensor(tensor, SEED)
 
 
-def test_other_seeds_and_offsets_are_refused() -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_other_seeds_and_offsets_are_refused(device: str) -> None:
     with pytest.raises(SpecError):
-        add_mask_tensor(torch.zeros(4, dtype=torch.int32), SEED[:31])
+        add_mask_tensor(torch.zeros(4, dtype=torch.int32, device=device), SEED[:31])
     with pytest.raises(SpecError):
-        add_mask_tensor(torch.zeros(4, dtype=torch.int32), SEED, offset=-1)
+        add_mask_tensor(torch.zeros(4, dtype=torch.int32, device=device), SEED, offset=-1)

@@ -95,6 +95,8 @@ def test_other_types_are_refused() -> None:
         wrap(np.zeros(3, np.int32), 10)  # type: ignore[arg-type]
     with pytest.raises(SpecError):
         unpack(b"", -1, 8)
+    with pytest.raises(SpecError):
+        packed_bytes(-1, 8)
 
 
 @pytest.mark.parametrize("bits", range(1, 65))

@@ -233,6 +233,26 @@ def test_corrupt_shares_are_found_and_named(errors: int) -> None:
         assert caught.value.indices == expected
 
 
+def test_only_a_consistent_accusation_is_made() -> None:
+    """In a field of 101 chance roots are common: whoever is named, at most two of six, the rest agree."""
+    chance = random.Random(5)
+    draws = [[chance.randrange(101) for _ in range(6)] for _ in range(3000)]
+    named = [(values, accused) for values in draws if (accused := accusation(values))]
+    assert named
+    for values, accused in named:
+        assert len(accused) <= 2
+        rest = [index for index in range(1, 7) if index not in accused]
+        Combiner(rest, 2, field=101).interpolate([values[index - 1] for index in rest])
+
+
+def accusation(values: list[int]) -> tuple[int, ...]:
+    try:
+        Combiner(range(1, 7), 2, field=101).interpolate(values)
+    except ShareError as error:
+        return error.indices
+    return ()
+
+
 def test_a_swapped_pair_of_shares_is_named() -> None:
     (shares,) = split([SECRET], threshold=3, indices=range(1, 9), randomness=stream(4))
     shares[1], shares[5] = shares[5], shares[1]
