@@ -108,7 +108,6 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         def first_half(value: Any) -> Any:
             return value[:half] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
 
-        self._unmixed = True
         modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         try:
@@ -119,6 +118,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             for module, mode in modes.items():
                 module.training = mode
         if not isinstance(whole, torch.Tensor) or len(whole) != len(tensors[0]) or not torch.equal(whole, again):
+            self._unmixed = True  # nothing to compare: no rows, or random even in eval mode
             return
         if len(part) != half or not torch.allclose(part, whole[:half], rtol=1e-2, atol=1e-4, equal_nan=True):
             raise UnsupportedModelError(
@@ -126,6 +126,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
                 "gradient of its own",
                 hint="Normalise and attend within a record only, never over the batch dimension.",
             )
+        self._unmixed = True
 
     def forget(self, *, keep_gradients: bool = False) -> None:
         """Drop per-sample gradients and half-finished backward passes, so that each batch starts clean."""

@@ -20,7 +20,7 @@ from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import os_stream
 from choral.privacy.step import PrivateOptimizer
 
-TRIALS = 2500
+TRIALS = 1500
 DELTA = 1e-2
 
 
