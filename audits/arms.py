@@ -54,6 +54,8 @@ def _check_run(name: str, run: Run, metric: str) -> None:
             f"{what}: interrupted after round {done} of {run.info.rounds}",
             hint="finish it with --resume, or leave it out",
         )
+    if [entry.round for entry in run.history] != list(range(run.info.rounds + 1)):
+        raise ConfigError(f"{what}: its history is not rounds 0 to {run.info.rounds}", hint="the run is incomplete")
     for entry in run.history:
         if metric not in entry.metrics:
             known = ", ".join(sorted(entry.metrics)) or "none"
@@ -93,13 +95,18 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
         holders=_holders(runs),
         bytes_per_party=_bytes_per_party(runs),
         seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),
-        survivors=min(entry.survivors for run in runs for entry in run.history if entry.round) if federated else None,
+        survivors=_fewest_survivors(runs) if federated else None,
         secure_sum=msgspec.to_builtins(info.secure_sum),
         curve=_curve(runs, metric),
         devices=tuple(sorted({run.info.device for run in runs})),
         folders=tuple(short_path(run.folder) for run in runs if run.folder is not None),
         config=msgspec.to_builtins(info.config),
     )
+
+
+def _fewest_survivors(runs: Sequence[Run]) -> int | None:
+    """Over all rounds of training; round 0 is the initial model and has none."""
+    return min((entry.survivors for run in runs for entry in run.history if entry.round), default=None)
 
 
 def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:

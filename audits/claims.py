@@ -28,6 +28,8 @@ _CAVEATS_PRIVATE = (
     " outside it.",
 )
 _CAVEATS_COMPARED = (
+    "Each interval is at 95 % by itself, without correction for looking at several arms, and takes seeds to be near"
+    " normal, which few seeds cannot show.",
     "Intervals are over seeds only (initial weights, data order, noise). They say nothing about another split, another"
     " test set or another task.",
     "Seconds are those of the machine that ran the arms: one party after another, perhaps with other runs beside it."

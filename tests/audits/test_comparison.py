@@ -275,6 +275,13 @@ def test_an_interrupted_run_is_named(arms: Arms, make_run: MakeRun) -> None:
         compare({"cloud": make_run(history=[make_run().history[0]])})
 
 
+def test_a_history_with_a_gap_is_refused(make_run: MakeRun) -> None:
+    history = make_run().history
+    for broken in (history[1:], history[:3] + history[4:], history[:4] + history[3:]):
+        with pytest.raises(ConfigError, match="its history is not rounds 0 to 20"):
+            compare({"cloud": make_run(history=broken)})
+
+
 def test_a_metric_must_be_there_and_finite(arms: Arms, make_run: MakeRun) -> None:
     with pytest.raises(ConfigError, match="no metric 'f1', it has accuracy, loss"):
         compare(arms, metric="f1")
