@@ -205,10 +205,74 @@ def test_budget(capsys):
     started = time.monotonic()
     assert main(["budget", *words, "--noise-multiplier", "4"]) == 0
     assert time.monotonic() - started < 10
-    assert "0.9469  (PLD; RDP, the looser bound: 1.0355)" in capsys.readouterr().out
+    assert "0.9470  (PLD; RDP, the looser bound: 1.0355)" in capsys.readouterr().out
     assert main(["budget", *words, "--epsilon", "0.947"]) == 0
     assert re.search(r"(4\.000|3\.999)", capsys.readouterr().out)
     assert main(["budget", *words]) == 2
     assert main(["budget", *words, "--epsilon", "-1"]) == 2
     assert main(["budget", "--delta", "2", "--sample-rate", "0.01", "--steps", "10", "--epsilon", "1"]) == 2
     capsys.readouterr()
+
+
+TASK = """
+import torch
+from choral.trainers import Task
+from choral.trainers.digits import load as digits
+
+def load(split, training, seed):
+    task = digits(split, training, seed)
+    {body}
+"""
+EMPTY = "empty = torch.utils.data.TensorDataset(torch.zeros(0, 64), torch.zeros(0).long()); "
+NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))"
+
+
+def _replace(**parts: str) -> str:
+    fields = {name: f"task.{name}" for name in ("build", "fit", "evaluate", "parties")} | parts
+    return "return Task(" + ", ".join(f"{name}={value}" for name, value in fields.items()) + ")"
+
+
+@pytest.mark.parametrize(
+    ("body", "flags", "message"),
+    [
+        (EMPTY + _replace(parties="task.parties | {'late': empty}"), [], "'late' has no records"),
+        (_replace(parties="{'one': task.parties['party-1']}"), [], "at least 2 parties"),
+        (f"model = {NORM}; " + _replace(build="lambda d: (model, *task.build(d)[1:])"), [], "trainable parameter"),
+        (
+            f"model = {NORM}; opt = torch.optim.SGD(model.parameters(), lr=0.1); "
+            + _replace(build="lambda d: (model, opt, task.build(d)[2])"),
+            [],
+            "BatchNorm1d",
+        ),
+        (
+            _replace(fit="lambda m, o, l: [p.data.mul_(float('nan')) for p in m.parameters()]"),
+            [],
+            "diverged in round 1",
+        ),
+        (_replace(), ["--dropout-rate", "0.99"], "needed"),
+        (_replace(), ["--privacy.delta", "0.01"], "not below 1/n"),
+        (_replace(), ["--privacy.epsilon", "0"], "epsilon"),
+        (_replace(), ["--secure-sum.min-survivors", "9"], "min_survivors"),
+        (_replace(), ["--device", "cuda"], "not available"),
+    ],
+)
+def test_bad_tasks_and_flags_name_the_fault_and_hint(body, flags, message, tmp_path, capsys):
+    (tmp_path / "task.py").write_text(TASK.format(body=body))
+    path = tmp_path / "bad.toml"
+    path.write_text(SMALL.replace("seeds = 2", f'seeds = 1\ntask = "{tmp_path / "task.py"}"'))
+    out = tmp_path / "out"
+    assert main(["train", str(path), "--out", str(out), "--quiet", "--privacy.epsilon", "8", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "\n  hint: " in error
+    assert len(error.strip().splitlines()) == 2
+    assert not (out / "model.safetensors").exists() or "round" in error or "needed" in error
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_errors_of_a_worker_reach_the_user(workers, config, tmp_path, capsys):
+    words = ["compare", config, "--out", str(tmp_path / "out"), "--quiet", "--dropout-rate", "0.99"]
+    assert main([*words, "--workers", workers]) == 2
+    error = capsys.readouterr().err
+    assert "needed" in error
+    assert "Traceback" not in error

@@ -13,11 +13,11 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.errors import DataError
 from choral.privacy import Privacy
-from choral.trainers.federate import NOTHING, OnRound, check_settings, open_guards, settings_of
+from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, open_guards
 from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
 from choral.trainers.record import Recorder
-from choral.trainers.run import Round, Run, RunInfo, versions
+from choral.trainers.run import Round, Run
 from choral.trainers.task import (
     Build,
     DivergedError,
@@ -26,7 +26,6 @@ from choral.trainers.task import (
     check_parties,
     checked_build,
     metrics_of,
-    raw_bytes,
 )
 
 POOLED = "pooled"
@@ -58,58 +57,47 @@ def centralize(
     examples = check_parties(parties, least=1, min_classes=1)
     on = resolve_device(device)
     whole = pool(list(parties.values()))
-    info = RunInfo(
-        kind="centralized",
-        rounds=rounds,
-        seed=seed,
-        device=on.type,
-        parties=examples,
-        parameters=0,
-        privacy=settings_of(privacy),
-        raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
-        config=dict(config or {}),
-        versions=versions(),
-    )
-    recorder = Recorder.open(out, info, resume=resume)
-    guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
-    start = initial_model(build, next(iter(parties.values())), seed)
-    with seeded(seed, 0, POOLED):
-        model, optimizer, loader = checked_build(build, whole)
-    model.to(on)
-    layout = Layout(model)
-    layout.check(start, "the pooled data")
-    model.load_state_dict(start.state_dict())
-    recorder.begin(msgspec.structs.replace(info, parameters=layout.length))
-    recorder.restore(model, layout, optimizer)
-    if recorder.fresh:
-        recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
-    trained = model
-    for number in range(recorder.completed + 1, rounds + 1):
-        started = time.perf_counter()
-        model.train()
-        with seeded(seed, number, POOLED):
-            arguments = (trained, optimizer, loader)
-            if guards:
-                arguments = guards[POOLED].wrap(trained, optimizer, loader)
-                trained = arguments[0]
-            fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
-        if not torch.isfinite(layout.read()).all():
-            raise DivergedError(
-                f"training on the pooled data diverged in round {number}: the weights are not finite",
-                hint="lower the learning rate; the last good round is kept",
+    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config)
+    with Recorder.open(out, info, resume=resume) as recorder:
+        guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
+        start = initial_model(build, next(iter(parties.values())), seed)
+        with seeded(seed, 0, POOLED):
+            model, optimizer, loader = checked_build(build, whole)
+        model.to(on)
+        layout = Layout(model)
+        layout.check(start, "the pooled data")
+        model.load_state_dict(start.state_dict())
+        recorder.begin(msgspec.structs.replace(info, parameters=layout.length))
+        recorder.restore(model, layout, optimizer)
+        if recorder.fresh:
+            recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
+        trained = model
+        for number in range(recorder.completed + 1, rounds + 1):
+            started = time.perf_counter()
+            model.train()
+            with seeded(seed, number, POOLED):
+                arguments = (trained, optimizer, loader)
+                if guards:
+                    arguments = guards[POOLED].wrap(trained, optimizer, loader)
+                    trained = arguments[0]
+                fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
+            if not torch.isfinite(layout.read()).all():
+                raise DivergedError(
+                    f"training on the pooled data diverged in round {number}: the weights are not finite",
+                    hint="lower the learning rate; the last good round is kept",
+                )
+            seconds = time.perf_counter() - started
+            spent = {name: guard.spent() for name, guard in guards.items()}
+            entry = Round(
+                round=number,
+                metrics=metrics_of(evaluate, model),
+                epsilon=spent[POOLED].epsilon if spent else None,
+                **{**NOTHING, "seconds": seconds, "survivors": len(parties)},
             )
-        seconds = time.perf_counter() - started
-        spent = {name: guard.spent() for name, guard in guards.items()}
-        entry = Round(
-            round=number,
-            metrics=metrics_of(evaluate, model),
-            epsilon=spent[POOLED].epsilon if spent else None,
-            **{**NOTHING, "seconds": seconds, "survivors": len(parties)},
-        )
-        recorder.add(entry, model, spent, optimizer)
-        if on_round:
-            on_round(entry)
-    return recorder.run()
+            recorder.add(entry, model, spent, optimizer)
+            if on_round:
+                on_round(entry)
+        return recorder.run()
 
 
 def pool(datasets: Sequence[Any]) -> Any:

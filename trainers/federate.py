@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import msgspec
@@ -77,64 +77,82 @@ def federate(
     check_settings(rounds, seed, dropout_rate)
     examples = check_parties(parties, least=2, min_classes=min_classes)
     on = resolve_device(device)
-    info = RunInfo(
-        kind="federated",
+    info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
+    with Recorder.open(out, info, resume=resume) as recorder:
+        guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
+        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
+        # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
+        cap = 1 << max(examples.values()).bit_length()
+        coder = FixedPoint(bound=value_bound, value_bits=value_bits, max_weight=cap)
+        spec = SumSpec(parties=tuple(parties), length=resident.layout.length + 1, bound=coder.integer_bound)
+        session = secure_sum.open(spec)
+        recorder.begin(_complete(info, resident, secure_sum, session, coder))
+        weights = recorder.restore(resident.model, resident.layout)
+        if recorder.fresh:
+            recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
+        for number in range(recorder.completed + 1, rounds + 1):
+            started = time.perf_counter()
+            present = _present(tuple(parties), dropout_rate, seed, number)
+            result = _one_round(resident, session, coder, examples, present, weights, number)
+            mean, _ = coder.decode(result.total)
+            weights = server_step(weights, mean.to(on))
+            resident.layout.write(weights)
+            seconds = time.perf_counter() - started
+            spent = {name: guard.spent() for name, guard in guards.items()}
+            entry = Round(
+                round=number,
+                metrics=metrics_of(evaluate, resident.model),
+                seconds=seconds,
+                survivors=len(result.survivors),
+                bytes_up=max(result.bytes_up.values()),
+                bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
+                epsilon=max((cost.epsilon for cost in spent.values()), default=None),
+            )
+            recorder.add(entry, resident.model, spent)
+            if on_round:
+                on_round(entry)
+        return recorder.run()
+
+
+def describe(
+    kind: Literal["centralized", "federated"],
+    parties: Mapping[str, Any],
+    examples: dict[str, int],
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    privacy: Privacy | None,
+    config: Mapping[str, Any] | None,
+) -> RunInfo:
+    """What is known of a run before its model is built."""
+    return RunInfo(
+        kind=kind,
         rounds=rounds,
         seed=seed,
-        device=on.type,
+        device=device.type,
         parties=examples,
         parameters=0,
-        privacy=settings_of(privacy),
+        privacy=_settings_of(privacy),
         raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(config or {}),
         versions=versions(),
     )
-    recorder = Recorder.open(out, info, resume=resume)
-    guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
-    resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
-    # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
-    coder = FixedPoint(bound=value_bound, value_bits=value_bits, max_weight=1 << max(examples.values()).bit_length())
-    session = secure_sum.open(
-        SumSpec(parties=tuple(parties), length=resident.layout.length + 1, bound=coder.integer_bound)
+
+
+def _complete(
+    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: FixedPoint
+) -> RunInfo:
+    return msgspec.structs.replace(
+        info,
+        parameters=resident.layout.length,
+        secure_sum={"name": secure_sum.name, **session.statement},
+        fixed_point={
+            "bound": coder.bound,
+            "value_bits": coder.value_bits,
+            "max_weight": coder.max_weight,
+            "error_bound": coder.error_bound,
+        },
     )
-    recorder.begin(
-        msgspec.structs.replace(
-            info,
-            parameters=resident.layout.length,
-            secure_sum={"name": secure_sum.name, **session.statement},
-            fixed_point={
-                "bound": value_bound,
-                "value_bits": value_bits,
-                "max_weight": coder.max_weight,
-                "error_bound": coder.error_bound,
-            },
-        )
-    )
-    weights = recorder.restore(resident.model, resident.layout)
-    if recorder.fresh:
-        recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
-    for number in range(recorder.completed + 1, rounds + 1):
-        started = time.perf_counter()
-        present = _present(tuple(parties), dropout_rate, seed, number)
-        result = _one_round(resident, session, coder, examples, present, weights, number)
-        mean, _ = coder.decode(result.total)
-        weights = server_step(weights, mean.to(on))
-        resident.layout.write(weights)
-        seconds = time.perf_counter() - started
-        spent = {name: guard.spent() for name, guard in guards.items()}
-        entry = Round(
-            round=number,
-            metrics=metrics_of(evaluate, resident.model),
-            seconds=seconds,
-            survivors=len(result.survivors),
-            bytes_up=max(result.bytes_up.values()),
-            bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
-            epsilon=max((cost.epsilon for cost in spent.values()), default=None),
-        )
-        recorder.add(entry, resident.model, spent)
-        if on_round:
-            on_round(entry)
-    return recorder.run()
 
 
 NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
@@ -179,7 +197,7 @@ def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
         raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}")
 
 
-def settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
+def _settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
     if privacy is None:
         return None
     return {
@@ -193,18 +211,10 @@ def settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
 def open_guards(
     privacy: Privacy | None, examples: Mapping[str, int], folder: Path | None, rounds_left: int
 ) -> dict[str, Guard]:
-    """One guard and one ledger per data holder; empty without privacy.
-
-    Raises: ConfigError if delta is not below 1/n for some holder: such a promise would allow one record in the clear.
-    """
+    """One guard and one ledger per data holder; empty without privacy. Raises: what check_delta does; LedgerError."""
     if privacy is None:
         return {}
-    for name, count in examples.items():
-        if privacy.delta >= 1 / count:
-            raise ConfigError(
-                f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
-                hint="choose a delta well below 1 over the smallest party's record count",
-            )
+    check_delta(privacy, examples)
     passes = max(rounds_left, 1) * privacy.epochs
     return {
         name: Guard(
@@ -215,3 +225,13 @@ def open_guards(
         )
         for name in examples
     }
+
+
+def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:
+    """Raises: ConfigError if delta is not below 1/n for some holder: it would allow one record in the clear."""
+    for name, count in examples.items():
+        if privacy.delta >= 1 / count:
+            raise ConfigError(
+                f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
+                hint="choose a delta well below 1 over the smallest party's record count",
+            )

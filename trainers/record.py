@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 import torch
@@ -18,34 +18,48 @@ from choral.trainers.run import Round, Run, RunInfo
 
 
 class Recorder:
-    """One run's record. ``open`` refuses before any training; ``add`` is called once per completed round.
+    """One run's record; a context manager that holds the folder's lock.
 
+    ``open`` refuses before any training; ``add`` is called once per completed round.
     On disk a round counts as complete when model.safetensors carries its number; what a killed process had written
     beyond that is dropped on resume.
     """
 
     def __init__(
-        self, folder: Path | None, info: RunInfo, history: list[Round], state: dict[str, torch.Tensor]
+        self,
+        folder: Path | None,
+        info: RunInfo,
+        history: list[Round],
+        state: dict[str, torch.Tensor],
+        claim: BinaryIO | None = None,
     ) -> None:
-        self._folder, self._info, self._history, self._state = folder, info, history, state
+        self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
 
     @classmethod
     def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
-        """Raises: RunFolderError if ``out`` holds anything and ``resume`` is off; ConfigError if the run that it holds
-        was started with other settings.
+        """Raises: RunFolderError if another process writes to ``out``, or if it holds anything and ``resume`` is off;
+        ConfigError if the run that it holds was started with other settings.
         """
         if out is None:
             if resume:
                 raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
             return cls(None, info, [], {})
         folder = Path(out)
-        if resume and (folder / "model.safetensors").is_file():
-            folders.check_same(folders.read_info(folder), info)
-            state, last = folders.read_weights(folder)
-            return cls(folder, folders.read_info(folder), list(folders.read_history(folder, last)), state)
-        if not (resume and (folder / "run.json").is_file()):
+        if not resume:
             folders.check_empty(folder)
-        return cls(folder, info, [], {})
+        claim = folders.lock(folder)
+        try:
+            if resume and (folder / "model.safetensors").is_file():
+                old = folders.read_info(folder)
+                folders.check_same(old, info)
+                state, last = folders.read_weights(folder)
+                return cls(folder, old, list(folders.read_history(folder, last)), state, claim)
+            if not (folder / "run.json").is_file():
+                folders.check_empty(folder)
+            return cls(folder, info, [], {}, claim)
+        except BaseException:
+            claim.close()
+            raise
 
     @property
     def fresh(self) -> bool:
@@ -106,6 +120,13 @@ class Recorder:
             if optimizer:
                 folders.write_optimizer(self._folder, optimizer, entry.round)
             folders.write_weights(self._folder, self._state, entry.round)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._claim:
+            self._claim.close()
 
     def run(self) -> Run:
         return Run(info=self._info, history=tuple(self._history), state=self._state, folder=self._folder)

@@ -12,6 +12,7 @@ process loses at most the round in progress.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import msgspec
 import torch
@@ -30,6 +31,7 @@ from choral.errors import ChoralError, ConfigError
 from choral.privacy import Spent
 
 FORMAT_VERSION = 1
+_LOCK = ".lock"
 _NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
 
 
@@ -43,7 +45,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
     seconds: wall-clock time of the round, evaluation excluded.
     survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
-        busiest party in this round, the download of the global model included. epsilon: the worst data holder's spending after this round, None without privacy.
+        busiest party in this round, the download of the global model included. epsilon: the worst data holder's
+        spending after this round, None without privacy.
     """
 
     round: int
@@ -251,11 +254,28 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def lock(folder: Path) -> BinaryIO:
+    """Claim the folder for this process, until the returned file is closed or the process ends.
+
+    Raises: RunFolderError if another process is writing there, such as a worker that outlived a killed command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / _LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunFolderError(
+            f"another process is writing to {folder}", hint="wait until it ends, or choose another --out"
+        ) from None
+    return file
+
+
 def check_empty(folder: Path) -> None:
     """Refuse an output folder that holds anything: a run is never overwritten."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file", hint="name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(item.name != _LOCK for item in folder.iterdir()):
         held = "another run" if (folder / "run.json").exists() else "other files"
         raise RunFolderError(
             f"{folder} already holds {held}", hint="choose another --out, or continue that run with --resume"

@@ -253,6 +253,7 @@ def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) ->
 def _check(settings: Settings) -> None:
     """Everything that can be refused before a folder is touched or a model is trained."""
     from choral.privacy import Privacy
+    from choral.trainers.federate import check_delta
     from choral.trainers.task import check_parties
 
     if not settings.arms:
@@ -267,15 +268,15 @@ def _check(settings: Settings) -> None:
     private = [name for name, arm in settings.arms.items() if arm.private]
     if private and settings.privacy.epsilon is None:
         raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8")
-    if private and settings.privacy.epsilon is not None:
-        Privacy(
-            epsilon=settings.privacy.epsilon,
-            delta=settings.privacy.delta,
-            max_grad_norm=settings.privacy.max_grad_norm,
-        )
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        parties = load_task(settings, seed).parties
-        check_parties(parties, least=2, min_classes=settings.split.min_classes)
+        examples = check_parties(load_task(settings, seed).parties, least=2, min_classes=settings.split.min_classes)
+        if private and settings.privacy.epsilon is not None:
+            privacy = Privacy(
+                epsilon=settings.privacy.epsilon,
+                delta=settings.privacy.delta,
+                max_grad_norm=settings.privacy.max_grad_norm,
+            )
+            check_delta(privacy, examples)
 
 
 def _open(settings: Settings, out: Path, resume: bool) -> None:

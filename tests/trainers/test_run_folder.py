@@ -70,6 +70,23 @@ def test_resume_keeps_the_budget(job, tmp_path):
     assert [spent.steps for spent in resumed.info.spent.values()] == [6 * 6, 6 * 4, 6 * 3]
 
 
+def test_a_round_that_is_repeated_is_paid_for_again(job, tmp_path):
+    """Stopped in the middle of round 3: what two of three parties had charged for it stays charged."""
+    calls, plain = iter(range(1000)), job()["fit"]
+
+    def fit(model, optimizer, loader):
+        plain(model, optimizer, loader)
+        if next(calls) == 7:
+            raise Stop
+
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(Stop):
+        federate(**job(rounds=6, fit=fit), privacy=privacy, out=tmp_path / "run")
+    resumed = federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
+    assert all(3.8 < spent.epsilon <= 4.0 for spent in resumed.info.spent.values())
+    assert [spent.steps for spent in resumed.info.spent.values()] == [7 * 6, 7 * 4, 6 * 3]
+
+
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -188,3 +205,13 @@ def test_a_torn_history_line_is_dropped_on_resume(job, tmp_path):
     assert Run.load(tmp_path / "run").history[-1].round == 2
     assert federate(**job(rounds=4), out=tmp_path / "run", resume=True).finished
     assert Run.load(tmp_path / "run").history[-1].round == 4
+
+
+def test_two_processes_never_write_to_one_folder(job, tmp_path):
+    from choral.trainers.run import lock
+
+    with lock(tmp_path / "run"), pytest.raises(RunFolderError, match="another process is writing"):
+        federate(**job(), out=tmp_path / "run")
+    assert federate(**job(), out=tmp_path / "run").finished
+    with lock(tmp_path / "run"), pytest.raises(RunFolderError, match="another process is writing"):
+        federate(**job(), out=tmp_path / "run", resume=True)
