@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from Crypto.Cipher import AES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from choral.protocols import device_stream, stream
@@ -64,22 +64,19 @@ def test_same_bytes_as_on_the_cpu(dtype: torch.dtype, numpy_dtype: Any, length: 
     assert (unsigned(target) == stream.expand(SEED, length, numpy_dtype, offset=offset)).all()
 
 
-@settings(max_examples=25)
-@given(
-    counter=st.sampled_from([2**128 - 1, 2**128 - 77, 2**64 - 1, 2**64 - 50, 2**63 - 3, 0, (9 << 64) - 8, 2**127]),
-    length=st.integers(1, 500),
-    offset=st.integers(0, 300),
-    wide=st.booleans(),
-    chunk=st.sampled_from([1, 7, 64]),
+@pytest.mark.parametrize(("dtype", "numpy_dtype"), DTYPES)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1024])
+@pytest.mark.parametrize(
+    "counter", [2**128 - 1, 2**128 - 77, 2**64 - 1, 2**64 - 50, 2**63 - 3, 0, (9 << 64) - 8, 2**127]
 )
-def test_chunks_and_carries(counter: int, length: int, offset: int, wide: bool, chunk: int) -> None:
-    dtype, numpy_dtype = DTYPES[wide]
+def test_chunks_and_carries(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, numpy_dtype: Any, chunk: int, counter: int
+) -> None:
+    monkeypatch.setattr(device_stream, "_CHUNK_BLOCKS", chunk)
     seed = SEED[:16] + counter.to_bytes(16, "big")
-    target = torch.zeros(length, dtype=dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_stream, "_CHUNK_BLOCKS", chunk)
-        with_torch(target, seed, offset=offset)
-    assert (unsigned(target) == stream.expand(seed, length, numpy_dtype, offset=offset)).all()
+    target = torch.zeros(501, dtype=dtype)
+    with_torch(target, seed, offset=3)
+    assert (unsigned(target) == stream.expand(seed, 501, numpy_dtype, offset=3)).all()
 
 
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), DTYPES)
@@ -120,6 +117,9 @@ def test_same_bytes_on_a_gpu(dtype: torch.dtype, numpy_dtype: Any, compiled: boo
         torch.zeros(4, dtype=torch.int16),
         torch.zeros((2, 2), dtype=torch.int32),
         torch.zeros(8, dtype=torch.int32)[::2],
+        torch.zeros(8, dtype=torch.int32, device="meta")[::2],
+        torch.zeros((2, 2), dtype=torch.int32, device="meta"),
+        torch.zeros(4, dtype=torch.uint8, device="meta"),
     ],
 )
 def test_other_tensors_are_refused(tensor: torch.Tensor) -> None:
