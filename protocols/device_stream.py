@@ -39,7 +39,7 @@ def add_mask_tensor(
 
     accumulator: int32 or int64, shape (n,), contiguous, on any device: coordinates ``offset`` to ``offset + n - 1``.
     seed: 32 bytes, as for :func:`choral.protocols.stream.add_mask`. offset: >= 0, in elements.
-    compiled: fuse the cipher with torch.compile; compiles once per process, for half a minute. Ignored on a CPU.
+    compiled: fuse the cipher with torch.compile; compiles once per process, for about a minute. Ignored on a CPU.
 
     Raises: SpecError for another dtype, shape or layout, another seed length, a negative offset.
     """
