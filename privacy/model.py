@@ -128,14 +128,14 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             )
         self._unmixed = True
 
-    def forget(self, *, keep_gradients: bool = False) -> None:
-        """Drop per-sample gradients and half-finished backward passes, so that each batch starts clean."""
+    def forget(self) -> None:
+        """Drop raw gradients and half-finished backward passes, so that each batch starts clean."""
         for module in self._module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
         for p in self._module.parameters():
             if p.requires_grad:
-                p.grad = p.grad if keep_gradients else None
+                p.grad = None
                 p.grad_sample = None
                 p._forward_counter = 0
                 p.__dict__.pop("_current_grad_sample", None)

@@ -72,12 +72,12 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 hint="Draw batches from the wrapped loader and step once for each.",
             )
         samples = [self._per_sample(p, drawn) for p in self.params]
+        clip = self._clip_factors(samples)  # first: NaN would pass the comparison
         if not self._model.checked:
             self._check_first(samples)
-        clip = self._clip_factors(samples)
         sums = [_weighted_sum(clip.to(g.device), g) for g in samples]
         del samples
-        self._model.forget(keep_gradients=True)  # what is not private does not outlive the step
+        self._model.forget()  # what is not private does not outlive the step
         self._release(sums)
         return self.original_optimizer.step()
 

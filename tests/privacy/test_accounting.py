@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 import subprocess
 import sys
@@ -197,6 +198,11 @@ def test_bad_delta(bad: float) -> None:
 def test_bad_event(rate: float, noise: float, steps: int) -> None:
     with pytest.raises(ConfigError):
         event(rate, noise, steps)
+
+
+def test_the_examples_in_the_docstring() -> None:
+    result = doctest.testmod(accounting)
+    assert (result.attempted, result.failed) == (3, 0)
 
 
 def test_accounting_imports_no_torch() -> None:

@@ -114,7 +114,7 @@ def test_shuffled_and_ordered_loaders_are_fine() -> None:
 def test_a_private_loader_is_not_wrapped_again(problem: Any) -> None:
     _, _, loader = problem.wrapped()
     with pytest.raises(UnsupportedLoaderError, match="already private"):
-        problem.wrapped(model=problem.model()) and refuse_unsupported(loader)
+        refuse_unsupported(loader)
 
 
 def test_rate_is_batch_over_records_not_one_over_batches(make_problem: Any) -> None:

@@ -136,6 +136,26 @@ def test_gradients_that_are_not_finite_are_refused_before_anything_is_released(p
     assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
 
 
+def test_a_first_batch_that_is_not_finite_does_not_pass_for_checked(problem: Any) -> None:
+    model, optimizer = optimizer_of(problem.model(), clip=1.0)
+    with pytest.raises(PrivacyError, match="not finite"):
+        gradient(model, optimizer, problem.x[:4] * math.nan, problem.y[:4])
+    assert not model.checked
+
+
+def test_raw_gradients_of_parameters_outside_the_optimizer_are_dropped(problem: Any) -> None:
+    plain = problem.model()
+    model = with_per_sample_gradients(plain)
+    _, optimizer = optimizer_of(plain, clip=1.0)
+    optimizer.original_optimizer.param_groups[0]["params"] = list(plain[2].parameters())
+    gradient_of = nn.functional.cross_entropy
+    optimizer.expect(4)
+    gradient_of(model(problem.x[:4]), problem.y[:4]).backward()
+    optimizer.step()
+    assert plain[0].weight.grad is None
+    assert plain[2].weight.grad is not None
+
+
 def test_closure_is_refused(problem: Any) -> None:
     _, optimizer = optimizer_of(problem.model(), clip=1.0)
     optimizer.expect(1)
