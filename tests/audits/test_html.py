@@ -9,13 +9,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from choral.audits import Comparison, audit, compare
 from choral.audits.figures import rounds_figure
 from choral.audits.html import audit_page, comparison_page
 from choral.audits.svg import ARM_CLASSES, arm_classes, spread, ticks
-from choral.trainers import Run
+from choral.trainers import Round, Run
 
 MakeRun = Callable[..., Run]
 Arms = dict[str, list[Run]]
@@ -214,3 +215,14 @@ def test_ticks_cover_the_range(low: float, high: float) -> None:
     assert marks[0] <= low + 1e-12
     assert marks[-1] >= high - 1e-12
     assert 2 <= len(marks) <= 8
+
+
+def test_a_hostile_metric_name_is_escaped_in_the_pictures(make_run: MakeRun) -> None:
+    history = [replace_metrics(entry, {HOSTILE: 0.5}) for entry in make_run().history]
+    html = comparison_page(compare({"cloud": make_run(history=history)}, metric=HOSTILE))
+    assert "<script" not in html.lower()
+    assert Page(html).stack == []
+
+
+def replace_metrics(entry: Round, metrics: dict[str, float]) -> Round:
+    return msgspec.structs.replace(entry, metrics=metrics)
