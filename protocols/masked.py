@@ -112,6 +112,7 @@ class MaskedSession:
             directory={party: ed25519_public(identity) for party, identity in identities.items()},
             minimum_cohort=setup.min_survivors,
             minimum_threshold=setup.threshold,
+            corrupt=setup.corrupt,
             maximum_modulus_bits=setup.modulus_bits,
             maximum_bound=setup.bound,
             maximum_length=setup.length,

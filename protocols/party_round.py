@@ -196,9 +196,8 @@ class Ready(Once[_Masking]):
         Time: one mask expansion for each neighbour, and one more. Memory: one vector.
         Raises: InputError, without spending the state: the mistake is the caller's own, and nothing was revealed.
         """
-        member = self._content[0].member if self._content else None
-        if member is not None:
-            vector = checked(vector, member.setup.length, member.setup.bound)
+        for waiting in tuple(self._content):
+            vector = checked(vector, waiting.member.setup.length, waiting.member.setup.bound)
         masking = self._take()
         setup, me = masking.member.setup, masking.member.index
         added = [masking.seed, *(seed for peer, seed in masking.pairs.items() if peer < me)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,9 @@ from typing import Literal
 from choral.protocols.errors import PolicyError, SpecError
 from choral.protocols.messages import Setup
 from choral.protocols.transcript import Signatures
+
+SECURITY_BITS = 40
+"""Statistical: minus log2 of the chance that a sparse graph is a bad one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,8 @@ class Policy:
     directory: Ed25519 public keys by party name, pinned: obtained from elsewhere than this server, and no two alike.
     minimum_cohort: fewest vectors that a sum with this party's in it may have; at least 2.
     minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2.
+    corrupt: how many parties may collude with the server, as this party sees it: a setup that assumes fewer is refused,
+        and so is a sparse graph on which that many could surround anyone with probability above 2^-40.
     maximum_modulus_bits, maximum_bound, maximum_length: of the vector.
     server: "malicious" refuses a setup that protects against a semi-honest server only.
 
@@ -27,6 +33,7 @@ class Policy:
     directory: Mapping[str, bytes]
     minimum_cohort: int = 2
     minimum_threshold: int = 2
+    corrupt: int = 0
     maximum_modulus_bits: int = 64
     maximum_bound: int = 2**62
     maximum_length: int = 2**31
@@ -51,6 +58,7 @@ class Policy:
             raise PolicyError(f"the roster does not have {name!r}, the party that was asked to join")
         _at_least("smallest sum", setup.min_survivors, self.minimum_cohort)
         _at_least("threshold", setup.threshold, self.minimum_threshold)
+        _at_least("number of corrupt parties", setup.corrupt, self.corrupt)
         _at_most("modulus bits", setup.modulus_bits, self.maximum_modulus_bits)
         _at_most("bound", setup.bound, self.maximum_bound)
         _at_most("length", setup.length, self.maximum_length)
@@ -64,9 +72,10 @@ def check_setup(setup: Setup) -> None:
     """What holds for any safe setup. Raises: PolicyError.
 
     Thresholds, on a complete graph where all n parties hold shares: corrupt < t, and against a malicious server
-    2t > n + corrupt (Bonawitz et al. 2017, 6.2), by which two disjoint groups of honest holders can never complete
-    both kinds of shares of one party. On a sparse graph it is 2t > k here: how many of a neighbourhood are corrupt is a
-    matter of probability, settled where k and t are chosen (:mod:`choral.protocols.parameters`).
+    2t > n + corrupt (Bonawitz et al. 2017, 6.2). By it no two sets of survivors can both be confirmed, and no honest
+    vector can be confirmed as a survivor after being masked with colluders and dropped parties only. On a sparse graph
+    it is 2t > k + the colluders among one party's k neighbours, which must hold for all parties but with probability
+    2^-SECURITY_BITS over the graph (Bell et al. 2020, 3.4; :mod:`choral.protocols.parameters` chooses k and t so).
     """
     n, k, t = len(setup.roster), setup.neighbours, setup.threshold
     if len(set(setup.roster)) != n:
@@ -88,10 +97,25 @@ def check_setup(setup: Setup) -> None:
         raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")
     if setup.complete and t <= setup.corrupt:
         raise PolicyError(f"a threshold of {t} is met by the {setup.corrupt} parties that may be corrupt")
-    if setup.server == "malicious":
-        corrupt = setup.corrupt if setup.complete else 0
-        if not 2 * t > setup.holders + corrupt:
-            raise PolicyError(f"a malicious server asks for 2t > {setup.holders} + {corrupt}, got t = {t}")
+    malicious = setup.server == "malicious"
+    corrupt = setup.corrupt if setup.complete else 0
+    if malicious and not 2 * t > setup.holders + corrupt:
+        raise PolicyError(f"a malicious server asks for 2t > {setup.holders} + {corrupt}, got t = {t}")
+    if not setup.complete and _often(n, k, setup.corrupt, 2 * t - k if malicious else t):
+        raise PolicyError(
+            f"of {n} parties {setup.corrupt} are too many for {k} neighbours with a threshold of {t}: they would"
+            f" surround some party with probability above 2^-{SECURITY_BITS}"
+        )
+
+
+def _often(n: int, k: int, corrupt: int, least: int) -> bool:
+    """Whether some party has ``least`` or more corrupt neighbours with probability above 2^-SECURITY_BITS.
+
+    A union bound over n parties of the hypergeometric tail, in exact integers.
+    """
+    others = n - 1
+    tail = sum(math.comb(corrupt, j) * math.comb(others - corrupt, k - j) for j in range(least, min(k, corrupt) + 1))
+    return n * tail << SECURITY_BITS > math.comb(others, k)
 
 
 def _at_least(what: str, value: int, minimum: int) -> None:

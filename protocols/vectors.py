@@ -26,10 +26,14 @@ def checked(vector: Any, length: int, bound: int) -> Any:
     Raises: InputError otherwise. Floats are refused whatever they hold: NaN and infinity have no integer, and how
     the rest are rounded is the caller's to decide.
     """
-    if is_tensor(vector) and vector.device.type == "cpu":
+    if is_tensor(vector) and vector.device.type == "cpu" and str(vector.layout) == "torch.strided":
         vector = vector.detach().numpy()
     if not isinstance(vector, np.ndarray) and not is_tensor(vector):
         raise InputError(f"expected a numpy array or a torch tensor of int64, got {type(vector).__name__}")
+    if isinstance(vector, np.ndarray):
+        vector = np.asarray(vector)  # of a subclass, say a masked array, every value counts
+    elif str(vector.layout) != "torch.strided":
+        raise InputError(f"expected a dense tensor, got one of layout {vector.layout}")
     if str(vector.dtype) not in ("int64", "torch.int64"):
         raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
     if tuple(vector.shape) != (length,):

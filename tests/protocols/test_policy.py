@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from choral.protocols import Masked, SumSpec
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
 from choral.protocols.errors import MessageError, PolicyError, SpecError
 from choral.protocols.keys import ed25519_public
-from choral.protocols.policy import Policy
+from choral.protocols.policy import Policy, check_setup
 
 Make = Callable[..., Any]
 
@@ -62,17 +63,40 @@ def test_a_sybil_in_the_roster_and_in_the_directory(network: Make) -> None:
         ({"modulus_bits": 40, "bound": 2**30}, "bound of at most"),
         ({"modulus_bits": 40}, "modulus bits of at most"),
         ({"length": 100}, "length of at most"),
+        ({"corrupt": 0, "min_survivors": 3}, "corrupt parties of at least 1"),
     ],
     ids=str,
 )
 def test_terms_that_a_party_refuses(network: Make, changes: dict[str, Any], complaint: str) -> None:
-    policy = {"maximum_modulus_bits": 39, "maximum_bound": 2**20, "maximum_length": 99}
+    policy = {"corrupt": 1, "maximum_modulus_bits": 39, "maximum_bound": 2**20, "maximum_length": 99}
     if "maximum" in complaint or "bound of" in complaint:
         policy["maximum_modulus_bits"] = 64
     net = network(4, corrupt=1, policy=policy)
     join(net)
     with pytest.raises(PolicyError, match=complaint):
         join(net, **changes)
+
+
+def test_a_sparse_graph_that_colluders_could_surround_somebody_in() -> None:
+    names = tuple(f"p{place}" for place in range(100))
+    good = Masked().setup(SumSpec(parties=names, length=1, bound=1), session=bytes(16))
+    assert (good.neighbours, good.threshold, good.corrupt) == (32, 22, 10)
+    check_setup(good)
+    for changes in ({"corrupt": 20}, {"threshold": 17}, {"neighbours": 6, "threshold": 4}):
+        with pytest.raises(PolicyError, match="surround some party"):
+            check_setup(replace(good, **changes))
+    weak = replace(good, server="semi-honest", threshold=6)
+    with pytest.raises(PolicyError, match="surround some party"):
+        check_setup(weak)
+    check_setup(replace(weak, threshold=11))  # of the golden table
+
+
+@pytest.mark.parametrize("n", [65, 100, 333, 1000])
+@pytest.mark.parametrize("corrupt", [0, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("server", ["semi-honest", "malicious"])
+def test_what_is_chosen_for_the_user_is_accepted(n: int, corrupt: float, server: Any) -> None:
+    spec = SumSpec(parties=tuple(map(str, range(n))), length=1, bound=1)
+    check_setup(Masked(corrupt=corrupt, dropouts=0.1, server=server).setup(spec, session=bytes(16)))
 
 
 def test_an_identity_that_is_not_the_pinned_one(network: Make) -> None:

@@ -80,6 +80,8 @@ def test_extremes_of_the_bound_do_not_wrap(kind: Any) -> None:
         torch.tensor([1.0, 2, 3, 4]),
         torch.tensor([1, 2, 3, 101]),
         torch.tensor([1, 2, 3], dtype=torch.int64),
+        torch.tensor([1, 2, 3, 4]).to_sparse(),
+        np.ma.array([1, 2, 3, 101], mask=[False, False, False, True]),
     ],
     ids=str,
 )
