@@ -66,6 +66,9 @@ class Masked:
         """The terms that every party signs. session: 16 fresh random bytes. Raises SpecError."""
         n = len(spec.parties)
         chosen = self.parameters(n)
+        long = [party for party in spec.parties if len(party) > wire.MAX_NAME]
+        if long:
+            raise SpecError(f"expected party names of at most {wire.MAX_NAME} characters, got {long[0][:20]!r}...")
         wanted = n // 2 + 1 if self.min_survivors is None else self.min_survivors
         if not 2 <= wanted <= n:
             raise SpecError(f"expected 2 <= min_survivors <= {n} parties, got {wanted}")
@@ -78,8 +81,8 @@ class Masked:
         return wire.Setup(
             session=session,
             roster=spec.parties,
-            length=spec.length,
-            bound=spec.bound,
+            length=int(spec.length),
+            bound=int(spec.bound),
             modulus_bits=spec.modulus_bits,
             neighbours=chosen.neighbours,
             threshold=chosen.threshold,

@@ -44,6 +44,7 @@ from choral.protocols.errors import MessageError
 VERSION = 1
 ENVELOPE = 64
 MAX_PARTIES = 1 << 20
+MAX_NAME = 255
 
 Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
 RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
@@ -52,7 +53,7 @@ Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Share = Annotated[bytes, Meta(min_length=33, max_length=33)]
 SealedShares = Annotated[bytes, Meta(min_length=82, max_length=82)]
-Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 
 
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="kind", tag=str.lower):

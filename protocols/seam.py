@@ -59,7 +59,7 @@ class SumSpec:
     @property
     def modulus_bits(self) -> int:
         """The least b with 2^b >= 2 n bound + 1: sums lie in [-n bound, n bound] and are lifted centred."""
-        return (2 * len(self.parties) * self.bound).bit_length()
+        return (2 * len(self.parties) * int(self.bound)).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,13 @@ class SumResult:
 class SumRound(Protocol):
     """One round. ``submit`` each present party once, then ``finish`` once; nothing can be used twice."""
 
-    def submit(self, party: str, vector: IntVector) -> None: ...
+    def submit(self, party: str, vector: IntVector) -> None:
+        """vector: int64, shape (length,), every |value| <= bound: a numpy array, or a torch tensor on any device."""
+        ...
 
-    def finish(self) -> SumResult: ...
+    def finish(self) -> SumResult:
+        """Whoever was not submitted has dropped out."""
+        ...
 
 
 class SumSession(Protocol):

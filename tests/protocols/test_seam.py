@@ -206,6 +206,13 @@ def test_a_sum_may_not_come_down_to_one_honest_vector() -> None:
     assert session.statement["min_survivors"] == 6
 
 
+def test_names_that_do_not_fit_a_message_are_refused_at_opening() -> None:
+    with pytest.raises(SpecError, match="255 characters"):
+        Masked().open(SumSpec(parties=("a", "b" * 256), length=1, bound=1))
+    session = Masked().open(SumSpec(parties=("ä" * 255, "b" * 255), length=np.int64(1), bound=np.int64(3)))
+    assert run(session, {"ä" * 255: [3], "b" * 255: [3]}).total.tolist() == [6]
+
+
 def test_a_semi_honest_server_allows_more_dropouts() -> None:
     parties = ("a", "b", "c", "d")
     with pytest.raises(SpecError):
