@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -138,6 +139,25 @@ def test_a_second_request_finds_an_empty_state(network: Make) -> None:
         confirmed.unmask(garbage)
     with pytest.raises(StateUsedError):  # a refusal spends the state too
         confirmed.unmask(garbage)
+
+
+def test_of_many_threads_that_ask_one_state_one_is_answered(network: Make) -> None:
+    net = network(3).open()
+    stage, states = net.round(VECTORS, until="upload")
+    _, outbox = stage.close()
+    start, answers = threading.Barrier(8), []
+
+    def ask() -> None:
+        start.wait()
+        with contextlib.suppress(StateUsedError):
+            answers.append(states["p0"].confirm(outbox["p0"]))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 1
 
 
 def test_states_cannot_be_copied_or_shown(network: Make) -> None:
@@ -431,7 +451,7 @@ def test_a_message_of_the_server_under_another_session(network: Make, stage: str
     net = network(4, corrupt=1)
     net.hooks["down", stage] = edit(lambda _, message: with_(message, session=b"another session!"), only="p0")
     if stage in ("hello", "reveal"):
-        with pytest.raises(TooFewSurvivorsError) if stage == "hello" else nullcontext():
+        with pytest.raises(TooFewSurvivorsError) if stage == "hello" else contextlib.nullcontext():
             net.open()
     else:
         net.open().round(VECTORS)

@@ -114,9 +114,9 @@ def test_nothing_is_used_twice(kind: Any) -> None:
         with pytest.raises(StateUsedError):
             summing.submit(party, np.array(VECTORS[party]))
     summing.finish()
-    with pytest.raises(StateUsedError):
+    with pytest.raises(StateUsedError, match="this round is finished"):
         summing.finish()
-    with pytest.raises(StateUsedError):
+    with pytest.raises(StateUsedError, match="this round is finished"):
         summing.submit("north", np.array(VECTORS["north"]))
 
 
