@@ -94,6 +94,17 @@ def epsilon_rdp(events: Iterable[PoissonSampledGaussian], delta: float) -> float
     return _rdp(merged, delta, _ALL_ORDERS) if merged else 0.0
 
 
+def epsilon_by_dp_accounting(events: Iterable[PoissonSampledGaussian], delta: float, grid: float = 1e-3) -> float:
+    """Return the same as :func:`epsilon`, an upper bound, by dp-accounting's own PLD code: for audits.
+
+    grid: discretisation of the privacy loss; a finer one is tighter and slower.
+    Raises: ConfigError (delta).
+    """
+    _check_delta(delta)
+    merged = _merge(events)
+    return _by_dp_accounting(merged, delta, grid) if merged else 0.0
+
+
 def noise_multiplier(
     epsilon: float,
     delta: float,
@@ -237,15 +248,19 @@ def _pld(merged: _Merged, delta: float, grid: float) -> float:
 
 def _agree(merged: _Merged, delta: float) -> None:
     """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says."""
-    oracle = PLDAccountant(value_discretization_interval=_GRIDS[0])
-    for rate, noise, steps in merged:
-        oracle.compose(_dp_event(rate, noise), steps)
-    ours, theirs = _pld(merged, delta, _GRIDS[0]), float(oracle.get_epsilon(delta))
+    ours, theirs = _pld(merged, delta, _GRIDS[0]), _by_dp_accounting(merged, delta, _GRIDS[0])
     if abs(ours - theirs) > 1e-3 * theirs:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
         )
+
+
+def _by_dp_accounting(merged: _Merged, delta: float, grid: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=grid)
+    for rate, noise, steps in merged:
+        accountant.compose(_dp_event(rate, noise), steps)
+    return float(accountant.get_epsilon(delta))
 
 
 def _dp_event(rate: float, noise: float) -> dp_accounting.DpEvent:

@@ -6,6 +6,7 @@ Exit codes: 0 done (for `audit`: the claim holds), 1 an audit found the claim vi
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("choral: stopped; completed rounds are kept, --resume goes on from them", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except OSError as error:
         print(f"choral: {error}", file=sys.stderr)
         return 2

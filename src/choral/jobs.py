@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from choral.errors import ConfigError
+from choral.errors import ChoralError, ConfigError
 from choral.settings import Arm, Settings, to_json
 
 if TYPE_CHECKING:
@@ -247,7 +247,11 @@ def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
 
 
 def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> None:
-    _train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
+    try:
+        _train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
+    except ChoralError as error:
+        # Errors that take more than a message do not survive the way between processes; their text does.
+        raise ChoralError(f"{cell.label}: {error}", hint=error.hint) from None
 
 
 def _check(settings: Settings) -> None:

@@ -78,7 +78,8 @@ def test_a_run_that_keeps_its_promise_holds(folder: Path) -> None:
     report = audit(folder)
     assert (report.verdict, report.exit_code) == ("holds", 0)
     for row in report.budgets:
-        assert row.recomputed == row.claimed == epsilon([event(row.holder)] * 2, DELTA)
+        assert row.claimed == epsilon([event(row.holder)] * 2, DELTA)
+        assert row.recomputed == pytest.approx(row.claimed, rel=1e-6)  # another implementation
         assert (row.promised, row.delta, row.steps) == (PROMISED, DELTA, 20)
     assert [row.holder for row in report.budgets] == list(SIZES)
     assert report.traces[0].name == "accuracy"
@@ -107,7 +108,7 @@ def test_a_ledger_beyond_the_promise_violates(private: Callable[..., Run], tmp_p
 
 def test_a_claim_below_the_ledger_violates(private: Callable[..., Run], tmp_path: Path) -> None:
     spent = {name: cost(name) for name in SIZES}
-    spent["south"] = replace(spent["south"], epsilon=spent["south"].epsilon * (1 - 1e-6))
+    spent["south"] = replace(spent["south"], epsilon=spent["south"].epsilon * (1 - 1e-3))
     report = audit(_kept(private(spent=spent), tmp_path / "run"))
     assert [row.verdict for row in report.budgets] == ["holds", "violated", "holds"]
     assert report.verdict == "violated"
