@@ -63,8 +63,11 @@ class FixedPoint:
         """The largest error of a coordinate of the decoded weighted mean: step / 2."""
         return self.step / 2.0
 
-    def encode(self, update: torch.Tensor | npt.NDArray[Any], weight: int) -> Int64Array:
+    def encode(self, update: torch.Tensor | npt.NDArray[Any], weight: int) -> Int64Array | torch.Tensor:
         """Encode `update` (shape (d,), floating point) with its `weight` as int64 integers, shape (d + 1,).
+
+        A tensor on CUDA is encoded where it lives and comes back as a torch.int64 tensor there, so that masks can be
+        added before anything leaves the device.
 
         Raises: EncodingError if the update is not a float vector, holds NaN or infinity or a coordinate
         beyond `bound`, or if the weight is not an integer from 1 to `max_weight`.
@@ -76,19 +79,34 @@ class FixedPoint:
         if update.ndim != 1 or update.dtype.kind != "f":
             raise EncodingError(f"update has shape {update.shape} and type {update.dtype}, expected one float vector")
         values = update.astype(np.float64, copy=False)
-        largest = float(np.abs(values).max(initial=0.0))
-        if not largest <= self.bound:  # also NaN
-            what = "not finite" if not math.isfinite(largest) else f"{largest:.6g}"
-            raise EncodingError(
-                f"the largest coordinate is {what}, expected at most the bound {self.bound:.6g}",
-                hint="Lower the learning rate or clip the update; raise the bound only if the parties agree on it.",
-            )
+        self._check_range(float(np.abs(values).max(initial=0.0)))
         encoded = np.empty(len(values) + 1, dtype=np.int64)
         encoded[:-1] = np.rint(values / self.step)
         np.clip(encoded[:-1], -self._largest, self._largest, out=encoded[:-1])  # a rounding of the division at most
         encoded[:-1] *= int(weight)
         encoded[-1] = weight
         return encoded
+
+    def _encode_tensor(self, update: torch.Tensor, weight: int) -> torch.Tensor:
+        """The same integers, computed on the tensor's device."""
+        if update.ndim != 1 or not update.is_floating_point():
+            raise EncodingError(
+                f"update has shape {tuple(update.shape)} and type {update.dtype}, expected one float vector"
+            )
+        values = update.detach().to(torch.float64)
+        self._check_range(float(values.abs().max()) if len(values) else 0.0)
+        encoded = torch.empty(len(values) + 1, dtype=torch.int64, device=update.device)
+        encoded[:-1] = (values / self.step).round_().clamp_(-self._largest, self._largest).long() * weight
+        encoded[-1] = weight
+        return encoded
+
+    def _check_range(self, largest: float) -> None:
+        if not largest <= self.bound:  # also NaN
+            what = "not finite" if not math.isfinite(largest) else f"{largest:.6g}"
+            raise EncodingError(
+                f"the largest coordinate is {what}, expected at most the bound {self.bound:.6g}",
+                hint="Lower the learning rate or clip the update; raise the bound only if the parties agree on it.",
+            )
 
     def decode(self, total: Int64Array) -> tuple[torch.Tensor, int]:
         """Return the weighted mean, shape (d,), float64, and the total weight, of a sum of encodings, shape (d + 1,).

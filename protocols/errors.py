@@ -99,13 +99,18 @@ class LateVectorError(ProtocolError):
         self.blame = self.party = party
 
 
+_WAIT = "repeat the round when more parties are there, or set up the next session for more dropouts"
+
+
 class TooFewSurvivorsError(ProtocolError):
     """Fewer parties are left than the sum needs. What they had sent stays masked.
 
     survivors, needed: counts of parties. missing: the names of those that are gone, where they are known.
     """
 
-    def __init__(self, what: str, *, survivors: int, needed: int, missing: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self, what: str, *, survivors: int, needed: int, missing: Sequence[str] = (), hint: str = _WAIT
+    ) -> None:
         named = f" (missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''})" if missing else ""
         super().__init__(f"{what}: {survivors} of the {needed} parties needed are left{named}", hint=hint)
         self.survivors = survivors

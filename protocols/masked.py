@@ -6,7 +6,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
@@ -20,6 +20,9 @@ from choral.protocols.seam import IntVector, SumResult, SumSpec
 from choral.protocols.server import Opening, Session
 from choral.protocols.server_round import Uploading
 from choral.protocols.transcript import Signatures
+
+if TYPE_CHECKING:
+    import torch
 
 SECURITY_BITS = 128
 """Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
@@ -71,7 +74,10 @@ class Masked:
             raise SpecError(f"expected party names of at most {wire.MAX_NAME} characters, got {long[0][:20]!r}...")
         wanted = n // 2 + 1 if self.min_survivors is None else self.min_survivors
         if not 2 <= wanted <= n:
-            raise SpecError(f"expected 2 <= min_survivors <= {n} parties, got {wanted}")
+            raise SpecError(
+                f"expected 2 <= min_survivors <= {n} parties, got {wanted}",
+                hint="leave it out to have a majority of the parties",
+            )
         if chosen.corrupt + 2 > n - chosen.dropouts:
             raise SpecError(
                 f"{chosen.corrupt} corrupt and {chosen.dropouts} dropouts of {n} parties may leave one honest vector"
@@ -218,7 +224,7 @@ class MaskedRound:
         self._uploaded: dict[str, rounds.Uploaded] = {}
         self._finished = False
 
-    def submit(self, party: str, vector: IntVector) -> None:
+    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Mask the vector and add it to the server's sum.
 
         Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.integers import accumulator_dtype, lift, pack, unpack
 from choral.protocols.seam import IntVector, SumResult, SumSpec
 from choral.protocols.vectors import checked, is_tensor, words
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class PlainRound:
         self._bytes_up: dict[str, int] = {}
         self._finished = False
 
-    def submit(self, party: str, vector: IntVector) -> None:
+    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector."""
         check_submission(party, self._spec, self._bytes_up, finished=self._finished)
         values = checked(vector, self._spec.length, self._spec.bound)
@@ -69,12 +72,12 @@ class PlainRound:
         self._sum += unpack(packed, self._spec.length, self._spec.modulus_bits)
 
     def finish(self) -> SumResult:
-        """Raises: SpecError when nobody submitted; StateUsedError the second time."""
+        """Raises: TooFewSurvivorsError when nobody submitted; StateUsedError the second time."""
         if self._finished:
             raise StateUsedError("this round is finished")
         self._finished = True
         if not self._bytes_up:
-            raise SpecError("no party submitted a vector")
+            raise TooFewSurvivorsError("nobody sent a vector", survivors=0, needed=1, missing=self._spec.parties)
         return SumResult(
             total=lift(self._sum, self._spec.modulus_bits),
             survivors=tuple(party for party in self._spec.parties if party in self._bytes_up),

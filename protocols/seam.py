@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
+
+if TYPE_CHECKING:
+    import torch
 
 IntVector = NDArray[np.int64]
 
@@ -80,7 +83,7 @@ class SumResult:
 class SumRound(Protocol):
     """One round. ``submit`` each present party once, then ``finish`` once; nothing can be used twice."""
 
-    def submit(self, party: str, vector: IntVector) -> None:
+    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """vector: int64, shape (length,), every |value| <= bound: a numpy array, or a torch tensor on any device."""
         ...
 

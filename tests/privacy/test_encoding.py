@@ -99,3 +99,26 @@ def test_decode_refuses_a_sum_that_cannot_be() -> None:
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         FixedPoint(**{"bound": 1.0, "value_bits": 16, "max_weight": 10, **settings})  # type: ignore[arg-type]
+
+
+@given(values=st.lists(st.floats(-2.0, 2.0, width=32), max_size=20), weight=st.integers(1, 1000))
+def test_the_device_path_gives_the_same_integers(values: list[float], weight: int) -> None:
+    update = torch.tensor(values)
+    assert np.array_equal(CODER._encode_tensor(update, weight).numpy(), CODER.encode(update, weight))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.1])
+def test_the_device_path_refuses_the_same(bad: float) -> None:
+    with pytest.raises(EncodingError, match="largest coordinate"):
+        CODER._encode_tensor(torch.tensor([0.0, bad]), 1)
+    with pytest.raises(EncodingError, match="float vector"):
+        CODER._encode_tensor(torch.tensor([0, 1]), 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_updates_stay_on_the_device() -> None:
+    update = torch.linspace(-2, 2, 1001)
+    encoded = CODER.encode(update.cuda(), 7)
+    assert isinstance(encoded, torch.Tensor)
+    assert encoded.is_cuda
+    assert np.array_equal(encoded.cpu().numpy(), CODER.encode(update, 7))
