@@ -48,8 +48,9 @@ class Network:
         self.identities = {name: self.random[name](32) for name in self.names}
         self.directory = {name: ed25519_public(identity) for name, identity in self.identities.items()}
         self.signatures = Signatures()
-        self.policy = Policy(directory=self.directory, signatures=self.signatures, **(policy or {}))
         self.setup = make_setup(self.names, self.random["server"](16), **setup)
+        terms = {"corrupt": self.setup.corrupt, **(policy or {})}
+        self.policy = Policy(directory=self.directory, signatures=self.signatures, **terms)
         self.hooks: dict[tuple[str, str], Hook] = {}
         self.refused: dict[str, ProtocolError] = {}
         self.rejected: list[tuple[str, ProtocolError]] = []
