@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 SEEDS  ?= 3
+OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-all check benchmarks clean
 
 demo: $(VENV)/.demo
-	$(BIN)/choral compare examples/digits.toml --out runs/digits --seeds $(SEEDS) --resume
+	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -35,7 +35,6 @@ def main() -> None:
             with torch.no_grad():
                 accuracy = (model(images[test]).argmax(dim=1) == labels[test]).float().mean()
             print(f"epoch {epoch + 1:2d}: test accuracy {accuracy:.3f}")
-    print(privacy.spent())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -276,3 +281,39 @@ def test_errors_of_a_worker_reach_the_user(workers, config, tmp_path, capsys):
     error = capsys.readouterr().err
     assert re.search("needed|submitted", error)
     assert "Traceback" not in error
+
+
+def test_killed_workers_end_the_job_with_2(config, tmp_path, capsys):
+    (tmp_path / "task.py").write_text(TASK.format(body=_replace(evaluate="lambda m: __import__('os')._exit(9)")))
+    path = tmp_path / "dies.toml"
+    path.write_text(SMALL.replace("seeds = 2", f'seeds = 1\ntask = "{tmp_path / "task.py"}"'))
+    assert main(["compare", str(path), "--out", str(tmp_path / "out"), "--quiet", "--workers", "2"]) == 2
+    assert "a worker process died" in capsys.readouterr().err
+
+
+def _children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_the_command_and_the_rest_resumes(sign, config, tmp_path):
+    words = [sys.executable, "-m", "choral", "compare", config, "--out", str(tmp_path / "out"), "--workers", "2"]
+    slow = [*words, "--training.rounds", "60"]
+    process = subprocess.Popen(slow, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "out").glob("arms/*/*/model.safetensors")):
+        assert process.poll() is None, "it ended before it was stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = _children(process.pid)
+    assert workers
+    process.send_signal(sign)
+    assert process.wait(timeout=60) == (130 if sign == signal.SIGINT else -9)
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    done = subprocess.run([*slow, "--resume", "--quiet"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -18,17 +18,15 @@ def test_private_loop_adds_three_lines():
     plain, private = ((EXAMPLES / name).read_text().splitlines()[1:] for name in ("plain_loop.py", "private_loop.py"))
     changes = [line for line in difflib.ndiff(plain, private) if line[0] in "+-" and line[2:].strip()]
     assert all(line[0] == "+" for line in changes)
-    marked = [line for line in changes if "(+)" in line]
-    assert len(marked) == 3
-    assert [line for line in changes if line not in marked] == ["+     print(privacy.spent())"]
+    assert len(changes) == 3
+    assert all("(+)" in line for line in changes)
 
 
 def test_both_loops_learn(tmp_path):
     last = run(str(EXAMPLES / "plain_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
     assert float(last.split()[-1]) > 0.9
-    *_, accuracy, spent = run(str(EXAMPLES / "private_loop.py"), cwd=tmp_path).strip().splitlines()
-    assert float(accuracy.split()[-1]) > 0.7
-    assert spent.startswith("Spent(epsilon=2.9")
+    last = run(str(EXAMPLES / "private_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
+    assert float(last.split()[-1]) > 0.7
 
 
 def test_hospitals(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.errors import DataError
 from choral.privacy import Privacy
-from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, open_guards
+from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, nothing_left, open_guards
 from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
 from choral.trainers.record import Recorder
@@ -60,6 +60,8 @@ def centralize(
     info = describe("centralized", parties, examples, rounds, seed, on, privacy, config)
     with Recorder.open(out, info, resume=resume) as recorder:
         guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
+        if reason := nothing_left(guards, recorder):
+            return recorder.end(reason)
         start = initial_model(build, next(iter(parties.values())), seed)
         with seeded(seed, 0, POOLED):
             model, optimizer, loader = checked_build(build, whole)

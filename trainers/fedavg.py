@@ -14,4 +14,4 @@ import torch
 
 def server_step(weights: torch.Tensor, mean_update: torch.Tensor) -> torch.Tensor:
     """The next global weights from the weighted mean update, both of shape (d,)."""
-    return weights + mean_update.to(weights)
+    return weights + mean_update.to(weights.dtype).to(weights.device)

@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import FixedPoint, Guard, Ledger, Privacy
+from choral.privacy import FixedPoint, Guard, Ledger, LedgerError, Privacy
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumResult, SumSession, SumSpec
 from choral.trainers.fedavg import server_step
@@ -80,6 +80,8 @@ def federate(
     info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
     with Recorder.open(out, info, resume=resume) as recorder:
         guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
+        if reason := nothing_left(guards, recorder):
+            return recorder.end(reason)
         resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
         cap = 1 << max(examples.values()).bit_length()
@@ -95,7 +97,7 @@ def federate(
             present = _present(tuple(parties), dropout_rate, seed, number)
             result = _one_round(resident, session, coder, examples, present, weights, number)
             mean, _ = coder.decode(result.total)
-            weights = server_step(weights, mean.to(on))
+            weights = server_step(weights, mean)
             resident.layout.write(weights)
             seconds = time.perf_counter() - started
             spent = {name: guard.spent() for name, guard in guards.items()}
@@ -190,11 +192,11 @@ def _present(parties: tuple[str, ...], dropout_rate: float, seed: int, number: i
 
 def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
     if rounds < 1:
-        raise ConfigError(f"expected rounds >= 1, got {rounds}")
+        raise ConfigError(f"expected rounds >= 1, got {rounds}", hint="20 is a start")
     if seed < 0:
-        raise ConfigError(f"expected seed >= 0, got {seed}")
+        raise ConfigError(f"expected seed >= 0, got {seed}", hint="any whole number from 0")
     if not 0 <= dropout_rate < 1:
-        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}")
+        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
 
 
 def _settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
@@ -214,6 +216,11 @@ def open_guards(
     """One guard and one ledger per data holder; empty without privacy. Raises: what check_delta does; LedgerError."""
     if privacy is None:
         return {}
+    if privacy.ledger is not None:
+        raise ConfigError(
+            "Privacy(ledger=...) is one holder's file, but here every data holder has a ledger of its own",
+            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER",
+        )
     check_delta(privacy, examples)
     passes = max(rounds_left, 1) * privacy.epochs
     return {
@@ -225,6 +232,24 @@ def open_guards(
         )
         for name in examples
     }
+
+
+def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
+    """Why a resumed run cannot go on: a round that is repeated is paid for twice, which the last one may not afford.
+
+    Raises: LedgerError if a ledger holds less than the run has recorded.
+    """
+    for name, guard in guards.items():
+        spent, before = guard.spent(), recorder.spent.get(name)
+        if before and spent.steps < before.steps:
+            raise LedgerError(
+                f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
+                hint="put back the ledger file that belongs to this run",
+            )
+        # Guards plan to within 0.1 % of the budget; what is left below twice that pays for nothing.
+        if recorder.completed and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
+            return f"the budget of {name} is spent; ended after round {recorder.completed}"
+    return ""
 
 
 def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:

@@ -54,14 +54,14 @@ class Resident:
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
-        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}
 
     def update(self, party: str, weights: torch.Tensor, round_number: int) -> torch.Tensor:
         """Train on one party's data from ``weights``, shape (d,); return the change, float32, shape (d,).
 
         Raises: DivergedError naming the party if the weights become NaN or infinite; TaskError if ``fit`` changed
-        the model's shape or its buffers; whatever ``fit`` itself raises.
+        the model's shape, its buffers or its frozen parameters; whatever ``fit`` itself raises.
         """
         seat = self._seats.get(party) or self._take_seat(party)
         with seeded(self._seed, round_number, party):
@@ -74,7 +74,7 @@ class Resident:
                 self._training = model
             self._fit(model, optimizer, OnDevice.wrap(loader, self._device))
         self.layout.check(self.model, f"party {party!r} after fit")
-        self._check_buffers(party)
+        self._check_fixed(party)
         update = self.layout.read() - weights
         if not torch.isfinite(update).all():
             raise DivergedError(
@@ -97,13 +97,20 @@ class Resident:
         self._seats[party] = seat
         return seat
 
-    def _check_buffers(self, party: str) -> None:
-        for name, buffer in self.model.named_buffers():
-            if not torch.equal(buffer, self._buffers[name]):
+    def _check_fixed(self, party: str) -> None:
+        for name, tensor in _fixed(self.model):
+            if not torch.equal(tensor, self._fixed[name]):
                 raise TaskError(
-                    f"training at party {party!r} changed the buffer {name!r}, which is not part of the summed update",
-                    hint="make it a parameter, keep it constant, or use a layer without running statistics",
+                    f"training at party {party!r} changed {name!r}, which is not part of the summed update",
+                    hint="buffers and frozen parameters must stay as they are; make it a trainable parameter, or use a"
+                    " layer without running statistics",
                 )
+
+
+def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers and frozen parameters: what no party may change, since the next one would see it."""
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [*model.named_buffers(), *frozen]
 
 
 def initial_model(build: Build, dataset: Any, seed: int) -> nn.Module:

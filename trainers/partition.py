@@ -24,7 +24,8 @@ def dirichlet_split(
     """
     if parties < 1 or not alpha > 0 or min_records < 1:
         raise ConfigError(
-            f"expected parties >= 1, alpha > 0, min_records >= 1; got {parties}, {alpha:g} and {min_records}"
+            f"expected parties >= 1, alpha > 0, min_records >= 1; got {parties}, {alpha:g} and {min_records}",
+            hint="see [split] in examples/digits.toml",
         )
     random = default_rng(seed)
     for _ in range(_TRIES):

@@ -70,8 +70,9 @@ class Recorder:
         return self._history[-1].round if self._history else 0
 
     @property
-    def folder(self) -> Path | None:
-        return self._folder
+    def spent(self) -> Mapping[str, Spent]:
+        """The recorded cost per data holder; the ledgers are the truth."""
+        return self._info.spent
 
     @property
     def ledger_folder(self) -> Path | None:
@@ -87,10 +88,10 @@ class Recorder:
             info = msgspec.structs.replace(info, spent=self._info.spent)
         self._info = info
         if self._folder:
-            (self._folder / "ledger").mkdir(parents=True, exist_ok=True)
+            folders.write_info(self._folder, info)
+            (self._folder / "ledger").mkdir(exist_ok=True)
             lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self._history)
             folders.replace_file(self._folder / "history.jsonl", lines)
-            folders.write_info(self._folder, info)
 
     def restore(self, model: nn.Module, layout: Layout, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
         """Put the recorded weights, if there are any, into ``model``; return its weights, float32, shape (d,).
@@ -127,6 +128,14 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         if self._claim:
             self._claim.close()
+
+    def end(self, reason: str) -> Run:
+        """Close the run at its last complete round."""
+        if self.completed < self._info.rounds:
+            self._info = msgspec.structs.replace(self._info, ended=reason)
+            if self._folder:
+                folders.write_info(self._folder, self._info)
+        return self.run()
 
     def run(self) -> Run:
         return Run(info=self._info, history=tuple(self._history), state=self._state, folder=self._folder)

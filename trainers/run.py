@@ -32,6 +32,7 @@ from choral.privacy import Spent
 
 FORMAT_VERSION = 1
 _LOCK = ".lock"
+_SHARED_KEYS = {"title", "seeds", "device", "epsilons", "arms", "privacy", "seed"}  # of the job, or compared elsewhere
 _NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
 
 
@@ -68,6 +69,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
     config: the settings that the user typed, as they were typed.
+    ended: why the run was closed before its last round; empty otherwise.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -85,6 +87,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     raw_bytes: dict[str, int] = {}
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    ended: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.history) and self.history[-1].round >= self.info.rounds
+        return bool(self.history) and (self.history[-1].round >= self.info.rounds or bool(self.info.ended))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -208,25 +211,27 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no model.safetensors", hint="the run ended before its first round")
-    return _read_tensors(path)
+    tensors, metadata = _read_tensors(path)
+    return tensors, int(metadata["round"])
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            number = int((file.metadata() or {})["round"])
-            return {name: file.get_tensor(name) for name in file.keys()}, number  # noqa: SIM118 (not a dict)
+            metadata = dict(file.metadata() or {})
+            int(metadata["round"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from None
+        raise RunFolderError(f"{path} is damaged: {error}", hint="restore it, or run again in a new folder") from None
 
 
-def _weights(state: Mapping[str, torch.Tensor], round_number: int) -> bytes:
+def _weights(state: Mapping[str, torch.Tensor], round_number: int, **metadata: str) -> bytes:
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    return bytes(safetensors_bytes(copies, metadata={"round": str(round_number)}))
+    return bytes(safetensors_bytes(copies, metadata={"round": str(round_number), **metadata}))
 
 
 def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number: int) -> None:
-    """Tensors and numbers of the optimizer's state, as optimizer.ROUND.safetensors.
+    """Tensors and numbers of the optimizer's state and groups (learning rates), as optimizer.ROUND.safetensors.
 
     Named by round: it is written before model.safetensors, which makes the round complete.
     """
@@ -235,8 +240,12 @@ def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number
         for name, value in entries.items():
             if isinstance(value, torch.Tensor | int | float):
                 state[f"{index}.{name}"] = torch.as_tensor(value)
-    if state:
-        replace_file(folder / f"optimizer.{round_number}.safetensors", _weights(state, round_number))
+    settings = [
+        {name: value for name, value in group.items() if isinstance(value, bool | int | float | str)}
+        for group in optimizer.param_groups
+    ]
+    content = _weights(state, round_number, groups=json.dumps(settings))
+    replace_file(folder / f"optimizer.{round_number}.safetensors", content)
     for old in folder.glob("optimizer.*.safetensors"):
         if old.name not in {f"optimizer.{number}.safetensors" for number in (round_number, round_number - 1)}:
             old.unlink()
@@ -247,11 +256,14 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number:
     if not path.is_file():
         return
     state: dict[int, dict[str, torch.Tensor]] = {}
-    tensors, _ = _read_tensors(path)
+    tensors, metadata = _read_tensors(path)
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group, kept in zip(groups, json.loads(metadata["groups"]), strict=True):
+        group.update(kept)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def lock(folder: Path) -> BinaryIO:
@@ -275,29 +287,35 @@ def check_empty(folder: Path) -> None:
     """Refuse an output folder that holds anything: a run is never overwritten."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file", hint="name a folder")
-    if folder.is_dir() and any(item.name != _LOCK for item in folder.iterdir()):
+    if folder.is_dir() and any(item.name != _LOCK and item.suffix != ".tmp" for item in folder.iterdir()):
         held = "another run" if (folder / "run.json").exists() else "other files"
         raise RunFolderError(
             f"{folder} already holds {held}", hint="choose another --out, or continue that run with --resume"
         )
 
 
+_SAME = "use the same settings, or a new --out"
+
+
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
     _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy"))
+    for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
+        if old.config.get(key) != new.config.get(key):
+            raise ConfigError(
+                f"cannot resume: {key} was {old.config.get(key)}, now it is {new.config.get(key)}", hint=_SAME
+            )
 
 
 def check_complete(old: RunInfo, new: RunInfo) -> None:
     """The same for what is known only once the model is built."""
     _compare(old, new, ("parameters", "fixed_point"))
     if (old.secure_sum or {}).get("name") != (new.secure_sum or {}).get("name"):
-        raise ConfigError("cannot resume with another secure sum", hint="use the same settings, or a new --out")
+        raise ConfigError("cannot resume with another secure sum", hint=_SAME)
 
 
 def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...]) -> None:
     for field in fields:
         was, now = getattr(old, field), getattr(new, field)
         if was != now:
-            raise ConfigError(
-                f"cannot resume: {field} was {was}, now it is {now}", hint="use the same settings, or a new --out"
-            )
+            raise ConfigError(f"cannot resume: {field} was {was}, now it is {now}", hint=_SAME)

@@ -24,9 +24,9 @@ class Split:
 
     def __post_init__(self) -> None:
         if not 0 < self.test_fraction < 1:
-            raise ConfigError(f"expected 0 < split.test_fraction < 1, got {self.test_fraction:g}")
+            raise ConfigError(f"expected 0 < split.test_fraction < 1, got {self.test_fraction:g}", hint="e.g. 0.2")
         if self.parties < 1:
-            raise ConfigError(f"expected split.parties >= 1, got {self.parties}")
+            raise ConfigError(f"expected split.parties >= 1, got {self.parties}", hint="at least 2 to federate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("rounds", "local_epochs", "batch_size"):
             if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"expected training.{name} >= 1, got {value}")
+                raise ConfigError(f"expected training.{name} >= 1, got {value}", hint="whole numbers from 1")
         if not self.learning_rate > 0:
-            raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}")
+            raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}", hint="e.g. 0.1")
         if self.hidden < 0:
-            raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}")
+            raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import nn
 
 from choral.errors import ChoralError, ConfigError, DataError
+
+_LONGEST_NAME = 200
 
 Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
@@ -58,6 +61,11 @@ def checked_build(build: Build, dataset: Any) -> Built:
         raise TaskError(
             "the optimizer holds no trainable parameter of the model",
             hint="create the optimizer from the parameters of the model that build returns",
+        )
+    if not held <= {id(parameter) for parameter in model.parameters()}:
+        raise TaskError(
+            "the optimizer also holds parameters that are not the model's",
+            hint="what is trained must be part of the model that build returns",
         )
     _refuse_batch_norm(model)
     return model, optimizer, loader
@@ -110,7 +118,11 @@ def check_parties(parties: Mapping[str, Any], *, least: int, min_classes: int) -
     examples: dict[str, int] = {}
     for name, dataset in parties.items():
         if not name or not isinstance(name, str):
-            raise ConfigError(f"party names must be non-empty strings, got {name!r}")
+            raise ConfigError(f"party names must be non-empty strings, got {name!r}", hint="e.g. 'north'")
+        if not name.isprintable() or len(quote(name, safe="")) > _LONGEST_NAME:
+            raise ConfigError(
+                f"party name {name[:40]!r} is too long or not printable", hint="ledgers are files of that name"
+            )
         if not isinstance(dataset, Sized):
             raise DataError(f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset")
         examples[name] = len(dataset)

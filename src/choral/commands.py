@@ -65,8 +65,7 @@ class Train:
 def compare(words: list[str]) -> int:
     wanted = parse("compare", words, Compare, Compare(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
     settings = wanted.settings
-    total = sum(1 for _ in jobs.cells(settings)) * settings.training.rounds
-    with _progress(total, wanted.quiet) as tick:
+    with _progress(jobs.rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
         comparison = jobs.run_comparison(settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick)
     if not wanted.quiet:
         comparison.print()

@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
@@ -140,6 +142,12 @@ def train(
     )
 
 
+def _with_overrides(settings: Settings, arm: Arm) -> Settings:
+    """The settings with the arm's own batch size and learning rate. Raises: ConfigError if one is out of range."""
+    own = {name: value for name in ("batch_size", "learning_rate") if (value := getattr(arm, name)) is not None}
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **own))
+
+
 def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     from choral.protocols import Masked, Plain
 
@@ -161,6 +169,15 @@ def cells(settings: Settings) -> Iterator[Cell]:
                     yield Cell(name, seed, epsilon)
 
 
+def rounds_to_go(settings: Settings, out: Path) -> int:
+    """Rounds that the comparison has still to train, for the progress bar; round 0 is the initial model."""
+    done = 0
+    for cell in cells(settings):
+        history = cell.folder(out) / "history.jsonl"
+        done += max(history.read_bytes().count(b"\n") - 1, 0) if history.is_file() else 0
+    return max(sum(1 for _ in cells(settings)) * settings.training.rounds - done, 0)
+
+
 def run_comparison(
     settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick
 ) -> Comparison:
@@ -176,7 +193,7 @@ def run_comparison(
     _check(settings)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise ConfigError(f"expected workers >= 1, got {workers}")
+        raise ConfigError(f"expected workers >= 1, got {workers}", hint="leave it out for one per core")
     _open(settings, out, resume)
     todo = list(cells(settings))
     _train_all(settings, todo, out, resume, workers, tick)
@@ -217,9 +234,14 @@ def _train_all(settings: Settings, todo: list[Cell], out: Path, resume: bool, wo
                     tick(*ticks.get())
                 for future in done:
                     future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        except BrokenProcessPool:
+            raise ChoralError(
+                "a worker process died", hint="out of memory? use fewer --workers; --resume goes on from what is done"
+            ) from None
+        finally:
+            if running:  # on an error or Ctrl-C; a run's folder is consistent at any moment
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
 
 
 def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
@@ -244,6 +266,15 @@ def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
     _ticks = ticks
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its folder is always consistent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker must not outlive a killed command: it would hold its run's folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> None:
@@ -265,13 +296,15 @@ def _check(settings: Settings) -> None:
             "there is nothing to compare: no [arms.NAME] in the settings", hint="see examples/digits.toml"
         )
     if settings.seeds < 1:
-        raise ConfigError(f"expected seeds >= 1, got {settings.seeds}")
+        raise ConfigError(f"expected seeds >= 1, got {settings.seeds}", hint="3 to 5 give an interval")
     for epsilon in settings.epsilons:
         if not epsilon > 0:
-            raise ConfigError(f"expected epsilons > 0, got {epsilon:g}")
+            raise ConfigError(f"expected epsilons > 0, got {epsilon:g}", hint="e.g. epsilons = [1, 2, 4, 8]")
     private = [name for name, arm in settings.arms.items() if arm.private]
     if private and settings.privacy.epsilon is None:
         raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8")
+    for arm in settings.arms.values():
+        _with_overrides(settings, arm)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         examples = check_parties(load_task(settings, seed).parties, least=2, min_classes=settings.split.min_classes)
         if private and settings.privacy.epsilon is not None:

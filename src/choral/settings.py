@@ -98,14 +98,18 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}", hint="examples/digits.toml is one to start from") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        raise ConfigError(f"cannot read {path}: {error}", hint="CONFIG is a TOML file") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}", hint="examples/digits.toml is one to compare with"
+        ) from None
     _refuse_unknown(table, kind, str(path), "")
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_cause(error)}") from None
+        raise ConfigError(
+            f"{path}: {_cause(error)}", hint="`choral compare --help` lists every key with its type"
+        ) from None
 
 
 def to_json(settings: Any) -> dict[str, Any]:

@@ -207,6 +207,11 @@ def _stranger(dataset):
     return nn.Linear(5, 2), torch.optim.SGD(nn.Linear(5, 2).parameters(), lr=0.2), DataLoader(dataset)
 
 
+def _half_stranger(dataset):
+    model, other = nn.Linear(5, 2), nn.Linear(5, 2)
+    return model, torch.optim.SGD([*model.parameters(), other.weight], lr=0.2), DataLoader(dataset)
+
+
 def _by_size(dataset):
     model = nn.Linear(5, 2 if len(dataset) > 40 else 3)
     return model, torch.optim.SGD(model.parameters(), lr=0.2), DataLoader(dataset, batch_size=10)
@@ -234,6 +239,10 @@ def _huge_fit(model, optimizer, loader):
         (lambda p: {"build": _batch_norm}, ConfigError, "BatchNorm1d"),
         (lambda p: {"build": lambda d: nn.Linear(5, 2)}, TaskError, "expected a tuple"),
         (lambda p: {"build": _stranger}, TaskError, "no trainable parameter of the model"),
+        (lambda p: {"build": _half_stranger}, TaskError, "not the model's"),
+        (lambda p: {"parties": p | {"x" * 300: p["north"]}}, ConfigError, "too long"),
+        (lambda p: {"parties": p | {"\ud800": p["north"]}}, ConfigError, "not printable"),
+        (lambda p: {"privacy": Privacy(epsilon=1.0, delta=1e-3, ledger="x")}, ConfigError, "one holder's file"),
         (lambda p: {"build": _by_size}, TaskError, "differs from the first party's"),
         (lambda p: {"fit": _nan_fit}, DivergedError, "party 'north' diverged in round 1"),
         (lambda p: {"fit": _huge_fit}, EncodingError, "16"),
@@ -271,8 +280,25 @@ def test_changed_buffers_are_refused(job):
         model = Counting()
         return model, torch.optim.SGD(model.parameters(), lr=0.2), DataLoader(dataset, batch_size=10)
 
-    with pytest.raises(TaskError, match="buffer 'seen'"):
+    with pytest.raises(TaskError, match="changed 'seen'"):
         federate(**job(build=build))
+
+
+def test_changed_frozen_parameters_are_refused(job):
+    """The next party would see them: a way around the sum and around differential privacy."""
+
+    def build(dataset):
+        model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2))
+        model[0].requires_grad_(False)
+        return model, torch.optim.SGD(model[1].parameters(), lr=0.2), DataLoader(dataset, batch_size=10)
+
+    def fit(model, optimizer, loader):
+        job()["fit"](model, optimizer, loader)
+        with torch.no_grad():
+            model[0].weight[0] = next(iter(loader))[0].mean(0)
+
+    with pytest.raises(TaskError, match=r"party 'north' changed '0\.weight'"):
+        federate(**job(build=build, fit=fit))
 
 
 def test_frozen_parameters_stay(job):

@@ -87,6 +87,70 @@ def test_a_round_that_is_repeated_is_paid_for_again(job, tmp_path):
     assert [spent.steps for spent in resumed.info.spent.values()] == [7 * 6, 7 * 4, 6 * 3]
 
 
+def test_an_interruption_in_the_last_round_ends_the_run_at_the_round_before(job, tmp_path):
+    """The parties that had been charged cannot pay for the last round again: the run closes, and says why."""
+    calls, plain = iter(range(1000)), job()["fit"]
+
+    def fit(model, optimizer, loader):
+        plain(model, optimizer, loader)
+        if next(calls) == 7:
+            raise Stop
+
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(Stop):
+        federate(**job(rounds=3, fit=fit), privacy=privacy, out=tmp_path / "run")
+    resumed = federate(**job(rounds=3), privacy=privacy, out=tmp_path / "run", resume=True)
+    assert resumed.history[-1].round == 2
+    assert resumed.finished
+    assert "budget of north is spent; ended after round 2" in resumed.info.ended
+    assert Run.load(tmp_path / "run").finished
+    assert federate(**job(rounds=3), privacy=privacy, out=tmp_path / "run", resume=True).history == resumed.history
+
+
+def test_a_ledger_that_holds_less_than_the_run_is_refused(job, tmp_path):
+    from choral.privacy import LedgerError
+
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(Stop):
+        federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", on_round=interrupt(after=3))
+    (tmp_path / "run" / "ledger" / "south.jsonl").unlink()
+    with pytest.raises(LedgerError, match="ledger of 'south' holds 0 noisy steps"):
+        federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
+
+
+def test_changed_settings_are_refused_on_resume_and_run_json_stays(job, tmp_path):
+    federate(**job(), out=tmp_path / "run", config={"training": {"lr": 1}, "title": "a"})
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match="training was"):
+        federate(**job(), out=tmp_path / "run", config={"training": {"lr": 5}, "title": "a"}, resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    federate(**job(), out=tmp_path / "run", config={"training": {"lr": 1}, "title": "b"}, resume=True)
+
+
+def test_a_folder_killed_before_its_first_round_resumes(job, tmp_path):
+    (tmp_path / "run" / "ledger").mkdir(parents=True)
+    (tmp_path / "run" / "run.json.tmp").write_text("{")
+    with pytest.raises(RunFolderError):
+        federate(**job(), out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "ledger").rmdir()
+    assert federate(**job(), out=tmp_path / "run", resume=True).finished
+
+
+def test_a_learning_rate_that_fit_lowers_is_kept_on_resume(job, tmp_path):
+    plain = job()["fit"]
+
+    def fit(model, optimizer, loader):
+        plain(model, optimizer, loader)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+
+    whole = centralize(**job(rounds=4, fit=fit))
+    with pytest.raises(Stop):
+        centralize(**job(rounds=4, fit=fit), out=tmp_path / "run", on_round=interrupt(after=2))
+    resumed = centralize(**job(rounds=4, fit=fit), out=tmp_path / "run", resume=True)
+    assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+
+
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
