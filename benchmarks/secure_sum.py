@@ -89,7 +89,7 @@ def open_session(setup: wire.Setup, *, shared: bool) -> tuple[Any, dict[str, Any
     opening = Opening(setup, directory, common)
     states = {}
     for name, identity in identities.items():
-        policy = Policy(directory=directory, signatures=common if shared else Signatures())
+        policy = Policy(directory=directory, corrupt=setup.corrupt, signatures=common if shared else Signatures())
         states[name], raw = steps.join(
             opening.invitation, name=name, identity=identity, policy=policy, randomness=secrets.token_bytes
         )

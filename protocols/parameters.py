@@ -181,7 +181,6 @@ def _complete(n: int, corrupt: int, dropouts: int, server: Server) -> Parameters
 
 
 def _count(value: float | int, n: int, what: str) -> int:
-    """An int as it is; a fraction of n rounded up, with a little slack so that 0.07 x 100 is 7 and not 8."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SpecError(f"expected {what} as a count (int) or a fraction (float), got {type(value).__name__}")
     if isinstance(value, float):
@@ -189,10 +188,14 @@ def _count(value: float | int, n: int, what: str) -> int:
             raise SpecError(
                 f"expected {what} as a fraction in [0, 1), got {value}", hint="a number of parties is an int"
             )
-        return math.ceil(value * n - 1e-9)
-    if not 0 <= value < n:
+    elif not 0 <= value < n:
         raise SpecError(f"expected {what} from 0 to {n - 1}, got {value}")
-    return value
+    return counted(value, n)
+
+
+def counted(value: float | int, n: int) -> int:
+    """An int as it is; a fraction of ``n`` rounded up, with a little slack so that 0.07 x 100 is 7 and not 8."""
+    return value if isinstance(value, int) else math.ceil(value * n - 1e-9)
 
 
 def _log_disconnected(n: int, k: int, bad: int) -> float:

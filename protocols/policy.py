@@ -9,6 +9,7 @@ from typing import Literal
 
 from choral.protocols.errors import PolicyError, SpecError
 from choral.protocols.messages import Setup
+from choral.protocols.parameters import counted
 from choral.protocols.transcript import Signatures
 
 SECURITY_BITS = 40
@@ -20,10 +21,14 @@ class Policy:
     """One party's own terms. The server's word counts for none of them.
 
     directory: Ed25519 public keys by party name, pinned: obtained from elsewhere than this server, and no two alike.
-    minimum_cohort: fewest vectors that a sum with this party's in it may have; at least 2.
-    minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2.
-    corrupt: how many parties may collude with the server, as this party sees it: a setup that assumes fewer is refused,
-        and so is a sparse graph on which that many could surround anyone with probability above 2^-40.
+    corrupt: how many parties may collude with the server, as this party sees it: a count (int, 0 for none) or a
+        fraction of the roster (float in [0, 1), rounded up). It has no default, for the threshold, the smallest sum
+        and the neighbours that are safe all follow from it: a setup that assumes fewer colluders is refused, and so is
+        one whose threshold, smallest sum or graph does not withstand them (:func:`check_setup`).
+    minimum_cohort: fewest vectors that a sum with this party's in it may have; at least 2. Beyond corrupt + 2, which
+        is always demanded.
+    minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2. Beyond what
+        ``corrupt`` demands.
     maximum_modulus_bits, maximum_bound, maximum_length: of the vector.
     server: "malicious" refuses a setup that protects against a semi-honest server only.
 
@@ -31,9 +36,9 @@ class Policy:
     """
 
     directory: Mapping[str, bytes]
+    corrupt: int | float
     minimum_cohort: int = 2
     minimum_threshold: int = 2
-    corrupt: int = 0
     maximum_modulus_bits: int = 64
     maximum_bound: int = 2**62
     maximum_length: int = 2**31
@@ -43,6 +48,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.minimum_cohort < 2 or self.minimum_threshold < 2:
             raise SpecError("expected a minimum cohort and threshold of at least 2: one party's sum is its own value")
+        whole, fraction = isinstance(self.corrupt, int) and self.corrupt >= 0, isinstance(self.corrupt, float)
+        if isinstance(self.corrupt, bool) or not (whole or (fraction and 0 <= self.corrupt < 1)):
+            raise SpecError(f"expected corrupt as a count (int) or a fraction in [0, 1) (float), got {self.corrupt!r}")
         if any(len(key) != 32 for key in self.directory.values()):
             raise SpecError("expected Ed25519 public keys of 32 bytes")
         if len(set(self.directory.values())) != len(self.directory):
@@ -58,7 +66,7 @@ class Policy:
             raise PolicyError(f"the roster does not have {name!r}, the party that was asked to join")
         _at_least("smallest sum", setup.min_survivors, self.minimum_cohort)
         _at_least("threshold", setup.threshold, self.minimum_threshold)
-        _at_least("number of corrupt parties", setup.corrupt, self.corrupt)
+        _at_least("number of corrupt parties", setup.corrupt, counted(self.corrupt, len(setup.roster)))
         _at_most("modulus bits", setup.modulus_bits, self.maximum_modulus_bits)
         _at_most("bound", setup.bound, self.maximum_bound)
         _at_most("length", setup.length, self.maximum_length)

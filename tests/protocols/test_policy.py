@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from choral.protocols import Masked, SumSpec
+from choral.protocols import Masked, SumSpec, transcript
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
-from choral.protocols.errors import MessageError, PolicyError, SpecError
-from choral.protocols.keys import ed25519_public
+from choral.protocols.errors import MessageError, PolicyError, SpecError, TooFewSurvivorsError
+from choral.protocols.integers import lift, unpack
+from choral.protocols.keys import ed25519_public, x25519_shared
 from choral.protocols.policy import Policy, check_setup
+from choral.protocols.shamir import Combiner
+from choral.protocols.stream import expand
 
 Make = Callable[..., Any]
 
@@ -40,7 +44,7 @@ def test_a_sybil_in_the_roster_and_in_the_directory(network: Make) -> None:
     with pytest.raises(PolicyError, match="'sybil', whose key is not pinned"):
         join(net, roster=("p0", "p1", "p2", "sybil"))
     with pytest.raises(SpecError, match="the same key"):
-        Policy(directory={**net.directory, "sybil": net.directory["p1"]})
+        Policy(directory={**net.directory, "sybil": net.directory["p1"]}, corrupt=0)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +116,12 @@ def test_a_policy_that_protects_nobody(network: Make) -> None:
     directory = network(3).directory
     for weak in ({"minimum_cohort": 1}, {"minimum_threshold": 1}):
         with pytest.raises(SpecError, match="at least 2"):
-            Policy(directory=directory, **weak)
+            Policy(directory=directory, corrupt=0, **weak)
+    for corrupt in (-1, -0.1, 1.0, 2.5, float("nan"), True):
+        with pytest.raises(SpecError, match="a count"):
+            Policy(directory=directory, corrupt=corrupt)
     with pytest.raises(SpecError, match="32 bytes"):
-        Policy(directory={**directory, "p9": b"short"})
+        Policy(directory={**directory, "p9": b"short"}, corrupt=0)
 
 
 def test_a_cohort_below_the_minimum(network: Make) -> None:
@@ -122,3 +129,83 @@ def test_a_cohort_below_the_minimum(network: Make) -> None:
     with pytest.raises(PolicyError, match="smallest sum of at least 6"):
         join(net)
     join(net, min_survivors=6)
+
+
+def reveals_of(net: Any, states: dict[str, Any], view: list[int], colluders: set[int]) -> dict[int, Any]:
+    """Show ``view`` as the survivors to its honest members, the colluders signing it too: what the honest reveal."""
+    session = net.session.terms.session
+    bitmap = wire.to_bitmap(view, len(net.names))
+    raw = wire.encode(wire.Survivors(session[:16], 1, bitmap))
+    signatures, confirmed = {}, {}
+    for party in view:
+        name = f"p{party}"
+        if party in colluders:
+            signed = transcript.confirm(session, 1, party, bitmap)
+            signatures[party] = transcript.sign(net.identities[name], signed)
+        else:
+            confirmed[party], confirm = states[name].confirm(raw)
+            signatures[party] = wire.to_server(confirm, sender=name, limit=999).signature
+    answers = {}
+    for party, state in confirmed.items():
+        entries = tuple(wire.Confirmation(peer, signatures[peer]) for peer in view if peer != party)
+        answer = state.unmask(wire.encode(wire.Confirmations(session[:16], 1, entries)))
+        answers[party] = wire.to_server(answer, sender=f"p{party}", limit=99999)
+    return answers
+
+
+def read_p0(net: Any, colluders: set[int], first: list[int], second: list[int]) -> Any:
+    """The server and its colluders show one half of the honest parties that p0 survived, the other that it dropped.
+
+    With t shares of p0's seed and t of its mask key they take every mask off its vector, which is returned.
+    """
+    vectors = {name: [100 + place, 2, 3] for place, name in enumerate(net.names)}
+    _, states = net.round(vectors, until="upload")
+    # The colluders' states are their own: they may open them.
+    held = {party: states[f"p{party}"]._content[0].held[0] for party in colluders}
+    seeds, keys = ({p + 1: getattr(held[p], kind) for p in colluders} for kind in ("seed_share", "key_share"))
+    for party, answer in reveals_of(net, states, sorted({*first, *colluders}), colluders).items():
+        seeds[party + 1] = next(entry.share for entry in answer.seeds if entry.party == 0)
+    for party, answer in reveals_of(net, states, sorted({*second, *colluders}), colluders).items():
+        keys[party + 1] = next(entry.share for entry in answer.keys if entry.party == 0)
+    sent = {(stage, name): raw for way, stage, name, raw in net.sent if way == "up"}
+    threshold, bits, session = net.setup.threshold, net.setup.modulus_bits, net.session.terms.session
+
+    def combined(shares: dict[int, bytes]) -> bytes:
+        chosen = sorted(shares)[:threshold]
+        return Combiner(chosen, threshold).combine([shares[index] for index in chosen])
+
+    upload = wire.to_server(sent["upload", "p0"], sender="p0", limit=99999)
+    seed, key = combined(seeds), combined(keys)
+    vector = unpack(upload.vector, net.setup.length, bits)
+    vector -= expand(seed, net.setup.length, vector.dtype)
+    for peer in range(1, len(net.names)):
+        mask = wire.to_server(sent["advertise", f"p{peer}"], sender=f"p{peer}", limit=999).mask
+        pair = transcript.pair_seed(x25519_shared(key, mask), session, 1, 0, peer)
+        vector += expand(pair, net.setup.length, vector.dtype)
+    return lift(vector, bits).tolist()
+
+
+def test_a_server_that_assumes_fewer_colluders_than_the_party_is_refused(network: Make) -> None:
+    """Seven parties, one colluder, t = 4: the server that set it up for none reads p0's vector to the last digit."""
+    assert read_p0(network(7).open(), {6}, [0, 1, 2], [3, 4, 5]) == [100, 2, 3]
+    with pytest.raises(TypeError, match="corrupt"):
+        Policy(directory=network(7).directory)  # type: ignore[call-arg]
+    for corrupt in (1, 0.1, 0.01):
+        with pytest.raises(PolicyError, match="corrupt parties of at least 1, the setup says 0"):
+            join(network(7, policy={"corrupt": corrupt}))
+    with pytest.raises(PolicyError, match="2t > 7 \\+ 1"):  # naming the colluder and keeping the threshold is no better
+        join(network(7, corrupt=1, policy={"corrupt": 0.1}), threshold=4)
+    join(network(7, corrupt=1, policy={"corrupt": 0.1}))
+
+
+def test_colluders_up_to_the_stated_number_cannot_have_both_shares_and_one_more_can(network: Make) -> None:
+    """n = 7, corrupt = 2, t = 5: two colluders fail however the five honest parties are split, three succeed."""
+    for size in range(1, 5):
+        for others in combinations(range(1, 5), size - 1):
+            first = [0, *others]
+            second = [party for party in range(5) if party not in first]
+            net = network(7, corrupt=2).open()
+            assert net.setup.threshold == 5
+            with pytest.raises(TooFewSurvivorsError):
+                read_p0(net, {5, 6}, first, second)
+    assert read_p0(network(7, corrupt=2).open(), {4, 5, 6}, [0, 1], [2, 3]) == [100, 2, 3]
