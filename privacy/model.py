@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import prepare_layer
-from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
+from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN, RNNLinear
 from opacus.validators import ModuleValidator
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from choral.privacy import mixing
 from choral.privacy.errors import UnsupportedModelError
 
 _wrapped: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PerSampleModel]] = weakref.WeakKeyDictionary()
@@ -27,8 +29,15 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module) -> None:
         self.checked = False  # per-sample gradients against autograd, by the optimizer at the first step
-        self._unmixed = False
+        self.unmixed = False  # records are treated one by one: found out in the first forward of two or more
+        self.drawn: int | None = None  # records in the batch that awaits its step
+        self.averages: dict[nn.Parameter, torch.Tensor] = {}  # autograd's gradients, until `checked`
+        self._seen: list[torch.Tensor] | None = (
+            None  # what goes into and out of trainable layers, while they are looked at
+        )
+        self._guards: list[RemovableHandle] = []
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
+        self._guards += [self._guard(p) for p in model.parameters() if p.is_floating_point()]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,6 +73,35 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             self.autograd_grad_sample_hooks.append(module.register_forward_hook(self.capture_activations_hook))
         self.enable_hooks()
 
+    @property
+    def guarded(self) -> bool:
+        """Whether raw gradients are kept out of `p.grad`: until the wrapper is removed."""
+        return bool(self._guards)
+
+    def remove_hooks(self) -> None:
+        """Remove everything that wrapping attached to the model."""
+        super().remove_hooks()
+        while self._guards:
+            self._guards.pop().remove()
+        self.averages.clear()
+
+    def _guard(self, p: nn.Parameter) -> RemovableHandle:
+        frozen = not p.requires_grad  # it may be unfrozen later
+        p.requires_grad_(True)
+        handle: RemovableHandle = p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            self._take_gradient
+        )
+        p.requires_grad_(not frozen)
+        return handle
+
+    def _take_gradient(self, p: nn.Parameter) -> None:
+        """Take the raw gradient out of `p.grad`, where any optimizer would find it."""
+        if not self.guarded:
+            return
+        if not self.checked and p.grad is not None:
+            self.averages[p] = self.averages[p] + p.grad if p in self.averages else p.grad
+        p.grad = None
+
     def capture_activations_hook(self, module: nn.Module, forward_input: Any, forward_output: Any) -> None:
         """Keep the layer's input and ask for the gradient of its output."""
         recorded = len(getattr(module, "activations", ()))
@@ -80,6 +118,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
                 f"layer {self.name_of(module)} ({type(module).__name__}) does not return one tensor",
                 hint="Let each layer with parameters return one tensor, batch dimension first.",
             )
+        if self._seen is not None and not isinstance(module, RNNLinear):  # those sort and drop records as they end
+            self._seen += [t for t in (*forward_input, forward_output) if isinstance(t, torch.Tensor)]
         if forward_output.requires_grad:
             forward_output.register_hook(  # type: ignore[no-untyped-call]
                 partial(self._capture_gradient, module)
@@ -93,40 +133,31 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         return next((name for name, layer in self._module.named_modules() if layer is module and name), "(the model)")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's model; once, on a batch of four or more, check that it treats records one by one."""
-        if not self._unmixed and self.training and torch.is_grad_enabled():
-            self._refuse_mixing(args, kwargs)
-        return self._module(*args, **kwargs)
+        """Run the user's model; once, on a batch of two or more, check that it treats records one by one."""
+        if self.unmixed or not self.training or not torch.is_grad_enabled():
+            return self._module(*args, **kwargs)
+        rows = mixing.rows_of((args, kwargs), self.drawn)
+        if rows < 2:
+            return self._module(*args, **kwargs)
+        mixing.refuse_by_value(self._module, args, kwargs, rows)
+        inputs: list[torch.Tensor] = []
 
-    def _refuse_mixing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compare the outputs of half a batch with those of the whole one, in eval mode."""
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 0]
-        if not tensors or len(tensors[0]) < 4 or any(len(t) != len(tensors[0]) for t in tensors):
-            return
-        half = len(tensors[0]) // 2
+        def watched(t: torch.Tensor) -> torch.Tensor:
+            if not t.is_floating_point():
+                return t
+            inputs.append(t if t.requires_grad else t.detach().requires_grad_())
+            return inputs[-1].clone()  # which the model may change in place
 
-        def first_half(value: Any) -> Any:
-            return value[:half] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-
-        modes = {module: module.training for module in self._module.modules()}
-        self._module.eval()
+        args, kwargs = mixing.changed((args, kwargs), watched)
+        self._seen = []
         try:
-            with torch.no_grad():
-                whole, again = self._module(*args, **kwargs), self._module(*args, **kwargs)
-                part = self._module(*map(first_half, args), **{k: first_half(v) for k, v in kwargs.items()})
+            output = self._module(*args, **kwargs)
+            self.disable_hooks()  # these gradients are for the check alone
+            self.unmixed = mixing.refuse_by_gradient(output, self._seen, inputs, rows)
         finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if not isinstance(whole, torch.Tensor) or len(whole) != len(tensors[0]) or not torch.equal(whole, again):
-            self._unmixed = True  # nothing to compare: no rows, or random even in eval mode
-            return
-        if len(part) != half or not torch.allclose(part, whole[:half], rtol=1e-2, atol=1e-4, equal_nan=True):
-            raise UnsupportedModelError(
-                "the model's output for a record depends on the other records of the batch, so no record has a "
-                "gradient of its own",
-                hint="Normalise and attend within a record only, never over the batch dimension.",
-            )
-        self._unmixed = True
+            self._seen = None
+            self.enable_hooks()
+        return output
 
     def forget(self) -> None:
         """Drop raw gradients and half-finished backward passes, so that each batch starts clean."""
@@ -134,11 +165,12 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
         for p in self._module.parameters():
+            p.grad = None
             if p.requires_grad:
-                p.grad = None
                 p.grad_sample = None
                 p._forward_counter = 0
                 p.__dict__.pop("_current_grad_sample", None)
+        self.averages.clear()
 
 
 def with_per_sample_gradients(model: nn.Module) -> PerSampleModel:
@@ -199,6 +231,11 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"layer {name} is a {kind} with running statistics, which would be published without noise",
                 hint="Set track_running_stats=False.",
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} with sparse gradients; noise makes every gradient dense",
+                hint="Set sparse=False.",
             )
         validator = ModuleValidator.VALIDATORS.get(type(layer))
         for error in validator(layer) if validator else ():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.model import PerSampleModel
@@ -16,6 +20,9 @@ from choral.privacy.noise import Source, grid_gaussian, noise_grid
 # Norms are computed in float32; clipping this much below them keeps their rounding inside the sensitivity.
 _MARGIN = 1e-4
 _COLUMNS = 1 << 13
+
+_stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
+_guards: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -49,11 +56,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = source
         self._drawn: int | None = None
         self._buffers: dict[str, torch.Tensor] = {}
+        if (old := _guards.pop(optimizer, None)) is not None:
+            old.remove()
+        _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
 
     def expect(self, drawn: int) -> None:
         """Prepare for the step of a batch of `drawn` records."""
         self._model.forget()
-        self._drawn = drawn
+        self._drawn = self._model.drawn = drawn
         if not self._model.checked:
             self._buffers = {name: b.detach().clone() for name, b in self._model._module.named_buffers()}
 
@@ -73,21 +83,39 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             )
         samples = [self._per_sample(p, drawn) for p in self.params]
         clip = self._clip_factors(samples)  # first: NaN would pass the comparison
+        if drawn > 1 and not self._model.unmixed:
+            raise UnsupportedModelError(
+                "it was not seen whether the model treats the records of a batch one by one",
+                hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, not of its parts.",
+            )
         if not self._model.checked:
             self._check_first(samples)
         sums = [_weighted_sum(clip.to(g.device), g) for g in samples]
         del samples
         self._model.forget()  # what is not private does not outlive the step
         self._release(sums)
-        return self.original_optimizer.step()
+        return self._apply()
 
     def step_empty(self) -> None:
         """Make the step of a batch without records: noise alone."""
         self._model.forget()
         self._drawn = None
         self._release([torch.zeros(p.numel()) for p in self.params])
-        self.original_optimizer.step()
+        self._apply()
         self._model.forget()
+
+    def _apply(self) -> Any:
+        """Let the user's optimizer use what was released, and nothing else."""
+        released = {id(p) for p in self.params}
+        for group in self.original_optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in released:
+                    p.grad = None
+        token = _stepping.set(self.original_optimizer)
+        try:
+            return self.original_optimizer.step()
+        finally:
+            _stepping.reset(token)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -121,9 +149,12 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def _check_first(self, samples: list[torch.Tensor]) -> None:
         """Compare the per-sample gradients of every parameter with autograd; refuse buffers that follow the data."""
         for p, g in zip(self.params, samples, strict=True):
-            if p.grad is None:
-                continue
-            expected = p.grad.reshape(-1).to(g.dtype)
+            if p not in self._model.averages:
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)} received no gradient from autograd to compare with",
+                    hint="Call loss.backward() on a loss of the wrapped model's own parameters.",
+                )
+            expected = self._model.averages[p].reshape(-1).to(g.dtype)
             scale = torch.linalg.vector_norm(g, dim=1).mean()
             difference = torch.linalg.vector_norm(g.mean(0) - expected)
             if difference > 1e-3 * scale + 1e-7:
@@ -168,6 +199,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def _name(self, p: torch.Tensor) -> str:
         return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")
+
+
+def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *_: Any) -> None:
+    wrapped = model()
+    if wrapped is not None and wrapped.guarded and _stepping.get() is not optimizer:
+        raise PrivacyError(
+            "the original optimizer was stepped, whose gradients have no noise",
+            hint="Step the optimizer that wrap() returned; choral.privacy.unwrap(model) ends private training.",
+        )
 
 
 def _weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -146,6 +147,141 @@ def test_layer_that_mixes_records_is_refused() -> None:
     model = Apply(lambda m, x: m.head(x - x.mean(0)), head=nn.Linear(6, 2))
     with pytest.raises(UnsupportedModelError, match="depends on the other records"):
         one_step(model, torch.randn(4, 6))
+
+
+def centred_in_training(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(x - x.mean(0) if m.training else x)
+
+
+def with_random_depth(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Random in a way that torch's generator does not repeat."""
+    h = torch.tanh(m.body(x)) * random.random()
+    return m.head(h - h.mean(0))
+
+
+def cumulative(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(torch.cumsum(x, 0))  # record i depends on those before it alone
+
+
+def of_detached_statistics(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(x / x.detach().abs().amax(0))  # no gradient passes
+
+
+def of_a_neighbour(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(x + 0.1 * x[torch.arange(len(x)) ^ 1] if len(x) % 2 == 0 else x)  # within pairs
+
+
+def attends_over_the_batch(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.body(x)
+    return m.head(torch.softmax(h @ h.T, -1) @ h)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 40])
+@pytest.mark.parametrize("answer", ["tensor", "dict", "tuple"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        centred_in_training,
+        with_random_depth,
+        cumulative,
+        of_detached_statistics,
+        of_a_neighbour,
+        attends_over_the_batch,
+    ],
+)
+def test_mixing_is_found_in_training_mode(forward: Any, dropout: float, answer: str, rows: int) -> None:
+    """Whatever the answer looks like, with dropout, and from two records on."""
+    if forward is of_a_neighbour and rows == 3:
+        return
+    model = Apply(
+        lambda m, x: {"tensor": lambda y: y, "dict": lambda y: {"logits": y}, "tuple": lambda y: (y, None)}[answer](
+            m.drop(forward(m, x))
+        ),
+        body=nn.Linear(6, 6),
+        head=nn.Linear(6, 40),
+        drop=nn.Dropout(dropout),
+    )
+    private = with_per_sample_gradients(model)
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        private(torch.rand(rows, 6, generator=torch.Generator().manual_seed(3)) + 0.1)
+    assert not private.unmixed
+
+
+def test_mixing_of_tokens_is_found() -> None:
+    model = Apply(lambda m, t: m.head(m.embed(t) - m.embed(t).mean(0)), embed=nn.Embedding(5, 6), head=nn.Linear(6, 5))
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        one_step(model, tokens)
+
+
+def test_mixing_before_a_head_that_is_still_zero_is_found() -> None:
+    model = Apply(lambda m, x: m.head(m.body(x) - m.body(x).mean(0)), body=nn.Linear(6, 6), head=nn.Linear(6, 2))
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        one_step(model, torch.randn(4, 6))
+
+
+def test_models_that_answer_in_mappings_and_sequences_pass() -> None:
+    for wrap in (lambda y: {"logits": y, "size": 3}, lambda y: (y, [y, None]), lambda y: y.flatten(0, 1)):
+        model = Apply(
+            lambda m, t, wrap=wrap: wrap(m.drop(m.head(m.embed(t)))),
+            embed=nn.Embedding(5, 6),
+            head=nn.Linear(6, 5),
+            drop=nn.Dropout(0.5),
+        )
+        private = with_per_sample_gradients(model)
+        private(tokens)
+        assert private.unmixed
+
+
+def test_a_model_that_returns_its_loss_alone_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="one row for each of the 4 records") as caught:
+        one_step(Apply(lambda m, x: m.head(x).square().mean(), head=nn.Linear(6, 2)), torch.randn(4, 6), lambda y: y)
+    assert "outside the model" in caught.value.hint
+
+
+def test_a_batch_of_one_record_postpones_the_check() -> None:
+    model = Apply(centred_in_training, head=nn.Linear(6, 2))
+    one_step(model, torch.randn(1, 6))
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        one_step(model, torch.randn(2, 6))
+
+
+def test_a_model_whose_forward_was_not_called_is_refused(problem: Any) -> None:
+    """The wrapper's forward is what finds mixing; the plain model and its layers are not looked at."""
+    plain = problem.model()
+    private = with_per_sample_gradients(plain)
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD(plain.parameters(), lr=0.1),
+        private,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+        source=os_stream,
+    )
+    optimizer.expect(4)
+    plain(problem.x[:4]).square().mean(1).mean().backward()
+    with pytest.raises(UnsupportedModelError, match="it was not seen whether"):
+        optimizer.step()
+
+
+def test_the_mixing_check_leaves_gradients_and_random_numbers_alone() -> None:
+    def gradients(unmixed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(6, 2))
+        private = with_per_sample_gradients(model)
+        private.unmixed = unmixed
+        private(torch.randn(5, 6)).square().mean(1).mean().backward()
+        return [p.grad_sample for p in model.parameters()]  # type: ignore[misc]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 6, sparse=True), nn.EmbeddingBag(5, 6, sparse=True)])
+def test_sparse_gradients_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="sparse gradients") as caught:
+        with_per_sample_gradients(nn.Sequential(layer))
+    assert "sparse=False" in caught.value.hint
 
 
 def test_parameter_used_outside_its_layer_is_named() -> None:

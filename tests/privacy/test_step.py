@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError
+from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError, unwrap
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import os_stream
 from choral.privacy.step import PrivateOptimizer
@@ -154,6 +154,69 @@ def test_raw_gradients_of_parameters_outside_the_optimizer_are_dropped(problem: 
     optimizer.step()
     assert plain[0].weight.grad is None
     assert plain[2].weight.grad is not None
+
+
+def test_the_original_optimizer_cannot_step(problem: Any) -> None:
+    plain = problem.model()
+    original = torch.optim.SGD(plain.parameters(), lr=1.0)
+    model, optimizer, loader = Privacy(epsilon=5.0, delta=1e-3).wrap(plain, original, problem.loader())
+    before = [p.detach().clone() for p in plain.parameters()]
+    x, y = next(iter(loader))
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match="original optimizer") as caught:
+        original.step()
+    assert "wrap()" in caught.value.hint
+    assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
+    optimizer.step()
+    with pytest.raises(PrivacyError, match="original optimizer"):
+        original.step()
+    unwrap(model)
+    nn.functional.cross_entropy(plain(x), y).backward()
+    assert plain[0].weight.grad is not None
+    original.step()
+
+
+def test_no_raw_gradient_is_left_for_another_optimizer(problem: Any) -> None:
+    plain = problem.model()
+    model, optimizer = optimizer_of(plain, clip=1.0)
+    other = torch.optim.SGD(plain.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in plain.parameters()]
+    for _ in range(2):  # the first step keeps autograd's gradients for its check: not there either
+        optimizer.expect(4)
+        nn.functional.cross_entropy(model(problem.x[:4]), problem.y[:4]).backward()
+        assert all(p.grad is None for p in plain.parameters())
+        other.step()
+        assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
+        optimizer.original_optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        assert not model.averages
+
+
+@pytest.mark.parametrize("when", ["frozen before the step", "frozen while wrapped"])
+def test_freezing_does_not_let_a_raw_gradient_through(problem: Any, when: str) -> None:
+    plain = problem.model()
+    plain[0].requires_grad_(when == "frozen before the step")
+    model, optimizer = optimizer_of(plain, clip=1.0)
+    plain[0].requires_grad_(True)
+    before = plain[0].weight.detach().clone()
+    optimizer.expect(4)
+    nn.functional.cross_entropy(model(problem.x[:4]), problem.y[:4]).backward()
+    assert plain[0].weight.grad is None
+    plain[0].requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(plain[0].weight, before)
+
+
+def test_a_gradient_put_into_a_frozen_parameter_is_not_applied(problem: Any) -> None:
+    plain = problem.model()
+    model, optimizer = optimizer_of(plain, clip=1.0)
+    before = plain[0].weight.detach().clone()
+    optimizer.expect(4)
+    nn.functional.cross_entropy(model(problem.x[:4]), problem.y[:4]).backward()
+    plain[0].requires_grad_(False)
+    plain[0].weight.grad = torch.ones_like(plain[0].weight)
+    optimizer.step()
+    assert torch.equal(plain[0].weight, before)
 
 
 def test_closure_is_refused(problem: Any) -> None:

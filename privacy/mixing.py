@@ -1,0 +1,167 @@
+"""Does a model treat the records of a batch one by one? Found out on a real batch, in the mode it trains in.
+
+If a record's output depends on other records, then so does its gradient, and clipping no longer bounds what one
+record changes. Two tests look for such a dependence, for several splits of the batch into kept and other records
+(up to 16 records every pair of them is split; above, four random splits, each way round):
+
+- by value: with the other records replaced by copies of kept ones, and torch's random numbers the same, the
+  outputs of the kept ones must not change. Sees what no gradient passes through. Left out if the outputs differ
+  even for the same input.
+- by gradient: the model's outputs, and what goes into and out of each trainable layer, of the kept records must have
+  no gradient in the other records' rows of float inputs and of those layers. Needs no repetition, and sees
+  through dropout.
+
+Both see the dependence that there is on this batch, not one that starts later.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from choral.privacy.errors import UnsupportedModelError
+
+_SPLITS = 4
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors with a first dimension in `value`: a tensor, or nested mappings, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim > 0:
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
+        for part in value:
+            yield from tensors(part)
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return `value` with `change` applied to each of its :func:`tensors`."""
+    if isinstance(value, torch.Tensor):
+        return change(value) if value.ndim > 0 else value
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, part in value.items():
+            result[key] = changed(part, change)
+        return result
+    if isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
+        parts = [changed(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def rows_of(inputs: Any, drawn: int | None) -> int:
+    """Return the number of records in a model's `inputs`: `drawn` if an input has as many rows, else the first's rows.
+
+    Raises: UnsupportedModelError (no tensor among the inputs, and nothing was drawn).
+    """
+    lengths = [len(t) for t in tensors(inputs)]
+    if drawn is not None and (drawn in lengths or not lengths):
+        return drawn
+    if not lengths:
+        raise UnsupportedModelError(
+            "the model's inputs hold no tensor with one row per record",
+            hint="Pass the batch as tensors, in lists, tuples or mappings if need be.",
+        )
+    return lengths[0]
+
+
+def refuse_by_value(forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
+    """Run `forward` with other records in place of some; raise UnsupportedModelError if the rest notice."""
+    devices = sorted({t.device.index for t in tensors((args, kwargs)) if t.device.type == "cuda"})
+
+    def outputs(take: torch.Tensor) -> list[torch.Tensor]:
+        def picked(t: torch.Tensor) -> torch.Tensor:
+            return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
+
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            return _by_record(forward(*changed(args, picked), **changed(kwargs, picked)), rows)
+
+    as_it_is = torch.arange(rows)
+    whole, again = outputs(as_it_is), outputs(as_it_is)
+    if len(whole) != len(again) or not all(map(_close, whole, again)):
+        return
+    for kept in _splits(rows):
+        (mine,) = torch.nonzero(kept, as_tuple=True)
+        take = as_it_is.clone()
+        take[~kept] = mine[torch.arange(rows - len(mine)) % len(mine)]
+        other = outputs(take)
+        if len(other) != len(whole) or not all(
+            _close(a[kept.to(a.device)], b[kept.to(b.device)]) for a, b in zip(whole, other, strict=True)
+        ):
+            raise _mixes()
+
+
+def refuse_by_gradient(output: Any, layers: list[torch.Tensor], inputs: list[torch.Tensor], rows: int) -> bool:
+    """Raise UnsupportedModelError if a record's output has a gradient in another record's row.
+
+    output: what the forward pass returned. layers: what went into and out of trainable layers in it. inputs: its
+    float inputs, all part of the graph, which is kept. Returns False if this batch holds NaN and so proves nothing.
+    Raises it, too, if nothing in `output` has one row per record.
+    """
+    layers = [t for t in layers if len(t) == rows and t.requires_grad]
+    sources = [*(t for t in inputs if len(t) == rows), *layers]
+    results = _by_record(output, rows)
+    targets = [t for t in (*results, *(t.reshape(rows, -1) for t in layers)) if t.requires_grad]
+    if not results or not targets or not sources:
+        raise UnsupportedModelError(
+            f"nothing in the model's output has one row for each of the {rows} records, so it cannot be checked that "
+            "it treats them one by one",
+            hint="Return a tensor, batch dimension first, and compute the loss from it outside the model.",
+        )
+    if any(bool(t.isnan().any()) for t in targets):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in targets]
+    for kept in _splits(rows):
+        mine = [kept.to(t.device) for t in targets]
+        ends, starts = (
+            [t[m] for t, m in zip(targets, mine, strict=True)],
+            [w[m] for w, m in zip(weights, mine, strict=True)],
+        )
+        gradients = torch.autograd.grad(ends, sources, starts, retain_graph=True, allow_unused=True)
+        for gradient in (g.detach().reshape(rows, -1) for g in gradients if g is not None):
+            size = torch.nan_to_num(gradient.abs(), nan=0.0, posinf=0.0)
+            if bool(size[~kept.to(size.device)].max() > 1e-6 * size.max()):
+                raise _mixes()
+    return True
+
+
+def _splits(rows: int) -> Iterator[torch.Tensor]:
+    """Yield which of `rows` records to keep, each split both ways round."""
+    ranks = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    for bit in range(min(_SPLITS, (rows - 1).bit_length())):
+        kept = (ranks >> bit) & 1 == 1
+        yield kept
+        yield ~kept
+
+
+def _by_record(output: Any, rows: int) -> list[torch.Tensor]:
+    """Return the float tensors of `output` with one row per record, or failing that a fixed number, as (rows, -1)."""
+    floats = [t for t in tensors(output) if t.is_floating_point() and t.numel() > 0]
+    found = [t for t in floats if len(t) == rows] or [t for t in floats if len(t) % rows == 0]
+    return [t.reshape(rows, -1) for t in found]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    relative = 1e-4 if a.dtype in (torch.float32, torch.float64) else 1e-2
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=relative, atol=relative * scale, equal_nan=True)
+
+
+def _mixes() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the model's output for a record depends on the other records of the batch, so no record has a gradient of "
+        "its own",
+        hint="Normalise, attend and mix within a record only, never over the batch, which is the first dimension of "
+        "all inputs and outputs.",
+    )
