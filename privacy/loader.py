@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sized
 from fractions import Fraction
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, default_collate
 
+from choral.privacy.collation import refuse_mixing
 from choral.privacy.errors import UnsupportedLoaderError
 from choral.privacy.noise import Source, poisson_sample
+
+_CHECKED_BATCHES = 4  # of each loader and worker
 
 
 class PoissonSampler(Sampler[list[int]]):
@@ -27,12 +30,20 @@ class PoissonSampler(Sampler[list[int]]):
 
 
 class _Collate:
-    """The user's collate function, with the number of records beside the batch and nothing for an empty one."""
+    """The user's collate function, with the number of records beside the batch and nothing for an empty one.
+
+    The first batches are also put together with copies of some records in the place of others, under the same random
+    numbers: if a kept record's rows change, collating mixes records (Mixup, CutMix, normalisation over the batch).
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
+        self.unchecked = 0 if collate is default_collate else _CHECKED_BATCHES
 
     def __call__(self, records: list[Any]) -> tuple[int, Any]:
+        if self.unchecked and len(records) > 1:
+            self.unchecked -= 1
+            refuse_mixing(self.collate, records)
         return len(records), (self.collate(records) if records else None)
 
 
@@ -104,5 +115,6 @@ def refuse_unsupported(loader: Any) -> None:
         raise UnsupportedLoaderError(
             f"the loader's sampler is a {type(sampler).__name__}; Poisson sampling, at one rate for all records, "
             "would silently replace it",
-            hint="Use shuffle=True, and weight the loss if classes are uneven.",
+            hint="Use shuffle=True. If classes are uneven, multiply the losses of reduction='none' by public weights "
+            "and take .mean(); cross_entropy(weight=...) divides by the batch's weights, which breaks the guarantee.",
         )

@@ -17,8 +17,10 @@ from choral.privacy.errors import BudgetExceededError, PrivacyError, Unsupported
 from choral.privacy.model import PerSampleModel
 from choral.privacy.noise import Source, grid_gaussian, noise_grid
 
-# Norms are computed in float32; clipping this much below them keeps their rounding inside the sensitivity.
+# Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
+# 2^-24 * _BLOCK / 2 of the norm, inside the sensitivity.
 _MARGIN = 1e-4
+_BLOCK = 1 << 10
 _COLUMNS = 1 << 13
 
 _stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
@@ -90,7 +92,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             )
         if not self._model.checked:
             self._check_first(samples)
-        sums = [_weighted_sum(clip.to(g.device), g) for g in samples]
+        sums = [_weighted_sum(clip, g) for g in samples]
         del samples
         self._model.forget()  # what is not private does not outlive the step
         self._release(sums)
@@ -174,9 +176,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._model.checked = True
 
     def _clip_factors(self, samples: list[torch.Tensor]) -> torch.Tensor:
-        """Return each record's factor min(1, C / norm), shape (batch,); refuse gradients that are not finite."""
-        device = samples[0].device
-        per_parameter = torch.stack([torch.linalg.vector_norm(g, dim=1).to(device) for g in samples])
+        """Return each record's factor min(1, C / norm), shape (batch,), float64; refuse gradients not finite."""
+        device = samples[0].device if samples[0].device.type in ("cpu", "cuda") else torch.device("cpu")
+        per_parameter = torch.stack([_norms(g).to(device) for g in samples])
         norms = torch.linalg.vector_norm(per_parameter, dim=0)
         if not bool(torch.isfinite(norms).all()):
             bad = next((i for i, n in enumerate(per_parameter) if not bool(torch.isfinite(n).all())), 0)
@@ -210,6 +212,23 @@ def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *
         )
 
 
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row, shape (rows,), float64.
+
+    torch adds the squares of a row one after the other in the row's own precision: for 4 million equal float32
+    columns its norm is 0.2 % too small, and the clipped row longer than C. Short blocks lose next to nothing.
+    """
+    count, columns = rows.shape
+    whole = columns // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, _BLOCK), dim=2)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    parts = torch.cat([blocks, rest], dim=1)
+    if parts.device.type not in ("cpu", "cuda"):  # no float64 there
+        parts = parts.cpu()
+    norms: torch.Tensor = torch.linalg.vector_norm(parts.double(), dim=1)
+    return norms
+
+
 def _weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return weights @ rows, shape (columns,), in float64.
 
@@ -218,8 +237,8 @@ def _weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     time keep the wider copy small.
     """
     if rows.device.type not in ("cpu", "cuda"):  # no float64 there
-        weights, rows = weights.cpu(), rows.cpu()
-    weights = weights.double()
+        rows = rows.cpu()
+    weights = weights.to(rows.device, torch.float64)
     total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], _COLUMNS):
         part = slice(start, start + _COLUMNS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,6 +22,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from choral.privacy import BudgetExceededError, Privacy, UnsupportedLoaderError
@@ -74,6 +78,95 @@ def test_workers_collate_and_structure_are_kept(workers: int) -> None:
 
 def _as_dict(records: list[Any]) -> dict[str, Any]:
     return {"x": torch.stack([r[0] for r in records]), "y": [int(r[1]) for r in records]}
+
+
+def _mixup(records: list[Any]) -> Any:
+    x, y = default_collate(records)
+    share, partner = random.random(), torch.randperm(len(x))
+    return share * x + (1 - share) * x[partner], y
+
+
+def _cutmix_in_numpy(records: list[Any]) -> Any:
+    batch = _as_dict(records)
+    batch["x"] = 0.5 * batch["x"] + 0.5 * batch["x"][np.random.permutation(len(batch["x"]))]
+    return batch
+
+
+def _normalised(records: list[Any]) -> Any:
+    x, y = default_collate(records)
+    return {"inputs": [x - x.mean(0), y]}
+
+
+def _neighbours(records: list[Any]) -> Any:
+    x, y = default_collate(records)
+    return x.clone().add_(x.flip(0)), y
+
+
+def _mixed_list(records: list[Any]) -> Any:
+    return [r[0] + records[0][0] for r in records], [int(r[1]) for r in records]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("collate", [_mixup, _cutmix_in_numpy, _normalised, _neighbours, _mixed_list])
+def test_collate_functions_that_mix_records_are_refused(collate: Any, workers: int) -> None:
+    if workers and collate is not _mixup:
+        return
+    loader, _ = private(DataLoader(DATA, batch_size=1, collate_fn=collate, num_workers=workers), Fraction(1, 2), 8)
+    with pytest.raises(UnsupportedLoaderError, match="depend on the other records"):
+        list(loader)
+
+
+def _padded(records: list[Any]) -> Any:
+    """As for text: popped labels, padding to the longest, on the left or on the right."""
+    rows = [r[0].expand(1 + int(r[1]) % 7) for r in records]
+    left = pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
+    return {"ids": pad_sequence(rows, batch_first=True, padding_value=-1.0), "left": left, "n": [len(r) for r in rows]}
+
+
+def _popping(records: list[dict[str, Any]]) -> Any:
+    labels = [r.pop("label") for r in records]
+    return {**default_collate(records), "labels": torch.tensor(labels)}
+
+
+def _noisy(records: list[Any]) -> Any:
+    """Random augmentation of each record by itself, in one go."""
+    x, y = default_collate(records)
+    return x + torch.randn_like(x) + torch.from_numpy(np.random.randn(len(x), 1)), y, random.random()
+
+
+@pytest.mark.parametrize("collate", [_padded, _noisy, _as_dict, lambda records: records])
+def test_collate_functions_that_do_not_mix_are_kept(collate: Any) -> None:
+    loader, _ = private(DataLoader(DATA, batch_size=1, collate_fn=collate), Fraction(1, 2), 8)
+    assert len(list(loader)) == 8
+
+
+def test_records_are_not_used_up_by_the_check_of_the_collate_function() -> None:
+    records = [{"label": i, "x": torch.ones(2) * i} for i in range(20)]
+    loader, _ = private(DataLoader(records, batch_size=1, collate_fn=_popping), Fraction(1, 2), 1)  # type: ignore[arg-type]
+    (batch,) = loader
+    assert batch["labels"].tolist() == batch["x"][:, 0].tolist()
+
+
+def test_the_hint_for_uneven_classes_keeps_the_guarantee() -> None:
+    """A weighted mean divides by the batch's weights, so that one record changes the others' gradients."""
+    with pytest.raises(UnsupportedLoaderError) as caught:
+        refuse_unsupported(DataLoader(DATA, batch_size=10, sampler=WeightedRandomSampler([1.0] * 100, 128)))
+    assert "reduction='none'" in caught.value.hint
+    weights, scores, labels = torch.tensor([1.0, 20.0]), torch.zeros(3, 2), torch.tensor([0, 0, 1])
+
+    def first_records_gradient(loss: Any, rows: int) -> torch.Tensor:
+        leaf = scores[:rows].clone().requires_grad_()
+        loss(leaf, labels[:rows]).backward()
+        return leaf.grad[0] * rows  # type: ignore[index]
+
+    def refused(s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(s, y, weight=weights)
+
+    def hinted(s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.cross_entropy(s, y, reduction="none") * weights[y]).mean()
+
+    torch.testing.assert_close(first_records_gradient(hinted, 2), first_records_gradient(hinted, 3))
+    assert not torch.allclose(first_records_gradient(refused, 2), first_records_gradient(refused, 3))
 
 
 class Stream(IterableDataset[int]):

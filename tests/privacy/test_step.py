@@ -82,6 +82,16 @@ def test_sensitivity_is_the_clipping_norm(problem: Any, clip: float) -> None:
     assert 0.99 * clip < max(moved) <= clip * (1 + 2**-9)
 
 
+@pytest.mark.parametrize("columns", [1, 1000, 1024, 5000, 1 << 22])
+def test_long_rows_are_clipped_to_the_clipping_norm(columns: int) -> None:
+    """Float32 norms of long rows are too small: 0.2 % at 4 million equal columns, more than any margin."""
+    _, optimizer = optimizer_of(nn.Linear(2, 1), clip=1.0)
+    rows = torch.full((2, columns), 0.1 + 3.0 / math.sqrt(columns))
+    clip = optimizer._clip_factors([rows[:, : columns // 3], rows[:, columns // 3 :]])
+    for i in range(2):
+        assert 0.999 < float(clip[i]) * float(rows[i].double().norm()) <= 1.0
+
+
 def test_noise_has_the_standard_deviation_that_is_accounted_for(problem: Any) -> None:
     model, optimizer = optimizer_of(problem.model(), clip=0.5, source=os_stream, noise=1.7, expected=4, lr=0.0)
     draws = []
