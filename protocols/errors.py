@@ -12,6 +12,7 @@
 | PolicyError | the server, or whoever set it up: its terms are weaker than this party accepts |
 | LateVectorError | nobody but time: the vector came after its owner was declared dropped |
 | TooFewSurvivorsError | nobody, or all who are missing |
+| DisputedSharesError | the dealer that it names, or those who accuse it |
 """
 
 from __future__ import annotations
@@ -116,3 +117,19 @@ class TooFewSurvivorsError(ProtocolError):
         self.survivors = survivors
         self.needed = needed
         self.missing = tuple(missing)
+
+
+class DisputedSharesError(TooFewSurvivorsError):
+    """Too few hold a share of a party's secret, for some say that what it dealt them does not open. One side lies."""
+
+    def __init__(self, dealer: str, accusers: Sequence[str], *, survivors: int, needed: int) -> None:
+        who = ", ".join(accusers)
+        super().__init__(
+            f"too few hold a share of {dealer}'s secret: {who} say that what it dealt them does not open",
+            survivors=survivors,
+            needed=needed,
+            hint="one side of the dispute lies: open the next session without one of them, or without both",
+        )
+        self.dealer = dealer
+        self.accusers = tuple(accusers)
+        self.blame = f"{dealer} or {who}"

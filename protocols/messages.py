@@ -11,24 +11,25 @@ Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, se
 
 | message | way | size |
 |---|---|---|
-| Setup | down | ENVELOPE + 64 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
-| Hello | up | ENVELOPE + 134 |
-| Hellos | down | ENVELOPE + 135 n |
+| Setup | down | ENVELOPE + 1091 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
+| Hello | up | ENVELOPE + 100 |
+| Hellos | down | ENVELOPE + 101 n |
 | Reveal | up | ENVELOPE + 34 |
 | Reveals | down | ENVELOPE + 34 n |
-| Advertise | up | ENVELOPE + 101 |
-| Roster | down | ENVELOPE + 106 m |
+| Advertise | up | ENVELOPE + 135 |
+| Roster | down | ENVELOPE + 140 m |
 | Shares | up | ENVELOPE + 68 + 158 m |
 | Deliveries | down | ENVELOPE + 158 m |
 | Upload | up | ENVELOPE + ceil(b d / 8) |
 | Survivors | down | ENVELOPE + ceil(n / 8) |
-| Confirm | up | ENVELOPE + 66 |
+| Confirm | up | ENVELOPE + 66 + 5 m (m: packets that did not open) |
 | Confirmations | down | ENVELOPE + 72 m |
-| Unmask | up | ENVELOPE + 109 + 41 m |
+| Unmask | up | ENVELOPE + 143 + 41 m |
 
 n: parties; b: modulus bits; d: length; m: entries in the message's list, at most k (k + 1 in Unmask on a complete
 graph, where a party also reveals its own share; at most t in Confirmations). So a round whose keys rode on the one
-before costs a party at most ceil(b d / 8) + 199 k + 540 bytes up and 264 k + 72 t + n / 8 + 256 down.
+before costs a party at most ceil(b d / 8) + 199 k + 574 bytes up and 298 k + 72 t + n / 8 + 256 down,
+and 5 bytes up more for each packet that does not open.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ VERSION = 1
 ENVELOPE = 64
 MAX_PARTIES = 1 << 20
 MAX_NAME = 255
+MAX_VECTOR_BYTES = 2**32 - 1
+"""Of one packed vector: what one byte string of msgpack can be."""
 
 Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
 RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
@@ -70,6 +73,9 @@ class Setup(Message, frozen=True):
     roster: the parties' names. length: coordinates. bound: largest |value| of one party, weights included.
     neighbours, threshold: k and t. min_survivors: fewer vectors than this are never summed.
     corrupt, dropouts: how many parties of the roster may collude with the server, and may vanish, as k and t assume.
+    security_bits, correctness_bits: what a sparse graph achieves at least, statistically; every party computes it again
+        from the other numbers. A complete graph achieves any.
+    encoding: how values became integers (scale, clipping, weight cap), as text, so that all parties use the same.
     """
 
     session: SessionId
@@ -83,6 +89,9 @@ class Setup(Message, frozen=True):
     corrupt: Index
     dropouts: Index
     server: Literal["semi-honest", "malicious"]
+    security_bits: Annotated[int, Meta(ge=1, le=128)] = 40
+    correctness_bits: Annotated[int, Meta(ge=1, le=128)] = 20
+    encoding: Annotated[str, Meta(max_length=MAX_NAME)] = ""
 
     @property
     def complete(self) -> bool:
@@ -96,10 +105,9 @@ class Setup(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """A party accepts the setup: its transport key and its commitment to a nonce, signed."""
+    """A party accepts the setup: its commitment to a nonce, signed."""
 
     session: SessionId
-    transport: Bytes32
     commitment: Bytes32
     signature: Signature
 
@@ -112,7 +120,6 @@ class Hellos(Message, frozen=True):
 
 
 class HelloEntry(Entry, frozen=True):
-    transport: Bytes32
     commitment: Bytes32
     signature: Signature
 
@@ -132,17 +139,19 @@ class Reveals(Message, frozen=True):
 
 
 class Advertise(Message, frozen=True):
-    """A party's fresh public mask key for one round, signed."""
+    """A party's two fresh X25519 public keys for one round, signed: for masks, and for the packets of shares."""
 
     session: SessionId
     round: RoundNumber
     mask: Bytes32
+    transport: Bytes32
     signature: Signature
 
 
 class RosterEntry(Entry, frozen=True):
     party: Index
     mask: Bytes32
+    transport: Bytes32
     signature: Signature
 
 
@@ -204,11 +213,15 @@ class Survivors(Message, frozen=True):
 
 
 class Confirm(Message, frozen=True):
-    """A survivor's signature on the set of survivors."""
+    """A survivor's signature on the set of survivors.
+
+    unopened: the neighbours, ascending, whose packets did not open, so that this party holds no share of theirs.
+    """
 
     session: SessionId
     round: RoundNumber
     signature: Signature
+    unopened: Annotated[tuple[Index, ...], Meta(max_length=MAX_PARTIES)]
 
 
 class Confirmation(Entry, frozen=True):
@@ -236,6 +249,7 @@ class Following(Entry, frozen=True):
 
     round: RoundNumber
     mask: Bytes32
+    transport: Bytes32
     signature: Signature
 
 
@@ -249,16 +263,17 @@ class Unmask(Message, frozen=True):
     following: Following | None
 
 
-_FIXED = {Setup: 64, Hello: 134, Reveal: 34, Advertise: 101, Shares: 68, Confirm: 66, Unmask: 109}
+_FIXED = {Setup: 1091, Hello: 100, Reveal: 34, Advertise: 135, Shares: 68, Confirm: 66, Unmask: 143}
 _EACH = {
     Setup: 1025,
-    Hellos: 135,
+    Hellos: 101,
     Reveals: 34,
-    Roster: 106,
+    Roster: 140,
     Shares: 158,
     Deliveries: 158,
     Upload: 1,
     Survivors: 1,
+    Confirm: 5,
     Confirmations: 72,
     Unmask: 41,
 }
@@ -277,8 +292,10 @@ def limit(kind: type[Message], entries: int = 0) -> int:
 
 def to_bitmap(parties: Iterable[int], n: int) -> bytes:
     """The set of party numbers below ``n``, as in Survivors: ceil(n / 8) bytes."""
-    bits = sum(1 << party for party in set(parties))
-    return bits.to_bytes(-(-n // 8), "little")
+    bitmap = bytearray(-(-n // 8))
+    for party in parties:
+        bitmap[party // 8] |= 1 << party % 8
+    return bytes(bitmap)
 
 
 def from_bitmap(bitmap: bytes, n: int) -> frozenset[int] | None:

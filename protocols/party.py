@@ -33,9 +33,9 @@ from choral.protocols import transcript
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.graph import neighbours_of
 from choral.protocols.keys import ed25519_public, x25519_public
-from choral.protocols.party_round import Advertised, Keys, Membership, Randomness, agree, expect
+from choral.protocols.party_round import Advertised, Keys, Membership, Randomness, expect
 from choral.protocols.policy import Policy
-from choral.protocols.states import Once
+from choral.protocols.states import Current, Once
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +47,6 @@ class _Own:
     index: int
     identity: bytes
     policy: Policy
-    transport: bytes
     nonce: bytes
 
 
@@ -64,11 +63,11 @@ def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
     digest = transcript.setup_digest(setup)
     index = message.roster.index(name)
-    transport, nonce = randomness(32), randomness(32)
-    own = _Own(message, digest, index, identity, policy, transport, nonce)
-    public, commitment = x25519_public(transport), transcript.commitment(digest, index, nonce)
-    signature = transcript.sign(identity, transcript.hello(digest, index, public, commitment))
-    return Joining(own), wire.encode(wire.Hello(message.session, public, commitment, signature))
+    nonce = randomness(32)
+    own = _Own(message, digest, index, identity, policy, nonce)
+    commitment = transcript.commitment(digest, index, nonce)
+    signature = transcript.sign(identity, transcript.hello(digest, index, commitment))
+    return Joining(own), wire.encode(wire.Hello(message.session, commitment, signature))
 
 
 class Joining(Once[_Own]):
@@ -86,12 +85,11 @@ class Joining(Once[_Own]):
             raise FaultyServerError("the Hellos are of another session")
         if len(message.hellos) != n:
             raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
-        mine = message.hellos[own.index]
         expected = transcript.commitment(own.setup_digest, own.index, own.nonce)
-        if mine.transport != x25519_public(own.transport) or mine.commitment != expected:
+        if message.hellos[own.index].commitment != expected:
             raise FaultyServerError("it shows another Hello of this party than it sent")
         for party, (name, entry) in enumerate(zip(own.setup.roster, message.hellos, strict=True)):
-            signed = transcript.hello(own.setup_digest, party, entry.transport, entry.commitment)
+            signed = transcript.hello(own.setup_digest, party, entry.commitment)
             if not own.policy.signatures.valid(own.policy.directory[name], signed, entry.signature):
                 raise FaultyServerError(f"the Hello of {name} is not signed by {name}'s pinned identity")
         return Revealing((own, message)), wire.encode(wire.Reveal(own.setup.session, own.nonce))
@@ -103,8 +101,7 @@ class Revealing(Once[tuple[_Own, wire.Hellos]]):
     def enter(self, reveals: bytes) -> Member:
         """Fix the session and derive this party's neighbours.
 
-        Raises: FaultyServerError when a nonce is not the one committed to; FaultyPartyError for a transport key of
-        small order, which only its signer can have made.
+        Raises: FaultyPartyOrServerError when a nonce is not the one committed to; FaultyServerError.
         """
         own, hellos = self._take()
         n = len(own.setup.roster)
@@ -118,16 +115,10 @@ class Revealing(Once[tuple[_Own, wire.Hellos]]):
                 name = own.setup.roster[party]
                 raise FaultyPartyOrServerError(name, "the nonce is not the one that its Hello committed to")
         session = transcript.session_digest(
-            own.setup_digest,
-            [entry.transport for entry in hellos.hellos],
-            [entry.commitment for entry in hellos.hellos],
-            message.nonces,
+            own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
         )
         around = neighbours_of(own.index, n, own.setup.neighbours, transcript.graph_seed(session))
-        channels = {
-            party: agree(own.transport, hellos.hellos[party].transport, own.setup.roster[party]) for party in around
-        }
-        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, channels)
+        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, Current())
         return Member((membership, 0))
 
 
@@ -135,15 +126,17 @@ class Member(Once[tuple[Membership, int]]):
     """In a session, between rounds. The number is of the last round that this party took part in."""
 
     def advertise(self, number: int, *, randomness: Randomness) -> tuple[Member, Advertised, bytes]:
-        """Begin round ``number`` with a fresh mask key.
+        """Begin round ``number`` with a fresh mask key and a fresh transport key.
 
-        Raises: FaultyServerError when that round is not after the last: a round is never run twice.
+        Raises: FaultyServerError when that round is not after the last: a round is never run twice. That does not
+        spend the state: a party is not out of the session because the server asked for a wrong round once.
         """
-        member, last = self._take()
-        if not last < number < 1 << 32:
-            raise FaultyServerError(f"asked for round {number} after round {last}")
-        mask = randomness(32)
-        public = x25519_public(mask)
-        signature = transcript.sign(member.identity, transcript.advertise(member.session, number, member.index, public))
-        message = wire.Advertise(member.id, number, public, signature)
-        return Member((member, number)), Advertised(Keys(member, number, mask)), wire.encode(message)
+        for _, last in tuple(self._content):
+            if not last < number < 1 << 32:
+                raise FaultyServerError(f"asked for round {number} after round {last}")
+        member, _ = self._take()
+        keys = Keys(member, number, randomness(32), randomness(32))
+        mask, transport = x25519_public(keys.mask), x25519_public(keys.transport)
+        signed = transcript.advertise(member.session, number, member.index, mask, transport)
+        message = wire.Advertise(member.id, number, mask, transport, transcript.sign(member.identity, signed))
+        return Member((member, number)), Advertised(keys), wire.encode(message)

@@ -11,7 +11,6 @@ from choral.protocols import messages as wire
 from choral.protocols import transcript
 from choral.protocols.errors import (
     FaultyPartyError,
-    FaultyPartyOrServerError,
     FaultyServerError,
     SpecError,
     TooFewSurvivorsError,
@@ -20,7 +19,7 @@ from choral.protocols.keys import SealError, WeakKeyError, seal, unseal, x25519_
 from choral.protocols.masks import masked
 from choral.protocols.policy import Policy
 from choral.protocols.shamir import split
-from choral.protocols.states import Once
+from choral.protocols.states import Current, Once
 from choral.protocols.vectors import checked
 
 Randomness = Callable[[int], bytes]
@@ -34,7 +33,7 @@ M = TypeVar("M", bound=wire.Message)
 
 @dataclass(frozen=True, repr=False)
 class Membership:
-    """What a party keeps for a session. ``channels`` are the X25519 secrets that it shares with its neighbours."""
+    """What a party keeps for a session: no secret but its identity, so that whoever takes it opens no past round."""
 
     setup: wire.Setup
     session: bytes
@@ -42,7 +41,7 @@ class Membership:
     identity: bytes
     policy: Policy
     neighbours: tuple[int, ...]
-    channels: Mapping[int, bytes]
+    current: Current
 
     @property
     def id(self) -> bytes:
@@ -54,20 +53,26 @@ class Membership:
 
 @dataclass(frozen=True, repr=False)
 class Keys:
+    """Private keys of one round. mask is shared out; transport opens packets, and is gone when they are open."""
+
     member: Membership
     number: int
     mask: bytes
+    transport: bytes
 
 
 @dataclass(frozen=True, repr=False)
 class _Shared:
-    """pairs: mask seed with each neighbour that takes part. masks: their public mask keys. seed: of the self-mask."""
+    """By neighbour that takes part: pairs, mask seeds; channels, X25519 secrets to open its packet; masks, public mask
+    keys. seed: of the self-mask.
+    """
 
     member: Membership
     number: int
     seed: bytes
     own_share: bytes | None
     pairs: Mapping[int, bytes]
+    channels: Mapping[int, bytes]
     masks: Mapping[int, bytes]
 
 
@@ -91,9 +96,12 @@ class _Masking:
 
 @dataclass(frozen=True, repr=False)
 class _Waiting:
+    """partners: the neighbours masked with. held: the shares of those whose packet opened, nearly always all."""
+
     member: Membership
     number: int
     own_share: bytes | None
+    partners: frozenset[int]
     held: Mapping[int, _Held]
 
 
@@ -120,19 +128,23 @@ class Advertised(Once[Keys]):
     def share(self, roster: bytes, *, randomness: Randomness) -> tuple[Sharing, bytes]:
         """Share the seed of the self-mask and the mask key among the neighbours that take part.
 
-        Raises: FaultyServerError for a forged key or one of no neighbour; FaultyPartyError for a key of small order;
-        TooFewSurvivorsError when fewer than the threshold take part.
+        From here on no state of an earlier round answers any more.
+
+        Raises: FaultyServerError for a forged key or one of no neighbour; FaultyPartyError for a key of small order,
+        which an honest server does not forward; TooFewSurvivorsError when fewer than the threshold take part;
+        StateUsedError when a later round has begun.
         """
         keys = self._take()
         member = keys.member
+        member.current.enter(keys.number)
         setup, me = member.setup, member.index
         message = _in_round(wire.Roster, roster, member, keys.number, setup.neighbours)
         _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
         for entry in message.entries:
-            signed = transcript.advertise(member.session, keys.number, entry.party, entry.mask)
+            signed = transcript.advertise(member.session, keys.number, entry.party, entry.mask, entry.transport)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
                 raise FaultyServerError(
-                    f"the mask key of {setup.roster[entry.party]} is not signed by its pinned identity for this round"
+                    f"the keys of {setup.roster[entry.party]} are not signed by its pinned identity for this round"
                 )
         peers = [entry.party for entry in message.entries]
         _check_holders(member, peers, "to share a secret")
@@ -142,6 +154,9 @@ class Advertised(Once[Keys]):
                 agree(keys.mask, mask, setup.roster[peer]), member.session, keys.number, me, peer
             )
             for peer, mask in masks.items()
+        }
+        channels = {
+            entry.party: agree(keys.transport, entry.transport, setup.roster[entry.party]) for entry in message.entries
         }
         seed = randomness(32)
         holders = [*peers, me] if setup.complete else peers
@@ -153,7 +168,7 @@ class Advertised(Once[Keys]):
         )
         public = x25519_public(keys.mask)
         packets = tuple(
-            _packet(member, keys.number, public, peer, seed_share, key_share)
+            _packet(member, keys.number, channels[peer], public, peer, seed_share, key_share)
             for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=False)
         )
         own_share = seed_shares[-1] if setup.complete else None
@@ -164,47 +179,67 @@ class Advertised(Once[Keys]):
             own_share and transcript.share_hash(member.session, keys.number, "seed", me, me, own_share),
             packets,
         )
-        return Sharing(_Shared(member, keys.number, seed, own_share, pairs, masks)), wire.encode(shares)
+        return Sharing(_Shared(member, keys.number, seed, own_share, pairs, channels, masks)), wire.encode(shares)
 
 
 class Sharing(Once[_Shared]):
     """Has sent its shares; waits for those that its neighbours made for it."""
 
     def receive(self, deliveries: bytes) -> Ready:
-        """Open the neighbours' packets. Those who sent one are whom this party masks with.
+        """Open the neighbours' packets. Those who sent one are whom this party masks with, whether it opens or not.
 
-        Raises: FaultyServerError for a packet of no neighbour; FaultyPartyOrServerError for one that does not open;
-        FaultyPartyError for shares that are not those committed to; TooFewSurvivorsError for too few packets.
+        A packet that does not open, or holds other shares than were committed to, costs this party nothing: masking
+        needs the dealer's signed key only, and cancels as it would. It only holds no share of that dealer, and says so
+        when it confirms. Fewer shares of a dealer are never less privacy: each set of survivors still needs the
+        threshold of signatures. So neither a cheating dealer nor a server that garbles packets can push this party out
+        of the sum, and one that deals garbage to too many can only be found unreachable, and named.
+
+        Raises: FaultyServerError for a packet of no neighbour; TooFewSurvivorsError for too few packets;
+        StateUsedError when a later round has begun.
         """
         shared = self._take()
         member, number = shared.member, shared.number
+        member.current.check(number)
         message = _in_round(wire.Deliveries, deliveries, member, number, member.setup.neighbours)
         _check_order([packet.party for packet in message.packets], shared.masks, "packets")
         _check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
-        held = {packet.party: _open(member, number, shared.masks[packet.party], packet) for packet in message.packets}
-        pairs = {peer: shared.pairs[peer] for peer in held}
+        opened = {packet.party: _open(shared, packet) for packet in message.packets}
+        held = {peer: shares for peer, shares in opened.items() if shares is not None}
+        pairs = {peer: shared.pairs[peer] for peer in opened}
         return Ready(_Masking(member, number, shared.seed, shared.own_share, pairs, held))
 
 
 class Ready(Once[_Masking]):
     """Everything is agreed; waits for this party's own vector."""
 
+    @property
+    def unopened(self) -> tuple[str, ...]:
+        """Whose packets did not open: their fault, or that of the server that carried them. () once used."""
+        return tuple(
+            masking.member.setup.roster[peer]
+            for masking in tuple(self._content)
+            for peer in sorted(masking.pairs.keys() - masking.held.keys())
+        )
+
     def upload(self, vector: Any) -> tuple[Uploaded, bytes]:
         """Mask the vector: y = x + PRG(seed) + sum of +-PRG(pair), mod 2^b (Bonawitz et al. 2017, 4.0.2).
 
         vector: int64, shape (length,), |value| <= bound; numpy, or a torch tensor (on a GPU it is masked there).
         Time: one mask expansion for each neighbour, and one more. Memory: one vector.
-        Raises: InputError, without spending the state: the mistake is the caller's own, and nothing was revealed.
+        Raises: InputError, without spending the state: the mistake is the caller's own, and nothing was revealed;
+        StateUsedError when a later round has begun.
         """
         for waiting in tuple(self._content):
             vector = checked(vector, waiting.member.setup.length, waiting.member.setup.bound)
         masking = self._take()
+        masking.member.current.check(masking.number)
         setup, me = masking.member.setup, masking.member.index
         added = [masking.seed, *(seed for peer, seed in masking.pairs.items() if peer < me)]
         subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
         packed = masked(vector, setup.modulus_bits, added, subtracted)
         message = wire.Upload(masking.member.id, masking.number, packed)
-        state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, masking.held))
+        partners = frozenset(masking.pairs)
+        state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, partners, masking.held))
         return state, wire.encode(message)
 
 
@@ -215,10 +250,12 @@ class Uploaded(Once[_Waiting]):
         """Agree to the sum over ``survivors`` by signing it; from here only one share of each neighbour is left.
 
         Raises: FaultyServerError when the set leaves this party out or has a neighbour that never shared;
-        TooFewSurvivorsError when it is smaller than ``min_survivors``, or has too few neighbours to unmask anyone.
+        TooFewSurvivorsError when it is smaller than ``min_survivors``, or has too few neighbours to unmask anyone;
+        StateUsedError when a later round has begun.
         """
         waiting = self._take()
         member, number, me = waiting.member, waiting.number, waiting.member.index
+        member.current.check(number)
         n = len(member.setup.roster)
         message = _in_round(wire.Survivors, survivors, member, number, -(-n // 8))
         alive = wire.from_bitmap(message.bitmap, n)
@@ -231,7 +268,7 @@ class Uploaded(Once[_Waiting]):
                 "the sum would be over too few", survivors=len(alive), needed=member.setup.min_survivors
             )
         for peer in member.neighbours:
-            if peer in alive and peer not in waiting.held:
+            if peer in alive and peer not in waiting.partners:
                 raise FaultyServerError(f"{member.setup.roster[peer]} survives but never shared its secrets with us")
         _check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
         reveals = {peer: _choose(held, survived=peer in alive) for peer, held in waiting.held.items()}
@@ -239,7 +276,8 @@ class Uploaded(Once[_Waiting]):
             reveals[me] = Reveal(waiting.own_share, survived=True)
         signature = transcript.sign(member.identity, transcript.confirm(member.session, number, me, message.bitmap))
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
-        return state, wire.encode(wire.Confirm(member.id, number, signature))
+        unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
+        return state, wire.encode(wire.Confirm(member.id, number, signature, unopened))
 
 
 class Confirmed(Once[_Agreed]):
@@ -249,10 +287,12 @@ class Confirmed(Once[_Agreed]):
         """Reveal those shares, once at least the threshold of this party's holders signed the very same set.
 
         following: the Advertise of the next round, to ride on this message and save it a trip.
-        Raises: FaultyServerError for a signature that is not of this set, round and party; TooFewSurvivorsError.
+        Raises: FaultyServerError for a signature that is not of this set, round and party; TooFewSurvivorsError;
+        StateUsedError when a later round has begun.
         """
         agreed = self._take()
         member, number = agreed.member, agreed.number
+        member.current.check(number)
         message = _in_round(wire.Confirmations, confirmations, member, number, member.setup.neighbours)
         signers = [entry.party for entry in message.entries]
         _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
@@ -279,35 +319,33 @@ def _riding(following: bytes | None, member: Membership, number: int) -> wire.Fo
     message = wire.to_server(following, sender=member.setup.roster[member.index], limit=wire.limit(wire.Advertise))
     if not isinstance(message, wire.Advertise) or message.session != member.id or message.round <= number:
         raise SpecError("expected the Advertise of a later round of this session to ride along")
-    return wire.Following(message.round, message.mask, message.signature)
+    return wire.Following(message.round, message.mask, message.transport, message.signature)
 
 
 def _packet(
-    member: Membership, number: int, public: bytes, peer: int, seed_share: bytes, key_share: bytes
+    member: Membership, number: int, channel: bytes, public: bytes, peer: int, seed_share: bytes, key_share: bytes
 ) -> wire.Packet:
     session, me = member.session, member.index
     seed_hash = transcript.share_hash(session, number, "seed", me, peer, seed_share)
     key_hash = transcript.share_hash(session, number, "key", me, peer, key_share)
-    key = transcript.seal_key(member.channels[peer], session, number, me, peer, public)
+    key = transcript.seal_key(channel, session, number, me, peer, public)
     data = transcript.seal_data(session, number, me, peer, seed_hash, key_hash)
     return wire.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
 
 
-def _open(member: Membership, number: int, mask: bytes, packet: wire.Packet) -> _Held:
-    session, me, peer = member.session, member.index, packet.party
-    key = transcript.seal_key(member.channels[peer], session, number, peer, me, mask)
+def _open(shared: _Shared, packet: wire.Packet) -> _Held | None:
+    """The two shares, or None unless they are what the packet commits to, sealed by its sender for this party."""
+    session, me, peer, number = shared.member.session, shared.member.index, packet.party, shared.number
+    key = transcript.seal_key(shared.channels[peer], session, number, peer, me, shared.masks[peer])
     data = transcript.seal_data(session, number, peer, me, packet.seed_hash, packet.key_hash)
-    name = member.setup.roster[peer]
     try:
         shares = unseal(key, NONCE, packet.sealed, data)
     except SealError:
-        raise FaultyPartyOrServerError(name, "its packet of shares for this party does not open") from None
+        return None
     held = _Held(shares[:33], shares[33:])
-    if transcript.share_hash(session, number, "seed", peer, me, held.seed_share) != packet.seed_hash:
-        raise FaultyPartyError(name, "its share of the self-mask seed is not the one that it committed to")
-    if transcript.share_hash(session, number, "key", peer, me, held.key_share) != packet.key_hash:
-        raise FaultyPartyError(name, "its share of the mask key is not the one that it committed to")
-    return held
+    seed_hash = transcript.share_hash(session, number, "seed", peer, me, held.seed_share)
+    key_hash = transcript.share_hash(session, number, "key", peer, me, held.key_share)
+    return held if (seed_hash, key_hash) == (packet.seed_hash, packet.key_hash) else None
 
 
 def agree(private: bytes, public: bytes, name: str) -> bytes:

@@ -10,11 +10,13 @@
     Unmasking    Unmask       -                            Outcome
 
 ``receive(sender, raw)`` refuses a message without changing anything; ``sender`` is whom the transport authenticated.
+The same bytes again, as from a network that retries, change nothing either, and blame nobody while the round lasts.
 ``close()`` may be called at any time, when everyone answered or patience ends: who has not been heard has dropped out
 (except while a session opens, which needs everybody). It raises TooFewSurvivorsError when the round cannot go on.
 
 Threat model here is the other way round: parties may send anything. A sum that comes out is the exact sum of what the
-named survivors masked, or close() names who prevented it. The parties do not rely on any check made here.
+named survivors masked, or close() names who prevented it. The parties do not rely on any check made here. One that
+dealt garbage to some stays in the sum as long as others hold its shares; Outcome.disputes has who accuses whom.
 
 Trips (message up and answer down): 2 to open a session, then 5 per round, 4 when the keys rode on the round before.
 Memory: one vector, whatever the number of parties, for vectors are added as they come; and 200 bytes per edge.
@@ -30,7 +32,7 @@ from choral.protocols.errors import FaultyPartyError, SpecError
 from choral.protocols.graph import neighbours
 from choral.protocols.policy import check_setup
 from choral.protocols.server_round import Advertising
-from choral.protocols.stages import Outbox, Stage, Terms
+from choral.protocols.stages import Outbox, Seen, Stage, Terms
 
 
 class Opening(Stage):
@@ -45,7 +47,7 @@ class Opening(Stage):
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")
         everyone = range(len(setup.roster))
-        super().__init__(setup.roster, setup.session, 0, everyone, wire.limit(wire.Hello))
+        super().__init__(setup.roster, setup.session, 0, everyone, wire.limit(wire.Hello), {})
         self._setup = setup
         self._directory = directory
         self._signatures = signatures
@@ -53,7 +55,7 @@ class Opening(Stage):
         self._digest = transcript.setup_digest(self.invitation)
 
     def _accept(self, party: int, message: wire.Hello) -> wire.Hello:
-        signed = transcript.hello(self._digest, party, message.transport, message.commitment)
+        signed = transcript.hello(self._digest, party, message.commitment)
         name = self._roster[party]
         if not self._signatures.valid(self._directory[name], signed, message.signature):
             raise FaultyPartyError(name, "its Hello is not signed by its pinned identity for this setup")
@@ -62,12 +64,9 @@ class Opening(Stage):
     def close(self) -> tuple[Gathering, Outbox]:
         """Raises TooFewSurvivorsError unless all answered: open again without those it names."""
         self._close(len(self._roster), "a session opens with all its parties or not at all")
-        entries = tuple(
-            wire.HelloEntry(hello.transport, hello.commitment, hello.signature)
-            for _, hello in sorted(self._heard.items())
-        )
+        entries = tuple(wire.HelloEntry(hello.commitment, hello.signature) for _, hello in sorted(self._heard.items()))
         raw = wire.encode(wire.Hellos(self._setup.session, entries))
-        stage = Gathering(self._setup, self._digest, self._directory, self._signatures, entries)
+        stage = Gathering(self._setup, self._digest, self._directory, self._signatures, entries, self._seen)
         return stage, dict.fromkeys(self._roster, raw)
 
 
@@ -83,8 +82,9 @@ class Gathering(Stage):
         directory: Mapping[str, bytes],
         signatures: transcript.Signatures,
         hellos: Sequence[wire.HelloEntry],
+        seen: Seen,
     ) -> None:
-        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), wire.limit(wire.Hello))
+        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), wire.limit(wire.Hello), seen)
         self._setup = setup
         self._digest = digest
         self._directory = directory
@@ -100,12 +100,7 @@ class Gathering(Stage):
         """Raises TooFewSurvivorsError unless all revealed; one that will not could otherwise steer the graph."""
         everyone = self._close(len(self._roster), "a session opens with all its parties or not at all")
         nonces = tuple(self._heard[party] for party in everyone)
-        session = transcript.session_digest(
-            self._digest,
-            [hello.transport for hello in self._hellos],
-            [hello.commitment for hello in self._hellos],
-            nonces,
-        )
+        session = transcript.session_digest(self._digest, [hello.commitment for hello in self._hellos], nonces)
         graph = neighbours(len(self._roster), self._setup.neighbours, transcript.graph_seed(session))
         terms = Terms(self._setup, self._directory, self._signatures, session, graph)
         return Session(terms), dict.fromkeys(self._roster, wire.encode(wire.Reveals(self._setup.session, nonces)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,17 @@ from choral.protocols import messages as wire
 from choral.protocols import transcript, unmasking
 from choral.protocols.errors import FaultyPartyError
 from choral.protocols.integers import PackingError, accumulator_dtype, packed_bytes, unpack
-from choral.protocols.stages import Outbox, Outcome, Stage, Terms
+from choral.protocols.keys import WeakKeyError, x25519_shared
+from choral.protocols.stages import Outbox, Outcome, Seen, Stage, Terms, fingerprint_of
+
+_ANY_KEY = bytes(31) + b"\x40"
+"""A private key to try public ones with: one of small order gives zero with any (RFC 7748, 6.1)."""
 
 
 class RoundStage(Stage):
     """A stage of a round."""
 
-    def __init__(self, terms: Terms, number: int, expected: Sequence[int]) -> None:
+    def __init__(self, terms: Terms, number: int, expected: Sequence[int], seen: Seen) -> None:
         setup = terms.setup
         size = max(  # of a late vector too, so that it is called that
             wire.limit(wire.Upload, packed_bytes(setup.length, setup.modulus_bits)),
@@ -25,8 +30,20 @@ class RoundStage(Stage):
             wire.limit(wire.Unmask, setup.holders),
         )
         session = terms.session[: transcript.SESSION_BYTES]
-        super().__init__(setup.roster, session, number, expected, size)
+        super().__init__(setup.roster, session, number, expected, size, seen)
         self._terms = terms
+        self._taken = terms.taken
+
+    def _check_keys(self, party: int, number: int, keys: wire.Advertise | wire.Following, what: str) -> None:
+        """Refuse keys that would make every neighbour that is sent them refuse too. Raises FaultyPartyError."""
+        signed = transcript.advertise(self._terms.session, number, party, keys.mask, keys.transport)
+        if not self._terms.signed(party, signed, keys.signature):
+            raise self._fault(party, f"{what} are not signed by its pinned identity for this round")
+        for key in (keys.mask, keys.transport):
+            try:
+                x25519_shared(_ANY_KEY, key)
+            except WeakKeyError as error:
+                raise self._fault(party, f"{what} are unusable: {error}") from None
 
     def _fault(self, party: int, what: str) -> FaultyPartyError:
         return FaultyPartyError(self._terms.name(party), what)
@@ -38,18 +55,16 @@ class Advertising(RoundStage):
     kind = wire.Advertise
 
     def __init__(self, terms: Terms, number: int, following: Mapping[int, wire.Following]) -> None:
-        super().__init__(terms, number, range(len(terms.setup.roster)))
+        super().__init__(terms, number, range(len(terms.setup.roster)), {})
         for party, early in following.items():
             if early.round == number:
-                self._heard[party] = wire.RosterEntry(party, early.mask, early.signature)
-                message = wire.Advertise(self._session, number, early.mask, early.signature)
-                self._seen[party] = self._fingerprint(message)
+                self._heard[party] = wire.RosterEntry(party, early.mask, early.transport, early.signature)
+                message = wire.Advertise(self._session, number, early.mask, early.transport, early.signature)
+                self._seen[wire.Advertise.__name__, party] = fingerprint_of(wire.encode(message))
 
     def _accept(self, party: int, message: wire.Advertise) -> wire.RosterEntry:
-        signed = transcript.advertise(self._terms.session, self._number, party, message.mask)
-        if not self._terms.signed(party, signed, message.signature):
-            raise self._fault(party, "its mask key is not signed by its pinned identity for this round")
-        return wire.RosterEntry(party, message.mask, message.signature)
+        self._check_keys(party, self._number, message, "its keys")
+        return wire.RosterEntry(party, message.mask, message.transport, message.signature)
 
     def close(self) -> tuple[Sharing, Outbox]:
         present = self._close(self._terms.setup.min_survivors, "too few advertised keys")
@@ -59,7 +74,7 @@ class Advertising(RoundStage):
             message = wire.Roster(self._session, self._number, entries)
             outbox[self._roster[party]] = wire.encode(message)
         keys = {party: entry.mask for party, entry in self._heard.items()}
-        return Sharing(self._terms, self._number, keys), outbox
+        return Sharing(self._terms, self._number, keys, self._seen), outbox
 
 
 class Sharing(RoundStage):
@@ -67,8 +82,8 @@ class Sharing(RoundStage):
 
     kind = wire.Shares
 
-    def __init__(self, terms: Terms, number: int, keys: Mapping[int, bytes]) -> None:
-        super().__init__(terms, number, sorted(keys))
+    def __init__(self, terms: Terms, number: int, keys: Mapping[int, bytes], seen: Seen) -> None:
+        super().__init__(terms, number, sorted(keys), seen)
         self._keys = keys
 
     def _accept(self, party: int, message: wire.Shares) -> wire.Shares:
@@ -99,7 +114,7 @@ class Sharing(RoundStage):
             },
             key_hashes={edge: packet.key_hash for edge, packet in packets.items()},
         )
-        return Uploading(self._terms, self._number, ledger), outbox
+        return Uploading(self._terms, self._number, ledger, self._seen), outbox
 
 
 class Uploading(RoundStage):
@@ -107,8 +122,8 @@ class Uploading(RoundStage):
 
     kind = wire.Upload
 
-    def __init__(self, terms: Terms, number: int, ledger: unmasking.Ledger) -> None:
-        super().__init__(terms, number, sorted(ledger.keys))
+    def __init__(self, terms: Terms, number: int, ledger: unmasking.Ledger, seen: Seen) -> None:
+        super().__init__(terms, number, sorted(ledger.keys), seen)
         self._ledger = ledger
         self._sum = np.zeros(terms.setup.length, accumulator_dtype(terms.setup.modulus_bits))
 
@@ -119,6 +134,11 @@ class Uploading(RoundStage):
         except PackingError as error:
             raise self._fault(party, f"its vector is not as agreed: {error}") from None
         self._sum += vector
+        self._terms.taken[self._number] = self._terms.taken.get(self._number, 0) | 1 << party
+
+    @property
+    def _uploads_are_over(self) -> bool:
+        return self._closed
 
     def close(self) -> tuple[Confirming, Outbox]:
         """Declare everyone else dropped: from here on their vectors are refused.
@@ -130,19 +150,22 @@ class Uploading(RoundStage):
         tally.check_reachable(survivors, survivors)
         bitmap = wire.to_bitmap(survivors, len(self._roster))
         raw = wire.encode(wire.Survivors(self._session, self._number, bitmap))
-        stage = Confirming(self._terms, self._number, survivors, bitmap, tally, self._sum)
+        stage = Confirming(self._terms, self._number, survivors, bitmap, tally, self._sum, self._seen)
         return stage, {self._roster[party]: raw for party in survivors}
 
 
 class _AfterUploads(RoundStage):
     """The survivors are fixed: a vector from anyone else is late."""
 
-    def __init__(self, terms: Terms, number: int, expected: Sequence[int], survivors: Sequence[int]) -> None:
-        super().__init__(terms, number, expected)
+    def __init__(
+        self, terms: Terms, number: int, expected: Sequence[int], survivors: Sequence[int], seen: Seen
+    ) -> None:
+        super().__init__(terms, number, expected, seen)
         self._survivors = tuple(survivors)
 
-    def _too_late(self, party: int, number: int) -> bool:
-        return number < self._number or (number == self._number and party not in self._survivors)
+    @property
+    def _uploads_are_over(self) -> bool:
+        return True
 
 
 class Confirming(_AfterUploads):
@@ -151,29 +174,44 @@ class Confirming(_AfterUploads):
     kind = wire.Confirm
 
     def __init__(
-        self, terms: Terms, number: int, survivors: Sequence[int], bitmap: bytes, tally: unmasking.Tally, total: Any
+        self,
+        terms: Terms,
+        number: int,
+        survivors: Sequence[int],
+        bitmap: bytes,
+        tally: unmasking.Tally,
+        total: Any,
+        seen: Seen,
     ) -> None:
-        super().__init__(terms, number, survivors, survivors)
+        super().__init__(terms, number, survivors, survivors, seen)
         self._bitmap = bitmap
         self._tally = tally
         self._total = total
 
-    def _accept(self, party: int, message: wire.Confirm) -> bytes:
+    def _accept(self, party: int, message: wire.Confirm) -> wire.Confirm:
         signed = transcript.confirm(self._terms.session, self._number, party, self._bitmap)
         if not self._terms.signed(party, signed, message.signature):
             raise self._fault(party, "its confirmation is not a signature on the set of survivors it was sent")
-        return message.signature
+        if not set(message.unopened) <= set(self._tally.dealers(party)):
+            raise self._fault(party, "it accuses a party that dealt it nothing")
+        if any(one >= other for one, other in pairwise(message.unopened)):
+            raise self._fault(party, "those that it accuses are not in ascending order, each once")
+        return message
 
     def close(self) -> tuple[Unmasking, Outbox]:
+        """Raises: TooFewSurvivorsError, as DisputedSharesError when it is for shares that were said not to open;
+        FaultyPartyError for a dealer that too many accuse of that for it to be untrue. Nothing was revealed yet.
+        """
         signers = self._close(self._terms.setup.threshold, "too few confirmed the survivors")
+        self._tally.unopened = {party: frozenset(self._heard[party].unopened) for party in signers}
         self._tally.check_reachable(self._survivors, signers)
         needed = self._terms.setup.threshold - self._terms.setup.complete  # a party is its own witness there
         outbox = {}
         for party in signers:
             peers = [peer for peer in self._terms.graph[party] if peer in self._heard][:needed]
-            entries = tuple(wire.Confirmation(peer, self._heard[peer]) for peer in peers)
+            entries = tuple(wire.Confirmation(peer, self._heard[peer].signature) for peer in peers)
             outbox[self._roster[party]] = wire.encode(wire.Confirmations(self._session, self._number, entries))
-        stage = Unmasking(self._terms, self._number, self._survivors, signers, self._tally, self._total)
+        stage = Unmasking(self._terms, self._number, self._survivors, signers, self._tally, self._total, self._seen)
         return stage, outbox
 
 
@@ -190,8 +228,9 @@ class Unmasking(_AfterUploads):
         signers: Sequence[int],
         tally: unmasking.Tally,
         total: Any,
+        seen: Seen,
     ) -> None:
-        super().__init__(terms, number, signers, survivors)
+        super().__init__(terms, number, signers, survivors, seen)
         self._tally = tally
         self._total = total
 
@@ -199,9 +238,9 @@ class Unmasking(_AfterUploads):
         self._tally.check(party, message, self._survivors)
         following = message.following
         if following is not None:
-            signed = transcript.advertise(self._terms.session, following.round, party, following.mask)
-            if following.round <= self._number or not self._terms.signed(party, signed, following.signature):
-                raise self._fault(party, "the key that it sent along for a later round is not signed by it for that")
+            if following.round <= self._number:
+                raise self._fault(party, "the keys that it sent along are for no later round")
+            self._check_keys(party, following.round, following, "the keys that it sent along")
         return message
 
     def close(self) -> Outcome:
@@ -209,10 +248,13 @@ class Unmasking(_AfterUploads):
 
         Time: a mask expansion for each survivor, and one for each pair of a dropped and a surviving neighbour.
         Raises: TooFewSurvivorsError; FaultyPartyError for a party whose shares give another secret than it claimed.
+        Either way this sum is lost: each vector in it is masked with the secret that is missing. The round can only be
+        repeated without that party, and the parties then refuse to answer this one (states.Current).
         """
         self._close(self._terms.setup.threshold, "too few helped to unmask")
         total = self._tally.unmask(self._total, self._survivors, self._heard)
         following = {
             party: message.following for party, message in self._heard.items() if message.following is not None
         }
-        return Outcome(total, tuple(self._roster[party] for party in self._survivors), following)
+        survivors = tuple(self._roster[party] for party in self._survivors)
+        return Outcome(total, survivors, following, self._tally.disputes())

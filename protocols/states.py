@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Generic, NoReturn, TypeVar
 
 from choral.protocols.errors import StateUsedError
@@ -41,3 +42,28 @@ class Once(Generic[Content]):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         self.__copy__()
+
+
+class Current:
+    """The last round that a party shared its secrets in; all its states of one session look at the same.
+
+    A round that was given up must stay so: its sum and that of a repetition, over other parties, would together show
+    the difference. So with the next round's shares every step of an earlier round is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._number = 0
+
+    def enter(self, number: int) -> None:
+        with self._lock:
+            self.check(number)
+            self._number = number
+
+    def check(self, number: int) -> None:
+        """Raises: StateUsedError for a round before the current one."""
+        if number < self._number:
+            raise StateUsedError(
+                f"round {number} ended for this party when it took part in round {self._number}",
+                hint="a round that was given up is not answered any more: go on with the current one",
+            )

@@ -30,14 +30,12 @@ def commitment(setup: bytes, party: int, nonce: bytes) -> bytes:
     return digest("commitment", setup, party, nonce)
 
 
-def session_digest(
-    setup: bytes, transports: Sequence[bytes], commitments: Sequence[bytes], nonces: Sequence[bytes]
-) -> bytes:
+def session_digest(setup: bytes, commitments: Sequence[bytes], nonces: Sequence[bytes]) -> bytes:
     """Fixes the session: fresh as soon as one party's nonce is, which each honest party knows its own to be.
 
     Every later key, seal and signature is bound to it, so nothing of one session fits another.
     """
-    return digest("session", setup, b"".join(transports), b"".join(commitments), b"".join(nonces))
+    return digest("session", setup, b"".join(commitments), b"".join(nonces))
 
 
 def graph_seed(session: bytes) -> bytes:
@@ -45,12 +43,12 @@ def graph_seed(session: bytes) -> bytes:
     return digest("graph", session)
 
 
-def hello(setup: bytes, party: int, transport: bytes, commitment: bytes) -> bytes:
-    return digest("hello", setup, party, transport, commitment)
+def hello(setup: bytes, party: int, commitment: bytes) -> bytes:
+    return digest("hello", setup, party, commitment)
 
 
-def advertise(session: bytes, number: int, party: int, mask: bytes) -> bytes:
-    return digest("advertise", session, number, party, mask)
+def advertise(session: bytes, number: int, party: int, mask: bytes, transport: bytes) -> bytes:
+    return digest("advertise", session, number, party, mask, transport)
 
 
 def confirm(session: bytes, number: int, party: int, bitmap: bytes) -> bytes:
@@ -74,7 +72,8 @@ def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int) 
 def seal_key(shared: bytes, session: bytes, number: int, sender: int, receiver: int, mask: bytes) -> bytes:
     """The key for the one packet from ``sender`` to ``receiver`` in this round.
 
-    The sender's mask key of the round is part of it: the key is fresh whenever the shares in the packet are.
+    shared: the X25519 secret of their transport keys of this round, both fresh. The sender's mask key is part of it
+    too, so that the key is fresh whenever the shares in the packet are, whatever the receiver does with its own key.
     """
     return hkdf_sha256(shared, salt=session, info=digest("seal", number, sender, receiver, mask), length=32)
 

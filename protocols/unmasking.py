@@ -1,8 +1,9 @@
 """The server's last step: from revealed shares to secrets, from secrets to masks, and who lied if that fails.
 
-Every share was committed to by its dealer and the commitment checked by its holder when it opened the packet. So a
-revealed share that does not fit the commitment is the *holder's* fault, and shares that all fit and still give a secret
-other than the dealer claimed (by its public key, or by the commitment to its seed) are the *dealer's*.
+Every share was committed to by its dealer and the commitment checked by its holder when it opened the packet. A holder
+that could not says so before anything is revealed: that is the dealer's fault or its own, and it is no holder then. So
+a revealed share that does not fit the commitment is the *holder's* fault, and shares that all fit and still give a
+secret other than the dealer claimed (by its public key, or by the commitment to its seed) are the *dealer's*.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from choral.protocols import messages as wire
 from choral.protocols import transcript
-from choral.protocols.errors import FaultyPartyError, TooFewSurvivorsError
+from choral.protocols.errors import DisputedSharesError, FaultyPartyError, TooFewSurvivorsError
 from choral.protocols.integers import lift
 from choral.protocols.keys import WeakKeyError, x25519_public, x25519_shared
 from choral.protocols.seam import IntVector
@@ -46,6 +47,8 @@ class Tally:
         self._number = number
         self._ledger = ledger
         self._combiners: dict[tuple[int, ...], Combiner] = {}
+        self.unopened: Mapping[int, frozenset[int]] = {}
+        """By holder, the dealers whose packet to it did not open, as it says."""
 
     def check_reachable(self, survivors: Sequence[int], answering: Iterable[int]) -> None:
         """Raises TooFewSurvivorsError when ``answering`` parties hold too few shares of a secret that is needed."""
@@ -53,10 +56,23 @@ class Tally:
         for dealer in (*survivors, *self._dropped(survivors)):
             self._holders(dealer, present, dealer in survivors)
 
+    def dealers(self, holder: int) -> list[int]:
+        """The neighbours that shared their secrets with ``holder``, ascending."""
+        return [peer for peer in self._graph[holder] if peer in self._ledger.keys]
+
+    def disputes(self) -> dict[str, tuple[str, ...]]:
+        """By dealer, who says that its shares do not open; names."""
+        dealers = sorted(set().union(*self.unopened.values()))
+        return {self._setup.roster[dealer]: self._accusers(dealer) for dealer in dealers}
+
+    def _accusers(self, dealer: int) -> tuple[str, ...]:
+        return tuple(self._setup.roster[holder] for holder, unopened in self.unopened.items() if dealer in unopened)
+
     def check(self, party: int, message: wire.Unmask, survivors: Sequence[int]) -> None:
         """One holder's answer. Raises FaultyPartyError unless it is exactly the shares asked for, as committed to."""
         alive = set(survivors)
-        dealers = [peer for peer in self._graph[party] if peer in self._ledger.keys]
+        unopened = self.unopened.get(party, frozenset())
+        dealers = [peer for peer in self.dealers(party) if peer not in unopened]
         own = [party] if self._setup.complete else []
         if [entry.party for entry in message.seeds] != sorted([*(peer for peer in dealers if peer in alive), *own]):
             raise self._fault(party, "its shares of seeds are not one for each surviving neighbour, in order")
@@ -96,17 +112,36 @@ class Tally:
     def _holders(self, dealer: int, present: set[int], survived: bool) -> tuple[int, ...]:
         """The first ``threshold`` of the holders that are present."""
         holders = [
-            peer for peer in self._graph[dealer] if peer in present and (dealer, peer) in self._ledger.key_hashes
+            peer
+            for peer in self._graph[dealer]
+            if peer in present
+            and (dealer, peer) in self._ledger.key_hashes
+            and dealer not in self.unopened.get(peer, ())
         ]
         if survived and self._setup.complete and dealer in present:
             holders = sorted([*holders, dealer])
         if len(holders) < self._setup.threshold:
+            self._check_disputed(dealer, len(holders))
             raise TooFewSurvivorsError(
                 f"too few hold a share of {self._setup.roster[dealer]}'s secret",
                 survivors=len(holders),
                 needed=self._setup.threshold,
             )
         return tuple(holders[: self._setup.threshold])
+
+    def _check_disputed(self, dealer: int, holders: int) -> None:
+        """Say so when a secret is out of reach only because holders accuse its dealer: one of them did it."""
+        accusers = self._accusers(dealer)
+        name, needed = self._setup.roster[dealer], self._setup.threshold
+        if not accusers or holders + len(accusers) < needed:
+            return
+        if len(accusers) > self._setup.corrupt:
+            who = ", ".join(accusers)
+            raise self._fault(
+                dealer,
+                f"the shares that it dealt do not open, say {who}: more than the {self._setup.corrupt} that may lie",
+            )
+        raise DisputedSharesError(name, accusers, survivors=holders, needed=needed)
 
     def _seed(self, dealer: int, shares: Mapping[int, Mapping[int, bytes]]) -> bytes:
         seed = self._combine(dealer, shares, survived=True)
