@@ -319,3 +319,16 @@ def test_no_worker_outlives_the_command_and_the_rest_resumes(sign, tmp_path):
     done = subprocess.run([*slow, "--resume", "--quiet"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_secure_sum_flags_reach_the_setup(config, tmp_path):
+    words = ["train", config, "--arm", "federated-masked", "--split.parties", "6", "--training.rounds", "1", "--quiet"]
+    flags = ["--secure-sum.corrupt", "0", "--secure-sum.dropouts", "2", "--secure-sum.server", "semi-honest"]
+    assert main([*words, *flags, "--secure-sum.min-survivors", "4", "--out", str(tmp_path / "run")]) == 0
+    stated = json.loads((tmp_path / "run" / "run.json").read_text())["secure_sum"]
+    assert {key: stated[key] for key in ("corrupt", "dropouts", "server", "min_survivors")} == {
+        "corrupt": 0,
+        "dropouts": 2,
+        "server": "semi-honest",
+        "min_survivors": 4,
+    }

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -65,7 +65,7 @@ class Audit:
     Exit code 0: the claim holds. 1: it is violated, or cannot be verified. 2: not a run folder.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """The run folder."""
     out: Path | None = None
     """Where the report goes (report.json and report.html); by default into the run folder."""

@@ -27,7 +27,7 @@ class Compare:
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
 
-    config: tyro.conf.Positional[Path]
+    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
     """TOML file with the settings, e.g. examples/digits.toml."""
     out: Path
     """Folder for the runs and the report; must be new or empty, unless --resume."""
@@ -47,7 +47,7 @@ class Train:
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
 
-    config: tyro.conf.Positional[Path]
+    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
     """TOML file with the settings, e.g. examples/digits.toml."""
     out: Path
     """Run folder; must be new or empty, unless --resume."""
@@ -91,7 +91,9 @@ def train(words: list[str]) -> int:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         spent = run.spent
         promise = f"; epsilon {spent.epsilon:.3f} at delta {spent.delta:g} (worst data holder)" if spent else ""
-        print(f"{name}: {run.info.rounds} rounds, {metrics}{promise}")
+        print(f"{name}: {run.history[-1].round} rounds, {metrics}{promise}")
+        if run.info.ended:
+            print(f"note: {run.info.ended}")
         print(f"run folder: {wanted.out}   next: choral audit {wanted.out}")
     return 0
 

@@ -151,11 +151,12 @@ def _with_overrides(settings: Settings, arm: Arm) -> Settings:
 def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     from choral.protocols import Masked, Plain
 
-    if (arm.secure_sum or settings.secure_sum.kind) == "plain":
+    chosen = settings.secure_sum
+    if (arm.secure_sum or chosen.kind) == "plain":
         return Plain()
-    if settings.secure_sum.min_survivors is None:
-        return Masked()
-    return Masked(min_survivors=settings.secure_sum.min_survivors)
+    return Masked(
+        min_survivors=chosen.min_survivors, corrupt=chosen.corrupt, dropouts=chosen.dropouts, server=chosen.server
+    )
 
 
 def cells(settings: Settings) -> Iterator[Cell]:

@@ -39,6 +39,12 @@ class SumSettings:
     """plain: the server sees each update; masked: only the sum."""
     min_survivors: int | None = None
     """Fewest parties whose sum may be opened (masked); by default chosen from the number of parties."""
+    corrupt: int | None = None
+    """Parties that may work with the server (masked); by default a third, or a tenth of more than ten."""
+    dropouts: int | None = None
+    """Parties that may vanish in a round (masked); by default as many."""
+    server: Literal["semi-honest", "malicious"] = "malicious"
+    """What the server may do (masked): look at everything, or also lie."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate; a larger one stops the run."""
     value_bits: int = 28
