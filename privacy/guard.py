@@ -35,7 +35,7 @@ class Privacy:
     Args:
         epsilon: the most that may be spent, > 0. delta: in (0, 1), below 1/n for n records.
         max_grad_norm: clipping norm C of one record's gradient, > 0.
-        epochs: passes over the data that one call of the training loop makes, >= 1.
+        epochs: passes over the data that one call of the training loop makes at most, >= 1.
         ledger: file that remembers what this data has spent, for the life of the data; None keeps it in memory.
     """
 
@@ -87,7 +87,7 @@ class Guard:
     Args:
         privacy: the promise. holder: a name for whose data it is. ledger: what that data has spent before.
         passes: passes over the data that are still to come, in all; the noise is calibrated for them at the
-            first `wrap`, on top of what the ledger holds.
+            first `wrap`, on top of what the ledger holds. What one `wrap` returned may make `privacy.epochs` of them.
     """
 
     def __init__(self, privacy: Privacy, *, holder: str, ledger: Ledger, passes: int) -> None:
@@ -98,6 +98,7 @@ class Guard:
         self._plan: _Plan | None = None
         self._known = 0  # events of the ledger that the plan reckons with
         self._passed = 0
+        self._latest: PrivateOptimizer | None = None  # whose pass was the latest
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -123,12 +124,26 @@ class Guard:
             expected_batch_size=min(plan.batch_size, plan.records),
             source=os_stream,
         )
+        made = 0
+
+        def before_pass() -> None:
+            nonlocal made
+            if self._latest is not None:
+                self._latest.refuse_owing()
+            private_optimizer.begin_pass()
+            if made >= self.privacy.epochs:
+                raise self._too_many(f"{self.privacy.epochs} passes over the data by one call of the training loop")
+            self._charge()
+            made += 1
+            self._latest = private_optimizer
+
         private_loader = PrivateLoader(
             loader,
             PoissonSampler(plan.records, plan.rate, plan.event.steps, os_stream),
-            before_pass=self._charge,
+            before_pass=before_pass,
             before_batch=private_optimizer.expect,
             empty_batch=private_optimizer.step_empty,
+            after_pass=private_optimizer.end_pass,
         )
         return private_model, private_optimizer, private_loader
 
@@ -175,13 +190,16 @@ class Guard:
     def _charge(self) -> None:
         """Pay for one pass, on disk, before its first batch is drawn."""
         if self._plan is None or self._passed >= self.passes:
-            raise BudgetExceededError(
-                f"{self.holder}: the budget was planned for {self.passes} passes over the data, and all are used",
-                hint="Set Privacy(epochs=...) to the passes that one call of the training loop makes.",
-            )
+            raise self._too_many(f"{self.passes} passes over the data")
         self.ledger.append(self._plan.event, after=self._known)
         self._known += 1
         self._passed += 1
+
+    def _too_many(self, planned: str) -> BudgetExceededError:
+        return BudgetExceededError(
+            f"{self.holder}: the budget was planned for {planned}, and all are used",
+            hint="Set Privacy(epochs=...) to the passes that one call of the training loop makes.",
+        )
 
 
 def _spent(ledger: Ledger, delta: float) -> Spent:

@@ -62,6 +62,7 @@ class PrivateLoader(DataLoader[Any]):
         before_pass: Callable[[], None],
         before_batch: Callable[[int], None],
         empty_batch: Callable[[], None],
+        after_pass: Callable[[], None],
     ) -> None:
         super().__init__(
             loader.dataset,
@@ -76,10 +77,10 @@ class PrivateLoader(DataLoader[Any]):
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
-        self.hooks = (before_pass, before_batch, empty_batch)
+        self.hooks = (before_pass, before_batch, empty_batch, after_pass)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        before_pass, before_batch, empty_batch = self.hooks
+        before_pass, before_batch, empty_batch, after_pass = self.hooks
         before_pass()
         for count, batch in super().__iter__():
             if count:
@@ -87,6 +88,7 @@ class PrivateLoader(DataLoader[Any]):
                 yield batch
             else:
                 empty_batch()
+        after_pass()
 
 
 def refuse_unsupported(loader: Any) -> None:

@@ -57,17 +57,38 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._model = model
         self._source = source
         self._drawn: int | None = None
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._owing = False  # a batch was drawn and nothing released for it
+        self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
         if (old := _guards.pop(optimizer, None)) is not None:
             old.remove()
         _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
 
     def expect(self, drawn: int) -> None:
-        """Prepare for the step of a batch of `drawn` records."""
+        """Prepare for the step of a batch of `drawn` records. Raises: PrivacyError (the batch before had no step)."""
+        self.refuse_owing()
         self._model.forget()
         self._drawn = self._model.drawn = drawn
-        if not self._model.checked:
-            self._buffers = {name: b.detach().clone() for name, b in self._model._module.named_buffers()}
+        self._owing = True
+        if self._buffers is None:
+            self._remember_buffers()
+
+    def refuse_owing(self) -> None:
+        """Raise PrivacyError if a batch was drawn and not stepped: whether to step may not depend on the data."""
+        if self._owing:
+            raise PrivacyError(
+                "the batch before was drawn and never stepped, which tells something about it without noise",
+                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on.",
+            )
+
+    def begin_pass(self) -> None:
+        """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step)."""
+        self.refuse_owing()
+        self._remember_buffers()
+
+    def end_pass(self) -> None:
+        """Look back at a pass. Raises: PrivacyError (a batch had no step), UnsupportedModelError (buffers changed)."""
+        self.refuse_owing()
+        self._refuse_changed_buffers(thorough=True)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Make one private step with the gradients of the batch just drawn.
@@ -90,6 +111,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 "it was not seen whether the model treats the records of a batch one by one",
                 hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, not of its parts.",
             )
+        self._refuse_changed_buffers(thorough=not self._model.checked)
         if not self._model.checked:
             self._check_first(samples)
         sums = [_weighted_sum(clip, g) for g in samples]
@@ -149,7 +171,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
     def _check_first(self, samples: list[torch.Tensor]) -> None:
-        """Compare the per-sample gradients of every parameter with autograd; refuse buffers that follow the data."""
+        """Compare the per-sample gradients of every parameter with autograd."""
         for p, g in zip(self.params, samples, strict=True):
             if p not in self._model.averages:
                 raise UnsupportedModelError(
@@ -165,15 +187,24 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                     hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
                     "across records or a scaled loss. Nothing was released.",
                 )
+        self._model.checked = True
+
+    def _remember_buffers(self) -> None:
+        buffers = self._model._module.named_buffers()
+        self._buffers = {name: (b, b._version, b.detach().clone()) for name, b in buffers}
+
+    def _refuse_changed_buffers(self, *, thorough: bool) -> None:
+        """Compare buffers with those at the beginning of the pass; unless `thorough`, those that torch saw change."""
+        known = self._buffers or {}
         for name, buffer in self._model._module.named_buffers():
-            before = self._buffers.get(name)
-            if before is None or not torch.equal(before, buffer):
+            before, version, value = known.get(name, (None, 0, None))
+            if not thorough and before is not None and buffer is before and before._version == version:
+                continue
+            if value is None or buffer.shape != value.shape or not torch.equal(value.to(buffer.device), buffer):
                 raise UnsupportedModelError(
                     f"buffer {name} changes during training: it would publish the data without noise",
                     hint="Remove the running statistics, or freeze them.",
                 )
-        self._buffers = {}
-        self._model.checked = True
 
     def _clip_factors(self, samples: list[torch.Tensor]) -> torch.Tensor:
         """Return each record's factor min(1, C / norm), shape (batch,), float64; refuse gradients not finite."""
@@ -198,6 +229,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(device)).div_(self.expected_batch_size)
         for p, g in zip(self.params, torch.split(flat, [p.numel() for p in self.params]), strict=True):
             p.grad = g.view(p.shape).to(p.device, p.dtype)
+        self._owing = False
 
     def _name(self, p: torch.Tensor) -> str:
         return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")

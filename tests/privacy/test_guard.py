@@ -68,11 +68,127 @@ def test_two_runs_with_one_seed_give_different_weights(problem: Any, loop: Calla
 
 
 def test_passes_beyond_the_plan_are_refused(problem: Any, loop: Callable[..., int]) -> None:
-    model, optimizer, loader = problem.wrapped(passes=2)
+    model, optimizer, loader = problem.wrapped(Privacy(epsilon=5.0, delta=1e-3, epochs=9), passes=2)
     loop(model, optimizer, loader, epochs=2)
     with pytest.raises(BudgetExceededError, match="planned for 2 passes") as caught:
         loop(model, optimizer, loader)
     assert "Privacy(epochs=...)" in caught.value.hint
+
+
+def test_too_many_passes_in_one_call_are_refused_in_the_first_call(problem: Any, loop: Callable[..., int]) -> None:
+    """Rounds of one pass each, and a loop that makes two: not to be found out after half of the rounds."""
+    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=10)
+    model = problem.model()
+    wrapped = guard.wrap(model, sgd(model), problem.loader())
+    loop(*wrapped)
+    with pytest.raises(BudgetExceededError, match="planned for 1 passes over the data by one call") as caught:
+        loop(*wrapped)
+    assert "Privacy(epochs=...)" in caught.value.hint
+    assert len(guard.ledger.events) == 1
+    loop(*guard.wrap(model, sgd(model), problem.loader()))  # the next round
+
+
+def test_a_batch_that_is_not_stepped_stops_training(problem: Any) -> None:
+    model, optimizer, loader = problem.wrapped()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def skipping() -> None:
+        for x, y in loader:
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            if loss.item() < 100.0:
+                continue
+            optimizer.step()
+
+    with pytest.raises(PrivacyError, match="never stepped") as caught:
+        skipping()
+    assert "whatever its loss" in caught.value.hint
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_last_batch_that_is_not_stepped_stops_training(make_problem: Any) -> None:
+    _, _, loader = make_problem(n=50, batch_size=50).wrapped()
+    with pytest.raises(PrivacyError, match="never stepped"):
+        for _ in loader:
+            pass
+
+
+def test_a_batch_whose_step_was_refused_cannot_be_passed_over(problem: Any) -> None:
+    model, optimizer, loader = problem.wrapped()
+    refused = []
+
+    def forgiving() -> None:
+        for x, y in loader:
+            (torch.nn.functional.cross_entropy(model(x), y) * math.nan).backward()
+            try:
+                optimizer.step()
+            except PrivacyError as error:
+                refused.append(error)
+
+    with pytest.raises(PrivacyError, match="never stepped"):
+        forgiving()
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("again", ["same loader", "next round"])
+def test_after_a_break_before_the_step_there_is_no_next_pass(
+    problem: Any, loop: Callable[..., int], again: str
+) -> None:
+    privacy = Privacy(epsilon=5.0, delta=1e-3, epochs=3)
+    guard = Guard(privacy, holder="a", ledger=Ledger(), passes=9)
+    model = problem.model()
+    private, optimizer, loader = guard.wrap(model, sgd(model), problem.loader())
+    for x, y in loader:  # a break after the step is fine: the whole pass is paid for
+        torch.nn.functional.cross_entropy(private(x), y).backward()
+        optimizer.step()
+        break
+    for _ in loader:
+        break
+    if again == "next round":
+        private, optimizer, loader = guard.wrap(model, sgd(model), problem.loader())
+    with pytest.raises(PrivacyError, match="never stepped"):
+        loop(private, optimizer, loader)
+    assert len(guard.ledger.events) == 2
+
+
+class Remembers(torch.nn.Module):
+    """Begins to write its input into a buffer at a later step."""
+
+    def __init__(self, first: int, behind_torch: bool) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(6))
+        self.calls, self.first, self.behind_torch = 0, first, behind_torch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += torch.is_grad_enabled()
+        if self.calls >= self.first:
+            memory = self.memory.numpy() if self.behind_torch else self.memory
+            memory += x.detach().mean(0).numpy() if self.behind_torch else x.detach().mean(0)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("first", "behind_torch", "steps"), [(1, False, 0), (5, False, 4), (5, True, 10), (12, False, 11)]
+)
+def test_buffers_are_compared_after_the_first_step_too(
+    problem: Any, first: int, behind_torch: bool, steps: int
+) -> None:
+    """A change that torch notices is found before that step is released, any other at the end of the pass."""
+    model = torch.nn.Sequential(Remembers(first, behind_torch), torch.nn.Linear(6, 3))
+    private, optimizer, loader = problem.wrapped(
+        Privacy(epsilon=5.0, delta=1e-3, epochs=2), model, passes=2, batch_size=20
+    )
+    done = []
+
+    def train() -> None:
+        for _ in range(2):
+            for x, y in loader:
+                torch.nn.functional.cross_entropy(private(x), y).backward()
+                optimizer.step()
+                done.append(len(x))
+
+    with pytest.raises(UnsupportedModelError, match=r"buffer 0\.memory changes"):
+        train()
+    assert len(done) == steps
 
 
 def test_rounds_with_one_resident_model(problem: Any, make_problem: Any, loop: Callable[..., int]) -> None:
@@ -107,9 +223,10 @@ def test_wrapping_again_is_cheap(problem: Any) -> None:
 def test_a_resumed_run_gets_what_is_left(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     model = problem.model()
-    first = Guard(PRIVACY, holder="a", ledger=Ledger(path), passes=10)
+    privacy = dataclasses.replace(PRIVACY, epochs=6)
+    first = Guard(privacy, holder="a", ledger=Ledger(path), passes=10)
     loop(*first.wrap(model, sgd(model), problem.loader()), epochs=4)
-    second = Guard(PRIVACY, holder="a", ledger=Ledger(path, holder="a"), passes=6)  # another process, say
+    second = Guard(privacy, holder="a", ledger=Ledger(path, holder="a"), passes=6)  # another process, say
     loop(*second.wrap(model, sgd(model), problem.loader()), epochs=6)
     assert 2.99 < second.spent().epsilon <= 3.0
     assert second.noise_multiplier == pytest.approx(first.noise_multiplier, rel=0.01)
@@ -165,7 +282,7 @@ def test_a_foreign_ledger_is_refused(tmp_path: Path) -> None:
 def test_damage_to_the_ledger_during_training_stops_it(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     model = problem.model()
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(path), passes=3)
+    guard = Guard(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=Ledger(path), passes=3)
     wrapped = guard.wrap(model, sgd(model), problem.loader())
     loop(*wrapped)
     path.write_text(path.read_text().replace('"steps":10', '"steps":1'))

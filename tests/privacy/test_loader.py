@@ -42,6 +42,7 @@ def private(loader: DataLoader[Any], rate: Fraction, steps: int) -> tuple[Privat
             before_pass=lambda: log.append("pass"),
             before_batch=log.append,
             empty_batch=lambda: log.append("empty"),
+            after_pass=lambda: log.append("end"),
         ),
         log,
     )
@@ -52,6 +53,7 @@ def test_each_pass_is_announced_once_and_each_batch_or_empty_step_in_order() -> 
     seen = [len(x) for x, _ in loader]
     assert len(loader) == 200
     assert log[0] == "pass"
+    assert log.pop() == "end"
     assert len(log) == 201
     assert [size for size in log[1:] if size != "empty"] == seen
     assert 30 < log.count("empty") < 120  # each with probability e^-1: outside with probability < 1e-9
@@ -73,7 +75,7 @@ def test_workers_collate_and_structure_are_kept(workers: int) -> None:
     batches = list(loader)
     assert all(set(batch) == {"x", "y"} and len(batch["y"]) > 0 for batch in batches)
     assert len(batches) + log.count("empty") == 60
-    assert [len(batch["y"]) for batch in batches] == [size for size in log[1:] if size != "empty"]
+    assert [len(batch["y"]) for batch in batches] == [size for size in log[1:-1] if size != "empty"]
 
 
 def _as_dict(records: list[Any]) -> dict[str, Any]:
@@ -218,17 +220,19 @@ def test_rate_is_batch_over_records_not_one_over_batches(make_problem: Any) -> N
     _, optimizer, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
     assert loader.batch_sampler.rate == Fraction(100, 101)
     assert optimizer.expected_batch_size == 100
-    drawn = sum(len(x) for _ in range(50) for x, _ in loader)
+    drawn = sum(len(indices) for _ in range(50) for indices in loader.batch_sampler)
     assert stats.binomtest(drawn, 101 * 100, 100 / 101).pvalue > 1e-7
+    next(iter(loader))
     assert privacy.spent().sample_rate == 100 / 101
 
 
 def test_a_pass_is_paid_for_when_its_first_batch_is_drawn(problem: Any) -> None:
     privacy = Privacy(epsilon=5.0, delta=1e-3)
     model = problem.model()
-    _, _, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
+    _, optimizer, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
     assert privacy.spent().steps == 0
     next(iter(loader))
+    optimizer.step_empty()
     assert privacy.spent().steps == len(loader) == 10
     with pytest.raises(BudgetExceededError):
         next(iter(loader))
