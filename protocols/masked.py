@@ -13,7 +13,7 @@ from choral.protocols import party as steps
 from choral.protocols import party_round as rounds
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.keys import ed25519_public
-from choral.protocols.parameters import Parameters, choose
+from choral.protocols.parameters import CORRECTNESS_BITS, SECURITY_BITS, Parameters, choose, counted
 from choral.protocols.plain import check_submission
 from choral.protocols.policy import Policy
 from choral.protocols.seam import IntVector, SumResult, SumSpec
@@ -24,7 +24,7 @@ from choral.protocols.transcript import Signatures
 if TYPE_CHECKING:
     import torch
 
-SECURITY_BITS = 128
+CIPHER_BITS = 128
 """Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
 
 
@@ -33,12 +33,12 @@ class Masked:
     """The server learns the sum over the survivors and no single vector (Bonawitz et al. 2017, Bell et al. 2020).
 
     min_survivors: fewer vectors than this are never summed; 2 to n. Default: a majority of the parties, so that no
-        round can be summed over two sets without a common party. Where it is more, the threshold counts, and so do
-        corrupt + 2, below which a sum could hold a single honest vector.
+        round can be summed over two sets without a common party, or what ``dropouts`` leave where that is less. Where
+        it is more, the threshold counts, and so do corrupt + 2, below which a sum could hold a single honest vector.
     corrupt: how many parties may collude with the server; dropouts: how many may vanish in a round. A count (int) or
         a fraction of the parties (float, rounded up). Defaults: up to 10 parties (n - 1) // 3 of each, so that 3
         parties withstand the server alone and one dropout, 4 to 6 one colluder and one dropout, 10 three and three;
-        for more parties one tenth of each.
+        for more parties one tenth of each; no more dropouts than ``min_survivors`` leaves room for.
     server: "malicious" (it does what it likes) or "semi-honest" (it follows the protocol and looks at everything).
         The second allows more dropouts; signatures and consistency are checked in both.
 
@@ -46,7 +46,8 @@ class Masked:
     but for their sum, under the assumptions of docs/secure-sums.md. Unit: one vector of one round. The sum itself may
     say much about one vector when few are in it; that is the matter of differential privacy.
 
-    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once.
+    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once, or ``min_survivors`` and
+    ``dropouts`` together are more than the parties.
     """
 
     min_survivors: int | None = None
@@ -60,9 +61,14 @@ class Masked:
 
     def parameters(self, n: int) -> Parameters:
         """The neighbours and threshold for ``n`` parties. Raises SpecError."""
-        default: int | float = (n - 1) // 3 if n <= 10 else 0.1
+        if self.min_survivors is not None and not 2 <= self.min_survivors <= n:
+            raise SpecError(
+                f"expected 2 <= min_survivors <= {n} parties, got {self.min_survivors}",
+                hint="leave it out to have a majority of the parties",
+            )
+        default = (n - 1) // 3 if n <= 10 else counted(0.1, n)
         corrupt = default if self.corrupt is None else self.corrupt
-        dropouts = default if self.dropouts is None else self.dropouts
+        dropouts = min(default, n - (self.min_survivors or 2)) if self.dropouts is None else self.dropouts
         return choose(n, corrupt=corrupt, dropouts=dropouts, server=self.server)
 
     def setup(self, spec: SumSpec, *, session: bytes) -> wire.Setup:
@@ -72,13 +78,14 @@ class Masked:
         long = [party for party in spec.parties if len(party) > wire.MAX_NAME]
         if long:
             raise SpecError(f"expected party names of at most {wire.MAX_NAME} characters, got {long[0][:20]!r}...")
-        wanted = n // 2 + 1 if self.min_survivors is None else self.min_survivors
-        if not 2 <= wanted <= n:
+        left = n - chosen.dropouts
+        wanted = min(n // 2 + 1, left) if self.min_survivors is None else self.min_survivors
+        if wanted > left:
             raise SpecError(
-                f"expected 2 <= min_survivors <= {n} parties, got {wanted}",
-                hint="leave it out to have a majority of the parties",
+                f"{chosen.dropouts} dropouts leave {left} of {n} parties, fewer than min_survivors = {wanted}",
+                hint="expect fewer dropouts, or accept a smaller sum",
             )
-        if chosen.corrupt + 2 > n - chosen.dropouts:
+        if chosen.corrupt + 2 > left:
             raise SpecError(
                 f"{chosen.corrupt} corrupt and {chosen.dropouts} dropouts of {n} parties may leave one honest vector"
                 " in the sum",
@@ -92,10 +99,13 @@ class Masked:
             modulus_bits=spec.modulus_bits,
             neighbours=chosen.neighbours,
             threshold=chosen.threshold,
-            min_survivors=max(wanted, chosen.threshold, chosen.corrupt + 2),
+            min_survivors=max(2, wanted, chosen.threshold, chosen.corrupt + 2),
             corrupt=chosen.corrupt,
             dropouts=chosen.dropouts,
             server=self.server,
+            security_bits=SECURITY_BITS,
+            correctness_bits=CORRECTNESS_BITS,
+            encoding=spec.encoding,
         )
 
     def open(self, spec: SumSpec) -> MaskedSession:
@@ -126,6 +136,8 @@ class MaskedSession:
             maximum_bound=setup.bound,
             maximum_length=setup.length,
             server=config.server,
+            security_bits=setup.security_bits,
+            encoding=spec.encoding,
             signatures=signatures,
         )
         self.members: dict[str, steps.Member] = {}
@@ -155,9 +167,10 @@ class MaskedSession:
             "corrupt": setup.corrupt,
             "dropouts": setup.dropouts,
             "min_survivors": setup.min_survivors,
-            "security_bits": round(min(SECURITY_BITS, chosen.security_bits), 1),
-            "correctness_bits": round(chosen.correctness_bits, 1) if chosen.correctness_bits < SECURITY_BITS else None,
+            "security_bits": round(min(CIPHER_BITS, chosen.security_bits), 1),
+            "correctness_bits": round(chosen.correctness_bits, 1) if chosen.correctness_bits < CIPHER_BITS else None,
             "modulus_bits": setup.modulus_bits,
+            "encoding": setup.encoding,
             "ciphers": {
                 "mask stream": "AES-128-CTR",
                 "key agreement": "X25519",

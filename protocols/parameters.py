@@ -19,16 +19,26 @@ Two regimes:
   (holders = k). The smallest even k, and for it the smallest t, such that
   (1) the graph of honest survivors is disconnected with probability < 2^-(security_bits + 1);
   (2) *some* party has too many colluding neighbours with probability < 2^-(security_bits + 1);
-  (3) *some* party has fewer than t surviving neighbours with probability < 2^-correctness_bits.
+  (3) *some* party has fewer than t surviving neighbours with probability < 2^-correctness_bits;
+  (4) against a malicious server, *some* two disjoint runs of k/2 places on the ring have t - k/2 or more colluders
+  each, with probability < 2^-(security_bits + 1).
   The neighbours of one party that are marked (corrupt, surviving) are hypergeometric, and (2) and (3) are union bounds
   over n parties; (1) is a union bound over the pairs of gaps of k/2 that cut a ring (Bell et al. 2020, sections 3.3
-  to 3.5). This is the rule of Google's graph_parameter_finder (federated-compute, fcp/secagg/server), whose published
-  table tests/protocols/test_parameters.py reproduces.
+  to 3.5), (4) over the pairs of runs. (1) to (3) are the rule of Google's graph_parameter_finder (federated-compute,
+  fcp/secagg/server), which is :func:`harary`; tests/protocols/test_parameters.py reproduces its published table.
+  :func:`choose` adds (4), and raises k and t until it holds too.
 
-(1) and (3) take *which* parties drop out as independent of the ring. A malicious server that declares parties dropped
-of its own choice, after it has seen the graph, cannot be held to (1): it can split the ring at two parties whose
-colluding neighbours crowd on the side where the others are declared dropped. ``security_bits`` does not count that;
-where it matters use the complete graph, which has no cut.
+Why (4). (1) takes which parties drop out as independent of the ring, but a malicious server sees the ring, declares
+dropped whom it likes, and may show two groups of honest parties two different sets. Say that two such groups A and B
+both unmask, with no mask between them, and follow the ring from a party u of A to the next member v of B. Each has t
+holders in its own group or corrupt. When k/2 or more places lie between them, those next to u hold at most corrupt
+holders of u, at least t - k/2 of them as the other side has k/2 places only. When fewer do, then adding up both
+parties' holders gives 2t - k <= c(u) + c(v), where c(u) counts the corrupt among the k/2 places after u and c(v) among
+those before v: one of the two runs has t - k/2. The ring passes from A to B and back, so there are two such runs; that
+they are disjoint is checked exhaustively on small rings in tests/protocols/test_parameters.py.
+
+(2) and (4) depend on the graph and on who is corrupt only: they happen or not once per session. (1) and (3) depend on
+who drops out: once per round.
 
 The smallest sufficient t is taken in both regimes: it is as secure as was asked for and leaves the most room for
 dropouts.
@@ -49,6 +59,8 @@ from choral.protocols.errors import SpecError
 COMPLETE_UP_TO = 64
 """Parties up to which everyone masks with everyone."""
 MAX_PARTIES = 1_000_000
+SECURITY_BITS = 40
+CORRECTNESS_BITS = 20
 
 Server = Literal["semi-honest", "malicious"]
 
@@ -65,8 +77,9 @@ class Parameters:
     holders: how many parties hold shares of each secret: n on the complete graph (the party itself is one of them), k
         on a Harary graph (it is not).
     corrupt, dropouts: the absolute numbers withstood. server: see the module.
-    security_bits, correctness_bits: -log2 of the bound on the probability that the choice is insecure, or that the
-        round fails, within those numbers; infinite on the complete graph.
+    security_bits, correctness_bits: -log2 of the bound on the probability that the choice is insecure (against a
+        malicious server in a session, against a semi-honest one in a round), or that a round fails, within those
+        numbers; infinite on the complete graph.
     """
 
     parties: int
@@ -91,8 +104,8 @@ def choose(
     corrupt: float | int,
     dropouts: float | int,
     server: Server,
-    security_bits: float = 40,
-    correctness_bits: float = 20,
+    security_bits: float = SECURITY_BITS,
+    correctness_bits: float = CORRECTNESS_BITS,
 ) -> Parameters:
     """The cheapest safe parameters for ``n`` parties.
 
@@ -119,13 +132,24 @@ def choose(
     complete = _complete(n, bad, gone, server)
     if n <= COMPLETE_UP_TO:
         return complete
-    return harary(n, bad, gone, server, security_bits, correctness_bits) or complete
+    return harary(n, bad, gone, server, security_bits, correctness_bits, split=True) or complete
 
 
 def harary(
-    n: int, corrupt: int, dropouts: int, server: Server, security_bits: float = 40, correctness_bits: float = 20
+    n: int,
+    corrupt: int,
+    dropouts: int,
+    server: Server,
+    security_bits: float = SECURITY_BITS,
+    correctness_bits: float = CORRECTNESS_BITS,
+    *,
+    split: bool = False,
 ) -> Parameters | None:
-    """The Harary graph's parameters, or None when no k < n - 1 will do. Arguments as for :func:`choose`, counted."""
+    """The Harary graph's parameters, or None when no k < n - 1 will do. Arguments as for :func:`choose`, counted.
+
+    split: whether event (4) counts too, against a malicious server; the published finder does not know it.
+    """
+    split = split and server == "malicious"
     log_event = -(security_bits + 1) * math.log(2)
     log_party = log_event - math.log(n)
     log_failure = -correctness_bits * math.log(2) - math.log(n)
@@ -137,10 +161,15 @@ def harary(
         withstood = int(np.argmax(many_corrupt < log_party)) - 1  # more than this many is the bad event
         threshold = max(2, withstood + 1 if server == "semi-honest" else (k + withstood) // 2 + 1)
         many_gone = _log_tails(n, dropouts, k)
+        while (
+            split and many_gone[k - threshold + 1] < log_failure and _log_split(n, k, threshold, corrupt) >= log_event
+        ):
+            threshold += 1
         if many_gone[k - threshold + 1] >= log_failure:  # [0] is certain: a threshold of k + 1 fails too
             continue
         tolerable = threshold if server == "semi-honest" else 2 * threshold - k
-        insecure = np.logaddexp(disconnected, math.log(n) + many_corrupt[min(tolerable, k + 1)])
+        cut = _log_split(n, k, threshold, corrupt) if split else disconnected
+        insecure = np.logaddexp(cut, math.log(n) + many_corrupt[min(tolerable, k + 1)])
         return Parameters(
             parties=n,
             neighbours=k,
@@ -153,6 +182,23 @@ def harary(
             correctness_bits=_bits(math.log(n) + float(many_gone[k - threshold + 1])),
         )
     return None
+
+
+def achieved(
+    n: int, neighbours: int, threshold: int, *, corrupt: int, dropouts: int, server: Server
+) -> tuple[float, float]:
+    """The security and the correctness bits of a sparse graph that somebody else chose; O(k) time.
+
+    Security is by (2) and (4) against a malicious server, by (1) and (2) against a semi-honest one; correctness by (3).
+    All numbers are counts; 2 <= threshold <= neighbours < n - 1.
+    """
+    malicious = server == "malicious"
+    lost = 2 * threshold - neighbours if malicious else threshold
+    exposed = math.log(n) + float(_log_tails(n, corrupt, neighbours)[max(lost, 0)])
+    even = neighbours - neighbours % 2
+    cut = _log_split(n, neighbours, threshold, corrupt) if malicious else _log_disconnected(n, even, corrupt + dropouts)
+    failed = math.log(n) + float(_log_tails(n, dropouts, neighbours)[neighbours - threshold + 1])
+    return _bits(float(np.logaddexp(cut, exposed))), _bits(failed)
 
 
 def _complete(n: int, corrupt: int, dropouts: int, server: Server) -> Parameters:
@@ -206,6 +252,24 @@ def _log_disconnected(n: int, k: int, bad: int) -> float:
     return pairs + math.lgamma(bad + 1) + math.lgamma(n - k + 1) - math.lgamma(n + 1) - math.lgamma(bad - k + 1)
 
 
+def _log_split(n: int, k: int, threshold: int, corrupt: int) -> float:
+    """log of a bound on Pr[two disjoint runs of k/2 places have t - k/2 or more of ``corrupt`` random nodes each].
+
+    The second run's chance is taken as if the first had just enough: the more it has, the fewer are left. For odd k the
+    neighbour opposite counts among the t as one that is honest.
+    """
+    half = k // 2
+    enough = threshold - (k - half)
+    if enough <= 0:
+        return 0.0
+    if 2 * enough > corrupt or enough > half:
+        return -math.inf
+    pairs = math.log(n) + math.log(n - 2 * half + 1) - math.log(2)
+    first = float(_log_tails(n, corrupt, half)[enough])
+    second = float(_log_tails(n - half, corrupt - enough, half)[enough])
+    return min(0.0, pairs + first + second)
+
+
 def _log_tails(n: int, marked: int, k: int) -> NDArray[np.float64]:
     """``[j] = log Pr[X >= j]``, j = 0 .. k + 1, for X ~ Hypergeometric(n parties, ``marked`` of them, k drawn)."""
     j = np.arange(k + 1)
@@ -223,4 +287,4 @@ def _log_choose(n: int, j: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _bits(log_probability: float) -> float:
-    return math.inf if log_probability == -math.inf else -log_probability / math.log(2)
+    return math.inf if log_probability == -math.inf else max(0.0, -log_probability / math.log(2))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from choral.protocols.errors import PolicyError, SpecError
-from choral.protocols.messages import Setup
-from choral.protocols.parameters import counted
+from choral.protocols.integers import packed_bytes
+from choral.protocols.messages import MAX_VECTOR_BYTES, Setup
+from choral.protocols.parameters import SECURITY_BITS, achieved, counted
 from choral.protocols.transcript import Signatures
-
-SECURITY_BITS = 40
-"""Statistical: minus log2 of the chance that a sparse graph is a bad one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,11 @@ class Policy:
         is always demanded.
     minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2. Beyond what
         ``corrupt`` demands.
-    maximum_modulus_bits, maximum_bound, maximum_length: of the vector.
+    maximum_modulus_bits, maximum_bound, maximum_length: of the vector. The bound is of a party's whole value, weight
+        included, so it caps the weights of a sum whose scale is known.
+    security_bits: least statistical security of a sparse graph, computed again by this party; 1 to 128. A complete
+        graph meets any.
+    encoding: the text that the setup must have for how values became integers; None takes any.
     server: "malicious" refuses a setup that protects against a semi-honest server only.
 
     Raises: SpecError for values outside these ranges, or two parties with one key (a Sybil of whoever holds it).
@@ -43,6 +44,8 @@ class Policy:
     maximum_bound: int = 2**62
     maximum_length: int = 2**31
     server: Literal["semi-honest", "malicious"] = "malicious"
+    security_bits: int = SECURITY_BITS
+    encoding: str | None = None
     signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class Policy:
         whole, fraction = isinstance(self.corrupt, int) and self.corrupt >= 0, isinstance(self.corrupt, float)
         if isinstance(self.corrupt, bool) or not (whole or (fraction and 0 <= self.corrupt < 1)):
             raise SpecError(f"expected corrupt as a count (int) or a fraction in [0, 1) (float), got {self.corrupt!r}")
+        if not 1 <= self.security_bits <= 128:
+            raise SpecError(f"expected 1 to 128 security bits, got {self.security_bits}")
         if any(len(key) != 32 for key in self.directory.values()):
             raise SpecError("expected Ed25519 public keys of 32 bytes")
         if len(set(self.directory.values())) != len(self.directory):
@@ -70,6 +75,10 @@ class Policy:
         _at_most("modulus bits", setup.modulus_bits, self.maximum_modulus_bits)
         _at_most("bound", setup.bound, self.maximum_bound)
         _at_most("length", setup.length, self.maximum_length)
+        if not setup.complete:
+            _at_least("statistical security in bits", setup.security_bits, self.security_bits)
+        if self.encoding is not None and setup.encoding != self.encoding:
+            raise PolicyError("the setup has another encoding of values to integers than this party uses")
         if self.server == "malicious" and setup.server != "malicious":
             raise PolicyError(
                 "the setup protects against a semi-honest server only; this party expects a malicious one"
@@ -83,7 +92,9 @@ def check_setup(setup: Setup) -> None:
     2t > n + corrupt (Bonawitz et al. 2017, 6.2). By it no two sets of survivors can both be confirmed, and no honest
     vector can be confirmed as a survivor after being masked with colluders and dropped parties only. On a sparse graph
     it is 2t > k + the colluders among one party's k neighbours, which must hold for all parties but with probability
-    2^-SECURITY_BITS over the graph (Bell et al. 2020, 3.4; :mod:`choral.protocols.parameters` chooses k and t so).
+    2^-security_bits over the graph (Bell et al. 2020, 3.4), and so that the graph is not cut in two
+    (:mod:`choral.protocols.parameters`, which chooses k and t so). ``security_bits`` and ``correctness_bits`` are
+    claims of whoever made the setup: they are computed again here.
     """
     n, k, t = len(setup.roster), setup.neighbours, setup.threshold
     if len(set(setup.roster)) != n:
@@ -103,27 +114,41 @@ def check_setup(setup: Setup) -> None:
         raise PolicyError("the setup assumes that nobody is left")
     if setup.modulus_bits < (2 * n * setup.bound).bit_length():
         raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")
+    if packed_bytes(setup.length, setup.modulus_bits) > MAX_VECTOR_BYTES:
+        raise PolicyError(
+            f"{setup.length} values of {setup.modulus_bits} bits are more than one message of {MAX_VECTOR_BYTES} bytes"
+        )
     if setup.complete and t <= setup.corrupt:
         raise PolicyError(f"a threshold of {t} is met by the {setup.corrupt} parties that may be corrupt")
     malicious = setup.server == "malicious"
     corrupt = setup.corrupt if setup.complete else 0
     if malicious and not 2 * t > setup.holders + corrupt:
         raise PolicyError(f"a malicious server asks for 2t > {setup.holders} + {corrupt}, got t = {t}")
-    if not setup.complete and _often(n, k, setup.corrupt, 2 * t - k if malicious else t):
+    if not setup.complete:
+        _check_sparse(setup)
+
+
+def _check_sparse(setup: Setup) -> None:
+    """Compute again what the graph achieves. Raises: PolicyError where that is less than the setup claims."""
+    security, correctness = achieved(
+        len(setup.roster),
+        setup.neighbours,
+        setup.threshold,
+        corrupt=setup.corrupt,
+        dropouts=setup.dropouts,
+        server=setup.server,
+    )
+    chosen = f"{setup.neighbours} neighbours with a threshold of {setup.threshold}"
+    if security < setup.security_bits:
         raise PolicyError(
-            f"of {n} parties {setup.corrupt} are too many for {k} neighbours with a threshold of {t}: they would"
-            f" surround some party with probability above 2^-{SECURITY_BITS}"
+            f"of {len(setup.roster)} parties {setup.corrupt} are too many for {chosen}: they would surround some party,"
+            f" or cut the graph, with probability 2^-{security:.1f}, not 2^-{setup.security_bits}"
         )
-
-
-def _often(n: int, k: int, corrupt: int, least: int) -> bool:
-    """Whether some party has ``least`` or more corrupt neighbours with probability above 2^-SECURITY_BITS.
-
-    A union bound over n parties of the hypergeometric tail, in exact integers.
-    """
-    others = n - 1
-    tail = sum(math.comb(corrupt, j) * math.comb(others - corrupt, k - j) for j in range(least, min(k, corrupt) + 1))
-    return n * tail << SECURITY_BITS > math.comb(others, k)
+    if correctness < setup.correctness_bits:
+        raise PolicyError(
+            f"{setup.dropouts} dropouts are too many for {chosen}: a round would fail with probability"
+            f" 2^-{correctness:.1f}, not 2^-{setup.correctness_bits}"
+        )
 
 
 def _at_least(what: str, value: int, minimum: int) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
+from choral.protocols.integers import packed_bytes
+from choral.protocols.messages import MAX_NAME, MAX_VECTOR_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -35,19 +37,27 @@ class SumSpec:
     length: coordinates per vector, 1 to 2^31.
     bound: the largest absolute value that any party may send in any coordinate. The modulus is sized from it, so
         that no sum of up to ``len(parties)`` vectors can wrap.
+    encoding: how values became integers (scale, clipping, weight cap), as text of at most 255 characters. Part of what
+        the parties agree on: one that encodes in another way must not join, as its vector would count for more or less.
 
-    Raises: SpecError for anything outside these ranges, or when the modulus would pass 2^64.
+    Raises: SpecError for anything outside these ranges, when the modulus would pass 2^64, or when a packed vector
+    would pass the 2^32 - 1 bytes of one message: 2^31 coordinates fit up to a modulus of 15 bits, 2^30 up to 31.
     """
 
     parties: tuple[str, ...]
     length: int
     bound: int
+    encoding: str = ""
 
     def __post_init__(self) -> None:
         if len(self.parties) < 2:
             raise SpecError(f"expected at least 2 parties, got {len(self.parties)}: one party's sum is its own value")
         if len(set(self.parties)) != len(self.parties) or not all(self.parties):
             raise SpecError("party names must be distinct and non-empty")
+        for text in (*self.parties, self.encoding):
+            _check_text(text)
+        if len(self.encoding) > MAX_NAME:
+            raise SpecError(f"expected an encoding of at most {MAX_NAME} characters, got {len(self.encoding)}")
         if not 1 <= self.length <= 2**31:
             raise SpecError(f"expected 1 <= length <= 2^31, got {self.length}")
         if self.bound < 1:
@@ -59,10 +69,23 @@ class SumSpec:
                 hint="use fewer bits per value, a smaller weight cap, or fewer parties",
             )
 
+        if packed_bytes(int(self.length), self.modulus_bits) > MAX_VECTOR_BYTES:
+            raise SpecError(
+                f"{self.length} values of {self.modulus_bits} bits pass the {MAX_VECTOR_BYTES} bytes of one message",
+                hint=f"sum at most {8 * MAX_VECTOR_BYTES // self.modulus_bits} values per session, or use fewer bits",
+            )
+
     @property
     def modulus_bits(self) -> int:
         """The least b with 2^b >= 2 n bound + 1: sums lie in [-n bound, n bound] and are lifted centred."""
         return (2 * len(self.parties) * int(self.bound)).bit_length()
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SpecError(f"{text!r} has a character that no message can carry") from None
 
 
 @dataclass(frozen=True, kw_only=True)

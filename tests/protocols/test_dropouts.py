@@ -94,33 +94,63 @@ def test_every_party_at_every_stage_of_larger_cohorts(network: Callable[..., Any
     assert 0 < sums < rounds
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 5, pytest.param(6, marks=pytest.mark.slow)])
+def test_whoever_is_silent_while_a_session_opens(network: Callable[..., Any], n: int) -> None:
+    """Every party at either opening stage, or at none: it opens when nobody is missing, else names exactly those."""
+    for stages in itertools.product((None, "hello", "reveal"), repeat=n):
+        net = network(n)
+        at = dict(zip(net.names, stages, strict=True))
+        for stage in ("hello", "reveal"):
+            net.hooks["up", stage] = lambda name, raw, stage=stage, at=at: None if at[name] == stage else raw
+        first = next((stage for stage in ("hello", "reveal") if stage in stages), None)
+        if first is None:
+            net.open()
+            assert set(net.members) == set(net.names)
+            assert check(net, {}, n)
+            continue
+        with pytest.raises(TooFewSurvivorsError) as caught:
+            net.open()
+        assert caught.value.missing == tuple(name for name in net.names if at[name] == first)
+        assert (caught.value.survivors, caught.value.needed) == (n - stages.count(first), n)
+        assert not net.members
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.integers(2, 12))
+    server = draw(st.sampled_from(["semi-honest", "malicious"]))
     neighbours = draw(st.sampled_from([k for k in range(2, n) if k % 2 == 0 or n % 2 == 0] + [n - 1]))
     holders = n if neighbours == n - 1 else neighbours
-    threshold = draw(st.integers(holders // 2 + 1, holders)) if holders > 2 else 2
+    corrupt = draw(st.integers(0, n - 2)) if holders == n else 0
+    least = corrupt + 1
+    if server == "malicious":
+        least = (holders + corrupt) // 2 + 1 if holders == n else (neighbours + 1) // 2 + 1
+    threshold = draw(st.integers(min(max(2, least), holders), holders))
     bound = draw(st.one_of(st.integers(1, 2**20), st.integers(1, (2**64 - 1) // (2 * n))))
-    least = (2 * n * bound).bit_length()
+    bits = (2 * n * bound).bit_length()
     return {
         "n": n,
         "neighbours": neighbours,
         "threshold": threshold,
-        "min_survivors": draw(st.integers(threshold, n)),
+        "server": server,
+        "corrupt": corrupt,
+        "min_survivors": draw(st.integers(max(threshold, corrupt + 2), n)),
         "bound": bound,
-        "modulus_bits": draw(st.integers(least, 64)),
+        "modulus_bits": draw(st.integers(bits, 64)),
         "length": draw(st.one_of(st.integers(1, 9), st.integers(1000, 70000))),
         "seed": draw(st.integers(0, 2**32)),
         "drops": draw(st.dictionaries(st.integers(0, n - 1), st.sampled_from(STAGES), max_size=n)),
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(case=cases())
 def test_any_parameters_give_the_plain_sum_or_a_refusal(network: Callable[..., Any], case: dict[str, Any]) -> None:
     drops = {f"p{party}": stage for party, stage in case.pop("drops").items()}
     n, seed = case["n"], case["seed"]
-    net = network(**case).open()
+    net = network(**case, policy={"server": case["server"], "corrupt": case["corrupt"]}).open()
     vectors = vectors_of(net.names, net.setup.length, net.setup.bound, seed)
     try:
         outcome = net.round(vectors, drops=drops)

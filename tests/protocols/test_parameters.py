@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,11 +87,19 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("n", "corrupt", "dropouts", "server", "k", "t"), PUBLISHED)
 def test_the_published_table(n: int, corrupt: float, dropouts: float, server: Any, k: int, t: int) -> None:
+    found = harary(n, round(corrupt * n), round(dropouts * n), server)
+    assert found is not None
+    assert (found.neighbours, found.threshold, found.holders) == (k, t, k)
     chosen = choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
-    assert (chosen.neighbours, chosen.threshold, chosen.holders) == (k, t, k)
-    assert chosen.security_bits > 40
-    assert chosen.correctness_bits > 20
     assert chosen == choose(n, corrupt=round(corrupt * n), dropouts=round(dropouts * n), server=server)
+    for one in (found, chosen):
+        assert one.security_bits > 40
+        assert one.correctness_bits > 20
+    if server == HONEST:
+        assert chosen == found
+    else:  # the published finder does not count a ring that a malicious server cuts in two
+        assert k <= chosen.neighbours <= 1.15 * k
+        assert t <= chosen.threshold <= 1.16 * t
 
 
 @pytest.mark.parametrize(
@@ -116,8 +125,89 @@ def test_where_the_published_finder_forgets_a_check() -> None:
     assert (found.neighbours, found.threshold) == (6, 2)
 
 
-def slow_oracle(n: int, corrupt: int, dropouts: int, server: str, security: float, correctness: float) -> Any:
-    """The rule from its three sentences, with scipy's hypergeometric distribution and exact binomials."""
+def cut_in_two(n: int, corrupt: int, k: int, t: int) -> float:
+    """The union bound over pairs of disjoint runs of k/2 places that hold t - k/2 corrupt parties each, summed out."""
+    half, least = k // 2, t - k // 2
+    both = sum(
+        hypergeom.pmf(many, n, corrupt, half) * hypergeom.sf(least - 1, n - half, corrupt - many, half)
+        for many in range(least, min(half, corrupt) + 1)
+    )
+    return float(n * (n - k + 1) / 2 * both)
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "dropouts", "published"),
+    [
+        (500, 0.1, 0.1, 36.7),
+        (1000, 0.05, 0.05, 39.1),
+        (1000, 0.1, 0.1, 36.6),
+        (10000, 0.05, 0.05, 34.8),
+        (10000, 0.1, 0.1, 34.2),
+        (1000, 0.33, 0.0, 33.1),
+        (200, 0.1, 0.1, math.inf),
+    ],
+)
+def test_a_malicious_server_cannot_cut_the_ring_in_two(
+    n: int, fraction: float, dropouts: float, published: float
+) -> None:
+    """Bits against that event alone: too few with the published parameters, over 40 with those that are chosen."""
+    bad, gone = round(fraction * n), round(dropouts * n)
+    table = harary(n, bad, gone, MALICIOUS)
+    assert table is not None
+    found = cut_in_two(n, bad, table.neighbours, table.threshold)
+    assert (-math.log2(found) if found else math.inf) == pytest.approx(published, abs=0.2)
+    chosen = choose(n, corrupt=bad, dropouts=gone, server=MALICIOUS)
+    cut = cut_in_two(n, bad, chosen.neighbours, chosen.threshold)
+    exposed = n * hypergeom(n, bad, chosen.neighbours).sf(2 * chosen.threshold - chosen.neighbours - 1)
+    assert cut + exposed <= 2.0**-chosen.security_bits * (1 + 1e-6)
+    assert chosen.security_bits > 40
+    if cut:  # the closed form gives away little
+        bound = parameters._log_split(n, chosen.neighbours, chosen.threshold, bad)
+        assert -1e-6 < bound - math.log(cut) < math.log(1.5)
+
+
+def splittable(n: int, k: int, t: int, corrupt: set[int]) -> bool:
+    """Whether two groups of honest parties can exist that each member has t holders in its own group or corrupt: every
+    way to put each honest party into the one, the other or neither is tried."""
+    honest = [party for party in range(n) if party not in corrupt]
+    codes = np.arange(3 ** len(honest))
+    group = np.zeros((n, codes.size), np.int8)
+    for place, party in enumerate(honest):
+        group[party] = codes // 3**place % 3
+    possible = (group == 1).any(axis=0) & (group == 2).any(axis=0)
+    steps = [step for step in range(-(k // 2), k // 2 + 1) if step]
+    for party in honest:
+        around = [(party + step) % n for step in steps]
+        colluding = len(corrupt.intersection(around))
+        for label in (1, 2):
+            holders = (group[around] == label).sum(axis=0) + colluding
+            possible &= (group[party] != label) | (holders >= t)
+    return bool(possible.any())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "t", "corrupt", "splits"),
+    [(12, 4, 3, 2, 2), (10, 6, 5, 4, 0), (12, 8, 6, 4, 1), (13, 6, 5, 4, 4), (10, 4, 3, 2, 1)],
+)
+def test_whoever_splits_the_honest_holds_two_disjoint_runs(n: int, k: int, t: int, corrupt: int, splits: int) -> None:
+    """For every placing of the corrupt (up to rotation) on which nobody has 2t - k corrupt neighbours."""
+    half, least, seen = k // 2, t - k // 2, 0
+    for places in combinations(range(1, n), corrupt - 1):
+        bad = {0, *places}
+        rotations = [sorted((party - shift) % n for party in bad) for shift in bad]
+        near = [len(bad & {(p + d) % n for d in range(-half, half + 1)}) for p in range(n) if p not in bad]
+        if sorted(bad) != min(rotations) or max(near) >= 2 * t - k or not splittable(n, k, t, bad):
+            continue
+        seen += 1
+        runs = [s for s in range(n) if len(bad & {(s + d) % n for d in range(half)}) >= least]
+        assert any(half <= (one - other) % n <= n - half for one in runs for other in runs), bad
+    assert seen == splits
+
+
+def slow_oracle(
+    n: int, corrupt: int, dropouts: int, server: str, security: float, correctness: float, split: bool = False
+) -> Any:
+    """The rule from its sentences, with scipy's hypergeometric distribution and exact binomials."""
     event = 2.0 ** -(security + 1)
     bad = corrupt + dropouts
     for k in range(2, n - 1, 2):
@@ -128,11 +218,24 @@ def slow_oracle(n: int, corrupt: int, dropouts: int, server: str, security: floa
         for t in range(2, k + 1):
             lost = t if server == HONEST else 2 * t - k
             insecure = n * neighbours.sf(lost - 1) >= event
+            if split and server == MALICIOUS:
+                insecure |= first_run_at_least(n, corrupt, k, t) >= event
             if not insecure and n * survivors.cdf(t - 1) < 2.0**-correctness:
                 return k, t
             if not insecure:
                 break
     return None
+
+
+def first_run_at_least(n: int, corrupt: int, k: int, t: int) -> float:
+    """cut_in_two, with the second run as if the first had no more corrupt than it needs."""
+    half, least = k // 2, t - k // 2
+    if least <= 0:
+        return 1.0
+    if 2 * least > corrupt:
+        return 0.0
+    second = hypergeom.sf(least - 1, n - half, corrupt - least, half)
+    return float(n * (n - k + 1) / 2 * hypergeom.sf(least - 1, n, corrupt, half) * second)
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,13 +246,15 @@ def slow_oracle(n: int, corrupt: int, dropouts: int, server: str, security: floa
     server=st.sampled_from([HONEST, MALICIOUS]),
     security=st.sampled_from([8, 20, 40]),
     correctness=st.sampled_from([5, 20]),
+    split=st.booleans(),
 )
 def test_the_smallest_k_and_t_by_scipy(
-    n: int, corrupt: float, dropouts: float, server: Any, security: float, correctness: float
+    n: int, corrupt: float, dropouts: float, server: Any, security: float, correctness: float, split: bool
 ) -> None:
     bad, gone = int(corrupt * n), int(dropouts * n)
-    found = harary(n, bad, gone, server, security, correctness)
-    assert (found and (found.neighbours, found.threshold)) == slow_oracle(n, bad, gone, server, security, correctness)
+    found = harary(n, bad, gone, server, security, correctness, split=split)
+    expected = slow_oracle(n, bad, gone, server, security, correctness, split)
+    assert (found and (found.neighbours, found.threshold)) == expected
 
 
 @pytest.mark.parametrize(

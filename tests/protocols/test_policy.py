@@ -95,6 +95,66 @@ def test_a_sparse_graph_that_colluders_could_surround_somebody_in() -> None:
     check_setup(replace(weak, threshold=11))  # of the golden table
 
 
+def test_a_sparse_graph_that_a_malicious_server_could_cut() -> None:
+    """The published (k, t) for 1,000 parties, .1 and .1, leaves 36.6 bits: fine for who asks for 36."""
+    names = tuple(f"p{place}" for place in range(1000))
+    good = Masked().setup(SumSpec(parties=names, length=1, bound=1), session=bytes(16))
+    check_setup(good)
+    published = replace(good, neighbours=96, threshold=67)
+    with pytest.raises(PolicyError, match=r"with probability 2\^-36\.., not 2\^-40"):
+        check_setup(published)
+    check_setup(replace(published, security_bits=36))
+    directory = {name: place.to_bytes(32, "little") for place, name in enumerate(names)}
+    with pytest.raises(PolicyError, match="security in bits of at least 40, the setup says 36"):
+        Policy(directory=directory, corrupt=0.1).check(replace(published, security_bits=36), "p0")
+    Policy(directory=directory, corrupt=0.1, security_bits=36).check(replace(published, security_bits=36), "p0")
+    Policy(directory=directory, corrupt=0.1).check(good, "p0")
+    for bits in (0, 129):
+        with pytest.raises(SpecError, match="1 to 128"):
+            Policy(directory=directory, corrupt=0.1, security_bits=bits)
+
+
+def test_claims_of_a_setup_are_computed_again() -> None:
+    names = tuple(f"p{place}" for place in range(1000))
+    good = Masked().setup(SumSpec(parties=names, length=1, bound=1), session=bytes(16))
+    with pytest.raises(PolicyError, match="not 2\\^-128"):
+        check_setup(replace(good, security_bits=128))
+    with pytest.raises(PolicyError, match="a round would fail"):
+        check_setup(replace(good, correctness_bits=21))
+    with pytest.raises(PolicyError, match="a round would fail"):
+        check_setup(replace(good, dropouts=101 + 10))
+    thin = replace(good, server="semi-honest", corrupt=20, dropouts=0, neighbours=20, threshold=12)
+    check_setup(thin)
+    with pytest.raises(PolicyError, match="cut the graph"):  # semi-honest: colluders and dropouts do it by chance
+        check_setup(replace(thin, dropouts=450))
+
+
+def test_an_odd_graph_whose_halves_and_opposites_make_a_threshold(network: Make) -> None:
+    """k = 3: next, next and opposite. With t = 2 two opposite arcs can agree on a set without anyone corrupt."""
+    net = network(8, neighbours=3, threshold=3)
+    join(net)
+    with pytest.raises(PolicyError, match="cut the graph"):
+        join(net, threshold=2)
+
+
+def test_parties_that_encode_values_in_another_way_do_not_join(network: Make) -> None:
+    net = network(4, encoding="step 1/100", policy={"encoding": "step 1/100"})
+    join(net)
+    for other in ("step 1/10", ""):
+        with pytest.raises(PolicyError, match="another encoding"):
+            join(net, encoding=other)
+    join(network(4, encoding="anything"))  # a party that does not care
+
+
+def test_a_vector_that_fits_no_message() -> None:
+    setup = Masked().setup(SumSpec(parties=("a", "b", "c"), length=2**31, bound=5461), session=bytes(16))
+    assert (setup.length, setup.modulus_bits) == (2**31, 15)
+    check_setup(setup)
+    with pytest.raises(PolicyError, match="one message"):
+        check_setup(replace(setup, modulus_bits=16))
+    check_setup(replace(setup, modulus_bits=16, length=2**31 - 1))
+
+
 @pytest.mark.parametrize("n", [65, 100, 333, 1000])
 @pytest.mark.parametrize("corrupt", [0, 0.05, 0.1, 0.2])
 @pytest.mark.parametrize("server", ["semi-honest", "malicious"])

@@ -183,7 +183,7 @@ def test_what_cannot_be_withstood_is_refused_at_opening(config: Masked) -> None:
         (10, 3, 3, 9, 7, 7),
         (50, 5, 5, 49, 28, 28),
         (100, 10, 10, 32, 22, 51),
-        (1000, 100, 100, 96, 67, 501),
+        (1000, 100, 100, 102, 72, 501),
     ],
 )
 def test_the_table_of_defaults_in_the_guide(
@@ -211,6 +211,45 @@ def test_names_that_do_not_fit_a_message_are_refused_at_opening() -> None:
         Masked().open(SumSpec(parties=("a", "b" * 256), length=1, bound=1))
     session = Masked().open(SumSpec(parties=("ä" * 255, "b" * 255), length=np.int64(1), bound=np.int64(3)))
     assert run(session, {"ä" * 255: [3], "b" * 255: [3]}).total.tolist() == [6]
+
+
+def test_a_name_that_has_no_bytes_is_refused() -> None:
+    for changes in ({"parties": ("a", "b\ud800", "c")}, {"encoding": "\ud800"}, {"encoding": "x" * 256}):
+        with pytest.raises(SpecError):
+            SumSpec(**({"parties": ("a", "b", "c"), "length": 1, "bound": 1} | changes))
+
+
+@pytest.mark.parametrize(("bits", "most"), [(15, 2**31), (16, 2**31 - 1), (31, 1108378656), (64, 2**29 - 1)])
+def test_a_vector_longer_than_one_message_is_refused_before_anything_is_masked(bits: int, most: int) -> None:
+    bound = ((1 << bits) - 1) // 4
+    assert SumSpec(parties=("a", "b"), length=most, bound=bound).modulus_bits == bits
+    with pytest.raises(SpecError) as caught:
+        SumSpec(parties=("a", "b"), length=most + 1, bound=bound)
+    if most < 2**31:
+        assert f"at most {most} values" in caught.value.hint
+
+
+def test_the_encoding_is_agreed_on() -> None:
+    names = ("a", "b", "c")
+    session = Masked().open(SumSpec(parties=names, length=1, bound=1, encoding="FixedPoint(bound=1.0)"))
+    assert session.statement["encoding"] == "FixedPoint(bound=1.0)"
+    assert run(session, {name: [1] for name in names}).total.tolist() == [3]
+
+
+def test_the_dropouts_that_are_stated_can_be_withstood() -> None:
+    def setup(**config: Any) -> Any:
+        names = tuple(map(str, range(60)))
+        return Masked(**config).setup(SumSpec(parties=names, length=1, bound=1), session=bytes(16))
+
+    many = setup(corrupt=0, dropouts=0.6, server="semi-honest")
+    assert (many.dropouts, many.min_survivors) == (36, 24)
+    assert setup(min_survivors=57).dropouts == 3  # not the 6 it would plan for by itself
+    assert setup(min_survivors=60).dropouts == 0
+    with pytest.raises(SpecError, match="fewer than min_survivors = 58"):
+        setup(min_survivors=58, dropouts=3)
+    for n in range(2, 200):
+        made = Masked().setup(SumSpec(parties=tuple(map(str, range(n))), length=1, bound=1), session=bytes(16))
+        assert made.min_survivors <= n - made.dropouts
 
 
 def test_a_semi_honest_server_allows_more_dropouts() -> None:
