@@ -53,8 +53,9 @@ class Tally:
     def check_reachable(self, survivors: Sequence[int], answering: Iterable[int]) -> None:
         """Raises TooFewSurvivorsError when ``answering`` parties hold too few shares of a secret that is needed."""
         present = set(answering)
+        alive = set(survivors)
         for dealer in (*survivors, *self._dropped(survivors)):
-            self._holders(dealer, present, dealer in survivors)
+            self._holders(dealer, present, dealer in alive)
 
     def dealers(self, holder: int) -> list[int]:
         """The neighbours that shared their secrets with ``holder``, ascending."""
