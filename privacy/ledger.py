@@ -5,10 +5,12 @@ append-only file of JSON lines, each carrying the SHA-256 of the line before it 
 written, flushed and fsynced under an exclusive lock before the noise it pays for is drawn, so a crash can only
 overcount.
 
-A file that ends in a torn line was cut during an append that never returned: nothing was released for it, and
-the torn tail alone is removed. Any other irregularity (an edited, missing, reordered or foreign line) is
-refused with :class:`LedgerError`. The hash chain finds damage and careless edits. It cannot bind a holder who
-rewrites the whole chain, or rolls the file back to an older copy: keep the head hash elsewhere against that.
+A ledger comes into being with its first event, in one piece. A file that ends in a torn line after that was cut
+during an append that never returned: nothing was released for it, and the torn tail alone is removed. Any other
+irregularity (an edited, missing, reordered or foreign line, a file without an event) is refused with
+:class:`LedgerError`. The hash chain finds damage and careless edits. What it cannot find is a whole chain rewritten,
+or the file put back to an older state, lines cut from its end included, while no process has it open: keep
+:attr:`Ledger.head` elsewhere, and compare, against that.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -90,6 +93,12 @@ class Ledger:
         self._refresh()
         return tuple(self._events)
 
+    @property
+    def head(self) -> str:
+        """The hexadecimal SHA-256 of the last line, which vouches for all of them; zeros while there is none."""
+        self._refresh()
+        return self._head
+
     def epsilon(self, delta: float) -> float:
         """Return what all events together cost at `delta` (PLD, checked by RDP)."""
         return accounting.epsilon(self.events, delta)
@@ -122,28 +131,24 @@ class Ledger:
         header = _Header(format=_FORMAT, holder=self._asked, delta=self._asked_delta, unit=UNIT, neighbours=NEIGHBOURS)
         if self.path is None:
             self._check_count(after)
+            self._head = _lines(self._head, (event,) if self._header else (header, event))[1]
             self._header = header
             self._events.append(event)
             return
         try:
-            with self._open(create=True) as file:
+            if self._header is None and after == 0 and _created(self.path, _lines(_GENESIS, (header, event))[0]):
+                self._refresh()
+                return
+            with self._open(write=True) as file:
                 end = self._read(file)
                 self._check_count(after)
-                if self._header is not None and self._header != header:
+                if self._header != header:
                     raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
-                lines = b""
-                head = self._head
-                for entry in (header, event) if self._header is None else (event,):
-                    line = _line(head, entry)
-                    lines += msgspec.json.encode(line) + b"\n"
-                    head = line.digest
                 file.truncate(end)  # a torn tail goes; its append never returned
                 file.seek(end)
-                file.write(lines)
+                file.write(_lines(self._head, (event,))[0])
                 file.flush()
                 os.fsync(file.fileno())
-                if end == 0:
-                    _sync_folder(self.path)
                 self._read(file)
         except OSError as error:
             raise LedgerError(
@@ -166,7 +171,7 @@ class Ledger:
         if self.path is None:
             return
         try:
-            with self._open(create=False) as file:
+            with self._open(write=False) as file:
                 self._read(file)
         except FileNotFoundError:
             if self._events:
@@ -177,10 +182,9 @@ class Ledger:
             raise LedgerError(f"{self._name} cannot be read: {error.strerror}") from error
 
     @contextlib.contextmanager
-    def _open(self, *, create: bool) -> Iterator[BinaryIO]:
-        flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-        with os.fdopen(os.open(str(self.path), flags, 0o600), "r+b" if create else "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if create else fcntl.LOCK_SH)  # released when the file is closed
+    def _open(self, *, write: bool) -> Iterator[BinaryIO]:
+        with open(str(self.path), "r+b" if write else "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)  # released when the file is closed
             yield file
 
     def _read(self, file: BinaryIO) -> int:
@@ -193,6 +197,8 @@ class Ledger:
         if seen == self._seen:
             return end
         header, events, head = _verify(content[:end], self._name)
+        if not events:
+            raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=_RESTORE)
         if events[: len(self._events)] != self._events:
             raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
         self._header, self._events, self._head, self._seen = header, events, head, seen
@@ -202,6 +208,33 @@ class Ledger:
 def _line(previous: str, entry: _Header | PoissonSampledGaussian) -> _Line:
     digest = hashlib.sha256(msgspec.json.encode((previous, entry))).hexdigest()
     return _Line(previous=previous, entry=entry, digest=digest)
+
+
+def _lines(head: str, entries: tuple[_Header | PoissonSampledGaussian, ...]) -> tuple[bytes, str]:
+    """Return the lines of `entries` that follow the line of digest `head`, and the digest of the last."""
+    lines = b""
+    for entry in entries:
+        line = _line(head, entry)
+        lines += msgspec.json.encode(line) + b"\n"
+        head = line.digest
+    return lines, head
+
+
+def _created(path: Path, content: bytes) -> bool:
+    """Make the file with all of `content`, on disk, or not at all; return False if there is one already."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename, fails if the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync_folder(path)
+    return True
 
 
 def _verify(content: bytes, name: str) -> tuple[_Header | None, list[PoissonSampledGaussian], str]:

@@ -102,7 +102,10 @@ def test_each_line_is_synced_before_append_returns(path: Path, monkeypatch: pyte
 
 
 def test_a_cut_leaves_whole_events_or_is_mended(path: Path) -> None:
-    """Cut the file here and there, as a crash within write() may: acknowledged events survive, the torn tail goes."""
+    """Cut the file here and there, as a crash within write() may: acknowledged events survive, the torn tail goes.
+
+    Cut within its first event, with which it comes into being, it is not what a crash leaves, and is refused.
+    """
     written(path)
     content = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
@@ -112,6 +115,10 @@ def test_a_cut_leaves_whole_events_or_is_mended(path: Path) -> None:
     ):
         path.write_bytes(content[:cut])
         whole = sum(end <= cut for end in ends)
+        if whole < 2:
+            with pytest.raises(LedgerError, match="holds no event"):
+                Ledger(path)
+            continue
         ledger = Ledger(path)
         assert len(ledger.events) == max(whole - 1, 0)  # the first line is the header
         ledger.bind("a", 1e-5)
@@ -174,6 +181,48 @@ def test_a_file_that_vanishes_or_shrinks_in_use_is_refused(path: Path) -> None:
     path.unlink()
     with pytest.raises(LedgerError, match="is gone"):
         _ = ledger.events
+
+
+def test_an_emptied_file_is_refused(path: Path) -> None:
+    """It must not read as no spending."""
+    ledger = Ledger(path, holder="a")
+    ledger.bind("a", 1e-5)
+    path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="holds no event") as caught:
+        Ledger(path)
+    assert "backup" in caught.value.hint
+    with pytest.raises(LedgerError, match="holds no event"):
+        ledger.append(EVENT, after=0)
+    assert path.read_bytes() == b""
+
+
+def test_the_first_append_makes_the_whole_file_or_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before it is on disk: there is no file, rather than an empty one that could not be told from damage."""
+    ledger = Ledger(path, holder="a")
+    ledger.bind("a", 1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(LedgerError, match="cannot be written"):
+            ledger.append(EVENT, after=0)
+    assert list(path.parent.iterdir()) == []
+    ledger.append(EVENT, after=0)
+    assert list(path.parent.iterdir()) == [path]
+    assert Ledger(path).events == (EVENT,)
+
+
+def test_the_head_tells_a_shrunken_ledger(path: Path) -> None:
+    """A file cut at a line's end verifies; who kept the head sees that it is not the one."""
+    assert Ledger(path).head == "0" * 64
+    ledger = written(path)
+    heads = [json.loads(line)["digest"] for line in path.read_text().splitlines()]
+    assert ledger.head == Ledger(path).head == heads[-1]
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert Ledger(path).head == heads[-2] != heads[-1]
+    memory = Ledger(holder="a")
+    memory.bind("a", 1e-5)
+    for i in range(3):
+        memory.append(EVENT, after=i)
+    assert memory.head == heads[-1]
 
 
 def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
