@@ -17,7 +17,7 @@ from choral.protocols.integers import packed_bytes
 
 ID, H, SIG = b"s" * 16, b"h" * 32, b"g" * 64
 SAMPLES: dict[str, Any] = {
-    "Setup": wire.Setup(ID, ("a", "b", "ç"), 5, 9, 6, 2, 2, 2, 0, 0, "malicious"),
+    "Setup": wire.Setup(ID, ("a", "b", "ç"), 5, 9, 6, 2, 2, 2, 0, 0, "malicious", 40, 20, "step 1"),
     "Hello": wire.Hello(ID, H, SIG),
     "Hellos": wire.Hellos(ID, (wire.HelloEntry(H, SIG),) * 3),
     "Reveal": wire.Reveal(ID, H),
@@ -87,6 +87,7 @@ def test_missing_extra_and_misplaced_fields_are_refused(kind: str) -> None:
     for place in range(1, len(fields)):
         for wrong in ("text", -1, 1.5, True, b"", b"x" * 31, [[]], {"a": 1}, 1 << 63):
             fits = isinstance(wrong, bytes) and place == 3 and (kind == "Upload" or (kind == "Survivors" and wrong))
+            fits = fits or (wrong == "text" and fields[place] == "step 1")  # Setup's free text
             if fields[place] == wrong or fits:
                 continue
             with pytest.raises(MessageError):
@@ -189,3 +190,10 @@ def test_bytes_per_round_are_counted_and_within_the_formula(n: int) -> None:
             assert result.bytes_up[party] <= packed + 199 * k + 574
             assert result.bytes_down[party] <= 298 * k + 72 * t + n / 8 + 256
             assert result.bytes_down[party] > 284 * k
+
+
+def test_the_largest_setup_fits_its_limit() -> None:
+    names = tuple("\U0001f3e5" * 254 + letter for letter in "ab")  # 4 bytes a character
+    spec = SumSpec(parties=names, length=2**31, bound=2**12, encoding="\U0001f3e5" * 255)
+    raw = wire.encode(Masked().setup(spec, session=b"\xff" * 16))
+    assert wire.limit(wire.Setup, 2) - 120 < len(raw) <= wire.limit(wire.Setup, 2)
