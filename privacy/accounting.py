@@ -43,6 +43,7 @@ _GRIDS = (1e-2, 1e-3, 1e-4, 1e-5)  # discretisations of the privacy loss, nested
 _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 _FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
 _LARGEST_NOISE = 1e6
+_ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this much, by discretisation
 
 _Merged = tuple[tuple[float, float, int], ...]
 
@@ -214,7 +215,7 @@ def _merge(events: Iterable[PoissonSampledGaussian]) -> _Merged:
 def _checked_epsilon(merged: _Merged, delta: float) -> float:
     by_pld, _ = _settled(merged, delta)
     by_rdp = _rdp(merged, delta, _FEW_ORDERS)
-    if by_pld > by_rdp * (1.0 + 1e-5):
+    if by_pld > by_rdp * (1.0 + 1e-5) + _ROUNDING:
         raise AccountingError(
             f"PLD says epsilon={by_pld:.6g} but RDP, the looser bound, says {by_rdp:.6g} at delta={delta:g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
@@ -249,7 +250,7 @@ def _pld(merged: _Merged, delta: float, grid: float) -> float:
 def _agree(merged: _Merged, delta: float) -> None:
     """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says."""
     ours, theirs = _pld(merged, delta, _GRIDS[0]), _by_dp_accounting(merged, delta, _GRIDS[0])
-    if abs(ours - theirs) > 1e-3 * theirs:
+    if abs(ours - theirs) > 1e-3 * theirs + _ROUNDING:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",

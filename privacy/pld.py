@@ -144,15 +144,13 @@ def _solve(low: int, probs: Floats, infinity: float, delta: float, grid: float) 
     losses = ((low + start + np.arange(len(probs) - start)) * grid)[::-1]
     upper = infinity + np.cumsum(probs[start:][::-1])
     likely = np.flatnonzero(upper > delta)
-    if len(likely) and losses[likely[0]] > 500.0:  # e^loss would overflow; delta(eps) <= P(loss > eps) bounds it
-        return float(losses[likely[0]])
-    lower = np.cumsum(probs[start:][::-1] * np.exp(-losses))
-    over = np.flatnonzero(upper - np.exp(np.minimum(losses, 700.0)) * lower > delta)
-    if len(over):
-        first = int(over[0]) - 1  # all losses above the answer, and only they
-        if first < 0 or lower[first] <= 0.0:
-            return float(losses[max(first, 0)])
-        return float(math.log((upper[first] - delta) / lower[first]))
-    if len(losses) and upper[-1] - lower[-1] > delta:
-        return max(float(math.log((upper[-1] - delta) / lower[-1])), 0.0)
-    return 0.0
+    if not len(likely):
+        return 0.0
+    # delta(epsilon) <= P(loss > epsilon), so the answer is no larger than this; relative to it, nothing that counts
+    # overflows, and capping what does makes `lower` smaller and the answer larger.
+    shift = float(losses[likely[0]])
+    relative = losses - shift
+    lower = np.cumsum(probs[start:][::-1] * np.exp(np.minimum(-relative, 600.0)))
+    over = np.flatnonzero(upper - np.exp(np.minimum(relative, 0.0)) * lower > delta)
+    last = int(over[0]) - 1 if len(over) else len(losses) - 1  # of the losses above the answer; >= likely[0]
+    return max(shift + float(math.log((upper[last] - delta) / lower[last])), 0.0)

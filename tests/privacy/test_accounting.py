@@ -108,6 +108,26 @@ def test_finer_grids_only_tighten() -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_large_epsilons_agree_with_dp_accounting() -> None:
+    for noise, steps in ((0.15, 50), (0.12, 50), (0.11, 50)):
+        oracle = privacy_loss_distribution.from_gaussian_mechanism(
+            noise, sampling_prob=0.1, value_discretization_interval=1e-2
+        )
+        expected = oracle.self_compose(steps).get_epsilon_for_delta(DELTA)
+        assert 300 < expected < 700
+        assert pld.epsilon([(0.1, noise, steps)], DELTA, 1e-2) == pytest.approx(expected, rel=1e-4)
+    noise = accounting.noise_multiplier(600.0, DELTA, 0.1, 50)
+    assert 599.9 < accounting.epsilon([event(0.1, noise, 50)], DELTA) <= 600.0
+
+
+def test_tiny_epsilons_are_no_disagreement() -> None:
+    """RDP says 0 and PLD, on its grid, a little more: both are right to within rounding."""
+    tiny = [event(7.86e-6, 116.0, 29)]
+    assert accounting.epsilon_rdp(tiny, 4.2e-7) == 0.0
+    assert 0.0 <= accounting.epsilon(tiny, 4.2e-7) < 1e-4
+    accounting._agree(((7.86e-6, 116.0, 29),), 4.2e-7)
+
+
 def test_rdp_is_never_below_pld() -> None:
     for rate, noise, steps, _, _ in GOLDENS:
         one = [event(rate, noise, steps)]
