@@ -14,7 +14,11 @@
 Threat model. The server and up to ``corrupt`` other parties do whatever they like; what this party uploads must stay
 uniform to them but for its part in the sum over one set of at least ``min_survivors`` parties. The party trusts its
 pinned directory, its own randomness, and the caller to feed each state once. Every message is refused before anything
-is computed from it; a refusal spends the state, so the party is out of that round.
+is computed from it; a refusal spends the state, so the party is out of that round. What another party may have caused,
+a packet that does not open, is not refused but reported: no dealer can push this party out.
+
+Over time: masks and packets have fresh keys each round, which no state keeps longer than its steps need them, so that
+past rounds stay closed to whoever takes the machine later; and of two rounds only the one begun last is answered.
 
 Why no double reveal is possible. For each neighbour the state Uploaded holds two shares: of its self-mask seed and of
 its mask key. ``confirm`` turns each pair into *one* :class:`Reveal`, of the kind that the set of survivors decides, and

@@ -219,6 +219,15 @@ def test_a_dealer_of_garbage_evicts_nobody(network: Make, changes: dict[str, Any
         assert not net.refused
 
 
+def test_a_party_can_say_whose_packet_did_not_open(network: Make) -> None:
+    net = network(5).open()
+    garble(net, 4, (0,))
+    stage, states = net.round(VECTORS, until="share")
+    _, outbox = stage.close()
+    assert states["p0"].receive(outbox["p0"]).unopened == ("p4",)
+    assert states["p1"].receive(outbox["p1"]).unopened == ()
+
+
 def test_a_dealer_of_garbage_to_more_than_may_lie_is_named(network: Make) -> None:
     net = network(7, corrupt=2, dropouts=2).open()
     garble(net, 6, (0, 1, 2))
@@ -245,6 +254,7 @@ def test_a_false_form_of_accusation(network: Make, unopened: tuple[int, ...]) ->
     )
     net.round(VECTORS, drops={"p3": "share"})
     assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", FaultyPartyError, "p0")]
+    assert "accuses" in str(net.rejected[0][1])
 
 
 def test_who_accuses_reveals_no_share_of_the_accused(network: Make) -> None:
