@@ -46,8 +46,8 @@ VERSION = 1
 ENVELOPE = 64
 MAX_PARTIES = 1 << 20
 MAX_NAME = 255
-MAX_VECTOR_BYTES = 2**32 - 1
-"""Of one packed vector: what one byte string of msgpack can be."""
+PIECE = 2**32 - 1
+"""Bytes in one piece of a packed vector: the longest byte string of msgpack. 2^31 values of 64 bits are five pieces."""
 
 Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
 RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
@@ -197,11 +197,11 @@ class Deliveries(Message, frozen=True):
 
 
 class Upload(Message, frozen=True):
-    """The masked vector, packed."""
+    """The masked vector, packed, in pieces of PIECE bytes; only the last one is shorter."""
 
     session: SessionId
     round: RoundNumber
-    vector: bytes
+    vector: Annotated[tuple[bytes, ...], Meta(min_length=1, max_length=5)]
 
 
 class Survivors(Message, frozen=True):
@@ -288,6 +288,21 @@ _decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpa
 def limit(kind: type[Message], entries: int = 0) -> int:
     """The largest size in bytes of a message with so many entries in its list, or bytes in its vector or bitmap."""
     return ENVELOPE + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * entries
+
+
+def to_pieces(packed: bytes) -> tuple[bytes, ...]:
+    """A packed vector as it stands in Upload."""
+    if len(packed) <= PIECE:
+        return (packed,)
+    return tuple(packed[start : start + PIECE] for start in range(0, len(packed), PIECE))
+
+
+def from_pieces(pieces: tuple[bytes, ...]) -> bytes | None:
+    """The packed vector, or None when it was cut in any other way than :func:`to_pieces` does."""
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = b"".join(pieces)
+    return whole if [len(piece) for piece in to_pieces(whole)] == [len(piece) for piece in pieces] else None
 
 
 def to_bitmap(parties: Iterable[int], n: int) -> bytes:

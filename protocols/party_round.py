@@ -237,7 +237,7 @@ class Ready(Once[_Masking]):
         added = [masking.seed, *(seed for peer, seed in masking.pairs.items() if peer < me)]
         subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
         packed = masked(vector, setup.modulus_bits, added, subtracted)
-        message = wire.Upload(masking.member.id, masking.number, packed)
+        message = wire.Upload(masking.member.id, masking.number, wire.to_pieces(packed))
         partners = frozenset(masking.pairs)
         state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, partners, masking.held))
         return state, wire.encode(message)

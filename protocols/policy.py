@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from choral.protocols.errors import PolicyError, SpecError
-from choral.protocols.integers import packed_bytes
-from choral.protocols.messages import MAX_VECTOR_BYTES, Setup
+from choral.protocols.messages import Setup
 from choral.protocols.parameters import SECURITY_BITS, achieved, counted
 from choral.protocols.transcript import Signatures
 
@@ -114,10 +113,6 @@ def check_setup(setup: Setup) -> None:
         raise PolicyError("the setup assumes that nobody is left")
     if setup.modulus_bits < (2 * n * setup.bound).bit_length():
         raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")
-    if packed_bytes(setup.length, setup.modulus_bits) > MAX_VECTOR_BYTES:
-        raise PolicyError(
-            f"{setup.length} values of {setup.modulus_bits} bits are more than one message of {MAX_VECTOR_BYTES} bytes"
-        )
     if setup.complete and t <= setup.corrupt:
         raise PolicyError(f"a threshold of {t} is met by the {setup.corrupt} parties that may be corrupt")
     malicious = setup.server == "malicious"

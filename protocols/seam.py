@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
-from choral.protocols.integers import packed_bytes
-from choral.protocols.messages import MAX_NAME, MAX_VECTOR_BYTES
+from choral.protocols.messages import MAX_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +39,7 @@ class SumSpec:
     encoding: how values became integers (scale, clipping, weight cap), as text of at most 255 characters. Part of what
         the parties agree on: one that encodes in another way must not join, as its vector would count for more or less.
 
-    Raises: SpecError for anything outside these ranges, when the modulus would pass 2^64, or when a packed vector
-    would pass the 2^32 - 1 bytes of one message: 2^31 coordinates fit up to a modulus of 15 bits, 2^30 up to 31.
+    Raises: SpecError for anything outside these ranges, or when the modulus would pass 2^64.
     """
 
     parties: tuple[str, ...]
@@ -67,12 +65,6 @@ class SumSpec:
                 f"{len(self.parties)} parties with values up to {self.bound} need {self.modulus_bits} bits of modulus,"
                 " over 64",
                 hint="use fewer bits per value, a smaller weight cap, or fewer parties",
-            )
-
-        if packed_bytes(int(self.length), self.modulus_bits) > MAX_VECTOR_BYTES:
-            raise SpecError(
-                f"{self.length} values of {self.modulus_bits} bits pass the {MAX_VECTOR_BYTES} bytes of one message",
-                hint=f"sum at most {8 * MAX_VECTOR_BYTES // self.modulus_bits} values per session, or use fewer bits",
             )
 
     @property

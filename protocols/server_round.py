@@ -129,8 +129,11 @@ class Uploading(RoundStage):
 
     def _accept(self, party: int, message: wire.Upload) -> None:
         setup = self._terms.setup
+        packed = wire.from_pieces(message.vector)
+        if packed is None:
+            raise self._fault(party, "its vector is cut into other pieces than agreed")
         try:
-            vector = unpack(message.vector, setup.length, setup.modulus_bits)
+            vector = unpack(packed, setup.length, setup.modulus_bits)
         except PackingError as error:
             raise self._fault(party, f"its vector is not as agreed: {error}") from None
         self._sum += vector

@@ -86,7 +86,12 @@ def federate(
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
         cap = 1 << max(examples.values()).bit_length()
         coder = FixedPoint(bound=value_bound, value_bits=value_bits, max_weight=cap)
-        spec = SumSpec(parties=tuple(parties), length=resident.layout.length + 1, bound=coder.integer_bound)
+        spec = SumSpec(
+            parties=tuple(parties),
+            length=resident.layout.length + 1,
+            bound=coder.integer_bound,
+            encoding=repr(coder),
+        )
         session = secure_sum.open(spec)
         recorder.begin(_complete(info, resident, secure_sum, session, coder))
         weights = recorder.restore(resident.model, resident.layout)

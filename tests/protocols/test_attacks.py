@@ -491,7 +491,7 @@ def test_a_message_after_the_round_went_on_without_its_sender(network: Make) -> 
         stage.receive("p3", kept["p3"])
     with pytest.raises(FaultyPartyError, match="p3: expected its Upload"):
         uploading.receive("p3", kept["p3"])
-    forged = wire.encode(wire.Upload(parse(kept["p3"]).session, 1, bytes(5)))
+    forged = wire.encode(wire.Upload(parse(kept["p3"]).session, 1, (bytes(5),)))
     with pytest.raises(FaultyPartyError, match="p3: its Upload came after the round went on without it"):
         uploading.receive("p3", forged)
     with pytest.raises(StateUsedError, match="closed"):
@@ -888,14 +888,25 @@ def test_a_second_vector_does_not_replace_the_first(network: Make) -> None:
     stage.receive("p0", first)  # the network repeats itself
     np.testing.assert_array_equal(stage._sum, before)
     with pytest.raises(FaultyPartyError, match="p0: sent a second Upload, and not the same"):
-        stage.receive("p0", wire.encode(with_(parse(first), vector=bytes(len(parse(first).vector)))))
+        stage.receive("p0", wire.encode(with_(parse(first), vector=(bytes(len(parse(first).vector[0])),))))
     np.testing.assert_array_equal(stage._sum, before)
 
 
 @pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v + b"\0", lambda v: b"", lambda v: v[:-1] + b"\xff"])
 def test_a_vector_of_another_length_or_modulus(network: Make, change: Callable[[bytes], bytes]) -> None:
     net = network(4, corrupt=1).open()  # 3 values of 13 bits: 39 bits, one of padding
-    net.hooks["up", "upload"] = edit(lambda _, message: with_(message, vector=change(message.vector)), only="p0")
+    net.hooks["up", "upload"] = edit(lambda _, message: with_(message, vector=(change(message.vector[0]),)), only="p0")
+    outcome = net.round(VECTORS)
+    assert [(name, error.blame) for name, error in net.rejected] == [("p0", "p0")]
+    expect_sum(net, outcome, ["p1", "p2", "p3"])
+
+
+def test_a_vector_in_other_pieces_than_agreed(network: Make) -> None:
+    """One form for each message: the same bytes cut in two are refused, naming their sender."""
+    net = network(4, corrupt=1).open()
+    net.hooks["up", "upload"] = edit(
+        lambda _, message: with_(message, vector=(message.vector[0][:1], message.vector[0][1:])), only="p0"
+    )
     outcome = net.round(VECTORS)
     assert [(name, error.blame) for name, error in net.rejected] == [("p0", "p0")]
     expect_sum(net, outcome, ["p1", "p2", "p3"])

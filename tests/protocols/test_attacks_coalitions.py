@@ -105,7 +105,7 @@ def secret_of(net: Any, shares: Mapping[int, bytes]) -> bytes:
 def unmasked(net: Any, victim: int, seed: bytes, key: bytes) -> Any:
     """What the coalition reads, were the two secrets the victim's."""
     session, bits, length = net.session.terms.session, net.setup.modulus_bits, net.setup.length
-    vector = unpack(sent_up(net, "upload")[f"p{victim}"].vector, length, bits).copy()
+    vector = unpack(sent_up(net, "upload")[f"p{victim}"].vector[0], length, bits).copy()
     vector -= expand(seed, length, vector.dtype)
     for name, message in sent_up(net, "advertise").items():
         peer = net.names.index(name)

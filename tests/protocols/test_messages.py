@@ -26,7 +26,7 @@ SAMPLES: dict[str, Any] = {
     "Roster": wire.Roster(ID, 7, (wire.RosterEntry(300, H, H, SIG),)),
     "Shares": wire.Shares(ID, 7, H, None, (wire.Packet(1, H, H, b"x" * 82),)),
     "Deliveries": wire.Deliveries(ID, 7, (wire.Packet(1, H, H, b"x" * 82),)),
-    "Upload": wire.Upload(ID, 7, b"vector"),
+    "Upload": wire.Upload(ID, 7, (b"vector",)),
     "Survivors": wire.Survivors(ID, 7, b"\x07"),
     "Confirm": wire.Confirm(ID, 7, SIG, (1, 300)),
     "Confirmations": wire.Confirmations(ID, 7, (wire.Confirmation(2, SIG),)),
@@ -197,3 +197,30 @@ def test_the_largest_setup_fits_its_limit() -> None:
     spec = SumSpec(parties=names, length=2**31, bound=2**12, encoding="\U0001f3e5" * 255)
     raw = wire.encode(Masked().setup(spec, session=b"\xff" * 16))
     assert wire.limit(wire.Setup, 2) - 120 < len(raw) <= wire.limit(wire.Setup, 2)
+
+
+def test_a_long_vector_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PIECE", 100)
+    for length in (1, 99, 100, 101, 200, 450):
+        packed = bytes(range(256)) * 2
+        pieces = wire.to_pieces(packed[:length])
+        assert [len(piece) for piece in pieces[:-1]] == [100] * (len(pieces) - 1)
+        assert wire.from_pieces(pieces) == packed[:length]
+    for odd in ((b"", b""), (b"x" * 99, b"x"), (b"x" * 100, b""), (b"x" * 101, b"x"), (b"x" * 50, b"x" * 50)):
+        assert wire.from_pieces(odd) is None
+
+
+def test_a_sum_of_vectors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PIECE", 100)
+    summing = Masked().open(SumSpec(parties=("a", "b", "c"), length=200, bound=10)).begin()
+    for party in ("a", "b", "c"):
+        summing.submit(party, np.arange(200, dtype=np.int64) % 11)
+    assert np.array_equal(summing.finish().total, 3 * (np.arange(200) % 11))
+
+
+def test_the_longest_vector_has_five_pieces_and_fits_the_envelope() -> None:
+    """2^31 values of 64 bits. Headers of byte strings from 2^16 bytes on are equally long."""
+    assert -(-packed_bytes(2**31, 64) // wire.PIECE) == 5
+    raw = wire.encode(wire.Upload(ID, 2**32 - 1, (bytes(70_000),) * 5))
+    assert len(raw) <= wire.limit(wire.Upload, 350_000)
+    SumSpec(parties=("a", "b"), length=2**31, bound=2**61)

@@ -26,7 +26,9 @@ def uploads(net: Any, vectors: dict[str, Any]) -> dict[str, Any]:
     net.sent.clear()
     net.round(vectors)
     return {
-        name: unpack(wire.to_server(raw, sender=name, limit=1 << 30).vector, net.setup.length, net.setup.modulus_bits)
+        name: unpack(
+            wire.to_server(raw, sender=name, limit=1 << 30).vector[0], net.setup.length, net.setup.modulus_bits
+        )
         for way, stage, name, raw in net.sent
         if (way, stage) == ("up", "upload")
     }
