@@ -19,6 +19,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from Crypto.Cipher import ChaCha20_Poly1305
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key
@@ -241,8 +242,12 @@ def _openssl() -> Backend:
         except InvalidTag:
             raise ValueError("tag") from None
 
+    # OpenSSL computes the public key of every private key that it loads, which costs as much as an agreement; a party
+    # uses its two keys of a round with each neighbour in turn. Two are held, until the next two come.
+    load = lru_cache(maxsize=2)(X25519PrivateKey.from_private_bytes)
+
     def x25519(private: bytes, public: bytes) -> bytes:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        return load(private).exchange(X25519PublicKey.from_public_bytes(public))
 
     return Backend(
         name="openssl",

@@ -12,12 +12,11 @@ SESSION_BYTES = 16
 
 def digest(label: str, *parts: bytes | int) -> bytes:
     """SHA-256 of the label and the parts, each with its length in front: no two lists of parts collide. 32 bytes."""
-    state = hashlib.sha256()
+    framed: list[bytes] = []
     for part in (b"choral/1/" + label.encode(), *parts):
         raw = part.to_bytes(8, "little") if isinstance(part, int) else part
-        state.update(len(raw).to_bytes(8, "little"))
-        state.update(raw)
-    return state.digest()
+        framed += len(raw).to_bytes(8, "little"), raw
+    return hashlib.sha256(b"".join(framed)).digest()
 
 
 def setup_digest(setup: bytes) -> bytes:
