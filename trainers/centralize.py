@@ -61,7 +61,7 @@ def centralize(
     with Recorder.open(out, info, resume=resume) as recorder:
         guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
         if reason := nothing_left(guards, recorder):
-            return recorder.end(reason)
+            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         start = initial_model(build, next(iter(parties.values())), seed)
         with seeded(seed, 0, POOLED):
             model, optimizer, loader = checked_build(build, whole)

@@ -81,7 +81,7 @@ def federate(
     with Recorder.open(out, info, resume=resume) as recorder:
         guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
         if reason := nothing_left(guards, recorder):
-            return recorder.end(reason)
+            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
         cap = 1 << max(examples.values()).bit_length()

@@ -129,10 +129,10 @@ class Recorder:
         if self._claim:
             self._claim.close()
 
-    def end(self, reason: str) -> Run:
-        """Close the run at its last complete round."""
+    def end(self, reason: str, spent: Mapping[str, Spent]) -> Run:
+        """Close the run at its last complete round. spent: by the ledgers, the round that was cut short included."""
         if self.completed < self._info.rounds:
-            self._info = msgspec.structs.replace(self._info, ended=reason)
+            self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
             if self._folder:
                 folders.write_info(self._folder, self._info)
         return self.run()

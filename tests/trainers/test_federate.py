@@ -75,12 +75,17 @@ def test_masked_equals_plain_exactly(job):
     assert plain.history[-1].metrics["accuracy"] > 0.8
 
 
-def test_weights_by_example_count(job, parties):
-    """A party with all the weight decides: duplicating its records is the same as raising its weight."""
-    unequal = federate(**job())
-    equal = federate(**job(parties={name: TensorDataset(*(t[:21] for t in d.tensors)) for name, d in parties.items()}))
-    assert not torch.equal(unequal.state["weight"], equal.state["weight"])
-    assert unequal.info.parties == {"north": 60, "south": 33, "east": 21}
+def test_weights_by_example_count(job):
+    """One full-batch step at each party, weighted by its examples, is one step of gradient descent on all of them."""
+
+    def build(dataset):
+        model = nn.Linear(5, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.2), DataLoader(dataset, batch_size=len(dataset))
+
+    split, pooled = federate(**job(build=build, rounds=4)), centralize(**job(build=build, rounds=4))
+    for name in split.state:
+        torch.testing.assert_close(split.state[name], pooled.state[name], rtol=0, atol=1e-6)
+    assert split.info.parties == {"north": 60, "south": 33, "east": 21}
 
 
 def test_same_seed_same_run_and_same_start_as_the_cloud(job):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from choral import Masked, Privacy, Run, centralize, federate
+from choral import Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import RunFolderError
 
@@ -70,8 +70,9 @@ def test_resume_keeps_the_budget(job, tmp_path):
     assert [spent.steps for spent in resumed.info.spent.values()] == [6 * 6, 6 * 4, 6 * 3]
 
 
-def test_a_round_that_is_repeated_is_paid_for_again(job, tmp_path):
-    """Stopped in the middle of round 3: what two of three parties had charged for it stays charged."""
+@pytest.fixture
+def stopping_fit(job):
+    """Stops in round 3, after two of three parties have been charged for it."""
     calls, plain = iter(range(1000)), job()["fit"]
 
     def fit(model, optimizer, loader):
@@ -79,31 +80,30 @@ def test_a_round_that_is_repeated_is_paid_for_again(job, tmp_path):
         if next(calls) == 7:
             raise Stop
 
+    return fit
+
+
+def test_a_round_that_is_repeated_is_paid_for_again(job, stopping_fit, tmp_path):
     privacy = Privacy(epsilon=4.0, delta=1e-3)
     with pytest.raises(Stop):
-        federate(**job(rounds=6, fit=fit), privacy=privacy, out=tmp_path / "run")
+        federate(**job(rounds=6, fit=stopping_fit), privacy=privacy, out=tmp_path / "run")
     resumed = federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
     assert all(3.8 < spent.epsilon <= 4.0 for spent in resumed.info.spent.values())
     assert [spent.steps for spent in resumed.info.spent.values()] == [7 * 6, 7 * 4, 6 * 3]
 
 
-def test_an_interruption_in_the_last_round_ends_the_run_at_the_round_before(job, tmp_path):
+def test_an_interruption_in_the_last_round_ends_the_run_at_the_round_before(job, stopping_fit, tmp_path):
     """The parties that had been charged cannot pay for the last round again: the run closes, and says why."""
-    calls, plain = iter(range(1000)), job()["fit"]
-
-    def fit(model, optimizer, loader):
-        plain(model, optimizer, loader)
-        if next(calls) == 7:
-            raise Stop
-
     privacy = Privacy(epsilon=4.0, delta=1e-3)
     with pytest.raises(Stop):
-        federate(**job(rounds=3, fit=fit), privacy=privacy, out=tmp_path / "run")
+        federate(**job(rounds=3, fit=stopping_fit), privacy=privacy, out=tmp_path / "run")
     resumed = federate(**job(rounds=3), privacy=privacy, out=tmp_path / "run", resume=True)
     assert resumed.history[-1].round == 2
     assert resumed.finished
     assert "budget of north is spent; ended after round 2" in resumed.info.ended
     assert Run.load(tmp_path / "run").finished
+    assert [spent.steps for spent in resumed.info.spent.values()] == [3 * 6, 3 * 4, 2 * 3]
+    assert audit(tmp_path / "run").verdict == "holds"
     assert federate(**job(rounds=3), privacy=privacy, out=tmp_path / "run", resume=True).history == resumed.history
 
 
