@@ -327,23 +327,24 @@ def encode(message: Message) -> bytes:
 
 def to_server(raw: bytes, *, sender: str, limit: int) -> ToServer:
     """A message that ``sender`` sent to the server. Raises MessageError, blaming it, for anything else."""
-    message: ToServer = _decode("server", raw, sender, limit)
+    message: ToServer = strictly(_decoders["server"], raw, sender=sender, limit=limit)
     return message
 
 
 def to_party(raw: bytes, *, limit: int) -> ToParty:
     """A message from the server. Raises MessageError, blaming the server, for anything else."""
-    message: ToParty = _decode("party", raw, "the server", limit)
+    message: ToParty = strictly(_decoders["party"], raw, sender="the server", limit=limit)
     return message
 
 
-def _decode(receiver: str, raw: bytes, sender: str, limit: int) -> Any:
+def strictly(decoder: Any, raw: bytes, *, sender: str, limit: int) -> Any:
+    """What ``decoder`` reads in ``raw``, provided that :func:`encode` would write just that. Raises MessageError."""
     if len(raw) > limit:
         raise MessageError(sender, f"expected a message of at most {limit} bytes, got {len(raw)}")
     if not raw or raw[0] != VERSION:
         raise MessageError(sender, f"expected a message of protocol version {VERSION}")
     try:
-        message = _decoders[receiver].decode(memoryview(raw)[1:])
+        message = decoder.decode(memoryview(raw)[1:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         # msgspec's own text may quote what the sender wrote.
         raise MessageError(sender, "these bytes are no message of this protocol") from None

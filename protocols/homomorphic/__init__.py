@@ -1,0 +1,3 @@
+"""Sums of ciphertexts: the server adds what it cannot read."""
+
+from __future__ import annotations
