@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -10,6 +11,9 @@ from choral.errors import ConfigError
 
 UNIT = "record"
 NEIGHBOURS = "add or remove one record"
+CLIENT_UNIT = "client"
+CLIENT_NEIGHBOURS = "zero out one client: its update is the zero vector in every round"
+RELATIONS = {UNIT: NEIGHBOURS, CLIENT_UNIT: CLIENT_NEIGHBOURS}
 
 
 class PoissonSampledGaussian(
@@ -32,3 +36,35 @@ class PoissonSampledGaussian(
             raise ConfigError(f"noise_multiplier is {self.noise_multiplier}, expected a finite number > 0")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected >= 1")
+
+
+class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="client_release"):
+    """`steps` sums of bounded client vectors with noise, of all clients (no amplification by sampling).
+
+    Each client's vector has a squared L2 norm of at most `sensitivity_squared`; each coordinate of the sum has `shares`
+    independent noises of variance parameter `share_variance` that the adversary does not know.
+
+    mechanism: "gaussian" (real vectors), "discrete_gaussian" or "skellam" (integer vectors, `length` coordinates).
+    settles: the sum that the event before this one paid for had this many shares, no fewer than it paid for; it counts
+        in place of that one.
+    """
+
+    mechanism: Literal["gaussian", "discrete_gaussian", "skellam"]
+    sensitivity_squared: int
+    share_variance: float
+    shares: int
+    length: int
+    steps: int = 1
+    settles: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.share_variance) and self.share_variance > 0.0):
+            raise ConfigError(f"share_variance is {self.share_variance}, expected a finite number > 0")
+        for name in ("sensitivity_squared", "shares", "length", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The deviation of the unknown noise in one coordinate over the largest norm of a client's vector."""
+        return math.sqrt(self.shares * self.share_variance / self.sensitivity_squared)

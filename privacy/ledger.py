@@ -27,9 +27,11 @@ from typing import BinaryIO
 import msgspec
 
 from choral.errors import ConfigError
-from choral.privacy import accounting
+from choral.privacy import accounting, client_accounting
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, PoissonSampledGaussian
+
+Event = PoissonSampledGaussian | ClientRelease
 
 _FORMAT = "choral ledger 1"
 _GENESIS = "0" * 64
@@ -47,7 +49,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     previous: str  # the digest of the line before
-    entry: _Header | PoissonSampledGaussian
+    entry: _Header | PoissonSampledGaussian | ClientRelease
     digest: str  # hexadecimal SHA-256 of the JSON of [previous, entry]
 
 
@@ -66,8 +68,9 @@ class Ledger:
         self.path = None if path is None else Path(path)
         self._asked = holder
         self._asked_delta: float | None = None
+        self._asked_unit = UNIT
         self._header: _Header | None = None
-        self._events: list[PoissonSampledGaussian] = []
+        self._events: list[Event] = []
         self._head = _GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
         self._refresh()
@@ -88,10 +91,27 @@ class Ledger:
         return self._header.delta if self._header else self._asked_delta
 
     @property
+    def unit(self) -> str:
+        """Whose presence this ledger's numbers are about: "record" or "client"."""
+        return self._header.unit if self._header else self._asked_unit
+
+    @property
     def events(self) -> tuple[PoissonSampledGaussian, ...]:
-        """All events so far, oldest first, with those that other processes wrote."""
+        """All events so far, oldest first, with those that other processes wrote.
+
+        Raises: LedgerError for a ledger of clients, whose events are `releases`.
+        """
         self._refresh()
-        return tuple(self._events)
+        self._check_unit(UNIT)
+        return tuple(event for event in self._events if isinstance(event, PoissonSampledGaussian))
+
+    @property
+    def releases(self) -> tuple[ClientRelease, ...]:
+        """The same for a ledger of clients. Raises: LedgerError for one of records, unless it is still empty."""
+        self._refresh()
+        if self._header is not None:
+            self._check_unit(CLIENT_UNIT)
+        return tuple(event for event in self._events if isinstance(event, ClientRelease))
 
     @property
     def head(self) -> str:
@@ -100,14 +120,18 @@ class Ledger:
         return self._head
 
     def epsilon(self, delta: float) -> float:
-        """Return what all events together cost at `delta` (PLD, checked by RDP)."""
+        """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
+        if self.unit == CLIENT_UNIT:
+            return client_accounting.epsilon(self.releases, delta)
         return accounting.epsilon(self.events, delta)
 
-    def bind(self, holder: str, delta: float) -> None:
-        """Declare whose ledger this is and the delta of the budget; the first append writes it down.
+    def bind(self, holder: str, delta: float, *, unit: str = UNIT) -> None:
+        """Declare whose ledger this is, the delta of the budget and its unit; the first append writes it down.
 
-        Raises: LedgerError if the ledger belongs to another holder or states another delta.
+        Raises: LedgerError if the ledger belongs to another holder or states another delta or unit.
         """
+        if unit not in RELATIONS:
+            raise ConfigError(f"unit is {unit!r}, expected one of {', '.join(RELATIONS)}")
         if not holder:
             raise ConfigError("holder is empty, expected a name")
         self._refresh()
@@ -118,17 +142,27 @@ class Ledger:
                 f"{self._name} states its budget at delta={self.delta}, not {delta}",
                 hint="Keep one delta for the life of the data.",
             )
-        self._asked, self._asked_delta = holder, delta
+        if self._header is not None:
+            self._check_unit(unit)
+        self._asked, self._asked_delta, self._asked_unit = holder, delta, unit
 
-    def append(self, event: PoissonSampledGaussian, *, after: int) -> None:
+    def append(self, event: Event, *, after: int) -> None:
         """Write one event down for good; on return it is on disk and may be used.
 
         `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
-        nothing is written. Raises: LedgerError (that, a damaged file, no holder bound, or a failed write).
+        nothing is written. Raises: LedgerError (that, a damaged file, no holder bound, an event of another unit, or a
+        failed write).
         """
+        self._check_unit(_unit_of(event))
         if self._asked is None or self._asked_delta is None:
             raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
-        header = _Header(format=_FORMAT, holder=self._asked, delta=self._asked_delta, unit=UNIT, neighbours=NEIGHBOURS)
+        header = _Header(
+            format=_FORMAT,
+            holder=self._asked,
+            delta=self._asked_delta,
+            unit=self._asked_unit,
+            neighbours=RELATIONS[self._asked_unit],
+        )
         if self.path is None:
             self._check_count(after)
             self._head = _lines(self._head, (event,) if self._header else (header, event))[1]
@@ -159,6 +193,13 @@ class Ledger:
     @property
     def _name(self) -> str:
         return f"ledger {self.path}" if self.path is not None else "the ledger in memory"
+
+    def _check_unit(self, unit: str) -> None:
+        if self.unit != unit:
+            raise LedgerError(
+                f"{self._name} counts for each {self.unit}, not for each {unit}",
+                hint="Keep one ledger for each unit: their numbers do not add up.",
+            )
 
     def _check_count(self, after: int) -> None:
         if len(self._events) != after:
@@ -205,12 +246,16 @@ class Ledger:
         return end
 
 
-def _line(previous: str, entry: _Header | PoissonSampledGaussian) -> _Line:
+def _unit_of(event: Event) -> str:
+    return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
+
+
+def _line(previous: str, entry: _Header | Event) -> _Line:
     digest = hashlib.sha256(msgspec.json.encode((previous, entry))).hexdigest()
     return _Line(previous=previous, entry=entry, digest=digest)
 
 
-def _lines(head: str, entries: tuple[_Header | PoissonSampledGaussian, ...]) -> tuple[bytes, str]:
+def _lines(head: str, entries: tuple[_Header | Event, ...]) -> tuple[bytes, str]:
     """Return the lines of `entries` that follow the line of digest `head`, and the digest of the last."""
     lines = b""
     for entry in entries:
@@ -237,10 +282,10 @@ def _created(path: Path, content: bytes) -> bool:
     return True
 
 
-def _verify(content: bytes, name: str) -> tuple[_Header | None, list[PoissonSampledGaussian], str]:
+def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str]:
     """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
     header: _Header | None = None
-    events: list[PoissonSampledGaussian] = []
+    events: list[Event] = []
     head = _GENESIS
     for number, text in enumerate(content.split(b"\n")[:-1], 1):
         try:
@@ -252,8 +297,10 @@ def _verify(content: bytes, name: str) -> tuple[_Header | None, list[PoissonSamp
             raise LedgerError(f"{name}, line {number}: the chain of hashes is broken", hint=_RESTORE)
         if isinstance(entry, _Header):
             header = entry
-            if (header.format, header.unit, header.neighbours) != (_FORMAT, UNIT, NEIGHBOURS):
+            if header.format != _FORMAT or RELATIONS.get(header.unit) != header.neighbours:
                 raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
+        elif header is None or header.unit != _unit_of(entry):
+            raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
         else:
             events.append(entry)
         head = line.digest
