@@ -12,6 +12,7 @@
 | PolicyError | the server, or whoever set it up: its terms are weaker than this party accepts |
 | LateVectorError | nobody but time: the vector came after its owner was declared dropped |
 | TooFewSurvivorsError | nobody, or all who are missing |
+| GarbledSumError | some party in the sum, which cannot be told |
 | DisputedSharesError | the dealer that it names, or those who accuse it |
 """
 
@@ -117,6 +118,18 @@ class TooFewSurvivorsError(ProtocolError):
         self.survivors = survivors
         self.needed = needed
         self.missing = tuple(missing)
+
+
+class GarbledSumError(ProtocolError):
+    """The sum does not open to what the parties agreed on: some of what is in it is not under the key it says.
+
+    Nobody can tell which party's, for that would take opening one alone. The round's sum is lost.
+    """
+
+    blame = "a party in the sum"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="repeat the round; if it happens again, leave some parties out")
 
 
 class DisputedSharesError(TooFewSurvivorsError):

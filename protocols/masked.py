@@ -182,6 +182,11 @@ class MaskedSession:
             "protocol_version": wire.VERSION,
         }
 
+    @property
+    def digest(self) -> bytes:
+        """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
+        return self.server.terms.session
+
     def begin(self) -> MaskedRound:
         """Keys and shares of a fresh round; an unfinished earlier round is lost."""
         self._policy.signatures.forget()
@@ -221,10 +226,10 @@ class MaskedRound:
         self._session = session
         self._traffic = traffic = session.traffic
         session.number += 1
-        self._number = session.number
-        advertising = session.server.begin(self._number, session.following)
+        self.number = session.number
+        advertising = session.server.begin(self.number, session.following)
         for party in advertising.waiting:
-            advertising.receive(party, traffic.up(party, session.advertise(party, self._number)))
+            advertising.receive(party, traffic.up(party, session.advertise(party, self.number)))
         advertised, session.early, session.following = session.early, {}, {}
         sharing, rosters = advertising.close()
         shared = {}
@@ -243,10 +248,14 @@ class MaskedRound:
         Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
         InputError for another vector than agreed on, after which the party may submit a right one.
         """
-        self._check_current()
-        check_submission(party, self._session.spec, self._uploaded, finished=self._finished)
+        self.check(party)
         self._uploaded[party], upload = self._ready[party].upload(vector)
         self._uploading.receive(party, self._traffic.up(party, upload))
+
+    def check(self, party: str) -> None:
+        """Raises: SpecError, StateUsedError: what ``submit`` would raise whatever the vector."""
+        self._check_current()
+        check_submission(party, self._session.spec, self._uploaded, finished=self._finished)
 
     def finish(self) -> SumResult:
         """Recover from the dropouts and unmask.
@@ -265,7 +274,7 @@ class MaskedRound:
             confirming.receive(party, traffic.up(party, confirm))
         unmasking, confirmations = confirming.close()
         for party, raw in traffic.all_down(confirmations).items():
-            following = session.advertise(party, self._number + 1)
+            following = session.advertise(party, self.number + 1)
             unmasking.receive(party, traffic.up(party, confirmed[party].unmask(raw, following=following)))
         outcome = unmasking.close()
         session.following = outcome.following
@@ -273,8 +282,8 @@ class MaskedRound:
         return SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)
 
     def _check_current(self) -> None:
-        if self._number != self._session.number:
-            raise StateUsedError(f"round {self._number} ended when round {self._session.number} began")
+        if self.number != self._session.number:
+            raise StateUsedError(f"round {self.number} ended when round {self._session.number} began")
 
 
 class Traffic:

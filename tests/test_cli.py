@@ -38,6 +38,9 @@ private = true
 secure_sum = "plain"
 [arms.federated-masked]
 secure_sum = "masked"
+
+[arms.federated-homomorphic]
+secure_sum = "homomorphic"
 [arms.federated-dp]
 private = true
 """
@@ -62,15 +65,16 @@ def test_compare_writes_everything(finished, capsys):
     out = finished / "out"
     report = json.loads((out / "report.json").read_text())
     text = json.dumps(report)
-    for arm in ("cloud", "cloud-dp", "federated", "federated-masked", "federated-dp"):
+    for arm in ("cloud", "cloud-dp", "federated", "federated-masked", "federated-homomorphic", "federated-dp"):
         assert arm in text
         assert (out / "arms" / arm).is_dir()
     assert "</html>" in (out / "report.html").read_text()
     assert len(list((out / "arms" / "cloud-dp").iterdir())) == 4
-    masked, plain = (
-        (out / "arms" / arm / "seed-0" / "model.safetensors").read_bytes() for arm in ("federated-masked", "federated")
+    masked, homomorphic, plain = (
+        (out / "arms" / arm / "seed-0" / "model.safetensors").read_bytes()
+        for arm in ("federated-masked", "federated-homomorphic", "federated")
     )
-    assert masked == plain
+    assert masked == homomorphic == plain
 
 
 def test_finished_comparison_is_not_overwritten_and_resumes(finished, capsys):

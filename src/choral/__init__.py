@@ -19,12 +19,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from choral.audits import audit, compare
     from choral.privacy import Privacy, Spent
-    from choral.protocols import Masked, Plain
+    from choral.protocols import Homomorphic, Masked, Plain
     from choral.trainers import Run, centralize, federate
 
 _HOME = {
     "Privacy": "choral.privacy",
     "Spent": "choral.privacy",
+    "Homomorphic": "choral.protocols",
     "Masked": "choral.protocols",
     "Plain": "choral.protocols",
     "Run": "choral.trainers",
@@ -36,6 +37,7 @@ _HOME = {
 
 __all__ = [
     "ChoralError",
+    "Homomorphic",
     "Masked",
     "Plain",
     "Privacy",

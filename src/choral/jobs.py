@@ -149,12 +149,13 @@ def _with_overrides(settings: Settings, arm: Arm) -> Settings:
 
 
 def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
-    from choral.protocols import Masked, Plain
+    from choral.protocols import Homomorphic, Masked, Plain
 
     chosen = settings.secure_sum
-    if (arm.secure_sum or chosen.kind) == "plain":
+    kind = arm.secure_sum or chosen.kind
+    if kind == "plain":
         return Plain()
-    return Masked(
+    return (Masked if kind == "masked" else Homomorphic)(
         min_survivors=chosen.min_survivors, corrupt=chosen.corrupt, dropouts=chosen.dropouts, server=chosen.server
     )
 

@@ -15,7 +15,7 @@ import msgspec
 from choral.errors import ConfigError
 from choral.trainers.settings import Split, Training
 
-SumKind = Literal["plain", "masked"]
+SumKind = Literal["plain", "masked", "homomorphic"]
 T = TypeVar("T")
 
 
@@ -33,18 +33,18 @@ class PrivacySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SumSettings:
-    """The secure sum between the parties."""
+    """The secure sum between the parties. All but ``value_bound`` and ``value_bits`` is for sums that hide vectors."""
 
     kind: SumKind = "masked"
-    """plain: the server sees each update; masked: only the sum."""
+    """plain: the server sees each update; masked, homomorphic: only the sum."""
     min_survivors: int | None = None
-    """Fewest parties whose sum may be opened (masked); by default chosen from the number of parties."""
+    """Fewest parties whose sum may be opened; by default chosen from the number of parties."""
     corrupt: int | None = None
-    """Parties that may work with the server (masked); by default a third, or a tenth of more than ten."""
+    """Parties that may work with the server; by default a third, or a tenth of more than ten."""
     dropouts: int | None = None
-    """Parties that may vanish in a round (masked); by default as many."""
+    """Parties that may vanish in a round; by default as many."""
     server: Literal["semi-honest", "malicious"] = "malicious"
-    """What the server may do (masked): look at everything, or also lie."""
+    """What the server may do: look at everything, or also lie."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate; a larger one stops the run."""
     value_bits: int = 28

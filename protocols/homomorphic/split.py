@@ -1,0 +1,319 @@
+"""Sums under keys that nobody holds: each party encrypts under its own, the server learns only the sum of the keys.
+
+One round of party u, in the ring R_q = Z_q[X]/(X^N + 1) (Brakerski, Fan and Vercauteren's encryption, symmetric):
+
+    key        s_u             N coefficients from the discrete Gaussian of width sigma, fresh for this round
+    block k    c_uk = a_k s_u + e_uk + Delta m_uk,   e_uk from the same distribution, a_k public, the same for all
+    server     C_k = sum of c_uk over the survivors;  S = sum of s_u, through the *masked* sum of N small integers
+               C_k - a_k S = sum of e_uk + Delta sum of m_uk
+
+The long vector costs a party the same whatever the number of its neighbours, and the server the same whatever drops
+out: a dropped party's c_uk is left out of C_k, as its key is left out of S by the masked protocol.
+
+**Threat model.** As :class:`choral.protocols.Masked`: the server and up to ``corrupt`` parties do whatever they like.
+
+**Guarantee** (unit: one vector of one round). Let H be the honest parties, V the survivors that the masked sum was
+opened for; the masked protocol gives at least corrupt + 2 in V, hence two honest ones. Whatever the coalition sees
+(all c_uk of all parties, its own keys, errors and values, the sum of keys over V) says of the honest vectors only
+their sum over V.
+
+**Argument.** (1) Of the honest keys the coalition learns T = sum of s_u over V and H, by the guarantee of the masked
+sum, and then, subtracting, the sums E_k of their errors and of their vectors. It has nobody to ask for more: no key
+exists that opens anything, so there is no decryption to abuse, and a ciphertext that it makes up itself gains it
+nothing.
+(2) Two assignments of values to V and H with the same sum are joined by |V and H| - 1 exchanges between two parties i
+and j (one gains what the other loses). Give the coalition all other honest keys and errors as well. What is hidden
+from it then is s_i with T' = s_i + s_j known, and e_ik likewise. The product of two discrete Gaussian densities of
+width sigma at x and T' - x is one of width sigma / sqrt 2 around T'/2: **exactly** s_i ~ D(sigma / sqrt 2, T'/2), and
+so e_ik. If a_k s_i + e_ik with these looks uniform, so does c_ik, which hides m_ik, and c_jk = a_k T' + E'_k + Delta
+(m_ik + m_jk) - c_ik tells no more.
+(3) It does look uniform: a ring-LWE sample whose secret and errors are centred and of width sigma / 2 becomes such a
+sample when one adds, oneself, a secret and errors of width sigma / 2 around T'/2. For widths of at least sqrt 2 times
+the smoothing parameter of Z the sum of the two is D(sigma / sqrt 2, T'/2) (Peikert 2010, theorem 3.1; Micciancio and
+Peikert 2013, theorem 3.3): at sigma / 2 = 3.2 to within 2^-140 per coefficient. This is Hint-RLWE (Kim, Lee, Seo and
+Song 2023, theorem 1: 1 / sigma_0^2 = 2 (1 / sigma^2 + 1 / sigma^2)) with the other party as the hint's mask.
+So: the guarantee holds if ring-LWE with secrets and errors of width 3.2 is hard at (N, q), and the masked sum is
+secure. Each exchange costs one such assumption, in as many samples as there are blocks.
+
+**Who chooses the survivors.** The exchange of (2) holds for a V that the server picks after seeing the ciphertexts, as
+long as i and j are both in V or both out. The whole statement, over several exchanges, is for a V that does not depend
+on the ciphertexts' contents (whoever drops out, drops out for its own reasons); if it does, the argument loses a
+factor of as many sets as the server could pick. No attack is known; a proof would need ciphertexts that a simulator
+can open later.
+
+**Why fresh keys and public randomness.** Two vectors under one key and one a_k subtract to Delta (m - m') plus small
+errors. A key is drawn here, inside :func:`encrypt`, and never an argument; a_k is derived from the session's digest,
+which every party has put a nonce into after all were committed, and the round's number.
+
+**Parameters.** sigma = 6.4, so that the assumption is at width 3.2, that of the homomorphic encryption standard
+(8 / sqrt 2 pi = 3.19); N and log2 q within its table for secrets from the error distribution, at 128 bits
+(:data:`~choral.protocols.homomorphic.split_parameters.MODULUS_LIMIT`); a_k from AES-128 in counter mode under a public
+seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform.
+
+**What it does not do.** A corrupt party can send any vector, or garble the sum: that is found, but not whose it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from choral.protocols import messages as wire
+from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVectorError, StateUsedError
+from choral.protocols.homomorphic import messages
+from choral.protocols.homomorphic.decoding import decode
+from choral.protocols.homomorphic.gaussian import sample
+from choral.protocols.homomorphic.ring import balanced, kernels
+from choral.protocols.homomorphic.split_parameters import BATCH, SplitParameters
+from choral.protocols.integers import PackingError, pack, unpack
+from choral.protocols.seam import IntVector
+from choral.protocols.stream import expand
+from choral.protocols.transcript import SESSION_BYTES, digest
+from choral.protocols.vectors import checked, is_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRound:
+    """What all parties and the server know of one round; nothing of it is secret.
+
+    session: 32 bytes, the digest that fixes the session. number: the round, from 1.
+    """
+
+    parameters: SplitParameters
+    session: bytes
+    number: int
+
+    @property
+    def id(self) -> bytes:
+        return self.session[:SESSION_BYTES]
+
+    @property
+    def key(self) -> bytes:
+        """Names the sum of keys that opens this round's sum: 16 bytes, in every ciphertext."""
+        return digest("split/key", self.session, self.number, self.parameters.terms().encode())[:16]
+
+    @property
+    def public_seed(self) -> bytes:
+        """All a_k are drawn from it."""
+        return digest("split/public", self.session, self.number)
+
+    def public(self, first: int, count: int) -> NDArray[np.uint32]:
+        """a_k for ``count`` blocks from ``first`` on, transformed: residues, shape (count, L, N)."""
+        chosen = self.parameters
+        rows, words = chosen.prime_count, chosen.words
+        stream = expand(self.public_seed, count * rows * words, np.uint32, offset=first * rows * words)
+        out = np.empty((count, rows, chosen.degree), np.uint32)
+        bulk = kernels()
+        for place, piece in enumerate(stream.reshape(count * rows, words)):
+            residues = bulk.accept(piece, chosen.ring.primes[place % rows], chosen.degree)
+            if residues is None:  # once in 2^100 blocks
+                raise GarbledSumError(
+                    f"the public randomness of round {self.number} ran out; go on with the next round"
+                )
+            out[place // rows, place % rows] = residues
+        return out
+
+    def sizes(self, index: int) -> tuple[int, int]:
+        """The first block of message ``index`` and how many blocks it holds."""
+        first = index * self.parameters.message_blocks
+        return first, min(self.parameters.message_blocks, self.parameters.blocks - first)
+
+
+class Encrypted(NamedTuple):
+    """key: int64, shape (N,), secret, for the masked sum of keys and nothing else. messages: to the server, in
+    order."""
+
+    key: IntVector
+    messages: Iterator[bytes]
+
+    def __repr__(self) -> str:
+        return "<Encrypted: a key and messages>"
+
+
+def encrypt(vector: Any, terms: SplitRound, *, randomness: Callable[[int], bytes]) -> Encrypted:
+    """Encrypt ``vector`` under a key that is drawn here.
+
+    vector: int64, shape (length,), |value| <= bound; numpy, or a torch tensor (on a GPU it is encrypted there).
+    The messages are made as they are asked for, each of some 4 MB; the vector must not change meanwhile. The party
+    sends its key into the masked sum after the last of them.
+    Raises: InputError, before anything is drawn.
+    """
+    spec = terms.parameters.spec
+    vector = checked(vector, spec.length, spec.bound)
+    seed = randomness(32)
+    key = sample(seed, terms.parameters.degree).astype(np.int64)
+    return Encrypted(key, _messages(vector, terms, key, seed))
+
+
+def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes) -> Iterator[bytes]:
+    chosen = terms.parameters
+    bulk = kernels(str(vector.device) if is_tensor(vector) else "cpu")
+    scales = _scales(chosen)
+    transformed = bulk.transform(chosen.ring, key.astype(np.float64))
+    for index in range(chosen.messages):
+        first, count = terms.sizes(index)
+        packed = []
+        for start in range(first, first + count, BATCH):
+            blocks = min(BATCH, first + count - start)
+            # The first N samples of the stream are the key.
+            errors = sample(seed, blocks * chosen.degree, offset=(1 + start) * chosen.degree)
+            residues = bulk.encrypt(
+                chosen.ring,
+                _digits(vector, chosen, start, blocks),
+                scales,
+                errors.reshape(blocks, chosen.degree),
+                terms.public(start, blocks),
+                transformed,
+            )
+            packed.append(pack(residues.reshape(-1), chosen.prime_bits))
+        yield wire.encode(messages.Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
+
+
+def _digits(vector: Any, chosen: SplitParameters, start: int, blocks: int) -> Any:
+    """The digits of blocks ``start`` on: float64, shape (G, blocks, N); on the vector's device.
+
+    Value j N + i of a block lies in slot j of coefficient i; what is beyond the vector's end is 0.
+    """
+    size = chosen.block_values
+    piece = vector[start * size : (start + blocks) * size]
+    if is_tensor(piece):
+        import torch
+
+        padded: Any = torch.zeros(blocks * size, dtype=torch.int64, device=piece.device)
+        out: Any = torch.zeros((len(chosen.digits), blocks, chosen.degree), dtype=torch.float64, device=piece.device)
+    else:
+        padded = np.zeros(blocks * size, np.int64)
+        out = np.zeros((len(chosen.digits), blocks, chosen.degree))
+    padded[: len(piece)] = piece
+    slots = padded.reshape(blocks, chosen.slots, chosen.degree)
+    for row, digit in zip(out, chosen.digits, strict=True):
+        if digit.half == "low":
+            row += slots[:, digit.first] & 0xFFFFFFFF
+        elif digit.half == "high":
+            row += slots[:, digit.first] >> 32
+        else:
+            for j in reversed(range(digit.count)):
+                row *= 2.0**chosen.slot_bits
+                row += slots[:, digit.first + j]
+    return out
+
+
+def _scales(chosen: SplitParameters) -> NDArray[np.float64]:
+    """What each digit counts for: Delta 2^(slot_bits first), and 2^32 for the higher half; balanced, shape (L, G)."""
+    powers = [
+        chosen.scale_bits + chosen.slot_bits * digit.first + 32 * (digit.half == "high") for digit in chosen.digits
+    ]
+    return np.array([[balanced(1 << power, prime) for power in powers] for prime in chosen.ring.primes], np.float64)
+
+
+@dataclass
+class _Arriving:
+    """A party's messages, still packed: they join the sum when its key has joined the sum of keys, or never."""
+
+    pieces: list[NDArray[Any]] = field(default_factory=list)
+
+
+class Collector:
+    """The server's side of one round. It holds no key, and opens nothing but the one sum that S belongs to.
+
+    Memory: the sum, 4 bytes per residue, and of each party that is sending what it has sent so far, until ``include``.
+    """
+
+    def __init__(self, terms: SplitRound, parties: Sequence[str]) -> None:
+        chosen = terms.parameters
+        self._terms = terms
+        self._arriving: dict[str, _Arriving] = {party: _Arriving() for party in parties}
+        self._included: set[str] = set()
+        self._sums = np.zeros((chosen.blocks, chosen.prime_count, chosen.degree), np.uint32)
+        self._most = (1 << 32) // max(chosen.ring.primes) - 1
+        self._pending = 0
+        self._opened = False
+
+    def receive(self, party: str, raw: bytes) -> None:
+        """Take the next message of a party.
+
+        Raises: LateVectorError once the sum is open; MessageError; FaultyPartyError for one of another session, round
+        or key, out of order, of another length, with a residue that is none, or after the last.
+        """
+        chosen, terms = self._terms.parameters, self._terms
+        if self._opened:
+            raise LateVectorError(party)
+        if party not in self._arriving:
+            raise FaultyPartyError(party, "it has sent its whole ciphertext, or is no party of this round")
+        message = messages.to_server(raw, sender=party, body=chosen.message_blocks * chosen.block_bytes)
+        arriving = self._arriving[party]
+        if not isinstance(message, messages.Ciphertext):
+            raise FaultyPartyError(party, f"expected its Ciphertext, got its {type(message).__name__}")
+        if message.session != terms.id or message.round != terms.number:
+            raise FaultyPartyError(party, "its ciphertext is of another session or round")
+        if message.key != terms.key:
+            raise FaultyPartyError(party, "its ciphertext is for another sum of keys, or has other parameters")
+        if message.index != len(arriving.pieces) or message.index >= chosen.messages:
+            raise FaultyPartyError(
+                party,
+                f"expected piece {len(arriving.pieces)} of {chosen.messages} of its ciphertext, got {message.index}",
+            )
+        _, count = terms.sizes(message.index)
+        try:
+            residues = unpack(message.body, count * chosen.prime_count * chosen.degree, chosen.prime_bits)
+        except PackingError as error:
+            raise FaultyPartyError(party, f"its ciphertext is not as agreed: {error}") from None
+        residues = residues.reshape(count, chosen.prime_count, chosen.degree)
+        if (residues.max(axis=(0, 2)) >= np.array(chosen.ring.primes)).any():
+            raise FaultyPartyError(party, "its ciphertext has a residue that is not below its prime")
+        arriving.pieces.append(residues)
+
+    def complete(self, party: str) -> bool:
+        """Whether all of its messages are there: only then its key may be let into the masked sum."""
+        return party in self._arriving and len(self._arriving[party].pieces) == self._terms.parameters.messages
+
+    def include(self, party: str) -> None:
+        """Add a party's ciphertext, its key having been let into the sum of keys.
+
+        Raises: StateUsedError once the sum is open; FaultyPartyError when something of it is missing.
+        """
+        if self._opened:
+            raise StateUsedError("this round is finished")
+        if not self.complete(party):
+            raise FaultyPartyError(party, "its ciphertext is not complete")
+        if self._pending == self._most:
+            self._settle()
+        first = 0
+        for piece in self._arriving.pop(party).pieces:
+            self._sums[first : first + len(piece)] += piece
+            first += len(piece)
+        self._included.add(party)
+        self._pending += 1
+
+    def open(self, keys: IntVector, survivors: Sequence[str]) -> IntVector:
+        """The sum over ``survivors``, whose keys add up to ``keys`` (int64, shape (N,)): int64, shape (length,).
+
+        Raises: StateUsedError the second time, or when others than the survivors are in the sum; GarbledSumError.
+        """
+        if self._opened:
+            raise StateUsedError("this round is finished")
+        if set(survivors) != self._included:
+            raise StateUsedError("the keys are summed over other parties than the ciphertexts")
+        self._opened = True
+        self._settle()
+        terms, chosen = self._terms, self._terms.parameters
+        bulk = kernels()
+        transformed = bulk.transform(chosen.ring, keys.astype(np.float64))
+        total = np.empty(chosen.blocks * chosen.block_values, np.int64)
+        for start in range(0, chosen.blocks, BATCH):
+            sums = self._sums[start : start + BATCH]
+            opened = bulk.remove(chosen.ring, sums, terms.public(start, len(sums)), transformed)
+            size = chosen.block_values
+            total[start * size : (start + len(sums)) * size] = decode(opened, chosen, len(survivors)).reshape(-1)
+        self._sums = np.zeros((0, 0, 0), np.uint32)
+        return total[: chosen.spec.length]
+
+    def _settle(self) -> None:
+        """Reduce the sums, before they pass 32 bits."""
+        for row, prime in enumerate(self._terms.parameters.ring.primes):
+            self._sums[:, row] %= np.uint32(prime)
+        self._pending = 1

@@ -1,0 +1,116 @@
+"""The split-key sum with its parties and its server all in this process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from choral.protocols.homomorphic.gaussian import SIGMA, TAIL
+from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt
+from choral.protocols.homomorphic.split_parameters import SECURITY_BITS, SplitParameters, choose
+from choral.protocols.masked import Masked, MaskedSession, Traffic
+from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.transcript import digest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def key_spec(parameters: SplitParameters) -> SumSpec:
+    """What the masked sum of the keys adds up: its ``encoding`` binds the signatures on it to the long vector's
+    terms."""
+    return SumSpec(
+        parties=parameters.spec.parties,
+        length=parameters.degree,
+        bound=TAIL,
+        encoding=f"split-key sum, terms {digest('split/terms', parameters.terms().encode()).hex()}",
+    )
+
+
+class SplitSession:
+    """See :class:`choral.protocols.seam.SumSession`. keys: the masked sum's thresholds and trust.
+
+    Each party derives the ring and its parameters from the spec itself (:func:`split_parameters.choose`); none are
+    taken from the server.
+    """
+
+    def __init__(self, keys: Masked, spec: SumSpec) -> None:
+        self.parameters = choose(spec)
+        self.masked: MaskedSession = keys.open(key_spec(self.parameters))
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        masked, chosen = dict(self.masked.statement), self.parameters
+        server = "may do whatever it likes" if masked["server"] == "malicious" else "follows the protocol"
+        trust = (
+            f"Nobody holds a decryption key. The server {server} and may collude with up to {masked['corrupt']} of"
+            f" {masked['parties']} parties: together they learn the sum over the survivors, at least"
+            f" {masked['min_survivors']} parties, and no single vector of the others, if ring-LWE is hard and the"
+            " survivors are not picked by what the ciphertexts hold. Each party trusts its pinned directory of"
+            " identities, which in this in-process run was made by the process itself."
+        )
+        return {
+            **masked,
+            "name": "homomorphic",
+            "trust": trust,
+            "key": "split",
+            "scheme": "symmetric BFV, each party under its own key; the sum of keys by the masked sum",
+            "server_learns": "the sum over the survivors, the sums of their keys and errors, and who they are",
+            "security_bits": min(SECURITY_BITS, masked["security_bits"]),
+            "ring_degree": chosen.degree,
+            "coefficient_modulus_bits": chosen.modulus_bits,
+            "plaintext_modulus_bits": chosen.slots * chosen.slot_bits,
+            "values_per_slot": chosen.slots,
+            "noise_margin_bits": round(chosen.margin_bits, 1),
+            "error_width": float(SIGMA),
+            "bytes_per_value": round(chosen.bytes_per_value, 3),
+            "modulus_bits": chosen.slot_bits,
+            "encoding": chosen.spec.encoding,
+        }
+
+    def begin(self) -> SplitSumRound:
+        """Keys and shares of a fresh round; an unfinished earlier round is lost."""
+        return SplitSumRound(self)
+
+
+class SplitSumRound:
+    """See :class:`choral.protocols.seam.SumRound`. One party's ciphertext at a time is in memory beside the sum."""
+
+    def __init__(self, session: SplitSession) -> None:
+        self._spec = session.parameters.spec
+        self._masked = session.masked.begin()
+        self._terms = SplitRound(
+            parameters=session.parameters, session=session.masked.digest, number=self._masked.number
+        )
+        self._collector = Collector(self._terms, self._spec.parties)
+        self._traffic = Traffic()
+
+    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
+        """Encrypt the vector under a fresh key, send it, then send the key into the masked sum.
+
+        Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
+        InputError for another vector than agreed on, after which the party may submit a right one.
+        """
+        self._masked.check(party)
+        encrypted = encrypt(vector, self._terms, randomness=secrets.token_bytes)
+        for raw in encrypted.messages:
+            self._collector.receive(party, self._traffic.up(party, raw))
+        self._masked.submit(party, encrypted.key)
+        self._collector.include(party)
+
+    def finish(self) -> SumResult:
+        """Recover the sum of keys from the dropouts, and open the sum with it.
+
+        Raises: TooFewSurvivorsError, naming the counts and the missing; GarbledSumError; StateUsedError the second
+        time.
+        """
+        keys = self._masked.finish()
+        total = self._collector.open(keys.total, keys.survivors)
+        up, down = self._traffic.take(self._spec.parties)
+        return SumResult(
+            total=total,
+            survivors=keys.survivors,
+            bytes_up={party: up[party] + keys.bytes_up[party] for party in up},
+            bytes_down={party: down[party] + keys.bytes_down[party] for party in down},
+        )
