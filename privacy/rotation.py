@@ -14,7 +14,7 @@ speed of matrix multiplication, on a CPU or a GPU. Numpy arrays stay numpy, torc
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,8 @@ def hadamard(vector: Vector) -> Vector:
         else:
             result = matrix @ result.reshape(-1, 1 << step, 1 << done)
         done += step
-    return cast(Vector, result.reshape(size))
+    transformed: Vector = result.reshape(size)
+    return transformed
 
 
 def rotate(vector: Vector, signs: Vector) -> Vector:
@@ -77,7 +78,8 @@ def rotate(vector: Vector, signs: Vector) -> Vector:
 
 def unrotate(rotated: Vector, signs: Vector, length: int) -> Vector:
     """Return S H y, its first `length` coordinates: the inverse of :func:`rotate` up to rounding."""
-    return cast(Vector, (hadamard(rotated) * signs)[:length])
+    result: Vector = (hadamard(rotated) * signs)[:length]
+    return result
 
 
 def random_signs(seed: bytes, size: int) -> npt.NDArray[np.float32]:

@@ -135,6 +135,7 @@ class MaskedSession:
             maximum_modulus_bits=setup.modulus_bits,
             maximum_bound=setup.bound,
             maximum_length=setup.length,
+            wraps_at=spec.wraps_at,
             server=config.server,
             security_bits=setup.security_bits,
             encoding=spec.encoding,
@@ -193,7 +194,7 @@ class MaskedSession:
         return MaskedRound(self)
 
     def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> Session:
-        opening = Opening(self._setup, self._policy.directory, signatures)
+        opening = Opening(self._setup, self._policy.directory, signatures, wraps_at=self.spec.wraps_at)
         joining = {}
         for party, identity in identities.items():
             self.traffic.down(party, opening.invitation)

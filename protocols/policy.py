@@ -29,6 +29,7 @@ class Policy:
         included, so it caps the weights of a sum whose scale is known.
     security_bits: least statistical security of a sparse graph, computed again by this party; 1 to 128. A complete
         graph meets any.
+    wraps_at: the modulus bits at which the sum may wrap, as this party agreed to beforehand; None, it may not.
     encoding: the text that the setup must have for how values became integers; None takes any.
     server: "malicious" refuses a setup that protects against a semi-honest server only.
 
@@ -42,6 +43,7 @@ class Policy:
     maximum_modulus_bits: int = 64
     maximum_bound: int = 2**62
     maximum_length: int = 2**31
+    wraps_at: int | None = None
     server: Literal["semi-honest", "malicious"] = "malicious"
     security_bits: int = SECURITY_BITS
     encoding: str | None = None
@@ -62,7 +64,7 @@ class Policy:
 
     def check(self, setup: Setup, name: str) -> None:
         """Raises: PolicyError when ``setup`` is inconsistent, or weaker than this policy allows ``name`` to join."""
-        check_setup(setup)
+        check_setup(setup, wraps_at=self.wraps_at)
         strangers = [party for party in setup.roster if party not in self.directory]
         if strangers:
             raise PolicyError(f"the roster has {strangers[0]!r}, whose key is not pinned")
@@ -84,8 +86,8 @@ class Policy:
             )
 
 
-def check_setup(setup: Setup) -> None:
-    """What holds for any safe setup. Raises: PolicyError.
+def check_setup(setup: Setup, *, wraps_at: int | None = None) -> None:
+    """What holds for any safe setup. wraps_at: as in :class:`Policy`. Raises: PolicyError.
 
     Thresholds, on a complete graph where all n parties hold shares: corrupt < t, and against a malicious server
     2t > n + corrupt (Bonawitz et al. 2017, 6.2). By it no two sets of survivors can both be confirmed, and no honest
@@ -111,7 +113,7 @@ def check_setup(setup: Setup) -> None:
         raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
     if setup.dropouts >= n:
         raise PolicyError("the setup assumes that nobody is left")
-    if setup.modulus_bits < (2 * n * setup.bound).bit_length():
+    if setup.modulus_bits != wraps_at and setup.modulus_bits < (2 * n * setup.bound).bit_length():
         raise PolicyError(f"{n} values up to {setup.bound} can wrap in {setup.modulus_bits} bits")
     if setup.complete and t <= setup.corrupt:
         raise PolicyError(f"a threshold of {t} is met by the {setup.corrupt} parties that may be corrupt")

@@ -36,6 +36,12 @@ class SumSpec:
     length: coordinates per vector, 1 to 2^31.
     bound: the largest absolute value that any party may send in any coordinate. The modulus is sized from it, so
         that no sum of up to ``len(parties)`` vectors can wrap.
+    bits: None, and the sum is exact: the modulus is sized so that it cannot wrap. Or the modulus 2^bits, 1 to 64, at
+        which the sum may wrap: the total is the representative in [-2^(bits-1), 2^(bits-1)) of the exact sum. For noise
+        whose tails need not fit: reducing the *sum* reveals nothing more, and costs fewer bits than all the parties'
+        bounds together. A protocol that cannot wrap may add exactly (``exact_bits``) and reduce, or not: whoever asked
+        for ``bits`` reduces what it gets. It must never add up single vectors that were reduced as plain integers: how
+        often they wrapped is no function of the sum.
     encoding: how values became integers (scale, clipping, weight cap), as text of at most 255 characters. Part of what
         the parties agree on: one that encodes in another way must not join, as its vector would count for more or less.
 
@@ -45,6 +51,7 @@ class SumSpec:
     parties: tuple[str, ...]
     length: int
     bound: int
+    bits: int | None = None
     encoding: str = ""
 
     def __post_init__(self) -> None:
@@ -60,17 +67,29 @@ class SumSpec:
             raise SpecError(f"expected 1 <= length <= 2^31, got {self.length}")
         if self.bound < 1:
             raise SpecError(f"expected bound >= 1, got {self.bound}")
-        if self.modulus_bits > 64:
+        if self.bits is not None and not 1 <= self.bits <= 64:
+            raise SpecError(f"expected 1 to 64 bits, got {self.bits}")
+        if self.exact_bits > 64:
             raise SpecError(
-                f"{len(self.parties)} parties with values up to {self.bound} need {self.modulus_bits} bits of modulus,"
+                f"{len(self.parties)} parties with values up to {self.bound} need {self.exact_bits} bits of modulus,"
                 " over 64",
                 hint="use fewer bits per value, a smaller weight cap, or fewer parties",
             )
 
     @property
-    def modulus_bits(self) -> int:
+    def exact_bits(self) -> int:
         """The least b with 2^b >= 2 n bound + 1: sums lie in [-n bound, n bound] and are lifted centred."""
         return (2 * len(self.parties) * int(self.bound)).bit_length()
+
+    @property
+    def modulus_bits(self) -> int:
+        """``exact_bits``, or the fewer ``bits`` at which the sum may wrap."""
+        return self.exact_bits if self.bits is None else min(self.bits, self.exact_bits)
+
+    @property
+    def wraps_at(self) -> int | None:
+        """The modulus bits when the sum can wrap, else None."""
+        return self.modulus_bits if self.modulus_bits < self.exact_bits else None
 
 
 def _check_text(text: str) -> None:

@@ -40,9 +40,19 @@ class Opening(Stage):
 
     kind = wire.Hello
 
-    def __init__(self, setup: wire.Setup, directory: Mapping[str, bytes], signatures: transcript.Signatures) -> None:
-        """Raises: PolicyError for an inconsistent setup; SpecError for a party that the directory does not have."""
-        check_setup(setup)
+    def __init__(
+        self,
+        setup: wire.Setup,
+        directory: Mapping[str, bytes],
+        signatures: transcript.Signatures,
+        *,
+        wraps_at: int | None = None,
+    ) -> None:
+        """wraps_at: the modulus bits at which the sum may wrap, None if it may not.
+
+        Raises: PolicyError for an inconsistent setup; SpecError for a party that the directory does not have.
+        """
+        check_setup(setup, wraps_at=wraps_at)
         unknown = [name for name in setup.roster if name not in directory]
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import InputError
-from choral.protocols.integers import wrap
+from choral.protocols.integers import accumulator_dtype
 
 
 def is_tensor(vector: object) -> bool:
@@ -45,5 +45,8 @@ def checked(vector: Any, length: int, bound: int) -> Any:
 
 
 def words(vector: NDArray[np.int64], bits: int) -> NDArray[Any]:
-    """A checked numpy vector modulo 2^bits, in the unsigned type that sums are accumulated in; a new array."""
-    return wrap(np.ascontiguousarray(vector), bits)
+    """A checked numpy vector modulo 2^bits, in the unsigned type that sums are accumulated in; a new array.
+
+    Bits above ``bits`` are left as they are: packing and lifting look at the low ones only.
+    """
+    return np.ascontiguousarray(vector).astype(accumulator_dtype(bits))

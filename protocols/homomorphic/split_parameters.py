@@ -167,7 +167,7 @@ def _key_bytes(parameters: SplitParameters) -> float:
 
 
 def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
-    slot_bits = spec.modulus_bits
+    slot_bits = spec.exact_bits  # a sum that may wrap is added exactly: a carry must not reach the next slot
     noise = TAIL_SIGMAS * float(SIGMA) * math.sqrt(len(spec.parties))
     scale_bits = math.ceil(math.log2(noise)) + 1 + MARGIN_BITS
     for degree in DEGREES:
