@@ -1,8 +1,8 @@
 """What releases cost: epsilon at a delta, and the noise that fits a budget. Imports no torch.
 
-Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`), the
-neighbour relation *add or remove one record*, and an adversary who sees every noisy sum but neither the
-noise nor who was sampled.
+Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`) or the matrix
+mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), the neighbour relation *add or remove one
+record*, and an adversary who sees every noisy sum but neither the noise nor who was sampled.
 
 Privacy loss distributions (PLD, pessimistic discretisation; Doroshenko et al. 2022, "Connect the Dots") give
 the answer. dp-accounting's Renyi DP (Mironov, Talwar, Zhang 2019, with the conversion of Canonne, Kamath,
@@ -35,7 +35,7 @@ from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 from choral.errors import ConfigError
 from choral.privacy import pld
 from choral.privacy.errors import AccountingError, BudgetExceededError
-from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+from choral.privacy.events import NEIGHBOURS, UNIT, CorrelatedGaussian, PoissonSampledGaussian, RecordEvent
 
 ACCOUNTANT = f"PLD, cross-checked by RDP and dp-accounting {version('dp-accounting')}"
 
@@ -77,7 +77,7 @@ class Budget:
         )
 
 
-def epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+def epsilon(events: Iterable[RecordEvent], delta: float) -> float:
     """Return the epsilon at `delta` of all `events` together, by PLD, checked against RDP.
 
     Guarantee: an upper bound; the releases are (epsilon, delta)-DP.
@@ -88,14 +88,14 @@ def epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
     return _checked_epsilon(merged, delta) if merged else 0.0
 
 
-def epsilon_rdp(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+def epsilon_rdp(events: Iterable[RecordEvent], delta: float) -> float:
     """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
     _check_delta(delta)
     merged = _merge(events)
     return _rdp(merged, delta, _ALL_ORDERS) if merged else 0.0
 
 
-def epsilon_by_dp_accounting(events: Iterable[PoissonSampledGaussian], delta: float, grid: float = 1e-3) -> float:
+def epsilon_by_dp_accounting(events: Iterable[RecordEvent], delta: float, grid: float = 1e-3) -> float:
     """Return the same as :func:`epsilon`, an upper bound, by dp-accounting's own PLD code: for audits.
 
     grid: discretisation of the privacy loss; a finer one is tighter and slower.
@@ -111,7 +111,7 @@ def noise_multiplier(
     delta: float,
     sample_rate: float,
     steps: int,
-    spent: Iterable[PoissonSampledGaussian] = (),
+    spent: Iterable[RecordEvent] = (),
     *,
     slack: float = 1e-5,
 ) -> float:
@@ -203,11 +203,18 @@ def _check_delta(delta: float) -> None:
         )
 
 
-def _merge(events: Iterable[PoissonSampledGaussian]) -> _Merged:
+def _merge(events: Iterable[RecordEvent]) -> _Merged:
     totals: dict[tuple[float, float], int] = {}
+    correlated = 0.0
     for event in events:
+        if isinstance(event, CorrelatedGaussian):
+            correlated += event.noise_multiplier**-2  # Gaussian mechanisms compose to one: precisions add
+            continue
         key = (event.sample_rate, event.noise_multiplier)
         totals[key] = totals.get(key, 0) + event.steps
+    if correlated:
+        key = (1.0, correlated**-0.5)
+        totals[key] = totals.get(key, 0) + 1
     return tuple(sorted((rate, noise, steps) for (rate, noise), steps in totals.items()))
 
 
@@ -240,9 +247,9 @@ def _settled(merged: _Merged, delta: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def _pld(merged: _Merged, delta: float, grid: float) -> float:
-    if len(merged) == 1 and merged[0][0] == 1.0:  # exact: Balle and Wang 2018, theorem 8
-        _, noise, steps = merged[0]
-        return float(dp_accounting.get_epsilon_gaussian(noise / math.sqrt(steps), delta))
+    if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
+        precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
+        return float(dp_accounting.get_epsilon_gaussian(precision**-0.5, delta))
     # T steps that take every record are exactly one Gaussian of noise / sqrt(T).
     return pld.epsilon([(q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged], delta, grid)
 

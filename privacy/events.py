@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from choral.errors import ConfigError
+from choral.privacy.strategies import Strategy
 
 UNIT = "record"
 NEIGHBOURS = "add or remove one record"
@@ -36,6 +37,44 @@ class PoissonSampledGaussian(
             raise ConfigError(f"noise_multiplier is {self.noise_multiplier}, expected a finite number > 0")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, expected >= 1")
+
+
+class CorrelatedGaussian(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="correlated_gaussian"
+):
+    """One pass of `steps` releases of the matrix mechanism: the rows of C x + z that the pass adds.
+
+    Every record is in the same one of the `steps` batches in every pass, or in none, and contributes a vector of L2
+    norm at most C to its sum. `noise` is the standard deviation of z's coordinates over C; the pass is the one of
+    this `number`, from 1, under its own z. Together, passes 1 to p cost one Gaussian mechanism
+    (:mod:`choral.privacy.strategies`); this event is the part of pass p.
+    """
+
+    strategy: Strategy
+    noise: float
+    steps: int
+    number: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise) and self.noise > 0.0):
+            raise ConfigError(f"noise is {self.noise}, expected a finite number > 0")
+        for name in ("steps", "number"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation over sensitivity of the one Gaussian mechanism that the pass adds, computed from C."""
+        known = 1 << (self.number - 1).bit_length()  # few lengths, so that the costs of a strategy are computed once
+        return self.noise / math.sqrt(float(self.strategy.costs(self.steps, known)[self.number - 1]))
+
+    @property
+    def sample_rate(self) -> float:
+        """One: nothing is claimed for sampling."""
+        return 1.0
+
+
+RecordEvent = PoissonSampledGaussian | CorrelatedGaussian
 
 
 class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="client_release"):

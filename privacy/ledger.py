@@ -29,9 +29,9 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, PoissonSampledGaussian
+from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, RecordEvent
 
-Event = PoissonSampledGaussian | ClientRelease
+Event = RecordEvent | ClientRelease
 
 _FORMAT = "choral ledger 1"
 _GENESIS = "0" * 64
@@ -49,7 +49,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     previous: str  # the digest of the line before
-    entry: _Header | PoissonSampledGaussian | ClientRelease
+    entry: _Header | RecordEvent | ClientRelease
     digest: str  # hexadecimal SHA-256 of the JSON of [previous, entry]
 
 
@@ -96,14 +96,14 @@ class Ledger:
         return self._header.unit if self._header else self._asked_unit
 
     @property
-    def events(self) -> tuple[PoissonSampledGaussian, ...]:
+    def events(self) -> tuple[RecordEvent, ...]:
         """All events so far, oldest first, with those that other processes wrote.
 
         Raises: LedgerError for a ledger of clients, whose events are `releases`.
         """
         self._refresh()
         self._check_unit(UNIT)
-        return tuple(event for event in self._events if isinstance(event, PoissonSampledGaussian))
+        return tuple(event for event in self._events if not isinstance(event, ClientRelease))
 
     @property
     def releases(self) -> tuple[ClientRelease, ...]:
