@@ -14,10 +14,10 @@ _LIMB = 24
 """Bits of a limb: a limb times a prime of 26 bits and a carry stay far below 2^63."""
 
 
-def decode(residues: NDArray[np.uint32], chosen: SplitParameters, parties: int) -> NDArray[np.int64]:
+def decode(residues: NDArray[np.int32], chosen: SplitParameters, parties: int) -> NDArray[np.int64]:
     """Each coefficient, sum of errors + sum over j of 2^(scale_bits + slot_bits j) value_j mod q, as its values.
 
-    residues: shape (B, L, N). parties: how many are in the sum. The result: int64, shape (B, slots, N).
+    residues: shape (L, M). parties: how many are in the sum. The result: int64, shape (slots, M).
 
     Raises: GarbledSumError unless every sum of errors is within its bound and every value within parties * bound; a
     coefficient that is uniform modulo q passes with probability below 2^-MARGIN_BITS, a block of them never.
@@ -28,7 +28,7 @@ def decode(residues: NDArray[np.uint32], chosen: SplitParameters, parties: int) 
     beyond = _bits(limbs, used, min(62, len(limbs) * _LIMB - used))
     if beyond.any() or int(np.abs(error).max()) > chosen.error_bound(parties):
         raise GarbledSumError("the sum of ciphertexts does not open under the sum of keys")
-    values = np.empty((residues.shape[0], chosen.slots, chosen.degree), np.int64)
+    values = np.empty((chosen.slots, residues.shape[1]), np.int64)
     largest = parties * chosen.spec.bound
     for j in range(chosen.slots):
         slot = _bits(limbs, chosen.scale_bits + j * chosen.slot_bits, chosen.slot_bits)
@@ -38,14 +38,14 @@ def decode(residues: NDArray[np.uint32], chosen: SplitParameters, parties: int) 
             slot -= 1 << chosen.slot_bits - 1
         if int(slot.max()) > largest or int(slot.min()) < -largest:
             raise GarbledSumError("a sum of values is larger than its parties' bounds allow")
-        values[:, j] = slot
+        values[j] = slot
     return values
 
 
-def _limbs(residues: NDArray[np.uint32], chosen: SplitParameters) -> list[NDArray[np.int64]]:
+def _limbs(residues: NDArray[np.int32], chosen: SplitParameters) -> list[NDArray[np.int64]]:
     """The coefficients plus half of each field's range, so that none is negative, as numbers in [0, q).
 
-    Little-endian limbs of 24 bits, each int64, shape (B, N). Garner's algorithm: mixed-radix digits, then Horner.
+    Little-endian limbs of 24 bits, each int64, shape (M,). Garner's algorithm: mixed-radix digits, then Horner.
     """
     primes = chosen.ring.primes
     half = (1 << chosen.scale_bits - 1) + sum(
@@ -53,7 +53,7 @@ def _limbs(residues: NDArray[np.uint32], chosen: SplitParameters) -> list[NDArra
     )
     digits: list[NDArray[np.int64]] = []
     for row, prime in enumerate(primes):
-        digit = (residues[:, row].astype(np.int64) + half % prime) % prime
+        digit = (residues[row].astype(np.int64) + half % prime) % prime
         for earlier, other in zip(digits, primes, strict=False):
             digit = (digit - earlier) * pow(other, -1, prime) % prime
         digits.append(digit)

@@ -120,26 +120,31 @@ def _powers(degree: int, prime: int, root: int) -> list[float]:
 
 
 class Kernels(Protocol):
-    """What runs in bulk: L primes, B blocks of N coefficients. numpy arrays; residues are uint32 in [0, p)."""
+    """What runs in bulk, for ``lanes`` blocks side by side: place i of block l is element i * lanes + l of M = N lanes.
 
-    def encrypt(self, ring: Ring, digits: Any, scales: Any, errors: Any, public: Any, key: Any) -> NDArray[np.uint32]:
-        """public * key + transform(errors + sum_g scales[:, g] digits[g]), shape (B, L, N).
+    numpy arrays in and out; residues are int32 in [0, p), a row for each of the L primes.
+    """
 
-        digits: float64, shape (G, B, N), integers below 2^52 in magnitude, G <= 7; on a GPU a tensor there. scales:
-        float64, shape (L, G), balanced. errors: int8, shape (B, N). public: residues, shape (B, L, N). key: float64,
-        shape (L, N), transformed and balanced.
+    def encrypt(
+        self, ring: Ring, digits: Any, scales: Any, errors: Any, public: Any, key: Any, *, lanes: int
+    ) -> NDArray[np.int32]:
+        """public * key + transform(errors + sum_g scales[:, g] digits[g]): residues, shape (L, M).
+
+        digits: float64, shape (G, M), integers below 2^52 in magnitude, G <= 7; on a GPU a tensor there. scales:
+        float64, shape (L, G), balanced. errors: int8, shape (M,). public: residues, shape (L, M). key: int32, shape
+        (L, N), transformed and balanced.
         """
         ...
 
-    def transform(self, ring: Ring, polynomial: NDArray[np.float64]) -> NDArray[np.float64]:
+    def transform(self, ring: Ring, polynomial: NDArray[np.float64]) -> NDArray[np.int32]:
         """polynomial: shape (N,), integers below 2^52 in magnitude -> its values, shape (L, N), balanced."""
         ...
 
-    def remove(self, ring: Ring, sums: Any, public: Any, key: Any) -> NDArray[np.uint32]:
-        """The inverse transform of sums - public * key, residues, shape (B, L, N). sums: residues, the same shape."""
+    def remove(self, ring: Ring, sums: Any, public: Any, key: Any, *, lanes: int) -> NDArray[np.int32]:
+        """The inverse transform of sums - public * key: residues, shape (L, M), as sums and public are."""
         ...
 
-    def accept(self, words: NDArray[np.uint32], prime: int, count: int) -> NDArray[np.uint32] | None:
+    def accept(self, words: NDArray[np.uint32], prime: int, count: int) -> NDArray[np.int32] | None:
         """The first ``count`` of ``words`` that are below ``prime`` once cut to its bits; None if there are fewer."""
         ...
 
@@ -148,6 +153,14 @@ class Kernels(Protocol):
 
         Looks at every threshold for every word, so that the time says nothing about the outcome.
         """
+        ...
+
+    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
+        """:func:`choral.protocols.integers.pack` of a flat vector whose length is a multiple of 32."""
+        ...
+
+    def unpack(self, data: bytes, count: int, bits: int) -> NDArray[np.int32]:
+        """:func:`choral.protocols.integers.unpack`; ``data`` has the exact length."""
         ...
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from choral.protocols.homomorphic.ring import REDUCE, Ring
+from choral.protocols.integers import pack, unpack
 
 Tensor = torch.Tensor
 
@@ -19,38 +20,41 @@ class TorchKernels:
     def __init__(self, device: str = "cpu") -> None:
         self._device = torch.device(device)
 
-    def encrypt(self, ring: Ring, digits: Any, scales: Any, errors: Any, public: Any, key: Any) -> NDArray[np.uint32]:
+    def encrypt(
+        self, ring: Ring, digits: Any, scales: Any, errors: Any, public: Any, key: Any, *, lanes: int
+    ) -> NDArray[np.int32]:
         digits, added = self._float(digits), self._float(errors)
         rows = []
         for row, prime in enumerate(ring.primes):
             x = added.clone()
             for digit, scale in zip(digits, scales[row].tolist(), strict=True):
                 x += _reduced(digit, prime) * scale
-            x = _forward(_reduced(x, prime), self._float(ring.roots[row]), self._float(ring.quotients[row]), prime)
-            x += self._float(public[:, row]) * self._float(key[row])
+            roots, quotients = self._float(ring.roots[row]), self._float(ring.quotients[row])
+            x = _forward(_reduced(x, prime).view(-1, lanes), roots, quotients, prime)
+            x += self._float(public[row]).view(-1, lanes) * self._float(key[row])[:, None]
             rows.append(_residues(_reduced(x, prime), prime))
-        return np.stack(rows, axis=1)
-
-    def transform(self, ring: Ring, polynomial: NDArray[np.float64]) -> NDArray[np.float64]:
-        rows = []
-        for row, prime in enumerate(ring.primes):
-            x = _reduced(self._float(polynomial)[None], prime)
-            x = _forward(x, self._float(ring.roots[row]), self._float(ring.quotients[row]), prime)
-            rows.append(_reduced(x, prime)[0].cpu().numpy())
         return np.stack(rows)
 
-    def remove(self, ring: Ring, sums: Any, public: Any, key: Any) -> NDArray[np.uint32]:
+    def transform(self, ring: Ring, polynomial: NDArray[np.float64]) -> NDArray[np.int32]:
         rows = []
         for row, prime in enumerate(ring.primes):
-            x = self._float(sums[:, row]) - self._float(public[:, row]) * self._float(key[row])
-            roots, quotients = self._float(ring.inverse_roots[row]), self._float(ring.inverse_quotients[row])
-            x = _backward(_reduced(x, prime), roots, quotients, prime)
+            x = _reduced(self._float(polynomial)[:, None], prime)
+            x = _forward(x, self._float(ring.roots[row]), self._float(ring.quotients[row]), prime)
+            rows.append(_reduced(x, prime).reshape(-1).int().cpu().numpy())
+        return np.stack(rows)
+
+    def remove(self, ring: Ring, sums: Any, public: Any, key: Any, *, lanes: int) -> NDArray[np.int32]:
+        rows = []
+        for row, prime in enumerate(ring.primes):
+            x = self._float(public[row]).view(-1, lanes) * self._float(key[row])[:, None]
+            x = _reduced(self._float(sums[row]).view(-1, lanes) - x, prime)
+            x = _backward(x, self._float(ring.inverse_roots[row]), self._float(ring.inverse_quotients[row]), prime)
             x = _reduced(_reduced(x, prime) * float(ring.last[row]), prime)
             rows.append(_residues(x, prime))
-        return np.stack(rows, axis=1)
+        return np.stack(rows)
 
-    def accept(self, words: NDArray[np.uint32], prime: int, count: int) -> NDArray[np.uint32] | None:
-        values = words & np.uint32((1 << prime.bit_length()) - 1)
+    def accept(self, words: NDArray[np.uint32], prime: int, count: int) -> NDArray[np.int32] | None:
+        values = words.view(np.int32) & np.int32((1 << prime.bit_length()) - 1)
         accepted = values[values < prime][:count]
         return accepted if accepted.size == count else None
 
@@ -62,6 +66,12 @@ class TorchKernels:
             ties |= values == threshold
         return counts, ties
 
+    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
+        return pack(residues.view(np.uint32), bits)
+
+    def unpack(self, data: bytes, count: int, bits: int) -> NDArray[np.int32]:
+        return unpack(data, count, bits).view(np.int32)
+
     def _float(self, array: Any) -> Tensor:
         return torch.as_tensor(array, device=self._device).to(torch.float64)
 
@@ -70,10 +80,9 @@ def _reduced(x: Tensor, prime: int) -> Tensor:
     return x - torch.round(x * (1.0 / prime)) * prime
 
 
-def _residues(balanced: Tensor, prime: int) -> NDArray[np.uint32]:
-    residues: NDArray[np.uint32] = (
-        torch.where(balanced < 0, balanced + prime, balanced).int().cpu().numpy().view(np.uint32)
-    )
+def _residues(balanced: Tensor, prime: int) -> NDArray[np.int32]:
+    """Flat, in [0, p)."""
+    residues: NDArray[np.int32] = torch.where(balanced < 0, balanced + prime, balanced).reshape(-1).int().cpu().numpy()
     return residues
 
 
@@ -82,15 +91,14 @@ def _times(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
 
 
 def _forward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
-    """x: shape (B, N)."""
-    degree = x.shape[-1]
+    """x: shape (N, lanes)."""
+    degree, lanes = x.shape
     blocks = 1
     stage = 0
     while blocks < degree:
-        pairs = x.view(-1, blocks, 2, degree // (2 * blocks))
-        stage_roots, stage_quotients = roots[blocks : 2 * blocks, None], quotients[blocks : 2 * blocks, None]
-        product = _times(pairs[:, :, 1], stage_roots, stage_quotients, prime)
-        x = torch.stack((pairs[:, :, 0] + product, pairs[:, :, 0] - product), dim=2).view(-1, degree)
+        low, high, factors = _pairs(x, blocks, roots, quotients)
+        product = _times(high, *factors, prime)
+        x = torch.stack((low + product, low - product), dim=1).view(degree, lanes)
         blocks *= 2
         stage += 1
         if stage == REDUCE:
@@ -99,13 +107,17 @@ def _forward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
 
 
 def _backward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
-    degree = x.shape[-1]
+    degree, lanes = x.shape
     blocks = degree // 2
     while blocks >= 1:
-        pairs = x.view(-1, blocks, 2, degree // (2 * blocks))
-        stage_roots, stage_quotients = roots[blocks : 2 * blocks, None], quotients[blocks : 2 * blocks, None]
-        low, high = pairs[:, :, 0], pairs[:, :, 1]
-        product = _times(low - high, stage_roots, stage_quotients, prime)
-        x = torch.stack((_reduced(low + high, prime), product), dim=2).view(-1, degree)
+        low, high, factors = _pairs(x, blocks, roots, quotients)
+        x = torch.stack((_reduced(low + high, prime), _times(low - high, *factors, prime)), dim=1).view(degree, lanes)
         blocks //= 2
     return x
+
+
+def _pairs(x: Tensor, blocks: int, roots: Tensor, quotients: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The two halves of each block of a stage, shape (blocks, half, lanes), with its root and quotient."""
+    pairs = x.view(blocks, 2, -1, x.shape[1])
+    stage = slice(blocks, 2 * blocks)
+    return pairs[:, 0], pairs[:, 1], (roots[stage, None, None], quotients[stage, None, None])

@@ -69,7 +69,6 @@ from choral.protocols.homomorphic.decoding import decode
 from choral.protocols.homomorphic.gaussian import sample
 from choral.protocols.homomorphic.ring import balanced, kernels
 from choral.protocols.homomorphic.split_parameters import BATCH, SplitParameters
-from choral.protocols.integers import PackingError, pack, unpack
 from choral.protocols.seam import IntVector
 from choral.protocols.stream import expand
 from choral.protocols.transcript import SESSION_BYTES, digest
@@ -101,26 +100,29 @@ class SplitRound:
         """All a_k are drawn from it."""
         return digest("split/public", self.session, self.number)
 
-    def public(self, first: int, count: int) -> NDArray[np.uint32]:
-        """a_k for ``count`` blocks from ``first`` on, transformed: residues, shape (count, L, N)."""
+    def public(self, batch: int) -> NDArray[np.int32]:
+        """a_k for the blocks of a batch, transformed: residues, shape (L, N lanes)."""
         chosen = self.parameters
-        rows, words = chosen.prime_count, chosen.words
-        stream = expand(self.public_seed, count * rows * words, np.uint32, offset=first * rows * words)
-        out = np.empty((count, rows, chosen.degree), np.uint32)
-        bulk = kernels()
-        for place, piece in enumerate(stream.reshape(count * rows, words)):
-            residues = bulk.accept(piece, chosen.ring.primes[place % rows], chosen.degree)
-            if residues is None:  # once in 2^100 blocks
-                raise GarbledSumError(
-                    f"the public randomness of round {self.number} ran out; go on with the next round"
-                )
-            out[place // rows, place % rows] = residues
+        count = chosen.degree * chosen.lanes(batch)
+        words, region = chosen.words(count), chosen.words(chosen.degree * BATCH)
+        out = np.empty((chosen.prime_count, count), np.int32)
+        for row, prime in enumerate(chosen.ring.primes):
+            stream = expand(self.public_seed, words, np.uint32, offset=(batch * chosen.prime_count + row) * region)
+            residues = kernels().accept(stream, prime, count)
+            if residues is None:  # once in 2^100
+                raise GarbledSumError(f"the public randomness of round {self.number} ran out; go on with the next")
+            out[row] = residues
         return out
 
-    def sizes(self, index: int) -> tuple[int, int]:
-        """The first block of message ``index`` and how many blocks it holds."""
-        first = index * self.parameters.message_blocks
-        return first, min(self.parameters.message_blocks, self.parameters.blocks - first)
+    def batches(self, index: int) -> range:
+        """The batches in message ``index``."""
+        each = self.parameters.message_blocks // BATCH
+        return range(index * each, min((index + 1) * each, -(-self.parameters.blocks // BATCH)))
+
+    def residues(self, index: int) -> int:
+        """How many residues message ``index`` holds."""
+        chosen = self.parameters
+        return chosen.degree * chosen.prime_count * sum(chosen.lanes(batch) for batch in self.batches(index))
 
 
 class Encrypted(NamedTuple):
@@ -155,50 +157,45 @@ def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes) -> It
     scales = _scales(chosen)
     transformed = bulk.transform(chosen.ring, key.astype(np.float64))
     for index in range(chosen.messages):
-        first, count = terms.sizes(index)
         packed = []
-        for start in range(first, first + count, BATCH):
-            blocks = min(BATCH, first + count - start)
+        for batch in terms.batches(index):
+            lanes = chosen.lanes(batch)
             # The first N samples of the stream are the key.
-            errors = sample(seed, blocks * chosen.degree, offset=(1 + start) * chosen.degree)
-            residues = bulk.encrypt(
-                chosen.ring,
-                _digits(vector, chosen, start, blocks),
-                scales,
-                errors.reshape(blocks, chosen.degree),
-                terms.public(start, blocks),
-                transformed,
-            )
-            packed.append(pack(residues.reshape(-1), chosen.prime_bits))
+            errors = sample(seed, chosen.degree * lanes, offset=chosen.degree * (1 + batch * BATCH))
+            digits = _digits(vector, chosen, batch)
+            residues = bulk.encrypt(chosen.ring, digits, scales, errors, terms.public(batch), transformed, lanes=lanes)
+            packed.append(bulk.pack(residues.reshape(-1), chosen.prime_bits))
         yield wire.encode(messages.Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
 
 
-def _digits(vector: Any, chosen: SplitParameters, start: int, blocks: int) -> Any:
-    """The digits of blocks ``start`` on: float64, shape (G, blocks, N); on the vector's device.
+def _digits(vector: Any, chosen: SplitParameters, batch: int) -> Any:
+    """The digits of a batch: float64, shape (G, N lanes); on the vector's device.
 
-    Value j N + i of a block lies in slot j of coefficient i; what is beyond the vector's end is 0.
+    Values lie slot by slot: value j N lanes + z of the batch is in slot j of coefficient z. What is beyond the vector's
+    end is 0.
     """
-    size = chosen.block_values
-    piece = vector[start * size : (start + blocks) * size]
+    count = chosen.degree * chosen.lanes(batch)
+    start = batch * BATCH * chosen.block_values
+    piece = vector[start : start + count * chosen.slots]
     if is_tensor(piece):
         import torch
 
-        padded: Any = torch.zeros(blocks * size, dtype=torch.int64, device=piece.device)
-        out: Any = torch.zeros((len(chosen.digits), blocks, chosen.degree), dtype=torch.float64, device=piece.device)
+        padded: Any = torch.zeros(count * chosen.slots, dtype=torch.int64, device=piece.device)
+        out: Any = torch.zeros((len(chosen.digits), count), dtype=torch.float64, device=piece.device)
     else:
-        padded = np.zeros(blocks * size, np.int64)
-        out = np.zeros((len(chosen.digits), blocks, chosen.degree))
+        padded = np.zeros(count * chosen.slots, np.int64)
+        out = np.zeros((len(chosen.digits), count))
     padded[: len(piece)] = piece
-    slots = padded.reshape(blocks, chosen.slots, chosen.degree)
+    slots = padded.reshape(chosen.slots, count)
     for row, digit in zip(out, chosen.digits, strict=True):
         if digit.half == "low":
-            row += slots[:, digit.first] & 0xFFFFFFFF
+            row += slots[digit.first] & 0xFFFFFFFF
         elif digit.half == "high":
-            row += slots[:, digit.first] >> 32
+            row += slots[digit.first] >> 32
         else:
             for j in reversed(range(digit.count)):
                 row *= 2.0**chosen.slot_bits
-                row += slots[:, digit.first + j]
+                row += slots[digit.first + j]
     return out
 
 
@@ -228,7 +225,7 @@ class Collector:
         self._terms = terms
         self._arriving: dict[str, _Arriving] = {party: _Arriving() for party in parties}
         self._included: set[str] = set()
-        self._sums = np.zeros((chosen.blocks, chosen.prime_count, chosen.degree), np.uint32)
+        self._sums = np.zeros(chosen.blocks * chosen.prime_count * chosen.degree, np.uint32)
         self._most = (1 << 32) // max(chosen.ring.primes) - 1
         self._pending = 0
         self._opened = False
@@ -257,15 +254,18 @@ class Collector:
                 party,
                 f"expected piece {len(arriving.pieces)} of {chosen.messages} of its ciphertext, got {message.index}",
             )
-        _, count = terms.sizes(message.index)
-        try:
-            residues = unpack(message.body, count * chosen.prime_count * chosen.degree, chosen.prime_bits)
-        except PackingError as error:
-            raise FaultyPartyError(party, f"its ciphertext is not as agreed: {error}") from None
-        residues = residues.reshape(count, chosen.prime_count, chosen.degree)
-        if (residues.max(axis=(0, 2)) >= np.array(chosen.ring.primes)).any():
-            raise FaultyPartyError(party, "its ciphertext has a residue that is not below its prime")
-        arriving.pieces.append(residues)
+        count = terms.residues(message.index)
+        if len(message.body) != count * chosen.prime_bits // 8:
+            raise FaultyPartyError(
+                party,
+                f"expected {count * chosen.prime_bits // 8} bytes in piece {message.index} of its ciphertext,"
+                f" got {len(message.body)}",
+            )
+        residues = kernels().unpack(message.body, count, chosen.prime_bits)
+        for rows in self._rows(residues, terms.batches(message.index)):
+            if (rows.max(axis=1) >= np.array(chosen.ring.primes)).any():
+                raise FaultyPartyError(party, "its ciphertext has a residue that is not below its prime")
+        arriving.pieces.append(residues.view(np.uint32))
 
     def complete(self, party: str) -> bool:
         """Whether all of its messages are there: only then its key may be let into the masked sum."""
@@ -303,17 +303,30 @@ class Collector:
         terms, chosen = self._terms, self._terms.parameters
         bulk = kernels()
         transformed = bulk.transform(chosen.ring, keys.astype(np.float64))
+        batches = range(-(-chosen.blocks // BATCH))
         total = np.empty(chosen.blocks * chosen.block_values, np.int64)
-        for start in range(0, chosen.blocks, BATCH):
-            sums = self._sums[start : start + BATCH]
-            opened = bulk.remove(chosen.ring, sums, terms.public(start, len(sums)), transformed)
-            size = chosen.block_values
-            total[start * size : (start + len(sums)) * size] = decode(opened, chosen, len(survivors)).reshape(-1)
-        self._sums = np.zeros((0, 0, 0), np.uint32)
+        done = 0
+        for batch, sums in zip(batches, self._rows(self._sums, batches), strict=True):
+            lanes = chosen.lanes(batch)
+            opened = bulk.remove(chosen.ring, sums.view(np.int32), terms.public(batch), transformed, lanes=lanes)
+            values = decode(opened, chosen, len(survivors)).reshape(-1)
+            total[done : done + values.size] = values
+            done += values.size
+        self._sums = np.zeros(0, np.uint32)
         return total[: chosen.spec.length]
+
+    def _rows(self, residues: NDArray[Any], batches: range) -> Iterator[NDArray[Any]]:
+        """The residues of each batch, as a row for each prime; views."""
+        chosen = self._terms.parameters
+        done = 0
+        for batch in batches:
+            count = chosen.degree * chosen.lanes(batch) * chosen.prime_count
+            yield residues[done : done + count].reshape(chosen.prime_count, -1)
+            done += count
 
     def _settle(self) -> None:
         """Reduce the sums, before they pass 32 bits."""
-        for row, prime in enumerate(self._terms.parameters.ring.primes):
-            self._sums[:, row] %= np.uint32(prime)
+        primes = np.array(self._terms.parameters.ring.primes, np.uint32)[:, None]
+        for rows in self._rows(self._sums, range(-(-self._terms.parameters.blocks // BATCH))):
+            rows %= primes
         self._pending = 1

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.gaussian import SIGMA, TAIL
@@ -37,7 +37,7 @@ MESSAGE_BYTES = 1 << 22
 """About how much of a ciphertext travels in one message."""
 
 BATCH = 8
-"""Blocks that are encrypted at a time: as many as the compiled transform does side by side."""
+"""Blocks that are encrypted side by side: with eight float64 numbers a cache line and two vector registers are full."""
 
 MIN_PRIME_BITS = 20
 _DIGIT_BITS = 52
@@ -103,17 +103,17 @@ class SplitParameters:
         """Of a long vector's ciphertext; the sum of keys adds a few kilobytes in all."""
         return self.modulus_bits / 8 / self.slots
 
-    @cached_property
-    def words(self) -> int:
-        """32-bit words of the public stream for one block and prime: a word that is not below the prime is skipped.
+    def words(self, count: int) -> int:
+        """32-bit words of the public stream for ``count`` residues modulo one prime: one that is not below it is
+        skipped.
 
-        By the Chernoff-Hoeffding bound fewer than N of so many are accepted with probability below 2^-100.
+        By the Chernoff-Hoeffding bound fewer than ``count`` of so many are accepted with probability below 2^-100.
         """
-        accepted = min(self.ring.primes) / (1 << self.prime_bits)
-        count = self.degree
-        while count * _divergence(self.degree / count, accepted) < 100 * math.log(2):
-            count += 16
-        return count
+        return _words(min(self.ring.primes) / (1 << self.prime_bits), count)
+
+    def lanes(self, batch: int) -> int:
+        """How many blocks lie side by side in a batch: BATCH, but in the last."""
+        return min(BATCH, self.blocks - BATCH * batch)
 
     @property
     def key_bound(self) -> int:
@@ -201,6 +201,14 @@ def _primes(degree: int, needed: int) -> tuple[int, int]:
             if math.prod(primes) > 1 << needed:
                 return count, bits
     return 0, 0
+
+
+@lru_cache(maxsize=64)
+def _words(accepted: float, count: int) -> int:
+    words = count
+    while words * _divergence(count / words, accepted) < 100 * math.log(2):
+        words += 16
+    return words
 
 
 def _divergence(a: float, b: float) -> float:
