@@ -6,22 +6,24 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.events import PoissonSampledGaussian, RecordEvent
 from choral.privacy.ledger import Ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.model import PerSampleModel, unwrap, with_per_sample_gradients
 from choral.privacy.noise import os_stream
 from choral.privacy.spent import Spent
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.step import Noise, PrivateOptimizer
+
+CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +69,83 @@ class Privacy:
         """Return what the data has spent so far, in all runs that its ledger knows."""
         return _spent(self._open(), self.delta)
 
+    def scheme(self, records: int, batch_size: int, steps: int, passes: int, spent: tuple[RecordEvent, ...]) -> Scheme:
+        """Return how a Guard draws batches and makes noise, so that `spent` and `passes` more passes keep the promise.
+
+        records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
+        Raises: ConfigError, BudgetExceededError.
+        """
+        rate = min(Fraction(batch_size, records), Fraction(1))
+        noise = accounting.noise_multiplier(
+            self.epsilon, self.delta, float(rate), steps * passes, spent, slack=CALIBRATION_SLACK
+        )
+        event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise, steps=steps)
+        return _Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+
     def _open(self) -> Ledger:
         if not self._ledgers:
             self._ledgers.append(Ledger(self.ledger))
         return self._ledgers[0]
 
 
+class Scheme(Protocol):
+    """One data holder's batches and noise over all passes, for one number of records and one batch size."""
+
+    @property
+    def records(self) -> int:
+        """How many the dataset has."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """What the loader asked for."""
+        ...
+
+    @property
+    def noise_multiplier(self) -> float:
+        """As calibrated."""
+        ...
+
+    @property
+    def noise(self) -> Noise | None:
+        """What makes the noise of the next step; None for independent noise of this noise multiplier."""
+        ...
+
+    def begin_pass(self) -> RecordEvent:
+        """Prepare for a pass; return what must be paid for it before it draws a batch."""
+        ...
+
+    def sampler(self) -> Sampler[list[int]]:
+        """Return what draws the batches of a pass."""
+        ...
+
+    def before_place(self, place: int) -> None:
+        """Hear that the batch at this place of a pass is next. Raises: PrivacyError (out of order)."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Sampled:
+    """Poisson batches, independent noise."""
+
     records: int
     batch_size: int
     rate: Fraction
     event: PoissonSampledGaussian  # one pass
+    noise: Noise | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self.event.noise_multiplier
+
+    def begin_pass(self) -> RecordEvent:
+        return self.event
+
+    def sampler(self) -> Sampler[list[int]]:
+        return PoissonSampler(self.records, self.rate, self.event.steps, os_stream)
+
+    def before_place(self, place: int) -> None:
+        """Any order will do."""
 
 
 class Guard:
@@ -95,7 +162,7 @@ class Guard:
             raise ConfigError(f"passes is {passes}, expected >= 1")
         ledger.bind(holder, privacy.delta)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
-        self._plan: _Plan | None = None
+        self._plan: Scheme | None = None
         self._known = 0  # events of the ledger that the plan reckons with
         self._passed = 0
         self._latest: PrivateOptimizer | None = None  # whose pass was the latest
@@ -103,7 +170,7 @@ class Guard:
     @property
     def noise_multiplier(self) -> float | None:
         """The calibrated noise multiplier; None before the first `wrap`."""
-        return self._plan.event.noise_multiplier if self._plan else None
+        return self._plan.noise_multiplier if self._plan else None
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
@@ -119,10 +186,11 @@ class Guard:
         private_optimizer = PrivateOptimizer(
             optimizer,
             private_model,
-            noise_multiplier=plan.event.noise_multiplier,
+            noise_multiplier=plan.noise_multiplier,
             max_grad_norm=self.privacy.max_grad_norm,
             expected_batch_size=min(plan.batch_size, plan.records),
             source=os_stream,
+            noise=plan.noise,
         )
         made = 0
 
@@ -139,11 +207,12 @@ class Guard:
 
         private_loader = PrivateLoader(
             loader,
-            PoissonSampler(plan.records, plan.rate, plan.event.steps, os_stream),
+            plan.sampler(),
             before_pass=before_pass,
             before_batch=private_optimizer.expect,
             empty_batch=private_optimizer.step_empty,
             after_pass=private_optimizer.end_pass,
+            before_place=plan.before_place,
         )
         return private_model, private_optimizer, private_loader
 
@@ -156,7 +225,7 @@ class Guard:
         """Return the plain module inside a wrapped one, all hooks removed."""
         return unwrap(model)
 
-    def _planned(self, loader: DataLoader[Any]) -> _Plan:
+    def _planned(self, loader: DataLoader[Any]) -> Scheme:
         records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
         if self._plan is not None:
             if (records, batch_size) != (self._plan.records, self._plan.batch_size):
@@ -178,20 +247,16 @@ class Guard:
                 f"{self.holder}: {records} records do not fill one batch of {batch_size} and drop_last is set",
                 hint="Use drop_last=False (every step then takes all records) or a smaller batch.",
             )
-        rate = min(Fraction(batch_size, records), Fraction(1))
         before = self.ledger.events
-        noise = accounting.noise_multiplier(
-            self.privacy.epsilon, self.privacy.delta, float(rate), steps * self.passes, before, slack=1e-3
-        )
-        event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise, steps=steps)
-        self._plan, self._known = _Plan(records=records, batch_size=batch_size, rate=rate, event=event), len(before)
+        self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, before)
+        self._known = len(before)
         return self._plan
 
     def _charge(self) -> None:
         """Pay for one pass, on disk, before its first batch is drawn."""
         if self._plan is None or self._passed >= self.passes:
             raise self._too_many(f"{self.passes} passes over the data")
-        self.ledger.append(self._plan.event, after=self._known)
+        self.ledger.append(self._plan.begin_pass(), after=self._known)
         self._known += 1
         self._passed += 1
 

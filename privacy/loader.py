@@ -48,21 +48,22 @@ class _Collate:
 
 
 class PrivateLoader(DataLoader[Any]):
-    """The user's loader with Poisson batches. A pass is paid for before its first batch is drawn.
+    """The user's loader with the batches of `sampler`. A pass is paid for before its first batch is drawn.
 
     An empty batch is not shown to the loop: its step, of noise alone, is made by `empty_batch`. So a pass
-    takes len(loader) steps but may show fewer batches.
+    takes len(loader) steps but may show fewer batches. `before_place` hears of every batch's place in its pass.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
-        sampler: PoissonSampler,
+        sampler: Sampler[list[int]],
         *,
         before_pass: Callable[[], None],
         before_batch: Callable[[int], None],
         empty_batch: Callable[[], None],
         after_pass: Callable[[], None],
+        before_place: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(
             loader.dataset,
@@ -78,11 +79,14 @@ class PrivateLoader(DataLoader[Any]):
             persistent_workers=loader.persistent_workers,
         )
         self.hooks = (before_pass, before_batch, empty_batch, after_pass)
+        self._before_place = before_place
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before_pass, before_batch, empty_batch, after_pass = self.hooks
         before_pass()
-        for count, batch in super().__iter__():
+        for place, (count, batch) in enumerate(super().__iter__()):
+            if self._before_place is not None:
+                self._before_place(place)
             if count:
                 before_batch(count)
                 yield batch

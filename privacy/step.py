@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
@@ -23,6 +25,8 @@ _MARGIN = 1e-4
 _BLOCK = 1 << 10
 _COLUMNS = 1 << 13
 
+Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
+
 _stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
 _guards: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
@@ -33,7 +37,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     Guarantee: each step releases, and hands to the user's optimizer,
         (sum over the batch of g_i * min(1, C / |g_i|) + N(0, (sigma C)^2 I)) / expected_batch_size,
     g_i the gradient of record i over all parameters of the optimizer together: the Gaussian mechanism with
-    noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018).
+    noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018). With `noise`, what
+    that makes is added instead, given the number of coordinates and the grid, and the guarantee is its maker's.
     Unit: the record. Neighbours: add or remove one record. The divisor is public, never the realised size.
     One step per batch drawn: a second one raises BudgetExceededError.
     """
@@ -47,6 +52,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         max_grad_norm: float,
         expected_batch_size: int,
         source: Source,
+        noise: Noise | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -56,6 +62,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self._model = model
         self._source = source
+        self._noise = noise or self._independent_noise
         self._drawn: int | None = None
         self._owing = False  # a batch was drawn and nothing released for it
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
@@ -225,11 +232,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         device = sums[0].device
         flat = torch.cat([s.to(device, torch.float64) for s in sums])
         grid = noise_grid(self.max_grad_norm, len(flat))
-        noise = grid_gaussian(len(flat), self.noise_multiplier, self.max_grad_norm, grid, self._source)
+        noise = self._noise(len(flat), grid)
         flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(device)).div_(self.expected_batch_size)
         for p, g in zip(self.params, torch.split(flat, [p.numel() for p in self.params]), strict=True):
             p.grad = g.view(p.shape).to(p.device, p.dtype)
         self._owing = False
+
+    def _independent_noise(self, count: int, grid: float) -> npt.NDArray[np.float64]:
+        return grid_gaussian(count, self.noise_multiplier, self.max_grad_norm, grid, self._source)
 
     def _name(self, p: torch.Tensor) -> str:
         return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")
