@@ -52,8 +52,9 @@ def test_the_error_is_within_its_bound(case: tuple[int, float, float], kind: str
 
 def test_the_error_is_as_large_as_its_model_says() -> None:
     """Encryption errors of variance 21/2 and roundings of 1/12 in each of N coefficients, through the cosines: variance
-    n (N / 2) (10.5 + 1/12) in units of the scale. 20,480 slots: the sample deviation has a relative one of 1/200, so 5 %
-    is passed by chance once in 10^22. Without the encryption's part the ratio would be 11, without the cosines' 1/2 0.7.
+    n (N / 2) (10.5 + 1/12) in units of the scale. 20,480 slots: the sample deviation has a relative one of 1/200, so
+    5 % is passed by chance once in 10^22. Without the encryption's part the ratio would be 11, without the cosines'
+    1/2 it would be 0.7.
     """
     parties = 4
     plan = choose(parties, 1.0, 10_000, 1e-6)
