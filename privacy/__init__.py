@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from choral.privacy.accounting import Budget, budget
+    from choral.privacy.client import AdaptiveClip, ClientGuard, ClientPrivacy, ClientRound
     from choral.privacy.encoding import FixedPoint
     from choral.privacy.errors import (
         AccountingError,
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
         EncodingError,
         LedgerError,
         PrivacyError,
+        TooFewClientsError,
         UnsupportedLoaderError,
         UnsupportedModelError,
     )
-    from choral.privacy.events import PoissonSampledGaussian
+    from choral.privacy.events import ClientRelease, PoissonSampledGaussian
     from choral.privacy.guard import Guard, Privacy
     from choral.privacy.ledger import Ledger
     from choral.privacy.model import unwrap
@@ -28,8 +30,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AccountingError": "errors",
+    "AdaptiveClip": "client",
     "Budget": "accounting",
     "BudgetExceededError": "errors",
+    "ClientGuard": "client",
+    "ClientPrivacy": "client",
+    "ClientRelease": "events",
+    "ClientRound": "client",
     "EncodingError": "errors",
     "FixedPoint": "encoding",
     "Guard": "guard",
@@ -39,6 +46,7 @@ _HOME = {
     "Privacy": "guard",
     "PrivacyError": "errors",
     "Spent": "spent",
+    "TooFewClientsError": "errors",
     "UnsupportedLoaderError": "errors",
     "UnsupportedModelError": "errors",
     "budget": "accounting",
@@ -47,8 +55,13 @@ _HOME = {
 
 __all__ = [
     "AccountingError",
+    "AdaptiveClip",
     "Budget",
     "BudgetExceededError",
+    "ClientGuard",
+    "ClientPrivacy",
+    "ClientRelease",
+    "ClientRound",
     "EncodingError",
     "FixedPoint",
     "Guard",
@@ -58,6 +71,7 @@ __all__ = [
     "Privacy",
     "PrivacyError",
     "Spent",
+    "TooFewClientsError",
     "UnsupportedLoaderError",
     "UnsupportedModelError",
     "budget",

@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 from dp_accounting.rdp import rdp_privacy_accountant
 
+from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import ClientRelease, PoissonSampledGaussian
@@ -62,7 +63,7 @@ def epsilon(releases: Iterable[ClientRelease], delta: float) -> float:
         return _continuous(events, delta)
     bound = _by_renyi(events, delta)
     floor = _continuous(events, delta)
-    if bound < floor * (1.0 - 1e-6):
+    if bound < floor * (1.0 - 1e-6) - 1e-6:
         raise AccountingError(
             f"Renyi DP says epsilon={bound:.6g}, below the continuous Gaussian's {floor:.6g} at delta={delta:g}",
             hint="Please report this with the ledger; do not trust either number.",
@@ -97,6 +98,11 @@ def settled(releases: Iterable[ClientRelease]) -> tuple[ClientRelease, ...]:
     return tuple(msgspec.structs.replace(event, steps=steps) for event, steps in counts.items())
 
 
+def accountant_of(releases: Iterable[ClientRelease]) -> str:
+    """The method that :func:`epsilon` uses for these."""
+    return CENTRAL_ACCOUNTANT if all(event.mechanism == "gaussian" for event in releases) else ACCOUNTANT
+
+
 def calibrate(
     target: float,
     delta: float,
@@ -107,8 +113,10 @@ def calibrate(
     """Return the smallest noise ratio z with which `spent` and `steps` times `release(z)` cost at most `target`.
 
     release: from the ratio of noise to clipping norm, which is what is wanted of the sum, to the event it amounts to
-        after rounding; its cost falls with z. Accurate to SLACK of the budget.
-    Raises: ConfigError (target, delta), BudgetExceededError (what is left is too little for any noise).
+        after rounding; its cost falls with z. It may raise ConfigError for too little noise. Accurate to SLACK of the
+        budget, unless `release` refuses so little noise.
+    Raises: ConfigError (target, delta, or what `release` raises for any noise), BudgetExceededError (what is
+        left is too little for any noise).
     """
     accounting.check_target(target, delta)
     before = epsilon(spent, delta) if spent else 0.0
@@ -118,13 +126,22 @@ def calibrate(
             hint="These clients may not be asked again under this promise; a larger epsilon is a weaker promise.",
         )
 
+    refused: list[ConfigError] = []
+
     def cost(ratio: float) -> float:
-        return epsilon([*spent, msgspec.structs.replace(release(ratio), steps=steps)], delta)
+        try:
+            event = release(ratio)
+        except ConfigError as error:  # so little noise that its integers would be too small
+            refused.append(error)
+            return math.inf
+        return epsilon([*spent, msgspec.structs.replace(event, steps=steps)], delta)
 
     low, high = 1e-3, 1.0
     while cost(high) > target:
         low, high = high, 4.0 * high
         if high > 1e6:
+            if refused:
+                raise refused[-1]
             raise BudgetExceededError(
                 f"no amount of noise makes {steps} more rounds fit into epsilon={target:g} at delta={delta:g}",
                 hint="Use more bits, fewer rounds or more clients: at few bits, rounding alone costs too much.",

@@ -39,7 +39,7 @@ from choral.errors import ConfigError
 from choral.privacy.errors import EncodingError
 from choral.privacy.events import ClientRelease
 from choral.privacy.noise import Source
-from choral.privacy.rotation import padded_length, rotate, unrotate
+from choral.privacy.rotation import padded_length, random_signs, rotate, unrotate
 from choral.privacy.tables import LARGEST_DEVIATION, SMALLEST_VARIANCE, Law, Table, table
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ Int64Array = npt.NDArray[np.int64]
 class Scheme:
     """How clients' vectors become integers with noise, and how their sum comes back. Made by :func:`design`.
 
-    law: of the noise. bits: of the modulus. length: coordinates of a client's vector, d. clients: most in one sum.
+    mechanism: the law of the noise. bits: of the modulus. length: coordinates of a client's vector, d. clients: most
+        in one sum.
     scale: s, integer steps per clipping norm. share_variance: variance parameter of one client's noise, in steps^2.
     """
 
-    law: Law
+    mechanism: Law
     bits: int
     length: int
     clients: int
@@ -75,6 +76,10 @@ class Scheme:
         """Coordinates of an encoded vector: the power of two that `length` is padded to."""
         return padded_length(self.length)
 
+    def signs(self, seed: bytes) -> npt.NDArray[np.float32]:
+        """The rotation of one round, from a seed that all clients have."""
+        return random_signs(seed, self.padded)
+
     @property
     def sensitivity_squared(self) -> int:
         """D^2: the largest squared L2 norm of an encoded vector, before noise."""
@@ -83,7 +88,7 @@ class Scheme:
     @cached_property
     def noise(self) -> Table:
         """The table that noise is drawn from."""
-        return table(self.law, self.share_variance)
+        return table(self.mechanism, self.share_variance)
 
     @property
     def bound(self) -> int:
@@ -93,7 +98,7 @@ class Scheme:
     def release(self, shares: int, *, settles: bool = False) -> ClientRelease:
         """One sum with `shares` noise shares that the adversary does not know, as an event."""
         return ClientRelease(
-            mechanism=self.law,
+            mechanism=self.mechanism,
             sensitivity_squared=self.sensitivity_squared,
             share_variance=float(self.share_variance),
             shares=shares,
@@ -107,7 +112,7 @@ class Scheme:
         """Clip `vector` to norm `clip` and return it as integers with one share of noise.
 
         Guarantee: without the noise, the integers' squared norm is at most `sensitivity_squared`, whatever the vector;
-        the noise is one draw per coordinate of the law named by `law`, independent of everything.
+        the noise is one draw per coordinate of the law `mechanism`, independent of everything.
         vector: floating point, shape (length,); a torch tensor is rotated where it lives. signs: from
             :func:`choral.privacy.rotation.random_signs`, shape (padded,), like the vector. Returns int64, shape
             (padded,), each at most `bound`. noisy: False leaves the noise out, for tests and measurements.
@@ -151,7 +156,7 @@ class Scheme:
 
 
 def design(
-    *, law: Law, bits: int, length: int, clients: int, holders: int, ratio: float, deviations: float = TAIL
+    *, mechanism: Law, bits: int, length: int, clients: int, holders: int, ratio: float, deviations: float = TAIL
 ) -> Scheme:
     """Choose scale and noise share such that `holders` shares together have `ratio` times the clipping norm.
 
@@ -179,12 +184,14 @@ def design(
     scale = math.sqrt(room) / (2.0 * deviations * spread)
     scale = min(scale, LARGEST_DEVIATION / deviation, _LARGEST_SCALE)
     variance = min((scale * deviation) ** 2, float(LARGEST_DEVIATION) ** 2)
-    if variance < (4.0 if law == "discrete_gaussian" and holders > 1 else float(SMALLEST_VARIANCE)):
+    if variance < (4.0 if mechanism == "discrete_gaussian" and holders > 1 else float(SMALLEST_VARIANCE)):
         raise ConfigError(
             f"{bits} bits leave a noise share of {math.sqrt(variance):.3g} steps, expected at least 2",
             hint="Use more bits, fewer clients, or Skellam noise, whose shares may be small.",
         )
-    return Scheme(law=law, bits=bits, length=length, clients=clients, scale=scale, share_variance=Fraction(variance))
+    return Scheme(
+        mechanism=mechanism, bits=bits, length=length, clients=clients, scale=scale, share_variance=Fraction(variance)
+    )
 
 
 def squared_norm_bound(scale: float, padded: int) -> int:

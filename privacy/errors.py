@@ -31,3 +31,7 @@ class UnsupportedModelError(PrivacyError):
 
 class UnsupportedLoaderError(PrivacyError):
     """The loader's batches cannot be replaced by Poisson samples without changing what was asked for."""
+
+
+class TooFewClientsError(PrivacyError):
+    """Fewer clients survived a round than its noise was sized for; their sum must not be opened."""
