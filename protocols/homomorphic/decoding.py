@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import GarbledSumError
+from choral.protocols.homomorphic.ring import LIMB, kernels
 from choral.protocols.homomorphic.split_parameters import SplitParameters
-
-_LIMB = 24
-"""Bits of a limb: a limb times a prime of 26 bits and a carry stay far below 2^63."""
 
 
 def decode(residues: NDArray[np.int32], chosen: SplitParameters, parties: int) -> NDArray[np.int64]:
@@ -22,10 +18,14 @@ def decode(residues: NDArray[np.int32], chosen: SplitParameters, parties: int) -
     Raises: GarbledSumError unless every sum of errors is within its bound and every value within parties * bound; a
     coefficient that is uniform modulo q passes with probability below 2^-MARGIN_BITS, a block of them never.
     """
-    limbs = _limbs(residues, chosen)
+    # Half of each field's range is added, so that none is negative.
+    half = (1 << chosen.scale_bits - 1) + sum(
+        1 << chosen.scale_bits + chosen.slot_bits * (j + 1) - 1 for j in range(chosen.slots)
+    )
+    limbs = kernels().limbs(chosen.ring, residues, half)
     error = _bits(limbs, 0, chosen.scale_bits) - (1 << chosen.scale_bits - 1)
     used = chosen.scale_bits + chosen.slots * chosen.slot_bits
-    beyond = _bits(limbs, used, min(62, len(limbs) * _LIMB - used))
+    beyond = _bits(limbs, used, min(62, len(limbs) * LIMB - used))
     if beyond.any() or int(np.abs(error).max()) > chosen.error_bound(parties):
         raise GarbledSumError("the sum of ciphertexts does not open under the sum of keys")
     values = np.empty((chosen.slots, residues.shape[1]), np.int64)
@@ -42,40 +42,13 @@ def decode(residues: NDArray[np.int32], chosen: SplitParameters, parties: int) -
     return values
 
 
-def _limbs(residues: NDArray[np.int32], chosen: SplitParameters) -> list[NDArray[np.int64]]:
-    """The coefficients plus half of each field's range, so that none is negative, as numbers in [0, q).
-
-    Little-endian limbs of 24 bits, each int64, shape (M,). Garner's algorithm: mixed-radix digits, then Horner.
-    """
-    primes = chosen.ring.primes
-    half = (1 << chosen.scale_bits - 1) + sum(
-        1 << chosen.scale_bits + chosen.slot_bits * (j + 1) - 1 for j in range(chosen.slots)
-    )
-    digits: list[NDArray[np.int64]] = []
-    for row, prime in enumerate(primes):
-        digit = (residues[row].astype(np.int64) + half % prime) % prime
-        for earlier, other in zip(digits, primes, strict=False):
-            digit = (digit - earlier) * pow(other, -1, prime) % prime
-        digits.append(digit)
-    count = math.ceil(math.log2(chosen.ring.modulus) / _LIMB) + 1
-    limbs = [digits[-1] & (1 << _LIMB) - 1, digits[-1] >> _LIMB]
-    limbs += [np.zeros_like(limbs[0]) for _ in range(count - 2)]
-    for digit, prime in zip(reversed(digits[:-1]), reversed(primes[:-1]), strict=True):
-        carry = digit
-        for place, limb in enumerate(limbs):
-            carry = carry + limb * prime
-            limbs[place] = carry & (1 << _LIMB) - 1
-            carry = carry >> _LIMB
-    return limbs
-
-
-def _bits(limbs: list[NDArray[np.int64]], first: int, count: int) -> NDArray[np.int64]:
+def _bits(limbs: NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
     """Bits ``first`` to ``first + count - 1``, count <= 64, of the numbers; a new array."""
     out = np.zeros(limbs[0].shape, np.uint64)
     done = 0
-    while done < count and (first + done) // _LIMB < len(limbs):
-        place, shift = divmod(first + done, _LIMB)
-        size = min(_LIMB - shift, count - done)
+    while done < count and (first + done) // LIMB < len(limbs):
+        place, shift = divmod(first + done, LIMB)
+        size = min(LIMB - shift, count - done)
         out |= (limbs[place].view(np.uint64) >> np.uint64(shift) & np.uint64((1 << size) - 1)) << np.uint64(done)
         done += size
     return out.view(np.int64)

@@ -17,6 +17,7 @@ reduced after REDUCE stages, of 11 to 13.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,6 +33,18 @@ REDUCE = 7
 """Stages between two reductions; see above."""
 
 DEGREES = (2048, 4096, 8192)
+
+LIMB = 24
+"""Bits of a limb of a whole coefficient: a limb times a prime, and a carry, are exact as float64 too."""
+
+WIDTH = 64
+GROUP = 32 * WIDTH
+"""Residues that are packed together: WIDTH bit strings side by side, as vector instructions like them.
+
+Residue ``32 WIDTH g + WIDTH i + w`` takes bits ``i * bits`` to ``(i + 1) * bits - 1`` of string w of group g; a string
+is ``bits`` words of 32 bits, least significant first, and word k of string w is word ``(g * bits + k) * WIDTH + w``,
+little-endian.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +168,31 @@ class Kernels(Protocol):
         """
         ...
 
-    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
-        """:func:`choral.protocols.integers.pack` of a flat vector whose length is a multiple of 32."""
+    def digits(self, vector: Any, count: int, layout: Sequence[Any], bits: int) -> Any:
+        """Values as what :meth:`encrypt` takes: float64, shape (G, count), one row for each digit of ``layout``.
+
+        vector: int64, ``count`` values of each slot after another; what is missing counts as 0. layout: how slots
+        become digits (:class:`choral.protocols.homomorphic.split_parameters.Digit`), a slot being ``bits`` wide.
+        """
         ...
 
-    def unpack(self, data: bytes, count: int, bits: int) -> NDArray[np.int32]:
-        """:func:`choral.protocols.integers.unpack`; ``data`` has the exact length."""
+    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
+        """Flat residues, a multiple of GROUP, as they travel: see :data:`GROUP`."""
+        ...
+
+    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
+        """The largest residue in each of so many equal parts of what :meth:`pack` packed."""
+        ...
+
+    def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
+        """Add the residues that :meth:`pack` packed to ``sums`` in place, mod 2^32."""
+        ...
+
+    def limbs(self, ring: Ring, residues: Any, offset: int) -> NDArray[np.int64]:
+        """What numbers in [0, q) have these residues, plus ``offset``, mod q: shape (limbs, M), LIMB bits each.
+
+        residues: shape (L, M). The limbs are little-endian, enough for q and one more.
+        """
         ...
 
 

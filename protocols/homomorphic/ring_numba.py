@@ -8,13 +8,14 @@ instruction: the products are exact either way. No other rule of floating point 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from choral.protocols.homomorphic.ring import REDUCE, Ring
+from choral.protocols.homomorphic.ring import GROUP, LIMB, REDUCE, WIDTH, Ring, balanced
 
 _CHUNK = 256
 _ROUND = float(3 << 51)
@@ -62,15 +63,39 @@ class NumbaKernels:
         _magnitudes(words, thresholds, counts, ties)
         return counts, ties
 
-    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
-        words = np.zeros(residues.size * bits // 32 + 1, np.uint32)
-        _pack(residues, bits, words)
-        return words[:-1].astype("<u4", copy=False).tobytes()
+    def digits(self, vector: Any, count: int, layout: Sequence[Any], bits: int) -> Any:
+        out = np.empty((len(layout), count))
+        for row, digit in zip(out, layout, strict=True):
+            for j in reversed(range(digit.first, digit.first + digit.count)):
+                piece = vector[j * count : (j + 1) * count]
+                scale = 0.0 if j == digit.first + digit.count - 1 else 2.0**bits
+                _append(row, piece, scale, {"": 0, "low": 1, "high": 2}[digit.half])
+        return out
 
-    def unpack(self, data: bytes, count: int, bits: int) -> NDArray[np.int32]:
-        out = np.empty(count, np.int32)
-        words = np.frombuffer(data, "<u4").astype(np.uint32, copy=False)
-        _unpack(words, bits, out)
+    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
+        words = np.zeros(residues.size // 32 * bits, np.uint32)
+        _pack(residues.view(np.uint32), np.uint32(bits), words)
+        return words.astype("<u4", copy=False).tobytes()
+
+    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
+        parts = packed.reshape(rows, -1)
+        return np.array([_largest(part, np.uint32(bits)) for part in parts], np.int64)
+
+    def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
+        _add(packed, np.uint32(bits), sums)
+
+    def limbs(self, ring: Ring, residues: Any, offset: int) -> NDArray[np.int64]:
+        count = -(-ring.modulus.bit_length() // LIMB) + 1
+        out = np.empty((count, residues.shape[1]), np.int64)
+        offsets = np.array([offset % prime for prime in ring.primes], np.float64)
+        inverses = np.array(
+            [
+                [balanced(pow(other, -1, prime), prime) if other != prime else 0 for other in ring.primes]
+                for prime in ring.primes
+            ],
+            np.float64,
+        )
+        _limbs(residues, np.array(ring.primes, np.float64), offsets, inverses, out)
         return out
 
 
@@ -225,24 +250,137 @@ def _magnitudes(words: Any, thresholds: Any, counts: Any, ties: Any) -> None:
 
 
 @_compiled
-def _pack(residues: Any, bits: int, words: Any) -> None:
-    position = 0
-    for residue in residues:
-        word = position >> 5
-        shifted = np.uint64(residue) << np.uint64(position & 31)
-        words[word] |= np.uint32(shifted)
-        words[word + 1] = np.uint32(shifted >> np.uint64(32))
-        position += bits
+def _append(row: Any, values: Any, scale: float, half: int) -> None:
+    """row = row * scale + values, or their low 32 bits, or the rest; places beyond the values' end count as 0."""
+    if scale == 0.0:
+        row[:] = 0.0
+    size = values.size
+    if half == 0:
+        for z in range(size):
+            row[z] = row[z] * scale + np.float64(values[z])
+    elif half == 1:
+        for z in range(size):
+            row[z] = np.float64(values[z] & np.int64(0xFFFFFFFF))
+    else:
+        for z in range(size):
+            row[z] = np.float64(values[z] >> np.int64(32))
+    for z in range(size, row.size):
+        row[z] *= scale
 
 
 @_compiled
-def _unpack(words: Any, bits: int, out: Any) -> None:
-    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    position = 0
-    for z in range(out.size):
-        word = position >> 5
-        double = np.uint64(words[word])
-        if word + 1 < words.size:
-            double |= np.uint64(words[word + 1]) << np.uint64(32)
-        out[z] = np.int32(double >> np.uint64(position & 31) & mask)
-        position += bits
+def _pack(residues: Any, bits: Any, words: Any) -> None:
+    for group in range(residues.size // GROUP):
+        source = residues[group * GROUP : (group + 1) * GROUP]
+        target = words[group * bits * WIDTH : (group + 1) * bits * WIDTH]
+        for i in range(32):
+            word = i * bits >> 5
+            shift = np.uint32(i * bits & 31)
+            low = target[word * WIDTH : (word + 1) * WIDTH]
+            values = source[i * WIDTH : (i + 1) * WIDTH]
+            for lane in range(WIDTH):
+                low[lane] |= values[lane] << shift
+            if shift + bits > 32:
+                back = np.uint32(32) - shift
+                high = target[(word + 1) * WIDTH : (word + 2) * WIDTH]
+                for lane in range(WIDTH):
+                    high[lane] = values[lane] >> back
+
+
+@_compiled
+def _unpack(words: Any, bits: Any, out: Any) -> None:
+    """One group."""
+    mask = (np.uint32(1) << bits) - np.uint32(1)
+    for i in range(32):
+        word = i * bits >> 5
+        shift = np.uint32(i * bits & 31)
+        low = words[word * WIDTH : (word + 1) * WIDTH]
+        values = out[i * WIDTH : (i + 1) * WIDTH]
+        if shift + bits > 32:
+            back = np.uint32(32) - shift
+            high = words[(word + 1) * WIDTH : (word + 2) * WIDTH]
+            for lane in range(WIDTH):
+                values[lane] = (low[lane] >> shift | high[lane] << back) & mask
+        else:
+            for lane in range(WIDTH):
+                values[lane] = low[lane] >> shift & mask
+
+
+@_compiled
+def _largest(words: Any, bits: Any) -> int:
+    values = np.empty(GROUP, np.uint32)
+    most = np.zeros(GROUP, np.uint32)
+    step = WIDTH * bits
+    for group in range(words.size // step):
+        _unpack(words[group * step : (group + 1) * step], bits, values)
+        for z in range(GROUP):
+            most[z] = max(most[z], values[z])
+    largest: int = most.max()
+    return largest
+
+
+@_compiled
+def _add(words: Any, bits: Any, sums: Any) -> None:
+    values = np.empty(GROUP, np.uint32)
+    step = WIDTH * bits
+    for group in range(words.size // step):
+        _unpack(words[group * step : (group + 1) * step], bits, values)
+        target = sums[group * GROUP : (group + 1) * GROUP]
+        for z in range(GROUP):
+            target[z] += values[z]
+
+
+@_compiled
+def _limbs(residues: Any, primes: Any, offsets: Any, inverses: Any, out: Any) -> None:
+    """Garner's algorithm, then Horner's, for _CHUNK coefficients at a time."""
+    rows = primes.size
+    digits = np.empty((rows, _CHUNK))
+    limbs = np.empty((out.shape[0], _CHUNK))
+    carry = np.empty(_CHUNK)
+    for first in range(0, residues.shape[1], _CHUNK):
+        size = min(_CHUNK, residues.shape[1] - first)
+        for row in range(rows):
+            digit = digits[row]
+            for z in range(size):
+                digit[z] = np.float64(residues[row, first + z]) + offsets[row]
+            for earlier in range(row):
+                _times_difference(digit, digits[earlier], inverses[row, earlier], primes[row])
+            _to_range(digit, primes[row])
+        limbs[:] = 0.0
+        for row in range(rows - 1, -1, -1):
+            carry[:] = digits[row]
+            for place in range(limbs.shape[0]):
+                _carry_on(limbs[place], carry, primes[row])
+        for place in range(limbs.shape[0]):
+            for z in range(size):
+                out[place, first + z] = np.int64(limbs[place, z])
+
+
+@_compiled
+def _times_difference(x: Any, other: Any, factor: float, prime: float) -> None:
+    """x = (x - other) * factor, balanced."""
+    inverse = 1.0 / prime
+    for z in range(x.size):
+        value = x[z] - other[z]
+        value -= ((value * inverse + _ROUND) - _ROUND) * prime
+        value *= factor
+        x[z] = value - ((value * inverse + _ROUND) - _ROUND) * prime
+
+
+@_compiled
+def _to_range(x: Any, prime: float) -> None:
+    inverse = 1.0 / prime
+    for z in range(x.size):
+        value = x[z]
+        value -= ((value * inverse + _ROUND) - _ROUND) * prime
+        x[z] = value + (prime if value < 0.0 else 0.0)
+
+
+@_compiled
+def _carry_on(limb: Any, carry: Any, prime: float) -> None:
+    """limb, carry = the low and high parts of limb * prime + carry."""
+    for z in range(limb.size):
+        value = limb[z] * prime + carry[z]
+        high = np.floor(value * (1.0 / (1 << LIMB)))
+        limb[z] = value - high * (1 << LIMB)
+        carry[z] = high

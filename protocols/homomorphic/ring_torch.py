@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from choral.protocols.homomorphic.ring import REDUCE, Ring
+from choral.protocols.homomorphic.ring import LIMB, REDUCE, WIDTH, Ring
 from choral.protocols.integers import pack, unpack
 
 Tensor = torch.Tensor
@@ -66,14 +67,59 @@ class TorchKernels:
             ties |= values == threshold
         return counts, ties
 
-    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
-        return pack(residues.view(np.uint32), bits)
+    def digits(self, vector: Any, count: int, layout: Sequence[Any], bits: int) -> Any:
+        slots = layout[-1].first + layout[-1].count
+        values = torch.zeros(slots * count, dtype=torch.int64, device=self._device)
+        values[: len(vector)] = torch.as_tensor(vector, device=self._device)
+        values = values.view(slots, count)
+        out = torch.zeros((len(layout), count), dtype=torch.float64, device=self._device)
+        for row, digit in zip(out, layout, strict=True):
+            if digit.half == "low":
+                row += values[digit.first] & 0xFFFFFFFF
+            elif digit.half == "high":
+                row += values[digit.first] >> 32
+            else:
+                for j in reversed(range(digit.first, digit.first + digit.count)):
+                    row *= 2.0**bits
+                    row += values[j]
+        return out
 
-    def unpack(self, data: bytes, count: int, bits: int) -> NDArray[np.int32]:
-        return unpack(data, count, bits).view(np.int32)
+    def pack(self, residues: NDArray[np.int32], bits: int) -> bytes:
+        strings = residues.view(np.uint32).reshape(-1, 32, WIDTH).transpose(0, 2, 1)
+        words = np.frombuffer(pack(strings.reshape(-1), bits), "<u4").reshape(-1, WIDTH, bits)
+        return words.transpose(0, 2, 1).tobytes()
+
+    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
+        maxima: NDArray[np.int64] = _unpack(packed, bits).reshape(rows, -1).max(axis=1).astype(np.int64)
+        return maxima
+
+    def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
+        sums += _unpack(packed, bits)
+
+    def limbs(self, ring: Ring, residues: Any, offset: int) -> NDArray[np.int64]:
+        digits: list[NDArray[np.int64]] = []
+        for row, prime in enumerate(ring.primes):
+            digit = (residues[row].astype(np.int64) + offset % prime) % prime
+            for earlier, other in zip(digits, ring.primes, strict=False):
+                digit = (digit - earlier) * pow(other, -1, prime) % prime
+            digits.append(digit)
+        limbs = np.zeros((-(-ring.modulus.bit_length() // LIMB) + 1, residues.shape[1]), np.int64)
+        for carry, prime in zip(reversed(digits), reversed(ring.primes), strict=True):
+            for limb in limbs:
+                value = limb * prime + carry
+                limb[:] = value & (1 << LIMB) - 1
+                carry = value >> LIMB
+        return limbs
 
     def _float(self, array: Any) -> Tensor:
         return torch.as_tensor(array, device=self._device).to(torch.float64)
+
+
+def _unpack(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
+    words = packed.reshape(-1, bits, WIDTH).transpose(0, 2, 1).astype("<u4")
+    strings = unpack(words.tobytes(), packed.size * 32 // bits, bits).reshape(-1, WIDTH, 32)
+    residues: NDArray[np.uint32] = strings.transpose(0, 2, 1).reshape(-1)
+    return residues
 
 
 def _reduced(x: Tensor, prime: int) -> Tensor:

@@ -56,7 +56,7 @@ seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,12 +117,7 @@ class SplitRound:
     def batches(self, index: int) -> range:
         """The batches in message ``index``."""
         each = self.parameters.message_blocks // BATCH
-        return range(index * each, min((index + 1) * each, -(-self.parameters.blocks // BATCH)))
-
-    def residues(self, index: int) -> int:
-        """How many residues message ``index`` holds."""
-        chosen = self.parameters
-        return chosen.degree * chosen.prime_count * sum(chosen.lanes(batch) for batch in self.batches(index))
+        return range(index * each, min((index + 1) * each, self.parameters.batches))
 
 
 class Encrypted(NamedTuple):
@@ -162,41 +157,14 @@ def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes) -> It
             lanes = chosen.lanes(batch)
             # The first N samples of the stream are the key.
             errors = sample(seed, chosen.degree * lanes, offset=chosen.degree * (1 + batch * BATCH))
-            digits = _digits(vector, chosen, batch)
+            count = chosen.degree * lanes
+            # Value j N lanes + z of the batch lies in slot j of coefficient z; beyond the vector's end is 0.
+            start = batch * BATCH * chosen.block_values
+            piece = vector[start : start + count * chosen.slots]
+            digits = bulk.digits(piece, count, chosen.digits, chosen.slot_bits)
             residues = bulk.encrypt(chosen.ring, digits, scales, errors, terms.public(batch), transformed, lanes=lanes)
             packed.append(bulk.pack(residues.reshape(-1), chosen.prime_bits))
         yield wire.encode(messages.Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
-
-
-def _digits(vector: Any, chosen: SplitParameters, batch: int) -> Any:
-    """The digits of a batch: float64, shape (G, N lanes); on the vector's device.
-
-    Values lie slot by slot: value j N lanes + z of the batch is in slot j of coefficient z. What is beyond the vector's
-    end is 0.
-    """
-    count = chosen.degree * chosen.lanes(batch)
-    start = batch * BATCH * chosen.block_values
-    piece = vector[start : start + count * chosen.slots]
-    if is_tensor(piece):
-        import torch
-
-        padded: Any = torch.zeros(count * chosen.slots, dtype=torch.int64, device=piece.device)
-        out: Any = torch.zeros((len(chosen.digits), count), dtype=torch.float64, device=piece.device)
-    else:
-        padded = np.zeros(count * chosen.slots, np.int64)
-        out = np.zeros((len(chosen.digits), count))
-    padded[: len(piece)] = piece
-    slots = padded.reshape(chosen.slots, count)
-    for row, digit in zip(out, chosen.digits, strict=True):
-        if digit.half == "low":
-            row += slots[digit.first] & 0xFFFFFFFF
-        elif digit.half == "high":
-            row += slots[digit.first] >> 32
-        else:
-            for j in reversed(range(digit.count)):
-                row *= 2.0**chosen.slot_bits
-                row += slots[digit.first + j]
-    return out
 
 
 def _scales(chosen: SplitParameters) -> NDArray[np.float64]:
@@ -207,23 +175,16 @@ def _scales(chosen: SplitParameters) -> NDArray[np.float64]:
     return np.array([[balanced(1 << power, prime) for power in powers] for prime in chosen.ring.primes], np.float64)
 
 
-@dataclass
-class _Arriving:
-    """A party's messages, still packed: they join the sum when its key has joined the sum of keys, or never."""
-
-    pieces: list[NDArray[Any]] = field(default_factory=list)
-
-
 class Collector:
     """The server's side of one round. It holds no key, and opens nothing but the one sum that S belongs to.
 
-    Memory: the sum, 4 bytes per residue, and of each party that is sending what it has sent so far, until ``include``.
+    Memory: the sum, 4 bytes per residue, and what each party that is sending has sent so far, until ``include``.
     """
 
     def __init__(self, terms: SplitRound, parties: Sequence[str]) -> None:
         chosen = terms.parameters
         self._terms = terms
-        self._arriving: dict[str, _Arriving] = {party: _Arriving() for party in parties}
+        self._arriving: dict[str, list[bytes]] = {party: [] for party in parties}
         self._included: set[str] = set()
         self._sums = np.zeros(chosen.blocks * chosen.prime_count * chosen.degree, np.uint32)
         self._most = (1 << 32) // max(chosen.ring.primes) - 1
@@ -242,34 +203,31 @@ class Collector:
         if party not in self._arriving:
             raise FaultyPartyError(party, "it has sent its whole ciphertext, or is no party of this round")
         message = messages.to_server(raw, sender=party, body=chosen.message_blocks * chosen.block_bytes)
-        arriving = self._arriving[party]
+        arrived = self._arriving[party]
         if not isinstance(message, messages.Ciphertext):
             raise FaultyPartyError(party, f"expected its Ciphertext, got its {type(message).__name__}")
         if message.session != terms.id or message.round != terms.number:
             raise FaultyPartyError(party, "its ciphertext is of another session or round")
         if message.key != terms.key:
             raise FaultyPartyError(party, "its ciphertext is for another sum of keys, or has other parameters")
-        if message.index != len(arriving.pieces) or message.index >= chosen.messages:
+        if message.index != len(arrived) or message.index >= chosen.messages:
             raise FaultyPartyError(
-                party,
-                f"expected piece {len(arriving.pieces)} of {chosen.messages} of its ciphertext, got {message.index}",
+                party, f"expected piece {len(arrived)} of {chosen.messages} of its ciphertext, got {message.index}"
             )
-        count = terms.residues(message.index)
-        if len(message.body) != count * chosen.prime_bits // 8:
+        size = sum(chosen.lanes(batch) for batch in terms.batches(message.index)) * chosen.block_bytes
+        if len(message.body) != size:
             raise FaultyPartyError(
-                party,
-                f"expected {count * chosen.prime_bits // 8} bytes in piece {message.index} of its ciphertext,"
-                f" got {len(message.body)}",
+                party, f"expected {size} bytes in piece {message.index} of its ciphertext, got {len(message.body)}"
             )
-        residues = kernels().unpack(message.body, count, chosen.prime_bits)
-        for rows in self._rows(residues, terms.batches(message.index)):
-            if (rows.max(axis=1) >= np.array(chosen.ring.primes)).any():
+        for _, packed in self._parts(message.index, message.body):
+            maxima = kernels().maxima(packed, chosen.prime_bits, chosen.prime_count)
+            if (maxima >= np.array(chosen.ring.primes)).any():
                 raise FaultyPartyError(party, "its ciphertext has a residue that is not below its prime")
-        arriving.pieces.append(residues.view(np.uint32))
+        arrived.append(message.body)
 
     def complete(self, party: str) -> bool:
         """Whether all of its messages are there: only then its key may be let into the masked sum."""
-        return party in self._arriving and len(self._arriving[party].pieces) == self._terms.parameters.messages
+        return party in self._arriving and len(self._arriving[party]) == self._terms.parameters.messages
 
     def include(self, party: str) -> None:
         """Add a party's ciphertext, its key having been let into the sum of keys.
@@ -282,10 +240,9 @@ class Collector:
             raise FaultyPartyError(party, "its ciphertext is not complete")
         if self._pending == self._most:
             self._settle()
-        first = 0
-        for piece in self._arriving.pop(party).pieces:
-            self._sums[first : first + len(piece)] += piece
-            first += len(piece)
+        for index, body in enumerate(self._arriving.pop(party)):
+            for batch, packed in self._parts(index, body):
+                kernels().add(packed, self._terms.parameters.prime_bits, self._sum_of(batch))
         self._included.add(party)
         self._pending += 1
 
@@ -303,30 +260,35 @@ class Collector:
         terms, chosen = self._terms, self._terms.parameters
         bulk = kernels()
         transformed = bulk.transform(chosen.ring, keys.astype(np.float64))
-        batches = range(-(-chosen.blocks // BATCH))
         total = np.empty(chosen.blocks * chosen.block_values, np.int64)
-        done = 0
-        for batch, sums in zip(batches, self._rows(self._sums, batches), strict=True):
+        for batch in range(chosen.batches):
             lanes = chosen.lanes(batch)
-            opened = bulk.remove(chosen.ring, sums.view(np.int32), terms.public(batch), transformed, lanes=lanes)
-            values = decode(opened, chosen, len(survivors)).reshape(-1)
-            total[done : done + values.size] = values
-            done += values.size
+            sums = self._sum_of(batch).reshape(chosen.prime_count, -1).view(np.int32)
+            opened = bulk.remove(chosen.ring, sums, terms.public(batch), transformed, lanes=lanes)
+            start = batch * BATCH * chosen.block_values
+            total[start : start + lanes * chosen.block_values] = decode(opened, chosen, len(survivors)).reshape(-1)
         self._sums = np.zeros(0, np.uint32)
         return total[: chosen.spec.length]
 
-    def _rows(self, residues: NDArray[Any], batches: range) -> Iterator[NDArray[Any]]:
-        """The residues of each batch, as a row for each prime; views."""
-        chosen = self._terms.parameters
+    def _parts(self, index: int, body: bytes) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+        """The batches of a message of the right length, packed."""
+        words = np.frombuffer(body, "<u4").astype(np.uint32)  # a copy: compiled code is slower on read-only memory
         done = 0
-        for batch in batches:
-            count = chosen.degree * chosen.lanes(batch) * chosen.prime_count
-            yield residues[done : done + count].reshape(chosen.prime_count, -1)
-            done += count
+        for batch in self._terms.batches(index):
+            size = self._terms.parameters.lanes(batch) * self._terms.parameters.block_bytes // 4
+            yield batch, words[done : done + size]
+            done += size
+
+    def _sum_of(self, batch: int) -> NDArray[np.uint32]:
+        """Flat, a view."""
+        chosen = self._terms.parameters
+        block = chosen.prime_count * chosen.degree
+        return self._sums[batch * BATCH * block : (batch * BATCH + chosen.lanes(batch)) * block]
 
     def _settle(self) -> None:
         """Reduce the sums, before they pass 32 bits."""
-        primes = np.array(self._terms.parameters.ring.primes, np.uint32)[:, None]
-        for rows in self._rows(self._sums, range(-(-self._terms.parameters.blocks // BATCH))):
-            rows %= primes
+        chosen = self._terms.parameters
+        for batch in range(chosen.batches):
+            rows = self._sum_of(batch).reshape(chosen.prime_count, -1)
+            rows %= np.array(chosen.ring.primes, np.uint32)[:, None]
         self._pending = 1

@@ -86,6 +86,10 @@ class SplitParameters:
         return -(-self.spec.length // self.block_values)
 
     @property
+    def batches(self) -> int:
+        return -(-self.blocks // BATCH)
+
+    @property
     def block_bytes(self) -> int:
         """One block on the wire; N is a multiple of 8, so blocks end on bytes."""
         return self.degree * self.modulus_bits // 8
