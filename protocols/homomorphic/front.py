@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from choral.protocols.errors import SpecError
 from choral.protocols.masked import Masked
 from choral.protocols.seam import SumSession, SumSpec
 
@@ -13,38 +14,55 @@ from choral.protocols.seam import SumSession, SumSpec
 class Homomorphic:
     """The server adds ciphertexts that it cannot read, and learns their sum; exact (BFV).
 
-    Nobody holds a decryption key. Each party encrypts under a key of its own, fresh each round; the server gets the
-    *sum of the keys* through the masked sum, and with it the sum of the vectors and nothing else. Trust: as
-    ``Masked``, the server and up to ``corrupt`` parties colluding with it; and ring-LWE. What a party does for the
-    long vector does not grow with its neighbours, nor what the server does with dropouts. Guarantee and argument:
-    :mod:`choral.protocols.homomorphic.split`.
+    key: who holds it.
+
+        "split": nobody. Each party encrypts under a key of its own, fresh each round; the server gets the *sum of the
+            keys* through the masked sum, and with it the sum of the vectors and nothing else. Trust: as ``Masked``, the
+            server "malicious" or "semi-honest" and up to ``corrupt`` parties colluding with it; and ring-LWE. What a
+            party does for the long vector does not grow with its neighbours, nor what the server does with dropouts.
+            Guarantee and argument: :mod:`choral.protocols.homomorphic.split`.
+        "shared": all parties hold one secret key, made afresh for each session; the server has none. Trust: the server
+            follows the protocol and colludes with no party. **One party that gives the key away opens everybody's
+            vectors.** Built on SEAL by way of TenSEAL. :mod:`choral.protocols.homomorphic.shared`.
 
     min_survivors: fewer vectors than this are never summed; by default a majority.
-    corrupt, dropouts, server: as in :class:`~choral.protocols.Masked`.
+    corrupt, dropouts, server: as in :class:`~choral.protocols.Masked`; for a split key only.
 
     Unit: one vector of one round. The sum itself may say much about one vector when few are in it; that is the matter
     of differential privacy.
 
-    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once, or no ring has room for the
-    sum.
+    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once, no ring has room for the
+    sum, or settings of a split key are given with a shared one.
     """
 
+    key: Literal["split", "shared"] = "split"
     min_survivors: int | None = None
     corrupt: int | float | None = None
     dropouts: int | float | None = None
-    server: Literal["semi-honest", "malicious"] = "malicious"
+    server: Literal["semi-honest", "malicious"] | None = None
 
     @property
     def name(self) -> str:
         return "homomorphic"
 
     def open(self, spec: SumSpec) -> SumSession:
-        from choral.protocols.homomorphic.split_sum import SplitSession
+        if self.key == "split":
+            from choral.protocols.homomorphic.split_sum import SplitSession
 
-        keys = Masked(
-            min_survivors=self.min_survivors,
-            corrupt=self.corrupt,
-            dropouts=self.dropouts,
-            server=self.server,
-        )
-        return SplitSession(keys, spec)
+            keys = Masked(
+                min_survivors=self.min_survivors,
+                corrupt=self.corrupt,
+                dropouts=self.dropouts,
+                server=self.server or "malicious",
+            )
+            return SplitSession(keys, spec)
+        if self.key != "shared":
+            raise SpecError(f'expected key="split" or key="shared", got {self.key!r}')
+        if self.corrupt or self.dropouts is not None or self.server == "malicious":
+            raise SpecError(
+                "a shared key withstands no corrupt party and no malicious server, and plans for no count of dropouts",
+                hint='use key="split", or leave corrupt, dropouts and server out',
+            )
+        from choral.protocols.homomorphic.shared import SharedSession
+
+        return SharedSession(spec, min_survivors=self.min_survivors)

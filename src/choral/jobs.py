@@ -155,6 +155,8 @@ def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     kind = arm.secure_sum or chosen.kind
     if kind == "plain":
         return Plain()
+    if kind == "homomorphic" and chosen.key == "shared":
+        return Homomorphic(key="shared", min_survivors=chosen.min_survivors)
     return (Masked if kind == "masked" else Homomorphic)(
         min_survivors=chosen.min_survivors, corrupt=chosen.corrupt, dropouts=chosen.dropouts, server=chosen.server
     )

@@ -37,6 +37,9 @@ class SumSettings:
 
     kind: SumKind = "masked"
     """plain: the server sees each update; masked, homomorphic: only the sum."""
+    key: Literal["split", "shared"] = "split"
+    """Who holds the key of a homomorphic sum: nobody (split), or all parties together (shared: an honest server, no
+    colluders)."""
     min_survivors: int | None = None
     """Fewest parties whose sum may be opened; by default chosen from the number of parties."""
     corrupt: int | None = None
