@@ -1,4 +1,4 @@
-"""Plain and Masked through the seam, as trainers use them."""
+"""Every kind of sum through the seam, as trainers use them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from choral.protocols import Masked, Plain, SumSpec
+from choral.protocols import Homomorphic, Masked, Plain, SumSpec
 from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "secure-sums.md"
-KINDS = pytest.mark.parametrize("kind", [Plain(), Masked()], ids=["plain", "masked"])
+KINDS = pytest.mark.parametrize("kind", [Plain(), Masked(), Homomorphic()], ids=["plain", "masked", "split"])
+EVERY_KIND = pytest.mark.parametrize(
+    "kind",
+    [Plain(), Masked(), Homomorphic(), Homomorphic(key="shared")],
+    ids=["plain", "masked", "split", "shared"],
+)
 SPEC = SumSpec(parties=("north", "south", "east"), length=4, bound=100)
 VECTORS = {"north": [1, -2, 100, 0], "south": [5, 5, -100, 1], "east": [7, 0, 0, 0]}
 
@@ -26,7 +31,7 @@ def run(session: Any, vectors: dict[str, Any]) -> Any:
     return summing.finish()
 
 
-@KINDS
+@EVERY_KIND
 def test_the_sum_over_all_and_over_the_survivors(kind: Any) -> None:
     session = kind.open(SPEC)
     assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
@@ -165,6 +170,13 @@ def test_the_statement_is_json_and_says_who_is_trusted() -> None:
         Masked(corrupt=1, dropouts=1),
         Masked(dropouts=2),
         Masked(corrupt=0.99),
+        Homomorphic(min_survivors=1),
+        Homomorphic(corrupt=2),
+        Homomorphic(key="shared", min_survivors=4),
+        Homomorphic(key="shared", corrupt=1),
+        Homomorphic(key="shared", dropouts=0),
+        Homomorphic(key="shared", server="malicious"),
+        Homomorphic(key="none"),
     ],
     ids=repr,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Plain, Privacy, centralize, federate
+from choral import Homomorphic, Masked, Plain, Privacy, centralize, federate
 from choral.errors import ConfigError, DataError
 from choral.privacy import BudgetExceededError, EncodingError
 from choral.protocols.errors import ProtocolError
@@ -49,7 +49,7 @@ def ordered(job):
     return job(build=build, rounds=8)
 
 
-@pytest.mark.parametrize("secure_sum", [Plain(), Masked()])
+@pytest.mark.parametrize("secure_sum", [Plain(), Masked(), Homomorphic(), Homomorphic(key="shared")], ids=repr)
 def test_equals_numpy_fedavg_within_the_fixed_point_bound(ordered, parties, secure_sum):
     started = federate(**ordered | {"rounds": 1}).history[0]
     run = federate(**ordered, secure_sum=secure_sum)
@@ -69,9 +69,10 @@ def test_equals_numpy_fedavg_within_the_fixed_point_bound(ordered, parties, secu
     assert np.linalg.norm(run.state["weight"].numpy() - start[0]) > 100 * allowed
 
 
-def test_masked_equals_plain_exactly(job):
-    plain, masked = federate(**job(rounds=5)), federate(**job(rounds=5), secure_sum=Masked())
-    assert all(torch.equal(plain.state[name], masked.state[name]) for name in plain.state)
+@pytest.mark.parametrize("secure_sum", [Masked(), Homomorphic(), Homomorphic(key="shared")], ids=repr)
+def test_secure_sums_equal_plain_exactly(job, secure_sum):
+    plain, secure = federate(**job(rounds=5)), federate(**job(rounds=5), secure_sum=secure_sum)
+    assert all(torch.equal(plain.state[name], secure.state[name]) for name in plain.state)
     assert plain.history[-1].metrics["accuracy"] > 0.8
 
 
