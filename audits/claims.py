@@ -40,7 +40,7 @@ _CAVEATS_COMPARED = (
 def check_costs(info: RunInfo, what: str) -> None:
     """Raises: DataError for a promise or a cost that is not a number in range; ``what`` names the run."""
     for name, most in (("epsilon", math.inf), ("delta", 1.0)):
-        promised = (info.privacy or {name: 0.5}).get(name, math.nan)
+        promised = float((info.privacy or {name: 0.5}).get(name, math.nan))
         if not (0 < promised < most):
             raise DataError(f"{what}: promises {name} = {promised}, expected 0 < {name} < {most:g}", hint=_INCOMPLETE)
         for holder, spent in info.spent.items():
@@ -62,7 +62,34 @@ def sentence_parts(info: RunInfo) -> tuple[str, str]:
             "anyone who sees every message and every model of the training, the server and all other parties included",
             "Each party adds its own noise before anything leaves it.",
         )
-    return ("anyone who sees the model after any round", "What the server sees is in the secure sum's statement.")
+    return _client_parts(info)
+
+
+def _client_parts(info: RunInfo) -> tuple[str, str]:
+    """The same for client-level noise, by where it is added."""
+    promise = info.privacy or {}
+    noise, plain = promise.get("noise"), (info.secure_sum or {}).get("name") == "plain"
+    if noise == "local":
+        return (
+            "anyone who sees every message and every model of the training, the server and all other clients included",
+            "Each client adds all of the noise before anything leaves it.",
+        )
+    if noise == "central":
+        return (
+            "anyone who sees the model after any round",
+            "The server adds the noise; it sees the sum without noise"
+            + (", and each client's clipped update," if plain else "")
+            + " and has to be trusted with it.",
+        )
+    known = promise.get("colluders")
+    trust = (
+        f"Each client adds a share of the noise, sized for {promise.get('min_survivors')} survivors with"
+        f" {known} colluders, and counted by who survived."
+    )
+    sees = f"anyone who sees every sum and every model, together with up to {known} of the other clients"
+    if plain:
+        return (sees, f"{trust} The server sees each client's update with its share of the noise alone.")
+    return (f"{sees}, the server included", f"{trust} That the server sees sums only rests on the secure sum.")
 
 
 def claim_of(infos: Sequence[RunInfo]) -> Claim | None:

@@ -50,7 +50,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     parameters: int
     examples: dict[str, int]
     secure_sum: dict[str, Any] | None = None
-    privacy: dict[str, float | int] | None = None
+    privacy: dict[str, float | int | str] | None = None
     config: dict[str, Any] = {}
     not_run: tuple[NotRun, ...] = NOT_RUN
     caveats: tuple[str, ...]
@@ -136,7 +136,7 @@ def _in_words(run: Run, sentence: str) -> str:
         return no_claim(run.info.kind, run.info.secure_sum)
     if sentence:
         return sentence
-    asked = f"ε = {run.info.privacy['epsilon']:g}, δ = {power(run.info.privacy['delta'])}"
+    asked = f"ε = {run.info.privacy['epsilon']:g}, δ = {power(float(run.info.privacy['delta']))}"
     return f"Differential privacy at {asked} was asked for; run.json records no spending."
 
 

@@ -252,17 +252,7 @@ class ClientGuard:
 
     def spent(self) -> Spent:
         """Return what these clients have spent so far, earlier runs included."""
-        releases = client_accounting.settled(self.ledger.releases)
-        return Spent(
-            epsilon=client_accounting.epsilon(releases, self.privacy.delta),
-            delta=self.privacy.delta,
-            unit=CLIENT_UNIT,
-            neighbours=CLIENT_NEIGHBOURS,
-            accountant=client_accounting.accountant_of(releases),
-            steps=sum(release.steps for release in releases),
-            noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
-            sample_rate=1.0 if releases else 0.0,
-        )
+        return spent_by(self.ledger, self.privacy.delta)
 
     def _scheme(self, ratio: float) -> Scheme | CentralScheme:
         length = self.length + (1 if self.adaptive else 0)
@@ -351,6 +341,21 @@ def _moved(clip: float, within: float, adaptive: AdaptiveClip) -> float:
     """Andrew et al. 2021, algorithm 1; within, a noisy share, is brought back to [0, 1]."""
     moved = clip * math.exp(-adaptive.rate * (min(max(within, 0.0), 1.0) - adaptive.quantile))
     return min(max(moved, 1e-6 * adaptive.start), 1e6 * adaptive.start)
+
+
+def spent_by(ledger: Ledger, delta: float) -> Spent:
+    """Return what a ledger of clients says they have spent, at `delta`. Raises: LedgerError, AccountingError."""
+    releases = client_accounting.settled(ledger.releases)
+    return Spent(
+        epsilon=client_accounting.epsilon(releases, delta),
+        delta=delta,
+        unit=CLIENT_UNIT,
+        neighbours=CLIENT_NEIGHBOURS,
+        accountant=client_accounting.accountant_of(releases),
+        steps=sum(release.steps for release in releases),
+        noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
+        sample_rate=1.0 if releases else 0.0,
+    )
 
 
 def check_client_delta(delta: float, clients: int) -> None:

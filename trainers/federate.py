@@ -1,11 +1,12 @@
 """Federated training in one process: the way of a round, from local training to the next global model.
 
     party:   local training        weights -> update        float32, shape (d,)      local.Resident.update
-    party:   encode                update  -> integers      int64, shape (d + 1,)    privacy.FixedPoint.encode
-    parties: secure sum            integers -> their sum    int64, shape (d + 1,)    protocols.SecureSum
+    party:   encode                update  -> integers      int64, shape (D,)        coders.Coder.encode
+    parties: secure sum            integers -> their sum    int64, shape (D,)        protocols.SecureSum
     server:  decode, step          sum -> next weights      float32, shape (d,)      fedavg.server_step
 
-The extra coordinate carries the example counts, so the server needs no party's count in the clear.
+Weighted by example counts, D = d + 1: the extra coordinate carries the counts, so the server needs no party's count in
+the clear. With client-level privacy every party weighs the same, and D is what the noise's encoding pads to.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import msgspec
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import FixedPoint, Guard, Ledger, LedgerError, Privacy
+from choral.privacy import ClientPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
 from choral.protocols import Plain
-from choral.protocols.seam import SecureSum, SumResult, SumSession, SumSpec
+from choral.protocols.seam import SecureSum, SumResult, SumSession
+from choral.trainers.coders import Coder, WeightedCoder, open_clients
 from choral.trainers.fedavg import server_step
 from choral.trainers.local import Resident, resolve_device, seeded
 from choral.trainers.record import Recorder
@@ -40,7 +42,7 @@ def federate(
     parties: Mapping[str, Any],
     rounds: int,
     seed: int = 0,
-    privacy: Privacy | None = None,
+    privacy: Privacy | ClientPrivacy | None = None,
     secure_sum: SecureSum | None = None,
     value_bound: float = 16.0,
     value_bits: int = 28,
@@ -58,10 +60,12 @@ def federate(
         ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats.
     parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
         ``min_classes`` classes.
-    privacy: record-level differential privacy inside each party, each with its own ledger, sample rate and noise;
-        None trains without. secure_sum: ``Plain()`` (default: the server sees each update) or ``Masked(...)``.
+    privacy: ``Privacy(...)``: record-level differential privacy inside each party, each with its own ledger, sample
+        rate and noise. ``ClientPrivacy(...)``: client-level, for each party as a whole: updates are clipped, the mean
+        is noisy, all parties weigh the same, and one ledger counts for all. None trains without.
+    secure_sum: ``Plain()`` (default: the server sees each update), ``Masked(...)`` or ``Homomorphic(...)``.
     value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. An update beyond the
-        range raises; it is never clipped or wrapped.
+        range raises; it is never clipped or wrapped. Not used with ``ClientPrivacy``, which clips.
     dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
     seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
         keys or masks.
@@ -79,20 +83,25 @@ def federate(
     on = resolve_device(device)
     info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
     with Recorder.open(out, info, resume=resume) as recorder:
-        guards = open_guards(privacy, examples, recorder.ledger_folder, rounds - recorder.completed)
-        if reason := nothing_left(guards, recorder):
-            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
-        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
-        # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
-        cap = 1 << max(examples.values()).bit_length()
-        coder = FixedPoint(bound=value_bound, value_bits=value_bits, max_weight=cap)
-        spec = SumSpec(
-            parties=tuple(parties),
-            length=resident.layout.length + 1,
-            bound=coder.integer_bound,
-            encoding=repr(coder),
+        clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
+        guards = open_guards(
+            None if isinstance(privacy, ClientPrivacy) else privacy,
+            examples,
+            recorder.ledger_folder,
+            rounds - recorder.completed,
         )
-        session = secure_sum.open(spec)
+        if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
+            return recorder.end(reason, clients.spent() if clients else _spent(guards))
+        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
+        coder: Coder
+        if clients:
+            coder = clients.coder(tuple(parties), resident.layout.length, rounds)
+        else:
+            coder = WeightedCoder(
+                examples, resident.layout.length, bound=value_bound, value_bits=value_bits, guards=guards
+            )
+        session = secure_sum.open(coder.spec)
+        coder.check(session)
         recorder.begin(_complete(info, resident, secure_sum, session, coder))
         weights = recorder.restore(resident.model, resident.layout)
         if recorder.fresh:
@@ -100,12 +109,11 @@ def federate(
         for number in range(recorder.completed + 1, rounds + 1):
             started = time.perf_counter()
             present = _present(tuple(parties), dropout_rate, seed, number)
-            result = _one_round(resident, session, coder, examples, present, weights, number)
-            mean, _ = coder.decode(result.total)
-            weights = server_step(weights, mean)
+            result = _one_round(resident, session, coder, present, weights, number)
+            weights = server_step(weights, coder.decode(result))
             resident.layout.write(weights)
             seconds = time.perf_counter() - started
-            spent = {name: guard.spent() for name, guard in guards.items()}
+            spent = coder.spent()
             entry = Round(
                 round=number,
                 metrics=metrics_of(evaluate, resident.model),
@@ -114,6 +122,7 @@ def federate(
                 bytes_up=max(result.bytes_up.values()),
                 bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
+                clip=coder.clip,
             )
             recorder.add(entry, resident.model, spent)
             if on_round:
@@ -128,7 +137,7 @@ def describe(
     rounds: int,
     seed: int,
     device: torch.device,
-    privacy: Privacy | None,
+    privacy: Privacy | ClientPrivacy | None,
     config: Mapping[str, Any] | None,
 ) -> RunInfo:
     """What is known of a run before its model is built."""
@@ -139,26 +148,19 @@ def describe(
         device=device.type,
         parties=examples,
         parameters=0,
-        privacy=_settings_of(privacy),
+        privacy=_settings_of(privacy, len(parties)),
         raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(config or {}),
         versions=versions(),
     )
 
 
-def _complete(
-    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: FixedPoint
-) -> RunInfo:
+def _complete(info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: Coder) -> RunInfo:
     return msgspec.structs.replace(
         info,
         parameters=resident.layout.length,
         secure_sum={"name": secure_sum.name, **session.statement},
-        fixed_point={
-            "bound": coder.bound,
-            "value_bits": coder.value_bits,
-            "max_weight": coder.max_weight,
-            "error_bound": coder.error_bound,
-        },
+        fixed_point=coder.fixed_point,
     )
 
 
@@ -168,17 +170,17 @@ NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes
 def _one_round(
     resident: Resident,
     session: SumSession,
-    coder: FixedPoint,
-    examples: Mapping[str, int],
+    coder: Coder,
     present: tuple[str, ...],
     weights: torch.Tensor,
     number: int,
 ) -> SumResult:
     """Keys among all parties, then each present party's update, masked and added as it comes, then the sum."""
+    coder.begin(present)
     summing = session.begin()
     for party in present:
         update = resident.update(party, weights, number)
-        summing.submit(party, coder.encode(update, examples[party]))
+        summing.submit(party, coder.encode(party, update))
     return summing.finish()
 
 
@@ -204,9 +206,15 @@ def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
         raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
 
 
-def _settings_of(privacy: Privacy | None) -> dict[str, float | int] | None:
+def _spent(guards: Mapping[str, Guard]) -> dict[str, Spent]:
+    return {name: guard.spent() for name, guard in guards.items()}
+
+
+def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
     if privacy is None:
         return None
+    if isinstance(privacy, ClientPrivacy):
+        return privacy.settings(clients)
     return {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
@@ -221,6 +229,11 @@ def open_guards(
     """One guard and one ledger per data holder; empty without privacy. Raises: what check_delta does; LedgerError."""
     if privacy is None:
         return {}
+    if not isinstance(privacy, Privacy):
+        raise ConfigError(
+            f"privacy is a {type(privacy).__name__}, expected Privacy",
+            hint="ClientPrivacy protects the parties of a federation; pooled data has none",
+        )
     if privacy.ledger is not None:
         raise ConfigError(
             "Privacy(ledger=...) is one holder's file, but here every data holder has a ledger of its own",

@@ -47,7 +47,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     seconds: wall-clock time of the round, evaluation excluded.
     survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
         busiest party in this round, the download of the global model included. epsilon: the worst data holder's
-        spending after this round, None without privacy.
+        spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
+        where they are not clipped.
     """
 
     round: int
@@ -57,14 +58,16 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bytes_up: int
     bytes_down: int
     epsilon: float | None = None
+    clip: float | None = None
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that is not its history or its weights.
 
     kind: "centralized" (pooled data) or "federated". parties: examples per party.
-    privacy: the settings of the promise (epsilon, delta, max_grad_norm, epochs) or None.
-    spent: the cost per data holder; one entry, "pooled", for a centralized private run.
+    privacy: the settings of the promise (epsilon, delta and its own others; "unit" where it is the client) or None.
+    spent: the cost per data holder; one entry, "pooled", for a centralized private run, and one, "clients", for
+        client-level privacy.
     secure_sum: name and trust statement of the secure sum; None for a centralized run.
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
@@ -80,7 +83,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str
     parties: dict[str, int]
     parameters: int
-    privacy: dict[str, float | int] | None = None
+    privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}
     secure_sum: dict[str, Any] | None = None
     fixed_point: dict[str, float | int] | None = None

@@ -18,11 +18,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from choral.audits import audit, compare
-    from choral.privacy import Privacy, Spent
+    from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, Spent
     from choral.protocols import Homomorphic, Masked, Plain
     from choral.trainers import Run, centralize, federate
 
 _HOME = {
+    "AdaptiveClip": "choral.privacy",
+    "ClientPrivacy": "choral.privacy",
     "Privacy": "choral.privacy",
     "Spent": "choral.privacy",
     "Homomorphic": "choral.protocols",
@@ -36,7 +38,9 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptiveClip",
     "ChoralError",
+    "ClientPrivacy",
     "Homomorphic",
     "Masked",
     "Plain",

@@ -10,7 +10,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,6 +22,7 @@ from choral.settings import Arm, Settings, to_json
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
+    from choral.privacy import ClientPrivacy, Privacy
     from choral.protocols.seam import SecureSum
     from choral.trainers import Round, Run, Task
 
@@ -88,25 +89,18 @@ def train(
     on_round: Callable[[Round], None] | None = None,
 ) -> Run:
     """Train one arm into the folder ``out``. epsilon: the budget of a private arm."""
-    from choral.privacy import Privacy
+    from choral.privacy import ClientPrivacy
     from choral.trainers import centralize, federate
 
     overrides = {name: value for name in ("batch_size", "learning_rate") if (value := getattr(arm, name)) is not None}
     settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **overrides))
     task = load_task(settings, seed)
-    privacy = None
-    if arm.private:
-        if epsilon is None:
-            raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
-        privacy = Privacy(
-            epsilon=epsilon,
-            delta=settings.privacy.delta,
-            max_grad_norm=settings.privacy.max_grad_norm,
-            epochs=settings.training.local_epochs,
-        )
+    privacy = _privacy(settings, arm, epsilon) if arm.private else None
     config = to_json(settings)
     rounds = settings.training.rounds
     if arm.centralized:
+        if isinstance(privacy, ClientPrivacy):
+            raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
         return centralize(
             build=task.build,
             fit=task.fit,
@@ -148,6 +142,32 @@ def _with_overrides(settings: Settings, arm: Arm) -> Settings:
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **own))
 
 
+def _privacy(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | ClientPrivacy:
+    """The promise of a private arm. Raises: ConfigError for a setting out of range."""
+    from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
+
+    if epsilon is None:
+        raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
+    chosen = settings.privacy
+    if (arm.unit or ("record" if arm.centralized else chosen.unit)) == "record":
+        return Privacy(
+            epsilon=epsilon,
+            delta=chosen.delta,
+            max_grad_norm=chosen.max_grad_norm,
+            epochs=settings.training.local_epochs,
+        )
+    return ClientPrivacy(
+        epsilon=epsilon,
+        delta=chosen.delta,
+        clip=chosen.clip if chosen.quantile is None else AdaptiveClip(start=chosen.clip, quantile=chosen.quantile),
+        noise=chosen.noise,
+        mechanism=chosen.mechanism,
+        bits=chosen.bits,
+        min_survivors=chosen.min_survivors or settings.secure_sum.min_survivors,
+        colluders=chosen.colluders,
+    )
+
+
 def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     from choral.protocols import Homomorphic, Masked, Plain
 
@@ -155,11 +175,10 @@ def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     kind = arm.secure_sum or chosen.kind
     if kind == "plain":
         return Plain()
-    if kind == "homomorphic" and chosen.key == "shared":
-        return Homomorphic(key="shared", min_survivors=chosen.min_survivors)
-    return (Masked if kind == "masked" else Homomorphic)(
-        min_survivors=chosen.min_survivors, corrupt=chosen.corrupt, dropouts=chosen.dropouts, server=chosen.server
-    )
+    terms = {"min_survivors": chosen.min_survivors, "corrupt": chosen.corrupt, "dropouts": chosen.dropouts}
+    if kind == "homomorphic":
+        return Homomorphic(key=chosen.key, server=chosen.server, **terms)
+    return Masked(server=chosen.server or "malicious", **terms)
 
 
 def cells(settings: Settings) -> Iterator[Cell]:
@@ -291,8 +310,6 @@ def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) ->
 
 def _check(settings: Settings) -> None:
     """Everything that can be refused before a folder is touched or a model is trained."""
-    from choral.privacy import Privacy
-    from choral.trainers.federate import check_delta
     from choral.trainers.task import check_parties
 
     if not settings.arms:
@@ -304,20 +321,31 @@ def _check(settings: Settings) -> None:
     for epsilon in settings.epsilons:
         if not epsilon > 0:
             raise ConfigError(f"expected epsilons > 0, got {epsilon:g}", hint="e.g. epsilons = [1, 2, 4, 8]")
-    private = [name for name, arm in settings.arms.items() if arm.private]
+    private = {name: arm for name, arm in settings.arms.items() if arm.private}
     if private and settings.privacy.epsilon is None:
-        raise ConfigError(f"arm {private[0]!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8")
+        raise ConfigError(
+            f"arm {next(iter(private))!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8"
+        )
     for arm in settings.arms.values():
         _with_overrides(settings, arm)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         examples = check_parties(load_task(settings, seed).parties, least=2, min_classes=settings.split.min_classes)
-        if private and settings.privacy.epsilon is not None:
-            privacy = Privacy(
-                epsilon=settings.privacy.epsilon,
-                delta=settings.privacy.delta,
-                max_grad_norm=settings.privacy.max_grad_norm,
-            )
-            check_delta(privacy, examples)
+        for arm in private.values():
+            _check_promise(_privacy(settings, arm, settings.privacy.epsilon), arm, examples)
+
+
+def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
+    from choral.privacy import Privacy
+    from choral.privacy.client import check_client_delta
+    from choral.trainers.federate import check_delta
+
+    if isinstance(privacy, Privacy):
+        check_delta(privacy, examples)
+    elif arm.centralized:
+        raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
+    else:
+        check_client_delta(privacy.delta, len(examples))
+        privacy.survivors_of(len(examples))
 
 
 def _open(settings: Settings, out: Path, resume: bool) -> None:

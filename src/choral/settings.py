@@ -15,20 +15,37 @@ import msgspec
 from choral.errors import ConfigError
 from choral.trainers.settings import Split, Training
 
+Unit = Literal["record", "client"]
 SumKind = Literal["plain", "masked", "homomorphic"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
-    """The promise: record-level differential privacy in each party."""
+    """The promise: differential privacy for each record in each party, or for each party (client) as a whole."""
 
     epsilon: float | None = None
-    """Budget of each data holder for the whole run; None trains without differential privacy."""
+    """Budget of each data holder, or of the clients, for the whole run; None trains without differential privacy."""
     delta: float = 1e-5
     """Probability outside the promise; must be well below 1 / (records of the smallest party)."""
     max_grad_norm: float = 1.0
     """Clipping norm of each record's gradient."""
+    unit: Unit = "record"
+    """Whose presence is hidden: a record's (noise in each party's training) or a client's (in the sum of updates)."""
+    noise: Literal["distributed", "local", "central"] = "distributed"
+    """Who adds client-level noise: each client a share, each client all of it, or the server."""
+    clip: float = 1.0
+    """Clipping norm of a client's whole update; where it starts with quantile."""
+    quantile: float | None = None
+    """Quantile of the clients' norms that the clipping norm follows; None keeps it fixed."""
+    mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
+    """Law of client-level noise that clients add."""
+    bits: int = 20
+    """Bits of a coordinate of the sum with client-level noise."""
+    min_survivors: int | None = None
+    """Clients that distributed noise is sized for; by default as for the secure sum, or a majority."""
+    colluders: int = 1
+    """Clients whose share of the noise the adversary may know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +55,15 @@ class SumSettings:
     kind: SumKind = "masked"
     """plain: the server sees each update; masked, homomorphic: only the sum."""
     key: Literal["split", "shared"] = "split"
-    """Who holds the key of a homomorphic sum: nobody (split), or all parties together (shared: an honest server, no
-    colluders)."""
+    """Who holds the key of a homomorphic sum: nobody (split) or every party (shared: honest server, no colluder)."""
     min_survivors: int | None = None
     """Fewest parties whose sum may be opened; by default chosen from the number of parties."""
     corrupt: int | None = None
     """Parties that may work with the server; by default a third, or a tenth of more than ten."""
     dropouts: int | None = None
     """Parties that may vanish in a round; by default as many."""
-    server: Literal["semi-honest", "malicious"] = "malicious"
-    """What the server may do: look at everything, or also lie."""
+    server: Literal["semi-honest", "malicious"] | None = None
+    """What the server may do: look at everything, or also lie. By default it may lie; with a shared key it must not."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate; a larger one stops the run."""
     value_bits: int = 28
@@ -62,6 +78,8 @@ class Arm:
     """Pool the data in the cloud instead of federating."""
     private: bool = False
     """Train with differential privacy, as [privacy] says."""
+    unit: Unit | None = None
+    """Unit of a private arm."""
     secure_sum: SumKind | None = None
     """Secure sum of a federated arm."""
     batch_size: int | None = None

@@ -1,0 +1,218 @@
+"""From updates to integers and from their sum to the mean: what a round does between training and the server's step.
+
+`WeightedCoder` averages by example counts, without noise of its own (record-level privacy has added its noise inside
+the parties' training). `ClientCoder` clips each party's whole update and averages with equal weights and client-level
+noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from choral.errors import ConfigError
+from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
+from choral.privacy.client import HOLDER, spent_by
+from choral.privacy.client_accounting import SLACK
+from choral.protocols.errors import TooFewSurvivorsError
+from choral.protocols.seam import SumResult, SumSession, SumSpec
+from choral.trainers.record import Recorder
+
+
+class Coder(Protocol):
+    """One for a run; `begin` opens a round, each present party encodes once, the server decodes once."""
+
+    @property
+    def spec(self) -> SumSpec: ...
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        """Of the encoding, for the run's record."""
+        ...
+
+    @property
+    def clip(self) -> float | None:
+        """The clipping norm of whole updates in the next round; None if they are not clipped."""
+        ...
+
+    def check(self, session: SumSession) -> None:
+        """Raises: ConfigError if the secure sum may do what this coder's promise excludes."""
+        ...
+
+    def begin(self, present: tuple[str, ...]) -> None: ...
+
+    def encode(self, party: str, update: torch.Tensor) -> Any: ...
+
+    def decode(self, result: SumResult) -> torch.Tensor: ...
+
+    def spent(self) -> dict[str, Spent]:
+        """What each data holder has spent."""
+        ...
+
+
+class WeightedCoder:
+    """The mean weighted by `examples`, in fixed point; the counts' sum travels as one more coordinate."""
+
+    clip = None
+
+    def __init__(
+        self, examples: Mapping[str, int], length: int, *, bound: float, value_bits: int, guards: Mapping[str, Guard]
+    ) -> None:
+        # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
+        cap = 1 << max(examples.values()).bit_length()
+        self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=cap)
+        self._examples, self._length, self._guards = examples, length, guards
+
+    @property
+    def spec(self) -> SumSpec:
+        return SumSpec(
+            parties=tuple(self._examples),
+            length=self._length + 1,
+            bound=self._coder.integer_bound,
+            encoding=repr(self._coder),
+        )
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        coder = self._coder
+        return {
+            "bound": coder.bound,
+            "value_bits": coder.value_bits,
+            "max_weight": coder.max_weight,
+            "error_bound": coder.error_bound,
+        }
+
+    def check(self, session: SumSession) -> None:
+        """Any sum will do."""
+
+    def begin(self, present: tuple[str, ...]) -> None:
+        """Nothing is paid for here."""
+
+    def encode(self, party: str, update: torch.Tensor) -> Any:
+        return self._coder.encode(update, self._examples[party])
+
+    def decode(self, result: SumResult) -> torch.Tensor:
+        return self._coder.decode(result.total)[0]
+
+    def spent(self) -> dict[str, Spent]:
+        return {name: guard.spent() for name, guard in self._guards.items()}
+
+
+class ClientCoder:
+    """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientGuard`."""
+
+    def __init__(self, parties: tuple[str, ...], guard: ClientGuard) -> None:
+        self._parties, self._guard = parties, guard
+        self._round: ClientRound | None = None
+
+    @property
+    def spec(self) -> SumSpec:
+        scheme = self._guard.scheme
+        return SumSpec(
+            parties=self._parties,
+            length=scheme.padded,
+            bound=scheme.bound,
+            bits=scheme.bits,
+            encoding=self._guard.encoding,
+        )
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        scheme = self._guard.scheme
+        plain: dict[str, float | int] = {"coordinates": scheme.padded}
+        return plain | {"value_bits": scheme.bits} if scheme.bits else plain
+
+    @property
+    def clip(self) -> float | None:
+        return self._guard.clip
+
+    def check(self, session: SumSession) -> None:
+        """Noise that is shared out needs a sum that is not opened over fewer clients than it was sized for."""
+        opens = session.statement.get("min_survivors")
+        hides = session.statement.get("name") != "plain"  # with Plain the server sees single vectors anyway
+        if (
+            self._guard.privacy.noise == "distributed"
+            and hides
+            and (opens is None or opens < self._guard.min_survivors)
+        ):
+            raise ConfigError(
+                f"the secure sum may open sums of {opens} clients, but the noise is sized for"
+                f" {self._guard.min_survivors}",
+                hint=f"give both min_survivors={self._guard.min_survivors}",
+            )
+
+    def begin(self, present: tuple[str, ...]) -> None:
+        """Raises: TooFewSurvivorsError before anything is paid for or sent; what :meth:`ClientGuard.begin` raises."""
+        needed = self._guard.min_survivors
+        if len(present) < needed:
+            raise TooFewSurvivorsError(
+                f"{len(present)} of {len(self._parties)} clients are left, expected at least {needed}",
+                survivors=len(present),
+                needed=needed,
+                missing=tuple(name for name in self._parties if name not in present),
+            )
+        self._round = self._guard.begin()
+
+    def encode(self, party: str, update: torch.Tensor) -> Any:
+        del party
+        return self._current.encode(update)
+
+    def decode(self, result: SumResult) -> torch.Tensor:
+        return self._current.decode(result.total, len(result.survivors))
+
+    def spent(self) -> dict[str, Spent]:
+        return {HOLDER: self._guard.spent()}
+
+    @property
+    def _current(self) -> ClientRound:
+        if self._round is None:
+            raise ConfigError("no round was begun")
+        return self._round
+
+
+class Clients:
+    """The one ledger of a federation's clients, and what may still be spent from it."""
+
+    def __init__(self, privacy: ClientPrivacy, ledger: Ledger, recorder: Recorder) -> None:
+        self._privacy, self._ledger, self._recorder = privacy, ledger, recorder
+
+    def spent(self) -> dict[str, Spent]:
+        return {HOLDER: spent_by(self._ledger, self._privacy.delta)}
+
+    def nothing_left(self) -> str:
+        """Why a resumed run cannot go on, or nothing.
+
+        Raises: LedgerError if the ledger holds less than was recorded.
+        """
+        spent, before = self.spent()[HOLDER], self._recorder.spent.get(HOLDER)
+        if before and spent.steps < before.steps:
+            raise LedgerError(
+                f"the clients' ledger holds {spent.steps} rounds, but the run has recorded {before.steps}",
+                hint="put back the ledger file that belongs to this run",
+            )
+        if self._recorder.completed and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
+            return f"the clients' budget is spent; ended after round {self._recorder.completed}"
+        return ""
+
+    def coder(self, parties: tuple[str, ...], length: int, rounds: int) -> ClientCoder:
+        """For the rounds that are left; an adaptive clipping norm goes on where it was."""
+        history = self._recorder.run().history
+        guard = ClientGuard(
+            self._privacy,
+            clients=len(parties),
+            length=length,
+            rounds=max(rounds - self._recorder.completed, 1),
+            ledger=self._ledger,
+            clip=history[-1].clip if history else None,
+        )
+        return ClientCoder(parties, guard)
+
+
+def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
+    """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
+    if privacy.ledger is not None:
+        return Clients(privacy, Ledger(privacy.ledger), recorder)
+    folder = recorder.ledger_folder
+    return Clients(privacy, Ledger(folder / f"{HOLDER}.jsonl" if folder else None), recorder)
