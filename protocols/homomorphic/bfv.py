@@ -108,7 +108,7 @@ class BfvPlan:
         for row in digits[-2::-1]:
             packed *= self.radix
             packed += row
-        packed[packed < 0] += modulus
+        packed += (packed >> 63) & modulus  # where negative
         return ring.plaintext(packed.view(np.uint64))
 
     def decode(self, ring: Ring, plaintext: Any, count: int) -> NDArray[np.int64]:

@@ -311,6 +311,7 @@ def _pieces(prime: int) -> Sequence[tuple[str, int]]:
     return pieces
 
 
+@cache
 def _columns(prime: int, itemsize: int) -> np.dtype[Any]:
     pieces = _pieces(prime)
     names = [f"at{first}" for _, first in pieces]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import tenseal.sealapi as sealapi
 
 from choral.protocols.errors import SpecError
@@ -94,3 +96,18 @@ def test_plans_are_within_the_128_bit_level_and_grow_with_precision() -> None:
 def test_what_no_ring_can_do_is_refused(bound: float, precision: float) -> None:
     with pytest.raises(SpecError):
         choose(10, bound, 100, precision)
+
+
+def test_the_bound_is_that_of_the_module() -> None:
+    """Its parts, computed once more from the docstring: Hoeffding over 2 length tails, and Cauchy-Schwarz."""
+    plan = choose(10, 1.0, 100_000, 1e-6)
+    n, degree, scale = 10, plan.parameters.degree, 2.0**plan.scale_bits
+    tail = 2.0**-64
+    encryption = math.sqrt(2 * (10.5 * n * degree / 2) * math.log(2 * 100_000 / tail))
+    rounding = n * 0.5 * math.sqrt(degree) * math.sqrt(degree / 2)
+    assert plan.error_bound >= (encryption + rounding) / scale
+    assert plan.error_bound == pytest.approx((encryption + rounding) / scale, rel=1e-3)
+    # two-sided Gaussian quantile of the same variance: the sub-Gaussian bound is above it, and by less than a tenth
+    deviation = math.sqrt(10.5 * n * degree / 2)
+    quantile = deviation * float(scipy.stats.norm.isf(tail / (2 * 100_000)))
+    assert quantile < encryption < 1.1 * quantile

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import tenseal.sealapi as sealapi
 
 from choral.protocols import messages as base
 from choral.protocols.errors import (
@@ -859,3 +860,43 @@ def test_states_show_and_copy_nothing() -> None:
         for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(StateUsedError):
                 duplicate(state)
+
+
+# -- what the trust statement leaves out is really possible, and so must be said ---------------------------------------
+
+
+def test_a_server_that_cheats_reads_one_vector() -> None:
+    """It hands one party's ciphertext to a party as if it were everybody's sum. No check can see that."""
+    network = Network().open()
+    vectors = network.vectors()
+    adding, keyed = network.begin(1)
+    encrypted, messages = network.encrypt(keyed, vectors)
+    for name, (raw,) in messages.items():
+        adding.receive(name, raw)
+    body = wire.read(Ciphertext, messages["p2"][0], sender="", limit=10**6).body
+    adding._sum[0] = adding._ring.load_fresh(body)
+    assert opened(adding.close(), encrypted) == list(vectors["p2"])
+
+
+def test_a_party_that_shows_its_key_opens_the_vectors_of_all() -> None:
+    network = Network().open()
+    _, keyed = network.begin(1)
+    vectors = network.vectors()
+    _, messages = network.encrypt(keyed, vectors)
+    seed = terms.round_seed(*_chain_of(network))
+    key = RingKey.from_seed(terms.ring_of(terms.plan_of(network.setup).parameters), seed)
+    plan: Any = terms.plan_of(network.setup)
+    for name, (raw,) in messages.items():
+        plain = sealapi.Plaintext()
+        body = wire.read(Ciphertext, raw, sender="", limit=10**6).body
+        key.decryptor().decrypt(key.ring.load_fresh(body), plain)
+        assert np.array_equal(plan.decode(key.ring, plain, LENGTH), vectors[name])
+
+
+def _chain_of(network: Network) -> tuple[bytes, bytes, int]:
+    """Session, link and number of round 1, from what p0 dealt: its third draw is the seed."""
+    digest = setup_digest(base.encode(network.setup))
+    publics = b"".join(x25519_public(network.random[name].given[0]) for name in network.names)
+    nonces = b"".join(network.random[name].given[1] for name in network.names)
+    session = terms.session_digest(digest, publics, nonces)
+    return session, terms.first_link(session, network.random["p0"].given[2]), 1
