@@ -180,10 +180,6 @@ class Kernels(Protocol):
         """Flat residues, a multiple of GROUP, as they travel: see :data:`GROUP`."""
         ...
 
-    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
-        """The largest residue in each of so many equal parts of what :meth:`pack` packed."""
-        ...
-
     def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
         """Add the residues that :meth:`pack` packed to ``sums`` in place, mod 2^32."""
         ...

@@ -15,8 +15,14 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from choral.protocols.homomorphic.ring import GROUP, LIMB, REDUCE, WIDTH, Ring, balanced
+from choral.protocols.homomorphic.ring import Ring, balanced
 
+# The compiled code is kept on disk until this file changes, so what it is compiled with must stand in this file, not
+# only where it is documented: in ring.py, whose values a test compares.
+REDUCE = 7
+LIMB = 24
+WIDTH = 64
+GROUP = 32 * WIDTH
 _CHUNK = 256
 _ROUND = float(3 << 51)
 """Adding and taking away 1.5 * 2^52 rounds a number below 2^51 in magnitude to the nearest integer."""
@@ -76,10 +82,6 @@ class NumbaKernels:
         words = np.zeros(residues.size // 32 * bits, np.uint32)
         _pack(residues.view(np.uint32), np.uint32(bits), words)
         return words.astype("<u4", copy=False).tobytes()
-
-    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
-        parts = packed.reshape(rows, -1)
-        return np.array([_largest(part, np.uint32(bits)) for part in parts], np.int64)
 
     def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
         _add(packed, np.uint32(bits), sums)
@@ -288,46 +290,22 @@ def _pack(residues: Any, bits: Any, words: Any) -> None:
 
 
 @_compiled
-def _unpack(words: Any, bits: Any, out: Any) -> None:
-    """One group."""
-    mask = (np.uint32(1) << bits) - np.uint32(1)
-    for i in range(32):
-        word = i * bits >> 5
-        shift = np.uint32(i * bits & 31)
-        low = words[word * WIDTH : (word + 1) * WIDTH]
-        values = out[i * WIDTH : (i + 1) * WIDTH]
-        if shift + bits > 32:
-            back = np.uint32(32) - shift
-            high = words[(word + 1) * WIDTH : (word + 2) * WIDTH]
-            for lane in range(WIDTH):
-                values[lane] = (low[lane] >> shift | high[lane] << back) & mask
-        else:
-            for lane in range(WIDTH):
-                values[lane] = low[lane] >> shift & mask
-
-
-@_compiled
-def _largest(words: Any, bits: Any) -> int:
-    values = np.empty(GROUP, np.uint32)
-    most = np.zeros(GROUP, np.uint32)
-    step = WIDTH * bits
-    for group in range(words.size // step):
-        _unpack(words[group * step : (group + 1) * step], bits, values)
-        for z in range(GROUP):
-            most[z] = max(most[z], values[z])
-    largest: int = most.max()
-    return largest
-
-
-@_compiled
 def _add(words: Any, bits: Any, sums: Any) -> None:
-    values = np.empty(GROUP, np.uint32)
-    step = WIDTH * bits
-    for group in range(words.size // step):
-        _unpack(words[group * step : (group + 1) * step], bits, values)
-        target = sums[group * GROUP : (group + 1) * GROUP]
-        for z in range(GROUP):
-            target[z] += values[z]
+    mask = (np.uint32(1) << bits) - np.uint32(1)
+    for group in range(sums.size // GROUP):
+        for i in range(32):
+            first = (group * bits + (i * bits >> 5)) * WIDTH
+            shift = np.uint32(i * bits & 31)
+            low = words[first : first + WIDTH]
+            target = sums[group * GROUP + i * WIDTH : group * GROUP + (i + 1) * WIDTH]
+            if shift + bits > 32:
+                back = np.uint32(32) - shift
+                high = words[first + WIDTH : first + 2 * WIDTH]
+                for lane in range(WIDTH):
+                    target[lane] += (low[lane] >> shift | high[lane] << back) & mask
+            else:
+                for lane in range(WIDTH):
+                    target[lane] += low[lane] >> shift & mask
 
 
 @_compiled

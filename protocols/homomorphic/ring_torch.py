@@ -89,10 +89,6 @@ class TorchKernels:
         words = np.frombuffer(pack(strings.reshape(-1), bits), "<u4").reshape(-1, WIDTH, bits)
         return words.transpose(0, 2, 1).tobytes()
 
-    def maxima(self, packed: NDArray[np.uint32], bits: int, rows: int) -> NDArray[np.int64]:
-        maxima: NDArray[np.int64] = _unpack(packed, bits).reshape(rows, -1).max(axis=1).astype(np.int64)
-        return maxima
-
     def add(self, packed: NDArray[np.uint32], bits: int, sums: NDArray[np.uint32]) -> None:
         sums += _unpack(packed, bits)
 

@@ -97,6 +97,27 @@ def test_extra_fields_and_versions_are_refused() -> None:
 
 def test_the_common_decoder_takes_ciphertexts_only() -> None:
     ciphertext = common.Ciphertext(ID, 1, KEY, 0, b"body")
-    assert common.to_server(base.encode(ciphertext), sender="p1", body=4) == ciphertext
+    assert common.read_ciphertext(base.encode(ciphertext), sender="p1", body=4) == ciphertext
     with pytest.raises(MessageError):
-        common.to_server(base.encode(wire.TotalPiece(ID, 1, 0, b"body")), sender="p1", body=400)
+        common.read_ciphertext(base.encode(wire.TotalPiece(ID, 1, 0, b"body")), sender="p1", body=400)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 65_535, 65_536])
+def test_a_ciphertext_has_one_form_only(size: int) -> None:
+    raw = base.encode(common.Ciphertext(ID, 1, KEY, 0, bytes(size)))
+    assert common.read_ciphertext(raw, sender="p1", body=size).body == bytes(size)
+    head = raw[: len(raw) - size]
+    width = {255: 2, 65_535: 3}.get(size, 2 if size == 1 else 3 if size < 65_536 else 5)
+    others = [
+        head[:-width] + bytes([0xC6]) + size.to_bytes(4, "big"),  # the body's length in more bytes than it needs
+        head.replace(b"\x01\xc4", b"\xcc\x01\xc4", 1),  # so the round's number
+        bytes([base.VERSION + 1]) + head[1:],
+    ]
+    for other in others:
+        if other != head:
+            with pytest.raises(MessageError) as found:
+                common.read_ciphertext(other + bytes(size), sender="p1", body=size + 10)
+            assert found.value.blame == "p1"
+    for wrong in (raw + b"\0", raw[:-1], b"", raw[1:]):
+        with pytest.raises(MessageError):
+            common.read_ciphertext(wrong, sender="p1", body=size + 10)
