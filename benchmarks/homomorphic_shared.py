@@ -5,9 +5,9 @@
 One JSON line per figure. The functions compared take turns, each on one thread, and medians of their processor time are
 given, so that other load on the machine strikes both alike. ``ratio`` is ours over theirs for rates, theirs over ours
 for bytes: above 1 is better. "encrypt" goes from a vector to a ciphertext object, "to_bytes" to what is sent; "add" and
-"decrypt" start there. ``limit`` is what the sum's bits alone would take, log2(2 n bound + 1) / 8 bytes; ``expansion`` is
-bytes over that, beside 54/30 (one prime of 54 bits for 30 bits of plaintext) and beside log2 q / log2 t, which no packing
-into that ring passes.
+"decrypt" start there. ``limit`` is what the sum's bits alone would take, log2(2 n bound + 1) / 8 bytes; ``expansion``
+is bytes over that, beside 54/30 (one prime of 54 bits for 30 bits of plaintext) and beside log2 q / log2 t, which no
+packing into that ring passes.
 """
 
 from __future__ import annotations
