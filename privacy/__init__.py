@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from choral.privacy.accounting import Budget, budget
     from choral.privacy.client import AdaptiveClip, ClientGuard, ClientPrivacy, ClientRound
+    from choral.privacy.correlated import CorrelatedPrivacy
     from choral.privacy.encoding import FixedPoint
     from choral.privacy.errors import (
         AccountingError,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         UnsupportedLoaderError,
         UnsupportedModelError,
     )
-    from choral.privacy.events import ClientRelease, PoissonSampledGaussian
+    from choral.privacy.events import ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
     from choral.privacy.guard import Guard, Privacy
     from choral.privacy.ledger import Ledger
     from choral.privacy.model import unwrap
@@ -37,6 +38,8 @@ _HOME = {
     "ClientPrivacy": "client",
     "ClientRelease": "events",
     "ClientRound": "client",
+    "CorrelatedGaussian": "events",
+    "CorrelatedPrivacy": "correlated",
     "EncodingError": "errors",
     "FixedPoint": "encoding",
     "Guard": "guard",
@@ -62,6 +65,8 @@ __all__ = [
     "ClientPrivacy",
     "ClientRelease",
     "ClientRound",
+    "CorrelatedGaussian",
+    "CorrelatedPrivacy",
     "EncodingError",
     "FixedPoint",
     "Guard",

@@ -15,18 +15,25 @@ def run(*words: str, cwd: Path) -> str:
 
 
 def test_private_loop_adds_three_lines():
-    plain, private = ((EXAMPLES / name).read_text().splitlines()[1:] for name in ("plain_loop.py", "private_loop.py"))
+    for name in ("private_loop.py", "unsampled_loop.py"):
+        refuse_more_than_three_lines(name)
+
+
+def refuse_more_than_three_lines(name):
+    plain, private = ((EXAMPLES / name).read_text().splitlines()[1:] for name in ("plain_loop.py", name))
     changes = [line for line in difflib.ndiff(plain, private) if line[0] in "+-" and line[2:].strip()]
     assert all(line[0] == "+" for line in changes)
     assert len(changes) == 3
     assert all("(+)" in line for line in changes)
 
 
-def test_both_loops_learn(tmp_path):
+def test_the_loops_learn(tmp_path):
     last = run(str(EXAMPLES / "plain_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
     assert float(last.split()[-1]) > 0.9
     last = run(str(EXAMPLES / "private_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
     assert float(last.split()[-1]) > 0.7
+    last = run(str(EXAMPLES / "unsampled_loop.py"), cwd=tmp_path).strip().splitlines()[-1]
+    assert float(last.split()[-1]) > 0.6
 
 
 def test_hospitals(tmp_path):

@@ -22,10 +22,20 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from choral.errors import ConfigError
-from choral.privacy import BudgetExceededError, Guard, Ledger, LedgerError, Privacy, PrivacyError, accounting
-from choral.privacy.correlated import MECHANISMS, CorrelatedPrivacy, FixedOrder, deal
+from choral.privacy import (
+    BudgetExceededError,
+    CorrelatedGaussian,
+    CorrelatedPrivacy,
+    Guard,
+    Ledger,
+    LedgerError,
+    Privacy,
+    PrivacyError,
+    accounting,
+)
+from choral.privacy.correlated import MECHANISMS, FixedOrder, deal
 from choral.privacy.errors import UnsupportedLoaderError
-from choral.privacy.events import CorrelatedGaussian, PoissonSampledGaussian
+from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.noise import os_stream
 from choral.privacy.strategies import Banded, Buffered, Tree, sensitivity
 
@@ -303,7 +313,7 @@ def test_one_band_is_independent_noise_of_the_accounted_deviation(problem: Any) 
     for privacy in (promised(mechanism="banded", bands=1), promised(mechanism="banded", bands=4), promised()):
         scheme = privacy.scheme(100, 10, 10, 4, ())
         assert isinstance(scheme, FixedOrder)
-        count, grid = 5000, 2.0**-16
+        count, grid = 5000, 2.0**-8  # coarse: rounding may stretch the sensitivity by 28 %, which is paid for
         rows = []
         for _ in range(4):
             scheme.begin_pass()
