@@ -141,7 +141,7 @@ def _distance(run: Run, twin: Run) -> float | None:
 
 
 def _verdict(reference: str, others: Sequence[str], rows: Sequence[WeightsMatch], obstacles: Sequence[str]) -> Check:
-    name = f"{' and '.join(others)} equals {reference}"
+    name = f"{' and '.join(others)} {'equals' if len(others) == 1 else 'equal'} {reference}"
     for row in rows:
         where = f"{row.arm}, seed {row.seed}"
         if row.difference is None:

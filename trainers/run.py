@@ -313,7 +313,8 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
 def check_complete(old: RunInfo, new: RunInfo) -> None:
     """The same for what is known only once the model is built."""
     _compare(old, new, ("parameters", "fixed_point"))
-    if (old.secure_sum or {}).get("name") != (new.secure_sum or {}).get("name"):
+    before, now = old.secure_sum or {}, new.secure_sum or {}
+    if any(before.get(key) != now.get(key) for key in ("name", "key")):
         raise ConfigError("cannot resume with another secure sum", hint=_SAME)
 
 
