@@ -6,16 +6,16 @@ a uniform c1 = a, so 64 bytes of seed stand for it, and on the wire a fresh ciph
     seed (64) | c0, coefficient by coefficient for each prime, in the whole bytes that a residue needs (little-endian)
 
 and a sum, whose c1 has no seed any more, is c0 | c1. Nothing else travels: no parameters, no compression, no structure.
-SEAL's own loader expands compressed streams before it looks at them, so that a few bytes can ask for gigabytes; here it
+SEAL's own loader takes more than a party should send (three polynomials for two, no seed, compressed streams); here it
 is only given bytes that were laid out by :class:`Ring`, after their length and the range of every residue were checked.
 Files in memory (:mod:`.seal_files`) carry them to SEAL and back.
 
 What SEAL wrote must be, byte for byte in everything but the payload, what this module expects of its format: else
 SealFormatError.
 
-Encryption randomness (a and the errors) is SEAL's own: BLAKE2xb, seeded anew for each ciphertext from
-``/dev/urandom``. It cannot be an argument, for SEAL's seeded generator starts over
-with every ciphertext, and two ciphertexts with one a and one error show the difference of their messages.
+Encryption randomness (a and the errors) is SEAL's own: BLAKE2xb, seeded anew for each ciphertext from ``/dev/urandom``.
+It cannot be an argument, for SEAL's seeded generator starts over with every ciphertext, and two ciphertexts with one a
+and one error show the difference of their messages.
 """
 
 from __future__ import annotations

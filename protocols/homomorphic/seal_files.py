@@ -53,7 +53,7 @@ class Scratch:
         os.pwritev(self._file, parts, 0)
         try:
             into.load(context, self._path)
-        except (RuntimeError, ValueError, MemoryError):
+        except (RuntimeError, ValueError, IndexError, MemoryError):
             # SEAL's words may quote values
             raise CiphertextError("SEAL does not take these bytes for an object of this ring") from None
         return into

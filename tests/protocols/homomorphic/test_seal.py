@@ -153,6 +153,21 @@ def test_two_encryptions_share_no_randomness() -> None:
     assert len({body[64:] for body in bodies}) == 100
 
 
+def test_why_encryption_randomness_is_not_an_argument() -> None:
+    """SEAL's seeded generator starts over with each ciphertext: two have one a and one error."""
+    primes = primes_of(1024, (24,))
+    encryption = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
+    encryption.set_poly_modulus_degree(1024)
+    encryption.set_coeff_modulus([sealapi.Modulus(prime) for prime in primes])
+    encryption.set_plain_modulus(1000)
+    encryption.set_random_generator(sealapi.Blake2xbPRNGFactory([1, 2, 3, 4, 5, 6, 7, 8]))
+    context = sealapi.SEALContext(encryption, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    ring = Ring(RingParameters("bfv", 1024, primes, 0, 1000))
+    encryptor = sealapi.Encryptor(context, RingKey.from_seed(ring, SEED)._secret)
+    plain = ring.plaintext(np.ones(1024, np.uint64))
+    assert ring.dump_fresh(encryptor.encrypt_symmetric(plain)) == ring.dump_fresh(encryptor.encrypt_symmetric(plain))
+
+
 def test_keys_of_other_seeds_do_not_open() -> None:
     ring = Ring(parameters(2048, (48,), 2**20))
     message = np.arange(2048, dtype=np.uint64)
