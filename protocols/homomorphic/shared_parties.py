@@ -83,6 +83,7 @@ class Parties:
         self.holders: dict[str, steps.Holder] = {}
         self.server = self._open(identities, policy)
         policy.signatures.forget()
+        policy.checked.clear()
 
     def _open(self, identities: Mapping[str, bytes], policy: SharedPolicy) -> Session:
         traffic = self.traffic

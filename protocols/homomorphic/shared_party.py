@@ -41,7 +41,7 @@ from choral.protocols.homomorphic.shared_round import Chain, Keyed, Own, Round
 from choral.protocols.homomorphic.shared_terms import DEALER, KeyDisputeError, SharedPolicy
 from choral.protocols.keys import SealError, WeakKeyError, ed25519_public, seal, unseal, x25519_public, x25519_shared
 from choral.protocols.states import Current, Once
-from choral.protocols.transcript import setup_digest, sign
+from choral.protocols.transcript import digest, setup_digest, sign
 
 Randomness = Callable[[int], bytes]
 """``randomness(n)``: n secret uniform bytes, never the same twice. ``secrets.token_bytes`` outside tests."""
@@ -78,10 +78,10 @@ def join(
     plan = policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
-    digest, index = setup_digest(setup), message.roster.index(name)
-    own = Own(message, digest, index, identity, policy, plan, randomness(32), randomness(32))
+    terms_digest, index = setup_digest(setup), message.roster.index(name)
+    own = Own(message, terms_digest, index, identity, policy, plan, randomness(32), randomness(32))
     public = x25519_public(own.private)
-    signature = sign(identity, terms.hello(digest, index, public, own.nonce))
+    signature = sign(identity, terms.hello(terms_digest, index, public, own.nonce))
     return Joining(own), base.encode(wire.KeyHello(message.session, public, own.nonce, signature))
 
 
@@ -104,9 +104,11 @@ class Joining(Once[Own]):
         mine = message.entries[own.index]
         if (mine.public, mine.nonce) != (x25519_public(own.private), own.nonce):
             raise FaultyServerError("it shows another KeyHello of this party than it sent")
-        for party, entry in enumerate(message.entries):
+        whole = digest("shared/checked hellos", own.digest, hellos)
+        for party, entry in enumerate(message.entries if whole not in own.policy.checked else ()):
             if not own.signed(party, terms.hello(own.digest, party, entry.public, entry.nonce), entry.signature):
                 raise FaultyServerError(f"the KeyHello of {own.name(party)} is not signed by its pinned identity")
+        own.policy.checked.add(whole)
         publics = tuple(entry.public for entry in message.entries)
         nonces = b"".join(entry.nonce for entry in message.entries)
         meeting = _Meeting(own, terms.session_digest(own.digest, b"".join(publics), nonces), publics)
@@ -178,9 +180,12 @@ class Confirming(Once[_Seeded]):
             raise FaultyServerError("the confirmations are of another session")
         if len(message.entries) != n:
             raise FaultyServerError(f"expected {n} confirmations, one per party, got {len(message.entries)}")
-        for party, entry in enumerate(message.entries):
+        whole = digest("shared/checked confirmations", session, confirmations)
+        for party, entry in enumerate(message.entries if whole not in own.policy.checked else ()):
             if not own.signed(party, terms.confirm(session, party, entry.commitment), entry.signature):
                 raise FaultyServerError(f"the confirmation of {own.name(party)} is not signed by its pinned identity")
+        own.policy.checked.add(whole)
+        for party, entry in enumerate(message.entries):
             if entry.commitment != seeded.commitment:
                 raise KeyDisputeError(own.name(DEALER), own.name(party))
         link = terms.first_link(session, seeded.seed)

@@ -57,6 +57,9 @@ class SharedPolicy:
     maximum_length: int = 2**31
     encoding: str | None = None
     signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
+    checked: set[bytes] = field(default_factory=set, repr=False, compare=False)
+    """Digests of lists whose every signature was valid: in a process that plays many parties they share the policy,
+    and n parties with a list of n signatures each would otherwise look n^2 of them up."""
 
     def __post_init__(self) -> None:
         if self.minimum_cohort < 2:
