@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +125,12 @@ class FixedOrder:
         self._stream: Stream = stream(strategy)
         self._number = 0  # passes begun under this stream
         self._row = steps  # rows of the present pass that were released
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise PrivacyError(
+            "the noise of earlier steps is secret, and may be neither copied nor written to a file",
+            hint="Save model.state_dict() and optimizer.state_dict(); after a restart, wrap again on the same ledger.",
+        )
 
     def begin_pass(self) -> CorrelatedGaussian:
         """Return the event of the next pass: of the same stream if the pass before was finished, else of a new one."""

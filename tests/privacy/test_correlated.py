@@ -5,8 +5,10 @@ Each statistical test has a false-alarm rate of at most 1e-7, or a fixed seed an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +40,7 @@ from choral.privacy.errors import UnsupportedLoaderError
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.noise import os_stream
 from choral.privacy.strategies import Banded, Buffered, Tree, sensitivity
+from choral.privacy.streams import stream
 
 ALARM = 1e-7
 PRIVACY = CorrelatedPrivacy(epsilon=3.0, delta=1e-3, epochs=4)
@@ -345,6 +348,23 @@ def test_two_runs_with_one_seed_give_different_weights_and_batches(problem: Any,
     assert not torch.equal(weights, other_weights)
 
 
+def test_past_noise_is_neither_shown_nor_copied_nor_saved(problem: Any, tmp_path: Path) -> None:
+    """torch itself leaves all but state and groups out of a pickled optimizer; its state_dict holds no noise."""
+    model = problem.model()
+    private, optimizer, loader = promised().wrap(model, sgd(model), problem.loader())
+    x, y = next(iter(loader))
+    nn.functional.cross_entropy(private(x), y).backward()
+    optimizer.step()
+    for write in (copy.copy, copy.deepcopy, pickle.dumps, lambda o: torch.save(o, tmp_path / "o.pt")):
+        with pytest.raises(PrivacyError, match="secret"):
+            write(optimizer._noise.__self__)
+    assert b"choral.privacy.correlated" not in pickle.dumps(optimizer)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "fine.pt")
+    assert optimizer.state_dict()["state"] == {}
+    for made in (optimizer._noise.__self__._stream, stream(Banded((1.0, 0.5))), stream(Tree())):
+        assert "[" not in repr(made).replace("levels=[]", "")
+
+
 def test_noise_in_the_sum_of_the_steps_is_what_the_strategy_says(make_problem: Any) -> None:
     """With learning rate 1 and gradients of zero the weights are the summed noise: its variance, by chi-square."""
     problem = make_problem(n=200, batch_size=20)
@@ -502,11 +522,17 @@ def test_a_federated_run_takes_it_as_it_is(problem: Any, make_problem: Any, tmp_
         "out": tmp_path / "run",
         "privacy": promised(epochs=1),
     }
-    federate(**job, rounds=3)
-    run = federate(**job, rounds=3, resume=True)
+
+    def interrupted(entry: Any) -> None:
+        if entry.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(**job, rounds=5, on_round=interrupted)
+    run = federate(**job, rounds=5, resume=True)
     for name in ("north", "south"):
         events = Ledger(tmp_path / "run" / "ledger" / f"{name}.jsonl").events
-        assert [event.number for event in events] == [1, 2, 3]
+        assert [event.number for event in events] == [1, 2, 1, 2, 3]  # after the interruption, new noise
         assert 2.99 < run.info.spent[name].epsilon <= 3.0
     assert [row.verdict for row in audit(run).budgets] == ["holds", "holds"]
 
