@@ -359,6 +359,20 @@ def test_a_confirmation_counts_for_its_sender_only() -> None:
         states["p1"].enter(edited(wire.KeyConfirmations, confirmations["p1"], entries=tuple(entries)))
 
 
+def test_what_one_party_has_checked_vouches_for_the_same_bytes_alone() -> None:
+    """Parties of one process share what they verified; a forged list after a genuine one is refused all the same."""
+    network = Network()
+    _, joining, hellos = network.join()
+    joining["p1"].meet(hellos["p1"], randomness=network.random["p1"])
+    with pytest.raises(FaultyServerError, match="p0 is not signed"):
+        joining["p2"].meet(one_entry(0, public=bytes(32))(wire.KeyHellos, hellos["p2"]), randomness=bytes)
+    network = Network()
+    _, states, confirmations = network.confirm()
+    states["p1"].enter(confirmations["p1"])
+    with pytest.raises(FaultyServerError, match="p3 is not signed"):
+        states["p2"].enter(one_entry(3, signature=bytes(64))(wire.KeyConfirmations, confirmations["p2"]))
+
+
 def test_a_public_key_of_small_order_is_refused_by_the_dealer() -> None:
     network = Network()
 
