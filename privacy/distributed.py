@@ -220,7 +220,8 @@ def clipping_factor(vector: Any, length: int, clip: float) -> float:
 def norm_of(vector: Any) -> float:
     """The L2 norm, in float64, without overflow. Raises: EncodingError for NaN or infinity."""
     if isinstance(vector, np.ndarray):
-        norm = float(np.linalg.norm(vector.astype(np.float64, copy=False)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = float(np.linalg.norm(vector.astype(np.float64, copy=False)))
     else:
         norm = float(vector.detach().double().norm())
     if math.isfinite(norm):
