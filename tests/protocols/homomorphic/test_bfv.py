@@ -19,6 +19,9 @@ SEED = bytes(range(32))
 STANDARD = {1024: 27, 2048: 54, 4096: 109}
 """Homomorphic encryption standard (Albrecht et al. 2018), table 1: ternary secrets, 128 bits, classical."""
 
+GUIDELINES = {1024: 26, 2048: 53, 4096: 106}
+"""Bossuat et al. 2024 (eprint 2024/463), the same setting: of a modulus that is encrypted under."""
+
 SIZES = [
     (2, 1, 5),
     (2, 2**19 - 1, 650),
@@ -62,6 +65,7 @@ def test_plans_are_secure_and_have_room(size: tuple[int, int, int]) -> None:
     chosen = plan.parameters
     bits = sum(prime.bit_length() for prime in chosen.primes) + chosen.special.bit_length()
     assert bits <= STANDARD[chosen.degree]
+    assert chosen.modulus.bit_length() <= GUIDELINES[chosen.degree]
     assert plan.margin_bits >= MARGIN_BITS
     assert chosen.plain_modulus == plan.radix**plan.values_per_slot < 2**60
     assert plan.radix == 2 * plan.parties * plan.bound + 1
