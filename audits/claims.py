@@ -131,9 +131,11 @@ def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:
     if name in ("", "plain"):
         seen = "The server sees each party's update in the clear; the raw records stay with the parties."
     else:
+        shared = (secure_sum or {}).get("key") == "shared"
+        whom = "a server that no party gives the key to" if shared else "the server and the other parties"
         seen = (
-            "The secure sum hides each party's update from the server and the other parties, under the trust it states;"
-            " the sum and every model are seen in the clear, and may give records away."
+            f"The secure sum hides each party's update from {whom}, under the trust it states; the sum and every model"
+            " are seen in the clear, and may give records away."
         )
     return f"No differential privacy is promised. {seen}"
 

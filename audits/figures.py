@@ -184,14 +184,14 @@ def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> 
 
 def _frame(wide: bool, labels: int, x: tuple[float, float], y: tuple[float, float]) -> Chart:
     if wide:
-        return Chart(width=WIDE, height=430, left=52, right=210, top=34, bottom=50, x=x, y=y)
+        return Chart(width=WIDE, height=430, left=52, right=240, top=34, bottom=50, x=x, y=y)
     rows = LABEL_GAP * ((labels + 1) // 2)
     return Chart(width=NARROW, height=320 + rows, left=42, right=10, top=40 + rows, bottom=50, x=x, y=y)
 
 
 def _name(chart: Chart, labels: Sequence[tuple[str, float, int]], metric: str, wide: bool, levels: int = 0) -> None:
     if wide:
-        chart.end_labels([(f"{shortened(name, 18)}  {score(y, metric)}", y, colour) for name, y, colour in labels])
+        chart.end_labels([(f"{shortened(name, 21)}  {score(y, metric)}", y, colour) for name, y, colour in labels])
     else:
         chart.key([(name, colour) for name, _, colour in labels], 12, levels)
 

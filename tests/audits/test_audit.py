@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from choral.audits import Audit, ReportError, audit
+from choral.audits.claims import no_claim
 from choral.errors import ConfigError, DataError
 from choral.privacy import Ledger, LedgerError, PoissonSampledGaussian, Spent
 from choral.privacy.accounting import epsilon
@@ -228,6 +229,12 @@ def test_a_run_without_privacy_says_what_it_hides(arm: str, said: str, make_run:
     assert report.claim.startswith("No differential privacy is promised")
     assert said in report.claim
     assert (report.verdict, report.exit_code, report.budgets) == ("holds", 0, ())
+
+
+@pytest.mark.parametrize(("key", "said"), [("split", "and the other parties"), ("shared", "no party gives the key to")])
+def test_it_says_from_whom_a_ciphertext_hides(key: str, said: str) -> None:
+    claim = no_claim("federated", {"name": "homomorphic", "key": key})
+    assert f"{said}, under the trust it states" in claim
 
 
 def test_every_attack_is_named_as_not_run(folder: Path) -> None:
