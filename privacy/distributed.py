@@ -163,7 +163,7 @@ def design(
     s = sqrt(2^(2 bits) - n k^2) / (2 k sqrt(n^2 / d + n sigma^2)), sigma^2 = ratio^2 / holders, n = clients, for a
     clipping norm of 1 (Kairouz, Liu, Steinke 2021, section 5): then n clients' vectors, were they all alike, and n
     shares of noise pass the modulus at k = `deviations`. It is lowered where the noise would be larger than a table,
-    2^15 steps, which is finer than accuracy has a use for.
+    2^14 steps, which is finer than accuracy has a use for.
 
     Raises: ConfigError (a number out of range, or too few bits: 2^(2 bits) <= n k^2, or a noise share below 2 steps of
     deviation, where discrete Gaussians do not add up to one).

@@ -22,7 +22,6 @@ takes the lower value). A training of 2^60 draws is therefore within 2^-140 of o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -38,7 +37,7 @@ from choral.privacy.noise import Source
 
 Law = Literal["discrete_gaussian", "skellam"]
 
-LARGEST_DEVIATION = 1 << 15  # tables of a million entries, made in two seconds; more brings no accuracy
+LARGEST_DEVIATION = 1 << 14  # tables of half a million entries, made in half a second; more brings no accuracy
 SMALLEST_VARIANCE = Fraction(1, 100)
 _PRECISION = 320  # bits of a table's entries while it is computed
 _UNIFORM = 256  # bits of a uniform number, at most
@@ -63,7 +62,7 @@ class Table:
                 hint="Use more bits if it is too small, fewer if it is too large.",
             )
         self.law, self.variance = law, Fraction(variance)
-        high = np.frombuffer(array("Q", (entry >> (_UNIFORM - 64) for entry in self._cumulative())), np.uint64)
+        high = np.frombuffer(array("Q", [entry >> (_UNIFORM - 64) for entry in self._cumulative()]), np.uint64)
         self.reach = len(high) // 2
         self._high = high  # floor(2^64 P(X <= k)) for k = -reach, ..., reach - 1
         # At 64 cells per deviation, boundaries fall into one cell in eight; 16 bits are a whole word.
@@ -110,12 +109,15 @@ class Table:
         mark = self.reach + 1
         return np.where(first == last, first - self.reach, mark).astype(np.int32), mark
 
-    def _cumulative(self) -> Iterator[int]:
+    def _cumulative(self) -> list[int]:
         """P(X <= k) for k = -reach, ..., reach - 1, as integers over 2^256."""
         half = _gaussian_weights(self.variance) if self.law == "discrete_gaussian" else _skellam_weights(self.variance)
         total = 2 * sum(half) - half[0]
-        for entry in accumulate([*reversed(half), *half[1:-1]]):
-            yield min((entry << _UNIFORM) // total, (1 << _UNIFORM) - 1)
+        below = [(weight << _UNIFORM) // total for weight in accumulate(reversed(half[1:]))]
+        most = (1 << _UNIFORM) - 1
+        return below + [
+            min((1 << _UNIFORM) - entry, most) for entry in reversed(below)
+        ]  # P(X <= k) = 1 - P(X <= -k - 1)
 
 
 @lru_cache(maxsize=4)
