@@ -6,9 +6,8 @@
 One JSON line per figure, on one core, in seconds of processor time. The functions compared take turns and medians are
 given. ``ratio`` is the peer's seconds (or bytes) over ours: above 1 we are better.
 
-speed: bytes per value and values per second to encrypt and add, for 20-bit and 16-bit values of 1,000 parties and
-    16-bit values of 10. ``limit_bytes``: the carry room alone, what no exact sum can go below. The peer is
-    ``ts.ckks_vector(context, chunk).serialize()`` with degree 8192, [60, 40, 40] and scale 2^40.
+speed: bytes per value and values per second to encrypt (to the bytes that are sent) and to add (from them), split and
+    shared key, for 20-bit and 16-bit values. ``limit``: the carry room alone, what no exact sum can go below.
 crossover: seconds of one party and of the server for a vector, split key beside masked, by the number of parties and
     dropouts. Component times are measured (encrypting, receiving and adding, one mask), the sums of them computed:
     what a masked party does grows with its neighbours, what its server does with dropouts times neighbours.
@@ -28,8 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import homomorphic_shared as shared
 import numpy as np
-import tenseal
 import torch
 
 from choral import Homomorphic, Masked
@@ -88,30 +87,8 @@ def collect(pieces: list[bytes], terms: SplitRound) -> None:
     collector.include("party 0")
 
 
-class Peer:
-    """TenSEAL's CKKS vectors at NVFlare's defaults."""
-
-    def __init__(self) -> None:
-        self.context = tenseal.context(
-            tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=8192, coeff_mod_bit_sizes=[60, 40, 40]
-        )
-        self.context.global_scale = 2**40
-
-    def encrypt(self, vector: Any) -> list[bytes]:
-        chunks = [vector[start : start + 4096] for start in range(0, len(vector), 4096)]
-        return [tenseal.ckks_vector(self.context, chunk).serialize() for chunk in chunks]
-
-    def add(self, pieces: list[bytes]) -> None:
-        for raw in pieces:
-            one = tenseal.ckks_vector_from(self.context, raw)
-            one += one
-
-
 def speed(repeats: int, length: int) -> Iterator[Line]:
-    peer = Peer()
-    sample_length = 40 * 4096
-    floats = values_of(20, sample_length) / 2.0**20
-    theirs = peer.encrypt(floats)
+    peer = shared.Peer(12)
     for n, bits in ((1000, 20), (1000, 16), (10, 16)):
         parameters = choose(spec_of(n, bits, length))
         terms, vector = split_round(parameters), values_of(bits, length)
@@ -121,30 +98,35 @@ def speed(repeats: int, length: int) -> Iterator[Line]:
             {
                 "encrypt": lambda vector=vector, terms=terms: encrypted(vector, terms),
                 "add": lambda ours=ours, terms=terms: collect(ours, terms),
-                "peer encrypt": lambda: peer.encrypt(floats),
-                "peer add": lambda: peer.add(theirs),
+                "peer encrypt": peer.to_bytes,
+                "peer add": peer.add,
             },
         )
-        rate = {name: (sample_length if "peer" in name else length) / seconds / 1e6 for name, seconds in times.items()}
-        size, peer_size = sum(map(len, ours)) / length, sum(map(len, theirs)) / sample_length
+        rate = {
+            name: (peer.values.size if "peer" in name else length) / seconds / 1e6 for name, seconds in times.items()
+        }
+        size = sum(map(len, ours)) / length
         yield {
-            "what": "split key",
+            "what": "BFV, split key",
             "parties": n,
-            "value_bits": bits,
-            "against": "TenSEAL CKKS 8192 [60, 40, 40]",
+            "bits": bits,
+            "against": shared.PEER,
             "bytes_per_value": size,
-            "limit_bytes": parameters.slot_bits / 8,
-            "peer_bytes_per_value": peer_size,
-            "bytes_ratio": peer_size / size,
-            "encrypt_millions_per_second": rate["encrypt"],
-            "peer_encrypt_millions_per_second": rate["peer encrypt"],
-            "encrypt_ratio": rate["encrypt"] / rate["peer encrypt"],
-            "add_millions_per_second": rate["add"],
-            "add_ratio": rate["add"] / rate["peer add"],
-            "ring_degree": parameters.degree,
+            "limit": parameters.slot_bits / 8,
+            "peer_bytes_per_value": peer.bytes_per_value,
+            "ratio_bytes": peer.bytes_per_value / size,
+            "to_bytes_mvalues_per_s": rate["encrypt"],
+            "peer_to_bytes": rate["peer encrypt"],
+            "ratio_to_bytes": rate["encrypt"] / rate["peer encrypt"],
+            "add_mvalues_per_s": rate["add"],
+            "peer_add": rate["peer add"],
+            "ratio_add": rate["add"] / rate["peer add"],
+            "degree": parameters.degree,
             "modulus_bits": parameters.modulus_bits,
             "values_per_coefficient": parameters.slots,
         }
+    yield from shared.exact(peer, repeats, 24)
+    yield from shared.floats(peer, repeats, 24)
 
 
 def transform(repeats: int, device: str) -> Line:
@@ -304,7 +286,7 @@ def main() -> None:
         "speed": lambda: speed(arguments.repeats, arguments.length),
         "crossover": lambda: crossover(arguments.repeats, arguments.length),
         "rounds": lambda: rounds(arguments.length),
-        "model": lambda: (model(kind) for kind in ("split", "masked")),
+        "model": lambda: (model(kind) for kind in ("split", "shared", "masked")),
     }
     for name in [arguments.only] if arguments.only else parts:
         for line in parts[name]():
