@@ -35,8 +35,8 @@ class Banded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bande
 
     With at most m bands, columns m apart have no row in common, and each pass costs the squared norm of the
     coefficients (Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization", theorem 2).
-    Source: BandToep of McMahan et al. 2024, "A hassle-free algorithm for strong differential privacy in federated
-    learning systems". One band is independent noise, that is DP-SGD without sampling.
+    Source: McKenna 2024, "Scaling up the banded matrix factorization mechanism for differentially private ML". One
+    band is independent noise, that is DP-SGD without sampling.
     """
 
     coefficients: tuple[float, ...]
@@ -69,7 +69,8 @@ class Buffered(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="buf
 
     0 < decays[i] < 1, weights[i] >= 0. Source: the buffered linear Toeplitz (BLT) matrices of Dvijotham et al. 2024,
     "Efficient and near-optimal noise generation for streaming differential privacy", for several participations in
-    McMahan et al. 2024 (as above). Columns of different passes overlap, so later passes cost more than earlier ones.
+    McMahan, Xu, Zhang 2024, "A hassle-free algorithm for strong differential privacy in federated learning systems".
+    Columns of different passes overlap, so later passes cost more than earlier ones.
     """
 
     decays: tuple[float, ...]
