@@ -1,12 +1,16 @@
 """Models with per-sample gradients: what is refused, how they are made, and how they are checked.
 
-A wrapped model keeps, for each parameter, the gradient of every record of the batch (`grad_sample`, shape
-(batch, *parameter.shape)), computed by Opacus' rules for each kind of layer or by functorch.
+A wrapped model keeps, for each parameter, what gives the gradient of every record of the batch. For the common kinds
+of layers that is the layer's input and the gradient of its output, or what :mod:`choral.privacy.ghost` or Opacus' rule
+makes of them at once; torch is kept from computing the gradients of their parameters, but for the first batch, where
+they are compared. For all other layers it is `grad_sample`, shape (batch, *parameter.shape), by Opacus or functorch.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +22,13 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from choral.privacy import mixing
-from choral.privacy.errors import UnsupportedModelError
+from choral.privacy import ghost, mixing
+from choral.privacy.errors import PrivacyError, UnsupportedModelError
+
+_OPACUS_RULES: dict[type[nn.Module], Any] = {
+    kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv2d, nn.Embedding)
+}
+_BY_OPACUS_RULE = (nn.Conv1d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm)  # whose input is one tensor
 
 _wrapped: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PerSampleModel]] = weakref.WeakKeyDictionary()
 
@@ -35,6 +44,11 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         self._seen: list[torch.Tensor] | None = (
             None  # what goes into and out of trainable layers, while they are looked at
         )
+        self.uses: dict[nn.Parameter, list[Use]] = {}  # of the followed layers' parameters, by backward passes
+        self.astray: set[nn.Parameter] = set()  # those that got a gradient from elsewhere, too
+        self._unfollowed: set[nn.Parameter] = set()  # of layers with Opacus' hooks
+        self._spared: list[nn.Parameter] = []  # of the layer whose forward runs
+        self._anchor = torch.zeros((), requires_grad=True)
         self._guards: list[RemovableHandle] = []
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
         self._guards += [self._guard(p) for p in model.parameters() if p.is_floating_point()]
@@ -60,18 +74,92 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         batch_first: bool = True,
         force_functorch: bool = False,
     ) -> None:
-        """Attach to every trainable layer: one forward hook, which hooks the output's gradient in turn.
+        """Attach to every trainable layer forward hooks, which hook the output's gradient in turn.
 
         Unlike Opacus' module backward hooks this leaves in-place activations allowed and does not warn.
         """
-        self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = []
+        handles: list[RemovableHandle] = []
+        self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
         for module in self.iterate_submodules(self._module):
             if type(module) in (DPRNN, DPLSTM, DPGRU):  # their inner linear layers are hooked
                 continue
+            if self._follows(module):
+                handles += [
+                    module.register_forward_pre_hook(self._before_layer),
+                    module.register_forward_hook(self._after_layer, prepend=True, with_kwargs=True, always_call=True),
+                ]
+                continue
+            self._unfollowed.update(module.parameters())
             if force_functorch or type(module) not in self.GRAD_SAMPLERS:
                 prepare_layer(module, batch_first=batch_first)
-            self.autograd_grad_sample_hooks.append(module.register_forward_hook(self.capture_activations_hook))
+            handles.append(module.register_forward_hook(self.capture_activations_hook))
         self.enable_hooks()
+
+    def _follows(self, module: nn.Module) -> bool:
+        """Return whether the gradients of this layer's parameters are made here, and not by Opacus' hooks."""
+        known = type(module) in _BY_OPACUS_RULE or (
+            ghost.follows(module) and self.GRAD_SAMPLERS.get(type(module)) is _OPACUS_RULES[type(module)]
+        )  # a rule that somebody registered instead comes first
+        own = {name for name, p in module._parameters.items() if p is not None}
+        return known and own <= {"weight", "bias"} and not any(True for _ in module.children())
+
+    def _before_layer(self, module: nn.Module, _args: Any) -> None:
+        """Spare torch the gradients of the layer's parameters, once they have been compared."""
+        if self.checked and self._watches(module):
+            for p in _trainable(module):
+                p.requires_grad_(False)
+                self._spared.append(p)
+
+    def _after_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
+        """Keep the layer's input and ask for the gradient of its output."""
+        while self._spared:
+            self._spared.pop().requires_grad_(True)
+        given = (*args, *kwargs.values())
+        if not isinstance(output, torch.Tensor) or not self._watches(module) or not given:
+            return None
+        self._refuse_single_values(module, given[0])
+        use = _Forward(module, given[0].detach(), given[0]._version, _trainable(module))
+        result = None
+        if output.requires_grad:
+            output.register_hook(partial(self._hear, use))  # type: ignore[no-untyped-call]
+        else:
+            result = _Tap.apply(output, self._anchor, partial(self._hear, use))  # type: ignore[no-untyped-call]
+        if self._seen is not None:
+            self._seen += [given[0], output if result is None else result]
+        return result
+
+    def _hear(self, use: _Forward, gradient: torch.Tensor) -> None:
+        """Take in the gradient of the output of a layer, in a backward pass."""
+        if not self.hooks_enabled:
+            return
+        layer, a = use.layer, use.a
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "a backward pass with create_graph=True: gradients of gradients have no per-sample gradients",
+                hint="Leave out gradient penalties, or compute them for each record by finite differences.",
+            )
+        if a._version != use.version:
+            raise UnsupportedModelError(
+                f"the input of layer {self.name_of(layer)} was changed in place after the layer had used it",
+                hint="Use the variant that is not in place, or clone before.",
+            )
+        found: dict[str, ghost.PerSample]
+        if type(layer) in _BY_OPACUS_RULE:
+            rows = self.GRAD_SAMPLERS[type(layer)](layer, [a], gradient.detach())
+            found = {
+                name: ghost.Dense(rows[p].flatten(1), float(len(a)))
+                for name, p in layer.named_parameters()
+                if p in rows
+            }
+        else:
+            found = ghost.per_sample(layer, a, gradient.detach())
+        pass_ = torch._C._current_graph_task_id()
+        for name, p in layer.named_parameters():
+            if any(p is q for q in use.trainable):
+                self.uses.setdefault(p, []).append(Use(found[name], pass_))
+
+    def _watches(self, module: nn.Module) -> bool:
+        return self.hooks_enabled and module.training and torch.is_grad_enabled()
 
     @property
     def guarded(self) -> bool:
@@ -100,6 +188,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             return
         if not self.checked and p.grad is not None:
             self.averages[p] = self.averages[p] + p.grad if p in self.averages else p.grad
+        elif p not in self._unfollowed:
+            self.astray.add(p)
         p.grad = None
 
     def capture_activations_hook(self, module: nn.Module, forward_input: Any, forward_output: Any) -> None:
@@ -108,11 +198,6 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         super().capture_activations_hook(module, forward_input, forward_output)
         if len(getattr(module, "activations", ())) == recorded:
             return
-        if isinstance(module, nn.GroupNorm) and forward_input[0][:1].numel() == module.num_groups:
-            raise UnsupportedModelError(
-                f"layer {self.name_of(module)} normalises groups of one value each, which makes every output zero",
-                hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
-            )
         if not isinstance(forward_output, torch.Tensor):
             raise UnsupportedModelError(
                 f"layer {self.name_of(module)} ({type(module).__name__}) does not return one tensor",
@@ -127,6 +212,13 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def _capture_gradient(self, module: nn.Module, gradient: torch.Tensor) -> None:
         self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
+
+    def _refuse_single_values(self, module: nn.Module, given: torch.Tensor) -> None:
+        if isinstance(module, nn.GroupNorm) and given[:1].numel() == module.num_groups:
+            raise UnsupportedModelError(
+                f"layer {self.name_of(module)} normalises groups of one value each, which makes every output zero",
+                hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
+            )
 
     def name_of(self, module: nn.Module) -> str:
         """Return the dotted name of one of the model's layers."""
@@ -159,6 +251,25 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             self.enable_hooks()
         return output
 
+    def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
+        """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""
+        uses = self.uses.get(p, [])
+        samples = getattr(p, "grad_sample", None)
+        if isinstance(samples, list) or len({use.backward for use in uses}) > 1:
+            raise PrivacyError(
+                "two backward passes before one step: gradient accumulation is not accounted for",
+                hint="Step after each batch; raise the loader's batch size instead.",
+            )
+        parts = [use.gradients for use in uses]
+        if samples is not None:
+            flat = samples.reshape(len(samples), p.numel())
+            parts.append(ghost.Dense(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat))
+        return parts
+
+    def per_sample(self, p: nn.Parameter) -> torch.Tensor:
+        """Return the gradients of `p` for each record of the batch, shape (records, *p.shape); not private."""
+        return ghost.added(self.parts(p)).dense().reshape(-1, *p.shape)
+
     def forget(self) -> None:
         """Drop raw gradients and half-finished backward passes, so that each batch starts clean."""
         for module in self._module.modules():
@@ -171,6 +282,47 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
                 p._forward_counter = 0
                 p.__dict__.pop("_current_grad_sample", None)
         self.averages.clear()
+        self.uses.clear()
+        self.astray.clear()
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One use of a layer in a forward pass."""
+
+    layer: nn.Module
+    a: torch.Tensor
+    version: int  # of `a`, when it was used
+    trainable: list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Gradients of one parameter from one use of its layer, heard in one backward pass."""
+
+    gradients: ghost.PerSample
+    backward: int
+
+
+class _Tap(torch.autograd.Function):
+    """The output of a layer before which nothing is trained, made part of the graph: else no gradient would come."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, hear: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.hear = hear
+        ctx.mark_dirty(output)  # as if changed in place: a view would forbid in-place activations
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.hear(gradient)
+        return None, None, None
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
 
 
 def with_per_sample_gradients(model: nn.Module) -> PerSampleModel:
@@ -238,6 +390,12 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 hint="Set sparse=False.",
             )
         validator = ModuleValidator.VALIDATORS.get(type(layer))
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} with max_norm, which rewrites the rows that a batch uses, "
+                "without noise",
+                hint="Leave max_norm out.",
+            )
         for error in validator(layer) if validator else ():
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",

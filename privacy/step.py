@@ -12,18 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from opacus.optimizers import DPOptimizer
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from choral.privacy import ghost
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.model import PerSampleModel
 from choral.privacy.noise import Source, grid_gaussian, noise_grid
 
 # Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
-# 2^-24 * _BLOCK / 2 of the norm, inside the sensitivity.
+# 2^-24 * ghost.BLOCK / 2 of the norm, inside the sensitivity.
 _MARGIN = 1e-4
-_BLOCK = 1 << 10
-_COLUMNS = 1 << 13
+_COMPARED = 4  # records whose norms are compared with those of their gradients, written down
 
 Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
 
@@ -121,7 +122,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._refuse_changed_buffers(thorough=not self._model.checked)
         if not self._model.checked:
             self._check_first(samples)
-        sums = [_weighted_sum(clip, g) for g in samples]
+        sums = [g.weighted_sum(clip) for g in samples]
         del samples
         self._model.forget()  # what is not private does not outlive the step
         self._release(sums)
@@ -152,32 +153,34 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """Clear the gradients."""
         for p in self.params:
             p.grad_sample = None
+        self._model.uses.clear()
         self.original_optimizer.zero_grad(set_to_none)
 
-    def _per_sample(self, p: torch.Tensor, drawn: int) -> torch.Tensor:
-        """Return the per-sample gradients of `p`, shape (drawn, p.numel()), float32 or wider."""
-        samples = getattr(p, "grad_sample", None)
-        if samples is None:
+    def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost.PerSample:
+        """Return the per-sample gradients of `p`, of `drawn` records."""
+        parts = self._model.parts(p)
+        if not parts:
             raise UnsupportedModelError(
                 f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
                 "outside its own layer's forward, or the model was in eval mode",
                 hint="Call model.train(); freeze unused parameters and leave them out of the optimizer.",
             )
-        if isinstance(samples, list):
-            raise PrivacyError(
-                "two backward passes before one step: gradient accumulation is not accounted for",
-                hint="Step after each batch; raise the loader's batch size instead.",
-            )
-        if len(samples) != drawn:
+        for part in parts:
+            if part.records != drawn:
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)} has gradients for {part.records} samples, but {drawn} records were "
+                    "drawn",
+                    hint="Each layer's input needs one row per record: expand position indices to the batch, do not "
+                    "drop, repeat or merge records.",
+                )
+        if p in self._model.astray:
             raise UnsupportedModelError(
-                f"parameter {self._name(p)} has gradients for {len(samples)} samples, but {drawn} records were drawn",
-                hint="Each layer's input needs one row per record: expand position indices to the batch, do not "
-                "drop, repeat or merge records.",
+                f"parameter {self._name(p)} received a gradient from outside its own layer's forward in train mode",
+                hint="Use weights through their layers only: call layer(x), not a function of layer.weight.",
             )
-        flat: torch.Tensor = samples.reshape(drawn, p.numel())
-        return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+        return ghost.added(parts)
 
-    def _check_first(self, samples: list[torch.Tensor]) -> None:
+    def _check_first(self, samples: list[ghost.PerSample]) -> None:
         """Compare the per-sample gradients of every parameter with autograd."""
         for p, g in zip(self.params, samples, strict=True):
             if p not in self._model.averages:
@@ -185,10 +188,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                     f"parameter {self._name(p)} received no gradient from autograd to compare with",
                     hint="Call loss.backward() on a loss of the wrapped model's own parameters.",
                 )
-            expected = self._model.averages[p].reshape(-1).to(g.dtype)
-            scale = torch.linalg.vector_norm(g, dim=1).mean()
-            difference = torch.linalg.vector_norm(g.mean(0) - expected)
-            if difference > 1e-3 * scale + 1e-7:
+            norms, average = g.norms(), g.weighted_sum(torch.full((g.records,), 1.0 / g.records, dtype=torch.float64))
+            expected = self._model.averages[p].reshape(-1).to(average.device, torch.float64)
+            difference = torch.linalg.vector_norm(average - expected)
+            few = g.dense(_COMPARED)
+            astray = (ghost.norms(few).to(norms.device) - norms[: len(few)]).abs()
+            scale = float(norms.mean())
+            if not (float(difference) <= 1e-3 * scale + 1e-7 and float(astray.max()) <= 1e-3 * scale + 1e-7):
                 raise UnsupportedModelError(
                     f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
                     hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
@@ -213,10 +219,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                     hint="Remove the running statistics, or freeze them.",
                 )
 
-    def _clip_factors(self, samples: list[torch.Tensor]) -> torch.Tensor:
+    def _clip_factors(self, samples: list[ghost.PerSample]) -> torch.Tensor:
         """Return each record's factor min(1, C / norm), shape (batch,), float64; refuse gradients not finite."""
-        device = samples[0].device if samples[0].device.type in ("cpu", "cuda") else torch.device("cpu")
-        per_parameter = torch.stack([_norms(g).to(device) for g in samples])
+        found = [g.norms() for g in samples]
+        per_parameter = torch.stack([n.to(found[0].device) for n in found])
         norms = torch.linalg.vector_norm(per_parameter, dim=0)
         if not bool(torch.isfinite(norms).all()):
             bad = next((i for i, n in enumerate(per_parameter) if not bool(torch.isfinite(n).all())), 0)
@@ -252,37 +258,3 @@ def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *
             "the original optimizer was stepped, whose gradients have no noise",
             hint="Step the optimizer that wrap() returned; choral.privacy.unwrap(model) ends private training.",
         )
-
-
-def _norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return the norm of each row, shape (rows,), float64.
-
-    torch adds the squares of a row one after the other in the row's own precision: for 4 million equal float32
-    columns its norm is 0.2 % too small, and the clipped row longer than C. Short blocks lose next to nothing.
-    """
-    count, columns = rows.shape
-    whole = columns // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, _BLOCK), dim=2)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
-    parts = torch.cat([blocks, rest], dim=1)
-    if parts.device.type not in ("cpu", "cuda"):  # no float64 there
-        parts = parts.cpu()
-    norms: torch.Tensor = torch.linalg.vector_norm(parts.double(), dim=1)
-    return norms
-
-
-def _weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return weights @ rows, shape (columns,), in float64.
-
-    In float32 the sums of neighbouring batches may differ by more than the sensitivity (Casacuberta et al.
-    2022, "Widespread underestimation of sensitivity"); in float64 the excess is about 1e-13. A few columns at a
-    time keep the wider copy small.
-    """
-    if rows.device.type not in ("cpu", "cuda"):  # no float64 there
-        rows = rows.cpu()
-    weights = weights.to(rows.device, torch.float64)
-    total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], _COLUMNS):
-        part = slice(start, start + _COLUMNS)
-        torch.mv(rows[:, part].double().T, weights, out=total[part])
-    return total

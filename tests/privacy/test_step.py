@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 
 from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError, unwrap
+from choral.privacy.ghost import Dense
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import os_stream
 from choral.privacy.step import PrivateOptimizer
@@ -87,7 +88,7 @@ def test_long_rows_are_clipped_to_the_clipping_norm(columns: int) -> None:
     """Float32 norms of long rows are too small: 0.2 % at 4 million equal columns, more than any margin."""
     _, optimizer = optimizer_of(nn.Linear(2, 1), clip=1.0)
     rows = torch.full((2, columns), 0.1 + 3.0 / math.sqrt(columns))
-    clip = optimizer._clip_factors([rows[:, : columns // 3], rows[:, columns // 3 :]])
+    clip = optimizer._clip_factors([Dense(rows[:, : columns // 3]), Dense(rows[:, columns // 3 :])])
     for i in range(2):
         assert 0.999 < float(clip[i]) * float(rows[i].double().norm()) <= 1.0
 
@@ -130,6 +131,7 @@ def test_raw_gradients_do_not_outlive_the_step(problem: Any) -> None:
     model, optimizer = optimizer_of(problem.model(), clip=1.0)
     gradient(model, optimizer, problem.x[:4], problem.y[:4])
     assert all(p.grad_sample is None and p.grad is not None for p in model.parameters())
+    assert not model.uses
     assert not any(hasattr(m, "activations") for m in model._module.modules())
 
 

@@ -1,0 +1,303 @@
+"""Per-sample gradients that need not be written down: their norms and their weighted sum, layer by layer.
+
+Clipping needs two things of the per-sample gradients g_i: each norm, and sum_i w_i g_i for weights known once all norms
+are. A layer's input `a` and the gradient `g` of its output give both, so the gradients of parameters that torch would
+compute are left out altogether, and the sum is made once, with the clip factors folded in: one forward and one backward
+pass (book-keeping: Bu, Wang, Zha, Karypis 2023, "Differentially private optimization on large model at small cost").
+For a linear layer with T positions, input width d and output width p, per record, there are two ways, as in mixed
+ghost clipping (Bu, Mao, Xu 2022, "Scalable and efficient training of large convolutional neural networks with DP"):
+
+- :class:`Dense`: write g_i^T a_i down, T p d multiplications and p d numbers kept;
+- :class:`Outer`: keep a and g, T (p + d) numbers. The norm is that of the product, or comes from the Gram matrices,
+  |g_i^T a_i|^2 = <a_i a_i^T, g_i g_i^T> (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications.
+
+The sums are float64 whichever way is taken: see :func:`weighted_sum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+BLOCK = 1 << 10  # columns whose squares are added in float32
+_COLUMNS, _ROWS = 1 << 14, 16  # of what is widened to float64 at once: fits the second-level cache
+_WORK = 1 << 21  # numbers of unfolded images or Gram matrices made at once
+_SMALL = 1 << 22  # per-sample gradients, in numbers, that are always worth writing down: 16 MiB
+
+
+class PerSample(Protocol):
+    """The gradients of one parameter, flat, for each of `records` records."""
+
+    @property
+    def records(self) -> int:
+        """How many."""
+        ...
+
+    def norms(self) -> torch.Tensor:
+        """Return an upper bound of each norm, exact but for rounding, shape (records,), float64."""
+        ...
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return sum_i weights[i] g_i for float64 weights, shape (numel,), float64."""
+        ...
+
+    def dense(self, first: int | None = None) -> torch.Tensor:
+        """Return the gradients themselves, of the `first` records or all, shape (records, numel)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gradients written down: `scale` times `rows`, shape (records, numel)."""
+
+    rows: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def records(self) -> int:
+        return len(self.rows)
+
+    def norms(self) -> torch.Tensor:
+        return norms(self.rows) * self.scale
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        return weighted_sum(weights * self.scale, self.rows)
+
+    def dense(self, first: int | None = None) -> torch.Tensor:
+        return self.rows[:first] * self.scale
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradients g_i^T a_i of a weight of shape (p, d), times `scale`.
+
+    `factors` gives a, shape (m, T, d), and g, shape (m, T, p), of m records; `sizes` is (T, d, p).
+    """
+
+    factors: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+    records: int
+    sizes: tuple[int, int, int]
+    scale: float = 1.0
+
+    def norms(self) -> torch.Tensor:
+        positions, d, p = self.sizes
+        if positions == 1:
+            found = [norms(a.flatten(1)) * norms(g.flatten(1)) for a, g in self._chunks(d + p)]
+        elif 3 * positions * (d + p) < d * p:  # float64 takes about three times as long
+            found = [_gram_norms(a, g) for a, g in self._chunks(2 * positions**2 + positions * (d + p))]
+        else:
+            found = [_product_norms(a, g) for a, g in self._chunks(d * p)]
+        return _joined(found) * self.scale
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        positions, d, p = self.sizes
+        total, done = None, 0
+        for a, g in self._chunks(positions * (d + p)):
+            a, g = _wide(a), _wide(g)
+            if total is None:
+                total = torch.zeros(p, d, dtype=torch.float64, device=a.device)
+            w = weights[done : done + len(a)].to(a.device) * self.scale
+            total.addmm_((g * w[:, None, None]).flatten(0, 1).T, a.flatten(0, 1))
+            done += len(a)
+        assert total is not None, "at least one record"  # noqa: S101 - for the type checker
+        return total.reshape(-1)
+
+    def dense(self, first: int | None = None) -> torch.Tensor:
+        a, g = self.factors(slice(first))
+        return torch.bmm(g.mT, a).flatten(1) * self.scale
+
+    def _chunks(self, work: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the factors of some records at a time, where `work` is how many numbers one record takes."""
+        step = max(1, _WORK // max(work, 1))
+        for start in range(0, self.records, step):
+            yield self.factors(slice(start, min(start + step, self.records)))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Gradients of a table, shape (height, width): `scale` * values[j] is row `row[j]` of record `owner[j]`'s."""
+
+    owner: torch.Tensor
+    row: torch.Tensor
+    values: torch.Tensor
+    records: int
+    height: int
+    scale: float = 1.0
+
+    def norms(self) -> torch.Tensor:
+        squares = norms(self.values).square()
+        total = torch.zeros(self.records, dtype=torch.float64, device=squares.device)
+        return total.index_add_(0, self.owner.to(squares.device), squares).sqrt() * self.scale
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        values = _wide(self.values)
+        owner, row = self.owner.to(values.device), self.row.to(values.device)
+        values = values * (weights.to(values.device) * self.scale)[owner][:, None]
+        total = torch.zeros(self.height, values.shape[1], dtype=torch.float64, device=values.device)
+        return total.index_add_(0, row, values).reshape(-1)
+
+    def dense(self, first: int | None = None) -> torch.Tensor:
+        count = self.records if first is None else min(first, self.records)
+        mine = self.owner < count
+        rows = torch.zeros(count, self.height, self.values.shape[1], dtype=self.values.dtype, device=self.values.device)
+        rows[self.owner[mine], self.row[mine]] = self.values[mine] * self.scale
+        return rows.flatten(1)
+
+
+def added(parts: list[PerSample]) -> PerSample:
+    """Return the sum of gradients of one parameter that was used several times."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].dense().clone()
+    for part in parts[1:]:
+        total += part.dense()
+    return Dense(total)
+
+
+def follows(layer: nn.Module) -> bool:
+    """Return whether :func:`linear`, :func:`convolution` or :func:`embedding` knows this layer."""
+    if type(layer) is nn.Conv2d:
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if type(layer) is nn.Embedding:
+        return not layer.scale_grad_by_freq and not layer.sparse and layer.max_norm is None
+    return type(layer) is nn.Linear
+
+
+def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, PerSample]:
+    """Return the per-sample gradients of a layer's weight and bias, by name.
+
+    layer: one that `follows` is true of. a: its input, a record per row. g: the gradient of the mean of the records'
+    losses in its output.
+    """
+    scale = float(len(a))
+    a, g = _single(a), _single(g)
+    if isinstance(layer, nn.Embedding):
+        return {"weight": _embedding(layer, a, g, scale)}
+    return _convolution(layer, a, g, scale) if isinstance(layer, nn.Conv2d) else _linear(a, g, scale)
+
+
+def _linear(a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
+    a, g = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+    outer = Outer(lambda part: (a[part], g[part]), len(a), (a.shape[1], a.shape[2], g.shape[2]), scale)
+    return {"weight": _cheaper(outer), "bias": Dense(g.sum(1), scale)}
+
+
+def _convolution(layer: nn.Conv2d, a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
+    groups, height, width = layer.groups, *layer.kernel_size
+    a = F.pad(a, (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])) if any(layer.padding) else a  # type: ignore[arg-type]
+    g = g.flatten(2)
+    positions, d, p = g.shape[2], a.shape[1] // groups * height * width, g.shape[1] // groups
+
+    def factors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return _unfolded(layer, a[part], groups), g[part].reshape(-1, p, positions).mT
+
+    bias = Dense(g.sum(2), scale)
+    if groups == 1:
+        return {"weight": _cheaper(Outer(factors, len(a), (positions, d, p), scale)), "bias": bias}
+    step = max(1, _WORK // (positions * d * groups))
+    rows = [torch.bmm(y.mT, x) for x, y in (factors(slice(start, start + step)) for start in range(0, len(a), step))]
+    return {"weight": Dense(torch.cat(rows).reshape(len(a), -1), scale), "bias": bias}
+
+
+def _unfolded(layer: nn.Conv2d, a: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return what each position of the output sees, shape (records * groups, positions, channels/group * kernel)."""
+    for dim, (kernel, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        a = a.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    records, channels, *rest = a.shape  # and positions (2), kernel (2)
+    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 3, 4, 2, 5, 6)
+    return a.reshape(records * groups, rest[0] * rest[1], -1)
+
+
+def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale: float) -> PerSample:
+    height, records = layer.num_embeddings, len(tokens)
+    place = tokens.reshape(records, -1) + height * torch.arange(records, device=tokens.device)[:, None]
+    g = g.reshape(-1, g.shape[-1])
+    used, inverse = torch.unique(place, return_inverse=True)
+    values = torch.zeros(len(used), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, inverse.reshape(-1), g)
+    if layer.padding_idx is not None:
+        real = used % height != layer.padding_idx
+        used, values = used[real], values[real]
+    return Sparse(used // height, used % height, values, records, height, scale)
+
+
+def _cheaper(outer: Outer) -> PerSample:
+    """Write the gradients down now if that is faster and not much larger than what they are made of."""
+    positions, d, p = outer.sizes
+    if positions == 1 or (outer.records * d * p > _SMALL and d * p > positions * (d + p)):
+        return outer
+    return Dense(_joined([torch.bmm(g.mT, a) for a, g in outer._chunks(positions * d)]).flatten(1), outer.scale)
+
+
+def _gram_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return the norms of g_i^T a_i from Gram matrices, never below the true ones, shape (records,), float64.
+
+    Where the positions' gradients cancel, so do the terms here, and rounding could make the norm too small: float64,
+    and a bound of its error added, sum of terms times (d + p + T^2 + 4) units in the last place.
+    """
+    a, g = _wide(a), _wide(g)
+    positions, d, p = a.shape[1], a.shape[2], g.shape[2]
+    squares = (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2)).clamp(min=0.0)
+    longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
+    bound: torch.Tensor = (d + p + positions**2 + 4) * 2.0**-53 * longest.square()
+    return (squares + bound).sqrt()
+
+
+def _product_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return the norms of g_i^T a_i, not below the true ones for all that float32 rounds in the products."""
+    longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
+    return norms(torch.bmm(g.mT, a).flatten(1)) + a.shape[1] * 2.0**-24 * _wide(longest)
+
+
+def norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row, shape (rows,), float64.
+
+    torch adds the squares of a row one after the other in the row's own precision: for 4 million equal float32
+    columns its norm is 0.2 % too small, and the clipped row longer than C. Short blocks lose next to nothing.
+    """
+    count, columns = rows.shape
+    whole = columns // BLOCK * BLOCK
+    parts = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    if whole:
+        blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, BLOCK), dim=2)
+        parts = torch.cat([blocks, parts], dim=1)
+    result: torch.Tensor = torch.linalg.vector_norm(_wide(parts), dim=1)
+    return result
+
+
+def weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return weights @ rows, shape (columns,), in float64.
+
+    In float32 the sums of neighbouring batches may differ by more than the sensitivity (Casacuberta et al.
+    2022, "Widespread underestimation of sensitivity"); in float64 the excess is about 1e-13. A block at a time keeps
+    the wider copy small.
+    """
+    if rows.device.type not in ("cpu", "cuda"):
+        rows = rows.cpu()
+    count, columns = (_ROWS, _COLUMNS) if rows.device.type == "cpu" else (len(rows), 1 << 20)
+    weights = weights.to(rows.device, torch.float64)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], columns):
+        for first in range(0, len(rows), count):
+            block = rows[first : first + count, start : start + columns].double()
+            total[start : start + columns].addmv_(block.T, weights[first : first + count])
+    return total
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    """Return `t` in float64, on the CPU if its device has none."""
+    return t.double() if t.device.type in ("cpu", "cuda") else t.cpu().double()
+
+
+def _single(t: torch.Tensor) -> torch.Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
