@@ -14,6 +14,8 @@ class Spent:
     unit: whose presence is hidden. neighbours: how two neighbouring datasets differ.
     steps, noise_multiplier, sample_rate: noisy steps taken in all, and the setting of the latest ones
         (noise standard deviation over clipping norm; expected batch size over dataset size); 0 before any step.
+        Where batches are fixed and noise is correlated, the rate is 1, and the noise multiplier that of the one
+        Gaussian mechanism which the latest pass costs, not of a step.
     accountant: the method that computed epsilon.
     """
 
