@@ -18,6 +18,7 @@ from choral.errors import ConfigError
 from choral.privacy import BudgetExceededError, Ledger, LedgerError
 from choral.protocols.errors import TooFewSurvivorsError
 
+torch.set_num_threads(1)
 SUMS = [Plain(), Masked(min_survivors=8), Homomorphic(min_survivors=8)]
 
 
