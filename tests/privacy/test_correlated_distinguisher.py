@@ -20,9 +20,9 @@ from choral.privacy.events import CorrelatedGaussian
 from choral.privacy.noise import noise_grid, os_stream
 from choral.privacy.strategies import Banded, Buffered, Tree, sensitivity
 
-# Promised are 1.16. Found are 0.72 +- 0.06 (the tree: 0.61 +- 0.06) as promised, 2.2 to 2.5 +- 0.12 with half the noise,
-# 3.0 to 4.7 +- 0.17 with noise for one participation: five standard deviations from every line that is drawn, so a
-# false alarm or a miss has probability below 1e-6.
+# Promised are 1.16. Found are 0.72 +- 0.06 (the tree: 0.61 +- 0.06) as promised, 2.2 to 2.5 +- 0.12 with half the
+# noise, 3.0 to 4.7 +- 0.17 with noise for one participation: five standard deviations from every line that is drawn,
+# so a false alarm or a miss has probability below 1e-6.
 TRIALS = 4000
 DELTA = 0.1
 STEPS, PASSES, PLACE = 4, 6, 0
