@@ -67,7 +67,7 @@ class Table:
         self._high = high  # floor(2^64 P(X <= k)) for k = -reach, ..., reach - 1
         # At 64 cells per deviation, boundaries fall into one cell in eight; 16 bits are a whole word.
         self.cell_bits = min(max(16, ceil(64.0 * sqrt(variance)).bit_length()), 22)
-        self._guide, self._split = self._cells()
+        self._guide = self._cells()
 
     def __repr__(self) -> str:
         return f"Table({self.law}, variance={float(self.variance):.6g}, reach={self.reach})"
@@ -80,17 +80,30 @@ class Table:
             cells = np.frombuffer(source(2 * count), "<u2").astype(np.intp)
         else:
             cells = (np.frombuffer(source(4 * count), "<u4") >> np.uint32(32 - self.cell_bits)).astype(np.intp)
-        result = self._guide.take(cells, mode="clip")  # never out of range; "clip" is the fast way
-        undecided = np.flatnonzero(result == self._split)
+        marked = self._guide.take(cells, mode="clip")  # never out of range; "clip" is the fast way
+        undecided = np.flatnonzero(marked & 1)
+        result = marked >> 1
         if len(undecided):
-            result[undecided] = self._refine(cells[undecided], source)
+            result[undecided] = self._refine(cells[undecided], result[undecided], source)
         return result
 
-    def _refine(self, cells: npt.NDArray[np.intp], source: Source) -> npt.NDArray[np.int32]:
-        """The values for uniform numbers that begin with `cells`, by 64 bits of them, and more where those tie."""
+    def _refine(
+        self, cells: npt.NDArray[np.intp], least: npt.NDArray[np.int32], source: Source
+    ) -> npt.NDArray[np.int32]:
+        """The values for uniform numbers that begin with `cells`, by 64 bits of them, and more where those tie.
+
+        least: the smallest values that begin so; there are few more.
+        """
         rest = np.frombuffer(source(8 * len(cells)), "<u8") >> np.uint64(self.cell_bits)
         words = cells.astype(np.uint64) << np.uint64(64 - self.cell_bits) | rest
-        places = np.searchsorted(self._high, words, side="right")
+        places = least.astype(np.intp) + self.reach  # how many boundaries are at most the word: count on from there
+        going = np.arange(len(cells))
+        for _ in range(3):
+            going = going[places[going] < len(self._high)]
+            going = going[self._high[places[going]] <= words[going]]
+            places[going] += 1
+        if len(going):  # in the tails a cell has many boundaries
+            places[going] = np.searchsorted(self._high, words[going], side="right")
         # A boundary whose first 64 bits equal the word's lies on one side or the other of the uniform number.
         for tie in np.flatnonzero(self._high[np.maximum(places - 1, 0)] == words):
             places[tie] = self._exact_place(int(words[tie]), source)
@@ -100,14 +113,13 @@ class Table:
         uniform = word << (_UNIFORM - 64) | int.from_bytes(source((_UNIFORM - 64) // 8), "big")
         return sum(1 for entry in self._cumulative() if entry <= uniform)
 
-    def _cells(self) -> tuple[npt.NDArray[np.int32], int]:
-        """For each cell its value, or the mark of a cell that a boundary lies in."""
+    def _cells(self) -> npt.NDArray[np.int32]:
+        """For each cell twice its smallest value, and 1 more if a boundary lies in it."""
         starts = np.arange(1 << self.cell_bits, dtype=np.uint64) << np.uint64(64 - self.cell_bits)
         ends = starts | np.uint64((1 << (64 - self.cell_bits)) - 1)
         first = np.searchsorted(self._high, starts, side="left")  # boundaries whose first 64 bits are smaller
         last = np.searchsorted(self._high, ends, side="right")
-        mark = self.reach + 1
-        return np.where(first == last, first - self.reach, mark).astype(np.int32), mark
+        return (2 * (first - self.reach) + (first != last)).astype(np.int32)
 
     def _cumulative(self) -> list[int]:
         """P(X <= k) for k = -reach, ..., reach - 1, as integers over 2^256."""
