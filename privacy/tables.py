@@ -119,7 +119,7 @@ class Table:
         ends = starts | np.uint64((1 << (64 - self.cell_bits)) - 1)
         first = np.searchsorted(self._high, starts, side="left")  # boundaries whose first 64 bits are smaller
         last = np.searchsorted(self._high, ends, side="right")
-        return (2 * (first - self.reach) + (first != last)).astype(np.int32)
+        return np.asarray(2 * (first - self.reach) + (first != last), dtype=np.int32)
 
     def _cumulative(self) -> list[int]:
         """P(X <= k) for k = -reach, ..., reach - 1, as integers over 2^256."""
