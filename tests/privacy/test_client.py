@@ -187,8 +187,8 @@ def test_the_mean_is_right_when_the_budget_is_large() -> None:
     for privacy in (
         promise(epsilon=1e4, clip=clip, noise="distributed", bits=24),
         promise(epsilon=1e4, clip=clip, noise="central"),
-        promise(epsilon=1e4, clip=AdaptiveClip(start=clip), noise="distributed", bits=24),
-        promise(epsilon=1e4, clip=AdaptiveClip(start=clip), noise="central"),
+        promise(epsilon=1e4, clip=AdaptiveClip(start=clip, share=0.4), noise="distributed", bits=24),
+        promise(epsilon=1e4, clip=AdaptiveClip(start=clip, share=0.4), noise="central"),
     ):
         mean = run_round(guard(privacy, rounds=1), CLIENTS, updates)
         assert mean.dtype == torch.float64

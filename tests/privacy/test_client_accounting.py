@@ -122,6 +122,13 @@ def test_tau_is_needed() -> None:
     assert divergence(mass, 1, 4.0) <= float(renyi(event, [4.0])[0])
 
 
+def test_skellam_by_hand() -> None:
+    """Order 3, D^2 = 100 in 64 coordinates, so D1 = 80, and mu = 90 or 0.9: each branch of the minimum in turn."""
+    many, few = release("skellam"), release("skellam", share_variance=0.09)
+    assert float(renyi(many, [3.0])[0]) == pytest.approx(3 * 100 / 180 + (5 * 100 + 6 * 80) / (4 * 90**2), rel=1e-12)
+    assert float(renyi(few, [3.0])[0]) == pytest.approx(3 * 100 / 1.8 + 3 * 80 / 1.8, rel=1e-12)
+
+
 def test_skellam_is_bounded_at_integer_orders_only() -> None:
     assert np.isinf(renyi(release("skellam"), [2.5])[0])
     assert np.isfinite(renyi(release("skellam"), [2.0, 3.0])).all()
