@@ -182,3 +182,25 @@ def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
             out=tmp_path / "c",
             resume=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("privacy", "arm", "complaint"),
+    [
+        ({}, {"centralized": True, "unit": "client"}, "no clients"),
+        ({"delta": 0.2}, {"unit": "client"}, "below 1/n"),
+        ({"min_survivors": 11}, {"unit": "client"}, "min_survivors is 11 of 10"),
+        ({"clip": 0.0}, {"unit": "client"}, "clipping norm"),
+        ({"unit": "client", "bits": 99}, {}, "bits is 99"),
+    ],
+    ids=str,
+)
+def test_a_comparison_refuses_before_it_trains(privacy: Any, arm: Any, complaint: str) -> None:
+    from choral.jobs import _check
+    from choral.settings import Arm, PrivacySettings, Settings
+
+    settings = Settings(
+        privacy=PrivacySettings(**({"epsilon": 8.0, "delta": 1e-5} | privacy)), arms={"one": Arm(private=True, **arm)}
+    )
+    with pytest.raises(ConfigError, match=complaint):
+        _check(settings)
