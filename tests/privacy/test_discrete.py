@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -98,6 +99,37 @@ def test_the_tables_entries_are_the_cumulative_law(law: str, variance: Fraction)
     assert entries == sorted(entries)
     middle = entries[made.reach] + entries[made.reach - 1]  # P(X <= 0) + P(X <= -1) = 1, by symmetry
     assert abs(middle - (1 << 256)) <= 2
+
+
+@pytest.mark.parametrize("law", EXACT)
+@pytest.mark.parametrize("variance", [Fraction(1, 3), Fraction(83, 7), Fraction(900)], ids=str)
+def test_the_tables_entries_are_right_to_two_hundred_bits(law: str, variance: Fraction) -> None:
+    """Against 130 decimal digits by other ways: the exponential of each k, the power series of the Bessel function."""
+    made = Table(law, variance)  # type: ignore[arg-type]
+    with localcontext() as context:
+        context.prec = 130
+        v = Decimal(variance.numerator) / Decimal(variance.denominator)
+
+        def weight(k: int) -> Decimal:
+            if law == "discrete_gaussian":
+                return (-(k * k) / (2 * v)).exp()
+            term = (v / 2) ** k / Decimal(math.factorial(k))  # I_k(v) = sum_m (v/2)^(2m + k) / (m! (m + k)!)
+            total, m = term, 0
+            while term > total * Decimal(10) ** -125:
+                m += 1
+                term *= (v / 2) ** 2 / (m * (m + k))
+                total += term
+            return total
+
+        weights = [weight(k) for k in range(made.reach + 60)]
+        whole = weights[0] + 2 * sum(weights[1:])
+        total = sum(weights[made.reach + 1 :])
+        entries = made._cumulative()
+        worst = Decimal(0)
+        for place, k in enumerate(range(-made.reach, made.reach)):
+            total += weights[abs(k)]
+            worst = max(worst, abs(total / whole - Decimal(entries[place]) / 2**256))
+        assert worst < Decimal(2) ** -205
 
 
 @pytest.mark.parametrize("law", EXACT)
