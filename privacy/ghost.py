@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from choral.privacy.errors import PrivacyError
+
 BLOCK = 1 << 10  # columns whose squares are added in float32
 _COLUMNS, _ROWS = 1 << 14, 16  # of what is widened to float64 at once: fits the second-level cache
 _WORK = 1 << 21  # numbers of unfolded images or Gram matrices made at once
@@ -104,7 +106,8 @@ class Outer:
             w = weights[done : done + len(a)].to(a.device) * self.scale
             total.addmm_((g * w[:, None, None]).flatten(0, 1).T, a.flatten(0, 1))
             done += len(a)
-        assert total is not None, "at least one record"  # noqa: S101 - for the type checker
+        if total is None:
+            raise PrivacyError("expected the gradients of at least one record")
         return total.reshape(-1)
 
     def dense(self, first: int | None = None) -> torch.Tensor:

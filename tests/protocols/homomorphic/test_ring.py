@@ -382,7 +382,7 @@ def test_rejection_takes_the_first_words_below_the_prime(prime: int, kernels: An
         (4096, (61441 - 8192 * 2,)),
         (2048, (12289 - 2,)),
         (2048, (1,)),
-        (2048, ((1 << 26) + 4096 * 15 + 1,)),
+        (2048, (67153921,)),  # a prime, but of 27 bits
         (2048, (largest_primes(26, 2048, 1)[0], 15)),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -419,3 +420,30 @@ def test_what_holds_the_key_does_not_show_it() -> None:
 def test_a_short_seed_is_refused() -> None:
     with pytest.raises(SpecError):
         encrypt(np.zeros(50, np.int64), terms_of(), randomness=lambda size: b"short")
+
+
+def test_no_two_blocks_have_the_same_errors_nor_the_key_for_errors() -> None:
+    """Two blocks with one error give the difference of their values away to whoever knows a_k - a_l and one of them."""
+    spec = SumSpec(parties=("north", "south"), length=1, bound=1)
+    smallest = choose(spec)
+    parameters = replace(smallest, spec=replace(spec, length=20 * smallest.block_values))
+    assert parameters.batches > 2
+    terms = SplitRound(parameters=parameters, session=secrets.token_bytes(32), number=1)
+    made = encrypt(np.zeros(parameters.spec.length, np.int64), terms, randomness=secrets.token_bytes)
+    bodies = [read_ciphertext(raw, sender="north", body=len(raw)).body for raw in made.messages]
+    words = np.frombuffer(b"".join(bodies), "<u4")
+    bulk, ring = kernels(), parameters.ring
+    key = bulk.transform(ring, made.key.astype(np.float64))
+    seen, done = [made.key], 0
+    for batch in range(parameters.batches):
+        lanes = parameters.lanes(batch)
+        residues = np.zeros(parameters.prime_count * parameters.degree * lanes, np.uint32)
+        size = lanes * parameters.block_bytes // 4
+        bulk.add(words[done : done + size], parameters.prime_bits, residues)
+        done += size
+        sums = residues.view(np.int32).reshape(parameters.prime_count, -1)
+        left = bulk.remove(ring, sums, terms.public(batch), key, lanes=lanes)[0].astype(np.int64)
+        errors = np.where(left > ring.primes[0] // 2, left - ring.primes[0], left)
+        assert np.abs(errors).max() <= TAIL
+        seen += list(errors.reshape(-1, lanes).T)
+    assert len({one.tobytes() for one in seen}) == parameters.blocks + 1

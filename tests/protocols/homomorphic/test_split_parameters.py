@@ -232,3 +232,24 @@ def test_the_terms_differ_whenever_ciphertexts_do_not_fit(change: dict[str, Any]
     other = replace(chosen, **change)
     assert other != chosen
     assert other.terms() != chosen.terms()
+
+
+@pytest.mark.parametrize("parties", [2, 3, 4, 5, 7, 10, 16, 60, 100, 333, 1000, 4096, 10_000, 100_000])
+def test_a_whole_bit_is_left_beyond_the_errors_of_all_parties(parties: int) -> None:
+    spec = SumSpec(parties=tuple(map(str, range(parties))), length=1000, bound=100)
+    assert choose(spec).margin_bits >= 1
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8, 13, 20, 25, 26, 27, 40, 50, 51, 52, 53])
+@pytest.mark.parametrize("parties", [2, 3, 1000])
+def test_digits_stay_below_what_is_exact(bits: int, parties: int) -> None:
+    spec = SumSpec(parties=tuple(map(str, range(parties))), length=10**6, bound=(1 << bits) - 1)
+    parameters = choose(spec)
+    covered = set()
+    for digit in parameters.digits:
+        covered |= set(range(digit.first, digit.first + digit.count))
+        if digit.half:
+            continue  # 32 bits, or what is left of 63
+        largest = sum(spec.bound << parameters.slot_bits * j for j in range(digit.count))
+        assert largest < 1 << 52
+    assert covered == set(range(parameters.slots))
