@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumResult, SumSession
 from choral.trainers.coders import Coder, WeightedCoder, open_clients
@@ -215,12 +215,15 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
         return None
     if isinstance(privacy, ClientPrivacy):
         return privacy.settings(clients)
-    return {
+    settings: dict[str, float | int | str] = {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "max_grad_norm": privacy.max_grad_norm,
         "epochs": privacy.epochs,
     }
+    if isinstance(privacy, CorrelatedPrivacy):
+        settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
+    return settings
 
 
 def open_guards(

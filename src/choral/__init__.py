@@ -18,13 +18,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from choral.audits import audit, compare
-    from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, Spent
+    from choral.privacy import AdaptiveClip, ClientPrivacy, CorrelatedPrivacy, Privacy, Spent
     from choral.protocols import Homomorphic, Masked, Plain
     from choral.trainers import Run, centralize, federate
 
 _HOME = {
     "AdaptiveClip": "choral.privacy",
     "ClientPrivacy": "choral.privacy",
+    "CorrelatedPrivacy": "choral.privacy",
     "Privacy": "choral.privacy",
     "Spent": "choral.privacy",
     "Homomorphic": "choral.protocols",
@@ -41,6 +42,7 @@ __all__ = [
     "AdaptiveClip",
     "ChoralError",
     "ClientPrivacy",
+    "CorrelatedPrivacy",
     "Homomorphic",
     "Masked",
     "Plain",

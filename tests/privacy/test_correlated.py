@@ -554,7 +554,7 @@ def digits(privacy: Privacy, seed: int, loop: Callable[..., int]) -> float:
 
 
 def test_correlated_noise_learns_what_independent_noise_drowns(loop: Callable[..., int]) -> None:
-    """Epsilon 1 without sampling: over 30 runs each, independent noise reaches 0.46 (standard deviation 0.08), banded
+    """Epsilon 1 without sampling: by five seeds each, independent noise reaches 0.46 (standard deviation 0.08), banded
     0.86 and buffered 0.85 (0.03). Means of three differ by 0.39, standard deviation 0.05: below 0.12 with probability
     1e-7; were the noise not correlated, above 0.12 for both with probability 1e-3.
     """
