@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import time
 import pytest
 import torch
 
-from choral import Masked, Privacy, Run, audit, centralize, federate
+from choral import Homomorphic, Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import RunFolderError
 
@@ -279,3 +281,24 @@ def test_two_processes_never_write_to_one_folder(job, tmp_path):
     assert federate(**job(), out=tmp_path / "run").finished
     with lock(tmp_path / "run"), pytest.raises(RunFolderError, match="another process is writing"):
         federate(**job(), out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("secure_sum", [Masked(), Homomorphic(), Homomorphic(key="shared")], ids=repr)
+def test_no_secret_of_a_secure_sum_is_kept_in_the_folder(job, tmp_path, monkeypatch, secure_sum):
+    """Identities, masks' and transport keys, seeds of encryption keys: all come from secrets.token_bytes."""
+    drawn, real = [], secrets.token_bytes
+
+    def recorded(size):
+        drawn.append(real(size))
+        return drawn[-1]
+
+    monkeypatch.setattr(secrets, "token_bytes", recorded)
+    federate(**job(), secure_sum=secure_sum, out=tmp_path / "run")
+    audit(tmp_path / "run").save(tmp_path / "run" / "audit.html")
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    secret = [draw for draw in drawn if len(draw) >= 32]
+    assert len(secret) > 3
+    for draw in secret:
+        for form in (draw, draw.hex().encode(), base64.b64encode(draw)[:40]):
+            assert form not in kept
+    assert Run.load(tmp_path / "run").info.secure_sum["name"].encode() in kept

@@ -206,6 +206,18 @@ def test_a_ciphertext_is_what_the_page_says(length: int, bound: int) -> None:
         at, seen = at + values.size, seen + size
 
 
+def test_every_batch_has_errors_of_its_own() -> None:
+    """Over three batches: the errors are the stream's, place after place, and no block's are another's."""
+    terms = terms_of(3, 40_000, 2**20)
+    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2)
+    terms = replace(terms, parameters=slim)
+    assert slim.batches == 3
+    encrypted = encrypt(np.zeros(40_000, np.int64), terms, randomness=lambda size: bytes(range(size)))
+    batches = opened(residues_of(encrypted.messages, terms), terms, encrypted.key)
+    errors = [error for rows in batches for error in whole(rows, terms)]
+    assert errors == sample(bytes(range(32)), slim.degree * (1 + slim.blocks))[slim.degree :].tolist()
+
+
 def test_keys_and_errors_are_fresh_for_every_ciphertext() -> None:
     """Of the same vector in the same round: no coefficient stream is shared, and with the same seed it would be."""
     import secrets

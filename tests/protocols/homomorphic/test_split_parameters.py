@@ -120,8 +120,7 @@ def test_what_a_choice_promises(parties: int, bound: int, length: int) -> None:
     # Room for errors: their bound twice over in each direction.
     assert chosen.error_bound(parties) >= 11.6 * 6.4 * math.sqrt(parties)
     assert chosen.error_bound(parties) << MARGIN_BITS <= 1 << chosen.scale_bits - 1
-    assert chosen.margin_bits >= MARGIN_BITS
-    assert chosen.margin_bits < MARGIN_BITS + 1
+    assert 1 <= MARGIN_BITS <= chosen.margin_bits < MARGIN_BITS + 1
     assert 1 <= len(chosen.digits) <= MAX_DIGITS
     assert chosen.blocks * chosen.block_values >= length > (chosen.blocks - 1) * chosen.block_values
     assert chosen.message_blocks % BATCH == 0
@@ -132,10 +131,10 @@ def test_what_a_choice_promises(parties: int, bound: int, length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parties", "bound"), [(2, 1), (10, 2**20), (1000, 2**20), (2, 2**51), (2, 2**61), (3, 2**51 - 1)]
+    ("parties", "bound"), [(2, 1), (10, 2**20), (1000, 2**20), (2, 2**51), (2, 2**61), (3, 2**51 - 1), (4, 2**25 - 1)]
 )
 def test_digits_are_exact_and_cover_every_value_once(parties: int, bound: int) -> None:
-    chosen = choose(spec_of(parties, bound))
+    chosen = choose(spec_of(parties, bound, 10**6))
     whole = [j for digit in chosen.digits if not digit.half for j in range(digit.first, digit.first + digit.count)]
     halves = [(digit.first, digit.half) for digit in chosen.digits if digit.half]
     assert sorted(whole) == (list(range(chosen.slots)) if whole else [])
