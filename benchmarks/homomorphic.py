@@ -30,6 +30,7 @@ from typing import Any
 import homomorphic_shared as shared
 import numpy as np
 import torch
+from homomorphic_shared import interleaved
 
 from choral import Homomorphic, Masked
 from choral.protocols import SumSpec, integers, stream
@@ -44,19 +45,6 @@ from choral.protocols.masks import masked
 Line = dict[str, Any]
 MODEL = 25_600_000
 """Parameters of a ResNet-50."""
-
-
-def interleaved(repeats: int, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median processor seconds per call of each, taking turns, after one call each to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def names(n: int) -> tuple[str, ...]:

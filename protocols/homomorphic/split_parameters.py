@@ -120,11 +120,6 @@ class SplitParameters:
         return min(BATCH, self.blocks - BATCH * batch)
 
     @property
-    def key_bound(self) -> int:
-        """The largest magnitude of a key's coefficient."""
-        return TAIL
-
-    @property
     def margin_bits(self) -> float:
         """By how many bits the room for errors passes their bound when all parties are in the sum."""
         return self.scale_bits - 1 - math.log2(self.error_bound(len(self.spec.parties)))
