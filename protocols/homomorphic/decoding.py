@@ -16,7 +16,7 @@ def decode(residues: NDArray[np.int32], chosen: SplitParameters, parties: int) -
     residues: shape (L, M). parties: how many are in the sum. The result: int64, shape (slots, M).
 
     Raises: GarbledSumError unless every sum of errors is within its bound and every value within parties * bound; a
-    coefficient that is uniform modulo q passes with probability below 2^-MARGIN_BITS, a block of them never.
+    coefficient that is uniform modulo q passes with probability of about 2^-MARGIN_BITS or less, a block of them never.
     """
     # Half of each field's range is added, so that none is negative.
     half = (1 << chosen.scale_bits - 1) + sum(

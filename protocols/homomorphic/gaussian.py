@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from decimal import Decimal, localcontext
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +73,8 @@ def _refined(seed: bytes, word: int, place: int) -> int:
     return sum(value < threshold for threshold in THRESHOLDS)
 
 
-def density(sigma: Decimal = SIGMA) -> dict[int, Any]:
+def density() -> dict[int, int]:
     """The probabilities that :func:`sample` has, as exact integers over 2^128; for tests and documentation."""
-    tails = [1 << _PRECISION, *_thresholds(sigma), 0]
+    tails = [1 << _PRECISION, *THRESHOLDS, 0]
     exact = {k: (tails[k] - tails[k + 1]) * 2 for k in range(len(tails) - 1)}
     return {x: exact[abs(x)] if x == 0 else exact[abs(x)] // 2 for x in range(-TAIL, TAIL + 1)}

@@ -11,7 +11,7 @@ transform is that of Longa and Naehrig 2016 (algorithm 1: decimation in time, ro
 permutation); its output order is bit-reversed and nobody needs it otherwise.
 
 Magnitudes. A stage adds to each value a product of magnitude p/2 at most, so after k stages they are below
-(k + 1) p/2 + k; the next product with a balanced root is below (k + 1) 2^50 + 2^27, exact for k <= 6. So values are
+(k + 1) p/2 + 3 k; the next product with a balanced root is below (k + 1) 2^50 + 2^30, exact for k <= 6. So values are
 reduced after REDUCE stages, of 11 to 13.
 """
 
@@ -75,8 +75,8 @@ class Ring:
 @lru_cache(maxsize=8)
 def ring(degree: int, primes: tuple[int, ...]) -> Ring:
     """The ring with its tables. Raises: SpecError for another degree, or a number that is no such prime."""
-    if degree < 8 or degree & degree - 1:
-        raise SpecError(f"expected a ring degree that is a power of two from 8, got {degree}")
+    if not 8 <= degree <= 1 << 2 * REDUCE or degree & degree - 1:
+        raise SpecError(f"expected a ring degree that is a power of two from 8 to {1 << 2 * REDUCE}, got {degree}")
     for prime in primes:
         if prime >= 1 << MAX_PRIME_BITS or prime % (2 * degree) != 1 or not _is_prime(prime):
             raise SpecError(f"{prime} is no prime below 2^{MAX_PRIME_BITS} that is 1 mod {2 * degree}")

@@ -32,8 +32,10 @@ sample when one adds, oneself, a secret and errors of width sigma / 2 around T'/
 the smoothing parameter of Z the sum of the two is D(sigma / sqrt 2, T'/2) (Peikert 2010, theorem 3.1; Micciancio and
 Peikert 2013, theorem 3.3): at sigma / 2 = 3.2 to within 2^-140 per coefficient. This is Hint-RLWE (Kim, Lee, Seo and
 Song 2023, theorem 1: 1 / sigma_0^2 = 2 (1 / sigma^2 + 1 / sigma^2)) with the other party as the hint's mask.
+(4) Of an honest party outside V nothing but its c_uk is ever known: plain ring-LWE at width 6.4.
 So: the guarantee holds if ring-LWE with secrets and errors of width 3.2 is hard at (N, q), and the masked sum is
-secure. Each exchange costs one such assumption, in as many samples as there are blocks.
+secure. Each exchange costs that assumption twice (c_i to uniform and back), in as many samples as there are blocks, and
+the distances of (3) and of the sampler (2^-120) for every coefficient: below 2^-80 in all for the longest vector.
 
 **Who chooses the survivors.** The exchange of (2) holds for a V that the server picks after seeing the ciphertexts, as
 long as i and j are both in V or both out. The whole statement, over several exchanges, is for a V that does not depend
@@ -43,12 +45,15 @@ can open later.
 
 **Why fresh keys and public randomness.** Two vectors under one key and one a_k subtract to Delta (m - m') plus small
 errors. A key is drawn here, inside :func:`encrypt`, and never an argument; a_k is derived from the session's digest,
-which every party has put a nonce into after all were committed, and the round's number.
+which every party has put a nonce into after all were committed, and the round's number. (Who shows its nonce last can
+stop an opening and have another: a choice among a few uniform a_k, not a choice of a_k.)
 
 **Parameters.** sigma = 6.4, so that the assumption is at width 3.2, that of the homomorphic encryption standard
 (8 / sqrt 2 pi = 3.19); N and log2 q within its table for secrets from the error distribution, at 128 bits
 (:data:`~choral.protocols.homomorphic.split_parameters.MODULUS_LIMIT`); a_k from AES-128 in counter mode under a public
-seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform.
+seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform. "128 bits" is in the cost model of that
+standard, and in gates; by core-SVP the same rings have 100 to 106
+(tests/protocols/homomorphic/test_lattice_security.py).
 
 **What it does not do.** A corrupt party can send any vector, or garble the sum: that is found, but not whose it was.
 """
@@ -63,7 +68,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols import messages as wire
-from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVectorError, StateUsedError
+from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVectorError, SpecError, StateUsedError
 from choral.protocols.homomorphic.decoding import decode
 from choral.protocols.homomorphic.gaussian import sample
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
@@ -221,6 +226,12 @@ class Collector:
             )
         arrived.append(message.body)
 
+    def restart(self, party: str) -> None:
+        """Forget what a party has sent so far: it begins anew, under a fresh key. Not once its ciphertext is in the
+        sum."""
+        if party in self._arriving:
+            self._arriving[party] = []
+
     def complete(self, party: str) -> bool:
         """Whether all of its messages are there: only then its key may be let into the masked sum."""
         return party in self._arriving and len(self._arriving[party]) == self._terms.parameters.messages
@@ -245,10 +256,13 @@ class Collector:
     def open(self, keys: IntVector, survivors: Sequence[str]) -> IntVector:
         """The sum over ``survivors``, whose keys add up to ``keys`` (int64, shape (N,)): int64, shape (length,).
 
-        Raises: StateUsedError the second time, or when others than the survivors are in the sum; GarbledSumError.
+        Raises: StateUsedError the second time, or when others than the survivors are in the sum; SpecError for keys of
+        another shape; GarbledSumError.
         """
         if self._opened:
             raise StateUsedError("this round is finished")
+        if keys.shape != (self._terms.parameters.degree,):
+            raise SpecError(f"expected {self._terms.parameters.degree} numbers as the sum of keys, got {keys.shape}")
         if set(survivors) != self._included:
             raise StateUsedError("the keys are summed over other parties than the ciphertexts")
         self._opened = True

@@ -148,7 +148,9 @@ class SplitParameters:
 
 
 def choose(spec: SumSpec) -> SplitParameters:
-    """The parameters with the fewest bytes on the wire for this vector, keys included; the smaller ring among equals.
+    """The fewest bytes on the wire for this vector, keys included, of any ring with as few primes as will do.
+
+    One more prime of fewer bits would save up to 1.3 % of bytes for an eighth more work. The smaller ring among equals.
 
     Raises: SpecError when no ring has room for one sum of these values and the errors.
     """

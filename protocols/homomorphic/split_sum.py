@@ -58,6 +58,7 @@ class SplitSession:
             "scheme": "symmetric BFV, each party under its own key; the sum of keys by the masked sum",
             "server_learns": "the sum over the survivors, the sums of their keys and errors, and who they are",
             "security_bits": min(SECURITY_BITS, masked["security_bits"]),
+            "security_estimate": "the homomorphic encryption standard's cost model; core-SVP: 100 to 106",
             "ring_degree": chosen.degree,
             "coefficient_modulus_bits": chosen.modulus_bits,
             "plaintext_modulus_bits": chosen.slots * chosen.slot_bits,
@@ -93,6 +94,7 @@ class SplitSumRound:
         InputError for another vector than agreed on, after which the party may submit a right one.
         """
         self._masked.check(party)
+        self._collector.restart(party)  # what an earlier try that failed midway has left
         encrypted = encrypt(vector, self._terms, randomness=secrets.token_bytes)
         for raw in encrypted.messages:
             self._collector.receive(party, self._traffic.up(party, raw))

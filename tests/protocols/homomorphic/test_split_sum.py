@@ -364,7 +364,7 @@ def test_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch, wiretap: Any) ->
         except ConnectionError as error:
             shown.append(repr(error))
     with pytest.raises(FaultyPartyError) as caught:
-        summing.submit("east", np.array(VECTORS["east"]))
+        summing._collector.include("south")
     shown += [str(caught.value), repr(caught.value), caught.value.hint]
     _, keys, seeds = wiretap()
     for text in shown:
@@ -416,3 +416,17 @@ def test_the_statement_says_what_is_trusted_and_what_was_chosen() -> None:
     assert statement["security_bits"] <= 128
     assert statement["noise_margin_bits"] >= 1
     assert statement["min_survivors"] >= statement["corrupt"] + 2
+
+
+def test_a_submission_that_broke_off_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SumSpec(parties=("north", "south", "east"), length=40, bound=5)
+    session = Homomorphic().open(spec)
+    summing = session.begin()
+    vector = np.arange(40, dtype=np.int64) % 5
+    with monkeypatch.context() as broken:
+        broken.setattr(masked.MaskedRound, "submit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            summing.submit("north", vector)
+    for party in spec.parties:
+        summing.submit(party, vector)
+    assert summing.finish().total.tolist() == (3 * vector).tolist()
