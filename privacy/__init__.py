@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from choral.privacy.events import ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
     from choral.privacy.guard import Guard, Privacy
+    from choral.privacy.layers import replace_layers
     from choral.privacy.ledger import Ledger
     from choral.privacy.model import unwrap
     from choral.privacy.spent import Spent
@@ -53,6 +54,7 @@ _HOME = {
     "UnsupportedLoaderError": "errors",
     "UnsupportedModelError": "errors",
     "budget": "accounting",
+    "replace_layers": "layers",
     "unwrap": "model",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "UnsupportedLoaderError",
     "UnsupportedModelError",
     "budget",
+    "replace_layers",
     "unwrap",
 ]
 

@@ -376,8 +376,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}: it mixes the records of a batch, so no record has a "
                 "gradient of its own, and its running statistics would be published without noise",
-                hint="Use nn.GroupNorm(min(32, channels), channels); with DP it usually costs no accuracy, while "
-                "small noisy batches make BatchNorm worse.",
+                hint="Call choral.privacy.replace_layers(model) before wrap(), or use nn.GroupNorm; with DP it usually "
+                "costs no accuracy, while small noisy batches make BatchNorm worse.",
             )
         if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
             raise UnsupportedModelError(
@@ -396,18 +396,15 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 "without noise",
                 hint="Leave max_norm out.",
             )
+        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
+                hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
+            )
         for error in validator(layer) if validator else ():
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
-                hint=_REPLACEMENTS.get(kind, f"Opacus says: {str(error).splitlines()[0]}"),
+                hint=f"Opacus says: {str(error).splitlines()[0]}",
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
-
-
-_REPLACEMENTS = {
-    "LSTM": "Use opacus.layers.DPLSTM, which takes the same arguments and weights.",
-    "GRU": "Use opacus.layers.DPGRU, which takes the same arguments and weights.",
-    "RNN": "Use opacus.layers.DPRNN, which takes the same arguments and weights.",
-    "MultiheadAttention": "Use opacus.layers.DPMultiheadAttention, which takes the same arguments.",
-}
