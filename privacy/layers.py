@@ -1,4 +1,6 @@
-"""Layers that have no per-sample gradients, replaced by ones that have: same parameters, same arguments, same results.
+"""Layers that have no per-sample gradients: refused by name, or replaced by ones that have.
+
+The substitutes have the same parameters, take the same arguments and give the same results, but for the last kind.
 
 `nn.LSTM`, `nn.GRU` and `nn.RNN` become stacks of Opacus' recurrent layers, each of one layer: in Opacus' own stacks
 dropout falls on the state that is handed from step to step, in torch's between the layers, and so it does here.
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
+from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
@@ -48,6 +51,8 @@ def replace_layers(model: nn.Module) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in model.named_modules():  # each once, however often it is used
         make = _SUBSTITUTES.get(type(layer))
+        if make is None and isinstance(layer, nn.RNNBase | nn.MultiheadAttention | _BatchNorm):
+            raise _cannot(name, layer, "is not torch's own class", "Use torch's class, or put layers in its place.")
         if make is not None:
             _refuse_hooks(name, layer)
             made[layer] = make(name, layer).train(layer.training)
@@ -56,6 +61,60 @@ def replace_layers(model: nn.Module) -> nn.Module:
             if child in made:
                 parent._modules[name] = made[child]
     return made.get(model, model)
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the layer, if `model` holds one whose gradients no record has of its own."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(model, GradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
+        raise UnsupportedModelError(
+            "the model was already wrapped by Opacus or is a copy of a wrapped model",
+            hint="Wrap the plain model; copy models with choral.privacy.unwrap(model) first.",
+        )
+    for name, layer in model.named_modules():
+        kind = type(layer).__name__
+        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UnsupportedModelError(
+                f"the model is a {kind}; several processes on one dataset are not accounted for",
+                hint="Wrap the plain model in one process, or make each process a party of federate().",
+            )
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind}: it mixes the records of a batch, so no record has a "
+                "gradient of its own, and its running statistics would be published without noise",
+                hint="Call choral.privacy.replace_layers(model) before wrap(), or use nn.GroupNorm; with DP it usually "
+                "costs no accuracy, while small noisy batches make BatchNorm worse.",
+            )
+        if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+            raise UnsupportedModelError(
+                f"layer {name} is a {kind} with running statistics, which would be published without noise",
+                hint="Set track_running_stats=False.",
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} with sparse gradients; noise makes every gradient dense",
+                hint="Set sparse=False.",
+            )
+        validator = ModuleValidator.VALIDATORS.get(type(layer))
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} with max_norm, which rewrites the rows that a batch uses, "
+                "without noise",
+                hint="Leave max_norm out.",
+            )
+        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
+                hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
+            )
+        for error in validator(layer) if validator else ():
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
+                hint=f"Opacus says: {str(error).splitlines()[0]}",
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
 
 
 class Recurrent(nn.Module):

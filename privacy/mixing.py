@@ -72,16 +72,31 @@ def rows_of(inputs: Any, drawn: int | None) -> int:
     return lengths[0]
 
 
-def refuse_by_value(forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
-    """Run `forward` with other records in place of some; raise UnsupportedModelError if the rest notice."""
+def run(forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int) -> Any:
+    """Return what `forward` makes of the records `take`, without gradients; torch's random numbers stay as they were.
+
+    rows: how many records `args` and `kwargs` hold.
+    """
     devices = sorted({t.device.index for t in tensors((args, kwargs)) if t.device.type == "cuda"})
 
-    def outputs(take: torch.Tensor) -> list[torch.Tensor]:
-        def picked(t: torch.Tensor) -> torch.Tensor:
-            return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
+    def picked(t: torch.Tensor) -> torch.Tensor:
+        return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
 
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            return _by_record(forward(*changed(args, picked), **changed(kwargs, picked)), rows)
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        return forward(*changed(args, picked), **changed(kwargs, picked))
+
+
+def same(a: Any, b: Any, rows: int) -> bool:
+    """Return whether two outputs of a model for `rows` records are equal, but for rounding."""
+    x, y = _by_record(a, rows), _by_record(b, rows)
+    return len(x) == len(y) and all(map(_close, x, y))
+
+
+def refuse_by_value(forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
+    """Run `forward` with other records in place of some; raise UnsupportedModelError if the rest notice."""
+
+    def outputs(take: torch.Tensor) -> list[torch.Tensor]:
+        return _by_record(run(forward, args, kwargs, take, rows), rows)
 
     as_it_is = torch.arange(rows)
     whole, again = outputs(as_it_is), outputs(as_it_is)

@@ -18,12 +18,12 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import prepare_layer
 from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN, RNNLinear
-from opacus.validators import ModuleValidator
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from choral.privacy import ghost, mixing
+from choral.privacy import ghost, mixing, positions
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
+from choral.privacy.layers import refuse_unsupported
 
 _OPACUS_RULES: dict[type[nn.Module], Any] = {
     kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -41,6 +41,9 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         self.unmixed = False  # records are treated one by one: found out in the first forward of two or more
         self.drawn: int | None = None  # records in the batch that awaits its step
         self.averages: dict[nn.Parameter, torch.Tensor] = {}  # autograd's gradients, until `checked`
+        self.shared: dict[nn.Module, positions.Shared] | None = None  # embeddings of what is the same for all records
+        self._expanding = False  # their outputs, although nothing is trained now
+        self._records: int | None = None  # in the forward pass that runs
         self._seen: list[torch.Tensor] | None = (
             None  # what goes into and out of trainable layers, while they are looked at
         )
@@ -115,18 +118,35 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         while self._spared:
             self._spared.pop().requires_grad_(True)
         given = (*args, *kwargs.values())
-        if not isinstance(output, torch.Tensor) or not self._watches(module) or not given:
+        if not isinstance(output, torch.Tensor) or not (self._watches(module) or self._expanding) or not given:
             return None
-        self._refuse_single_values(module, given[0])
-        use = _Forward(module, given[0].detach(), given[0]._version, _trainable(module))
-        result = None
+        a, result = given[0], None
+        if self.shared and module in self.shared:
+            a, output = self._for_each_record(module, a, output)
+            result = output
+        if not self._watches(module):
+            return result
+        self._refuse_single_values(module, a)
+        use = _Forward(module, a.detach(), a._version, _trainable(module))
         if output.requires_grad:
-            output.register_hook(partial(self._hear, use))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._hear, use))
         else:
             result = _Tap.apply(output, self._anchor, partial(self._hear, use))  # type: ignore[no-untyped-call]
         if self._seen is not None:
-            self._seen += [given[0], output if result is None else result]
+            self._seen += [a, output if result is None else result]
         return result
+
+    def _for_each_record(
+        self, module: nn.Module, a: torch.Tensor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input and output of an embedding of what is the same for all records, with a row for each."""
+        kind, records = (self.shared or {})[module], self._records or self.drawn
+        if records is None or not kind.fits(a):
+            raise UnsupportedModelError(
+                f"layer {self.name_of(module)} was given the same for all records at first, and now {tuple(a.shape)}",
+                hint="Give it one row per record, always.",
+            )
+        return kind.expanded(a, records), kind.expanded(output, records).clone()
 
     def _hear(self, use: _Forward, gradient: torch.Tensor) -> None:
         """Take in the gradient of the output of a layer, in a backward pass."""
@@ -226,10 +246,13 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's model; once, on a batch of two or more, check that it treats records one by one."""
-        if self.unmixed or not self.training or not torch.is_grad_enabled():
+        training = self.training and torch.is_grad_enabled()
+        if not training or (self.unmixed and not self.shared):
             return self._module(*args, **kwargs)
-        rows = mixing.rows_of((args, kwargs), self.drawn)
-        if rows < 2:
+        self._records = rows = mixing.rows_of((args, kwargs), self.drawn)
+        if self.shared is None:
+            self._find_shared(args, kwargs, rows)
+        if self.unmixed or rows < 2:
             return self._module(*args, **kwargs)
         mixing.refuse_by_value(self._module, args, kwargs, rows)
         inputs: list[torch.Tensor] = []
@@ -250,6 +273,22 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             self._seen = None
             self.enable_hooks()
         return output
+
+    def _find_shared(self, args: Any, kwargs: Any, rows: int) -> None:
+        """Find the embeddings of what is the same for all records, and refuse a model that needs them to stay so."""
+        self.shared = positions.shared_embeddings(self._module, args, kwargs, rows)
+
+        def mended(yes: bool) -> None:
+            self._expanding = yes
+
+        if self.shared and not positions.computes_the_same(self._module, args, kwargs, rows, mended):
+            names = ", ".join(self.name_of(layer) for layer in self.shared)
+            self.shared = None
+            raise UnsupportedModelError(
+                f"layer {names} is given the same for all records, and the model computes something else when each "
+                "record has its own row of the output",
+                hint=f"Expand its input to the batch: {names.split(', ')[0]}(positions.expand(len(x), -1)).",
+            )
 
     def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
         """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""
@@ -284,6 +323,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         self.averages.clear()
         self.uses.clear()
         self.astray.clear()
+        self._records = None
 
 
 @dataclass(frozen=True)
@@ -336,7 +376,7 @@ def with_per_sample_gradients(model: nn.Module) -> PerSampleModel:
     wrapper = known() if known is not None else None
     if wrapper is not None and hasattr(model, "autograd_grad_sample_hooks"):
         return wrapper
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     try:
         wrapper = PerSampleModel(model)
     except NotImplementedError as error:  # a trainable layer with buffers
@@ -355,56 +395,3 @@ def unwrap(model: nn.Module) -> nn.Module:
     plain: nn.Module = model.to_standard_module()
     _wrapped.pop(plain, None)
     return plain
-
-
-def _refuse_unsupported(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if isinstance(model, GradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
-        raise UnsupportedModelError(
-            "the model was already wrapped by Opacus or is a copy of a wrapped model",
-            hint="Wrap the plain model; copy models with choral.privacy.unwrap(model) first.",
-        )
-    for name, layer in model.named_modules():
-        kind = type(layer).__name__
-        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UnsupportedModelError(
-                f"the model is a {kind}; several processes on one dataset are not accounted for",
-                hint="Wrap the plain model in one process, or make each process a party of federate().",
-            )
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}: it mixes the records of a batch, so no record has a "
-                "gradient of its own, and its running statistics would be published without noise",
-                hint="Call choral.privacy.replace_layers(model) before wrap(), or use nn.GroupNorm; with DP it usually "
-                "costs no accuracy, while small noisy batches make BatchNorm worse.",
-            )
-        if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
-            raise UnsupportedModelError(
-                f"layer {name} is a {kind} with running statistics, which would be published without noise",
-                hint="Set track_running_stats=False.",
-            )
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} with sparse gradients; noise makes every gradient dense",
-                hint="Set sparse=False.",
-            )
-        validator = ModuleValidator.VALIDATORS.get(type(layer))
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} with max_norm, which rewrites the rows that a batch uses, "
-                "without noise",
-                hint="Leave max_norm out.",
-            )
-        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
-                hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
-            )
-        for error in validator(layer) if validator else ():
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
-                hint=f"Opacus says: {str(error).splitlines()[0]}",
-            )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")

@@ -99,29 +99,6 @@ def test_no_trainable_parameter_is_refused() -> None:
         with_per_sample_gradients(lambda x: x)  # type: ignore[arg-type]
 
 
-def test_position_embedding_with_a_broadcast_batch_dimension_is_named() -> None:
-    """GPT's and BERT's way; Opacus' validator calls it fine."""
-    model = Apply(
-        lambda m, t: m.head(m.wte(t) + m.wpe(torch.arange(t.shape[1])[None])),
-        wte=nn.Embedding(5, 6),
-        wpe=nn.Embedding(3, 6),
-        head=nn.Linear(6, 5),
-    )
-    with pytest.raises(UnsupportedModelError, match=r"wpe\.weight has gradients for 1 samples, but 4") as caught:
-        one_step(model, tokens)
-    assert "expand position indices" in caught.value.hint
-
-
-def test_position_embedding_expanded_to_the_batch_is_fine() -> None:
-    model = Apply(
-        lambda m, t: m.head(m.wte(t) + m.wpe(torch.arange(t.shape[1]).expand_as(t))),
-        wte=nn.Embedding(5, 6),
-        wpe=nn.Embedding(3, 6),
-        head=nn.Linear(6, 5),
-    )
-    one_step(model, tokens)
-
-
 def test_bare_parameter_beside_layers_is_named() -> None:
     """A class token or a learned position: functorch takes the whole module, and the check holds it to autograd."""
     model = Apply(lambda m, x: m.head(x * m.scale), scale=nn.Parameter(torch.ones(6)), head=nn.Linear(6, 2))
