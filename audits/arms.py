@@ -110,11 +110,15 @@ def _fewest_survivors(runs: Sequence[Run]) -> int | None:
 
 
 def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:
-    points = []
+    points, moved, seconds = [], 0.0, 0.0
     for entries in zip(*(run.history for run in runs), strict=True):
         scores = [entry.metrics[metric] for entry in entries]
         mean = math.fsum(scores) / len(scores)
-        points.append(Point(round=entries[0].round, mean=mean, low=min(scores), high=max(scores)))
+        moved += math.fsum(entry.bytes_up + entry.bytes_down for entry in entries) / len(entries)
+        seconds += math.fsum(entry.seconds for entry in entries) / len(entries)
+        points.append(
+            Point(round=entries[0].round, mean=mean, low=min(scores), high=max(scores), bytes=moved, seconds=seconds)
+        )
     return tuple(points)
 
 

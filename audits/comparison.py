@@ -12,6 +12,8 @@ import msgspec
 from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
 from choral.audits.claims import caveats, merged_versions
+from choral.audits.price import Costs, costs_of
+from choral.audits.prices import Prices, read_prices
 from choral.audits.report import (
     FORMAT_VERSION,
     NOT_RUN,
@@ -39,7 +41,8 @@ class Comparison(
     """What :func:`compare` found. JSON holds exactly these fields, and HTML is drawn from them alone.
 
     metric: which evaluation is compared. baseline: the arm that differences are to. made: when, in UTC.
-    level: of every interval. matches: final weights under different secure sums, per seed.
+    level: of every interval. matches: final weights under different secure sums, per seed. costs: rounds, bytes,
+    seconds, energy and money, with the prices used; None where the runs did not record what they need.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -53,6 +56,7 @@ class Comparison(
     budgets: tuple[BudgetCurve, ...] = ()
     checks: tuple[Check, ...]
     matches: tuple[WeightsMatch, ...] = ()
+    costs: Costs | None = None
     not_run: tuple[NotRun, ...] = NOT_RUN
     caveats: tuple[str, ...]
     versions: dict[str, str]
@@ -88,6 +92,7 @@ def compare(
     baseline: str | None = None,
     metric: str = "accuracy",
     title: str = TITLE,
+    prices: Prices | None = None,
 ) -> Comparison:
     """Compare arms, each one run or several that differ in their seed.
 
@@ -97,6 +102,7 @@ def compare(
     baseline: the arm that differences are to; by default ``cloud``, else the first centralized arm without privacy,
         else the first arm.
     metric: which of the evaluations to compare.
+    prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
 
     Intervals are Student's at 95 %, over seeds; differences are paired by seed where the seeds are the same.
 
@@ -126,6 +132,7 @@ def compare(
         budgets=curves,
         checks=checks,
         matches=matches,
+        costs=costs_of(ready, prices or read_prices()),
         caveats=caveats(private=any(info.privacy is not None for info in every), compared=True),
         versions=merged_versions(every),
     )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from choral.audits import figures, text
+from choral.audits import figures, price_figures, text
 from choral.audits.claims import no_claim
+from choral.audits.price import Costs
 from choral.audits.report import ORDER, Arm, BudgetPoint, Check, Verdict, WeightsMatch
 from choral.audits.svg import arm_classes
 
@@ -41,6 +42,9 @@ def comparison_page(report: Comparison) -> str:
             statements=statements(report.arms),
             settings=settings(report.arms),
             rounds=figures.rounds_figure(report.arms, report.metric, colours),
+            by_bytes=price_figures.progress_figure(report.arms, report.metric, colours, "bytes"),
+            by_seconds=price_figures.progress_figure(report.arms, report.metric, colours, "seconds"),
+            crossovers=crossovers(report.costs),
             budget=figures.budget_figure(report.budgets, references[:2], report.metric, colours)
             if report.budgets
             else None,
@@ -84,6 +88,16 @@ def audit_lead(report: Audit) -> str:
     return said + " No attack was run."
 
 
+def crossovers(costs: Costs | None) -> list[tuple[str, figures.Figure]]:
+    """The drawings of money and of time, where there is a cloud and a federation to set against each other."""
+    if costs is None or costs.workload is None:
+        return []
+    return [
+        (word, price_figures.crossover_figure(costs.workload, costs.crossover, kind))
+        for word, kind in (("cheaper", "usd"), ("faster", "seconds"))
+    ]
+
+
 def _settings_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
 
@@ -104,10 +118,13 @@ def _environment() -> Environment:
         power=text.power,
         cost=text.cost,
         duration=text.duration,
+        money=text.money,
+        energy=text.energy,
         no_claim=no_claim,
         words=_WORDS,
     )
     environment.filters["plain"] = _plain
+    environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
     environment.filters["words"] = lambda key: str(key).replace("_", " ")
     return environment
 

@@ -44,12 +44,17 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The metric after one round: mean, least and greatest over seeds."""
+    """The metric after one round: mean, least and greatest over seeds.
+
+    bytes: sent and received by the busiest party up to then; seconds: of training up to then; both means over seeds.
+    """
 
     round: int
     mean: float
     low: float
     high: float
+    bytes: float | None = None
+    seconds: float | None = None
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -64,3 +64,20 @@ def duration(seconds: float) -> str:
     if seconds < 3599.5:
         return f"{round(seconds) // 60}{NBSP}min {round(seconds) % 60:02d}{NBSP}s"
     return f"{seconds / 3600:.1f}{NBSP}h"
+
+
+def money(usd: float) -> str:
+    """US dollars to two significant digits: a modelled bill has no more."""
+    if usd >= 1000:
+        return f"{usd:,.0f}{NBSP}USD"
+    if usd >= 0.01 or usd == 0:
+        return f"{usd:.2f}{NBSP}USD" if usd >= 0.1 else f"{usd:.3f}{NBSP}USD"
+    return f"{power(usd) if usd < 0.001 else f'{usd:.4f}'}{NBSP}USD"
+
+
+def energy(joules: float) -> str:
+    """Joules in a unit of everyday size."""
+    for size, unit in ((3.6e6, "kWh"), (1e3, "kJ")):
+        if joules >= size:
+            return f"{joules / size:.3g}{NBSP}{unit}"
+    return f"{joules:.3g}{NBSP}J"

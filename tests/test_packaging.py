@@ -50,7 +50,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"choral/" + path.name for path in (ROOT / "src/choral").glob("*.py")} | {"choral/py.typed"}
     for room in ROOMS:
-        for kind in ("*.py", "*.html"):
+        for kind in ("*.py", "*.html", "prices.toml"):
             expected |= {f"choral/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(kind)}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.errors import DataError
 from choral.privacy import Privacy
+from choral.trainers.energy import EnergyMeter
 from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, nothing_left, open_guards
 from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
@@ -69,13 +70,14 @@ def centralize(
         layout = Layout(model)
         layout.check(start, "the pooled data")
         model.load_state_dict(start.state_dict())
-        recorder.begin(msgspec.structs.replace(info, parameters=layout.length))
+        meter = EnergyMeter(on)
+        recorder.begin(msgspec.structs.replace(info, parameters=layout.length, meters=meter.meters))
         recorder.restore(model, layout, optimizer)
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
         trained = model
         for number in range(recorder.completed + 1, rounds + 1):
-            started = time.perf_counter()
+            started, _ = time.perf_counter(), meter.take()
             model.train()
             with seeded(seed, number, POOLED):
                 arguments = (trained, optimizer, loader)
@@ -88,13 +90,13 @@ def centralize(
                     f"training on the pooled data diverged in round {number}: the weights are not finite",
                     hint="lower the learning rate; the last good round is kept",
                 )
-            seconds = time.perf_counter() - started
+            seconds, joules = time.perf_counter() - started, meter.take()
             spent = {name: guard.spent() for name, guard in guards.items()}
             entry = Round(
                 round=number,
                 metrics=metrics_of(evaluate, model),
                 epsilon=spent[POOLED].epsilon if spent else None,
-                **{**NOTHING, "seconds": seconds, "survivors": len(parties)},
+                **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )
             recorder.add(entry, model, spent, optimizer)
             if on_round:

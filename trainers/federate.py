@@ -25,6 +25,7 @@ from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, Ledg
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumResult, SumSession
 from choral.trainers.coders import Coder, WeightedCoder, open_clients
+from choral.trainers.energy import EnergyMeter
 from choral.trainers.fedavg import server_step
 from choral.trainers.local import Resident, resolve_device, seeded
 from choral.trainers.record import Recorder
@@ -102,17 +103,18 @@ def federate(
             )
         session = secure_sum.open(coder.spec)
         coder.check(session)
-        recorder.begin(_complete(info, resident, secure_sum, session, coder))
+        meter = EnergyMeter(on)
+        recorder.begin(_complete(info, resident, secure_sum, session, coder, meter))
         weights = recorder.restore(resident.model, resident.layout)
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
         for number in range(recorder.completed + 1, rounds + 1):
-            started = time.perf_counter()
+            started, _ = time.perf_counter(), meter.take()
             present = _present(tuple(parties), dropout_rate, seed, number)
             result = _one_round(resident, session, coder, present, weights, number)
             weights = server_step(weights, coder.decode(result))
             resident.layout.write(weights)
-            seconds = time.perf_counter() - started
+            seconds, joules = time.perf_counter() - started, meter.take()
             spent = coder.spent()
             entry = Round(
                 round=number,
@@ -123,6 +125,7 @@ def federate(
                 bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
                 clip=coder.clip,
+                joules=joules,
             )
             recorder.add(entry, resident.model, spent)
             if on_round:
@@ -155,12 +158,15 @@ def describe(
     )
 
 
-def _complete(info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: Coder) -> RunInfo:
+def _complete(
+    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: Coder, meter: EnergyMeter
+) -> RunInfo:
     return msgspec.structs.replace(
         info,
         parameters=resident.layout.length,
         secure_sum={"name": secure_sum.name, **session.statement},
         fixed_point=coder.fixed_point,
+        meters=meter.meters,
     )
 
 

@@ -32,7 +32,17 @@ from choral.privacy import Spent
 
 FORMAT_VERSION = 1
 _LOCK = ".lock"
-_SHARED_KEYS = {"title", "seeds", "device", "epsilons", "arms", "privacy", "seed"}  # of the job, or compared elsewhere
+_SHARED_KEYS = {
+    "title",
+    "seeds",
+    "device",
+    "epsilons",
+    "arms",
+    "privacy",
+    "seed",
+    "prices",
+    "price",
+}  # of the job, or compared elsewhere
 _NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
 
 
@@ -48,7 +58,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
         busiest party in this round, the download of the global model included. epsilon: the worst data holder's
         spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
-        where they are not clipped.
+        where they are not clipped. joules: of the machine's meters in this round, None where none could be read.
     """
 
     round: int
@@ -59,6 +69,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bytes_down: int
     epsilon: float | None = None
     clip: float | None = None
+    joules: float | None = None
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,7 +83,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
     config: the settings that the user typed, as they were typed.
-    ended: why the run was closed before its last round; empty otherwise.
+    ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -91,6 +102,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
     ended: str = ""
+    meters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

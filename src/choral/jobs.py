@@ -210,7 +210,7 @@ def run_comparison(
 
     Raises: ConfigError for settings that leave nothing to compare; RunFolderError if ``out`` holds another run.
     """
-    from choral.audits import compare
+    from choral.audits import compare, read_prices
     from choral.trainers import Run
 
     _check(settings)
@@ -233,6 +233,7 @@ def run_comparison(
             if arm.private and len(settings.epsilons) > 0
         },
         title=settings.title,
+        prices=read_prices(settings.prices, settings.price),
     )
     comparison.save(out / "report.json")
     comparison.save(out / "report.html")
@@ -310,12 +311,14 @@ def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) ->
 
 def _check(settings: Settings) -> None:
     """Everything that can be refused before a folder is touched or a model is trained."""
+    from choral.audits import read_prices
     from choral.trainers.task import check_parties
 
     if not settings.arms:
         raise ConfigError(
             "there is nothing to compare: no [arms.NAME] in the settings", hint="see examples/digits.toml"
         )
+    read_prices(settings.prices, settings.price)
     if settings.seeds < 1:
         raise ConfigError(f"expected seeds >= 1, got {settings.seeds}", hint="3 to 5 give an interval")
     for epsilon in settings.epsilons:
@@ -357,7 +360,7 @@ def _open(settings: Settings, out: Path, resume: bool) -> None:
     if resume and record.is_file():
         old = json.loads(record.read_text(encoding="utf-8"))
         for key in sorted(old.keys() | wanted.keys()):
-            if key not in {"seeds", "title", "device"} and old.get(key) != wanted.get(key):
+            if key not in {"seeds", "title", "device", "prices", "price"} and old.get(key) != wanted.get(key):
                 raise ConfigError(
                     f"cannot resume {out}: {key} was {old.get(key)}, now it is {wanted.get(key)}",
                     hint="use the same settings, or another --out",

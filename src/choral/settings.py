@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 
+from choral.audits.prices import PriceSettings
 from choral.errors import ConfigError
 from choral.trainers.settings import Split, Training
 
@@ -110,6 +111,9 @@ class Settings:
     training: Training = field(default_factory=Training)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)
+    prices: Path | None = None
+    """Price table (TOML) whose entries replace those of the shipped one."""
+    price: PriceSettings = field(default_factory=PriceSettings)
     arms: dict[str, Arm] = field(default_factory=dict)
     """The arms of the comparison, by name."""
 
@@ -132,7 +136,7 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
         ) from None
     _refuse_unknown(table, kind, str(path), "")
     try:
-        return msgspec.convert(table, kind)
+        return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"{path}: {_cause(error)}", hint="`choral compare --help` lists every key with its type"
@@ -141,7 +145,7 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """The settings as plain JSON data."""
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings))
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings, enc_hook=str))
     return plain
 
 

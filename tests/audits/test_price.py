@@ -1,0 +1,216 @@
+"""Bills by hand-made arithmetic, the crossover against a search over whole bills, and a price table that is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from choral.audits import Comparison, compare
+from choral.audits.price import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
+from choral.audits.price_figures import crossover_figure, log_ticks
+from choral.audits.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
+from choral.errors import ConfigError
+from choral.trainers import Run
+
+MakeRun = Callable[..., Run]
+PRICES = read_prices()
+WORK = Workload(
+    federated="f", cloud="c", parties=10, examples=100.0, record_bytes=264.0, rounds=20, up_bytes=14_000.0,
+    down_bytes=13_000.0, device_seconds=3e-5, accelerator_seconds=5e-7, accelerator_basis="modelled",
+)  # fmt: skip
+
+
+def with_joules(run: Run, joules: float | None) -> Run:
+    history = [msgspec.structs.replace(entry, joules=joules if entry.round else None) for entry in run.history]
+    return dataclasses.replace(run, history=tuple(history))
+
+
+def test_the_shipped_table_is_complete_dated_and_sourced() -> None:
+    table = tomllib.loads(TABLE.read_text("utf-8"))
+    assert set(table) == {"as_of", *KEYS}
+    assert tuple(PRICES.entries) == KEYS
+    for key, price in PRICES.entries.items():
+        assert price.value > 0, key
+        assert price.unit, key
+        dated = "as of 20" in price.source and "check before use" in price.source
+        assert dated or "assumption" in price.source or "data sheet" in price.source or key == "round_trips", key
+
+
+def test_a_pooled_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
+    run = make_run("cloud")
+    made = bill("cloud", [run], PRICES)
+    assert made is not None
+    raw, busy = sum(run.info.raw_bytes.values()), 20 * 0.21 / 20
+    expected = raw / 1e9 * (0.09 + 0.023) + busy / 3600 * 1.006
+    assert made.usd == pytest.approx(expected)
+    assert made.joules == pytest.approx(raw * 1.4e-5 + busy * 150)
+    assert made.energy == "modelled"
+    assert [item.basis for item in made.items] == ["measured", "modelled", "modelled"]
+    assert made.bytes_up == max(run.info.raw_bytes.values())
+    assert made.seconds == pytest.approx(made.bytes_up * 8 / 20e6 + busy)
+
+
+def test_an_accelerator_that_was_there_is_measured(make_run: MakeRun) -> None:
+    made = bill("cloud", [with_joules(make_run("cloud", device="cuda"), 50.0)], PRICES)
+    assert made is not None
+    accelerator = made.items[2]
+    assert (accelerator.basis, accelerator.quantity) == ("measured", pytest.approx(20 * 0.21 / 3600))
+    assert accelerator.joules == 1000.0
+    assert made.energy == "partly measured"
+
+
+def test_a_federated_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
+    run = make_run("federated-masked")
+    made = bill("federated-masked", [run], PRICES)
+    assert made is not None
+    assert (made.bytes_up, made.bytes_down) == (20 * 26_500, 20 * 22_100)
+    wire = 10 * (made.bytes_up + made.bytes_down) / 1e9 * 0.09
+    clock = 20 * 5 * 0.2 + 8 * 20 * 48_600 / 20e6 + 4.2 / 10
+    assert made.seconds == pytest.approx(clock)
+    assert made.usd == pytest.approx(wire + 4.2 * 30 / 3.6e6 * 0.165 + clock / 3600 * 0.096)
+    assert made.joules == pytest.approx(10 * 20 * 48_600 * 1.4e-5 + 4.2 * 30 + clock * 50)
+
+
+def test_energy_is_called_measured_only_where_every_round_has_a_reading(make_run: MakeRun) -> None:
+    run = make_run("federated")
+    metered = bill("federated", [with_joules(run, 7.0)], PRICES)
+    assert metered is not None
+    devices = next(item for item in metered.items if "devices" in item.name)
+    assert (devices.basis, devices.joules, metered.energy) == ("measured", 140.0, "partly measured")
+    torn = dataclasses.replace(run, history=(*with_joules(run, 7.0).history[:-1], run.history[-1]))
+    modelled = bill("federated", [torn], PRICES)
+    assert modelled is not None
+    assert modelled.energy == "modelled"
+
+
+def test_a_run_that_recorded_no_sizes_has_no_bill(make_run: MakeRun) -> None:
+    assert costs_of({"cloud": [make_run("cloud", raw_bytes={})]}, PRICES) is None
+    only = costs_of({"federated": [make_run("federated")]}, PRICES)
+    assert only is not None
+    assert only.workload is None
+
+
+def federation_usd(n: float, m: float) -> float:
+    """The federation's bill, item by item, at n parties of m examples; the oracle of the closed form."""
+    wire = n * WORK.rounds * (WORK.up_bytes + WORK.down_bytes) / 1e9 * 0.09
+    compute = n * m * WORK.rounds * WORK.device_seconds
+    return wire + compute * 30 / 3.6e6 * 0.165 + federation_seconds(m) / 3600 * 0.096
+
+
+def federation_seconds(m: float) -> float:
+    moved = 8 * (WORK.up_bytes + WORK.down_bytes) / 20e6
+    return WORK.rounds * (1.0 + moved + m * WORK.device_seconds)
+
+
+def cloud_usd(n: float, m: float, r: float) -> float:
+    return n * m * (r / 1e9 * (0.09 + 0.023) + WORK.rounds * WORK.accelerator_seconds / 3600 * 1.006)
+
+
+def cloud_seconds(n: float, m: float, r: float) -> float:
+    return m * r * 8 / 20e6 + n * m * WORK.rounds * WORK.accelerator_seconds
+
+
+@pytest.mark.parametrize("parties", [2, 10, 1000, 10**6])
+@pytest.mark.parametrize("size", [264.0, 1e6])
+def test_at_the_crossover_both_cost_the_same(parties: float, size: float) -> None:
+    m = examples_to_be_cheaper(WORK, PRICES, parties, size)
+    assert m is not None
+    assert federation_usd(parties, m) == pytest.approx(cloud_usd(parties, m, size), rel=1e-9)
+    assert federation_usd(parties, 2 * m) < cloud_usd(parties, 2 * m, size)
+    faster = examples_to_be_faster(WORK, PRICES, parties, size)
+    if faster is None:
+        assert federation_seconds(1e12) > cloud_seconds(parties, 1e12, size)
+    else:
+        assert federation_seconds(faster) == pytest.approx(cloud_seconds(parties, faster, size), rel=1e-9)
+        assert federation_seconds(2 * faster) < cloud_seconds(parties, 2 * faster, size)
+
+
+def test_distribution_may_never_pay() -> None:
+    dear = read_prices(changes=PriceSettings(kwh=1e6))
+    assert examples_to_be_cheaper(WORK, dear, 10, 264.0) is None
+    assert examples_to_be_faster(WORK, PRICES, 2, 100.0) is None
+
+
+def test_the_drawing_asks_the_question_and_says_the_numbers(make_run: MakeRun) -> None:
+    costs = costs_of({"cloud": [make_run("cloud")], "federated-masked": [make_run("federated-masked")]}, PRICES)
+    assert costs is not None
+    assert costs.workload is not None
+    drawing = str(crossover_figure(costs.workload, costs.crossover, "usd").wide)
+    assert "Acceleration against large-scale distribution" in drawing
+    assert "this run" in drawing
+    assert drawing.count("<polyline") == 4
+    assert "nan" not in drawing
+
+
+def test_costs_survive_json(make_run: MakeRun, tmp_path: Path) -> None:
+    report = compare({"cloud": make_run("cloud"), "federated-masked": make_run("federated-masked")})
+    assert isinstance(report.costs, Costs)
+    assert Comparison.load(report.save(tmp_path / "r.json")).costs == report.costs
+    words = report.save(tmp_path / "r.html").read_text("utf-8")
+    assert "check before use" in words
+    assert words.count("measured") > 5
+
+
+def test_the_crossover_is_between_a_cloud_and_a_sum_that_hides(make_run: MakeRun) -> None:
+    arms = {name: [make_run(name)] for name in ("cloud-dp", "cloud", "federated", "federated-dp", "federated-masked")}
+    costs = costs_of(arms, PRICES)
+    assert costs is not None
+    assert costs.workload is not None
+    assert (costs.workload.cloud, costs.workload.federated) == ("cloud", "federated-masked")
+
+
+def test_a_file_and_a_flag_replace_prices(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('as_of = "2031-01"\n[kwh]\nvalue = 0.4\nsource = "our bill"\n')
+    prices = read_prices(path, PriceSettings(server_hour=0.0))
+    assert (prices["kwh"], prices.entries["kwh"].source, prices.entries["kwh"].unit) == (0.4, "our bill", "USD per kWh")
+    assert (prices["server_hour"], prices.entries["server_hour"].source) == (0.0, "given as price.server_hour")
+    assert prices["accelerator_hour"] == PRICES["accelerator_hour"]
+    assert "own.toml: 2031-01" in prices.as_of
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[kwhh]\nvalue = 1\n", "unknown price kwhh"),
+        ('[kwh]\nvalue = -1.0\nsource = "x"\n', "expected a finite number >= 0"),
+        ('[kwh]\nvalue = nan\nsource = "x"\n', "expected a finite number >= 0"),
+        ('[party_mbps]\nvalue = 0.0\nsource = "x"\n', "expected a finite number > 0"),
+        ("[kwh]\nvalue = 1.0\n", "missing required field `source`"),
+        ('[kwh]\nvalue = "1"\nsource = "x"\n', "Expected `float`"),
+        ('[kwh]\nvalue = 1.0\nsource = "x"\nunit = "EUR per kWh"\n', "expected USD per kWh"),
+        ("kwh = 1.0\n", "Expected `object`"),
+        ("[kwh\n", "not valid TOML"),
+        (None, "no price table"),
+    ],
+)
+def test_a_bad_table_is_refused(text: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_prices(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_bad_flag_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"price\.kwh"):
+        PriceSettings(kwh=value)
+
+
+def test_log_ticks_are_round_and_inside() -> None:
+    assert log_ticks(0.0, 4.0) == [0, 1, 2, 3, 4]
+    few = [round(10**mark, 6) for mark in log_ticks(math.log10(30), math.log10(700))]
+    assert few == [50, 100, 200, 500]
+
+
+def test_prices_is_a_mapping_by_key() -> None:
+    assert isinstance(PRICES, Prices)
+    with pytest.raises(KeyError):
+        PRICES["bread"]
