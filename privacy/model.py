@@ -9,7 +9,7 @@ they are compared. For all other layers it is `grad_sample`, shape (batch, *para
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import prepare_layer
-from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN, RNNLinear
+from opacus.layers.dp_rnn import RNNLinear
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -84,8 +84,6 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         handles: list[RemovableHandle] = []
         self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
         for module in self.iterate_submodules(self._module):
-            if type(module) in (DPRNN, DPLSTM, DPGRU):  # their inner linear layers are hooked
-                continue
             if self._follows(module):
                 handles += [
                     module.register_forward_pre_hook(self._before_layer),
@@ -97,6 +95,18 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
                 prepare_layer(module, batch_first=batch_first)
             handles.append(module.register_forward_hook(self.capture_activations_hook))
         self.enable_hooks()
+
+    def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Yield the layers to attach to: of a module whose own parameters are all its children's, those children.
+
+        So it is with Hugging Face's heads, which hold their decoder's bias, and with Opacus' recurrent layers.
+        """
+        own = {id(p) for p in _trainable(module)}
+        if own and own <= {id(p) for child in module.children() for p in child.parameters()}:
+            for child in module.children():
+                yield from self.iterate_submodules(child)
+        else:
+            yield from super().iterate_submodules(module)
 
     def _follows(self, module: nn.Module) -> bool:
         """Return whether the gradients of this layer's parameters are made here, and not by Opacus' hooks."""
