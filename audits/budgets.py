@@ -22,14 +22,18 @@ def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
 
     Raises: LedgerError if a ledger is damaged, edited or of another holder.
     """
+    return tuple(_holder_budget(run, name) for name in holders_of(run))
+
+
+def holders_of(run: Run) -> list[str]:
+    """Whoever has, or should have, a ledger; empty for a run without privacy."""
     if run.info.privacy is None:
-        return ()
-    if _unit(run) == "client":
+        return []
+    if unit_of(run) == "client":
         holders = ["clients"]
     else:
         holders = list(run.info.parties) if run.info.kind == "federated" else ["pooled"]
-    holders += [name for name in run.info.spent if name not in holders]
-    return tuple(_holder_budget(run, name) for name in holders)
+    return holders + [name for name in run.info.spent if name not in holders]
 
 
 def _holder_budget(run: Run, name: str) -> HolderBudget:
@@ -65,7 +69,7 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     if path is None or not path.is_file():
         return 0, None
     ledger = Ledger(path, holder=name)
-    if _unit(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
+    if unit_of(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
         return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta)
     events = ledger.events
     recomputed = epsilon_by_dp_accounting(events, delta, 1e-3)
@@ -74,7 +78,7 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     return sum(event.steps for event in events), recomputed
 
 
-def _unit(run: Run) -> str:
+def unit_of(run: Run) -> str:
     return str((run.info.privacy or {}).get("unit", "record"))
 
 
@@ -151,7 +155,7 @@ def _delta_means_something(run: Run) -> Check:
     name = "Delta is below 1/n for every data holder"
     delta = float((run.info.privacy or {})["delta"])
     sizes = run.info.parties.values()
-    if _unit(run) == "client":
+    if unit_of(run) == "client":
         if not delta * len(sizes) < 1:
             finding = f"δ = {power(delta)} with {len(sizes)} clients allows one update in the clear."
             return Check(name=name, verdict="violated", finding=finding)

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
+from choral.audits.accountants import (
+    Accountants,
+    Participation,
+    accountants_check,
+    accountants_of,
+    participation_checks,
+    participation_of,
+)
 from choral.audits.budgets import budget_checks, holder_budgets
 from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path
+from choral.audits.price import Costs, costs_of
+from choral.audits.prices import Prices, read_prices
 from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
@@ -41,6 +51,9 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     promised: bool
     checks: tuple[Check, ...]
     budgets: tuple[HolderBudget, ...] = ()
+    accountants: tuple[Accountants, ...] = ()
+    participation: Participation | None = None
+    costs: Costs | None = None
     traces: tuple[Trace, ...]
     training: Literal["centralized", "federated"]
     completed: int
@@ -85,7 +98,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return read_report(path, cls)
 
 
-def audit(run: Run | str | Path) -> Audit:
+def audit(run: Run | str | Path, *, prices: Prices | None = None) -> Audit:
     """Audit a run, or the run in a folder.
 
     Checked are the budgets (each data holder's epsilon is recomputed from the hash-chained ledger and held against
@@ -104,7 +117,8 @@ def audit(run: Run | str | Path) -> Audit:
         raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
     check_costs(run.info, "this run")
     budgets = holder_budgets(run)
-    checks = budget_checks(run, budgets)
+    accountants, participation = accountants_of(run), participation_of(run)
+    checks = [*budget_checks(run, budgets), *accountants_check(accountants), *participation_checks(run, participation)]
     info = run.info
     claim = claim_of([info]) if info.spent else None
     return Audit(
@@ -115,6 +129,9 @@ def audit(run: Run | str | Path) -> Audit:
         promised=info.privacy is not None,
         checks=tuple(checks),
         budgets=budgets,
+        accountants=accountants,
+        participation=participation,
+        costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
         training=info.kind,
         completed=run.history[-1].round,

@@ -1,0 +1,280 @@
+"""The ledger's own audit: every epsilon by several accountants, and who took part against who was planned for.
+
+An accountant that is wrong in one place is seldom wrong in the same way in another: our privacy loss distributions,
+dp-accounting's, and Renyi DP are three programs (two papers) over the same events. Privacy loss distributions are
+tight, so the first two must agree; Renyi DP is looser, so it may not be below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from choral.audits.budgets import TOLERANCE, holders_of, ledger_path, unit_of
+from choral.audits.report import Check, Verdict
+from choral.audits.text import cost
+
+if TYPE_CHECKING:
+    from choral.privacy import ClientRelease, Ledger
+    from choral.trainers.run import Run
+
+AGREE = 1e-3  # relative, of two grids of the privacy loss; the coarser errs upwards
+ROUNDING = 1e-4  # of epsilon, near zero
+
+
+class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ledger's cost at ``delta`` by each accountant; None where one does not apply.
+
+    pld: ours. dp_accounting: its own PLD code. rdp: Renyi DP; for a client-level ledger with integer noise, the bound
+    that is claimed. floor: for a client-level ledger, the exact cost of continuous Gaussian noise of the same size,
+    below which no bound may be. steps: noisy steps. head: SHA-256 of the ledger's last line, which vouches for all of
+    them: hold it against one that was kept elsewhere.
+    """
+
+    holder: str
+    delta: float
+    steps: int
+    head: str
+    pld: float | None = None
+    dp_accounting: float | None = None
+    rdp: float | None = None
+    floor: float | None = None
+    verdict: Verdict
+    finding: str
+
+
+class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who was planned for, and who took part.
+
+    planned: parties times rounds; realised: survivors over all rounds that were completed. claimed_minimum: the fewest
+    parties of a sum that may be opened, by the secure sum and the promise; fewest: the fewest in any round.
+    epsilon_realised: of a client-level ledger, its cost if each sum had as many noise shares as parties survived.
+    """
+
+    rounds: int
+    completed: int
+    parties: int
+    planned: int
+    realised: int
+    fewest: int
+    claimed_minimum: int | None
+    epsilon_realised: float | None = None
+
+
+def accountants_of(run: Run) -> tuple[Accountants, ...]:
+    """One row per ledger that is there; empty for a run without privacy.
+
+    Raises: LedgerError if a ledger is damaged, edited or of another holder.
+    """
+    from choral.privacy import Ledger
+
+    rows = []
+    for name in holders_of(run):
+        path = ledger_path(run, name)
+        if path is None or not path.is_file():
+            continue
+        claimed = run.info.spent.get(name)
+        delta = claimed.delta if claimed else float((run.info.privacy or {})["delta"])
+        judge = _of_clients if unit_of(run) == "client" else _of_records
+        rows.append(judge(name, Ledger(path, holder=name), delta))
+    return tuple(rows)
+
+
+def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
+    from choral.privacy import accounting
+    from choral.privacy.errors import AccountingError
+
+    events = ledger.events
+    theirs, rdp = accounting.epsilon_by_dp_accounting(events, delta), accounting.epsilon_rdp(events, delta)
+    try:
+        ours = accounting.epsilon(events, delta)
+    except AccountingError as error:
+        return Accountants(
+            holder=name, delta=delta, steps=sum(event.steps for event in events), head=ledger.head,
+            dp_accounting=theirs, rdp=rdp, verdict="unverified", finding=f"the accountants disagree: {error}",
+        )  # fmt: skip
+    verdict, finding = _agreement(ours, theirs, rdp)
+    return Accountants(
+        holder=name,
+        delta=delta,
+        steps=sum(event.steps for event in events),
+        head=ledger.head,
+        pld=ours,
+        dp_accounting=theirs,
+        rdp=rdp,
+        verdict=verdict,
+        finding=finding,
+    )
+
+
+def _agreement(ours: float, theirs: float, rdp: float) -> tuple[Verdict, str]:
+    if not abs(ours - theirs) <= AGREE * theirs + ROUNDING:
+        return "unverified", f"two computations of the same privacy loss say ε = {ours:.6g} and {theirs:.6g}"
+    if not ours <= rdp * (1 + TOLERANCE) + ROUNDING:
+        return "unverified", f"Renyi DP, the looser bound, says ε = {rdp:.6g}, below the {ours:.6g} of PLD"
+    return "holds", f"PLD and dp-accounting differ by {abs(ours - theirs):.1g}; Renyi DP is {rdp - ours:.2g} above"
+
+
+def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
+    """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
+    from choral.privacy import accounting, client_accounting
+    from choral.privacy.errors import AccountingError
+    from choral.privacy.events import PoissonSampledGaussian
+
+    try:
+        events = client_accounting.settled(ledger.releases)
+        bound = client_accounting.epsilon(events, delta)
+    except AccountingError as error:
+        return Accountants(
+            holder=name, delta=delta, steps=len(ledger.releases), head=ledger.head, verdict="unverified",
+            finding=str(error),
+        )  # fmt: skip
+    precision = sum(event.steps / event.noise_multiplier**2 for event in events)
+    gaussian = (PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1),)
+    floor = accounting.epsilon_by_dp_accounting(gaussian, delta, 1e-4)
+    exact = all(event.mechanism == "gaussian" for event in events)
+    sound = abs(bound - floor) <= AGREE * floor + ROUNDING if exact else bound >= floor * (1 - AGREE) - ROUNDING
+    finding = f"the bound is {bound / floor - 1:.1%} above continuous Gaussian noise of the same size (dp-accounting)"
+    if not sound:
+        finding = f"the bound, ε = {bound:.6g}, does not fit continuous Gaussian noise of the same size, {floor:.6g}"
+    return Accountants(
+        holder=name,
+        delta=delta,
+        steps=sum(event.steps for event in events),
+        head=ledger.head,
+        pld=bound if exact else None,
+        rdp=None if exact else bound,
+        floor=floor,
+        verdict="holds" if sound else "unverified",
+        finding=finding,
+    )
+
+
+def accountants_check(rows: Sequence[Accountants]) -> list[Check]:
+    """Whether the accountants agree on every ledger; nothing where there is none."""
+    if not rows:
+        return []
+    name = "Several accountants agree on every ledger"
+    if faulty := [row for row in rows if row.verdict != "holds"]:
+        finding = "; ".join(f"{row.holder}: {row.finding}" for row in faulty[:3])
+        return [Check(name=name, verdict="unverified", finding=f"{finding}.")]
+    widest = max(rows, key=lambda row: row.pld or row.rdp or 0.0)
+    return [
+        Check(name=name, verdict="holds", finding=f"{len(rows)} of {len(rows)}; {widest.holder}: {widest.finding}.")
+    ]
+
+
+def participation_of(run: Run) -> Participation | None:
+    """None for pooled training, which has no parties that could fail to come. Raises: LedgerError."""
+    rounds = [entry for entry in run.history if entry.round]
+    if run.info.kind != "federated" or not rounds:
+        return None
+    minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
+    known = [int(value) for value in minimum if isinstance(value, int)]
+    parties = len(run.info.parties)
+    return Participation(
+        rounds=run.info.rounds,
+        completed=len(rounds),
+        parties=parties,
+        planned=parties * run.info.rounds,
+        realised=sum(entry.survivors for entry in rounds),
+        fewest=min(entry.survivors for entry in rounds),
+        claimed_minimum=max(known, default=None),
+        epsilon_realised=_epsilon_realised(run),
+    )
+
+
+def participation_checks(run: Run, found: Participation | None) -> list[Check]:
+    """Whether the survivors ever fell below what is claimed, and whether the noise was counted by who survived."""
+    if found is None:
+        return []
+    checks = []
+    name = "No sum was opened over fewer parties than claimed"
+    if found.claimed_minimum is not None:
+        low = [entry for entry in run.history if entry.round and entry.survivors < found.claimed_minimum]
+        said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
+        if low:
+            said = (
+                f"Round {low[0].round} has {low[0].survivors} of {found.parties} parties, {found.claimed_minimum} are"
+                f" claimed" + (f"; {len(low)} rounds in all." if len(low) > 1 else ".")
+            )
+        checks.append(Check(name=name, verdict="violated" if low else "holds", finding=said))
+    if _releases(run):
+        checks.append(_noise_by_survivors(run, found.epsilon_realised))
+    return checks
+
+
+def _releases(run: Run) -> tuple[ClientRelease, ...]:
+    """What each sum was charged with, one release per sum: those that settle stand in the place of what they settle."""
+    from choral.privacy import Ledger
+
+    if unit_of(run) != "client" or (run.info.privacy or {}).get("noise") != "distributed":
+        return ()
+    path = ledger_path(run, "clients")
+    if path is None or not path.is_file():
+        return ()
+    effective: list[ClientRelease] = []
+    for release in Ledger(path, holder="clients").releases:
+        if release.settles and effective:
+            effective.pop()
+        effective += [msgspec.structs.replace(release, settles=False, steps=1)] * release.steps
+    return tuple(effective)
+
+
+def _shares_survived(run: Run) -> list[int]:
+    """Noise shares that the adversary does not know, by round: those of the survivors that are not colluders."""
+    colluders = int((run.info.privacy or {}).get("colluders", 0))
+    return [entry.survivors - colluders for entry in run.history if entry.round]
+
+
+def _overcounted(run: Run) -> list[tuple[int, int, int]]:
+    """(place, charged for, survived) of sums that were charged for more shares than survived.
+
+    Sum by sum where the ledger holds just this run's rounds; where it holds more (rounds that were cut short, earlier
+    runs), the sums of many shares may not outnumber the rounds that had as many, plus what is over.
+    """
+    charged, survived = [release.shares for release in _releases(run)], _shares_survived(run)
+    over = len(charged) - len(survived)
+    if over:
+        charged, survived = sorted(charged, reverse=True)[max(over, 0) :], sorted(survived, reverse=True)
+    return [
+        (place, paid, there)
+        for place, (paid, there) in enumerate(zip_longest(charged, survived, fillvalue=0), 1)
+        if paid > there
+    ]
+
+
+def _epsilon_realised(run: Run) -> float | None:
+    """The cost of the ledger with no more shares in any sum than survived; None where some sum had none at all."""
+    from choral.privacy import client_accounting
+
+    releases, survived = _releases(run), _shares_survived(run)
+    if not releases:
+        return None
+    if not _overcounted(run):
+        return client_accounting.epsilon(releases, float((run.info.privacy or {})["delta"]))
+    if min(survived) < 1:
+        return None
+    if len(releases) != len(survived):
+        survived = [min(survived)] * len(releases)
+    counted = [
+        msgspec.structs.replace(release, shares=min(release.shares, there))
+        for release, there in zip(releases, survived, strict=True)
+    ]
+    return client_accounting.epsilon(counted, float((run.info.privacy or {})["delta"]))
+
+
+def _noise_by_survivors(run: Run, realised: float | None) -> Check:
+    name = "Noise was counted by who survived"
+    if over := _overcounted(run):
+        place, charged, survived = over[0]
+        finding = f"Sum {place} was charged for {charged} noise shares, {survived} survived ({len(over)} sums in all)."
+        if realised is not None:
+            promised = float((run.info.privacy or {})["epsilon"])
+            finding += f" By who survived, the cost is ε = {cost(realised)}; {promised:g} were promised."
+        return Check(name=name, verdict="violated", finding=finding)
+    finding = f"No sum was charged for more noise shares than parties survived; ε = {cost(realised or 0.0)}."
+    return Check(name=name, verdict="holds", finding=finding)
