@@ -12,11 +12,16 @@ record changes. Two tests look for such a dependence, for several splits of the 
   through dropout.
 
 Both see the dependence that there is on this batch, not one that starts later.
+
+What computes the loss itself from a batch (a training step, rather than a model) is held to more, in evaluation mode:
+for each split, the loss must be the mean of the two parts' losses, weighted by their sizes. Sums over records, means
+over the tokens of a batch and weights that are divided by their sum are not, and neither are losses that mix records.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -26,6 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 from choral.privacy.errors import UnsupportedModelError
 
 _SPLITS = 4
+_RELATIVE = 1e-4  # rounding of a float32 loss
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -87,8 +93,8 @@ def run(forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor,
 
 
 def same(a: Any, b: Any, rows: int) -> bool:
-    """Return whether two outputs of a model for `rows` records are equal, but for rounding."""
-    x, y = _by_record(a, rows), _by_record(b, rows)
+    """Return whether two outputs of a model for `rows` records, or two losses, are equal, but for rounding."""
+    x, y = ([t] if isinstance(t, torch.Tensor) and t.ndim == 0 else _by_record(t, rows) for t in (a, b))
     return len(x) == len(y) and all(map(_close, x, y))
 
 
@@ -113,18 +119,49 @@ def refuse_by_value(forward: Callable[..., Any], args: Any, kwargs: Any, rows: i
             raise _mixes()
 
 
-def refuse_by_gradient(output: Any, layers: list[torch.Tensor], inputs: list[torch.Tensor], rows: int) -> bool:
+def refuse_inseparable(step: Callable[[Any], torch.Tensor], batch: Any, rows: int) -> bool:
+    """Raise UnsupportedModelError unless the loss of a batch is the mean over its records of a loss of each alone.
+
+    step: returns a batch's loss, in evaluation mode now. Returns False if the loss is random, and so proves nothing.
+    """
+
+    def loss(take: torch.Tensor, seed: int = 0) -> float:
+        def seeded(part: Any) -> torch.Tensor:
+            torch.manual_seed(seed)
+            return step(part)
+
+        return float(run(seeded, (batch,), {}, take, rows))
+
+    whole = loss(torch.arange(rows))
+    if not math.isfinite(whole) or abs(whole - loss(torch.arange(rows), seed=1)) > _RELATIVE * abs(whole):
+        return False
+    for kept in _splits(rows):
+        parts = [torch.nonzero(part)[:, 0] for part in (kept, ~kept)]
+        shares = [len(part) / rows * loss(part) for part in parts]
+        if not abs(sum(shares) - whole) <= _RELATIVE * sum(map(abs, (*shares, whole))) + 1e-7:
+            raise UnsupportedModelError(
+                "the loss of a batch is not the mean over its records of a loss of each record alone, so one record "
+                "changes the gradients of others",
+                hint="Take means, not sums, over records; average over tokens within a record first; do not divide by "
+                "what depends on the batch, as class weights and ignore_index do; mix no records.",
+            )
+    return True
+
+
+def refuse_by_gradient(
+    output: Any, layers: list[torch.Tensor], inputs: list[torch.Tensor], rows: int, *, layers_only: bool = False
+) -> bool:
     """Raise UnsupportedModelError if a record's output has a gradient in another record's row.
 
     output: what the forward pass returned. layers: what went into and out of trainable layers in it. inputs: its
     float inputs, all part of the graph, which is kept. Returns False if this batch holds NaN and so proves nothing.
-    Raises it, too, if nothing in `output` has one row per record.
+    Raises it, too, if nothing in `output` has one row per record, unless that is none's business: `layers_only`.
     """
     layers = [t for t in layers if len(t) == rows and t.requires_grad]
     sources = [*(t for t in inputs if len(t) == rows), *layers]
     results = _by_record(output, rows)
     targets = [t for t in (*results, *(t.reshape(rows, -1) for t in layers)) if t.requires_grad]
-    if not results or not targets or not sources:
+    if not (results or layers_only) or not targets or not sources:
         raise UnsupportedModelError(
             f"nothing in the model's output has one row for each of the {rows} records, so it cannot be checked that "
             "it treats them one by one",

@@ -261,7 +261,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             return self._module(*args, **kwargs)
         self._records = rows = mixing.rows_of((args, kwargs), self.drawn)
         if self.shared is None:
-            self._find_shared(args, kwargs, rows)
+            self._find_shared(self._module, args, kwargs, rows)
         if self.unmixed or rows < 2:
             return self._module(*args, **kwargs)
         mixing.refuse_by_value(self._module, args, kwargs, rows)
@@ -284,14 +284,40 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             self.enable_hooks()
         return output
 
-    def _find_shared(self, args: Any, kwargs: Any, rows: int) -> None:
+    def check_step(self, step: Callable[[Any], torch.Tensor], batch: Any) -> None:
+        """Check once that `step`, which makes a loss of a batch, treats the records one by one.
+
+        For training steps that use the model's parts, not `model(...)`, and return the mean loss, a scalar. More is
+        seen than of a model: that it is the mean over the records, too, unless it is random in evaluation mode. Call it
+        before the step on a batch just drawn; it computes the loss several times. Raises: UnsupportedModelError.
+        """
+        self._records = rows = mixing.rows_of(batch, self.drawn)
+        if self.shared is None:
+            self._find_shared(step, (batch,), {}, rows)
+        if self.unmixed or rows < 2:
+            return
+        with positions.evaluating(self._module):
+            mixing.refuse_inseparable(step, batch, rows)
+        devices = [t.device for t in mixing.tensors(batch) if t.device.type == "cuda"]
+        self._seen = []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                step(batch)
+            self.disable_hooks()
+            self.unmixed = mixing.refuse_by_gradient(None, self._seen, [], rows, layers_only=True)
+        finally:
+            self._seen = None
+            self.enable_hooks()
+            self.forget()  # this forward pass has no backward pass
+
+    def _find_shared(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
         """Find the embeddings of what is the same for all records, and refuse a model that needs them to stay so."""
-        self.shared = positions.shared_embeddings(self._module, args, kwargs, rows)
+        self.shared = positions.shared_embeddings(self._module, forward, args, kwargs, rows)
 
         def mended(yes: bool) -> None:
             self._expanding = yes
 
-        if self.shared and not positions.computes_the_same(self._module, args, kwargs, rows, mended):
+        if self.shared and not positions.computes_the_same(self._module, forward, args, kwargs, rows, mended):
             names = ", ".join(self.name_of(layer) for layer in self.shared)
             self.shared = None
             raise UnsupportedModelError(

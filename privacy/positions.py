@@ -12,7 +12,8 @@ any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,11 @@ class Shared:
         return t.expand(records, *(t.shape[1:] if self.leading else t.shape))
 
 
-def shared_embeddings(model: nn.Module, args: Any, kwargs: Any, rows: int) -> dict[nn.Module, Shared]:
-    """Return the embeddings of `model` whose inputs stay as they are when it is given one record more.
+Forward = Callable[..., Any]
+
+
+def shared_embeddings(model: nn.Module, forward: Forward, args: Any, kwargs: Any, rows: int) -> dict[nn.Module, Shared]:
+    """Return the embeddings of `model` whose inputs stay as they are when `forward` is given one record more.
 
     rows: the records in `args` and `kwargs`. Nothing is found in a model that does not run with one record more.
     """
@@ -47,8 +51,8 @@ def shared_embeddings(model: nn.Module, args: Any, kwargs: Any, rows: int) -> di
     if not layers or not any(len(t) == rows for t in mixing.tensors((args, kwargs))):
         return {}
     take = torch.arange(rows)
-    before = _inputs(model, layers, args, kwargs, take, rows)
-    after = _inputs(model, layers, args, kwargs, torch.cat([take, take[:1]]), rows)
+    before = _inputs(forward, layers, args, kwargs, take, rows)
+    after = _inputs(forward, layers, args, kwargs, torch.cat([take, take[:1]]), rows)
     if before is None or after is None:
         return {}
     found: dict[nn.Module, Shared] = {}
@@ -60,9 +64,9 @@ def shared_embeddings(model: nn.Module, args: Any, kwargs: Any, rows: int) -> di
 
 
 def _inputs(
-    model: nn.Module, layers: list[nn.Module], args: Any, kwargs: Any, take: torch.Tensor, rows: int
+    forward: Forward, layers: list[nn.Module], args: Any, kwargs: Any, take: torch.Tensor, rows: int
 ) -> dict[nn.Module, list[torch.Size]] | None:
-    """Return the shapes that each layer is given when the model is given the records `take`; None if it fails."""
+    """Return the shapes that each layer is given when `forward` is given the records `take`; None if it fails."""
     shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in layers}
 
     def note(layer: nn.Module, given: Any, named: dict[str, Any]) -> None:
@@ -70,7 +74,7 @@ def _inputs(
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        mixing.run(model, args, kwargs, take, rows)
+        mixing.run(forward, args, kwargs, take, rows)
     except Exception:  # whatever it is: the model is then looked at as it is, and refused as before
         return None
     finally:
@@ -79,23 +83,33 @@ def _inputs(
     return shapes
 
 
-def computes_the_same(model: nn.Module, args: Any, kwargs: Any, rows: int, mended: Callable[[bool], None]) -> bool:
-    """Compare what `model` returns in evaluation mode before and after `mended(True)`; call `mended(False)` at the end.
+def computes_the_same(
+    model: nn.Module, forward: Forward, args: Any, kwargs: Any, rows: int, mended: Callable[[bool], None]
+) -> bool:
+    """Compare what `forward` returns, `model` in evaluation mode, before `mended(True)` and before `mended(False)`.
 
     In training mode, dropout behind the embedding draws one mask for all records before, and one for each after.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     take = torch.arange(rows)
-    try:
-        plain, again = (mixing.run(model, args, kwargs, take, rows) for _ in range(2))
+    with evaluating(model):
+        plain, again = (mixing.run(forward, args, kwargs, take, rows) for _ in range(2))
         mended(True)
         try:
-            other = mixing.run(model, args, kwargs, take, rows)
+            other = mixing.run(forward, args, kwargs, take, rows)
         except Exception:  # expanded, it does not fit what the model does with it
             return False
-        return not mixing.same(plain, again, rows) or mixing.same(plain, other, rows)
+        finally:
+            mended(False)
+    return not mixing.same(plain, again, rows) or mixing.same(plain, other, rows)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode for a while."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
-        mended(False)
         for m, training in modes:
             m.training = training

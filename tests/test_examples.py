@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -51,3 +53,11 @@ def test_many_clients(tmp_path):
     assert accuracy["distributed"] > accuracy["central"] - 0.06
     assert "audit: holds" in printed
     assert (tmp_path / "out" / "audit.html").is_file()
+
+
+def test_lightning_autoencoder(tmp_path):
+    pytest.importorskip("lightning", reason="the extra lightning is not installed")
+    first, last = run(str(EXAMPLES / "lightning_autoencoder.py"), cwd=tmp_path).strip().splitlines()[-2:]
+    before, after = (float(word) for word in first.split() if word[0] == "0")
+    assert after < 0.6 * before  # 0.34 of it, one run
+    assert last.startswith("Spent(epsilon=4.99")
