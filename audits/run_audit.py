@@ -23,6 +23,7 @@ from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
 from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
+from choral.audits.seen import SeenAudit, seen_audit
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
 from choral.errors import ConfigError, DataError
@@ -54,6 +55,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     accountants: tuple[Accountants, ...] = ()
     participation: Participation | None = None
     costs: Costs | None = None
+    seen: SeenAudit | None = None
     traces: tuple[Trace, ...]
     training: Literal["centralized", "federated"]
     completed: int
@@ -118,7 +120,13 @@ def audit(run: Run | str | Path, *, prices: Prices | None = None) -> Audit:
     check_costs(run.info, "this run")
     budgets = holder_budgets(run)
     accountants, participation = accountants_of(run), participation_of(run)
-    checks = [*budget_checks(run, budgets), *accountants_check(accountants), *participation_checks(run, participation)]
+    seen = seen_audit(run)
+    checks = [
+        *budget_checks(run, budgets),
+        *accountants_check(accountants),
+        *participation_checks(run, participation),
+        *(seen.checks if seen else ()),
+    ]
     info = run.info
     claim = claim_of([info]) if info.spent else None
     return Audit(
@@ -131,6 +139,7 @@ def audit(run: Run | str | Path, *, prices: Prices | None = None) -> Audit:
         budgets=budgets,
         accountants=accountants,
         participation=participation,
+        seen=seen,
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
         training=info.kind,

@@ -20,6 +20,7 @@ from choral.protocols.seam import IntVector, SumResult, SumSpec
 from choral.protocols.server import Opening, Session
 from choral.protocols.server_round import Uploading
 from choral.protocols.transcript import Signatures
+from choral.protocols.watch import show
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +289,10 @@ class MaskedRound:
 
 
 class Traffic:
-    """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round."""
+    """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round.
+
+    Every message is shown to whoever watches (:mod:`choral.protocols.watch`).
+    """
 
     def __init__(self) -> None:
         self._up: Counter[str] = Counter()
@@ -296,10 +300,12 @@ class Traffic:
 
     def up(self, party: str, raw: bytes) -> bytes:
         self._up[party] += len(raw)
+        show("up", party, raw)
         return raw
 
     def down(self, party: str, raw: bytes) -> None:
         self._down[party] += len(raw)
+        show("down", party, raw)
 
     def all_down(self, outbox: Mapping[str, bytes]) -> Mapping[str, bytes]:
         for party, raw in outbox.items():

@@ -12,6 +12,7 @@ from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsEr
 from choral.protocols.integers import accumulator_dtype, lift, pack, unpack
 from choral.protocols.seam import IntVector, SumResult, SumSpec
 from choral.protocols.vectors import checked, is_tensor, words
+from choral.protocols.watch import show
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ class PlainRound:
         if is_tensor(values):
             values = values.cpu().numpy()
         packed = pack(words(values, self._spec.modulus_bits), self._spec.modulus_bits)
+        show("up", party, packed)
         self._bytes_up[party] = len(packed)
         self._sum += unpack(packed, self._spec.length, self._spec.modulus_bits)
 

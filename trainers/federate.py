@@ -24,6 +24,7 @@ from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumResult, SumSession
+from choral.protocols.watch import watched_by
 from choral.trainers.coders import Coder, WeightedCoder, open_clients
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.fedavg import server_step
@@ -31,6 +32,7 @@ from choral.trainers.local import Resident, resolve_device, seeded
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run, RunInfo, versions
 from choral.trainers.task import Build, Evaluate, Fit, check_parties, metrics_of, raw_bytes
+from choral.trainers.transcript import Detail, Transcript
 
 OnRound = Callable[[Round], None]
 
@@ -53,6 +55,7 @@ def federate(
     out: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
+    transcript: Detail | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train one model over parties that keep their data (FedAvg).
@@ -72,6 +75,8 @@ def federate(
         keys or masks.
     device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
     out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
+    transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
+        "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called after each completed round.
 
     Raises: ConfigError, DataError, TaskError, DivergedError, RunFolderError (this package), and what privacy and the
@@ -83,7 +88,11 @@ def federate(
     examples = check_parties(parties, least=2, min_classes=min_classes)
     on = resolve_device(device)
     info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
-    with Recorder.open(out, info, resume=resume) as recorder:
+    with (
+        Recorder.open(out, info, resume=resume) as recorder,
+        Transcript(Path(out) if out else None, transcript) as seen,
+        watched_by(seen.watcher),
+    ):
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
         guards = open_guards(
             None if isinstance(privacy, ClientPrivacy) else privacy,
@@ -101,17 +110,20 @@ def federate(
             coder = WeightedCoder(
                 examples, resident.layout.length, bound=value_bound, value_bits=value_bits, guards=guards
             )
+        seen.begin(secure_sum.name, coder.spec)
         session = secure_sum.open(coder.spec)
         coder.check(session)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, session, coder, meter))
+        seen.flush()
         weights = recorder.restore(resident.model, resident.layout)
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
         for number in range(recorder.completed + 1, rounds + 1):
             started, _ = time.perf_counter(), meter.take()
             present = _present(tuple(parties), dropout_rate, seed, number)
-            result = _one_round(resident, session, coder, present, weights, number)
+            result = _one_round(resident, session, coder, present, weights, number, seen)
+            seen.flush()
             weights = server_step(weights, coder.decode(result))
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
@@ -180,13 +192,17 @@ def _one_round(
     present: tuple[str, ...],
     weights: torch.Tensor,
     number: int,
+    seen: Transcript,
 ) -> SumResult:
     """Keys among all parties, then each present party's update, masked and added as it comes, then the sum."""
+    seen.round = number
     coder.begin(present)
     summing = session.begin()
     for party in present:
         update = resident.update(party, weights, number)
-        summing.submit(party, coder.encode(party, update))
+        vector = coder.encode(party, update)
+        seen.vector(party, vector)
+        summing.submit(party, vector)
     return summing.finish()
 
 

@@ -5,6 +5,7 @@
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
     DIR/ledger/NAME.jsonl   one privacy ledger per data holder
+    DIR/transcript/         what the server saw, if that was to be recorded (:mod:`choral.trainers.transcript`)
 
 JSON is the truth; nothing is pickled. Each file is replaced in one step (write, fsync, rename), so a killed
 process loses at most the round in progress.

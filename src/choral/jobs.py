@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Tick = Callable[[str, "Round"], None]
 
 
+_MAY_CHANGE = {"seeds", "title", "device", "prices", "price", "transcript"}  # when a comparison is resumed
+
+
 class Cell(NamedTuple):
     """One run of a comparison."""
 
@@ -127,6 +130,7 @@ def train(
         value_bound=settings.secure_sum.value_bound,
         value_bits=settings.secure_sum.value_bits,
         dropout_rate=settings.dropout_rate,
+        transcript=None if settings.transcript == "none" else settings.transcript,
         min_classes=settings.split.min_classes,
         device=settings.device,
         out=out,
@@ -360,7 +364,9 @@ def _open(settings: Settings, out: Path, resume: bool) -> None:
     if resume and record.is_file():
         old = json.loads(record.read_text(encoding="utf-8"))
         for key in sorted(old.keys() | wanted.keys()):
-            if key not in {"seeds", "title", "device", "prices", "price"} and old.get(key) != wanted.get(key):
+            if key not in {"seeds", "title", "device", "prices", "price", "transcript"} and old.get(key) != wanted.get(
+                key
+            ):
                 raise ConfigError(
                     f"cannot resume {out}: {key} was {old.get(key)}, now it is {wanted.get(key)}",
                     hint="use the same settings, or another --out",

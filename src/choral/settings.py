@@ -105,6 +105,8 @@ class Settings:
     """Where the model trains."""
     dropout_rate: float = 0.0
     """Chance per party and round to be lost after the key exchange, to rehearse failures."""
+    transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
+    """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""
     epsilons: tuple[float, ...] = ()
     """Budgets at which `compare` trains each private arm, for the budget-against-accuracy curve."""
     split: Split = field(default_factory=Split)

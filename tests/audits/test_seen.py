@@ -1,0 +1,405 @@
+"""What the server saw: real runs, honest and deliberately broken; and the statistics against exact laws.
+
+False alarms: an honest run raises one with a probability of at most 1e-3 by construction; seven honest masked runs are
+audited here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit, federate
+from choral.audits import Audit, independence
+from choral.audits.independence import phases, smallest_of_known, smallest_of_pairs
+from choral.errors import ConfigError
+from choral.protocols import messages as wire
+from choral.protocols import party_round, unmasking
+from choral.protocols.masked import MaskedSession, Traffic
+from choral.protocols.masks import masked
+from choral.protocols.watch import show, watched_by
+from choral.trainers import RunFolderError
+from choral.trainers.transcript import Recorded, Seen, Transcript
+
+torch.set_num_threads(1)
+Job = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    """Five parties, three rounds, a model of a few hundred weights."""
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(5 * 20, 30, generator=generator)
+    labels = (points[:, 0] > 0).long() + 2 * (points[:, 1] > 0).long()
+
+    def build(dataset: TensorDataset) -> Any:
+        model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 4))
+        return model, torch.optim.SGD(model.parameters(), lr=0.5), DataLoader(dataset, batch_size=10)
+
+    def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+        for batch, target in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch), target).backward()
+            optimizer.step()
+
+    parts = {f"p{i}": TensorDataset(points[20 * i : 20 * i + 20], labels[20 * i : 20 * i + 20]) for i in range(5)}
+    return {"build": build, "fit": fit, "evaluate": lambda model: 0.5, "parties": parts, "rounds": 3}
+
+
+def rehearse(job: Job, folder: Path, **changes: Any) -> Audit:
+    federate(**{**job, "secure_sum": Masked(), "transcript": "rehearsal", **changes}, out=folder)
+    return audit(folder)
+
+
+def check(report: Audit, part: str) -> tuple[str, str]:
+    found = next(check for check in report.checks if part in check.name)
+    return found.verdict, found.finding
+
+
+def verdicts(report: Audit) -> set[str]:
+    return {check.verdict for check in report.checks}
+
+
+@pytest.mark.parametrize("dropouts", [0.0, 0.2])
+@pytest.mark.parametrize("server", ["malicious", "semi-honest"])
+def test_an_honest_masked_run_holds(job: Job, tmp_path: Path, dropouts: float, server: str) -> None:
+    report = rehearse(job, tmp_path / "run", dropout_rate=dropouts, secure_sum=Masked(server=server), seed=2)
+    assert verdicts(report) == {"holds"}
+    assert (report.verdict, report.exit_code) == ("holds", 0)
+    seen = report.seen
+    assert seen is not None
+    present = [entry.survivors for entry in trained_rounds(tmp_path / "run")]
+    assert seen.uploads == seen.vectors == sum(present)
+    # Pairs as sent (difference and sum) and peeled; both against each vector of their round, by two tests.
+    pairs = seen.uploads * (seen.uploads - 1) // 2
+    assert seen.tests == 3 * pairs + 2 * 2 * sum(count * count for count in present)
+    assert seen.detectable is not None
+    assert 0.1 < seen.detectable < 0.3
+    assert seen.unread == 0
+    assert "as sent and with the self-mask off" in check(report, "single party's vector")[1]
+
+
+def trained_rounds(folder: Path) -> Any:
+    from choral.trainers import Run
+
+    return [entry for entry in Run.load(folder).history if entry.round]
+
+
+def test_client_level_noise_in_a_sum_that_wraps_holds(job: Job, tmp_path: Path) -> None:
+    privacy = ClientPrivacy(epsilon=50.0, delta=1e-3, min_survivors=3, bits=16)
+    report = rehearse(job, tmp_path / "run", privacy=privacy, secure_sum=Masked(min_survivors=3))
+    assert verdicts(report) == {"holds"}
+
+
+@pytest.mark.parametrize("masks", ["none", "self", "pairs"])
+def test_parties_that_leave_masks_out_are_caught(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: str
+) -> None:
+    """Every sum is right, only the masks are not there. none: updates in the clear. self: the self-mask alone, which
+    the server learns. pairs: the pairwise masks alone, which hide the vector while nobody drops out."""
+
+    def broken(vector: Any, bits: int, added: Any, subtracted: Any) -> bytes:
+        kept = {"none": [], "self": added[:1], "pairs": added[1:]}[masks]
+        return masked(vector, bits, kept, subtracted if masks == "pairs" else [])
+
+    monkeypatch.setattr(party_round, "masked", broken)
+    if masks != "self":
+        monkeypatch.setattr(unmasking, "add_mask", lambda *_, **__: None)
+    report = rehearse(job, tmp_path / "run")
+    verdict, finding = check(report, "single party's vector")
+    if masks == "pairs":
+        assert verdict == "holds"
+        return
+    assert (verdict, report.exit_code) == ("violated", 1)
+    assert ("self-mask taken off" in finding) == (masks == "self")
+
+
+def test_one_update_of_many_sent_unmasked_is_caught_and_named(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: list[bytes] = []
+
+    def spied(vector: Any, bits: int, added: Any, subtracted: Any) -> bytes:
+        plain.append(masked(vector, bits, [], []))
+        return masked(vector, bits, added, subtracted)
+
+    def change(way: str, party: str, raw: bytes) -> bytes:
+        message = wire.to_server(raw, sender=party, limit=len(raw)) if (way, party) == ("up", "p2") else None
+        if not isinstance(message, wire.Upload) or message.round != 2:
+            return raw
+        return wire.encode(wire.Upload(message.session, 2, (plain[-1],)))
+
+    monkeypatch.setattr(party_round, "masked", spied)
+    tampered(monkeypatch, change)
+    report = rehearse(job, tmp_path / "run")
+    verdict, finding = check(report, "single party's vector")
+    assert (verdict, report.exit_code) == ("violated", 1)
+    assert "p2 in round 2" in finding
+    assert "p2's vector" in finding
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_a_part_of_an_update_left_unmasked_is_caught_if_it_is_large_enough(share: float) -> None:
+    rng = np.random.default_rng(0)
+    length, bits = 2000, 40
+    known = [rng.integers(-1000, 1000, length) for _ in range(3)]
+    rows = rng.integers(0, 1 << bits, (3, length), dtype=np.uint64)
+    leaked = int(share * length)
+    rows[1, :leaked] = (known[1][:leaked] % (1 << bits)).astype(np.uint64)
+    found = smallest_of_known(phases(list(rows), bits), known, bits)
+    assert (found.p_value * found.tests < 1e-3) == (share == 0.5)
+    assert independence.detectable_share(length, found.tests, 1e-3) < 0.5
+    if share == 0.5:
+        assert (found.one, found.other) == (1, 1)
+
+
+def test_masks_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pairwise masks are those of the first round, forever. Every sum is right, the self-masks are fresh: only with
+    those off, as the server has it, do two rounds of a party cancel."""
+    kept: dict[int, tuple[Any, Any]] = {}
+    calls = {"count": 0}
+
+    def stale(vector: Any, bits: int, added: Any, subtracted: Any) -> bytes:
+        place = calls["count"] % 5
+        calls["count"] += 1
+        pairs = kept.setdefault(place, (added[1:], subtracted))
+        return masked(vector, bits, [added[0], *pairs[0]], pairs[1])
+
+    monkeypatch.setattr(party_round, "masked", stale)
+    report = rehearse(job, tmp_path / "run", transcript="messages")
+    verdict, finding = check(report, "mask was used twice")
+    assert verdict == "violated"
+    assert "cancel" in finding
+
+
+def test_keys_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parties' randomness repeats itself: the same keys in each round."""
+    from choral.protocols import party as steps
+
+    advertise = steps.Member.advertise
+
+    def again(self: Any, number: int, *, randomness: Any) -> Any:
+        return advertise(self, number, randomness=lambda size: b"7" * size)
+
+    monkeypatch.setattr(steps.Member, "advertise", again)
+    report = rehearse(job, tmp_path / "run", transcript="messages")
+    verdict, finding = check(report, "nonce, commitment")
+    assert verdict == "violated"
+    assert "key of" in finding
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, str, bytes], bytes]) -> None:
+    """What the wire (and so the recorder) sees is changed; the protocol's own copy is not."""
+
+    def up(self: Traffic, party: str, raw: bytes) -> bytes:
+        self._up[party] += len(raw)
+        show("up", party, change("up", party, raw))
+        return raw
+
+    def down(self: Traffic, party: str, raw: bytes) -> None:
+        self._down[party] += len(raw)
+        show("down", party, change("down", party, raw))
+
+    monkeypatch.setattr(Traffic, "up", up)
+    monkeypatch.setattr(Traffic, "down", down)
+
+
+def test_bytes_that_are_not_declared_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tampered(monkeypatch, lambda way, party, raw: raw + b"secret" if (way, party) == ("up", "p1") else raw)
+    report = rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    assert check(report, "not declared")[0] == "violated"
+    assert check(report, "bytes that were counted")[0] == "violated"
+
+
+def test_a_message_in_another_than_its_canonical_form_is_caught(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The array's length written in three bytes instead of one: a channel for a bit per message."""
+    tampered(
+        monkeypatch,
+        lambda way, _, raw: raw[:1] + b"\xdc\x00" + bytes([raw[1] & 0x0F]) + raw[2:] if way == "up" else raw,
+    )
+    report = rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    verdict, finding = check(report, "not declared")
+    assert verdict == "violated"
+    assert "canonical" in finding
+
+
+def test_survivors_told_differently_or_too_few_are_caught(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partial(bitmap: bytes) -> Callable[[str, str, bytes], bytes]:
+        def change(way: str, party: str, raw: bytes) -> bytes:
+            if way == "down" and (party == "p0" or bitmap == b"\x03"):
+                message = wire.to_party(raw, limit=len(raw))
+                if isinstance(message, wire.Survivors):
+                    return wire.encode(wire.Survivors(message.session, message.round, bitmap))
+            return raw
+
+        return change
+
+    tampered(monkeypatch, partial(b"\x0f"))
+    verdict, finding = check(rehearse(job, tmp_path / "one", rounds=1), "told the same survivors")
+    assert verdict == "violated"
+    assert "different sets" in finding
+    tampered(monkeypatch, partial(b"\x03"))
+    verdict, finding = check(rehearse(job, tmp_path / "two", rounds=1), "told the same survivors")
+    assert verdict == "violated"
+    assert "2 parties" in finding
+
+
+def test_a_history_that_counts_other_bytes_is_caught(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", transcript="digests")
+    path = tmp_path / "run" / "history.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].replace('"bytes_up":', '"bytes_up":1')
+    path.write_text("\n".join(lines) + "\n")
+    assert check(audit(tmp_path / "run"), "bytes that were counted")[0] == "violated"
+
+
+def test_digests_say_what_digests_can(job: Job, tmp_path: Path) -> None:
+    report = rehearse(job, tmp_path / "run", transcript="digests")
+    assert not (tmp_path / "run" / "transcript" / "messages.bin").read_bytes()
+    assert {check.name for check in report.checks} >= {"The bytes that were counted are those of the messages"}
+    assert not any("declared" in check.name for check in report.checks)
+    assert report.exit_code == 0
+    assert report.seen is not None
+    assert report.seen.unread == report.seen.messages
+
+
+def test_a_plain_sum_is_called_what_it_is(job: Job, tmp_path: Path) -> None:
+    verdict, finding = check(rehearse(job, tmp_path / "run", secure_sum=Plain()), "single party's vector")
+    assert verdict == "holds"
+    assert "All 15 do" in finding
+
+
+@pytest.mark.parametrize("key", ["split", "shared"])
+def test_homomorphic_runs_are_read_as_far_as_can_be(job: Job, tmp_path: Path, key: str) -> None:
+    report = rehearse(job, tmp_path / "run", rounds=2, secure_sum=Homomorphic(key=key))
+    assert verdicts(report) == {"holds"}
+    assert report.seen is not None
+    assert (report.seen.unread > 0) == (key == "shared")
+    assert (report.seen.uploads == 10) == (key == "split")  # the masked sum of the keys
+    assert not any("single party's vector" in check.name for check in report.checks)
+
+
+def test_only_a_rehearsal_keeps_vectors(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "messages", transcript="messages")
+    rehearse(job, tmp_path / "rehearsal")
+    kept = {name: Recorded(tmp_path / name) for name in ("messages", "rehearsal")}
+    assert [sum(not isinstance(e, Seen) for e in recorded.entries) for recorded in kept.values()] == [1, 16]
+
+
+def test_a_resumed_run_has_two_sessions(job: Job, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(entry: Any) -> None:
+        if entry.round == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        rehearse(job, tmp_path / "run", on_round=stop)
+    report = rehearse(job, tmp_path / "run", resume=True)
+    assert report.seen is not None
+    assert report.seen.sessions == 2
+    assert verdicts(report) == {"holds"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "index.jsonl").unlink(), "no index.jsonl"),
+        (lambda folder: (folder / "messages.bin").write_bytes(b"short"), "shorter than its index"),
+        (lambda folder: flip(folder / "messages.bin"), "not the one that was recorded"),
+        (lambda folder: (folder / "index.jsonl").write_text('{"is":"message"}\n'), "line 1, is damaged"),
+        (lambda folder: (folder / "index.jsonl").write_text(""), "does not begin"),
+        (lambda folder: replace(folder / "index.jsonl", '"version":1', '"version":7'), "of version 7"),
+    ],
+)
+def test_a_damaged_transcript_is_refused(job: Job, tmp_path: Path, damage: Any, said: str) -> None:
+    rehearse(job, tmp_path / "run", rounds=1)
+    damage(tmp_path / "run" / "transcript")
+    with pytest.raises(RunFolderError, match=said):
+        audit(tmp_path / "run")
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_bad_settings_are_refused(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one of digests"):
+        federate(**job, out=tmp_path / "run", transcript="all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="in the run's folder"):
+        federate(**job, transcript="digests")
+
+
+def test_nobody_is_shown_anything_unasked(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    with watched_by(lambda way, party, raw: seen.append(raw)):
+        show("up", "a", b"1")
+        with watched_by(None):
+            show("up", "a", b"2")
+    show("up", "a", b"3")
+    assert seen == [b"1"]
+    assert Transcript(None, None).watcher is None
+
+
+# -- the statistics -------------------------------------------------------------------------------------------------
+
+
+def test_the_bounds_are_bounds_under_the_null() -> None:
+    """2000 draws of d = 60: P[p <= x] <= x for x = .5, .1, .01, up to five standard deviations."""
+    rng = np.random.default_rng(5)
+    known = [rng.integers(-500, 500, 60)]
+    draws = rng.integers(0, 1 << 20, (2000, 60), dtype=np.uint64)
+    differences = [smallest_of_known(phases([row], 20), known, 20).p_value for row in draws]
+    pairs = [
+        smallest_of_pairs(phases([one, other], 20), sums=True).p_value
+        for one, other in zip(draws[::2], draws[1::2], strict=True)
+    ]
+    for values, tests in ((differences, 2), (pairs, 2)):
+        for x in (0.5, 0.1, 0.01):
+            allowed = min(1.0, tests * x)
+            slack = 5 * math.sqrt(allowed * (1 - allowed) / len(values) + 1e-9)
+            assert np.mean(np.array(values) <= x) <= allowed + slack
+
+
+def test_the_tests_see_what_they_are_for() -> None:
+    rng = np.random.default_rng(6)
+    known = [rng.integers(-(1 << 16), 1 << 16, 400) for _ in range(2)]
+    mask = rng.integers(0, 1 << 32, 400, dtype=np.uint64)
+    one = (mask + (known[0] % (1 << 32)).astype(np.uint64)) & np.uint64(0xFFFFFFFF)
+    again = (mask + (known[1] % (1 << 32)).astype(np.uint64)) & np.uint64(0xFFFFFFFF)
+    negative = (-mask.astype(np.int64) + known[1]).astype(np.uint64) & np.uint64(0xFFFFFFFF)
+    assert smallest_of_pairs(phases([one, again], 32), sums=False).p_value < 1e-100
+    assert smallest_of_pairs(phases([one, negative], 32), sums=False).p_value > 1e-3
+    assert smallest_of_pairs(phases([one, negative], 32), sums=True).p_value < 1e-100
+    scaled = ((known[1] * 9000) % (1 << 32)).astype(np.uint64)  # follows at another scale: the linear test's case
+    found = smallest_of_known(phases([scaled], 32), known, 32)
+    assert (found.p_value < 1e-20, found.other) == (True, 1)
+
+
+def test_a_session_of_masked_sums_names_its_terms() -> None:
+    """The audit reads the terms from the wire, where Setup is the first message."""
+    seen: list[bytes] = []
+    with watched_by(lambda way, party, raw: seen.append(raw)):
+        from choral.protocols.seam import SumSpec
+
+        MaskedSession(Masked(), SumSpec(parties=("a", "b", "c"), length=5, bound=9))
+    assert isinstance(wire.to_party(seen[0], limit=len(seen[0])), wire.Setup)
