@@ -61,3 +61,11 @@ def test_lightning_autoencoder(tmp_path):
     before, after = (float(word) for word in first.split() if word[0] == "0")
     assert after < 0.6 * before  # 0.34 of it, one run
     assert last.startswith("Spent(epsilon=4.99")
+
+
+def test_huggingface_trainer(tmp_path):
+    pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+    lines = run(str(EXAMPLES / "huggingface_trainer.py"), str(tmp_path / "out"), cwd=tmp_path).strip().splitlines()
+    (accuracy,) = (float(line.split()[1]) for line in lines if line.startswith("accuracy"))
+    assert accuracy > 0.9  # 1.0, three runs
+    assert lines[-1].startswith("Spent(epsilon=3.99")
