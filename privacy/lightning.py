@@ -66,7 +66,7 @@ class PrivacyCallback(Callback):  # type: ignore[misc]
         self._model, self._optimizer, private_loader = self.privacy.wrap(pl_module, optimizers[0], loader)
         self._optimizer.step = _after_closure(self._optimizer)  # type: ignore[method-assign]
         trainer.optimizers = [self._optimizer]
-        source.instance, source.name = private_loader, ""
+        source.instance = private_loader
         self._passes = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

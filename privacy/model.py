@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import prepare_layer
-from opacus.layers.dp_rnn import RNNLinear
+from opacus.layers.dp_rnn import DPRNNBase
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy import ghost, mixing, positions
@@ -83,6 +84,9 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         """
         handles: list[RemovableHandle] = []
         self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
+        for module in self._module.modules():
+            if isinstance(module, DPRNNBase):
+                handles.append(module.register_forward_pre_hook(self._refuse_sorted))
         for module in self.iterate_submodules(self._module):
             if self._follows(module):
                 handles += [
@@ -233,7 +237,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
                 f"layer {self.name_of(module)} ({type(module).__name__}) does not return one tensor",
                 hint="Let each layer with parameters return one tensor, batch dimension first.",
             )
-        if self._seen is not None and not isinstance(module, RNNLinear):  # those sort and drop records as they end
+        if self._seen is not None:
             self._seen += [t for t in (*forward_input, forward_output) if isinstance(t, torch.Tensor)]
         if forward_output.requires_grad:
             forward_output.register_hook(  # type: ignore[no-untyped-call]
@@ -241,7 +245,23 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             )
 
     def _capture_gradient(self, module: nn.Module, gradient: torch.Tensor) -> None:
-        self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
+        try:
+            self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
+        except RuntimeError as error:  # of functorch, which runs the module once more for each record
+            raise UnsupportedModelError(
+                f"layer {self.name_of(module)} ({type(module).__name__}) has parameters whose per-sample gradients "
+                f"cannot be computed: {str(error).splitlines()[0]}",
+                hint="Keep parameters in torch's own layers, learned positions and class tokens in an nn.Embedding; "
+                "no dropout or other randomness in a module that has parameters of its own beside layers.",
+            ) from error
+
+    def _refuse_sorted(self, module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], PackedSequence) and args[0].sorted_indices is not None and module.training:
+            raise UnsupportedModelError(
+                f"layer {self.name_of(module)}, of Opacus, keeps the gradients of a packed sequence in the order of "
+                "lengths, and so mixes those of different records",
+                hint="Use torch's layer and choral.privacy.replace_layers(model), or pack with enforce_sorted=True.",
+            )
 
     def _refuse_single_values(self, module: nn.Module, given: torch.Tensor) -> None:
         if isinstance(module, nn.GroupNorm) and given[:1].numel() == module.num_groups:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.layers import DPLSTM
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -83,7 +84,7 @@ def test_dropout_falls_between_the_layers() -> None:
     torch.manual_seed(3)
     got = replaced(SEQUENCES)[0]
     torch.manual_seed(3)
-    want = second(nn.functional.dropout(first(SEQUENCES)[0], 0.5))[0]
+    want = second(nn.functional.dropout(first(SEQUENCES)[0].contiguous(), 0.5))[0]
     torch.testing.assert_close(got, want)
     assert not torch.equal(replaced(SEQUENCES)[0], got)
     assert torch.equal(replaced.eval()(SEQUENCES)[0], replaced(SEQUENCES)[0])
@@ -161,7 +162,7 @@ def test_state_dict_keeps_its_names_both_ways() -> None:
     other = {name: v + 1 for name, v in replaced.state_dict().items()}
     replaced.load_state_dict(other)  # strict
     assert all(torch.equal(v, other[name]) for name, v in replaced.state_dict().items())
-    with pytest.raises(RuntimeError, match=r"rnn\.layers\.1"):
+    with pytest.raises(RuntimeError, match=r"rnn\.cells\.2"):
         replaced.load_state_dict({n: v for n, v in other.items() if n != "rnn.weight_hh_l1"})
     alone = replace_layers(nn.LSTM(3, 2))
     assert list(nn.LSTM(3, 2).load_state_dict(alone.state_dict()).missing_keys) == []
@@ -262,3 +263,83 @@ def test_bad_shapes_are_refused() -> None:
         attention(*[torch.randn(7, 6)] * 3)
     with pytest.raises(ConfigError, match="attn_mask"):
         attention(*[SEQUENCES] * 3, is_causal=True)
+
+
+class Tagger(nn.Module):
+    """Reads sequences of several lengths, packed."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = (
+            nn.Embedding(9, 6),
+            make(6, 4, batch_first=True, bidirectional=True),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, t: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(self.embed(t), lengths, batch_first=True, enforce_sorted=False)
+        h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=t.shape[1])
+        return self.head(h).mean(1)
+
+
+def test_packed_sequences_get_their_own_records_gradients() -> None:
+    """In Opacus' layers the rows are in the order of lengths: right on average, and of the wrong records."""
+    t = torch.randint(9, (4, 7), generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([2, 7, 1, 5])
+    model = replace_layers(Tagger(nn.LSTM))
+    private = with_per_sample_gradients(model)
+    private.forget()
+    private(t, lengths).square().mean(1).mean().backward()
+    rows = {name: private.per_sample(p) for name, p in model.named_parameters()}
+    for i in range(4):
+        alone = torch.autograd.grad(
+            model.eval()(t[i : i + 1], lengths[i : i + 1]).square().mean(), list(model.parameters())
+        )
+        for (name, found), g in zip(rows.items(), alone, strict=True):
+            torch.testing.assert_close(found[i], g, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_opacus_own_layers_are_refused_packed_sequences_that_it_sorts() -> None:
+    private = with_per_sample_gradients(Tagger(DPLSTM))
+    with pytest.raises(UnsupportedModelError, match="layer rnn, of Opacus, keeps the gradients") as caught:
+        private(torch.zeros(3, 4, dtype=torch.long), torch.tensor([2, 4, 1]))
+    assert "replace_layers" in caught.value.hint
+
+
+class SortedByHand(nn.Module):
+    """Puts records in another order and back: each layer's rows are records, but not the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(9, 6), nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        order = t[:, 0].argsort()
+        return self.head(self.rnn(self.embed(t)[order])[0][order.argsort(), -1])
+
+
+def test_records_in_another_order_within_the_model_are_refused() -> None:
+    private = with_per_sample_gradients(replace_layers(SortedByHand()))
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        private(torch.tensor([[3, 1, 2], [1, 4, 4], [2, 0, 8], [0, 5, 5]]))
+
+
+class Patches(nn.Module):
+    """A vision transformer's way: a bare parameter for the positions, dropout behind it."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.pos, self.drop, self.head = nn.Parameter(torch.zeros(1, 7, 6)), nn.Dropout(dropout), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(x + self.pos).mean(1))
+
+
+def test_bare_parameters_are_followed_and_with_dropout_beside_them_named() -> None:
+    private = with_per_sample_gradients(Patches(0.0))
+    private.forget()
+    private(SEQUENCES).square().mean().backward()
+    assert private.per_sample(private.pos).shape == (5, 1, 7, 6)
+    with pytest.raises(UnsupportedModelError, match=r"layer .*Patches.* has parameters whose") as caught:
+        with_per_sample_gradients(Patches(0.5))(SEQUENCES).square().mean().backward()
+    assert "nn.Embedding" in caught.value.hint
