@@ -25,6 +25,17 @@ AGREE = 1e-3  # relative, of two grids of the privacy loss; the coarser errs upw
 ROUNDING = 1e-4  # of epsilon, near zero
 
 
+class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Noisy steps of one kind on a ledger. mechanism: in words. first, last: the events that they stand in, from 1."""
+
+    mechanism: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    first: int
+    last: int
+
+
 class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One ledger's cost at ``delta`` by each accountant; None where one does not apply.
 
@@ -44,6 +55,7 @@ class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     floor: float | None = None
     verdict: Verdict
     finding: str
+    phases: tuple[Phase, ...] = ()
 
 
 class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,8 +91,40 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
         claimed = run.info.spent.get(name)
         delta = claimed.delta if claimed else float((run.info.privacy or {})["delta"])
         judge = _of_clients if unit_of(run) == "client" else _of_records
-        rows.append(judge(name, Ledger(path, holder=name), delta))
+        ledger = Ledger(path, holder=name)
+        rows.append(msgspec.structs.replace(judge(name, ledger, delta), phases=_phases(ledger)))
     return tuple(rows)
+
+
+def _phases(ledger: Ledger) -> tuple[Phase, ...]:
+    """The ledger in the order in which it was written, alike events that follow each other taken together."""
+    from choral.privacy.events import CLIENT_UNIT, ClientRelease
+
+    phases: list[Phase] = []
+    for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
+        words = str(type(event).__struct_config__.tag).replace("_", " ")
+        rate = 1.0
+        if isinstance(event, ClientRelease):
+            words = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares"
+            words += ", counted anew by who survived" if event.settles else ""
+        else:
+            rate = event.sample_rate
+        phase = Phase(
+            mechanism=words,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=rate,
+            steps=event.steps,
+            first=place,
+            last=place,
+        )
+        before = phases[-1] if phases else None
+        if before and msgspec.structs.replace(before, steps=0, first=0, last=0) == msgspec.structs.replace(
+            phase, steps=0, first=0, last=0
+        ):
+            phases[-1] = msgspec.structs.replace(before, steps=before.steps + phase.steps, last=place)
+        else:
+            phases.append(phase)
+    return tuple(phases)
 
 
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:

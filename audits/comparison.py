@@ -62,13 +62,14 @@ class Comparison(
     versions: dict[str, str]
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as ``.json`` or as one offline ``.html`` file, by suffix.
+        """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
 
         Raises: ConfigError for another suffix.
         """
         from choral.audits.html import comparison_page
+        from choral.audits.markdown import comparison_markdown
 
-        return save_report(self, path, comparison_page)
+        return save_report(self, path, comparison_page, comparison_markdown)
 
     def print(self, console: Console | None = None) -> None:
         """Print the table to the terminal, or to ``console``."""

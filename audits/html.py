@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from choral.audits import figures, price_figures, text
+from choral.audits import evidence_figures, figures, price_figures, text
 from choral.audits.claims import no_claim
 from choral.audits.price import Costs
 from choral.audits.report import ORDER, Arm, BudgetPoint, Check, Verdict, WeightsMatch
@@ -55,7 +55,7 @@ def comparison_page(report: Comparison) -> str:
 
 
 def audit_page(report: Audit) -> str:
-    """The audit of one run as HTML."""
+    """The audit of one run, or of a model that was trained elsewhere, as HTML."""
     return (
         _environment()
         .get_template("audit.html")
@@ -63,29 +63,30 @@ def audit_page(report: Audit) -> str:
             report=report,
             lead=audit_lead(report),
             trace=figures.trace_figure(report.traces[0]) if report.traces else None,
-            settings=_settings_text(report.config) if report.config else "",
+            rocs=[
+                (attack, evidence_figures.roc_figure(attack, f"roc-{place}"))
+                for place, attack in enumerate((*report.attacks, *([report.probe.canaries] if report.probe else [])))
+            ],
+            inversion=evidence_figures.inversion_figure(report.inversion) if report.inversion else None,
+            settings=_settings_text(report.run.config) if report.run and report.run.config else "",
         )
     )
 
 
 def audit_lead(report: Audit) -> str:
     """The verdict in a sentence or two, with what it does not cover."""
+    said = report.sentence
     if not report.promised:
-        said = "This run promises no differential privacy, so there is no budget to break."
-    else:
-        said = {
-            "holds": "The budget holds: recomputed from the ledgers, no data holder has spent more than was claimed or"
-            " promised.",
-            "violated": "The claim is violated.",
-            "unverified": "The claim cannot be verified from what this run left behind.",
-        }[report.verdict]
-    if report.completed < report.rounds:
-        said += f" The run was interrupted after round {report.completed} of {report.rounds}."
+        said += " No differential privacy is promised, so there is no budget to break."
+    elif report.verdict == "holds" and report.budgets:
+        said += " Recomputed from the ledgers, no data holder has spent more than was claimed or promised."
+    if report.run and report.run.completed < report.run.rounds:
+        said += f" The run was interrupted after round {report.run.completed} of {report.run.rounds}."
     if report.traces:
         trace = report.traces[0]
         first, last = text.score(trace.values[0], trace.name), text.score(trace.values[-1], trace.name)
         said += f" Its {trace.name} went from {first} to {last}."
-    return said + " No attack was run."
+    return said
 
 
 def crossovers(costs: Costs | None) -> list[tuple[str, figures.Figure]]:

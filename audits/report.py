@@ -13,8 +13,12 @@ import msgspec
 from choral.errors import ChoralError
 
 FORMAT = "choral-report"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ORDER = ("cloud", "cloud-dp", "federated", "federated-masked", "federated-dp")  # these come first, with fixed colours
+RANDOMNESS = (
+    "The seed decides starting weights, data order and rehearsed dropouts. Sampling for privacy, noise, keys and masks"
+    " come from the operating system through a cryptographic stream, and are never seeded."
+)
 Verdict = Literal["holds", "violated", "unverified"]
 
 
@@ -182,6 +186,25 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     name: str
     values: tuple[float, ...]
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the audited run was trained. completed: rounds done, of ``rounds``. examples: records per party.
+
+    randomness: what the seed decides, and what it never reaches.
+    """
+
+    training: Literal["centralized", "federated"]
+    completed: int
+    rounds: int
+    seed: int
+    device: str
+    parameters: int
+    examples: dict[str, int]
+    secure_sum: dict[str, Any] | None = None
+    privacy: dict[str, float | int | str] | None = None
+    config: dict[str, Any] = {}
+    randomness: str = RANDOMNESS
 
 
 NOT_RUN = (

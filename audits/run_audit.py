@@ -1,4 +1,4 @@
-"""Audit one run: is what it claims borne out by what it left behind?"""
+"""Audit one run, or a model that was trained elsewhere: is what it claims borne out by what it left behind?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
@@ -20,9 +20,20 @@ from choral.audits.accountants import (
 )
 from choral.audits.budgets import budget_checks, holder_budgets
 from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path
+from choral.audits.evidence import InversionAudit, Probe, ScoreAudit
+from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
-from choral.audits.report import FORMAT_VERSION, NOT_RUN, Check, HolderBudget, NotRun, Trace, Verdict
+from choral.audits.report import (
+    FORMAT_VERSION,
+    NOT_RUN,
+    Check,
+    HolderBudget,
+    NotRun,
+    RunFacts,
+    Trace,
+    Verdict,
+)
 from choral.audits.seen import SeenAudit, seen_audit
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
@@ -35,12 +46,14 @@ if TYPE_CHECKING:
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="audit"):
-    """What :func:`audit` found. JSON holds exactly these fields, and HTML is drawn from them alone.
+    """What an audit found. JSON holds exactly these fields, and HTML and Markdown are drawn from them alone.
 
     verdict: "violated" if any check found a violation, else "unverified" if any could not be carried out, else
-        "holds". It speaks of the claim and the checks that were run; ``not_run`` lists what was not.
-    claim: the promise in words. training: how the run was trained. completed: rounds done, of ``rounds``.
-    examples: records per party. traces: each metric by round.
+        "holds". sentence: the verdict in words, with the largest epsilon that a test here could have detected. Both
+        speak of the claim and the checks that were made; ``not_run`` lists what was not.
+    claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
+    budgets, accountants, participation: the ledgers' own audit. costs: rounds, bytes, energy, money. seen: what the
+        server saw. attacks, probe, inversion: evidence from attacks. traces: each metric by round.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -48,42 +61,39 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     title: str
     made: str
     verdict: Verdict
+    sentence: str
     claim: str
     promised: bool
     checks: tuple[Check, ...]
+    attacks: tuple[ScoreAudit, ...] = ()
+    probe: Probe | None = None
+    inversion: InversionAudit | None = None
     budgets: tuple[HolderBudget, ...] = ()
     accountants: tuple[Accountants, ...] = ()
     participation: Participation | None = None
-    costs: Costs | None = None
     seen: SeenAudit | None = None
-    traces: tuple[Trace, ...]
-    training: Literal["centralized", "federated"]
-    completed: int
-    rounds: int
-    seed: int
-    device: str
-    parameters: int
-    examples: dict[str, int]
-    secure_sum: dict[str, Any] | None = None
-    privacy: dict[str, float | int | str] | None = None
-    config: dict[str, Any] = {}
+    costs: Costs | None = None
+    traces: tuple[Trace, ...] = ()
+    run: RunFacts | None = None
     not_run: tuple[NotRun, ...] = NOT_RUN
     caveats: tuple[str, ...]
     versions: dict[str, str]
 
     @property
     def exit_code(self) -> int:
-        """0 if the claim holds; 1 if it is violated or cannot be verified: a promise without evidence is no pass."""
+        """0 if nothing contradicts the claim; 1 if something does, or if a promise cannot be verified: a promise
+        without evidence is no pass."""
         return 0 if self.verdict == "holds" else 1
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as ``.json`` or as one offline ``.html`` file, by suffix.
+        """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
 
         Raises: ConfigError for another suffix.
         """
         from choral.audits.html import audit_page
+        from choral.audits.markdown import audit_markdown
 
-        return save_report(self, path, audit_page)
+        return save_report(self, path, audit_page, audit_markdown)
 
     def print(self, console: Console | None = None) -> None:
         """Print the findings to the terminal, or to ``console``."""
@@ -100,13 +110,21 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return read_report(path, cls)
 
 
-def audit(run: Run | str | Path, *, prices: Prices | None = None) -> Audit:
-    """Audit a run, or the run in a folder.
+def audit(
+    run: Run | str | Path,
+    *,
+    prices: Prices | None = None,
+    attacks: Sequence[ScoreAudit] = (),
+    probe: Probe | None = None,
+    inversion: InversionAudit | None = None,
+) -> Audit:
+    """Audit a run, or the run in a folder. Nothing is trained.
 
-    Checked are the budgets (each data holder's epsilon is recomputed from the hash-chained ledger and held against
-    run.json and against the promise) and the history. No attack is run; ``not_run`` says which, and what they would
-    show. A ledger that is missing leaves the claim unverified; one that is damaged or edited raises. The hash chain
-    cannot bind a holder who rewrites all of its own ledger.
+    Checked are the budgets (each data holder's epsilon is recomputed from the hash-chained ledger by several
+    accountants and held against run.json and against the promise), participation, the history, and what the server saw
+    if that was recorded. ``attacks``, ``probe`` and ``inversion`` are evidence that was gathered before; ``not_run``
+    says which was not. A ledger that is missing leaves the claim unverified; one that is damaged or edited raises. The
+    hash chain cannot bind a holder who rewrites all of its own ledger.
 
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
         DataError for a metric or cost that is not finite; ConfigError for a run without any history.
@@ -119,42 +137,92 @@ def audit(run: Run | str | Path, *, prices: Prices | None = None) -> Audit:
         raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
     check_costs(run.info, "this run")
     budgets = holder_budgets(run)
-    accountants, participation = accountants_of(run), participation_of(run)
-    seen = seen_audit(run)
-    checks = [
+    accountants, participation, seen = accountants_of(run), participation_of(run), seen_audit(run)
+    checks = (
         *budget_checks(run, budgets),
         *accountants_check(accountants),
         *participation_checks(run, participation),
         *(seen.checks if seen else ()),
-    ]
+        *evidence_checks(attacks, probe, inversion),
+    )
     info = run.info
-    claim = claim_of([info]) if info.spent else None
+    verdict, claim = worst(checks), claim_of([info]) if info.spent else None
     return Audit(
         title=f"Audit of {short_path(run.folder)}" if run.folder else f"Audit of a {info.kind} run",
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdict=_worst(checks),
+        made=now(),
+        verdict=verdict,
+        sentence=verdict_sentence(verdict, checks, attacks),
         claim=_in_words(run, claim.sentence if claim else ""),
         promised=info.privacy is not None,
-        checks=tuple(checks),
+        checks=checks,
+        attacks=tuple(attacks),
+        probe=probe,
+        inversion=inversion,
         budgets=budgets,
         accountants=accountants,
         participation=participation,
         seen=seen,
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
-        training=info.kind,
-        completed=run.history[-1].round,
-        rounds=info.rounds,
-        seed=info.seed,
-        device=info.device,
-        parameters=info.parameters,
-        examples=dict(info.parties),
-        secure_sum=msgspec.to_builtins(info.secure_sum),
-        privacy=info.privacy,
-        config=msgspec.to_builtins(info.config),
+        run=RunFacts(
+            training=info.kind,
+            completed=run.history[-1].round,
+            rounds=info.rounds,
+            seed=info.seed,
+            device=info.device,
+            parameters=info.parameters,
+            examples=dict(info.parties),
+            secure_sum=msgspec.to_builtins(info.secure_sum),
+            privacy=info.privacy,
+            config=msgspec.to_builtins(info.config),
+        ),
+        not_run=not_run(attacks, probe, inversion, seen),
         caveats=caveats(private=info.privacy is not None, compared=False),
         versions=dict(info.versions),
     )
+
+
+def audit_evidence(
+    title: str,
+    *,
+    attacks: Sequence[ScoreAudit] = (),
+    probe: Probe | None = None,
+    inversion: InversionAudit | None = None,
+) -> Audit:
+    """The report of a model that was trained elsewhere, from the evidence alone.
+
+    Raises: ConfigError without any evidence.
+    """
+    from choral.trainers.run import versions
+
+    if not (attacks or probe or inversion):
+        raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")
+    checks = evidence_checks(attacks, probe, inversion)
+    verdict = worst(checks)
+    claimed = [attack for attack in attacks if attack.claimed is not None]
+    claim = "No differential privacy is claimed."
+    if claimed:
+        said = f"ε\u00a0=\u00a0{claimed[0].claimed:g}, δ\u00a0=\u00a0{power(claimed[0].delta)}"
+        claim = f"Training is claimed to be ({said})-differentially private for each {claimed[0].unit}."
+    return Audit(
+        title=title,
+        made=now(),
+        verdict=verdict,
+        sentence=verdict_sentence(verdict, checks, attacks),
+        claim=f"{claim} The claim was given to the audit; no ledger backs it here.",
+        promised=bool(claimed),
+        checks=checks,
+        attacks=tuple(attacks),
+        probe=probe,
+        inversion=inversion,
+        not_run=not_run(attacks, probe, inversion, None),
+        caveats=caveats(private=bool(claimed), compared=False),
+        versions=versions(),
+    )
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _in_words(run: Run, sentence: str) -> str:
@@ -164,11 +232,6 @@ def _in_words(run: Run, sentence: str) -> str:
         return sentence
     asked = f"ε = {run.info.privacy['epsilon']:g}, δ = {power(float(run.info.privacy['delta']))}"
     return f"Differential privacy at {asked} was asked for; run.json records no spending."
-
-
-def _worst(checks: Sequence[Check]) -> Verdict:
-    found = {check.verdict for check in checks}
-    return "violated" if "violated" in found else "unverified" if "unverified" in found else "holds"
 
 
 def _traces(run: Run) -> tuple[Trace, ...]:

@@ -40,7 +40,7 @@ _LISTS = {
 
 class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was looked at. detail: what was recorded. unread: messages of which no more than size and digest was looked
-    at. tests: statistical tests, which share ``false_alarms``.
+    at. plain: the sum hides nothing, by its own words. tests: statistical tests, which share ``false_alarms``.
 
     detectable: the share of a vector's coordinates that could not be left unmasked without being found; None where no
     vector was known. method, assumptions: in words.
@@ -51,6 +51,7 @@ class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     messages: int
     bytes: int
     unread: int
+    plain: bool
     uploads: int
     vectors: int
     tests: int
@@ -106,6 +107,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
         sessions=len(sessions),
         messages=len(every),
         bytes=sum(seen.size for seen in every),
+        plain=any(session.opened.secure_sum == "plain" for session in sessions),
         unread=sum(session.unread for session in sessions),
         uploads=statistics.uploads,
         vectors=sum(len(session.vectors) for session in sessions),

@@ -1,29 +1,33 @@
-"""Reports on disk: JSON is the truth, HTML a drawing of it."""
+"""Reports on disk: JSON is the truth, HTML a drawing of it, Markdown a summary."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from choral.audits.report import ReportError, check_version
+from choral.audits.report import FORMAT_VERSION, ReportError, check_version
 from choral.errors import ConfigError
 
 ReportT = TypeVar("ReportT", bound=msgspec.Struct)
 
 
-def save_report(report: ReportT, path: str | Path, page: Callable[[ReportT], str]) -> Path:
+def save_report(
+    report: ReportT, path: str | Path, page: Callable[[ReportT], str], summary: Callable[[ReportT], str]
+) -> Path:
     """Write ``report`` by suffix, in one step: a reader finds the old file or the new one, whole."""
     path = Path(path)
     if path.suffix == ".json":
         content = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
     elif path.suffix == ".html":
         content = page(report).encode()
+    elif path.suffix == ".md":
+        content = summary(report).encode()
     else:
-        raise ConfigError(f"cannot save a report as {path.name!r}", hint="end the name in .json or .html")
+        raise ConfigError(f"cannot save a report as {path.name!r}", hint="end the name in .json, .html or .md")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_bytes(content)
@@ -44,3 +48,13 @@ def read_report(path: str | Path, kind: type[ReportT]) -> ReportT:
         raise ReportError(
             f"{path} does not hold what it should: {error}", hint="it was edited, or is another kind"
         ) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a ``report.json`` of this version, of either kind."""
+    from choral.audits.comparison import Comparison
+    from choral.audits.run_audit import Audit
+
+    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Audit | Comparison)))
+    title = f"Choral report, version {FORMAT_VERSION}"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from choral.audits.bounds import rate_interval
+from choral.audits.evidence import Bound, InversionAudit, NullControl, Probe, ProbeCheck, ScoreAudit, View
+from choral.audits.roc import roc
 from choral.privacy.spent import Spent
 from choral.trainers.run import Round, Run, RunInfo
 
@@ -130,3 +136,50 @@ def budgets() -> dict[str, list[Run]]:
         arm: [fake_run(arm, seed, epsilon=eps, peak=top + lift) for eps, top in curve.items() for seed in range(3)]
         for arm, lift in (("cloud-dp", 0.045), ("federated-dp", 0.0))
     }
+
+
+def attack(finding: str = "not violated", *, null_holds: bool = True, **changes: Any) -> ScoreAudit:
+    rng = np.random.default_rng(0)
+    members = np.arange(400) % 2 == 0
+    scores = rng.normal(size=400) + 0.5 * members
+    bound = Bound(
+        method="one-run", epsilon=0.4, delta=1e-5, confidence=0.95, kind="confidence", ceiling=3.7,
+        counts={"canaries": 400, "guesses": 100, "right": 62}, thresholds="the 100 scores farthest from the median",
+        tried=1, assumptions=("Each canary was in or out by a fair coin.",), reference="Steinke, Nasr, Jagielski 2023",
+    )  # fmt: skip
+    null = NullControl(
+        draws=500, positives=20 if null_holds else 200, rate=rate_interval(20 if null_holds else 200, 500),
+        allowed=0.05, holds=null_holds,
+    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "attack": "loss threshold", "design": "coins", "unit": "record", "scores": 400, "members": 200, "delta": 1e-5,
+        "claimed": 3.0, "finding": finding, "sentence": "What was found.", "decisive": "one-run", "bounds": (bound,),
+        "roc": roc(scores, members), "null": null, "notes": ("Few canaries.",),
+    }  # fmt: skip
+    return ScoreAudit(**(fields | changes))
+
+
+def inversion(*, recovered: bool = False) -> InversionAudit:
+    image = tuple((i % 8) / 7 for i in range(64))
+    views = tuple(
+        View(name=name, sees="x", image=image, psnr=20.0, ssim=0.5, unrelated_psnr=9.0, p_value=0.2, recovered=found)
+        for name, found in (("plain update", True), ("masked message", recovered), ("sum", False))
+    )
+    return InversionAudit(
+        method="exact (linear first layer)", shape=(8, 8), batch=1, trials=20, level=0.01, truth=image, views=views,
+        assumptions=("The adversary knows the model.",),
+    )  # fmt: skip
+
+
+def probe(*, violated: bool) -> Probe:
+    test = ProbeCheck(
+        name="noise size", violated=violated, expected=1.0, observed=0.1, p_value=1e-9, false_alarms=1e-4,
+        finding="The noise is a tenth of what is claimed.", assumptions=(),
+    )  # fmt: skip
+    return Probe(checks=(test,), canaries=attack(), violated=violated, sentence="Probed.")
+
+
+@pytest.fixture
+def evidence() -> SimpleNamespace:
+    """Makers of the results of attacks, as the attacks' own modules return them."""
+    return SimpleNamespace(attack=attack, inversion=inversion, probe=probe)

@@ -171,7 +171,8 @@ def test_an_interrupted_round_may_be_on_the_ledger_already(private: Callable[...
     run = replace(private(), history=private().history[:5])
     report = audit(_kept(run, tmp_path / "run", dict.fromkeys(SIZES, 3)))
     assert report.verdict == "holds"
-    assert report.completed == 4
+    assert report.run is not None
+    assert report.run.completed == 4
     assert "cut short" in report.budgets[0].finding
     assert audit(_kept(private(), tmp_path / "done", dict.fromkeys(SIZES, 3))).verdict == "violated"
 
@@ -265,7 +266,7 @@ def test_json_round_trip(folder: Path, tmp_path: Path) -> None:
     path = report.save(tmp_path / "audit.json")
     assert Audit.load(path) == report
     held = json.loads(path.read_text())
-    assert (held["format"], held["version"], held["kind"], held["verdict"]) == ("choral-report", 1, "audit", "holds")
+    assert (held["format"], held["version"], held["kind"], held["verdict"]) == ("choral-report", 2, "audit", "holds")
     path.write_text(json.dumps({**held, "verdict": "fine"}))
     with pytest.raises(ReportError, match="fine"):
         Audit.load(path)

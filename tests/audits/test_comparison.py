@@ -309,7 +309,7 @@ def test_json_round_trip(arms: Arms, budgets: Arms, tmp_path: Path) -> None:
     path = report.save(tmp_path / "new" / "report.json")
     assert Comparison.load(path) == report
     held = json.loads(path.read_text())
-    assert (held["format"], held["version"], held["kind"]) == ("choral-report", 1, "comparison")
+    assert (held["format"], held["version"], held["kind"]) == ("choral-report", 2, "comparison")
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
@@ -317,7 +317,7 @@ def test_a_report_file_that_is_not_one_is_refused(arms: Arms, tmp_path: Path) ->
     path = compare(arms).save(tmp_path / "report.json")
     held = json.loads(path.read_text())
     for change, message in (
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"format": "other"}, "not a Choral report"),
         ({"extra": 1}, "extra"),
         ({"metric": 3}, "metric"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -226,3 +227,32 @@ def test_a_hostile_metric_name_is_escaped_in_the_pictures(make_run: MakeRun) -> 
 
 def replace_metrics(entry: Round, metrics: dict[str, float]) -> Round:
     return msgspec.structs.replace(entry, metrics=metrics)
+
+
+def test_the_page_with_all_evidence_is_well_formed(make_run: MakeRun, evidence: SimpleNamespace) -> None:
+    report = audit(
+        make_run("federated"),
+        attacks=[evidence.attack(attack=HOSTILE), evidence.attack(design="split", bounds=(), decisive="", null=None)],
+        probe=evidence.probe(violated=True),
+        inversion=evidence.inversion(),
+    )
+    html = audit_page(report)
+    page = Page(html)
+    assert page.stack == []
+    assert "<script" not in html
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(re.findall(r"<svg", html)) == 2 * (1 + 3 + 1)
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.S))
+    assert not re.search(r"\b(nan|inf|None)\b", drawings)
+    assert "true image" in page.words
+
+
+def test_an_image_is_drawn_pixel_by_pixel(make_run: MakeRun, evidence: SimpleNamespace) -> None:
+    html = audit_page(audit(make_run(), inversion=evidence.inversion()))
+    wide = re.search(r"<svg[^>]*inversion-wide.*?</svg>", html, re.S)
+    assert wide is not None
+    # The last of eight columns is white in each of the eight rows of four pictures.
+    assert (
+        re.findall(r'<path d="([^"]*)" fill="#ffffff"', wide[0]) == ["".join(f"M7 {y}h1v1h-1z" for y in range(8))] * 4
+    )

@@ -1,0 +1,97 @@
+"""From evidence to checks, and from checks to the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from choral.audits.report import NOT_RUN, Check, NotRun, Verdict
+
+if TYPE_CHECKING:
+    from choral.audits.evidence import InversionAudit, Probe, ScoreAudit
+    from choral.audits.seen import SeenAudit
+
+_PARTLY = NotRun(
+    name="Transcript audit against the parties' own vectors",
+    would_show="whether any message correlates with a single party's update (a rehearsal with masked sums has them)",
+)
+
+
+def evidence_checks(
+    attacks: Sequence[ScoreAudit], probe: Probe | None, inversion: InversionAudit | None
+) -> tuple[Check, ...]:
+    """One check per attack, per test of a probe, and for the inversion of a masked message."""
+    checks = [_of_scores(attack) for attack in attacks]
+    if probe is not None:
+        checks += [
+            Check(name=f"Probe: {test.name}", verdict="violated" if test.violated else "holds", finding=test.finding)
+            for test in probe.checks
+        ]
+        checks.append(_of_scores(probe.canaries))
+    if inversion is not None:
+        checks += [
+            Check(
+                name="A masked message gives no input away",
+                verdict="violated" if view.recovered else "holds",
+                finding=f"{view.psnr:.1f} dB against the true image, {view.unrelated_psnr:.1f} dB against unrelated"
+                f" ones (p = {view.p_value:.2g}, {inversion.trials} trials).",
+            )
+            for view in inversion.views
+            if view.name == "masked message"
+        ]
+    return tuple(checks)
+
+
+def _of_scores(attack: ScoreAudit) -> Check:
+    name = f"The claim against an attack: {attack.attack}"
+    if attack.null is not None and not attack.null.holds:
+        finding = (
+            f"On coins that the model never saw the test was positive in {attack.null.positives} of"
+            f" {attack.null.draws} draws: it is broken, and says nothing."
+        )
+        return Check(name=name, verdict="unverified", finding=finding)
+    return Check(name=name, verdict="violated" if attack.finding == "violated" else "holds", finding=attack.sentence)
+
+
+def worst(checks: Sequence[Check]) -> Verdict:
+    found = {check.verdict for check in checks}
+    return "violated" if "violated" in found else "unverified" if "unverified" in found else "holds"
+
+
+def verdict_sentence(verdict: Verdict, checks: Sequence[Check], attacks: Sequence[ScoreAudit]) -> str:
+    """The verdict, and the largest epsilon that it could have been otherwise for."""
+    if verdict != "holds":
+        faulty = [check.name for check in checks if check.verdict == verdict]
+        what = "Violated" if verdict == "violated" else "Not verified"
+        level = max((b.confidence for a in attacks if a.finding == "violated" for b in a.bounds), default=None)
+        at = f" at {100 * level:g}\u00a0% confidence" if level is not None and verdict == "violated" else ""
+        return f"{what}{at}: {'; '.join(faulty[:3])}{f'; and {len(faulty) - 3} more' if len(faulty) > 3 else ''}."
+    ceilings = [bound.ceiling for attack in attacks for bound in attack.bounds if bound.method == attack.decisive]
+    if ceilings:
+        most = f"ε\u00a0=\u00a0{max(ceilings):.2f}"
+        return f"No violation found; the strongest test here could have detected up to {most}."
+    if attacks:
+        return "No violation found; the attacks were of a kind that bounds no ε."
+    return (
+        "No violation found in the books. No attack was run, so a leak that the books do not show could not have been"
+        " detected."
+    )
+
+
+def not_run(
+    attacks: Sequence[ScoreAudit], probe: Probe | None, inversion: InversionAudit | None, seen: SeenAudit | None
+) -> tuple[NotRun, ...]:
+    """What is left of the list once the evidence is taken off it."""
+    tried = " ".join(attack.attack.lower() for attack in attacks)
+    done = {
+        "Membership inference by loss threshold": "loss" in tried,
+        "LiRA (likelihood-ratio attack)": "lira" in tried,
+        "RMIA (robust membership inference)": "rmia" in tried,
+        "One-run audit with canaries": probe is not None or any(attack.design == "coins" for attack in attacks),
+        "Gradient inversion": inversion is not None,
+        "Transcript audit": seen is not None,
+    }
+    left = [entry for entry in NOT_RUN if not done[entry.name]]
+    if seen is not None and seen.detectable is None and not seen.plain:
+        left.append(_PARTLY)
+    return tuple(left)
