@@ -43,6 +43,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         self.drawn: int | None = None  # records in the batch that awaits its step
         self.averages: dict[nn.Parameter, torch.Tensor] = {}  # autograd's gradients, until `checked`
         self.shared: dict[nn.Module, positions.Shared] | None = None  # embeddings of what is the same for all records
+        self._trying = False  # a whole training step, whose loss is looked at
+        self._called = False  # and which calls the model itself
         self._expanding = False  # their outputs, although nothing is trained now
         self._records: int | None = None  # in the forward pass that runs
         self._seen: list[torch.Tensor] | None = (
@@ -277,7 +279,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's model; once, on a batch of two or more, check that it treats records one by one."""
         training = self.training and torch.is_grad_enabled()
-        if not training or (self.unmixed and not self.shared):
+        self._called = True
+        if not training or self._trying or (self.unmixed and not self.shared):
             return self._module(*args, **kwargs)
         self._records = rows = mixing.rows_of((args, kwargs), self.drawn)
         if self.shared is None:
@@ -319,14 +322,15 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         with positions.evaluating(self._module):
             mixing.refuse_inseparable(step, batch, rows)
         devices = [t.device for t in mixing.tensors(batch) if t.device.type == "cuda"]
-        self._seen = []
+        self._seen, self._trying, self._called = [], True, False
         try:
             with torch.random.fork_rng(devices=devices):
                 step(batch)
             self.disable_hooks()
-            self.unmixed = mixing.refuse_by_gradient(None, self._seen, [], rows, layers_only=True)
+            unmixed = mixing.refuse_by_gradient(None, self._seen, [], rows, layers_only=True)
+            self.unmixed = unmixed and not self._called  # else the model's own check is still to come
         finally:
-            self._seen = None
+            self._seen, self._trying = None, False
             self.enable_hooks()
             self.forget()  # this forward pass has no backward pass
 

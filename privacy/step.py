@@ -117,7 +117,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         if drawn > 1 and not self._model.unmixed:
             raise UnsupportedModelError(
                 "it was not seen whether the model treats the records of a batch one by one",
-                hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, not of its parts.",
+                hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, or call "
+                "model.check_step(step, batch), where step(batch) returns the loss.",
             )
         self._refuse_changed_buffers(thorough=not self._model.checked)
         if not self._model.checked:
@@ -170,8 +171,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 raise UnsupportedModelError(
                     f"parameter {self._name(p)} has gradients for {part.records} samples, but {drawn} records were "
                     "drawn",
-                    hint="Each layer's input needs one row per record: expand position indices to the batch, do not "
-                    "drop, repeat or merge records.",
+                    hint="Each layer's input needs one row per record, in its first dimension (batch_first=True): do "
+                    "not drop, repeat or merge records.",
                 )
         if p in self._model.astray:
             raise UnsupportedModelError(

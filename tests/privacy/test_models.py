@@ -251,6 +251,69 @@ def test_the_mixing_check_leaves_gradients_and_random_numbers_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
 
 
+def summed(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(m(x), y, reduction="sum")
+
+
+def weighted(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(m(x), y, weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def over_kept_labels(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(m(x), y, ignore_index=1)
+
+
+def contrastive(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    h = m(x)
+    return nn.functional.cross_entropy(h @ h.T, torch.arange(len(x)))
+
+
+def mean(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(m(x), y)
+
+
+def weighted_by_record(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (nn.functional.cross_entropy(m(x), y, reduction="none") * torch.tensor([1.0, 2.0, 3.0])[y]).mean()
+
+
+def noisy(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(m(x + torch.randn_like(x)), y)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 33])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("loss", [summed, weighted, over_kept_labels, contrastive, mean, weighted_by_record, noisy])
+def test_a_loss_can_be_checked_to_be_a_mean_over_records(loss: Any, dropout: float, rows: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 3))
+    private = with_per_sample_gradients(model)
+    batch = torch.randn(rows, 6), torch.arange(rows) % 3
+    private.drawn = rows
+    if loss in (mean, weighted_by_record, noisy):
+        private.check_step(lambda b: loss(private, *b), batch)
+        assert not private.unmixed  # the model is called, and will be looked at by itself
+        assert all(m.training for m in model.modules())
+        loss(private, *batch).backward()  # as if nothing had been
+        assert len(private.per_sample(model[0].weight)) == rows
+    else:
+        with pytest.raises(UnsupportedModelError, match="not the mean over its records"):
+            private.check_step(lambda b: loss(private, *b), batch)
+        assert not private.unmixed
+
+
+def test_a_checked_step_may_use_the_models_parts(problem: Any) -> None:
+    model = problem.model()
+    private, optimizer, loader = problem.wrapped(model=model)
+
+    def step(batch: Any) -> torch.Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(model[2](torch.relu(model[0](x))), y)
+
+    for batch in loader:
+        private.check_step(step, batch)
+        step(batch).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("layer", [nn.Embedding(5, 6, sparse=True), nn.EmbeddingBag(5, 6, sparse=True)])
 def test_sparse_gradients_are_refused(layer: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="sparse gradients") as caught:
