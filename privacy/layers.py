@@ -35,7 +35,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
     the plain model as it is, and the other way round.
 
     - `nn.LSTM`, `nn.GRU`, `nn.RNN`: equal results, bidirectional, stacked, with dropout and packed sequences, too.
-      Not with `proj_size`. A Python loop over time: several times slower.
+      Not with `proj_size`. A Python loop over time: about three times slower.
     - `nn.MultiheadAttention`, also inside `nn.TransformerEncoderLayer` and its kin: equal results. Not with `kdim`,
       `vdim`, `add_bias_kv` or `add_zero_attn`. Layers around it still need `batch_first=True`.
     - `nn.BatchNorm*`: `nn.GroupNorm` with the same weights, and **other** results: a network trained with BatchNorm
