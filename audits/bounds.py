@@ -19,7 +19,7 @@ from choral.audits.fdp import epsilon_of_mu
 from choral.audits.one_run import check_levels, largest_rejected
 from choral.errors import DataError
 
-_NODES = 400
+_NODES = 128
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +94,8 @@ def gaussian(counts: Counts, *, delta: float, beta: float = 0.05) -> float:
 
 def joint_beta(counts: Counts, *, delta: float, beta: float = 0.05) -> float:
     """The epsilon below which the posterior of (FPR, FNR) leaves mass ``beta``: credible, not frequentist.
+
+    Without any leak it is still a little above 0, since epsilon = 0 is a line, of no mass: never a verdict by itself.
 
     Jeffreys priors: FNR ~ Beta(.5 + FN, .5 + TP), FPR ~ Beta(.5 + FP, .5 + TN), independent. The smallest epsilon whose
     region

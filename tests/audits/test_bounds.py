@@ -129,7 +129,7 @@ def test_a_bound_may_come_from_either_direction() -> None:
     rare = Counts(true_positives=20, false_negatives=480, false_positives=0, true_negatives=500)
     turned = Counts(true_positives=500, false_negatives=0, false_positives=480, true_negatives=20)
     assert bounds.clopper_pearson(rare, delta=1e-5) == pytest.approx(bounds.clopper_pearson(turned, delta=1e-5))
-    assert bounds.joint_beta(rare, delta=1e-5) == pytest.approx(bounds.joint_beta(turned, delta=1e-5), rel=1e-6)
+    assert bounds.joint_beta(rare, delta=1e-5) == pytest.approx(bounds.joint_beta(turned, delta=1e-5), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Scores of canaries from a file: CSV headed ``score,member``, or JSON ``{"scores": [...], "members": [...]}``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import msgspec
+
+from choral.errors import ConfigError, DataError
+
+_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}
+_LARGEST = 1 << 30
+_HINT = 'expected CSV with the header "score,member" or JSON {"scores": [...], "members": [...]}'
+
+
+class _Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    scores: list[float]
+    members: list[int | bool]
+
+
+def read_scores(path: str | Path) -> tuple[list[float], list[int]]:
+    """The scores and the memberships (0 or 1), one of each per canary, in the file's order.
+
+    Raises: ConfigError for another suffix; DataError, naming the line, for a file that is missing, larger than 1 GiB or
+    not as
+        described. Lengths and values are checked by :func:`choral.audits.scores.audit_scores`.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ConfigError(f"cannot read scores from {path.name!r}", hint="end the name in .csv or .json")
+    if not path.is_file():
+        raise DataError(f"no file of scores at {path}")
+    if path.stat().st_size > _LARGEST:
+        raise DataError(f"{path} is larger than 1 GiB", hint="score fewer canaries")
+    raw = path.read_bytes()
+    return _from_json(path, raw) if path.suffix == ".json" else _from_csv(path, raw)
+
+
+def _from_json(path: Path, raw: bytes) -> tuple[list[float], list[int]]:
+    try:
+        found = msgspec.json.decode(raw, type=_Scores)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", hint=_HINT) from None
+    return found.scores, [int(flag) for flag in found.members]
+
+
+def _from_csv(path: Path, raw: bytes) -> tuple[list[float], list[int]]:
+    try:
+        rows = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+        header = [name.strip() for name in next(rows, [])]
+        if header not in (["score", "member"], ["member", "score"]):
+            raise DataError(f"{path} begins with {header}", hint=_HINT)
+        swapped = header[0] == "member"
+        scores, members = [], []
+        for number, row in enumerate(rows, start=2):
+            score, member = _row(path, number, row[::-1] if swapped else row)
+            scores.append(score)
+            members.append(member)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}", hint=_HINT) from None
+    return scores, members
+
+
+def _row(path: Path, number: int, row: list[str]) -> tuple[float, int]:
+    if len(row) != 2:
+        raise DataError(f"{path}, line {number}, has {len(row)} fields, expected 2", hint=_HINT)
+    score, member = row[0].strip(), row[1].strip().lower()
+    if member not in _FLAGS:
+        raise DataError(f"{path}, line {number}: member is {member[:20]!r}, expected 0 or 1", hint=_HINT)
+    try:
+        if "_" in score:
+            raise ValueError
+        return float(score), _FLAGS[member]
+    except ValueError:
+        raise DataError(f"{path}, line {number}: score is {score[:20]!r}, expected a number", hint=_HINT) from None
