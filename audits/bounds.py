@@ -95,7 +95,8 @@ def gaussian(counts: Counts, *, delta: float, beta: float = 0.05) -> float:
 def joint_beta(counts: Counts, *, delta: float, beta: float = 0.05) -> float:
     """The epsilon below which the posterior of (FPR, FNR) leaves mass ``beta``: credible, not frequentist.
 
-    Without any leak it is still a little above 0, since epsilon = 0 is a line, of no mass: never a verdict by itself.
+    Without any leak it is still a little above 0, since epsilon = 0 is a line, of no mass; and where both directions
+    are tight it overshoots about twice as often as ``beta`` says. Never a verdict by itself.
 
     Jeffreys priors: FNR ~ Beta(.5 + FN, .5 + TP), FPR ~ Beta(.5 + FP, .5 + TN), independent. The smallest epsilon whose
     region

@@ -130,8 +130,9 @@ def test_null_calibration(name: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_joint_beta_bound_is_credible_only() -> None:
-    # On no leak at all it is always a little above 0, for epsilon = 0 is a line of no mass: so it never decides. At a
-    # true epsilon of 1 (randomised response) it overshoots in about 5 of 100: 250 draws, above 25 has probability 1e-3.
+    # On no leak at all it is always a little above 0, for epsilon = 0 is a line of no mass. At a true
+    # epsilon of 1 (randomised response), where both directions are tight, it overshoots in about 12 of 100 audits at
+    # beta = .05, twice what a confidence bound may (250 draws, seed fixed). So it never decides a verdict.
     rng = np.random.default_rng(4)
     flip = 1.0 / (1.0 + math.e)
     found = []
@@ -139,7 +140,7 @@ def test_the_joint_beta_bound_is_credible_only() -> None:
         fn, fp = (int(x) for x in rng.binomial(120, flip, size=2))
         counts = bounds.Counts(true_positives=120 - fn, false_negatives=fn, false_positives=fp, true_negatives=120 - fp)
         found.append(bounds.region_mass(counts, 1.0, 0.0) < 0.05)
-    assert 0 < sum(found) <= 25
+    assert 15 < sum(found) < 50
     none = bounds.Counts(true_positives=60, false_negatives=60, false_positives=60, true_negatives=60)
     assert 0.0 < bounds.joint_beta(none, delta=0.0) < 0.1
     assert bounds.clopper_pearson(none, delta=0.0) == 0.0
