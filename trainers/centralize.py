@@ -23,7 +23,8 @@ from choral.trainers.task import (
     Build,
     DivergedError,
     Evaluate,
-    Fit,
+    FitLoop,
+    Loss,
     check_parties,
     checked_build,
     metrics_of,
@@ -35,11 +36,12 @@ POOLED = "pooled"
 def centralize(
     *,
     build: Build,
-    fit: Fit,
+    fit: FitLoop,
     evaluate: Evaluate,
     parties: Mapping[str, Any],
     rounds: int,
     seed: int = 0,
+    loss: Loss | None = None,
     privacy: Privacy | None = None,
     device: str = "cpu",
     out: str | Path | None = None,
@@ -51,9 +53,11 @@ def centralize(
 
     A round is one call of ``fit`` on the pooled data, so equal rounds mean equally many passes over each record. The
     starting weights are those of ``federate`` for the same seed. The optimizer lives through all rounds.
+    loss: taken so that one job's functions suit both, and not called.
     privacy: record-level DP-SGD on the pooled data, with one ledger; the data itself is seen by the cloud.
     The other arguments and errors are those of :func:`federate`.
     """
+    del loss
     check_settings(rounds, seed, 0.0)
     examples = check_parties(parties, least=1, min_classes=1)
     on = resolve_device(device)

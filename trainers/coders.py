@@ -1,8 +1,8 @@
-"""From updates to integers and from their sum to the mean: what a round does between training and the server's step.
+"""From vectors to integers and from their sum to the mean: what an exchange does between the parties and the server.
 
-`WeightedCoder` averages by example counts, without noise of its own (record-level privacy has added its noise inside
-the parties' training). `ClientCoder` clips each party's whole update and averages with equal weights and client-level
-noise.
+`WeightedCoder` averages by example counts or by parties, without noise of its own (record-level privacy has added its
+noise inside the parties' training). `ClientCoder` clips each party's whole vector and averages with equal weights and
+client-level noise.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from choral.privacy.client import HOLDER, spent_by
 from choral.privacy.client_accounting import SLACK
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import SumResult, SumSession, SumSpec
+from choral.trainers.algorithms.seam import Channel, Mean
 from choral.trainers.record import Recorder
 
 
 class Coder(Protocol):
-    """One for a run; `begin` opens a round, each present party encodes once, the server decodes once."""
+    """One for a run and a channel; `begin` opens a sum, each present party encodes once, the server decodes once."""
 
     @property
     def spec(self) -> SumSpec: ...
@@ -45,7 +46,7 @@ class Coder(Protocol):
 
     def encode(self, party: str, update: torch.Tensor) -> Any: ...
 
-    def decode(self, result: SumResult) -> torch.Tensor: ...
+    def decode(self, result: SumResult) -> Mean: ...
 
     def spent(self) -> dict[str, Spent]:
         """What each data holder has spent."""
@@ -53,22 +54,35 @@ class Coder(Protocol):
 
 
 class WeightedCoder:
-    """The mean weighted by `examples`, in fixed point; the counts' sum travels as one more coordinate."""
+    """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
+
+    Whole numbers are encoded as they are, so their sum is exact.
+    """
 
     clip = None
 
     def __init__(
-        self, examples: Mapping[str, int], length: int, *, bound: float, value_bits: int, guards: Mapping[str, Guard]
+        self,
+        examples: Mapping[str, int],
+        channel: Channel,
+        *,
+        bound: float,
+        value_bits: int,
+        guards: Mapping[str, Guard],
     ) -> None:
+        if channel.largest_count is not None:
+            value_bits = max(channel.largest_count.bit_length(), 1) + 1
+            bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
+        self._weights = examples if channel.weighing == "examples" else dict.fromkeys(examples, 1)
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
-        cap = 1 << max(examples.values()).bit_length()
+        cap = cap_of(examples) if channel.weighing == "examples" else 1
         self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=cap)
-        self._examples, self._length, self._guards = examples, length, guards
+        self._length, self._guards = channel.length, guards
 
     @property
     def spec(self) -> SumSpec:
         return SumSpec(
-            parties=tuple(self._examples),
+            parties=tuple(self._weights),
             length=self._length + 1,
             bound=self._coder.integer_bound,
             encoding=repr(self._coder),
@@ -91,10 +105,10 @@ class WeightedCoder:
         """Nothing is paid for here."""
 
     def encode(self, party: str, update: torch.Tensor) -> Any:
-        return self._coder.encode(update, self._examples[party])
+        return self._coder.encode(update, self._weights[party])
 
-    def decode(self, result: SumResult) -> torch.Tensor:
-        return self._coder.decode(result.total)[0]
+    def decode(self, result: SumResult) -> Mean:
+        return Mean(*self._coder.decode(result.total))
 
     def spent(self) -> dict[str, Spent]:
         return {name: guard.spent() for name, guard in self._guards.items()}
@@ -159,8 +173,9 @@ class ClientCoder:
         del party
         return self._current.encode(update)
 
-    def decode(self, result: SumResult) -> torch.Tensor:
-        return self._current.decode(result.total, len(result.survivors))
+    def decode(self, result: SumResult) -> Mean:
+        survivors = len(result.survivors)
+        return Mean(self._current.decode(result.total, survivors), survivors)
 
     def spent(self) -> dict[str, Spent]:
         return {HOLDER: self._guard.spent()}
@@ -170,6 +185,11 @@ class ClientCoder:
         if self._round is None:
             raise ConfigError("no round was begun")
         return self._round
+
+
+def cap_of(examples: Mapping[str, int]) -> int:
+    """A power of two above every party's example count."""
+    return 1 << max(examples.values()).bit_length()
 
 
 class Clients:
@@ -196,14 +216,14 @@ class Clients:
             return f"the clients' budget is spent; ended after round {self._recorder.completed}"
         return ""
 
-    def coder(self, parties: tuple[str, ...], length: int, rounds: int) -> ClientCoder:
-        """For the rounds that are left; an adaptive clipping norm goes on where it was."""
+    def coder(self, parties: tuple[str, ...], length: int, rounds: int, sums: int) -> ClientCoder:
+        """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was."""
         history = self._recorder.run().history
         guard = ClientGuard(
             self._privacy,
             clients=len(parties),
             length=length,
-            rounds=max(rounds - self._recorder.completed, 1),
+            rounds=max(rounds - self._recorder.completed, 1) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
         )

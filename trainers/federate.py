@@ -1,18 +1,22 @@
 """Federated training in one process: the way of a round, from local training to the next global model.
 
-    party:   local training        weights -> update        float32, shape (d,)      local.Resident.update
-    party:   encode                update  -> integers      int64, shape (D,)        coders.Coder.encode
+    server:  ask                   weights -> exchange      float32, shape (d,)      Algorithm.round
+    party:   local training        exchange -> result       float32, shape (d,)      LocalTrainer.do
+    party:   answer                result  -> vector        float32, shape (l,)      Algorithm.answer
+    party:   encode                vector  -> integers      int64, shape (D,)        coders.Coder.encode
     parties: secure sum            integers -> their sum    int64, shape (D,)        protocols.SecureSum
-    server:  decode, step          sum -> next weights      float32, shape (d,)      fedavg.server_step
+    server:  decode, step          sum -> mean, weights     float64, shape (l,)      Algorithm.round
 
-Weighted by example counts, D = d + 1: the extra coordinate carries the counts, so the server needs no party's count in
-the clear. With client-level privacy every party weighs the same, and D is what the noise's encoding pads to.
+Some algorithms have several exchanges in a round. D = l + 1: the extra coordinate carries the weights of the mean, so
+the server needs no party's example count in the clear. With client-level privacy every party weighs the same, and D is
+what the noise's encoding pads to.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -23,28 +27,34 @@ import torch
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
 from choral.protocols import Plain
-from choral.protocols.seam import SecureSum, SumResult, SumSession
+from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
-from choral.trainers.coders import Coder, WeightedCoder, open_clients
+from choral.trainers.algorithms.fedavg import FedAvg
+from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
+from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
-from choral.trainers.fedavg import server_step
-from choral.trainers.local import Resident, resolve_device, seeded
+from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
+from choral.trainers.rounds import Federation, check_fits, open_sessions
 from choral.trainers.run import Round, Run, RunInfo, versions
-from choral.trainers.task import Build, Evaluate, Fit, check_parties, metrics_of, raw_bytes
+from choral.trainers.task import Build, Evaluate, FitLoop, Loss, check_parties, metrics_of, raw_bytes
 from choral.trainers.transcript import Detail, Transcript
 
 OnRound = Callable[[Round], None]
+Engine = Callable[[Resident], LocalTrainer]
 
 
 def federate(
     *,
     build: Build,
-    fit: Fit,
+    fit: FitLoop,
     evaluate: Evaluate,
     parties: Mapping[str, Any],
     rounds: int,
     seed: int = 0,
+    loss: Loss | None = None,
+    algorithm: Algorithm | None = None,
+    engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
     secure_sum: SecureSum | None = None,
     value_bound: float = 16.0,
@@ -58,12 +68,15 @@ def federate(
     transcript: Detail | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
-    """Train one model over parties that keep their data (FedAvg).
+    """Train one model over parties that keep their data.
 
     build, fit, evaluate: the user's own functions: ``build(dataset) -> (model, optimizer, loader)``,
         ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats.
     parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
         ``min_classes`` classes.
+    loss: ``loss(model, batch) -> losses``, one per record, shape (n,), for algorithms that need gradients.
+    algorithm: ``FedAvg()`` (default) or another of ``choral.trainers.algorithms``; see docs/algorithms.md.
+    engine: who computes at the parties, as a function of the resident trainer, which is the default.
     privacy: ``Privacy(...)``: record-level differential privacy inside each party, each with its own ledger, sample
         rate and noise. ``ClientPrivacy(...)``: client-level, for each party as a whole: updates are clipped, the mean
         is noisy, all parties weigh the same, and one ledger counts for all. None trains without.
@@ -87,7 +100,12 @@ def federate(
     check_settings(rounds, seed, dropout_rate)
     examples = check_parties(parties, least=2, min_classes=min_classes)
     on = resolve_device(device)
+    algorithm = algorithm if algorithm is not None else FedAvg()
+    check_fits(algorithm, privacy, loss)
     info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
+    info = msgspec.structs.replace(
+        info, algorithm=algorithm.record(), releases=tuple(asdict(release) for release in algorithm.releases)
+    )
     with (
         Recorder.open(out, info, resume=resume) as recorder,
         Transcript(Path(out) if out else None, transcript) as seen,
@@ -102,44 +120,71 @@ def federate(
         )
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
             return recorder.end(reason, clients.spent() if clients else _spent(guards))
-        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on)
-        coder: Coder
+        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss)
+        trainer = engine(resident) if engine else resident
+        setup = Setup(
+            parties=len(parties),
+            length=resident.layout.length,
+            examples=sum(examples.values()),
+            largest=cap_of(examples),
+            value_bound=value_bound,
+        )
+        channels = algorithm.channels(setup)
         if clients:
-            coder = clients.coder(tuple(parties), resident.layout.length, rounds)
-        else:
-            coder = WeightedCoder(
-                examples, resident.layout.length, bound=value_bound, value_bits=value_bits, guards=guards
+            sums = sum(not channel.once for channel in channels.values())
+            coders: dict[str, Coder] = dict.fromkeys(
+                channels, clients.coder(tuple(parties), setup.length, rounds, sums)
             )
-        seen.begin(secure_sum.name, coder.spec)
-        session = secure_sum.open(coder.spec)
-        coder.check(session)
+        else:
+            coders = {
+                name: WeightedCoder(examples, channel, bound=value_bound, value_bits=value_bits, guards=guards)
+                for name, channel in channels.items()
+            }
+        last = list(coders)[-1]
+        if transcript is not None and len(channels) > 1:
+            raise ConfigError(
+                f"{algorithm.kind} has several sums in a round, and a transcript is of one",
+                hint="record one of FedAvg; the messages of each sum are alike",
+            )
+        seen.begin(secure_sum.name, coders[last].spec)
+        rooms = open_sessions(secure_sum, coders)
         meter = EnergyMeter(on)
-        recorder.begin(_complete(info, resident, secure_sum, session, coder, meter))
+        recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()
         weights = recorder.restore(resident.model, resident.layout)
+        federation = Federation(
+            algorithm=algorithm,
+            trainer=trainer,
+            setup=setup,
+            examples=examples,
+            coders=coders,
+            sessions=rooms,
+            memory=recorder.memory(),
+            dropout_rate=dropout_rate,
+            seed=seed,
+            seen=seen,
+        )
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
         for number in range(recorder.completed + 1, rounds + 1):
             started, _ = time.perf_counter(), meter.take()
-            present = _present(tuple(parties), dropout_rate, seed, number)
-            result = _one_round(resident, session, coder, present, weights, number, seen)
+            weights, traffic = federation.round(weights, number)
             seen.flush()
-            weights = server_step(weights, coder.decode(result))
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
-            spent = coder.spent()
+            spent = coders[last].spent()
             entry = Round(
                 round=number,
                 metrics=metrics_of(evaluate, resident.model),
                 seconds=seconds,
-                survivors=len(result.survivors),
-                bytes_up=max(result.bytes_up.values()),
-                bytes_down=max(result.bytes_down.values()) + _model_bytes(weights),
+                survivors=traffic.survivors,
+                bytes_up=traffic.bytes_up,
+                bytes_down=traffic.bytes_down,
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
-                clip=coder.clip,
+                clip=coders[last].clip,
                 joules=joules,
             )
-            recorder.add(entry, resident.model, spent)
+            recorder.add(entry, resident.model, spent, memory=federation.memory)
             if on_round:
                 on_round(entry)
         return recorder.run()
@@ -183,40 +228,6 @@ def _complete(
 
 
 NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
-
-
-def _one_round(
-    resident: Resident,
-    session: SumSession,
-    coder: Coder,
-    present: tuple[str, ...],
-    weights: torch.Tensor,
-    number: int,
-    seen: Transcript,
-) -> SumResult:
-    """Keys among all parties, then each present party's update, masked and added as it comes, then the sum."""
-    seen.round = number
-    coder.begin(present)
-    summing = session.begin()
-    for party in present:
-        update = resident.update(party, weights, number)
-        vector = coder.encode(party, update)
-        seen.vector(party, vector)
-        summing.submit(party, vector)
-    return summing.finish()
-
-
-def _model_bytes(weights: torch.Tensor) -> int:
-    """What each party downloads at the start of a round: the global weights as float32."""
-    return weights.numel() * 4
-
-
-def _present(parties: tuple[str, ...], dropout_rate: float, seed: int, number: int) -> tuple[str, ...]:
-    if not dropout_rate:
-        return parties
-    with seeded(seed, number, "dropouts"):
-        kept = torch.rand(len(parties)) >= dropout_rate
-    return tuple(party for party, stays in zip(parties, kept.tolist(), strict=True) if stays)
 
 
 def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:

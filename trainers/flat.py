@@ -28,9 +28,17 @@ class Layout:
     @torch.no_grad()
     def write(self, flat: torch.Tensor) -> None:
         """Copy ``flat``, shape (d,), into the model in one fused operation."""
+        torch._foreach_copy_([parameter.data for parameter in self.parameters], self.pieces(flat))
+
+    def pieces(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of ``flat``, shape (d,), in the shapes of the trainable parameters."""
         pieces = torch.split(flat, [parameter.numel() for parameter in self.parameters])
-        views = [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
-        torch._foreach_copy_([parameter.data for parameter in self.parameters], views)
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def stale(self, model: nn.Module) -> bool:
+        """Whether ``model`` now has other trainable parameters, of whatever shape, than those read and written here."""
+        now = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [id(parameter) for parameter in now] != [id(parameter) for parameter in self.parameters]
 
     def check(self, model: nn.Module, owner: str) -> None:
         """Raises: TaskError if ``model`` does not have the same trainable parameters."""

@@ -1,4 +1,4 @@
-"""One party's update from the global model: the parties of a process take turns on one resident model.
+"""The default trainer: the parties of a process take turns on one resident model.
 
 ``build`` runs once per party, at its first turn. Its loader and its optimizer are kept, the optimizer pointed at
 the resident model's parameters; its model is dropped. So a round copies one vector into the model per party: no
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,13 @@ import torch
 from torch import nn
 
 from choral.privacy import Guard
+from choral.trainers import gradients, linear
+from choral.trainers.algorithms.seam import Ascend, Done, Fit, Gradient, Minimise, Svrg, Touch, Work
+from choral.trainers.corrections import Steps, corrected
 from choral.trainers.flat import Layout
-from choral.trainers.task import Build, DivergedError, Fit, TaskError, checked_build
+from choral.trainers.moving import moved_to
+from choral.trainers.records import Records
+from choral.trainers.task import Build, DivergedError, FitLoop, Loss, TaskError, check_returned, checked_build
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,9 @@ class Seat:
 
 
 class Resident:
-    """The resident model of this process, and the seats of the parties that have had a turn.
+    """The resident model of this process, and the seats of the parties that have had a turn: a LocalTrainer.
 
-    build, fit: the user's functions. datasets: one per party. guards: one per party for record-level
+    build, fit, loss: the user's functions. datasets: one per party. guards: one per party for record-level
     differential privacy, empty without. seed: decides initial weights and data order, never noise.
     """
 
@@ -42,14 +47,15 @@ class Resident:
         self,
         *,
         build: Build,
-        fit: Fit,
+        fit: FitLoop,
         datasets: Mapping[str, Any],
         guards: Mapping[str, Guard],
         seed: int,
         device: torch.device,
+        loss: Loss | None = None,
     ) -> None:
-        self._build, self._fit, self._datasets, self._guards = build, fit, datasets, guards
-        self._seed, self._device = seed, device
+        self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
+        self.seed, self.device = seed, device
         self.model = initial_model(build, next(iter(datasets.values())), seed).to(device)
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
@@ -57,36 +63,78 @@ class Resident:
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}
 
-    def update(self, party: str, weights: torch.Tensor, round_number: int) -> torch.Tensor:
-        """Train on one party's data from ``weights``, shape (d,); return the change, float32, shape (d,).
+    @property
+    def length(self) -> int:
+        return self.layout.length
 
-        Raises: DivergedError naming the party if the weights become NaN or infinite; TaskError if ``fit`` changed
-        the model's shape, its buffers or its frozen parameters; whatever ``fit`` itself raises.
+    def do(
+        self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done]]:
+        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; one party after the other, nothing is read ahead.
+
+        Raises: DivergedError naming the party if a result is NaN or infinite; TaskError if ``fit`` changed the model's
+        shape, its buffers or its frozen parameters, trained something else, or if the work needs what the task or the
+        model lacks; whatever the user's functions raise.
         """
-        seat = self._seats.get(party) or self._take_seat(party)
-        with seeded(self._seed, round_number, party):
-            self.layout.write(weights)
-            seat.optimizer.load_state_dict(seat.fresh)
-            self.model.train()
-            model, optimizer, loader = self._training, seat.optimizer, seat.loader
-            if party in self._guards:
-                model, optimizer, loader = self._guards[party].wrap(model, optimizer, loader)
-                self._training = model
-            self._fit(model, optimizer, OnDevice.wrap(loader, self._device))
+        for party, work in orders:
+            with seeded(self.seed, round_number, party):
+                done = self._train(party, work, weights) if isinstance(work, Fit) else self._read(party, work, weights)
+            if not torch.isfinite(done.vector).all():
+                raise DivergedError(
+                    f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
+                    hint="lower the learning rate; the last good round is kept",
+                )
+            yield party, done
+
+    def _train(self, party: str, work: Fit, weights: torch.Tensor) -> Done:
+        """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
+        seat = self.seat(party)
+        self.layout.write(weights)
+        seat.optimizer.load_state_dict(seat.fresh)
+        self.model.train()
+        model, optimizer, loader = self._training, seat.optimizer, seat.loader
+        if party in self.guards:
+            model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
+            self._training = model
+        with corrected(seat.optimizer, self.layout, work, weights) as steps:
+            returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device))
+        check_returned(returned, (model, self.model), party)
         self.layout.check(self.model, f"party {party!r} after fit")
         self._check_fixed(party)
-        update = self.layout.read() - weights
-        if not torch.isfinite(update).all():
-            raise DivergedError(
-                f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
-                hint="lower the learning rate; the last good round is kept",
+        change = self.layout.read() - weights
+        self._check_trained(party, steps, change)
+        return Done(vector=change, steps=steps.count, path=steps.path)
+
+    def _read(self, party: str, work: Work, weights: torch.Tensor) -> Done:
+        """What needs the gradients of records, or their features, rather than ``fit``."""
+        if self.loss is None:
+            raise TaskError(
+                f"the algorithm needs {type(work).__name__} of party {party!r}, and the task has no loss",
+                hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
-        return update
+        seat = self.seat(party)
+        records = Records(self.model, self.layout, self.datasets[party], seat.loader, self.loss, self.device, party)
+        match work:
+            case Gradient():
+                return Done(vector=records.gradient(weights))
+            case Svrg():
+                return Done(vector=gradients.svrg(records, weights, work))
+            case Minimise():
+                return Done(vector=gradients.minimise(records, weights, work))
+            case Touch():
+                return Done(vector=linear.touched(records))
+            case Ascend():
+                return linear.ascend(records, weights, work)
+        raise TaskError(f"{type(work).__name__} is no work that the resident trainer knows")
+
+    def seat(self, party: str) -> Seat:
+        """What the party keeps, made at its first turn. Raises: what checked_build does; TaskError (another model)."""
+        return self._seats.get(party) or self._take_seat(party)
 
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
-        with seeded(self._seed, 0, party):
-            model, optimizer, loader = checked_build(self._build, self._datasets[party])
+        with seeded(self.seed, 0, party):
+            model, optimizer, loader = checked_build(self.build, self.datasets[party])
         self.layout.check(model, f"party {party!r}")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
@@ -96,6 +144,19 @@ class Resident:
         seat = Seat(optimizer, copy.deepcopy(optimizer.state_dict()), loader)
         self._seats[party] = seat
         return seat
+
+    def _check_trained(self, party: str, steps: Steps, change: torch.Tensor) -> None:
+        if self.layout.stale(self.model):
+            raise TaskError(
+                f"fit at party {party!r} replaced a parameter of the model by another of the same name and shape",
+                hint="train the model that fit is given in place",
+            )
+        if not steps.count and not change.any():
+            raise TaskError(
+                f"fit at party {party!r} made no step with its optimizer and left its model as it was",
+                hint="train the model, optimizer and loader that fit is given, in place, not a copy; with"
+                " drop_last=True a small party has no batch at all",
+            )
 
     def _check_fixed(self, party: str) -> None:
         for name, tensor in _fixed(self.model):
@@ -140,25 +201,13 @@ class OnDevice:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
-            yield _moved(batch, self._device)
+            yield moved_to(batch, self._device)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
 
 
 def resolve_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from choral.errors import ConfigError
 from choral.privacy import Spent
 from choral.trainers import run as folders
 from choral.trainers.flat import Layout
+from choral.trainers.memory import Memory, read_memory, write_memory
 from choral.trainers.run import Round, Run, RunInfo
 
 
@@ -104,12 +105,17 @@ class Recorder:
                 folders.read_optimizer(self._folder, optimizer, self.completed)
         return layout.read()
 
+    def memory(self) -> Memory:
+        """What server and parties had kept after the last complete round. Raises: RunFolderError if it is damaged."""
+        return read_memory(self._folder, self.completed) if self._folder and self.completed else Memory()
+
     def add(
         self,
         entry: Round,
         model: nn.Module,
         spent: Mapping[str, Spent] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """Record one completed round. The weights are written last: they make it complete."""
         self._history.append(entry)
@@ -120,6 +126,8 @@ class Recorder:
             folders.write_info(self._folder, self._info)
             if optimizer:
                 folders.write_optimizer(self._folder, optimizer, entry.round)
+            if memory:
+                write_memory(self._folder, memory, entry.round)
             folders.write_weights(self._folder, self._state, entry.round)
 
     def __enter__(self) -> Self:

@@ -4,6 +4,7 @@
     DIR/history.jsonl       one Round per line, appended when the round is complete
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
+    DIR/memory.R.safetensors     what the algorithm's server and parties keep after round R (see memory.py)
     DIR/ledger/NAME.jsonl   one privacy ledger per data holder
     DIR/transcript/         what the server saw, if that was to be recorded (:mod:`choral.trainers.transcript`)
 
@@ -83,6 +84,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     secure_sum: name and trust statement of the secure sum; None for a centralized run.
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
+    algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     """
@@ -97,6 +99,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     parameters: int
     privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}
+    algorithm: dict[str, Any] | None = None
+    releases: tuple[dict[str, Any], ...] = ()
     secure_sum: dict[str, Any] | None = None
     fixed_point: dict[str, float | int] | None = None
     raw_bytes: dict[str, int] = {}
@@ -227,11 +231,11 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no model.safetensors", hint="the run ended before its first round")
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_tensors(path)
     return tensors, int(metadata["round"])
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -260,10 +264,16 @@ def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number
         {name: value for name, value in group.items() if isinstance(value, bool | int | float | str)}
         for group in optimizer.param_groups
     ]
-    content = _weights(state, round_number, groups=json.dumps(settings))
-    replace_file(folder / f"optimizer.{round_number}.safetensors", content)
-    for old in folder.glob("optimizer.*.safetensors"):
-        if old.name not in {f"optimizer.{number}.safetensors" for number in (round_number, round_number - 1)}:
+    write_side_file(folder, "optimizer", state, round_number, groups=json.dumps(settings))
+
+
+def write_side_file(
+    folder: Path, name: str, state: Mapping[str, torch.Tensor], round_number: int, **metadata: str
+) -> None:
+    """Write NAME.ROUND.safetensors, and drop those of more than one round before."""
+    replace_file(folder / f"{name}.{round_number}.safetensors", _weights(state, round_number, **metadata))
+    for old in folder.glob(f"{name}.*.safetensors"):
+        if old.name not in {f"{name}.{number}.safetensors" for number in (round_number, round_number - 1)}:
             old.unlink()
 
 
@@ -272,7 +282,7 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number:
     if not path.is_file():
         return
     state: dict[int, dict[str, torch.Tensor]] = {}
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_tensors(path)
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
@@ -315,7 +325,7 @@ _SAME = "use the same settings, or a new --out"
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy"))
+    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm"))
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

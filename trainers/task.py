@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -16,18 +16,23 @@ _LONGEST_NAME = 200
 
 Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
-Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
+FitLoop = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
+Loss = Callable[[nn.Module, Any], torch.Tensor]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A training job as its user has it: three functions, and one dataset per party."""
+    """A training job as its user has it: three functions, and one dataset per party.
+
+    loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
+    """
 
     build: Build
-    fit: Fit
+    fit: FitLoop
     evaluate: Evaluate
     parties: Mapping[str, Any]
+    loss: Loss | None = None
 
 
 class TaskError(ChoralError):
@@ -79,6 +84,24 @@ def _refuse_batch_norm(model: nn.Module) -> None:
                 " and cannot be averaged between parties",
                 hint="replace it by torch.nn.GroupNorm; accuracy is usually within a point",
             )
+
+
+def check_returned(returned: object, models: tuple[nn.Module, ...], party: str) -> None:
+    """What ``fit`` returns is not used; a few things show that it did not do what it should.
+
+    Raises: TaskError for a generator or coroutine (nothing ran), or a model that is none of ``models``.
+    """
+    if isinstance(returned, Generator | Coroutine | AsyncGenerator):
+        if isinstance(returned, Generator | Coroutine):
+            returned.close()
+        raise TaskError(
+            f"fit at party {party!r} returned a {type(returned).__name__}: nothing of it has run",
+            hint="fit must be a plain function, without yield or async",
+        )
+    if isinstance(returned, nn.Module) and all(returned is not model for model in models):
+        raise TaskError(
+            f"fit at party {party!r} returned another model than it was given", hint="train the given model in place"
+        )
 
 
 def metrics_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:

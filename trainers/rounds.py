@@ -1,0 +1,194 @@
+"""One round of any algorithm: its exchanges, each a secure sum over the parties that are still there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from choral.errors import ConfigError
+from choral.privacy import ClientPrivacy, Privacy
+from choral.protocols.seam import SecureSum, SumResult, SumSession
+from choral.trainers.algorithms.seam import (
+    Algorithm,
+    Exchange,
+    LocalTrainer,
+    Mean,
+    Party,
+    Server,
+    Setup,
+    Work,
+)
+from choral.trainers.coders import Coder
+from choral.trainers.local import seeded
+from choral.trainers.memory import Memory, State
+from choral.trainers.run import RunFolderError
+from choral.trainers.task import DivergedError, Loss, TaskError
+from choral.trainers.transcript import Transcript
+
+
+@dataclass
+class Traffic:
+    """Of one round. survivors: of its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed."""
+
+    survivors: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass
+class Federation:
+    """All that stays the same from round to round, and the memory, which does not."""
+
+    algorithm: Algorithm
+    trainer: LocalTrainer
+    setup: Setup
+    examples: Mapping[str, int]
+    coders: Mapping[str, Coder]
+    sessions: Mapping[str, SumSession]
+    memory: Memory
+    dropout_rate: float
+    seed: int
+    seen: Transcript
+
+    def round(self, weights: torch.Tensor, number: int) -> tuple[torch.Tensor, Traffic]:
+        """The next weights, float32, shape (d,). The memory changes only if the round succeeds.
+
+        Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what
+            trainer, coder and secure sum raise.
+        """
+        self.seen.round = number
+        if number > 1 and self.algorithm.remembers and not self.memory:
+            raise RunFolderError(
+                f"what {self.algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
+                hint=f"restore memory.{number - 1}.safetensors, or run again in a new folder",
+            )
+        server = dict(self.memory.server)
+        parties = {name: dict(state) for name, state in self.memory.parties.items()}
+        traffic, present, sums = Traffic(), tuple(self.examples), 0
+        steps = self.algorithm.round(Server(setup=self.setup, number=number, state=server), weights)
+        try:
+            ask = next(steps)
+            while True:
+                present = self._present(present, number, sums)
+                mean, present = self._exchange(ask, present, parties, number, traffic, first=sums == 0)
+                sums += 1
+                ask = steps.send(mean)
+        except StopIteration as end:
+            moved: torch.Tensor = end.value
+        if not torch.isfinite(moved).all():
+            raise DivergedError(
+                f"the server's step diverged in round {number}: the weights are not finite",
+                hint="lower the learning rates; the last good round is kept",
+            )
+        self.memory.server, self.memory.parties = server, parties
+        return moved, traffic
+
+    def _exchange(
+        self,
+        ask: Exchange,
+        present: tuple[str, ...],
+        states: dict[str, State],
+        number: int,
+        traffic: Traffic,
+        *,
+        first: bool,
+    ) -> tuple[Mean, tuple[str, ...]]:
+        """Keys among all parties, then each present party's vector, masked and added as it comes, then the sum."""
+        coder = self.coders[ask.channel]
+        coder.begin(present)
+        summing = self.sessions[ask.channel].begin()
+        working: dict[str, Party] = {}
+
+        def orders() -> Iterator[tuple[str, Work]]:
+            for name in present:
+                party = Party(
+                    name=name,
+                    examples=self.examples[name],
+                    setup=self.setup,
+                    number=number,
+                    state=dict(states.get(name, {})),
+                )
+                working[name] = party
+                yield name, self.algorithm.work(party, ask)
+
+        kept: dict[str, State] = {}
+        for name, done in self.trainer.do(orders(), ask.weights, number):
+            party = working.pop(name)
+            vector = coder.encode(name, self.algorithm.answer(party, ask, done))
+            self.seen.vector(name, vector)
+            summing.submit(name, vector)
+            if party.state or name in states:
+                kept[name] = dict(party.state)
+        result: SumResult = summing.finish()
+        for name in result.survivors:
+            if name in kept:
+                states[name] = kept[name]
+        sent = [*ask.new.values(), *([ask.weights] if first else [])]
+        traffic.survivors = len(result.survivors)
+        traffic.bytes_up += max(result.bytes_up.values())
+        traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
+        return coder.decode(result), result.survivors
+
+    def _present(self, parties: tuple[str, ...], number: int, sums: int) -> tuple[str, ...]:
+        """Who is left of `parties` for the next exchange of the round; ones that were lost stay lost."""
+        if not self.dropout_rate:
+            return parties
+        with seeded(self.seed, number, f"dropouts {sums}" if sums else "dropouts"):
+            kept = torch.rand(len(parties)) >= self.dropout_rate
+        return tuple(party for party, stays in zip(parties, kept.tolist(), strict=True) if stays)
+
+
+def open_sessions(secure_sum: SecureSum, coders: Mapping[str, Coder]) -> dict[str, SumSession]:
+    """One session per channel; channels whose vectors look alike share one. Raises: what the coders' check does."""
+    sessions: dict[str, SumSession] = {}
+    by_spec: dict[object, SumSession] = {}
+    for name, coder in coders.items():
+        spec = coder.spec
+        if spec not in by_spec:
+            by_spec[spec] = secure_sum.open(spec)
+        sessions[name] = by_spec[spec]
+        coder.check(sessions[name])
+    return sessions
+
+
+def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:
+    """Whether the algorithm's releases are what the promise covers, and the task has what it needs.
+
+    Raises: ConfigError naming the release that would not be charged; TaskError for a missing loss.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(f"algorithm is {algorithm!r}, expected one such as FedAvg()", hint="see docs/algorithms.md")
+    if algorithm.needs_loss and loss is None:
+        raise TaskError(
+            f"{algorithm.kind} needs the gradients of the records, and the task has no loss",
+            hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
+        )
+    if isinstance(privacy, ClientPrivacy):
+        _check_client(algorithm)
+    elif privacy is not None:
+        for release in algorithm.releases:
+            if release.source == "data":
+                raise ConfigError(
+                    f"{algorithm.kind} also releases {release.what}, read from the records outside fit: record-level"
+                    " privacy adds noise to the steps of fit only",
+                    hint="use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova; or ClientPrivacy",
+                )
+
+
+def _check_client(algorithm: Algorithm) -> None:
+    """Client-level privacy clips one vector of the model's length per sum, and knows no state beside it."""
+    probe = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
+    for name, channel in algorithm.channels(probe).items():
+        if channel.length != probe.length or channel.largest_count is not None:
+            raise ConfigError(
+                f"{algorithm.kind}: what its {name!r} exchange releases is not one vector like the weights, which"
+                " client-level privacy could clip as a whole",
+                hint=algorithm.client_hint,
+            )
+    if algorithm.keeps:
+        raise ConfigError(
+            f"{algorithm.kind}: its parties keep state that must agree with the sums, and clipping breaks that",
+            hint=algorithm.client_hint,
+        )
