@@ -23,7 +23,7 @@ from choral.trainers.task import (
     Build,
     DivergedError,
     Evaluate,
-    FitLoop,
+    Fit,
     Loss,
     check_parties,
     checked_build,
@@ -36,7 +36,7 @@ POOLED = "pooled"
 def centralize(
     *,
     build: Build,
-    fit: FitLoop,
+    fit: Fit,
     evaluate: Evaluate,
     parties: Mapping[str, Any],
     rounds: int,

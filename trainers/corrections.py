@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from choral.trainers.algorithms.seam import Fit
+from choral.trainers.algorithms.seam import Train
 from choral.trainers.flat import Layout
 from choral.trainers.task import TaskError
 
@@ -23,7 +23,7 @@ class Steps:
 
 
 @contextmanager
-def corrected(optimizer: torch.optim.Optimizer, layout: Layout, work: Fit, start: torch.Tensor) -> Iterator[Steps]:
+def corrected(optimizer: torch.optim.Optimizer, layout: Layout, work: Train, start: torch.Tensor) -> Iterator[Steps]:
     """Count the optimizer's steps, and before each turn its gradient g into g + shift + pull (w - start).
 
     With differential privacy this is the optimizer inside the private one, so that g is noisy already, and what is

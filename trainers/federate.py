@@ -37,7 +37,7 @@ from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_fits, open_sessions
 from choral.trainers.run import Round, Run, RunInfo, versions
-from choral.trainers.task import Build, Evaluate, FitLoop, Loss, check_parties, metrics_of, raw_bytes
+from choral.trainers.task import Build, Evaluate, Fit, Loss, check_parties, metrics_of, raw_bytes
 from choral.trainers.transcript import Detail, Transcript
 
 OnRound = Callable[[Round], None]
@@ -47,7 +47,7 @@ Engine = Callable[[Resident], LocalTrainer]
 def federate(
     *,
     build: Build,
-    fit: FitLoop,
+    fit: Fit,
     evaluate: Evaluate,
     parties: Mapping[str, Any],
     rounds: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from choral.trainers import linear
 from choral.trainers.algorithms.seam import Minimise, Svrg
 from choral.trainers.records import Records
 from choral.trainers.task import TaskError
@@ -17,7 +18,10 @@ def svrg(records: Records, weights: torch.Tensor, work: Svrg) -> torch.Tensor:
     """Variance-reduced steps record by record (Johnson and Zhang 2013); return w_k - w_t. See :class:`Svrg`."""
     here = weights.clone()
     direction = work.direction.to(here)
-    scale = None if work.scale is None else work.scale.to(here)
+    scale = None
+    if work.shares is not None:
+        own = linear.touched(records).to(here) / len(records)
+        scale = torch.where(own > 0, work.shares.to(here) / own.clamp(min=1e-30), 1.0)
     for _ in range(work.passes):
         for index in torch.randperm(len(records)).tolist():
             batch = records.batch([index])

@@ -19,12 +19,12 @@ from torch import nn
 
 from choral.privacy import Guard
 from choral.trainers import gradients, linear
-from choral.trainers.algorithms.seam import Ascend, Done, Fit, Gradient, Minimise, Svrg, Touch, Work
+from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.corrections import Steps, corrected
 from choral.trainers.flat import Layout
 from choral.trainers.moving import moved_to
 from choral.trainers.records import Records
-from choral.trainers.task import Build, DivergedError, FitLoop, Loss, TaskError, check_returned, checked_build
+from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Resident:
         self,
         *,
         build: Build,
-        fit: FitLoop,
+        fit: Fit,
         datasets: Mapping[str, Any],
         guards: Mapping[str, Guard],
         seed: int,
@@ -78,7 +78,9 @@ class Resident:
         """
         for party, work in orders:
             with seeded(self.seed, round_number, party):
-                done = self._train(party, work, weights) if isinstance(work, Fit) else self._read(party, work, weights)
+                done = (
+                    self._train(party, work, weights) if isinstance(work, Train) else self._read(party, work, weights)
+                )
             if not torch.isfinite(done.vector).all():
                 raise DivergedError(
                     f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
@@ -86,7 +88,7 @@ class Resident:
                 )
             yield party, done
 
-    def _train(self, party: str, work: Fit, weights: torch.Tensor) -> Done:
+    def _train(self, party: str, work: Train, weights: torch.Tensor) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
         seat = self.seat(party)
         self.layout.write(weights)

@@ -16,7 +16,7 @@ _LONGEST_NAME = 200
 
 Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
-FitLoop = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
+Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -29,7 +29,7 @@ class Task:
     """
 
     build: Build
-    fit: FitLoop
+    fit: Fit
     evaluate: Evaluate
     parties: Mapping[str, Any]
     loss: Loss | None = None

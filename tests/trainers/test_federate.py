@@ -113,7 +113,7 @@ def test_adam_state_is_fresh_for_each_party(job, parties):
         model = nn.Linear(5, 2)
         return model, torch.optim.Adam(model.parameters(), lr=0.05), DataLoader(dataset, batch_size=10)
 
-    from choral.trainers.algorithms.seam import Fit
+    from choral.trainers.algorithms.seam import Train
     from choral.trainers.local import Resident
 
     updates = []
@@ -122,7 +122,7 @@ def test_adam_state_is_fresh_for_each_party(job, parties):
             build=build, fit=job()["fit"], datasets=parties, guards={}, seed=0, device=torch.device("cpu")
         )
         weights = resident.layout.read()
-        *_, (_, done) = resident.do([(before, Fit()), (before, Fit()), ("east", Fit())], weights, 1)
+        *_, (_, done) = resident.do([(before, Train()), (before, Train()), ("east", Train())], weights, 1)
         updates.append(done.vector)
     assert torch.equal(*updates)
 

@@ -6,7 +6,7 @@ answered, and returns the next weights. At a party, `work` says what to compute 
 :data:`Work`) and `answer` what is sent of the result, one flat vector:
 
     server:  exchange = yield Exchange(channel="update", weights=w)      broadcast
-    party:   work(party, exchange)           -> Fit(pull=mu)             what the trainer is to do
+    party:   work(party, exchange)           -> Train(pull=mu)             what the trainer is to do
     trainer: do([(name, work), ...])         -> Done(vector=w_k - w)     the whole cohort at once, or one by one
     party:   answer(party, exchange, done)   -> vector, shape (length,)  into the secure sum
     server:  mean = (yield ...)              -> Mean(value, weight)
@@ -122,7 +122,7 @@ class Party:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Train:
     """The user's own loop from the weights w_t; each step's gradient g becomes g + shift + pull (w - w_t)."""
 
     shift: torch.Tensor | None = None
@@ -140,14 +140,15 @@ class Gradient:
 
 @dataclass(frozen=True, kw_only=True)
 class Svrg:
-    """Passes over the records in random order, w <- w - step (scale (g_i(w) - g_i(w_t)) + direction + pull (w - w_t)).
+    """Passes over the records in random order, w <- w - step (S (g_i(w) - g_i(w_t)) + direction + pull (w - w_t)).
 
-    g_i: gradient of record i's loss. scale: diagonal, shape (d,); None is the identity.
+    g_i: gradient of record i's loss. shares: phi^j, the share of all records that touch coordinate j, shape (d,); then
+    S = diag(phi^j / phi_k^j), phi_k^j the same share at this party, and 1 where it is 0. None: S is the identity.
     """
 
     direction: torch.Tensor
     step: float
-    scale: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
     pull: float = 0.0
     passes: int = 1
 
@@ -181,16 +182,16 @@ class Ascend:
     passes: int = 1
 
 
-Work = Fit | Gradient | Svrg | Minimise | Touch | Ascend
+Work = Train | Gradient | Svrg | Minimise | Touch | Ascend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """What a trainer made of one work.
 
-    vector: shape (d,): Fit, Svrg, Minimise: w_k - w_t. Gradient: the gradient. Touch: the counts. Ascend: the change
+    vector: shape (d,): Train, Svrg, Minimise: w_k - w_t. Gradient: the gradient. Touch: the counts. Ascend: the change
         of the primal weights that the block's change brings.
-    steps: of the user's optimizer (Fit). path: the sum of their learning rates if it is plain SGD with one of them, so
+    steps: of the user's optimizer (Train). path: the sum of their learning rates if it is plain SGD with one rate, so
         that w_t - w_k is path times a mean of gradients; else None. dual: the block after Ascend, shape (n_k,).
     """
 
@@ -253,7 +254,7 @@ class Algorithm:
 
     def work(self, party: Party, ask: Exchange) -> Work:
         """The party's part: what its trainer is to compute."""
-        return Fit()
+        return Train()
 
     def answer(self, party: Party, ask: Exchange, done: Done) -> torch.Tensor:
         """What it sends of it, shape (length of the channel,)."""
