@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -78,17 +79,21 @@ def rows_of(inputs: Any, drawn: int | None) -> int:
     return lengths[0]
 
 
+def same_random_numbers(value: Any) -> AbstractContextManager[None]:
+    """Leave torch's random numbers as they were, on the CPU and on the GPUs that hold the tensors in `value`."""
+    return torch.random.fork_rng(sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}))
+
+
 def run(forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int) -> Any:
     """Return what `forward` makes of the records `take`, without gradients; torch's random numbers stay as they were.
 
     rows: how many records `args` and `kwargs` hold.
     """
-    devices = sorted({t.device.index for t in tensors((args, kwargs)) if t.device.type == "cuda"})
 
     def picked(t: torch.Tensor) -> torch.Tensor:
         return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
 
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with same_random_numbers((args, kwargs)), torch.no_grad():
         return forward(*changed(args, picked), **changed(kwargs, picked))
 
 

@@ -321,10 +321,9 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             return
         with positions.evaluating(self._module):
             mixing.refuse_inseparable(step, batch, rows)
-        devices = [t.device for t in mixing.tensors(batch) if t.device.type == "cuda"]
         self._seen, self._trying, self._called = [], True, False
         try:
-            with torch.random.fork_rng(devices=devices):
+            with mixing.same_random_numbers(batch):
                 step(batch)
             self.disable_hooks()
             unmixed = mixing.refuse_by_gradient(None, self._seen, [], rows, layers_only=True)

@@ -87,6 +87,7 @@ class Program:
     lr: float = 3e-3
     epochs: int = 6
     max_grad_norm: float = 1.0
+    parts: bool = False  # the loss is of the model's parts, not of `model(...)`
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=self.lr)
@@ -109,6 +110,8 @@ def hold_to_budget(program: Program) -> None:
     for _ in range(program.epochs):
         for batch in loader:
             optimizer.zero_grad()
+            if program.parts:
+                model.check_step(lambda part: program.loss(model, part), batch)
             program.loss(model, batch).backward()
             optimizer.step()
     after = evaluated(program, every)
@@ -151,6 +154,8 @@ def hold_to_autograd(program: Program) -> None:
     model, optimizer, loader = privacy.wrap(plain, program.optimizer(), DataLoader(records, batch_size=5))
     optimizer.original_optimizer.param_groups[0]["lr"] = 0.0
     for batch in loader:  # the only one, of all records
+        if program.parts:
+            model.check_step(lambda part: program.loss(model, part), batch)
         program.loss(model, batch).backward()
         for place, (name, p) in enumerate(parameters.items()):
             rows = torch.stack([gradients[place] for gradients in want])
@@ -227,6 +232,28 @@ def test_variational_autoencoder(images: Images, monkeypatch: pytest.MonkeyPatch
         patched.setattr(torch, "randn_like", lambda t: torch.sin(9 * t.detach()))
         hold_to_autograd(Program(VAE(size), TensorDataset(images.x), loss))
     hold_to_budget(Program(VAE(size), TensorDataset(images.x), loss, max_grad_norm=50.0))
+
+
+def test_lightning_autoencoder(images: Images) -> None:
+    """Lightning's tutorial, whose training step calls the module's parts; in its own trainer in test_lightning."""
+    lightning = pytest.importorskip("lightning", reason="the extra lightning is not installed")
+    size = images.x[0].numel()
+
+    class LitAutoEncoder(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 8))
+            self.decoder = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, size))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, _ = batch
+            x = x.view(x.size(0), -1)
+            return F.mse_loss(self.decoder(self.encoder(x)), x)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model.training_step(batch, 0)
+
+    hold(Program(LitAutoEncoder(), TensorDataset(images.x, images.y), loss, parts=True))
 
 
 class Siamese(nn.Module):
