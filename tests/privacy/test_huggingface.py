@@ -175,6 +175,21 @@ def test_training_ends_with_the_budget(tmp_path: Any) -> None:
     assert private.spent().epsilon <= 4.0
 
 
+class Leaking(transformers.TrainerCallback):
+    """Changes a buffer in a way that torch does not count, from the third step on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step >= 2:
+            model.seen.data.add_(1.0)
+
+
+def test_buffers_are_looked_at_at_the_end_of_a_pass(tmp_path: Any) -> None:
+    private = trainer(tmp_path, callbacks=[Leaking()])
+    private.model.register_buffer("seen", torch.zeros(1))
+    with pytest.raises(UnsupportedModelError, match="buffer seen"):
+        private.train()
+
+
 def test_empty_batches_and_a_limit_of_steps(tmp_path: Any) -> None:
     private = trainer(
         tmp_path, privacy=Privacy(epsilon=4.0, delta=1e-3, epochs=2), num_train_epochs=2, per_device_train_batch_size=1

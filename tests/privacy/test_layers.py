@@ -133,6 +133,11 @@ def test_transformer_layers_give_equal_results_in_training_and_evaluation(norm_f
             got, want = (m.train(mode)(SEQUENCES, **settings) for m in (replaced, plain))
             real = ~settings.get("src_key_padding_mask", torch.zeros(5, 7, dtype=torch.bool))
             torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-5)
+    calls = []
+    replaced.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(replaced.eval()(SEQUENCES), plain.eval()(SEQUENCES), rtol=1e-4, atol=1e-5)
+    assert calls == [1]  # not gone past
     decoder = nn.TransformerDecoderLayer(6, 2, 12, dropout=0.0, batch_first=True)
     want = decoder(SEQUENCES, SEQUENCES[:, :3], tgt_mask=causal)
     torch.testing.assert_close(replace_layers(decoder)(SEQUENCES, SEQUENCES[:, :3], tgt_mask=causal), want)

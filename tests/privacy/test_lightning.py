@@ -174,6 +174,44 @@ def test_evaluation_checkpoints_and_schedules_work(tmp_path: Any) -> None:
     assert privacy.spent().steps == 12
 
 
+class Leaking(L.Callback):
+    """Changes a buffer in a way that torch does not count, from the third batch on."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= 2:
+            pl_module.seen.data.add_(1.0)
+
+
+def test_buffers_are_looked_at_at_the_end_of_a_pass() -> None:
+    module = AutoEncoder()
+    module.register_buffer("seen", torch.zeros(1))
+    with pytest.raises(UnsupportedModelError, match="buffer seen"):
+        fit(module, Privacy(epsilon=3.0, delta=1e-3), Leaking())
+
+
+def test_another_loader_in_place_of_the_private_one_is_refused() -> None:
+    class Other(L.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.fit_loop._data_source.instance = DataLoader(TensorDataset(RECORDS), batch_size=16)
+
+    with pytest.raises(UnsupportedLoaderError, match="draws from a DataLoader"):
+        fit(AutoEncoder(), Privacy(epsilon=3.0, delta=1e-3), Other())
+
+
+def test_steps_that_are_only_tried_log_nothing() -> None:
+    class Counting(AutoEncoder):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            calls.append(self._current_fx_name)
+            self.log("count", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+            return super().training_step(batch, batch_idx)
+
+    calls: list[Any] = []
+    trainer = fit(Counting(), Privacy(epsilon=3.0, delta=1e-3))
+    assert trainer.callback_metrics["count"] == calls.count("training_step") == 6
+    assert len(calls) > 6
+    assert not any("on_train_batch_start" in key for key in trainer.fit_loop.epoch_loop._results)
+
+
 class Summing(AutoEncoder):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         (x,) = batch
