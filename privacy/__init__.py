@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from choral.privacy.accounting import Budget, budget
+    from choral.privacy.budgeting import Budget, budget
     from choral.privacy.client import AdaptiveClip, ClientGuard, ClientPrivacy, ClientRound
     from choral.privacy.correlated import CorrelatedPrivacy
     from choral.privacy.encoding import FixedPoint
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
         UnsupportedLoaderError,
         UnsupportedModelError,
     )
-    from choral.privacy.events import ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
+    from choral.privacy.events import ClientRelease, CorrelatedGaussian, PoissonSampledGaussian, Search
     from choral.privacy.guard import Guard, Privacy
     from choral.privacy.layers import replace_layers
     from choral.privacy.ledger import Ledger
     from choral.privacy.model import unwrap
+    from choral.privacy.search import Found, private_search
     from choral.privacy.spent import Spent
 
 _HOME = {
     "AccountingError": "errors",
     "AdaptiveClip": "client",
-    "Budget": "accounting",
+    "Budget": "budgeting",
     "BudgetExceededError": "errors",
     "ClientGuard": "client",
     "ClientPrivacy": "client",
@@ -43,17 +44,20 @@ _HOME = {
     "CorrelatedPrivacy": "correlated",
     "EncodingError": "errors",
     "FixedPoint": "encoding",
+    "Found": "search",
     "Guard": "guard",
     "Ledger": "ledger",
     "LedgerError": "errors",
     "PoissonSampledGaussian": "events",
     "Privacy": "guard",
     "PrivacyError": "errors",
+    "Search": "events",
     "Spent": "spent",
     "TooFewClientsError": "errors",
     "UnsupportedLoaderError": "errors",
     "UnsupportedModelError": "errors",
-    "budget": "accounting",
+    "budget": "budgeting",
+    "private_search": "search",
     "replace_layers": "layers",
     "unwrap": "model",
 }
@@ -71,17 +75,20 @@ __all__ = [
     "CorrelatedPrivacy",
     "EncodingError",
     "FixedPoint",
+    "Found",
     "Guard",
     "Ledger",
     "LedgerError",
     "PoissonSampledGaussian",
     "Privacy",
     "PrivacyError",
+    "Search",
     "Spent",
     "TooFewClientsError",
     "UnsupportedLoaderError",
     "UnsupportedModelError",
     "budget",
+    "private_search",
     "replace_layers",
     "unwrap",
 ]

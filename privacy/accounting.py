@@ -21,8 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -35,9 +34,19 @@ from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 from choral.errors import ConfigError
 from choral.privacy import pld
 from choral.privacy.errors import AccountingError, BudgetExceededError
-from choral.privacy.events import NEIGHBOURS, UNIT, CorrelatedGaussian, PoissonSampledGaussian, RecordEvent
+from choral.privacy.events import (
+    BaseEvent,
+    CorrelatedGaussian,
+    PoissonSampledGaussian,
+    RecordEvent,
+    Search,
+)
 
 ACCOUNTANT = f"PLD, cross-checked by RDP and dp-accounting {version('dp-accounting')}"
+SEARCH_ACCOUNTANT = (
+    f"Renyi DP with private selection (Papernot and Steinke 2022), dp-accounting {version('dp-accounting')}; "
+    "PLD does not apply to a search"
+)
 
 _GRIDS = (1e-2, 1e-3, 1e-4, 1e-5)  # discretisations of the privacy loss, nested
 _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
@@ -48,35 +57,6 @@ _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this m
 _Merged = tuple[tuple[float, float, int], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The answer of :func:`budget`: `steps` at `sample_rate` with `noise_multiplier` cost `epsilon` at `delta`.
-
-    `epsilon` is the PLD value, the one to quote; `epsilon_rdp` the looser cross-check.
-    """
-
-    epsilon: float
-    epsilon_rdp: float
-    delta: float
-    sample_rate: float
-    steps: int
-    noise_multiplier: float
-    unit: str = UNIT
-    neighbours: str = NEIGHBOURS
-    accountant: str = ACCOUNTANT
-
-    def __str__(self) -> str:
-        return (
-            f"noise multiplier  {self.noise_multiplier:.6g}\n"
-            f"epsilon (PLD)     {self.epsilon:.6g}\n"
-            f"epsilon (RDP)     {self.epsilon_rdp:.6g}, a looser bound\n"
-            f"delta             {self.delta:g}\n"
-            f"steps             {self.steps} at sample rate {self.sample_rate:.6g} (Poisson)\n"
-            f"unit              {self.unit}; neighbours: {self.neighbours}\n"
-            f"accountant        {self.accountant}"
-        )
-
-
 def epsilon(events: Iterable[RecordEvent], delta: float) -> float:
     """Return the epsilon at `delta` of all `events` together, by PLD, checked against RDP.
 
@@ -84,26 +64,59 @@ def epsilon(events: Iterable[RecordEvent], delta: float) -> float:
     Raises: ConfigError (delta), AccountingError (the accountants disagree).
     """
     _check_delta(delta)
-    merged = _merge(events)
+    known = tuple(events)
+    if any(isinstance(event, Search) for event in known):
+        return _epsilon_with_search(known, delta)
+    merged = _merge(_without_search(known))
     return _checked_epsilon(merged, delta) if merged else 0.0
+
+
+def accountant_of(events: Iterable[RecordEvent]) -> str:
+    """Return the method that :func:`epsilon` uses for these."""
+    return SEARCH_ACCOUNTANT if any(isinstance(event, Search) for event in events) else ACCOUNTANT
 
 
 def epsilon_rdp(events: Iterable[RecordEvent], delta: float) -> float:
     """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
     _check_delta(delta)
-    merged = _merge(events)
-    return _rdp(merged, delta, _ALL_ORDERS) if merged else 0.0
+    known = tuple(events)
+    return _by_renyi(known, delta, _ALL_ORDERS) if known else 0.0
 
 
 def epsilon_by_dp_accounting(events: Iterable[RecordEvent], delta: float, grid: float = 1e-3) -> float:
     """Return the same as :func:`epsilon`, an upper bound, by dp-accounting's own PLD code: for audits.
 
     grid: discretisation of the privacy loss; a finer one is tighter and slower.
-    Raises: ConfigError (delta).
+    Raises: ConfigError (delta; a private search among the events).
     """
     _check_delta(delta)
-    merged = _merge(events)
+    merged = _merge(_without_search(events))
     return _by_dp_accounting(merged, delta, grid) if merged else 0.0
+
+
+def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, float]:
+    """Return a lower and an upper bound on the epsilon at `delta`, by privacy random variables: for audits.
+
+    Gopi, Lee, Wutschitz 2021, in Opacus' code; the first call imports torch, about two seconds.
+    Raises: ConfigError (delta; a private search among the events), AccountingError (no answer there).
+    """
+    _check_delta(delta)
+    merged = _merge(_without_search(events))
+    if not merged:
+        return 0.0, 0.0
+    from choral.privacy.prv import bracket
+
+    return bracket(merged, delta)
+
+
+def check_by_prv(by_pld: float, bracket: tuple[float, float], delta: float) -> None:
+    """Raise AccountingError unless the PLD value lies in the bracket of :func:`epsilon_by_prv`."""
+    low, high = bracket
+    if not low - _ROUNDING <= by_pld <= high * (1.0 + 1e-5) + _ROUNDING:
+        raise AccountingError(
+            f"PLD says epsilon={by_pld:.6g}, outside the bracket [{low:.6g}, {high:.6g}] of PRV at delta={delta:g}",
+            hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
+        )
 
 
 def noise_multiplier(
@@ -124,64 +137,25 @@ def noise_multiplier(
     """
     check_target(epsilon, delta)
     PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps)
-    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(spent), slack)
+    before = tuple(spent)
+    if any(isinstance(event, Search) for event in before):
+        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack)
+    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(_without_search(before)), slack)
 
 
-def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:
-    """Return the largest number of releases that cost at most `epsilon` at `delta`; 0 if not even one fits.
+def search_noise(
+    epsilon: float,
+    delta: float,
+    search: Callable[[float], Search],
+    spent: Sequence[RecordEvent] = (),
+) -> float:
+    """Return the smallest noise multiplier with which `spent` and the search `search(z)` cost at most `epsilon`.
 
-    Raises: ConfigError (a number out of range).
+    Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little).
     """
     check_target(epsilon, delta)
-    one = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=1)
-
-    def fits(steps: int) -> bool:
-        return _checked_epsilon(((one.sample_rate, one.noise_multiplier, steps),), delta) <= epsilon
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-        if high > 2**40:
-            raise AccountingError(
-                f"more than 2^39 steps fit into epsilon={epsilon}", hint="Check the sample rate and the noise."
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def budget(
-    *,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-) -> Budget:
-    """Solve for the one of `epsilon` and `noise_multiplier` that is not given.
-
-    Raises: ConfigError (not exactly one given, or a number out of range).
-    """
-    if (epsilon is None) == (noise_multiplier is None):
-        raise ConfigError(
-            "expected exactly one of epsilon and noise_multiplier",
-            hint="Give --epsilon to learn the noise, or --noise-multiplier to learn the epsilon.",
-        )
-    if epsilon is not None:
-        noise_multiplier = _noise_for(epsilon, delta, sample_rate, steps)
-    noise = 0.0 if noise_multiplier is None else noise_multiplier
-    event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
-    return Budget(
-        epsilon=_cost_of([event], delta),
-        epsilon_rdp=epsilon_rdp([event], delta),
-        delta=delta,
-        sample_rate=sample_rate,
-        steps=steps,
-        noise_multiplier=noise,
-    )
+    _refuse_spent(epsilon, delta, _cost_of(spent, delta), 1e-3)
+    return _search(lambda z: _cost_of([*spent, search(z)], delta), epsilon, 1.0, slack=1e-3)
 
 
 def check_target(epsilon: float, delta: float) -> None:
@@ -203,7 +177,59 @@ def _check_delta(delta: float) -> None:
         )
 
 
-def _merge(events: Iterable[RecordEvent]) -> _Merged:
+def _without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
+    """The events as they are. Raises: ConfigError if one is a private search, which has a Renyi bound alone."""
+    known = tuple(events)
+    plain = tuple(event for event in known if not isinstance(event, Search))
+    if len(plain) != len(known):
+        raise ConfigError(
+            "a private search has a bound by Renyi DP alone", hint="Use epsilon() or epsilon_rdp() for this ledger."
+        )
+    return plain
+
+
+def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, ...]) -> float:
+    """Epsilon by Renyi DP of events with searches among them: curves add, a search has that of its theorem."""
+    total = np.zeros(len(orders))
+    for event in events:
+        parts = _merge(event.tries if isinstance(event, Search) else (event,))
+        curve = sum((t * _rdp_of_one_step(q, s, orders) for q, s, t in parts), np.zeros(len(orders)))
+        total += best_of(event, orders, curve) if isinstance(event, Search) else curve
+    return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+
+
+def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the Renyi divergences of `search` from those of one try at `orders` > 1, both of shape (orders,).
+
+    Papernot and Steinke 2022, theorem 2 (truncated negative binomial number of tries) and theorem 6 (Poisson). The
+    curve must bound both directions of the neighbour relation.
+    """
+    lam = np.asarray(orders, dtype=np.float64)
+    own = curve + math.log(search.mean) / (lam - 1.0)
+    if search.distribution == "poisson":
+        hats = np.log1p(1.0 / (lam - 1.0))
+        deltas = [rdp_privacy_accountant.compute_delta(orders, curve, float(hat))[0] for hat in hats]
+        bound = own + search.mean * np.asarray(deltas)
+    else:
+        at_hat = (1.0 - 1.0 / lam) * curve - math.log(search.gamma) / lam  # any order may stand in for lambda hat
+        bound = own + (1.0 + search.shape) * float(np.min(at_hat))
+    return np.minimum.accumulate(bound[::-1])[::-1]  # divergences grow with the order
+
+
+def _epsilon_with_search(events: Sequence[RecordEvent], delta: float) -> float:
+    bound = _by_renyi(events, delta, _ALL_ORDERS)
+    # Whatever a search may cost, it costs no less than one of its tries: another method, from below.
+    once = [part for event in events for part in (event.tries if isinstance(event, Search) else (event,))]
+    floor = _checked_epsilon(_merge(once), delta)
+    if bound * (1.0 + 1e-5) + _ROUNDING < floor:
+        raise AccountingError(
+            f"Renyi DP says epsilon={bound:.6g} for a search, below the {floor:.6g} of one try at delta={delta:g}",
+            hint="Please report this with the ledger; do not trust either number.",
+        )
+    return bound
+
+
+def _merge(events: Iterable[BaseEvent]) -> _Merged:
     totals: dict[tuple[float, float], int] = {}
     correlated = 0.0
     for event in events:
@@ -304,14 +330,32 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
+def _refuse_spent(target: float, delta: float, before: float, slack: float) -> None:
+    if before >= (1.0 - 2.0 * slack) * target:
+        raise BudgetExceededError(
+            f"the budget epsilon={target:g} at delta={delta:g} is spent: {before:.6g} so far",
+            hint="This data may not be used again under this promise; a larger epsilon is a weaker promise.",
+        )
+
+
+def _calibrate_after_search(
+    target: float, delta: float, rate: float, steps: int, spent: tuple[RecordEvent, ...], slack: float
+) -> float:
+    _refuse_spent(target, delta, _cost_of(spent, delta), slack)
+
+    def cost(noise: float) -> float:
+        return _cost_of(
+            [*spent, PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)], delta
+        )
+
+    return _search(cost, target, _clt_guess(target, delta, rate, steps, ()), slack=slack)
+
+
 @lru_cache(maxsize=1024)
 def _calibrate(target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float) -> float:
     # A remainder within the slack is what earlier calibrations left over, not budget to train on.
-    if spent and _checked_epsilon(spent, delta) >= (1.0 - 2.0 * slack) * target:
-        raise BudgetExceededError(
-            f"the budget epsilon={target:g} at delta={delta:g} is spent: {_checked_epsilon(spent, delta):.6g} so far",
-            hint="This data may not be used again under this promise; a larger epsilon is a weaker promise.",
-        )
+    if spent:
+        _refuse_spent(target, delta, _checked_epsilon(spent, delta), slack)
 
     def together(noise: float) -> _Merged:
         parts = {(q, s): t for q, s, t in spent}
@@ -372,5 +416,5 @@ def _between(low: float, high: float) -> float:
     return 2.0 * low if high == math.inf else math.sqrt(low * high)
 
 
-# The parameters of budget() carry the field's names and hide the functions of the same name.
-_cost_of, _noise_for = epsilon, noise_multiplier
+# The parameters of the calibrations carry the name of this function and hide it.
+_cost_of = epsilon

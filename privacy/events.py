@@ -74,7 +74,69 @@ class CorrelatedGaussian(
         return 1.0
 
 
-RecordEvent = PoissonSampledGaussian | CorrelatedGaussian
+BaseEvent = PoissonSampledGaussian | CorrelatedGaussian
+
+
+class Search(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="search"):
+    """The best of a random, secret number of tries, each of which releases at most the events `tries`.
+
+    Only the best try's output is released; how many there were is drawn independently of the data and told to nobody.
+    Each try runs the same mechanism: draw a setting at random, train, score.
+
+    distribution: of the number of tries K. "negative_binomial": truncated, K >= 1, with this `shape` >= 0 (1 is the
+        geometric distribution, 0 the logarithmic); "poisson": K >= 0, `shape` is not used and must be 1.
+    mean: E[K], at least 1.
+
+    Source: Papernot and Steinke 2022, "Hyperparameter tuning with Renyi differential privacy", definition 1.
+    """
+
+    tries: tuple[BaseEvent, ...]
+    mean: float
+    distribution: Literal["negative_binomial", "poisson"] = "negative_binomial"
+    shape: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.tries:
+            raise ConfigError("a search has no events for its tries, expected at least one")
+        if not 1.0 <= self.mean <= 500.0:
+            raise ConfigError(f"mean is {self.mean}, expected 1 <= mean <= 500 tries")
+        if not 0.0 <= self.shape <= 100.0:
+            raise ConfigError(f"shape is {self.shape}, expected 0 <= shape <= 100", hint="1 is the geometric.")
+        if self.distribution == "poisson" and self.shape != 1.0:
+            raise ConfigError(f"shape is {self.shape}, but the distribution is poisson, which has none")
+
+    @property
+    def gamma(self) -> float:
+        """The parameter in (0, 1] of the negative binomial distribution that has this mean, rounded down: more tries, never fewer."""
+        low, high = 0.0, 1.0
+        while high - low > 1e-12 * high:
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if _mean_of(middle, self.shape) >= self.mean else (low, middle)
+        return low if self.mean > 1.0 else 1.0
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps of one try."""
+        return sum(event.steps for event in self.tries)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the last event of a try."""
+        return self.tries[-1].noise_multiplier
+
+    @property
+    def sample_rate(self) -> float:
+        """Of the last event of a try."""
+        return self.tries[-1].sample_rate
+
+
+def _mean_of(gamma: float, shape: float) -> float:
+    if shape == 0.0:
+        return (1.0 / gamma - 1.0) / -math.log(gamma)
+    return shape * (1.0 - gamma) / (gamma * -math.expm1(shape * math.log(gamma)))
+
+
+RecordEvent = BaseEvent | Search
 
 
 class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="client_release"):

@@ -80,7 +80,7 @@ class Privacy:
             self.epsilon, self.delta, float(rate), steps * passes, spent, slack=CALIBRATION_SLACK
         )
         event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise, steps=steps)
-        return _Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+        return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
 
     def _open(self) -> Ledger:
         if not self._ledgers:
@@ -125,7 +125,7 @@ class Scheme(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sampled:
+class Sampled:
     """Poisson batches, independent noise."""
 
     records: int
@@ -272,7 +272,7 @@ def _spent(ledger: Ledger, delta: float) -> Spent:
     return Spent(
         epsilon=accounting.epsilon(events, delta),
         delta=delta,
-        accountant=accounting.ACCOUNTANT,
+        accountant=accounting.accountant_of(events),
         steps=sum(e.steps for e in events),
         noise_multiplier=events[-1].noise_multiplier if events else 0.0,
         sample_rate=events[-1].sample_rate if events else 0.0,

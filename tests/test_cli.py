@@ -218,6 +218,15 @@ def test_budget(capsys):
     assert main(["budget", *words, "--epsilon", "0.947"]) == 0
     assert re.search(r"(4\.000|3\.999)", capsys.readouterr().out)
     assert main(["budget", *words]) == 2
+    known = ["--delta", "1e-5", "--epsilon", "3", "--noise-multiplier", "1"]
+    capsys.readouterr()
+    assert main(["budget", *known, "--sample-rate", "0.01"]) == 0
+    assert "steps             2666 at sample rate 0.01," in capsys.readouterr().out
+    assert main(["budget", *known, "--epochs", "10"]) == 0
+    assert "steps             439 at sample rate 0.0227926," in capsys.readouterr().out
+    assert main(["budget", *known]) == 2
+    assert main(["budget", *known, "--epochs", "10", "--steps", "5"]) == 2
+    assert "expected all but exactly one" in capsys.readouterr().err
     assert main(["budget", *words, "--epsilon", "-1"]) == 2
     assert main(["budget", "--delta", "2", "--sample-rate", "0.01", "--steps", "10", "--epsilon", "1"]) == 2
     capsys.readouterr()

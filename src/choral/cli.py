@@ -40,18 +40,21 @@ exit codes: 0 done / claim holds, 1 claim violated or not verifiable (audit), 2 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Noise for a promise, or the promise of a noise, for DP-SGD with Poisson sampling.
+    """Noise, cost, length or batch size of DP-SGD with Poisson sampling.
 
-    Give --epsilon to get the noise multiplier that it needs, or --noise-multiplier to get the epsilon that it buys.
+    Give all but one of --epsilon, --noise-multiplier, --sample-rate and --steps (or --epochs): the answer is the least
+    noise, the epsilon, the largest sample rate or the most steps that keep the promise.
     Unit: one record. Neighbours: add or remove one record. Accountant: PLD, cross-checked by RDP.
     """
 
     delta: float
     """Probability outside the promise; well below 1 / number of records."""
-    sample_rate: float
+    sample_rate: float | None = None
     """Expected batch size over number of records."""
-    steps: int
+    steps: int | None = None
     """Noisy steps in all."""
+    epochs: float | None = None
+    """Passes over the data, in the place of steps: a sample rate q takes epochs / q steps."""
     epsilon: float | None = None
     """The promise wanted."""
     noise_multiplier: float | None = None
@@ -145,7 +148,7 @@ def _audit(words: list[str]) -> int:
 
 def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, Budget)
-    from choral.privacy.accounting import budget
+    from choral.privacy.budgeting import budget
 
     answer = budget(
         epsilon=wanted.epsilon,
@@ -153,6 +156,7 @@ def _budget(words: list[str]) -> int:
         delta=wanted.delta,
         sample_rate=wanted.sample_rate,
         steps=wanted.steps,
+        epochs=wanted.epochs,
     )
     print(f"noise multiplier  {answer.noise_multiplier:.4f}")
     print(f"epsilon           {answer.epsilon:.4f}  (PLD; RDP, the looser bound: {answer.epsilon_rdp:.4f})")

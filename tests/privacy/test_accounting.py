@@ -13,11 +13,12 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants.analysis.gdp import compute_eps_poisson
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy import accounting, pld
+from choral.privacy import accounting, budgeting, pld
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import PoissonSampledGaussian
 
@@ -28,21 +29,50 @@ def event(rate: float, noise: float, steps: int = 1) -> PoissonSampledGaussian:
     return PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
 
-# Recomputed with dp-accounting 0.6.0 at grid 1e-4; RDP with its default orders.
+# Recomputed with dp-accounting 0.6.0 at grid 1e-4; RDP with its default orders; PRV and GDP with Opacus 1.6.0.
 GOLDENS = [
-    (0.01, 4.0, 10_000, "0.9470", "1.0355"),
-    (0.01, 1.0, 1000, "1.8282", "2.1014"),
-    (256 / 60_000, 1.1, 14_062, "2.3817", "2.5966"),
-    (0.1, 1.0, 100, "7.0466", "7.9039"),
-    (1.0, 10.0, 100, "4.3772", "4.7285"),
+    (0.01, 4.0, 10_000, "0.9470", "1.0355", "0.9569", "0.9424"),
+    (0.01, 1.0, 1000, "1.8282", "2.1014", "1.8384", "1.6177"),
+    (256 / 60_000, 1.1, 14_062, "2.3817", "2.5966", "2.3917", "2.3243"),
+    (0.1, 1.0, 100, "7.0466", "7.9039", "7.0571", "6.0071"),
+    (1.0, 10.0, 100, "4.3772", "4.7285", "4.3874", "4.3899"),
 ]
 
 
-@pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp"), GOLDENS)
-def test_goldens(rate: float, noise: float, steps: int, by_pld: str, by_rdp: str) -> None:
+@pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp", "by_prv", "by_gdp"), GOLDENS)
+def test_goldens(rate: float, noise: float, steps: int, by_pld: str, by_rdp: str, by_prv: str, by_gdp: str) -> None:
+    low, high = accounting.epsilon_by_prv([event(rate, noise, steps)], DELTA)
+    assert f"{high:.4f}" == by_prv
+    assert low < float(by_pld) < high
+    accounting.check_by_prv(float(by_pld), (low, high), DELTA)
     assert f"{pld.epsilon([(rate, noise, steps)], DELTA, 1e-4):.4f}" == by_pld
     assert f"{accounting.epsilon_rdp([event(rate, noise, steps)], DELTA):.4f}" == by_rdp
     assert f"{accounting.epsilon([event(rate, noise, steps)], DELTA):.4f}" == by_pld
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp", "by_prv", "by_gdp"), GOLDENS)
+def test_gdp_is_no_guarantee(
+    rate: float, noise: float, steps: int, by_pld: str, by_rdp: str, by_prv: str, by_gdp: str
+) -> None:
+    """The central limit theorem of Gaussian DP says less than what is spent, wherever batches are sampled."""
+    with np.errstate(all="ignore"):
+        gdp = compute_eps_poisson(steps=steps, noise_multiplier=noise, sample_rate=rate, delta=DELTA)
+    assert f"{gdp:.4f}" == by_gdp
+    assert (gdp < float(by_pld)) == (rate < 1.0)  # with full batches its number is an upper bound: Gaussians again
+
+
+def test_the_bracket_of_prv_holds_mixtures_and_long_runs() -> None:
+    for events in ([event(0.1, 2.0, 50), event(0.02, 1.0, 300)], [event(0.001, 0.8, 300_000)], [event(0.5, 30.0)]):
+        accounting.check_by_prv(accounting.epsilon(events, DELTA), accounting.epsilon_by_prv(events, DELTA), DELTA)
+
+
+@pytest.mark.parametrize("wrong", [0.95, 1.05])
+def test_disagreement_with_prv_raises(wrong: float) -> None:
+    events = [event(0.01, 1.0, 1000)]
+    with pytest.raises(AccountingError, match="outside the bracket"):
+        accounting.check_by_prv(
+            wrong * accounting.epsilon(events, DELTA), accounting.epsilon_by_prv(events, DELTA), DELTA
+        )
 
 
 def test_goldens_of_one_gaussian() -> None:
@@ -129,7 +159,7 @@ def test_tiny_epsilons_are_no_disagreement() -> None:
 
 
 def test_rdp_is_never_below_pld() -> None:
-    for rate, noise, steps, _, _ in GOLDENS:
+    for rate, noise, steps, *_ in GOLDENS:
         one = [event(rate, noise, steps)]
         assert accounting.epsilon_rdp(one, DELTA) >= accounting.epsilon(one, DELTA)
 
@@ -174,19 +204,62 @@ def test_many_small_steps() -> None:
 
 
 def test_steps_within() -> None:
-    steps = accounting.steps_within(3.0, DELTA, 0.01, 1.0)
+    steps = budgeting.steps_within(3.0, DELTA, 0.01, 1.0)
     assert accounting.epsilon([event(0.01, 1.0, steps)], DELTA) <= 3.0
     assert accounting.epsilon([event(0.01, 1.0, steps + 1)], DELTA) > 3.0
-    assert accounting.steps_within(0.1, DELTA, 1.0, 1.0) == 0
+    assert budgeting.steps_within(0.1, DELTA, 1.0, 1.0) == 0
 
 
 def test_budget_solves_either_way() -> None:
-    there = accounting.budget(epsilon=3.0, delta=DELTA, sample_rate=0.01, steps=2000)
-    back = accounting.budget(noise_multiplier=there.noise_multiplier, delta=DELTA, sample_rate=0.01, steps=2000)
+    there = budgeting.budget(epsilon=3.0, delta=DELTA, sample_rate=0.01, steps=2000)
+    back = budgeting.budget(noise_multiplier=there.noise_multiplier, delta=DELTA, sample_rate=0.01, steps=2000)
     assert back.epsilon == there.epsilon <= 3.0 < back.epsilon_rdp
     assert "add or remove one record" in str(there)
     with pytest.raises(ConfigError, match="exactly one"):
-        accounting.budget(delta=DELTA, sample_rate=0.01, steps=2000)
+        budgeting.budget(delta=DELTA, sample_rate=0.01, steps=2000)
+
+
+def test_budget_solves_for_each_of_the_four() -> None:
+    """What one of them is solved for gives back the others, and a little more of it breaks the promise."""
+    known = {"epsilon": 3.0, "noise_multiplier": 1.0, "sample_rate": 0.01}
+    steps = budgeting.budget(delta=DELTA, **known)
+    assert steps.steps == budgeting.steps_within(3.0, DELTA, 0.01, 1.0)
+    rate = budgeting.budget(delta=DELTA, epsilon=3.0, noise_multiplier=1.0, steps=2000)
+    assert 2.9999 < rate.epsilon <= 3.0
+    assert by_dp_accounting(rate.sample_rate * 1.001, 1.0, 2000) > 3.0
+    assert budgeting.budget(delta=DELTA, epsilon=3.0, sample_rate=rate.sample_rate, steps=2000).noise_multiplier == (
+        pytest.approx(1.0, rel=1e-4)
+    )
+    with pytest.raises(BudgetExceededError, match="nothing fits"):
+        budgeting.budget(delta=DELTA, epsilon=0.1, noise_multiplier=1.0, sample_rate=1.0)
+
+
+def by_dp_accounting(rate: float, noise: float, steps: int) -> float:
+    return accounting.epsilon_by_dp_accounting([event(rate, noise, steps)], DELTA, 1e-4)
+
+
+@pytest.mark.parametrize(("target", "epochs"), [(3.0, 10), (0.5, 10), (3.0, 2.5), (20.0, 1)])
+def test_the_largest_batch_for_these_passes(target: float, epochs: float) -> None:
+    rate, steps = budgeting.sample_rate_within(target, DELTA, 1.0, epochs=epochs)
+    assert steps == math.ceil(epochs / rate - 1e-9)
+    assert by_dp_accounting(rate, 1.0, steps) <= target * (1 + 1e-3)  # its grid is the coarser one there
+    if rate < 1.0:  # a larger one costs too much, whether it takes as many steps or fewer
+        for more in (1.002, 1.05, 1.5):
+            larger = min(rate * more, 1.0)
+            assert by_dp_accounting(larger, 1.0, math.ceil(epochs / larger - 1e-9)) > target
+
+
+def test_batches_grow_with_the_promise_and_shrink_with_the_passes() -> None:
+    rates = [budgeting.sample_rate_within(eps, DELTA, 1.0, epochs=5)[0] for eps in (1.0, 2.0, 4.0)]
+    assert rates == sorted(set(rates))
+    rates = [budgeting.sample_rate_within(2.0, DELTA, 1.0, epochs=count)[0] for count in (1, 5, 10)]
+    assert rates == sorted(set(rates), reverse=True)
+
+
+@pytest.mark.parametrize("bad", [{}, {"steps": 10, "epochs": 1}, {"epochs": 0.0}, {"epochs": math.nan}, {"steps": 0}])
+def test_bad_lengths(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        budgeting.sample_rate_within(1.0, DELTA, 1.0, **bad)  # type: ignore[arg-type]
 
 
 def test_nothing_costs_nothing() -> None:
@@ -221,10 +294,10 @@ def test_bad_event(rate: float, noise: float, steps: int) -> None:
 
 
 def test_the_examples_in_the_docstring() -> None:
-    result = doctest.testmod(accounting)
-    assert (result.attempted, result.failed) == (3, 0)
+    assert doctest.testmod(accounting) == (0, 3)
+    assert doctest.testmod(budgeting) == (0, 1)
 
 
 def test_accounting_imports_no_torch() -> None:
-    code = "import sys, choral.privacy.accounting; sys.exit('torch' in sys.modules or 'opacus' in sys.modules)"
+    code = "import sys, choral.privacy.budgeting; sys.exit('torch' in sys.modules or 'opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

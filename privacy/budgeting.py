@@ -1,0 +1,192 @@
+"""What fits a budget: solve for the noise, the cost, the steps or the batch size of a training. Imports no torch.
+
+All for the Poisson-sampled Gaussian mechanism; unit, neighbours and method are those of :mod:`choral.privacy.accounting`.
+
+>>> budget(epsilon=3.0, delta=1e-5, noise_multiplier=1.0, epochs=10).steps
+439
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from choral.errors import ConfigError
+from choral.privacy import accounting
+from choral.privacy.errors import AccountingError, BudgetExceededError
+from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+
+_SMALLEST_RATE = 1e-9
+_MOST_STEPS = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The answer of :func:`budget`: `steps` at `sample_rate` with `noise_multiplier` cost `epsilon` at `delta`.
+
+    `epsilon` is the PLD value, the one to quote; `epsilon_rdp` the looser cross-check.
+    """
+
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    unit: str = UNIT
+    neighbours: str = NEIGHBOURS
+    accountant: str = accounting.ACCOUNTANT
+
+    def __str__(self) -> str:
+        return (
+            f"noise multiplier  {self.noise_multiplier:.6g}\n"
+            f"epsilon (PLD)     {self.epsilon:.6g}\n"
+            f"epsilon (RDP)     {self.epsilon_rdp:.6g}, a looser bound\n"
+            f"delta             {self.delta:g}\n"
+            f"steps             {self.steps} at sample rate {self.sample_rate:.6g} (Poisson)\n"
+            f"unit              {self.unit}; neighbours: {self.neighbours}\n"
+            f"accountant        {self.accountant}"
+        )
+
+
+def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:
+    """Return the largest number of releases that cost at most `epsilon` at `delta`; 0 if not even one fits.
+
+    Raises: ConfigError (a number out of range).
+    """
+    accounting.check_target(epsilon, delta)
+    one = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=1)
+
+    def fits(steps: int) -> bool:
+        return accounting.epsilon([msgspec.structs.replace(one, steps=steps)], delta) <= epsilon
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 2**40:
+            raise AccountingError(
+                f"more than 2^39 steps fit into epsilon={epsilon}", hint="Check the sample rate and the noise."
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def sample_rate_within(
+    epsilon: float, delta: float, noise_multiplier: float, *, steps: int | None = None, epochs: float | None = None
+) -> tuple[float, int]:
+    """Return the largest sample rate whose training costs at most `epsilon`, and its number of steps.
+
+    Give `steps`, or `epochs`: passes over the data, on average, of which a rate q takes ceil(epochs / q) steps. The
+    batch size is the rate times the number of records. The rate is right to a relative 1e-6, and never too large.
+    Raises: ConfigError (a number out of range, not one of the two), BudgetExceededError (no rate fits).
+    """
+    accounting.check_target(epsilon, delta)
+    if (steps is None) == (epochs is None):
+        raise ConfigError("expected exactly one of steps and epochs")
+
+    def fits(rate: float, count: int) -> bool:
+        event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise_multiplier, steps=count)
+        return accounting.epsilon([event], delta) <= epsilon
+
+    low, high = _SMALLEST_RATE, 1.0
+    if steps is None:
+        passes = _check_epochs(epochs)
+        steps = _fewest(lambda count: fits(passes / count, count), math.ceil(passes), epsilon)
+        # One step fewer is too many records a step, and this many steps are one pass too many at that rate.
+        low, high = passes / steps, min(1.0, passes / (steps - 1) if steps > 1 else 1.0)
+    if fits(high, steps) and (epochs is None or high == 1.0):
+        return high, steps
+    if not fits(low, steps):
+        raise _nothing_fits(epsilon, delta, noise_multiplier)
+    while high > low * (1.0 + 1e-6):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle, steps) else (low, middle)
+    return low, steps
+
+
+def _fewest(fits: Callable[[int], bool], least: int, epsilon: float) -> int:
+    """Return the smallest count from `least` that fits, given that more always do."""
+    if fits(least):
+        return least
+    low, high = least, 2 * least
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > _MOST_STEPS:
+            raise BudgetExceededError(
+                f"no sample rate fits these passes into epsilon={epsilon:g}, not even in {_MOST_STEPS} steps",
+                hint="Take more noise or fewer passes.",
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _check_epochs(epochs: float | None) -> float:
+    if epochs is None or not (math.isfinite(epochs) and 0.0 < epochs <= _MOST_STEPS):
+        raise ConfigError(f"epochs is {epochs}, expected a number > 0 and at most {_MOST_STEPS}")
+    return float(epochs)
+
+
+def _nothing_fits(epsilon: float, delta: float, noise: float) -> BudgetExceededError:
+    return BudgetExceededError(
+        f"with noise multiplier {noise:g} nothing fits into epsilon={epsilon:g} at delta={delta:g}",
+        hint="Take more noise, or fewer steps.",
+    )
+
+
+def budget(
+    *,
+    delta: float,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+) -> Budget:
+    """Solve for the one that is not given of `epsilon`, `noise_multiplier`, `sample_rate` and `steps`.
+
+    `epochs`, passes over the data, may stand in the place of `steps`: a sample rate q takes ceil(epochs / q) of them.
+    The answer keeps the promise: the least noise, the most steps or the largest sample rate within `epsilon`.
+    Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits).
+    """
+    given = [value is not None for value in (epsilon, noise_multiplier, sample_rate)]
+    lengths = (steps is not None) + (epochs is not None)
+    if lengths > 1 or sum(given) + lengths != 3:
+        raise ConfigError(
+            "expected all but exactly one of epsilon, noise_multiplier, sample_rate and steps (or epochs)",
+            hint="Leave out --noise-multiplier to learn the noise, --epsilon to learn the cost, and so on.",
+        )
+    if sample_rate is None:
+        sample_rate, steps = sample_rate_within(
+            _number(epsilon), delta, _number(noise_multiplier), steps=steps, epochs=epochs
+        )
+    elif epochs is not None:
+        PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=1)
+        steps = math.ceil(_check_epochs(epochs) / sample_rate - 1e-9)
+    elif steps is None:
+        steps = steps_within(_number(epsilon), delta, sample_rate, _number(noise_multiplier))
+        if steps == 0:
+            raise _nothing_fits(_number(epsilon), delta, _number(noise_multiplier))
+    count = int(_number(steps))
+    noise = noise_multiplier if noise_multiplier is not None else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count)
+    event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
+    return Budget(
+        epsilon=accounting.epsilon([event], delta),
+        epsilon_rdp=accounting.epsilon_rdp([event], delta),
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=count,
+        noise_multiplier=noise,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # not a number is refused by every check
