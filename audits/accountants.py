@@ -15,7 +15,7 @@ import msgspec
 
 from choral.audits.budgets import TOLERANCE, holders_of, ledger_path, unit_of
 from choral.audits.report import Check, Verdict
-from choral.audits.text import cost
+from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
     from choral.privacy import ClientRelease, Ledger
@@ -98,17 +98,17 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
 def _phases(ledger: Ledger) -> tuple[Phase, ...]:
     """The ledger in the order in which it was written, alike events that follow each other taken together."""
-    from choral.privacy.events import CLIENT_UNIT, ClientRelease
+    from choral.privacy.events import CLIENT_UNIT, ClientRelease, PoissonSampledGaussian
 
     phases: list[Phase] = []
     for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
-        words = str(type(event).__struct_config__.tag).replace("_", " ")
-        rate = 1.0
         if isinstance(event, ClientRelease):
-            words = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares"
+            words, rate = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares", 1.0
             words += ", counted anew by who survived" if event.settles else ""
+        elif isinstance(event, PoissonSampledGaussian):
+            words, rate = "Poisson-sampled Gaussian", event.sample_rate
         else:
-            rate = event.sample_rate
+            words, rate = f"correlated Gaussian, pass {event.number}", event.sample_rate
         phase = Phase(
             mechanism=words,
             noise_multiplier=event.noise_multiplier,
@@ -159,7 +159,8 @@ def _agreement(ours: float, theirs: float, rdp: float) -> tuple[Verdict, str]:
         return "unverified", f"two computations of the same privacy loss say ε = {ours:.6g} and {theirs:.6g}"
     if not ours <= rdp * (1 + TOLERANCE) + ROUNDING:
         return "unverified", f"Renyi DP, the looser bound, says ε = {rdp:.6g}, below the {ours:.6g} of PLD"
-    return "holds", f"PLD and dp-accounting differ by {abs(ours - theirs):.1g}; Renyi DP is {rdp - ours:.2g} above"
+    gap = power(abs(ours - theirs))
+    return "holds", f"PLD and dp-accounting differ by {gap}; Renyi DP is {rdp - ours:.2g} above"
 
 
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:

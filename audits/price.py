@@ -161,7 +161,7 @@ def _cloud_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
             quantity=raw / GB * prices["storage_months"],
             unit="GB-months",
             basis="modelled",
-            how=f"kept for {prices['storage_months']:g} months",
+            how=f"kept for {prices['storage_months']:g} month{'s' if prices['storage_months'] != 1 else ''}",
             usd=raw / GB * prices["storage_months"] * prices["storage_gb_month"],
         ),
         Item(

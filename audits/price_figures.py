@@ -12,7 +12,7 @@ from choral.audits.svg import LABEL_GAP, Chart, shortened, ticks
 from choral.audits.text import amount, is_percent, score
 
 QUESTION = "Acceleration against large-scale distribution"
-LEAST, MOST = 1.0, 1e9  # examples per party that are drawn
+LEAST, MOST = 1.0, 1e9  # examples per party that are drawn; a line below runs along the edge
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -40,24 +40,25 @@ def _said(line: CrossoverLine, work: Workload, word: str) -> str:
 def _crossover(work: Workload, lines: Sequence[CrossoverLine], word: str, *, wide: bool) -> Chart:
     rows = LABEL_GAP * ((len(lines) + 2) // 2)
     x = (math.log10(2), math.log10(max(lines[0].parties)))
-    y = (math.log10(LEAST), math.log10(MOST))
+    drawn = [m for line in lines for m in line.examples if m is not None and m <= MOST]
+    y = (math.log10(LEAST), float(math.ceil(math.log10(max([*drawn, work.examples, 1e3]) + 1))))
     if wide:
         chart = Chart(width=WIDE, height=430, left=52, right=240, top=34, bottom=50, x=x, y=y)
     else:
         chart = Chart(width=NARROW, height=320 + rows, left=42, right=10, top=40 + rows, bottom=50, x=x, y=y)
-    chart.grid(range(0, 10, 1 if wide else 3), _decade, "examples per party")
+    chart.grid(range(0, int(y[1]) + 1, 1 if wide or y[1] < 6 else 2), _decade, "examples per party, by bytes of each")
     chart.steps(range(1, 7, 1 if wide else 2), _decade, "parties")
     labels = []
     for index, line in enumerate(lines):
         colour = index + 1
         points = [
-            (math.log10(n), math.log10(m))
+            (math.log10(n), math.log10(max(m, LEAST)))
             for n, m in zip(line.parties, line.examples, strict=True)
-            if m is not None and LEAST <= m <= MOST
+            if m is not None and m <= MOST
         ]
         if points:
             chart.line(points, colour)
-        name = f"{amount(line.record_bytes)} per example"
+        name = f"{amount(line.record_bytes)} each" + (" (here)" if line.record_bytes == work.record_bytes else "")
         labels.append((name if points else f"{name}: never {word}", points[-1][1] if points else y[1], colour))
     own = (math.log10(work.parties), math.log10(min(max(work.examples, LEAST), MOST)))
     chart.dot(chart.across(own[0]), chart.up(own[1]), 0, 5)

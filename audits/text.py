@@ -59,6 +59,8 @@ def amount(count: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
+    if 0 < seconds < 0.095:
+        return f"{1000 * seconds:.0f}{NBSP}ms"
     if seconds < 59.95:
         return f"{seconds:.1f}{NBSP}s"
     if seconds < 3599.5:
@@ -70,9 +72,9 @@ def money(usd: float) -> str:
     """US dollars to two significant digits: a modelled bill has no more."""
     if usd >= 1000:
         return f"{usd:,.0f}{NBSP}USD"
-    if usd >= 0.01 or usd == 0:
-        return f"{usd:.2f}{NBSP}USD" if usd >= 0.1 else f"{usd:.3f}{NBSP}USD"
-    return f"{power(usd) if usd < 0.001 else f'{usd:.4f}'}{NBSP}USD"
+    if usd >= 0.1 or usd == 0:
+        return f"{usd:.2f}{NBSP}USD"
+    return f"{usd:.{1 - math.floor(math.log10(usd))}f}{NBSP}USD"
 
 
 def energy(joules: float) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from choral.audits.text import amount, cost, duration, plus_minus, power, score, signed
+from choral.audits.text import amount, cost, duration, energy, money, plus_minus, power, score, signed
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,15 @@ def test_bytes(count: float | None, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (61.0, "1 min 01 s"), (3600, "1.0 h"), (9000, "2.5 h")],
+    [
+        (0.04, "40 ms"),
+        (0.0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (61.0, "1 min 01 s"),
+        (3600, "1.0 h"),
+        (9000, "2.5 h"),
+    ],
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds).replace("\u00a0", " ") == shown
@@ -52,3 +60,16 @@ def test_scores_and_differences() -> None:
     assert signed(0.25, "loss") == "+0.25"
     assert plus_minus(0.0123, "accuracy") == " ± 1.2"
     assert plus_minus(None, "accuracy") == ""
+
+
+@pytest.mark.parametrize(
+    ("usd", "shown"),
+    [(0.0, "0.00 USD"), (4.68e-5, "0.000047 USD"), (0.0013, "0.0013 USD"), (0.25, "0.25 USD"), (12345.6, "12,346 USD")],
+)
+def test_money(usd: float, shown: str) -> None:
+    assert money(usd).replace("\u00a0", " ") == shown
+
+
+@pytest.mark.parametrize(("joules", "shown"), [(7.4, "7.4 J"), (1090.0, "1.09 kJ"), (7.2e6, "2 kWh")])
+def test_energy(joules: float, shown: str) -> None:
+    assert energy(joules).replace("\u00a0", " ") == shown
