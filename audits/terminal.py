@@ -69,6 +69,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
 
     console = console or Console()
     console.print(Text(f"{report.title}: {report.verdict}", style="bold"))
+    console.print(Text(report.sentence))
     console.print(Text(report.claim))
     if report.budgets:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
@@ -81,8 +82,9 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         console.print(table)
     for check in report.checks:
         _print_check(check, console)
-    missing = ", ".join(audit.name for audit in report.not_run)
-    console.print(Text(f"Not audited: {missing}.", style="dim"))
+    if report.not_run:
+        missing = ", ".join(audit.name for audit in report.not_run)
+        console.print(Text(f"Not audited: {missing}.", style="dim"))
 
 
 def _print_check(check: Check, console: Console) -> None:

@@ -166,7 +166,7 @@ def test_top_level(capsys):
         (SMALL.replace("rounds = 3", "rounds = 0"), "training.rounds >= 1", ""),
         (SMALL.replace("batch_size = 64", "batch_size = 64\nlearning_rate = 1e30"), "", ""),
         (SMALL.replace("seeds = 2", "seeds = 0"), "seeds >= 1", ""),
-        (SMALL.replace("seeds = 2", 'seeds = 2\ntask = "nothing.py"'), "no task", "Python file"),
+        (SMALL.replace("seeds = 2", 'seeds = 2\ntask = "nothing.py"'), "no file", "Python file"),
         (SMALL.replace("epsilons = [2, 8]", "epsilons = [0]"), "epsilons > 0", ""),
         (SMALL.replace("[privacy]\nepsilon = 8", ""), "privacy.epsilon is not set", ""),
         (SMALL.split("[arms")[0], "nothing to compare", "examples/digits.toml"),

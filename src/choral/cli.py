@@ -1,6 +1,6 @@
 """The command line: ``choral compare | train | audit | budget``.
 
-Exit codes: 0 done (for `audit`: the claim holds), 1 an audit found the claim violated or could not verify it,
+Exit codes: 0 done (for `audit`: no violation found), 1 an audit found the claim violated or could not verify it,
 2 wrong usage, bad input, or a run that had to stop. Ctrl-C ends with 130 and keeps every completed round.
 """
 
@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -28,13 +27,14 @@ Train PyTorch models on data that may not be seen, and say what that costs.
 commands:
   compare CONFIG --out DIR   train every arm of a TOML file and report accuracy, epsilon, bytes and time side by side
   train CONFIG --out DIR     train one arm: federated (default), or --centralized on pooled data
-  audit DIR                  check what a finished run claims against its ledgers
+  audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
+                             or a model of your own: --scores FILE, --model FILE.py
   budget                     how much noise a promise needs, or what a noise is worth
 
 Start here:  choral compare examples/digits.toml --out runs/digits
 Details:     choral COMMAND --help
 
-exit codes: 0 done / claim holds, 1 claim violated or not verifiable (audit), 2 bad input or stopped, 130 Ctrl-C
+exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit), 2 bad input or stopped, 130 Ctrl-C
 """
 
 
@@ -59,21 +59,6 @@ class Budget:
     """The promise wanted."""
     noise_multiplier: float | None = None
     """Noise standard deviation over clipping norm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audit:
-    """Check what a run folder claims: recompute every epsilon from the ledgers, and report what was not checked.
-
-    Exit code 0: the claim holds. 1: it is violated, or cannot be verified. 2: not a run folder.
-    """
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """The run folder."""
-    out: Path | None = None
-    """Where the report goes (report.json and report.html); by default into the run folder."""
-    quiet: bool = False
-    """Print nothing but errors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,18 +117,9 @@ def _train(words: list[str]) -> int:
 
 
 def _audit(words: list[str]) -> int:
-    wanted = parse("audit", words, Audit)
-    from choral.audits import audit
+    from choral.audit_command import audit
 
-    result = audit(wanted.run)
-    folder = wanted.out or wanted.run
-    folder.mkdir(parents=True, exist_ok=True)
-    result.save(folder / "report.json")
-    result.save(folder / "report.html")
-    if not wanted.quiet:
-        result.print()
-        print(f"report: {folder / 'report.html'}")
-    return result.exit_code
+    return audit(words)
 
 
 def _budget(words: list[str]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
@@ -68,14 +69,20 @@ def load_task(settings: Settings, seed: int) -> Task:
     return task
 
 
-def _load_function(path: Path) -> Callable[..., object]:
+def load_module(path: Path, expected: str) -> ModuleType:
+    """Run a user's own Python file. expected: what it should be, for the error. Raises: ConfigError."""
     if not path.is_file():
-        raise ConfigError(f"no task {str(path)!r}", hint='task is "digits" or the path of a Python file')
+        raise ConfigError(f"no file {str(path)!r}", hint=f"expected {expected}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file")
+        raise ConfigError(f"{path} is not a Python file", hint=f"expected {expected}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _load_function(path: Path) -> Callable[..., object]:
+    module = load_module(path, 'task = "digits", or the path of a Python file with load(split, training, seed)')
     if not callable(load := getattr(module, "load", None)):
         raise ConfigError(f"{path} has no function load(split, training, seed)")
     return load  # type: ignore[no-any-return]

@@ -1,0 +1,158 @@
+"""The command ``choral audit``: a run folder, a file of scores, or a user's own training through two callables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from choral.audits.prices import PriceSettings, read_prices
+from choral.cli import parse
+from choral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from choral.audits import Audit
+    from choral.audits.evidence import ScoreAudit
+    from choral.trainers import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditFlags:
+    """Hold a privacy claim against evidence: a run folder, a file of scores, or your own training.
+
+    A run folder is audited without training: ledgers by several accountants, participation, what the server saw, costs.
+    --scores and --model add an attack, to a run or by themselves.
+
+    Exit code 0: nothing contradicts the claim. 1: it is violated at the stated confidence, or it cannot be verified
+    because a ledger is missing. 2: wrong usage or bad input.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]")] = None
+    """The run folder."""
+    scores: Path | None = None
+    """Scores of canaries: CSV headed score,member or JSON {"scores": [...], "members": [...]}; higher says member."""
+    model: Path | None = None
+    """Python file with canaries, train(members) and score(model, canaries); it is run, and trains once."""
+    design: Literal["coins", "runs", "split"] = "coins"
+    """Where memberships come from. coins: one training, each canary in by its own fair coin. runs: each score from a
+    training of its own. split: training records against fresh ones (an ROC, no bound)."""
+    epsilon: float | None = None
+    """The claim that scores are held against; by default the run's."""
+    delta: float | None = None
+    """Delta of that claim; by default the run's."""
+    unit: str = "record"
+    """Whose membership the canaries stand for."""
+    confidence: float = 0.95
+    """Of a violation."""
+    attack: str = "scores as given"
+    """What made the scores, for the report."""
+    out: Path | None = None
+    """Folder of report.json and report.html; by default the run folder, and none without a run."""
+    markdown: Path | None = None
+    """File for a summary in Markdown, for a model card."""
+    prices: Path | None = None
+    """Price table (TOML) whose entries replace those of the shipped one."""
+    price: PriceSettings = field(default_factory=PriceSettings)
+    schema: bool = False
+    """Print the JSON Schema of report.json and do nothing else."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def audit(words: list[str]) -> int:
+    wanted = parse("audit", words, AuditFlags)
+    if wanted.schema:
+        from choral.audits.storage import json_schema
+
+        print(json.dumps(json_schema(), indent=1, sort_keys=True))
+        return 0
+    if wanted.run is None and wanted.scores is None and wanted.model is None:
+        raise ConfigError("nothing to audit", hint="name a run folder, or give --scores FILE or --model FILE.py")
+    if wanted.markdown is not None and wanted.markdown.suffix != ".md":
+        raise ConfigError(f"the summary is Markdown, not {wanted.markdown.name!r}", hint="end its name in .md")
+    result = _report(wanted)
+    folder = wanted.out or wanted.run
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.save(folder / "report.json")
+        result.save(folder / "report.html")
+    if wanted.markdown is not None:
+        result.save(wanted.markdown)
+    if not wanted.quiet:
+        result.print()
+        if folder is not None:
+            print(f"report: {folder / 'report.html'}")
+    return result.exit_code
+
+
+def _report(wanted: AuditFlags) -> Audit:
+    from choral.audits import audit
+    from choral.audits.run_audit import audit_evidence
+
+    prices = read_prices(wanted.prices, wanted.price)
+    if wanted.run is None:
+        source = wanted.model or wanted.scores
+        return audit_evidence(f"Audit of {source.name if source else 'scores'}", attacks=_attacks(wanted, None))
+    from choral.trainers import Run
+
+    run = Run.load(wanted.run)
+    return audit(run, prices=prices, attacks=_attacks(wanted, run))
+
+
+def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
+    if wanted.scores is None and wanted.model is None:
+        return []
+    from choral.audits.score_files import read_scores
+    from choral.audits.scores import audit_scores, audit_training
+
+    epsilon, delta = _claim(wanted, run)
+    common: dict[str, Any] = {
+        "delta": delta, "claimed": epsilon, "confidence": wanted.confidence, "unit": wanted.unit
+    }  # fmt: skip
+    found = []
+    if wanted.scores is not None:
+        scores, members = read_scores(wanted.scores)
+        found.append(audit_scores(scores, members, design=wanted.design, attack=wanted.attack, **common))
+    if wanted.model is not None:
+        found.append(audit_training(*_callables(wanted.model), **common))
+    return found
+
+
+def _claim(wanted: AuditFlags, run: Run | None) -> tuple[float | None, float]:
+    """Epsilon and delta: as given, else those of the run's worst data holder.
+
+    Raises: ConfigError without a delta, or when the canaries stand for another unit than the run's promise.
+    """
+    spent = run.spent if run else None
+    if spent is not None and spent.unit != wanted.unit and wanted.epsilon is None:
+        raise ConfigError(
+            f"the run's promise is for each {spent.unit}, and the scores are of {wanted.unit}s",
+            hint=f"give --unit {spent.unit} if a canary is one, or --epsilon of the claim that is meant",
+        )
+    epsilon = wanted.epsilon if wanted.epsilon is not None else spent.epsilon if spent else None
+    delta = wanted.delta if wanted.delta is not None else spent.delta if spent else None
+    if delta is None:
+        raise ConfigError("scores are held against a claim at some delta", hint="give --delta, such as 1e-5")
+    return epsilon, delta
+
+
+def _callables(path: Path) -> tuple[Any, Any, list[Any]]:
+    """train, score and the canaries of a user's file. Raises: ConfigError for a file without them."""
+    from choral.jobs import load_module
+
+    module = load_module(path, "a Python file with canaries, train(members) and score(model, canaries)")
+    for name in ("train", "score"):
+        if not callable(getattr(module, name, None)):
+            raise ConfigError(f"{path} has no function {name}", hint="it needs canaries, train and score")
+    canaries = getattr(module, "canaries", None)
+    canaries = canaries() if callable(canaries) else canaries
+    try:
+        listed = list(canaries)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(
+            f"{path} has no canaries", hint="a list of them, or a function that returns one, called canaries"
+        ) from None
+    return module.train, module.score, listed

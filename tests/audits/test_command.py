@@ -1,0 +1,209 @@
+"""``choral audit``: exit codes, scores and callables, summaries, prices, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from choral import Masked, federate
+from choral.audits import Audit
+from choral.cli import main
+from choral.trainers import Run
+
+torch.set_num_threads(1)
+MakeRun = Callable[..., Run]
+MODEL = """
+import random
+
+canaries = list(range(600))
+
+
+def train(members):
+    return set(members)
+
+
+def score(model, canaries):
+    return [{score} for canary in canaries]
+"""
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Callable[..., str]:
+    """A file of scores of canaries that moved by ``shift`` where they were in."""
+
+    def make(shift: float, count: int = 1000, name: str = "scores.csv") -> str:
+        rng = np.random.default_rng(4)
+        members = rng.integers(0, 2, count)
+        values = rng.normal(size=count) + shift * members
+        path = tmp_path / name
+        rows = "\n".join(f"{value},{member}" for value, member in zip(values, members, strict=True))
+        path.write_text(f"score,member\n{rows}\n")
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real federated run of four parties, with its transcript."""
+    points = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+    parties = {f"p{i}": TensorDataset(points[i::4], (points[i::4, 0] > 0).long()) for i in range(4)}
+
+    def build(data):  # type: ignore[no-untyped-def]
+        model = torch.nn.Linear(6, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.utils.data.DataLoader(data, batch_size=10)
+
+    def fit(model, optimizer, loader):  # type: ignore[no-untyped-def]
+        for batch, target in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch), target).backward()
+            optimizer.step()
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    federate(
+        build=build, fit=fit, evaluate=lambda _: 0.5, parties=parties, rounds=2, secure_sum=Masked(), out=out,
+        transcript="rehearsal",
+    )  # fmt: skip
+    return out
+
+
+def test_scores_within_the_claim_exit_0_and_beyond_it_1(
+    scores: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--epsilon", "3", "--delta", "1e-5"]
+    assert main(["audit", "--scores", scores(0.3), *flags]) == 0
+    assert "could have detected up to" in capsys.readouterr().out
+    assert main(["audit", "--scores", scores(8.0), *flags, "--out", str(tmp_path / "out")]) == 1
+    assert "Violated at 95" in capsys.readouterr().out
+    held = Audit.load(tmp_path / "out" / "report.json")
+    assert held.attacks[0].finding == "violated"
+    assert held.attacks[0].bounds[0].epsilon > 3
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("score", "code"), [("float(canary in model)", 1), ("random.random()", 0)])
+def test_a_users_own_training_by_two_callables(tmp_path: Path, score: str, code: int) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MODEL.replace("{score}", score))
+    assert main(["audit", "--model", str(path), "--epsilon", "2", "--delta", "1e-5", "--quiet"]) == code
+
+
+def test_a_finished_run_is_audited_in_seconds_without_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.process_time()
+    assert main(["audit", str(folder), "--markdown", str(tmp_path / "card.md")]) == 0
+    assert time.process_time() - started < 20
+    assert "No violation found" in (tmp_path / "card.md").read_text()
+    report = Audit.load(folder / "report.json")
+    assert report.seen is not None
+    assert report.costs is not None
+
+
+def test_scores_and_prices_go_with_a_run(folder: Path, tmp_path: Path, scores: Callable[..., str]) -> None:
+    out = str(tmp_path / "out")
+    flags = ["--scores", scores(0.2), "--delta", "1e-5", "--price.kwh", "9", "--out", out, "--quiet"]
+    assert main(["audit", str(folder), *flags]) == 0
+    report = Audit.load(tmp_path / "out" / "report.json")
+    assert (report.attacks[0].finding, report.run is not None) == ("no claim", True)
+    assert report.costs is not None
+    assert report.costs.prices["kwh"].value == 9
+
+
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--schema"]) == 0
+    assert "$defs" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to audit"),
+        (["--scores", "nowhere.csv", "--delta", "1e-5"], "no file of scores"),
+        (["--scores", "{few}", "--epsilon", "3", "--delta", "1e-5"], "too few"),
+        (["--scores", "{nan}", "--epsilon", "3", "--delta", "1e-5"], "not finite"),
+        (["--scores", "{short}", "--delta", "1e-5"], "line 3"),
+        (["--scores", "{same}", "--epsilon", "3", "--delta", "1e-5"], "equal|constant|same"),
+        (["--scores", "{good}"], "at some delta"),
+        (["--scores", "{good}", "--delta", "2"], "delta"),
+        (["--scores", "{good}", "--delta", "1e-5", "--epsilon", "-1"], "claimed epsilon"),
+        (["--model", "nowhere.py", "--delta", "1e-5"], "no file"),
+        (["--model", "{empty}", "--delta", "1e-5"], "no function train"),
+        (["--model", "{bare}", "--delta", "1e-5"], "no canaries"),
+        (["--model", "{tiny}", "--delta", "1e-5", "--epsilon", "3"], "can refute at most"),
+        (["--scores", "{good}", "--delta", "1e-5", "--markdown", "card.txt"], "Markdown"),
+        (["nowhere"], "not a run folder"),
+    ],
+)
+def test_bad_input_is_refused(
+    words: list[str], said: str, tmp_path: Path, scores: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    good = scores(0.1)
+    files = {
+        "few": "score,member\n1.0,1\n0.5,0\n0.7,1\n0.1,0\n",
+        "nan": "score,member\n1.0,1\nnan,0\n",
+        "short": "score,member\n1.0,1\n0.5\n",
+        "same": "score,member\n" + "1.0,1\n1.0,0\n" * 200,
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    modules = {
+        "empty": "",
+        "bare": "def train(m): ...\ndef score(m, c): ...\n",
+        "tiny": "canaries = [1, 2]\ndef train(m): ...\ndef score(m, c): ...\n",
+    }
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    places = {name: str(tmp_path / f"{name}.csv") for name in files} | {"good": good}
+    places |= {name: str(tmp_path / f"{name}.py") for name in modules}
+    assert main(["audit", *(word.format(**places) for word in words)]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_the_hint_says_how_many_canaries_are_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: Callable[..., str]
+) -> None:
+    path = tmp_path / "tiny.py"
+    path.write_text("canaries = range(8)\ndef train(m): ...\ndef score(m, c): ...\n")
+    assert main(["audit", "--model", str(path), "--delta", "1e-5", "--epsilon", "3"]) == 2
+    assert "canaries are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "history.jsonl").unlink(), "no history.jsonl"),
+        (lambda run: (run / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda run: swap(run / "run.json", '"version": 1', '"version": 9'), "of format version 9"),
+        (lambda run: swap(run / "run.json", '"rounds": 2', '"rounds": "two"'), "damaged"),
+        (lambda run: swap(run / "run.json", '"rounds": 2', '"rounds": 2, "bonus": 1'), "damaged"),
+        (lambda run: swap(run / "history.jsonl", '"round":1', '"round":5'), "does not hold rounds"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"x" * 40), "damaged"),
+        (lambda run: (run / "transcript" / "index.jsonl").write_text("hello\n"), "damaged"),
+    ],
+)
+def test_a_run_folder_that_is_not_whole_is_refused(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    assert main(["audit", str(copy)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def swap(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
