@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from choral.errors import ConfigError
 
@@ -11,14 +12,16 @@ from choral.errors import ConfigError
 class Split:
     """How the data is divided among the parties."""
 
+    kind: Literal["dirichlet", "key", "shards", "iid"] = "dirichlet"
+    """By label: dirichlet, or shards (two labels each); key: the data's own (page, speaker, ...); iid: at random."""
     parties: int = 10
-    """Number of parties."""
+    """Number of parties; with a key the data says how many."""
     alpha: float = 0.5
     """Dirichlet concentration of the labels: small is very unequal, large is alike."""
     test_fraction: float = 0.2
     """Share of the records held out for the evaluation."""
     min_records: int = 10
-    """Fewest records that a party may get; the draw is repeated until it holds."""
+    """Fewest records of a party; a Dirichlet draw is repeated until it holds, parties by key are left out."""
     min_classes: int = 2
     """Fewest classes that a party may have; 1 allows parties of a single class."""
 

@@ -57,13 +57,11 @@ def load_task(settings: Settings, seed: int) -> Task:
     Raises: ConfigError if it is neither embedded nor a Python file with a function ``load`` that returns a Task.
     """
     from choral.trainers import Task
+    from choral.trainers.data import TASKS
 
-    load: Callable[..., object]
-    if settings.task == "digits":
-        from choral.trainers.digits import load
-    else:
-        load = _load_function(Path(settings.task))
-    task = load(settings.split, settings.training, seed)
+    if settings.task in TASKS:
+        return TASKS[settings.task](settings.split, settings.training, seed, settings.data_dir)
+    task = _load_function(Path(settings.task))(settings.split, settings.training, seed)
     if not isinstance(task, Task):
         raise ConfigError(f"load in {settings.task} returned {type(task).__name__}; expected choral.trainers.Task")
     return task
@@ -82,7 +80,9 @@ def load_module(path: Path, expected: str) -> ModuleType:
 
 
 def _load_function(path: Path) -> Callable[..., object]:
-    module = load_module(path, 'task = "digits", or the path of a Python file with load(split, training, seed)')
+    from choral.trainers.data import TASKS
+
+    module = load_module(path, f"a task ({', '.join(TASKS)}), or a Python file with load(split, training, seed)")
     if not callable(load := getattr(module, "load", None)):
         raise ConfigError(f"{path} has no function load(split, training, seed)")
     return load  # type: ignore[no-any-return]

@@ -96,7 +96,9 @@ class Settings:
     title: str = "Choral comparison"
     """Headline of the report."""
     task: str = "digits"
-    """What is trained: "digits", or a Python file with load(split, training, seed) -> choral.trainers.Task."""
+    """digits, fashion, comments, adult, shakespeare, or a Python file with load(split, training, seed) -> Task."""
+    data_dir: Path | None = None
+    """Folder of the data sets; by default they are fetched, checked by hash, and kept in ~/.cache/choral."""
     seed: int = 0
     """First seed: initial weights, split and data order; never noise, keys or masks."""
     seeds: int = 3

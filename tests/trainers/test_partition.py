@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from choral.errors import ConfigError, DataError
-from choral.trainers import dirichlet_split
+from choral.trainers.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split
 
 LABELS = torch.arange(2000) % 10
 
@@ -41,3 +41,60 @@ def test_bad_settings(bad):
 def test_impossible_split_ends():
     with pytest.raises(DataError, match="no Dirichlet"):
         dirichlet_split(LABELS[:50], parties=10, alpha=0.1, seed=0)
+
+
+def test_key_split():
+    shares = key_split(["b", "a", "b", "c", "a", "b"], min_records=2)
+    assert {name: share.tolist() for name, share in shares.items()} == {"a": [1, 4], "b": [0, 2, 5]}
+    with pytest.raises(DataError, match="none of 3 parties"):
+        key_split(["a", "b", "c"], min_records=2)
+    with pytest.raises(DataError):
+        key_split([])
+
+
+def test_shards_are_pathological():
+    shares = shard_split(LABELS, parties=50, seed=2)
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(2000))
+    assert {len(share) for share in shares} == {40}
+    # 100 shards of 20 within labels of 200: each shard is pure, so no party has more than two labels.
+    assert max(len(torch.unique(LABELS[share])) for share in shares) == 2
+    with pytest.raises(DataError, match="cannot be cut"):
+        shard_split(LABELS, parties=1001, seed=0)
+
+
+def test_iid_split():
+    shares = iid_split(103, parties=10, seed=0)
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(103))
+    assert sorted(map(len, shares)) == [10] * 7 + [11] * 3
+    with pytest.raises(DataError, match="too few"):
+        iid_split(5, parties=6, seed=0)
+
+
+def test_reshuffled_keeps_sizes_and_records():
+    """Label counts of a reshuffled share are hypergeometric: mean n_k/10 per label, variance below n_k .09."""
+    shares = dirichlet_split(LABELS, parties=10, alpha=0.1, seed=1)
+    again = reshuffled(shares, seed=5)
+    assert [len(share) for share in again] == [len(share) for share in shares]
+    assert torch.equal(torch.cat(again).sort().values, torch.arange(2000))
+    for share in again:
+        counts = torch.bincount(LABELS[share], minlength=10)
+        # 100 counts at 5.5 standard deviations: false alarm below 1e-5; the split they come from is far outside.
+        assert (counts - len(share) / 10).abs().max() <= 5.5 * (0.09 * len(share)) ** 0.5 + 1
+    worst = max((torch.bincount(LABELS[share], minlength=10) - len(share) / 10).abs().max() for share in shares)
+    assert worst > 5.5 * (0.09 * 300) ** 0.5
+    with pytest.raises(DataError):
+        reshuffled([], seed=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: key_split(["a"], min_records=0),
+        lambda: shard_split(LABELS, parties=0, seed=0),
+        lambda: shard_split(LABELS, parties=2, seed=0, shards=0),
+        lambda: iid_split(5, parties=0, seed=0),
+    ],
+)
+def test_bad_settings_of_the_others(call):
+    with pytest.raises(ConfigError):
+        call()

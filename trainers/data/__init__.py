@@ -1,0 +1,10 @@
+"""Data sets by name, and one's own data as a federation: CSV with a key column, LEAF files, generators."""
+
+from __future__ import annotations
+
+from choral.trainers.data.leaf import read_leaf
+from choral.trainers.data.tables import Table
+from choral.trainers.data.tabular import federation_from_csv
+from choral.trainers.data.tasks import TASKS
+
+__all__ = ["TASKS", "Table", "federation_from_csv", "read_leaf"]

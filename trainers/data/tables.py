@@ -1,0 +1,112 @@
+"""Records as one table with, possibly, the key of whoever they belong to; a table becomes parties, and a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from choral.errors import ConfigError
+from choral.trainers.partition import dirichlet_split, iid_split, key_split, shard_split
+from choral.trainers.settings import Split, Training
+from choral.trainers.task import Built, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """features: shape (n, ...); labels: integers, shape (n,); keys: strings, shape (n,), or None."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    keys: np.ndarray[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, indices: torch.Tensor) -> TensorDataset:
+        return TensorDataset(self.features[indices], self.labels[indices])
+
+
+def held_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
+    """(the rest, a random share of ``fraction``), for data sets that come without a test set."""
+    order = np.random.default_rng(seed).permutation(len(table))
+    cut = round(fraction * len(table))
+    parts = [
+        Table(
+            features=table.features[torch.from_numpy(part)],
+            labels=table.labels[torch.from_numpy(part)],
+            keys=None if table.keys is None else table.keys[part],
+        )
+        for part in (order[cut:], order[:cut])
+    ]
+    return parts[0], parts[1]
+
+
+def parties_of(table: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
+    """One dataset per party, as ``split.kind`` says. Raises: ConfigError for a key that the data lacks; DataError."""
+    if split.kind == "key":
+        if table.keys is None:
+            raise ConfigError("this data has no key to split by", hint='use split.kind "dirichlet", "shards" or "iid"')
+        return {name: table.at(share) for name, share in key_split(table.keys, min_records=split.min_records).items()}
+    if split.kind == "dirichlet":
+        shares = dirichlet_split(
+            table.labels, parties=split.parties, alpha=split.alpha, seed=seed, min_records=split.min_records
+        )
+    elif split.kind == "shards":
+        shares = shard_split(table.labels, parties=split.parties, seed=seed)
+    else:
+        shares = iid_split(len(table), parties=split.parties, seed=seed)
+    width = len(str(split.parties))
+    return {f"party-{number:0{width}d}": table.at(share) for number, share in enumerate(shares, start=1)}
+
+
+def table_task(train: Table, test: Table, *, classes: int, split: Split, training: Training, seed: int) -> Task:
+    """Classification of flat features: a linear model, or one hidden layer; SGD, cross entropy, accuracy.
+
+    ``seed`` decides the split, the initial weights and the data order.
+    """
+    width = train.features[0].numel()
+
+    def make() -> nn.Module:
+        if not training.hidden:
+            return nn.Linear(width, classes)
+        return nn.Sequential(nn.Linear(width, training.hidden), nn.Tanh(), nn.Linear(training.hidden, classes))
+
+    return classification(make, parties_of(train, split, seed), test.at(torch.arange(len(test))), training)
+
+
+def classification(
+    make: Callable[[], nn.Module], parties: dict[str, Any], test: Dataset[Any], training: Training
+) -> Task:
+    """A task of SGD on the cross entropy of ``make()``'s logits, shape (n, classes), and accuracy on ``test``."""
+
+    def build(dataset: Any) -> Built:
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.learning_rate)
+        loader = DataLoader(dataset, batch_size=min(training.batch_size, len(dataset)), shuffle=True)
+        return model, optimizer, loader
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+        for _ in range(training.local_epochs):
+            for batch, target in loader:
+                optimizer.zero_grad()
+                loss(model, (batch, target)).mean().backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+    def evaluate(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        right = total = 0
+        for batch, target in DataLoader(test, batch_size=2048):
+            predicted = model(batch.to(device)).argmax(dim=1).cpu()
+            right, total = right + int((predicted == target).sum()), total + len(target)
+        return right / total
+
+    return Task(build=build, fit=fit, evaluate=evaluate, parties=parties, loss=loss)

@@ -1,0 +1,19 @@
+"""The tasks that settings can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from choral.trainers import digits
+from choral.trainers.data import adult, comments, fashion, shakespeare
+from choral.trainers.settings import Split, Training
+from choral.trainers.task import Task
+
+TASKS: dict[str, Callable[[Split, Training, int, Path | None], Task]] = {
+    "digits": lambda split, training, seed, _: digits.load(split, training, seed),
+    "fashion": fashion.load,
+    "comments": comments.load,
+    "adult": adult.load,
+    "shakespeare": shakespeare.load,
+}
