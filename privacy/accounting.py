@@ -344,9 +344,7 @@ def _calibrate_after_search(
     _refuse_spent(target, delta, _cost_of(spent, delta), slack)
 
     def cost(noise: float) -> float:
-        return _cost_of(
-            [*spent, PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)], delta
-        )
+        return _cost_of([*spent, PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)], delta)
 
     return _search(cost, target, _clt_guess(target, delta, rate, steps, ()), slack=slack)
 

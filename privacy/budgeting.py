@@ -176,7 +176,11 @@ def budget(
         if steps == 0:
             raise _nothing_fits(_number(epsilon), delta, _number(noise_multiplier))
     count = int(_number(steps))
-    noise = noise_multiplier if noise_multiplier is not None else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count)
+    noise = (
+        noise_multiplier
+        if noise_multiplier is not None
+        else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count)
+    )
     event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
     return Budget(
         epsilon=accounting.epsilon([event], delta),

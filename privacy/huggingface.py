@@ -50,7 +50,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         if not isinstance(privacy, Privacy):
             raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a choral.Privacy")
         super().__init__(*args, **settings)
-        _refuse(self)
+        _refuse(self, privacy)
         self.privacy = privacy
         self.record_losses = record_losses or _record_losses(self.model)
         self._private: PerSampleModel | None = None
@@ -65,7 +65,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         """Train, privately. Afterwards the model is plain again; the noise is in its weights."""
         if resume_from_checkpoint:
             raise ConfigError("resume_from_checkpoint: cannot be had with differential privacy here")
-        _refuse(self)
+        _refuse(self, self.privacy)
         result = super().train(**settings)
         if self._private is not None:
             unwrap(self._private)
@@ -173,7 +173,7 @@ def _by_record(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
 
-def _refuse(trainer: Any) -> None:
+def _refuse(trainer: Any, privacy: Privacy) -> None:
     """Raise ConfigError, naming the argument that cannot be had with privacy."""
     args = trainer.args
     found = {
@@ -191,6 +191,8 @@ def _refuse(trainer: Any) -> None:
         "fsdp": bool(args.fsdp),
         f"{args.world_size} processes": args.world_size != 1,
         f"{args.n_gpu} devices": args.n_gpu > 1,
+        # A pass would show more batches than the loader's length, where the trainer stops.
+        "Privacy.max_physical_batch_size": getattr(privacy, "max_physical_batch_size", None) is not None,
         "compute_loss_func": trainer.compute_loss_func is not None,
     }
     hints = {

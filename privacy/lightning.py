@@ -50,7 +50,7 @@ class PrivacyCallback(Callback):  # type: ignore[misc]
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be kept private, before anything is made."""
         if stage == "fit":
-            _refuse(trainer, pl_module, self.privacy.epochs)
+            _refuse(trainer, pl_module, self.privacy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the private loader and optimizer in place of the module's own."""
@@ -132,7 +132,7 @@ def _loss(output: Any) -> Any:
     return found.mean()
 
 
-def _refuse(trainer: Trainer, module: LightningModule, epochs: int) -> None:
+def _refuse(trainer: Trainer, module: LightningModule, privacy: Privacy) -> None:
     """Raise ConfigError, naming the setting that cannot be had with privacy."""
     overridden = [
         name
@@ -146,7 +146,9 @@ def _refuse(trainer: Trainer, module: LightningModule, epochs: int) -> None:
         f"precision={trainer.precision}": trainer.precision not in ("32-true", "64-true"),
         f"{trainer.world_size} processes": trainer.world_size != 1,
         "overfit_batches": trainer.overfit_batches > 0,
-        f"min_epochs={trainer.min_epochs}": (trainer.min_epochs or 0) > epochs,
+        f"min_epochs={trainer.min_epochs}": (trainer.min_epochs or 0) > privacy.epochs,
+        # A pass would show more batches than the loader's length, where the trainer stops.
+        "Privacy.max_physical_batch_size": getattr(privacy, "max_physical_batch_size", None) is not None,
         "min_steps": bool(trainer.min_steps),
         "ckpt_path": trainer.ckpt_path is not None,
         "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),
