@@ -11,7 +11,7 @@ import msgspec
 
 from choral.audits.claims import check_costs, claim_of, short_path
 from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Point
-from choral.audits.statistics import difference_interval, mean_interval
+from choral.audits.statistics import difference_interval, mean_interval, spreads
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
     """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs`."""
     info = runs[0].info
     federated = info.kind == "federated"
+    holders = holders_of(runs)
     return Arm(
         name=name,
         kind=info.kind,
@@ -92,7 +93,8 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
         parameters=info.parameters,
         metric=mean_interval(values(runs, metric)),
         claim=claim_of([run.info for run in runs]),
-        holders=_holders(runs),
+        holders=holders,
+        spreads=spreads(holders),
         bytes_per_party=_bytes_per_party(runs),
         seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),
         survivors=_fewest_survivors(runs) if federated else None,
@@ -122,7 +124,7 @@ def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _holders(runs: Sequence[Run]) -> tuple[Holder, ...]:
+def holders_of(runs: Sequence[Run]) -> tuple[Holder, ...]:
     """Every data holder with its worst run, the most expensive first."""
     worst: dict[str, Holder] = {}
     for run in runs:
@@ -161,8 +163,11 @@ def difference_of(runs: Sequence[Run], baseline: Sequence[Run], name: str, metri
 
 
 def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[BudgetCurve, ...]:
-    """Each arm's runs, grouped by the epsilon that was asked for."""
-    curves = []
+    """Each arm's runs, grouped by the epsilon that was asked for.
+
+    Raises: ConfigError for runs without privacy, or whose epsilons are of unlike units: they share no axis.
+    """
+    curves: list[BudgetCurve] = []
     for arm, runs in budgets.items():
         groups: dict[float, list[Run]] = {}
         for run in runs:
@@ -185,5 +190,11 @@ def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[Bu
             )
         if not points:
             raise ConfigError(f"budgets[{arm!r}] has no runs", hint="leave it out, or give its runs")
-        curves.append(BudgetCurve(arm=arm, points=tuple(points)))
+        unit = next(iter(runs[0].info.spent.values())).unit
+        if curves and curves[0].unit != unit:
+            raise ConfigError(
+                f"budgets holds epsilons per {curves[0].unit} ({curves[0].arm}) and per {unit} ({arm})",
+                hint="they are not on one scale; make two comparisons",
+            )
+        curves.append(BudgetCurve(arm=arm, unit=unit, points=tuple(points)))
     return tuple(curves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,16 @@ _CAVEATS_PRIVATE = (
     "A record that two parties hold is spent at both: its epsilon is at most the sum of the two.",
     "The guarantee covers what was noised. Normalisation statistics, model choice and tuning on the same records are"
     " outside it.",
+)
+_CAVEATS_CLIENT = (
+    "Noise that hides a client is of the size of one client's whole update, and only the number of clients makes it"
+    " small beside their mean: privacy for each client takes hundreds of them. With a handful, little more than chance"
+    " is left.",
+)
+_CAVEATS_MIXED = (
+    "An ε per client and an ε per record are different promises, on no common scale. The first hides all that a client"
+    " holds, the second one record of it, and k records of one client at about k times ε only. At equal ε, the arm per"
+    " client promises more.",
 )
 _CAVEATS_COMPARED = (
     "Each interval is at 95 % by itself, without correction for looking at several arms, and takes seeds to be near"
@@ -140,9 +150,20 @@ def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:
     return f"No differential privacy is promised. {seen}"
 
 
-def caveats(*, private: bool, compared: bool) -> tuple[str, ...]:
-    """What a reader must know to read the numbers rightly."""
-    return (_CAVEATS_COMPARED if compared else ()) + (_CAVEATS_PRIVATE if private else ()) + _CAVEATS_ALWAYS
+def units_of(infos: Sequence[RunInfo]) -> set[str]:
+    """Whose presence the promises of these runs hide: "record", "client"; empty if none promises anything."""
+    return {str(info.privacy.get("unit", "record")) for info in infos if info.privacy is not None}
+
+
+def caveats(units: Set[str], *, compared: bool) -> tuple[str, ...]:
+    """What a reader must know to read the numbers rightly. units: as by :func:`units_of`."""
+    return (
+        (_CAVEATS_COMPARED if compared else ())
+        + (_CAVEATS_MIXED if len(units) > 1 else ())
+        + (_CAVEATS_CLIENT if "client" in units else ())
+        + (_CAVEATS_PRIVATE if units else ())
+        + _CAVEATS_ALWAYS
+    )
 
 
 def merged_versions(infos: Sequence[RunInfo]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import msgspec
 
 from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
-from choral.audits.claims import caveats, merged_versions
+from choral.audits.claims import caveats, merged_versions, units_of
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
 from choral.audits.report import (
@@ -134,7 +134,7 @@ def compare(
         checks=checks,
         matches=matches,
         costs=costs_of(ready, prices or read_prices()),
-        caveats=caveats(private=any(info.privacy is not None for info in every), compared=True),
+        caveats=caveats(units_of(every), compared=True),
         versions=merged_versions(every),
     )
 

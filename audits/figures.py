@@ -106,7 +106,11 @@ def _budgets(
     x = (math.log2(asked[0]) - pad, math.log2(asked[-1]) + pad)
     chart = _frame(wide, len(curves) + len(references), x, (heights[0], heights[-1]))
     chart.grid(heights, lambda value: _short_score(value, metric), metric)
-    chart.steps([math.log2(epsilon) for epsilon in asked], lambda value: f"{2**value:.3g}", "ε asked for (log scale)")
+    chart.steps(
+        [math.log2(epsilon) for epsilon in asked],
+        lambda value: f"{2**value:.3g}",
+        f"ε asked for, per {curves[0].unit} (log scale)",
+    )
     for arm in references:
         colour = colours[arm.name]
         level = chart.up(arm.metric.mean)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from choral.audits.run_audit import Audit
 
 _WORDS = {"holds": "holds", "violated": "violated", "unverified": "not verified"}
+_SPREAD_WORDS = {
+    "epsilon": "ε spent",
+    "noise_multiplier": "Noise multiplier",
+    "sample_rate": "Sample rate",
+    "examples": "Records",
+}
 
 
 def comparison_page(report: Comparison) -> str:
@@ -123,6 +129,7 @@ def _environment() -> Environment:
         energy=text.energy,
         no_claim=no_claim,
         words=_WORDS,
+        spread_words=_SPREAD_WORDS,
     )
     environment.filters["plain"] = _plain
     environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
@@ -152,15 +159,15 @@ def lead(report: Comparison) -> str:
     if spread and spread is not base:
         said.append(f"With {_where(spread)} ({spread.name}), it reaches {score_of(spread, metric)}.")
     private = [arm for arm in report.arms if arm.claim and arm is not base]
-    reached = [
-        f"{score_of(arm, metric)} {'pooled' if arm.kind == 'centralized' else 'distributed'}"
-        f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)})"
-        for arm in private
-        if arm.claim
-    ]
-    if reached:
-        units = sorted({arm.claim.unit for arm in private if arm.claim})
-        said.append(f"With differential privacy for each {' or '.join(units)}, it reaches {' and '.join(reached)}.")
+    reached: dict[str, list[str]] = {}
+    for arm in private:
+        if arm.claim:
+            reached.setdefault(arm.claim.unit, []).append(
+                f"{score_of(arm, metric)} {'pooled' if arm.kind == 'centralized' else 'distributed'}"
+                f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)})"
+            )
+    for unit, scores in sorted(reached.items(), reverse=True):  # record before client
+        said.append(f"With differential privacy for each {unit}, it reaches {' and '.join(scores)}.")
     return " ".join(said)
 
 
@@ -195,7 +202,12 @@ def cards(report: Comparison) -> list[dict[str, str]]:
         if arm.claim and arm.difference:
             where = "pooled" if arm.kind == "centralized" else "distributed"
             found.append(
-                _cost(f"Privacy, {where}", arm, metric, f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)}")
+                _cost(
+                    f"Privacy, {where}",
+                    arm,
+                    metric,
+                    f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)} per {arm.claim.unit}",
+                )
             )
     return found
 

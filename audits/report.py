@@ -72,6 +72,20 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sample_rate: float | None
 
 
+class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One quantity over all data holders, each at its worst: extremes, and quartiles that interpolate linearly.
+
+    name: of a field of :class:`Holder`, for whose holders it is.
+    """
+
+    name: Literal["epsilon", "noise_multiplier", "sample_rate", "examples"]
+    least: float
+    lower: float
+    median: float
+    upper: float
+    greatest: float
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A promise with everything that is needed to read it.
 
@@ -96,6 +110,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
+    spreads: how unlike the holders are, where there are several.
     """
 
     name: str
@@ -109,6 +124,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     difference: Difference | None = None
     claim: Claim | None = None
     holders: tuple[Holder, ...] = ()
+    spreads: tuple[Spread, ...] = ()
     bytes_per_party: float | None = None
     seconds: Estimate
     survivors: int | None = None
@@ -130,9 +146,10 @@ class BudgetPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class BudgetCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Budget against accuracy for one arm, by rising epsilon."""
+    """Budget against accuracy for one arm, by rising epsilon. unit: whose presence epsilon hides, as in the claim."""
 
     arm: str
+    unit: str = "record"
     points: tuple[BudgetPoint, ...]
 
 

@@ -18,8 +18,9 @@ from choral.audits.accountants import (
     participation_checks,
     participation_of,
 )
+from choral.audits.arms import holders_of
 from choral.audits.budgets import budget_checks, holder_budgets
-from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path
+from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path, units_of
 from choral.audits.evidence import InversionAudit, Probe, ScoreAudit
 from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.price import Costs, costs_of
@@ -31,10 +32,12 @@ from choral.audits.report import (
     HolderBudget,
     NotRun,
     RunFacts,
+    Spread,
     Trace,
     Verdict,
 )
 from choral.audits.seen import SeenAudit, seen_audit
+from choral.audits.statistics import spreads
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
 from choral.errors import ConfigError, DataError
@@ -52,8 +55,9 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         "holds". sentence: the verdict in words, with the largest epsilon that a test here could have detected. Both
         speak of the claim and the checks that were made; ``not_run`` lists what was not.
     claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
-    budgets, accountants, participation: the ledgers' own audit. costs: rounds, bytes, energy, money. seen: what the
-        server saw. attacks, probe, inversion: evidence from attacks. traces: each metric by round.
+    budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data holders are, as run.json
+        says. costs: rounds, bytes, energy, money. seen: what the server saw. attacks, probe, inversion: evidence from
+        attacks. traces: each metric by round.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -69,6 +73,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     probe: Probe | None = None
     inversion: InversionAudit | None = None
     budgets: tuple[HolderBudget, ...] = ()
+    spreads: tuple[Spread, ...] = ()
     accountants: tuple[Accountants, ...] = ()
     participation: Participation | None = None
     seen: SeenAudit | None = None
@@ -159,6 +164,7 @@ def audit(
         probe=probe,
         inversion=inversion,
         budgets=budgets,
+        spreads=spreads(holders_of([run])),
         accountants=accountants,
         participation=participation,
         seen=seen,
@@ -177,7 +183,7 @@ def audit(
             config=msgspec.to_builtins(info.config),
         ),
         not_run=not_run(attacks, probe, inversion, seen),
-        caveats=caveats(private=info.privacy is not None, compared=False),
+        caveats=caveats(units_of([info]), compared=False),
         versions=dict(info.versions),
     )
 
@@ -216,7 +222,7 @@ def audit_evidence(
         probe=probe,
         inversion=inversion,
         not_run=not_run(attacks, probe, inversion, None),
-        caveats=caveats(private=bool(claimed), compared=False),
+        caveats=caveats({attack.unit for attack in claimed}, compared=False),
         versions=versions(),
     )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
+from typing import Literal
 
-from choral.audits.report import Estimate
+from choral.audits.report import Estimate, Holder, Spread
 
 LEVEL = 0.95
 
@@ -43,6 +45,24 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estim
     spread = square_a**2 / (len(ours) - 1) + square_b**2 / (len(theirs) - 1)
     half = _quantile((square_a + square_b) ** 2 / spread) * math.sqrt(square_a + square_b)
     return Estimate(mean=mean, low=mean - half, high=mean + half, values=())
+
+
+def spreads(holders: Sequence[Holder]) -> tuple[Spread, ...]:
+    """How unlike the data holders are in cost, noise, sample rate and size; empty for fewer than two.
+
+    A quantity that some holder has no number for is left out.
+    """
+    names: tuple[Literal["epsilon", "noise_multiplier", "sample_rate", "examples"], ...]
+    names = ("epsilon", "noise_multiplier", "sample_rate", "examples")
+    found = []
+    for name in names:
+        values = [float(value) for holder in holders if (value := getattr(holder, name)) is not None]
+        if len(values) == len(holders) > 1:
+            lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+            found.append(
+                Spread(name=name, least=min(values), lower=lower, median=median, upper=upper, greatest=max(values))
+            )
+    return tuple(found)
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:

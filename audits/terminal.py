@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from choral.audits.comparison import Comparison
-    from choral.audits.report import Arm, Check
+    from choral.audits.report import Arm, Check, Claim
     from choral.audits.run_audit import Audit
 
 _MARKS = {"holds": "ok", "violated": "VIOLATED", "unverified": "unverified"}
@@ -42,11 +42,18 @@ def _cells(arm: Arm, metric: str) -> tuple[str, ...]:
         f"{signed(arm.difference.estimate.mean, metric)}{plus_minus(arm.difference.estimate.half_width, metric)}"
         if arm.difference
         else "-",
-        cost(arm.claim.epsilon) if arm.claim else "-",
+        _epsilon(arm.claim),
         str(arm.rounds),
         amount(arm.bytes_per_party),
         duration(arm.seconds.mean),
     )
+
+
+def _epsilon(claim: Claim | None) -> str:
+    """The usual unit, the record, goes without saying; the legend says it."""
+    if claim is None:
+        return "-"
+    return cost(claim.epsilon) + ("" if claim.unit == "record" else f" /{claim.unit}")
 
 
 def legend(report: Comparison) -> str:
@@ -55,8 +62,12 @@ def legend(report: Comparison) -> str:
     seeds = " or ".join(map(str, counts)) + (" seeds" if counts != [1] else " seed: no interval")
     unpaired = any(arm.difference and not arm.difference.paired for arm in report.arms)
     pairing = "not paired where seeds differ (Welch)" if unpaired else "paired by seed"
+    units = {arm.claim.unit for arm in report.arms if arm.claim}
+    promise = "the worst data holder's, per record"
+    if units - {"record"}:
+        promise += " unless marked; other units are not on one scale with it"
     return (
-        f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. ε: the worst data holder's."
+        f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. ε: {promise}."
         " per party: sent and received by the busiest party; for pooled arms, its raw data, moved once."
     )
 

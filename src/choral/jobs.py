@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from choral.errors import ChoralError, ConfigError
-from choral.settings import Arm, Settings, to_json
+from choral.settings import Arm, Settings, Unit, to_json
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
@@ -160,7 +160,7 @@ def _privacy(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | C
     if epsilon is None:
         raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
     chosen = settings.privacy
-    if (arm.unit or ("record" if arm.centralized else chosen.unit)) == "record":
+    if _unit(settings, arm) == "record":
         return Privacy(
             epsilon=epsilon,
             delta=chosen.delta,
@@ -199,8 +199,18 @@ def cells(settings: Settings) -> Iterator[Cell]:
             if not arm.private:
                 yield Cell(name, seed, None)
             elif settings.privacy.epsilon is not None:
-                for epsilon in sorted({settings.privacy.epsilon, *settings.epsilons}):
+                more = settings.epsilons if _on_curve(settings, arm) else ()
+                for epsilon in sorted({settings.privacy.epsilon, *more}):
                     yield Cell(name, seed, epsilon)
+
+
+def _on_curve(settings: Settings, arm: Arm) -> bool:
+    """Whether the budget-against-accuracy curve, whose axis has one unit, shows this private arm."""
+    return len(settings.epsilons) > 0 and _unit(settings, arm) == settings.privacy.unit
+
+
+def _unit(settings: Settings, arm: Arm) -> Unit:
+    return arm.unit or ("record" if arm.centralized else settings.privacy.unit)
 
 
 def rounds_to_go(settings: Settings, out: Path) -> int:
@@ -241,7 +251,7 @@ def run_comparison(
         budgets={
             name: [run for cell, run in runs.items() if cell.arm == name]
             for name, arm in settings.arms.items()
-            if arm.private and len(settings.epsilons) > 0
+            if arm.private and _on_curve(settings, arm)
         },
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),

@@ -110,7 +110,9 @@ class Settings:
     transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
     """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""
     epsilons: tuple[float, ...] = ()
-    """Budgets at which `compare` trains each private arm, for the budget-against-accuracy curve."""
+    """Budgets at which `compare` trains private arms, for the budget-against-accuracy curve.
+
+    An arm with another unit than privacy.unit is trained at privacy.epsilon alone: its epsilon is not on that scale."""
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)

@@ -119,6 +119,27 @@ def fake_run(
     return Run(info=RunInfo(**fields), history=tuple(history_override or history), state=state)
 
 
+def fake_client_run(seed: int = 0) -> Run:
+    """A run that promises client-level privacy, its noise inside the masked sum."""
+    promise = {"unit": "client", "epsilon": 8.0, "delta": 1e-5, "noise": "distributed", "min_survivors": 6}
+    spent = Spent(
+        epsilon=5.66,
+        delta=1e-5,
+        unit="client",
+        neighbours="zero out one client",
+        accountant="RDP",
+        steps=20,
+        noise_multiplier=3.0,
+        sample_rate=1.0,
+    )
+    return fake_run("federated-dp", seed, peak=0.2, privacy={**promise, "colluders": 1}, spent={"clients": spent})
+
+
+@pytest.fixture
+def make_client_run() -> Callable[..., Run]:
+    return fake_client_run
+
+
 @pytest.fixture
 def make_run() -> Callable[..., Run]:
     return fake_run

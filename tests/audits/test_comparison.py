@@ -244,6 +244,43 @@ def test_a_run_without_privacy_has_no_place_in_the_budgets(arms: Arms) -> None:
         compare(arms, budgets={"cloud-dp": []})
 
 
+def test_epsilons_of_two_units_share_no_curve(budgets: Arms, arms: Arms, make_client_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match=r"per record \(cloud-dp\) and per client \(whole\)") as caught:
+        compare(arms, budgets={**budgets, "whole": [make_client_run()]})
+    assert "not on one scale" in caught.value.hint
+    report = compare(arms, budgets={"whole": [make_client_run()]})
+    assert [curve.unit for curve in report.budgets] == ["client"]
+
+
+# Units
+
+
+def test_each_epsilon_says_for_whom_it_holds(arms: Arms, make_client_run: MakeRun) -> None:
+    alone = compare(arms)
+    assert "per record." in " ".join(_printed(alone).split())
+    assert not any("per client" in caveat for caveat in alone.caveats)
+    both = compare({**arms, "whole": [make_client_run(seed) for seed in range(3)]})
+    row = next(line for line in _printed(both).splitlines() if line.startswith("whole"))
+    assert "5.66 /client" in row
+    assert "not on one scale" in " ".join(_printed(both).split())
+    assert any("no common scale" in caveat for caveat in both.caveats)
+    assert any("hundreds" in caveat for caveat in both.caveats)
+    only = compare({"cloud": arms["cloud"], "whole": [make_client_run(seed) for seed in range(3)]})
+    assert not any("no common scale" in caveat for caveat in only.caveats)
+
+
+def test_the_spread_over_holders_is_there_where_there_are_several(arms: Arms) -> None:
+    report = {arm.name: arm for arm in compare(arms).arms}
+    assert report["cloud-dp"].spreads == ()
+    assert report["federated"].spreads == ()
+    epsilon, noise, rate, examples = report["federated-dp"].spreads
+    holders = report["federated-dp"].holders
+    assert (epsilon.greatest, epsilon.least) == (holders[0].epsilon, holders[-1].epsilon)
+    assert (noise.least, noise.greatest) == (1.1, pytest.approx(1.55))
+    assert (rate.least, rate.greatest) == (16 / 213, 16 / 60)
+    assert (examples.least, examples.median, examples.greatest) == (60, 136.5, 213)
+
+
 # Refusals
 
 

@@ -152,6 +152,25 @@ def test_the_page_says_what_the_issue_asks_for(report: Comparison) -> None:
         assert needed in words, needed
 
 
+def test_the_page_says_for_whom_each_epsilon_holds(arms: Arms, budgets: Arms, make_client_run: MakeRun) -> None:
+    report = compare({**arms, "whole": [make_client_run(seed) for seed in range(3)]}, budgets=budgets)
+    words = " ".join(Page(comparison_page(report)).words.split())
+    for needed in (
+        "differential privacy for each record, it reaches",
+        "differential privacy for each client, it reaches 20",
+        "of 8per record",
+        "of 8per client",
+        "different promises and not on one scale",
+        "ε per record asked for",
+        "5.66 per client",
+        "Upper quartile",
+        "Sample rate",
+        "federated-dp, 10 data holders",
+    ):
+        assert needed in words.replace("\u00a0", " "), needed
+    assert "not on one scale" not in Page(comparison_page(compare(arms))).words
+
+
 def test_the_page_is_drawn_from_the_json_alone(report: Comparison, tmp_path: Path) -> None:
     assert comparison_page(Comparison.load(report.save(tmp_path / "r.json"))) == comparison_page(report)
     assert report.save(tmp_path / "r.html").read_text("utf-8") == comparison_page(report)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from choral.audits.statistics import difference_interval, mean_interval
+from choral.audits.report import Holder
+from choral.audits.statistics import difference_interval, mean_interval, spreads
 
 VALUES = [0.961, 0.972, 0.958, 0.969, 0.975]
 OTHERS = [0.871, 0.902, 0.850, 0.893, 0.866, 0.881]
@@ -74,3 +75,36 @@ def test_bad_values_are_refused(values: list[float]) -> None:
         mean_interval(values)
     with pytest.raises(ValueError, match="finite"):
         difference_interval(values, VALUES)
+
+
+def holders(epsilons: list[float], rates: list[float | None]) -> list[Holder]:
+    return [
+        Holder(name=str(n), examples=10 * n, epsilon=e, steps=1, noise_multiplier=1.0 + n, sample_rate=q)
+        for n, (e, q) in enumerate(zip(epsilons, rates, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_spreads_match_numpys_quantiles(count: int) -> None:
+    epsilons = [0.5, 8.0, 3.0, 2.0, 5.5, 1.25, 7.0][:count]
+    rates: list[float | None] = [0.3, 0.01, 0.2, 0.7, 0.9, 0.4, 0.35][:count]
+    found = {spread.name: spread for spread in spreads(holders(epsilons, rates))}
+    assert list(found) == ["epsilon", "noise_multiplier", "sample_rate", "examples"]
+    for name, values in (
+        ("epsilon", epsilons),
+        ("sample_rate", rates),
+        ("noise_multiplier", [1.0 + n for n in range(count)]),
+        ("examples", [10 * n for n in range(count)]),
+    ):
+        row = found[name]
+        expected = np.quantile(np.array(values, dtype=float), [0, 0.25, 0.5, 0.75, 1])
+        assert (row.least, row.lower, row.median, row.upper, row.greatest) == pytest.approx(tuple(expected))
+
+
+def test_one_holder_has_no_spread_and_a_missing_number_leaves_its_quantity_out() -> None:
+    assert spreads(holders([1.0], [0.1])) == ()
+    assert [row.name for row in spreads(holders([1.0, 2.0], [0.1, None]))] == [
+        "epsilon",
+        "noise_multiplier",
+        "examples",
+    ]
