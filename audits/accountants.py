@@ -1,8 +1,8 @@
 """The ledger's own audit: every epsilon by several accountants, and who took part against who was planned for.
 
 An accountant that is wrong in one place is seldom wrong in the same way in another: our privacy loss distributions,
-dp-accounting's, and Renyi DP are three programs (two papers) over the same events. Privacy loss distributions are
-tight, so the first two must agree; Renyi DP is looser, so it may not be below them.
+dp-accounting's, Opacus' privacy random variables and Renyi DP are four programs (three papers) over the same events.
+The first two are tight and must agree; the third brackets them; Renyi DP is looser, and may not be below them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One ledger's cost at ``delta`` by each accountant; None where one does not apply.
 
-    pld: ours. dp_accounting: its own PLD code. rdp: Renyi DP; for a client-level ledger with integer noise, the bound
+    pld: ours. dp_accounting: its own PLD code. prv_low, prv_high: the bracket by privacy random variables, in Opacus'
+    code; the bounds above are not below it. rdp: Renyi DP; for a client-level ledger with integer noise, the bound
     that is claimed. floor: for a client-level ledger, the exact cost of continuous Gaussian noise of the same size,
     below which no bound may be. steps: noisy steps. head: SHA-256 of the ledger's last line, which vouches for all of
     them: hold it against one that was kept elsewhere.
@@ -51,6 +52,8 @@ class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     head: str
     pld: float | None = None
     dp_accounting: float | None = None
+    prv_low: float | None = None
+    prv_high: float | None = None
     rdp: float | None = None
     floor: float | None = None
     verdict: Verdict
@@ -98,17 +101,19 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
 def _phases(ledger: Ledger) -> tuple[Phase, ...]:
     """The ledger in the order in which it was written, alike events that follow each other taken together."""
-    from choral.privacy.events import CLIENT_UNIT, ClientRelease, PoissonSampledGaussian
+    from choral.privacy.events import CLIENT_UNIT, ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
 
     phases: list[Phase] = []
     for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
         if isinstance(event, ClientRelease):
             words, rate = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares", 1.0
             words += ", counted anew by who survived" if event.settles else ""
+        elif isinstance(event, CorrelatedGaussian):
+            words, rate = f"correlated Gaussian, pass {event.number}", event.sample_rate
         elif isinstance(event, PoissonSampledGaussian):
             words, rate = "Poisson-sampled Gaussian", event.sample_rate
         else:
-            words, rate = f"correlated Gaussian, pass {event.number}", event.sample_rate
+            words, rate = f"search among {event.mean:g} tries in the mean, of each try", event.sample_rate
         phase = Phase(
             mechanism=words,
             noise_multiplier=event.noise_multiplier,
@@ -130,37 +135,42 @@ def _phases(ledger: Ledger) -> tuple[Phase, ...]:
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
     from choral.privacy import accounting
     from choral.privacy.errors import AccountingError
+    from choral.privacy.events import Search
 
     events = ledger.events
-    theirs, rdp = accounting.epsilon_by_dp_accounting(events, delta), accounting.epsilon_rdp(events, delta)
-    try:
-        ours = accounting.epsilon(events, delta)
-    except AccountingError as error:
-        return Accountants(
-            holder=name, delta=delta, steps=sum(event.steps for event in events), head=ledger.head,
-            dp_accounting=theirs, rdp=rdp, verdict="unverified", finding=f"the accountants disagree: {error}",
-        )  # fmt: skip
-    verdict, finding = _agreement(ours, theirs, rdp)
-    return Accountants(
+    row = Accountants(
         holder=name,
         delta=delta,
         steps=sum(event.steps for event in events),
         head=ledger.head,
-        pld=ours,
-        dp_accounting=theirs,
-        rdp=rdp,
-        verdict=verdict,
-        finding=finding,
+        rdp=accounting.epsilon_rdp(events, delta),
+        verdict="holds",
+        finding="a private search has one accountant, Renyi DP",
     )
+    if any(isinstance(event, Search) for event in events):
+        return row
+    row = msgspec.structs.replace(row, dp_accounting=accounting.epsilon_by_dp_accounting(events, delta))
+    try:
+        low, high = accounting.epsilon_by_prv(events, delta)
+        row = msgspec.structs.replace(row, prv_low=low, prv_high=high, pld=accounting.epsilon(events, delta))
+    except AccountingError as error:
+        return msgspec.structs.replace(row, verdict="unverified", finding=f"the accountants disagree: {error}")
+    verdict, finding = _agreement(row)
+    return msgspec.structs.replace(row, verdict=verdict, finding=finding)
 
 
-def _agreement(ours: float, theirs: float, rdp: float) -> tuple[Verdict, str]:
+def _agreement(row: Accountants) -> tuple[Verdict, str]:
+    ours, theirs, rdp = row.pld or 0.0, row.dp_accounting or 0.0, row.rdp or 0.0
+    low, high = row.prv_low or 0.0, row.prv_high or 0.0
     if not abs(ours - theirs) <= AGREE * theirs + ROUNDING:
         return "unverified", f"two computations of the same privacy loss say ε = {ours:.6g} and {theirs:.6g}"
     if not ours <= rdp * (1 + TOLERANCE) + ROUNDING:
         return "unverified", f"Renyi DP, the looser bound, says ε = {rdp:.6g}, below the {ours:.6g} of PLD"
+    if not low - ROUNDING <= ours <= high * (1 + TOLERANCE) + ROUNDING:
+        return "unverified", f"PLD says ε = {ours:.6g}, outside the bracket of PRV, {low:.6g} to {high:.6g}"
     gap = power(abs(ours - theirs))
-    return "holds", f"PLD and dp-accounting differ by {gap}; Renyi DP is {rdp - ours:.2g} above"
+    bracket = f"PRV brackets it by {low:.4g} and {high:.4g}"
+    return "holds", f"PLD and dp-accounting differ by {gap}; {bracket}; Renyi DP is {rdp - ours:.2g} above"
 
 
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:

@@ -64,6 +64,7 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     from choral.privacy import Ledger
     from choral.privacy.accounting import epsilon_by_dp_accounting
     from choral.privacy.client_accounting import settled
+    from choral.privacy.events import Search
 
     path = ledger_path(run, name)
     if path is None or not path.is_file():
@@ -72,6 +73,8 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     if unit_of(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
         return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta)
     events = ledger.events
+    if any(isinstance(event, Search) for event in events):  # there is one bound for a private search
+        return sum(event.steps for event in events), ledger.epsilon(delta)
     recomputed = epsilon_by_dp_accounting(events, delta, 1e-3)
     if _above(recomputed, limit):
         recomputed = epsilon_by_dp_accounting(events, delta, 1e-4)

@@ -19,6 +19,7 @@ from choral.audits import Audit
 from choral.audits.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError, accounting, client
 from choral.privacy.errors import AccountingError
+from choral.privacy.events import Search
 from choral.trainers import Run, coders
 
 MakeRun = Callable[..., Run]
@@ -72,6 +73,9 @@ def test_record_level_ledgers_by_three_accountants(tmp_path: Path, make_run: Mak
         assert row.pld is not None
         assert row.pld < row.rdp < 1.4 * row.pld
         assert row.verdict == "holds"
+        assert row.prv_low is not None
+        assert row.prv_high is not None
+        assert row.prv_low < row.pld < row.prv_high < row.prv_low + 0.05
         ledger = Ledger(tmp_path / "run" / "ledger" / f"{row.holder}.jsonl")
         assert (row.head, row.steps) == (ledger.head, 30)
     assert finding(audit(run), "accountants agree")[0] == "holds"
@@ -99,14 +103,21 @@ def record_run(tmp_path: Path, make_run: MakeRun) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("broken", "value"), [("epsilon_by_dp_accounting", 3.0), ("epsilon_rdp", 1.0), ("epsilon", None)]
+    ("broken", "value"),
+    [
+        ("epsilon_by_dp_accounting", 3.0),
+        ("epsilon_rdp", 1.0),
+        ("epsilon", None),
+        ("epsilon_by_prv", (1.0, 2.0)),
+        ("epsilon_by_prv", (20.0, 21.0)),
+    ],
 )
 def test_an_accountant_that_disagrees_is_found(
-    tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, broken: str, value: float | None
+    tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, broken: str, value: Any
 ) -> None:
     run = record_run(tmp_path, make_run)
 
-    def wrong(*_: Any, **__: Any) -> float:
+    def wrong(*_: Any, **__: Any) -> Any:
         if value is None:
             raise AccountingError("one is wrong")
         return value
@@ -202,3 +213,18 @@ def test_an_audit_with_all_of_this_survives_json(job: Any, tmp_path: Path) -> No
     words = report.save(tmp_path / "report.html").read_text("utf-8")
     for needed in ("Several accountants", "Planned and realised participation", report.accountants[0].head[:16]):
         assert needed in words
+
+
+def test_a_private_search_has_a_phase_and_one_accountant(tmp_path: Path, make_run: MakeRun) -> None:
+    event = accounting.PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=10)
+    run = record_run(tmp_path, make_run)
+    path = tmp_path / "run" / "ledger" / "a.jsonl"
+    ledger = Ledger(path)
+    ledger.bind("a", DELTA)
+    ledger.append(Search(tries=(event,), mean=3.0), after=1)
+    row = accountants_of(run)[0]
+    assert (row.pld, row.dp_accounting, row.verdict) == (None, None, "holds")
+    assert row.rdp is not None
+    assert [phase.mechanism.split()[0] for phase in row.phases] == ["Poisson-sampled", "search"]
+    report = audit(run)  # the search was never claimed
+    assert report.budgets[0].verdict == "violated"
