@@ -10,8 +10,8 @@ from choral.trainers.records import Records
 from choral.trainers.task import TaskError
 
 _NEWTON_STEPS = 50
-_TOLERANCE = 1e-6  # of the gradient, relative to its start: what float32 gradients can show
-_ACCEPTED = 1e-3
+_TOLERANCE = 1e-6  # of the slope, relative to the gradients that it is a difference of: what float32 can show
+_ACCEPTED = 1e-3  # relative to where it started
 
 
 def svrg(records: Records, weights: torch.Tensor, work: Svrg) -> torch.Tensor:
@@ -50,8 +50,9 @@ def minimise(records: Records, weights: torch.Tensor, work: Minimise) -> torch.T
     change = torch.zeros_like(anchor)
     residual = slope(change)
     started = float(residual.norm())
+    floor = _TOLERANCE * float(anchor.norm() + direction.norm())
     for _ in range(_NEWTON_STEPS):
-        if float(residual.norm()) <= _TOLERANCE * started:
+        if float(residual.norm()) <= floor:
             break
         here = (weights.double() + change).to(weights.dtype)
         step = _conjugate_gradients(records, here, work.pull, -residual)
@@ -62,7 +63,7 @@ def minimise(records: Records, weights: torch.Tensor, work: Minimise) -> torch.T
             break
         change = change + length * step
         residual = slope(change)
-    if not float(residual.norm()) <= _ACCEPTED * started:
+    if not float(residual.norm()) <= max(_ACCEPTED * started, 10 * floor):
         raise TaskError(
             f"the local problem of party {records.party!r} has no minimum that was found",
             hint="the exact solver is for convex losses; give a larger mu or ridge, or solve it inexactly",
