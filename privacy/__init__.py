@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from choral.privacy.budgeting import Budget, budget
-    from choral.privacy.client import AdaptiveClip, ClientGuard, ClientPrivacy, ClientRound
+    from choral.privacy.client import ClientGuard, ClientPrivacy, ClientRound
+    from choral.privacy.clipping import AdaptiveClip, PerLayerClip
     from choral.privacy.correlated import CorrelatedPrivacy
     from choral.privacy.encoding import FixedPoint
     from choral.privacy.errors import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AccountingError": "errors",
-    "AdaptiveClip": "client",
+    "AdaptiveClip": "clipping",
     "Budget": "budgeting",
     "BudgetExceededError": "errors",
     "ClientGuard": "client",
@@ -49,6 +50,7 @@ _HOME = {
     "Ledger": "ledger",
     "LedgerError": "errors",
     "PoissonSampledGaussian": "events",
+    "PerLayerClip": "clipping",
     "Privacy": "guard",
     "PrivacyError": "errors",
     "Search": "events",
@@ -79,6 +81,7 @@ __all__ = [
     "Guard",
     "Ledger",
     "LedgerError",
+    "PerLayerClip",
     "PoissonSampledGaussian",
     "Privacy",
     "PrivacyError",

@@ -25,6 +25,7 @@ import numpy as np
 from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
 from choral.privacy.central import CentralScheme
+from choral.privacy.clipping import AdaptiveClip
 from choral.privacy.distributed import Int64Array, Scheme, check_bits, check_clip, design, norm_of
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
 from choral.privacy.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease
@@ -39,35 +40,6 @@ if TYPE_CHECKING:
 
 HOLDER = "clients"
 Where = Literal["distributed", "local", "central"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveClip:
-    """A clipping norm that follows a quantile of the clients' norms (Andrew, Thakkar, McMahan, Ramaswamy 2021).
-
-    Each client also says, inside the same noisy sum, whether its norm was at most the present one, as +1/2 or -1/2. The
-    server learns the noisy share b of those that were, and sets C to C exp(-rate (b - quantile)).
-
-    Cost: nothing beside. The answer is one more coordinate of the clipped vector, of size sqrt(share) clipping norms,
-    and the update has the rest, so vector and answer together have norm 1 and one mechanism pays for both: the noise of
-    the update is 1 / sqrt(1 - share) times larger, that of the count is z / (2 sqrt(share)) clients. (This is their
-    z^-2 = z_update^-2 + (2 sigma_count)^-2, section 3, with share = z^2 / (2 sigma_count)^2.)
-
-    Args:
-        start: the first clipping norm, > 0. quantile: of the norms, in (0, 1). rate: of the geometric steps, > 0.
-        share: of the squared sensitivity that goes to the count, in (0, 1).
-    """
-
-    start: float = 1.0
-    quantile: float = 0.5
-    rate: float = 0.2
-    share: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_clip(self.start)
-        for name, most in (("quantile", 1.0), ("share", 1.0), ("rate", 10.0)):
-            if not 0.0 < getattr(self, name) < most:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0 and below {most:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,14 +305,8 @@ class ClientRound:
             share = guard.adaptive.share
             within = (sums[-1] / (math.sqrt(share) * survivors) + 1.0) / 2.0
             sums = sums[:-1] * (self.clip / math.sqrt(1.0 - share))
-            guard.clip = _moved(self.clip, float(within), guard.adaptive)
+            guard.clip = guard.adaptive.moved(self.clip, float(within))
         return torch.from_numpy(sums / survivors)
-
-
-def _moved(clip: float, within: float, adaptive: AdaptiveClip) -> float:
-    """Andrew et al. 2021, algorithm 1; within, a noisy share, is brought back to [0, 1]."""
-    moved = clip * math.exp(-adaptive.rate * (min(max(within, 0.0), 1.0) - adaptive.quantile))
-    return min(max(moved, 1e-6 * adaptive.start), 1e6 * adaptive.start)
 
 
 def spent_by(ledger: Ledger, delta: float) -> Spent:

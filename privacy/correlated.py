@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 
 from choral.errors import ConfigError
 from choral.privacy import accounting
+from choral.privacy.clipping import AdaptiveClip, norm_of_all
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.events import CorrelatedGaussian, RecordEvent
 from choral.privacy.factorisation import banded, buffered
@@ -64,6 +65,11 @@ class CorrelatedPrivacy(Privacy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.max_grad_norm, AdaptiveClip):
+            raise ConfigError(
+                "AdaptiveClip moves the clipping norm C, but correlated noise takes back noise of earlier steps",
+                hint="Give a number or PerLayerClip, or take Privacy.",
+            )
         if self.mechanism not in MECHANISMS:
             raise ConfigError(f"mechanism is {self.mechanism!r}, expected one of {', '.join(MECHANISMS)}")
         if self.bands is None:
@@ -91,7 +97,7 @@ class CorrelatedPrivacy(Privacy):
         return FixedOrder(
             strategy,
             noise=multiplier * sensitivity(strategy, steps, passes),
-            max_grad_norm=self.max_grad_norm,
+            max_grad_norm=norm_of_all(self.max_grad_norm),
             records=records,
             batch_size=batch_size,
             steps=steps,

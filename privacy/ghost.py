@@ -178,7 +178,7 @@ def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, 
     losses in its output.
     """
     scale = float(len(a))
-    a, g = _single(a), _single(g)
+    a, g = single(a), single(g)
     if isinstance(layer, nn.Embedding):
         return {"weight": _embedding(layer, a, g, scale)}
     return _convolution(layer, a, g, scale) if isinstance(layer, nn.Conv2d) else _linear(a, g, scale)
@@ -302,5 +302,6 @@ def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.double() if t.device.type in ("cpu", "cuda") else t.cpu().double()
 
 
-def _single(t: torch.Tensor) -> torch.Tensor:
+def single(t: torch.Tensor) -> torch.Tensor:
+    """Return `t`, in float32 if it has fewer bits."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

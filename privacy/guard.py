@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader, Sampler
 
 from choral.errors import ConfigError
 from choral.privacy import accounting
+from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
+from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.events import PoissonSampledGaussian, RecordEvent
 from choral.privacy.ledger import Ledger
@@ -36,34 +40,50 @@ class Privacy:
 
     Args:
         epsilon: the most that may be spent, > 0. delta: in (0, 1), below 1/n for n records.
-        max_grad_norm: clipping norm C of one record's gradient, > 0.
+        max_grad_norm: clipping norm C of one record's gradient, > 0; or :class:`PerLayerClip`, or
+            :class:`AdaptiveClip`, which follows a quantile of the norms.
         epochs: passes over the data that one call of the training loop makes at most, >= 1.
         ledger: file that remembers what this data has spent, for the life of the data; None keeps it in memory.
+        max_physical_batch_size: larger batches are shown to the loop in chunks of at most so many records, >= 1. They
+            are drawn, paid for and made noisy as one: `optimizer.step()` adds a chunk up, and only on the last one
+            moves the model; `optimizer.stepped` tells. None shows each batch whole.
     """
 
     epsilon: float
     delta: float
-    max_grad_norm: float = 1.0
+    max_grad_norm: ClippingNorm = 1.0
     epochs: int = 1
     ledger: str | Path | None = None
+    max_physical_batch_size: int | None = None
     _ledgers: list[Ledger] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         accounting.check_target(self.epsilon, self.delta)
-        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0.0):
-            raise ConfigError(f"max_grad_norm is {self.max_grad_norm}, expected a finite number > 0", hint="Try 1.0.")
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ConfigError(f"epochs is {self.epochs}, expected an integer >= 1")
+        check_norm(self.max_grad_norm)
+        for name in ("epochs", "max_physical_batch_size"):
+            value = getattr(self, name)
+            if name != "epochs" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value}, expected an integer >= 1")
 
     def wrap(
-        self, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        resume: Mapping[str, Any] | None = None,
     ) -> tuple[PerSampleModel, PrivateOptimizer, PrivateLoader]:
         """Make an existing loop private: train as before with what is returned, for `epochs` passes.
+
+        resume: the state_dict() of the private optimizer of an earlier process, loaded at once. The noise is then not
+        calibrated for `epochs` passes more, but stays as it was for those that are left.
 
         Raises: ConfigError, UnsupportedModelError, UnsupportedLoaderError, BudgetExceededError, LedgerError.
         """
         guard = Guard(self, holder="data", ledger=self._open(), passes=self.epochs)
-        return guard.wrap(model, optimizer, loader)
+        return guard.wrap(model, optimizer, loader, resume=resume)
 
     def spent(self) -> Spent:
         """Return what the data has spent so far, in all runs that its ledger knows."""
@@ -79,8 +99,7 @@ class Privacy:
         noise = accounting.noise_multiplier(
             self.epsilon, self.delta, float(rate), steps * passes, spent, slack=CALIBRATION_SLACK
         )
-        event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise, steps=steps)
-        return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+        return _sampled(records, batch_size, steps, noise)
 
     def _open(self) -> Ledger:
         if not self._ledgers:
@@ -148,6 +167,12 @@ class Sampled:
         """Any order will do."""
 
 
+def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> Sampled:
+    rate = min(Fraction(batch_size, records), Fraction(1))
+    event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise_multiplier, steps=steps)
+    return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+
+
 class Guard:
     """One data holder's private training across many calls of the training loop.
 
@@ -163,6 +188,8 @@ class Guard:
         ledger.bind(holder, privacy.delta)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: Scheme | None = None
+        self._clipping = Clipping(privacy.max_grad_norm)
+        self._steps = 0  # of a pass
         self._known = 0  # events of the ledger that the plan reckons with
         self._passed = 0
         self._latest: PrivateOptimizer | None = None  # whose pass was the latest
@@ -173,21 +200,26 @@ class Guard:
         return self._plan.noise_multiplier if self._plan else None
 
     def wrap(
-        self, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        resume: Mapping[str, Any] | None = None,
     ) -> tuple[PerSampleModel, PrivateOptimizer, PrivateLoader]:
         """Return private versions of the three for one call of the training loop; see :meth:`Privacy.wrap`.
 
         May be called once per round with the same model, whose wrapper is used again.
         """
         refuse_unsupported(loader)
-        plan = self._planned(loader)
+        plan = self._planned(loader, resume)
         private_model = with_per_sample_gradients(model)
         _refuse_optimizer(optimizer, private_model)
         private_optimizer = PrivateOptimizer(
             optimizer,
             private_model,
             noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=self.privacy.max_grad_norm,
+            max_grad_norm=self._clipping,
             expected_batch_size=min(plan.batch_size, plan.records),
             source=os_stream,
             noise=plan.noise,
@@ -202,6 +234,7 @@ class Guard:
             if made >= self.privacy.epochs:
                 raise self._too_many(f"{self.privacy.epochs} passes over the data by one call of the training loop")
             self._charge()
+            private_optimizer.plan(plan.noise_multiplier if self._plan is None else self._plan.noise_multiplier)
             made += 1
             self._latest = private_optimizer
 
@@ -209,12 +242,56 @@ class Guard:
             loader,
             plan.sampler(),
             before_pass=before_pass,
-            before_batch=private_optimizer.expect,
+            before_batch=lambda drawn, first, last: private_optimizer.expect(drawn, first=first, last=last),
             empty_batch=private_optimizer.step_empty,
             after_pass=private_optimizer.end_pass,
             before_place=plan.before_place,
+            max_physical_batch_size=self.privacy.max_physical_batch_size,
         )
+        private_optimizer.keeper = self
+        if resume is not None:
+            try:
+                private_optimizer.load_state_dict(dict(resume))
+            except Exception:
+                self._plan = None  # its noise was the checkpoint's, and is not accounted for
+                raise
         return private_model, private_optimizer, private_loader
+
+    def saved(self, clip: float) -> dict[str, float | int | str]:
+        """Return what a checkpoint must know of the plan; see :meth:`PrivateOptimizer.state_dict`."""
+        plan = self._plan
+        if plan is None:
+            raise PrivacyError("nothing is planned yet")
+        return msgspec.to_builtins(  # type: ignore[no-any-return]
+            Checkpoint(
+                max_grad_norm=clip,
+                noise_multiplier=plan.noise_multiplier,
+                sample_rate=_rate(plan),
+                steps=self._steps,
+                passes_left=self.passes - self._passed,
+                events=self._known,
+                head=self.ledger.head_after(self._known),
+            )
+        )
+
+    def resumed(self, entry: Any) -> tuple[float, float]:
+        """Plan the passes that a checkpoint left, with its noise; see :meth:`PrivateOptimizer.load_state_dict`."""
+        found, plan = checkpoint_of(entry), self._plan
+        left = passes_left(found, self.ledger)
+        if plan is None or (found.sample_rate, found.steps) != (_rate(plan), self._steps):
+            raise PrivacyError(
+                f"the checkpoint is of {found.steps} steps at sample rate {found.sample_rate:.6g}, not of this loader",
+                hint="Wrap the same dataset in the same batches.",
+            )
+        clip = found.max_grad_norm if isinstance(self._clipping.setting, AdaptiveClip) else self._clipping.norm
+        # Correlated noise ended with its process, and wrap() has planned anew. Within a process the plan goes on.
+        if self._passed or not isinstance(plan, Sampled):
+            return clip, plan.noise_multiplier
+        event = replace(plan.event, noise_multiplier=found.noise_multiplier)
+        affordable(event, left, self.ledger, self.privacy.epsilon, self.privacy.delta)
+        self._plan = replace(plan, event=event)
+        self.passes, self._known = left, len(self.ledger.events)
+        return clip, event.noise_multiplier
 
     def spent(self) -> Spent:
         """Return what this holder's data has spent so far, earlier runs included."""
@@ -225,7 +302,7 @@ class Guard:
         """Return the plain module inside a wrapped one, all hooks removed."""
         return unwrap(model)
 
-    def _planned(self, loader: DataLoader[Any]) -> Scheme:
+    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
         records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
         if self._plan is not None:
             if (records, batch_size) != (self._plan.records, self._plan.batch_size):
@@ -247,8 +324,13 @@ class Guard:
                 f"{self.holder}: {records} records do not fill one batch of {batch_size} and drop_last is set",
                 hint="Use drop_last=False (every step then takes all records) or a smaller batch.",
             )
-        before = self.ledger.events
-        self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, before)
+        before, entry = self.ledger.events, None if resume is None else resume.get("privacy")
+        self._steps = steps
+        if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
+            noise = checkpoint_of(entry).noise_multiplier
+            self._plan = _sampled(records, batch_size, steps, noise)
+        else:
+            self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, before)
         self._known = len(before)
         return self._plan
 
@@ -265,6 +347,10 @@ class Guard:
             f"{self.holder}: the budget was planned for {planned}, and all are used",
             hint="Set Privacy(epochs=...) to the passes that one call of the training loop makes.",
         )
+
+
+def _rate(plan: Scheme) -> float:
+    return min(plan.batch_size / plan.records, 1.0)
 
 
 def _spent(ledger: Ledger, delta: float) -> Spent:

@@ -49,6 +49,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if not isinstance(privacy, Privacy):
             raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a choral.Privacy")
+        if privacy.max_physical_batch_size is not None:
+            raise ConfigError("max_physical_batch_size: the trainer counts len(loader) batches, and would miss chunks")
         super().__init__(*args, **settings)
         _refuse(self, privacy)
         self.privacy = privacy

@@ -119,6 +119,17 @@ class Ledger:
         self._refresh()
         return self._head
 
+    def head_after(self, events: int) -> str:
+        """Return what `head` was when the ledger held so many events. Raises: LedgerError if it holds fewer."""
+        self._refresh()
+        if not 0 <= events <= len(self._events):
+            raise LedgerError(
+                f"{self._name} holds {len(self._events)} events, expected at least {events}", hint=_RESTORE
+            )
+        if self._header is None or events == 0:
+            return _GENESIS
+        return _lines(_GENESIS, (self._header, *self._events[:events]))[1]
+
     def epsilon(self, delta: float) -> float:
         """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
         if self.unit == CLIENT_UNIT:

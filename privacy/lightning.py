@@ -38,6 +38,8 @@ class PrivacyCallback(Callback):  # type: ignore[misc]
     def __init__(self, privacy: Privacy) -> None:
         if not isinstance(privacy, Privacy):
             raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a choral.Privacy")
+        if privacy.max_physical_batch_size is not None:
+            raise ConfigError("max_physical_batch_size: the trainer counts len(loader) batches, and would miss chunks")
         self.privacy = privacy
         self._model: PerSampleModel | None = None
         self._optimizer: PrivateOptimizer | None = None

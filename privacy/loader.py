@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,30 @@ class PoissonSampler(Sampler[list[int]]):
             yield poisson_sample(self.size, self.rate, self.source).tolist()
 
 
+class _Chunks(Sampler[list[int]]):
+    """The batches of `sampler` in chunks of at most `most` indices; `lasts` tells of each whether it ends its batch."""
+
+    def __init__(self, sampler: Sampler[list[int]], most: int | None) -> None:
+        self.sampler, self.most = sampler, most
+        self.lasts: deque[bool] = deque()  # of the iterator made last, in order
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        lasts: deque[bool] = deque()
+        self.lasts = lasts
+
+        def chunks() -> Iterator[list[int]]:
+            for batch in self.sampler:
+                most = self.most or max(len(batch), 1)
+                for start in range(0, max(len(batch), 1), most):
+                    lasts.append(start + most >= len(batch))
+                    yield batch[start : start + most]
+
+        return chunks()
+
+
 class _Collate:
     """The user's collate function, with the number of records beside the batch and nothing for an empty one.
 
@@ -50,8 +75,10 @@ class _Collate:
 class PrivateLoader(DataLoader[Any]):
     """The user's loader with the batches of `sampler`. A pass is paid for before its first batch is drawn.
 
-    An empty batch is not shown to the loop: its step, of noise alone, is made by `empty_batch`. So a pass
-    takes len(loader) steps but may show fewer batches. `before_place` hears of every batch's place in its pass.
+    An empty batch is not shown to the loop: its step, of noise alone, is made by `empty_batch`. A batch of more than
+    `max_physical_batch_size` records is shown in chunks. So a pass takes len(loader) steps but may show fewer batches,
+    or more. `before_batch` hears of the records in each chunk, and whether it is its batch's first and last;
+    `before_place` of every batch's place in its pass.
     """
 
     def __init__(
@@ -60,14 +87,16 @@ class PrivateLoader(DataLoader[Any]):
         sampler: Sampler[list[int]],
         *,
         before_pass: Callable[[], None],
-        before_batch: Callable[[int], None],
+        before_batch: Callable[[int, bool, bool], None],
         empty_batch: Callable[[], None],
         after_pass: Callable[[], None],
         before_place: Callable[[int], None] | None = None,
+        max_physical_batch_size: int | None = None,
     ) -> None:
+        chunks = _Chunks(sampler, max_physical_batch_size)
         super().__init__(
             loader.dataset,
-            batch_sampler=sampler,
+            batch_sampler=chunks,
             num_workers=loader.num_workers,
             collate_fn=_Collate(loader.collate_fn),
             pin_memory=loader.pin_memory,
@@ -80,18 +109,24 @@ class PrivateLoader(DataLoader[Any]):
         )
         self.hooks = (before_pass, before_batch, empty_batch, after_pass)
         self._before_place = before_place
+        self._chunks = chunks
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before_pass, before_batch, empty_batch, after_pass = self.hooks
         before_pass()
-        for place, (count, batch) in enumerate(super().__iter__()):
-            if self._before_place is not None:
+        batches = super().__iter__()
+        lasts = self._chunks.lasts  # of this pass
+        place, first = 0, True
+        for count, batch in batches:
+            last = lasts.popleft()
+            if first and self._before_place is not None:
                 self._before_place(place)
             if count:
-                before_batch(count)
+                before_batch(count, first, last)
                 yield batch
             else:
                 empty_batch()
+            place, first = place + last, last
         after_pass()
 
 

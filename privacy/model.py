@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from choral.privacy import ghost, mixing, positions
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.layers import refuse_unsupported
+from choral.privacy.precision import full_precision
 
 _OPACUS_RULES: dict[type[nn.Module], Any] = {
     kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -166,6 +167,10 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def _hear(self, use: _Forward, gradient: torch.Tensor) -> None:
         """Take in the gradient of the output of a layer, in a backward pass."""
+        with full_precision():
+            self._take_in(use, gradient)
+
+    def _take_in(self, use: _Forward, gradient: torch.Tensor) -> None:
         if not self.hooks_enabled:
             return
         layer, a = use.layer, use.a
@@ -181,7 +186,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             )
         found: dict[str, ghost.PerSample]
         if type(layer) in _BY_OPACUS_RULE:
-            rows = self.GRAD_SAMPLERS[type(layer)](layer, [a], gradient.detach())
+            rows = self.GRAD_SAMPLERS[type(layer)](layer, [ghost.single(a)], ghost.single(gradient.detach()))
             found = {
                 name: ghost.Dense(rows[p].flatten(1), float(len(a)))
                 for name, p in layer.named_parameters()
@@ -277,7 +282,16 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         return next((name for name, layer in self._module.named_modules() if layer is module and name), "(the model)")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's model; once, on a batch of two or more, check that it treats records one by one."""
+        """Run the user's model; once, on a batch of two or more, check that it treats records one by one.
+
+        Autocast is left out of the passes that are checked, or rounding would hide what is looked for.
+        """
+        if self.checked and self.unmixed:
+            return self._forward(args, kwargs)
+        with full_precision():
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
         training = self.training and torch.is_grad_enabled()
         self._called = True
         if not training or self._trying or (self.unmixed and not self.shared):
@@ -356,7 +370,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         if isinstance(samples, list) or len({use.backward for use in uses}) > 1:
             raise PrivacyError(
                 "two backward passes before one step: gradient accumulation is not accounted for",
-                hint="Step after each batch; raise the loader's batch size instead.",
+                hint="Step after each backward pass, with a batch size of all that you would add up; "
+                "Privacy(max_physical_batch_size=...) then shows it in chunks, and makes one noisy step of them.",
             )
         parts = [use.gradients for use in uses]
         if samples is not None:

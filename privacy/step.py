@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +19,47 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy import ghost
+from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.model import PerSampleModel
 from choral.privacy.noise import Source, grid_gaussian, noise_grid
+from choral.privacy.precision import full_precision
 
 # Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
 # 2^-24 * ghost.BLOCK / 2 of the norm, inside the sensitivity.
 _MARGIN = 1e-4
 _COMPARED = 4  # records whose norms are compared with those of their gradients, written down
 
+_ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
+
 Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
 
 _stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
 _guards: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+
+
+class Keeper(Protocol):
+    """Who plans and pays for the steps, asked when an optimizer's state is saved or loaded."""
+
+    def saved(self, clip: float) -> dict[str, float | int | str]:
+        """Return what to write down beside the optimizer's state, given the clipping norm."""
+        ...
+
+    def resumed(self, entry: Any) -> tuple[float, float]:
+        """Go on as `entry` says; return clipping norm and noise multiplier. Raises: PrivacyError, and its kinds."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Clipped gradients of the chunks of a batch so far, without noise."""
+
+    params: list[nn.Parameter]
+    total: torch.Tensor  # of all parameters, flat, float64
+    within: float  # how many norms were at most C, less how many were longer
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise PrivacyError("clipped gradients without noise may be neither copied nor written to a file")
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -41,7 +71,11 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018). With `noise`, what
     that makes is added instead, given the number of coordinates and the grid, and the guarantee is its maker's.
     Unit: the record. Neighbours: add or remove one record. The divisor is public, never the realised size.
-    One step per batch drawn: a second one raises BudgetExceededError.
+    With PerLayerClip each layer's part of g_i has a factor of its own, and C is that of all layers together. With
+    AdaptiveClip the sum has one more coordinate, the count that C follows: see there.
+
+    One step per batch drawn: a second one raises BudgetExceededError. A batch may come in chunks: `step` on all but the
+    last adds its clipped gradients up and releases nothing, and `stepped` is then False.
     """
 
     def __init__(
@@ -50,43 +84,62 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         model: PerSampleModel,
         *,
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: ClippingNorm | Clipping,
         expected_batch_size: int,
         source: Source,
         noise: Noise | None = None,
     ) -> None:
+        self.clipping = max_grad_norm if isinstance(max_grad_norm, Clipping) else Clipping(max_grad_norm)
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=self.clipping.norm,
             expected_batch_size=expected_batch_size,
         )
         self._model = model
         self._source = source
         self._noise = noise or self._independent_noise
         self._drawn: int | None = None
-        self._owing = False  # a batch was drawn and nothing released for it
+        self._owing = False  # a batch or chunk was drawn and not stepped
+        self._last = True  # the batch, or chunk, just drawn completes its batch
+        self._pending: _Pending | None = None  # of the chunks so far; secret
+        self._planned_noise = noise_multiplier
+        self.keeper: Keeper | None = None  # of the budget, for checkpoints
+        self.stepped = False  # whether the latest step() released something and moved the model
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
         if (old := _guards.pop(optimizer, None)) is not None:
             old.remove()
         _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
 
-    def expect(self, drawn: int) -> None:
-        """Prepare for the step of a batch of `drawn` records. Raises: PrivacyError (the batch before had no step)."""
-        self.refuse_owing()
+    def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
+        """Prepare for the step of a batch, or of its `first` to `last` chunk, of `drawn` records.
+
+        Raises: PrivacyError (the batch before had no step, or not all of its chunks).
+        """
+        if self._owing or first:
+            self.refuse_owing()
+        elif self._pending is None:
+            raise PrivacyError("a chunk of a batch whose first chunks were not stepped", hint=_ALL_CHUNKS)
         self._model.forget()
         self._drawn = self._model.drawn = drawn
-        self._owing = True
+        self._owing, self._last = True, last
+        if first:
+            self.max_grad_norm = self.clipping.norm  # of the whole batch
         if self._buffers is None:
             self._remember_buffers()
 
     def refuse_owing(self) -> None:
         """Raise PrivacyError if a batch was drawn and not stepped: whether to step may not depend on the data."""
-        if self._owing:
+        if self._owing or self._pending is not None:
             raise PrivacyError(
                 "the batch before was drawn and never stepped, which tells something about it without noise",
-                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on.",
+                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on."
+                + (f" {_ALL_CHUNKS}" if self._pending is not None else ""),
             )
+
+    def plan(self, noise_multiplier: float) -> None:
+        """Take the noise multiplier that will be paid for."""
+        self.noise_multiplier = self._planned_noise = noise_multiplier
 
     def begin_pass(self) -> None:
         """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step)."""
@@ -112,8 +165,17 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 "optimizer.step() without a fresh batch: each batch pays for one step",
                 hint="Draw batches from the wrapped loader and step once for each.",
             )
-        samples = [self._per_sample(p, drawn) for p in self.params]
-        clip = self._clip_factors(samples)  # first: NaN would pass the comparison
+        self.stepped = False
+        with full_precision():
+            self._accumulate(drawn)
+        self._owing = False
+        return self._settle() if self._last else None
+
+    def _accumulate(self, drawn: int) -> None:
+        """Add the clipped gradients of the records just drawn to those of earlier chunks of the batch."""
+        params = self.params
+        samples = [self._per_sample(p, drawn) for p in params]
+        clip, within = self._clip_factors(samples)  # first: NaN would pass the comparison
         if drawn > 1 and not self._model.unmixed:
             raise UnsupportedModelError(
                 "it was not seen whether the model treats the records of a batch one by one",
@@ -123,19 +185,41 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._refuse_changed_buffers(thorough=not self._model.checked)
         if not self._model.checked:
             self._check_first(samples)
-        sums = [g.weighted_sum(clip) for g in samples]
+        sums = [g.weighted_sum(w) for g, w in zip(samples, clip, strict=True)]
         del samples
         self._model.forget()  # what is not private does not outlive the step
-        self._release(sums)
-        return self._apply()
+        chunk = torch.cat([s.to(sums[0].device, torch.float64) for s in sums])
+        before = self._pending
+        if before is None:
+            self._pending = _Pending(params, chunk, within)
+            return
+        if [id(p) for p in before.params] != [id(p) for p in params]:
+            raise PrivacyError(
+                "parameters were frozen or unfrozen between chunks of one batch", hint="Do so when optimizer.stepped."
+            )
+        self._pending = _Pending(params, before.total.add_(chunk), before.within + within)
 
     def step_empty(self) -> None:
-        """Make the step of a batch without records: noise alone."""
+        """Make the step of a batch without records: noise alone. Raises: PrivacyError (a batch had no step)."""
+        self.refuse_owing()
         self._model.forget()
         self._drawn = None
-        self._release([torch.zeros(p.numel()) for p in self.params])
-        self._apply()
+        self.max_grad_norm = self.clipping.norm
+        params = self.params
+        total = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64, device=params[0].device)
+        self._pending = _Pending(params, total, 0.0)
+        self._settle()
         self._model.forget()
+
+    def _settle(self) -> Any:
+        """Release the batch whose chunks are all there, and step."""
+        pending = self._pending
+        if pending is None:
+            raise PrivacyError("nothing was accumulated for this batch")
+        self._release(pending)
+        self._pending = None
+        self.stepped = True
+        return self._apply()
 
     def _apply(self) -> Any:
         """Let the user's optimizer use what was released, and nothing else."""
@@ -144,11 +228,48 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             for p in group["params"]:
                 if id(p) not in released:
                     p.grad = None
+        self._opt_called = True  # a scheduler that looks at this optimizer need not warn after an empty batch
         token = _stepping.set(self.original_optimizer)
         try:
             return self.original_optimizer.step()
         finally:
             _stepping.reset(token)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler.step alone, and before it looks at gradients."""
+        raise PrivacyError(
+            "GradScaler skips steps whose gradients overflow, which tells something about them without noise",
+            hint="Use bfloat16, which needs no scaling, and optimizer.step().",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the user's optimizer; of a wrapped one, with an entry "privacy".
+
+        That entry, of numbers and strings, says where the clipping norm is, what noise was planned for how many more
+        passes, and how long the ledger was. Nothing in it is secret; chunks of an unfinished batch are left out.
+        """
+        state: dict[str, Any] = dict(super().state_dict())
+        if self.keeper is not None:
+            state["privacy"] = self.keeper.saved(self.max_grad_norm if self._pending else self.clipping.norm)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, and go on as it was planned then: same noise, the passes that are left.
+
+        The ledger must be the one of that time, with what was paid since. A pass that was begun after the state was
+        saved is paid for and gone. A state without "privacy" is loaded into the user's optimizer alone.
+        Raises: LedgerError (it holds less, or other events), PrivacyError (not such a state, of another sampling, or a
+        batch without a step), BudgetExceededError (what is left is too little). Nothing is loaded then.
+        """
+        state = dict(state_dict)
+        entry = state.pop("privacy", None)
+        if entry is not None and self.keeper is not None:
+            self.refuse_owing()
+            self.clipping.norm, noise = self.keeper.resumed(entry)
+            self.max_grad_norm = self.clipping.norm
+            self.plan(noise)
+        super().load_state_dict(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -220,8 +341,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                     hint="Remove the running statistics, or freeze them.",
                 )
 
-    def _clip_factors(self, samples: list[ghost.PerSample]) -> torch.Tensor:
-        """Return each record's factor min(1, C / norm), shape (batch,), float64; refuse gradients not finite."""
+    def _clip_factors(self, samples: list[ghost.PerSample]) -> tuple[list[torch.Tensor], float]:
+        """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64, and the sum of the
+        records' answers for adaptive clipping, +1 for a norm of at most C, else -1; refuse gradients not finite.
+        """
         found = [g.norms() for g in samples]
         per_parameter = torch.stack([n.to(found[0].device) for n in found])
         norms = torch.linalg.vector_norm(per_parameter, dim=0)
@@ -231,22 +354,51 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 f"the gradient of parameter {self._name(self.params[bad])} is not finite; nothing was released",
                 hint="Check the loss for NaN, lower the learning rate, or mend the data.",
             )
-        factors: torch.Tensor = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
-        return factors
+        setting = self.clipping.setting
+        if isinstance(setting, PerLayerClip):
+            return self._layer_factors(setting, per_parameter), 0.0
+        factors = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
+        answers = torch.where(norms <= self.max_grad_norm, 1.0, -1.0).sum()
+        return [factors] * len(found), float(answers) if isinstance(setting, AdaptiveClip) else 0.0
 
-    def _release(self, sums: list[torch.Tensor]) -> None:
-        """Add noise to the clipped sums (one flat tensor per parameter) and leave the result in `p.grad`."""
-        device = sums[0].device
-        flat = torch.cat([s.to(device, torch.float64) for s in sums])
-        grid = noise_grid(self.max_grad_norm, len(flat))
+    def _layer_factors(self, setting: PerLayerClip, per_parameter: torch.Tensor) -> list[torch.Tensor]:
+        """Return the same for each parameter, from the norms of its layer, shape (parameters, batch)."""
+        names = [self._name(p) for p in self.params]
+        layers = [setting.layer(name) for name in names]
+        factors = {}
+        for layer, bound in setting.bounds(names).items():
+            mine = [i for i, other in enumerate(layers) if other == layer]
+            norms = torch.linalg.vector_norm(per_parameter[mine], dim=0)
+            factors[layer] = (bound / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
+        return [factors[layer] for layer in layers]
+
+    def _release(self, pending: _Pending) -> None:
+        """Add noise to the clipped sum and leave the result in `p.grad`; move the clipping norm if it adapts."""
+        flat, adaptive = pending.total, self.clipping.setting
+        if isinstance(adaptive, AdaptiveClip):  # one vector of norm 1 at most for each record
+            flat = flat * (math.sqrt(1.0 - adaptive.share) / self.max_grad_norm)
+            flat = torch.cat([flat, flat.new_tensor([pending.within * math.sqrt(adaptive.share)])])
+        grid = noise_grid(self._sensitivity, len(flat))
         noise = self._noise(len(flat), grid)
-        flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(device)).div_(self.expected_batch_size)
-        for p, g in zip(self.params, torch.split(flat, [p.numel() for p in self.params]), strict=True):
+        flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(flat.device)).div_(self.expected_batch_size)
+        if isinstance(adaptive, AdaptiveClip):
+            within = (float(flat[-1]) / math.sqrt(adaptive.share) + 1.0) / 2.0
+            flat = flat[:-1] * (self.max_grad_norm / math.sqrt(1.0 - adaptive.share))
+            self.clipping.norm = adaptive.moved(self.max_grad_norm, within)
+        for p, g in zip(pending.params, torch.split(flat, [p.numel() for p in pending.params]), strict=True):
             p.grad = g.view(p.shape).to(p.device, p.dtype)
-        self._owing = False
+
+    @property
+    def _sensitivity(self) -> float:
+        return 1.0 if isinstance(self.clipping.setting, AdaptiveClip) else self.max_grad_norm
 
     def _independent_noise(self, count: int, grid: float) -> npt.NDArray[np.float64]:
-        return grid_gaussian(count, self.noise_multiplier, self.max_grad_norm, grid, self._source)
+        if self.noise_multiplier != self._planned_noise:
+            raise PrivacyError(
+                f"noise_multiplier was set to {self.noise_multiplier}, but {self._planned_noise} was paid for",
+                hint="Leave it alone; noise schedules are not accounted for.",
+            )
+        return grid_gaussian(count, self.noise_multiplier, self._sensitivity, grid, self._source)
 
     def _name(self, p: torch.Tensor) -> str:
         return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")

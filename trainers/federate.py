@@ -251,7 +251,9 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
     settings: dict[str, float | int | str] = {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
-        "max_grad_norm": privacy.max_grad_norm,
+        "max_grad_norm": privacy.max_grad_norm
+        if isinstance(privacy.max_grad_norm, float | int)
+        else str(privacy.max_grad_norm),
         "epochs": privacy.epochs,
     }
     if isinstance(privacy, CorrelatedPrivacy):

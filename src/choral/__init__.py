@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from choral.audits import audit, compare
-    from choral.privacy import AdaptiveClip, ClientPrivacy, CorrelatedPrivacy, Privacy, Spent
+    from choral.privacy import AdaptiveClip, ClientPrivacy, CorrelatedPrivacy, PerLayerClip, Privacy, Spent
     from choral.protocols import Homomorphic, Masked, Plain
     from choral.trainers import Run, centralize, federate
 
@@ -26,6 +26,7 @@ _HOME = {
     "AdaptiveClip": "choral.privacy",
     "ClientPrivacy": "choral.privacy",
     "CorrelatedPrivacy": "choral.privacy",
+    "PerLayerClip": "choral.privacy",
     "Privacy": "choral.privacy",
     "Spent": "choral.privacy",
     "Homomorphic": "choral.protocols",
@@ -45,6 +46,7 @@ __all__ = [
     "CorrelatedPrivacy",
     "Homomorphic",
     "Masked",
+    "PerLayerClip",
     "Plain",
     "Privacy",
     "Run",

@@ -27,7 +27,6 @@ from choral.privacy import (
     TooFewClientsError,
     client_accounting,
 )
-from choral.privacy.client import _moved
 from choral.privacy.noise import os_stream
 
 LENGTH, CLIENTS = 50, 20
@@ -234,10 +233,10 @@ def test_adaptive_clipping_pays_for_its_count() -> None:
 
 def test_the_clip_moves_as_published() -> None:
     adaptive = AdaptiveClip(start=1.0, quantile=0.5, rate=0.2)
-    assert _moved(1.0, 0.5, adaptive) == 1.0
-    assert _moved(1.0, 1.0, adaptive) == pytest.approx(math.exp(-0.1))
-    assert _moved(1.0, 0.0, adaptive) == pytest.approx(math.exp(0.1))
-    assert _moved(1.0, -50.0, adaptive) == _moved(1.0, 0.0, adaptive)  # a noisy share is a share
+    assert adaptive.moved(1.0, 0.5) == 1.0
+    assert adaptive.moved(1.0, 1.0) == pytest.approx(math.exp(-0.1))
+    assert adaptive.moved(1.0, 0.0) == pytest.approx(math.exp(0.1))
+    assert adaptive.moved(1.0, -50.0) == adaptive.moved(1.0, 0.0)  # a noisy share is a share
 
 
 def test_ledgers_and_errors_show_no_update() -> None:

@@ -341,7 +341,7 @@ def test_two_runs_with_one_seed_give_different_weights_and_batches(problem: Any,
         model = problem.model()
         private, optimizer, loader = promised().wrap(model, sgd(model), problem.loader())
         loop(private, optimizer, loader)
-        return loader.batch_sampler.batches, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        return loader.batch_sampler.sampler.batches, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
     (batches, weights), (others, other_weights) = trained(), trained()
     assert batches != others

@@ -306,7 +306,7 @@ def test_damage_to_the_ledger_during_training_stops_it(problem: Any, loop: Calla
 def test_rate_and_steps(make_problem: Any, n: int, batch_size: int, drop_last: bool, rate: float, steps: int) -> None:
     problem = make_problem(n=n, batch_size=batch_size)
     _, optimizer, loader = problem.wrapped(drop_last=drop_last)
-    assert float(loader.batch_sampler.rate) == pytest.approx(rate)
+    assert float(loader.batch_sampler.sampler.rate) == pytest.approx(rate)
     assert len(loader) == steps
     assert optimizer.expected_batch_size == min(n, batch_size)
 

@@ -40,7 +40,7 @@ def private(loader: DataLoader[Any], rate: Fraction, steps: int) -> tuple[Privat
             loader,
             PoissonSampler(len(loader.dataset), rate, steps, os_stream),  # type: ignore[arg-type]
             before_pass=lambda: log.append("pass"),
-            before_batch=log.append,
+            before_batch=lambda count, first, last: log.append(count),
             empty_batch=lambda: log.append("empty"),
             after_pass=lambda: log.append("end"),
         ),
@@ -218,7 +218,7 @@ def test_rate_is_batch_over_records_not_one_over_batches(make_problem: Any) -> N
     privacy = Privacy(epsilon=5.0, delta=1e-3, epochs=50)
     model = problem.model()
     _, optimizer, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
-    assert loader.batch_sampler.rate == Fraction(100, 101)
+    assert loader.batch_sampler.sampler.rate == Fraction(100, 101)
     assert optimizer.expected_batch_size == 100
     drawn = sum(len(indices) for _ in range(50) for indices in loader.batch_sampler)
     assert stats.binomtest(drawn, 101 * 100, 100 / 101).pvalue > 1e-7
@@ -229,10 +229,11 @@ def test_rate_is_batch_over_records_not_one_over_batches(make_problem: Any) -> N
 def test_a_pass_is_paid_for_when_its_first_batch_is_drawn(problem: Any) -> None:
     privacy = Privacy(epsilon=5.0, delta=1e-3)
     model = problem.model()
-    _, optimizer, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
+    private, optimizer, loader = privacy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
     assert privacy.spent().steps == 0
-    next(iter(loader))
-    optimizer.step_empty()
+    x, y = next(iter(loader))
+    torch.nn.functional.cross_entropy(private(x), y).backward()
+    optimizer.step()
     assert privacy.spent().steps == len(loader) == 10
     with pytest.raises(BudgetExceededError):
         next(iter(loader))

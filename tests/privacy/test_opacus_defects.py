@@ -22,7 +22,7 @@ PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
 
 def test_sample_rate_is_not_one_over_the_number_of_batches(make_problem: Any) -> None:
     _, optimizer, loader = make_problem(n=101, batch_size=100).wrapped()
-    assert float(loader.batch_sampler.rate) == 100 / 101  # Opacus: 1/2
+    assert float(loader.batch_sampler.sampler.rate) == 100 / 101  # Opacus: 1/2
     assert optimizer.expected_batch_size == 100  # Opacus: 50
 
 

@@ -16,7 +16,7 @@ from choral.privacy import BudgetExceededError, Privacy, PrivacyError, Unsupport
 from choral.privacy.ghost import Dense
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.step import PrivateOptimizer, _Pending
 
 ALARM = 1e-7
 
@@ -88,17 +88,16 @@ def test_long_rows_are_clipped_to_the_clipping_norm(columns: int) -> None:
     """Float32 norms of long rows are too small: 0.2 % at 4 million equal columns, more than any margin."""
     _, optimizer = optimizer_of(nn.Linear(2, 1), clip=1.0)
     rows = torch.full((2, columns), 0.1 + 3.0 / math.sqrt(columns))
-    clip = optimizer._clip_factors([Dense(rows[:, : columns // 3]), Dense(rows[:, columns // 3 :])])
+    (clip, _), _ = optimizer._clip_factors([Dense(rows[:, : columns // 3]), Dense(rows[:, columns // 3 :])])
     for i in range(2):
         assert 0.999 < float(clip[i]) * float(rows[i].double().norm()) <= 1.0
 
 
 def test_noise_has_the_standard_deviation_that_is_accounted_for(problem: Any) -> None:
     model, optimizer = optimizer_of(problem.model(), clip=0.5, source=os_stream, noise=1.7, expected=4, lr=0.0)
-    draws = []
+    draws, before = [], torch.cat([p.reshape(-1) for p in model.parameters()])
     for _ in range(400):
-        optimizer.expect(0)
-        optimizer._release([torch.zeros(p.numel()) for p in optimizer.params])
+        optimizer._release(_Pending(optimizer.params, torch.zeros(len(before), dtype=torch.float64), 0.0))
         draws.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy())
     x = np.concatenate(draws).astype(float)
     scale = 1.7 * 0.5 / 4
