@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -284,14 +284,15 @@ class Guard:
                 hint="Wrap the same dataset in the same batches.",
             )
         clip = found.max_grad_norm if isinstance(self._clipping.setting, AdaptiveClip) else self._clipping.norm
-        # Correlated noise ended with its process, and wrap() has planned anew. Within a process the plan goes on.
-        if self._passed or not isinstance(plan, Sampled):
+        # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan; within
+        # a process the plan goes on.
+        if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
             return clip, plan.noise_multiplier
-        event = replace(plan.event, noise_multiplier=found.noise_multiplier)
-        affordable(event, left, self.ledger, self.privacy.epsilon, self.privacy.delta)
-        self._plan = replace(plan, event=event)
+        resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
+        affordable(resumed.event, left, self.ledger, self.privacy.epsilon, self.privacy.delta)
+        self._plan = resumed
         self.passes, self._known = left, len(self.ledger.events)
-        return clip, event.noise_multiplier
+        return clip, resumed.noise_multiplier
 
     def spent(self) -> Spent:
         """Return what this holder's data has spent so far, earlier runs included."""

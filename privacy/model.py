@@ -253,7 +253,8 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def _capture_gradient(self, module: nn.Module, gradient: torch.Tensor) -> None:
         try:
-            self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
+            with full_precision():
+                self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
         except RuntimeError as error:  # of functorch, which runs the module once more for each record
             raise UnsupportedModelError(
                 f"layer {self.name_of(module)} ({type(module).__name__}) has parameters whose per-sample gradients "
@@ -286,7 +287,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
         Autocast is left out of the passes that are checked, or rounding would hide what is looked for.
         """
-        if self.checked and self.unmixed:
+        if self.checked and (self.unmixed or self.drawn == 1):
             return self._forward(args, kwargs)
         with full_precision():
             return self._forward(args, kwargs)

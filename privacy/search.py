@@ -112,6 +112,7 @@ def private_search(
             delta=privacy.delta,
             max_grad_norm=privacy.max_grad_norm,
             epochs=privacy.epochs,
+            max_physical_batch_size=privacy.max_physical_batch_size,
             planned=replace(plan),
         )
         result, score = train(candidate, promise)

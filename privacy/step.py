@@ -320,7 +320,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 raise UnsupportedModelError(
                     f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
                     hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
-                    "across records or a scaled loss. Nothing was released.",
+                    "across records or a scaled loss, or backward() under autocast. Nothing was released.",
                 )
         self._model.checked = True
 
