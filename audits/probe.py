@@ -28,6 +28,7 @@ from choral.audits.evidence import Probe, ProbeCheck, ScoreAudit
 from choral.audits.scores import audit_scores, canaries_needed
 from choral.errors import ConfigError
 from choral.privacy import Privacy, Spent
+from choral.privacy.clipping import norm_of_all
 
 Floats = npt.NDArray[np.float64]
 Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, Any, Any]]
@@ -147,13 +148,14 @@ def _canary_count(privacy: Privacy, confidence: float) -> int:
 
 def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int) -> _Seen:
     """One run of the trainer on fresh coins."""
-    own = dataclasses.replace(privacy, ledger=None, epochs=_PASSES)
+    clip = norm_of_all(privacy.max_grad_norm)  # one layer, and adaptive clipping would hide the scale of the noise
+    own = dataclasses.replace(privacy, ledger=None, epochs=_PASSES, max_grad_norm=clip, max_physical_batch_size=None)
     width, records = canaries + _QUIET, max(_RECORDS, 2 * canaries)
     batch = int(_RATE * records)
     inside = flip_coins(canaries)
     model = nn.Linear(width, 1, bias=False)
     nn.init.zeros_(model.weight)
-    data = _Records(records, width, inside, _LOUD * own.max_grad_norm)
+    data = _Records(records, width, inside, _LOUD * clip)
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
     released: list[Floats] = []
     plain.register_step_post_hook(lambda *_: released.append(_gradient(model)))
@@ -166,7 +168,7 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
             private(x).mean().backward()
             optimizer.step()
     drawn += [0] * (len(released) - len(drawn))  # empty batches are stepped out of sight
-    scale = batch / own.max_grad_norm
+    scale = batch / clip
     return _Seen(scale * np.stack(released), np.array(drawn), inside, own.spent(), records)
 
 

@@ -284,8 +284,8 @@ class Guard:
                 hint="Wrap the same dataset in the same batches.",
             )
         clip = found.max_grad_norm if isinstance(self._clipping.setting, AdaptiveClip) else self._clipping.norm
-        # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan; within
-        # a process the plan goes on.
+        # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan;
+        # within a process the plan goes on.
         if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
             return clip, plan.noise_multiplier
         resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
