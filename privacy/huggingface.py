@@ -49,8 +49,6 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if not isinstance(privacy, Privacy):
             raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a choral.Privacy")
-        if privacy.max_physical_batch_size is not None:
-            raise ConfigError("max_physical_batch_size: the trainer counts len(loader) batches, and would miss chunks")
         super().__init__(*args, **settings)
         _refuse(self, privacy)
         self.privacy = privacy
@@ -194,7 +192,7 @@ def _refuse(trainer: Any, privacy: Privacy) -> None:
         f"{args.world_size} processes": args.world_size != 1,
         f"{args.n_gpu} devices": args.n_gpu > 1,
         # A pass would show more batches than the loader's length, where the trainer stops.
-        "Privacy.max_physical_batch_size": getattr(privacy, "max_physical_batch_size", None) is not None,
+        "Privacy.max_physical_batch_size": privacy.max_physical_batch_size is not None,
         "compute_loss_func": trainer.compute_loss_func is not None,
     }
     hints = {

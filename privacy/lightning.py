@@ -38,8 +38,6 @@ class PrivacyCallback(Callback):  # type: ignore[misc]
     def __init__(self, privacy: Privacy) -> None:
         if not isinstance(privacy, Privacy):
             raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a choral.Privacy")
-        if privacy.max_physical_batch_size is not None:
-            raise ConfigError("max_physical_batch_size: the trainer counts len(loader) batches, and would miss chunks")
         self.privacy = privacy
         self._model: PerSampleModel | None = None
         self._optimizer: PrivateOptimizer | None = None
@@ -150,7 +148,7 @@ def _refuse(trainer: Trainer, module: LightningModule, privacy: Privacy) -> None
         "overfit_batches": trainer.overfit_batches > 0,
         f"min_epochs={trainer.min_epochs}": (trainer.min_epochs or 0) > privacy.epochs,
         # A pass would show more batches than the loader's length, where the trainer stops.
-        "Privacy.max_physical_batch_size": getattr(privacy, "max_physical_batch_size", None) is not None,
+        "Privacy.max_physical_batch_size": privacy.max_physical_batch_size is not None,
         "min_steps": bool(trainer.min_steps),
         "ckpt_path": trainer.ckpt_path is not None,
         "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),
