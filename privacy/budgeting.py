@@ -1,6 +1,6 @@
 """What fits a budget: solve for the noise, the cost, the steps or the batch size of a training. Imports no torch.
 
-All for the Poisson-sampled Gaussian mechanism; unit, neighbours and method are those of :mod:`choral.privacy.accounting`.
+All for the Poisson-sampled Gaussian mechanism; the rest is as in :mod:`choral.privacy.accounting`.
 
 >>> budget(epsilon=3.0, delta=1e-5, noise_multiplier=1.0, epochs=10).steps
 439

@@ -107,7 +107,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def gamma(self) -> float:
-        """The parameter in (0, 1] of the negative binomial distribution that has this mean, rounded down: more tries, never fewer."""
+        """The parameter in (0, 1] of the negative binomial of this mean, rounded down: more tries, never fewer."""
         low, high = 0.0, 1.0
         while high - low > 1e-12 * high:
             middle = (low + high) / 2.0
