@@ -41,7 +41,7 @@ def flip_coins(count: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(os_stream((count + 7) // 8), dtype=np.uint8))[:count].astype(np.bool_)
 
 
-def record_canaries(count: int, shape: Sequence[int], classes: int) -> list[tuple[torch.Tensor, int]]:
+def record_canaries(count: int, shape: Sequence[int], classes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """``count`` records: inputs of standard normal noise of this shape, float32, under labels below ``classes``."""
     import torch
 
@@ -50,11 +50,11 @@ def record_canaries(count: int, shape: Sequence[int], classes: int) -> list[tupl
     size = int(np.prod(shape))
     noise = gaussian(count * size, os_stream).astype(np.float32).reshape(count, *shape)
     labels = np.frombuffer(os_stream(8 * count), dtype="<u8") % np.uint64(classes)
-    return [(torch.from_numpy(noise[i].copy()), int(labels[i])) for i in range(count)]
+    return [(torch.from_numpy(noise[i].copy()), torch.tensor(int(labels[i]))) for i in range(count)]
 
 
 def loss_scores(
-    model: nn.Module, canaries: Sequence[tuple[torch.Tensor, int]], batch: int = 1024
+    model: nn.Module, canaries: Sequence[tuple[torch.Tensor, torch.Tensor]], batch: int = 1024
 ) -> npt.NDArray[np.float64]:
     """Minus the cross-entropy of each canary, shape (m,): high for what the model knows by heart."""
     import torch
@@ -67,7 +67,7 @@ def loss_scores(
         for start in range(0, len(canaries), batch):
             part = canaries[start : start + batch]
             inputs = torch.stack([x for x, _ in part]).to(device)
-            labels = torch.tensor([y for _, y in part], device=device)
+            labels = torch.stack([torch.as_tensor(y) for _, y in part]).to(device)
             found.append(-torch.nn.functional.cross_entropy(model(inputs), labels, reduction="none").double().cpu())
     model.train(training)
     return torch.cat(found).numpy()
@@ -115,6 +115,8 @@ def with_canary_clients(
 
     A client whose coin says so submits its row as its update, the others submit zero.
     """
+    import torch
+
     from choral.trainers.flat import Layout
 
     host = next(iter(parties.values()))
@@ -131,6 +133,9 @@ def with_canary_clients(
             return fit(model, optimizer, loader)
         layout = Layout(model)
         weights = layout.read()
+        for parameter in layout.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # a client that makes no step is taken for a mistake; what it did is overwritten
         layout.write(weights + canary.update.to(weights.device))
         return None
 
