@@ -33,7 +33,6 @@ class Outcome:
     guesses: int
     right: int
     tried: int
-    ceiling: float
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Shares:
         part = beta / len(counts)
         found = [(bound(len(ordered), r, right(ordered, r), part), -r) for r in counts]
         best, guesses = max(found)
-        hits, reach = right(ordered, -guesses), self.ceiling(len(ordered), bound, beta)
-        return Outcome(best, len(ordered), -guesses, hits, len(counts), reach)
+        return Outcome(best, len(ordered), -guesses, right(ordered, -guesses), len(counts))
 
     def ceiling(self, canaries: int, bound: Bound, beta: float) -> float:
         counts = self.counts(canaries)

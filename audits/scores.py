@@ -19,6 +19,7 @@ from choral.audits import bounds, fdp, one_run
 from choral.audits.bounds import Counts, rate_interval
 from choral.audits.canaries import flip_coins
 from choral.audits.evidence import Bound, Finding, NullControl, ScoreAudit
+from choral.audits.guessing import Bound as BoundOf
 from choral.audits.guessing import Guessing, Outcome, Shares, Split, shuffled
 from choral.audits.roc import Bools, Floats, checked_scores, curve, roc
 from choral.errors import ConfigError, DataError
@@ -213,14 +214,15 @@ def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta:
 
 
 def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> tuple[Bound, ...]:
-    def bound(method: str, made: Outcome, ceiling: float, assumptions: tuple[str, ...], reference: str) -> Bound:
+    def bound(method: str, compute: BoundOf, assumptions: tuple[str, ...], reference: str) -> Bound:
+        made = plan.run(scores, members, compute, beta)
         return Bound(
             method=method,
             epsilon=made.epsilon,
             delta=delta,
             confidence=1.0 - beta,
             kind="confidence",
-            ceiling=ceiling,
+            ceiling=plan.ceiling(len(scores), compute, beta),
             counts={"canaries": made.canaries, "guesses": made.guesses, "right": made.right},
             thresholds=plan.words,
             tried=made.tried,
@@ -228,12 +230,10 @@ def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float
             reference=reference,
         )
 
-    plain = _one_run(scores, members, plan, delta, beta)
-    found = [bound(ONE_RUN, plain, plain.ceiling, (_COINS,), _ONE_RUN_REFERENCE)]
+    found = [bound(ONE_RUN, partial(_plain, delta), (_COINS,), _ONE_RUN_REFERENCE)]
     if delta > 0.0:
-        made = plan.run(scores, members, partial(_gaussian, delta), beta)
         gaussian = "Training is Gaussian-private for some mu: its trade-off curve is that of two shifted normals."
-        found.append(bound(FDP, made, made.ceiling, (_COINS, gaussian), _FDP_REFERENCE))
+        found.append(bound(FDP, partial(_gaussian, delta), (_COINS, gaussian), _FDP_REFERENCE))
     return tuple(found)
 
 

@@ -1,6 +1,6 @@
 """What a one-run audit adds to a training: canaries among the records, scored at the end.
 
-    python benchmarks/audit_overhead.py [--canaries 400] [--epochs 5] [--repeats 5] [--threads 2]
+    python benchmarks/audit_overhead.py [--canaries 400] [--epochs 5] [--repeats 3] [--threads 1]
 
 A private and a plain training of a small convolutional network on random images, with and without canaries,
 alternating. The number of records and of steps is the user's; half of the canaries are added to it. Audited time:
@@ -61,9 +61,9 @@ def train(data: Any, epochs: int, private: bool) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--canaries", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
     data = TensorDataset(torch.randn(RECORDS, 1, 28, 28), torch.randint(10, (RECORDS,)))
