@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from choral.trainers.algorithms import (
+    DANE,
+    FSVRG,
+    GD,
+    Algorithm,
+    CoCoA,
+    FedAdam,
+    FedAvg,
+    FedNova,
+    FedProx,
+    FedYogi,
+    Scaffold,
+)
 from choral.trainers.centralize import centralize
 from choral.trainers.federate import federate
 from choral.trainers.partition import dirichlet_split
@@ -10,11 +23,22 @@ from choral.trainers.settings import Split, Training
 from choral.trainers.task import DivergedError, Task, TaskError
 
 __all__ = [
+    "DANE",
+    "FSVRG",
+    "GD",
+    "Algorithm",
+    "CoCoA",
     "DivergedError",
+    "FedAdam",
+    "FedAvg",
+    "FedNova",
+    "FedProx",
+    "FedYogi",
     "Round",
     "Run",
     "RunFolderError",
     "RunInfo",
+    "Scaffold",
     "Split",
     "Task",
     "TaskError",

@@ -132,12 +132,14 @@ class Federation:
         return coder.decode(result), result.survivors
 
     def _present(self, parties: tuple[str, ...], number: int, sums: int) -> tuple[str, ...]:
-        """Who is left of `parties` for the next exchange of the round; ones that were lost stay lost."""
+        """Who is left of `parties` for the next exchange: lost ones stay lost, each at some exchange of the round."""
         if not self.dropout_rate:
             return parties
-        with seeded(self.seed, number, f"dropouts {sums}" if sums else "dropouts"):
-            kept = torch.rand(len(parties)) >= self.dropout_rate
-        return tuple(party for party, stays in zip(parties, kept.tolist(), strict=True) if stays)
+        with seeded(self.seed, number, "dropouts"):
+            luck = dict(zip(self.examples, torch.rand(len(self.examples)).tolist(), strict=True))
+        channels = self.algorithm.channels(self.setup).values()
+        part = min((sums + 1) / sum(not channel.once for channel in channels), 1.0)
+        return tuple(party for party in parties if luck[party] >= self.dropout_rate * part)
 
 
 def open_sessions(secure_sum: SecureSum, coders: Mapping[str, Coder]) -> dict[str, SumSession]:

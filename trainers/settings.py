@@ -55,3 +55,46 @@ class Training:
             raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}", hint="e.g. 0.1")
         if self.hidden < 0:
             raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")
+
+
+Kind = Literal["fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fsvrg", "dane", "gd", "cocoa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSettings:
+    """The federated algorithm. What is not set is the algorithm's own default; what it does not have is refused."""
+
+    kind: Kind | None = None
+    """Algorithm of federated training; fedavg if nothing else is said. See docs/algorithms.md."""
+    mu: float | None = None
+    """fedprox, dane: weight of the proximal term."""
+    server_rate: float | None = None
+    """scaffold, fedadam, fedyogi: step size of the server."""
+    beta1: float | None = None
+    """fedadam, fedyogi: decay of the first moment."""
+    beta2: float | None = None
+    """fedadam, fedyogi: decay of the second moment."""
+    tau: float | None = None
+    """fedadam, fedyogi: how adaptive the server is; smaller is more."""
+    max_steps: int | None = None
+    """fednova: the most local steps in a round."""
+    rate: float | None = None
+    """gd: step size."""
+    ridge: float | None = None
+    """gd, fsvrg, dane, cocoa: lambda of the term lambda/2 |w|^2 in the objective."""
+    step: float | None = None
+    """fsvrg, dane: step size of variance-reduced steps."""
+    passes: int | None = None
+    """fsvrg, dane, cocoa: passes over a party's records in a round."""
+    scaled: bool | None = None
+    """fsvrg: scale by feature counts (S and A); linear models only."""
+    over_examples: bool | None = None
+    """fsvrg: divide the step by the party's example count."""
+    mean: Literal["examples", "parties"] | None = None
+    """fsvrg, dane: how the mean of the updates weighs."""
+    gradient_scale: float | None = None
+    """fsvrg: factor of gradients, so that one clipping norm suits both releases."""
+    eta: float | None = None
+    """dane: weight of the global gradient."""
+    solver: Literal["newton", "svrg"] | None = None
+    """dane: exact for convex losses, or variance-reduced passes."""

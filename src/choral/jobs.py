@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from choral.audits import Comparison
     from choral.privacy import ClientPrivacy, Privacy
     from choral.protocols.seam import SecureSum
-    from choral.trainers import Round, Run, Task
+    from choral.trainers import Algorithm, Round, Run, Task
 
 # Called with a label for what runs and the round that it completed.
 Tick = Callable[[str, "Round"], None]
@@ -106,6 +106,7 @@ def train(
     settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **overrides))
     task = load_task(settings, seed)
     privacy = _privacy(settings, arm, epsilon) if arm.private else None
+    algorithm = _algorithm(settings, arm)
     config = to_json(settings)
     rounds = settings.training.rounds
     if arm.centralized:
@@ -132,6 +133,8 @@ def train(
         parties=task.parties,
         rounds=rounds,
         seed=seed,
+        loss=task.loss,
+        algorithm=algorithm,
         privacy=privacy,
         secure_sum=_secure_sum(settings, arm),
         value_bound=settings.secure_sum.value_bound,
@@ -177,6 +180,26 @@ def _privacy(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | C
         min_survivors=chosen.min_survivors or settings.secure_sum.min_survivors,
         colluders=chosen.colluders,
     )
+
+
+def _algorithm(settings: Settings, arm: Arm) -> Algorithm:
+    """The arm's algorithm if it names one, else the file's with what the arm sets.
+
+    Raises: ConfigError for a hyper-parameter that the algorithm does not have, or one out of range.
+    """
+    from choral.trainers.algorithms import KINDS
+
+    said, own = ({k: v for k, v in vars(part).items() if v is not None} for part in (settings.algorithm, arm.algorithm))
+    chosen = own if "kind" in own else said | own
+    kind = KINDS[chosen.pop("kind", "fedavg")]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(
+                f"algorithm.{name} is set, which {kind.kind} does not have",
+                hint=f"it has {', '.join(known)}" if known else "it has no settings of its own",
+            )
+    return kind(**chosen)
 
 
 def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
@@ -350,12 +373,24 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"arm {next(iter(private))!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8"
         )
-    for arm in settings.arms.values():
+    for name, arm in settings.arms.items():
         _with_overrides(settings, arm)
+        if not arm.centralized:
+            _check_algorithm(settings, name, arm)
     for seed in range(settings.seed, settings.seed + settings.seeds):
         examples = check_parties(load_task(settings, seed).parties, least=2, min_classes=settings.split.min_classes)
         for arm in private.values():
             _check_promise(_privacy(settings, arm, settings.privacy.epsilon), arm, examples)
+
+
+def _check_algorithm(settings: Settings, name: str, arm: Arm) -> None:
+    from choral.trainers.rounds import check_fits
+
+    privacy = _privacy(settings, arm, settings.privacy.epsilon) if arm.private else None
+    try:
+        check_fits(_algorithm(settings, arm), privacy, load_task(settings, settings.seed).loss)
+    except ChoralError as error:
+        raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 
 
 def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:

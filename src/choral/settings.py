@@ -14,7 +14,7 @@ import msgspec
 
 from choral.audits.prices import PriceSettings
 from choral.errors import ConfigError
-from choral.trainers.settings import Split, Training
+from choral.trainers.settings import AlgorithmSettings, Split, Training
 
 Unit = Literal["record", "client"]
 SumKind = Literal["plain", "masked", "homomorphic"]
@@ -87,6 +87,8 @@ class Arm:
     """Batch size of this arm."""
     learning_rate: float | None = None
     """Learning rate of this arm."""
+    algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+    """Algorithm of this arm, if it names a kind; otherwise what it sets replaces what the file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,7 @@ class Settings:
     An arm with another unit than privacy.unit is trained at privacy.epsilon alone: its epsilon is not on that scale."""
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
+    algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)
     prices: Path | None = None
