@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,3 +213,16 @@ def test_hyper_parameters_out_of_range_are_refused(make, message):
 def test_an_algorithm_must_be_one(convex):
     with pytest.raises(ConfigError, match=r"such as FedAvg\(\)"):
         federate(**convex(), algorithm="fedprox")
+
+
+def test_the_algorithm_of_the_guide_runs(convex, oracle):
+    """The code block of docs/algorithms.md, as it stands there."""
+    text = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    imports = "import torch\nfrom dataclasses import dataclass\nfrom choral.trainers.algorithms.seam import *\n"
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(imports + code, names)  # noqa: S102
+    run = federate(**convex(rounds=1), algorithm=names["Signs"]())
+    step = sum(np.sign(oracle.gradient(name, oracle.start)) for name in oracle.data) / len(oracle.data)
+    flat = torch.cat([tensor.reshape(-1) for tensor in run.state.values()])
+    assert np.abs(flat.numpy() - (oracle.start - 0.01 * step)).max() < 1e-6
