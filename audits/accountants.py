@@ -39,11 +39,11 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One ledger's cost at ``delta`` by each accountant; None where one does not apply.
 
-    pld: ours. dp_accounting: its own PLD code. prv_low, prv_high: the bracket by privacy random variables, in Opacus'
-    code; the bounds above are not below it. rdp: Renyi DP; for a client-level ledger with integer noise, the bound
-    that is claimed. floor: for a client-level ledger, the exact cost of continuous Gaussian noise of the same size,
-    below which no bound may be. steps: noisy steps. head: SHA-256 of the ledger's last line, which vouches for all of
-    them: hold it against one that was kept elsewhere.
+    pld: ours. dp_accounting: its own PLD code, or its Renyi code where there is a private search. prv_low, prv_high:
+    the bracket by privacy random variables, in Opacus' code; the bounds above are not below it. rdp: Renyi DP; for a
+    client-level ledger with integer noise, the bound that is claimed. floor: for a client-level ledger, the exact cost
+    of continuous Gaussian noise of the same size, below which no bound may be. steps: noisy steps. head: SHA-256 of the
+    ledger's last line, which vouches for all of them: hold it against one that was kept elsewhere.
     """
 
     holder: str
@@ -144,19 +144,27 @@ def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
         steps=sum(event.steps for event in events),
         head=ledger.head,
         rdp=accounting.epsilon_rdp(events, delta),
+        dp_accounting=accounting.epsilon_by_dp_accounting(events, delta),
         verdict="holds",
-        finding="a private search has one accountant, Renyi DP",
+        finding="",
     )
-    if any(isinstance(event, Search) for event in events):
-        return row
-    row = msgspec.structs.replace(row, dp_accounting=accounting.epsilon_by_dp_accounting(events, delta))
     try:
+        ours = accounting.epsilon(events, delta)
+        if any(isinstance(event, Search) for event in events):
+            verdict, finding = _searches_agree(ours, row.dp_accounting or 0.0)
+            return msgspec.structs.replace(row, verdict=verdict, finding=finding)
         low, high = accounting.epsilon_by_prv(events, delta)
-        row = msgspec.structs.replace(row, prv_low=low, prv_high=high, pld=accounting.epsilon(events, delta))
+        row = msgspec.structs.replace(row, prv_low=low, prv_high=high, pld=ours)
     except AccountingError as error:
         return msgspec.structs.replace(row, verdict="unverified", finding=f"the accountants disagree: {error}")
     verdict, finding = _agreement(row)
     return msgspec.structs.replace(row, verdict=verdict, finding=finding)
+
+
+def _searches_agree(ours: float, theirs: float) -> tuple[Verdict, str]:
+    if not abs(ours - theirs) <= TOLERANCE * theirs + ROUNDING:
+        return "unverified", f"two computations of a search's Renyi bound say ε = {ours:.6g} and {theirs:.6g}"
+    return "holds", "a private search has a Renyi bound alone; dp-accounting computes the same"
 
 
 def _agreement(row: Accountants) -> tuple[Verdict, str]:

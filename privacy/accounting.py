@@ -28,6 +28,7 @@ from importlib.metadata import version
 import dp_accounting
 import numpy as np
 import numpy.typing as npt
+from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 
@@ -87,10 +88,14 @@ def epsilon_by_dp_accounting(events: Iterable[RecordEvent], delta: float, grid: 
     """Return the same as :func:`epsilon`, an upper bound, by dp-accounting's own PLD code: for audits.
 
     grid: discretisation of the privacy loss; a finer one is tighter and slower.
-    Raises: ConfigError (delta; a private search among the events).
+    Where a private search is among the events, by its Renyi accountant, since PLD does not apply.
+    Raises: ConfigError (delta).
     """
     _check_delta(delta)
-    merged = _merge(_without_search(events))
+    known = tuple(events)
+    if any(isinstance(event, Search) for event in known):
+        return _searches_by_dp_accounting(known, delta)
+    merged = _merge(_without_search(known))
     return _by_dp_accounting(merged, delta, grid) if merged else 0.0
 
 
@@ -294,6 +299,20 @@ def _by_dp_accounting(merged: _Merged, delta: float, grid: float) -> float:
     accountant = PLDAccountant(value_discretization_interval=grid)
     for rate, noise, steps in merged:
         accountant.compose(_dp_event(rate, noise), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _searches_by_dp_accounting(events: Sequence[RecordEvent], delta: float) -> float:
+    accountant = RdpAccountant(_ALL_ORDERS)
+    with _quiet():
+        for event in events:
+            parts = _merge(event.tries if isinstance(event, Search) else (event,))
+            steps = [dp_accounting.SelfComposedDpEvent(_dp_event(q, s), t) for q, s, t in parts]
+            together = dp_accounting.ComposedDpEvent(steps)
+            if isinstance(event, Search):
+                shape = math.inf if event.distribution == "poisson" else event.shape
+                together = dp_event.RepeatAndSelectDpEvent(together, event.mean, shape)
+            accountant.compose(together)
     return float(accountant.get_epsilon(delta))
 
 

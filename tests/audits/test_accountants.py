@@ -215,7 +215,9 @@ def test_an_audit_with_all_of_this_survives_json(job: Any, tmp_path: Path) -> No
         assert needed in words
 
 
-def test_a_private_search_has_a_phase_and_one_accountant(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_private_search_has_a_phase_and_the_renyi_bound_of_two_programs(
+    tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     event = accounting.PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=10)
     run = record_run(tmp_path, make_run)
     path = tmp_path / "run" / "ledger" / "a.jsonl"
@@ -223,8 +225,10 @@ def test_a_private_search_has_a_phase_and_one_accountant(tmp_path: Path, make_ru
     ledger.bind("a", DELTA)
     ledger.append(Search(tries=(event,), mean=3.0), after=1)
     row = accountants_of(run)[0]
-    assert (row.pld, row.dp_accounting, row.verdict) == (None, None, "holds")
-    assert row.rdp is not None
+    assert (row.pld, row.prv_low, row.verdict) == (None, None, "holds")
+    assert row.rdp == pytest.approx(row.dp_accounting, rel=1e-6)
     assert [phase.mechanism.split()[0] for phase in row.phases] == ["Poisson-sampled", "search"]
     report = audit(run)  # the search was never claimed
     assert report.budgets[0].verdict == "violated"
+    monkeypatch.setattr(accounting, "best_of", lambda search, orders, curve: 1.5 * curve)
+    assert accountants_of(run)[0].verdict == "unverified"
