@@ -50,7 +50,12 @@ def _of_scores(attack: ScoreAudit) -> Check:
             f" {attack.null.draws} draws: it is broken, and says nothing."
         )
         return Check(name=name, verdict="unverified", finding=finding)
-    return Check(name=name, verdict="violated" if attack.finding == "violated" else "holds", finding=attack.sentence)
+    finding = attack.sentence
+    above = [b for b in attack.bounds if attack.claimed is not None and b.epsilon > attack.claimed]
+    if attack.finding == "not violated" and above:
+        said = ", ".join(f"{bound.method}: {bound.epsilon:.3g}" for bound in above)
+        finding += f" Bounds that rest on further assumptions are above the claim ({said}): look closer."
+    return Check(name=name, verdict="violated" if attack.finding == "violated" else "holds", finding=finding)
 
 
 def worst(checks: Sequence[Check]) -> Verdict:

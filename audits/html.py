@@ -68,6 +68,7 @@ def audit_page(report: Audit) -> str:
         .render(
             report=report,
             lead=audit_lead(report),
+            overall=text.OVERALL[report.verdict],
             trace=figures.trace_figure(report.traces[0]) if report.traces else None,
             rocs=[
                 (attack, evidence_figures.roc_figure(attack, f"roc-{place}"))

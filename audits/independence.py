@@ -59,23 +59,30 @@ def smallest_of_pairs(rows: NDArray[np.complex128], *, sums: bool) -> Found:
     return Found(_cosine_bound(float(statistic.flat[place]), length), place // count, place % count, tests)
 
 
+def turns(residues: NDArray[Any], modulus: int) -> NDArray[np.complex128]:
+    """exp(2 pi i r / modulus) for residues, of any shape."""
+    return np.asarray(np.exp(2j * math.pi / modulus * residues.astype(np.float64)), np.complex128)
+
+
+def smallest_by_difference(rows: NDArray[np.complex128], known: NDArray[np.complex128]) -> Found:
+    """Every one of ``rows`` against every one of ``known``, both as phases, by their difference."""
+    statistic = (rows @ known.conj().T).real
+    place = int(statistic.argmax())
+    one = place // known.shape[0]
+    bound = _cosine_bound(float(statistic.flat[place]), rows.shape[1])
+    return Found(bound, one, _nearest(rows[one], known), statistic.size)
+
+
 def smallest_of_known(rows: NDArray[np.complex128], known: Sequence[NDArray[np.int64]], bits: int) -> Found:
     """Every one of ``rows`` against every vector of ``known``, by their difference and by the linear test."""
-    length = rows.shape[1]
-    by_difference = (rows @ phases(known, bits).conj().T).real
+    first = smallest_by_difference(rows, phases(known, bits))
     lifted = np.angle(rows) / math.pi  # in (-1, 1], as y / 2^(b-1)
     directions = np.stack([_direction(thinned(vector)) for vector in known])
     by_line = np.abs(lifted @ directions.T)
-    first, second = int(by_difference.argmax()), int(by_line.argmax())
-    bounds = (
-        (_cosine_bound(float(by_difference.flat[first]), length), first),
-        (min(1.0, 2.0 * math.exp(-1.5 * float(by_line.flat[second]) ** 2)), second),
-    )
-    p_value, place = min(bounds)
-    one, other = divmod(place, len(known))
-    if place == first:
-        other = _nearest(rows[one], phases(known, bits))
-    return Found(p_value, one, other, 2 * by_line.size)
+    place = int(by_line.argmax())
+    p_value = min(1.0, 2.0 * math.exp(-1.5 * float(by_line.flat[place]) ** 2))
+    second = Found(p_value, *divmod(place, len(known)), 0)
+    return min(first, second)._replace(tests=2 * by_line.size)
 
 
 def _nearest(row: NDArray[np.complex128], known: NDArray[np.complex128]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from choral.audits.text import amount, cost, duration, plus_minus, score, signed
+from choral.audits.text import OVERALL, amount, cost, duration, plus_minus, score, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     from rich.text import Text
 
     console = console or Console()
-    console.print(Text(f"{report.title}: {report.verdict}", style="bold"))
+    console.print(Text(f"{report.title}: {OVERALL[report.verdict]}", style="bold"))
     console.print(Text(report.sentence))
     console.print(Text(report.claim))
     if report.budgets:

@@ -6,6 +6,7 @@ import math
 
 MINUS = "−"
 NBSP = "\u00a0"  # keeps a number and its unit on one line
+OVERALL = {"holds": "no violation found", "violated": "violated", "unverified": "not verified"}  # of a whole audit
 _PERCENT = ("accuracy",)
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

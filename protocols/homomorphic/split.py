@@ -151,6 +151,30 @@ def encrypt(vector: Any, terms: SplitRound, *, randomness: Callable[[int], bytes
     return Encrypted(key, _messages(vector, terms, key, seed))
 
 
+def without_key(vector: IntVector, terms: SplitRound) -> Iterator[NDArray[np.int32]]:
+    """The residues of ``vector``'s ciphertext if its key were zero, and some errors: shape (L, N lanes), by batch.
+
+    For an auditor who knows the vector and holds ciphertexts against it. **Never to be sent.**
+    """
+    key = np.zeros(terms.parameters.degree, np.int64)
+    for index, raw in enumerate(_messages(vector, terms, key, bytes(32))):
+        yield from residues(read_ciphertext(raw, sender="", body=len(raw)).body, index, terms)
+
+
+def residues(body: bytes, index: int, terms: SplitRound) -> Iterator[NDArray[np.int32]]:
+    """What message ``index`` of a ciphertext holds: residues of coefficients, shape (L, N lanes), by batch."""
+    chosen, bulk = terms.parameters, kernels()
+    nothing = bulk.transform(chosen.ring, np.zeros(chosen.degree))
+    words, done = np.frombuffer(body, "<u4"), 0
+    for batch in terms.batches(index):
+        size = chosen.lanes(batch) * chosen.block_bytes // 4
+        sums = np.zeros(chosen.lanes(batch) * chosen.prime_count * chosen.degree, np.uint32)
+        bulk.add(words[done : done + size], chosen.prime_bits, sums)
+        packed = sums.reshape(chosen.prime_count, -1).view(np.int32)
+        yield bulk.remove(chosen.ring, packed, terms.public(batch), nothing, lanes=chosen.lanes(batch))
+        done += size
+
+
 def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes) -> Iterator[bytes]:
     chosen = terms.parameters
     bulk = kernels(str(vector.device) if is_tensor(vector) else "cpu")

@@ -124,3 +124,11 @@ def test_markdown_escapes_what_users_name(make_run: MakeRun, tmp_path: Path) -> 
     text = compare({HOSTILE: make_run()}, title=HOSTILE).save(tmp_path / "r.md").read_text()
     assert "<script" not in text.replace(r"\<", "")
     assert r"\|\*\*x\*\*" in text
+
+
+def test_a_bound_under_assumptions_above_the_claim_is_pointed_out(evidence: SimpleNamespace) -> None:
+    strict = evidence.attack().bounds[0]
+    assumed = msgspec.structs.replace(strict, method="one run, Gaussian f-DP", epsilon=3.5)
+    report = audit_evidence("My model", attacks=[evidence.attack(bounds=(strict, assumed))])
+    assert report.verdict == "holds"
+    assert "further assumptions are above the claim (one run, Gaussian f-DP: 3.5)" in report.checks[0].finding
