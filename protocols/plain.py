@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
-from choral.protocols.integers import accumulator_dtype, lift, pack, unpack
+from choral.protocols.integers import accumulator_dtype, lift, pack, packed_bytes
 from choral.protocols.seam import IntVector, SumResult, SumSpec
 from choral.protocols.vectors import checked, is_tensor, words
-from choral.protocols.watch import show
+from choral.protocols.watch import show, watched
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +68,11 @@ class PlainRound:
         values = checked(vector, self._spec.length, self._spec.bound)
         if is_tensor(values):
             values = values.cpu().numpy()
-        packed = pack(words(values, self._spec.modulus_bits), self._spec.modulus_bits)
-        show("up", party, packed)
-        self._bytes_up[party] = len(packed)
-        self._sum += unpack(packed, self._spec.length, self._spec.modulus_bits)
+        residues = words(values, self._spec.modulus_bits)
+        if watched():  # packing only says what is known: the bytes, by formula, and these residues
+            show("up", party, pack(residues, self._spec.modulus_bits))
+        self._bytes_up[party] = packed_bytes(self._spec.length, self._spec.modulus_bits)
+        self._sum += residues
 
     def finish(self) -> SumResult:
         """Raises: TooFewSurvivorsError when nobody submitted; StateUsedError the second time."""

@@ -35,3 +35,8 @@ def show(way: Way, party: str, raw: bytes) -> None:
     """A message is on its way."""
     if (watcher := _watcher.get()) is not None:
         watcher(way, party, raw)
+
+
+def watched() -> bool:
+    """Whether anybody looks at what is sent."""
+    return _watcher.get() is not None

@@ -16,6 +16,7 @@ from choral.trainers.algorithms import (
     Scaffold,
 )
 from choral.trainers.centralize import centralize
+from choral.trainers.epochs import Epochs
 from choral.trainers.federate import federate
 from choral.trainers.partition import dirichlet_split
 from choral.trainers.run import Round, Run, RunFolderError, RunInfo
@@ -29,6 +30,7 @@ __all__ = [
     "Algorithm",
     "CoCoA",
     "DivergedError",
+    "Epochs",
     "FedAdam",
     "FedAvg",
     "FedNova",

@@ -33,6 +33,7 @@ from choral.trainers.algorithms.fedavg import FedAvg
 from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
 from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
+from choral.trainers.engines.fastest import Fastest
 from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_fits, open_sessions
@@ -76,7 +77,8 @@ def federate(
         ``min_classes`` classes.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,), for algorithms that need gradients.
     algorithm: ``FedAvg()`` (default) or another of ``choral.trainers.algorithms``; see docs/algorithms.md.
-    engine: who computes at the parties, as a function of the resident trainer, which is the default.
+    engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
+        ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
     privacy: ``Privacy(...)``: record-level differential privacy inside each party, each with its own ledger, sample
         rate and noise. ``ClientPrivacy(...)``: client-level, for each party as a whole: updates are clipped, the mean
         is noisy, all parties weigh the same, and one ledger counts for all. None trains without.
@@ -121,7 +123,7 @@ def federate(
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
             return recorder.end(reason, clients.spent() if clients else _spent(guards))
         resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss)
-        trainer = engine(resident) if engine else resident
+        trainer = engine(resident) if engine else Fastest(resident)
         setup = Setup(
             parties=len(parties),
             length=resident.layout.length,

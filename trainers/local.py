@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,19 +21,21 @@ from choral.privacy import Guard
 from choral.trainers import gradients, linear
 from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.corrections import Steps, corrected
+from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
 from choral.trainers.moving import moved_to
 from choral.trainers.records import Records
 from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seat:
-    """What a party keeps between its turns."""
+    """What a party keeps between its turns. plan: its training in tensors where that is known, False where not."""
 
     optimizer: torch.optim.Optimizer
     fresh: dict[str, Any]
     loader: Any
+    plan: Plan | Literal[False] | None = None
 
 
 class Resident:
@@ -81,11 +83,7 @@ class Resident:
                 done = (
                     self._train(party, work, weights) if isinstance(work, Train) else self._read(party, work, weights)
                 )
-            if not torch.isfinite(done.vector).all():
-                raise DivergedError(
-                    f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
-                    hint="lower the learning rate; the last good round is kept",
-                )
+            refuse_diverged(done.vector, party, round_number)
             yield party, done
 
     def _train(self, party: str, work: Train, weights: torch.Tensor) -> Done:
@@ -102,7 +100,7 @@ class Resident:
             returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device))
         check_returned(returned, (model, self.model), party)
         self.layout.check(self.model, f"party {party!r} after fit")
-        self._check_fixed(party)
+        self.check_fixed(party)
         change = self.layout.read() - weights
         self._check_trained(party, steps, change)
         return Done(vector=change, steps=steps.count, path=steps.path)
@@ -160,7 +158,8 @@ class Resident:
                 " drop_last=True a small party has no batch at all",
             )
 
-    def _check_fixed(self, party: str) -> None:
+    def check_fixed(self, party: str) -> None:
+        """Raises: TaskError if the party's training changed a buffer or a frozen parameter."""
         for name, tensor in _fixed(self.model):
             if not torch.equal(tensor, self._fixed[name]):
                 raise TaskError(
@@ -168,6 +167,15 @@ class Resident:
                     hint="buffers and frozen parameters must stay as they are; make it a trainable parameter, or use a"
                     " layer without running statistics",
                 )
+
+
+def refuse_diverged(vector: torch.Tensor, party: str, round_number: int) -> None:
+    """Raises: DivergedError naming the party, if not all of `vector` is finite."""
+    if not torch.isfinite(vector).all():
+        raise DivergedError(
+            f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
+            hint="lower the learning rate; the last good round is kept",
+        )
 
 
 def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -185,10 +193,19 @@ def initial_model(build: Build, dataset: Any, seed: int) -> nn.Module:
 @contextmanager
 def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
     """torch's generators seeded from (seed, round, purpose), and put back afterwards."""
-    digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+    number = int.from_bytes(hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()[:8]) >> 1
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(number)
+            yield
+        return
+    # torch.manual_seed also notes the stack for accelerators that are not there, at a tenth of a small party's time.
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(number)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 class OnDevice:

@@ -1,0 +1,195 @@
+"""One party after the other, without loader and optimizer: batches gathered from tensors, fused steps, closed forms.
+
+The arithmetic is that of `Epochs` on the resident model, and so are the weights, bit for bit; for linear models with a
+known criterion the gradient is written down instead of differentiated, and equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from choral.trainers.algorithms.seam import Done, Train, Work
+from choral.trainers.epochs import Criterion, Epochs, Plan, plan_of
+from choral.trainers.local import Resident, refuse_diverged, seeded
+
+
+class Slope(NamedTuple):
+    """The gradient of a mean criterion in the outputs: factor * (link(outputs) - targets) / (records or numbers).
+
+    classes: targets are class numbers, here as rows of zeros and a one, and the mean is over records.
+    """
+
+    link: Callable[[torch.Tensor], torch.Tensor]
+    factor: float = 1.0
+    classes: bool = False
+
+
+class Direct:
+    """The parties whose training is `Epochs` on tensors; what it does not know is left to the resident trainer."""
+
+    def __init__(self, resident: Resident) -> None:
+        self.resident = resident
+        self._linear = linear_layer(resident.model)
+        self._slope = slope_of(resident.fit.criterion) if isinstance(resident.fit, Epochs) else None
+
+    @property
+    def length(self) -> int:
+        return self.resident.length
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether gradients are written down rather than differentiated."""
+        return self._linear is not None and self._slope is not None
+
+    def do(
+        self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done]]:
+        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; nothing is read ahead."""
+        for party, work in orders:
+            plan = planned(self.resident, party, work)
+            if plan is None or not isinstance(work, Train):
+                yield from self.resident.do([(party, work)], weights, round_number)
+                continue
+            with seeded(self.resident.seed, round_number, party):
+                done = self.train(plan, work, weights)
+            self.resident.check_fixed(party)
+            refuse_diverged(done.vector, party, round_number)
+            yield party, done
+
+    def train(self, plan: Plan, work: Train, weights: torch.Tensor) -> Done:
+        """Train on one party's tensors from `weights`, shape (d,), with batches drawn from torch's generator."""
+        layout = self.resident.layout
+        layout.write(weights)
+        self.resident.model.train()
+        layer, slope = self._linear, self._slope
+        if (
+            layer is not None
+            and slope is not None
+            and fits(layer, slope, plan, flattens=layer is not self.resident.model)
+        ):
+            descend(layer, slope, plan, Step(plan, work, layout.pieces(weights), layout.parameters))
+        else:
+            self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
+        return Done(vector=layout.read() - weights, steps=plan.steps, path=path_of(plan))
+
+    def _differentiate(self, plan: Plan, step: Step) -> None:
+        model, parameters = self.resident.model, self.resident.layout.parameters
+        criterion = self.resident.fit.criterion  # type: ignore[attr-defined]
+        for inputs, targets in plan.data():
+            loss = criterion(model(inputs), targets, reduction="mean")
+            step(list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
+
+
+class Step:
+    """One step of SGD on all parameters at once, with the algorithm's correction; torch's own order of operations."""
+
+    def __init__(
+        self, plan: Plan, work: Train, start: list[torch.Tensor], parameters: list[torch.nn.Parameter]
+    ) -> None:
+        self._plan, self._work, self._start = plan, work, start
+        self._data = [parameter.data for parameter in parameters]
+        self._shift = None if work.shift is None else _like(work.shift, start)
+        self._velocity: list[torch.Tensor] | None = None
+        self.plain = not (work.corrects or plan.momentum or plan.weight_decay)  # a rate times the gradient, no more
+
+    @torch.no_grad()
+    def __call__(self, gradients: list[torch.Tensor]) -> None:
+        plan, work = self._plan, self._work
+        if work.pull:
+            torch._foreach_add_(gradients, torch._foreach_sub(self._data, self._start), alpha=work.pull)
+        if self._shift is not None:
+            torch._foreach_add_(gradients, self._shift)
+        if plan.weight_decay:
+            torch._foreach_add_(gradients, self._data, alpha=plan.weight_decay)
+        if plan.momentum:
+            if self._velocity is None:
+                self._velocity = [gradient.clone() for gradient in gradients]
+            else:
+                torch._foreach_mul_(self._velocity, plan.momentum)
+                torch._foreach_add_(self._velocity, gradients)
+            if plan.nesterov:
+                torch._foreach_add_(gradients, self._velocity, alpha=plan.momentum)
+            else:
+                gradients = self._velocity
+        torch._foreach_add_(self._data, gradients, alpha=-plan.learning_rate)
+
+
+def planned(resident: Resident, party: str, work: Work) -> Plan | None:
+    """The party's training in tensors, or None where the resident trainer must do it: other work, a private party."""
+    if not isinstance(work, Train) or party in resident.guards:
+        return None
+    seat = resident.seat(party)
+    if seat.plan is None:
+        plan = plan_of(resident.fit, resident.model, seat.optimizer, seat.loader, resident.device)
+        seat.plan = plan if plan is not None and plan.steps else False
+    return seat.plan or None
+
+
+def path_of(plan: Plan) -> float | None:
+    """The sum of the learning rates of all steps; None with momentum. See :class:`Done`."""
+    return None if plan.momentum else sum([plan.learning_rate] * plan.steps, 0.0)
+
+
+def linear_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer, if the model is one linear layer behind nothing but flattening; all its parameters trainable."""
+    layers = list(model) if type(model) is nn.Sequential else [model]
+    while len(layers) > 1 and type(layers[0]) is nn.Flatten and (layers[0].start_dim, layers[0].end_dim) == (1, -1):
+        layers = layers[1:]
+    layer = layers[0] if len(layers) == 1 else None
+    hooked = type(layer) is nn.Linear and (layer._forward_hooks or layer._forward_pre_hooks)
+    if type(layer) is not nn.Linear or hooked or not all(p.requires_grad for p in layer.parameters()):
+        return None
+    return layer
+
+
+def fits(layer: nn.Linear, slope: Slope, plan: Plan, *, flattens: bool) -> bool:
+    """Whether each record is one row of features of this layer, with targets that the slope knows."""
+    inputs, targets = plan.inputs, plan.targets
+    if inputs.dtype != layer.weight.dtype or inputs[0].numel() != layer.in_features:
+        return False
+    if not flattens and inputs.ndim != 2:
+        return False
+    if slope.classes:  # none to be ignored
+        known = not targets.is_floating_point() and targets.ndim == 1
+        return known and bool(((targets >= 0) & (targets < layer.out_features)).all())
+    return targets.shape == (len(inputs), layer.out_features)
+
+
+def slope_of(criterion: Criterion) -> Slope | None:
+    """The slope of those criteria whose gradient is known in closed form."""
+    if criterion is F.cross_entropy:
+        return Slope(lambda outputs: torch.softmax(outputs, dim=-1), classes=True)
+    if criterion is F.binary_cross_entropy_with_logits:
+        return Slope(torch.sigmoid)
+    if criterion is F.mse_loss:
+        return Slope(lambda outputs: outputs, factor=2.0)
+    return None
+
+
+@torch.no_grad()
+def descend(layer: nn.Linear, slope: Slope, plan: Plan, step: Step) -> None:
+    """Every step of the plan on a linear layer: the gradient is the slope's product with the inputs."""
+    weight, bias = layer.weight.data, None if layer.bias is None else layer.bias.data
+    targets = F.one_hot(plan.targets, layer.out_features) if slope.classes else plan.targets
+    plan = dataclasses.replace(plan, inputs=plan.inputs.flatten(1), targets=targets.to(weight.dtype))
+    for inputs, wanted in plan.data():
+        change = slope.link(F.linear(inputs, weight, bias)).sub_(wanted)
+        scale = slope.factor / (len(inputs) if slope.classes else change.numel())
+        if step.plain:  # without a gradient of its own: one operation and one pass over the weights less
+            weight.addmm_(change.T, inputs, alpha=-plan.learning_rate * scale)
+            if bias is not None:
+                bias.add_(change.sum(0), alpha=-plan.learning_rate * scale)
+        else:
+            change.mul_(scale)
+            step([change.T @ inputs] if bias is None else [change.T @ inputs, change.sum(0)])
+
+
+def _like(flat: torch.Tensor, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = torch.split(flat.to(pieces[0].dtype), [piece.numel() for piece in pieces])
+    return [part.view_as(piece) for part, piece in zip(parts, pieces, strict=True)]

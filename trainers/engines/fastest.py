@@ -1,0 +1,62 @@
+"""One by one or stacked, whichever is faster for this model, these parties and this machine: measured, not guessed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import torch
+
+from choral.trainers.algorithms.seam import Done, LocalTrainer, Work
+from choral.trainers.engines.cohort import Cohort
+from choral.trainers.engines.direct import Direct, planned
+from choral.trainers.local import Resident
+
+_TRIED = 16  # parties that are trained both ways, once in a run
+
+
+class Fastest:
+    """The default trainer. Where ``fit`` is the user's own code, it is the resident trainer.
+
+    Where it is `Epochs`, the first parties of the first round are trained by :class:`Direct` and by :class:`Cohort`,
+    the results thrown away, and the faster one is kept for the whole run. Both give the same weights up to rounding.
+    """
+
+    def __init__(self, resident: Resident) -> None:
+        self.resident = resident
+        self.chosen: LocalTrainer | None = None
+
+    @property
+    def length(self) -> int:
+        return self.resident.length
+
+    def do(
+        self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done]]:
+        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`."""
+        orders = iter(orders)
+        if self.chosen is None:
+            first = list(islice(orders, _TRIED))
+            self.chosen = self._choose(first, weights, round_number)
+            orders = chain(first, orders)
+        yield from self.chosen.do(orders, weights, round_number)
+
+    def _choose(self, first: list[tuple[str, Work]], weights: torch.Tensor, round_number: int) -> LocalTrainer:
+        direct, cohort = Direct(self.resident), Cohort(self.resident)
+        if len([party for party, work in first if planned(self.resident, party, work) is not None]) < 2:
+            return direct
+        seconds = {trainer: _seconds(trainer, first, weights, round_number) for trainer in (direct, cohort)}
+        return cohort if cohort.stackable and seconds[cohort] < seconds[direct] else direct
+
+
+def _seconds(trainer: LocalTrainer, orders: list[tuple[str, Work]], weights: torch.Tensor, round_number: int) -> float:
+    """Of the second of two goes: the first one also compiles, allocates and fills caches."""
+    started = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for _party, _done in trainer.do(orders, weights, round_number):
+            pass
+        if weights.device.type == "cuda":
+            torch.cuda.synchronize(weights.device)
+    return time.perf_counter() - started
