@@ -162,8 +162,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What an adversary rebuilt from one kind of message.
 
     name: "plain update", "masked message", "sum" or "sum with noise". sees: what the adversary holds, in words.
-    image: one reconstruction, row by row, values in [0, 1], shape `InversionAudit.shape`; images are the targets' best
-        matches. psnr (dB), ssim: of the reconstruction against the true image, mean over trials.
+    image: one reconstruction, row by row, values in [0, 1], shape `InversionAudit.shape`, of the first trial, not the
+        best. psnr (dB), ssim: of the reconstruction against the true image, mean over trials.
     unrelated_psnr: against images of other records, mean over trials. p_value: one-sided, that the
         true image is nearer than unrelated ones. recovered: p_value below the level and psnr above `RECOGNISABLE_PSNR`.
     """
@@ -181,8 +181,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class InversionAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Gradient inversion of one party's update, seen in several ways. shape: (height, width) of `truth` and images.
 
-    method: "exact (linear first layer)" or "optimisation". trials: updates attacked, of one record each unless `batch`
-    says more. truth: the image that the shown reconstructions are of.
+    method: "exact (linear first layer)" or "optimisation". trials: updates attacked, of `batch` records each. truth:
+    the image that the shown reconstructions are of.
     """
 
     method: str
