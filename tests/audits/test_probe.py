@@ -21,8 +21,11 @@ PROMISE = Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=0.7, epochs=3)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ones(self: PrivateOptimizer, samples: list[Any]) -> torch.Tensor:
-        return torch.ones(samples[0].records, dtype=torch.float64)
+    honest = PrivateOptimizer._clip_factors
+
+    def ones(self: PrivateOptimizer, samples: list[Any]) -> Any:
+        factors, within = honest(self, samples)
+        return [torch.ones_like(factor) for factor in factors], within
 
     monkeypatch.setattr(PrivateOptimizer, "_clip_factors", ones)
 
