@@ -58,7 +58,7 @@ class Scaffold(Algorithm):
         return {"update": Channel(length=2 * setup.length)}
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
-        control = server.state.get("control", torch.zeros_like(weights))
+        control = server.state.get("control", torch.zeros_like(weights)).to(weights)
         mean = yield Exchange(channel="update", weights=weights, new={"control": control})
         change, variate = mean.value[: len(weights)], mean.value[len(weights) :]
         server.state["control"] = moved(control, variate * (mean.weight / server.setup.examples))

@@ -13,8 +13,14 @@ from torch.utils.data import DataLoader
 
 from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run, federate
 from choral.errors import ConfigError
+from choral.privacy import Guard, Ledger
 from choral.trainers import DivergedError, RunFolderError, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
+from choral.trainers.algorithms.seam import Train
+from choral.trainers.local import Resident
+from choral.trainers.memory import read_memory
+
+from .conftest import RATE, build, fit
 
 SUMS = [Plain(), Masked(), Homomorphic()]
 
@@ -91,6 +97,44 @@ def test_resumed_equals_uninterrupted(convex, tmp_path, kind):
     assert Run.load(tmp_path / "run").info.algorithm == algorithm.record()
     with pytest.raises(ConfigError, match="algorithm was"):
         federate(**job | {"algorithm": FedProx(mu=0.5)}, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["scaffold", "cocoa"])
+def test_what_parties_keep_agrees_with_the_server_though_some_were_lost(convex, oracle, tmp_path, kind):
+    """SCAFFOLD: c is the weighted mean of all variates. CoCoA+: w is what the dual variables say."""
+    run = federate(**convex(rounds=6), algorithm=KINDS[kind](), dropout_rate=0.3, out=tmp_path / "run")
+    assert min(entry.survivors for entry in run.history[1:]) < 4
+    memory = read_memory(tmp_path / "run", 6)
+    total = sum(oracle.counts.values())
+    if kind == "scaffold":
+        mean = sum(oracle.counts[name] * state["variate"].double() for name, state in memory.parties.items()) / total
+        assert mean.abs().max() > 0.05
+        torch.testing.assert_close(memory.server["control"].double(), mean, rtol=0, atol=1e-6)
+    else:
+        blocks = {name: state["dual"].numpy() for name, state in memory.parties.items()}
+        primal = sum((block * oracle.data[name][1]) @ oracle.data[name][0] for name, block in blocks.items())
+        flat = torch.cat([tensor.reshape(-1) for tensor in run.state.values()]).numpy()
+        assert np.abs(flat - primal / (0.01 * total)).max() < 1e-5
+
+
+def test_bytes_down_count_what_is_sent_when_it_is_sent(convex):
+    """Weights once a round, FSVRG's direction every round, its shares once; 7 coordinates of 4 bytes."""
+    history = federate(**convex(rounds=3), algorithm=FSVRG()).history
+    assert [entry.bytes_down for entry in history[1:]] == [3 * 28, 2 * 28, 2 * 28]
+    assert history[1].bytes_up > history[2].bytes_up == history[3].bytes_up
+
+
+def test_corrections_come_after_clipping_and_noise(shards):
+    """Gradients are clipped to 1e-4 and their noise is small; a shift by 1 is in each step whole."""
+    privacy = Privacy(epsilon=8.0, delta=1e-3, max_grad_norm=1e-4)
+    guard = Guard(privacy, holder="north", ledger=Ledger(None, holder="north"), passes=1)
+    resident = Resident(
+        build=build, fit=fit, datasets=shards, guards={"north": guard}, seed=0, device=torch.device("cpu")
+    )
+    ((_, done),) = resident.do([("north", Train(shift=torch.ones(7)))], resident.layout.read(), 1)
+    assert done.steps == guard.spent().steps == 4
+    assert done.path == pytest.approx(4 * RATE)
+    torch.testing.assert_close(done.vector, torch.full((7,), -4 * RATE), rtol=0, atol=1e-2)
 
 
 def test_a_lost_memory_is_refused(convex, tmp_path):
