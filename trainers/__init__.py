@@ -18,9 +18,11 @@ from choral.trainers.algorithms import (
 from choral.trainers.centralize import centralize
 from choral.trainers.epochs import Epochs
 from choral.trainers.federate import federate
+from choral.trainers.lora import lora, merged
 from choral.trainers.partition import dirichlet_split
 from choral.trainers.run import Round, Run, RunFolderError, RunInfo
 from choral.trainers.settings import Split, Training
+from choral.trainers.start import StartError
 from choral.trainers.task import DivergedError, Task, TaskError
 
 __all__ = [
@@ -42,10 +44,13 @@ __all__ = [
     "RunInfo",
     "Scaffold",
     "Split",
+    "StartError",
     "Task",
     "TaskError",
     "Training",
     "centralize",
     "dirichlet_split",
     "federate",
+    "lora",
+    "merged",
 ]

@@ -19,6 +19,7 @@ from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
+from choral.trainers.start import Start, Weights
 from choral.trainers.task import (
     Build,
     DivergedError,
@@ -42,6 +43,7 @@ def centralize(
     rounds: int,
     seed: int = 0,
     loss: Loss | None = None,
+    start: Start | None = None,
     privacy: Privacy | None = None,
     device: str = "cpu",
     out: str | Path | None = None,
@@ -61,19 +63,20 @@ def centralize(
     check_settings(rounds, seed, 0.0)
     examples = check_parties(parties, least=1, min_classes=1)
     on = resolve_device(device)
+    initial = Weights.read(start) if start is not None else None
     whole = pool(list(parties.values()))
-    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config)
+    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config, initial)
     with Recorder.open(out, info, resume=resume) as recorder:
         guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
         if reason := nothing_left(guards, recorder):
             return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
-        start = initial_model(build, next(iter(parties.values())), seed)
+        first = initial_model(build, next(iter(parties.values())), seed, initial)
         with seeded(seed, 0, POOLED):
             model, optimizer, loader = checked_build(build, whole)
         model.to(on)
         layout = Layout(model)
-        layout.check(start, "the pooled data")
-        model.load_state_dict(start.state_dict())
+        layout.check(first, "the pooled data")
+        model.load_state_dict(first.state_dict())
         meter = EnergyMeter(on)
         recorder.begin(msgspec.structs.replace(info, parameters=layout.length, meters=meter.meters))
         recorder.restore(model, layout, optimizer)

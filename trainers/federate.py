@@ -38,6 +38,7 @@ from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_fits, open_sessions
 from choral.trainers.run import Round, Run, RunInfo, versions
+from choral.trainers.start import Start, Weights
 from choral.trainers.task import Build, Evaluate, Fit, Loss, check_parties, metrics_of, raw_bytes
 from choral.trainers.transcript import Detail, Transcript
 
@@ -54,6 +55,7 @@ def federate(
     rounds: int,
     seed: int = 0,
     loss: Loss | None = None,
+    start: Start | None = None,
     algorithm: Algorithm | None = None,
     engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
@@ -76,6 +78,9 @@ def federate(
     parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
         ``min_classes`` classes.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,), for algorithms that need gradients.
+    start: a state dict, or the path of a .safetensors file, to start from in the place of the weights that ``build``
+        and ``seed`` make. Only trainable parameters are trained, sent and summed; see docs/training.md. What the
+        weights tell of the data that they were trained on is not in this run's budget.
     algorithm: ``FedAvg()`` (default) or another of ``choral.trainers.algorithms``; see docs/algorithms.md.
     engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
         ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
@@ -94,17 +99,18 @@ def federate(
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called after each completed round.
 
-    Raises: ConfigError, DataError, TaskError, DivergedError, RunFolderError (this package), and what privacy and the
-        protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Rounds already
-        completed stay in ``out``.
+    Raises: ConfigError, DataError, TaskError, StartError, DivergedError, RunFolderError (this package), and what
+        privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Rounds
+        already completed stay in ``out``.
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
     examples = check_parties(parties, least=2, min_classes=min_classes)
     on = resolve_device(device)
+    initial = Weights.read(start) if start is not None else None
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
-    info = describe("federated", parties, examples, rounds, seed, on, privacy, config)
+    info = describe("federated", parties, examples, rounds, seed, on, privacy, config, initial)
     info = msgspec.structs.replace(
         info, algorithm=algorithm.record(), releases=tuple(asdict(release) for release in algorithm.releases)
     )
@@ -122,7 +128,9 @@ def federate(
         )
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
             return recorder.end(reason, clients.spent() if clients else _spent(guards))
-        resident = Resident(build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss)
+        resident = Resident(
+            build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss, start=initial
+        )
         trainer = engine(resident) if engine else Fastest(resident)
         setup = Setup(
             parties=len(parties),
@@ -201,6 +209,7 @@ def describe(
     device: torch.device,
     privacy: Privacy | ClientPrivacy | None,
     config: Mapping[str, Any] | None,
+    start: Weights | None,
 ) -> RunInfo:
     """What is known of a run before its model is built."""
     return RunInfo(
@@ -213,6 +222,7 @@ def describe(
         privacy=_settings_of(privacy, len(parties)),
         raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(config or {}),
+        start=start.record() if start else None,
         versions=versions(),
     )
 

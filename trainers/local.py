@@ -25,6 +25,7 @@ from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
 from choral.trainers.moving import moved_to
 from choral.trainers.records import Records
+from choral.trainers.start import Weights
 from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
 
 
@@ -42,7 +43,8 @@ class Resident:
     """The resident model of this process, and the seats of the parties that have had a turn: a LocalTrainer.
 
     build, fit, loss: the user's functions. datasets: one per party. guards: one per party for record-level
-    differential privacy, empty without. seed: decides initial weights and data order, never noise.
+    differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
+    start from, in the place of the seed's.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Resident:
         seed: int,
         device: torch.device,
         loss: Loss | None = None,
+        start: Weights | None = None,
     ) -> None:
         self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
         self.seed, self.device = seed, device
-        self.model = initial_model(build, next(iter(datasets.values())), seed).to(device)
+        self.model = initial_model(build, next(iter(datasets.values())), seed, start).to(device)
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
@@ -184,10 +187,16 @@ def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_buffers(), *frozen]
 
 
-def initial_model(build: Build, dataset: Any, seed: int) -> nn.Module:
-    """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison."""
+def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None = None) -> nn.Module:
+    """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison.
+
+    start: weights in the place of those that the seed decides. Raises: what checked_build does; StartError.
+    """
     with seeded(seed, 0, "initial weights"):
-        return checked_build(build, dataset)[0]
+        model = checked_build(build, dataset)[0]
+    if start:
+        start.load_into(model)
+    return model
 
 
 @contextmanager

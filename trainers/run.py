@@ -84,6 +84,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     secure_sum: name and trust statement of the secure sum; None for a centralized run.
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
+    start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
@@ -99,6 +100,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     parameters: int
     privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}
+    start: dict[str, str | int] | None = None
     algorithm: dict[str, Any] | None = None
     releases: tuple[dict[str, Any], ...] = ()
     secure_sum: dict[str, Any] | None = None
@@ -325,7 +327,7 @@ _SAME = "use the same settings, or a new --out"
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm"))
+    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm", "start"))
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

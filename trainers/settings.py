@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from choral.errors import ConfigError
@@ -46,6 +47,8 @@ class Training:
     """Step size of SGD."""
     hidden: int = 32
     """Width of the hidden layer; 0 trains a linear model."""
+    start: Path | None = None
+    """Weights to start from (.safetensors), of the same model; by default the seed makes them."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "local_epochs", "batch_size"):
