@@ -79,7 +79,8 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     Finds: noise that is smaller than claimed; noise used twice, within a run or in the next; more records drawn than
     the sample rate, or batches of fixed size; records beyond the clipping norm; and, by the canaries, whatever makes
     the whole cost more than claimed. Adversary: sees every step, and knows all records but the coins.
-    Does not find: what the trainer does on other data alone, such as an unclipped layer of another kind.
+    Does not find: what the trainer does on other data alone, such as an unclipped layer of another kind;
+    nor faults of adaptive or per-layer clipping and of chunked batches: the probe has one fixed norm and whole batches.
 
     Raises: ConfigError for correlated noise, which repeats by design; what the trainer raises.
     """

@@ -13,7 +13,7 @@ from Crypto.Cipher import AES
 
 from choral.audits.probe import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
-from choral.privacy import CorrelatedPrivacy, Privacy, guard, step
+from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Privacy, guard, step
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.step import PrivateOptimizer
 
@@ -150,6 +150,11 @@ def _without_privacy(promise: Privacy) -> Any:
 def test_correlated_noise_is_not_probed() -> None:
     with pytest.raises(ConfigError, match="independent"):
         probe(CorrelatedPrivacy(epsilon=2.0, delta=1e-5))
+
+
+def test_an_adaptive_norm_is_probed_as_one_fixed_norm() -> None:
+    found = probe(Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=AdaptiveClip(start=0.3), max_physical_batch_size=8))
+    assert not found.violated, found.sentence
 
 
 def test_noise_reuse_false_alarms_and_power() -> None:
