@@ -140,7 +140,8 @@ def holders_figure(arms: Sequence[Arm], colours: Mapping[str, int]) -> Figure:
     private = [arm for arm in arms if arm.claim is not None]
     said = "; ".join(
         f"{arm.name}: {len(arm.holders)} data holder{'s' if len(arm.holders) > 1 else ''}, epsilon from"
-        f" {cost(arm.holders[-1].epsilon)} to {cost(arm.holders[0].epsilon)}, {arm.claim.asked:g} asked for"
+        f" {cost(arm.holders[-1].epsilon)} to {cost(arm.holders[0].epsilon)}, {arm.claim.asked:g} asked for, per"
+        f" {arm.claim.unit}"
         for arm in private
         if arm.claim
     )
@@ -168,7 +169,11 @@ def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> 
         step, colour, limit = tall[arm.name], colours[arm.name], chart.across(arm.claim.asked)
         chart.text(0, y + 18, arm.name, f"name arm-{colour}")
         chart.text(
-            limit, y + 18, f"asked for: {arm.claim.asked:g}", "tick", "end" if arm.claim.asked > most / 2 else "start"
+            limit,
+            y + 18,
+            f"asked for: {arm.claim.asked:g} per {arm.claim.unit}",
+            "tick",
+            "end" if arm.claim.asked > most / 2 else "start",
         )
         y += 30
         for holder in arm.holders:

@@ -166,6 +166,7 @@ def test_the_page_says_for_whom_each_epsilon_holds(arms: Arms, budgets: Arms, ma
         "Upper quartile",
         "Sample rate",
         "federated-dp, 10 data holders",
+        "asked for: 8 per client",
     ):
         assert needed in words.replace("\u00a0", " "), needed
     assert "not on one scale" not in Page(comparison_page(compare(arms))).words
