@@ -114,13 +114,20 @@ class Federation:
                 yield name, self.algorithm.work(party, ask)
 
         kept: dict[str, State] = {}
+        answered: set[str] = set()
         for name, done in self.trainer.do(orders(), ask.weights, number):
             party = working.pop(name)
             vector = coder.encode(name, self.algorithm.answer(party, ask, done))
             self.seen.vector(name, vector)
             summing.submit(name, vector)
+            answered.add(name)
             if party.state or name in states:
                 kept[name] = dict(party.state)
+        if missing := [name for name in present if name not in answered]:
+            raise TaskError(
+                f"the engine {type(self.trainer).__name__} made nothing of the work of party {missing[0]!r}",
+                hint="LocalTrainer.do yields one result per order",
+            )
         result: SumResult = summing.finish()
         for name in result.survivors:
             if name in kept:

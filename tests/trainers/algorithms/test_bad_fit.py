@@ -116,3 +116,30 @@ def test_divergence_keeps_the_last_good_round(convex, tmp_path, algorithm):
     kept = Run.load(tmp_path / "run")
     assert kept.history[-1].round == 2
     assert all(torch.isfinite(tensor).all() for tensor in kept.state.values())
+
+
+def test_an_engine_that_leaves_out_a_party_is_refused(convex):
+    """It must not pass for a party that dropped out."""
+
+    class Lazy:
+        def __init__(self, resident):
+            self.resident, self.length = resident, resident.length
+
+        def do(self, orders, weights, round_number):
+            return (pair for pair in self.resident.do(orders, weights, round_number) if pair[0] != "east")
+
+    with pytest.raises(TaskError, match="engine Lazy made nothing of the work of party 'east'"):
+        federate(**convex(), engine=Lazy)
+
+
+def test_an_engine_may_read_ahead(convex):
+    class Eager:
+        def __init__(self, resident):
+            self.resident, self.length = resident, resident.length
+
+        def do(self, orders, weights, round_number):
+            return iter(list(self.resident.do(list(orders), weights, round_number)))
+
+    for algorithm in (Scaffold(), FSVRG()):
+        one, other = federate(**convex(), algorithm=algorithm), federate(**convex(), algorithm=algorithm, engine=Eager)
+        assert torch.equal(one.state["weight"], other.state["weight"])
