@@ -1,28 +1,44 @@
-"""What the private step costs: time over a plain step and over Opacus' own, and the noise generator's rate.
+"""What the private step costs: time and memory over a plain step and Opacus' own, and the noise generator's rate.
 
     python benchmarks/dp_step.py [--device cpu|cuda] [--repeats 30]
 
-Same model, same records, same optimizer; medians of interleaved repeats in one run. Opacus runs without its
-secure mode (which needs a package that no longer exists), so its noise is the cheap, replayable kind.
+Same model, same records, same optimizer; medians of interleaved repeats in one run, of processor time (on a GPU of the
+clock's). Opacus runs with its hooks and with its ghost clipping, without its secure mode (which needs a package that no
+longer exists), so its noise is the cheap, replayable kind. Memory is the peak of one step beyond what the process held
+before any, each kind in a process of its own: the kernel's high-water mark, set back (on a GPU, torch's).
+
+The last lines compare the two ways of :mod:`choral.privacy.ghost`, written down (Dense) or kept as factors (Outer),
+over positions T, input width d and output width p: time of norms and weighted sum, numbers kept, and the choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
-from choral.privacy import accounting
+from choral.privacy import accounting, ghost
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import gaussian, os_stream
 from choral.privacy.step import PrivateOptimizer
+
+MIB = 1 << 20
+Step = Callable[[], None]
 
 
 class Block(nn.Module):
@@ -57,34 +73,143 @@ def cnn() -> nn.Module:
     )
 
 
-def steps(make: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, before: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            before()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-        return run
-
-    settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": len(x)}
-    plain, theirs, ours = (make().to(x.device) for _ in range(3))
-    sgd = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (plain, theirs, ours)]
-    wrapped = with_per_sample_gradients(ours)
-    private = PrivateOptimizer(sgd[2], wrapped, source=os_stream, **settings)
-    return {
-        "plain": step(plain, sgd[0], lambda: None),
-        "opacus": step(GradSampleModule(theirs), DPOptimizer(sgd[1], **settings), lambda: None),
-        "choral": step(wrapped, private, lambda: private.expect(len(x))),
-    }
+CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], torch.Tensor], int]] = {
+    "cnn": ("26k parameters, batch 256", cnn, lambda: torch.randn(256, 1, 28, 28), 256),
+    "transformer": ("layer of 55k parameters, batch 64 x 64 tokens", Block, lambda: torch.randint(65, (64, 64)), 64),
+    "linear": ("digits, 650 parameters, batch 64", lambda: nn.Linear(64, 10), lambda: torch.randn(64, 64), 64),
+}
+KINDS = ("plain", "choral", "opacus hooks", "opacus ghost")
+WIDTHS = ((64, 64), (256, 64), (256, 256), (1024, 256), (768, 3072))
+SHAPES = [(t, d, p) for t in (1, 4, 16, 64, 256) for d, p in WIDTHS]
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    started = time.perf_counter()
+def step_of(kind: str, make: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor) -> Step:
+    """One training step of this kind on these records; a fresh model."""
+    model, records = make().to(x.device), len(x)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": records}
+    criterion = nn.functional.cross_entropy
+    optimizer, before = sgd, (lambda: None)
+    if kind == "choral":
+        model = with_per_sample_gradients(model)
+        optimizer = private = PrivateOptimizer(sgd, model, source=os_stream, **settings)
+        before = lambda: private.expect(records)  # noqa: E731
+    elif kind == "opacus hooks":
+        model, optimizer = GradSampleModule(model), DPOptimizer(sgd, **settings)
+    elif kind == "opacus ghost":
+        model = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0, use_ghost_clipping=True)
+        optimizer = DPOptimizerFastGradientClipping(sgd, **settings)
+        criterion = DPLossFastGradientClipping(model, optimizer, nn.CrossEntropyLoss())
+
+    def run() -> None:
+        before()
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    return run
+
+
+def data_of(case: str, device: torch.device) -> tuple[Callable[[], nn.Module], torch.Tensor, torch.Tensor]:
+    _, make, inputs, records = CASES[case]
+    return make, inputs().to(device), torch.randint(10, (records,)).to(device)
+
+
+def seconds(run: Step, device: torch.device) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    started = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def status(field: str) -> int:
+    """A field of this process's memory, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) << 10
+
+
+def peak(run: Step, device: torch.device) -> float:
+    """The most memory while `run` runs, MiB: of the process, or of torch on the GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / MIB
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is held now
+    run()
+    return status("VmHWM") / MIB
+
+
+def memory(case: str, kind: str, device: torch.device) -> dict[str, float]:
+    """In this process, peaks of the first step and of later ones over what was held before, MiB."""
+    step_of(kind, CASES["linear"][1], torch.randn(2, 64).to(device), torch.zeros(2, dtype=torch.int64).to(device))()
+    run = step_of(kind, *data_of(case, device))  # after a small step: libraries are loaded
+    before = (torch.cuda.memory_allocated() if device.type == "cuda" else status("VmRSS")) / MIB
+    first = peak(run, device) - before
+    return {"first": first, "later": max(peak(run, device) for _ in range(3)) - before}
+
+
+def memory_elsewhere(case: str, kind: str, device: torch.device) -> dict[str, float]:
+    """The same in a process of its own, which gives large blocks back as soon as they are free."""
+    command = [sys.executable, __file__, "--device", device.type, "--memory-of", case, kind]
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found: dict[str, float] = json.loads(subprocess.run(command, env=exact, check=True, capture_output=True).stdout)
+    return found
+
+
+def interleaved(runs: dict[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {kind: [] for kind in runs}
+    for repeat in range(repeats + 3):
+        for kind, run in runs.items():
+            taken = seconds(run, device)
+            if repeat >= 3:
+                times[kind].append(taken)
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def step_line(case: str, repeats: int, device: torch.device) -> dict[str, object]:
+    data = data_of(case, device)
+    middle = interleaved({kind: step_of(kind, *data) for kind in KINDS}, repeats, device)
+    peaks = {kind: memory_elsewhere(case, kind, device) for kind in KINDS}
+    return {
+        "step": case,
+        "of": CASES[case][0],
+        "plain_ms": round(1e3 * middle["plain"], 2),
+        "time over plain": {kind: round(middle[kind] / middle["plain"], 2) for kind in KINDS[1:]},
+        "peak MiB": {kind: round(peaks[kind]["later"], 1) for kind in KINDS},
+        "peak MiB, first step": {kind: round(peaks[kind]["first"], 1) for kind in KINDS},
+    }
+
+
+def ghost_line(t: int, d: int, p: int, records: int, repeats: int, device: torch.device) -> dict[str, object]:
+    """Both ways for a linear layer: time of making, norms and weighted sum, and numbers kept until the sum."""
+    a, g = torch.randn(records, t, d, device=device), torch.randn(records, t, p, device=device)
+    weights = torch.rand(records, dtype=torch.float64)
+    chosen = type(ghost.per_sample(nn.Linear(d, p), a, g)["weight"]).__name__
+
+    def dense() -> None:
+        rows = ghost.Dense(torch.bmm(g.mT, a).flatten(1), 1.0)
+        rows.norms()
+        rows.weighted_sum(weights)
+
+    def outer() -> None:
+        factors = ghost.Outer(lambda part: (a[part], g[part]), records, (t, d, p), 1.0)
+        factors.norms()
+        factors.weighted_sum(weights)
+
+    middle = interleaved({"Dense": dense, "Outer": outer}, repeats, device)
+    return {
+        "ghost": [t, d, p],
+        "records": records,
+        "outer over dense": round(middle["Outer"] / middle["Dense"], 2),
+        "numbers, outer over dense": round(t * (d + p) / (d * p), 3),
+        "MiB, dense": round(4 * records * d * p / MIB, 1),
+        "chosen": chosen,
+        "chosen over faster": round(middle[chosen] / min(middle.values()), 2),
+    }
 
 
 def drop(_: object) -> None:
@@ -95,49 +220,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "KIND"), help="one measurement, in this process")
     wanted = parser.parse_args()
     device = torch.device(wanted.device)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook")  # Opacus' hooks; ours do not warn
-    cases = {
-        "cnn, 26k parameters, batch 256": (cnn, torch.randn(256, 1, 28, 28), torch.randint(10, (256,))),
-        "transformer layer, 55k parameters, batch 64 x 64 tokens": (
-            Block,
-            torch.randint(65, (64, 64)),
-            torch.randint(10, (64,)),
-        ),
-        "linear on digits, 650 parameters, batch 64": (
-            lambda: nn.Linear(64, 10),
-            torch.randn(64, 64),
-            torch.randint(10, (64,)),
-        ),
-    }
-    for name, (make, x, y) in cases.items():
-        runs = steps(make, x.to(device), y.to(device))
-        times: dict[str, list[float]] = {kind: [] for kind in runs}
-        for repeat in range(wanted.repeats + 3):
-            for kind, run in runs.items():
-                taken = seconds(run, device)
-                if repeat >= 3:
-                    times[kind].append(taken)
-        middle = {kind: statistics.median(values) for kind, values in times.items()}
-        print(
-            f"{name}: plain {1e3 * middle['plain']:.2f} ms; choral / plain {middle['choral'] / middle['plain']:.2f}, "
-            f"opacus / plain {middle['opacus'] / middle['plain']:.2f}, choral / opacus "
-            f"{middle['choral'] / middle['opacus']:.2f}"
-        )
+    if wanted.memory_of:
+        print(json.dumps(memory(*wanted.memory_of, device)))
+        return
+    for case in CASES:
+        print(json.dumps(step_line(case, wanted.repeats, device)), flush=True)
+    regrets = []
+    for t, d, p in SHAPES:
+        records = max(4, min(64, (1 << 24) // (d * p), (1 << 24) // (t * (d + p))))
+        line = ghost_line(t, d, p, records, max(wanted.repeats // 6, 3), device)
+        regrets.append(float(line["chosen over faster"]))  # type: ignore[arg-type]
+        print(json.dumps(line), flush=True)
+    mean = math.exp(statistics.fmean(map(math.log, regrets)))
+    print(json.dumps({"ghost": "chosen over faster", "worst": max(regrets), "geometric mean": round(mean, 3)}))
     count, cpu = 1 << 22, torch.device("cpu")
     ours = statistics.median(count / seconds(lambda: drop(gaussian(count, os_stream)), cpu) for _ in range(5))
     torch_rate = statistics.median(
         count / seconds(lambda: drop(torch.randn(count, dtype=torch.float64)), cpu) for _ in range(5)
     )
-    print(
-        f"noise: {ours / 1e6:.1f} M Gaussians/s on one core, {ours / torch_rate:.2f} x torch.randn "
-        "(float64, replayable)"
-    )
-    started = time.perf_counter()
+    print(json.dumps({"noise": "M Gaussians/s per core", "rate": ours / 1e6, "over torch.randn": ours / torch_rate}))
+    started = time.process_time()
     accounting.noise_multiplier(3.0, 1e-5, 0.01, 2000, slack=1e-3)
-    print(f"calibration (epsilon 3, q 0.01, 2000 steps): {time.perf_counter() - started:.2f} s")
+    print(json.dumps({"calibration": "epsilon 3, q 0.01, 2000 steps", "seconds": time.process_time() - started}))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from choral.privacy.errors import PrivacyError
 
 BLOCK = 1 << 10  # columns whose squares are added in float32
-_COLUMNS, _ROWS = 1 << 14, 16  # of what is widened to float64 at once: fits the second-level cache
-_WORK = 1 << 21  # numbers of unfolded images or Gram matrices made at once
+_WIDE, _COLUMNS = 1 << 18, 1 << 14  # numbers, and columns, widened to float64 at once: fit the second-level cache
+_UNFOLDED = 1 << 18  # numbers of unfolded images made at once, likewise
+_WORK = 1 << 21  # numbers of products or Gram matrices made at once
 _SMALL = 1 << 22  # per-sample gradients, in numbers, that are always worth writing down: 16 MiB
 
 
@@ -202,20 +203,21 @@ def _convolution(layer: nn.Conv2d, a: torch.Tensor, g: torch.Tensor, scale: floa
     bias = Dense(g.sum(2), scale)
     if groups == 1:
         return {"weight": _cheaper(Outer(factors, len(a), (positions, d, p), scale)), "bias": bias}
-    step = max(1, _WORK // (positions * d * groups))
-    rows = [torch.bmm(y.mT, x) for x, y in (factors(slice(start, start + step)) for start in range(0, len(a), step))]
-    return {"weight": Dense(torch.cat(rows).reshape(len(a), -1), scale), "bias": bias}
+    return {"weight": _written(factors, len(a), groups, (positions, d, p), scale), "bias": bias}
 
 
 def _unfolded(layer: nn.Conv2d, a: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return what each position of the output sees, shape (records * groups, positions, channels/group * kernel)."""
+    """Return what each position of the output sees, shape (records * groups, positions, channels/group * kernel).
+
+    Positions are innermost in memory: the copy is then of whole rows of the image.
+    """
     for dim, (kernel, stride, dilation) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
     ):
         a = a.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     records, channels, *rest = a.shape  # and positions (2), kernel (2)
-    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 3, 4, 2, 5, 6)
-    return a.reshape(records * groups, rest[0] * rest[1], -1)
+    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 2, 5, 6, 3, 4)
+    return a.reshape(records * groups, -1, rest[0] * rest[1]).mT
 
 
 def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale: float) -> PerSample:
@@ -235,7 +237,27 @@ def _cheaper(outer: Outer) -> PerSample:
     positions, d, p = outer.sizes
     if positions == 1 or (outer.records * d * p > _SMALL and d * p > positions * (d + p)):
         return outer
-    return Dense(_joined([torch.bmm(g.mT, a) for a, g in outer._chunks(positions * d)]).flatten(1), outer.scale)
+    return _written(outer.factors, outer.records, 1, outer.sizes, outer.scale)
+
+
+def _written(
+    factors: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+    records: int,
+    groups: int,
+    sizes: tuple[int, int, int],
+    scale: float,
+) -> Dense:
+    """Return the gradients of a weight of `groups` groups, each of `sizes`, written down."""
+    positions, d, p = sizes
+    step, rows = max(1, _UNFOLDED // (positions * d * groups)), None
+    for start in range(0, records, step):
+        a, g = factors(slice(start, start + step))
+        if rows is None:
+            rows = a.new_empty(records * groups, p, d)
+        torch.bmm(g.mT, a, out=rows[start * groups : (start + step) * groups])
+    if rows is None:
+        raise PrivacyError("expected the gradients of at least one record")
+    return Dense(rows.view(records, -1), scale)
 
 
 def _gram_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -283,7 +305,8 @@ def weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     if rows.device.type not in ("cpu", "cuda"):
         rows = rows.cpu()
-    count, columns = (_ROWS, _COLUMNS) if rows.device.type == "cpu" else (len(rows), 1 << 20)
+    columns = _COLUMNS if rows.device.type == "cpu" else 1 << 20
+    count = max(_WIDE // max(min(columns, rows.shape[1]), 1), 1) if rows.device.type == "cpu" else len(rows)
     weights = weights.to(rows.device, torch.float64)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], columns):

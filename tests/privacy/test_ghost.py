@@ -115,13 +115,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
 }
 
 
-@pytest.mark.parametrize("way", ["as chosen", "small memory"])
+@pytest.mark.parametrize("way", ["as chosen", "small memory", "small chunks"])
 @pytest.mark.parametrize("name", MODELS)
 def test_clipped_sums_equal_a_loop_over_records(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first step, which torch's gradients accompany, and of later ones, without; clipped, half, and not."""
-    if way == "small memory":
-        monkeypatch.setattr(ghost, "_SMALL", 0)
+    if way != "as chosen":
+        monkeypatch.setattr(ghost, "_SMALL", 0 if way == "small memory" else 1 << 22)
         monkeypatch.setattr(ghost, "_WORK", 30)  # several chunks
+        monkeypatch.setattr(ghost, "_UNFOLDED", 30)
+        monkeypatch.setattr(ghost, "_WIDE", 3)
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     model, x = make(), inputs()

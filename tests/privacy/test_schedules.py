@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from choral.privacy import Privacy, PrivacyError
+from choral.privacy import Privacy, PrivacyError, ghost
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.step import PrivateOptimizer
 
@@ -128,6 +129,48 @@ def test_bfloat16_autocast_trains_and_is_clipped(backward_inside: bool) -> None:
     assert float(moved) > 0.95 * clip  # at the bound, where norms rounded to bfloat16 would be 2^-9 off
     sums = released(1, 1e3).norm()
     assert 0.999 * clip < float(sums) <= clip * (1 + 2**-10)
+
+
+def longest_released(layer: nn.Module, x: torch.Tensor, clip: float, *, step_inside: bool) -> float:
+    """The longest that a single record's release gets, backward() under autocast, without noise."""
+    longest = 0.0
+    for row in x:
+        private = with_per_sample_gradients(nn.Sequential(copy.deepcopy(layer)))
+        optimizer = PrivateOptimizer(
+            torch.optim.SGD(private.parameters(), lr=0.0),
+            private,
+            noise_multiplier=1.0,
+            max_grad_norm=clip,
+            expected_batch_size=1,
+            source=lambda count: b"\xff" * count,
+        )
+        for number in range(2):  # the first is checked
+            optimizer.expect(1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=number == 1):
+                private(row[None]).float().square().sum().backward()
+                if step_inside:
+                    optimizer.step()
+            if not step_inside:
+                optimizer.step()
+        longest = max(longest, math.hypot(*(float(p.grad.double().norm()) for p in private.parameters())))
+    return longest
+
+
+def test_norms_of_products_are_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many positions whose inputs all round down to 1 in bfloat16: products made so have norms 0.4 % too small."""
+    monkeypatch.setattr(ghost, "_SMALL", 0)
+    torch.manual_seed(0)
+    x = torch.full((1, 16, 64), 1.0 + 2.0**-8 - 2.0**-15)
+    layer = nn.Linear(64, 64, bias=False)
+    assert type(ghost.per_sample(layer, x, torch.randn(1, 16, 64))["weight"]) is ghost.Outer
+    assert 0.999 < longest_released(layer, x, 1.0, step_inside=True) <= 1.0 + 2.0**-10
+
+
+def test_gradients_are_not_rounded_by_autocast() -> None:
+    """A rule that makes bfloat16 gradients makes bfloat16 norms, up to 0.2 % too small for some record."""
+    torch.manual_seed(0)
+    longest = longest_released(nn.Conv1d(8, 8, 3), torch.randn(20, 8, 12), 1.0, step_inside=False)
+    assert 0.999 < longest <= 1.0 + 2.0**-10
 
 
 def test_loss_scaling_is_refused(problem: Any) -> None:
