@@ -18,11 +18,11 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 import msgspec
 import torch
@@ -31,6 +31,11 @@ from safetensors.torch import save as safetensors_bytes
 
 from choral.errors import ChoralError, ConfigError
 from choral.privacy import Spent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from choral.trainers.export import Exported
 
 FORMAT_VERSION = 1
 _LOCK = ".lock"
@@ -149,6 +154,16 @@ class Run:
         replace_file(folder / "model.safetensors", _weights(self.state, self.history[-1].round if self.history else 0))
         write_info(folder, self.info)
         return folder
+
+    def export(self, model: nn.Module, example_inputs: Sequence[torch.Tensor], path: str | Path) -> Exported:
+        """Write the trained model for inference, as ``.pt2`` or ``.onnx``, checked for equal outputs.
+
+        model: of the run's architecture, such as ``build(dataset)[0]``; its own weights do not matter.
+        See :func:`choral.trainers.export.export` for arguments and errors.
+        """
+        from choral.trainers.export import export
+
+        return export(model, self.state, example_inputs, path)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

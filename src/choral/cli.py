@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | budget``.
+"""The command line: ``choral compare | train | audit | export | budget``.
 
 Exit codes: 0 done (for `audit`: no violation found), 1 an audit found the claim violated or could not verify it,
 2 wrong usage, bad input, or a run that had to stop. Ctrl-C ends with 130 and keeps every completed round.
@@ -29,6 +29,7 @@ commands:
   train CONFIG --out DIR     train one arm: federated (default), or --centralized on pooled data
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
                              or a model of your own: --scores FILE, --model FILE.py
+  export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
 
 Start here:  choral compare examples/digits.toml --out runs/digits
@@ -122,6 +123,12 @@ def _audit(words: list[str]) -> int:
     return audit(words)
 
 
+def _export(words: list[str]) -> int:
+    from choral.export_command import export
+
+    return export(words)
+
+
 def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, Budget)
     from choral.privacy.budgeting import budget
@@ -143,4 +150,10 @@ def _budget(words: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Command] = {"compare": _compare, "train": _train, "audit": _audit, "budget": _budget}
+_COMMANDS: dict[str, Command] = {
+    "compare": _compare,
+    "train": _train,
+    "audit": _audit,
+    "export": _export,
+    "budget": _budget,
+}

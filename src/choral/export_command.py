@@ -1,0 +1,88 @@
+"""The command ``choral export``: the model of a run folder as one file for inference."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import tyro
+
+from choral.cli import parse
+from choral.errors import ConfigError
+from choral.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from choral.trainers import Run, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the model of a finished run as a torch.export program (.pt2) or as ONNX, checked for equal outputs."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The run folder."""
+    out: Path
+    """The file: NAME.pt2 or NAME.onnx (needs the extra choral[onnx])."""
+    task: Path | None = None
+    """Python file with load(split, training, seed), if the run was of such a task: never taken from the run folder."""
+    data_dir: Path | None = None
+    """Folder of the data sets, for an embedded task that needs one."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def export(words: list[str]) -> int:
+    wanted = parse("export", words, Export)
+    from choral.trainers import Run
+    from choral.trainers.export import export as write
+    from choral.trainers.task import checked_build
+
+    run = Run.load(wanted.run)
+    task = _task_of(run, wanted)
+    model, _, loader = checked_build(task.build, next(iter(task.parties.values())))
+    done = write(model, run.state, _inputs_of(next(iter(loader))), wanted.out)
+    if not wanted.quiet:
+        sizes = ", ".join(map(str, done.batches))
+        print(f"{done.path}: round {run.history[-1].round}; largest difference {done.max_difference:.2g}")
+        print(f"checked against the model for batches of {sizes} records")
+    return 0
+
+
+def _task_of(run: Run, wanted: Export) -> Task:
+    """The run's task. A Python file is run only if the command line names it: a folder may come from anybody."""
+    from choral.jobs import load_task
+    from choral.trainers.data import TASKS
+
+    try:
+        settings = msgspec.convert(run.info.config, Settings, dec_hook=lambda kind, value: kind(value))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the settings in {wanted.run} are not those of a job: {error}") from None
+    if not run.info.config:
+        raise ConfigError(
+            f"{wanted.run} holds no settings: it was not made by the command line",
+            hint="in Python: run.export(model, example_inputs, path)",
+        )
+    if wanted.task is None and settings.task not in TASKS:
+        raise ConfigError(
+            f"the run's task is a Python file, {settings.task!r}, and code is not run because a folder says so",
+            hint="if you trust it, name it: --task FILE.py",
+        )
+    settings = dataclasses.replace(
+        settings, task=settings.task if wanted.task is None else str(wanted.task), data_dir=wanted.data_dir
+    )
+    return load_task(settings, run.info.seed)
+
+
+def _inputs_of(batch: Any) -> tuple[torch.Tensor, ...]:
+    """All but the last of a batch (inputs..., target). Raises: ConfigError for a batch of another kind."""
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return tuple(batch[:-1])
+    raise ConfigError(
+        f"the loader gives batches of type {type(batch).__name__}; expected (inputs..., target)",
+        hint="in Python: run.export(model, example_inputs, path)",
+    )
