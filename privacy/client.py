@@ -267,7 +267,8 @@ class ClientRound:
         clip, adaptive = self.clip, self._guard.adaptive
         if adaptive:
             norm = norm_of(vector)
-            within = 1.0 if norm <= clip else -1.0
+            # The zero vector says nothing of its norm: a neighbour that says "longer" would be too far from "shorter".
+            within = 0.0 if norm == 0.0 else 1.0 if norm <= clip else -1.0
             factor = math.sqrt(1.0 - adaptive.share) * min(1.0 / clip, 1.0 / norm if norm > 0.0 else math.inf)
             vector = torch.cat([vector * factor, vector.new_tensor([within * math.sqrt(adaptive.share)])])
             clip = 1.0

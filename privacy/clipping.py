@@ -20,8 +20,8 @@ class AdaptiveClip:
 
     The norms are of clients' updates in `ClientPrivacy(clip=...)`, of records' gradients in
     `Privacy(max_grad_norm=...)`. Each client or record also says, inside the same noisy sum, whether its norm was at
-    most the present one, as +1/2 or -1/2. From the noisy share b of those that were, C becomes
-    C exp(-rate (b - quantile)).
+    most the present one, as +1/2 or -1/2; a client whose update is zero says 0, so that zeroing it out takes away
+    everything it sends. From the noisy share b of those that were, C becomes C exp(-rate (b - quantile)).
 
     Cost: nothing beside. The answer is one more coordinate of the clipped vector, of size sqrt(share) clipping norms,
     and the vector has the rest, so vector and answer together have norm 1 and one mechanism pays for both: the noise of

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from choral.audits.bounds import Counts, clopper_pearson
 from choral.privacy import Guard, Ledger, Privacy
 
 torch.set_num_threads(1)
@@ -73,3 +75,26 @@ def make_problem() -> type[Problem]:
 @pytest.fixture
 def loop() -> Callable[..., int]:
     return train
+
+
+def proved(with_it: np.ndarray, without: np.ndarray, cuts: Sequence[float], *, delta: float, alarm: float) -> float:
+    """The largest epsilon at `delta` that tests "statistic > cut" prove, at fixed `cuts`, from independent trials.
+
+    Clopper-Pearson, in both directions; above the true epsilon with probability at most `alarm` in all.
+    """
+    best = 0.0
+    for cut in cuts:
+        hits, alarms = int((with_it > cut).sum()), int((without > cut).sum())
+        counts = Counts(
+            true_positives=hits,
+            false_negatives=len(with_it) - hits,
+            false_positives=alarms,
+            true_negatives=len(without) - alarms,
+        )
+        best = max(best, clopper_pearson(counts, delta=delta, beta=alarm / len(cuts)))
+    return best
+
+
+@pytest.fixture
+def proved_epsilon() -> Callable[..., float]:
+    return proved

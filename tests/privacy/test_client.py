@@ -217,14 +217,14 @@ def test_adaptive_clipping_pays_for_its_count() -> None:
     noise_of_update, counts = [], []
     for _ in range(300):
         clip = keeper.clip
-        sums = 20 * run_round(keeper, 20, torch.zeros(20, length)).numpy()
+        sums = 20 * run_round(keeper, 20, torch.full((20, length), 1e-9)).numpy()
         noise_of_update.append(sums.std() / clip)
         counts.append(math.log(clip / keeper.clip) / 0.2 + 0.5)
     z, z_update = keeper.ratio, float(np.mean(noise_of_update))
     sigma_count = z / (2 * math.sqrt(share))
     assert z_update == pytest.approx(z / math.sqrt(1 - share), rel=0.01)
     assert z**-2 == pytest.approx(z_update**-2 + (2 * sigma_count) ** -2, rel=0.02)
-    # All 20 zeros are within the clip: the count is 20, seen through noise and cut at 1. Its mean says how much noise.
+    # All 20 updates are within the clip: the count is 20, seen through noise, cut at 1. Its mean says how much noise.
     shift = sigma_count / 20 / math.sqrt(2 * math.pi)
     inside = [count for count in counts if count < 1 - 1e-9]
     assert len(inside) / 300 == pytest.approx(0.5, abs=0.16)  # 5.5 deviations
