@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,17 @@ def test_huggingface_trainer(tmp_path):
     (accuracy,) = (float(line.split()[1]) for line in lines if line.startswith("accuracy"))
     assert accuracy > 0.9  # 1.0, three runs
     assert lines[-1].startswith("Spent(epsilon=3.99")
+
+
+def test_comments_experiment(tmp_path):
+    """On a small federation of made-up posts; the ordering on larger ones is in tests/trainers/test_ordering.py."""
+    words = ("--generator", "--parties", "30", "--features", "300", "--rounds", "3", "--unprotected")
+    methods = ("--methods", "GD", "FSVRG")
+    script = str(EXAMPLES / "comments_experiment.py")
+    run(script, *words, *methods, "--out", str(tmp_path / "out"), cwd=tmp_path)
+    about, descent, fsvrg = (json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open())
+    assert about["parties"] == 30
+    assert fsvrg["gap"][-1] < descent["gap"][-1] < descent["gap"][0]
+    picture = (tmp_path / "out" / "curves.svg").read_text()
+    assert "FSVRG" in picture
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")

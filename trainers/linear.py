@@ -50,7 +50,7 @@ def ascend(records: Records, weights: torch.Tensor, work: Ascend) -> Done:
     for _ in range(work.passes):
         for index in torch.randperm(len(records)).tolist():
             row, sign = matrix[index], signs[index]
-            new = _coordinate(float(dual[index]), float(sign * (row @ here)), float(squares[index]))
+            new = coordinate(float(dual[index]), float(sign * (row @ here)), float(squares[index]))
             step = sign * (new - dual[index]) / scale * row
             change += step
             here += work.slack * step
@@ -58,7 +58,7 @@ def ascend(records: Records, weights: torch.Tensor, work: Ascend) -> Done:
     return Done(vector=torch.from_numpy(change).to(weights), dual=torch.from_numpy(dual))
 
 
-def _coordinate(dual: float, margin: float, square: float) -> float:
+def coordinate(dual: float, margin: float, square: float) -> float:
     """The maximum over a = sigmoid(t): the root of t + margin + square (sigmoid(t) - dual), which rises with t."""
     low, high = -margin - square * (1.0 - dual), -margin + square * dual
     point = min(max(-margin, low), high)

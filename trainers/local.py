@@ -202,7 +202,7 @@ def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None =
 @contextmanager
 def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
     """torch's generators seeded from (seed, round, purpose), and put back afterwards."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()[:8]) >> 1
+    number = seed_of(seed, round_number, purpose)
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(number)
@@ -215,6 +215,12 @@ def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def seed_of(seed: int, round_number: int, purpose: str) -> int:
+    """The seed of one purpose in one round: of 63 bits, from SHA-256."""
+    digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 class OnDevice:

@@ -174,7 +174,9 @@ def labels_of(dataset: Any) -> torch.Tensor | None:
 
 
 def raw_bytes(dataset: Any) -> int:
-    """Size of the raw examples, in bytes: that of the first one times the length."""
+    """Size of the raw examples, in bytes: as the dataset says, else that of the first one times the length."""
+    if isinstance(own := getattr(dataset, "nbytes", None), int):
+        return own
     return len(dataset) * _size(dataset[0])
 
 

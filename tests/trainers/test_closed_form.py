@@ -1,0 +1,241 @@
+"""The closed form against the torch trainer, and its two sets of loops against each other and against scipy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from scipy.optimize import minimize
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choral import Privacy, federate
+from choral.errors import ConfigError
+from choral.trainers import DivergedError, TaskError
+from choral.trainers.algorithms import seam
+from choral.trainers.closed_form import ClosedForm
+from choral.trainers.data.sparse import SparseDataset
+from choral.trainers.local import Resident
+
+RATE, BATCH, EPOCHS, DECAY, FEATURES = 0.3, 4, 2, 0.01, 9
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(model(batch[0])[:, 0], batch[1].float(), reduction="none")
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    for _ in range(EPOCHS):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss(model, batch).mean().backward()
+            optimizer.step()
+
+
+def parties(kind: str = "sparse") -> dict[str, Any]:
+    random = np.random.default_rng(4)
+    made = {}
+    for name, count in {"north": 23, "south": 7, "one": 1}.items():
+        rows = random.normal(size=(count, FEATURES)) * (random.random((count, FEATURES)) < 0.4)
+        rows[0, :3] = (1.0, -2.0, 0.5)
+        labels = torch.from_numpy(random.integers(0, 2, count))
+        made[name] = (
+            SparseDataset(rows, labels) if kind == "sparse" else TensorDataset(torch.from_numpy(rows).float(), labels)
+        )
+    return made
+
+
+def resident(kind: str = "sparse", *, bias: bool = False, **changed: Any) -> Resident:
+    def build(dataset: Any) -> Any:
+        model = nn.Linear(FEATURES, 1, bias=bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=DECAY)
+        return model, optimizer, DataLoader(dataset, batch_size=BATCH, shuffle=True)
+
+    given = {"build": build, "fit": fit, "loss": loss, "datasets": parties(kind), "guards": {}, "seed": 3}
+    return Resident(**(given | {"device": torch.device("cpu")} | changed))
+
+
+def closed(of: Resident, **changed: Any) -> ClosedForm:
+    return ClosedForm(of, **({"rate": RATE, "batch_size": BATCH, "epochs": EPOCHS, "decay": DECAY} | changed))
+
+
+def works(length: int) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(1)
+    direction, shares = torch.randn(length, generator=random) / 5, torch.rand(length, generator=random)
+    return {
+        "train": seam.Train(),
+        "train shifted": seam.Train(shift=direction, pull=0.7),
+        "gradient": seam.Gradient(),
+        "svrg": seam.Svrg(direction=direction, step=0.2, passes=2),
+        "svrg scaled": seam.Svrg(direction=direction, step=0.2, shares=shares, pull=0.3),
+        "minimise": seam.Minimise(direction=direction, pull=0.2),
+        "touch": seam.Touch(),
+    }
+
+
+def orders(work: Any) -> list[tuple[str, Any]]:
+    if isinstance(work, seam.Ascend):
+        counts = {"north": 23, "south": 7, "one": 1}
+        return [(name, replace(work, dual=torch.full((count,), 0.25))) for name, count in counts.items()]
+    return [(name, work) for name in ("north", "south", "one")]
+
+
+def start(length: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, length)
+
+
+ASCEND = seam.Ascend(dual=torch.zeros(0), ridge=0.1, examples=31, slack=3.0, passes=2)
+
+
+@pytest.mark.parametrize("name", [*works(1), "ascend"])
+@pytest.mark.parametrize(("kind", "bias"), [("sparse", False), ("dense", True)])
+def test_agrees_with_the_torch_trainer(name, kind, bias):
+    """Records in the same order, the same arithmetic: what differs is float32."""
+    torch_way = resident(kind, bias=bias)
+    work = (works(torch_way.length) | {"ascend": ASCEND})[name]
+    expected = dict(torch_way.do(orders(work), start(torch_way.length), 2))
+    for compiled in (True, False):
+        found = dict(closed(torch_way, compiled=compiled).do(orders(work), start(torch_way.length), 2))
+        assert list(found) == list(expected)
+        for party, done in found.items():
+            torch.testing.assert_close(done.vector, expected[party].vector, atol=3e-5, rtol=2e-4)
+            assert (done.steps, done.path) == (expected[party].steps, pytest.approx(expected[party].path))
+            if done.dual is not None:
+                torch.testing.assert_close(done.dual, expected[party].dual, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*works(1), "ascend"])
+def test_compiled_and_plain_loops_agree(name):
+    """Dense drift at each step against drift that waits for a coordinate's next use: equal to a few roundings."""
+    random = np.random.default_rng(0)
+    rows = sparse.random_array((60, 200), density=0.03, rng=random, format="csr")
+    data = {"north": SparseDataset(rows, torch.from_numpy(random.integers(0, 2, 60)))}
+
+    def build(dataset: Any) -> Any:
+        model = nn.Linear(200, 1, bias=False)
+        return model, torch.optim.SGD(model.parameters(), lr=RATE), DataLoader(dataset, batch_size=BATCH)
+
+    of = resident(datasets=data, build=build)
+    work = (works(200) | {"ascend": replace(ASCEND, dual=torch.full((60,), 0.25))})[name]
+    vectors = []
+    for compiled in (True, False):
+        trainer = closed(of, compiled=compiled)
+        block, weights = trainer.block("north"), start(200).double().numpy()
+        random = torch.Generator().manual_seed(5)
+        vectors.append(trainer._made_of("north", block, work, weights, random)[0])
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=1e-10, atol=1e-13)
+    assert np.abs(vectors[0]).max() > 1e-3
+
+
+def test_minimise_against_scipy():
+    """The stationary point of F_k(w) + (direction - grad F_k(w_t)) w + pull/2 |w - w_t|^2, by BFGS."""
+    of = resident()
+    trainer, weights = closed(of), start(FEATURES)
+    block, anchor = trainer.block("north"), weights.double().numpy()
+    work = works(FEATURES)["minimise"]
+    linear = work.direction.double().numpy() - block.slope(anchor)
+    best = minimize(
+        lambda w: block.loss(w) + linear @ w + work.pull / 2 * np.sum((w - anchor) ** 2), anchor, options={"gtol": 1e-9}
+    )
+    done = dict(trainer.do([("north", work)], weights, 1))["north"]
+    np.testing.assert_allclose(done.vector.double().numpy(), best.x - anchor, atol=1e-6)
+
+
+def test_a_whole_run_agrees():
+    from choral.trainers.algorithms import FSVRG
+
+    of = resident()
+    job = {
+        "build": of.build,
+        "fit": fit,
+        "loss": loss,
+        "parties": of.datasets,
+        "evaluate": lambda model: model.weight.norm().item(),
+        "rounds": 3,
+        "seed": 1,
+        "min_classes": 1,
+        "algorithm": FSVRG(step=2.0, ridge=0.05),
+    }
+    slow, fast = federate(**job), federate(**job, engine=ClosedForm.of(rate=RATE, batch_size=BATCH))
+    torch.testing.assert_close(fast.state["weight"], slow.state["weight"], atol=1e-4, rtol=1e-3)
+    assert not torch.equal(fast.state["weight"], torch.zeros(1, FEATURES))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "bad", [{"rate": 0.0}, {"rate": np.nan}, {"batch_size": 0}, {"epochs": 0}, {"decay": -1.0}]
+    )
+    def test_settings(self, bad):
+        with pytest.raises(ConfigError, match="expected rate"):
+            closed(resident(), **bad)
+
+    @pytest.mark.parametrize("model", [nn.Linear(FEATURES, 2), nn.Sequential(nn.Linear(FEATURES, 1))])
+    def test_models(self, model):
+        def build(dataset: Any) -> Any:
+            return model, torch.optim.SGD(model.parameters(), lr=1.0), DataLoader(dataset)
+
+        with pytest.raises(TaskError, match="closed form is for"):
+            closed(resident(build=build))
+
+    def test_another_loss(self):
+        trainer = closed(resident(loss=lambda model, batch: 2 * loss(model, batch)))
+        with pytest.raises(TaskError, match="not the logistic one"):
+            list(trainer.do([("north", seam.Gradient())], start(FEATURES), 1))
+
+    @pytest.mark.parametrize(
+        ("data", "says"),
+        [
+            (SparseDataset(np.ones((2, 3)), torch.tensor([0, 1])), "has 3 features, the model 9"),
+            (SparseDataset(np.ones((2, 9)), torch.tensor([0, 2])), "other than 0 and 1"),
+            (TensorDataset(torch.ones(2, 3, 3), torch.tensor([0, 1])), "cannot read"),
+        ],
+    )
+    def test_data(self, data, says):
+        of = resident()
+        trainer = closed(of)
+        of.datasets["odd"] = data
+        with pytest.raises(TaskError, match=says):
+            list(trainer.do([("odd", seam.Gradient())], start(FEATURES), 1))
+
+    def test_record_level_privacy(self, tmp_path):
+        of = resident()
+        with pytest.raises(ConfigError, match="single records"):
+            federate(
+                build=of.build,
+                fit=fit,
+                evaluate=lambda _: 0.0,
+                parties={name: data for name, data in of.datasets.items() if name != "one"},
+                rounds=1,
+                min_classes=1,
+                privacy=Privacy(epsilon=3.0, delta=1e-5, max_grad_norm=1.0, epochs=1),
+                engine=ClosedForm.of(rate=0.1, batch_size=2),
+            )
+
+    def test_divergence_names_the_party(self):
+        data = {"north": SparseDataset(np.full((30, FEATURES), 1e30), torch.arange(30) % 2)}
+        trainer = closed(resident(datasets=data, loss=None))
+        work = seam.Svrg(direction=torch.ones(FEATURES), step=1e30, pull=1e9)
+        with pytest.raises(DivergedError, match="'north' diverged in round 2"):
+            list(trainer.do([("north", work)], start(FEATURES), 2))
+
+    def test_separable_without_pull(self):
+        data = {"north": SparseDataset(np.ones((3, FEATURES)), torch.ones(3, dtype=torch.int64))}
+        work = seam.Minimise(direction=torch.full((FEATURES,), -0.6))
+        with pytest.raises(TaskError, match="no minimum"):
+            list(closed(resident(datasets=data)).do([("north", work)], start(FEATURES), 1))
+
+
+@pytest.mark.parametrize("bad", [np.array([[np.nan]]), np.array([[np.inf]])])
+def test_sparse_dataset_refuses_values(bad):
+    from choral.errors import DataError
+
+    with pytest.raises(DataError, match="not finite"):
+        SparseDataset(bad, torch.tensor([0]))
+    with pytest.raises(DataError, match="whole labels"):
+        SparseDataset(np.ones((2, 2)), torch.tensor([0]))
+    with pytest.raises(DataError, match="whole labels"):
+        SparseDataset(np.ones((1, 2)), torch.tensor([0.5]))
