@@ -4,7 +4,7 @@ The experiment of Konecny, McMahan, Ramage, Richtarik 2016 (arXiv 1610.02527, se
 regression, a page (or author) is a party, every method at its best step of a declared grid.
 docs/comments-experiment.md has the figures.
 
-    python examples/comments_experiment.py --data-dir DATA --out runs/comments   # Facebook posts by page
+    python examples/comments_experiment.py --data-dir DATA --page-columns --out runs/comments   # Facebook posts by page
     python examples/comments_experiment.py --generator --parties 1000 --out runs/posts   # made-up posts
 
 Writes results.jsonl (a line per method, with its curves), curves.svg and, as it goes, every run of the grids to stdout.
@@ -67,9 +67,9 @@ def grids(ridge):
     def fsvrg(step):
         return FSVRG(step=step, ridge=ridge)
 
-    fsvrg_steps = (0.3, 1, 2, 3, 5, 10, 20, 30, 100)
+    fsvrg_steps = (0.3, 1, 2, 3, 4, 5, 7, 10, 20, 30)
     return {
-        "GD": by_step(lambda step: GD(rate=step, ridge=ridge), (0.3, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50)),
+        "GD": by_step(lambda step: GD(rate=step, ridge=ridge), (0.3, 1, 2, 3, 4, 5, 10, 20, 50)),
         "CoCoA+": [("one pass", {"algorithm": CoCoA(ridge=ridge)})],
         "FedAvg": [(f"{rate:g}, batch {b}", {"algorithm": FedAvg(), "engine": local(rate, b)}) for rate, b in sgd],
         "FedAdam": [
@@ -234,11 +234,12 @@ def problem_of(train, tests, seed):
     return Problem(train, shuffled, objective, least, test_rows, labels, levels)
 
 
-def posts_by_page(data_dir, page_columns):
+def posts_by_page(data_dir, page_columns, least):
+    """Pages with at least so many posts to train on; all posts to test on."""
     made = []
-    for table in read_comments(data_dir, page_columns=page_columns):
+    for table, records in zip(read_comments(data_dir, page_columns=page_columns), (least, 1), strict=True):
         features = torch.cat([table.features, torch.ones(len(table), 1)], dim=1).numpy()
-        shares = key_split(table.keys)
+        shares = key_split(table.keys, min_records=records)
         made.append({name: SparseDataset(features[at.numpy()], table.labels[at]) for name, at in shares.items()})
     return made
 
@@ -285,6 +286,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder of the data sets; by default fetched and checked")
     parser.add_argument("--page-columns", action="store_true", help="use the page's likes, ... and category, too")
+    parser.add_argument("--least", type=int, default=75, help="posts that a page must have, as in the paper")
     parser.add_argument("--generator", action="store_true", help="made-up posts with the statistics of the paper")
     parser.add_argument("--parties", type=int, default=10_000, help="of the generator")
     parser.add_argument("--features", type=int, default=20_002, help="of the generator")
@@ -300,7 +302,7 @@ def main():
         posts = sparse_posts(parties=asked.parties, features=asked.features, seed=asked.seed)
         train, tests = posts.parties, posts.tests
     else:
-        train, tests = posts_by_page(asked.data_dir, asked.page_columns)
+        train, tests = posts_by_page(asked.data_dir, asked.page_columns, asked.least)
     problem = problem_of(train, tests, asked.seed)
     ridge = problem.objective.ridge
     results = []

@@ -78,7 +78,7 @@ def test_comments_experiment(tmp_path):
     methods = ("--methods", "GD", "FSVRG")
     script = str(EXAMPLES / "comments_experiment.py")
     run(script, *words, *methods, "--out", str(tmp_path / "out"), cwd=tmp_path)
-    about, descent, fsvrg = (json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open())
+    about, descent, fsvrg = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert about["parties"] == 30
     assert fsvrg["gap"][-1] < descent["gap"][-1] < descent["gap"][0]
     picture = (tmp_path / "out" / "curves.svg").read_text()
