@@ -71,10 +71,21 @@ def verdict_sentence(verdict: Verdict, checks: Sequence[Check], attacks: Sequenc
         level = max((b.confidence for a in attacks if a.finding == "violated" for b in a.bounds), default=None)
         at = f" at {100 * level:g}\u00a0% confidence" if level is not None and verdict == "violated" else ""
         return f"{what}{at}: {'; '.join(faulty[:3])}{f'; and {len(faulty) - 3} more' if len(faulty) > 3 else ''}."
-    ceilings = [bound.ceiling for attack in attacks for bound in attack.bounds if bound.method == attack.decisive]
-    if ceilings:
-        most = f"ε\u00a0=\u00a0{max(ceilings):.2f}"
-        return f"No violation found; the strongest test here could have detected up to {most}."
+    decisive = [
+        (bound.ceiling, attack.claimed)
+        for attack in attacks
+        for bound in attack.bounds
+        if bound.method == attack.decisive
+    ]
+    if decisive:
+        most = f"ε\u00a0=\u00a0{max(ceiling for ceiling, _ in decisive):.2f}"
+        said = f"No violation found; the strongest test here could have detected up to {most}."
+        claims = [claimed for _, claimed in decisive if claimed is not None]
+        if claims and all(claimed is None or ceiling <= claimed for ceiling, claimed in decisive):
+            said += (
+                f" The claim, ε\u00a0=\u00a0{max(claims):.3g}, is not below that: no attack here could have refuted it."
+            )
+        return said
     if attacks:
         return "No violation found; the attacks were of a kind that bounds no ε."
     return (

@@ -84,7 +84,10 @@ def test_finished_comparison_is_not_overwritten_and_resumes(finished, capsys):
     assert "already holds" in capsys.readouterr().err
     assert main(["compare", config, "--out", out, "--resume", "--training.rounds", "4"]) == 2
     assert "cannot resume" in capsys.readouterr().err
-    assert main(["compare", config, "--out", out, "--resume"]) == 0
+    weights = {path: path.stat().st_mtime_ns for path in Path(out).rglob("model.safetensors")}
+    assert main(["compare", config, "--out", out, "--resume", "--price.kwh", "9"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path(out).rglob("model.safetensors")} == weights
+    assert "given as price.kwh" in (Path(out) / "report.json").read_text()
     assert "federated-masked" in capsys.readouterr().out
     assert (finished / "out" / "arms" / "cloud" / "seed-0" / "run.json").read_bytes() == before
 

@@ -204,7 +204,10 @@ def write_info(folder: Path, info: RunInfo) -> None:
 def read_info(folder: Path) -> RunInfo:
     path = folder / "run.json"
     if not path.is_file():
-        raise RunFolderError(f"{folder} is not a run folder: no run.json in it", hint="name the folder given to --out")
+        hint = "name the folder given to --out"
+        if one := next(folder.glob("arms/*/*/run.json"), None):
+            hint = f"it holds a comparison: name one of its runs, such as {one.parent}"
+        raise RunFolderError(f"{folder} is not a run folder: no run.json in it", hint=hint)
     try:
         raw = path.read_bytes()
         version = json.loads(raw).get("version")

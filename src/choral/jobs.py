@@ -107,7 +107,7 @@ def train(
     task = load_task(settings, seed)
     privacy = _privacy(settings, arm, epsilon) if arm.private else None
     algorithm = _algorithm(settings, arm)
-    config = to_json(settings)
+    config = {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")}  # the report's
     rounds = settings.training.rounds
     if arm.centralized:
         if isinstance(privacy, ClientPrivacy):

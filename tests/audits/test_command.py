@@ -117,6 +117,16 @@ def test_scores_and_prices_go_with_a_run(folder: Path, tmp_path: Path, scores: C
     assert report.costs.prices["kwh"].value == 9
 
 
+def test_a_folder_of_a_comparison_is_told_from_a_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "arms" / "federated" / "seed-0")
+    assert main(["audit", str(tmp_path)]) == 2
+    assert f"such as {tmp_path / 'arms' / 'federated' / 'seed-0'}" in capsys.readouterr().err
+
+
 def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--schema"]) == 0
     assert "$defs" in json.loads(capsys.readouterr().out)

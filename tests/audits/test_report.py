@@ -132,3 +132,11 @@ def test_a_bound_under_assumptions_above_the_claim_is_pointed_out(evidence: Simp
     report = audit_evidence("My model", attacks=[evidence.attack(bounds=(strict, assumed))])
     assert report.verdict == "holds"
     assert "further assumptions are above the claim (one run, Gaussian f-DP: 3.5)" in report.checks[0].finding
+
+
+def test_a_claim_that_no_attack_could_have_refuted_is_called_so(evidence: SimpleNamespace) -> None:
+    beyond = audit_evidence("My model", attacks=[evidence.attack(claimed=8.0)])
+    assert "is not below that: no attack here could have refuted it" in beyond.sentence
+    assert "refuted" not in audit_evidence("My model", attacks=[evidence.attack(claimed=3.0)]).sentence
+    probed = audit_evidence("My model", probe=evidence.probe(violated=False))
+    assert "could have detected up to" in probed.sentence
