@@ -96,7 +96,7 @@ def test_the_schema_accepts_every_report_and_refuses_others(make_run: MakeRun, e
 
 def test_the_published_schema_is_that_of_the_code() -> None:
     published = ROOT / "docs" / "report.schema.json"
-    assert json.loads(published.read_text("utf-8")) == json_schema(), "write it anew: see docs/report.md"
+    assert json.loads(published.read_text("utf-8")) == json_schema(), "choral audit --schema > docs/report.schema.json"
 
 
 def test_a_report_of_another_version_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
