@@ -34,6 +34,7 @@ from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
 from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.engines.fastest import Fastest
+from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
 from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_fits, open_sessions
@@ -114,24 +115,34 @@ def federate(
     info = msgspec.structs.replace(
         info, algorithm=algorithm.record(), releases=tuple(asdict(release) for release in algorithm.releases)
     )
+
+    def trainer_of(guards: Mapping[str, Guard]) -> tuple[Resident, LocalTrainer]:
+        resident = Resident(
+            build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss, start=initial
+        )
+        return resident, engine(resident) if engine else Fastest(resident)
+
+    team = Team.join()
+    records = None if isinstance(privacy, ClientPrivacy) else privacy
+    if team is not None:
+        _check_shared(records, out)
+        if team.rank:
+            return team.follow(lambda told: trainer_of(_guards_here(team, told, records, examples))[1])
     with (
+        led(team) as share,
         Recorder.open(out, info, resume=resume) as recorder,
         Transcript(Path(out) if out else None, transcript) as seen,
         watched_by(seen.watcher),
     ):
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
-        guards = open_guards(
-            None if isinstance(privacy, ClientPrivacy) else privacy,
-            examples,
-            recorder.ledger_folder,
-            rounds - recorder.completed,
-        )
+        guards = open_guards(records, examples, recorder.ledger_folder, rounds - recorder.completed)
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
-            return recorder.end(reason, clients.spent() if clients else _spent(guards))
-        resident = Resident(
-            build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss, start=initial
-        )
-        trainer = engine(resident) if engine else Fastest(resident)
+            return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
+        resident, trainer = trainer_of(guards)
+        if team is not None:
+            folder = recorder.ledger_folder
+            team.begin(Beginning(rounds_left=rounds - recorder.completed, folder=str(folder) if folder else None))
+            trainer = Sharded(team, trainer, examples, sticky=bool(guards))
         setup = Setup(
             parties=len(parties),
             length=resident.layout.length,
@@ -197,7 +208,21 @@ def federate(
             recorder.add(entry, resident.model, spent, memory=federation.memory)
             if on_round:
                 on_round(entry)
-        return recorder.run()
+        return share(recorder.run())
+
+
+def _check_shared(privacy: Privacy | None, out: str | Path | None) -> None:
+    """Raises: ConfigError if ledgers would have to be known to several processes and are not in files."""
+    if privacy is not None and out is None:
+        raise ConfigError(
+            "several processes keep the ledgers of one run, which must be files then", hint="give out=FOLDER"
+        )
+
+
+def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples: Mapping[str, int]) -> dict[str, Guard]:
+    """The guards of the parties that stay at this rank."""
+    here = {party: examples[party] for party in team.parties_of(team.rank, examples)}
+    return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left)
 
 
 def describe(

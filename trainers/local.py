@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -252,4 +253,6 @@ def resolve_device(name: str) -> torch.device:
     kind = name.partition(":")[0]
     if not there.get(kind, False):
         raise TaskError(f"device {name!r} is not available here", hint="use --device auto or cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process per device
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return torch.device(name)

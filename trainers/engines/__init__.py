@@ -5,5 +5,6 @@ from __future__ import annotations
 from choral.trainers.engines.cohort import Cohort
 from choral.trainers.engines.direct import Direct
 from choral.trainers.engines.fastest import Fastest
+from choral.trainers.engines.sharded import ProcessError
 
-__all__ = ["Cohort", "Direct", "Fastest"]
+__all__ = ["Cohort", "Direct", "Fastest", "ProcessError"]

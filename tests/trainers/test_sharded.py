@@ -1,0 +1,140 @@
+"""A federation over processes is the federation of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from choral.trainers import Run
+from choral.trainers.algorithms.seam import Ascend, Gradient, Svrg, Train
+from choral.trainers.engines.sharded import _balanced, _described, _packed, _unpacked, _work
+
+PROGRAM = Path(__file__).with_name("sharded_program.py")
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return os.environ | {name: str(value) for name, value in there.items()} | {"OMP_NUM_THREADS": "1"}
+
+
+def start(kind: str, folder: Path, size: int) -> list[subprocess.Popen[str]]:
+    """The program in `size` processes; one runs it alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), kind, str(folder)],
+            env=environment(rank, size, port) if size > 1 else os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finished(processes: list[subprocess.Popen[str]], *, codes: tuple[int, ...]) -> list[str]:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    finished(start("all", folder, 1), codes=(0,))
+    return folder
+
+
+def states(folder: Path, kind: str) -> Mapping[str, torch.Tensor]:
+    return load_file(folder / f"{kind}-rank-0.safetensors")
+
+
+def test_two_processes_give_what_one_gives(alone: Path, tmp_path: Path) -> None:
+    finished(start("all", tmp_path, 2), codes=(0, 0))
+    for kind in ("masked", "scaffold", "fsvrg"):
+        for name, tensor in states(alone, kind).items():
+            assert torch.equal(states(tmp_path, kind)[name], tensor), (kind, name)
+            # and every rank has the run
+            assert torch.equal(load_file(tmp_path / f"{kind}-rank-1.safetensors")[name], tensor)
+    for name, tensor in states(alone, "epochs").items():  # the ranks may choose different engines
+        torch.testing.assert_close(states(tmp_path, "epochs")[name], tensor, rtol=0, atol=1e-6)
+    assert "trained at 1" in (tmp_path / "masked-rank-1.txt").read_text()
+
+    # Record-level privacy: a party's ledger is written by one rank, and counts every round once.
+    run, single = Run.load(tmp_path / "private"), Run.load(alone / "private")
+    assert {name: spent.steps for name, spent in run.info.spent.items()} == {
+        name: spent.steps for name, spent in single.info.spent.items()
+    }
+    for name, spent in run.info.spent.items():
+        assert spent.epsilon == pytest.approx(single.info.spent[name].epsilon, rel=1e-9)
+        assert spent.epsilon <= 3.0
+
+
+def test_a_dead_rank_ends_the_run_and_the_run_resumes(alone: Path, tmp_path: Path) -> None:
+    outputs = finished(start("dies", tmp_path, 2), codes=(1, -signal.SIGKILL))
+    assert "ProcessError: rank 1 has gone in round 2" in outputs[0]
+    assert Run.load(tmp_path / "masked").history[-1].round == 1
+    finished(start("masked", tmp_path, 1), codes=(0,))
+    for name, tensor in states(alone, "masked").items():
+        assert torch.equal(states(tmp_path, "masked")[name], tensor)
+
+
+def test_an_error_at_a_rank_is_the_runs_error(tmp_path: Path) -> None:
+    outputs = finished(start("diverges", tmp_path, 2), codes=(1, 1))
+    assert "DivergedError: training at party 'party-1' diverged in round 1" in outputs[0]
+    assert "ProcessError: rank 0 has gone" in outputs[1]
+
+
+def test_torchrun(alone: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*command, str(PROGRAM), "masked", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for name, tensor in states(alone, "masked").items():
+        assert torch.equal(states(tmp_path, "masked")[name], tensor)
+
+
+def test_parties_are_balanced_by_examples() -> None:
+    examples = {"a": 100, "b": 10, "c": 20, "d": 70, "e": 5, "f": 5}
+    places = _balanced(examples, examples.__getitem__, 2)
+    loads = [sum(examples[party] for party in places if places[party] == rank) for rank in (0, 1)]
+    assert sorted(loads) == [105, 105]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Train(shift=torch.arange(3.0), pull=0.5),
+        Gradient(),
+        Svrg(direction=torch.ones(3), step=0.1, shares=torch.rand(3), passes=2),
+        Ascend(dual=torch.rand(5, dtype=torch.float64), ridge=0.1, examples=7, slack=2.0),
+    ],
+)
+def test_work_survives_the_way(work: Any) -> None:
+    orders, tensors = _described([("a", work), ("b", work)])
+    assert len(tensors) == sum(isinstance(part, torch.Tensor) for part in vars(work).values())  # shared ones once
+    header, arrived = _unpacked(_packed({"orders": orders}, tensors))
+    for order in header["orders"]:
+        again = _work(order, arrived)
+        assert type(again) is type(work)
+        for name, value in vars(work).items():
+            same = torch.equal(getattr(again, name), value) if isinstance(value, torch.Tensor) else None
+            assert same is True or getattr(again, name) == value

@@ -1,0 +1,301 @@
+"""One federation over several processes, GPUs or machines, as torchrun starts them.
+
+    torchrun --nproc-per-node 2 train.py        # train.py calls federate as ever
+
+Rank 0 is the federation: it plays the server and the secure sum, evaluates, and writes the run's folder. All ranks
+train: rank 0 says who trains what, the others send back what was made of it, and `federate` returns the same run on all
+of them. A party's training depends on (seed, round, party) alone, so where it happens changes nothing.
+
+Parties go to the rank with the fewest examples so far. With record-level privacy a party stays at one rank for the
+whole run, which alone writes its ledger; rank 0 reads it. A rank that dies ends the run with :class:`ProcessError` on
+the others; what the folder holds is resumed as after any other interruption.
+
+Between the processes go safetensors and JSON over gloo, never pickles: they are one user's processes that trust one
+another, and what they send is **not** protected. This is for simulation; parties of different trust need a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from choral.errors import ChoralError
+from choral.trainers.algorithms.seam import Ascend, Done, Gradient, LocalTrainer, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.task import DivergedError, TaskError
+
+_WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
+_PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed connection
+_AHEAD = 4  # results that wait at a rank until rank 0 takes them
+_CHUNK = 64  # parties per rank that are told of at once
+_Tensors = Mapping[str, torch.Tensor]
+
+
+class ProcessError(ChoralError):
+    """Another process of this run died, or ended with an error of its own."""
+
+
+class Beginning(msgspec.Struct, frozen=True, kw_only=True):
+    """What the other ranks must know before the first round. folder: of the ledgers, if there are any."""
+
+    rounds_left: int
+    folder: str | None = None
+
+
+@dataclass
+class Team:
+    """The processes of a run, seen from one of them. rank: whose view this is, of `size`."""
+
+    rank: int
+    size: int
+    group: Any = field(repr=False)
+    begun: bool = False
+
+    @classmethod
+    def join(cls) -> Team | None:
+        """The processes that torchrun started with this one, or None if there is only one.
+
+        Raises: ProcessError if they cannot be reached.
+        """
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=_PATIENCE)
+            group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(
+                f"the processes of this run do not find one another: {error}",
+                hint="start the script with torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
+            ) from None
+        return cls(dist.get_rank(), dist.get_world_size(), group) if dist.get_world_size() > 1 else None
+
+    def begin(self, beginning: Beginning) -> None:
+        """Tell the other ranks that rounds are coming."""
+        self._tell({"begin": msgspec.to_builtins(beginning)}, {})
+        self.begun = True
+
+    def parties_of(self, rank: int, examples: Mapping[str, int]) -> tuple[str, ...]:
+        """Who stays at a rank for a whole run."""
+        places = _balanced(examples, examples.__getitem__, self.size)
+        return tuple(party for party, place in places.items() if place == rank)
+
+    def follow(self, make: Callable[[Beginning], LocalTrainer]) -> Run:
+        """What ranks other than 0 do: train what they are told to, until there is a run. make: called once."""
+        trainer: LocalTrainer | None = None
+        while True:
+            header, tensors = self._receive(0)
+            if "run" in header:
+                return Run(
+                    info=msgspec.convert(header["run"], RunInfo),
+                    history=tuple(msgspec.convert(entry, Round) for entry in header["history"]),
+                    state=tensors,
+                )
+            if "begin" in header:
+                trainer = make(msgspec.convert(header["begin"], Beginning))
+            elif trainer is not None:
+                self._train(trainer, header, tensors)
+
+    def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: _Tensors) -> None:
+        orders = [(order["party"], _work(order, tensors)) for order in header["orders"]]
+        waiting: deque[tuple[Any, torch.Tensor, torch.Tensor]] = deque()
+        try:
+            for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
+                parts = {"vector": done.vector, "dual": done.dual}
+                raw = _packed(
+                    {"party": party, "steps": done.steps, "path": done.path},
+                    {name: part for name, part in parts.items() if part is not None},
+                )
+                while len(waiting) >= _AHEAD:
+                    _wait(waiting.popleft())
+                waiting.append(self._send_later(0, raw))
+        except Exception as error:
+            kind = type(error).__name__
+            text = str(error) if isinstance(error, ChoralError) else f"{kind}: {error}"
+            hint = error.hint if isinstance(error, ChoralError) else ""
+            waiting.append(self._send_later(0, _packed({"error": kind, "text": text, "hint": hint}, {})))
+        while waiting:
+            _wait(waiting.popleft())
+
+    def share(self, run: Run) -> Run:
+        """Give the finished run to the other ranks."""
+        header = {"run": msgspec.to_builtins(run.info), "history": msgspec.to_builtins(run.history)}
+        self._tell(header, run.state)
+        return run
+
+    def abandon(self) -> None:
+        """Close the connections after an error, so that no other rank waits for this one for ever."""
+        dist.destroy_process_group()
+
+    def ask(self, rank: int, header: dict[str, Any], tensors: _Tensors) -> None:
+        self._send(rank, _packed(header, tensors))
+
+    def answer(self, rank: int, party: str, round_number: int) -> Done:
+        """What a rank made of a party's work. Raises: ProcessError; DivergedError and TaskError as it raised them."""
+        header, tensors = self._receive(rank, f" in round {round_number}")
+        if "error" in header:
+            kinds: dict[str, type[ChoralError]] = {"DivergedError": DivergedError, "TaskError": TaskError}
+            kind = kinds.get(header["error"], ProcessError)
+            text = header["text"] if kind is not ProcessError else f"rank {rank}: {header['text']}"
+            raise kind(text, hint=header["hint"])
+        if header["party"] != party:
+            raise ProcessError(f"rank {rank} answered for party {header['party']!r}, expected {party!r}")
+        return Done(vector=tensors["vector"], steps=header["steps"], path=header["path"], dual=tensors.get("dual"))
+
+    def _tell(self, header: dict[str, Any], tensors: _Tensors) -> None:
+        raw = _packed(header, tensors)
+        for rank in range(self.size):
+            if rank != self.rank:
+                self._send(rank, raw)
+
+    def _send(self, rank: int, raw: torch.Tensor) -> None:
+        _wait(self._send_later(rank, raw))
+
+    def _send_later(self, rank: int, raw: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        length = torch.tensor([raw.numel()])
+        try:
+            dist.send(length, rank, group=self.group)
+            return dist.isend(raw, rank, group=self.group), length, raw
+        except RuntimeError:
+            raise _lost(rank, "") from None
+
+    def _receive(self, rank: int, when: str = "") -> tuple[dict[str, Any], _Tensors]:
+        length = torch.zeros(1, dtype=torch.int64)
+        try:
+            dist.recv(length, rank, group=self.group)
+            raw = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(raw, rank, group=self.group)
+        except RuntimeError:
+            raise _lost(rank, when) from None
+        return _unpacked(raw)
+
+
+class Sharded:
+    """Rank 0's trainer: each chunk of a cohort is spread over all ranks, its own share done by `inner`."""
+
+    def __init__(self, team: Team, inner: LocalTrainer, examples: Mapping[str, int], *, sticky: bool) -> None:
+        self._team, self._inner, self._examples = team, inner, examples
+        self._places = _balanced(examples, examples.__getitem__, team.size) if sticky else None
+
+    @property
+    def length(self) -> int:
+        return self._inner.length
+
+    def do(
+        self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done]]:
+        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`. Raises: ProcessError, too."""
+        orders = iter(orders)
+        while chunk := list(islice(orders, _CHUNK * self._team.size)):
+            yield from self._chunk(chunk, weights, round_number)
+
+    def _chunk(
+        self, chunk: list[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done]]:
+        names = [party for party, _ in chunk]
+        places = self._places or _balanced(names, self._examples.__getitem__, self._team.size)
+        for rank in range(1, self._team.size):
+            theirs = [(party, work) for party, work in chunk if places[party] == rank]
+            if theirs:
+                orders, tensors = _described(theirs)
+                self._team.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
+        own = iter(self._inner.do([(p, w) for p, w in chunk if places[p] == 0], weights, round_number))
+        for party, _ in chunk:
+            if places[party] == 0:
+                yield next(own)
+            else:
+                done = self._team.answer(places[party], party, round_number)
+                yield party, dataclasses.replace(done, vector=done.vector.to(weights.device))
+
+
+@contextmanager
+def led(team: Team | None) -> Iterator[Callable[[Run], Run]]:
+    """What rank 0 does its work in: it gets what gives the run to the others; on an error they are let go."""
+    if team is None:
+        yield lambda run: run
+        return
+    try:
+        yield team.share
+    except BaseException:
+        team.abandon()
+        raise
+
+
+def _balanced(parties: Iterable[str], examples: Callable[[str], int], ranks: int) -> dict[str, int]:
+    """Each party's rank: in the order given, the one with the fewest examples so far, so that all keep abreast."""
+    loads, places = [0] * ranks, {}
+    for party in parties:
+        rank = loads.index(min(loads))
+        loads[rank] += examples(party)
+        places[party] = rank
+    return places
+
+
+def _described(orders: list[tuple[str, Work]]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Orders as JSON and tensors; a tensor that several parties share is there once."""
+    names: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    described = []
+    for party, work in orders:
+        order: dict[str, Any] = {"party": party, "kind": type(work).__name__, "numbers": {}, "tensors": {}}
+        for part in dataclasses.fields(work):
+            value = getattr(work, part.name)
+            if isinstance(value, torch.Tensor):
+                name = names.setdefault(id(value), f"t{len(names)}")
+                tensors[name] = value
+                order["tensors"][part.name] = name
+            else:
+                order["numbers"][part.name] = value
+        described.append(order)
+    return described, tensors
+
+
+def _work(order: dict[str, Any], tensors: _Tensors) -> Work:
+    parts: dict[str, Any] = {name: tensors[key] for name, key in order["tensors"].items()}
+    return _WORKS[order["kind"]](**parts, **order["numbers"])
+
+
+def _packed(header: dict[str, Any], tensors: _Tensors) -> torch.Tensor:
+    """A message as bytes: safetensors, with the header in its metadata."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    raw = save(plain, metadata={"header": msgspec.json.encode(header).decode()})
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def _unpacked(raw: torch.Tensor) -> tuple[dict[str, Any], _Tensors]:
+    data = raw.numpy().tobytes()
+    size = int.from_bytes(data[:8], "little")  # safetensors: length of the JSON head, the head, the numbers
+    head = msgspec.json.decode(data[8 : 8 + size])
+    return msgspec.json.decode(head["__metadata__"]["header"]), load(data)
+
+
+def _wait(sent: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+    try:
+        sent[0].wait()
+    except RuntimeError:
+        raise _lost(None, "") from None
+
+
+def _lost(rank: int | None, when: str) -> ProcessError:
+    who = "another process of this run" if rank is None else f"rank {rank}"
+    return ProcessError(
+        f"{who} has gone{when}",
+        hint="its own output says why; the folder keeps the last good round, from which resume goes on",
+    )
+
+
+def _device(trainer: LocalTrainer) -> torch.device:
+    device: torch.device = getattr(getattr(trainer, "resident", trainer), "device", torch.device("cpu"))
+    return device
