@@ -189,11 +189,7 @@ class Ledger:
                 self._check_count(after)
                 if self._header != header:
                     raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
-                file.truncate(end)  # a torn tail goes; its append never returned
-                file.seek(end)
-                file.write(_lines(self._head, (event,))[0])
-                file.flush()
-                os.fsync(file.fileno())
+                _extend(file.fileno(), end, _lines(self._head, (event,))[0])
                 self._read(file)
         except OSError as error:
             raise LedgerError(
@@ -231,11 +227,14 @@ class Ledger:
                     f"{self._name} is gone", hint="Bring the file back; it is the proof of what was spent."
                 ) from None
         except OSError as error:
-            raise LedgerError(f"{self._name} cannot be read: {error.strerror}") from error
+            raise LedgerError(
+                f"{self._name} cannot be read: {error.strerror}",
+                hint="Nothing was spent. Give a file that this process may read and write, in a folder that exists.",
+            ) from error
 
     @contextlib.contextmanager
     def _open(self, *, write: bool) -> Iterator[BinaryIO]:
-        with open(str(self.path), "r+b" if write else "rb") as file:
+        with open(str(self.path), "r+b" if write else "rb", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)  # released when the file is closed
             yield file
 
@@ -274,6 +273,26 @@ def _lines(head: str, entries: tuple[_Header | Event, ...]) -> tuple[bytes, str]
         lines += msgspec.json.encode(line) + b"\n"
         head = line.digest
     return lines, head
+
+
+def _extend(file: int, end: int, line: bytes) -> None:
+    """Write `line` at `end`, on disk, or take back what was written of it: an event that was not paid for is not kept.
+
+    A torn tail after `end` goes; its append never returned. Should taking back fail, too, then part of a line is left,
+    which goes with the next append, or all of it, which counts although nothing was released.
+    """
+    os.ftruncate(file, end)
+    try:
+        left, place = memoryview(line), end
+        while left:
+            written = os.pwrite(file, left, place)
+            left, place = left[written:], place + written
+        os.fsync(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, end)
+            os.fsync(file)
+        raise
 
 
 def _created(path: Path, content: bytes) -> bool:
