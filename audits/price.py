@@ -126,7 +126,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _compute(runs: Sequence[Run]) -> float:
-    return _mean([math.fsum(entry.seconds for entry in run.history) for run in runs])
+    return _mean([run.info.processes * math.fsum(entry.seconds for entry in run.history) for run in runs])
 
 
 def _measured_joules(runs: Sequence[Run]) -> float | None:

@@ -11,8 +11,9 @@ import msgspec
 import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from choral.errors import DataError
+from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
+from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, nothing_left, open_guards
 from choral.trainers.flat import Layout
@@ -45,6 +46,7 @@ def centralize(
     loss: Loss | None = None,
     start: Start | None = None,
     privacy: Privacy | None = None,
+    data_parallel: bool = False,
     device: str = "cpu",
     out: str | Path | None = None,
     resume: bool = False,
@@ -57,16 +59,22 @@ def centralize(
     starting weights are those of ``federate`` for the same seed. The optimizer lives through all rounds.
     loss: taken so that one job's functions suit both, and not called.
     privacy: record-level DP-SGD on the pooled data, with one ledger; the data itself is seen by the cloud.
+    data_parallel: divide every batch among the processes that torchrun started; the run folder is the first one's, and
+        every process returns the run. Not with ``privacy``, and not to be resumed. See docs/training.md.
     The other arguments and errors are those of :func:`federate`.
     """
     del loss
     check_settings(rounds, seed, 0.0)
     examples = check_parties(parties, least=1, min_classes=1)
-    on = resolve_device(device)
+    _check_parallel(data_parallel, privacy, resume)
+    on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
     whole = pool(list(parties.values()))
     info = describe("centralized", parties, examples, rounds, seed, on, privacy, config, initial)
-    with Recorder.open(out, info, resume=resume) as recorder:
+    with (
+        workers_of(data_parallel, on) as workers,
+        Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
+    ):
         guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
         if reason := nothing_left(guards, recorder):
             return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
@@ -78,20 +86,23 @@ def centralize(
         layout.check(first, "the pooled data")
         model.load_state_dict(first.state_dict())
         meter = EnergyMeter(on)
-        recorder.begin(msgspec.structs.replace(info, parameters=layout.length, meters=meter.meters))
+        recorder.begin(
+            msgspec.structs.replace(info, parameters=layout.length, meters=meter.meters, processes=workers.size)
+        )
         recorder.restore(model, layout, optimizer)
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
-        trained = model
+        trained, loader = model, workers.split(loader)
         for number in range(recorder.completed + 1, rounds + 1):
             started, _ = time.perf_counter(), meter.take()
             model.train()
-            with seeded(seed, number, POOLED):
+            with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
                 arguments = (trained, optimizer, loader)
                 if guards:
                     arguments = guards[POOLED].wrap(trained, optimizer, loader)
                     trained = arguments[0]
                 fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
+            workers.agree(model)
             if not torch.isfinite(layout.read()).all():
                 raise DivergedError(
                     f"training on the pooled data diverged in round {number}: the weights are not finite",
@@ -106,9 +117,20 @@ def centralize(
                 **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )
             recorder.add(entry, model, spent, optimizer)
-            if on_round:
+            if on_round and workers.first:
                 on_round(entry)
         return recorder.run()
+
+
+def _check_parallel(data_parallel: bool, privacy: Privacy | None, resume: bool) -> None:
+    if data_parallel and privacy is not None:
+        raise ConfigError(
+            "data_parallel with privacy: each process would clip, add noise and keep a ledger by itself, and the sum of"
+            " their steps is not what the accounting covers",
+            hint="train privately in one process",
+        )
+    if data_parallel and resume:
+        raise ConfigError("a data_parallel run cannot be resumed", hint="resume it in one process, without torchrun")
 
 
 def pool(datasets: Sequence[Any]) -> Any:

@@ -92,6 +92,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
+    processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     """
 
@@ -113,6 +114,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     raw_bytes: dict[str, int] = {}
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    processes: int = 1
     ended: str = ""
     meters: tuple[str, ...] = ()
 
