@@ -80,8 +80,7 @@ def smallest_of_known(rows: NDArray[np.complex128], known: Sequence[NDArray[np.i
     directions = np.stack([_direction(thinned(vector)) for vector in known])
     by_line = np.abs(lifted @ directions.T)
     place = int(by_line.argmax())
-    p_value = min(1.0, 2.0 * math.exp(-1.5 * float(by_line.flat[place]) ** 2))
-    second = Found(p_value, *divmod(place, len(known)), 0)
+    second = Found(_line_bound(float(by_line.flat[place])), *divmod(place, len(known)), 0)
     return min(first, second)._replace(tests=2 * by_line.size)
 
 
@@ -109,3 +108,7 @@ def _direction(vector: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def _cosine_bound(statistic: float, length: int) -> float:
     return math.exp(-(max(statistic, 0.0) ** 2) / length)
+
+
+def _line_bound(statistic: float) -> float:
+    return min(1.0, 2.0 * math.exp(-1.5 * statistic**2))

@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 LEVEL = 1e-3
 _CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
-_LISTS = {
-    "Hellos": ("hellos",),
-    "Reveals": ("nonces",),
-    "Roster": ("entries",),
-    "Shares": ("packets",),
-    "Deliveries": ("packets",),
-    "Survivors": ("bitmap",),
-    "Confirm": ("unopened",),
-    "Setup": ("roster",),
-    "Confirmations": ("entries",),
-    "Unmask": ("seeds", "keys"),
-}
 
 
 class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,7 +127,7 @@ def _decode(session: _Session, recorded: Recorded) -> None:
     from choral.protocols import messages as wire
     from choral.protocols.errors import ProtocolError
     from choral.protocols.homomorphic.messages import read_ciphertext
-    from choral.protocols.integers import packed_bytes, unpack
+    from choral.protocols.integers import unpack
 
     opened, masked_sum = session.opened, session.opened.secure_sum
     for seen in session.seen:
@@ -162,15 +150,30 @@ def _decode(session: _Session, recorded: Recorded) -> None:
             session.strange.append(f"{where}: {error}")
             continue
         session.decoded.append((seen, message))
-        setup = session.setup
-        if setup and isinstance(message, wire.Upload):
-            expected = wire.limit(wire.Upload, packed_bytes(setup.length, setup.modulus_bits))
-        elif type(message).__name__ in _LISTS:
-            expected = wire.limit(type(message), sum(len(getattr(message, n)) for n in _LISTS[type(message).__name__]))
-        else:
-            expected = len(raw) if masked_sum == "homomorphic" else wire.limit(type(message))
-        if len(raw) > expected:
-            session.strange.append(f"{where}: {len(raw)} bytes, at most {expected} belong to it")
+        most = _most(session.setup, message)
+        if most is not None and len(raw) > most:
+            session.strange.append(f"{where}: {len(raw)} bytes, at most {most} belong to it")
+
+
+def _most(setup: wire.Setup | None, message: Any) -> int | None:
+    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.messages`."""
+    from choral.protocols import messages as wire
+    from choral.protocols.integers import packed_bytes
+
+    if setup is None:
+        return None
+    n, k = len(setup.roster), setup.neighbours
+    entries: dict[type[Any], int] = {
+        **dict.fromkeys((wire.Setup, wire.Hellos, wire.Reveals), n),
+        **dict.fromkeys((wire.Roster, wire.Shares, wire.Deliveries, wire.Confirm), k),
+        **dict.fromkeys((wire.Hello, wire.Reveal, wire.Advertise), 0),
+        wire.Upload: packed_bytes(setup.length, setup.modulus_bits),
+        wire.Survivors: -(-n // 8),
+        wire.Confirmations: setup.threshold,
+        wire.Unmask: k + 1,
+    }
+    kind = type(message)
+    return wire.limit(kind, entries[kind]) if kind in entries else None
 
 
 def _declared(sessions: Sequence[_Session]) -> list[Check]:

@@ -220,6 +220,32 @@ def test_bytes_that_are_not_declared_are_caught(job: Job, tmp_path: Path, monkey
     assert check(report, "bytes that were counted")[0] == "violated"
 
 
+def test_a_list_longer_than_the_terms_allow_is_caught(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A channel in a message of the right form: accusations of parties that there are not."""
+
+    def change(way: str, party: str, raw: bytes) -> bytes:
+        message = wire.to_server(raw, sender=party, limit=len(raw)) if way == "up" else None
+        if not isinstance(message, wire.Confirm):
+            return raw
+        return wire.encode(wire.Confirm(message.session, message.round, message.signature, tuple(range(100))))
+
+    tampered(monkeypatch, change)
+    report = rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    verdict, finding = check(report, "not declared")
+    assert verdict == "violated"
+    assert "belong to it" in finding
+
+
+def test_a_history_with_other_survivors_than_the_wire_is_caught(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", transcript="messages")
+    replace(tmp_path / "run" / "history.jsonl", '"survivors":5', '"survivors":4')
+    verdict, finding = check(audit(tmp_path / "run"), "told the same survivors")
+    assert verdict == "violated"
+    assert "5 survivors on the wire, 4 in the history" in finding
+
+
 def test_a_message_in_another_than_its_canonical_form_is_caught(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +421,29 @@ def test_the_bounds_are_bounds_under_the_null() -> None:
             allowed = min(1.0, tests * x)
             slack = 5 * math.sqrt(allowed * (1 - allowed) / len(values) + 1e-9)
             assert np.mean(np.array(values) <= x) <= allowed + slack
+
+
+def tail_of_sum(values: np.ndarray[Any, Any], count: int, step: float) -> tuple[np.ndarray[Any, Any], Any]:
+    """The law of a sum of ``count`` independent draws from ``values``, on a lattice: points and P[sum >= point]."""
+    places = np.rint(values / step).astype(int)
+    low = places.min()
+    law = np.bincount(places - low) / len(places)
+    size = count * (len(law) - 1) + 1
+    total = np.fft.irfft(np.fft.rfft(law, 2 * size) ** count, 2 * size)[:size]
+    return (np.arange(size) + count * low) * step, total[::-1].cumsum()[::-1]
+
+
+def test_the_bounds_against_the_exact_laws() -> None:
+    """No bound is below the exact tail, computed by convolution, nor more than a hundred times above it."""
+    angles = (np.arange(100_000) + 0.5) / 100_000
+    points, tail = tail_of_sum(np.cos(2 * math.pi * angles), 40, 1e-3)
+    for wanted in (5.0, 10.0, 15.0, 18.0):
+        exact = tail[np.searchsorted(points, wanted)]
+        assert exact <= independence._cosine_bound(wanted, 40) <= 100 * exact
+    points, tail = tail_of_sum(2 * angles - 1, 40, 1e-3)  # 40 equal weights of norm 1: L = sum / sqrt(40)
+    for wanted in (1.0, 1.5, 2.0, 2.5):
+        exact = 2 * tail[np.searchsorted(points, wanted * math.sqrt(40))]
+        assert exact <= independence._line_bound(wanted) <= 100 * exact
 
 
 def test_the_tests_see_what_they_are_for() -> None:
