@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from choral.errors import ConfigError
+from choral.trainers.participation import (
+    DAY,
+    ONCE_A_DAY,
+    Availability,
+    Clock,
+    available,
+    durations,
+    fixed_cohort,
+    lost_at,
+    on_time,
+    poisson_cohort,
+    stream,
+)
+
+
+def test_streams_repeat_and_differ():
+    draw = [
+        stream(*arguments).random() for arguments in [(1, 2, "a"), (1, 2, "a"), (1, 3, "a"), (2, 2, "a"), (1, 2, "b")]
+    ]
+    assert draw[0] == draw[1]
+    assert len(set(draw)) == 4
+
+
+def test_every_cohort_is_equally_likely():
+    """All 20 sets of 3 of 6, 20,000 draws: chi-square, false alarm 1e-6."""
+    random = stream(0, 0, "test")
+    counts = dict.fromkeys(itertools.combinations(range(6), 3), 0)
+    for _ in range(20_000):
+        counts[tuple(fixed_cohort(6, 3, random).tolist())] += 1
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-6
+
+
+def test_poisson_is_independent_per_party():
+    """All 8 subsets of 3 parties at rate .3 against their product law: chi-square, false alarm 1e-6."""
+    random = stream(0, 1, "test")
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(20_000):
+        key = tuple(poisson_cohort(3, 0.3, random).tolist())
+        counts[key] = counts.get(key, 0) + 1
+    subsets = [subset for size in range(4) for subset in itertools.combinations(range(3), size)]
+    expected = [20_000 * 0.3 ** len(subset) * 0.7 ** (3 - len(subset)) for subset in subsets]
+    assert stats.chisquare([counts[subset] for subset in subsets], expected).pvalue > 1e-6
+
+
+def test_a_cohort_of_a_billion_costs_its_own_size():
+    tracemalloc.start()
+    cohort = fixed_cohort(10**9, 100, stream(0, 0, "large"))
+    poisson = poisson_cohort(10**9, 1e-7, stream(0, 0, "large"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+    assert len(np.unique(cohort)) == 100
+    assert 40 < len(poisson) < 170  # Poisson(100): six standard deviations
+    assert cohort.max() > 10**8
+
+
+def test_whole_and_single_cohorts():
+    assert fixed_cohort(5, 5, stream(0, 0, "x")).tolist() == [0, 1, 2, 3, 4]
+    assert len(fixed_cohort(5, 1, stream(0, 0, "x"))) == 1
+    assert poisson_cohort(5, 1.0, stream(0, 0, "x")).tolist() == [0, 1, 2, 3, 4]
+    assert len(poisson_cohort(2, 1e-12, stream(0, 0, "x"))) == 0
+
+
+def test_availability_over_the_day():
+    hours = Availability(peak=0.8, trough=0.2, hour=2.0)
+    zones = np.array([0.0, 6.0, 12.0])
+    assert hours.chance(2 * 3600, zones) == pytest.approx([0.8, 0.5, 0.2])
+    assert hours.chance(2 * 3600 + 5 * DAY, zones) == pytest.approx([0.8, 0.5, 0.2])
+    there = available(np.repeat([0.8, 0.2, 0.0, 1.0], 10_000), stream(0, 0, "there")).reshape(4, -1).mean(axis=1)
+    assert there == pytest.approx([0.8, 0.2, 0, 1], abs=0.025)  # five standard errors or more
+
+
+def test_stragglers():
+    examples = np.array([10, 1000])
+    even = durations(examples, start=5, per_example=0.01, spread=0, random=stream(0, 0, "time"))
+    assert even == pytest.approx([5.1, 15.0])
+    assert on_time(even, 10.0).tolist() == [True, False]
+    assert on_time(even, math.inf).all()
+    spread = durations(np.zeros(20_000, int), start=1, per_example=0, spread=0.5, random=stream(0, 1, "time"))
+    # On time by exp(.5): one standard deviation above the median, .8413; standard error .0026.
+    assert on_time(spread, math.exp(0.5)).mean() == pytest.approx(stats.norm.cdf(1), abs=0.015)
+
+
+def test_losses_at_any_step():
+    """Step s: (1 - .1)(1 - .2).. before it, times its own chance; 20,000 draws, chi-square, false alarm 1e-6."""
+    lost = lost_at(20_000, (0.1, 0.2, 0.5), stream(0, 0, "lost"))
+    expected = 20_000 * np.array([0.1, 0.9 * 0.2, 0.9 * 0.8 * 0.5, 0.9 * 0.8 * 0.5])
+    assert stats.chisquare(np.bincount(lost, minlength=4), expected).pvalue > 1e-6
+    assert (lost_at(5, (0, 0), stream(0, 0, "lost")) == 2).all()
+    assert (lost_at(5, (0, 1), stream(0, 0, "lost")) == 1).all()
+
+
+def test_clock():
+    assert ONCE_A_DAY.starts([60, 60, 60]) == [7200, 7200 + DAY, 7200 + 2 * DAY]
+    assert ONCE_A_DAY.starts([1.5 * DAY, 60]) == [7200, 7200 + 2 * DAY]  # a night is missed
+    assert Clock().starts([5, 7, 1]) == [0, 5, 12]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fixed_cohort(5, 0, stream(0, 0, "x")),
+        lambda: fixed_cohort(5, 6, stream(0, 0, "x")),
+        lambda: poisson_cohort(0, 0.5, stream(0, 0, "x")),
+        lambda: poisson_cohort(5, 0.0, stream(0, 0, "x")),
+        lambda: poisson_cohort(5, math.nan, stream(0, 0, "x")),
+        lambda: Availability(peak=0.2, trough=0.3),
+        lambda: Availability(hour=24),
+        lambda: durations(np.ones(1, int), start=-1, per_example=0, spread=0, random=stream(0, 0, "x")),
+        lambda: on_time(np.ones(1), math.nan),
+        lambda: lost_at(1, (1.5,), stream(0, 0, "x")),
+        lambda: Clock(period=math.inf),
+    ],
+)
+def test_refusals(call):
+    with pytest.raises(ConfigError):
+        call()
