@@ -37,7 +37,7 @@ from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
 from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
-from choral.trainers.rounds import Federation, check_fits, open_sessions
+from choral.trainers.rounds import Federation, check_cohort, check_fits, open_sessions
 from choral.trainers.run import Round, Run, RunInfo, versions
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import Build, Evaluate, Fit, Loss, check_parties, metrics_of, raw_bytes
@@ -64,6 +64,7 @@ def federate(
     value_bound: float = 16.0,
     value_bits: int = 28,
     dropout_rate: float = 0.0,
+    cohort: int | None = None,
     min_classes: int = 2,
     device: str = "cpu",
     out: str | Path | None = None,
@@ -91,6 +92,8 @@ def federate(
     secure_sum: ``Plain()`` (default: the server sees each update), ``Masked(...)`` or ``Homomorphic(...)``.
     value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. An update beyond the
         range raises; it is never clipped or wrapped. Not used with ``ClientPrivacy``, which clips.
+    cohort: how many parties each round asks, drawn anew from ``seed``; by default all. The server sees who they are, so
+        every round is charged as if all took part. A secure sum is opened over the cohort alone.
     dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
     seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
         keys or masks.
@@ -111,9 +114,13 @@ def federate(
     initial = Weights.read(start) if start is not None else None
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
+    check_cohort(algorithm, cohort, len(parties))
     info = describe("federated", parties, examples, rounds, seed, on, privacy, config, initial)
+    how = algorithm.record() | ({"cohort": cohort} if cohort else {})
     info = msgspec.structs.replace(
-        info, algorithm=algorithm.record(), releases=tuple(asdict(release) for release in algorithm.releases)
+        info,
+        algorithm=how,
+        releases=tuple(asdict(release) for release in algorithm.releases),
     )
 
     def trainer_of(guards: Mapping[str, Guard]) -> tuple[Resident, LocalTrainer]:
@@ -168,7 +175,7 @@ def federate(
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
         seen.begin(secure_sum.name, coders[last].spec)
-        rooms = open_sessions(secure_sum, coders)
+        rooms = open_sessions(secure_sum, coders, tuple(parties)[:cohort] if cohort else None)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()
@@ -182,6 +189,8 @@ def federate(
             sessions=rooms,
             memory=recorder.memory(),
             dropout_rate=dropout_rate,
+            cohort=cohort,
+            secure_sum=secure_sum,
             seed=seed,
             seen=seen,
         )

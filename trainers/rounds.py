@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from choral.trainers.algorithms.seam import (
 from choral.trainers.coders import Coder
 from choral.trainers.local import seeded
 from choral.trainers.memory import Memory, State
+from choral.trainers.participation import fixed_cohort, stream
 from choral.trainers.run import RunFolderError
 from choral.trainers.task import DivergedError, Loss, TaskError
 from choral.trainers.transcript import Transcript
@@ -49,6 +50,8 @@ class Federation:
     sessions: Mapping[str, SumSession]
     memory: Memory
     dropout_rate: float
+    cohort: int | None
+    secure_sum: SecureSum
     seed: int
     seen: Transcript
 
@@ -66,13 +69,14 @@ class Federation:
             )
         server = dict(self.memory.server)
         parties = {name: dict(state) for name, state in self.memory.parties.items()}
-        traffic, present, sums = Traffic(), tuple(self.examples), 0
+        traffic, present, sums = Traffic(), self._asked(number), 0
+        rooms = self.sessions if self.cohort is None else open_sessions(self.secure_sum, self.coders, present)
         steps = self.algorithm.round(Server(setup=self.setup, number=number, state=server), weights)
         try:
             ask = next(steps)
             while True:
                 present = self._present(present, number, sums)
-                mean, present = self._exchange(ask, present, parties, number, traffic, first=sums == 0)
+                mean, present = self._exchange(ask, rooms, present, parties, number, traffic, first=sums == 0)
                 sums += 1
                 ask = steps.send(mean)
         except StopIteration as end:
@@ -88,6 +92,7 @@ class Federation:
     def _exchange(
         self,
         ask: Exchange,
+        rooms: Mapping[str, SumSession],
         present: tuple[str, ...],
         states: dict[str, State],
         number: int,
@@ -95,10 +100,10 @@ class Federation:
         *,
         first: bool,
     ) -> tuple[Mean, tuple[str, ...]]:
-        """Keys among all parties, then each present party's vector, masked and added as it comes, then the sum."""
+        """Keys among all who are asked, then each present party's vector, added as it comes, then the sum."""
         coder = self.coders[ask.channel]
         coder.begin(present)
-        summing = self.sessions[ask.channel].begin()
+        summing = rooms[ask.channel].begin()
         working: dict[str, Party] = {}
 
         def orders() -> Iterator[tuple[str, Work]]:
@@ -138,6 +143,14 @@ class Federation:
         traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
         return coder.decode(result), result.survivors
 
+    def _asked(self, number: int) -> tuple[str, ...]:
+        """Everybody, or this round's cohort, each set of its size equally likely."""
+        everybody = tuple(self.examples)
+        if self.cohort is None:
+            return everybody
+        chosen = fixed_cohort(len(everybody), self.cohort, stream(self.seed, number, "cohort"))
+        return tuple(everybody[index] for index in chosen)
+
     def _present(self, parties: tuple[str, ...], number: int, sums: int) -> tuple[str, ...]:
         """Who is left of `parties` for the next exchange: lost ones stay lost, each at some exchange of the round."""
         if not self.dropout_rate:
@@ -149,17 +162,36 @@ class Federation:
         return tuple(party for party in parties if luck[party] >= self.dropout_rate * part)
 
 
-def open_sessions(secure_sum: SecureSum, coders: Mapping[str, Coder]) -> dict[str, SumSession]:
-    """One session per channel; channels whose vectors look alike share one. Raises: what the coders' check does."""
+def open_sessions(
+    secure_sum: SecureSum, coders: Mapping[str, Coder], roster: tuple[str, ...] | None = None
+) -> dict[str, SumSession]:
+    """One session per channel; channels whose vectors look alike share one. roster: by default all parties.
+
+    Raises: what the coders' check does; what the secure sum does for a roster of that size.
+    """
     sessions: dict[str, SumSession] = {}
     by_spec: dict[object, SumSession] = {}
     for name, coder in coders.items():
-        spec = coder.spec
+        spec = coder.spec if roster is None else replace(coder.spec, parties=roster)
         if spec not in by_spec:
             by_spec[spec] = secure_sum.open(spec)
         sessions[name] = by_spec[spec]
         coder.check(sessions[name])
     return sessions
+
+
+def check_cohort(algorithm: Algorithm, cohort: int | None, parties: int) -> None:
+    """Raises: ConfigError for a cohort that is no number from 2 to all, or whose algorithm needs everybody."""
+    if cohort is None:
+        return
+    if not 2 <= cohort <= parties:
+        raise ConfigError(f"expected a cohort of 2 to {parties} parties, got {cohort}", hint="None asks all")
+    probe = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
+    if algorithm.keeps or any(channel.once for channel in algorithm.channels(probe).values()):
+        raise ConfigError(
+            f"{algorithm.kind} needs every party: its parties keep state, or are counted once for the whole run",
+            hint="leave out cohort, or use FedAvg, FedProx, FedAdam, FedYogi or FedNova",
+        )
 
 
 def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:

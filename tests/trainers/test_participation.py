@@ -6,8 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from choral import ClientPrivacy, Masked, federate
 from choral.errors import ConfigError
 from choral.trainers.participation import (
     DAY,
@@ -126,3 +128,62 @@ def test_clock():
 def test_refusals(call):
     with pytest.raises(ConfigError):
         call()
+
+
+class TestCohorts:
+    """In whole runs. Who took part is read from what was trained."""
+
+    def many(self, job, trained, count=20, **more):
+        from torch.utils.data import TensorDataset
+
+        base = job()
+        data = base["parties"]["north"]
+        parties = {f"party-{number:02d}": TensorDataset(*data.tensors) for number in range(count)}
+        owner = {id(dataset): name for name, dataset in parties.items()}
+
+        def fit(model, optimizer, loader):
+            trained.append(owner[id(loader.dataset)])
+            base["fit"](model, optimizer, loader)
+
+        return federate(**job(parties=parties, fit=fit, **more))
+
+    def test_each_round_asks_another_cohort(self, job):
+        trained: list[str] = []
+        run = self.many(job, trained, cohort=4, rounds=5)
+        rounds = [tuple(trained[at : at + 4]) for at in range(0, 20, 4)]
+        assert all(len(set(asked)) == 4 for asked in rounds)
+        assert len(set(rounds)) == 5
+        assert [entry.survivors for entry in run.history[1:]] == [4] * 5
+        again: list[str] = []
+        self.many(job, again, cohort=4, rounds=5)
+        assert again == trained
+        assert run.info.algorithm["cohort"] == 4
+
+    def test_the_masked_sum_is_over_the_cohort_and_exact(self, job):
+        plain = self.many(job, [], cohort=5, rounds=2)
+        masked = self.many(job, [], cohort=5, rounds=2, secure_sum=Masked(min_survivors=3))
+        assert all(torch.equal(plain.state[name], masked.state[name]) for name in plain.state)
+        assert masked.info.secure_sum["parties"] == 5
+
+    def test_all_is_as_without(self, job):
+        whole, cohort = self.many(job, []), self.many(job, [], cohort=20)
+        assert all(torch.equal(whole.state[name], cohort.state[name]) for name in whole.state)
+
+    def test_client_level_privacy_gains_nothing(self, job):
+        """A cohort of 6 of 20 is charged like a federation of these 6 alone, not less by a factor that grows with 20."""
+        privacy = ClientPrivacy(epsilon=8.0, delta=1e-3, clip=1.0, min_survivors=4)
+        settings = {"rounds": 3, "privacy": privacy, "secure_sum": Masked(min_survivors=4)}
+        cohort = self.many(job, [], cohort=6, **settings).spent.epsilon
+        alone = self.many(job, [], count=6, **settings).spent.epsilon
+        assert cohort == pytest.approx(alone, rel=2e-3)  # noise is calibrated to within .1 %
+
+    @pytest.mark.parametrize("cohort", [0, 1, 21, -3])
+    def test_refuses_sizes(self, job, cohort):
+        with pytest.raises(ConfigError, match="cohort of 2 to 20"):
+            self.many(job, [], cohort=cohort)
+
+    def test_refuses_algorithms_that_need_everybody(self, job):
+        from choral.trainers.algorithms import SCAFFOLD
+
+        with pytest.raises(ConfigError, match="needs every party"):
+            self.many(job, [], cohort=4, algorithm=SCAFFOLD())
