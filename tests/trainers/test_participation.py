@@ -170,7 +170,7 @@ class TestCohorts:
         assert all(torch.equal(whole.state[name], cohort.state[name]) for name in whole.state)
 
     def test_client_level_privacy_gains_nothing(self, job):
-        """A cohort of 6 of 20 is charged like a federation of these 6 alone, not less by a factor that grows with 20."""
+        """A cohort of 6 of 20 is charged like a federation of 6 alone, not less by a factor that grows with 20."""
         privacy = ClientPrivacy(epsilon=8.0, delta=1e-3, clip=1.0, min_survivors=4)
         settings = {"rounds": 3, "privacy": privacy, "secure_sum": Masked(min_survivors=4)}
         cohort = self.many(job, [], cohort=6, **settings).spent.epsilon
