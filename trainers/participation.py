@@ -104,9 +104,8 @@ def durations(
             f"expected start, per_example and spread >= 0, got {start:g}, {per_example:g}, {spread:g}",
             hint="seconds, seconds and a standard deviation",
         )
-    seconds: NDArray[np.float64] = (start + per_example * examples) * np.exp(
-        spread * random.standard_normal(len(examples))
-    )
+    median = start + per_example * examples.astype(np.float64)
+    seconds: NDArray[np.float64] = median * np.exp(spread * random.standard_normal(len(examples)))
     return seconds
 
 
