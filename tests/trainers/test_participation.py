@@ -183,7 +183,7 @@ class TestCohorts:
             self.many(job, [], cohort=cohort)
 
     def test_refuses_algorithms_that_need_everybody(self, job):
-        from choral.trainers.algorithms import SCAFFOLD
+        from choral.trainers.algorithms import Scaffold
 
         with pytest.raises(ConfigError, match="needs every party"):
-            self.many(job, [], cohort=4, algorithm=SCAFFOLD())
+            self.many(job, [], cohort=4, algorithm=Scaffold())
