@@ -230,14 +230,24 @@ def main() -> None:
         return
     for case in CASES:
         print(json.dumps(step_line(case, wanted.repeats, device)), flush=True)
-    regrets = []
+    regrets, flips = [], []
     for t, d, p in SHAPES:
         records = max(4, min(64, (1 << 24) // (d * p), (1 << 24) // (t * (d + p))))
         line = ghost_line(t, d, p, records, max(wanted.repeats // 6, 3), device)
         regrets.append(float(line["chosen over faster"]))  # type: ignore[arg-type]
+        flips += [(line["numbers, outer over dense"], line["outer over dense"])] if t > 1 else []
         print(json.dumps(line), flush=True)
     mean = math.exp(statistics.fmean(map(math.log, regrets)))
     print(json.dumps({"ghost": "chosen over faster", "worst": max(regrets), "geometric mean": round(mean, 3)}))
+    print(
+        json.dumps(
+            {
+                "ghost": "where Outer should be taken for time, by its share of Dense's numbers (positions > 1)",
+                "outer is never slower by 10 % below": min(share for share, ratio in flips if ratio > 1.1),
+                "dense is never slower by 10 % above": max(share for share, ratio in flips if ratio < 0.9),
+            }
+        )
+    )
     count, cpu = 1 << 22, torch.device("cpu")
     ours = statistics.median(count / seconds(lambda: drop(gaussian(count, os_stream)), cpu) for _ in range(5))
     torch_rate = statistics.median(

@@ -117,6 +117,17 @@ def norm_of_all(setting: ClippingNorm) -> float:
     return setting
 
 
+def settings_of(setting: ClippingNorm) -> dict[str, float | int | str]:
+    """Return the clipping as plain data, for a run's record: C, and what other kinds than a number have."""
+    plain: dict[str, float | int | str] = {"max_grad_norm": norm_of_all(setting)}
+    if isinstance(setting, AdaptiveClip):
+        return plain | {"quantile": setting.quantile, "clip_rate": setting.rate, "clip_share": setting.share}
+    if isinstance(setting, PerLayerClip):
+        named = setting.norms if isinstance(setting.norms, Mapping) else {}
+        return plain | {"clipping": "by layer"} | {f"max_grad_norm.{layer}": norm for layer, norm in named.items()}
+    return plain
+
+
 def check_norm(setting: ClippingNorm) -> None:
     """Raise ConfigError unless `setting` is one of the three kinds, and a number in range."""
     if not isinstance(setting, AdaptiveClip | PerLayerClip) and (

@@ -11,6 +11,8 @@ ghost clipping (Bu, Mao, Xu 2022, "Scalable and efficient training of large conv
 - :class:`Outer`: keep a and g, T (p + d) numbers. The norm is that of the product, or comes from the Gram matrices,
   |g_i^T a_i|^2 = <a_i a_i^T, g_i g_i^T> (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications.
 
+Measured (`python benchmarks/dp_step.py`, its lines "ghost"): Outer is the faster where it keeps up to an eighth of
+Dense's numbers, 8 T (p + d) <= p d, and Dense beyond, up to 3.5 times; there Outer is taken for memory alone.
 The sums are float64 whichever way is taken: see :func:`weighted_sum`.
 """
 
@@ -30,7 +32,8 @@ BLOCK = 1 << 10  # columns whose squares are added in float32
 _WIDE, _COLUMNS = 1 << 18, 1 << 14  # numbers, and columns, widened to float64 at once: fit the second-level cache
 _UNFOLDED = 1 << 18  # numbers of unfolded images made at once, likewise
 _WORK = 1 << 21  # numbers of products or Gram matrices made at once
-_SMALL = 1 << 22  # per-sample gradients, in numbers, that are always worth writing down: 16 MiB
+_FEW = 8  # times fewer numbers in factors than in gradients: from there on factors are faster, too
+_SMALL = 1 << 22  # per-sample gradients, in numbers, that are written down where that is faster: 16 MiB
 
 
 class PerSample(Protocol):
@@ -235,7 +238,8 @@ def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale
 def _cheaper(outer: Outer) -> PerSample:
     """Write the gradients down now if that is faster and not much larger than what they are made of."""
     positions, d, p = outer.sizes
-    if positions == 1 or (outer.records * d * p > _SMALL and d * p > positions * (d + p)):
+    kept = positions * (d + p)
+    if positions == 1 or _FEW * kept <= d * p or (outer.records * d * p > _SMALL and kept < d * p):
         return outer
     return _written(outer.factors, outer.records, 1, outer.sizes, outer.scale)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-from torch import nn
+from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader, Sampler
 
@@ -18,6 +18,7 @@ from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
+from choral.privacy.distributed import check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.events import PoissonSampledGaussian, RecordEvent
 from choral.privacy.ledger import Ledger
@@ -80,8 +81,10 @@ class Privacy:
         resume: the state_dict() of the private optimizer of an earlier process, loaded at once. The noise is then not
         calibrated for `epochs` passes more, but stays as it was for those that are left.
 
-        Raises: ConfigError, UnsupportedModelError, UnsupportedLoaderError, BudgetExceededError, LedgerError.
+        Raises: ConfigError, UnsupportedModelError, UnsupportedLoaderError, BudgetExceededError, LedgerError;
+        PrivacyError (one of several processes of torch.distributed).
         """
+        refuse_several_processes()
         guard = Guard(self, holder="data", ledger=self._open(), passes=self.epochs)
         return guard.wrap(model, optimizer, loader, resume=resume)
 
@@ -180,19 +183,35 @@ class Guard:
         privacy: the promise. holder: a name for whose data it is. ledger: what that data has spent before.
         passes: passes over the data that are still to come, in all; the noise is calibrated for them at the
             first `wrap`, on top of what the ledger holds. What one `wrap` returned may make `privacy.epochs` of them.
+        clip: where an adaptive clipping norm, of a run that is resumed, had come to.
     """
 
-    def __init__(self, privacy: Privacy, *, holder: str, ledger: Ledger, passes: int) -> None:
+    def __init__(
+        self, privacy: Privacy, *, holder: str, ledger: Ledger, passes: int, clip: float | None = None
+    ) -> None:
         if passes < 1:
             raise ConfigError(f"passes is {passes}, expected >= 1")
         ledger.bind(holder, privacy.delta)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: Scheme | None = None
         self._clipping = Clipping(privacy.max_grad_norm)
+        if clip is not None and self.adaptive:
+            check_clip(clip)
+            self._clipping.norm = clip
         self._steps = 0  # of a pass
         self._known = 0  # events of the ledger that the plan reckons with
         self._passed = 0
         self._latest: PrivateOptimizer | None = None  # whose pass was the latest
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the clipping norm moves."""
+        return isinstance(self.privacy.max_grad_norm, AdaptiveClip)
+
+    @property
+    def clip(self) -> float:
+        """The clipping norm of the next step, of all layers together; noisy itself, and so no secret."""
+        return self._clipping.norm
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -283,7 +302,7 @@ class Guard:
                 f"the checkpoint is of {found.steps} steps at sample rate {found.sample_rate:.6g}, not of this loader",
                 hint="Wrap the same dataset in the same batches.",
             )
-        clip = found.max_grad_norm if isinstance(self._clipping.setting, AdaptiveClip) else self._clipping.norm
+        clip = found.max_grad_norm if self.adaptive else self._clipping.norm
         # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan;
         # within a process the plan goes on.
         if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
@@ -347,6 +366,20 @@ class Guard:
         return BudgetExceededError(
             f"{self.holder}: the budget was planned for {planned}, and all are used",
             hint="Set Privacy(epochs=...) to the passes that one call of the training loop makes.",
+        )
+
+
+def refuse_several_processes() -> None:
+    """Raise PrivacyError in a process group of more than one: each would sample, and spend, one dataset on its own.
+
+    Gradients averaged over processes would have another sample rate, noise and sensitivity than were accounted for. A
+    Guard of its own data is not refused: the parties of a federated run may be processes.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise PrivacyError(
+            f"torch.distributed runs {distributed.get_world_size()} processes; several processes on one dataset are "
+            "not accounted for",
+            hint="Train in one process, or make each process a party of federate(), with data of its own.",
         )
 
 

@@ -15,9 +15,10 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
-from choral.trainers.federate import NOTHING, OnRound, check_settings, describe, nothing_left, open_guards
+from choral.trainers.federate import NOTHING, OnRound, check_settings, clips_of, describe, nothing_left, open_guards
 from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
+from choral.trainers.memory import Memory
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
 from choral.trainers.start import Start, Weights
@@ -75,7 +76,9 @@ def centralize(
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
     ):
-        guards = open_guards(privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed)
+        guards = open_guards(
+            privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
+        )
         if reason := nothing_left(guards, recorder):
             return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         first = initial_model(build, next(iter(parties.values())), seed, initial)
@@ -116,7 +119,7 @@ def centralize(
                 epsilon=spent[POOLED].epsilon if spent else None,
                 **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )
-            recorder.add(entry, model, spent, optimizer)
+            recorder.add(entry, model, spent, optimizer, Memory(clips=clips_of(guards)))
             if on_round and workers.first:
                 on_round(entry)
         return recorder.run()

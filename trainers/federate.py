@@ -26,6 +26,7 @@ import torch
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
+from choral.privacy.clipping import settings_of as clipping_settings
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
@@ -142,13 +143,14 @@ def federate(
         watched_by(seen.watcher),
     ):
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
-        guards = open_guards(records, examples, recorder.ledger_folder, rounds - recorder.completed)
+        rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
+        guards = open_guards(records, examples, recorder.ledger_folder, rounds_left, clips)
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
             return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
         resident, trainer = trainer_of(guards)
         if team is not None:
             folder = recorder.ledger_folder
-            team.begin(Beginning(rounds_left=rounds - recorder.completed, folder=str(folder) if folder else None))
+            team.begin(Beginning(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))
             trainer = Sharded(team, trainer, examples, sticky=bool(guards))
         setup = Setup(
             parties=len(parties),
@@ -214,6 +216,7 @@ def federate(
                 clip=coders[last].clip,
                 joules=joules,
             )
+            federation.memory.clips = {} if team is not None else clips_of(guards)  # other ranks keep theirs
             recorder.add(entry, resident.model, spent, memory=federation.memory)
             if on_round:
                 on_round(entry)
@@ -231,7 +234,7 @@ def _check_shared(privacy: Privacy | None, out: str | Path | None) -> None:
 def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples: Mapping[str, int]) -> dict[str, Guard]:
     """The guards of the parties that stay at this rank."""
     here = {party: examples[party] for party in team.parties_of(team.rank, examples)}
-    return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left)
+    return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
 
 
 def describe(
@@ -297,9 +300,7 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
     settings: dict[str, float | int | str] = {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
-        "max_grad_norm": privacy.max_grad_norm
-        if isinstance(privacy.max_grad_norm, float | int)
-        else str(privacy.max_grad_norm),
+        **clipping_settings(privacy.max_grad_norm),
         "epochs": privacy.epochs,
     }
     if isinstance(privacy, CorrelatedPrivacy):
@@ -307,10 +308,22 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
     return settings
 
 
+def clips_of(guards: Mapping[str, Guard]) -> dict[str, float]:
+    """Where each data holder's adaptive clipping norm is; empty where it does not move."""
+    return {name: guard.clip for name, guard in guards.items() if guard.adaptive}
+
+
 def open_guards(
-    privacy: Privacy | None, examples: Mapping[str, int], folder: Path | None, rounds_left: int
+    privacy: Privacy | None,
+    examples: Mapping[str, int],
+    folder: Path | None,
+    rounds_left: int,
+    clips: Mapping[str, float],
 ) -> dict[str, Guard]:
-    """One guard and one ledger per data holder; empty without privacy. Raises: what check_delta does; LedgerError."""
+    """One guard and one ledger per data holder; empty without privacy. clips: of adaptive clipping, in a resumed run.
+
+    Raises: what check_delta does; LedgerError.
+    """
     if privacy is None:
         return {}
     if not isinstance(privacy, Privacy):
@@ -331,6 +344,7 @@ def open_guards(
             holder=name,
             ledger=Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name),
             passes=passes,
+            clip=clips.get(name),
         )
         for name in examples
     }

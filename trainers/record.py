@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy import Spent
+from choral.privacy import AdaptiveClip, Privacy, Spent
 from choral.trainers import run as folders
 from choral.trainers.flat import Layout
 from choral.trainers.memory import Memory, read_memory, write_memory
@@ -109,6 +109,19 @@ class Recorder:
         """What server and parties had kept after the last complete round. Raises: RunFolderError if it is damaged."""
         return read_memory(self._folder, self.completed) if self._folder and self.completed else Memory()
 
+    def clips(self, privacy: object) -> dict[str, float]:
+        """Where record-level adaptive clipping had come to, by data holder. Raises: RunFolderError if that is lost."""
+        if not isinstance(privacy, Privacy) or not isinstance(privacy.max_grad_norm, AdaptiveClip) or not self._folder:
+            return {}
+        kept = self.memory().clips
+        if self.completed and not kept:
+            raise folders.RunFolderError(
+                f"where the clipping norms were after round {self.completed} is lost",
+                hint=f"restore memory.{self.completed}.safetensors, or run again in a new folder; with AdaptiveClip and "
+                "several processes there is none, and no resume",
+            )
+        return kept
+
     def add(
         self,
         entry: Round,
@@ -126,7 +139,7 @@ class Recorder:
             folders.write_info(self._folder, self._info)
             if optimizer:
                 folders.write_optimizer(self._folder, optimizer, entry.round)
-            if memory:
+            if memory is not None and (memory or memory.clips):
                 write_memory(self._folder, memory, entry.round)
             folders.write_weights(self._folder, self._state, entry.round)
 

@@ -204,6 +204,9 @@ def test_large_layers_keep_factors_and_small_ones_gradients() -> None:
 
     assert kind(64, 64, 64) is ghost.Dense
     assert kind(512, 512, 16) is ghost.Outer  # 16 M numbers against 1 M
+    assert kind(64, 256, 8) is ghost.Dense  # faster, and small
+    assert kind(64, 256, 8, records=257) is ghost.Outer  # 4.2 M numbers: the smaller
+    assert kind(256, 256, 16) is kind(64, 256, 4, records=9) is ghost.Outer  # faster, however small
     assert kind(300, 300, 1000) is ghost.Dense  # 6 M numbers against 38 M
     assert kind(512, 10, 1) is ghost.Outer
 

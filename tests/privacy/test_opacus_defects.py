@@ -1,12 +1,24 @@
 """What Opacus 1.6.0 gets wrong in record-level DP-SGD, each set right or refused; one test per defect.
 
-Covered where the code is: the position embedding, tied weights, BatchNorm in eval mode and copies in test_models,
-steps per epoch and small datasets in test_guard, workers and collate functions in test_loader.
+Those that are not here are tested where the code is:
+
+- samplers and batch samplers of any class, workers, collate functions: test_loader.test_refused and its neighbours;
+- drop_last, steps per epoch, a dataset smaller than a batch: test_guard.test_rate_and_steps, test_drop_last_...;
+- adaptive clipping: an empty batch (test_clipping.test_adaptive_clipping_survives_empty_batches), counts over virtual
+  batches (test_adaptive_counts_are_kept_over_chunks), what it costs (test_adaptive_clipping_costs_what_flat_does and,
+  of the noise itself, test_adaptive_sum_and_count_are_one_vector_no_longer_than_one);
+- position embeddings: test_positions; tied weights: test_models.test_tied_weights_...; LSTM, nn.MultiheadAttention:
+  test_layers; BatchNorm, in eval mode too: test_models.test_batchnorm_is_refused_even_in_eval_or_without_weights;
+- copies that train the original: test_models.test_copy_whose_forward_trains_the_original_is_refused.
 """
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +26,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from choral.privacy import Guard, Ledger, Privacy, UnsupportedLoaderError, UnsupportedModelError, accounting
+from choral.privacy import (
+    AdaptiveClip,
+    Guard,
+    Ledger,
+    Privacy,
+    UnsupportedLoaderError,
+    UnsupportedModelError,
+    accounting,
+)
+from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.step import _Pending
 
 PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
 
@@ -77,6 +99,77 @@ def test_noise_does_not_replay_from_the_seed(problem: Any) -> None:
 def test_spending_is_known_before_the_first_step(problem: Any) -> None:
     guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=1)
     assert guard.spent().epsilon == 0.0
+
+
+def test_steps_are_counted_and_not_phases(problem: Any, loop: Callable[..., int]) -> None:
+    """Opacus: len(accountant) counts runs of equal settings."""
+    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+    model = problem.model()
+    for _ in range(2):
+        loop(*guard.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
+    assert guard.spent().steps == 20
+
+
+def test_the_count_of_adaptive_clipping_is_accounted_for(problem: Any) -> None:
+    """Opacus before 1.6 charged for the vector's noise alone: 2.70 for 7.06 at z = 1, sigma_u = 0.6, q = 0.1, T = 100.
+
+    Our ledger is charged for z, the noise that vector and count have together; `share` is z^2 / (2 sigma_u)^2.
+    """
+    share = 1.0 / (2 * 0.6) ** 2
+    privacy = Privacy(epsilon=3.0, delta=1e-3, max_grad_norm=AdaptiveClip(share=share))
+    ledger, model = Ledger(), problem.model()
+    wrapped = Guard(privacy, holder="a", ledger=ledger, passes=1).wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()
+    )
+    next(iter(wrapped[2]))
+    charged = ledger.events[0].noise_multiplier
+    released = []
+    for _ in range(10):
+        wrapped[1].max_grad_norm = 1.0
+        wrapped[1]._release(_Pending(list(model.parameters()), torch.zeros(83, dtype=torch.float64), 0.0))
+        released += [p.grad.reshape(-1) * wrapped[1].expected_batch_size for p in model.parameters()]
+    noise = float(torch.cat(released).std())
+    assert noise == pytest.approx(charged / math.sqrt(1 - share), rel=0.15)  # false alarms: 1e-9; without, 0.45 off
+    spent = {z: accounting.epsilon([event(z)], 1e-5) for z in (1.0, 1.0 / math.sqrt(1 - share))}
+    assert list(spent.values()) == pytest.approx([7.05, 2.70], abs=0.02)
+
+
+def event(z: float) -> PoissonSampledGaussian:
+    return PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=z, steps=100)
+
+
+def test_several_processes_on_one_dataset_are_refused(tmp_path: Path) -> None:
+    """Opacus: equal seeds of ranks correlate their samples, and an empty batch of one rank leaves the others waiting.
+
+    Two real processes; each may still keep a promise for data of its own, as parties of a federation do.
+    """
+    code = f"""
+import sys, torch
+from torch import distributed
+from torch.utils.data import DataLoader, TensorDataset
+from choral.privacy import Guard, Ledger, Privacy, PrivacyError
+loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.zeros(40)), batch_size=10)
+model = torch.nn.Linear(6, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+privacy = Privacy(epsilon=3.0, delta=1e-3)
+distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/meet", rank=int(sys.argv[1]), world_size=int(sys.argv[2]))
+try:
+    privacy.wrap(model, optimizer, loader)
+    print("wrapped")
+except PrivacyError as error:
+    print(error)
+    Guard(privacy, holder=f"party {{sys.argv[1]}}", ledger=Ledger(), passes=1).wrap(model, optimizer, loader)
+    print("its own data")
+"""
+    for size, said in ((1, ["wrapped"]), (2, ["torch.distributed runs 2 processes", "its own data"])):
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", code, str(rank), str(size)], stdout=subprocess.PIPE, text=True)
+            for rank in range(size)
+        ]
+        for heard in [rank.communicate(timeout=120)[0] for rank in ranks]:
+            assert all(words in heard for words in said), heard
+        (tmp_path / "meet").unlink(missing_ok=True)
 
 
 def test_epsilon_is_of_the_life_of_the_data_not_of_a_round(problem: Any, loop: Callable[..., int]) -> None:

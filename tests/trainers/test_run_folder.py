@@ -16,7 +16,10 @@ import torch
 
 from choral import Homomorphic, Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
+from choral.privacy import AdaptiveClip, PerLayerClip
+from choral.privacy.clipping import settings_of
 from choral.trainers import RunFolderError
+from choral.trainers.memory import read_memory
 
 
 def test_round_trip(job, tmp_path):
@@ -70,6 +73,48 @@ def test_resume_keeps_the_budget(job, tmp_path):
     assert resumed.finished
     assert all(3.8 < spent.epsilon <= 4.0 for spent in resumed.info.spent.values())
     assert [spent.steps for spent in resumed.info.spent.values()] == [6 * 6, 6 * 4, 6 * 3]
+
+
+@pytest.mark.parametrize("trainer", [federate, centralize])
+def test_an_adaptive_clipping_norm_goes_on_where_it_was(job, tmp_path, trainer):
+    """Of records, by data holder. run.json tells the clipping as data."""
+    adaptive = AdaptiveClip(start=0.01, rate=1.0)
+    privacy = Privacy(epsilon=4.0, delta=1e-3, max_grad_norm=adaptive)
+    with pytest.raises(Stop):
+        trainer(**job(rounds=4), privacy=privacy, out=tmp_path / "run", on_round=interrupt(after=2))
+    halfway = read_memory(tmp_path / "run", 2).clips
+    assert all(clip != 0.01 for clip in halfway.values())
+    lost = (tmp_path / "run" / "memory.2.safetensors").read_bytes()
+    (tmp_path / "run" / "memory.2.safetensors").unlink()
+    with pytest.raises(RunFolderError, match="clipping norms were after round 2 is lost"):
+        trainer(**job(rounds=4), privacy=privacy, out=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "memory.2.safetensors").write_bytes(lost)
+    starts = []
+
+    def fit(model, optimizer, loader):
+        starts.append(optimizer.clipping.norm)
+        job()["fit"](model, optimizer, loader)
+
+    run = trainer(**job(rounds=4, fit=fit), privacy=privacy, out=tmp_path / "run", resume=True)
+    assert set(halfway) == set(run.info.spent)
+    assert sorted(starts[: len(halfway)]) == sorted(halfway.values())
+    assert run.info.privacy["max_grad_norm"] == 0.01
+    assert {"quantile": 0.5, "clip_rate": 1.0, "clip_share": 0.05}.items() <= run.info.privacy.items()
+
+
+def test_clipping_by_layer_is_recorded_as_data(job):
+    run = federate(
+        **job(rounds=1), privacy=Privacy(epsilon=4.0, delta=1e-3, max_grad_norm=PerLayerClip(2.0)), secure_sum=Masked()
+    )
+    assert run.info.privacy["max_grad_norm"] == 2.0
+    assert run.info.privacy["clipping"] == "by layer"
+    named = settings_of(PerLayerClip({"a": 3.0, "b.c": 4.0}))
+    assert named == {
+        "max_grad_norm": 5.0,
+        "clipping": "by layer",
+        "max_grad_norm.a": 3.0,
+        "max_grad_norm.b.c": 4.0,
+    }
 
 
 @pytest.fixture

@@ -48,10 +48,13 @@ class ProcessError(ChoralError):
 
 
 class Beginning(msgspec.Struct, frozen=True, kw_only=True):
-    """What the other ranks must know before the first round. folder: of the ledgers, if there are any."""
+    """What the other ranks must know before the first round. folder: of the ledgers, if there are any. clips: of parties
+    whose clipping norm adapts, in a resumed run.
+    """
 
     rounds_left: int
     folder: str | None = None
+    clips: dict[str, float] = {}
 
 
 @dataclass
