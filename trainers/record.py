@@ -117,8 +117,8 @@ class Recorder:
         if self.completed and not kept:
             raise folders.RunFolderError(
                 f"where the clipping norms were after round {self.completed} is lost",
-                hint=f"restore memory.{self.completed}.safetensors, or run again in a new folder; with AdaptiveClip and "
-                "several processes there is none, and no resume",
+                hint=f"restore memory.{self.completed}.safetensors, or run again in a new folder; with AdaptiveClip and"
+                " several processes there is none, and no resume",
             )
         return kept
 

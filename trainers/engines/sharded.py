@@ -48,8 +48,9 @@ class ProcessError(ChoralError):
 
 
 class Beginning(msgspec.Struct, frozen=True, kw_only=True):
-    """What the other ranks must know before the first round. folder: of the ledgers, if there are any. clips: of parties
-    whose clipping norm adapts, in a resumed run.
+    """What the other ranks must know before the first round. folder: of the ledgers, if there are any.
+
+    clips: of parties whose clipping norm adapts, in a resumed run.
     """
 
     rounds_left: int
