@@ -30,7 +30,8 @@ class Epochs:
     """``fit`` as data: `epochs` passes over the loader, one optimizer step on the criterion's mean per batch.
 
     criterion: ``criterion(outputs, targets, reduction=...)``, with reductions "mean" and "none", as those of
-        ``torch.nn.functional``. A batch is a pair (inputs, targets), and the model is called with the inputs.
+        ``torch.nn.functional``. A batch is a pair (inputs, targets), and the model is called with the inputs. Both must
+        be functions of what they are given: an engine may call them more often, or for several parties at once.
     Raises: ConfigError for epochs < 1.
     """
 
@@ -49,7 +50,10 @@ class Epochs:
                 optimizer.step()
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """One loss per record, shape (n,), whose mean is what a step descends: for ``federate(loss=...)``."""
+        """One loss per record, shape (n,), for ``federate(loss=...)``.
+
+        Their mean is what a step descends, unless the criterion weighs or ignores classes.
+        """
         inputs, targets = batch
         return per_record(self.criterion, model(inputs), targets)
 
@@ -125,6 +129,8 @@ def plan_of(
     """
     if not isinstance(fit, Epochs) or type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
         return None
+    if _hooked(optimizer) or any(p._post_accumulate_grad_hooks for p in model.parameters()):
+        return None
     group = optimizer.param_groups[0]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     if sorted(id(p) for p in group["params"] if p.requires_grad) != sorted(trainable):
@@ -138,18 +144,20 @@ def plan_of(
     sampler, dataset = loader.sampler, loader.dataset
     if type(dataset) is not TensorDataset or len(dataset.tensors) != 2:
         return None
-    shuffle = isinstance(sampler, RandomSampler)
-    if isinstance(sampler, RandomSampler):
-        if sampler.replacement or sampler.generator is not None or sampler.num_samples != len(dataset):
+    if type(sampler) is RandomSampler:
+        # num_samples is what it draws, of data_source
+        if sampler.replacement or sampler.generator is not None or sampler.num_samples != len(sampler.data_source):
             return None
     elif type(sampler) is not SequentialSampler:
+        return None
+    if len(sampler.data_source) != len(dataset):
         return None
     inputs, targets = (tensor.to(device) for tensor in dataset.tensors)
     return Plan(
         inputs=inputs,
         targets=targets,
         batch_size=loader.batch_size,
-        shuffle=shuffle,
+        shuffle=type(sampler) is RandomSampler,
         drop_last=loader.drop_last,
         epochs=fit.epochs,
         learning_rate=float(group["lr"]),
@@ -157,3 +165,16 @@ def plan_of(
         weight_decay=float(group["weight_decay"]),
         nesterov=bool(group["nesterov"]),
     )
+
+
+def _hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the user's code runs within the optimizer's step: hooks, a scheduler's or another replaced ``step``."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(hooks) or "step" in vars(optimizer)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether the user's code runs in, before or after some module's or gradient's computation."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    on_modules = any("forward" in vars(part) or any(getattr(part, name) for name in names) for part in model.modules())
+    return on_modules or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())

@@ -92,12 +92,17 @@ class Resident:
 
     def _train(self, party: str, work: Train, weights: torch.Tensor) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
+        if self.guards and party not in self.guards:
+            raise TaskError(
+                f"party {party!r} has no guard here, and all parties of this run are private",
+                hint="all processes must be given the same parties, in the same order and of the same sizes",
+            )
         seat = self.seat(party)
         self.layout.write(weights)
         seat.optimizer.load_state_dict(seat.fresh)
         self.model.train()
         model, optimizer, loader = self._training, seat.optimizer, seat.loader
-        if party in self.guards:
+        if self.guards:
             model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
             self._training = model
         with corrected(seat.optimizer, self.layout, work, weights) as steps:

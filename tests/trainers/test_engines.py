@@ -19,6 +19,7 @@ from choral.trainers.algorithms.seam import Done, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.engines.direct import planned
 from choral.trainers.local import Resident
+from choral.trainers.task import TaskError
 
 SIZES = [23, 10, 9, 41, 30, 17, 8]  # whole batches, short last batches, one batch, fewer than a batch
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -174,10 +175,21 @@ def test_what_is_not_known_in_full_runs_as_it_is() -> None:
 
 def test_private_parties_are_left_to_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     known = resident(MODELS["mlp"], Epochs())
-    guard = Guard(Privacy(epsilon=3.0, delta=1e-3), holder="party-0", ledger=Ledger(), passes=1)
-    known.guards = {"party-0": guard}
+    known.guards = {
+        party: Guard(Privacy(epsilon=3.0, delta=1e-3), holder=party, ledger=Ledger(), passes=1)
+        for party in known.datasets
+    }
     results(Cohort(known), Train())
-    assert guard.spent().steps == 3  # of its 23 records in batches of 10; nobody else's guard was there
+    assert known.guards["party-0"].spent().steps == 3  # of its 23 records in batches of 10
+    assert all(guard.spent().steps for guard in known.guards.values())
+
+
+@pytest.mark.parametrize("engine", [lambda known: known, Direct, Cohort])
+def test_no_party_of_a_private_run_trains_without_its_guard(engine: Any) -> None:
+    known = resident(MODELS["mlp"], Epochs())
+    known.guards = {"party-0": Guard(Privacy(epsilon=3.0, delta=1e-3), holder="party-0", ledger=Ledger(), passes=1)}
+    with pytest.raises(TaskError, match="'party-1' has no guard here"):
+        results(engine(known), Train())
 
 
 def test_models_that_draw_random_numbers_take_turns() -> None:

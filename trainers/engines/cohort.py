@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 import torch
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 
 from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
-from choral.trainers.epochs import Plan, per_record
+from choral.trainers.epochs import Criterion, Plan, has_hooks, per_record
 from choral.trainers.local import Resident, refuse_diverged, seeded
 
 AT_ONCE = 64  # parties in a stack, at most
+# Whose mean is the mean of their records' values, if no class is ignored.
+MEANS_OF_RECORDS = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss)
 _NUMBERS = 1 << 26  # of all models in a stack and their gradients, 256 MiB
 
 
@@ -33,26 +36,41 @@ class Member(NamedTuple):
 class Cohort:
     """Stacks of the parties whose training is `Epochs` on tensors; what it does not know is left to `Direct`.
 
-    at_once: parties in a stack; by default as many as memory allows, up to 64. The model may not draw random numbers
-    (dropout) or change buffers: torch refuses that within vmap, and such parties take their turns one by one.
+    at_once: parties in a stack; by default as many as memory allows, up to 64. Parties take their turns one by one
+    where the model draws random numbers (dropout) or changes buffers, which torch refuses within vmap; has hooks, other
+    numbers than float32, or parameters without a gradient. Batches of unequal length are padded where one record's
+    loss depends on that record alone; else only parties of equal size are stacked.
     """
 
     def __init__(self, resident: Resident, at_once: int | None = None) -> None:
         self.resident, self._direct = resident, Direct(resident)
         self.at_once = at_once or max(1, min(AT_ONCE, _NUMBERS // (4 * resident.length)))
-        self.stackable = True  # until torch says otherwise
+        single = all(parameter.dtype == torch.float32 for parameter in resident.layout.parameters)
+        self.stackable = single and not has_hooks(resident.model)  # until torch says otherwise
+        self.pads: bool | None = None  # unknown yet
         names = list(resident.layout.shapes)
 
-        def loss(flat: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        def outputs_of(flat: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
             weights = dict(zip(names, resident.layout.pieces(flat), strict=True))
-            outputs = functional_call(resident.model, weights, (inputs,))
-            return (per_record(resident.fit.criterion, outputs, targets) * share).sum()  # type: ignore[attr-defined]
+            outputs: torch.Tensor = functional_call(resident.model, weights, (inputs,))
+            return outputs
 
-        self._gradients = vmap(grad(loss))
+        def mean(flat: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self._criterion(outputs_of(flat, inputs), targets, reduction="mean")
+
+        def padded(flat: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+            return (per_record(self._criterion, outputs_of(flat, inputs), targets) * part).sum()
+
+        self._mean, self._mean_padded = vmap(grad(mean)), vmap(grad(padded))
 
     @property
     def length(self) -> int:
         return self.resident.length
+
+    @property
+    def _criterion(self) -> Criterion:
+        criterion: Criterion = self.resident.fit.criterion  # type: ignore[attr-defined]
+        return criterion
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
@@ -74,27 +92,54 @@ class Cohort:
         members: list[Member] = []
         for party, work in chunk:
             plan = planned(self.resident, party, work) if self.stackable else None
-            if plan is not None and isinstance(work, Train) and _alike(plan, members):
+            if plan is None or not isinstance(work, Train):
+                continue
+            if self.pads is None:
+                self._examine(Member(party, plan, work), weights, round_number)
+            if self.stackable and _alike(plan, members, padded=bool(self.pads) and keeps_all(plan)):
                 members.append(Member(party, plan, work))
         if len(members) < 2:
             return
         members.sort(key=lambda member: -member.plan.steps)
         try:
             vectors = self._train(members, weights, round_number)
-        except RuntimeError as error:
-            if "vmap" not in str(error) and "functorch" not in str(error):
-                raise
-            self.stackable = False  # random numbers, changed buffers, data-dependent control flow
+        except Exception:  # random numbers, changed buffers, control flow by data: whatever it is, Direct will tell
+            self.stackable = False
             return
         self.resident.check_fixed(members[0].party)
         for member, vector in zip(members, vectors, strict=True):
             refuse_diverged(vector, member.party, round_number)
             yield member.party, Done(vector=vector, steps=member.plan.steps, path=path_of(member.plan))
 
+    def _examine(self, member: Member, weights: torch.Tensor, round_number: int) -> None:
+        """See on one batch whether the model can be stacked, and whether records that weigh nothing change nothing."""
+        model, layout, plan = self.resident.model, self.resident.layout, member.plan
+        layout.write(weights)
+        model.train()
+        self.pads = False
+        try:
+            with seeded(self.resident.seed, round_number, member.party):
+                rows = next(plan.batches())
+                inputs, targets = plan.inputs[rows.to(plan.inputs.device)], plan.targets[rows.to(plan.inputs.device)]
+                luck = torch.get_rng_state()
+                outputs = model(inputs)
+                draws = not torch.equal(torch.get_rng_state(), luck)
+                mean = self._criterion(outputs, targets, reduction="mean")
+                slopes = torch.autograd.grad(mean, layout.parameters, allow_unused=True)
+                with torch.no_grad():
+                    more = model(torch.cat([inputs, inputs[:1], inputs[:1]]))
+                    labels = torch.cat([targets, targets[:1], targets[:1]])
+                    part = per_record(self._criterion, more, labels)[: len(rows)].mean()
+        except Exception:  # Direct will tell what is wrong, if anything is
+            self.stackable = False
+            return
+        self.stackable = not draws and all(slope is not None for slope in slopes)
+        self.pads = self._criterion in MEANS_OF_RECORDS and _close(more[: len(rows)], outputs) and _close(part, mean)
+
     def _train(self, members: list[Member], weights: torch.Tensor, round_number: int) -> torch.Tensor:
         """The changes of all members' weights, shape (members, d). Members are sorted by falling number of steps."""
         self.resident.model.train()
-        index, share = self._batches(members, round_number)
+        index, share, lengths = self._batches(members, round_number)
         inputs = torch.cat([member.plan.inputs for member in members])
         targets = torch.cat([member.plan.targets for member in members])
         now = weights.expand(len(members), -1).clone()
@@ -108,9 +153,13 @@ class Cohort:
         for step in range(steps[0]):
             while steps[active - 1] <= step:
                 active -= 1
-            rows = index[:active, step]
             mine = now[:active]
-            slope = self._gradients(mine, inputs[rows], targets[rows], share[:active, step])
+            if len(lengths[step]) == 1:
+                rows = index[:active, step, : min(lengths[step])]
+                slope = self._mean(mine, inputs[rows], targets[rows])
+            else:
+                rows = index[:active, step]
+                slope = self._mean_padded(mine, inputs[rows], targets[rows], share[:active, step])
             if bool(pulls.any()):
                 slope = slope + pulls[:active] * (mine - weights)
             if shifts is not None:
@@ -124,25 +173,43 @@ class Cohort:
             mine.addcmul_(rates[:active], slope, value=-1.0)
         return now - weights
 
-    def _batches(self, members: list[Member], round_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the concatenated records and their share of the mean, both of shape (members, steps, batch)."""
+    def _batches(self, members: list[Member], round_number: int) -> tuple[torch.Tensor, torch.Tensor, list[set[int]]]:
+        """Rows of the concatenated records and their share of the mean, both of shape (members, steps, batch).
+
+        Also, for each step, the lengths that its batches have.
+        """
         width = max(min(member.plan.batch_size, member.plan.records) for member in members)
         shape = (len(members), members[0].plan.steps, width)
         index, share, offset = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), 0
+        lengths: list[set[int]] = [set() for _ in range(shape[1])]
         for place, member in enumerate(members):
             with seeded(self.resident.seed, round_number, member.party):
                 for step, batch in enumerate(member.plan.batches()):
                     index[place, step, : len(batch)] = batch + offset
                     share[place, step, : len(batch)] = 1.0 / len(batch)
+                    lengths[step].add(len(batch))
             offset += member.plan.records
         device = members[0].plan.inputs.device
-        return index.to(device), share.to(device)
+        return index.to(device), share.to(device), lengths
 
 
-def _alike(plan: Plan, members: list[Member]) -> bool:
+def keeps_all(plan: Plan) -> bool:
+    """Whether the criterion's mean counts every record: none of a class to be ignored."""
+    return plan.targets.is_floating_point() or bool((plan.targets >= 0).all())
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def _alike(plan: Plan, members: list[Member], *, padded: bool) -> bool:
+    """Whether the party fits into the stack; where nothing may be padded, with batches of the same lengths."""
     if not members:
         return True
     first = members[0].plan
+    lengths = [(p.records, min(p.batch_size, p.records), p.drop_last) for p in (plan, first)]
+    if lengths[0] != lengths[1] and not (padded and keeps_all(first)):
+        return False
     shapes_agree = (plan.inputs.shape[1:], plan.targets.shape[1:]) == (first.inputs.shape[1:], first.targets.shape[1:])
     types_agree = (plan.inputs.dtype, plan.targets.dtype) == (first.inputs.dtype, first.targets.dtype)
     settings = [(p.momentum, p.weight_decay, p.nesterov) for p in (plan, first)]

@@ -7,7 +7,7 @@ known criterion the gradient is written down instead of differentiated, and equa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from choral.trainers.algorithms.seam import Done, Train, Work
-from choral.trainers.epochs import Criterion, Epochs, Plan, plan_of
+from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
 from choral.trainers.local import Resident, refuse_diverged, seeded
 
 
@@ -83,7 +83,7 @@ class Direct:
         criterion = self.resident.fit.criterion  # type: ignore[attr-defined]
         for inputs, targets in plan.data():
             loss = criterion(model(inputs), targets, reduction="mean")
-            step(list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
+            step(list(torch.autograd.grad(loss, parameters, allow_unused=True)))
 
 
 class Step:
@@ -95,34 +95,48 @@ class Step:
         self._plan, self._work, self._start = plan, work, start
         self._data = [parameter.data for parameter in parameters]
         self._shift = None if work.shift is None else _like(work.shift, start)
-        self._velocity: list[torch.Tensor] | None = None
+        self._velocity: dict[int, torch.Tensor] = {}
         self.plain = not (work.corrects or plan.momentum or plan.weight_decay)  # a rate times the gradient, no more
 
     @torch.no_grad()
-    def __call__(self, gradients: list[torch.Tensor]) -> None:
+    def __call__(self, slopes: Sequence[torch.Tensor | None]) -> None:
+        """slopes: per parameter; SGD leaves one without a gradient as it is, unless something corrects the gradient."""
         plan, work = self._plan, self._work
+        if work.corrects:
+            slopes = [torch.zeros_like(d) if s is None else s for s, d in zip(slopes, self._data, strict=True)]
+        places = [place for place, slope in enumerate(slopes) if slope is not None]
+        gradients, data = [slope for slope in slopes if slope is not None], [self._data[place] for place in places]
+        if not places:
+            return
         if work.pull:
-            torch._foreach_add_(gradients, torch._foreach_sub(self._data, self._start), alpha=work.pull)
+            torch._foreach_add_(gradients, torch._foreach_sub(data, self._start), alpha=work.pull)
         if self._shift is not None:
             torch._foreach_add_(gradients, self._shift)
         if plan.weight_decay:
-            torch._foreach_add_(gradients, self._data, alpha=plan.weight_decay)
+            torch._foreach_add_(gradients, data, alpha=plan.weight_decay)
         if plan.momentum:
-            if self._velocity is None:
-                self._velocity = [gradient.clone() for gradient in gradients]
-            else:
-                torch._foreach_mul_(self._velocity, plan.momentum)
-                torch._foreach_add_(self._velocity, gradients)
+            velocities = self._accelerated(places, gradients)
             if plan.nesterov:
-                torch._foreach_add_(gradients, self._velocity, alpha=plan.momentum)
+                torch._foreach_add_(gradients, velocities, alpha=plan.momentum)
             else:
-                gradients = self._velocity
-        torch._foreach_add_(self._data, gradients, alpha=-plan.learning_rate)
+                gradients = velocities
+        torch._foreach_add_(data, gradients, alpha=-plan.learning_rate)
+
+    def _accelerated(self, places: list[int], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The velocities of the parameters at `places` after these gradients; the first gradient is the velocity."""
+        slopes = dict(zip(places, gradients, strict=True))
+        moving = [place for place in places if place in self._velocity]
+        if moving:
+            known = [self._velocity[place] for place in moving]
+            torch._foreach_mul_(known, self._plan.momentum)
+            torch._foreach_add_(known, [slopes[place] for place in moving])
+        self._velocity |= {place: slopes[place].clone() for place in places if place not in self._velocity}
+        return [self._velocity[place] for place in places]
 
 
 def planned(resident: Resident, party: str, work: Work) -> Plan | None:
-    """The party's training in tensors, or None where the resident trainer must do it: other work, a private party."""
-    if not isinstance(work, Train) or party in resident.guards:
+    """The party's training in tensors, or None where the resident trainer must do it: other work, private parties."""
+    if not isinstance(work, Train) or resident.guards:
         return None
     seat = resident.seat(party)
     if seat.plan is None:
@@ -138,12 +152,13 @@ def path_of(plan: Plan) -> float | None:
 
 def linear_layer(model: nn.Module) -> nn.Linear | None:
     """The layer, if the model is one linear layer behind nothing but flattening; all its parameters trainable."""
+    if has_hooks(model):
+        return None
     layers = list(model) if type(model) is nn.Sequential else [model]
     while len(layers) > 1 and type(layers[0]) is nn.Flatten and (layers[0].start_dim, layers[0].end_dim) == (1, -1):
         layers = layers[1:]
     layer = layers[0] if len(layers) == 1 else None
-    hooked = type(layer) is nn.Linear and (layer._forward_hooks or layer._forward_pre_hooks)
-    if type(layer) is not nn.Linear or hooked or not all(p.requires_grad for p in layer.parameters()):
+    if type(layer) is not nn.Linear or not all(p.requires_grad for p in layer.parameters()):
         return None
     return layer
 
@@ -156,7 +171,7 @@ def fits(layer: nn.Linear, slope: Slope, plan: Plan, *, flattens: bool) -> bool:
     if not flattens and inputs.ndim != 2:
         return False
     if slope.classes:  # none to be ignored
-        known = not targets.is_floating_point() and targets.ndim == 1
+        known = targets.dtype in (torch.int64, torch.uint8) and targets.ndim == 1
         return known and bool(((targets >= 0) & (targets < layer.out_features)).all())
     return targets.shape == (len(inputs), layer.out_features)
 
@@ -176,7 +191,7 @@ def slope_of(criterion: Criterion) -> Slope | None:
 def descend(layer: nn.Linear, slope: Slope, plan: Plan, step: Step) -> None:
     """Every step of the plan on a linear layer: the gradient is the slope's product with the inputs."""
     weight, bias = layer.weight.data, None if layer.bias is None else layer.bias.data
-    targets = F.one_hot(plan.targets, layer.out_features) if slope.classes else plan.targets
+    targets = F.one_hot(plan.targets.long(), layer.out_features) if slope.classes else plan.targets
     plan = dataclasses.replace(plan, inputs=plan.inputs.flatten(1), targets=targets.to(weight.dtype))
     for inputs, wanted in plan.data():
         change = slope.link(F.linear(inputs, weight, bias)).sub_(wanted)

@@ -14,6 +14,7 @@ from choral.trainers.engines.direct import Direct, planned
 from choral.trainers.local import Resident
 
 _TRIED = 16  # parties that are trained both ways, once in a run
+_LONG = 1.0  # seconds, beside which warming up is little
 
 
 class Fastest:
@@ -51,12 +52,15 @@ class Fastest:
 
 
 def _seconds(trainer: LocalTrainer, orders: list[tuple[str, Work]], weights: torch.Tensor, round_number: int) -> float:
-    """Of the second of two goes: the first one also compiles, allocates and fills caches."""
-    started = 0.0
+    """Of the second of two goes, since the first also compiles, allocates and fills caches; of a long one, that one."""
+    seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
         for _party, _done in trainer.do(orders, weights, round_number):
             pass
         if weights.device.type == "cuda":
             torch.cuda.synchronize(weights.device)
-    return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if seconds > _LONG:
+            break
+    return seconds
