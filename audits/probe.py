@@ -28,7 +28,7 @@ from choral.audits.evidence import Probe, ProbeCheck, ScoreAudit
 from choral.audits.scores import audit_scores, canaries_needed
 from choral.errors import ConfigError
 from choral.privacy import Privacy, Spent
-from choral.privacy.clipping import norm_of_all
+from choral.privacy.clipping import AdaptiveClip, PerLayerClip, norm_of_all
 
 Floats = npt.NDArray[np.float64]
 Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, Any, Any]]
@@ -79,8 +79,9 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     Finds: noise that is smaller than claimed; noise used twice, within a run or in the next; more records drawn than
     the sample rate, or batches of fixed size; records beyond the clipping norm; and, by the canaries, whatever makes
     the whole cost more than claimed. Adversary: sees every step, and knows all records but the coins.
-    Does not find: what the trainer does on other data alone, such as an unclipped layer of another kind;
-    nor faults of adaptive or per-layer clipping and of chunked batches: the probe has one fixed norm and whole batches.
+    Does not find: what the trainer does on other data alone, such as an unclipped layer of another kind.
+    Chunks of batches are probed as they are asked for; clipping by layer as one norm, since the probe's model has one
+    layer; adaptive clipping with its norm held still, so that neither its moves nor its count's own noise are seen.
 
     Raises: ConfigError for correlated noise, which repeats by design; what the trainer raises.
     """
@@ -149,8 +150,12 @@ def _canary_count(privacy: Privacy, confidence: float) -> int:
 
 def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int) -> _Seen:
     """One run of the trainer on fresh coins."""
-    clip = norm_of_all(privacy.max_grad_norm)  # one layer, and adaptive clipping would hide the scale of the noise
-    own = dataclasses.replace(privacy, ledger=None, epochs=_PASSES, max_grad_norm=clip, max_physical_batch_size=None)
+    clip, kept, still = norm_of_all(privacy.max_grad_norm), 1.0, privacy.max_grad_norm
+    if isinstance(still, AdaptiveClip):  # a norm that moves would hide the scale of the noise
+        still, kept = dataclasses.replace(still, rate=1e-12), math.sqrt(1.0 - still.share)
+    own = dataclasses.replace(
+        privacy, ledger=None, epochs=_PASSES, max_grad_norm=clip if isinstance(still, PerLayerClip) else still
+    )
     width, records = canaries + _QUIET, max(_RECORDS, 2 * canaries)
     batch = int(_RATE * records)
     inside = flip_coins(canaries)
@@ -161,15 +166,18 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
     released: list[Floats] = []
     plain.register_step_post_hook(lambda *_: released.append(_gradient(model)))
     private, optimizer, loader = (wrap(own) if wrap else own.wrap)(model, plain, DataLoader(data, batch, shuffle=True))
-    drawn = []
+    drawn, shown = [], 0
     for _ in range(_PASSES):
         for x in loader:
-            drawn.append(len(x))
+            shown, before = shown + len(x), len(released)
             optimizer.zero_grad()
             private(x).mean().backward()
             optimizer.step()
+            if len(released) > before:  # else a chunk, and its batch goes on
+                drawn.append(shown)
+                shown = 0
     drawn += [0] * (len(released) - len(drawn))  # empty batches are stepped out of sight
-    scale = batch / clip
+    scale = kept * batch / clip  # vector and count of adaptive clipping together have the claimed noise
     return _Seen(scale * np.stack(released), np.array(drawn), inside, own.spent(), records)
 
 

@@ -13,7 +13,7 @@ from Crypto.Cipher import AES
 
 from choral.audits.probe import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Privacy, guard, step
+from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy, guard, step
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.step import PrivateOptimizer
 
@@ -152,9 +152,22 @@ def test_correlated_noise_is_not_probed() -> None:
         probe(CorrelatedPrivacy(epsilon=2.0, delta=1e-5))
 
 
-def test_an_adaptive_norm_is_probed_as_one_fixed_norm() -> None:
-    found = probe(Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=AdaptiveClip(start=0.3), max_physical_batch_size=8))
+@pytest.mark.parametrize("kind", [AdaptiveClip(start=0.3, share=0.6), PerLayerClip(0.3)])
+def test_honest_adaptive_and_layered_clipping_in_chunks_is_not_accused(kind: Any) -> None:
+    found = probe(Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=kind, max_physical_batch_size=150))
     assert not found.violated, found.sentence
+
+
+def test_a_count_that_takes_no_share_of_the_sensitivity_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vector gets noise z, as if the count cost nothing."""
+    honest = PrivateOptimizer._independent_noise
+
+    def smaller(self: PrivateOptimizer, count: int, grid: float) -> Any:
+        return honest(self, count, grid) * np.sqrt(1 - self.clipping.setting.share)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(PrivateOptimizer, "_independent_noise", smaller)
+    found = probe(Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=AdaptiveClip(start=0.3, share=0.3)))
+    assert [check.name for check in found.checks if check.violated] == ["Noise is as large as claimed"]
 
 
 def test_noise_reuse_false_alarms_and_power() -> None:
