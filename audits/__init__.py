@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from choral.audits.comparison import Comparison, compare
 from choral.audits.prices import PriceSettings, read_prices
 from choral.audits.report import ReportError
 from choral.audits.run_audit import Audit, audit
+from choral.lazy import exports
 
-__all__ = ["Audit", "Comparison", "PriceSettings", "ReportError", "audit", "compare", "read_prices"]
+if TYPE_CHECKING:
+    from choral.audits.canaries import audit_clients
+    from choral.audits.inversion import inversion_audit
+    from choral.audits.probing import probe
+    from choral.audits.score_files import read_scores
+    from choral.audits.scores import audit_scores, audit_training, canaries_needed
+    from choral.audits.shadow import train_shadows
+
+_HOME = {
+    "audit_clients": "choral.audits.canaries",
+    "audit_scores": "choral.audits.scores",
+    "audit_training": "choral.audits.scores",
+    "canaries_needed": "choral.audits.scores",
+    "inversion_audit": "choral.audits.inversion",
+    "probe": "choral.audits.probing",
+    "read_scores": "choral.audits.score_files",
+    "train_shadows": "choral.audits.shadow",
+}
+
+__all__ = [
+    "Audit",
+    "Comparison",
+    "PriceSettings",
+    "ReportError",
+    "audit",
+    "audit_clients",
+    "audit_scores",
+    "audit_training",
+    "canaries_needed",
+    "compare",
+    "inversion_audit",
+    "probe",
+    "read_prices",
+    "read_scores",
+    "train_shadows",
+]
+
+__getattr__, __dir__ = exports(__name__, _HOME)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from choral.lazy import exports
 
 if TYPE_CHECKING:
     from choral.privacy.budgeting import Budget, budget
@@ -96,15 +97,4 @@ __all__ = [
     "unwrap",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'choral.privacy' has no attribute {name!r}")
-    value = getattr(import_module(f"choral.privacy.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = exports(__name__, {name: f"choral.privacy.{home}" for name, home in _HOME.items()})

@@ -9,10 +9,10 @@ In a choir you hear the sum, never a single voice. Two entry points cover most u
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from choral.errors import ChoralError
+from choral.lazy import exports
 
 __version__ = "0.1.0"
 
@@ -57,16 +57,4 @@ __all__ = [
     "federate",
 ]
 
-
-# Torch takes a second to import, so the public names are fetched when they are first used.
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'choral' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = exports(__name__, _HOME)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from Crypto.Cipher import AES
 
-from choral.audits.probe import FALSE_ALARMS, noise_reuse, probe
+from choral.audits.probing import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy, guard, step
 from choral.privacy.events import PoissonSampledGaussian
