@@ -141,7 +141,7 @@ def test_top_level(capsys):
     assert "choral compare examples/digits.toml" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert main(["sing"]) == 2
-    assert "hint: one of: compare, train, audit, budget" in capsys.readouterr().err
+    assert "hint: one of: compare, train, audit, export, budget" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
