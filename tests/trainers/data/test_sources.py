@@ -82,7 +82,11 @@ class TestFetching:
         monkeypatch.setattr(sources, "_fetch", lambda *_: pytest.fail("fetched twice"))
         assert read(SOURCE) == CONTENT
 
-    @pytest.mark.parametrize("given", [CONTENT[:-1], gzip.compress(CONTENT + b"x", mtime=0), b"\x1f\x8bno", b"<html>"], ids=["cut", "longer", "no gzip", "a page"])
+    @pytest.mark.parametrize(
+        "given",
+        [CONTENT[:-1], gzip.compress(CONTENT + b"x", mtime=0), b"\x1f\x8bno", b"<html>"],
+        ids=["cut", "longer", "no gzip", "a page"],
+    )
     def test_what_fails_the_check_is_not_kept(self, monkeypatch, given):
         monkeypatch.setattr(sources, "_fetch", lambda *_: given)
         with pytest.raises(DataError):
