@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Basis = Literal["measured", "modelled"]
 GB = 1e9
+_RAW, _STORAGE = "raw data moved to the cloud", "storage"
 KWH = 3.6e6  # joules
 PARTIES = tuple(2 * 10 ** (i / 8) for i in range(46))  # 2 to about a million, for drawing
 RECORD_BYTES = (100.0, 10_000.0, 1_000_000.0)  # a row of a table, a small picture, a photograph
@@ -148,7 +149,7 @@ def _cloud_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     metered = joules is not None and basis == "measured"
     items = (
         Item(
-            name="raw data moved to the cloud",
+            name=_RAW,
             quantity=raw / GB,
             unit="GB",
             basis="measured",
@@ -157,7 +158,7 @@ def _cloud_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
             joules=raw * prices["network_joules_per_byte"],
         ),
         Item(
-            name="storage",
+            name=_STORAGE,
             quantity=raw / GB * prices["storage_months"],
             unit="GB-months",
             basis="modelled",
@@ -243,9 +244,31 @@ def _federated_seconds(rounds: int, party_compute: float, up: float, down: float
     return waits + 8e-6 * (up + down) / prices["party_mbps"] + party_compute
 
 
+def _tuning_item(runs: Sequence[Run], items: Sequence[Item]) -> Item | None:
+    """The tries that chose the settings, each priced as the run's own training is; raw data moves, and lies, once."""
+    tunings = [run.info.tuning for run in runs if run.info.tuning]
+    if not tunings:
+        return None
+    seconds = math.fsum(tuning["seconds"] for tuning in tunings) / len(runs)
+    tries = sum(len(tuning["tries"]) for tuning in tunings) / len(runs)
+    share = seconds / compute if (compute := _compute(runs)) else 0.0
+    again = [item for item in items if item.name not in (_RAW, _STORAGE)]
+    return Item(
+        name="tuning",
+        quantity=tries,
+        unit="tries",
+        basis="measured",
+        how=f"{seconds:.3g} s of training to choose the settings, {share:.3g} times those of the run, priced alike",
+        usd=share * math.fsum(item.usd or 0.0 for item in again),
+        joules=share * math.fsum(item.joules or 0.0 for item in again),
+    )
+
+
 def _bill(
     name: str, runs: Sequence[Run], items: tuple[Item, ...], *, up: float, down: float, seconds: float, metered: bool
 ) -> Bill:
+    if tuning := _tuning_item(runs, items):
+        items = (*items, tuning)
     return Bill(
         arm=name,
         kind=runs[0].info.kind,

@@ -24,6 +24,7 @@ from choral.trainers.run import Round, Run, RunFolderError, RunInfo
 from choral.trainers.settings import Split, Training
 from choral.trainers.start import StartError
 from choral.trainers.task import DivergedError, Task, TaskError
+from choral.trainers.tune import Tuned, tune
 
 __all__ = [
     "DANE",
@@ -48,9 +49,11 @@ __all__ = [
     "Task",
     "TaskError",
     "Training",
+    "Tuned",
     "centralize",
     "dirichlet_split",
     "federate",
     "lora",
     "merged",
+    "tune",
 ]

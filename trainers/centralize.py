@@ -52,6 +52,7 @@ def centralize(
     out: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
+    tuning: Mapping[str, Any] | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train the same task as :func:`federate` on the pooled data of all parties: what it is compared with.
@@ -71,7 +72,7 @@ def centralize(
     on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
     whole = pool(list(parties.values()))
-    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config, initial)
+    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config, initial, tuning)
     with (
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,

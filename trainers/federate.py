@@ -71,6 +71,7 @@ def federate(
     out: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
+    tuning: Mapping[str, Any] | None = None,
     transcript: Detail | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
@@ -100,6 +101,7 @@ def federate(
         keys or masks.
     device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
     out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
+    tuning: the ``record`` of :func:`choral.trainers.tune`, if that chose the settings: kept in run.json, and billed.
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called after each completed round.
@@ -116,7 +118,7 @@ def federate(
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
     check_cohort(algorithm, cohort, len(parties))
-    info = describe("federated", parties, examples, rounds, seed, on, privacy, config, initial)
+    info = describe("federated", parties, examples, rounds, seed, on, privacy, config, initial, tuning)
     how = algorithm.record() | ({"cohort": cohort} if cohort else {})
     info = msgspec.structs.replace(
         info,
@@ -247,8 +249,14 @@ def describe(
     privacy: Privacy | ClientPrivacy | None,
     config: Mapping[str, Any] | None,
     start: Weights | None,
+    tuning: Mapping[str, Any] | None,
 ) -> RunInfo:
-    """What is known of a run before its model is built."""
+    """What is known of a run before its model is built. Raises: ConfigError for a private run that was tuned."""
+    if tuning is not None and privacy is not None:
+        raise ConfigError(
+            "tuning with privacy: its tries read the records without noise, which no budget covers",
+            hint="take settings from public data, or choral.privacy.private_search",
+        )
     return RunInfo(
         kind=kind,
         rounds=rounds,
@@ -260,6 +268,7 @@ def describe(
         raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(config or {}),
         start=start.record() if start else None,
+        tuning=dict(tuning) if tuning is not None else None,
         versions=versions(),
     )
 

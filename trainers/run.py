@@ -92,6 +92,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
+    tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
     processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     """
@@ -114,6 +115,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     raw_bytes: dict[str, int] = {}
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    tuning: dict[str, Any] | None = None
     processes: int = 1
     ended: str = ""
     meters: tuple[str, ...] = ()
@@ -347,7 +349,7 @@ _SAME = "use the same settings, or a new --out"
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm", "start"))
+    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm", "start", "tuning"))
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

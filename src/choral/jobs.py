@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from choral.errors import ChoralError, ConfigError
@@ -98,58 +98,100 @@ def train(
     resume: bool,
     on_round: Callable[[Round], None] | None = None,
 ) -> Run:
-    """Train one arm into the folder ``out``. epsilon: the budget of a private arm."""
+    """Train one arm into the folder ``out``, with settings of its own tuning if it has a grid. epsilon: the budget of a
+    private arm.
+    """
+    settings = _with_overrides(settings, arm)
+    record = _tuning(settings, arm, seed, out, resume)
+    chosen = record["chosen"] if record else {}
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **chosen))
+    run = _trainer(settings, arm, seed, epsilon)
+    return run(load_task(settings, seed), tuning=record, out=out, resume=resume, on_round=on_round)
+
+
+def _trainer(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> Callable[..., Run]:
+    """``federate`` or ``centralize`` with all that the settings say, to be called with the task."""
     from choral.privacy import ClientPrivacy
     from choral.trainers import centralize, federate
 
-    overrides = {name: value for name in ("batch_size", "learning_rate") if (value := getattr(arm, name)) is not None}
-    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **overrides))
-    task = load_task(settings, seed)
     privacy = _privacy(settings, arm, epsilon) if arm.private else None
-    algorithm = _algorithm(settings, arm)
-    config = {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")}  # the report's
-    rounds = settings.training.rounds
-    if arm.centralized:
-        if isinstance(privacy, ClientPrivacy):
-            raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
-        return centralize(
-            build=task.build,
-            fit=task.fit,
-            evaluate=task.evaluate,
-            parties=task.parties,
-            rounds=rounds,
-            seed=seed,
-            start=settings.training.start,
-            privacy=privacy,
-            device=settings.device,
-            out=out,
-            resume=resume,
-            config=config,
-            on_round=on_round,
+    if arm.centralized and isinstance(privacy, ClientPrivacy):
+        raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
+    shared: dict[str, Any] = {
+        "rounds": settings.training.rounds,
+        "seed": seed,
+        "start": settings.training.start,
+        "privacy": privacy,
+        "device": settings.device,
+        "config": {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")},
+    }
+    federated: dict[str, Any] = {
+        "algorithm": _algorithm(settings, arm),
+        "secure_sum": _secure_sum(settings, arm),
+        "value_bound": settings.secure_sum.value_bound,
+        "value_bits": settings.secure_sum.value_bits,
+        "dropout_rate": settings.dropout_rate,
+        "min_classes": settings.split.min_classes,
+    }
+    transcript = None if settings.transcript == "none" else settings.transcript
+
+    def run(task: Task, *, out: Path | None = None, **options: Any) -> Run:
+        job = {name: getattr(task, name) for name in ("build", "fit", "evaluate", "parties", "loss")}
+        if arm.centralized:
+            return centralize(**job, **shared, out=out, **options)
+        seen = transcript if out is not None else None
+        return federate(**job, **(shared | federated | options), out=out, transcript=seen)
+
+    return run
+
+
+def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> dict[str, Any] | None:
+    """What :func:`choral.trainers.tune` records for the arm's grid; of a run that is resumed, what it had recorded.
+
+    Raises: ConfigError for a private arm; what tune does.
+    """
+    from choral.trainers import tune
+    from choral.trainers.run import check_empty, read_info
+
+    if not arm.tune.grid:
+        return None
+    _check_tuning(arm)
+    if resume and (out / "run.json").is_file():
+        old = read_info(out).tuning
+        if old and old["grid"] == {name: list(values) for name, values in arm.tune.grid.items()}:
+            return old
+    if not resume:
+        check_empty(out)
+
+    def make(**tried: float | int) -> Task:
+        return load_task(
+            dataclasses.replace(settings, training=dataclasses.replace(settings.training, **tried)),  # type: ignore[arg-type]
+            seed,
         )
-    return federate(
-        build=task.build,
-        fit=task.fit,
-        evaluate=task.evaluate,
-        parties=task.parties,
-        rounds=rounds,
+
+    options = {} if arm.centralized else {"min_classes": 1}
+    trainer = _trainer(settings, arm, seed, None)
+    found = tune(
+        make,
+        arm.tune.grid,
+        lambda task: trainer(task, **options),
         seed=seed,
-        loss=task.loss,
-        algorithm=algorithm,
-        start=settings.training.start,
-        privacy=privacy,
-        secure_sum=_secure_sum(settings, arm),
-        value_bound=settings.secure_sum.value_bound,
-        value_bits=settings.secure_sum.value_bits,
-        dropout_rate=settings.dropout_rate,
-        transcript=None if settings.transcript == "none" else settings.transcript,
-        min_classes=settings.split.min_classes,
-        device=settings.device,
-        out=out,
-        resume=resume,
-        config=config,
-        on_round=on_round,
+        validation_fraction=arm.tune.validation_fraction,
     )
+    return dict(found.record)
+
+
+def _check_tuning(arm: Arm) -> None:
+    from choral.trainers.tune import check_grid
+
+    if not arm.tune.grid:
+        return
+    if arm.private:
+        raise ConfigError(
+            "tuning with privacy: its tries read the records without noise, which no budget covers",
+            hint="leave out tune for private arms; choral.privacy.private_search is charged for",
+        )
+    check_grid(arm.tune.grid, arm.tune.validation_fraction)
 
 
 def _with_overrides(settings: Settings, arm: Arm) -> Settings:
@@ -370,6 +412,8 @@ def _check(settings: Settings) -> None:
     for epsilon in settings.epsilons:
         if not epsilon > 0:
             raise ConfigError(f"expected epsilons > 0, got {epsilon:g}", hint="e.g. epsilons = [1, 2, 4, 8]")
+    for arm in settings.arms.values():
+        _check_tuning(arm)
     private = {name: arm for name, arm in settings.arms.items() if arm.private}
     if private and settings.privacy.epsilon is None:
         raise ConfigError(

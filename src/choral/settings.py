@@ -72,6 +72,22 @@ class SumSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """The tuning budget of an arm: every combination is trained once, the least loss on held-out records is taken."""
+
+    learning_rate: tuple[float, ...] = ()
+    """Learning rates to try."""
+    batch_size: tuple[int, ...] = ()
+    """Batch sizes to try."""
+    validation_fraction: float = 0.2
+    """Share of each party's training records held out for the choice."""
+
+    @property
+    def grid(self) -> dict[str, tuple[float | int, ...]]:
+        return {name: values for name in ("learning_rate", "batch_size") if (values := getattr(self, name))}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to train the same task. What is not set here is taken from the rest of the file."""
 
@@ -87,6 +103,8 @@ class Arm:
     """Batch size of this arm."""
     learning_rate: float | None = None
     """Learning rate of this arm."""
+    tune: Tune = field(default_factory=Tune)
+    """Values to choose from before the arm is trained, without privacy."""
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     """Algorithm of this arm, if it names a kind; otherwise what it sets replaces what the file says."""
 
