@@ -315,7 +315,7 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_the_command_and_the_rest_resumes(sign, tmp_path):
-    two = SMALL.split("[arms")[0].replace("[2, 8]", "[]").replace("rounds = 3", "rounds = 40")
+    two = SMALL.split("[arms")[0].replace("[2, 8]", "[]").replace("rounds = 3", "rounds = 300")
     (tmp_path / "two.toml").write_text(two + "[arms.federated]\nsecure_sum = 'plain'\n[arms.cloud]\ncentralized = true")
     words = ["compare", str(tmp_path / "two.toml"), "--out", str(tmp_path / "out"), "--workers", "2"]
     slow = [sys.executable, "-m", "choral", *words]
