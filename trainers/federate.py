@@ -135,7 +135,7 @@ def federate(
     team = Team.join()
     records = None if isinstance(privacy, ClientPrivacy) else privacy
     if team is not None:
-        _check_shared(records, out)
+        _check_shared(team, records, out, len(parties))
         if team.rank:
             return team.follow(lambda told: trainer_of(_guards_here(team, told, records, examples))[1])
     with (
@@ -225,11 +225,20 @@ def federate(
         return share(recorder.run())
 
 
-def _check_shared(privacy: Privacy | None, out: str | Path | None) -> None:
-    """Raises: ConfigError if ledgers would have to be known to several processes and are not in files."""
-    if privacy is not None and out is None:
+def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
+    """Raises: ConfigError if ledgers would have to be known to several processes and are not in files, or if a process
+    would keep none.
+    """
+    if privacy is None:
+        return
+    if out is None:
         raise ConfigError(
             "several processes keep the ledgers of one run, which must be files then", hint="give out=FOLDER"
+        )
+    if parties < team.size:
+        raise ConfigError(
+            f"{team.size} processes for {parties} private parties, each of which stays at one process",
+            hint=f"start at most {parties}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,13 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(1)
-    sizes = [40, 25, 30, 12, 50]
-    parties = {
-        f"party-{k}": TensorDataset(
-            torch.randn(n, 6, generator=generator), torch.randint(2, (n,), generator=generator).float()
-        )
-        for k, n in enumerate(sizes)
-    }
     seen: list[str] = []
+    parties = parties_of([40, 25, 30, 12, 50])
 
     def build(dataset: Any) -> Any:
         model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+        if kind == "unready" and RANK == 1:
+            raise RuntimeError("no model here")
         rate = float("inf") if kind == "diverges" and len(dataset) == 25 else 0.1
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         return model, optimizer, DataLoader(dataset, batch_size=8, shuffle=True)
@@ -41,6 +37,10 @@ def main(kind: str, folder: Path) -> None:
         seen.append(f"trained at {RANK}")
         if kind == "dies" and RANK == 1 and len(seen) > 2:  # in round 2
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "ahead" and RANK == 1 and len(seen) == 2:
+            (folder / "rank 1 has trained two").touch()
+        if kind == "ahead" and RANK == 0:
+            wait_for(folder / "rank 1 has trained two")
         Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)(model, optimizer, loader)
 
     job: dict[str, Any] = {
@@ -57,6 +57,13 @@ def main(kind: str, folder: Path) -> None:
         save_file(dict(run.state), folder / f"{name}-rank-{RANK}.safetensors")
         (folder / f"{name}-rank-{RANK}.txt").write_text("\n".join(seen))
 
+    if kind == "trials":
+        for part in ("diverges", "unready", "strangers"):
+            try_out(part, folder)
+        kind = "ahead"
+    if kind == "strangers":
+        strange = job | {"parties": parties_of([12, 40, 30, 25, 50])} if RANK else job
+        federate(**strange, privacy=Privacy(epsilon=3.0, delta=1e-3), out=folder / f"strange-{RANK}")
     masked = Masked(min_survivors=3)
     keep("masked", federate(**job, secure_sum=masked, out=folder / "masked", resume=(folder / "masked").exists()))
     if kind == "all":
@@ -65,6 +72,34 @@ def main(kind: str, folder: Path) -> None:
         known = job | {"fit": Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)}
         keep("epochs", federate(**known))
         keep("private", federate(**job, privacy=Privacy(epsilon=3.0, delta=1e-3), out=folder / "private"))
+
+
+def parties_of(sizes: list[int]) -> dict[str, TensorDataset]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f"party-{k}": TensorDataset(
+            torch.randn(n, 6, generator=generator), torch.randint(2, (n,), generator=generator).float()
+        )
+        for k, n in enumerate(sizes)
+    }
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(600):
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"no {file.name} after a minute")
+
+
+def try_out(kind: str, folder: Path) -> None:
+    """A federation that fails. Its ranks live on, so that no closed process tells the others of it."""
+    (folder / kind).mkdir(exist_ok=True)
+    try:
+        main(kind, folder / kind)
+    except Exception as error:
+        (folder / f"{kind}-rank-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+    wait_for(folder / f"{kind}-rank-{1 - RANK}.txt")
 
 
 if __name__ == "__main__":

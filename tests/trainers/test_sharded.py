@@ -97,6 +97,29 @@ def test_an_error_at_a_rank_is_the_runs_error(tmp_path: Path) -> None:
     assert "ProcessError: rank 0 has gone" in outputs[1]
 
 
+def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
+    finished(start("trials", tmp_path, 2), codes=(0, 0))
+
+    def said(kind: str) -> list[str]:
+        return [(tmp_path / f"{kind}-rank-{rank}.txt").read_text() for rank in (0, 1)]
+
+    assert said("diverges")[0].startswith("DivergedError: training at party 'party-1' diverged in round 1")
+    assert said("diverges")[1].startswith("ProcessError: rank 0 has gone")
+    assert said("unready")[0].startswith("ProcessError: rank 1 has gone")
+    assert said("unready")[1].startswith("RuntimeError: no model here")
+    # Rank 1 was given parties of other sizes, so it keeps the ledgers of others than rank 0 asks it to train.
+    assert said("strangers")[0].startswith("TaskError: party 'party-2' has no guard here")
+    # The next federation of the same processes works, and rank 1 goes ahead of rank 0.
+    for name, tensor in states(alone, "masked").items():
+        assert torch.equal(states(tmp_path, "masked")[name], tensor)
+
+
+def test_an_error_at_one_of_three_ranks_ends_all(tmp_path: Path) -> None:
+    outputs = finished(start("diverges", tmp_path, 3), codes=(1, 1, 1))
+    assert "DivergedError: training at party 'party-1' diverged in round 1" in outputs[0]
+    assert all("ProcessError: " in output and "has gone" in output for output in outputs[1:])
+
+
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(

@@ -41,6 +41,7 @@ _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed
 _AHEAD = 4  # results that wait at a rank until rank 0 takes them
 _CHUNK = 64  # parties per rank that are told of at once
 _Tensors = Mapping[str, torch.Tensor]
+_Sent = tuple[list[Any], tuple[torch.Tensor, torch.Tensor]]  # what to wait for, and what must live until then
 
 
 class ProcessError(ChoralError):
@@ -65,31 +66,32 @@ class Team:
     rank: int
     size: int
     group: Any = field(repr=False)
-    begun: bool = False
 
     @classmethod
     def join(cls) -> Team | None:
         """The processes that torchrun started with this one, or None if there is only one.
 
-        Raises: ProcessError if they cannot be reached.
+        A run has connections of its own, beside those of the caller's or of another run. Raises: ProcessError if the
+        others cannot be reached.
         """
-        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if not dist.is_available() or (not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) < 2):
             return None
         try:
             if not dist.is_initialized():
                 dist.init_process_group("gloo", timeout=_PATIENCE)
-            group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            if dist.get_world_size() < 2:
+                return None
+            group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
                 f"the processes of this run do not find one another: {error}",
                 hint="start the script with torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
             ) from None
-        return cls(dist.get_rank(), dist.get_world_size(), group) if dist.get_world_size() > 1 else None
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def begin(self, beginning: Beginning) -> None:
         """Tell the other ranks that rounds are coming."""
         self._tell({"begin": msgspec.to_builtins(beginning)}, {})
-        self.begun = True
 
     def parties_of(self, rank: int, examples: Mapping[str, int]) -> tuple[str, ...]:
         """Who stays at a rank for a whole run."""
@@ -98,6 +100,12 @@ class Team:
 
     def follow(self, make: Callable[[Beginning], LocalTrainer]) -> Run:
         """What ranks other than 0 do: train what they are told to, until there is a run. make: called once."""
+        try:
+            return self._follow(make)
+        finally:
+            self.leave()
+
+    def _follow(self, make: Callable[[Beginning], LocalTrainer]) -> Run:
         trainer: LocalTrainer | None = None
         while True:
             header, tensors = self._receive(0)
@@ -114,7 +122,7 @@ class Team:
 
     def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: _Tensors) -> None:
         orders = [(order["party"], _work(order, tensors)) for order in header["orders"]]
-        waiting: deque[tuple[Any, torch.Tensor, torch.Tensor]] = deque()
+        waiting: deque[_Sent] = deque()
         try:
             for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
                 parts = {"vector": done.vector, "dual": done.dual}
@@ -139,9 +147,10 @@ class Team:
         self._tell(header, run.state)
         return run
 
-    def abandon(self) -> None:
-        """Close the connections after an error, so that no other rank waits for this one for ever."""
-        dist.destroy_process_group()
+    def leave(self) -> None:
+        """Close the connections, so that no other rank waits for this one for ever."""
+        dist.destroy_process_group(self.group)
+        self.group = None  # they close with the last reference
 
     def ask(self, rank: int, header: dict[str, Any], tensors: _Tensors) -> None:
         self._send(rank, _packed(header, tensors))
@@ -167,11 +176,11 @@ class Team:
     def _send(self, rank: int, raw: torch.Tensor) -> None:
         _wait(self._send_later(rank, raw))
 
-    def _send_later(self, rank: int, raw: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def _send_later(self, rank: int, raw: torch.Tensor) -> _Sent:
         length = torch.tensor([raw.numel()])
-        try:
-            dist.send(length, rank, group=self.group)
-            return dist.isend(raw, rank, group=self.group), length, raw
+        try:  # even the length, whose sending would wait until the other rank asks for it
+            works = [dist.isend(part, rank, group=self.group) for part in (length, raw)]
+            return works, (length, raw)
         except RuntimeError:
             raise _lost(rank, "") from None
 
@@ -226,15 +235,14 @@ class Sharded:
 
 @contextmanager
 def led(team: Team | None) -> Iterator[Callable[[Run], Run]]:
-    """What rank 0 does its work in: it gets what gives the run to the others; on an error they are let go."""
+    """What rank 0 does its work in: it gets what gives the run to the others; in the end they are let go."""
     if team is None:
         yield lambda run: run
         return
     try:
         yield team.share
-    except BaseException:
-        team.abandon()
-        raise
+    finally:
+        team.leave()
 
 
 def _balanced(parties: Iterable[str], examples: Callable[[str], int], ranks: int) -> dict[str, int]:
@@ -285,9 +293,10 @@ def _unpacked(raw: torch.Tensor) -> tuple[dict[str, Any], _Tensors]:
     return msgspec.json.decode(head["__metadata__"]["header"]), load(data)
 
 
-def _wait(sent: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+def _wait(sent: _Sent) -> None:
     try:
-        sent[0].wait()
+        for work in sent[0]:
+            work.wait()
     except RuntimeError:
         raise _lost(None, "") from None
 
