@@ -41,7 +41,7 @@ _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed
 _AHEAD = 4  # results that wait at a rank until rank 0 takes them
 _CHUNK = 64  # parties per rank that are told of at once
 _Tensors = Mapping[str, torch.Tensor]
-_Sent = tuple[list[Any], tuple[torch.Tensor, torch.Tensor]]  # what to wait for, and what must live until then
+_Sent = tuple[int, list[Any], tuple[torch.Tensor, torch.Tensor]]  # to whom, the sendings, what must live until then
 
 
 class ProcessError(ChoralError):
@@ -180,7 +180,7 @@ class Team:
         length = torch.tensor([raw.numel()])
         try:  # even the length, whose sending would wait until the other rank asks for it
             works = [dist.isend(part, rank, group=self.group) for part in (length, raw)]
-            return works, (length, raw)
+            return rank, works, (length, raw)
         except RuntimeError:
             raise _lost(rank, "") from None
 
@@ -294,17 +294,17 @@ def _unpacked(raw: torch.Tensor) -> tuple[dict[str, Any], _Tensors]:
 
 
 def _wait(sent: _Sent) -> None:
+    rank, works, _ = sent
     try:
-        for work in sent[0]:
+        for work in works:
             work.wait()
     except RuntimeError:
-        raise _lost(None, "") from None
+        raise _lost(rank, "") from None
 
 
-def _lost(rank: int | None, when: str) -> ProcessError:
-    who = "another process of this run" if rank is None else f"rank {rank}"
+def _lost(rank: int, when: str) -> ProcessError:
     return ProcessError(
-        f"{who} has gone{when}",
+        f"rank {rank} has gone{when}",
         hint="its own output says why; the folder keeps the last good round, from which resume goes on",
     )
 
