@@ -94,7 +94,7 @@ def _client_parts(info: RunInfo) -> tuple[str, str]:
     known = promise.get("colluders")
     trust = (
         f"Each client adds a share of the noise, sized for {promise.get('min_survivors')} survivors with"
-        f" {known} colluders, and counted by who survived."
+        f" {known} colluder{'' if known == 1 else 's'}, and counted by who survived."
     )
     sees = f"anyone who sees every sum and every model, together with up to {known} of the other clients"
     if plain:
