@@ -69,6 +69,8 @@ def federation(resident: Resident, trainer: LocalTrainer, examples: dict[str, in
         examples=examples,
         coders=coders,
         sessions=open_sessions(Plain(), coders),
+        secure_sum=Plain(),
+        cohort=None,
         memory=Memory(),
         dropout_rate=0.0,
         seed=0,
