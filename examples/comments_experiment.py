@@ -297,6 +297,9 @@ def main():
     parser.add_argument("--unprotected", action="store_true", help="leave out the secure sum and privacy")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
+    known = list(grids(1.0))
+    if unknown := [name for name in asked.methods or () if name not in known]:
+        parser.error(f"unknown method {unknown[0]!r}; one of: {', '.join(known)}")
     started = time.process_time()
     if asked.generator:
         posts = sparse_posts(parties=asked.parties, features=asked.features, seed=asked.seed)
