@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from choral import jobs
+from choral import comparisons, jobs
 from choral.cli import parse
 from choral.errors import ConfigError
 from choral.settings import Arm, Settings, read_settings
@@ -65,8 +65,10 @@ class Train:
 def compare(words: list[str]) -> int:
     wanted = parse("compare", words, Compare, Compare(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
     settings = wanted.settings
-    with _progress(jobs.rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
-        comparison = jobs.run_comparison(settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick)
+    with _progress(comparisons.rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
+        comparison = comparisons.run_comparison(
+            settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick
+        )
     if not wanted.quiet:
         comparison.print()
         print(f"report: {wanted.out / 'report.html'}")

@@ -185,7 +185,7 @@ def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
-    from choral.jobs import cells
+    from choral.comparisons import cells
     from choral.settings import Arm, PrivacySettings, Settings
 
     arms = {"record": Arm(private=True), "client": Arm(private=True, unit="client")}
@@ -211,7 +211,7 @@ def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
     ids=str,
 )
 def test_a_comparison_refuses_before_it_trains(privacy: Any, arm: Any, complaint: str) -> None:
-    from choral.jobs import _check
+    from choral.comparisons import _check
     from choral.settings import Arm, PrivacySettings, Settings
 
     settings = Settings(

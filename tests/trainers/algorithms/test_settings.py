@@ -8,7 +8,7 @@ import pytest
 
 from choral.cli import main
 from choral.errors import ConfigError
-from choral.jobs import _algorithm
+from choral.jobs import algorithm_of
 from choral.settings import Arm, Settings, read_settings
 from choral.trainers import Run
 from choral.trainers.algorithms import KINDS, FedAdam, FedAvg, FedProx, Scaffold
@@ -20,7 +20,7 @@ def test_settings_have_every_hyper_parameter_of_every_algorithm():
     assert of_kinds | {"kind"} == {field.name for field in dataclasses.fields(AlgorithmSettings)}
     for name, kind in KINDS.items():
         said = {field.name: field.default for field in dataclasses.fields(kind)}
-        chosen = _algorithm(Settings(algorithm=AlgorithmSettings(kind=name, **said)), Arm())
+        chosen = algorithm_of(Settings(algorithm=AlgorithmSettings(kind=name, **said)), Arm())
         assert chosen == kind()
 
 
@@ -31,14 +31,14 @@ def test_an_arm_sets_its_own(tmp_path):
         '[arms.c]\nalgorithm = {kind = "fedadam", tau = 0.1}\n'
     )
     settings = read_settings(path, Settings)
-    made = [_algorithm(settings, arm) for arm in settings.arms.values()]
+    made = [algorithm_of(settings, arm) for arm in settings.arms.values()]
     assert made == [FedProx(mu=0.5), FedProx(mu=0.1), FedAdam(tau=0.1)]
-    assert _algorithm(Settings(), Arm()) == FedAvg()
+    assert algorithm_of(Settings(), Arm()) == FedAvg()
 
 
 def test_a_setting_of_another_algorithm_is_refused():
     with pytest.raises(ConfigError, match=r"algorithm\.mu is set, which fedadam does not have"):
-        _algorithm(Settings(algorithm=AlgorithmSettings(kind="fedadam", mu=0.1)), Arm())
+        algorithm_of(Settings(algorithm=AlgorithmSettings(kind="fedadam", mu=0.1)), Arm())
 
 
 def test_the_command_line_trains_one(tmp_path, capsys):
