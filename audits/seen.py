@@ -130,9 +130,13 @@ def _decode(session: _Session, recorded: Recorded) -> None:
     from choral.protocols.integers import unpack
 
     opened, masked_sum = session.opened, session.opened.secure_sum
+    roster = set(opened.parties)
     for seen in session.seen:
         raw = recorded.raw(seen)
         where = f"round {seen.round}, {seen.way}, {seen.party}"
+        if seen.party not in roster:
+            session.strange.append(f"{where}: not a party of this session")
+            continue
         if raw is None:
             session.unread += 1
             continue
@@ -197,6 +201,8 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
     rounds: dict[int, list[dict[str, dict[str, int]]]] = {}
     for session in sessions:
         first = min((seen.round for seen in session.seen if seen.round), default=0)
+        if not first:  # opened, and never used
+            continue
         totals: dict[int, dict[str, dict[str, int]]] = {}
         for seen in session.seen:
             into = totals.setdefault(seen.round or first, {"up": {}, "down": {}})[seen.way]
@@ -227,17 +233,21 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
 def _fresh(sessions: Sequence[_Session]) -> Check:
     """Nothing that must be fresh occurs twice: keys, nonces, commitments, and whole messages."""
     name = "No key, nonce, commitment or message was used twice"
-    used: dict[bytes, tuple[str, str]] = {}
+    used: dict[bytes, tuple[str, str, int]] = {}
     count = 0
-    for session in sessions:
+    for number, session in enumerate(sessions, start=1):
         if session.opened.secure_sum != "plain":
             values = [(f"message of {s.party}", f"round {s.round}", bytes.fromhex(s.sha256)) for s in session.seen
                       if s.way == "up"]  # fmt: skip
             for what, where, value in [*values, *_once(session)]:
                 count += 1
-                before = used.setdefault(value, (what, where))
-                if before != (what, where):
-                    finding = f"The {what} ({where}) is the {before[0]} ({before[1]}) again."
+                # A session counts its own rounds: the same round of another session is another round.
+                before = used.setdefault(value, (what, where, number))
+                if before != (what, where, number):
+                    finding = (
+                        f"The {what} ({where}, session {number}) is the {before[0]} ({before[1]}, session"
+                        f" {before[2]}) again."
+                    )
                     return Check(name=name, verdict="violated", finding=finding)
     if not count:
         return Check(name=name, verdict="holds", finding="The plain sum has no keys.")

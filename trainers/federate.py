@@ -178,8 +178,7 @@ def federate(
                 f"{algorithm.kind} has several sums in a round, and a transcript is of one",
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
-        seen.begin(secure_sum.name, coders[last].spec)
-        rooms = open_sessions(secure_sum, coders, tuple(parties)[:cohort] if cohort else None)
+        rooms = open_sessions(secure_sum, coders, seen, roster=tuple(parties)[:cohort] if cohort else None)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()

@@ -70,7 +70,11 @@ class Federation:
         server = dict(self.memory.server)
         parties = {name: dict(state) for name, state in self.memory.parties.items()}
         traffic, present, sums = Traffic(), self._asked(number), 0
-        rooms = self.sessions if self.cohort is None else open_sessions(self.secure_sum, self.coders, present)
+        rooms = (
+            self.sessions
+            if self.cohort is None
+            else open_sessions(self.secure_sum, self.coders, self.seen, roster=present)
+        )
         steps = self.algorithm.round(Server(setup=self.setup, number=number, state=server), weights)
         try:
             ask = next(steps)
@@ -163,9 +167,10 @@ class Federation:
 
 
 def open_sessions(
-    secure_sum: SecureSum, coders: Mapping[str, Coder], roster: tuple[str, ...] | None = None
+    secure_sum: SecureSum, coders: Mapping[str, Coder], seen: Transcript, *, roster: tuple[str, ...] | None = None
 ) -> dict[str, SumSession]:
-    """One session per channel; channels whose vectors look alike share one. roster: by default all parties.
+    """One session per channel; channels whose vectors look alike share one. roster: by default all parties. seen: is
+    told of each.
 
     Raises: what the coders' check does; what the secure sum does for a roster of that size.
     """
@@ -174,6 +179,7 @@ def open_sessions(
     for name, coder in coders.items():
         spec = coder.spec if roster is None else replace(coder.spec, parties=roster)
         if spec not in by_spec:
+            seen.begin(secure_sum.name, spec)
             by_spec[spec] = secure_sum.open(spec)
         sessions[name] = by_spec[spec]
         coder.check(sessions[name])

@@ -94,6 +94,22 @@ def trained_rounds(folder: Path) -> Any:
     return [entry for entry in Run.load(folder).history if entry.round]
 
 
+def test_a_session_per_cohort_is_read_as_such(job: Job, tmp_path: Path) -> None:
+    report = rehearse(job, tmp_path / "run", cohort=4, secure_sum=Masked(server="semi-honest"))
+    assert verdicts(report) == {"holds"}
+    assert report.seen is not None
+    assert report.seen.sessions == 1 + 3  # the first is opened to see whether there can be one
+    assert report.seen.uploads == 3 * 4
+
+
+def test_a_message_of_somebody_else_is_caught(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", rounds=1)
+    replace(tmp_path / "run" / "transcript" / "index.jsonl", '"way":"up","party":"p3"', '"way":"up","party":"p9"')
+    verdict, finding = check(audit(tmp_path / "run"), "not declared")
+    assert verdict == "violated"
+    assert "up, p9: not a party of this session" in finding
+
+
 def test_client_level_noise_in_a_sum_that_wraps_holds(job: Job, tmp_path: Path) -> None:
     privacy = ClientPrivacy(epsilon=50.0, delta=1e-3, min_survivors=3, bits=16)
     report = rehearse(job, tmp_path / "run", privacy=privacy, secure_sum=Masked(min_survivors=3))
@@ -195,6 +211,36 @@ def test_keys_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypat
     verdict, finding = check(report, "nonce, commitment")
     assert verdict == "violated"
     assert "key of" in finding
+
+
+@pytest.mark.parametrize("what", ["key", "nonce"])
+def test_what_a_party_uses_again_in_another_session_is_caught(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """With a cohort every round is the first of a session of its own, so that place and party are the same again."""
+    from choral.protocols import party as steps
+
+    def fixed(name: str) -> Callable[[int], bytes]:
+        count = iter(range(9))
+        return lambda size: f"{name} {next(count)}".encode().ljust(size, b".")
+
+    if what == "key":
+        advertise = steps.Member.advertise
+
+        def again(self: Any, number: int, *, randomness: Any) -> Any:
+            (member, _last), *_ = self._content
+            return advertise(self, number, randomness=fixed(str(member.index)))
+
+        monkeypatch.setattr(steps.Member, "advertise", again)
+    else:
+        join = steps.join
+        monkeypatch.setattr(
+            steps, "join", lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])})
+        )
+    report = rehearse(job, tmp_path / "run", transcript="messages", cohort=4)
+    verdict, finding = check(report, "nonce, commitment")
+    assert verdict == "violated"
+    assert "session 2" in finding
 
 
 def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, str, bytes], bytes]) -> None:
