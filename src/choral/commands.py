@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ class Compare:
 class Train:
     """Train one arm into a run folder: federated, or --centralized; private if privacy.epsilon is set.
 
+    By several processes: torchrun --standalone --nproc-per-node 2 -m choral train CONFIG --out DIR. Parties, or with
+    --centralized each batch, are divided among them.
+
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
 
@@ -65,6 +69,11 @@ class Train:
 def compare(words: list[str]) -> int:
     wanted = parse("compare", words, Compare, Compare(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
     settings = wanted.settings
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "compare under torchrun: it starts processes of its own, a run in each",
+            hint="choose how many by --workers; torchrun is for choral train",
+        )
     with _progress(comparisons.rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
         comparison = comparisons.run_comparison(
             settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick
@@ -79,7 +88,8 @@ def train(words: list[str]) -> int:
     wanted = parse("train", words, Train, Train(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
     settings = wanted.settings
     name, arm = _arm(wanted)
-    with _progress(settings.training.rounds, wanted.quiet) as tick:
+    quiet = wanted.quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    with _progress(settings.training.rounds, quiet) as tick:
         run = jobs.train(
             settings,
             arm,
@@ -89,7 +99,7 @@ def train(words: list[str]) -> int:
             resume=wanted.resume,
             on_round=lambda entry: tick(name, entry),
         )
-    if not wanted.quiet:
+    if not quiet:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         spent = run.spent
         promise = f"; epsilon {spent.epsilon:.3f} at delta {spent.delta:g} (worst data holder)" if spent else ""

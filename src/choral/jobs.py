@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +106,8 @@ def _trainer(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> 
     def run(task: Task, *, out: Path | None = None, **options: Any) -> Run:
         job = {name: getattr(task, name) for name in ("build", "fit", "evaluate", "parties", "loss")}
         if arm.centralized:
-            return centralize(**job, **shared, out=out, **options)
+            parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets it
+            return centralize(**job, **shared, out=out, data_parallel=parallel, **options)
         seen = transcript if out is not None else None
         return federate(**job, **(shared | federated | options), out=out, transcript=seen)
 

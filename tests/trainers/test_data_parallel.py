@@ -8,15 +8,18 @@ import runpy
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from choral import Privacy, Run, centralize
+from choral.cli import main
 from choral.errors import ConfigError
 from choral.trainers.data_parallel import Shares, Workers
 from choral.trainers.task import TaskError
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -123,6 +126,30 @@ def test_under_torchrun(tmp_path):
     done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_close(alone(path, tmp_path / "one"), Run.load(tmp_path / "two"))
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    """One of the two processes speaks, and the cloud's arm is data-parallel; comparing is for one process."""
+    settings = ROOT / "examples" / "digits.toml"
+    words = [str(settings), "--arm", "cloud", "--training.rounds", "2", "--out"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "choral"]
+    done = subprocess.run(
+        [*start, "train", *words, str(tmp_path / "two")], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cloud: 2 rounds") == 1
+    assert main(["train", *words, str(tmp_path / "one"), "--quiet"]) == 0
+    one, two = Run.load(tmp_path / "one"), Run.load(tmp_path / "two")
+    assert (one.info.processes, two.info.processes) == (1, 2)
+    assert_close(one, two)
+
+
+def test_comparing_is_for_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = str(ROOT / "examples" / "digits.toml")
+    assert main(["compare", settings, "--out", str(tmp_path / "out")]) == 2
+    assert "--workers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_drift_apart_end_the_run(tmp_path):
