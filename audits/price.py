@@ -192,12 +192,13 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     down = _mean([sum(entry.bytes_down for entry in run.history) for run in runs])
     compute, joules = _compute(runs), _measured_joules(runs)
     rounds = runs[0].history[-1].round
-    clock = _federated_seconds(rounds, compute / count, up, down, prices)
+    first = float((info.start or {}).get("bytes", 0))
+    clock = _federated_seconds(rounds, compute / count, up, down + first, prices)
     metered = joules is not None
     spent = compute * prices["device_watts"] if joules is None else joules
     busiest = f"the busiest party's, times {count} parties: an upper bound"
     meter = "" if metered else f", at {prices['device_watts']:g} W"
-    items = (
+    items: tuple[Item, ...] = (
         Item(
             name="sent by the parties",
             quantity=up * count / GB,
@@ -235,7 +236,18 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
             joules=clock * prices["server_watts"],
         ),
     )
-    return _bill(name, runs, items, up=up, down=down, seconds=clock, metered=metered)
+    if first:
+        weights = Item(
+            name="weights to start from",
+            quantity=first * count / GB,
+            unit="GB",
+            basis="measured",
+            how="their size, sent to each party once",
+            usd=first * count / GB * prices["server_egress_gb"],
+            joules=first * count * prices["network_joules_per_byte"],
+        )
+        items = (*items, weights)
+    return _bill(name, runs, items, up=up, down=down + first, seconds=clock, metered=metered)
 
 
 def _federated_seconds(rounds: int, party_compute: float, up: float, down: float, prices: Prices) -> float:

@@ -77,6 +77,20 @@ def test_a_federated_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
     assert made.joules == pytest.approx(10 * 20 * 48_600 * 1.4e-5 + 4.2 * 30 + clock * 50)
 
 
+def test_weights_to_start_from_are_sent_to_each_party_once(make_run: MakeRun) -> None:
+    run = make_run("federated-masked")
+    start = {"source": "base.safetensors", "sha256": "0" * 64, "bytes": 50_000_000}
+    started = dataclasses.replace(run, info=msgspec.structs.replace(run.info, start=start))
+    plain, made = bill("f", [run], PRICES), bill("f", [started], PRICES)
+    assert plain is not None
+    assert made is not None
+    assert made.bytes_down - plain.bytes_down == 50_000_000
+    waited = 8 * 50e6 / 20e6
+    assert made.seconds - plain.seconds == pytest.approx(waited)
+    assert made.usd - plain.usd == pytest.approx(10 * 0.05 * 0.09 + waited / 3600 * 0.096)
+    assert made.joules - plain.joules == pytest.approx(10 * 50e6 * 1.4e-5 + waited * 50)
+
+
 def test_energy_is_called_measured_only_where_every_round_has_a_reading(make_run: MakeRun) -> None:
     run = make_run("federated")
     metered = bill("federated", [with_joules(run, 7.0)], PRICES)
