@@ -236,7 +236,7 @@ def participation_of(run: Run) -> Participation | None:
         return None
     minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
     known = [int(value) for value in minimum if isinstance(value, int)]
-    parties = len(run.info.parties)
+    parties = run.info.party_count
     return Participation(
         rounds=run.info.rounds,
         completed=len(rounds),

@@ -159,10 +159,11 @@ def _delta_means_something(run: Run) -> Check:
     delta = float((run.info.privacy or {})["delta"])
     sizes = run.info.parties.values()
     if unit_of(run) == "client":
-        if not delta * len(sizes) < 1:
-            finding = f"δ = {power(delta)} with {len(sizes)} clients allows one update in the clear."
+        clients = run.info.party_count
+        if not delta * clients < 1:
+            finding = f"δ = {power(delta)} with {clients} clients allows one update in the clear."
             return Check(name=name, verdict="violated", finding=finding)
-        return Check(name=name, verdict="holds", finding=f"δ = {power(delta)}; there are {len(sizes):,} clients.")
+        return Check(name=name, verdict="holds", finding=f"δ = {power(delta)}; there are {clients:,} clients.")
     most = max(sizes, default=0) if run.info.kind == "federated" else sum(sizes)
     if not most or not delta < 1 / most:
         return Check(

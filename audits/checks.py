@@ -106,7 +106,8 @@ def _obstacle(run: Run, twin: Run | None) -> str:
     """Why two runs cannot be held against each other, or nothing."""
     if twin is None:
         return "no run of the same seed"
-    if run.info.rounds != twin.info.rounds or run.info.parties != twin.info.parties:
+    mine, theirs = run.info, twin.info
+    if (mine.rounds, mine.parties, mine.population) != (theirs.rounds, theirs.parties, theirs.population):
         return "other rounds or parties"
     if any(mine.survivors != other.survivors for mine, other in zip(run.history, twin.history, strict=True)):
         return "other parties survived"

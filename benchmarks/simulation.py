@@ -66,6 +66,7 @@ def federation(resident: Resident, trainer: LocalTrainer, examples: dict[str, in
         algorithm=algorithm,
         trainer=trainer,
         setup=setup,
+        names=tuple(examples),
         examples=examples,
         coders=coders,
         sessions=open_sessions(Plain(), coders),

@@ -25,6 +25,7 @@ from choral.trainers.settings import Split, Training
 from choral.trainers.start import StartError
 from choral.trainers.task import DivergedError, Task, TaskError
 from choral.trainers.tune import Tuned, tune
+from choral.trainers.virtual import VirtualParties
 
 __all__ = [
     "DANE",
@@ -50,6 +51,7 @@ __all__ = [
     "TaskError",
     "Training",
     "Tuned",
+    "VirtualParties",
     "centralize",
     "dirichlet_split",
     "federate",

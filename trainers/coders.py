@@ -56,7 +56,8 @@ class Coder(Protocol):
 class WeightedCoder:
     """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
 
-    Whole numbers are encoded as they are, so their sum is exact.
+    Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count. roster:
+    who takes part in one sum; both by default of all whose ``examples`` are given.
     """
 
     clip = None
@@ -69,20 +70,24 @@ class WeightedCoder:
         bound: float,
         value_bits: int,
         guards: Mapping[str, Guard],
+        cap: int | None = None,
+        roster: tuple[str, ...] | None = None,
     ) -> None:
         if channel.largest_count is not None:
             value_bits = max(channel.largest_count.bit_length(), 1) + 1
             bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
-        self._weights = examples if channel.weighing == "examples" else dict.fromkeys(examples, 1)
+        self._weights = examples if channel.weighing == "examples" else None
+        self._roster = tuple(examples) if roster is None else roster
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
-        cap = cap_of(examples) if channel.weighing == "examples" else 1
-        self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=cap)
+        cap = cap_of(max(examples.values())) if cap is None else cap
+        most = cap if channel.weighing == "examples" else 1
+        self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
         self._length, self._guards = channel.length, guards
 
     @property
     def spec(self) -> SumSpec:
         return SumSpec(
-            parties=tuple(self._weights),
+            parties=self._roster,
             length=self._length + 1,
             bound=self._coder.integer_bound,
             encoding=repr(self._coder),
@@ -105,7 +110,7 @@ class WeightedCoder:
         """Nothing is paid for here."""
 
     def encode(self, party: str, update: torch.Tensor) -> Any:
-        return self._coder.encode(update, self._weights[party])
+        return self._coder.encode(update, self._weights[party] if self._weights is not None else 1)
 
     def decode(self, result: SumResult) -> Mean:
         return Mean(*self._coder.decode(result.total))
@@ -187,9 +192,9 @@ class ClientCoder:
         return self._round
 
 
-def cap_of(examples: Mapping[str, int]) -> int:
-    """A power of two above every party's example count."""
-    return 1 << max(examples.values()).bit_length()
+def cap_of(largest: int) -> int:
+    """A power of two above the largest party's example count."""
+    return 1 << largest.bit_length()
 
 
 class Clients:
@@ -216,18 +221,21 @@ class Clients:
             return f"the clients' budget is spent; ended after round {self._recorder.completed}"
         return ""
 
-    def coder(self, parties: tuple[str, ...], length: int, rounds: int, sums: int) -> ClientCoder:
-        """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was."""
+    def coder(self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int) -> ClientCoder:
+        """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was.
+
+        roster: who takes part in one sum, of so many clients.
+        """
         history = self._recorder.run().history
         guard = ClientGuard(
             self._privacy,
-            clients=len(parties),
+            clients=clients,
             length=length,
             rounds=max(rounds - self._recorder.completed, 1) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
         )
-        return ClientCoder(parties, guard)
+        return ClientCoder(roster, guard)
 
 
 def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:

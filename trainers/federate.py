@@ -39,10 +39,11 @@ from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
 from choral.trainers.local import Resident, resolve_device
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_cohort, check_fits, open_sessions
-from choral.trainers.run import Round, Run, RunInfo, versions
+from choral.trainers.run import Population, Round, Run, RunInfo, versions
 from choral.trainers.start import Start, Weights
-from choral.trainers.task import Build, Evaluate, Fit, Loss, check_parties, metrics_of, raw_bytes
+from choral.trainers.task import Build, Evaluate, Fit, Loss, metrics_of, raw_bytes
 from choral.trainers.transcript import Detail, Transcript
+from choral.trainers.virtual import census_of
 
 OnRound = Callable[[Round], None]
 Engine = Callable[[Resident], LocalTrainer]
@@ -80,7 +81,8 @@ def federate(
     build, fit, evaluate: the user's own functions: ``build(dataset) -> (model, optimizer, loader)``,
         ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats.
     parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
-        ``min_classes`` classes.
+        ``min_classes`` classes. With a cohort also `VirtualParties`, made on demand: a round then costs what its cohort
+        costs, however many there are.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,), for algorithms that need gradients.
     start: a state dict, or the path of a .safetensors file, to start from in the place of the weights that ``build``
         and ``seed`` make. Only trainable parameters are trained, sent and summed; see docs/training.md. What the
@@ -112,13 +114,16 @@ def federate(
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
-    examples = check_parties(parties, least=2, min_classes=min_classes)
+    census = census_of(parties, cohort=cohort, privacy=privacy, transcript=transcript, min_classes=min_classes)
+    examples, names = census.examples, census.names
     on = resolve_device(device)
     initial = Weights.read(start) if start is not None else None
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
     check_cohort(algorithm, cohort, len(parties))
-    info = describe("federated", parties, examples, rounds, seed, on, privacy, config, initial, tuning)
+    info = describe(
+        "federated", parties, examples, rounds, seed, on, privacy, config, initial, tuning, census.population
+    )
     how = algorithm.record() | ({"cohort": cohort} if cohort else {})
     info = msgspec.structs.replace(
         info,
@@ -128,7 +133,16 @@ def federate(
 
     def trainer_of(guards: Mapping[str, Guard]) -> tuple[Resident, LocalTrainer]:
         resident = Resident(
-            build=build, fit=fit, datasets=parties, guards=guards, seed=seed, device=on, loss=loss, start=initial
+            build=build,
+            fit=fit,
+            datasets=census.datasets,
+            guards=guards,
+            seed=seed,
+            device=on,
+            loss=loss,
+            start=initial,
+            first=names[0],
+            seats=census.seats,
         )
         return resident, engine(resident) if engine else Fastest(resident)
 
@@ -157,19 +171,29 @@ def federate(
         setup = Setup(
             parties=len(parties),
             length=resident.layout.length,
-            examples=sum(examples.values()),
-            largest=cap_of(examples),
+            examples=census.total,
+            largest=cap_of(census.largest),
             value_bound=value_bound,
         )
         channels = algorithm.channels(setup)
+        first = tuple(names[:cohort])  # stands for every cohort where only its size matters
+        roster = first if census.population else tuple(names)
         if clients:
             sums = sum(not channel.once for channel in channels.values())
             coders: dict[str, Coder] = dict.fromkeys(
-                channels, clients.coder(tuple(parties), setup.length, rounds, sums)
+                channels, clients.coder(roster, setup.parties, setup.length, rounds, sums)
             )
         else:
             coders = {
-                name: WeightedCoder(examples, channel, bound=value_bound, value_bits=value_bits, guards=guards)
+                name: WeightedCoder(
+                    examples,
+                    channel,
+                    bound=value_bound,
+                    value_bits=value_bits,
+                    guards=guards,
+                    cap=setup.largest,
+                    roster=roster,
+                )
                 for name, channel in channels.items()
             }
         last = list(coders)[-1]
@@ -178,7 +202,7 @@ def federate(
                 f"{algorithm.kind} has several sums in a round, and a transcript is of one",
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
-        rooms = open_sessions(secure_sum, coders, seen, roster=tuple(parties)[:cohort] if cohort else None)
+        rooms = open_sessions(secure_sum, coders, seen, roster=first if cohort else None)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()
@@ -187,6 +211,7 @@ def federate(
             algorithm=algorithm,
             trainer=trainer,
             setup=setup,
+            names=names,
             examples=examples,
             coders=coders,
             sessions=rooms,
@@ -250,7 +275,7 @@ def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples:
 def describe(
     kind: Literal["centralized", "federated"],
     parties: Mapping[str, Any],
-    examples: dict[str, int],
+    examples: Mapping[str, int],
     rounds: int,
     seed: int,
     device: torch.device,
@@ -258,8 +283,12 @@ def describe(
     config: Mapping[str, Any] | None,
     start: Weights | None,
     tuning: Mapping[str, Any] | None,
+    population: Population | None = None,
 ) -> RunInfo:
-    """What is known of a run before its model is built. Raises: ConfigError for a private run that was tuned."""
+    """What is known of a run before its model is built. population: in the place of the parties' own numbers.
+
+    Raises: ConfigError for a private run that was tuned.
+    """
     if tuning is not None and privacy is not None:
         raise ConfigError(
             "tuning with privacy: its tries read the records without noise, which no budget covers",
@@ -270,10 +299,11 @@ def describe(
         rounds=rounds,
         seed=seed,
         device=device.type,
-        parties=examples,
+        parties={} if population else dict(examples),
+        population=population,
         parameters=0,
         privacy=_settings_of(privacy, len(parties)),
-        raw_bytes={name: raw_bytes(dataset) for name, dataset in parties.items()},
+        raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(config or {}),
         start=start.record() if start else None,
         tuning=dict(tuning) if tuning is not None else None,

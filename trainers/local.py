@@ -34,6 +34,7 @@ from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, che
 class Seat:
     """What a party keeps between its turns. plan: its training in tensors where that is known, False where not."""
 
+    dataset: Any
     optimizer: torch.optim.Optimizer
     fresh: dict[str, Any]
     loader: Any
@@ -45,7 +46,8 @@ class Resident:
 
     build, fit, loss: the user's functions. datasets: one per party. guards: one per party for record-level
     differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
-    start from, in the place of the seed's.
+    start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
+    how many parties keep theirs, the last ones that had a turn; by default all.
     """
 
     def __init__(
@@ -59,15 +61,20 @@ class Resident:
         device: torch.device,
         loss: Loss | None = None,
         start: Weights | None = None,
+        first: str | None = None,
+        seats: int | None = None,
     ) -> None:
         self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
         self.seed, self.device = seed, device
-        self.model = initial_model(build, next(iter(datasets.values())), seed, start).to(device)
+        self.model = initial_model(build, datasets[next(iter(datasets)) if first is None else first], seed, start).to(
+            device
+        )
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
-        self._seats: dict[str, Seat] = {}
+        self._seats: dict[str, Seat] = {}  # the latest turn last
+        self._most = seats
 
     @property
     def length(self) -> int:
@@ -122,7 +129,7 @@ class Resident:
                 hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
         seat = self.seat(party)
-        records = Records(self.model, self.layout, self.datasets[party], seat.loader, self.loss, self.device, party)
+        records = Records(self.model, self.layout, seat.dataset, seat.loader, self.loss, self.device, party)
         match work:
             case Gradient():
                 return Done(vector=records.gradient(weights))
@@ -138,21 +145,24 @@ class Resident:
 
     def seat(self, party: str) -> Seat:
         """What the party keeps, made at its first turn. Raises: what checked_build does; TaskError (another model)."""
-        return self._seats.get(party) or self._take_seat(party)
+        seat = self._seats.pop(party, None) or self._take_seat(party)
+        self._seats[party] = seat
+        if self._most is not None and len(self._seats) > self._most:
+            del self._seats[next(iter(self._seats))]
+        return seat
 
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
         with seeded(self.seed, 0, party):
-            model, optimizer, loader = checked_build(self.build, self.datasets[party])
+            dataset = self.datasets[party]
+            model, optimizer, loader = checked_build(self.build, dataset)
         self.layout.check(model, f"party {party!r}")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
             # In place: some optimizers (LBFGS) keep a second reference to this very list.
             group["params"][:] = [self._by_name[names[id(parameter)]] for parameter in group["params"]]
         optimizer.state.clear()
-        seat = Seat(optimizer, copy.deepcopy(optimizer.state_dict()), loader)
-        self._seats[party] = seat
-        return seat
+        return Seat(dataset, optimizer, copy.deepcopy(optimizer.state_dict()), loader)
 
     def _check_trained(self, party: str, steps: Steps, change: torch.Tensor) -> None:
         if self.layout.stale(self.model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,7 @@ class Federation:
     algorithm: Algorithm
     trainer: LocalTrainer
     setup: Setup
+    names: Sequence[str]
     examples: Mapping[str, int]
     coders: Mapping[str, Coder]
     sessions: Mapping[str, SumSession]
@@ -149,18 +150,18 @@ class Federation:
 
     def _asked(self, number: int) -> tuple[str, ...]:
         """Everybody, or this round's cohort, each set of its size equally likely."""
-        everybody = tuple(self.examples)
         if self.cohort is None:
-            return everybody
-        chosen = fixed_cohort(len(everybody), self.cohort, stream(self.seed, number, "cohort"))
-        return tuple(everybody[index] for index in chosen)
+            return tuple(self.names)
+        chosen = fixed_cohort(len(self.names), self.cohort, stream(self.seed, number, "cohort"))
+        return tuple(self.names[index] for index in chosen.tolist())
 
     def _present(self, parties: tuple[str, ...], number: int, sums: int) -> tuple[str, ...]:
         """Who is left of `parties` for the next exchange: lost ones stay lost, each at some exchange of the round."""
         if not self.dropout_rate:
             return parties
         with seeded(self.seed, number, "dropouts"):
-            luck = dict(zip(self.examples, torch.rand(len(self.examples)).tolist(), strict=True))
+            asked = self._asked(number)
+            luck = dict(zip(asked, torch.rand(len(asked)).tolist(), strict=True))
         channels = self.algorithm.channels(self.setup).values()
         part = min((sums + 1) / sum(not channel.once for channel in channels), 1.0)
         return tuple(party for party in parties if luck[party] >= self.dropout_rate * part)

@@ -79,10 +79,25 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     joules: float | None = None
 
 
+class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run records of parties that are too many to list; all of it is declared, not counted.
+
+    parties: how many. examples, largest: of all parties, and of the largest. sampled: parties, evenly spaced, whose
+    declared sizes have these quantiles ("0.5" is the median).
+    """
+
+    parties: int
+    examples: int
+    largest: int
+    sampled: int
+    quantiles: dict[str, float]
+
+
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that is not its history or its weights.
 
-    kind: "centralized" (pooled data) or "federated". parties: examples per party.
+    kind: "centralized" (pooled data) or "federated". parties: examples per party; empty, as is raw_bytes, where they
+        are virtual, and population tells of them in sum.
     privacy: the settings of the promise (epsilon, delta and its own others; "unit" where it is the client) or None.
     spent: the cost per data holder; one entry, "pooled", for a centralized private run, and one, "clients", for
         client-level privacy.
@@ -104,6 +119,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seed: int
     device: str
     parties: dict[str, int]
+    population: Population | None = None
     parameters: int
     privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}
@@ -119,6 +135,14 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     processes: int = 1
     ended: str = ""
     meters: tuple[str, ...] = ()
+
+    @property
+    def party_count(self) -> int:
+        return self.population.parties if self.population else len(self.parties)
+
+    @property
+    def total_examples(self) -> int:
+        return self.population.examples if self.population else sum(self.parties.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +373,8 @@ _SAME = "use the same settings, or a new --out"
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    _compare(old, new, ("kind", "rounds", "seed", "parties", "privacy", "algorithm", "start", "tuning"))
+    fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning")
+    _compare(old, new, fields)
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

@@ -138,25 +138,28 @@ def check_parties(parties: Mapping[str, Any], *, least: int, min_classes: int) -
             f"expected at least {least} parties, got {len(parties)}",
             hint="for one holder of data use Privacy.wrap or centralize",
         )
-    examples: dict[str, int] = {}
-    for name, dataset in parties.items():
-        if not name or not isinstance(name, str):
-            raise ConfigError(f"party names must be non-empty strings, got {name!r}", hint="e.g. 'north'")
-        if not name.isprintable() or len(quote(name, safe="")) > _LONGEST_NAME:
-            raise ConfigError(
-                f"party name {name[:40]!r} is too long or not printable", hint="ledgers are files of that name"
-            )
-        if not isinstance(dataset, Sized):
-            raise DataError(f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset")
-        examples[name] = len(dataset)
-        if not examples[name]:
-            raise DataError(f"party {name!r} has no records", hint="leave it out, or change the split")
-        labels = labels_of(dataset)
-        if labels is not None and (classes := len(torch.unique(labels))) < min_classes:
-            raise DataError(
-                f"party {name!r} has {classes} class in {examples[name]} records; expected at least {min_classes}",
-                hint="raise the split's alpha, merge parties, or allow it with min_classes=1",
-            )
+    return {name: check_party(name, dataset, min_classes) for name, dataset in parties.items()}
+
+
+def check_party(name: str, dataset: Any, min_classes: int) -> int:
+    """The number of examples of one party. Raises: as :func:`check_parties`."""
+    if not name or not isinstance(name, str):
+        raise ConfigError(f"party names must be non-empty strings, got {name!r}", hint="e.g. 'north'")
+    if not name.isprintable() or len(quote(name, safe="")) > _LONGEST_NAME:
+        raise ConfigError(
+            f"party name {name[:40]!r} is too long or not printable", hint="ledgers are files of that name"
+        )
+    if not isinstance(dataset, Sized):
+        raise DataError(f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset")
+    examples = len(dataset)
+    if not examples:
+        raise DataError(f"party {name!r} has no records", hint="leave it out, or change the split")
+    labels = labels_of(dataset)
+    if labels is not None and (classes := len(torch.unique(labels))) < min_classes:
+        raise DataError(
+            f"party {name!r} has {classes} class in {examples} records; expected at least {min_classes}",
+            hint="raise the split's alpha, merge parties, or allow it with min_classes=1",
+        )
     return examples
 
 

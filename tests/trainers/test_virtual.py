@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import itertools
+import resource
+import sys
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from choral import ClientPrivacy, Masked, Privacy, centralize, federate
+from choral.audits import audit
+from choral.errors import ConfigError, DataError
+from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties
+from choral.trainers.local import Resident
+from choral.trainers.run import Run
+
+MILLION = 1_000_000
+
+
+class Made:
+    """Makes parties of `size` records by number, and remembers which."""
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self.numbers: list[int] = []
+
+    def __call__(self, number: int) -> TensorDataset:
+        self.numbers.append(number)
+        points = torch.randn(self.size, 5, generator=torch.Generator().manual_seed(number))
+        return TensorDataset(points, torch.arange(self.size) % 2)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
+
+
+def listed(parties: VirtualParties) -> dict[str, TensorDataset]:
+    return {parties.name_of(number): parties[parties.name_of(number)] for number in range(len(parties))}
+
+
+def same(run: Run, other: Run) -> bool:
+    return all(torch.equal(run.state[name], other.state[name]) for name in run.state)
+
+
+class TestAMillion:
+    """Iterating raises (`test_is_not_listed`), so that a run that ends has not."""
+
+    def test_five_rounds_of_a_hundred(self, job, tmp_path):
+        made, before = Made(), peak_mib()
+        parties = VirtualParties(MILLION, made, 8)
+        run = federate(**job(parties=parties, cohort=100, rounds=5, out=tmp_path / "run"))
+        assert peak_mib() - before < 300
+        assert len(made.numbers) <= 5 * 100 + 1
+        assert len(set(made.numbers)) > 490  # of 500 draws of a million, .1 are expected to be double
+        assert max(made.numbers) > 900_000
+        assert [entry.survivors for entry in run.history[1:]] == [100] * 5
+        assert (tmp_path / "run" / "run.json").stat().st_size < 10_000
+
+        info = Run.load(tmp_path / "run").info
+        assert info == run.info
+        assert (info.parties, info.raw_bytes) == ({}, {})
+        assert (info.party_count, info.total_examples) == (MILLION, 8 * MILLION)
+
+        found = audit(tmp_path / "run")
+        assert found.participation.parties == MILLION
+        assert found.participation.realised == 500
+
+    def test_a_masked_round_of_twenty(self, job):
+        made = Made()
+        run = federate(
+            **job(parties=VirtualParties(MILLION, made, 8), cohort=20, rounds=1, secure_sum=Masked(min_survivors=12))
+        )
+        assert len(made.numbers) <= 21
+        assert run.info.secure_sum["parties"] == 20
+        plain = federate(**job(parties=VirtualParties(MILLION, made, 8), cohort=20, rounds=1))
+        assert same(plain, run)
+
+    def test_client_privacy_counts_the_million(self, job, tmp_path):
+        parties = VirtualParties(MILLION, Made(), 8)
+        privacy = ClientPrivacy(epsilon=8.0, delta=1e-7, clip=1.0, min_survivors=12)
+        settings = {"cohort": 20, "rounds": 1, "secure_sum": Masked(min_survivors=12)}
+        run = federate(**job(parties=parties, privacy=privacy, out=tmp_path / "run", **settings))
+        assert list(run.info.spent) == ["clients"]
+        checks = {check.name: check for check in audit(tmp_path / "run").checks}
+        delta = checks["Delta is below 1/n for every data holder"]
+        assert (delta.verdict, "1,000,000 clients" in delta.finding) == ("holds", True)
+        loose = ClientPrivacy(epsilon=8.0, delta=1e-5, clip=1.0, min_survivors=12)
+        with pytest.raises(ConfigError, match="1000000 clients"):
+            federate(**job(parties=parties, privacy=loose, **settings))
+
+
+@pytest.mark.parametrize("algorithm", [None, GD(), FedNova(), DANE(solver="svrg", mu=1.0)])
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.2])
+def test_trains_what_a_dict_trains(job, algorithm, dropout_rate):
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    made = Made()
+    virtual = VirtualParties(30, made, 8)
+    settings = {"cohort": 6, "algorithm": algorithm, "loss": loss, "dropout_rate": dropout_rate}
+    run = federate(**job(parties=virtual, **settings))
+    assert len(made.numbers) <= 3 * 6 + 1
+    assert same(run, federate(**job(parties=listed(virtual), **settings)))
+
+
+def test_an_interrupted_run_goes_on(job, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(entry):
+        if entry.round == 2:
+            raise Stop
+
+    settings = {"parties": VirtualParties(500, Made(), 8), "cohort": 6, "rounds": 4}
+    with pytest.raises(Stop):
+        federate(**job(out=tmp_path, on_round=stop, **settings))
+    resumed = federate(**job(out=tmp_path, resume=True, **settings))
+    assert same(resumed, federate(**job(**settings)))
+    with pytest.raises(ConfigError, match="cannot resume: population"):
+        federate(**job(out=tmp_path, resume=True, **settings | {"parties": VirtualParties(501, Made(), 8)}))
+
+
+def test_seats_are_given_up_from_the_longest_idle(job):
+    made, base = Made(), job()
+    resident = Resident(
+        build=base["build"],
+        fit=base["fit"],
+        datasets=VirtualParties(9, made, 8),
+        guards={},
+        seed=0,
+        device=torch.device("cpu"),
+        first="party-0000000",
+        seats=2,
+    )
+    made.numbers.clear()
+    for number in (1, 2, 1, 3, 1, 2):  # 3 takes the seat of 2, and 2 comes back
+        resident.seat(f"party-{number:07d}")
+    assert made.numbers == [1, 2, 3, 2]
+
+
+def test_sizes_that_differ(job):
+    def make(number):
+        return Made(2 + number % 5)(number)
+
+    parties = VirtualParties(100, make, lambda number: 2 + number % 5, total=400, largest=6)
+    settings = {"cohort": 10, "rounds": 2}
+    run = federate(**job(parties=parties, **settings))
+    assert same(run, federate(**job(parties=listed(parties), **settings)))
+    assert run.info.population.quantiles == {"0.05": 2.0, "0.5": 4.0, "0.95": 6.0}
+    assert (run.info.population.sampled, run.info.population.largest) == (100, 6)
+
+
+def test_is_not_listed(job):
+    made = Made()
+    parties = VirtualParties(MILLION, made, 8)
+    for touch in (iter, list, dict, lambda it: next(iter(it.values())), lambda it: {**it}):
+        with pytest.raises(ConfigError, match="touch every one"):
+            touch(parties)
+    with pytest.raises(ConfigError, match="touch every one"):
+        centralize(**job(parties=parties))
+    assert not made.numbers
+    assert len(parties) == MILLION
+    assert "party-0000042" in parties
+    for name in ("party-42", "party-1000000", "party--000001", "north", "party-", "party-" + "9" * 5000, 7):
+        assert name not in parties
+    with pytest.raises(KeyError):
+        parties["party-1000000"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "need a cohort"),
+        ({"cohort": 101}, "cohort of 2 to 100"),
+        ({"cohort": 5, "privacy": Privacy(epsilon=8.0, delta=1e-5)}, "ledger and a budget for every party"),
+        ({"cohort": 5, "algorithm": Scaffold()}, "needs every party"),
+        ({"cohort": 5, "transcript": "digests"}, "a transcript begins"),
+    ],
+)
+def test_refuses_what_needs_everybody(job, tmp_path, settings, message):
+    made = Made()
+    with pytest.raises(ConfigError, match=message):
+        federate(**job(parties=VirtualParties(100, made, 8), out=tmp_path / "run", **settings))
+    assert not made.numbers
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"count": 1},
+        {"examples": 0},
+        {"examples": -8},
+        {"total": 800},
+        {"total": 800, "largest": 8},
+        {"examples": lambda number: 8},
+        {"examples": lambda number: 8, "total": 800},
+        {"examples": lambda number: 8, "total": 99, "largest": 8},
+        {"examples": lambda number: 8, "total": 801, "largest": 8},
+    ],
+)
+def test_refuses_counts_that_cannot_be(arguments):
+    with pytest.raises(ConfigError):
+        VirtualParties(**{"count": 100, "make": Made(), "examples": 8} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "examples", "message"),
+    [
+        (Made(7), 8, "has 7 records, but is said to have 8"),
+        (Made(0), 8, "has no records"),
+        (lambda number: iter(()), 8, "without a length"),
+        (Made(1), 1, "has 1 class"),
+        (Made(9), lambda number: 9, "said to have 9 records, expected 1 to 8"),
+        (Made(8), lambda number: 8.0, "said to have 8.0 records"),
+    ],
+)
+def test_each_party_is_checked_when_it_is_made(job, make, examples, message):
+    declared = {} if isinstance(examples, int) else {"total": 800, "largest": 8}
+    with pytest.raises(DataError, match=message):
+        federate(**job(parties=VirtualParties(100, make, examples, **declared), cohort=5))
+
+
+def test_one_false_party_among_many_is_found_when_drawn(job):
+    """Number 0, of which the model is made, tells the truth."""
+    counter = itertools.count()
+
+    def make(number):
+        return Made(8 if next(counter) == 0 else 9)(number)
+
+    with pytest.raises(DataError, match="has 9 records, but is said to have 8"):
+        federate(**job(parties=VirtualParties(100, make, 8), cohort=5))
+
+
+def test_a_listed_run_counts_its_parties():
+    info = RunInfo(kind="federated", rounds=1, seed=0, device="cpu", parties={"a": 3, "b": 4}, parameters=1)
+    assert (info.party_count, info.total_examples) == (2, 7)
