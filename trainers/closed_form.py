@@ -103,7 +103,7 @@ class ClosedForm:
         self._resident, self._bias = resident, model.bias is not None
         self._rate, self._batch, self._epochs, self._decay = rate, batch_size, epochs, decay
         self._kernels = _kernels(find_spec("numba") is not None if compiled is None else compiled)
-        self._made: dict[str, Block] = {}
+        self._made: dict[str, Block] = {}  # the latest turn last
         self._checked = False
 
     @classmethod
@@ -138,9 +138,13 @@ class ClosedForm:
             yield party, Done(vector=change, **more)
 
     def block(self, party: str) -> Block:
-        """The party's records; those that are not sparse are made so once. Raises: TaskError for other data."""
-        if party in self._made:
-            return self._made[party]
+        """The party's records; those that are not sparse are made so once, and kept by as many as have a seat.
+
+        Raises: TaskError for other data.
+        """
+        if (known := self._made.pop(party, None)) is not None:
+            self._made[party] = known
+            return known
         dataset = self._resident.datasets[party]
         labels = labels_of(dataset)
         if labels is None or not bool(((labels == 0) | (labels == 1)).all()):
@@ -163,17 +167,20 @@ class ClosedForm:
             )
         block = Block(rows, labels.double().numpy())
         if not self._checked:
-            self._compare_loss(party, block)
-        if self._bias or not isinstance(dataset, SparseDataset):
+            self._compare_loss(dataset, block)
+        most = self._resident.seats
+        if self._bias or most is not None or not isinstance(dataset, SparseDataset):
             self._made[party] = block
+            if most is not None and len(self._made) > most:
+                del self._made[next(iter(self._made))]
         return block
 
-    def _compare_loss(self, party: str, block: Block) -> None:
+    def _compare_loss(self, dataset: Any, block: Block) -> None:
         """Whether the task's own loss, where it has one, is the formula's. Raises: TaskError."""
         self._checked = True
         if self._resident.loss is None:
             return
-        records = [self._resident.datasets[party][index] for index in range(min(_TRIED, len(block.labels)))]
+        records = [dataset[index] for index in range(min(_TRIED, len(block.labels)))]
         weights = torch.linspace(-1, 1, self.length) / self.length**0.5
         self._resident.layout.write(weights)
         with torch.no_grad():

@@ -268,6 +268,8 @@ def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, p
 
 def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples: Mapping[str, int]) -> dict[str, Guard]:
     """The guards of the parties that stay at this rank."""
+    if privacy is None:
+        return {}
     here = {party: examples[party] for party in team.parties_of(team.rank, examples)}
     return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
 

@@ -74,7 +74,7 @@ class Resident:
         self._by_name = dict(self.model.named_parameters())
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
-        self._most = seats
+        self.seats = seats
 
     @property
     def length(self) -> int:
@@ -147,7 +147,7 @@ class Resident:
         """What the party keeps, made at its first turn. Raises: what checked_build does; TaskError (another model)."""
         seat = self._seats.pop(party, None) or self._take_seat(party)
         self._seats[party] = seat
-        if self._most is not None and len(self._seats) > self._most:
+        if self.seats is not None and len(self._seats) > self.seats:
             del self._seats[next(iter(self._seats))]
         return seat
 

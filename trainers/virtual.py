@@ -6,6 +6,7 @@ nobody looks; each party is checked against it, and as any party is, when it is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, overload
 
@@ -50,8 +51,8 @@ class VirtualParties(Mapping[str, Any]):
                 hint="give examples=200, or examples=FUNCTION, total=..., largest=...",
             )
         if not callable(examples):
-            total, largest = examples * count, examples
-        self.count, self.total, self.largest = count, int(total or 0), int(largest or 0)
+            total, largest = _whole(examples) * _whole(count), examples
+        self.count, self.total, self.largest = _whole(count), _whole(total), _whole(largest)
         if self.count < 2 or self.largest < 1 or not self.count <= self.total <= self.count * self.largest:
             raise ConfigError(
                 f"{count} parties of at most {largest} records with {total} in total cannot be",
@@ -61,10 +62,10 @@ class VirtualParties(Mapping[str, Any]):
 
     def examples_of(self, number: int) -> int:
         """The declared records of a party. Raises: DataError if they are not from 1 to `largest`."""
-        found = self._examples(number) if callable(self._examples) else self._examples
-        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= self.largest:
+        said = self._examples(number) if callable(self._examples) else self._examples
+        if not 1 <= (found := _whole(said)) <= self.largest:
             raise DataError(
-                f"party {self.name_of(number)!r} is said to have {found!r} records, expected 1 to {self.largest}",
+                f"party {self.name_of(number)!r} is said to have {said!r} records, expected 1 to {self.largest}",
                 hint="give the largest count of all as largest=",
             )
         return found
@@ -106,6 +107,14 @@ class VirtualParties(Mapping[str, Any]):
             sampled=len(sampled),
             quantiles={name: float(np.quantile(sampled, share)) for name, share in at.items()},
         )
+
+
+def _whole(number: Any) -> int:
+    """A whole number as an int, numpy's included; -1 for anything else, which is out of every range here."""
+    try:
+        return -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return -1
 
 
 def _refuse_listing() -> NoReturn:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Masked, Privacy, federate
-from choral.trainers import FSVRG, Epochs, Run, Scaffold
+from choral.trainers import FSVRG, Epochs, Run, Scaffold, VirtualParties
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -71,7 +71,15 @@ def main(kind: str, folder: Path) -> None:
         keep("fsvrg", federate(**job, algorithm=FSVRG(step=0.5), out=folder / "fsvrg"))
         known = job | {"fit": Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)}
         keep("epochs", federate(**known))
+        many = VirtualParties(
+            500, lambda number: parties_of([count_of(number)])["party-0"], count_of, total=5000, largest=12
+        )
+        keep("virtual", federate(**job | {"parties": many}, cohort=6, secure_sum=masked))
         keep("private", federate(**job, privacy=Privacy(epsilon=3.0, delta=1e-3), out=folder / "private"))
+
+
+def count_of(number: int) -> int:
+    return 8 + number % 5
 
 
 def parties_of(sizes: list[int]) -> dict[str, TensorDataset]:

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import itertools
-import resource
-import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from choral import ClientPrivacy, Masked, Privacy, centralize, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, centralize, federate
 from choral.audits import audit
 from choral.errors import ConfigError, DataError
 from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties
+from choral.trainers.closed_form import ClosedForm
 from choral.trainers.local import Resident
 from choral.trainers.run import Run
 
@@ -31,10 +33,6 @@ class Made:
         return TensorDataset(points, torch.arange(self.size) % 2)
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
-
-
 def listed(parties: VirtualParties) -> dict[str, TensorDataset]:
     return {parties.name_of(number): parties[parties.name_of(number)] for number in range(len(parties))}
 
@@ -47,10 +45,15 @@ class TestAMillion:
     """Iterating raises (`test_is_not_listed`), so that a run that ends has not."""
 
     def test_five_rounds_of_a_hundred(self, job, tmp_path):
-        made, before = Made(), peak_mib()
+        made = Made()
         parties = VirtualParties(MILLION, made, 8)
+        federate(**job(parties=parties, cohort=2, rounds=1))  # what is imported at first use is not the run's
+        made.numbers.clear()
+        tracemalloc.start()
         run = federate(**job(parties=parties, cohort=100, rounds=5, out=tmp_path / "run"))
-        assert peak_mib() - before < 300
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+        assert peak < 8  # MiB; 4 were seen, and a million names alone are 60
         assert len(made.numbers) <= 5 * 100 + 1
         assert len(set(made.numbers)) > 490  # of 500 draws of a million, .1 are expected to be double
         assert max(made.numbers) > 900_000
@@ -88,6 +91,58 @@ class TestAMillion:
         loose = ClientPrivacy(epsilon=8.0, delta=1e-5, clip=1.0, min_survivors=12)
         with pytest.raises(ConfigError, match="1000000 clients"):
             federate(**job(parties=parties, privacy=loose, **settings))
+
+
+@pytest.mark.parametrize("secure_sum", [None, Masked(min_survivors=4)])
+def test_work_does_not_grow_with_the_number_of_parties(job, secure_sum):
+    """Counted, not timed: of a thousand parties and of a million as many are made, sized and named."""
+
+    class Counted(VirtualParties):
+        named = 0
+
+        def name_of(self, number):
+            self.named += 1
+            return super().name_of(number)
+
+    def work(count):
+        made, sized = Made(), []
+        parties = Counted(count, made, lambda number: (sized.append(number), 8)[1], total=8 * count, largest=8)
+        federate(**job(parties=parties, cohort=6, rounds=4, secure_sum=secure_sum))
+        return len(made.numbers), len(sized), parties.named
+
+    few, many = work(1_000), work(MILLION)
+    assert many[0] <= 4 * 6 + 1
+    # With 24 draws of a thousand a party may come twice, and is then made once: so at most a little fewer.
+    assert all(small <= large <= small + 10 for small, large in zip(few, many, strict=True))
+
+
+def test_the_closed_form_keeps_as_many_as_have_a_seat():
+    def make(number):
+        made.append(number)
+        return TensorDataset(Made(4)(number).tensors[0], torch.arange(4) % 2)
+
+    made = []
+    resident = Resident(
+        build=lambda dataset: (model := nn.Linear(5, 1), torch.optim.SGD(model.parameters(), lr=0.1), [dataset[:]]),
+        fit=lambda *_: None,
+        datasets=VirtualParties(9, make, 4),
+        guards={},
+        seed=0,
+        device=torch.device("cpu"),
+        first="party-0000000",
+        seats=2,
+    )
+    trainer = ClosedForm(resident, rate=0.1, batch_size=2)
+    made.clear()
+    for number in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, and 2 comes back
+        trainer.block(f"party-{number:07d}")
+    assert made == [1, 2, 3, 2]
+    assert len(trainer._made) == 2
+
+
+def test_a_homomorphic_round(job):
+    parties, sums = VirtualParties(300, Made(), 8), (Homomorphic(), Plain())
+    assert same(*(federate(**job(parties=parties, cohort=4, rounds=2, secure_sum=kind)) for kind in sums))
 
 
 @pytest.mark.parametrize("algorithm", [None, GD(), FedNova(), DANE(solver="svrg", mu=1.0)])
@@ -143,7 +198,7 @@ def test_sizes_that_differ(job):
     def make(number):
         return Made(2 + number % 5)(number)
 
-    parties = VirtualParties(100, make, lambda number: 2 + number % 5, total=400, largest=6)
+    parties = VirtualParties(100, make, lambda number: np.int64(2 + number % 5), total=400, largest=6)
     settings = {"cohort": 10, "rounds": 2}
     run = federate(**job(parties=parties, **settings))
     assert same(run, federate(**job(parties=listed(parties), **settings)))
@@ -190,6 +245,9 @@ def test_refuses_what_needs_everybody(job, tmp_path, settings, message):
     "arguments",
     [
         {"count": 1},
+        {"count": 1e6},
+        {"count": True, "examples": True},
+        {"examples": 8.0},
         {"examples": 0},
         {"examples": -8},
         {"total": 800},
