@@ -69,7 +69,7 @@ def federation(resident: Resident, trainer: LocalTrainer, examples: dict[str, in
         names=tuple(examples),
         examples=examples,
         coders=coders,
-        sessions=open_sessions(Plain(), coders),
+        sessions=open_sessions(Plain(), coders, seen),
         secure_sum=Plain(),
         cohort=None,
         memory=Memory(),

@@ -114,7 +114,7 @@ def federate(
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
-    census = census_of(parties, cohort=cohort, privacy=privacy, transcript=transcript, min_classes=min_classes)
+    census = census_of(parties, cohort=cohort, privacy=privacy, min_classes=min_classes)
     examples, names = census.examples, census.names
     on = resolve_device(device)
     initial = Weights.read(start) if start is not None else None

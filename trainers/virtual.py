@@ -202,13 +202,11 @@ def census_of(
     *,
     cohort: int | None,
     privacy: Privacy | ClientPrivacy | None,
-    transcript: str | None,
     min_classes: int,
 ) -> Census:
     """Look at all parties, or take the word of virtual ones.
 
-    Raises: what check_parties does; ConfigError for virtual parties without a cohort, with record-level privacy, or
-        to be written down.
+    Raises: what check_parties does; ConfigError for virtual parties without a cohort or with record-level privacy.
     """
     if not isinstance(parties, VirtualParties):
         examples = check_parties(parties, least=2, min_classes=min_classes)
@@ -219,11 +217,6 @@ def census_of(
         raise ConfigError(
             "record-level Privacy keeps a ledger and a budget for every party, which virtual parties have not",
             hint="use ClientPrivacy, which keeps one for all; or a dict of datasets",
-        )
-    if transcript is not None:
-        raise ConfigError(
-            "a transcript begins with all parties' names, which virtual parties are too many for",
-            hint="record one of a dict of datasets; the messages are alike",
         )
     return Census(
         _Names(parties),
