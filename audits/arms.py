@@ -153,7 +153,13 @@ def _bytes_per_party(runs: Sequence[Run]) -> float | None:
 
 def difference_of(runs: Sequence[Run], baseline: Sequence[Run], name: str, metric: str) -> Difference:
     """Seed by seed when both arms have the same seeds, Welch's interval of two independent means when not."""
-    ours, theirs = values(runs, metric), values(baseline, metric)
+    return paired_difference(runs, values(runs, metric), baseline, values(baseline, metric), name)
+
+
+def paired_difference(
+    runs: Sequence[Run], ours: Sequence[float], baseline: Sequence[Run], theirs: Sequence[float], name: str
+) -> Difference:
+    """The same for one number of each run: ``ours`` belong to ``runs``, ``theirs`` to ``baseline``."""
     paired = [run.info.seed for run in runs] == [run.info.seed for run in baseline]
     if paired:
         estimate = mean_interval([mine - other for mine, other in zip(ours, theirs, strict=True)])

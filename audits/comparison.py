@@ -12,6 +12,7 @@ import msgspec
 from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
 from choral.audits.claims import caveats, merged_versions, units_of
+from choral.audits.fairness import fairness_of
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
 from choral.audits.report import (
@@ -116,10 +117,14 @@ def compare(
     base = _baseline(ready, baseline)
     rows = []
     for name, runs in ready.items():
-        row = arm_of(name, runs, metric)
-        if name != base:
-            row = msgspec.structs.replace(row, difference=difference_of(runs, ready[base], base, metric))
-        rows.append(row)
+        other = ready[base] if name != base else None
+        rows.append(
+            msgspec.structs.replace(
+                arm_of(name, runs, metric),
+                difference=difference_of(runs, other, base, metric) if other else None,
+                fairness=fairness_of(name, runs, other, base, metric),
+            )
+        )
     curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
     matches, verdict = weights_match(ready)
     checks = comparison_checks(ready, budgets or {}, rows, metric) + ((verdict,) if verdict else ())

@@ -42,6 +42,10 @@ def comparison_page(report: Comparison) -> str:
             report=report,
             colours=colours,
             private=private,
+            fair=[arm for arm in report.arms if arm.fairness],
+            fair_words=text.party_words(report.metric),
+            party_counts=party_counts(report.arms),
+            percent=text.is_percent(report.metric),
             cards=cards(report),
             lead=lead(report),
             tally=tally(report.checks),
@@ -122,6 +126,7 @@ def _environment() -> Environment:
         score=text.score,
         plus_minus=text.plus_minus,
         signed=text.signed,
+        width=text.width,
         amount=text.amount,
         power=text.power,
         cost=text.cost,
@@ -248,6 +253,21 @@ def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None
     asked = sorted({point.asked for curve in report.budgets for point in curve.points})
     by_arm = [{point.asked: point for point in curve.points} for curve in report.budgets]
     return [(epsilon, [points.get(epsilon) for points in by_arm]) for epsilon in asked]
+
+
+def party_counts(arms: Sequence[Arm]) -> list[str]:
+    """How many parties the numbers per party are of, once for all arms of which it is the same."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        if fair := arm.fairness:
+            said = (
+                f"{fair.listed} of {fair.parties} parties hold out at least {fair.least} records (the fewest over"
+                f" seeds), none of them fewer than {fair.records}; the others are not evaluated."
+            )
+            if fair.listed == fair.parties:
+                said = f"All {fair.parties} parties hold out {fair.records} records or more."
+            found.setdefault(said, []).append(arm.name)
+    return [said if len(found) == 1 else f"{', '.join(names)}: {said}" for said, names in found.items()]
 
 
 def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:

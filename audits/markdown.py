@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from choral.audits.text import amount, cost, duration, money, plus_minus, power, score, signed
+from choral.audits.text import amount, cost, duration, money, party_words, plus_minus, power, score, signed, width
 
 if TYPE_CHECKING:
     from choral.audits.comparison import Comparison
@@ -60,6 +60,7 @@ def comparison_markdown(report: Comparison) -> str:
         _table(heads, rows),
         f"± is a 95 % Student-t interval over {' or '.join(map(str, seeds))} seeds. Money is modelled with list prices"
         " and assumptions.",
+        _fairness(report),
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
         "### What was checked",
         _checks(report.checks),
@@ -69,6 +70,30 @@ def comparison_markdown(report: Comparison) -> str:
         _foot(report.made, report.versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _fairness(report: Comparison) -> str:
+    """The worst party and the spread of every arm that has numbers per party."""
+    fair = [(arm.name, arm.fairness) for arm in report.arms if arm.fairness]
+    if not fair:
+        return ""
+    shown = party_words(report.metric)
+    rows = []
+    for name, fairness in fair:
+        measures = {measure.name: measure for measure in fairness.measures}
+        cells = []
+        for key, _ in shown:
+            found = measures[key]
+            said = (width if key in ("deviation", "range") else score)(found.estimate.mean, report.metric)
+            said += plus_minus(found.estimate.half_width, report.metric)
+            if found.difference:
+                apart = found.difference.estimate
+                said += f" ({signed(apart.mean, report.metric)}{plus_minus(apart.half_width, report.metric)})"
+            cells.append(said)
+        rows.append((_safe(name), *cells, f"{fairness.listed} of {fairness.parties}"))
+    heads = ("arm", *(label.lower() for _, label in shown), "parties")
+    note = f"In brackets: against {report.baseline}. {fair[0][1].note}"
+    return f"### Whom the model serves worst\n\n{_table(heads, rows)}\n\n{_safe(note)}"
 
 
 def _attack(attack: ScoreAudit) -> str:

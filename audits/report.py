@@ -104,13 +104,46 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     holder: str
 
 
+PartyMeasureName = Literal["lowest", "tenth", "mean", "deviation", "range"]
+
+
+class PartyMeasure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One measure of how a model's worth differs between parties, over seeds; every party counts the same.
+
+    name: the lowest party's value (the worst where higher is better), the tenth percentile, the mean, the standard
+    deviation, or the greatest minus the least.
+    """
+
+    name: PartyMeasureName
+    estimate: Estimate
+    difference: Difference | None = None
+
+
+class Fairness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The final model at each party's held-out records. note: what that rests on, in words; no party is named.
+
+    parties: of the arm; listed: the fewest, over seeds, with at least ``least`` held-out records, of which alone the
+    measures are; records: of the smallest of those. by_chance: the standard deviation that few records alone would
+    give, if the metric is the share of records that the model has right; None for other metrics.
+    """
+
+    note: str
+    least: int
+    parties: int
+    listed: int
+    records: int
+    measures: tuple[PartyMeasure, ...]
+    by_chance: float | None = None
+
+
 class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way of training, over its seeds.
 
     examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
-    spreads: how unlike the holders are, where there are several.
+    spreads: how unlike the holders are, where there are several. fairness: None where no numbers per party were asked
+    for.
     """
 
     name: str
@@ -129,6 +162,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seconds: Estimate
     survivors: int | None = None
     secure_sum: dict[str, Any] | None = None
+    fairness: Fairness | None = None
     curve: tuple[Point, ...]
     devices: tuple[str, ...]
     folders: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from choral.audits.text import OVERALL, amount, cost, duration, plus_minus, score, signed
+from choral.audits.text import OVERALL, amount, cost, duration, party_words, plus_minus, score, signed, width
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +32,28 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
     console.print(Text(report.title, style="bold"))
     console.print(table)
     console.print(Text(legend(report), style="dim"))
+    _print_fairness(report, console)
     for check in report.checks:
         _print_check(check, console)
+
+
+def _print_fairness(report: Comparison, console: Console) -> None:
+    """One line: the worst party of each arm, and the standard deviation over parties."""
+    from rich.text import Text
+
+    said = []
+    for arm in report.arms:
+        measures = {measure.name: measure for measure in arm.fairness.measures} if arm.fairness else {}
+        if not measures:
+            continue
+        lowest, deviation = (measures[name].estimate for name in ("lowest", "deviation"))
+        said.append(
+            f"{arm.name} {score(lowest.mean, report.metric)}{plus_minus(lowest.half_width, report.metric)}"
+            f" (spread {width(deviation.mean, report.metric)})"
+        )
+    if said:
+        label = party_words(report.metric)[0][1]
+        console.print(Text(f"{label}, held-out records, in the clear: {', '.join(said)}"))
 
 
 def _cells(arm: Arm, metric: str) -> tuple[str, ...]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from choral.audits.report import PartyMeasureName
 
 MINUS = "−"
 NBSP = "\u00a0"  # keeps a number and its unit on one line
@@ -18,6 +22,22 @@ def is_percent(metric: str) -> bool:
 
 def score(value: float, metric: str) -> str:
     return f"{100 * value:.1f}{NBSP}%" if is_percent(metric) else f"{value:.4g}".replace("-", MINUS)
+
+
+def width(value: float, metric: str) -> str:
+    """A spread: in percentage points for shares."""
+    return f"{100 * value:.1f}" if is_percent(metric) else f"{value:.3g}"
+
+
+def party_words(metric: str) -> tuple[tuple[PartyMeasureName, str], ...]:
+    """The measures of how parties differ that are shown, with their headings."""
+    lowest = "Worst party" if is_percent(metric) else "Lowest party"
+    return (
+        ("lowest", lowest),
+        ("tenth", "Tenth percentile"),
+        ("deviation", "Standard deviation"),
+        ("range", "Greatest − least"),
+    )
 
 
 def cost(epsilon: float) -> str:

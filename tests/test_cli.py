@@ -92,6 +92,27 @@ def test_finished_comparison_is_not_overwritten_and_resumes(finished, capsys):
     assert (finished / "out" / "arms" / "cloud" / "seed-0" / "run.json").read_bytes() == before
 
 
+def test_a_finished_comparison_is_evaluated_per_party_without_training(finished, capsys):
+    out = finished / "out"
+    words = ["compare", str(finished / "small.toml"), "--out", str(out), "--resume"]
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    ledgers = {path: path.read_bytes() for path in out.rglob("ledger/*.jsonl")}
+    assert main([*words, "--evaluation.per-party"]) == 0
+    assert "Worst party" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")} == weights
+    assert {path: path.read_bytes() for path in out.rglob("ledger/*.jsonl")} == ledgers
+    arms = json.loads((out / "report.json").read_text())["arms"]
+    assert all(arm["fairness"]["listed"] == 3 for arm in arms)
+    worst = {
+        arm["name"]: next(each for each in arm["fairness"]["measures"] if each["name"] == "lowest") for arm in arms
+    }
+    assert worst["federated-masked"] == worst["federated"] != worst["cloud"]
+    run = json.loads((out / "arms" / "federated" / "seed-0" / "run.json").read_text())
+    assert worst["federated"]["estimate"]["values"][0] == min(
+        metrics["accuracy"] for metrics in run["per_party"]["metrics"].values()
+    )
+
+
 def test_train_audit_and_tampering(config, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", config, "--privacy.epsilon", "3", "--out", str(out)]) == 0
@@ -275,6 +296,12 @@ def _replace(**parts: str) -> str:
         (_replace(), ["--privacy.epsilon", "0"], "epsilon"),
         (_replace(), ["--secure-sum.min-survivors", "9"], "min_survivors"),
         (_replace(), ["--device", "cuda"], "not available"),
+        (_replace(), ["--evaluation.per-party"], "holds out no records by party"),
+        (
+            _replace(held_out="task.parties", evaluate_party="task.evaluate_party"),
+            ["--evaluation.per-party"],
+            "has records that were trained on",
+        ),
     ],
 )
 def test_bad_tasks_and_flags_name_the_fault_and_hint(body, flags, message, tmp_path, capsys):

@@ -15,10 +15,20 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
-from choral.trainers.federate import NOTHING, OnRound, check_settings, clips_of, describe, nothing_left, open_guards
+from choral.trainers.federate import (
+    NOTHING,
+    OnRound,
+    check_settings,
+    clips_of,
+    describe,
+    nothing_left,
+    open_guards,
+    recorded_model,
+)
 from choral.trainers.flat import Layout
 from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
 from choral.trainers.memory import Memory
+from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
 from choral.trainers.start import Start, Weights
@@ -26,6 +36,7 @@ from choral.trainers.task import (
     Build,
     DivergedError,
     Evaluate,
+    EvaluateParty,
     Fit,
     Loss,
     check_parties,
@@ -46,6 +57,8 @@ def centralize(
     seed: int = 0,
     loss: Loss | None = None,
     start: Start | None = None,
+    held_out: Mapping[str, Any] | None = None,
+    evaluate_party: EvaluateParty | None = None,
     privacy: Privacy | None = None,
     data_parallel: bool = False,
     device: str = "cpu",
@@ -68,6 +81,7 @@ def centralize(
     del loss
     check_settings(rounds, seed, 0.0)
     examples = check_parties(parties, least=1, min_classes=1)
+    check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
     _check_parallel(data_parallel, privacy, resume)
     on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
@@ -81,6 +95,9 @@ def centralize(
             privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
         )
         if reason := nothing_left(guards, recorder):
+            if recorder.awaits(evaluate_party):
+                final = recorded_model(recorder, build, parties)
+                recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
             return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         first = initial_model(build, next(iter(parties.values())), seed, initial)
         with seeded(seed, 0, POOLED):
@@ -123,7 +140,7 @@ def centralize(
             recorder.add(entry, model, spent, optimizer, Memory(clips=clips_of(guards)))
             if on_round and workers.first:
                 on_round(entry)
-        return recorder.run()
+        return recorder.finish(per_party_of(held_out, evaluate_party, model, parties))
 
 
 def _check_parallel(data_parallel: bool, privacy: Privacy | None, resume: bool) -> None:

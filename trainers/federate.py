@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 import msgspec
 import torch
+from torch import nn
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
@@ -36,12 +37,13 @@ from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
-from choral.trainers.local import Resident, resolve_device
+from choral.trainers.local import Resident, initial_model, resolve_device
+from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
 from choral.trainers.rounds import Federation, check_cohort, check_fits, open_sessions
 from choral.trainers.run import Population, Round, Run, RunInfo, versions
 from choral.trainers.start import Start, Weights
-from choral.trainers.task import Build, Evaluate, Fit, Loss, metrics_of, raw_bytes
+from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of, raw_bytes
 from choral.trainers.transcript import Detail, Transcript
 from choral.trainers.virtual import census_of
 
@@ -59,6 +61,8 @@ def federate(
     seed: int = 0,
     loss: Loss | None = None,
     start: Start | None = None,
+    held_out: Mapping[str, Any] | None = None,
+    evaluate_party: EvaluateParty | None = None,
     algorithm: Algorithm | None = None,
     engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
@@ -87,6 +91,10 @@ def federate(
     start: a state dict, or the path of a .safetensors file, to start from in the place of the weights that ``build``
         and ``seed`` make. Only trainable parameters are trained, sent and summed; see docs/training.md. What the
         weights tell of the data that they were trained on is not in this run's budget.
+    held_out, evaluate_party: name -> records that the party held back, and ``evaluate_party(model, dataset)``, which
+        returns what ``evaluate`` does. Given both, the model after the last round is evaluated at each party with at
+        least five such records, and run.json names them (``per_party``). These numbers come from held-out records **in
+        the clear: no privacy and no secure sum covers them**. Records that were trained on are refused.
     algorithm: ``FedAvg()`` (default) or another of ``choral.trainers.algorithms``; see docs/algorithms.md.
     engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
         ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
@@ -116,6 +124,7 @@ def federate(
     check_settings(rounds, seed, dropout_rate)
     census = census_of(parties, cohort=cohort, privacy=privacy, min_classes=min_classes)
     examples, names = census.examples, census.names
+    check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
     on = resolve_device(device)
     initial = Weights.read(start) if start is not None else None
     algorithm = algorithm if algorithm is not None else FedAvg()
@@ -162,6 +171,9 @@ def federate(
         rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
         guards = open_guards(records, examples, recorder.ledger_folder, rounds_left, clips)
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
+            if recorder.awaits(evaluate_party):
+                final = recorded_model(recorder, build, parties)
+                recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
             return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
         resident, trainer = trainer_of(guards)
         if team is not None:
@@ -246,7 +258,7 @@ def federate(
             recorder.add(entry, resident.model, spent, memory=federation.memory)
             if on_round:
                 on_round(entry)
-        return share(recorder.run())
+        return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
 
 
 def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
@@ -415,6 +427,13 @@ def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
         if recorder.completed and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
             return f"the budget of {name} is spent; ended after round {recorder.completed}"
     return ""
+
+
+def recorded_model(recorder: Recorder, build: Build, parties: Mapping[str, Any]) -> nn.Module:
+    """The model with the weights that were recorded last, on the CPU."""
+    model = initial_model(build, next(iter(parties.values())), 0)
+    model.load_state_dict(recorder.run().state)
+    return model
 
 
 def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:

@@ -111,6 +111,29 @@ def iid_split(records: int, *, parties: int, seed: int) -> list[torch.Tensor]:
     return [share.sort().values for share in shares]
 
 
+def split_alike(
+    labels: torch.Tensor, trained: torch.Tensor, shares: Sequence[torch.Tensor], *, seed: int
+) -> list[torch.Tensor]:
+    """Other records dealt out as ``shares`` deals out the trained ones: each label's in the same proportions.
+
+    labels: of the records to deal, integers, shape (n,); trained: of those that ``shares`` indexes, shape (m,). A label
+    that was not trained on is dealt in proportion to the sizes of the shares. Which record of a label goes to whom is
+    random. Returns one index tensor per share; disjoint, covering 0..n-1; it may be empty.
+    """
+    random = default_rng((seed, 1))
+    dealt: list[list[torch.Tensor]] = [[] for _ in shares]
+    for label in torch.unique(labels):
+        records = torch.nonzero(labels == label).flatten()
+        records = records[torch.from_numpy(random.permutation(len(records)))]
+        counts = torch.tensor([int((trained[share] == label).sum()) for share in shares], dtype=torch.float64)
+        if not counts.sum():
+            counts = torch.tensor([len(share) for share in shares], dtype=torch.float64)
+        cuts = (counts.cumsum(0)[:-1] / counts.sum() * len(records)).round().long()
+        for hand, piece in zip(dealt, records.tensor_split(cuts), strict=True):
+            hand.append(piece)
+    return [torch.cat(hand).sort().values for hand in dealt]
+
+
 def reshuffled(shares: Sequence[torch.Tensor], *, seed: int) -> list[torch.Tensor]:
     """The same records dealt out again at random, each party getting as many as it had.
 

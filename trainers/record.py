@@ -15,7 +15,9 @@ from choral.privacy import AdaptiveClip, Privacy, Spent
 from choral.trainers import run as folders
 from choral.trainers.flat import Layout
 from choral.trainers.memory import Memory, read_memory, write_memory
+from choral.trainers.per_party import PerParty
 from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.task import EvaluateParty
 
 
 class Recorder:
@@ -86,7 +88,7 @@ class Recorder:
         """
         if not self.fresh:
             folders.check_complete(self._info, info)
-            info = msgspec.structs.replace(info, spent=self._info.spent)
+            info = msgspec.structs.replace(info, spent=self._info.spent, per_party=self._info.per_party)
         self._info = info
         if self._folder:
             folders.write_info(self._folder, info)
@@ -154,6 +156,18 @@ class Recorder:
         """Close the run at its last complete round. spent: by the ledgers, the round that was cut short included."""
         if self.completed < self._info.rounds:
             self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
+            if self._folder:
+                folders.write_info(self._folder, self._info)
+        return self.run()
+
+    def awaits(self, evaluate_party: EvaluateParty | None) -> bool:
+        """Whether all rounds are done and the evaluation at each party is not, as a killed process leaves it."""
+        return evaluate_party is not None and self.completed == self._info.rounds and self._info.per_party is None
+
+    def finish(self, per_party: PerParty | None) -> Run:
+        """Record what the model after the last round is worth at each party, where that was asked for."""
+        if per_party is not None:
+            self._info = msgspec.structs.replace(self._info, per_party=per_party)
             if self._folder:
                 folders.write_info(self._folder, self._info)
         return self.run()

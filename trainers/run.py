@@ -31,6 +31,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from choral.errors import ChoralError, ConfigError
 from choral.privacy import Spent
+from choral.trainers.per_party import PerParty
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _LOCK = ".lock"
 _SHARED_KEYS = {
+    "evaluation",
     "title",
     "seeds",
     "device",
@@ -110,6 +112,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
     processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
+    per_party: the final model on the records that each party held out, where that was asked for; without noise.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -135,6 +138,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     processes: int = 1
     ended: str = ""
     meters: tuple[str, ...] = ()
+    per_party: PerParty | None = None
 
     @property
     def party_count(self) -> int:

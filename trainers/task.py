@@ -19,6 +19,7 @@ Build = Callable[[Any], Built]
 Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+EvaluateParty = Callable[[nn.Module, Any], "float | Mapping[str, float]"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Task:
     """A training job as its user has it: three functions, and one dataset per party.
 
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
+    held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
+        dataset, ``evaluate_party(model, dataset)``. Both are used only where numbers per party are asked for.
     """
 
     build: Build
@@ -33,6 +36,8 @@ class Task:
     evaluate: Evaluate
     parties: Mapping[str, Any]
     loss: Loss | None = None
+    held_out: Mapping[str, Any] | None = None
+    evaluate_party: EvaluateParty | None = None
 
 
 class TaskError(ChoralError):

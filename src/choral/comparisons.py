@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from choral.errors import ChoralError, ConfigError
-from choral.jobs import algorithm_of, check_tuning, load_task, privacy_of, train, unit_of, with_overrides
+from choral.jobs import (
+    algorithm_of,
+    check_per_party,
+    check_tuning,
+    load_task,
+    privacy_of,
+    train,
+    unit_of,
+    with_overrides,
+)
 from choral.settings import Arm, Settings, to_json
 
 if TYPE_CHECKING:
@@ -27,7 +36,15 @@ if TYPE_CHECKING:
 # Called with a label for what runs and the round that it completed.
 Tick = Callable[[str, "Round"], None]
 
-_MAY_CHANGE = {"seeds", "title", "device", "prices", "price", "transcript"}  # when a comparison is resumed
+_MAY_CHANGE = {
+    "evaluation",
+    "seeds",
+    "title",
+    "device",
+    "prices",
+    "price",
+    "transcript",
+}  # when a comparison is resumed
 
 
 class Cell(NamedTuple):
@@ -208,7 +225,9 @@ def _check(settings: Settings) -> None:
         if not arm.centralized:
             _check_algorithm(settings, name, arm)
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        examples = check_parties(load_task(settings, seed).parties, least=2, min_classes=settings.split.min_classes)
+        task = load_task(settings, seed)
+        examples = check_parties(task.parties, least=2, min_classes=settings.split.min_classes)
+        check_per_party(settings, task, private=bool(private))
         for arm in private.values():
             _check_promise(privacy_of(settings, arm, settings.privacy.epsilon), arm, examples)
 

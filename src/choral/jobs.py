@@ -73,8 +73,24 @@ def train(
     record = _tuning(settings, arm, seed, out, resume)
     chosen = record["chosen"] if record else {}
     settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **chosen))
-    run = _trainer(settings, arm, seed, epsilon)
-    return run(load_task(settings, seed), tuning=record, out=out, resume=resume, on_round=on_round)
+    run, task = _trainer(settings, arm, seed, epsilon), load_task(settings, seed)
+    per_party = check_per_party(settings, task, private=arm.private)
+    return run(task, **per_party, tuning=record, out=out, resume=resume, on_round=on_round)
+
+
+def check_per_party(settings: Settings, task: Task, *, private: bool) -> dict[str, Any]:
+    """What ``federate`` and ``centralize`` need to evaluate each party. Raises: ConfigError without it."""
+    from choral.trainers.per_party import check_held_out
+
+    if not settings.evaluation.per_party:
+        return {}
+    if task.held_out is None or task.evaluate_party is None:
+        raise ConfigError(
+            "evaluation.per_party is set, and the task holds out no records by party",
+            hint="return Task(..., held_out={party: dataset}, evaluate_party=f) with f(model, dataset) from load",
+        )
+    check_held_out(task.held_out, task.evaluate_party, task.parties, private=private)
+    return {"held_out": task.held_out, "evaluate_party": task.evaluate_party}
 
 
 def _trainer(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> Callable[..., Run]:

@@ -72,6 +72,14 @@ class SumSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What else the final model is evaluated on, beside the whole of the held-out records."""
+
+    per_party: bool = False
+    """Also at each party, on the records that it holds out: in the clear, not covered by any privacy promise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tune:
     """The tuning budget of an arm: every combination is trained once, the least loss on held-out records is taken."""
 
@@ -135,6 +143,7 @@ class Settings:
     An arm with another unit than privacy.unit is trained at privacy.epsilon alone: its epsilon is not on that scale."""
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)

@@ -10,7 +10,7 @@ from torch import nn
 
 from choral.errors import DataError
 from choral.trainers.data.sources import Source, read
-from choral.trainers.data.tables import Table, classification, parties_of
+from choral.trainers.data.tables import Table, table_classification
 from choral.trainers.settings import Split, Training
 from choral.trainers.task import Task
 
@@ -60,7 +60,7 @@ def load(split: Split, training: Training, seed: int, data_dir: str | Path | Non
             nn.Linear(training.hidden, 10),
         )
 
-    return classification(make, parties_of(train, split, seed), test.at(torch.arange(len(test))), training)
+    return table_classification(make, train, test, split=split, training=training, seed=seed)
 
 
 def idx(content: bytes) -> torch.Tensor:

@@ -79,15 +79,19 @@ def load(split: Split, training: Training, seed: int, data_dir: str | Path | Non
         raise ConfigError(f'shakespeare is split by speaker, not "{split.kind}"', hint='set split.kind = "key"')
     if not training.hidden:
         raise ConfigError("shakespeare has no linear model", hint="set training.hidden, e.g. 128")
-    parties, test = {}, []
+    parties, tests = {}, {}
     for name, text in sorted(read_speakers(data_dir).items()):
         cut = len(text) - round(split.test_fraction * len(text))
         if cut - WINDOW >= split.min_records:
             parties[name] = windows(text[:cut])
             if len(text) - cut > WINDOW:
-                test.append(windows(text[cut:]))
-    if not parties or not test:
+                tests[name] = windows(text[cut:])
+    if not parties or not tests:
         raise DataError(f"no speaker has {split.min_records} windows of {WINDOW} characters and some held out")
     return classification(
-        lambda: NextCharacter(len(SYMBOLS), training.hidden), dict(parties), ConcatDataset(test), training
+        lambda: NextCharacter(len(SYMBOLS), training.hidden),
+        dict(parties),
+        ConcatDataset(tests.values()),
+        training,
+        held_out=dict(tests),
     )

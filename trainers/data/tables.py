@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from choral.errors import ConfigError
-from choral.trainers.partition import dirichlet_split, iid_split, key_split, shard_split
+from choral.trainers.partition import dirichlet_split, iid_split, key_split, shard_split, split_alike
 from choral.trainers.settings import Split, Training
 from choral.trainers.task import Built, Task
 
@@ -49,10 +49,26 @@ def held_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
 
 def parties_of(table: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
     """One dataset per party, as ``split.kind`` says. Raises: ConfigError for a key that the data lacks; DataError."""
+    return {name: table.at(share) for name, share in _shares(table, split, seed).items()}
+
+
+def held_out_of(train: Table, test: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
+    """Each party's part of the test records: those of its key, else dealt out by label as its own records are.
+
+    No party's part holds another's record; with a key, records of owners who are no party are nobody's.
+    """
+    shares = _shares(train, split, seed)
+    if split.kind == "key" and test.keys is not None:
+        return {name: test.at(torch.from_numpy(np.flatnonzero(test.keys == name))) for name in shares}
+    dealt = split_alike(test.labels, train.labels, list(shares.values()), seed=seed)
+    return {name: test.at(part) for name, part in zip(shares, dealt, strict=True)}
+
+
+def _shares(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
     if split.kind == "key":
         if table.keys is None:
             raise ConfigError("this data has no key to split by", hint='use split.kind "dirichlet", "shards" or "iid"')
-        return {name: table.at(share) for name, share in key_split(table.keys, min_records=split.min_records).items()}
+        return key_split(table.keys, min_records=split.min_records)
     if split.kind == "dirichlet":
         shares = dirichlet_split(
             table.labels, parties=split.parties, alpha=split.alpha, seed=seed, min_records=split.min_records
@@ -62,7 +78,7 @@ def parties_of(table: Table, split: Split, seed: int) -> dict[str, TensorDataset
     else:
         shares = iid_split(len(table), parties=split.parties, seed=seed)
     width = len(str(split.parties))
-    return {f"party-{number:0{width}d}": table.at(share) for number, share in enumerate(shares, start=1)}
+    return {f"party-{number:0{width}d}": share for number, share in enumerate(shares, start=1)}
 
 
 def table_task(train: Table, test: Table, *, classes: int, split: Split, training: Training, seed: int) -> Task:
@@ -77,11 +93,29 @@ def table_task(train: Table, test: Table, *, classes: int, split: Split, trainin
             return nn.Linear(width, classes)
         return nn.Sequential(nn.Linear(width, training.hidden), nn.Tanh(), nn.Linear(training.hidden, classes))
 
-    return classification(make, parties_of(train, split, seed), test.at(torch.arange(len(test))), training)
+    return table_classification(make, train, test, split=split, training=training, seed=seed)
+
+
+def table_classification(
+    make: Callable[[], nn.Module], train: Table, test: Table, *, split: Split, training: Training, seed: int
+) -> Task:
+    """:func:`classification` of a table's parties, with what each holds out of the test table."""
+    return classification(
+        make,
+        parties_of(train, split, seed),
+        test.at(torch.arange(len(test))),
+        training,
+        held_out=held_out_of(train, test, split, seed),
+    )
 
 
 def classification(
-    make: Callable[[], nn.Module], parties: dict[str, Any], test: Dataset[Any], training: Training
+    make: Callable[[], nn.Module],
+    parties: dict[str, Any],
+    test: Dataset[Any],
+    training: Training,
+    *,
+    held_out: dict[str, Any] | None = None,
 ) -> Task:
     """A task of SGD on the cross entropy of ``make()``'s logits, shape (n, classes), and accuracy on ``test``."""
 
@@ -101,12 +135,21 @@ def classification(
                 loss(model, (batch, target)).mean().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
 
-    def evaluate(model: nn.Module) -> float:
-        device = next(model.parameters()).device
-        right = total = 0
-        for batch, target in DataLoader(test, batch_size=2048):
-            predicted = model(batch.to(device)).argmax(dim=1).cpu()
-            right, total = right + int((predicted == target).sum()), total + len(target)
-        return right / total
+    return Task(
+        build=build,
+        fit=fit,
+        evaluate=lambda model: _accuracy(model, test),
+        parties=parties,
+        loss=loss,
+        held_out=held_out,
+        evaluate_party=_accuracy,
+    )
 
-    return Task(build=build, fit=fit, evaluate=evaluate, parties=parties, loss=loss)
+
+def _accuracy(model: nn.Module, dataset: Any) -> float:
+    device = next(model.parameters()).device
+    right = total = 0
+    for batch, target in DataLoader(dataset, batch_size=2048):
+        predicted = model(batch.to(device)).argmax(dim=1).cpu()
+        right, total = right + int((predicted == target).sum()), total + len(target)
+    return right / total
