@@ -1,15 +1,16 @@
-"""A CSV file with a column that says whose each row is becomes a federation in one line."""
+"""A CSV file with a column that says whose each row is, or any dataset with such keys, as a federation in one line."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from choral.errors import ConfigError, DataError
 from choral.trainers.partition import key_split
@@ -62,6 +63,37 @@ def federation_from_csv(
     return {
         name: TensorDataset(inputs[at], targets[at]) for name, at in key_split(keys, min_records=min_records).items()
     }
+
+
+def federation_from_dataset(
+    dataset: Dataset[Any], key: Sequence[str] | Callable[[Any], str], *, min_records: int = 1
+) -> dict[str, Dataset[Any]]:
+    """One party per key of a torch dataset: ``federation_from_dataset(visits, key=hospitals)``.
+
+    dataset: map-style, with a length. key: whose each record is, in the dataset's order; or a function of a record,
+    which is called once for each. Parties with fewer than ``min_records`` records are left out.
+
+    Returns TensorDatasets of their own for a TensorDataset, else torch Subsets, in the order of the names.
+    Raises: DataError for a dataset without length, another number of keys than records, or a key that is empty or no
+    string; no message holds a key.
+    """
+    try:
+        count = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise DataError(
+            f"a {type(dataset).__name__} has no length", hint="give a map-style dataset; a stream cannot be split"
+        ) from None
+    keys = [key(dataset[number]) for number in range(count)] if callable(key) else list(key)
+    if len(keys) != count:
+        raise DataError(f"{len(keys)} keys for {count} records", hint="give one key for each record, in their order")
+    for number, owner in enumerate(keys):
+        if not isinstance(owner, str) or not owner.strip():
+            kind = "empty" if isinstance(owner, str) else f"a {type(owner).__name__}"
+            raise DataError(f"the key of record {number} is {kind}", hint="every record needs a party's name")
+    shares = key_split(keys, min_records=min_records)
+    if isinstance(dataset, TensorDataset):
+        return {name: TensorDataset(*(tensor[at] for tensor in dataset.tensors)) for name, at in shares.items()}
+    return {name: Subset(dataset, at.tolist()) for name, at in shares.items()}
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset, TensorDataset
 
 from choral import federate
 from choral.errors import ConfigError, DataError
-from choral.trainers.data import federation_from_csv, read_leaf
+from choral.trainers.data import federation_from_csv, federation_from_dataset, read_leaf
 
 VISITS = """hospital,age,pressure,died
 north,61,1.5,0
@@ -27,6 +30,80 @@ def csv_of(tmp_path):
         return str(path)
 
     return write
+
+
+class Records(Dataset):
+    """Records that are not tensors in a row: a dict each, counted as they are read."""
+
+    def __init__(self, size=5):
+        self.size, self.read = size, 0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, number):
+        self.read += 1
+        return {"site": "ab"[number % 2], "value": number}
+
+
+class TestDataset:
+    def test_one_party_per_key(self):
+        numbers = torch.arange(5)
+        parties = federation_from_dataset(TensorDataset(numbers, -numbers), ["b", "a", "b", "c", "a"])
+        assert {name: party.tensors[0].tolist() for name, party in parties.items()} == {
+            "a": [1, 4],
+            "b": [0, 2],
+            "c": [3],
+        }
+        assert parties["a"].tensors[1].tolist() == [-1, -4]
+        keys = np.array(["b", "a", "b", "c", "a"])
+        assert list(federation_from_dataset(TensorDataset(numbers), keys, min_records=2)) == ["a", "b"]
+
+    def test_a_key_that_is_a_function_reads_each_record_once(self):
+        records = Records()
+        parties = federation_from_dataset(records, lambda record: record["site"])
+        assert records.read == 5
+        assert [record["value"] for record in parties["a"]] == [0, 2, 4]
+        assert [record["value"] for record in parties["b"]] == [1, 3]
+
+    def test_it_trains(self, job):
+        data = torch.utils.data.ConcatDataset(list(job()["parties"].values()))
+        parties = federation_from_dataset(data, ["abc"[number % 3] for number in range(len(data))])
+        assert federate(**job(parties=parties)).history[-1].round == 3
+
+    @pytest.mark.parametrize(
+        ("dataset", "key", "says"),
+        [
+            (iter([1, 2]), ["a", "b"], "no length"),
+            (Records(), ["a"] * 4, "4 keys for 5 records"),
+            (Records(), ["a"] * 4 + [" "], "record 4 is empty"),
+            (Records(), ["a"] * 4 + [None], "record 4 is a NoneType"),
+            (Records(), lambda record: record["value"], "record 0 is a int"),
+            (Records(0), [], "none of 0 parties"),
+        ],
+    )
+    def test_refused(self, dataset, key, says):
+        with pytest.raises(DataError, match=says):
+            federation_from_dataset(dataset, key)
+
+
+def test_the_lines_of_the_guide_run(tmp_path, monkeypatch):
+    """The Python block of docs/data.md, as it stands there."""
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("visits.csv").write_text(VISITS)
+    Path("femnist/data/train").mkdir(parents=True)
+    user = {"x": [[0.5]], "y": [1]}
+    Path("femnist/data/train/a.json").write_text(json.dumps({"users": ["u"], "user_data": {"u": user}}))
+    visits = TensorDataset(torch.tensor([[61.0], [44.0], [47.0]]), torch.tensor([0, 1, 1]))
+    names = {"visits": visits, "hospitals": ["north", "south", "north"]}
+    lines = [line for line in code.splitlines() if line.startswith("parties = ")]
+    found = []
+    for line in lines:
+        exec("from choral.trainers.data import *\n" + line, names)  # noqa: S102
+        found.append(list(names["parties"]))
+    assert found == [["east, upper", "north", "south"], ["north", "south"], ["age 40 on", "age 60 on"], ["u"]]
 
 
 class TestCsv:
