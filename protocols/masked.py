@@ -16,7 +16,7 @@ from choral.protocols.keys import ed25519_public
 from choral.protocols.parameters import CORRECTNESS_BITS, SECURITY_BITS, Parameters, choose, counted
 from choral.protocols.plain import check_submission
 from choral.protocols.policy import Policy
-from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
 from choral.protocols.server import Opening, Session
 from choral.protocols.server_round import Uploading
 from choral.protocols.transcript import Signatures
@@ -189,10 +189,15 @@ class MaskedSession:
         """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
         return self.server.terms.session
 
-    def begin(self) -> MaskedRound:
-        """Keys and shares of a fresh round; an unfinished earlier round is lost."""
+    def begin(self, lost: Mapping[str, Step] | None = None) -> MaskedRound:
+        """Keys and shares of a fresh round; an unfinished earlier round is lost.
+
+        lost: as in the seam. Keys that came with the round before are there whoever is lost at "keys" now.
+        Raises: SpecError; TooFewSurvivorsError when too few advertise or share.
+        """
+        losses = Losses(lost, self.spec.parties)
         self._policy.signatures.forget()
-        return MaskedRound(self)
+        return MaskedRound(self, losses)
 
     def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> Session:
         opening = Opening(self._setup, self._policy.directory, signatures, wraps_at=self.spec.wraps_at)
@@ -224,18 +229,18 @@ class MaskedSession:
 class MaskedRound:
     """See :class:`choral.protocols.seam.SumRound`. The server holds one vector, whatever the number of parties."""
 
-    def __init__(self, session: MaskedSession) -> None:
-        self._session = session
+    def __init__(self, session: MaskedSession, losses: Losses) -> None:
+        self._session, self._losses = session, losses
         self._traffic = traffic = session.traffic
         session.number += 1
         self.number = session.number
         advertising = session.server.begin(self.number, session.following)
-        for party in advertising.waiting:
+        for party in (party for party in advertising.waiting if losses.takes(party, "keys")):
             advertising.receive(party, traffic.up(party, session.advertise(party, self.number)))
         advertised, session.early, session.following = session.early, {}, {}
         sharing, rosters = advertising.close()
         shared = {}
-        for party, raw in traffic.all_down(rosters).items():
+        for party, raw in self._reached(rosters, "shares"):
             shared[party], shares = advertised[party][1].share(raw, randomness=secrets.token_bytes)
             sharing.receive(party, traffic.up(party, shares))
         self._uploading: Uploading
@@ -257,7 +262,7 @@ class MaskedRound:
     def check(self, party: str) -> None:
         """Raises: SpecError, StateUsedError: what ``submit`` would raise whatever the vector."""
         self._check_current()
-        check_submission(party, self._session.spec, self._uploaded, finished=self._finished)
+        check_submission(party, self._session.spec, self._uploaded, self._losses, finished=self._finished)
 
     def finish(self) -> SumResult:
         """Recover from the dropouts and unmask.
@@ -271,17 +276,22 @@ class MaskedRound:
         session, traffic = self._session, self._traffic
         confirming, survivors = self._uploading.close()
         confirmed = {}
-        for party, raw in traffic.all_down(survivors).items():
+        for party, raw in self._reached(survivors, "confirmation"):
             confirmed[party], confirm = self._uploaded[party].confirm(raw)
             confirming.receive(party, traffic.up(party, confirm))
         unmasking, confirmations = confirming.close()
-        for party, raw in traffic.all_down(confirmations).items():
+        for party, raw in self._reached(confirmations, "unmasking"):
             following = session.advertise(party, self.number + 1)
             unmasking.receive(party, traffic.up(party, confirmed[party].unmask(raw, following=following)))
         outcome = unmasking.close()
         session.following = outcome.following
         up, down = traffic.take(session.spec.parties)
         return SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)
+
+    def _reached(self, outbox: Mapping[str, bytes], step: Step) -> list[tuple[str, bytes]]:
+        """The messages that find their party still there to take the step that they ask for."""
+        there = {party: raw for party, raw in outbox.items() if self._losses.takes(party, step)}
+        return list(self._traffic.all_down(there).items())
 
     def _check_current(self) -> None:
         if self.number != self._session.number:

@@ -10,7 +10,7 @@ import numpy as np
 
 from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.integers import accumulator_dtype, lift, pack, packed_bytes
-from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
 from choral.protocols.vectors import checked, is_tensor, words
 from choral.protocols.watch import show, watched
 
@@ -49,22 +49,23 @@ class PlainSession:
             "modulus_bits": self._spec.modulus_bits,
         }
 
-    def begin(self) -> PlainRound:
-        return PlainRound(self._spec)
+    def begin(self, lost: Mapping[str, Step] | None = None) -> PlainRound:
+        """A vector that was sent is in the sum: there are no steps after it that a party could be lost at."""
+        return PlainRound(self._spec, Losses(lost, self._spec.parties))
 
 
 class PlainRound:
     """See :class:`choral.protocols.seam.SumRound`. Memory: one vector, whatever the number of parties."""
 
-    def __init__(self, spec: SumSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: SumSpec, losses: Losses) -> None:
+        self._spec, self._losses = spec, losses
         self._sum = np.zeros(spec.length, accumulator_dtype(spec.modulus_bits))
         self._bytes_up: dict[str, int] = {}
         self._finished = False
 
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector."""
-        check_submission(party, self._spec, self._bytes_up, finished=self._finished)
+        check_submission(party, self._spec, self._bytes_up, self._losses, finished=self._finished)
         values = checked(vector, self._spec.length, self._spec.bound)
         if is_tensor(values):
             values = values.cpu().numpy()
@@ -89,10 +90,16 @@ class PlainRound:
         )
 
 
-def check_submission(party: str, spec: SumSpec, submitted: Mapping[str, Any], *, finished: bool) -> None:
-    """Raises: SpecError for a party not in the roster; StateUsedError for a second vector or a finished round."""
+def check_submission(
+    party: str, spec: SumSpec, submitted: Mapping[str, Any], losses: Losses, *, finished: bool
+) -> None:
+    """Raises: SpecError for a party not in the roster, or lost; StateUsedError for a second vector or a finished
+    round.
+    """
     if party not in spec.parties:
         raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
+    if not losses.takes(party, "vector"):
+        raise SpecError(f"party {party!r} is lost in this round, before it sends a vector", hint="do not submit it")
     if finished:
         raise StateUsedError("this round is finished")
     if party in submitted:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,30 @@ if TYPE_CHECKING:
     import torch
 
 IntVector = NDArray[np.int64]
+
+Step = Literal["keys", "shares", "vector", "confirmation", "unmasking"]
+"""What a party does in a round, in this order. A sum that has no such step passes over it."""
+
+STEPS: tuple[Step, ...] = get_args(Step)
+
+
+class Losses:
+    """Who vanishes in a round that is rehearsed with failures, and the first step that it no longer takes.
+
+    Raises: SpecError for who is not in the roster, or a step that is none.
+    """
+
+    def __init__(self, lost: Mapping[str, Step] | None, parties: tuple[str, ...]) -> None:
+        self._lost = {party: STEPS.index(step) for party, step in (lost or {}).items() if step in STEPS}
+        for party, step in (lost or {}).items():
+            if party not in parties or step not in STEPS:
+                raise SpecError(
+                    f"party {party!r} cannot be lost at {step!r}", hint=f"parties of the roster, at {', '.join(STEPS)}"
+                )
+
+    def takes(self, party: str, step: Step) -> bool:
+        """Whether the party is still there for that step."""
+        return STEPS.index(step) < self._lost.get(party, len(STEPS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +158,13 @@ class SumSession(Protocol):
         """JSON-able facts for the report: who must be trusted with what, threshold, neighbours, modulus bits."""
         ...
 
-    def begin(self) -> SumRound: ...
+    def begin(self, lost: Mapping[str, Step] | None = None) -> SumRound:
+        """lost: to rehearse failures, who vanishes and the first step that it no longer takes. Who is lost at its
+        vector or before must not be submitted; who is lost after it is in the sum.
+
+        Raises: SpecError for a party or step that is none; TooFewSurvivorsError where too few are left to go on.
+        """
+        ...
 
 
 class SecureSum(Protocol):

@@ -29,7 +29,7 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.homomorphic import bfv
 from choral.protocols.homomorphic import shared_messages as wire
 from choral.protocols.homomorphic.shared_adding import Totalling
@@ -37,7 +37,7 @@ from choral.protocols.homomorphic.shared_parties import Parties, encrypt_and_sen
 from choral.protocols.homomorphic.shared_round import Encrypted, Keyed
 from choral.protocols.homomorphic.shared_terms import Plan
 from choral.protocols.plain import check_submission
-from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
 
 if TYPE_CHECKING:
     import torch
@@ -90,17 +90,21 @@ class SharedSession:
         }
         return {**facts_of(self._parties), **facts, **exact}
 
-    def begin(self) -> SharedRound:
-        """A fresh round; an unfinished earlier round is lost."""
-        return SharedRound(self._parties, self.spec)
+    def begin(self, lost: Mapping[str, Step] | None = None) -> SharedRound:
+        """A fresh round; an unfinished earlier round is lost.
+
+        lost: as in the seam. A round has no keys or shares of its own, and nobody confirms; "unmasking" is what one
+        survivor does, so another is asked where the first is lost.
+        """
+        return SharedRound(self._parties, self.spec, Losses(lost, self.spec.parties))
 
 
 class SharedRound:
     """See :class:`choral.protocols.seam.SumRound`. The server holds one encrypted sum, however many parties."""
 
-    def __init__(self, parties: Parties, spec: SumSpec) -> None:
+    def __init__(self, parties: Parties, spec: SumSpec, losses: Losses) -> None:
         self._parties = parties
-        self._spec = spec
+        self._spec, self._losses = spec, losses
         self._number, self._adding = parties.begin()
         self._keyed: dict[str, Keyed] = {}
         self._encrypted: dict[str, Encrypted] = {}
@@ -113,11 +117,11 @@ class SharedRound:
         InputError for another vector than agreed on, after which the party may submit a right one.
         """
         self._parties.check_current(self._number)
-        check_submission(party, self._spec, self._encrypted, finished=self._finished)
+        check_submission(party, self._spec, self._encrypted, self._losses, finished=self._finished)
         self._encrypted[party] = encrypt_and_send(self._parties, self._adding, self._keyed, self._number, party, vector)
 
     def finish(self) -> SumResult:
-        """The first survivor opens the sum and reports it.
+        """The first survivor that is there opens the sum and reports it.
 
         Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time.
         """
@@ -129,7 +133,12 @@ class SharedRound:
         totalling = self._adding.close()
         if not isinstance(totalling, Totalling):
             raise SpecError("an exact sum was expected")
-        decryptor, pieces = totalling.ask()
+        there = [party for party in totalling.survivors if self._losses.takes(party, "unmasking")]
+        if not there:
+            raise TooFewSurvivorsError(
+                "nobody is left to open the sum", survivors=0, needed=1, missing=totalling.survivors
+            )
+        decryptor, pieces = totalling.ask(there[0])
         for raw in self._encrypted[decryptor].open(parties.down(decryptor, pieces)):
             totalling.receive(decryptor, parties.traffic.up(decryptor, raw))
         outcome = totalling.close()

@@ -10,7 +10,7 @@ from choral.protocols.homomorphic.gaussian import SIGMA, TAIL
 from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt
 from choral.protocols.homomorphic.split_parameters import SECURITY_BITS, SplitParameters, choose
 from choral.protocols.masked import Masked, MaskedSession, Traffic
-from choral.protocols.seam import IntVector, SumResult, SumSpec
+from choral.protocols.seam import IntVector, Step, SumResult, SumSpec
 from choral.protocols.transcript import digest
 
 if TYPE_CHECKING:
@@ -70,17 +70,21 @@ class SplitSession:
             "encoding": chosen.spec.encoding,
         }
 
-    def begin(self) -> SplitSumRound:
-        """Keys and shares of a fresh round; an unfinished earlier round is lost."""
-        return SplitSumRound(self)
+    def begin(self, lost: Mapping[str, Step] | None = None) -> SplitSumRound:
+        """Keys and shares of a fresh round; an unfinished earlier round is lost.
+
+        lost: as in the seam; all steps are the masked sum's, and at "vector" neither ciphertext nor key is sent.
+        Raises: SpecError; TooFewSurvivorsError when too few advertise or share.
+        """
+        return SplitSumRound(self, lost)
 
 
 class SplitSumRound:
     """See :class:`choral.protocols.seam.SumRound`. One party's ciphertext at a time is in memory beside the sum."""
 
-    def __init__(self, session: SplitSession) -> None:
+    def __init__(self, session: SplitSession, lost: Mapping[str, Step] | None = None) -> None:
         self._spec = session.parameters.spec
-        self._masked = session.masked.begin()
+        self._masked = session.masked.begin(lost)
         self._terms = SplitRound(
             parameters=session.parameters, session=session.masked.digest, number=self._masked.number
         )

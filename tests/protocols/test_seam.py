@@ -12,6 +12,7 @@ import torch
 
 from choral.protocols import Homomorphic, Masked, Plain, SumSpec
 from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
+from choral.protocols.seam import STEPS, Step
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "secure-sums.md"
 KINDS = pytest.mark.parametrize("kind", [Plain(), Masked(), Homomorphic()], ids=["plain", "masked", "split"])
@@ -42,6 +43,75 @@ def test_the_sum_over_all_and_over_the_survivors(kind: Any) -> None:
         assert result.total.dtype == np.int64
         assert result.survivors == tuple(left)
         assert set(result.bytes_up) == set(result.bytes_down) == set(SPEC.parties)
+
+
+FIVE = ("a", "b", "c", "d", "e")
+
+
+@EVERY_KIND
+def test_a_party_may_be_lost_at_any_step(kind: Any) -> None:
+    """Before its vector it is not in the sum, after it it is; the session goes on, and the next round has all."""
+    session = kind.open(SumSpec(parties=FIVE, length=2, bound=100))
+    for lost in FIVE[:2]:
+        for step in STEPS:
+            summing = session.begin({lost: step})
+            counted = [party for party in FIVE if party != lost or step in ("confirmation", "unmasking")]
+            for party in counted:
+                summing.submit(party, np.array([1, FIVE.index(party)]))
+            result = summing.finish()
+            assert result.survivors == tuple(counted)
+            assert result.total.tolist() == [len(counted), sum(map(FIVE.index, counted))]
+        assert run(session, {party: [1, 0] for party in FIVE}).total.tolist() == [5, 0]
+
+
+@EVERY_KIND
+def test_who_is_lost_before_its_vector_is_refused(kind: Any) -> None:
+    for step in STEPS[:3]:
+        summing = kind.open(SPEC).begin({"east": step})
+        with pytest.raises(SpecError, match="'east' is lost in this round"):
+            summing.submit("east", np.array(VECTORS["east"]))
+    for lost in ({"west": "keys"}, {"east": "later"}):
+        with pytest.raises(SpecError, match="cannot be lost"):
+            kind.open(SPEC).begin(lost)
+
+
+@pytest.mark.parametrize("kind", [Masked(), Homomorphic()], ids=["masked", "split"])
+@pytest.mark.parametrize("step", STEPS)
+def test_too_many_losses_end_the_round_at_their_step_and_not_the_session(kind: Any, step: Step) -> None:
+    """Of five parties, four must be left at each step: their secrets are shared four out of five."""
+    session = kind.open(SumSpec(parties=FIVE, length=2, bound=100))
+    assert session.statement["threshold"] == 4
+    said = {
+        "keys": "advertised",
+        "shares": "shared their secrets",
+        "vector": "sent a vector",
+        "confirmation": "confirmed",
+        "unmasking": "helped to unmask",
+    }
+    with pytest.raises(TooFewSurvivorsError, match=said[step]):
+        lose_two(session, step)
+    sizes = {party: [1, 0] for party in FIVE}
+    assert run(session, sizes).total.tolist() == [5, 0]
+    if step == "keys":  # which came along with the round before, so that it is their shares that are missing
+        with pytest.raises(TooFewSurvivorsError, match="shared their secrets"):
+            lose_two(session, step)
+
+
+def lose_two(session: Any, step: Step) -> None:
+    summing = session.begin({"b": step, "d": step})
+    for party in FIVE if step in ("confirmation", "unmasking") else ("a", "c", "e"):
+        summing.submit(party, np.array([1, 0]))
+    summing.finish()
+
+
+def test_a_shared_key_needs_one_survivor_to_open_the_sum() -> None:
+    session = Homomorphic(key="shared").open(SPEC)
+    summing = session.begin(dict.fromkeys(SPEC.parties, "unmasking"))
+    for party in SPEC.parties:
+        summing.submit(party, np.array(VECTORS[party]))
+    with pytest.raises(TooFewSurvivorsError, match="nobody is left"):
+        summing.finish()
+    assert run(session, VECTORS).total.tolist() == [13, 3, 0, 1]
 
 
 @pytest.mark.parametrize("n", range(2, 11))
