@@ -36,7 +36,7 @@ from choral.audits.report import (
     Trace,
     Verdict,
 )
-from choral.audits.seen import SeenAudit, seen_audit
+from choral.audits.seen import SeenAudit, seen_audit, transcript_gone
 from choral.audits.statistics import spreads
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
@@ -147,7 +147,7 @@ def audit(
         *budget_checks(run, budgets),
         *accountants_check(accountants),
         *participation_checks(run, participation),
-        *(seen.checks if seen else ()),
+        *(seen.checks if seen else transcript_gone(run)),
         *evidence_checks(attacks, probe, inversion),
     )
     info = run.info

@@ -31,7 +31,8 @@ class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     at. plain: the sum hides nothing, by its own words. tests: statistical tests, which share ``false_alarms``.
 
     detectable: the share of a vector's coordinates that could not be left unmasked without being found; None where no
-    vector was known. method, assumptions: in words.
+    vector was known. head: of the chain of hashes, which vouches for every entry; None for a transcript without.
+    method: in words.
     """
 
     detail: str
@@ -47,6 +48,7 @@ class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     detectable: float | None
     method: str
     checks: tuple[Check, ...]
+    head: str | None = None
 
 
 @dataclass
@@ -71,9 +73,10 @@ class _Session:
 
 
 def seen_audit(run: Run) -> SeenAudit | None:
-    """None for a run that recorded no transcript.
+    """None for a run without a transcript in its folder.
 
-    Raises: RunFolderError for a transcript that is incomplete, damaged or edited.
+    Raises: RunFolderError for a transcript that is incomplete, damaged or edited, or another one than run.json tells
+        of.
     """
     from choral.audits.seen_vectors import vector_checks
     from choral.trainers.transcript import Recorded
@@ -81,6 +84,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
     recorded = Recorded.of(run.folder)
     if recorded is None:
         return None
+    chained = _chained(run, recorded)
     sessions = _sessions(recorded)
     for session in sessions:
         if (run.info.secure_sum or {}).get("key") == "shared":
@@ -88,7 +92,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
         else:
             _decode(session, recorded)
     statistics = vector_checks(sessions, recorded, LEVEL)
-    checks = [*_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
+    checks = [chained, *_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
     every = [seen for session in sessions for seen in session.seen]
     return SeenAudit(
         detail=recorded.detail,
@@ -105,7 +109,38 @@ def seen_audit(run: Run) -> SeenAudit | None:
         method="Chernoff bounds on the difference, sum and inner product of masked vectors, with Bonferroni's"
         " correction over all tests; under the null a masked vector is uniform",
         checks=(*checks, *statistics.checks),
+        head=recorded.head,
     )
+
+
+_CHAINED = "The transcript is as it was written"
+
+
+def transcript_gone(run: Run) -> tuple[Check, ...]:
+    """For a run whose transcript was recorded and is not in its folder."""
+    if run.info.transcript is None:
+        return ()
+    finding = f"run.json tells of one of {run.info.transcript.entries:,} entries, which is not in the run's folder."
+    return (Check(name=_CHAINED, verdict="unverified", finding=finding),)
+
+
+def _chained(run: Run, recorded: Recorded) -> Check:
+    """Whether the chain of hashes vouches for what is read here. Raises: RunFolderError where it is broken."""
+    sealed, head = run.info.transcript, recorded.head
+    recorded.check_bytes()
+    if sealed is not None:
+        recorded.check(sealed, run.history[-1].round)
+    if head is None:
+        finding = "It is of version 1, which had no chain of hashes: an edit of it could not be found."
+        return Check(name=_CHAINED, verdict="unverified", finding=finding)
+    if sealed is None:
+        finding = "run.json holds no head of its chain of hashes: that its end was cut off could not be found."
+        return Check(name=_CHAINED, verdict="unverified", finding=finding)
+    finding = (
+        f"{len(recorded.entries):,} entries in one chain of hashes, through the head in run.json. It ends in {head}:"
+        " compare that with a copy kept elsewhere, since whoever writes the folder can write another chain."
+    )
+    return Check(name=_CHAINED, verdict="holds", finding=finding)
 
 
 def _sessions(recorded: Recorded) -> list[_Session]:

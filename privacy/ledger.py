@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -28,13 +27,13 @@ import msgspec
 
 from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
+from choral.privacy.chain import GENESIS, BrokenChainError, Line, follow, lines
 from choral.privacy.errors import LedgerError
 from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, RecordEvent
 
 Event = RecordEvent | ClientRelease
 
 _FORMAT = "choral ledger 1"
-_GENESIS = "0" * 64
 _ONE_EACH = "Give each data holder a ledger of its own."
 _RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
 
@@ -47,10 +46,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     neighbours: str
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    previous: str  # the digest of the line before
-    entry: _Header | RecordEvent | ClientRelease
-    digest: str  # hexadecimal SHA-256 of the JSON of [previous, entry]
+_DECODER: msgspec.json.Decoder[Line[_Header | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
+    Line[_Header | RecordEvent | ClientRelease]
+)
 
 
 class Ledger:
@@ -71,7 +69,7 @@ class Ledger:
         self._asked_unit = UNIT
         self._header: _Header | None = None
         self._events: list[Event] = []
-        self._head = _GENESIS
+        self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
         self._refresh()
         if holder is not None and self.holder != holder:
@@ -127,8 +125,8 @@ class Ledger:
                 f"{self._name} holds {len(self._events)} events, expected at least {events}", hint=_RESTORE
             )
         if self._header is None or events == 0:
-            return _GENESIS
-        return _lines(_GENESIS, (self._header, *self._events[:events]))[1]
+            return GENESIS
+        return lines(GENESIS, (self._header, *self._events[:events]))[1]
 
     def epsilon(self, delta: float) -> float:
         """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
@@ -176,12 +174,12 @@ class Ledger:
         )
         if self.path is None:
             self._check_count(after)
-            self._head = _lines(self._head, (event,) if self._header else (header, event))[1]
+            self._head = lines(self._head, (event,) if self._header else (header, event))[1]
             self._header = header
             self._events.append(event)
             return
         try:
-            if self._header is None and after == 0 and _created(self.path, _lines(_GENESIS, (header, event))[0]):
+            if self._header is None and after == 0 and _created(self.path, lines(GENESIS, (header, event))[0]):
                 self._refresh()
                 return
             with self._open(write=True) as file:
@@ -189,7 +187,7 @@ class Ledger:
                 self._check_count(after)
                 if self._header != header:
                     raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
-                _extend(file.fileno(), end, _lines(self._head, (event,))[0])
+                _extend(file.fileno(), end, lines(self._head, (event,))[0])
                 self._read(file)
         except OSError as error:
             raise LedgerError(
@@ -260,21 +258,6 @@ def _unit_of(event: Event) -> str:
     return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
 
 
-def _line(previous: str, entry: _Header | Event) -> _Line:
-    digest = hashlib.sha256(msgspec.json.encode((previous, entry))).hexdigest()
-    return _Line(previous=previous, entry=entry, digest=digest)
-
-
-def _lines(head: str, entries: tuple[_Header | Event, ...]) -> tuple[bytes, str]:
-    """Return the lines of `entries` that follow the line of digest `head`, and the digest of the last."""
-    lines = b""
-    for entry in entries:
-        line = _line(head, entry)
-        lines += msgspec.json.encode(line) + b"\n"
-        head = line.digest
-    return lines, head
-
-
 def _extend(file: int, end: int, line: bytes) -> None:
     """Write `line` at `end`, on disk, or take back what was written of it: an event that was not paid for is not kept.
 
@@ -316,24 +299,23 @@ def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str
     """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
     header: _Header | None = None
     events: list[Event] = []
-    head = _GENESIS
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            entry = msgspec.json.decode(text, type=_Line).entry
-        except (msgspec.MsgspecError, ConfigError) as error:
-            raise LedgerError(f"{name}, line {number}: not a line of a ledger", hint=_RESTORE) from error
-        line = _line(head, entry)
-        if msgspec.json.encode(line) != text or isinstance(entry, _Header) != (number == 1):
-            raise LedgerError(f"{name}, line {number}: the chain of hashes is broken", hint=_RESTORE)
-        if isinstance(entry, _Header):
-            header = entry
-            if header.format != _FORMAT or RELATIONS.get(header.unit) != header.neighbours:
-                raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
-        elif header is None or header.unit != _unit_of(entry):
-            raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
-        else:
-            events.append(entry)
-        head = line.digest
+    head = GENESIS
+    try:
+        for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):
+            if isinstance(entry, _Header) != (number == 1):
+                raise BrokenChainError(number, undecoded=False)
+            if isinstance(entry, _Header):
+                header = entry
+                if header.format != _FORMAT or RELATIONS.get(header.unit) != header.neighbours:
+                    raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
+            elif header is None or header.unit != _unit_of(entry):
+                raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
+            else:
+                events.append(entry)
+            head = digest
+    except BrokenChainError as error:
+        what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
+        raise LedgerError(f"{name}, line {error.number}: {what}", hint=_RESTORE) from error
     return header, events, head
 
 

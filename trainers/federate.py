@@ -164,7 +164,7 @@ def federate(
     with (
         led(team) as share,
         Recorder.open(out, info, resume=resume) as recorder,
-        Transcript(Path(out) if out else None, transcript) as seen,
+        Transcript(Path(out) if out else None, transcript, recorder.sealed) as seen,
         watched_by(seen.watcher),
     ):
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
@@ -235,7 +235,8 @@ def federate(
             seen=seen,
         )
         if recorder.fresh:
-            recorder.add(Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING), resident.model)
+            untrained = Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING)
+            recorder.add(untrained, resident.model, sealed=seen.sealed)
         for number in range(recorder.completed + 1, rounds + 1):
             started, _ = time.perf_counter(), meter.take()
             weights, traffic = federation.round(weights, number)
@@ -255,7 +256,7 @@ def federate(
                 joules=joules,
             )
             federation.memory.clips = {} if team is not None else clips_of(guards)  # other ranks keep theirs
-            recorder.add(entry, resident.model, spent, memory=federation.memory)
+            recorder.add(entry, resident.model, spent, memory=federation.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
         return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))

@@ -16,7 +16,7 @@ from choral.trainers import run as folders
 from choral.trainers.flat import Layout
 from choral.trainers.memory import Memory, read_memory, write_memory
 from choral.trainers.per_party import PerParty
-from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.run import Round, Run, RunInfo, Sealed
 from choral.trainers.task import EvaluateParty
 
 
@@ -78,6 +78,11 @@ class Recorder:
         return self._info.spent
 
     @property
+    def sealed(self) -> Sealed | None:
+        """How far the transcript went when the latest round was complete; None if none was recorded."""
+        return self._info.transcript
+
+    @property
     def ledger_folder(self) -> Path | None:
         return self._folder / "ledger" if self._folder else None
 
@@ -88,7 +93,9 @@ class Recorder:
         """
         if not self.fresh:
             folders.check_complete(self._info, info)
-            info = msgspec.structs.replace(info, spent=self._info.spent, per_party=self._info.per_party)
+            info = msgspec.structs.replace(
+                info, spent=self._info.spent, per_party=self._info.per_party, transcript=self._info.transcript
+            )
         self._info = info
         if self._folder:
             folders.write_info(self._folder, info)
@@ -131,11 +138,14 @@ class Recorder:
         spent: Mapping[str, Spent] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         memory: Memory | None = None,
+        sealed: Sealed | None = None,
     ) -> None:
         """Record one completed round. The weights are written last: they make it complete."""
         self._history.append(entry)
         self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        self._info = msgspec.structs.replace(self._info, spent=dict(spent or {}))
+        self._info = msgspec.structs.replace(
+            self._info, spent=dict(spent or {}), transcript=sealed or self._info.transcript
+        )
         if self._folder:
             folders.append_round(self._folder, entry)
             folders.write_info(self._folder, self._info)

@@ -95,6 +95,13 @@ class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     quantiles: dict[str, float]
 
 
+class Sealed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the transcript went when the latest round was complete. head: of its chain after ``entries`` entries."""
+
+    entries: int
+    head: str
+
+
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that is not its history or its weights.
 
@@ -113,6 +120,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     per_party: the final model on the records that each party held out, where that was asked for; without noise.
+    transcript: the head of the transcript's chain; None if none was recorded.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -139,6 +147,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ended: str = ""
     meters: tuple[str, ...] = ()
     per_party: PerParty | None = None
+    transcript: Sealed | None = None
 
     @property
     def party_count(self) -> int:

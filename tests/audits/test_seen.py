@@ -6,11 +6,14 @@ audited here.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,7 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit, federate
 from choral.audits import Audit, independence
 from choral.audits.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
+from choral.privacy.chain import GENESIS, lines
 from choral.protocols import messages as wire
 from choral.protocols import party_round, unmasking
 from choral.protocols.homomorphic import split, split_sum
@@ -28,7 +32,7 @@ from choral.protocols.masked import MaskedSession, Traffic
 from choral.protocols.masks import masked
 from choral.protocols.watch import show, watched_by
 from choral.trainers import RunFolderError
-from choral.trainers.transcript import Recorded, Seen, Transcript
+from choral.trainers.transcript import Opened, Recorded, Seen, Transcript, Vector
 
 torch.set_num_threads(1)
 Job = Mapping[str, Any]
@@ -102,9 +106,24 @@ def test_a_session_per_cohort_is_read_as_such(job: Job, tmp_path: Path) -> None:
     assert report.seen.uploads == 3 * 4
 
 
+def renamed(entry: Any, old: str, new: str) -> Any:
+    message = isinstance(entry, Seen) and (entry.way, entry.party) == ("up", old)
+    return msgspec.structs.replace(entry, party=new) if message else entry
+
+
+def rewrite(run: Path, change: Callable[[list[Any]], list[Any]], *, head: bool = True) -> None:
+    """Write another whole chain, as whoever writes the folder can, and (head) its head into run.json."""
+    content, last = lines(GENESIS, changed := change(list(Recorded(run).entries)))
+    (run / "transcript" / "index.jsonl").write_bytes(content)
+    if head:
+        info = json.loads((run / "run.json").read_text())
+        info["transcript"] = {"entries": len(changed), "head": last}
+        (run / "run.json").write_text(json.dumps(info))
+
+
 def test_a_message_of_somebody_else_is_caught(job: Job, tmp_path: Path) -> None:
     rehearse(job, tmp_path / "run", rounds=1)
-    replace(tmp_path / "run" / "transcript" / "index.jsonl", '"way":"up","party":"p3"', '"way":"up","party":"p9"')
+    rewrite(tmp_path / "run", lambda entries: [renamed(entry, "p3", "p9") for entry in entries])
     verdict, finding = check(audit(tmp_path / "run"), "not declared")
     assert verdict == "violated"
     assert "up, p9: not a party of this session" in finding
@@ -397,10 +416,44 @@ def test_a_resumed_run_has_two_sessions(job: Job, tmp_path: Path) -> None:
 
     with pytest.raises(Stop):
         rehearse(job, tmp_path / "run", on_round=stop)
+    assert verdicts(audit(tmp_path / "run")) == {"holds"}
     report = rehearse(job, tmp_path / "run", resume=True)
     assert report.seen is not None
     assert report.seen.sessions == 2
     assert verdicts(report) == {"holds"}
+    assert "in one chain of hashes" in check(report, "as it was written")[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: edit(folder, lambda all: all[:-2]), "its end is cut off"),
+        (lambda folder: edit(folder, lambda all: [*all[:3], *all[4:]]), "line 4, does not follow"),
+        (lambda folder: shutil.rmtree(folder), "is gone"),
+    ],
+)
+def test_a_run_does_not_go_on_from_a_damaged_transcript(job: Job, tmp_path: Path, damage: Any, said: str) -> None:
+    """It would vouch for the damage with a new head."""
+    rehearse(job, tmp_path / "run", rounds=1)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"rounds": 3}))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    damage(tmp_path / "run" / "transcript")
+    with pytest.raises(RunFolderError, match=said):
+        rehearse(job, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_round_that_was_killed_leaves_a_half_line_and_is_gone_on_from(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", rounds=1)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"rounds": 3}))
+    with (tmp_path / "run" / "transcript" / "index.jsonl").open("ab") as file:
+        file.write(b'{"previous":"')
+    report = rehearse(job, tmp_path / "run", resume=True)
+    assert verdicts(report) == {"holds"}
+    assert report.seen is not None
+    assert report.seen.sessions == 2
 
 
 @pytest.mark.parametrize(
@@ -408,10 +461,18 @@ def test_a_resumed_run_has_two_sessions(job: Job, tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "index.jsonl").unlink(), "no index.jsonl"),
         (lambda folder: (folder / "messages.bin").write_bytes(b"short"), "shorter than its index"),
-        (lambda folder: flip(folder / "messages.bin"), "not the one that was recorded"),
+        (lambda folder: flip(folder / "messages.bin"), "not what was recorded"),
         (lambda folder: (folder / "index.jsonl").write_text('{"is":"message"}\n'), "line 1, is damaged"),
         (lambda folder: (folder / "index.jsonl").write_text(""), "does not begin"),
-        (lambda folder: replace(folder / "index.jsonl", '"version":1', '"version":7'), "of version 7"),
+        (lambda folder: rewrite(folder.parent, of_version_7), "of version 7"),
+        (lambda folder: edit(folder, lambda all: [*all[:4], all[4].replace(b"up", b"down"), *all[5:]]), "line 5, does"),
+        (lambda folder: edit(folder, lambda all: [*all[:4], all[5], all[4], *all[6:]]), "line 5, does not follow"),
+        (lambda folder: edit(folder, lambda all: [*all[:4], *all[5:]]), "line 5, does not follow"),
+        (lambda folder: edit(folder, lambda all: [*all[:4], all[4], *all[4:]]), "line 6, does not follow"),
+        (lambda folder: edit(folder, lambda all: all[:-2]), "its end is cut off"),
+        (lambda folder: edit(folder, lambda all: [*all[:-1], all[-1][:-1]]), "its end is cut off"),
+        (lambda folder: rewrite(folder.parent, lambda all: [*all[:4], *all[5:], all[4]], head=False), "another transc"),
+        (lambda folder: rewrite(folder.parent, lambda all: [*all, all[-1]], head=False), "of round 1, which was compl"),
     ],
 )
 def test_a_damaged_transcript_is_refused(job: Job, tmp_path: Path, damage: Any, said: str) -> None:
@@ -421,9 +482,90 @@ def test_a_damaged_transcript_is_refused(job: Job, tmp_path: Path, damage: Any, 
         audit(tmp_path / "run")
 
 
-def flip(path: Path) -> None:
+def edit(folder: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    path = folder / "index.jsonl"
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+def of_version_7(entries: list[Any]) -> list[Any]:
+    return [msgspec.structs.replace(entries[0], version=7), *entries[1:]]
+
+
+def test_lines_of_another_run_are_not_this_one(job: Job, tmp_path: Path) -> None:
+    """Spliced line by line, and whole: the same job, another run."""
+    for name in ("run", "other"):
+        rehearse(job, tmp_path / name, rounds=1)
+    mine, other = ((tmp_path / name / "transcript" / "index.jsonl").read_bytes().splitlines(keepends=True)
+                   for name in ("run", "other"))  # fmt: skip
+    edit(tmp_path / "run" / "transcript", lambda _: [*mine[:9], *other[9:]])
+    with pytest.raises(RunFolderError, match="line 10, does not follow"):
+        audit(tmp_path / "run")
+    for name in ("index.jsonl", "messages.bin"):
+        shutil.copy(tmp_path / "other" / "transcript" / name, tmp_path / "run" / "transcript" / name)
+    with pytest.raises(RunFolderError, match="another transcript"):
+        audit(tmp_path / "run")
+
+
+def test_a_vector_that_was_changed_is_found_where_no_test_reads_it(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", rounds=1, secure_sum=Plain())
+    vector = next(entry for entry in Recorded(tmp_path / "run").entries if isinstance(entry, Vector))
+    flip(tmp_path / "run" / "transcript" / "messages.bin", vector.at)
+    with pytest.raises(RunFolderError, match="not what was recorded"):
+        audit(tmp_path / "run")
+
+
+def test_a_chain_written_anew_with_its_head_is_not_found_but_by_a_head_kept_elsewhere(job: Job, tmp_path: Path) -> None:
+    """What no chain without a key can show, said in the finding."""
+    kept = rehearse(job, tmp_path / "run", transcript="digests").seen
+    rewrite(tmp_path / "run", lambda entries: entries[:-1])
+    found = audit(tmp_path / "run").seen
+    assert kept is not None
+    assert found is not None
+    assert found.checks[0].verdict == "holds"
+    assert "whoever writes the folder can write another chain" in found.checks[0].finding
+    assert found.head in found.checks[0].finding
+    assert found.head != kept.head
+
+
+def test_a_transcript_without_a_chain_is_read_and_unverified(job: Job, tmp_path: Path) -> None:
+    """As version 1 wrote it: bare entries, and no head in run.json."""
+    rehearse(job, tmp_path / "run")
+    old = [msgspec.structs.replace(entry, **({"version": 1} if isinstance(entry, Opened) else {}))
+           for entry in Recorded(tmp_path / "run").entries]  # fmt: skip
+    index = tmp_path / "run" / "transcript" / "index.jsonl"
+    index.write_bytes(b"".join(msgspec.json.encode(entry) + b"\n" for entry in old))
+    with pytest.raises(RunFolderError, match="has no chain of hashes, and run"):
+        audit(tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    del info["transcript"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    report = audit(tmp_path / "run")
+    verdict, finding = check(report, "as it was written")
+    assert (verdict, report.exit_code) == ("unverified", 1)
+    assert "version 1" in finding
+    assert check(report, "single party's vector")[0] == "holds"
+    with pytest.raises(RunFolderError, match="no chain of hashes to go on with"):
+        rehearse(job, tmp_path / "run", resume=True)
+
+
+def test_a_head_that_is_nowhere_leaves_it_unverified(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", transcript="digests")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    head = info.pop("transcript")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    assert check(audit(tmp_path / "run"), "as it was written")[0] == "unverified"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"transcript": head}))
+    shutil.rmtree(tmp_path / "run" / "transcript")
+    report = audit(tmp_path / "run")
+    assert report.seen is None
+    verdict, finding = check(report, "as it was written")
+    assert (verdict, report.exit_code) == ("unverified", 1)
+    assert "not in the run's folder" in finding
+
+
+def flip(path: Path, at: int | None = None) -> None:
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    raw[len(raw) // 2 if at is None else at] ^= 1
     path.write_bytes(raw)
 
 
