@@ -138,6 +138,12 @@ def test_train_one_arm_and_centralized(config, tmp_path, capsys):
     first, second = (json.loads((tmp_path / name / "run.json").read_text()) for name in "ab")
     assert first["kind"] == second["kind"] == "centralized"
     assert first["privacy"] is None
+    assert (first["precision"], first["compile"]) == ("float32", False)
+    for arm in ("cloud", "federated", "federated-dp"):
+        out = tmp_path / f"reduced {arm}"
+        words = ["train", config, "--arm", arm, "--training.precision", "bf16", "--out", str(out), "--quiet"]
+        assert main(words) == 0
+        assert json.loads((out / "run.json").read_text())["precision"] == "bf16"
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -189,6 +195,12 @@ def test_top_level(capsys):
         (SMALL.replace("parties = 3\nalpha = 2.0", "parties = 9\nalpha = 0.001"), "has 1 class", "alpha"),
         (SMALL.replace("rounds = 3", "rounds = 0"), "training.rounds >= 1", ""),
         (SMALL.replace("batch_size = 64", "batch_size = 64\nlearning_rate = 1e30"), "", ""),
+        (SMALL.replace("rounds = 3", 'rounds = 3\nprecision = "fp16"'), "training.precision", ""),
+        (
+            SMALL.replace("rounds = 3", "rounds = 3\ncompile = true"),
+            "arm 'cloud-dp': compile with record-level",
+            "private",
+        ),
         (SMALL.replace("seeds = 2", "seeds = 0"), "seeds >= 1", ""),
         (SMALL.replace("seeds = 2", 'seeds = 2\ntask = "nothing.py"'), "no file", "Python file"),
         (SMALL.replace("epsilons = [2, 8]", "epsilons = [0]"), "epsilons > 0", ""),

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
+from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.federate import (
@@ -26,8 +27,9 @@ from choral.trainers.federate import (
     recorded_model,
 )
 from choral.trainers.flat import Layout
-from choral.trainers.local import OnDevice, initial_model, resolve_device, seeded
+from choral.trainers.local import initial_model, resolve_device, seeded
 from choral.trainers.memory import Memory
+from choral.trainers.moving import OnDevice
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
@@ -62,6 +64,8 @@ def centralize(
     privacy: Privacy | None = None,
     data_parallel: bool = False,
     device: str = "cpu",
+    precision: Precision = "float32",
+    compile: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -83,10 +87,12 @@ def centralize(
     examples = check_parties(parties, least=1, min_classes=1)
     check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
     _check_parallel(data_parallel, privacy, resume)
+    check_arithmetic(precision, compile, private=privacy is not None, reads_records=False)
     on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
     whole = pool(list(parties.values()))
-    info = describe("centralized", parties, examples, rounds, seed, on, privacy, config, initial, tuning)
+    arithmetic = Arithmetic(on, precision, compile=compile)
+    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning)
     with (
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
@@ -122,7 +128,8 @@ def centralize(
                 if guards:
                     arguments = guards[POOLED].wrap(trained, optimizer, loader)
                     trained = arguments[0]
-                fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
+                with arithmetic.over(trained, POOLED, private=bool(guards)):
+                    fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
             workers.agree(model)
             if not torch.isfinite(layout.read()).all():
                 raise DivergedError(

@@ -81,7 +81,7 @@ class ClosedForm:
         """compiled: take the numba loops; by default if numba is installed.
 
         Raises: TaskError for a model that is not one torch.nn.Linear with one output; ConfigError for values out of
-        range, or with record-level privacy, whose noise this trainer would leave out.
+        range, or with record-level privacy, whose noise this trainer would leave out, or with another precision.
         """
         if not (0 < rate < np.inf and 0 <= decay < np.inf and batch_size >= 1 and epochs >= 1):
             raise ConfigError(
@@ -93,6 +93,11 @@ class ClosedForm:
             raise ConfigError(
                 "the closed form has no gradients of single records to clip and make noisy",
                 hint="leave out engine, or use ClientPrivacy",
+            )
+        if not resident.arithmetic.plain:
+            raise ConfigError(
+                "the closed form computes in float64 and calls no model: precision and compile would have no effect",
+                hint="leave them out, or leave out engine",
             )
         model = resident.model
         if not isinstance(model, nn.Linear) or model.out_features != 1 or not model.weight.requires_grad:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import msgspec
-import torch
 from torch import nn
 
 from choral.errors import ConfigError
@@ -33,6 +32,7 @@ from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
 from choral.trainers.algorithms.fedavg import FedAvg
 from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
+from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic
 from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.engines.fastest import Fastest
@@ -73,6 +73,8 @@ def federate(
     cohort: int | None = None,
     min_classes: int = 2,
     device: str = "cpu",
+    precision: Precision = "float32",
+    compile: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -110,6 +112,9 @@ def federate(
     seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
         keys or masks.
     device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
+    precision: "bf16" computes the model's calls in ``fit`` under torch.autocast; weights and updates stay float32.
+    compile: compile the model (torch.compile), where the parties take turns. Neither with an algorithm that reads
+        gradients of records; not both with record-level privacy. See docs/engines.md.
     out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
     tuning: the ``record`` of :func:`choral.trainers.tune`, if that chose the settings: kept in run.json, and billed.
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
@@ -129,9 +134,11 @@ def federate(
     initial = Weights.read(start) if start is not None else None
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
+    check_arithmetic(precision, compile, private=isinstance(privacy, Privacy), reads_records=algorithm.needs_loss)
     check_cohort(algorithm, cohort, len(parties))
+    arithmetic = Arithmetic(on, precision, compile=compile)
     info = describe(
-        "federated", parties, examples, rounds, seed, on, privacy, config, initial, tuning, census.population
+        "federated", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning, census.population
     )
     how = algorithm.record() | ({"cohort": cohort} if cohort else {})
     info = msgspec.structs.replace(
@@ -152,6 +159,7 @@ def federate(
             start=initial,
             first=names[0],
             seats=census.seats,
+            arithmetic=arithmetic,
         )
         return resident, engine(resident) if engine else Fastest(resident)
 
@@ -293,7 +301,7 @@ def describe(
     examples: Mapping[str, int],
     rounds: int,
     seed: int,
-    device: torch.device,
+    arithmetic: Arithmetic,
     privacy: Privacy | ClientPrivacy | None,
     config: Mapping[str, Any] | None,
     start: Weights | None,
@@ -313,9 +321,11 @@ def describe(
         kind=kind,
         rounds=rounds,
         seed=seed,
-        device=device.type,
+        device=arithmetic.device.type,
         parties={} if population else dict(examples),
         population=population,
+        precision=arithmetic.precision,
+        compile=arithmetic.compile,
         parameters=0,
         privacy=_settings_of(privacy, len(parties)),
         raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},

@@ -21,10 +21,11 @@ from torch import nn
 from choral.privacy import Guard
 from choral.trainers import gradients, linear
 from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.corrections import Steps, corrected
 from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
-from choral.trainers.moving import moved_to
+from choral.trainers.moving import OnDevice
 from choral.trainers.records import Records
 from choral.trainers.start import Weights
 from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
@@ -48,6 +49,7 @@ class Resident:
     differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
     start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
     how many parties keep theirs, the last ones that had a turn; by default all.
+    arithmetic: of ``fit``; by default float32, not compiled.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Resident:
         start: Weights | None = None,
         first: str | None = None,
         seats: int | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
         self.seed, self.device = seed, device
+        self.arithmetic = arithmetic or Arithmetic(device)
         self.model = initial_model(build, datasets[next(iter(datasets)) if first is None else first], seed, start).to(
             device
         )
@@ -112,7 +116,10 @@ class Resident:
         if self.guards:
             model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
             self._training = model
-        with corrected(seat.optimizer, self.layout, work, weights) as steps:
+        with (
+            corrected(seat.optimizer, self.layout, work, weights) as steps,
+            self.arithmetic.over(model, party, private=bool(self.guards)),
+        ):
             returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device))
         check_returned(returned, (model, self.model), party)
         self.layout.check(self.model, f"party {party!r} after fit")
@@ -237,27 +244,6 @@ def seed_of(seed: int, round_number: int, purpose: str) -> int:
     """The seed of one purpose in one round: of 63 bits, from SHA-256."""
     digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
-
-
-class OnDevice:
-    """A loader whose batches arrive on ``device``; everything else is the wrapped loader's."""
-
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        self._loader, self._device = loader, device
-
-    @classmethod
-    def wrap(cls, loader: Any, device: torch.device) -> Any:
-        return loader if device.type == "cpu" else cls(loader, device)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            yield moved_to(batch, self._device)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -117,6 +117,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
     tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
+    precision, compile: how the model was computed in training.
     processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     per_party: the final model on the records that each party held out, where that was asked for; without noise.
@@ -143,6 +144,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
     tuning: dict[str, Any] | None = None
+    precision: str = "float32"
+    compile: bool = False
     processes: int = 1
     ended: str = ""
     meters: tuple[str, ...] = ()
@@ -381,13 +384,14 @@ def check_empty(folder: Path) -> None:
         )
 
 
+_COMPUTED = ("precision", "compile")
 _SAME = "use the same settings, or a new --out"
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
     fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning")
-    _compare(old, new, fields)
+    _compare(old, new, (*fields, *_COMPUTED))
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

@@ -47,6 +47,10 @@ class Training:
     """Step size of SGD."""
     hidden: int = 32
     """Width of the hidden layer; 0 trains a linear model."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the model while it trains; bf16 by torch.autocast, weights and updates stay float32."""
+    compile: bool = False
+    """Compile the model (torch.compile); not for private arms."""
     start: Path | None = None
     """Weights to start from (.safetensors), of the same model; by default the seed makes them."""
 

@@ -222,6 +222,7 @@ def _check(settings: Settings) -> None:
         )
     for name, arm in settings.arms.items():
         with_overrides(settings, arm)
+        _check_arithmetic(settings, name, arm)
         if not arm.centralized:
             _check_algorithm(settings, name, arm)
     for seed in range(settings.seed, settings.seed + settings.seeds):
@@ -239,6 +240,20 @@ def _check_algorithm(settings: Settings, name: str, arm: Arm) -> None:
     try:
         check_fits(algorithm_of(settings, arm), privacy, load_task(settings, settings.seed).loss)
     except ChoralError as error:
+        raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
+
+
+def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
+    from choral.trainers.arithmetic import check_arithmetic
+
+    try:
+        check_arithmetic(
+            settings.training.precision,
+            settings.training.compile,
+            private=arm.private and unit_of(settings, arm) == "record",
+            reads_records=not arm.centralized and algorithm_of(settings, arm).needs_loss,
+        )
+    except ConfigError as error:
         raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 
 

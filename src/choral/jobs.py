@@ -107,6 +107,8 @@ def _trainer(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> 
         "start": settings.training.start,
         "privacy": privacy,
         "device": settings.device,
+        "precision": settings.training.precision,
+        "compile": settings.training.compile,
         "config": {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")},
     }
     federated: dict[str, Any] = {

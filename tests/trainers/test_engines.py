@@ -216,7 +216,7 @@ def test_divergence_names_the_party(engine: Any) -> None:
 def test_the_faster_one_is_chosen_once(cheap: type, expected: type, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def seconds(trainer: Any, *_: Any) -> float:
+    def seconds(trainer: Any, *_: Any, **__: Any) -> float:
         asked.append(type(trainer))
         return 1.0 if isinstance(trainer, cheap) else 2.0
 

@@ -39,7 +39,8 @@ class Cohort:
     at_once: parties in a stack; by default as many as memory allows, up to 64. Parties take their turns one by one
     where the model draws random numbers (dropout) or changes buffers, which torch refuses within vmap; has hooks, other
     numbers than float32, or parameters without a gradient. Batches of unequal length are padded where one record's
-    loss depends on that record alone; else only parties of equal size are stacked.
+    loss depends on that record alone; else only parties of equal size are stacked. Precision is the run's; stacks are
+    not compiled, since each new size would be compiled again.
     """
 
     def __init__(self, resident: Resident, at_once: int | None = None) -> None:
@@ -52,8 +53,10 @@ class Cohort:
 
         def outputs_of(flat: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
             weights = dict(zip(names, resident.layout.pieces(flat), strict=True))
-            outputs: torch.Tensor = functional_call(resident.model, weights, (inputs,))
-            return outputs
+            with resident.arithmetic.reduced():
+                outputs = functional_call(resident.model, weights, (inputs,))
+            reduced: torch.Tensor = resident.arithmetic.returned(outputs)
+            return reduced
 
         def mean(flat: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return self._criterion(outputs_of(flat, inputs), targets, reduction="mean")
@@ -122,7 +125,7 @@ class Cohort:
                 rows = next(plan.batches())
                 inputs, targets = plan.inputs[rows.to(plan.inputs.device)], plan.targets[rows.to(plan.inputs.device)]
                 luck = torch.get_rng_state()
-                outputs = model(inputs)
+                outputs = model(inputs)  # in float32: rounding would hide what is looked for
                 draws = not torch.equal(torch.get_rng_state(), luck)
                 mean = self._criterion(outputs, targets, reduction="mean")
                 slopes = torch.autograd.grad(mean, layout.parameters, allow_unused=True)

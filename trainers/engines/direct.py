@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from choral.trainers.algorithms.seam import Done, Train, Work
+from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
 from choral.trainers.local import Resident, refuse_diverged, seeded
 
@@ -33,8 +34,11 @@ class Slope(NamedTuple):
 class Direct:
     """The parties whose training is `Epochs` on tensors; what it does not know is left to the resident trainer."""
 
-    def __init__(self, resident: Resident) -> None:
+    def __init__(self, resident: Resident, *, compiled: bool = True) -> None:
+        """compiled: compile the model, where the run asks for that at all."""
         self.resident = resident
+        kept = resident.arithmetic
+        self._arithmetic = kept if compiled or not kept.compile else Arithmetic(kept.device, kept.precision)
         self._linear = linear_layer(resident.model)
         self._slope = slope_of(resident.fit.criterion) if isinstance(resident.fit, Epochs) else None
 
@@ -45,7 +49,7 @@ class Direct:
     @property
     def closed_form(self) -> bool:
         """Whether gradients are written down rather than differentiated."""
-        return self._linear is not None and self._slope is not None
+        return self._linear is not None and self._slope is not None and self._arithmetic.precision == "float32"
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
@@ -57,25 +61,27 @@ class Direct:
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue
             with seeded(self.resident.seed, round_number, party):
-                done = self.train(plan, work, weights)
+                done = self.train(party, plan, work, weights)
             self.resident.check_fixed(party)
             refuse_diverged(done.vector, party, round_number)
             yield party, done
 
-    def train(self, plan: Plan, work: Train, weights: torch.Tensor) -> Done:
+    def train(self, party: str, plan: Plan, work: Train, weights: torch.Tensor) -> Done:
         """Train on one party's tensors from `weights`, shape (d,), with batches drawn from torch's generator."""
         layout = self.resident.layout
         layout.write(weights)
         self.resident.model.train()
         layer, slope = self._linear, self._slope
         if (
-            layer is not None
+            self.closed_form
+            and layer is not None
             and slope is not None
             and fits(layer, slope, plan, flattens=layer is not self.resident.model)
         ):
             descend(layer, slope, plan, Step(plan, work, layout.pieces(weights), layout.parameters))
         else:
-            self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
+            with self._arithmetic.over(self.resident.model, party):
+                self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
         return Done(vector=layout.read() - weights, steps=plan.steps, path=path_of(plan))
 
     def _differentiate(self, plan: Plan, step: Step) -> None:
