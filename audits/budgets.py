@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
+    from choral.privacy import LedgerError
     from choral.privacy.spent import Spent
     from choral.trainers.run import Run
 
@@ -23,6 +25,24 @@ def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
     Raises: LedgerError if a ledger is damaged, edited or of another holder.
     """
     return tuple(_holder_budget(run, name) for name in holders_of(run))
+
+
+def unverifiable(run: Run, error: LedgerError) -> HolderBudget:
+    """A row for the ledgers of a run of which one is damaged, edited, or another's: no promise rests on them."""
+    privacy = run.info.privacy or {}
+    said = str(error)
+    if run.folder is not None:
+        said = said.replace(str(run.folder), short_path(run.folder))
+    return HolderBudget(
+        holder="its ledgers",
+        promised=float(privacy["epsilon"]),
+        claimed=None,
+        recomputed=None,
+        delta=float(privacy["delta"]),
+        steps=0,
+        verdict="violated",
+        finding=f"a ledger does not verify, so that nothing proves what was spent: {said}",
+    )
 
 
 def holders_of(run: Run) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from choral.audits.budgets import holder_budgets
+from choral.audits.arm_audit import Rows
 from choral.audits.report import Arm, Check, WeightsMatch
 from choral.audits.text import cost, power
 
@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 Runs = Mapping[str, Sequence["Run"]]
 
 
-def comparison_checks(arms: Runs, budgets: Runs, rows: Sequence[Arm], metric: str) -> tuple[Check, ...]:
+def comparison_checks(
+    arms: Runs, budgets: Runs, rows: Sequence[Arm], metric: str, ledger_rows: Rows
+) -> tuple[Check, ...]:
     """The sanity checks that make the arms comparable at all, and whether budgets were kept."""
     kept = [
-        budget_kept(f"{name} stays within its budget", runs)
+        budget_kept(f"{name} stays within its budget", runs, ledger_rows)
         for name, runs in arms.items()
         if runs[0].info.privacy is not None
     ]
-    kept += [budget_kept(f"{name} stays within each budget of its curve", runs) for name, runs in budgets.items()]
+    kept += [
+        budget_kept(f"{name} stays within each budget of its curve", runs, ledger_rows)
+        for name, runs in budgets.items()
+    ]
     return (_same_start(arms, metric), _same_data(rows), *kept)
 
 
@@ -58,9 +63,9 @@ def _same_data(rows: Sequence[Arm]) -> Check:
     return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
 
 
-def budget_kept(name: str, runs: Sequence[Run]) -> Check:
+def budget_kept(name: str, runs: Sequence[Run], ledger_rows: Rows) -> Check:
     """Every holder of every run, recomputed from its ledger where the run has a folder."""
-    rows = [(run.info.seed, row) for run in runs for row in holder_budgets(run)]
+    rows = [(run.info.seed, row) for run in runs for row in ledger_rows(run)]
     for verdict in ("violated", "unverified"):
         faults = [f"Seed {seed}, {row.holder}: {row.finding}" for seed, row in rows if row.verdict == verdict]
         if faults:

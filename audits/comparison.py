@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
+from choral.audits.arm_audit import arm_audit, ledger_rows
 from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
 from choral.audits.claims import caveats, merged_versions, units_of
+from choral.audits.evidence import Probe, ScoreAudit
 from choral.audits.fairness import fairness_of
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
@@ -62,6 +64,12 @@ class Comparison(
     caveats: tuple[str, ...]
     versions: dict[str, str]
 
+    @property
+    def exit_code(self) -> int:
+        """1 if any check is violated, or the evidence for some arm does not hold, as :class:`Audit` has it; else 0."""
+        violated = any(check.verdict == "violated" for check in self.checks)
+        return int(violated or any(arm.audit is not None and arm.audit.verdict != "holds" for arm in self.arms))
+
     def save(self, path: str | Path) -> Path:
         """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
 
@@ -95,6 +103,9 @@ def compare(
     metric: str = "accuracy",
     title: str = TITLE,
     prices: Prices | None = None,
+    attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
+    probes: Mapping[str, Probe] | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Compare arms, each one run or several that differ in their seed.
 
@@ -105,6 +116,11 @@ def compare(
         else the first arm.
     metric: which of the evaluations to compare.
     prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
+    attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
+        -> why an attack on it could not be carried out, which leaves the arm unverified.
+
+    Every run in ``arms`` is audited as :func:`choral.audits.audit` does, except that a ledger that does not verify
+    makes its arm violated instead of raising.
 
     Intervals are Student's at 95 %, over seeds; differences are paired by seed where the seeds are the same.
 
@@ -115,7 +131,9 @@ def compare(
         raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
     ready = {name: check_runs(name, _as_list(arms[name]), metric) for name in _ordered(arms)}
     base = _baseline(ready, baseline)
-    rows = []
+    if strange := sorted({*(attacks or {}), *(probes or {}), *(failed or {})} - ready.keys()):
+        raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(ready)}")
+    books, rows = ledger_rows(), []
     for name, runs in ready.items():
         other = ready[base] if name != base else None
         rows.append(
@@ -123,11 +141,18 @@ def compare(
                 arm_of(name, runs, metric),
                 difference=difference_of(runs, other, base, metric) if other else None,
                 fairness=fairness_of(name, runs, other, base, metric),
+                audit=arm_audit(
+                    runs,
+                    books,
+                    attacks=(attacks or {}).get(name, ()),
+                    probe=(probes or {}).get(name),
+                    failed=(failed or {}).get(name, ""),
+                ),
             )
         )
     curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
     matches, verdict = weights_match(ready)
-    checks = comparison_checks(ready, budgets or {}, rows, metric) + ((verdict,) if verdict else ())
+    checks = comparison_checks(ready, budgets or {}, rows, metric, books) + ((verdict,) if verdict else ())
     every = [run.info for runs in (*ready.values(), *(budgets or {}).values()) for run in runs]
     return Comparison(
         title=title,
@@ -139,6 +164,9 @@ def compare(
         checks=checks,
         matches=matches,
         costs=costs_of(ready, prices or read_prices()),
+        not_run=tuple(
+            entry for entry in NOT_RUN if all(row.audit is None or entry in row.audit.not_run for row in rows)
+        ),
         caveats=caveats(units_of(every), compared=True),
         versions=merged_versions(every),
     )

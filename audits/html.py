@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits import evidence_figures, figures, price_figures, text
 from choral.audits.claims import no_claim
+from choral.audits.evidence import Bound, ScoreAudit
 from choral.audits.price import Costs
 from choral.audits.report import ORDER, Arm, BudgetPoint, Check, Verdict, WeightsMatch
 from choral.audits.svg import arm_classes
@@ -48,7 +49,12 @@ def comparison_page(report: Comparison) -> str:
             percent=text.is_percent(report.metric),
             cards=cards(report),
             lead=lead(report),
-            tally=tally(report.checks),
+            tally=tally(every_check(report)),
+            evidence=(shown := evidence_rows(report.arms)),
+            attacked=sum(attack is not None for _, attack, _ in shown),
+            probed=any(arm.audit and arm.audit.probe for arm in report.arms),
+            confidence=next((bound.confidence for _, _, bound in shown if bound), 0.95),
+            overall=text.OVERALL,
             statements=statements(report.arms),
             settings=settings(report.arms),
             rounds=figures.rounds_figure(report.arms, report.metric, colours),
@@ -239,6 +245,22 @@ def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
 
 def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, str]:
     return {"label": label, "value": value, "note": note, "interval": interval}
+
+
+def every_check(report: Comparison) -> list[Check]:
+    """Those between the arms, and those of each arm's evidence."""
+    return [*report.checks, *(check for arm in report.arms if arm.audit for check in arm.audit.checks)]
+
+
+def evidence_rows(arms: Sequence[Arm]) -> list[tuple[Arm, ScoreAudit | None, Bound | None]]:
+    """Each audited arm with the first attack on it by coins, and the bound that decides."""
+    rows = []
+    for arm in arms:
+        if arm.audit:
+            attack = next((each for each in arm.audit.attacks if each.design == "coins" and each.null), None)
+            found = (bound for bound in attack.bounds if bound.method == attack.decisive) if attack else iter(())
+            rows.append((arm, attack, next(found, None)))
+    return rows
 
 
 def tally(checks: Sequence[Check]) -> list[tuple[Verdict, int]]:

@@ -62,7 +62,9 @@ def comparison_markdown(report: Comparison) -> str:
         " and assumptions.",
         _fairness(report),
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
-        "### What was checked",
+        "### Evidence",
+        _evidence(report),
+        "### What was checked between the arms",
         _checks(report.checks),
         _not_run(report.not_run),
         "### Limits",
@@ -70,6 +72,21 @@ def comparison_markdown(report: Comparison) -> str:
         _foot(report.made, report.versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _evidence(report: Comparison) -> str:
+    """The verdict on each arm in words, and each check that does not hold."""
+    lines = []
+    for arm in report.arms:
+        if arm.audit is None:
+            continue
+        runs = "1 run" if arm.audit.runs == 1 else f"{arm.audit.runs} runs"
+        lines.append(f"- **{_safe(arm.name)}** ({runs} audited). {_safe(arm.audit.sentence)}")
+        for attack in arm.audit.attacks:
+            lines.append(f"  - {_safe(attack.attack)}: {_safe(attack.sentence)}")
+        faults = [check for check in arm.audit.checks if check.verdict != "holds"]
+        lines += [f"  - {_WORDS[each.verdict]}: {_safe(each.name)}. {_safe(each.finding)}" for each in faults]
+    return "\n".join(lines)
 
 
 def _fairness(report: Comparison) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from choral.audits.evidence import Probe, ScoreAudit
 from choral.errors import ChoralError
 
 FORMAT = "choral-report"
@@ -136,6 +137,38 @@ class Fairness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     by_chance: float | None = None
 
 
+class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that was tried, and what came of it."""
+
+    name: str
+    verdict: Verdict
+    finding: str
+
+
+class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An audit that was not carried out, and what it would have shown."""
+
+    name: str
+    would_show: str
+
+
+class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The evidence for one arm: what :func:`choral.audits.audit` finds in its runs, nothing trained, and attacks.
+
+    runs: how many were audited, each seed of the arm. checks: one of each kind, the worst over the runs. attacks: each
+    on one more training of the arm, with canaries. probe: of the arm's promise. not_run: what was not tried here.
+    verdict, sentence: as of an audit; "holds" means that nothing was found, not that nothing could be.
+    """
+
+    verdict: Verdict
+    sentence: str
+    runs: int
+    checks: tuple[Check, ...]
+    attacks: tuple[ScoreAudit, ...] = ()
+    probe: Probe | None = None
+    not_run: tuple[NotRun, ...]
+
+
 class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way of training, over its seeds.
 
@@ -143,7 +176,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
     spreads: how unlike the holders are, where there are several. fairness: None where no numbers per party were asked
-    for.
+    for. audit: the evidence.
     """
 
     name: str
@@ -163,6 +196,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     survivors: int | None = None
     secure_sum: dict[str, Any] | None = None
     fairness: Fairness | None = None
+    audit: ArmAudit | None = None
     curve: tuple[Point, ...]
     devices: tuple[str, ...]
     folders: tuple[str, ...] = ()
@@ -187,14 +221,6 @@ class BudgetCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     points: tuple[BudgetPoint, ...]
 
 
-class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that was tried, and what came of it."""
-
-    name: str
-    verdict: Verdict
-    finding: str
-
-
 class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Two secure sums, one seed: the largest difference of any final weight.
 
@@ -207,13 +233,6 @@ class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int
     difference: float | None
     error_bound: float
-
-
-class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An audit that was not carried out, and what it would have shown."""
-
-    name: str
-    would_show: str
 
 
 class HolderBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from choral.audits.report import Check
 from choral.audits.text import OVERALL, amount, cost, duration, party_words, plus_minus, score, signed, width
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from choral.audits.comparison import Comparison
-    from choral.audits.report import Arm, Check, Claim
+    from choral.audits.report import Arm, Claim
     from choral.audits.run_audit import Audit
 
 _MARKS = {"holds": "ok", "violated": "VIOLATED", "unverified": "unverified"}
@@ -35,6 +36,20 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
     _print_fairness(report, console)
     for check in report.checks:
         _print_check(check, console)
+    for arm in report.arms:
+        _print_evidence(arm, console)
+
+
+def _print_evidence(arm: Arm, console: Console) -> None:
+    """The verdict on one arm, and each of its checks that does not hold."""
+    if arm.audit is None:
+        return
+    runs = "1 run" if arm.audit.runs == 1 else f"{arm.audit.runs} runs"
+    found = Check(name=f"{arm.name}, {runs} audited", verdict=arm.audit.verdict, finding=arm.audit.sentence)
+    _print_check(found, console)
+    for check in arm.audit.checks:
+        if check.verdict != "holds":
+            _print_check(check, console)
 
 
 def _print_fairness(report: Comparison, console: Console) -> None:

@@ -113,6 +113,90 @@ def test_a_finished_comparison_is_evaluated_per_party_without_training(finished,
     )
 
 
+ATTACKED = """
+seeds = 1
+device = "cpu"
+[split]
+parties = 3
+alpha = 2.0
+[training]
+rounds = 2
+batch_size = 64
+hidden = 0
+[privacy]
+epsilon = 2
+[audit]
+canaries = 60
+probe = true
+[arms.cloud]
+centralized = true
+[arms.federated-dp]
+private = true
+[arms.federated-client]
+private = true
+unit = "client"
+"""
+
+
+def test_compare_attacks_its_arms_once_and_finds_an_edited_ledger(tmp_path, capsys):
+    config, out = tmp_path / "attacked.toml", tmp_path / "out"
+    config.write_text(ATTACKED)
+    words = ["compare", str(config), "--out", str(out), "--workers", "1"]
+    assert main(words) == 0
+    assert "canary records in one training" in capsys.readouterr().out
+    audits = {arm["name"]: arm["audit"] for arm in json.loads((out / "report.json").read_text())["arms"]}
+    assert {name: len(each["attacks"]) for name, each in audits.items()} == {
+        "cloud": 1, "federated-dp": 1, "federated-client": 0
+    }  # fmt: skip
+    attack = audits["federated-dp"]["attacks"][0]
+    assert attack["scores"] == 60
+    assert 1.9 < attack["claimed"] <= 2
+    assert attack["finding"] == "not violated"
+    assert 0 < attack["bounds"][0]["ceiling"] < 4
+    assert audits["cloud"]["attacks"][0]["claimed"] is None
+    assert audits["federated-dp"]["probe"]["violated"] is False
+    assert {name: each["probe"] is None for name, each in audits.items()} == {
+        "cloud": True, "federated-dp": False, "federated-client": True
+    }  # fmt: skip
+    kept = {path: path.read_bytes() for path in (out / "evidence").iterdir()}
+    assert len(kept) == 2
+    ledger = next((out / "arms" / "federated-dp").glob("*/ledger/*.jsonl"))
+    ledger.write_bytes(ledger.read_bytes().replace(b'"steps":', b'"steps":1', 1))
+    for workers in ("1", "2"):
+        assert main([*words[:-1], workers, "--resume"]) == 1
+        assert "VIOLATED  federated-dp, 1 run audited" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (out / "evidence").iterdir()} == kept
+    page = (out / "report.html").read_text()
+    assert "does not verify" in page
+    assert str(tmp_path) not in page
+
+
+def test_an_attack_that_cannot_be_made_leaves_its_arm_unverified(tmp_path, capsys):
+    (tmp_path / "task.py").write_text(
+        TASK.format(
+            body="class Whole(torch.utils.data.Dataset):\n"
+            "        def __init__(self, data): self.data = data\n"
+            "        def __len__(self): return len(self.data)\n"
+            "        def __getitem__(self, index): return self.data[index]\n"
+            "    return Task(build=task.build, fit=task.fit, evaluate=task.evaluate,"
+            " parties={name: Whole(data) for name, data in task.parties.items()})"
+        )
+    )
+    config = tmp_path / "attacked.toml"
+    small = ATTACKED.split("[arms.cloud]")[0].replace("probe = true", "probe = false")
+    config.write_text(f'task = "{tmp_path / "task.py"}"\n{small}[arms.cloud]\ncentralized = true\n')
+    assert main(["compare", str(config), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unverified cloud, 1 run audited" in printed
+    assert "these records are not (float tensor, class)" in printed
+
+
+def test_too_few_canaries_are_refused_before_anything(config, tmp_path, capsys):
+    assert main(["compare", config, "--out", str(tmp_path / "out"), "--audit.canaries", "7"]) == 2
+    assert "expected audit.canaries >= 20, got 7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_audit_and_tampering(config, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", config, "--privacy.epsilon", "3", "--out", str(out)]) == 0

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _LOCK = ".lock"
 _SHARED_KEYS = {
+    "audit",
     "evaluation",
     "title",
     "seeds",

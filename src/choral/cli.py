@@ -1,6 +1,6 @@
 """The command line: ``choral compare | train | audit | export | budget``.
 
-Exit codes: 0 done (for `audit`: no violation found), 1 an audit found the claim violated or could not verify it,
+Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, or a run that had to stop. Ctrl-C ends with 130 and keeps every completed round.
 """
 
@@ -35,7 +35,8 @@ commands:
 Start here:  choral compare examples/digits.toml --out runs/digits
 Details:     choral COMMAND --help
 
-exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit), 2 bad input or stopped, 130 Ctrl-C
+exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit, compare), 2 bad input or stopped,
+            130 Ctrl-C
 """
 
 

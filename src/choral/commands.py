@@ -23,7 +23,9 @@ from choral.trainers import Round
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Train every arm of a comparison for several seeds; write report.json and report.html.
+    """Train every arm of a comparison for several seeds, audit every run; write report.json and report.html.
+
+    Exit code 0: nothing contradicts what the arms claim. 1: a claim is violated or cannot be verified. 2: wrong usage.
 
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
@@ -81,7 +83,7 @@ def compare(words: list[str]) -> int:
     if not wanted.quiet:
         comparison.print()
         print(f"report: {wanted.out / 'report.html'}")
-    return 0
+    return comparison.exit_code
 
 
 def train(words: list[str]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
+from choral.attacks import attacked, attempt, attempt_file, evidence_of
 from choral.errors import ChoralError, ConfigError
 from choral.jobs import (
     algorithm_of,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Tick = Callable[[str, "Round"], None]
 
 _MAY_CHANGE = {
+    "audit",
     "evaluation",
     "seeds",
     "title",
@@ -48,14 +50,17 @@ _MAY_CHANGE = {
 
 
 class Cell(NamedTuple):
-    """One run of a comparison."""
+    """One run of a comparison, or the attack on an arm."""
 
     arm: str
     seed: int
     epsilon: float | None
+    attack: bool = False
 
     @property
     def label(self) -> str:
+        if self.attack:
+            return f"{self.arm}, with canaries"
         budget = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
         return f"{self.arm}{budget}, seed {self.seed}"
 
@@ -76,6 +81,14 @@ def cells(settings: Settings) -> Iterator[Cell]:
                     yield Cell(name, seed, epsilon)
 
 
+def attacks(settings: Settings) -> list[Cell]:
+    return [
+        Cell(name, settings.seed, settings.privacy.epsilon if arm.private else None, attack=True)
+        for name, arm in settings.arms.items()
+        if attacked(settings, arm)
+    ]
+
+
 def _on_curve(settings: Settings, arm: Arm) -> bool:
     """Whether the budget-against-accuracy curve, whose axis has one unit, shows this private arm."""
     return len(settings.epsilons) > 0 and unit_of(settings, arm) == settings.privacy.unit
@@ -87,13 +100,18 @@ def rounds_to_go(settings: Settings, out: Path) -> int:
     for cell in cells(settings):
         history = cell.folder(out) / "history.jsonl"
         done += max(history.read_bytes().count(b"\n") - 1, 0) if history.is_file() else 0
-    return max(sum(1 for _ in cells(settings)) * settings.training.rounds - done, 0)
+    runs = sum(1 for _ in cells(settings)) + sum(
+        not attempt_file(settings, cell.arm, out).is_file() for cell in attacks(settings)
+    )
+    return max(runs * settings.training.rounds - done, 0)
 
 
 def run_comparison(
     settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick
 ) -> Comparison:
     """Train every arm for every seed into ``out/arms``, compare them, and write ``out/report.json`` and ``.html``.
+
+    Every run is audited; attacks that the settings ask for are kept in ``out/evidence``.
 
     workers: processes that train runs side by side; by default one per core.
 
@@ -108,7 +126,7 @@ def run_comparison(
         raise ConfigError(f"expected workers >= 1, got {workers}", hint="leave it out for one per core")
     _open(settings, out, resume)
     todo = list(cells(settings))
-    _train_all(settings, todo, out, resume, workers, tick)
+    _train_all(settings, todo + attacks(settings), out, resume, workers, tick)
     runs = {cell: Run.load(cell.folder(out)) for cell in todo}
     headline = (None, settings.privacy.epsilon)
     comparison = compare(
@@ -123,6 +141,7 @@ def run_comparison(
         },
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),
+        **evidence_of(settings, out),
     )
     comparison.save(out / "report.json")
     comparison.save(out / "report.html")
@@ -158,15 +177,26 @@ def _train_all(settings: Settings, todo: list[Cell], out: Path, resume: bool, wo
 
 
 def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
-    train(
-        settings,
-        settings.arms[cell.arm],
-        seed=cell.seed,
-        epsilon=cell.epsilon,
-        out=cell.folder(out),
-        resume=resume,
-        on_round=lambda entry: tick(cell.label, entry),
-    )
+    from choral.privacy import LedgerError
+    from choral.trainers import Run
+
+    if cell.attack:
+        attempt(settings, cell.arm, out, lambda entry: tick(cell.label, entry))
+        return
+    try:
+        train(
+            settings,
+            settings.arms[cell.arm],
+            seed=cell.seed,
+            epsilon=cell.epsilon,
+            out=cell.folder(out),
+            resume=resume,
+            on_round=lambda entry: tick(cell.label, entry),
+        )
+    except LedgerError:
+        # Of a finished run there is nothing to train, and the report says what is wrong with its ledger.
+        if not (resume and Run.load(cell.folder(out)).finished):
+            raise
 
 
 _ticks: queue.Queue[tuple[str, Round]]  # set once in each worker process

@@ -73,7 +73,7 @@ def train(
     record = _tuning(settings, arm, seed, out, resume)
     chosen = record["chosen"] if record else {}
     settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **chosen))
-    run, task = _trainer(settings, arm, seed, epsilon), load_task(settings, seed)
+    run, task = trainer_of(settings, arm, seed, epsilon), load_task(settings, seed)
     per_party = check_per_party(settings, task, private=arm.private)
     return run(task, **per_party, tuning=record, out=out, resume=resume, on_round=on_round)
 
@@ -93,7 +93,7 @@ def check_per_party(settings: Settings, task: Task, *, private: bool) -> dict[st
     return {"held_out": task.held_out, "evaluate_party": task.evaluate_party}
 
 
-def _trainer(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> Callable[..., Run]:
+def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> Callable[..., Run]:
     """``federate`` or ``centralize`` with all that the settings say, to be called with the task."""
     from choral.privacy import ClientPrivacy
     from choral.trainers import centralize, federate
@@ -157,7 +157,7 @@ def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) ->
         )
 
     options = {} if arm.centralized else {"min_classes": 1}
-    trainer = _trainer(settings, arm, seed, None)
+    trainer = trainer_of(settings, arm, seed, None)
     found = tune(
         make,
         arm.tune.grid,

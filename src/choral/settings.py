@@ -80,6 +80,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """Attacks that `compare` makes on its arms; that it audits their runs goes without saying."""
+
+    canaries: int = 0
+    """Canary records in one more training of each arm, each in by a coin, for a lower bound on epsilon; 0 for none."""
+    probe: bool = False
+    """Also run private arms' trainer on probe records and test its noise, sampling and clipping against its ledger."""
+
+    def __post_init__(self) -> None:
+        if self.canaries and self.canaries < 20:
+            raise ConfigError(f"expected audit.canaries >= 20, got {self.canaries}", hint="500 can show epsilon of 4")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tune:
     """The tuning budget of an arm: every combination is trained once, the least loss on held-out records is taken."""
 
@@ -144,6 +158,7 @@ class Settings:
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    audit: AuditSettings = field(default_factory=AuditSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)

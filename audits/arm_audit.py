@@ -1,0 +1,117 @@
+"""Evidence in a comparison: what ``choral audit`` finds in each run of an arm, and the attacks that were made on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from choral.audits.accountants import accountants_check, accountants_of, participation_checks, participation_of
+from choral.audits.budgets import budget_checks, holder_budgets, unverifiable
+from choral.audits.evidence import Probe, ScoreAudit
+from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
+from choral.audits.report import ArmAudit, Check, HolderBudget
+from choral.audits.seen import SeenAudit, seen_audit
+
+if TYPE_CHECKING:
+    from choral.trainers.run import Run
+
+Rows = Callable[["Run"], tuple[HolderBudget, ...]]
+
+
+def ledger_rows() -> Rows:
+    """A function from a run to its holders' budgets, which reads and recomputes each run's ledgers once.
+
+    A ledger that does not verify makes a row that is violated, instead of an error: the other arms are reported.
+    """
+    known: dict[int, tuple[HolderBudget, ...]] = {}
+
+    def rows(run: Run) -> tuple[HolderBudget, ...]:
+        if id(run) not in known:
+            from choral.privacy import LedgerError
+
+            try:
+                known[id(run)] = holder_budgets(run)
+            except LedgerError as error:
+                known[id(run)] = (unverifiable(run, error),)
+        return known[id(run)]
+
+    return rows
+
+
+def arm_audit(
+    runs: Sequence[Run],
+    rows: Rows,
+    *,
+    attacks: Sequence[ScoreAudit] = (),
+    probe: Probe | None = None,
+    failed: str = "",
+) -> ArmAudit:
+    """All runs of one arm, by what they left behind, and the attacks on a training of the same settings.
+
+    failed: why an attack that was asked for could not be carried out.
+    """
+    found = [_books(run, rows(run)) for run in runs]
+    checks = [
+        *_merged([(run.info.seed, run_checks) for run, (run_checks, _) in zip(runs, found, strict=True)]),
+        *evidence_checks(attacks, probe, None),
+    ]
+    if failed:
+        checks.append(Check(name="The attack that was asked for", verdict="unverified", finding=failed))
+    verdict = worst(checks)
+    seen = next((each for _, each in found if each is not None), None)
+    if runs[0].info.privacy is None and verdict == "holds":
+        sentence = _nothing_promised(attacks)
+    else:
+        sentence = verdict_sentence(verdict, checks, [*attacks, *([probe.canaries] if probe else [])])
+    return ArmAudit(
+        verdict=verdict,
+        sentence=sentence,
+        runs=len(runs),
+        checks=tuple(checks),
+        attacks=tuple(attacks),
+        probe=probe,
+        not_run=not_run(attacks, probe, None, seen),
+    )
+
+
+def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
+    said = "No differential privacy is promised; of what else is claimed, nothing was found violated."
+    for attack in attacks:
+        bound = next((each for each in attack.bounds if each.method == attack.decisive), None)
+        if bound is not None:
+            said += (
+                f" By {attack.attack}, the training costs at least ε\u00a0=\u00a0{bound.epsilon:.2f} for each"
+                f" {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
+            )
+    return said
+
+
+def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenAudit | None]:
+    """What ``audit`` checks in the run; of a run whose ledgers do not verify, all that does not need them."""
+    from choral.privacy import LedgerError
+
+    seen = seen_audit(run)
+    checks = list(budget_checks(run, rows))
+    try:
+        checks += accountants_check(accountants_of(run))
+        checks += participation_checks(run, participation_of(run))
+    except LedgerError:
+        if not any(row.verdict == "violated" for row in rows):
+            raise
+    return checks + list(seen.checks if seen else ()), seen
+
+
+def _merged(found: Sequence[tuple[int, list[Check]]]) -> list[Check]:
+    """One check of each name over all seeds: the worst verdict, with what was found at the first seed that has it."""
+    order: tuple[str, ...] = ("violated", "unverified", "holds")
+    names = dict.fromkeys(check.name for _, checks in found for check in checks)
+    merged = []
+    for name in names:
+        of_name = [(seed, check) for seed, checks in found for check in checks if check.name == name]
+        seed, worst_one = min(of_name, key=lambda pair: order.index(pair[1].verdict))
+        alike = sum(check.verdict == worst_one.verdict for _, check in of_name)
+        said = (
+            worst_one.finding if len(found) == 1 else f"{alike} of {len(found)} runs. Seed {seed}: {worst_one.finding}"
+        )
+        merged.append(Check(name=name, verdict=worst_one.verdict, finding=said))
+    return merged

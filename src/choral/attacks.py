@@ -1,0 +1,160 @@
+"""Attacks that a comparison makes on its own arms: one more training of each, with canary records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import msgspec
+
+from choral.audits.evidence import Probe, ScoreAudit
+from choral.errors import ChoralError, ConfigError
+from choral.jobs import load_task, privacy_of, trainer_of, unit_of, with_overrides
+from choral.settings import Arm, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from choral.trainers import Round, Task
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What came of an attack: its result, or in words why there is none."""
+
+    result: ScoreAudit | None = None
+    failed: str = ""
+
+
+def attacked(settings: Settings, arm: Arm) -> bool:
+    """Whether the settings ask for canaries in this arm. They are records: a promise for each client is not tested."""
+    return settings.audit.canaries > 0 and not (arm.private and unit_of(settings, arm) == "client")
+
+
+def attempt_file(settings: Settings, name: str, out: Path) -> Path:
+    return out / "evidence" / f"{quote(name, safe='')}-{settings.audit.canaries}-canaries.json"
+
+
+def attempt(settings: Settings, name: str, out: Path, on_round: Callable[[Round], None]) -> None:
+    """Attack one arm and keep what came of it; what is there already is not done again."""
+    from choral.trainers.run import replace_file
+
+    file = attempt_file(settings, name, out)
+    if file.is_file():
+        return
+    try:
+        made = Attempt(result=one_run(settings, name, on_round))
+    except ChoralError as error:
+        made = Attempt(failed=f"{error}.")
+    file.parent.mkdir(exist_ok=True)
+    replace_file(file, msgspec.json.encode(made))
+
+
+def read_attempt(settings: Settings, name: str, out: Path) -> Attempt:
+    """Raises: ConfigError for a file that is damaged."""
+    file = attempt_file(settings, name, out)
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Attempt)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{file} is damaged: {error}", hint="delete it, and --resume makes it again") from None
+
+
+def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | None = None) -> ScoreAudit:
+    """Train the arm once, at the first seed and the headline budget, with canaries among its parties' records.
+
+    Each canary is in or out by a coin of its own, and belongs to one party, the next to the next; its score is minus
+    its loss under the final model, which is all that this adversary sees. Steinke, Nasr, Jagielski 2023. The promise is
+    that of the run with the canaries. Without privacy there is no claim: the bound shows what the attack can find.
+
+    Raises: ConfigError if the records are not (float tensor, class); what training raises.
+    """
+    from choral.audits.canaries import flip_coins, loss_scores, record_canaries
+    from choral.audits.scores import audit_scores
+
+    arm, seed, count = settings.arms[name], settings.seed, settings.audit.canaries
+    settings = with_overrides(settings, arm)
+    task = load_task(settings, seed)
+    shape, classes = _kind_of_records(task)
+    canaries = record_canaries(count, shape, classes)
+    inside = flip_coins(count)
+    hosts = list(task.parties)
+    chosen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {host: [] for host in hosts}
+    for number, canary in enumerate(canaries):
+        if inside[number]:
+            chosen[hosts[number % len(hosts)]].append(canary)
+    parties = {host: _with_records(dataset, chosen[host]) for host, dataset in task.parties.items()}
+    train = trainer_of(settings, arm, seed, settings.privacy.epsilon if arm.private else None)
+    run = train(dataclasses.replace(task, parties=parties), on_round=on_round)
+    model = task.build(task.parties[hosts[0]])[0]
+    model.load_state_dict(run.state)
+    return audit_scores(
+        loss_scores(model, canaries),
+        inside,
+        design="coins",
+        delta=run.spent.delta if run.spent else settings.privacy.delta,
+        claimed=run.spent.epsilon if run.spent else None,
+        attack="canary records in one training, seen by the final model",
+    )
+
+
+def probes_of(settings: Settings) -> dict[str, Probe]:
+    """A probe of each arm's record-level promise, if asked for; arms with the same promise share one."""
+    from choral.audits.probing import probe
+    from choral.privacy import Privacy
+
+    made: dict[Any, Probe] = {}
+    found: dict[str, Probe] = {}
+    for name, arm in settings.arms.items():
+        if not (settings.audit.probe and arm.private):
+            continue
+        promise = privacy_of(settings, arm, settings.privacy.epsilon)
+        if isinstance(promise, Privacy):
+            key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs)
+            found[name] = made[key] if key in made else made.setdefault(key, probe(promise))
+    return found
+
+
+def _kind_of_records(task: Task) -> tuple[tuple[int, ...], int]:
+    """The shape of a record's features, and how many classes there are."""
+    import torch
+
+    from choral.trainers.task import labels_of
+
+    record = next(iter(task.parties.values()))[0]
+    labels = [labels_of(dataset) for dataset in task.parties.values()]
+    features = record[0] if isinstance(record, tuple | list) and len(record) == 2 else None
+    if (
+        not isinstance(features, torch.Tensor)
+        or not features.is_floating_point()
+        or any(each is None for each in labels)
+    ):
+        raise ConfigError(
+            "canaries are made of noise under a random class, and these records are not (float tensor, class)",
+            hint="leave audit.canaries out, or audit the task by canaries of its own: choral audit --model",
+        )
+    return tuple(features.shape), max(int(each.max()) for each in labels if each is not None) + 1
+
+
+def _with_records(dataset: Any, more: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    import torch
+    from torch.utils.data import ConcatDataset, TensorDataset
+
+    if not more:
+        return dataset
+    features, labels = torch.stack([x for x, _ in more]), torch.stack([y for _, y in more])
+    if type(dataset) is TensorDataset:
+        own = dataset.tensors
+        return TensorDataset(torch.cat([own[0], features.to(own[0])]), torch.cat([own[1], labels.to(own[1])]))
+    return ConcatDataset([dataset, TensorDataset(features, labels)])
+
+
+def evidence_of(settings: Settings, out: Path) -> dict[str, Any]:
+    """The arguments attacks, probes and failed of ``compare``."""
+    found = {name: read_attempt(settings, name, out) for name, arm in settings.arms.items() if attacked(settings, arm)}
+    return {
+        "attacks": {name: [each.result] for name, each in found.items() if each.result is not None},
+        "failed": {name: each.failed for name, each in found.items() if each.failed},
+        "probes": probes_of(settings),
+    }
