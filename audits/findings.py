@@ -15,6 +15,7 @@ _PARTLY = NotRun(
     name="Transcript audit against the parties' own vectors",
     would_show="whether any message correlates with a single party's update (a rehearsal with masked sums has them)",
 )
+_INVERTED = "A masked message gives no input away"
 
 
 def evidence_checks(
@@ -31,7 +32,7 @@ def evidence_checks(
     if inversion is not None:
         checks += [
             Check(
-                name="A masked message gives no input away",
+                name=_INVERTED,
                 verdict="violated" if view.recovered else "holds",
                 finding=f"{view.psnr:.1f} dB against the true image, {view.unrelated_psnr:.1f} dB against unrelated"
                 f" ones (p = {view.p_value:.2g}, {inversion.trials} trials).",
@@ -88,9 +89,11 @@ def verdict_sentence(verdict: Verdict, checks: Sequence[Check], attacks: Sequenc
         return said
     if attacks:
         return "No violation found; the attacks were of a kind that bounds no ε."
+    tried = any(check.name == _INVERTED for check in checks)
+    found, kind = (", and no picture in a masked message", " that bounds ε") if tried else ("", "")
     return (
-        "No violation found in the books. No attack was run, so a leak that the books do not show could not have been"
-        " detected."
+        f"No violation found in the books{found}. No attack{kind} was run, so a leak that the books do not show could"
+        " not have been detected."
     )
 
 

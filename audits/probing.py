@@ -74,8 +74,7 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     """Run a private trainer twice on probe records and test it against its own ledger.
 
     privacy: the promise to be tested, with independent noise. wrap: from such a promise to the function that makes a
-    model, an
-        optimizer and a loader private; by default its own ``wrap``.
+        model, an optimizer and a loader private; by default its own ``wrap``.
     Finds: noise that is smaller than claimed; noise used twice, within a run or in the next; more records drawn than
     the sample rate, or batches of fixed size; records beyond the clipping norm; and, by the canaries, whatever makes
     the whole cost more than claimed. Adversary: sees every step, and knows all records but the coins.
@@ -83,7 +82,8 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     Chunks of batches are probed as they are asked for; clipping by layer as one norm, since the probe's model has one
     layer; adaptive clipping with its norm held still, so that neither its moves nor its count's own noise are seen.
 
-    Raises: ConfigError for correlated noise, which repeats by design; what the trainer raises.
+    Raises: ConfigError for correlated noise, which repeats by design, and for a trainer that spends nothing from the
+        ledger of the promise, or makes no step; what the trainer raises.
     """
     if type(privacy) is not Privacy:
         raise ConfigError(f"the probe is for Privacy, whose noise is independent, not for {type(privacy).__name__}")
@@ -176,9 +176,15 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
             if len(released) > before:  # else a chunk, and its batch goes on
                 drawn.append(shown)
                 shown = 0
+    spent = own.spent()
+    if not released or spent.noise_multiplier is None or spent.sample_rate is None or not spent.steps:
+        raise ConfigError(
+            f"the trainer made {len(released)} steps and its ledger has none: it claims nothing that could be probed",
+            hint="wrap(privacy) must train by what the privacy that it is given makes private",
+        )
     drawn += [0] * (len(released) - len(drawn))  # empty batches are stepped out of sight
     scale = kept * batch / clip  # vector and count of adaptive clipping together have the claimed noise
-    return _Seen(scale * np.stack(released), np.array(drawn), inside, own.spent(), records)
+    return _Seen(scale * np.stack(released), np.array(drawn), inside, spent, records)
 
 
 def _gradient(model: nn.Linear) -> Floats:

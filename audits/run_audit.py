@@ -205,16 +205,17 @@ def audit_evidence(
         raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")
     checks = evidence_checks(attacks, probe, inversion)
     verdict = worst(checks)
-    claimed = [attack for attack in attacks if attack.claimed is not None]
+    evidence = [*attacks, *([probe.canaries] if probe else [])]
+    claimed = [attack for attack in evidence if attack.claimed is not None]
     claim = "No differential privacy is claimed."
     if claimed:
-        said = f"ε\u00a0=\u00a0{claimed[0].claimed:g}, δ\u00a0=\u00a0{power(claimed[0].delta)}"
+        said = f"ε\u00a0=\u00a0{claimed[0].claimed:.4g}, δ\u00a0=\u00a0{power(claimed[0].delta)}"
         claim = f"Training is claimed to be ({said})-differentially private for each {claimed[0].unit}."
     return Audit(
         title=title,
         made=now(),
         verdict=verdict,
-        sentence=verdict_sentence(verdict, checks, [*attacks, *([probe.canaries] if probe else [])]),
+        sentence=verdict_sentence(verdict, checks, evidence),
         claim=f"{claim} The claim was given to the audit; no ledger backs it here.",
         promised=bool(claimed),
         checks=checks,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,9 @@ from choral.audits.evidence import Bound, Finding, NullControl, ScoreAudit
 from choral.audits.guessing import Bound as BoundOf
 from choral.audits.guessing import Guessing, Outcome, Shares, Split, shuffled
 from choral.audits.roc import Bools, Floats, checked_scores, curve, roc
+from choral.audits.score_files import Design
+from choral.audits.text import power
 from choral.errors import ConfigError, DataError
-
-Design = Literal["coins", "runs", "split"]
 
 ONE_RUN, FDP = "one run", "one run, Gaussian f-DP"
 EXACT, GAUSSIAN, JOINT = "Clopper-Pearson", "Gaussian from two rates", "joint beta"
@@ -111,7 +111,7 @@ def audit_scores(
         bounds=found,
         roc=roc(values, inside, level=confidence),
         null=null,
-        notes=_notes(decisive, claimed, null, delta, beta),
+        notes=(*_half(inside, design), *_notes(decisive, claimed, null, delta, beta)),
     )
 
 
@@ -311,6 +311,19 @@ def _check_fair(members: Bools) -> None:
         )
 
 
+def _half(members: Bools, design: Design) -> tuple[str, ...]:
+    """A warning of coins that came up exactly half and half, as a random half does always."""
+    from scipy.stats import binom
+
+    if design != "coins" or 2 * int(members.sum()) != len(members):
+        return ()
+    chance = float(binom.pmf(len(members) // 2, len(members), 0.5))
+    return (
+        f"Exactly half of the {len(members)} canaries are members, which fair coins give in {100 * chance:.2g} % of all"
+        " cases. If a fixed number was drawn instead, the bound does not hold: flip a coin for each.",
+    )
+
+
 def _needed_hint(epsilon: float, delta: float, beta: float) -> str:
     try:
         needed = canaries_needed(epsilon, delta=delta, confidence=1.0 - beta)
@@ -322,13 +335,17 @@ def _needed_hint(epsilon: float, delta: float, beta: float) -> str:
 def _sentence(finding: Finding, bound: Bound | None, claimed: float | None, unit: str) -> str:
     if bound is None:
         return "An ROC only: from training records against fresh ones no bound on epsilon follows."
-    at = f"δ = {bound.delta:g}, unit: the {unit}"
-    sure = f"at {bound.confidence:.4g} confidence"
+    at = f"δ = {power(bound.delta)}, unit: the {unit}"
+    sure = f"at {100 * bound.confidence:.4g} % confidence"
     reach = f"this test could have shown at most {bound.ceiling:.3g}"
     if finding == "violated":
-        return f"Violated {sure}: training costs at least ε = {bound.epsilon:.3g} ({at}), and {claimed:g} was claimed."
+        return (
+            f"Violated {sure}: training costs at least ε = {bound.epsilon:.3g} ({at}), and {claimed:.4g} was claimed."
+        )
     if finding == "not violated":
-        return f"No violation of ε = {claimed:g} found ({at}): the lower bound is {bound.epsilon:.3g} {sure}; {reach}."
+        return (
+            f"No violation of ε = {claimed:.4g} found ({at}): the lower bound is {bound.epsilon:.3g} {sure}; {reach}."
+        )
     return f"Training costs at least ε = {bound.epsilon:.3g} {sure} ({at}); {reach}. No claim was given."
 
 

@@ -15,8 +15,18 @@ from choral.errors import ConfigError
 
 if TYPE_CHECKING:
     from choral.audits import Audit
-    from choral.audits.evidence import ScoreAudit
+    from choral.audits.evidence import Probe, ScoreAudit
+    from choral.audits.score_files import Design
     from choral.trainers import Run
+
+
+_DESIGNS = (
+    "Where the memberships of --scores come from. A wrong answer gives a bound that does not hold, so there is no"
+    ' default; a file may state it by a first line \'# design: coins\', or by "design": "coins" in JSON. coins: one'
+    " training, and each canary was put in or left out by a fair coin of its own (a random half of them is not that)."
+    " runs: every score is of a training of its own, with or without the canary. split: records that were trained on"
+    " against fresh ones; this gives an ROC, and no bound."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,8 @@ class AuditFlags:
     """Hold a privacy claim against evidence: a run folder, a file of scores, or your own training.
 
     A run folder is audited without training: ledgers by several accountants, participation, what the server saw, costs.
-    --scores and --model add an attack, to a run or by themselves.
+    --scores, --model, --probe and --inversion add evidence: the books show what was paid for, only an attack shows what
+    leaks. All but --inversion also work without a run.
 
     Exit code 0: nothing contradicts the claim. 1: it is violated at the stated confidence, or it cannot be verified
     because a ledger is missing. 2: wrong usage or bad input.
@@ -36,11 +47,9 @@ class AuditFlags:
     """Scores of canaries: CSV headed score,member or JSON {"scores": [...], "members": [...]}; higher says member."""
     model: Path | None = None
     """Python file with canaries, train(members) and score(model, canaries); it is run, and trains once."""
-    design: Literal["coins", "runs", "split"] = "coins"
-    """Where memberships come from. coins: one training, each canary in by its own fair coin. runs: each score from a
-    training of its own. split: training records against fresh ones (an ROC, no bound)."""
+    design: Annotated[Literal["coins", "runs", "split"] | None, tyro.conf.arg(help=_DESIGNS)] = None
     epsilon: float | None = None
-    """The claim that scores are held against; by default the run's."""
+    """The claim that evidence is held against; by default the run's."""
     delta: float | None = None
     """Delta of that claim; by default the run's."""
     unit: str = "record"
@@ -49,6 +58,16 @@ class AuditFlags:
     """Of a violation."""
     attack: str = "scores as given"
     """What made the scores, for the report."""
+    probe: bool = False
+    """Train twice for seconds on records made for it, under the run's promise: noise, its reuse, sampling, clipping."""
+    wrap: Path | None = None
+    """With --probe: Python file with wrap(privacy) -> a function that makes (model, optimizer, loader) private; run."""
+    inversion: bool = False
+    """Try to rebuild a record from an update of the run's model: as sent, masked, in the sum, in the sum with noise."""
+    task: Path | None = None
+    """With --inversion: Python file with load(split, training, seed), if the run was of one; never from the folder."""
+    data_dir: Path | None = None
+    """With --inversion: folder of the data sets, for an embedded task that needs one."""
     out: Path | None = None
     """Folder of report.json and report.html; by default the run folder, and none without a run."""
     markdown: Path | None = None
@@ -69,8 +88,16 @@ def audit(words: list[str]) -> int:
 
         print(json.dumps(json_schema(), indent=1, sort_keys=True))
         return 0
-    if wanted.run is None and wanted.scores is None and wanted.model is None:
-        raise ConfigError("nothing to audit", hint="name a run folder, or give --scores FILE or --model FILE.py")
+    if wanted.run is None and wanted.scores is None and wanted.model is None and not wanted.probe:
+        hint = "name a run folder, or give --scores FILE, --model FILE.py or --probe"
+        raise ConfigError("nothing to audit", hint=hint)
+    if wanted.inversion and wanted.run is None:
+        raise ConfigError("--inversion is of a run's model", hint="name the run folder")
+    for flag, other in (("wrap", "probe"), ("task", "inversion"), ("data_dir", "inversion"), ("design", "scores")):
+        if getattr(wanted, flag) is not None and not getattr(wanted, other):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} belongs to --{other}", hint=f"give --{other}, or leave it out"
+            )
     if wanted.markdown is not None and wanted.markdown.suffix != ".md":
         raise ConfigError(f"the summary is Markdown, not {wanted.markdown.name!r}", hint="end its name in .md")
     result = _report(wanted)
@@ -91,21 +118,37 @@ def audit(words: list[str]) -> int:
 def _report(wanted: AuditFlags) -> Audit:
     from choral.audits import audit
     from choral.audits.run_audit import audit_evidence
-
-    prices = read_prices(wanted.prices, wanted.price)
-    if wanted.run is None:
-        source = wanted.model or wanted.scores
-        return audit_evidence(f"Audit of {source.name if source else 'scores'}", attacks=_attacks(wanted, None))
     from choral.trainers import Run
 
-    run = Run.load(wanted.run)
-    return audit(run, prices=prices, attacks=_attacks(wanted, run))
+    prices = read_prices(wanted.prices, wanted.price)
+    run = Run.load(wanted.run) if wanted.run is not None else None
+    attacks, probe = _attacks(wanted, run), _probe(wanted, run)
+    if run is None or wanted.run is None:
+        source = wanted.model or wanted.scores or wanted.wrap
+        named = source.name if source else "the private trainer"
+        return audit_evidence(f"Audit of {named}", attacks=attacks, probe=probe)
+    inversion = None
+    if wanted.inversion:
+        from choral.audit_evidence import invert_update
+
+        inversion = invert_update(run, wanted.run, task=wanted.task, data_dir=wanted.data_dir)
+    return audit(run, prices=prices, attacks=attacks, probe=probe, inversion=inversion)
+
+
+def _probe(wanted: AuditFlags, run: Run | None) -> Probe | None:
+    if not wanted.probe:
+        return None
+    from choral.audit_evidence import probe_trainer
+
+    return probe_trainer(
+        run, epsilon=wanted.epsilon, delta=wanted.delta, confidence=wanted.confidence, wrap=wanted.wrap
+    )
 
 
 def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
     if wanted.scores is None and wanted.model is None:
         return []
-    from choral.audits.score_files import read_scores
+    from choral.audits.score_files import read_score_file
     from choral.audits.scores import audit_scores, audit_training
 
     epsilon, delta = _claim(wanted, run)
@@ -114,11 +157,26 @@ def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
     }  # fmt: skip
     found = []
     if wanted.scores is not None:
-        scores, members = read_scores(wanted.scores)
-        found.append(audit_scores(scores, members, design=wanted.design, attack=wanted.attack, **common))
+        scores, members, stated = read_score_file(wanted.scores)
+        design = _design(wanted, stated)
+        found.append(audit_scores(scores, members, design=design, attack=wanted.attack, **common))
     if wanted.model is not None:
         found.append(audit_training(*_callables(wanted.model), **common))
     return found
+
+
+def _design(wanted: AuditFlags, stated: Design | None) -> Design:
+    """Where the memberships come from, as the flag or the file says. Raises: ConfigError if neither does, or both."""
+    design = wanted.design or stated
+    if design is None:
+        raise ConfigError(
+            f"nothing says where the memberships in {wanted.scores} come from, and what follows depends on it",
+            hint="give --design coins (one training, a fair coin for each canary), --design runs (each score of a"
+            " training of its own) or --design split (training records against fresh ones: no bound)",
+        )
+    if stated not in (None, design):
+        raise ConfigError(f"{wanted.scores} states the design {stated!r}, and --design is {design!r}")
+    return design
 
 
 def _claim(wanted: AuditFlags, run: Run | None) -> tuple[float | None, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -121,7 +122,16 @@ def _train(words: list[str]) -> int:
 def _audit(words: list[str]) -> int:
     from choral.audit_command import audit
 
-    return audit(words)
+    try:
+        return audit(words)
+    except (ChoralError, OSError):
+        raise
+    except (
+        Exception
+    ):  # of the user's own code, or a fault here: Python's exit code 1 would say that a claim is violated
+        traceback.print_exc()
+        print("choral: the audit was stopped by the error above and has no verdict", file=sys.stderr)
+        return 2
 
 
 def _export(words: list[str]) -> int:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import tyro
 
 from choral.cli import parse
 from choral.errors import ConfigError
-from choral.settings import Settings
+from choral.run_task import task_of
 
 if TYPE_CHECKING:
     import torch
-
-    from choral.trainers import Run, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,10 @@ def export(words: list[str]) -> int:
     from choral.trainers.task import checked_build
 
     run = Run.load(wanted.run)
-    task = _task_of(run, wanted)
+    task = task_of(
+        run, wanted.run, task=wanted.task, data_dir=wanted.data_dir,
+        in_python="run.export(model, example_inputs, path)",
+    )  # fmt: skip
     model, _, loader = checked_build(task.build, next(iter(task.parties.values())))
     done = write(model, run.state, _inputs_of(next(iter(loader))), wanted.out)
     if not wanted.quiet:
@@ -51,31 +50,6 @@ def export(words: list[str]) -> int:
         print(f"{done.path}: round {run.history[-1].round}; largest difference {done.max_difference:.2g}")
         print(f"checked against the model for batches of {sizes} records")
     return 0
-
-
-def _task_of(run: Run, wanted: Export) -> Task:
-    """The run's task. A Python file is run only if the command line names it: a folder may come from anybody."""
-    from choral.jobs import load_task
-    from choral.trainers.data import TASKS
-
-    try:
-        settings = msgspec.convert(run.info.config, Settings, dec_hook=lambda kind, value: kind(value))
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"the settings in {wanted.run} are not those of a job: {error}") from None
-    if not run.info.config:
-        raise ConfigError(
-            f"{wanted.run} holds no settings: it was not made by the command line",
-            hint="in Python: run.export(model, example_inputs, path)",
-        )
-    if wanted.task is None and settings.task not in TASKS:
-        raise ConfigError(
-            f"the run's task is a Python file, {settings.task!r}, and code is not run because a folder says so",
-            hint="if you trust it, name it: --task FILE.py",
-        )
-    settings = dataclasses.replace(
-        settings, task=settings.task if wanted.task is None else str(wanted.task), data_dir=wanted.data_dir
-    )
-    return load_task(settings, run.info.seed)
 
 
 def _inputs_of(batch: Any) -> tuple[torch.Tensor, ...]:

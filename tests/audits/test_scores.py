@@ -305,3 +305,13 @@ def test_missing_and_nan_files(tmp_path: Path) -> None:
     (tmp_path / "nan.csv").write_text("score,member\nnan,1\n1.0,0\n2.0,1\n")
     with pytest.raises(DataError, match="not finite"):
         audit_scores(*read_scores(tmp_path / "nan.csv"), design="coins", delta=1e-5)
+
+
+def test_exactly_half_is_said_to_be_suspicious() -> None:
+    """P[Binomial(400, 1/2) = 200] = 0.0399; one member more says nothing."""
+    rng = np.random.default_rng(3)
+    members = np.repeat([1, 0], 200)
+    notes = audit_scores(rng.normal(size=400), members, design="coins", delta=1e-5, null_draws=5).notes
+    assert any("Exactly half of the 400 canaries are members, which fair coins give in 4 %" in note for note in notes)
+    members[200] = 1
+    assert not audit_scores(rng.normal(size=400), members, design="coins", delta=1e-5, null_draws=5).notes
