@@ -231,7 +231,7 @@ def accountants_check(rows: Sequence[Accountants]) -> list[Check]:
 
 def participation_of(run: Run) -> Participation | None:
     """None for pooled training, which has no parties that could fail to come. Raises: LedgerError."""
-    rounds = [entry for entry in run.history if entry.round]
+    rounds = [entry for entry in run.history if entry.round and not entry.failed]  # those opened no sum
     if run.info.kind != "federated" or not rounds:
         return None
     minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
@@ -256,7 +256,8 @@ def participation_checks(run: Run, found: Participation | None) -> list[Check]:
     checks = []
     name = "No sum was opened over fewer parties than claimed"
     if found.claimed_minimum is not None:
-        low = [entry for entry in run.history if entry.round and entry.survivors < found.claimed_minimum]
+        opened = [entry for entry in run.history if entry.round and not entry.failed]
+        low = [entry for entry in opened if entry.survivors < found.claimed_minimum]
         said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
         if low:
             said = (
@@ -289,7 +290,7 @@ def _releases(run: Run) -> tuple[ClientRelease, ...]:
 def _shares_survived(run: Run) -> list[int]:
     """Noise shares that the adversary does not know, by round: those of the survivors that are not colluders."""
     colluders = int((run.info.privacy or {}).get("colluders", 0))
-    return [entry.survivors - colluders for entry in run.history if entry.round]
+    return [entry.survivors - colluders for entry in run.history if entry.round and not entry.failed]
 
 
 def _overcounted(run: Run) -> list[tuple[int, int, int]]:

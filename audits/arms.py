@@ -108,7 +108,8 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
 
 def _fewest_survivors(runs: Sequence[Run]) -> int | None:
     """Over all rounds of training; round 0 is the initial model and has none."""
-    return min((entry.survivors for run in runs for entry in run.history if entry.round), default=None)
+    opened = (entry for run in runs for entry in run.history if entry.round and not entry.failed)
+    return min((entry.survivors for entry in opened), default=None)
 
 
 def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:

@@ -249,6 +249,9 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
         if number not in history or len(attempts) > 1:  # a round that was cut short, and repeated
             continue
         up, down = (max(attempts[0][way].values(), default=0) for way in ("up", "down"))
+        before = history.get(number - 1)
+        if history[number].failed or (before and before.failed):  # what a sum that failed had cost is counted later
+            continue
         entry, model = history[number], 4 * run.info.parameters
         if (up, down + model) != (entry.bytes_up, entry.bytes_down):
             finding = (
@@ -257,7 +260,8 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
             )
             return Check(name=name, verdict="violated", finding=finding)
         compared += 1
-    missing = [entry.round for entry in run.history if entry.round and entry.round not in rounds]
+    kept = [entry.round for entry in run.history if entry.round and not entry.failed]
+    missing = [number for number in kept if number not in rounds]
     if missing:
         finding = f"Round {missing[0]} is in the history and not in the transcript ({len(missing)} in all)."
         return Check(name=name, verdict="unverified", finding=finding)
@@ -317,7 +321,7 @@ def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
     from choral.protocols import messages as wire
 
     name = "Everybody was told the same survivors, and enough of them"
-    history = {entry.round: entry.survivors for entry in run.history if entry.round}
+    history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}
     claimed = int((run.info.secure_sum or {}).get("min_survivors") or 0)
     fewest, told = None, 0
     last = {seen.round: index for index, session in enumerate(sessions) for seen in session.seen}

@@ -29,6 +29,7 @@ from choral.trainers.engines import Cohort, Direct, Fastest
 from choral.trainers.epochs import Epochs
 from choral.trainers.local import Resident
 from choral.trainers.memory import Memory
+from choral.trainers.participation import Participation
 from choral.trainers.rounds import Federation, open_sessions
 from choral.trainers.transcript import Transcript
 
@@ -71,9 +72,8 @@ def federation(resident: Resident, trainer: LocalTrainer, examples: dict[str, in
         coders=coders,
         sessions=open_sessions(Plain(), coders, seen),
         secure_sum=Plain(),
-        cohort=None,
+        participation=Participation(),
         memory=Memory(),
-        dropout_rate=0.0,
         seed=0,
         seen=seen,
     )

@@ -19,6 +19,7 @@ from choral.trainers.centralize import centralize
 from choral.trainers.epochs import Epochs
 from choral.trainers.federate import federate
 from choral.trainers.lora import lora, merged
+from choral.trainers.participation import ONCE_A_DAY, Availability, Clock, Device, Dropouts, Participation
 from choral.trainers.partition import dirichlet_split
 from choral.trainers.run import Round, Run, RunFolderError, RunInfo
 from choral.trainers.settings import Split, Training
@@ -31,15 +32,21 @@ __all__ = [
     "DANE",
     "FSVRG",
     "GD",
+    "ONCE_A_DAY",
     "Algorithm",
+    "Availability",
+    "Clock",
     "CoCoA",
+    "Device",
     "DivergedError",
+    "Dropouts",
     "Epochs",
     "FedAdam",
     "FedAvg",
     "FedNova",
     "FedProx",
     "FedYogi",
+    "Participation",
     "Round",
     "Run",
     "RunFolderError",

@@ -15,7 +15,7 @@ what the noise's encoding pads to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +38,10 @@ from choral.trainers.energy import EnergyMeter
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
 from choral.trainers.local import Resident, initial_model, resolve_device
+from choral.trainers.participation import Clock, Participation
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
-from choral.trainers.rounds import Federation, check_cohort, check_fits, open_sessions
+from choral.trainers.rounds import Federation, check_fits, check_participation, open_sessions, participation_of
 from choral.trainers.run import Population, Round, Run, RunInfo, versions
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of, raw_bytes
@@ -71,6 +72,7 @@ def federate(
     value_bits: int = 28,
     dropout_rate: float = 0.0,
     cohort: int | None = None,
+    participation: Participation | None = None,
     min_classes: int = 2,
     device: str = "cpu",
     precision: Precision = "float32",
@@ -109,6 +111,8 @@ def federate(
     cohort: how many parties each round asks, drawn anew from ``seed``; by default all. The server sees who they are, so
         every round is charged as if all took part. A secure sum is opened over the cohort alone.
     dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
+    participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are gone
+        over, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
     seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
         keys or masks.
     device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
@@ -127,23 +131,24 @@ def federate(
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
-    census = census_of(parties, cohort=cohort, privacy=privacy, min_classes=min_classes)
+    algorithm = algorithm if algorithm is not None else FedAvg()
+    check_fits(algorithm, privacy, loss)
+    participation = participation_of(algorithm, participation, cohort, dropout_rate)
+    census = census_of(parties, participation=participation, privacy=privacy, min_classes=min_classes)
     examples, names = census.examples, census.names
     check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
     on = resolve_device(device)
     initial = Weights.read(start) if start is not None else None
-    algorithm = algorithm if algorithm is not None else FedAvg()
-    check_fits(algorithm, privacy, loss)
     check_arithmetic(precision, compile, private=isinstance(privacy, Privacy), reads_records=algorithm.needs_loss)
-    check_cohort(algorithm, cohort, len(parties))
+    check_participation(algorithm, participation, len(parties))
     arithmetic = Arithmetic(on, precision, compile=compile)
     info = describe(
         "federated", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning, census.population
     )
-    how = algorithm.record() | ({"cohort": cohort} if cohort else {})
     info = msgspec.structs.replace(
         info,
-        algorithm=how,
+        algorithm=algorithm.record(),
+        participation=participation.record(),
         releases=tuple(asdict(release) for release in algorithm.releases),
     )
 
@@ -196,7 +201,7 @@ def federate(
             value_bound=value_bound,
         )
         channels = algorithm.channels(setup)
-        first = tuple(names[:cohort])  # stands for every cohort where only its size matters
+        first = tuple(names[: participation.fewest(len(names))])  # stands for every cohort: no sum is over fewer
         roster = first if census.population else tuple(names)
         if clients:
             sums = sum(not channel.once for channel in channels.values())
@@ -222,7 +227,7 @@ def federate(
                 f"{algorithm.kind} has several sums in a round, and a transcript is of one",
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
-        rooms = open_sessions(secure_sum, coders, seen, roster=first if cohort else None)
+        rooms = open_sessions(secure_sum, coders, seen, roster=None if participation.everybody else first)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()
@@ -236,18 +241,21 @@ def federate(
             coders=coders,
             sessions=rooms,
             memory=recorder.memory(),
-            dropout_rate=dropout_rate,
-            cohort=cohort,
+            participation=participation,
             secure_sum=secure_sum,
             seed=seed,
             seen=seen,
+            succeeded=sum(not entry.failed for entry in recorder.history[1:]),
         )
         if recorder.fresh:
             untrained = Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING)
             recorder.add(untrained, resident.model, sealed=seen.sealed)
         for number in range(recorder.completed + 1, rounds + 1):
             started, _ = time.perf_counter(), meter.take()
-            weights, traffic = federation.round(weights, number)
+            simulated = _next_start(participation.clock, recorder.history)
+            weights, traffic = federation.round(weights, number, simulated)
+            if traffic.failed and _failed_in_a_row(recorder.history) >= participation.patience:
+                raise traffic.failed
             seen.flush()
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
@@ -262,12 +270,28 @@ def federate(
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
                 clip=coders[last].clip,
                 joules=joules,
+                asked=traffic.asked,
+                failed=str(traffic.failed or ""),
+                simulated_start=simulated if participation.timed else None,
+                simulated_seconds=traffic.seconds if participation.timed else None,
             )
             federation.memory.clips = {} if team is not None else clips_of(guards)  # other ranks keep theirs
             recorder.add(entry, resident.model, spent, memory=federation.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
         return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
+
+
+def _next_start(clock: Clock, history: Sequence[Round]) -> float:
+    """When the round after these begins, in simulated seconds."""
+    last = history[-1]
+    if last.simulated_start is None or last.simulated_seconds is None:
+        return clock.first
+    return clock.next(last.simulated_start, last.simulated_seconds)
+
+
+def _failed_in_a_row(history: Sequence[Round]) -> int:
+    return next(count for count, entry in enumerate(reversed(history)) if not entry.failed)
 
 
 def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -67,6 +67,11 @@ class Recorder:
     @property
     def fresh(self) -> bool:
         return not self._history
+
+    @property
+    def history(self) -> Sequence[Round]:
+        """The rounds so far."""
+        return self._history
 
     @property
     def completed(self) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
-from choral.protocols.seam import SecureSum, SumResult, SumSession
+from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
+from choral.protocols.seam import STEPS, Losses, SecureSum, Step, SumResult, SumSession
 from choral.trainers.algorithms.seam import (
     Algorithm,
     Exchange,
@@ -21,9 +24,8 @@ from choral.trainers.algorithms.seam import (
     Work,
 )
 from choral.trainers.coders import Coder
-from choral.trainers.local import seeded
 from choral.trainers.memory import Memory, State
-from choral.trainers.participation import fixed_cohort, stream
+from choral.trainers.participation import Dropouts, Participation, stream
 from choral.trainers.run import RunFolderError
 from choral.trainers.task import DivergedError, Loss, TaskError
 from choral.trainers.transcript import Transcript
@@ -31,11 +33,16 @@ from choral.trainers.transcript import Transcript
 
 @dataclass
 class Traffic:
-    """Of one round. survivors: of its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed."""
+    """Of one round. asked: parties it began with. survivors: of its last exchange. bytes_up, bytes_down: of each
+    exchange's busiest party, summed, without a sum that failed. seconds: simulated. failed: why it was given up.
+    """
 
+    asked: int = 0
     survivors: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    seconds: float = 0.0
+    failed: TooFewSurvivorsError | None = None
 
 
 @dataclass
@@ -50,40 +57,49 @@ class Federation:
     coders: Mapping[str, Coder]
     sessions: Mapping[str, SumSession]
     memory: Memory
-    dropout_rate: float
-    cohort: int | None
+    participation: Participation
     secure_sum: SecureSum
     seed: int
     seen: Transcript
+    succeeded: int = 0  # rounds
 
-    def round(self, weights: torch.Tensor, number: int) -> tuple[torch.Tensor, Traffic]:
-        """The next weights, float32, shape (d,). The memory changes only if the round succeeds.
+    def round(self, weights: torch.Tensor, number: int, start: float = 0.0) -> tuple[torch.Tensor, Traffic]:
+        """The next weights, float32, shape (d,). start: simulated. The memory changes only if the round succeeds, and
+        so do the weights: in a round that has too few parties left they come back as they were, and Traffic says why.
 
         Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what
-            trainer, coder and secure sum raise.
+            trainer, coder and secure sum raise but for too few survivors.
         """
         self.seen.round = number
-        if number > 1 and self.algorithm.remembers and not self.memory:
+        if self.succeeded and self.algorithm.remembers and not self.memory:
             raise RunFolderError(
                 f"what {self.algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
                 hint=f"restore memory.{number - 1}.safetensors, or run again in a new folder",
             )
+        asked = self._asked(number, start)
+        try:
+            return self._train(weights, number, asked), asked.traffic
+        except DisputedSharesError:
+            raise
+        except TooFewSurvivorsError as error:
+            asked.traffic.failed, asked.traffic.survivors = error, 0
+            return weights, asked.traffic
+        finally:
+            asked.traffic.seconds = asked.lasted(self.participation)
+
+    def _train(self, weights: torch.Tensor, number: int, asked: _Asked) -> torch.Tensor:
         server = dict(self.memory.server)
         parties = {name: dict(state) for name, state in self.memory.parties.items()}
-        traffic, present, sums = Traffic(), self._asked(number), 0
-        rooms = (
-            self.sessions
-            if self.cohort is None
-            else open_sessions(self.secure_sum, self.coders, self.seen, roster=present)
-        )
-        steps = self.algorithm.round(Server(setup=self.setup, number=number, state=server), weights)
+        rooms = self._rooms(asked.parties)
+        steps = self.algorithm.round(Server(setup=self.setup, number=self.succeeded + 1, state=server), weights)
         try:
             ask = next(steps)
             while True:
-                present = self._present(present, number, sums)
-                mean, present = self._exchange(ask, rooms, present, parties, number, traffic, first=sums == 0)
-                sums += 1
-                ask = steps.send(mean)
+                losses = self.participation.dropouts.draw(
+                    asked.parties, stream(self.seed, number, f"dropouts {asked.sums}")
+                )
+                asked.lose(losses)
+                ask = steps.send(self._exchange(ask, rooms, asked, parties, number))
         except StopIteration as end:
             moved: torch.Tensor = end.value
         if not torch.isfinite(moved).all():
@@ -92,23 +108,16 @@ class Federation:
                 hint="lower the learning rates; the last good round is kept",
             )
         self.memory.server, self.memory.parties = server, parties
-        return moved, traffic
+        self.succeeded += 1
+        return moved
 
     def _exchange(
-        self,
-        ask: Exchange,
-        rooms: Mapping[str, SumSession],
-        present: tuple[str, ...],
-        states: dict[str, State],
-        number: int,
-        traffic: Traffic,
-        *,
-        first: bool,
-    ) -> tuple[Mean, tuple[str, ...]]:
+        self, ask: Exchange, rooms: Mapping[str, SumSession], asked: _Asked, states: dict[str, State], number: int
+    ) -> Mean:
         """Keys among all who are asked, then each present party's vector, added as it comes, then the sum."""
-        coder = self.coders[ask.channel]
+        coder, present, traffic = self.coders[ask.channel], asked.sending, asked.traffic
+        summing = rooms[ask.channel].begin(asked.lost)
         coder.begin(present)
-        summing = rooms[ask.channel].begin()
         working: dict[str, Party] = {}
 
         def orders() -> Iterator[tuple[str, Work]]:
@@ -142,29 +151,85 @@ class Federation:
         for name in result.survivors:
             if name in kept:
                 states[name] = kept[name]
-        sent = [*ask.new.values(), *([ask.weights] if first else [])]
+        sent = [*ask.new.values(), *([ask.weights] if not asked.sums else [])]
         traffic.survivors = len(result.survivors)
         traffic.bytes_up += max(result.bytes_up.values())
         traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
-        return coder.decode(result), result.survivors
+        asked.sums += 1
+        return coder.decode(result)
 
-    def _asked(self, number: int) -> tuple[str, ...]:
-        """Everybody, or this round's cohort, each set of its size equally likely."""
-        if self.cohort is None:
-            return tuple(self.names)
-        chosen = fixed_cohort(len(self.names), self.cohort, stream(self.seed, number, "cohort"))
-        return tuple(self.names[index] for index in chosen.tolist())
+    def _asked(self, number: int, start: float) -> _Asked:
+        """Everybody, or this round's cohort, each set of its size equally likely; with those that are too slow."""
+        rule = self.participation
+        chosen = rule.ask(len(self.names), start, stream(self.seed, number, "cohort"), self.seed)
+        parties = tuple(self.names[index] for index in chosen.tolist())
+        seconds = rule.answers([self.examples[name] for name in parties], stream(self.seed, number, "devices"))
+        asked = _Asked(parties, seconds, full=len(parties) >= rule.expected(len(self.names)) or rule.cohort is None)
+        asked.lost = {name: "vector" for name, late in zip(parties, rule.late(seconds), strict=True) if late}
+        return asked
 
-    def _present(self, parties: tuple[str, ...], number: int, sums: int) -> tuple[str, ...]:
-        """Who is left of `parties` for the next exchange: lost ones stay lost, each at some exchange of the round."""
-        if not self.dropout_rate:
-            return parties
-        with seeded(self.seed, number, "dropouts"):
-            asked = self._asked(number)
-            luck = dict(zip(asked, torch.rand(len(asked)).tolist(), strict=True))
-        channels = self.algorithm.channels(self.setup).values()
-        part = min((sums + 1) / sum(not channel.once for channel in channels), 1.0)
-        return tuple(party for party in parties if luck[party] >= self.dropout_rate * part)
+    def _rooms(self, asked: tuple[str, ...]) -> Mapping[str, SumSession]:
+        """The sessions for those who are asked.
+
+        Raises: TooFewSurvivorsError for fewer than a round begins with; ConfigError if more parties are promised less
+            than the fewest, which the run's record tells of; what open_sessions does.
+        """
+        if self.participation.everybody:
+            return self.sessions
+        needed = self.participation.fewest(len(self.names))
+        if len(asked) < needed:
+            raise TooFewSurvivorsError(
+                "too few parties are available",
+                survivors=len(asked),
+                needed=needed,
+                hint="lower participation.least, or let rounds fail with participation.patience",
+            )
+        rooms = open_sessions(self.secure_sum, self.coders, self.seen, roster=asked)
+        for channel, room in rooms.items():
+            stated = self.sessions[channel].statement
+            for promise in ("min_survivors", "corrupt"):
+                if room.statement.get(promise, 0) < stated.get(promise, 0):
+                    raise ConfigError(
+                        f"the secure sum promises {promise} = {stated[promise]} over {needed} parties, and"
+                        f" {room.statement[promise]} over {len(asked)}",
+                        hint=f"give it {promise}={stated[promise]}",
+                    )
+        return rooms
+
+
+@dataclass
+class _Asked:
+    """A round's parties as it goes on. lost: at their step of the sum at hand. full: as many as were to be asked."""
+
+    parties: tuple[str, ...]
+    seconds: NDArray[np.float64]
+    full: bool
+    lost: dict[str, Step] = field(default_factory=dict)
+    sums: int = 0
+    traffic: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traffic = Traffic(asked=len(self.parties))
+
+    def lose(self, losses: Mapping[str, Step]) -> None:
+        """Begin a sum: who is lost in it, beside those who were lost before and do not come at all.
+
+        In the first sum, who is too slow is there for the keys, unless it is lost earlier.
+        """
+        if self.sums:
+            self.lost = dict.fromkeys(self.lost, "keys")
+        for party, step in losses.items():
+            self.lost[party] = min(step, self.lost.get(party, step), key=STEPS.index)
+
+    @property
+    def sending(self) -> tuple[str, ...]:
+        """Those who send a vector."""
+        losses = Losses(self.lost, self.parties)
+        return tuple(party for party in self.parties if losses.takes(party, "vector"))
+
+    def lasted(self, rule: Participation) -> float:
+        answered = np.array([party not in self.lost for party in self.parties], bool)
+        return rule.lasted(self.seconds[answered], complete=self.full and bool(answered.all()))
 
 
 def open_sessions(
@@ -187,14 +252,37 @@ def open_sessions(
     return sessions
 
 
-def check_cohort(algorithm: Algorithm, cohort: int | None, parties: int) -> None:
-    """Raises: ConfigError for a cohort that is no number from 2 to all, or whose algorithm needs everybody."""
-    if cohort is None:
+_PROBE = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
+
+
+def participation_of(
+    algorithm: Algorithm, given: Participation | None, cohort: int | None, dropout_rate: float
+) -> Participation:
+    """What was given, or what its two shorthands say. dropout_rate: of a round, spread over its sums.
+
+    Raises: ConfigError if both were given.
+    """
+    if given is not None:
+        if cohort is not None or dropout_rate:
+            raise ConfigError(
+                "cohort and dropout_rate are short for parts of participation, which is given too",
+                hint="Participation(cohort=..., dropouts=Dropouts(vector=...))",
+            )
+        return given
+    sums = sum(not channel.once for channel in algorithm.channels(_PROBE).values())
+    return Participation(cohort=cohort, dropouts=Dropouts(vector=1 - (1 - dropout_rate) ** (1 / sums)))
+
+
+def check_participation(algorithm: Algorithm, participation: Participation, parties: int) -> None:
+    """Raises: ConfigError for a cohort that is no number from 2 to all, or where an algorithm needs everybody."""
+    if participation.everybody:
         return
-    if not 2 <= cohort <= parties:
+    cohort, least, most = participation.cohort, participation.least, participation.expected(parties)
+    if cohort is not None and not 2 <= cohort <= parties:
         raise ConfigError(f"expected a cohort of 2 to {parties} parties, got {cohort}", hint="None asks all")
-    probe = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
-    if algorithm.keeps or any(channel.once for channel in algorithm.channels(probe).values()):
+    if least is not None and not 2 <= least <= most:
+        raise ConfigError(f"expected participation.least of 2 to {most}, got {least}", hint="at most the cohort")
+    if algorithm.keeps or any(channel.once for channel in algorithm.channels(_PROBE).values()):
         raise ConfigError(
             f"{algorithm.kind} needs every party: its parties keep state, or are counted once for the whole run",
             hint="leave out cohort, or use FedAvg, FedProx, FedAdam, FedYogi or FedNova",
@@ -227,9 +315,8 @@ def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, lo
 
 def _check_client(algorithm: Algorithm) -> None:
     """Client-level privacy clips one vector of the model's length per sum, and knows no state beside it."""
-    probe = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
-    for name, channel in algorithm.channels(probe).items():
-        if channel.length != probe.length or channel.largest_count is not None:
+    for name, channel in algorithm.channels(_PROBE).items():
+        if channel.length != _PROBE.length or channel.largest_count is not None:
             raise ConfigError(
                 f"{algorithm.kind}: what its {name!r} exchange releases is not one vector like the weights, which"
                 " client-level privacy could clip as a whole",

@@ -69,6 +69,9 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         busiest party in this round, the download of the global model included. epsilon: the worst data holder's
         spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
         where they are not clipped. joules: of the machine's meters in this round, None where none could be read.
+    asked: parties that the round began with, None if pooled. failed: why it was given up, its model being the one
+        before and its survivors 0; empty for a round that succeeded. simulated_start, simulated_seconds: of the round
+        in the world that participation describes, None where it has no time.
     """
 
     round: int
@@ -80,6 +83,10 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     epsilon: float | None = None
     clip: float | None = None
     joules: float | None = None
+    asked: int | None = None
+    failed: str = ""
+    simulated_start: float | None = None
+    simulated_seconds: float | None = None
 
 
 class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,6 +122,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
     start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
+    participation: who takes part in a round, None for everybody always.
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
     tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
@@ -137,6 +145,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}
     start: dict[str, str | int] | None = None
+    participation: dict[str, Any] | None = None
     algorithm: dict[str, Any] | None = None
     releases: tuple[dict[str, Any], ...] = ()
     secure_sum: dict[str, Any] | None = None
@@ -392,7 +401,7 @@ _SAME = "use the same settings, or a new --out"
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
     fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning")
-    _compare(old, new, (*fields, *_COMPUTED))
+    _compare(old, new, (*fields, *_COMPUTED, "participation"))
     for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
         if old.config.get(key) != new.config.get(key):
             raise ConfigError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy, Privacy
+from choral.trainers.participation import Participation
 from choral.trainers.run import Population
 from choral.trainers.task import check_parties, check_party
 
@@ -200,7 +201,7 @@ class Census(NamedTuple):
 def census_of(
     parties: Mapping[str, Any],
     *,
-    cohort: int | None,
+    participation: Participation,
     privacy: Privacy | ClientPrivacy | None,
     min_classes: int,
 ) -> Census:
@@ -211,7 +212,7 @@ def census_of(
     if not isinstance(parties, VirtualParties):
         examples = check_parties(parties, least=2, min_classes=min_classes)
         return Census(tuple(parties), examples, parties, sum(examples.values()), max(examples.values()))
-    if cohort is None:
+    if participation.cohort is None and participation.rate is None:
         raise ConfigError("virtual parties need a cohort: all of them cannot be asked", hint="e.g. cohort=100")
     if privacy is not None and not isinstance(privacy, ClientPrivacy):
         raise ConfigError(
@@ -225,5 +226,5 @@ def census_of(
         parties.total,
         parties.largest,
         parties.population(),
-        max(_SEATS, 2 * cohort),
+        max(_SEATS, 2 * participation.expected(len(parties))),
     )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Masked, Privacy, federate
-from choral.trainers import FSVRG, Epochs, Run, Scaffold, VirtualParties
+from choral.trainers import FSVRG, Availability, Dropouts, Epochs, Participation, Run, Scaffold, VirtualParties
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -74,6 +74,10 @@ def main(kind: str, folder: Path) -> None:
         many = VirtualParties(
             500, lambda number: parties_of([count_of(number)])["party-0"], count_of, total=5000, largest=12
         )
+        world = Participation(
+            rate=0.02, availability=Availability(peak=0.9, trough=0.5), dropouts=Dropouts(vector=0.1, unmasking=0.1)
+        )
+        keep("world", federate(**job | {"parties": many, "rounds": 5}, participation=world))
         keep("virtual", federate(**job | {"parties": many}, cohort=6, secure_sum=masked))
         keep("private", federate(**job, privacy=Privacy(epsilon=3.0, delta=1e-3), out=folder / "private"))
 

@@ -157,7 +157,7 @@ class TestCohorts:
         again: list[str] = []
         self.many(job, again, cohort=4, rounds=5)
         assert again == trained
-        assert run.info.algorithm["cohort"] == 4
+        assert run.info.participation["cohort"] == 4
 
     def test_the_masked_sum_is_over_the_cohort_and_exact(self, job):
         plain = self.many(job, [], cohort=5, rounds=2)

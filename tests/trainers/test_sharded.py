@@ -63,7 +63,7 @@ def states(folder: Path, kind: str) -> Mapping[str, torch.Tensor]:
 
 def test_two_processes_give_what_one_gives(alone: Path, tmp_path: Path) -> None:
     finished(start("all", tmp_path, 2), codes=(0, 0))
-    for kind in ("masked", "scaffold", "fsvrg", "virtual"):
+    for kind in ("masked", "scaffold", "fsvrg", "virtual", "world"):
         for name, tensor in states(alone, kind).items():
             assert torch.equal(states(tmp_path, kind)[name], tensor), (kind, name)
             # and every rank has the run

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run, federate
 from choral.errors import ConfigError
 from choral.privacy import Guard, Ledger
-from choral.trainers import DivergedError, RunFolderError, TaskError
+from choral.trainers import DivergedError, Dropouts, Participation, RunFolderError, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
 from choral.trainers.algorithms.seam import Train
 from choral.trainers.local import Resident
@@ -82,7 +82,7 @@ def test_resumed_equals_uninterrupted(convex, tmp_path, kind):
     algorithm = DANE(mu=0.5) if kind == "dane" else KINDS[kind]()
     job = convex(rounds=4) | {"algorithm": algorithm}
     # Some parties are lost, other ones in each round, so that what is kept of those that were there matters.
-    job |= {"dropout_rate": 0.15, "secure_sum": Plain()}
+    job |= {"dropout_rate": 0.3, "secure_sum": Plain()}
     whole = federate(**job)
     assert min(entry.survivors for entry in whole.history[1:]) < 4
 
@@ -99,11 +99,20 @@ def test_resumed_equals_uninterrupted(convex, tmp_path, kind):
         federate(**job | {"algorithm": FedProx(mu=0.5)}, out=tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", ["scaffold", "cocoa"])
-def test_what_parties_keep_agrees_with_the_server_though_some_were_lost(convex, oracle, tmp_path, kind):
-    """SCAFFOLD: c is the weighted mean of all variates. CoCoA+: w is what the dual variables say."""
-    run = federate(**convex(rounds=6), algorithm=KINDS[kind](), dropout_rate=0.3, out=tmp_path / "run")
-    assert min(entry.survivors for entry in run.history[1:]) < 4
+def test_what_parties_keep_agrees_with_the_server_though_some_were_lost(convex, oracle, tmp_path, kind, fails):
+    """SCAFFOLD: c is the weighted mean of all variates. CoCoA+: w is what the dual variables say.
+
+    fails: rounds of fewer than three parties do, the first among them; the next one that succeeds is then the first.
+    """
+    rule = Participation(dropouts=Dropouts(vector=0.3), patience=6)
+    job = convex(rounds=6) | {"participation": rule, "seed": 4}
+    if fails:
+        job |= {"secure_sum": Homomorphic(key="shared", min_survivors=3)}
+    run = federate(**job, algorithm=KINDS[kind](), out=tmp_path / "run")
+    assert bool(run.history[1].failed) == fails
+    assert min(entry.survivors for entry in run.history[1:] if not entry.failed) < 4
     memory = read_memory(tmp_path / "run", 6)
     total = sum(oracle.counts.values())
     if kind == "scaffold":
