@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from choral.audits.claims import check_costs, claim_of, short_path
-from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Point
+from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Measure, Point
 from choral.audits.statistics import difference_interval, mean_interval, spreads
 from choral.errors import ConfigError, DataError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from choral.trainers.run import Run
 
 
-def check_runs(name: str, runs: Sequence[Run], metric: str) -> tuple[Run, ...]:
+def check_runs(name: str, runs: Sequence[Run], metrics: Sequence[str]) -> tuple[Run, ...]:
     """The runs of one arm by rising seed, fit to be averaged.
 
     Raises: ConfigError for no runs, one seed twice, an interrupted run, a metric that was not evaluated, or runs with
@@ -28,7 +28,7 @@ def check_runs(name: str, runs: Sequence[Run], metric: str) -> tuple[Run, ...]:
         raise ConfigError(f"arm {name!r} has no runs", hint="give each arm one run per seed")
     runs = sorted(runs, key=lambda run: run.info.seed)
     for run in runs:
-        _check_run(name, run, metric)
+        _check_run(name, run, metrics)
     for earlier, later in pairwise(runs):
         if earlier.info.seed == later.info.seed:
             raise ConfigError(
@@ -46,7 +46,7 @@ def check_runs(name: str, runs: Sequence[Run], metric: str) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _check_run(name: str, run: Run, metric: str) -> None:
+def _check_run(name: str, run: Run, metrics: Sequence[str]) -> None:
     what = f"arm {name!r}, seed {run.info.seed}"
     if not run.finished:
         done = run.history[-1].round if run.history else 0
@@ -56,7 +56,7 @@ def _check_run(name: str, run: Run, metric: str) -> None:
         )
     if [entry.round for entry in run.history] != list(range(run.info.rounds + 1)):
         raise ConfigError(f"{what}: its history is not rounds 0 to {run.info.rounds}", hint="the run is incomplete")
-    for entry in run.history:
+    for entry, metric in product(run.history, metrics):
         if metric not in entry.metrics:
             known = ", ".join(sorted(entry.metrics)) or "none"
             raise ConfigError(f"{what}: no metric {metric!r}, it has {known}", hint="name a common one with metric=")
@@ -78,8 +78,8 @@ def values(runs: Sequence[Run], metric: str) -> list[float]:
     return [run.history[-1].metrics[metric] for run in runs]
 
 
-def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
-    """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs`."""
+def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()) -> Arm:
+    """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs` for each metric."""
     info = runs[0].info
     federated = info.kind == "federated"
     holders = holders_of(runs)
@@ -100,6 +100,10 @@ def arm_of(name: str, runs: Sequence[Run], metric: str) -> Arm:
         survivors=_fewest_survivors(runs) if federated else None,
         secure_sum=msgspec.to_builtins(info.secure_sum),
         curve=_curve(runs, metric),
+        more=tuple(
+            Measure(metric=other, estimate=mean_interval(values(runs, other)), curve=_curve(runs, other))
+            for other in also
+        ),
         devices=tuple(sorted({run.info.device for run in runs})),
         folders=tuple(short_path(run.folder) for run in runs if run.folder is not None),
         config=msgspec.to_builtins(info.config),
@@ -184,7 +188,7 @@ def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[Bu
             groups.setdefault(float(run.info.privacy["epsilon"]), []).append(run)
         points = []
         for asked in sorted(groups):
-            group = check_runs(f"{arm} at epsilon {asked:g}", groups[asked], metric)
+            group = check_runs(f"{arm} at epsilon {asked:g}", groups[asked], [metric])
             spent = max((cost for run in group for cost in run.info.spent.values()), key=lambda cost: cost.epsilon)
             points.append(
                 BudgetPoint(

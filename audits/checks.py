@@ -81,30 +81,41 @@ def budget_kept(name: str, runs: Sequence[Run], ledger_rows: Rows) -> Check:
 
 
 def weights_match(arms: Runs) -> tuple[tuple[WeightsMatch, ...], Check | None]:
-    """Largest difference of any final weight between non-private federated arms with different secure sums.
+    """Largest difference of any final weight between non-private federated arms that differ in their secure sum alone.
 
     All sums take the same integers, so the expectation is exactly 0; the printed bound is what fixed-point encoding
     may do to one coordinate of the weighted mean in one round. None when there are no two such arms.
     """
-    candidates = {
-        name: runs for name, runs in arms.items() if runs[0].info.kind == "federated" and runs[0].info.privacy is None
-    }
-    kinds = {name: str((runs[0].info.secure_sum or {}).get("name", "")).lower() for name, runs in candidates.items()}
-    if len(set(kinds.values())) < 2:
-        return (), None
-    reference = next((name for name, kind in kinds.items() if kind == "plain"), next(iter(kinds)))
-    others = [name for name in kinds if kinds[name] != kinds[reference]]
+    groups: dict[str, dict[str, Sequence[Run]]] = {}
+    for name, runs in arms.items():
+        if runs[0].info.kind == "federated" and runs[0].info.privacy is None:
+            groups.setdefault(_method(runs[0]), {})[name] = runs
     rows: list[WeightsMatch] = []
     obstacles: list[str] = []
-    for other in others:
+    pairs: list[tuple[str, list[str]]] = []
+    for candidates in groups.values():
+        kinds = {
+            name: str((runs[0].info.secure_sum or {}).get("name", "")).lower() for name, runs in candidates.items()
+        }
+        reference = next((name for name, kind in kinds.items() if kind == "plain"), next(iter(kinds)))
+        others = [name for name in kinds if kinds[name] != kinds[reference]]
+        if others:
+            pairs.append((reference, others))
         twins = {run.info.seed: run for run in candidates[reference]}
-        for run in candidates[other]:
-            obstacle = _obstacle(run, twins.get(run.info.seed))
-            if obstacle:
-                obstacles.append(f"{other}, seed {run.info.seed}: {obstacle}")
-            else:
-                rows.append(_match(other, run, reference, twins[run.info.seed]))
-    return tuple(rows), _verdict(reference, others, rows, obstacles)
+        for other in others:
+            for run in candidates[other]:
+                obstacle = _obstacle(run, twins.get(run.info.seed))
+                if obstacle:
+                    obstacles.append(f"{other}, seed {run.info.seed}: {obstacle}")
+                else:
+                    rows.append(_match(other, run, reference, twins[run.info.seed]))
+    return tuple(rows), _verdict(pairs, rows, obstacles) if pairs else None
+
+
+def _method(run: Run) -> str:
+    """What two runs must share to end at the same weights: algorithm, training and split, where these are known."""
+    config = run.info.config
+    return repr((run.info.algorithm, config.get("training"), config.get("split")))
 
 
 def _obstacle(run: Run, twin: Run | None) -> str:
@@ -146,8 +157,12 @@ def _distance(run: Run, twin: Run) -> float | None:
     return largest
 
 
-def _verdict(reference: str, others: Sequence[str], rows: Sequence[WeightsMatch], obstacles: Sequence[str]) -> Check:
-    name = f"{' and '.join(others)} {'equals' if len(others) == 1 else 'equal'} {reference}"
+def _verdict(
+    pairs: Sequence[tuple[str, Sequence[str]]], rows: Sequence[WeightsMatch], obstacles: Sequence[str]
+) -> Check:
+    name = "; ".join(
+        f"{' and '.join(others)} {'equals' if len(others) == 1 else 'equal'} {reference}" for reference, others in pairs
+    )
     for row in rows:
         where = f"{row.arm}, seed {row.seed}"
         if row.difference is None:

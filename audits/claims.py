@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Claim
-from choral.audits.text import cost, power
+from choral.audits.text import cost, is_gap, power
 from choral.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ _CAVEATS_MIXED = (
     "An ε per client and an ε per record are different promises, on no common scale. The first hides all that a client"
     " holds, the second one record of it, and k records of one client at about k times ε only. At equal ε, the arm per"
     " client promises more.",
+)
+_CAVEATS_GAP = (
+    "A gap to the least value of the objective is computed on the training records and published without noise. No ε"
+    " here covers that: do it for public data only.",
 )
 _CAVEATS_COMPARED = (
     "Each interval is at 95 % by itself, without correction for looking at several arms, and takes seeds to be near"
@@ -155,13 +159,14 @@ def units_of(infos: Sequence[RunInfo]) -> set[str]:
     return {str(info.privacy.get("unit", "record")) for info in infos if info.privacy is not None}
 
 
-def caveats(units: Set[str], *, compared: bool) -> tuple[str, ...]:
+def caveats(units: Set[str], *, compared: bool, metrics: Sequence[str] = ()) -> tuple[str, ...]:
     """What a reader must know to read the numbers rightly. units: as by :func:`units_of`."""
     return (
         (_CAVEATS_COMPARED if compared else ())
         + (_CAVEATS_MIXED if len(units) > 1 else ())
         + (_CAVEATS_CLIENT if "client" in units else ())
         + (_CAVEATS_PRIVATE if units else ())
+        + (_CAVEATS_GAP if units and any(map(is_gap, metrics)) else ())
         + _CAVEATS_ALWAYS
     )
 

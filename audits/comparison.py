@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +26,11 @@ from choral.audits.report import (
     BudgetCurve,
     Check,
     NotRun,
+    Reference,
     WeightsMatch,
 )
 from choral.audits.storage import read_report, save_report
-from choral.errors import ConfigError
+from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +45,10 @@ class Comparison(
 ):
     """What :func:`compare` found. JSON holds exactly these fields, and HTML is drawn from them alone.
 
-    metric: which evaluation is compared. baseline: the arm that differences are to. made: when, in UTC.
-    level: of every interval. matches: final weights under different secure sums, per seed. costs: rounds, bytes,
-    seconds, energy and money, with the prices used; None where the runs did not record what they need.
+    metric: which evaluation arms are judged by. baseline: the arm that differences are to. references: levels to hold
+    metrics against. made: when, in UTC. level: of every interval. matches: final weights under different secure sums,
+    per seed. costs: rounds, bytes, seconds, energy and money, with the prices used; None where the runs did not record
+    what they need.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -54,6 +57,7 @@ class Comparison(
     made: str
     metric: str
     baseline: str
+    references: tuple[Reference, ...] = ()
     level: float = 0.95
     arms: tuple[Arm, ...]
     budgets: tuple[BudgetCurve, ...] = ()
@@ -69,6 +73,11 @@ class Comparison(
         """1 if any check is violated, or the evidence for some arm does not hold, as :class:`Audit` has it; else 0."""
         violated = any(check.verdict == "violated" for check in self.checks)
         return int(violated or any(arm.audit is not None and arm.audit.verdict != "holds" for arm in self.arms))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The one that arms are judged by, and the others."""
+        return (self.metric, *(measure.metric for measure in self.arms[0].more))
 
     def save(self, path: str | Path) -> Path:
         """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
@@ -101,6 +110,8 @@ def compare(
     budgets: Mapping[str, Sequence[Run]] | None = None,
     baseline: str | None = None,
     metric: str = "accuracy",
+    also: Sequence[str] = (),
+    references: Mapping[str, Mapping[str, float]] | None = None,
     title: str = TITLE,
     prices: Prices | None = None,
     attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
@@ -114,7 +125,9 @@ def compare(
     budgets: name -> all private runs at several epsilons and seeds, for the budget-against-accuracy curve.
     baseline: the arm that differences are to; by default ``cloud``, else the first centralized arm without privacy,
         else the first arm.
-    metric: which of the evaluations to compare.
+    metric: which of the evaluations to compare. also: others to show beside it. A metric whose name ends in "gap" is
+        drawn on a logarithmic axis; "accuracy" and "test error" are shares.
+    references: metric -> name -> level, drawn across its curves: what always the same answer gets, for instance.
     prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
     attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
         -> why an attack on it could not be carried out, which leaves the arm unverified.
@@ -129,7 +142,9 @@ def compare(
     """
     if not arms:
         raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
-    ready = {name: check_runs(name, _as_list(arms[name]), metric) for name in _ordered(arms)}
+    metrics = (metric, *also)
+    levels = _references(references or {}, metrics)
+    ready = {name: check_runs(name, _as_list(arms[name]), metrics) for name in _ordered(arms)}
     base = _baseline(ready, baseline)
     if strange := sorted({*(attacks or {}), *(probes or {}), *(failed or {})} - ready.keys()):
         raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(ready)}")
@@ -138,7 +153,7 @@ def compare(
         other = ready[base] if name != base else None
         rows.append(
             msgspec.structs.replace(
-                arm_of(name, runs, metric),
+                arm_of(name, runs, metric, also),
                 difference=difference_of(runs, other, base, metric) if other else None,
                 fairness=fairness_of(name, runs, other, base, metric),
                 audit=arm_audit(
@@ -159,6 +174,7 @@ def compare(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         metric=metric,
         baseline=base,
+        references=levels,
         arms=tuple(rows),
         budgets=curves,
         checks=checks,
@@ -167,9 +183,24 @@ def compare(
         not_run=tuple(
             entry for entry in NOT_RUN if all(row.audit is None or entry in row.audit.not_run for row in rows)
         ),
-        caveats=caveats(units_of(every), compared=True),
+        caveats=caveats(units_of(every), compared=True, metrics=metrics),
         versions=merged_versions(every),
     )
+
+
+def _references(given: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> tuple[Reference, ...]:
+    """Of the metrics that are compared. Raises: ConfigError for a metric twice; DataError for a level of no number."""
+    if len(set(metrics)) < len(metrics):
+        raise ConfigError(f"a metric is named twice: {', '.join(metrics)}", hint="name each once")
+    made = tuple(
+        Reference(metric=metric, name=name, level=float(level))
+        for metric in metrics
+        for name, level in given.get(metric, {}).items()
+    )
+    for reference in made:
+        if not math.isfinite(reference.level):
+            raise DataError(f"the reference {reference.name!r} of {reference.metric} is {reference.level}")
+    return made
 
 
 def _as_list(runs: Run | Sequence[Run]) -> Sequence[Run]:

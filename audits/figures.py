@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from choral.audits.axes import Axis
 from choral.audits.report import Arm, BudgetCurve, Point, Trace
-from choral.audits.svg import LABEL_GAP, Chart, shortened, ticks
-from choral.audits.text import cost, is_percent, score
+from choral.audits.svg import LABEL_GAP, REFERENCE, Chart, shortened, ticks
+from choral.audits.text import cost, is_gap, is_percent, score
 
 MOST_POINTS = 200
 NAMED_HOLDERS = 16
 WIDE, NARROW = 864.0, 360.0
+Lines = Sequence[tuple[str, Sequence[Point], int]]  # name, curve, colour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,47 +27,56 @@ class Figure:
     narrow: Markup
 
 
-def rounds_figure(arms: Sequence[Arm], metric: str, colours: Mapping[str, int]) -> Figure:
-    """The metric over rounds: a line for the mean, a band from the least to the greatest seed."""
-    said = "; ".join(f"{arm.name} ends at {score(arm.metric.mean, metric)}" for arm in arms)
-    title = f"{metric.capitalize()} over rounds"
-    lines = [(arm.name, arm.curve, colours[arm.name]) for arm in arms]
-    return _both("rounds", title, f"One line per arm, from round 0 (the initial model): {said}.", lines, metric)
+def rounds_figure(
+    arms: Sequence[Arm],
+    metric: str,
+    colours: Mapping[str, int],
+    references: Mapping[str, float] | None = None,
+    identity: str = "rounds",
+) -> Figure:
+    """A metric over rounds: a line for the mean, a band from the least to the greatest seed; references as levels."""
+    found = [(arm.name, arm.measure(metric), colours[arm.name]) for arm in arms]
+    said = "; ".join(f"{name} ends at {score(measure.estimate.mean, metric)}" for name, measure, _ in found)
+    levels = "".join(f"; {name}: {score(level, metric)}" for name, level in (references or {}).items())
+    said = f"One line per arm, from round 0 (the initial model): {said}{levels}."
+    lines = [(name, measure.curve, colour) for name, measure, colour in found]
+    return _both(identity, f"{metric.capitalize()} over rounds", said, lines, metric, references or {})
 
 
 def trace_figure(trace: Trace) -> Figure:
     """One run's metric over rounds."""
     curve = tuple(Point(round=n, mean=v, low=v, high=v) for n, v in enumerate(trace.values))
     said = f"From {score(trace.values[0], trace.name)} to {score(trace.values[-1], trace.name)}."
-    return _both("rounds", f"{trace.name.capitalize()} over rounds", said, [(trace.name, curve, 2)], trace.name)
+    return _both("rounds", f"{trace.name.capitalize()} over rounds", said, [(trace.name, curve, 2)], trace.name, {})
 
 
-def _both(
-    identity: str, title: str, said: str, lines: Sequence[tuple[str, Sequence[Point], int]], metric: str
-) -> Figure:
+def _both(identity: str, title: str, said: str, lines: Lines, metric: str, references: Mapping[str, float]) -> Figure:
     return Figure(
-        wide=_rounds(lines, metric, wide=True).render(f"{identity}-wide", title, said),
-        narrow=_rounds(lines, metric, wide=False).render(f"{identity}-narrow", title, said),
+        wide=_rounds(lines, metric, references, wide=True).render(f"{identity}-wide", title, said),
+        narrow=_rounds(lines, metric, references, wide=False).render(f"{identity}-narrow", title, said),
     )
 
 
-def _rounds(lines: Sequence[tuple[str, Sequence[Point], int]], metric: str, *, wide: bool) -> Chart:
-    heights = ticks(
-        min(0.0, *(point.low for _, curve, _ in lines for point in curve)),
-        max(point.high for _, curve, _ in lines for point in curve),
-        5,
-    )
+def _rounds(lines: Lines, metric: str, references: Mapping[str, float], *, wide: bool) -> Chart:
+    values = [edge for _, curve, _ in lines for point in curve for edge in (point.low, point.high)]
+    axis = Axis.over(metric, [*values, *references.values()])
     last = max(curve[-1].round for _, curve, _ in lines)
-    chart = _frame(wide, len(lines), (0, max(last, 1)), (heights[0], heights[-1]))
-    chart.grid(heights, lambda value: _short_score(value, metric), metric)
+    chart = _frame(wide, len(lines) + len(references), (0, max(last, 1)), axis.span)
+    chart.grid(axis.marks, axis.show, axis.title)
     whole = [value for value in ticks(0, max(last, 1), 8 if wide else 5) if value == round(value) and value <= last]
     chart.steps(whole, lambda value: f"{value:.0f}", "round")
+    for level in references.values():
+        y = chart.up(axis.at(level))
+        chart.rule(chart.left, y, chart.width - chart.right, y, f"level arm-{REFERENCE}")
     for _, curve, colour in lines:
         thinned = _thin(curve)
-        chart.band([(p.round, p.low) for p in thinned], [(p.round, p.high) for p in thinned], colour)
+        lows, highs = ([(p.round, axis.at(getattr(p, edge))) for p in thinned] for edge in ("low", "high"))
+        chart.band(lows, highs, colour)
     for _, curve, colour in lines:
-        chart.line([(p.round, p.mean) for p in _thin(curve)], colour)
-    _name(chart, [(name, curve[-1].mean, colour) for name, curve, colour in lines], metric, wide)
+        chart.line([(p.round, axis.at(p.mean)) for p in _thin(curve)], colour)
+    labels = [(name, curve[-1].mean, colour) for name, curve, colour in lines]
+    labels += [(name, level, REFERENCE) for name, level in references.items()]
+    _name(chart, labels, axis, wide, levels=len(references))
     return chart
 
 
@@ -96,16 +107,16 @@ def _budgets(
     curves: Sequence[BudgetCurve], references: Sequence[Arm], metric: str, colours: Mapping[str, int], *, wide: bool
 ) -> Chart:
     points = [point for curve in curves for point in curve.points]
-    values = [edge for p in points for edge in (p.metric.mean, p.metric.low, p.metric.high) if edge is not None]
-    values += [arm.metric.mean for arm in references]
+    edges = [edge for p in points for edge in (p.metric.low, p.metric.high) if edge is not None]
+    values = [p.metric.mean for p in points] + [arm.metric.mean for arm in references]
     if is_percent(metric):  # an interval may leave the possible range; the drawing does not
-        values = [min(max(value, 0.0), 1.0) for value in values]
-    heights = ticks(min(values), max(values), 5)
+        edges = [min(max(edge, 0.0), 1.0) for edge in edges]
+    axis = Axis.over(metric, values if is_gap(metric) else values + edges, from_zero=False)
     asked = sorted({point.asked for point in points})
     pad = 0.15 * max(math.log2(asked[-1] / asked[0]), 1.0)
     x = (math.log2(asked[0]) - pad, math.log2(asked[-1]) + pad)
-    chart = _frame(wide, len(curves) + len(references), x, (heights[0], heights[-1]))
-    chart.grid(heights, lambda value: _short_score(value, metric), metric)
+    chart = _frame(wide, len(curves) + len(references), x, axis.span)
+    chart.grid(axis.marks, axis.show, axis.title)
     chart.steps(
         [math.log2(epsilon) for epsilon in asked],
         lambda value: f"{2**value:.3g}",
@@ -113,20 +124,20 @@ def _budgets(
     )
     for arm in references:
         colour = colours[arm.name]
-        level = chart.up(arm.metric.mean)
+        level = chart.up(axis.at(arm.metric.mean))
         chart.rule(chart.left, level, chart.width - chart.right, level, f"level arm-{colour}")
     for index, curve in enumerate(curves):
         colour, shift = colours[curve.arm], (index - (len(curves) - 1) / 2) * 8
-        chart.line([(math.log2(p.asked) + _data(chart, shift), p.metric.mean) for p in curve.points], colour)
+        chart.line([(math.log2(p.asked) + _data(chart, shift), axis.at(p.metric.mean)) for p in curve.points], colour)
         for point in curve.points:
-            across, middle = chart.across(math.log2(point.asked)) + shift, chart.up(point.metric.mean)
+            across, middle = chart.across(math.log2(point.asked)) + shift, chart.up(axis.at(point.metric.mean))
             if point.metric.low is not None and point.metric.high is not None:
-                low, high = max(point.metric.low, heights[0]), min(point.metric.high, heights[-1])
+                low, high = max(axis.at(point.metric.low), axis.span[0]), min(axis.at(point.metric.high), axis.span[1])
                 chart.rule(across, chart.up(low), across, chart.up(high), f"whisker arm-{colour}")
             chart.dot(across, middle, colour)
     labels = [(curve.arm, curve.points[-1].metric.mean, colours[curve.arm]) for curve in curves]
     labels += [(arm.name, arm.metric.mean, colours[arm.name]) for arm in references]
-    _name(chart, labels, metric, wide, levels=len(references))
+    _name(chart, labels, axis, wide, levels=len(references))
     return chart
 
 
@@ -198,12 +209,10 @@ def _frame(wide: bool, labels: int, x: tuple[float, float], y: tuple[float, floa
     return Chart(width=NARROW, height=320 + rows, left=42, right=10, top=40 + rows, bottom=50, x=x, y=y)
 
 
-def _name(chart: Chart, labels: Sequence[tuple[str, float, int]], metric: str, wide: bool, levels: int = 0) -> None:
+def _name(chart: Chart, labels: Sequence[tuple[str, float, int]], axis: Axis, wide: bool, levels: int = 0) -> None:
     if wide:
-        chart.end_labels([(f"{shortened(name, 21)}  {score(y, metric)}", y, colour) for name, y, colour in labels])
+        chart.end_labels(
+            [(f"{shortened(name, 21)}  {score(y, axis.metric)}", axis.at(y), colour) for name, y, colour in labels]
+        )
     else:
         chart.key([(name, colour) for name, _, colour in labels], 12, levels)
-
-
-def _short_score(value: float, metric: str) -> str:
-    return f"{100 * value:.3g} %" if is_percent(metric) else f"{value:.3g}"

@@ -57,7 +57,7 @@ def comparison_page(report: Comparison) -> str:
             overall=text.OVERALL,
             statements=statements(report.arms),
             settings=settings(report.arms),
-            rounds=figures.rounds_figure(report.arms, report.metric, colours),
+            rounds=rounds_figures(report, colours),
             by_bytes=price_figures.progress_figure(report.arms, report.metric, colours, "bytes"),
             by_seconds=price_figures.progress_figure(report.arms, report.metric, colours, "seconds"),
             crossovers=crossovers(report.costs),
@@ -68,6 +68,20 @@ def comparison_page(report: Comparison) -> str:
             holders=figures.holders_figure(report.arms, colours) if private else None,
         )
     )
+
+
+def rounds_figures(report: Comparison, colours: Mapping[str, int]) -> list[tuple[str, figures.Figure, str]]:
+    """(metric, drawing, what to know of it) for every metric, the one that arms are judged by first."""
+    made = []
+    for place, metric in enumerate(report.metrics):
+        levels = {each.name: each.level for each in report.references if each.metric == metric}
+        identity = f"rounds-{place}" if place else "rounds"
+        drawing = figures.rounds_figure(report.arms, metric, colours, levels, identity)
+        said = "The axis is logarithmic: 0, the least value, is infinitely far down." if text.is_gap(metric) else ""
+        if levels:
+            said += f" Level lines: {', '.join(f'{name} ({text.score(y, metric)})' for name, y in levels.items())}."
+        made.append((metric, drawing, said.strip()))
+    return made
 
 
 def audit_page(report: Audit) -> str:
@@ -166,7 +180,7 @@ def lead(report: Comparison) -> str:
     """The result in a few sentences."""
     base = next(arm for arm in report.arms if arm.name == report.baseline)
     metric = report.metric
-    said = [f"Trained on {_where(base)} ({base.name}), the model reaches {score_of(base, metric)} {metric}."]
+    said = [f"Trained on {_where(base)} ({base.name}), the model reaches {_reached(base, metric)}."]
     spread = _plain_federated(report)
     if spread and spread is not base:
         said.append(f"With {_where(spread)} ({spread.name}), it reaches {score_of(spread, metric)}.")
@@ -187,6 +201,11 @@ def _where(arm: Arm) -> str:
     if arm.kind == "centralized":
         return f"the pooled data of {arm.parties} parties"
     return f"the data left at their {arm.parties} parties"
+
+
+def _reached(arm: Arm, metric: str) -> str:
+    value = score_of(arm, metric)
+    return f"{value} {metric}" if text.is_percent(metric) else f"{metric} {value}"
 
 
 def score_of(arm: Arm, metric: str) -> str:

@@ -42,6 +42,10 @@ def comparison_markdown(report: Comparison) -> str:
         (
             _safe(arm.name),
             f"{score(arm.metric.mean, report.metric)}{plus_minus(arm.metric.half_width, report.metric)}",
+            *(
+                f"{score(other.estimate.mean, other.metric)}{plus_minus(other.estimate.half_width, other.metric)}"
+                for other in arm.more
+            ),
             f"{signed(arm.difference.estimate.mean, report.metric)}"
             f"{plus_minus(arm.difference.estimate.half_width, report.metric)}"
             if arm.difference
@@ -53,7 +57,8 @@ def comparison_markdown(report: Comparison) -> str:
         )
         for arm in report.arms
     ]
-    heads = ("arm", _safe(report.metric), f"against {_safe(report.baseline)}", "ε", "bytes per party", "time", "money")
+    costs = (f"against {_safe(report.baseline)}", "ε", "bytes per party", "time", "money")
+    heads = ("arm", *map(_safe, report.metrics), *costs)
     seeds = sorted({len(arm.seeds) for arm in report.arms})
     parts = [
         f"## {_safe(report.title)}",

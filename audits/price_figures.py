@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from choral.audits.axes import Axis
 from choral.audits.figures import NARROW, WIDE, Figure
 from choral.audits.price import CrossoverLine, Workload
 from choral.audits.report import Arm
-from choral.audits.svg import LABEL_GAP, Chart, shortened, ticks
-from choral.audits.text import amount, is_percent, score
+from choral.audits.svg import LABEL_GAP, Chart, log_ticks, shortened
+from choral.audits.text import amount, score
 
 QUESTION = "Acceleration against large-scale distribution"
 LEAST, MOST = 1.0, 1e9  # examples per party that are drawn; a line below runs along the edge
@@ -102,33 +103,23 @@ def _progress(
     wide: bool,
 ) -> Chart:
     across = [math.log10(x) for _, line, _ in lines for x, _ in line]
-    heights = ticks(
-        min(0.0, *(y for _, line, _ in lines for _, y in line)), max(y for _, line, _ in lines for _, y in line), 5
-    )
-    x, y = (min(across), max(max(across), min(across) + 0.3)), (heights[0], heights[-1])
+    axis = Axis.over(metric, (y for _, line, _ in lines for _, y in line))
+    x, y = (min(across), max(max(across), min(across) + 0.3)), axis.span
     rows = LABEL_GAP * ((len(lines) + 1) // 2)
     if wide:
         chart = Chart(width=WIDE, height=400, left=52, right=240, top=34, bottom=50, x=x, y=y)
     else:
         chart = Chart(width=NARROW, height=300 + rows, left=42, right=14, top=40 + rows, bottom=50, x=x, y=y)
-    chart.grid(heights, lambda value: f"{100 * value:.3g} %" if is_percent(metric) else f"{value:.3g}", metric)
+    chart.grid(axis.marks, axis.show, axis.title)
     title = "sent and received per party (log scale)" if by == "bytes" else "seconds of training (log scale)"
     chart.steps(log_ticks(*x), lambda value: show(10**value), title)
     for _, line, colour in lines:
-        chart.line([(math.log10(a), b) for a, b in line], colour)
+        chart.line([(math.log10(a), axis.at(b)) for a, b in line], colour)
     if wide:
-        chart.end_labels([(shortened(name, 28), line[-1][1], colour) for name, line, colour in lines])
+        chart.end_labels([(shortened(name, 28), axis.at(line[-1][1]), colour) for name, line, colour in lines])
     else:
         chart.key([(name, colour) for name, _, colour in lines], 12)
     return chart
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of round numbers within [low, high]: decades, with 2 and 5 between them where decades are few."""
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    factors = (1,) if high - low > 2.5 else (1, 2, 5)
-    marks = [decade + math.log10(factor) for decade in decades for factor in factors]
-    return [mark for mark in marks if low - 1e-9 <= mark <= high + 1e-9]
 
 
 def _decade(value: float) -> str:

@@ -62,6 +62,22 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     seconds: float | None = None
 
 
+class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A metric of an arm: after the last round, and over the rounds."""
+
+    metric: str
+    estimate: Estimate
+    curve: tuple[Point, ...]
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A level to hold a metric against, such as that of always the same answer; its mean over the seeds."""
+
+    metric: str
+    name: str
+    level: float
+
+
 class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One data holder's cost, the worst over seeds. examples: how many records it trained on in that run."""
 
@@ -176,7 +192,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
     spreads: how unlike the holders are, where there are several. fairness: None where no numbers per party were asked
-    for. audit: the evidence.
+    for. audit: the evidence. curve: of the metric. more: the other metrics.
     """
 
     name: str
@@ -198,9 +214,15 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     fairness: Fairness | None = None
     audit: ArmAudit | None = None
     curve: tuple[Point, ...]
+    more: tuple[Measure, ...] = ()
     devices: tuple[str, ...]
     folders: tuple[str, ...] = ()
     config: dict[str, Any] = {}
+
+    def measure(self, metric: str) -> Measure:
+        """One of ``more``, or else the metric that arms are judged by."""
+        mine = Measure(metric=metric, estimate=self.metric, curve=self.curve)
+        return next((other for other in self.more if other.metric == metric), mine)
 
 
 class BudgetPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,6 @@
 """A small SVG chart: axes, lines, bands, points and labels that take their colours from the page's CSS.
 
-Colours are classes (``arm-0`` to ``arm-7``), so one drawing serves light, dark and print. All text is escaped.
+Colours are classes (``arm-0`` to ``arm-12``), so one drawing serves light, dark and print. All text is escaped.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from dataclasses import dataclass, field
 from markupsafe import Markup, escape
 
 LABEL_GAP = 17.0
-ARM_CLASSES = 8
-_DASHES = ("", "", "", "7 5", "", "2 4", "9 3 2 3", "12 4")
+ARM_CLASSES = 12
+REFERENCE = 12  # the colour class of what is no arm
+_DASHES = ("", "", "", "7 5", "", "2 4", "9 3 2 3", "12 4", "", "6 3", "", "3 3", "1 5")
 
 
 def arm_classes(names: Iterable[str], fixed: Sequence[str]) -> dict[str, int]:
-    """A colour number per arm: the well-known ``fixed`` ones always the same, others in turn after them."""
+    """A colour number per arm: the well-known ``fixed`` ones always the same, others in turn after them, and then those
+    of the well-known ones that are not there.
+    """
     places = {name: index for index, name in enumerate(fixed)}
-    spare = len(fixed)
-    for name in names:
-        if name not in places:
-            places[name] = (
-                spare if spare < ARM_CLASSES else len(fixed) + (spare - len(fixed)) % (ARM_CLASSES - len(fixed))
-            )
-            spare += 1
-    return places
+    given = list(dict.fromkeys(names))
+    free = [*range(len(fixed), ARM_CLASSES), *(place for name, place in places.items() if name not in given)]
+    others = [name for name in given if name not in places]
+    return places | {name: free[turn % len(free)] for turn, name in enumerate(others)}
 
 
 def dash(place: int) -> str:
@@ -41,6 +40,14 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of round numbers within [low, high]: decades, with 2 and 5 between them where decades are few."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1,) if high - low > 2.5 else (1, 2, 5)
+    marks = [decade + math.log10(factor) for decade in decades for factor in factors]
+    return [mark for mark in marks if low - 1e-9 <= mark <= high + 1e-9]
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float = LABEL_GAP) -> list[float]:

@@ -26,7 +26,7 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
     console = console or Console()
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     table.add_column("arm", overflow="fold")
-    for heading in (report.metric, f"vs {report.baseline}", "ε", "rounds", "per party", "time"):
+    for heading in (*report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time"):
         table.add_column(Text(heading), justify="right")
     for arm in report.arms:
         table.add_row(*(Text(cell) for cell in (arm.name, *_cells(arm, report.metric))))
@@ -74,6 +74,7 @@ def _print_fairness(report: Comparison, console: Console) -> None:
 def _cells(arm: Arm, metric: str) -> tuple[str, ...]:
     return (
         f"{score(arm.metric.mean, metric)}{plus_minus(arm.metric.half_width, metric)}",
+        *(score(other.estimate.mean, other.metric) for other in arm.more),
         f"{signed(arm.difference.estimate.mean, metric)}{plus_minus(arm.difference.estimate.half_width, metric)}"
         if arm.difference
         else "-",

@@ -11,13 +11,18 @@ if TYPE_CHECKING:
 MINUS = "−"
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 OVERALL = {"holds": "no violation found", "violated": "violated", "unverified": "not verified"}  # of a whole audit
-_PERCENT = ("accuracy",)
+_PERCENT = ("accuracy", "test error")
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def is_percent(metric: str) -> bool:
-    """Accuracies are shares and are shown in percent; other metrics as they are."""
+    """Accuracies and errors are shares and are shown in percent; other metrics as they are."""
     return metric in _PERCENT
+
+
+def is_gap(metric: str) -> bool:
+    """How far something is from its least value, such as "objective gap": what counts is its order of magnitude."""
+    return metric.split(" ")[-1] == "gap"
 
 
 def score(value: float, metric: str) -> str:

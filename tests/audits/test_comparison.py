@@ -173,6 +173,25 @@ def test_other_shapes_are_a_difference(change: str, arms: Arms, make_run: MakeRu
     assert report.matches[0].difference is None
 
 
+def test_sums_are_held_against_the_same_method_only(make_run: MakeRun) -> None:
+    """Another algorithm, step or split ends at other weights, whatever the sum."""
+    state = {"weight": torch.ones(3)}
+    gd = make_run("federated", algorithm={"kind": "gd", "rate": 1.0})
+    fsvrg = {"algorithm": {"kind": "fsvrg", "step": 5.0}, "state": state}
+    alike = {"plain": make_run("federated", **fsvrg), "masked": make_run("federated-masked", **fsvrg)}
+    report = compare({"gd": gd, **alike})
+    assert [(row.arm, row.reference, row.difference) for row in report.matches] == [("masked", "plain", 0.0)]
+    assert check(report, "equals").name == "masked equals plain"
+    for other in (
+        {"algorithm": {"kind": "fsvrg", "step": 6.0}},
+        {"config": {"split": {"reshuffle": True}}},
+        {"config": {"training": {"learning_rate": 0.1}}},
+    ):
+        assert compare(alike | {"plain": make_run("federated", **fsvrg | other)}).matches == ()
+    two = {"gd": gd, "gd-masked": make_run("federated-masked", algorithm={"kind": "gd", "rate": 1.0})}
+    assert check(compare(alike | two), "equals").name == "masked equals plain; gd-masked equals gd"
+
+
 def test_a_dropout_leaves_the_masked_sum_unverified(arms: Arms, make_run: MakeRun) -> None:
     history = list(make_run("federated-masked", 0).history)
     history[3] = msgspec.structs.replace(history[3], survivors=9)

@@ -202,6 +202,8 @@ def test_colours_belong_to_names() -> None:
     fixed = ("cloud", "cloud-dp", "federated")
     assert arm_classes(["federated", "x"], fixed)["federated"] == 2
     assert arm_classes(["x", "cloud"], fixed) == {"cloud": 0, "cloud-dp": 1, "federated": 2, "x": 3}
+    assert len(set(arm_classes([f"arm {n}" for n in range(ARM_CLASSES)], fixed).values())) == ARM_CLASSES
+    assert arm_classes([*"abcdefghij", "cloud"], fixed)["j"] == 1
     many = arm_classes([f"arm {n}" for n in range(20)], fixed)
     assert set(many.values()) <= set(range(ARM_CLASSES))
 
