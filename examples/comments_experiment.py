@@ -67,7 +67,7 @@ def grids(ridge):
     def fsvrg(step):
         return FSVRG(step=step, ridge=ridge)
 
-    fsvrg_steps = (0.3, 1, 2, 3, 4, 5, 7, 10, 20, 30)
+    fsvrg_steps = (0.3, 1, 2, 3, 4, 5, 7, 10, 20, 30, 40, 50, 70, 100)
     return {
         "GD": by_step(lambda step: GD(rate=step, ridge=ridge), (0.3, 1, 2, 3, 4, 5, 10, 20, 50)),
         "CoCoA+": [("one pass", {"algorithm": CoCoA(ridge=ridge)})],

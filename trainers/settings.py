@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ class Split:
     """Fewest records of a party; a Dirichlet draw is repeated until it holds, parties by key are left out."""
     min_classes: int = 2
     """Fewest classes that a party may have; 1 allows parties of a single class."""
+    reshuffle: bool = False
+    """Deal the records out again at random, to each party as many as it has: unequal, but IID."""
 
     def __post_init__(self) -> None:
         if not 0 < self.test_fraction < 1:
@@ -45,6 +48,8 @@ class Training:
     """Records per step; with differential privacy the expected number."""
     learning_rate: float = 0.5
     """Step size of SGD."""
+    weight_decay: float = 0.0
+    """lambda of the term lambda/2 |w|^2: SGD's weight decay, and the algorithm's ridge where that is not set."""
     hidden: int = 32
     """Width of the hidden layer; 0 trains a linear model."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -60,6 +65,8 @@ class Training:
                 raise ConfigError(f"expected training.{name} >= 1, got {value}", hint="whole numbers from 1")
         if not self.learning_rate > 0:
             raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}", hint="e.g. 0.1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"expected training.weight_decay >= 0, got {self.weight_decay:g}", hint="0 leaves it out")
         if self.hidden < 0:
             raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")
 

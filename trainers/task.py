@@ -18,6 +18,7 @@ Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
 Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
 Loss = Callable[[nn.Module, Any], torch.Tensor]
+References = Mapping[str, Mapping[str, float]]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 EvaluateParty = Callable[[nn.Module, Any], "float | Mapping[str, float]"]
 
@@ -29,6 +30,9 @@ class Task:
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
     held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
         dataset, ``evaluate_party(model, dataset)``. Both are used only where numbers per party are asked for.
+    engine: who computes at the parties, as :func:`federate` takes it, where this task knows a faster one.
+    references: metric -> name -> level to hold the metric against (such as that of always the same answer), computed
+        when it is asked for.
     """
 
     build: Build
@@ -38,6 +42,8 @@ class Task:
     loss: Loss | None = None
     held_out: Mapping[str, Any] | None = None
     evaluate_party: EvaluateParty | None = None
+    engine: Callable[[Any], Any] | None = None
+    references: Callable[[], References] | None = None
 
 
 class TaskError(ChoralError):

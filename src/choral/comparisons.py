@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -32,7 +33,7 @@ from choral.settings import Arm, Settings, to_json
 if TYPE_CHECKING:
     from choral.audits import Comparison
     from choral.privacy import ClientPrivacy, Privacy
-    from choral.trainers import Round
+    from choral.trainers import Round, Task
 
 # Called with a label for what runs and the round that it completed.
 Tick = Callable[[str, "Round"], None]
@@ -40,6 +41,7 @@ Tick = Callable[[str, "Round"], None]
 _MAY_CHANGE = {
     "audit",
     "evaluation",
+    "metrics",
     "seeds",
     "title",
     "device",
@@ -71,7 +73,7 @@ class Cell(NamedTuple):
 
 def cells(settings: Settings) -> Iterator[Cell]:
     """Every run of the comparison: each arm and seed, private arms at each budget."""
-    for seed in range(settings.seed, settings.seed + settings.seeds):
+    for seed in _seeds(settings):
         for name, arm in settings.arms.items():
             if not arm.private:
                 yield Cell(name, seed, None)
@@ -139,6 +141,9 @@ def run_comparison(
             for name, arm in settings.arms.items()
             if arm.private and _on_curve(settings, arm)
         },
+        metric=settings.metrics[0],
+        also=settings.metrics[1:],
+        references=_references(settings),
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),
         **evidence_of(settings, out),
@@ -146,6 +151,23 @@ def run_comparison(
     comparison.save(out / "report.json")
     comparison.save(out / "report.html")
     return comparison
+
+
+def _references(settings: Settings) -> dict[str, dict[str, float]]:
+    """The task's levels, each its mean over the seeds that are compared; of the metrics that are shown."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in _seeds(settings):
+        task = load_task(settings, seed)
+        for metric, levels in (task.references() if task.references else {}).items():
+            for name, level in levels.items():
+                found.setdefault(metric, {}).setdefault(name, []).append(level)
+    return {
+        metric: {name: math.fsum(each) / len(each) for name, each in levels.items()} for metric, levels in found.items()
+    }
+
+
+def _seeds(settings: Settings) -> range:
+    return range(settings.seed, settings.seed + settings.seeds)
 
 
 def _train_all(settings: Settings, todo: list[Cell], out: Path, resume: bool, workers: int, tick: Tick) -> None:
@@ -180,6 +202,15 @@ def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: T
     from choral.privacy import LedgerError
     from choral.trainers import Run
 
+    def on_round(entry: Round) -> None:
+        for metric in settings.metrics:
+            if metric not in entry.metrics:
+                raise ConfigError(
+                    f"the task is evaluated by {', '.join(entry.metrics)}, and not by {metric!r}",
+                    hint=f"set metrics = {json.dumps(list(entry.metrics))}, or some of them, and --resume",
+                )
+        tick(cell.label, entry)
+
     if cell.attack:
         attempt(settings, cell.arm, out, lambda entry: tick(cell.label, entry))
         return
@@ -191,7 +222,7 @@ def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: T
             epsilon=cell.epsilon,
             out=cell.folder(out),
             resume=resume,
-            on_round=lambda entry: tick(cell.label, entry),
+            on_round=on_round,
         )
     except LedgerError:
         # Of a finished run there is nothing to train, and the report says what is wrong with its ledger.
@@ -250,12 +281,15 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"arm {next(iter(private))!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8"
         )
+    first = load_task(settings, settings.seed)
     for name, arm in settings.arms.items():
         with_overrides(settings, arm)
         _check_arithmetic(settings, name, arm)
         if not arm.centralized:
-            _check_algorithm(settings, name, arm)
-    for seed in range(settings.seed, settings.seed + settings.seeds):
+            _check_algorithm(settings, name, arm, first)
+    if not settings.metrics or len(set(settings.metrics)) < len(settings.metrics):
+        raise ConfigError(f"expected metrics, each once, got {list(settings.metrics)}", hint='e.g. ["accuracy"]')
+    for seed in _seeds(settings):
         task = load_task(settings, seed)
         examples = check_parties(task.parties, least=2, min_classes=settings.split.min_classes)
         check_per_party(settings, task, private=bool(private))
@@ -263,12 +297,12 @@ def _check(settings: Settings) -> None:
             _check_promise(privacy_of(settings, arm, settings.privacy.epsilon), arm, examples)
 
 
-def _check_algorithm(settings: Settings, name: str, arm: Arm) -> None:
+def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
     from choral.trainers.rounds import check_fits
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     try:
-        check_fits(algorithm_of(settings, arm), privacy, load_task(settings, settings.seed).loss)
+        check_fits(algorithm_of(settings, arm), privacy, task.loss)
     except ChoralError as error:
         raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 

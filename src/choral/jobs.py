@@ -120,6 +120,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
         "min_classes": settings.split.min_classes,
     }
     transcript = None if settings.transcript == "none" else settings.transcript
+    by_record = privacy is not None and not isinstance(privacy, ClientPrivacy)
 
     def run(task: Task, *, out: Path | None = None, **options: Any) -> Run:
         job = {name: getattr(task, name) for name in ("build", "fit", "evaluate", "parties", "loss")}
@@ -127,7 +128,8 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
             parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets it
             return centralize(**job, **shared, out=out, data_parallel=parallel, **options)
         seen = transcript if out is not None else None
-        return federate(**job, **(shared | federated | options), out=out, transcript=seen)
+        engine = None if by_record else task.engine  # a task's own engine knows no noise per record
+        return federate(**job, **(shared | federated | options), engine=engine, out=out, transcript=seen)
 
     return run
 
@@ -182,9 +184,10 @@ def check_tuning(arm: Arm) -> None:
 
 
 def with_overrides(settings: Settings, arm: Arm) -> Settings:
-    """The settings with the arm's own batch size and learning rate. Raises: ConfigError if one is out of range."""
+    """The settings with what the arm sets of training and split. Raises: ConfigError if a value is out of range."""
     own = {name: value for name in ("batch_size", "learning_rate") if (value := getattr(arm, name)) is not None}
-    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **own))
+    split = settings.split if arm.reshuffle is None else dataclasses.replace(settings.split, reshuffle=arm.reshuffle)
+    return dataclasses.replace(settings, split=split, training=dataclasses.replace(settings.training, **own))
 
 
 def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | ClientPrivacy:
@@ -230,6 +233,8 @@ def algorithm_of(settings: Settings, arm: Arm) -> Algorithm:
                 f"algorithm.{name} is set, which {kind.kind} does not have",
                 hint=f"it has {', '.join(known)}" if known else "it has no settings of its own",
             )
+    if "ridge" in known and settings.training.weight_decay:
+        chosen.setdefault("ridge", settings.training.weight_decay)
     return kind(**chosen)
 
 

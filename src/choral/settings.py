@@ -125,6 +125,8 @@ class Arm:
     """Batch size of this arm."""
     learning_rate: float | None = None
     """Learning rate of this arm."""
+    reshuffle: bool | None = None
+    """Whether this arm's records are dealt out again, as split.reshuffle says."""
     tune: Tune = field(default_factory=Tune)
     """Values to choose from before the arm is trained, without privacy."""
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
@@ -138,7 +140,10 @@ class Settings:
     title: str = "Choral comparison"
     """Headline of the report."""
     task: str = "digits"
-    """digits, fashion, comments, adult, shakespeare, or a Python file with load(split, training, seed) -> Task."""
+    """digits, fashion, comments, adult, shakespeare, comments-convex, posts-convex, or a Python file with
+    load(split, training, seed) -> Task."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """What of the task's evaluation is compared; the first is what arms are judged by. A "... gap" has a log axis."""
     data_dir: Path | None = None
     """Folder of the data sets; by default they are fetched, checked by hash, and kept in ~/.cache/choral."""
     seed: int = 0

@@ -77,6 +77,8 @@ def load(split: Split, training: Training, seed: int, data_dir: str | Path | Non
     del seed  # nothing here is drawn at random
     if split.kind != "key":
         raise ConfigError(f'shakespeare is split by speaker, not "{split.kind}"', hint='set split.kind = "key"')
+    if split.reshuffle:
+        raise ConfigError("shakespeare is told by speaker, and not dealt out again", hint="leave out reshuffle")
     if not training.hidden:
         raise ConfigError("shakespeare has no linear model", hint="set training.hidden, e.g. 128")
     parties, tests = {}, {}

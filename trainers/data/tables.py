@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from choral.errors import ConfigError
-from choral.trainers.partition import dirichlet_split, iid_split, key_split, shard_split, split_alike
+from choral.trainers.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split, split_alike
 from choral.trainers.settings import Split, Training
 from choral.trainers.task import Built, Task
 
@@ -48,8 +48,8 @@ def held_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
 
 
 def parties_of(table: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
-    """One dataset per party, as ``split.kind`` says. Raises: ConfigError for a key that the data lacks; DataError."""
-    return {name: table.at(share) for name, share in _shares(table, split, seed).items()}
+    """One dataset per party, as :func:`shares_of` says."""
+    return {name: table.at(share) for name, share in shares_of(table, split, seed).items()}
 
 
 def held_out_of(train: Table, test: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
@@ -57,14 +57,22 @@ def held_out_of(train: Table, test: Table, split: Split, seed: int) -> dict[str,
 
     No party's part holds another's record; with a key, records of owners who are no party are nobody's.
     """
-    shares = _shares(train, split, seed)
-    if split.kind == "key" and test.keys is not None:
+    shares = shares_of(train, split, seed)
+    if split.kind == "key" and not split.reshuffle and test.keys is not None:
         return {name: test.at(torch.from_numpy(np.flatnonzero(test.keys == name))) for name in shares}
     dealt = split_alike(test.labels, train.labels, list(shares.values()), seed=seed)
     return {name: test.at(part) for name, part in zip(shares, dealt, strict=True)}
 
 
-def _shares(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
+def shares_of(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
+    """Indices per party, as ``split`` says. Raises: ConfigError for a key that the data lacks; DataError."""
+    shares = _dealt(table, split, seed)
+    if not split.reshuffle:
+        return shares
+    return dict(zip(shares, reshuffled(list(shares.values()), seed=seed), strict=True))
+
+
+def _dealt(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
     if split.kind == "key":
         if table.keys is None:
             raise ConfigError("this data has no key to split by", hint='use split.kind "dirichlet", "shards" or "iid"')
@@ -121,7 +129,7 @@ def classification(
 
     def build(dataset: Any) -> Built:
         model = make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=training.learning_rate)
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
         loader = DataLoader(dataset, batch_size=min(training.batch_size, len(dataset)), shuffle=True)
         return model, optimizer, loader
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from choral.trainers import digits
-from choral.trainers.data import adult, comments, fashion, shakespeare
+from choral.trainers.data import adult, comments, convex, fashion, shakespeare
 from choral.trainers.settings import Split, Training
 from choral.trainers.task import Task
 
@@ -16,4 +16,6 @@ TASKS: dict[str, Callable[[Split, Training, int, Path | None], Task]] = {
     "comments": comments.load,
     "adult": adult.load,
     "shakespeare": shakespeare.load,
+    "comments-convex": convex.comments,
+    "posts-convex": convex.posts,
 }

@@ -11,8 +11,8 @@ from choral.errors import ConfigError
 from choral.jobs import algorithm_of
 from choral.settings import Arm, Settings, read_settings
 from choral.trainers import Run
-from choral.trainers.algorithms import KINDS, FedAdam, FedAvg, FedProx, Scaffold
-from choral.trainers.settings import AlgorithmSettings
+from choral.trainers.algorithms import GD, KINDS, CoCoA, FedAdam, FedAvg, FedProx, Scaffold
+from choral.trainers.settings import AlgorithmSettings, Training
 
 
 def test_settings_have_every_hyper_parameter_of_every_algorithm():
@@ -50,3 +50,11 @@ def test_the_command_line_trains_one(tmp_path, capsys):
     words[3] = str(tmp_path / "other")
     assert main([*words, "--algorithm.kind", "gd", "--privacy.epsilon", "4"]) == 2
     assert "gd also releases" in capsys.readouterr().err
+
+
+def test_weight_decay_is_the_ridge_of_algorithms_that_have_one():
+    settings = Settings(training=Training(weight_decay=0.02))
+    assert algorithm_of(settings, Arm(algorithm=AlgorithmSettings(kind="gd"))) == GD(ridge=0.02)
+    assert algorithm_of(settings, Arm(algorithm=AlgorithmSettings(kind="gd", ridge=0.5))) == GD(ridge=0.5)
+    assert algorithm_of(settings, Arm(algorithm=AlgorithmSettings(kind="fedavg"))) == FedAvg()
+    assert algorithm_of(Settings(), Arm(algorithm=AlgorithmSettings(kind="cocoa"))) == CoCoA()
