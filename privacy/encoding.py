@@ -79,10 +79,14 @@ class FixedPoint:
         if update.ndim != 1 or update.dtype.kind != "f":
             raise EncodingError(f"update has shape {update.shape} and type {update.dtype}, expected one float vector")
         values = update.astype(np.float64, copy=False)
-        self._check_range(float(np.abs(values).max(initial=0.0)))
+        # No absolute values, which would be one more vector; NaN goes through both.
+        self._check_range(max(float(values.max(initial=0.0)), -float(values.min(initial=0.0))))
         encoded = np.empty(len(values) + 1, dtype=np.int64)
-        encoded[:-1] = np.rint(values / self.step)
-        np.clip(encoded[:-1], -self._largest, self._largest, out=encoded[:-1])  # a rounding of the division at most
+        whole = values / self.step
+        np.rint(whole, out=whole)
+        np.minimum(whole, self._largest, out=whole)  # past it by a rounding of the division at most
+        np.maximum(whole, -self._largest, out=whole)
+        encoded[:-1] = whole
         encoded[:-1] *= int(weight)
         encoded[-1] = weight
         return encoded

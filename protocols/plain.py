@@ -96,7 +96,7 @@ def check_submission(
     """Raises: SpecError for a party not in the roster, or lost; StateUsedError for a second vector or a finished
     round.
     """
-    if party not in spec.parties:
+    if party not in spec.members:
         raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
     if not losses.takes(party, "vector"):
         raise SpecError(f"party {party!r} is lost in this round, before it sends a vector", hint="do not submit it")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -77,6 +78,11 @@ class SumSpec:
     bound: int
     bits: int | None = None
     encoding: str = ""
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The roster, to look names up in."""
+        return frozenset(self.parties)
 
     def __post_init__(self) -> None:
         if len(self.parties) < 2:

@@ -34,7 +34,11 @@ def checked(vector: Any, length: int, bound: int) -> Any:
         vector = np.asarray(vector)  # of a subclass, say a masked array, every value counts
     elif str(vector.layout) != "torch.strided":
         raise InputError(f"expected a dense tensor, got one of layout {vector.layout}")
-    if str(vector.dtype) not in ("int64", "torch.int64"):
+    if isinstance(vector, np.ndarray):
+        whole = vector.dtype == np.int64 and vector.dtype.isnative
+    else:
+        whole = str(vector.dtype) == "torch.int64"
+    if not whole:
         raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
     if tuple(vector.shape) != (length,):
         raise InputError(f"expected a vector of shape ({length},), got {tuple(vector.shape)}")

@@ -92,27 +92,31 @@ class Plan:
         n, size = self.records, self.batch_size
         return self.epochs * (n // size if self.drop_last else -(-n // size))
 
-    def orders(self) -> Iterator[torch.Tensor]:
-        """The order of the records in each epoch: what the loader would draw next from torch's generator."""
+    def orders(self, drawn: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+        """The order of the records in each epoch: what the loader would draw next from torch's generator.
+
+        drawn: another generator, in the state that torch's would be in.
+        """
         for _ in range(self.epochs):
-            torch.empty((), dtype=torch.int64).random_()  # the loader's seed for workers
+            torch.empty((), dtype=torch.int64).random_(generator=drawn)  # the loader's seed for workers
             if not self.shuffle:
                 yield torch.arange(self.records)
                 continue
             generator = torch.Generator()
-            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=drawn).item()))
             yield torch.randperm(self.records, generator=generator)
 
-    def batches(self) -> Iterator[torch.Tensor]:
-        """The indices of each step's batch, in the order of the steps."""
-        for order in self.orders():
+    def batches(self, drawn: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+        """The indices of each step's batch, in the order of the steps. drawn: as for `orders`."""
+        for order in self.orders(drawn):
             yield from self._split(order)
 
-    def data(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each step's inputs and targets: views of the epoch's records, gathered once."""
-        for order in self.orders():
+    def data(self, drawn: torch.Generator | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each step's inputs and targets: views of the epoch's records, gathered once. drawn: as for `orders`."""
+        for order in self.orders(drawn):
             order = order.to(self.inputs.device)
-            yield from zip(self._split(self.inputs[order]), self._split(self.targets[order]), strict=True)
+            inputs, targets = self.inputs.index_select(0, order), self.targets.index_select(0, order)
+            yield from zip(self._split(inputs), self._split(targets), strict=True)
 
     def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         pieces = torch.split(rows, self.batch_size)

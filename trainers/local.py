@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -197,7 +198,8 @@ class Resident:
 
 def refuse_diverged(vector: torch.Tensor, party: str, round_number: int) -> None:
     """Raises: DivergedError naming the party, if not all of `vector` is finite."""
-    if not torch.isfinite(vector).all():
+    # One number beyond floats makes the sum such a number; a sum may also be one for being large.
+    if not math.isfinite(float(vector.sum())) and not torch.isfinite(vector).all():
         raise DivergedError(
             f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
             hint="lower the learning rate; the last good round is kept",

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
 from choral.trainers.epochs import Criterion, Plan, has_hooks, per_record
-from choral.trainers.local import Resident, refuse_diverged, seeded
+from choral.trainers.local import Resident, refuse_diverged, seed_of, seeded
 
 AT_ONCE = 64  # parties in a stack, at most
 # Whose mean is the mean of their records' values, if no class is ignored.
@@ -186,11 +186,11 @@ class Cohort:
         index, share, offset = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), 0
         lengths: list[set[int]] = [set() for _ in range(shape[1])]
         for place, member in enumerate(members):
-            with seeded(self.resident.seed, round_number, member.party):
-                for step, batch in enumerate(member.plan.batches()):
-                    index[place, step, : len(batch)] = batch + offset
-                    share[place, step, : len(batch)] = 1.0 / len(batch)
-                    lengths[step].add(len(batch))
+            drawn = torch.Generator().manual_seed(seed_of(self.resident.seed, round_number, member.party))
+            for step, batch in enumerate(member.plan.batches(drawn)):
+                index[place, step, : len(batch)] = batch + offset
+                share[place, step, : len(batch)] = 1.0 / len(batch)
+                lengths[step].add(len(batch))
             offset += member.plan.records
         device = members[0].plan.inputs.device
         return index.to(device), share.to(device), lengths

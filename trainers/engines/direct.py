@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
-from choral.trainers.local import Resident, refuse_diverged, seeded
+from choral.trainers.local import Resident, refuse_diverged, seed_of, seeded
 
 
 class Slope(NamedTuple):
@@ -60,15 +60,14 @@ class Direct:
             if plan is None or not isinstance(work, Train):
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue
-            with seeded(self.resident.seed, round_number, party):
-                done = self.train(party, plan, work, weights)
+            done = self.train(party, plan, work, weights, round_number)
             self.resident.check_fixed(party)
             refuse_diverged(done.vector, party, round_number)
             yield party, done
 
-    def train(self, party: str, plan: Plan, work: Train, weights: torch.Tensor) -> Done:
-        """Train on one party's tensors from `weights`, shape (d,), with batches drawn from torch's generator."""
-        layout = self.resident.layout
+    def train(self, party: str, plan: Plan, work: Train, weights: torch.Tensor, round_number: int) -> Done:
+        """Train on one party's tensors from `weights`, shape (d,)."""
+        layout, seed = self.resident.layout, self.resident.seed
         layout.write(weights)
         self.resident.model.train()
         layer, slope = self._linear, self._slope
@@ -78,9 +77,11 @@ class Direct:
             and slope is not None
             and fits(layer, slope, plan, flattens=layer is not self.resident.model)
         ):
-            descend(layer, slope, plan, Step(plan, work, layout.pieces(weights), layout.parameters))
+            # Nothing but the order is random here: torch's own generator need not be put aside and back.
+            drawn = torch.Generator().manual_seed(seed_of(seed, round_number, party))
+            descend(layer, slope, plan, Step(plan, work, layout.pieces(weights), layout.parameters), drawn)
         else:
-            with self._arithmetic.over(self.resident.model, party):
+            with seeded(seed, round_number, party), self._arithmetic.over(self.resident.model, party):
                 self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
         return Done(vector=layout.read() - weights, steps=plan.steps, path=path_of(plan))
 
@@ -193,19 +194,23 @@ def slope_of(criterion: Criterion) -> Slope | None:
     return None
 
 
-@torch.no_grad()
-def descend(layer: nn.Linear, slope: Slope, plan: Plan, step: Step) -> None:
-    """Every step of the plan on a linear layer: the gradient is the slope's product with the inputs."""
+@torch.inference_mode()
+def descend(layer: nn.Linear, slope: Slope, plan: Plan, step: Step, drawn: torch.Generator) -> None:
+    """Every step of the plan on a linear layer: the gradient is the slope's product with the inputs.
+
+    drawn: where the order of the records comes from.
+    """
     weight, bias = layer.weight.data, None if layer.bias is None else layer.bias.data
     targets = F.one_hot(plan.targets.long(), layer.out_features) if slope.classes else plan.targets
     plan = dataclasses.replace(plan, inputs=plan.inputs.flatten(1), targets=targets.to(weight.dtype))
-    for inputs, wanted in plan.data():
+    ones = torch.ones(min(plan.batch_size, plan.records), dtype=weight.dtype, device=weight.device)
+    for inputs, wanted in plan.data(drawn):
         change = slope.link(F.linear(inputs, weight, bias)).sub_(wanted)
         scale = slope.factor / (len(inputs) if slope.classes else change.numel())
         if step.plain:  # without a gradient of its own: one operation and one pass over the weights less
             weight.addmm_(change.T, inputs, alpha=-plan.learning_rate * scale)
             if bias is not None:
-                bias.add_(change.sum(0), alpha=-plan.learning_rate * scale)
+                bias.addmv_(change.T, ones[: len(inputs)], alpha=-plan.learning_rate * scale)
         else:
             change.mul_(scale)
             step([change.T @ inputs] if bias is None else [change.T @ inputs, change.sum(0)])
