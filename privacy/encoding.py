@@ -74,6 +74,8 @@ class FixedPoint:
         """
         if isinstance(weight, bool) or not isinstance(weight, int | np.integer) or not 1 <= weight <= self.max_weight:
             raise EncodingError(f"weight is {weight}, expected an integer from 1 to {self.max_weight}")
+        if isinstance(update, torch.Tensor) and update.is_cuda:
+            return self._encode_tensor(update, weight)
         if isinstance(update, torch.Tensor):
             update = update.detach().cpu().to(torch.float64 if update.is_floating_point() else update.dtype).numpy()
         if update.ndim != 1 or update.dtype.kind != "f":
