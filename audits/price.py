@@ -9,7 +9,8 @@ The crossover compares, for n parties of m examples of r bytes each, pooled trai
     federation  n R (B bandwidth + m t_d energy) + (R (wait + 8 B / line) + R m t_d) server
 
 with R rounds, t_a and t_d seconds of training per example and round on an accelerator and on a party's device, and B
-bytes per party and round. Both are linear in m, so for every n there is one m above which the federation is cheaper, or
+bytes per party and round; where a round asks a share of the parties only, n is that share of them in the federation's
+bandwidth and energy. Both are linear in m, so for every n there is one m above which the federation is cheaper, or
 none; the same for the time, where parties train and upload at the same time. It is a model: it has no salaries, no
 failed rounds, no minimum billing, and takes B and R not to change with n and m.
 """
@@ -25,7 +26,7 @@ import msgspec
 from choral.audits.prices import Price, Prices
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Run
+    from choral.trainers.run import Round, Run
 
 Basis = Literal["measured", "modelled"]
 GB = 1e9
@@ -74,8 +75,8 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the crossover is computed from. All per example are means over the run's parties.
 
-    device_seconds, accelerator_seconds: of training, per example and round. update_bytes: sent and received by a party
-    per round, of which up_bytes are sent.
+    device_seconds, accelerator_seconds: of training, per example and round. up_bytes, down_bytes: sent and received by
+    a party that is asked, per round. asked: the share of the parties that a round asks.
     """
 
     federated: str
@@ -89,6 +90,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     device_seconds: float
     accelerator_seconds: float
     accelerator_basis: Basis
+    asked: float = 1.0
 
 
 class CrossoverLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -190,32 +192,37 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     info, count = runs[0].info, len(runs[0].info.parties)
     up = _mean([sum(entry.bytes_up for entry in run.history) for run in runs])
     down = _mean([sum(entry.bytes_down for entry in run.history) for run in runs])
+    all_up = _mean([sum(entry.bytes_up * _asked(run, entry) for entry in run.history) for run in runs])
+    all_down = _mean([sum(entry.bytes_down * _asked(run, entry) for entry in run.history) for run in runs])
     compute, joules = _compute(runs), _measured_joules(runs)
     rounds = runs[0].history[-1].round
     first = float((info.start or {}).get("bytes", 0))
-    clock = _federated_seconds(rounds, compute / count, up, down + first, prices)
+    turn = _mean([math.fsum(entry.seconds / max(_asked(run, entry), 1) for entry in run.history) for run in runs])
+    clock = _federated_seconds(rounds, info.processes * turn, up, down + first, prices)
     metered = joules is not None
     spent = compute * prices["device_watts"] if joules is None else joules
     busiest = f"the busiest party's, times {count} parties: an upper bound"
+    if _share_asked(runs) < 1:
+        busiest = "the busiest party's of each round, times the parties that it asked: an upper bound"
     meter = "" if metered else f", at {prices['device_watts']:g} W"
     items: tuple[Item, ...] = (
         Item(
             name="sent by the parties",
-            quantity=up * count / GB,
+            quantity=all_up / GB,
             unit="GB",
             basis="measured",
             how=busiest,
-            usd=up * count / GB * prices["party_egress_gb"],
-            joules=up * count * prices["network_joules_per_byte"],
+            usd=all_up / GB * prices["party_egress_gb"],
+            joules=all_up * prices["network_joules_per_byte"],
         ),
         Item(
             name="sent by the server",
-            quantity=down * count / GB,
+            quantity=all_down / GB,
             unit="GB",
             basis="measured",
             how=f"{busiest}, models included",
-            usd=down * count / GB * prices["server_egress_gb"],
-            joules=down * count * prices["network_joules_per_byte"],
+            usd=all_down / GB * prices["server_egress_gb"],
+            joules=all_down * prices["network_joules_per_byte"],
         ),
         Item(
             name="the parties' devices",
@@ -248,6 +255,17 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
         )
         items = (*items, weights)
     return _bill(name, runs, items, up=up, down=down + first, seconds=clock, metered=metered)
+
+
+def _asked(run: Run, entry: Round) -> int:
+    """How many parties a round began with; a run of before they were recorded asked all."""
+    return len(run.info.parties) if entry.asked is None else entry.asked
+
+
+def _share_asked(runs: Sequence[Run]) -> float:
+    """Of the parties, by a round, the mean over rounds and runs."""
+    rounds = [(run, entry) for run in runs for entry in run.history if entry.round]
+    return _mean([_asked(run, entry) / len(run.info.parties) for run, entry in rounds]) if rounds else 1.0
 
 
 def _federated_seconds(rounds: int, party_compute: float, up: float, down: float, prices: Prices) -> float:
@@ -304,7 +322,8 @@ def workload(
     examples = _mean([sum(run.info.parties.values()) for run in federation])
     raw = _mean([sum(run.info.raw_bytes.values()) for run in federation])
     trained = pooled[0].history[-1].round * _mean([sum(run.info.parties.values()) for run in pooled])
-    if not (rounds and examples and raw and trained):
+    asked = _share_asked(federation)
+    if not (rounds and examples and raw and trained and asked):
         return None
     busy, basis = _accelerator_seconds(pooled, _compute(pooled), prices)
     return Workload(
@@ -316,18 +335,20 @@ def workload(
         rounds=rounds,
         up_bytes=_mean([sum(entry.bytes_up for entry in run.history) for run in federation]) / rounds,
         down_bytes=_mean([sum(entry.bytes_down for entry in run.history) for run in federation]) / rounds,
-        device_seconds=_compute(federation) / (rounds * examples),
+        device_seconds=_compute(federation) / (rounds * examples * asked),
         accelerator_seconds=busy / trained,
         accelerator_basis=basis,
+        asked=asked,
     )
 
 
 def examples_to_be_cheaper(work: Workload, prices: Prices, parties: float, record_bytes: float) -> float | None:
     """Examples per party from which the federation costs less money, by the module's model; None if it never does."""
-    per_second = parties * prices["device_watts"] * prices["kwh"] / KWH + prices["server_hour"] / 3600
+    per_second = work.asked * parties * prices["device_watts"] * prices["kwh"] / KWH + prices["server_hour"] / 3600
     moved = record_bytes / GB * (prices["party_egress_gb"] + prices["storage_months"] * prices["storage_gb_month"])
     pooled = parties * (moved + work.rounds * work.accelerator_seconds * prices["accelerator_hour"] / 3600)
-    wire = parties / GB * (work.up_bytes * prices["party_egress_gb"] + work.down_bytes * prices["server_egress_gb"])
+    prices_of_bytes = work.up_bytes * prices["party_egress_gb"] + work.down_bytes * prices["server_egress_gb"]
+    wire = work.asked * parties / GB * prices_of_bytes
     fixed = wire + _idle_seconds(work, prices) * prices["server_hour"] / 3600
     return _break_even(work.rounds * fixed, pooled - work.rounds * work.device_seconds * per_second)
 

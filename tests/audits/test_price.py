@@ -91,6 +91,29 @@ def test_weights_to_start_from_are_sent_to_each_party_once(make_run: MakeRun) ->
     assert made.joules - plain.joules == pytest.approx(10 * 50e6 * 1.4e-5 + waited * 50)
 
 
+def asking(run: Run, *counts: int) -> Run:
+    """The rounds ask so many of the parties, in turns."""
+    history = [
+        msgspec.structs.replace(entry, asked=counts[entry.round % len(counts)] if entry.round else None)
+        for entry in run.history
+    ]
+    return dataclasses.replace(run, history=tuple(history))
+
+
+def test_only_those_who_are_asked_send_and_train(make_run: MakeRun) -> None:
+    """Ten parties, of which the rounds ask two and six in turns: each round is paid for as what it was."""
+    run = asking(make_run("federated-masked"), 2, 6)
+    made = bill("federated-masked", [run], PRICES)
+    assert made is not None
+    wire = 10 * (2 + 6) * 48_600 / 1e9 * 0.09
+    clock = 20 * 5 * 0.2 + 8 * 20 * 48_600 / 20e6 + 10 * 0.21 / 2 + 10 * 0.21 / 6
+    assert made.seconds == pytest.approx(clock)
+    assert made.usd == pytest.approx(wire + 4.2 * 30 / 3.6e6 * 0.165 + clock / 3600 * 0.096)
+    assert "that it asked" in made.items[0].how
+    everybody = bill("federated-masked", [asking(make_run("federated-masked"), 10)], PRICES)
+    assert everybody == bill("federated-masked", [make_run("federated-masked")], PRICES)
+
+
 def test_energy_is_called_measured_only_where_every_round_has_a_reading(make_run: MakeRun) -> None:
     run = make_run("federated")
     metered = bill("federated", [with_joules(run, 7.0)], PRICES)
@@ -110,8 +133,9 @@ def test_a_run_that_recorded_no_sizes_has_no_bill(make_run: MakeRun) -> None:
     assert only.workload is None
 
 
-def federation_usd(n: float, m: float) -> float:
+def federation_usd(n: float, m: float, asked: float = 1.0) -> float:
     """The federation's bill, item by item, at n parties of m examples; the oracle of the closed form."""
+    n *= asked  # whoever is not asked sends and computes nothing
     wire = n * WORK.rounds * (WORK.up_bytes + WORK.down_bytes) / 1e9 * 0.09
     compute = n * m * WORK.rounds * WORK.device_seconds
     return wire + compute * 30 / 3.6e6 * 0.165 + federation_seconds(m) / 3600 * 0.096
@@ -143,6 +167,22 @@ def test_at_the_crossover_both_cost_the_same(parties: float, size: float) -> Non
     else:
         assert federation_seconds(faster) == pytest.approx(cloud_seconds(parties, faster, size), rel=1e-9)
         assert federation_seconds(2 * faster) < cloud_seconds(parties, 2 * faster, size)
+
+
+def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
+    some = msgspec.structs.replace(WORK, asked=0.1)
+    m = examples_to_be_cheaper(some, PRICES, 1000, 264.0)
+    assert m is not None
+    assert federation_usd(1000, m, asked=0.1) == pytest.approx(cloud_usd(1000, m, 264.0), rel=1e-9)
+    runs = {"cloud": [make_run("cloud")], "federated": [asking(make_run("federated"), 2, 6)]}
+    costs = costs_of(runs, PRICES)
+    assert costs is not None
+    assert costs.workload is not None
+    assert costs.workload.asked == pytest.approx(0.4)
+    everybody = costs_of({**runs, "federated": [make_run("federated")]}, PRICES)
+    assert everybody is not None
+    assert everybody.workload is not None
+    assert costs.workload.device_seconds == pytest.approx(everybody.workload.device_seconds / 0.4)
 
 
 def test_distribution_may_never_pay() -> None:
