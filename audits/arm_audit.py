@@ -80,8 +80,8 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
         bound = next((each for each in attack.bounds if each.method == attack.decisive), None)
         if bound is not None:
             said += (
-                f" By {attack.attack}, the training costs at least ε\u00a0=\u00a0{bound.epsilon:.2f} for each"
-                f" {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
+                f" By an attack ({attack.attack}), the training costs at least ε\u00a0=\u00a0{bound.epsilon:.2f} for"
+                f" each {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
             )
     return said
 

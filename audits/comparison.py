@@ -15,7 +15,7 @@ from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
 from choral.audits.claims import caveats, merged_versions, units_of
 from choral.audits.evidence import Probe, ScoreAudit
-from choral.audits.fairness import fairness_of
+from choral.audits.fairness import fairness_metric, fairness_of
 from choral.audits.price import Costs, costs_of
 from choral.audits.prices import Prices, read_prices
 from choral.audits.report import (
@@ -148,6 +148,7 @@ def compare(
     base = _baseline(ready, baseline)
     if strange := sorted({*(attacks or {}), *(probes or {}), *(failed or {})} - ready.keys()):
         raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(ready)}")
+    of_parties = fairness_metric(ready, metrics)
     books, rows = ledger_rows(), []
     for name, runs in ready.items():
         other = ready[base] if name != base else None
@@ -155,7 +156,7 @@ def compare(
             msgspec.structs.replace(
                 arm_of(name, runs, metric, also),
                 difference=difference_of(runs, other, base, metric) if other else None,
-                fairness=fairness_of(name, runs, other, base, metric),
+                fairness=fairness_of(name, runs, other, base, of_parties),
                 audit=arm_audit(
                     runs,
                     books,

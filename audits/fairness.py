@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.arms import paired_difference
 from choral.audits.report import Fairness, PartyMeasure, PartyMeasureName
 from choral.audits.statistics import mean_interval
-from choral.audits.text import is_percent
+from choral.audits.text import is_falling, is_percent
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,13 +18,31 @@ if TYPE_CHECKING:
     from choral.trainers.run import Run
 
 
+def fairness_metric(arms: Mapping[str, Sequence[Run]], metrics: Sequence[str]) -> str:
+    """The first of the compared metrics that the numbers per party have, wherever there are such; of none, the first.
+
+    Raises: ConfigError if there is none that all of them have.
+    """
+    found = [run.info.per_party for runs in arms.values() for run in runs if run.info.per_party is not None]
+    common = set.intersection(*(set(each) for numbers in found for each in numbers.metrics.values())) if found else ()
+    for metric in metrics:
+        if not found or metric in common:
+            return metric
+    raise ConfigError(
+        f"the numbers per party have no {' or '.join(map(repr, metrics))} everywhere, but {', '.join(sorted(common))}",
+        hint="let evaluate_party return what evaluate does, or name a common one with metric= or also=",
+    )
+
+
 def fairness_of(
     name: str, runs: Sequence[Run], baseline: Sequence[Run] | None, base: str, metric: str
 ) -> Fairness | None:
     """The parties' numbers of one arm over its seeds; None if its runs have none. baseline: None for the arm itself.
 
-    Raises: ConfigError if some runs have numbers per party and others have not, or not of this metric; DataError for
-        fewer than two parties, or numbers that are not finite.
+    metric: as :func:`fairness_metric` has it.
+
+    Raises: ConfigError if some runs have numbers per party and others have not; DataError for fewer than two parties,
+        or numbers that are not finite.
     """
     found = _per_party(name, runs, metric)
     if found is None:
@@ -41,6 +59,7 @@ def fairness_of(
         for key in ours
     )
     return Fairness(
+        metric=metric,
         note=found[0].note,
         least=found[0].least,
         parties=max(len(each.records) for each in found),
@@ -66,12 +85,6 @@ def _per_party(name: str, runs: Sequence[Run], metric: str) -> list[PerParty] | 
         if len(each.metrics) < 2 or not each.metrics.keys() <= each.records.keys():
             raise DataError(f"{what}: numbers of {len(each.metrics)} parties, expected at least 2", hint="run it again")
         for metrics in each.metrics.values():
-            if metric not in metrics:
-                known = ", ".join(sorted(metrics)) or "none"
-                raise ConfigError(
-                    f"{what}: the numbers per party have no {metric!r}, they have {known}",
-                    hint="let evaluate_party return what evaluate does, or name a common one with metric=",
-                )
             if not math.isfinite(metrics[metric]):
                 raise DataError(f"{what}: {metric} is {metrics[metric]} at a party", hint="the run was edited")
     return found
@@ -80,15 +93,18 @@ def _per_party(name: str, runs: Sequence[Run], metric: str) -> list[PerParty] | 
 def _spread_by_seed(found: Sequence[PerParty], metric: str) -> dict[PartyMeasureName, list[float]]:
     """Each measure of the parties' numbers, one value per seed. Every party counts the same, whatever its size.
 
-    deviation: the population's (parties are all there are). tenth: linearly interpolated.
+    worst, tenth: the least and the tenth percentile, linearly interpolated; where less is better, the greatest and the
+    ninetieth. deviation: the population's (parties are all there are).
     """
     spread: dict[PartyMeasureName, list[float]] = {
-        name: [] for name in ("lowest", "tenth", "mean", "deviation", "range")
+        name: [] for name in ("worst", "tenth", "mean", "deviation", "range")
     }
+    better = -1.0 if is_falling(metric) else 1.0
     for each in found:
         values = [metrics[metric] for metrics in each.metrics.values()]
-        spread["lowest"].append(min(values))
-        spread["tenth"].append(statistics.quantiles(values, n=10, method="inclusive")[0])
+        upwards = [better * value for value in values]
+        spread["worst"].append(better * min(upwards))
+        spread["tenth"].append(better * statistics.quantiles(upwards, n=10, method="inclusive")[0])
         spread["mean"].append(statistics.fmean(values))
         spread["deviation"].append(statistics.pstdev(values))
         spread["range"].append(max(values) - min(values))

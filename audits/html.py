@@ -43,10 +43,10 @@ def comparison_page(report: Comparison) -> str:
             report=report,
             colours=colours,
             private=private,
-            fair=[arm for arm in report.arms if arm.fairness],
-            fair_words=text.party_words(report.metric),
+            fair=(fair := [arm for arm in report.arms if arm.fairness]),
+            fair_words=text.party_words(of_parties(fair)),
             party_counts=party_counts(report.arms),
-            percent=text.is_percent(report.metric),
+            percent=text.is_percent(of_parties(fair)),
             cards=cards(report),
             lead=lead(report),
             tally=tally(every_check(report)),
@@ -131,7 +131,15 @@ def crossovers(costs: Costs | None) -> list[tuple[str, figures.Figure]]:
 
 
 def _settings_text(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    """Without what is not set: null, and empty lists and tables. The JSON holds those too."""
+    return json.dumps(_set(config), indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def _set(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {key: _set(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None and item not in ({}, [])}
+    return value
 
 
 def _environment() -> Environment:
@@ -296,6 +304,11 @@ def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None
     return [(epsilon, [points.get(epsilon) for points in by_arm]) for epsilon in asked]
 
 
+def of_parties(fair: Sequence[Arm]) -> str:
+    """The metric of the numbers per party."""
+    return next((arm.fairness.metric for arm in fair if arm.fairness), "")
+
+
 def party_counts(arms: Sequence[Arm]) -> list[str]:
     """How many parties the numbers per party are of, once for all arms of which it is the same."""
     found: dict[str, list[str]] = {}
@@ -327,9 +340,27 @@ def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def settings(arms: tuple[Arm, ...]) -> list[tuple[str, str]]:
-    """What was typed, once for all the arms that share it."""
+    """The first arm's settings, and of others what differs from them; once for all the arms that share it."""
+    first = next((arm.config for arm in arms if arm.config), {})
     found: dict[str, list[str]] = {}
     for arm in arms:
         if arm.config:
-            found.setdefault(_settings_text(arm.config), []).append(arm.name)
-    return [("all arms" if len(found) == 1 else ", ".join(names), typed) for typed, names in found.items()]
+            text = _settings_text(first if arm.config == first else _changed(arm.config, first))
+            found.setdefault(text, []).append(arm.name)
+    if len(found) == 1:
+        return [("all arms", text) for text in found]
+    return [
+        (", ".join(names) + (", where they differ from the first" if place else ""), text)
+        for place, (text, names) in enumerate(found.items())
+    ]
+
+
+def _changed(config: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are not the same; "not set" for those that are missing."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys([*config, *first]):
+        mine, other = config.get(key, "not set"), first.get(key)
+        if mine == other:
+            continue
+        found[key] = _changed(mine, other) if isinstance(mine, Mapping) and isinstance(other, Mapping) else mine
+    return found

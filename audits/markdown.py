@@ -99,21 +99,22 @@ def _fairness(report: Comparison) -> str:
     fair = [(arm.name, arm.fairness) for arm in report.arms if arm.fairness]
     if not fair:
         return ""
-    shown = party_words(report.metric)
+    metric = fair[0][1].metric
+    shown = party_words(metric)
     rows = []
     for name, fairness in fair:
         measures = {measure.name: measure for measure in fairness.measures}
         cells = []
         for key, _ in shown:
             found = measures[key]
-            said = (width if key in ("deviation", "range") else score)(found.estimate.mean, report.metric)
-            said += plus_minus(found.estimate.half_width, report.metric)
+            said = (width if key in ("deviation", "range") else score)(found.estimate.mean, metric)
+            said += plus_minus(found.estimate.half_width, metric)
             if found.difference:
                 apart = found.difference.estimate
-                said += f" ({signed(apart.mean, report.metric)}{plus_minus(apart.half_width, report.metric)})"
+                said += f" ({signed(apart.mean, metric)}{plus_minus(apart.half_width, metric)})"
             cells.append(said)
         rows.append((_safe(name), *cells, f"{fairness.listed} of {fairness.parties}"))
-    heads = ("arm", *(label.lower() for _, label in shown), "parties")
+    heads = (f"{_safe(metric)} at each party", *(label.lower() for _, label in shown), "parties")
     note = f"In brackets: against {report.baseline}. {fair[0][1].note}"
     return f"### Whom the model serves worst\n\n{_table(heads, rows)}\n\n{_safe(note)}"
 

@@ -121,14 +121,14 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     holder: str
 
 
-PartyMeasureName = Literal["lowest", "tenth", "mean", "deviation", "range"]
+PartyMeasureName = Literal["worst", "tenth", "mean", "deviation", "range"]
 
 
 class PartyMeasure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One measure of how a model's worth differs between parties, over seeds; every party counts the same.
 
-    name: the lowest party's value (the worst where higher is better), the tenth percentile, the mean, the standard
-    deviation, or the greatest minus the least.
+    name: the worst party's value, the tenth percentile (of a metric of which less is better, the ninetieth), the mean,
+    the standard deviation, or the greatest minus the least.
     """
 
     name: PartyMeasureName
@@ -139,11 +139,13 @@ class PartyMeasure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Fairness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The final model at each party's held-out records. note: what that rests on, in words; no party is named.
 
-    parties: of the arm; listed: the fewest, over seeds, with at least ``least`` held-out records, of which alone the
-    measures are; records: of the smallest of those. by_chance: the standard deviation that few records alone would
-    give, if the metric is the share of records that the model has right; None for other metrics.
+    metric: of the compared ones the first that was evaluated at each party. parties: of the arm; listed: the fewest,
+    over seeds, with at least ``least`` held-out records, of which alone the measures are; records: of the smallest of
+    those. by_chance: the standard deviation that few records alone would give, if the metric is a share of records;
+    None for other metrics.
     """
 
+    metric: str
     note: str
     least: int
     parties: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from choral.audits.report import Check
-from choral.audits.text import OVERALL, amount, cost, duration, party_words, plus_minus, score, signed, width
+from choral.audits.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,19 +56,19 @@ def _print_fairness(report: Comparison, console: Console) -> None:
     """One line: the worst party of each arm, and the standard deviation over parties."""
     from rich.text import Text
 
-    said = []
+    said, metric = [], ""
     for arm in report.arms:
-        measures = {measure.name: measure for measure in arm.fairness.measures} if arm.fairness else {}
-        if not measures:
+        if arm.fairness is None:
             continue
-        lowest, deviation = (measures[name].estimate for name in ("lowest", "deviation"))
+        metric = arm.fairness.metric
+        measures = {measure.name: measure.estimate for measure in arm.fairness.measures}
+        worst = measures["worst"]
         said.append(
-            f"{arm.name} {score(lowest.mean, report.metric)}{plus_minus(lowest.half_width, report.metric)}"
-            f" (spread {width(deviation.mean, report.metric)})"
+            f"{arm.name} {score(worst.mean, metric)}{plus_minus(worst.half_width, metric)}"
+            f" (spread {width(measures['deviation'].mean, metric)})"
         )
     if said:
-        label = party_words(report.metric)[0][1]
-        console.print(Text(f"{label}, held-out records, in the clear: {', '.join(said)}"))
+        console.print(Text(f"Worst party's {metric}, held-out records, in the clear: {', '.join(said)}"))
 
 
 def _cells(arm: Arm, metric: str) -> tuple[str, ...]:

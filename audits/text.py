@@ -20,6 +20,11 @@ def is_percent(metric: str) -> bool:
     return metric in _PERCENT
 
 
+def is_falling(metric: str) -> bool:
+    """Whether less is better, by the last word of its name: error, loss or gap."""
+    return metric.split(" ")[-1].lower() in ("error", "loss", "gap")
+
+
 def is_gap(metric: str) -> bool:
     """How far something is from its least value, such as "objective gap": what counts is its order of magnitude."""
     return metric.split(" ")[-1] == "gap"
@@ -36,10 +41,9 @@ def width(value: float, metric: str) -> str:
 
 def party_words(metric: str) -> tuple[tuple[PartyMeasureName, str], ...]:
     """The measures of how parties differ that are shown, with their headings."""
-    lowest = "Worst party" if is_percent(metric) else "Lowest party"
     return (
-        ("lowest", lowest),
-        ("tenth", "Tenth percentile"),
+        ("worst", "Worst party"),
+        ("tenth", "Ninetieth percentile" if is_falling(metric) else "Tenth percentile"),
         ("deviation", "Standard deviation"),
         ("range", "Greatest − least"),
     )

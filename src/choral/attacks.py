@@ -95,7 +95,7 @@ def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | N
         design="coins",
         delta=run.spent.delta if run.spent else settings.privacy.delta,
         claimed=run.spent.epsilon if run.spent else None,
-        attack="canary records in one training, seen by the final model",
+        attack="canary records against the final model",
     )
 
 

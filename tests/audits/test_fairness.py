@@ -55,7 +55,7 @@ def measures(report: Comparison, arm: str) -> dict[str, object]:
 
 
 ORACLES = {
-    "lowest": np.min,
+    "worst": np.min,
     "tenth": lambda values: np.percentile(values, 10),
     "mean": np.mean,
     "deviation": np.std,
@@ -119,11 +119,26 @@ def test_a_baseline_without_numbers_leaves_the_difference_open(fair: Arms, arms:
     assert comparison_page(report)
 
 
-def test_another_metric_is_not_called_worst_and_has_no_share_of_chance(fair: Arms) -> None:
+def test_where_less_is_better_the_worst_party_is_the_greatest(fair: Arms) -> None:
     report = compare(fair, metric="loss")
     assert report.arms[0].fairness.by_chance is None
-    assert "Lowest party" in comparison_page(report)
-    assert "Worst party" not in comparison_page(report)
+    values = [1 - share for share in shares(0, 0, [5 + 3 * number for number in range(PARTIES)])]
+    found = measures(report, "cloud")
+    assert found["worst"].estimate.values[0] == pytest.approx(max(values))
+    assert found["tenth"].estimate.values[0] == pytest.approx(np.percentile(values, 90))
+    assert found["deviation"].estimate.values[0] == pytest.approx(np.std(values))
+    assert "Ninetieth percentile" in comparison_page(report)
+    assert "Tenth percentile" not in comparison_page(report)
+
+
+def test_the_first_compared_metric_that_parties_have_is_theirs(arms: Arms) -> None:
+    of_error = {
+        name: [with_parties(run, place, "error") for run in runs] for place, (name, runs) in enumerate(arms.items())
+    }
+    report = compare(of_error, metric="accuracy", also=("loss",))
+    assert {arm.fairness.metric for arm in report.arms} == {"loss"}
+    assert "Whom the model serves worst: loss at each party" in comparison_page(report)
+    assert "loss at each party" in comparison_markdown(report)
 
 
 def test_no_party_is_named_in_any_form_of_the_report(fair: Arms, tmp_path: Path) -> None:
@@ -135,7 +150,7 @@ def test_no_party_is_named_in_any_form_of_the_report(fair: Arms, tmp_path: Path)
     ]
     for form in [*forms, console.file.getvalue()]:
         assert "Ward" not in form
-        assert re.search("worst party|lowest", form, re.IGNORECASE)
+        assert re.search("worst", form, re.IGNORECASE)
     for form in forms:
         assert "in the clear and without noise" in form
     assert Comparison.load(tmp_path / "report.json") == report
@@ -149,7 +164,7 @@ def test_no_party_is_named_in_any_form_of_the_report(fair: Arms, tmp_path: Path)
             ConfigError,
             "seed 1 has no",
         ),
-        (lambda run: with_parties(run, 2, "error"), ConfigError, "have no 'accuracy', they have error, loss"),
+        (lambda run: with_parties(run, 2, "error"), ConfigError, "no 'accuracy' everywhere, but loss"),
         (
             lambda run: with_parties(run, 2, metrics={"Ward 0": {"accuracy": 0.5}}),
             DataError,

@@ -15,7 +15,7 @@ import pytest
 
 from choral.audits import Comparison, audit, compare
 from choral.audits.figures import rounds_figure
-from choral.audits.html import audit_page, comparison_page
+from choral.audits.html import audit_page, comparison_page, settings
 from choral.audits.svg import ARM_CLASSES, arm_classes, spread, ticks
 from choral.trainers import Round, Run
 
@@ -278,3 +278,28 @@ def test_an_image_is_drawn_pixel_by_pixel(make_run: MakeRun, evidence: SimpleNam
     assert (
         re.findall(r'<path d="([^"]*)" fill="#ffffff"', wide[0]) == ["".join(f"M7 {y}h1v1h-1z" for y in range(8))] * 4
     )
+
+
+def test_settings_are_printed_once_and_then_only_what_differs_without_what_is_not_set(arms: Arms) -> None:
+    def typed(run: Run, **changes: object) -> Run:
+        config = {"rounds": 20, "training": {"rate": 0.5, "batch_size": 16, "start": None}, "epsilons": []} | changes
+        return replace(run, info=msgspec.structs.replace(run.info, config=config))
+
+    given = {name: [typed(run) for run in runs] for name, runs in arms.items()}
+    assert settings(compare(given).arms) == [
+        ("all arms", '{\n  "rounds": 20,\n  "training": {\n    "batch_size": 16,\n    "rate": 0.5\n  }\n}')
+    ]
+    given["cloud-dp"] = [
+        typed(run, training={"rate": 0.5, "batch_size": 64, "start": None}) for run in given["cloud-dp"]
+    ]
+    (first, whole), (other, differs) = settings(compare(given).arms)
+    assert first == "cloud, federated, federated-masked, federated-dp"
+    assert '"batch_size": 16' in whole
+    assert other == "cloud-dp, where they differ from the first"
+    assert differs == '{\n  "training": {\n    "batch_size": 64\n  }\n}'
+
+
+def test_no_template_is_left_unfilled(arms: Arms, budgets: dict[str, list[Run]]) -> None:
+    page = comparison_page(compare(arms, budgets=budgets))
+    assert "{{" not in page
+    assert "every ε is per record;" in page

@@ -222,3 +222,21 @@ def test_virtual_parties_have_no_numbers_each(job, parties, held_out):
     many = VirtualParties(1000, lambda number: parties["north"], 60)
     with pytest.raises(ConfigError, match="would touch every one of them"):
         federate(**job(parties=many, build=None), cohort=3, held_out=held_out, evaluate_party=accuracy)
+
+
+def test_the_convex_task_counts_each_authors_errors_on_its_own_later_posts():
+    task = TASKS["posts-convex"](Split(kind="key", parties=6), Training(hidden=0, weight_decay=1e-3), 0, None)
+    run = federate(
+        build=task.build, fit=task.fit, evaluate=task.evaluate, parties=task.parties, rounds=1,
+        held_out=task.held_out, evaluate_party=task.evaluate_party,
+    )  # fmt: skip
+    weights = run.state["weight"][0].double().numpy()
+    found = run.info.per_party
+    wrong = 0
+    for name, data in task.held_out.items():
+        margins = np.array([float(point.double().numpy() @ weights) for point, _ in data])
+        mine = int(((margins > 0) != (data.targets.numpy() == 1)).sum())
+        assert found.metrics[name]["test error"] == pytest.approx(mine / len(data))
+        wrong += mine
+    assert len(found.metrics) == 6
+    assert run.metrics["test error"] == pytest.approx(wrong / sum(found.records.values()))

@@ -62,6 +62,10 @@ class Problem:
         gap = self.objective.value(weights) - self.optimum[1]
         return {GAP: gap, ERROR: self._error(self._rows @ weights > 0)}
 
+    def at(self, weights: Array, party: SparseDataset) -> dict[str, float]:
+        """The share of wrong answers on the test records of one party."""
+        return {ERROR: float(((party.rows @ weights > 0) != (party.targets.numpy() > 0)).mean())}
+
     def references(self) -> dict[str, dict[str, float]]:
         """Test errors of the optimum, of the training records' more frequent answer, and of each party's own, where
         it has records to train on.
@@ -83,8 +87,10 @@ class Problem:
         return float((answers != self._labels).mean())
 
 
-def convex_task(problem: Problem, parties: Parties, training: Training) -> Task:
+def convex_task(problem: Problem, parties: Parties, training: Training, *, by_party: bool = True) -> Task:
     """From w = 0, measured by ``problem``, which is of the same records, however they are dealt out.
+
+    by_party: whether a party's test records are of its own kind; not where records were dealt again.
 
     A linear model without a bias: the data have a column of ones. The parties' work is done by formula
     (:class:`choral.trainers.closed_form.ClosedForm`), equal to what ``fit`` would do up to rounding.
@@ -112,8 +118,7 @@ def convex_task(problem: Problem, parties: Parties, training: Training) -> Task:
                 optimizer.step()
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        weights = next(model.parameters()).detach()[0].double().cpu().numpy()
-        return problem.measured(weights)
+        return problem.measured(_weights(model))
 
     engine = ClosedForm.of(rate=rate, batch_size=training.batch_size, epochs=training.local_epochs, decay=decay)
     return Task(
@@ -124,7 +129,14 @@ def convex_task(problem: Problem, parties: Parties, training: Training) -> Task:
         loss=loss,
         engine=engine,
         references=problem.references,
+        held_out={name: problem.tests[name] for name in parties if name in problem.tests} if by_party else None,
+        evaluate_party=(lambda model, party: problem.at(_weights(model), party)) if by_party else None,
     )
+
+
+def _weights(model: nn.Module) -> Array:
+    weights: Array = next(model.parameters()).detach()[0].double().cpu().numpy()
+    return weights
 
 
 def comments(split: Split, training: Training, seed: int, data_dir: str | Path | None = None) -> Task:
@@ -154,7 +166,8 @@ def posts(split: Split, training: Training, seed: int, data_dir: str | Path | No
 
 def _task(own: Parties, tests: Parties, split: Split, training: Training, seed: int) -> Task:
     problem = Problem(own, tests, training.weight_decay)  # of the parties as they were: sums equal to the last bit
-    return convex_task(problem, dealt_again(own, seed) if split.reshuffle else own, training)
+    parties = dealt_again(own, seed) if split.reshuffle else own
+    return convex_task(problem, parties, training, by_party=split.kind == "key" and not split.reshuffle)
 
 
 def dealt_again(parties: Parties, seed: int) -> dict[str, SparseDataset]:
