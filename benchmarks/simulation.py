@@ -1,10 +1,14 @@
-"""Engines against a bare loop: seconds of processor time to train one cohort, and a whole round with its sum.
+"""Engines, whole rounds and other frameworks against a bare loop that does the arithmetic and nothing else.
 
-The bare loop does the arithmetic and nothing else: one resident model, batches sliced from tensors, fused updates, a
-running sum. Interleaved, medians, one thread. Prints a line of JSON per engine with the ratio to the bare loop (below 1
-is faster).
+Everything is interleaved, round by round, with one thread per process; medians. Engines and the bare loop (bare.py) run
+in this process, whole rounds of ``federate`` in a process of their own, or in two under torchrun, and each peer in one
+of an interpreter that has it. A line of JSON for each, with the ratio to the bare loop (below 1 is faster): of
+processor time, which others on the machine disturb less, summed over all processes that took part, and of wall-clock
+time.
+With several processes also the busiest one's processor time, and the wall-clock time, beside ``federate`` in one.
 
     python benchmarks/simulation.py [--only cnn|logistic] [--repeats 5] [--device cpu]
+        [--processes 2] [--peer-python PEERS/bin/python]
 """
 
 from __future__ import annotations
@@ -12,95 +16,85 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Plain
-from choral.trainers.algorithms import FedAvg
-from choral.trainers.algorithms.seam import LocalTrainer, Setup, Train
-from choral.trainers.coders import WeightedCoder
-from choral.trainers.engines import Cohort, Direct, Fastest
+sys.path.insert(0, str(Path(__file__).parent))
+import bare
+from driven import Driven, Spent, timed
+
+from choral import federate
+from choral.trainers.algorithms.seam import Train
+from choral.trainers.arithmetic import Arithmetic
+from choral.trainers.engines import Cohort, Direct
 from choral.trainers.epochs import Epochs
 from choral.trainers.local import Resident
-from choral.trainers.memory import Memory
-from choral.trainers.participation import Participation
-from choral.trainers.rounds import Federation, open_sessions
-from choral.trainers.transcript import Transcript
+
+PEERS = ("pfl", "flwr")
 
 
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 5, 2, 2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, 1, 1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 3 * 3, 10),
-    )
+def task(job: str, path: Path, device: torch.device) -> dict[str, Any]:
+    """Parties and build for ``federate``."""
 
+    def build(dataset: TensorDataset) -> Any:
+        model = bare.JOBS[job].model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=bare.RATE)
+        return model, optimizer, DataLoader(dataset, batch_size=bare.BATCH, shuffle=True)
 
-# model, parties of the pool, records of each, shape of a record, classes, batch size, learning rate
-JOBS: dict[str, tuple[Callable[[], nn.Module], int, int, tuple[int, ...], int, int, float]] = {
-    "cnn": (cnn, 50, 50, (1, 28, 28), 10, 10, 0.1),
-    "logistic": (lambda: nn.Linear(1000, 2), 1000, 200, (1000,), 2, 10, 0.1),
-}
-
-
-def federation(resident: Resident, trainer: LocalTrainer, examples: dict[str, int], seen: Transcript) -> Federation:
-    setup = Setup(
-        parties=len(examples), length=resident.length, examples=sum(examples.values()), largest=256, value_bound=16.0
-    )
-    algorithm = FedAvg()
-    coders = {
-        name: WeightedCoder(examples, channel, bound=16.0, value_bits=28, guards={})
-        for name, channel in algorithm.channels(setup).items()
+    parties = {
+        f"party-{k}": TensorDataset(*(tensor.to(device) for tensor in pair))
+        for k, pair in enumerate(bare.read_parties(path))
     }
-    return Federation(
-        algorithm=algorithm,
-        trainer=trainer,
-        setup=setup,
-        names=tuple(examples),
-        examples=examples,
-        coders=coders,
-        sessions=open_sessions(Plain(), coders, seen),
-        secure_sum=Plain(),
-        participation=Participation(),
-        memory=Memory(),
-        seed=0,
-        seen=seen,
-    )
+    return {"parties": parties, "build": build}
 
 
-def bare_loop(model: nn.Module, parties: dict[str, TensorDataset], batch: int, rate: float) -> Callable[[], Any]:
-    parameters = list(model.parameters())
-    start = [p.detach().clone() for p in parameters]
+def own_loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    Epochs()(model, optimizer, loader)
 
-    def once() -> list[torch.Tensor]:
-        total = [torch.zeros_like(p) for p in start]
-        for dataset in parties.values():
-            inputs, targets = dataset.tensors
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, start)
-            order = torch.randperm(len(targets))
-            for first in range(0, len(order), batch):
-                rows = order[first : first + batch]
-                loss = F.cross_entropy(model(inputs[rows]), targets[rows])
-                slopes = torch.autograd.grad(loss, parameters)
-                with torch.no_grad():
-                    torch._foreach_add_(parameters, slopes, alpha=-rate)
-            with torch.no_grad():
-                torch._foreach_add_(total, torch._foreach_sub(parameters, start), alpha=len(targets))
-        return total
 
-    return once
+def engines(job: str, path: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """A cohort's training, without its sum. The user's own loop is also computed in bfloat16."""
+    made = task(job, path, device)
+    orders = [(party, Train()) for party in made["parties"]]
+
+    def resident(fit: Any, arithmetic: Arithmetic | None = None) -> Resident:
+        made_here = Resident(
+            build=made["build"],
+            fit=fit,
+            datasets=made["parties"],
+            guards={},
+            seed=0,
+            device=device,
+            arithmetic=arithmetic,
+        )
+        for party in made["parties"]:
+            made_here.seat(party)
+        return made_here
+
+    usual, known = resident(own_loop), resident(Epochs())
+    reduced = resident(own_loop, Arithmetic(device, "bf16"))
+    weights = known.layout.read()
+
+    def cohort(trainer: Any) -> Callable[[], None]:
+        return lambda: drained(trainer.do(orders, weights, 1))
+
+    return {
+        "bare loop": bare.bare_loop(
+            bare.JOBS[job].model().to(device), [dataset.tensors for dataset in made["parties"].values()]
+        ),
+        "resident, the user's own loop": cohort(usual),
+        "resident, the user's own loop, bf16": cohort(reduced),
+        "direct": cohort(Direct(known)),
+        "cohort": cohort(Cohort(known)),
+    }
 
 
 def drained(results: Iterable[Any]) -> None:
@@ -108,87 +102,110 @@ def drained(results: Iterable[Any]) -> None:
         pass
 
 
-def measure(name: str, repeats: int, device: torch.device, scale: float) -> None:
-    build_model, count, records, shape, classes, batch, rate = JOBS[name]
-    count = max(4, round(count * scale))
-    generator = torch.Generator().manual_seed(0)
-    parties = {
-        f"party-{k}": TensorDataset(
-            torch.randn(records, *shape, generator=generator).to(device),
-            torch.randint(classes, (records,), generator=generator).to(device),
-        )
-        for k in range(count)
+def serve(job: str, path: Path, device: torch.device) -> None:
+    """Rounds of ``federate`` as anybody calls it, each when it is asked for."""
+    federate(
+        **task(job, path, device),
+        fit=Epochs(),
+        evaluate=lambda _model: 0.0,
+        min_classes=1,
+        rounds=10**6,
+        device=str(device),
+        on_round=lambda _entry: bare.turn(),
+    )
+
+
+def measure(name: str, arguments: argparse.Namespace, folder: Path) -> None:
+    path, device = folder / f"{name}.pt", torch.device(arguments.device)
+    bare.write_parties(bare.JOBS[name], arguments.scale, path)
+    jobs: dict[str, Callable[[], Spent]] = {
+        engine: lambda work=work: timed(lambda: finished(work, device))  # type: ignore[misc]
+        for engine, work in engines(name, path, device).items()
     }
+    versions = {"bare loop": torch.__version__}
+    here = [str(Path(__file__).resolve()), "--serve", name, "--data", str(path), "--device", arguments.device]
+    commands = {"federate, plain sum": [sys.executable, *here]}
+    if arguments.processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes)]
+        commands[f"federate, {arguments.processes} processes"] = [sys.executable, *torchrun, *here]
+    for peer in PEERS if arguments.peer_python else ():
+        commands[peer] = [
+            arguments.peer_python,
+            str(Path(__file__).with_name("peers.py")),
+            *(peer, name, str(path)),
+        ]
+    with ExitStack() as stack:
+        for engine, command in commands.items():
+            process = stack.enter_context(Driven(command))
+            said = process.first()
+            if said.get("absent"):
+                say(job=name, engine=engine, absent=f"not installed for {arguments.peer_python}")
+                continue
+            jobs[engine] = process.once
+            versions |= {engine: said["version"]} if "version" in said else {}
+        spent: dict[str, list[Spent]] = {engine: [] for engine in jobs}
+        for repeat in range(arguments.repeats + 1):
+            for engine, once in jobs.items():
+                found = once()
+                if repeat:  # the first is warm-up
+                    spent[engine].append(found)
+    report(name, spent, versions, arguments, parties=len(bare.read_parties(path)))
 
-    def build(dataset: TensorDataset) -> Any:
-        model = build_model()
-        return model, torch.optim.SGD(model.parameters(), lr=rate), DataLoader(dataset, batch_size=batch, shuffle=True)
 
-    def own_loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
-        Epochs()(model, optimizer, loader)
+def report(
+    name: str, spent: dict[str, list[Spent]], versions: dict[str, str], arguments: argparse.Namespace, *, parties: int
+) -> None:
+    def middle(engine: str, number: Callable[[Spent], float]) -> float:
+        return statistics.median(number(one) for one in spent[engine])
 
-    def resident(fit: Any) -> Resident:
-        made = Resident(build=build, fit=fit, datasets=parties, guards={}, seed=0, device=device)
-        for party in parties:
-            made.seat(party)
-        return made
+    def cpu(one: Spent) -> float:
+        return sum(one.cpu)
 
-    usual, known = resident(own_loop), resident(Epochs())
-    weights = known.layout.read()
-    orders = [(party, Train()) for party in parties]
-    examples = dict.fromkeys(parties, records)
-    seen = Transcript(None, None)
-    fastest = Fastest(known)
-    whole = federation(known, fastest, examples, seen)
-    jobs: dict[str, Callable[[], Any]] = {
-        "bare loop": bare_loop(build_model().to(device), parties, batch, rate),
-        "resident, the user's own loop": lambda: drained(usual.do(orders, weights, 1)),
-        "direct": lambda: drained(Direct(known).do(orders, weights, 1)),
-        "cohort": lambda: drained(Cohort(known).do(orders, weights, 1)),
-        "a whole round of federate, plain sum": lambda: whole.round(weights, 1),
-    }
-    seconds: dict[str, list[float]] = {job: [] for job in jobs}
-    for repeat in range(repeats + 1):
-        for job, work in jobs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            started = clock(device)
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:  # the first is warm-up
-                seconds[job].append(clock(device) - started)
-    bare = statistics.median(seconds["bare loop"])
-    for job, found in seconds.items():
-        line = {
-            "job": name,
-            "engine": job,
-            "chosen": type(fastest.chosen).__name__ if job.startswith("a whole") else None,
-            "parties": count,
-            "parameters": known.length,
-            "ms_per_party": round(statistics.median(found) / count * 1e3, 3),
-            "ratio_to_bare": round(statistics.median(found) / bare, 3),
-            "device": str(device),
-            "repeats": repeats,
+    for engine in spent:
+        mine, wall = middle(engine, cpu), middle(engine, lambda one: one.wall)
+        line: dict[str, Any] = {"job": name, "engine": engine, "parties": parties, "repeats": arguments.repeats}
+        line |= {"version": versions[engine]} if engine in versions else {}
+        line |= {
+            "ms_per_party": round(mine / parties * 1e3, 3),
+            "ratio_to_bare": round(mine / middle("bare loop", cpu), 3),
+            "wall_ratio_to_bare": round(wall / middle("bare loop", lambda one: one.wall), 3),
+            "device": arguments.device,
         }
-        print(json.dumps({key: value for key, value in line.items() if value is not None}), flush=True)
+        if engine.endswith("processes"):
+            one = "federate, plain sum"
+            line["busiest_process_ratio_to_one"] = round(middle(engine, lambda o: max(o.cpu)) / middle(one, cpu), 3)
+            line["wall_ratio_to_one"] = round(wall / middle(one, lambda o: o.wall), 3)
+        say(**line)
 
 
-def clock(device: torch.device) -> float:
-    """Processor time on a CPU, which others on the machine disturb less; wall-clock time beside an accelerator."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
+def finished(work: Callable[[], Any], device: torch.device) -> None:
+    work()
+    if device.type == "cuda":  # processor time says little beside an accelerator: look at wall_ratio_to_bare
+        torch.cuda.synchronize(device)
+
+
+def say(**line: Any) -> None:
+    print(json.dumps(line), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(JOBS))
+    parser.add_argument("--only", choices=sorted(bare.JOBS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of parties")
+    parser.add_argument("--processes", type=int, default=1, help="also under torchrun, with so many processes")
+    parser.add_argument("--peer-python", help="interpreter of an environment with pfl or flwr")
+    parser.add_argument("--serve", choices=sorted(bare.JOBS), help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in [arguments.only] if arguments.only else JOBS:
-        measure(name, arguments.repeats, torch.device(arguments.device), arguments.scale)
+    if arguments.serve:
+        serve(arguments.serve, arguments.data, torch.device(arguments.device))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [arguments.only] if arguments.only else bare.JOBS:
+            measure(name, arguments, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,48 +1,82 @@
-"""The benchmark that is put together from the trainers' inner parts still runs and prints what it says."""
+"""The benchmark of engines, processes and peers still runs, ends what it started, and prints what it says."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processor time of other processes is read in /proc")
+
+COUNTS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import bare
+while True:
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    time.sleep(0.1)
+    bare.turn(version="1")
+"""
 
 
-def test_simulation_measures_every_engine() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "simulation.py")]
+def test_simulation_measures_engines_processes_and_peers() -> None:
+    command = [sys.executable, str(BENCHMARKS / "simulation.py"), "--only", "cnn", "--repeats", "1", "--scale", "0.1"]
     done = subprocess.run(
-        [*command, "--only", "cnn", "--repeats", "1", "--scale", "0.1"],
+        [*command, "--processes", "2", "--peer-python", sys.executable],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["engine"].split(",")[0] for line in lines] == [
+    lines = {line["engine"]: line for line in map(json.loads, done.stdout.splitlines())}
+    peers = {name: lines.pop(name) for name in ("pfl", "flwr")}
+    assert list(lines) == [
         "bare loop",
-        "resident",
+        "resident, the user's own loop",
+        "resident, the user's own loop, bf16",
         "direct",
         "cohort",
-        "a whole round of federate",
+        "federate, plain sum",
+        "federate, 2 processes",
     ]
-    assert lines[0]["ratio_to_bare"] == 1.0
-    assert all(line["ratio_to_bare"] > 0 for line in lines)
+    assert lines["bare loop"]["ratio_to_bare"] == 1.0
+    assert all(line["ratio_to_bare"] > 0 and line["wall_ratio_to_bare"] > 0 for line in lines.values())
+    both = lines["federate, 2 processes"]
+    assert both["busiest_process_ratio_to_one"] > 0
+    assert both["wall_ratio_to_one"] > 0
+    for peer in peers.values():  # this project depends on none of them: said, not left out
+        assert "ratio_to_bare" in peer or peer["absent"].startswith("not installed for")
 
 
-def test_parties_measures_each_number() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "parties.py")]
-    done = subprocess.run(
-        [*command, "--parties", "20", "1000000", "--cohort", "5", "--rounds", "3"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["parties"] for line in lines] == [20, 1_000_000]
-    assert lines[0]["ratio_seconds_per_round"] == 1.0
-    assert lines[1]["peak_rss_mib"] - lines[0]["peak_rss_mib"] < 40  # a million names alone are 70
+def test_a_driven_process_is_measured_and_ended(tmp_path: Path) -> None:
+    from driven import Driven, seconds_of_tree
+
+    program = tmp_path / "counts.py"
+    program.write_text(COUNTS)
+    with Driven([sys.executable, str(program), str(BENCHMARKS)]) as process:
+        assert process.first() == {"version": "1"}
+        spent = process.once()
+        number = process._process.pid
+        assert sum(spent.cpu) == pytest.approx(0.2, abs=0.1)
+        assert spent.wall > 0.29
+    time.sleep(0.1)
+    assert not Path(f"/proc/{number}").exists()
+    assert sum(seconds_of_tree(number).values()) == 0
+
+
+def test_a_peer_that_fails_is_quoted(tmp_path: Path) -> None:
+    from driven import Driven
+
+    program = tmp_path / "fails.py"
+    program.write_text("print('turned away')\nraise ValueError('no such model')\n")
+    with Driven([sys.executable, str(program)]) as process, pytest.raises(RuntimeError, match="no such model"):
+        process.first()
