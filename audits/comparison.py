@@ -80,14 +80,15 @@ class Comparison(
         return (self.metric, *(measure.metric for measure in self.arms[0].more))
 
     def save(self, path: str | Path) -> Path:
-        """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
+        """Write the report by suffix: ``.json``, one offline ``.html`` file, a ``.md`` summary for a model card, or the
+        curves over rounds alone as ``.svg``.
 
         Raises: ConfigError for another suffix.
         """
-        from choral.audits.html import comparison_page
+        from choral.audits.html import comparison_drawing, comparison_page
         from choral.audits.markdown import comparison_markdown
 
-        return save_report(self, path, comparison_page, comparison_markdown)
+        return save_report(self, path, comparison_page, comparison_markdown, comparison_drawing)
 
     def print(self, console: Console | None = None) -> None:
         """Print the table to the terminal, or to ``console``."""

@@ -16,6 +16,7 @@ from choral.audits.text import cost, is_gap, is_percent, score
 MOST_POINTS = 200
 NAMED_HOLDERS = 16
 WIDE, NARROW = 864.0, 360.0
+ROUNDS_HEIGHT = 430.0  # of a wide drawing over rounds
 Lines = Sequence[tuple[str, Sequence[Point], int]]  # name, curve, colour
 
 
@@ -204,7 +205,7 @@ def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> 
 
 def _frame(wide: bool, labels: int, x: tuple[float, float], y: tuple[float, float]) -> Chart:
     if wide:
-        return Chart(width=WIDE, height=430, left=52, right=240, top=34, bottom=50, x=x, y=y)
+        return Chart(width=WIDE, height=ROUNDS_HEIGHT, left=52, right=240, top=34, bottom=50, x=x, y=y)
     rows = LABEL_GAP * ((labels + 1) // 2)
     return Chart(width=NARROW, height=320 + rows, left=42, right=10, top=40 + rows, bottom=50, x=x, y=y)
 

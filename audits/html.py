@@ -31,7 +31,7 @@ _SPREAD_WORDS = {
 
 def comparison_page(report: Comparison) -> str:
     """The comparison as HTML. Every name and title in it is escaped: they come from whoever ran the arms."""
-    colours = arm_classes([arm.name for arm in report.arms] + [curve.arm for curve in report.budgets], ORDER)
+    colours = _colours(report)
     private = [arm for arm in report.arms if arm.claim]
     references = [
         arm for arm in report.arms if not arm.claim and (arm.name == report.baseline or arm.kind == "federated")
@@ -68,6 +68,23 @@ def comparison_page(report: Comparison) -> str:
             holders=figures.holders_figure(report.arms, colours) if private else None,
         )
     )
+
+
+def comparison_drawing(report: Comparison) -> str:
+    """The curves over rounds, one metric under the other, as one SVG file that fetches nothing."""
+    drawings = [drawing.wide for _, drawing, _ in rounds_figures(report, _colours(report))]
+    height = figures.ROUNDS_HEIGHT
+    placed = "".join(f'<g transform="translate(20 {20 + height * n})">{each}</g>' for n, each in enumerate(drawings))
+    size = f"{figures.WIDE + 40:g}", f"{height * len(drawings) + 40:g}"
+    style = _environment().get_template("drawing.html").render() + "svg { font-family: system-ui, sans-serif; }"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {" ".join(size)}" width="{size[0]}" height="{size[1]}">'
+        f'<style>{style}</style><rect width="100%" height="100%" style="fill: var(--paper)"/>{placed}</svg>\n'
+    )
+
+
+def _colours(report: Comparison) -> dict[str, int]:
+    return arm_classes([arm.name for arm in report.arms] + [curve.arm for curve in report.budgets], ORDER)
 
 
 def rounds_figures(report: Comparison, colours: Mapping[str, int]) -> list[tuple[str, figures.Figure, str]]:

@@ -16,7 +16,11 @@ ReportT = TypeVar("ReportT", bound=msgspec.Struct)
 
 
 def save_report(
-    report: ReportT, path: str | Path, page: Callable[[ReportT], str], summary: Callable[[ReportT], str]
+    report: ReportT,
+    path: str | Path,
+    page: Callable[[ReportT], str],
+    summary: Callable[[ReportT], str],
+    drawing: Callable[[ReportT], str] | None = None,
 ) -> Path:
     """Write ``report`` by suffix, in one step: a reader finds the old file or the new one, whole."""
     path = Path(path)
@@ -26,8 +30,11 @@ def save_report(
         content = page(report).encode()
     elif path.suffix == ".md":
         content = summary(report).encode()
+    elif path.suffix == ".svg" and drawing is not None:
+        content = drawing(report).encode()
     else:
-        raise ConfigError(f"cannot save a report as {path.name!r}", hint="end the name in .json, .html or .md")
+        known = ".json, .html or .md" if drawing is None else ".json, .html, .md or .svg"
+        raise ConfigError(f"cannot save a report as {path.name!r}", hint=f"end the name in {known}")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_bytes(content)

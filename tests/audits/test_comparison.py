@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -15,7 +17,7 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from choral.audits import Comparison, ReportError, compare
+from choral.audits import Comparison, ReportError, audit, compare
 from choral.audits.report import Check
 from choral.errors import ConfigError, DataError
 from choral.trainers import Run
@@ -397,6 +399,22 @@ def test_only_json_and_html_can_be_saved(arms: Arms, tmp_path: Path) -> None:
         compare(arms).save(tmp_path / "report.pdf")
     assert ".html" in caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_the_curves_are_a_picture_of_their_own(arms: Arms, make_run: MakeRun, tmp_path: Path) -> None:
+    """Well-formed, with one panel per metric, every colour that it uses, and nothing fetched or run."""
+    hostile = "<script>&\"'"
+    report = compare(arms | {hostile: make_run("federated")}, also=["loss"], references={"loss": {hostile: 0.5}})
+    drawn = report.save(tmp_path / "curves.svg").read_text()
+    root = ElementTree.fromstring(drawn)  # noqa: S314 (written just now)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(root.findall("{http://www.w3.org/2000/svg}g")) == 2
+    assert hostile in {element.text.rsplit("  ")[0] for element in root.iter() if element.text}
+    assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
+    assert set(re.findall(r"var\((--[\w-]+)\)", drawn)) - {"--c"} <= set(re.findall(r"(--[\w-]+):", drawn))
+    assert set(re.findall(r"arm-\d+", drawn)) <= set(re.findall(r"\.(arm-\d+) \{", drawn))
+    with pytest.raises(ConfigError, match=r"'curves\.svg'"):
+        audit(arms["cloud"][0]).save(tmp_path / "curves.svg")
 
 
 def _printed(report: Comparison, width: int = 80) -> str:
