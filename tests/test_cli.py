@@ -289,6 +289,12 @@ def test_top_level(capsys):
         (SMALL.replace("[privacy]\nepsilon = 8", ""), "privacy.epsilon is not set", ""),
         (SMALL.split("[arms")[0], "nothing to compare", "examples/digits.toml"),
         ("title = ", "not valid TOML", ""),
+        (SMALL + "[participation]\ncohorts = 2", "unknown key participation.cohorts", "participation.cohort?"),
+        (SMALL + "[participation]\npatience = -1", "participation.patience >= 0", ""),
+        (SMALL + "[participation.dropouts]\nvector = 2", "chances in [0, 1)", ""),
+        (SMALL + "[participation]\ncohort = 4", "arm 'federated': expected a cohort of 2 to 3", ""),
+        (SMALL + '[participation]\ncohort = 2\n[algorithm]\nkind = "scaffold"', "scaffold needs every party", "FedAvg"),
+        ("dropout_rate = 0.1\n" + SMALL + "[participation]\ncohort = 2", "which is given too", ""),
     ],
 )
 def test_bad_settings_end_with_2_and_one_line(edit, message, hint, tmp_path, capsys):
@@ -475,3 +481,38 @@ def test_secure_sum_flags_reach_the_setup(config, tmp_path):
         "server": "semi-honest",
         "min_survivors": 4,
     }
+
+
+WORLD = """
+[participation]
+cohort = 4
+least = 2
+deadline = 40
+patience = 2
+availability = {peak = 0.9, trough = 0.8, zones = [-8, 0, 5.5]}
+device = {start = 20, spread = 0.5}
+dropouts = {unmasking = 0.01}
+clock = {first = 7200, period = 86400}
+"""
+
+
+def test_participation_in_settings_and_flags(tmp_path):
+    path = tmp_path / "world.toml"
+    path.write_text(SMALL.replace("parties = 3", "parties = 8") + WORLD)
+    words = ["train", str(path), "--arm", "federated", "--quiet", "--participation.deadline", "50"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["participation"] == {
+        "cohort": 4,
+        "rate": None,
+        "least": 2,
+        "availability": {"peak": 0.9, "trough": 0.8, "hour": 2.0, "zones": [-8.0, 0.0, 5.5]},
+        "device": {"start": 20.0, "per_example": 0.0, "spread": 0.5},
+        "deadline": 50.0,
+        "dropouts": {"keys": 0.0, "shares": 0.0, "vector": 0.0, "confirmation": 0.0, "unmasking": 0.01},
+        "clock": {"first": 7200.0, "period": 86400.0},
+        "patience": 2,
+    }
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()][1:]
+    assert [entry["simulated_start"] for entry in history] == [7200 + 86400 * day for day in range(3)]
+    assert all(entry["asked"] <= 4 for entry in history)

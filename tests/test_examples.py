@@ -56,6 +56,18 @@ def test_many_clients(tmp_path):
     assert (tmp_path / "out" / "audit.html").is_file()
 
 
+def test_phones_at_night(tmp_path):
+    printed = run(str(EXAMPLES / "phones_at_night.py"), str(tmp_path / "out"), cwd=tmp_path)
+    nights = printed.splitlines()[1:]
+    assert len(nights) == 12
+    assert sum("failed" in night for night in nights) == 1
+    assert float(nights[-1].split()[-1]) > 0.9
+    page = (EXAMPLES.parent / "docs" / "participation.md").read_text()
+    assert printed.splitlines()[0] in page
+    # Who is there is the same everywhere; accuracies may differ in the last places.
+    assert all(night[:33] in page for night in nights)
+
+
 def test_lightning_autoencoder(tmp_path):
     pytest.importorskip("lightning", reason="the extra lightning is not installed")
     first, last = run(str(EXAMPLES / "lightning_autoencoder.py"), cwd=tmp_path).strip().splitlines()[-2:]

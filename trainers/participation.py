@@ -199,14 +199,24 @@ class Device:
     """Standard deviation of the logarithm: 0 makes all alike, with 1 the slowest in twenty take five times as long."""
 
     def __post_init__(self) -> None:
-        durations(np.ones(1, np.int64), **vars(self), random=default_rng(0))
+        self.draw([1], default_rng(0))
+
+    def draw(self, examples: Sequence[int], random: Generator) -> NDArray[np.float64]:
+        """Simulated seconds until each answer, of parties with so many examples."""
+        return durations(
+            np.array(examples, np.int64),
+            start=self.start,
+            per_example=self.per_example,
+            spread=self.spread,
+            random=random,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dropouts:
     """Chances, in each secure sum of a round, of a party that is still there to vanish before it takes a step.
 
-    Who vanishes is gone for the rest of the round; its vector is in the sum from `confirmation` on. Raises: ConfigError
+    Who vanishes is gone for the rest of the round; its vector is in the sum from confirmation on. Raises: ConfigError
     for chances outside [0, 1).
     """
 
@@ -222,12 +232,17 @@ class Dropouts:
     """Before it helps to unmask the sum."""
 
     def __post_init__(self) -> None:
-        if not all(0 <= chance < 1 for chance in vars(self).values()):
-            raise ConfigError(f"expected chances in [0, 1) of being lost, got {vars(self)}", hint="0 loses nobody")
+        if not all(0 <= chance < 1 for chance in self.chances):
+            raise ConfigError(f"expected chances in [0, 1) of being lost, got {self.chances}", hint="0 loses nobody")
+
+    @property
+    def chances(self) -> list[float]:
+        """By step."""
+        return [getattr(self, step) for step in STEPS]
 
     def draw(self, parties: Sequence[str], random: Generator) -> dict[str, Step]:
         """Who is lost in one sum, and the first step that it does not take."""
-        places = lost_at(len(parties), [getattr(self, step) for step in STEPS], random)
+        places = lost_at(len(parties), self.chances, random)
         return {
             party: STEPS[place] for party, place in zip(parties, places.tolist(), strict=True) if place < len(STEPS)
         }
@@ -235,10 +250,10 @@ class Dropouts:
 
 @dataclass(frozen=True, kw_only=True)
 class Participation:
-    """Who takes part in each round of :func:`choral.trainers.federate`. By default everybody, always, at once.
+    """Who takes part in each round of a federation. By default everybody, always, at once.
 
-    What a round that has too few parties left costs in privacy is charged as far as it came; `patience` says whether
-    the run goes on after it. Raises: ConfigError for numbers out of range, and for both cohort and rate.
+    What a round that has too few parties left costs in privacy is charged as far as it came; patience says whether the
+    run goes on after it. Raises: ConfigError for numbers out of range, and for both cohort and rate.
     """
 
     cohort: int | None = None
@@ -319,10 +334,6 @@ class Participation:
             looked.update(fresh)
             found += there(np.array(fresh, np.int64)).tolist()
         return np.sort(np.array(found[: self.cohort], np.int64))
-
-    def answers(self, examples: Sequence[int], random: Generator) -> NDArray[np.float64]:
-        """Simulated seconds until each answer."""
-        return durations(np.array(examples, np.int64), **vars(self.device), random=random)
 
     def late(self, seconds: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Whose answer comes after the deadline."""

@@ -163,7 +163,7 @@ class Federation:
         rule = self.participation
         chosen = rule.ask(len(self.names), start, stream(self.seed, number, "cohort"), self.seed)
         parties = tuple(self.names[index] for index in chosen.tolist())
-        seconds = rule.answers([self.examples[name] for name in parties], stream(self.seed, number, "devices"))
+        seconds = rule.device.draw([self.examples[name] for name in parties], stream(self.seed, number, "devices"))
         asked = _Asked(parties, seconds, full=len(parties) >= rule.expected(len(self.names)) or rule.cohort is None)
         asked.lost = {name: "vector" for name, late in zip(parties, rule.late(seconds), strict=True) if late}
         return asked

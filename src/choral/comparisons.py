@@ -23,6 +23,7 @@ from choral.jobs import (
     check_per_party,
     check_tuning,
     load_task,
+    participation_given,
     privacy_of,
     train,
     unit_of,
@@ -298,11 +299,14 @@ def _check(settings: Settings) -> None:
 
 
 def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
-    from choral.trainers.rounds import check_fits
+    from choral.trainers.rounds import check_fits, check_participation, participation_of
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     try:
-        check_fits(algorithm_of(settings, arm), privacy, task.loss)
+        algorithm = algorithm_of(settings, arm)
+        check_fits(algorithm, privacy, task.loss)
+        participation = participation_of(algorithm, participation_given(settings), None, settings.dropout_rate)
+        check_participation(algorithm, participation, len(task.parties))
     except ChoralError as error:
         raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 

@@ -16,7 +16,7 @@ from choral.settings import Arm, Settings, Unit, to_json
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
     from choral.protocols.seam import SecureSum
-    from choral.trainers import Algorithm, Round, Run, Task
+    from choral.trainers import Algorithm, Participation, Round, Run, Task
 
 
 def load_task(settings: Settings, seed: int) -> Task:
@@ -117,6 +117,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
         "value_bound": settings.secure_sum.value_bound,
         "value_bits": settings.secure_sum.value_bits,
         "dropout_rate": settings.dropout_rate,
+        "participation": participation_given(settings),
         "min_classes": settings.split.min_classes,
     }
     transcript = None if settings.transcript == "none" else settings.transcript
@@ -249,6 +250,11 @@ def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     if kind == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
     return Masked(server=chosen.server or "malicious", **terms)
+
+
+def participation_given(settings: Settings) -> Participation | None:
+    """None where nothing is said of it."""
+    return settings.participation if settings.participation.record() else None
 
 
 def unit_of(settings: Settings, arm: Arm) -> Unit:

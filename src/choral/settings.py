@@ -14,6 +14,7 @@ import msgspec
 
 from choral.audits.prices import PriceSettings
 from choral.errors import ConfigError
+from choral.trainers.participation import Participation
 from choral.trainers.settings import AlgorithmSettings, Split, Training
 
 Unit = Literal["record", "client"]
@@ -153,7 +154,9 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model trains."""
     dropout_rate: float = 0.0
-    """Chance per party and round to be lost after the key exchange, to rehearse failures."""
+    """Chance per party and round to be lost after the key exchange, to rehearse failures; short for a part of
+    participation."""
+    participation: Participation = field(default_factory=Participation)
     transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
     """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""
     epsilons: tuple[float, ...] = ()

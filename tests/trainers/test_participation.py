@@ -78,6 +78,7 @@ def test_availability_over_the_day():
     hours = Availability(peak=0.8, trough=0.2, hour=2.0)
     zones = np.array([0.0, 6.0, 12.0])
     assert hours.chance(2 * 3600, zones) == pytest.approx([0.8, 0.5, 0.2])
+    assert hours.chance(20 * 3600, zones) == pytest.approx([0.5, 0.8, 0.5])  # six hours ahead it is two o'clock
     assert hours.chance(2 * 3600 + 5 * DAY, zones) == pytest.approx([0.8, 0.5, 0.2])
     there = available(np.repeat([0.8, 0.2, 0.0, 1.0], 10_000), stream(0, 0, "there")).reshape(4, -1).mean(axis=1)
     assert there == pytest.approx([0.8, 0.2, 0, 1], abs=0.025)  # five standard errors or more
