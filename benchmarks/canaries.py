@@ -3,13 +3,14 @@
     python benchmarks/canaries.py [--canaries 100] [--parties 20] [--round 5] [--noise 1.0] [--draws 200] [--seed 0]
 
 A crafted canary is a client whose one record z was optimised so that the gradient of z is as long as the clipping norm
-and orthogonal to the parties' updates (Maddock, Sablayrolles, Stock 2023, equation 4), here known to the auditor as they
-are, which favours it. Both kinds are clipped, added to the parties' clipped updates of one round of digits by a coin
-each, and Gaussian noise of ``noise`` clipping norms is added to the sum; the statistic of both is the inner product of
-the sum with the canary's own unit update. *Stale* samples were crafted for the initial model, and are used in the later
-round. One JSON line per kind: the share of the clipping norm that the statistic gains, what the parties and the other
-canaries add to it (standard deviations, in clipping norms), the area under the curve and the mean one-run bound at delta
-1e-5 over draws of coins and noise. alone: the canaries one at a time, as CANIFE uses them, by the signal over all noise.
+and orthogonal to the parties' updates (Maddock, Sablayrolles, Stock 2023), here known to the auditor as they are, which
+favours it. Both kinds are clipped, added to the parties' clipped updates of one round of digits by a coin each, and
+Gaussian noise of ``noise`` clipping norms is added to the sum; the statistic of both is the inner product of the sum
+with the canary's own unit update. Crafted for the initial model: stale, since used in the later round.
+
+One JSON line per kind: the share of the clipping norm that the statistic gains, what the parties and the other canaries
+add to it (standard deviations, in clipping norms), the area under the curve and the one-run bound at delta 1e-5 (means
+over draws of coins and noise, with standard errors). alone: a canary by itself, as CANIFE uses it: signal over noise.
 """
 
 from __future__ import annotations
