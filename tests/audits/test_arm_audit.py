@@ -187,3 +187,11 @@ def test_evidence_against_an_arm_decides_its_verdict_and_the_exit_code(
 def test_evidence_on_no_arm_is_refused(real: Arms, evidence: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="evidence on 'clowd', which is no arm"):
         compare(real, attacks={"clowd": [evidence.attack()]})
+
+
+def test_a_violated_check_between_the_arms_is_no_pass_either(real: Arms, job) -> None:
+    fewer = dict(list(job["parties"].items())[:2])
+    report = compare({"cloud": real["cloud"], "less": [centralize(**(job | {"parties": fewer}), seed=0)]})
+    assert all(arm.audit.verdict == "holds" for arm in report.arms)
+    assert [check.verdict for check in report.checks if "number of examples" in check.name] == ["violated"]
+    assert report.exit_code == 1
