@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,9 @@ from choral.trainers.task import DivergedError, TaskError
 
 _WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
 _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed connection
-_AHEAD = 4  # results that wait at a rank until rank 0 takes them
+_AHEAD = 4  # messages of results that wait at a rank until rank 0 takes them
+_TOGETHER = 0.003  # seconds for which results are gathered into one message: a message costs as much as a small party
+_LARGE = 1 << 20  # bytes of results that are not kept back
 _CHUNK = 64  # parties per rank that are told of at once
 _Tensors = Mapping[str, torch.Tensor]
 _Sent = tuple[int, list[Any], tuple[torch.Tensor, torch.Tensor]]  # to whom, the sendings, what must live until then
@@ -66,6 +69,7 @@ class Team:
     rank: int
     size: int
     group: Any = field(repr=False)
+    _arrived: dict[int, deque[tuple[str, Done]]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def join(cls) -> Team | None:
@@ -123,17 +127,26 @@ class Team:
     def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: _Tensors) -> None:
         orders = [(order["party"], _work(order, tensors)) for order in header["orders"]]
         waiting: deque[_Sent] = deque()
+        results: list[tuple[str, Done]] = []
+
+        def send() -> None:
+            while len(waiting) >= _AHEAD:
+                _wait(waiting.popleft())
+            waiting.append(self._send_later(0, _packed(*_results(results))))
+            results.clear()
+
         try:
+            sent = time.monotonic()
             for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
-                parts = {"vector": done.vector, "dual": done.dual}
-                raw = _packed(
-                    {"party": party, "steps": done.steps, "path": done.path},
-                    {name: part for name, part in parts.items() if part is not None},
-                )
-                while len(waiting) >= _AHEAD:
-                    _wait(waiting.popleft())
-                waiting.append(self._send_later(0, raw))
+                results.append((party, done))
+                if time.monotonic() - sent >= _TOGETHER or done.vector.nbytes * len(results) >= _LARGE:
+                    send()
+                    sent = time.monotonic()
+            if results:
+                send()
         except Exception as error:
+            if results:
+                send()
             kind = type(error).__name__
             text = str(error) if isinstance(error, ChoralError) else f"{kind}: {error}"
             hint = error.hint if isinstance(error, ChoralError) else ""
@@ -157,15 +170,22 @@ class Team:
 
     def answer(self, rank: int, party: str, round_number: int) -> Done:
         """What a rank made of a party's work. Raises: ProcessError; DivergedError and TaskError as it raised them."""
-        header, tensors = self._receive(rank, f" in round {round_number}")
+        arrived = self._arrived.setdefault(rank, deque())
+        if not arrived:
+            header, tensors = self._receive(rank, f" in round {round_number}")
+            self._refuse_error(rank, header)
+            arrived.extend(_done(header, tensors))
+        answered, done = arrived.popleft()
+        if answered != party:
+            raise ProcessError(f"rank {rank} answered for party {answered!r}, expected {party!r}")
+        return done
+
+    def _refuse_error(self, rank: int, header: dict[str, Any]) -> None:
         if "error" in header:
             kinds: dict[str, type[ChoralError]] = {"DivergedError": DivergedError, "TaskError": TaskError}
             kind = kinds.get(header["error"], ProcessError)
             text = header["text"] if kind is not ProcessError else f"rank {rank}: {header['text']}"
             raise kind(text, hint=header["hint"])
-        if header["party"] != party:
-            raise ProcessError(f"rank {rank} answered for party {header['party']!r}, expected {party!r}")
-        return Done(vector=tensors["vector"], steps=header["steps"], path=header["path"], dual=tensors.get("dual"))
 
     def _tell(self, header: dict[str, Any], tensors: _Tensors) -> None:
         raw = _packed(header, tensors)
@@ -277,6 +297,21 @@ def _described(orders: list[tuple[str, Work]]) -> tuple[list[dict[str, Any]], di
 def _work(order: dict[str, Any], tensors: _Tensors) -> Work:
     parts: dict[str, Any] = {name: tensors[key] for name, key in order["tensors"].items()}
     return _WORKS[order["kind"]](**parts, **order["numbers"])
+
+
+def _results(results: list[tuple[str, Done]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Results as JSON and tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for place, (_, done) in enumerate(results):
+        parts = {f"vector {place}": done.vector, f"dual {place}": done.dual}
+        tensors |= {name: part for name, part in parts.items() if part is not None}
+    return {"done": [{"party": party, "steps": done.steps, "path": done.path} for party, done in results]}, tensors
+
+
+def _done(header: dict[str, Any], tensors: _Tensors) -> Iterator[tuple[str, Done]]:
+    for place, said in enumerate(header["done"]):
+        vector, dual = tensors[f"vector {place}"], tensors.get(f"dual {place}")
+        yield said["party"], Done(vector=vector, steps=said["steps"], path=said["path"], dual=dual)
 
 
 def _packed(header: dict[str, Any], tensors: _Tensors) -> torch.Tensor:
