@@ -41,7 +41,14 @@ from choral.trainers.local import Resident, initial_model, resolve_device
 from choral.trainers.participation import Clock, Participation
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
-from choral.trainers.rounds import Federation, check_fits, check_participation, open_sessions, participation_of
+from choral.trainers.rounds import (
+    Federation,
+    check_fits,
+    check_participation,
+    check_promises,
+    open_sessions,
+    participation_of,
+)
 from choral.trainers.run import Population, Round, Run, RunInfo, versions
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of, raw_bytes
@@ -228,6 +235,9 @@ def federate(
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
         rooms = open_sessions(secure_sum, coders, seen, roster=None if participation.everybody else first)
+        if not participation.everybody and len(first) < (most := participation.expected(len(names))):
+            full = open_sessions(secure_sum, coders, seen, roster=tuple(names[:most]))
+            check_promises(rooms, len(first), full, most)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
         seen.flush()

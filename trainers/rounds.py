@@ -185,15 +185,7 @@ class Federation:
                 hint="lower participation.least, or let rounds fail with participation.patience",
             )
         rooms = open_sessions(self.secure_sum, self.coders, self.seen, roster=asked)
-        for channel, room in rooms.items():
-            stated = self.sessions[channel].statement
-            for promise in ("min_survivors", "corrupt"):
-                if room.statement.get(promise, 0) < stated.get(promise, 0):
-                    raise ConfigError(
-                        f"the secure sum promises {promise} = {stated[promise]} over {needed} parties, and"
-                        f" {room.statement[promise]} over {len(asked)}",
-                        hint=f"give it {promise}={stated[promise]}",
-                    )
+        check_promises(self.sessions, needed, rooms, len(asked))
         return rooms
 
 
@@ -250,6 +242,20 @@ def open_sessions(
         sessions[name] = by_spec[spec]
         coder.check(sessions[name])
     return sessions
+
+
+def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str, SumSession], many: int) -> None:
+    """Raises: ConfigError if the sum promises less over many parties than over few, as the run's record tells."""
+    for channel, room in more.items():
+        stated = fewer[channel].statement
+        for promise, choose in (("min_survivors", max), ("corrupt", min)):
+            if room.statement.get(promise, 0) < stated.get(promise, 0):
+                both = choose(stated[promise], room.statement[promise])
+                raise ConfigError(
+                    f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
+                    f" {room.statement[promise]} over {many}",
+                    hint=f"give it {promise}={both}, for both",
+                )
 
 
 _PROBE = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)

@@ -351,6 +351,15 @@ class TestRoundsThatFail:
         with pytest.raises(ConfigError, match="min_survivors = 28 over 50 parties, and 22 over 100"):
             federate(**many(count=110), participation=rule, secure_sum=Masked(min_survivors=4))
 
+    def test_that_is_refused_before_anything_is_trained_and_the_hint_helps(self, many, tmp_path):
+        rule, out = Participation(cohort=12, least=10), tmp_path / "run"
+        with pytest.raises(ConfigError, match="corrupt = 3 over 10 parties, and 2 over 12") as refused:
+            federate(**many(count=20), participation=rule, secure_sum=Masked(min_survivors=8), out=out)
+        assert not (out / "history.jsonl").exists()
+        assert "corrupt=2, for both" in refused.value.hint
+        told = federate(**many(count=20, rounds=2), participation=rule, secure_sum=Masked(min_survivors=8, corrupt=2))
+        assert told.info.secure_sum["corrupt"] == 2
+
 
 class TestPrivacy:
     """A server that chooses who takes part knows it: nothing is gained by sampling."""
