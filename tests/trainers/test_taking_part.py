@@ -454,3 +454,18 @@ def test_the_record_is_json_and_none_by_default(many):
     plain = Participation(cohort=4, availability=Availability(zones=(1.0, 2.0))).record()
     assert json.loads(json.dumps(plain)) == plain
     assert federate(**many(rounds=1)).info.participation is None
+
+
+@pytest.mark.parametrize("cohort", [None, 8])
+def test_a_transcript_of_rounds_that_fail_holds(many, tmp_path, cohort):
+    """Keys, vectors and confirmations of a sum that was given up are on the wire, and no sum of it in the history."""
+    rule = Participation(cohort=cohort, dropouts=Dropouts(keys=0.03, vector=0.03, unmasking=0.2), patience=9)
+    masked = Masked(min_survivors=6, corrupt=1, dropouts=1)
+    settings = many(count=9, rounds=6) | {"secure_sum": masked, "transcript": "rehearsal", "out": tmp_path}
+    run = federate(**settings, participation=rule)
+    reasons = {entry.failed.split(":")[0] for entry in run.history[1:] if entry.failed}
+    assert "too few helped to unmask" in reasons
+    assert any(not entry.failed for entry in run.history[1:])
+    report = audit(tmp_path)
+    assert report.seen is not None
+    assert [check for check in report.checks if check.verdict == "violated"] == []
