@@ -259,6 +259,8 @@ def participation_checks(run: Run, found: Participation | None) -> list[Check]:
         opened = [entry for entry in run.history if entry.round and not entry.failed]
         low = [entry for entry in opened if entry.survivors < found.claimed_minimum]
         said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
+        if failed := sum(bool(entry.failed) for entry in run.history):
+            said += f" {failed} more rounds had too few and opened no sum, as the run records them."
         if low:
             said = (
                 f"Round {low[0].round} has {low[0].survivors} of {found.parties} parties, {found.claimed_minimum} are"

@@ -173,13 +173,6 @@ class Clock:
         periods = self.period * max(1, math.ceil(lasted / self.period)) if self.period else 0.0
         return start + max(periods, lasted)
 
-    def starts(self, lasted: Sequence[float]) -> list[float]:
-        """When each round starts, if they last so long."""
-        starts = [self.first]
-        for seconds in lasted:
-            starts.append(self.next(starts[-1], seconds))
-        return starts[:-1]
-
 
 ONCE_A_DAY = Clock(first=2 * 3600.0, period=DAY)
 

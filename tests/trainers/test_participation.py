@@ -105,9 +105,10 @@ def test_losses_at_any_step():
 
 
 def test_clock():
-    assert ONCE_A_DAY.starts([60, 60, 60]) == [7200, 7200 + DAY, 7200 + 2 * DAY]
-    assert ONCE_A_DAY.starts([1.5 * DAY, 60]) == [7200, 7200 + 2 * DAY]  # a night is missed
-    assert Clock().starts([5, 7, 1]) == [0, 5, 12]
+    assert (ONCE_A_DAY.first, ONCE_A_DAY.next(7200, 60)) == (7200, 7200 + DAY)
+    assert ONCE_A_DAY.next(7200, DAY) == 7200 + DAY
+    assert ONCE_A_DAY.next(7200, 1.5 * DAY) == 7200 + 2 * DAY  # a night is missed
+    assert Clock().next(5, 7) == 12
 
 
 @pytest.mark.parametrize(

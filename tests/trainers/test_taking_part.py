@@ -286,6 +286,8 @@ class TestRoundsThatFail:
         assert report.participation.completed == 12 - len(failed)
         assert report.participation.fewest >= 5
         assert report.verdict != "violated"
+        said = next(check.finding for check in report.checks if "fewer parties than claimed" in check.name)
+        assert f"{len(failed)} more rounds had too few and opened no sum" in said
 
     def test_patience_ends(self, many, tmp_path):
         with pytest.raises(TooFewSurvivorsError):
