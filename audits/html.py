@@ -169,6 +169,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         score=text.score,
+        is_percent=text.is_percent,
         plus_minus=text.plus_minus,
         signed=text.signed,
         width=text.width,

@@ -31,7 +31,9 @@ def is_gap(metric: str) -> bool:
 
 
 def score(value: float, metric: str) -> str:
-    return f"{100 * value:.1f}{NBSP}%" if is_percent(metric) else f"{value:.4g}".replace("-", MINUS)
+    if is_percent(metric):
+        return f"{100 * value:.1f}{NBSP}%"
+    return f"{value:.{3 if is_gap(metric) else 4}g}".replace("-", MINUS)
 
 
 def width(value: float, metric: str) -> str:
