@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from choral.errors import ConfigError, DataError
 from choral.trainers.data import TASKS, adult, comments, fashion, shakespeare
+from choral.trainers.data.tables import Table, parties_of
 from choral.trainers.settings import Split, Training
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -141,3 +143,26 @@ def test_idx_by_hand():
 def test_digits_have_no_key():
     with pytest.raises(ConfigError, match="no key"):
         TASKS["digits"](Split(kind="key"), Training(), 0, None)
+
+
+@pytest.mark.parametrize("kind", ["key", "dirichlet"])
+def test_dealt_again_each_party_has_as_many_and_all_records_stay(kind):
+    keys = np.repeat(["a", "b", "c"], [10, 20, 70])
+    table = Table(features=torch.arange(100.0)[:, None], labels=torch.arange(100) % 2, keys=keys)
+    split = Split(kind=kind, parties=3, min_records=1)
+    before = parties_of(table, split, 4)
+    after = parties_of(table, dataclasses.replace(split, reshuffle=True), 4)
+    assert {name: len(data) for name, data in after.items()} == {name: len(data) for name, data in before.items()}
+    assert torch.equal(torch.cat([data.tensors[0] for data in after.values()]).sort(dim=0).values, table.features)
+    assert not any(torch.equal(after[name].tensors[0], before[name].tensors[0]) for name in after)
+
+
+def test_speakers_are_not_dealt_again():
+    with pytest.raises(ConfigError, match="not dealt out again"):
+        shakespeare.load(Split(kind="key", reshuffle=True), Training(hidden=8), 0)
+
+
+def test_weight_decay_reaches_the_optimizer():
+    task = TASKS["digits"](Split(parties=2, alpha=5.0), Training(weight_decay=0.25), 0, None)
+    _, optimizer, _ = task.build(task.parties["party-1"])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
