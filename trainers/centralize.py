@@ -14,9 +14,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
 from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic
-from choral.trainers.data_parallel import own_device, workers_of
-from choral.trainers.energy import EnergyMeter
-from choral.trainers.federate import (
+from choral.trainers.beginning import (
     NOTHING,
     OnRound,
     check_settings,
@@ -26,6 +24,8 @@ from choral.trainers.federate import (
     open_guards,
     recorded_model,
 )
+from choral.trainers.data_parallel import own_device, workers_of
+from choral.trainers.energy import EnergyMeter
 from choral.trainers.flat import Layout
 from choral.trainers.local import initial_model, resolve_device, seeded
 from choral.trainers.memory import Memory

@@ -18,26 +18,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 import msgspec
-from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Spent
-from choral.privacy.clipping import settings_of as clipping_settings
+from choral.privacy import ClientPrivacy, Guard, Privacy, Spent
 from choral.protocols import Plain
 from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
 from choral.trainers.algorithms.fedavg import FedAvg
 from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
 from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic
+from choral.trainers.beginning import (
+    NOTHING,
+    OnRound,
+    check_settings,
+    clips_of,
+    describe,
+    nothing_left,
+    open_guards,
+    recorded_model,
+)
 from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
-from choral.trainers.local import Resident, initial_model, resolve_device
+from choral.trainers.local import Resident, resolve_device
 from choral.trainers.participation import Clock, Participation
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
@@ -49,13 +56,12 @@ from choral.trainers.rounds import (
     open_sessions,
     participation_of,
 )
-from choral.trainers.run import Population, Round, Run, RunInfo, versions
+from choral.trainers.run import Round, Run, RunInfo
 from choral.trainers.start import Start, Weights
-from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of, raw_bytes
+from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of
 from choral.trainers.transcript import Detail, Transcript
 from choral.trainers.virtual import census_of
 
-OnRound = Callable[[Round], None]
 Engine = Callable[[Resident], LocalTrainer]
 
 
@@ -329,47 +335,6 @@ def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples:
     return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
 
 
-def describe(
-    kind: Literal["centralized", "federated"],
-    parties: Mapping[str, Any],
-    examples: Mapping[str, int],
-    rounds: int,
-    seed: int,
-    arithmetic: Arithmetic,
-    privacy: Privacy | ClientPrivacy | None,
-    config: Mapping[str, Any] | None,
-    start: Weights | None,
-    tuning: Mapping[str, Any] | None,
-    population: Population | None = None,
-) -> RunInfo:
-    """What is known of a run before its model is built. population: in the place of the parties' own numbers.
-
-    Raises: ConfigError for a private run that was tuned.
-    """
-    if tuning is not None and privacy is not None:
-        raise ConfigError(
-            "tuning with privacy: its tries read the records without noise, which no budget covers",
-            hint="take settings from public data, or choral.privacy.private_search",
-        )
-    return RunInfo(
-        kind=kind,
-        rounds=rounds,
-        seed=seed,
-        device=arithmetic.device.type,
-        parties={} if population else dict(examples),
-        population=population,
-        precision=arithmetic.precision,
-        compile=arithmetic.compile,
-        parameters=0,
-        privacy=_settings_of(privacy, len(parties)),
-        raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
-        config=dict(config or {}),
-        start=start.record() if start else None,
-        tuning=dict(tuning) if tuning is not None else None,
-        versions=versions(),
-    )
-
-
 def _complete(
     info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: Coder, meter: EnergyMeter
 ) -> RunInfo:
@@ -382,110 +347,5 @@ def _complete(
     )
 
 
-NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
-
-
-def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
-    if rounds < 1:
-        raise ConfigError(f"expected rounds >= 1, got {rounds}", hint="20 is a start")
-    if seed < 0:
-        raise ConfigError(f"expected seed >= 0, got {seed}", hint="any whole number from 0")
-    if not 0 <= dropout_rate < 1:
-        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
-
-
 def _spent(guards: Mapping[str, Guard]) -> dict[str, Spent]:
     return {name: guard.spent() for name, guard in guards.items()}
-
-
-def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
-    if privacy is None:
-        return None
-    if isinstance(privacy, ClientPrivacy):
-        return privacy.settings(clients)
-    settings: dict[str, float | int | str] = {
-        "epsilon": privacy.epsilon,
-        "delta": privacy.delta,
-        **clipping_settings(privacy.max_grad_norm),
-        "epochs": privacy.epochs,
-    }
-    if isinstance(privacy, CorrelatedPrivacy):
-        settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
-    return settings
-
-
-def clips_of(guards: Mapping[str, Guard]) -> dict[str, float]:
-    """Where each data holder's adaptive clipping norm is; empty where it does not move."""
-    return {name: guard.clip for name, guard in guards.items() if guard.adaptive}
-
-
-def open_guards(
-    privacy: Privacy | None,
-    examples: Mapping[str, int],
-    folder: Path | None,
-    rounds_left: int,
-    clips: Mapping[str, float],
-) -> dict[str, Guard]:
-    """One guard and one ledger per data holder; empty without privacy. clips: of adaptive clipping, in a resumed run.
-
-    Raises: what check_delta does; LedgerError.
-    """
-    if privacy is None:
-        return {}
-    if not isinstance(privacy, Privacy):
-        raise ConfigError(
-            f"privacy is a {type(privacy).__name__}, expected Privacy",
-            hint="ClientPrivacy protects the parties of a federation; pooled data has none",
-        )
-    if privacy.ledger is not None:
-        raise ConfigError(
-            "Privacy(ledger=...) is one holder's file, but here every data holder has a ledger of its own",
-            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER",
-        )
-    check_delta(privacy, examples)
-    passes = max(rounds_left, 1) * privacy.epochs
-    return {
-        name: Guard(
-            privacy,
-            holder=name,
-            ledger=Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name),
-            passes=passes,
-            clip=clips.get(name),
-        )
-        for name in examples
-    }
-
-
-def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
-    """Why a resumed run cannot go on: a round that is repeated is paid for twice, which the last one may not afford.
-
-    Raises: LedgerError if a ledger holds less than the run has recorded.
-    """
-    for name, guard in guards.items():
-        spent, before = guard.spent(), recorder.spent.get(name)
-        if before and spent.steps < before.steps:
-            raise LedgerError(
-                f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
-                hint="put back the ledger file that belongs to this run",
-            )
-        # Guards plan to within 0.1 % of the budget; what is left below twice that pays for nothing.
-        if recorder.completed and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
-            return f"the budget of {name} is spent; ended after round {recorder.completed}"
-    return ""
-
-
-def recorded_model(recorder: Recorder, build: Build, parties: Mapping[str, Any]) -> nn.Module:
-    """The model with the weights that were recorded last, on the CPU."""
-    model = initial_model(build, next(iter(parties.values())), 0)
-    model.load_state_dict(recorder.run().state)
-    return model
-
-
-def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:
-    """Raises: ConfigError if delta is not below 1/n for some holder: it would allow one record in the clear."""
-    for name, count in examples.items():
-        if privacy.delta >= 1 / count:
-            raise ConfigError(
-                f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
-                hint="choose a delta well below 1 over the smallest party's record count",
-            )

@@ -328,7 +328,7 @@ def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
 def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
     from choral.privacy import Privacy
     from choral.privacy.client import check_client_delta
-    from choral.trainers.federate import check_delta
+    from choral.trainers.beginning import check_delta
 
     if isinstance(privacy, Privacy):
         check_delta(privacy, examples)

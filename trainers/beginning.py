@@ -1,0 +1,168 @@
+"""What both kinds of training do before their rounds: describe the run, open the guards of the data's holders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from torch import nn
+
+from choral.errors import ConfigError
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy
+from choral.privacy.clipping import settings_of as clipping_settings
+from choral.trainers.arithmetic import Arithmetic
+from choral.trainers.local import initial_model
+from choral.trainers.record import Recorder
+from choral.trainers.run import Population, Round, RunInfo, versions
+from choral.trainers.start import Weights
+from choral.trainers.task import Build, raw_bytes
+
+OnRound = Callable[[Round], None]
+
+
+def describe(
+    kind: Literal["centralized", "federated"],
+    parties: Mapping[str, Any],
+    examples: Mapping[str, int],
+    rounds: int,
+    seed: int,
+    arithmetic: Arithmetic,
+    privacy: Privacy | ClientPrivacy | None,
+    config: Mapping[str, Any] | None,
+    start: Weights | None,
+    tuning: Mapping[str, Any] | None,
+    population: Population | None = None,
+) -> RunInfo:
+    """What is known of a run before its model is built. population: in the place of the parties' own numbers.
+
+    Raises: ConfigError for a private run that was tuned.
+    """
+    if tuning is not None and privacy is not None:
+        raise ConfigError(
+            "tuning with privacy: its tries read the records without noise, which no budget covers",
+            hint="take settings from public data, or choral.privacy.private_search",
+        )
+    return RunInfo(
+        kind=kind,
+        rounds=rounds,
+        seed=seed,
+        device=arithmetic.device.type,
+        parties={} if population else dict(examples),
+        population=population,
+        precision=arithmetic.precision,
+        compile=arithmetic.compile,
+        parameters=0,
+        privacy=_settings_of(privacy, len(parties)),
+        raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
+        config=dict(config or {}),
+        start=start.record() if start else None,
+        tuning=dict(tuning) if tuning is not None else None,
+        versions=versions(),
+    )
+
+
+NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
+
+
+def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
+    if rounds < 1:
+        raise ConfigError(f"expected rounds >= 1, got {rounds}", hint="20 is a start")
+    if seed < 0:
+        raise ConfigError(f"expected seed >= 0, got {seed}", hint="any whole number from 0")
+    if not 0 <= dropout_rate < 1:
+        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
+
+
+def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
+    if privacy is None:
+        return None
+    if isinstance(privacy, ClientPrivacy):
+        return privacy.settings(clients)
+    settings: dict[str, float | int | str] = {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        **clipping_settings(privacy.max_grad_norm),
+        "epochs": privacy.epochs,
+    }
+    if isinstance(privacy, CorrelatedPrivacy):
+        settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
+    return settings
+
+
+def clips_of(guards: Mapping[str, Guard]) -> dict[str, float]:
+    """Where each data holder's adaptive clipping norm is; empty where it does not move."""
+    return {name: guard.clip for name, guard in guards.items() if guard.adaptive}
+
+
+def open_guards(
+    privacy: Privacy | None,
+    examples: Mapping[str, int],
+    folder: Path | None,
+    rounds_left: int,
+    clips: Mapping[str, float],
+) -> dict[str, Guard]:
+    """One guard and one ledger per data holder; empty without privacy. clips: of adaptive clipping, in a resumed run.
+
+    Raises: what check_delta does; LedgerError.
+    """
+    if privacy is None:
+        return {}
+    if not isinstance(privacy, Privacy):
+        raise ConfigError(
+            f"privacy is a {type(privacy).__name__}, expected Privacy",
+            hint="ClientPrivacy protects the parties of a federation; pooled data has none",
+        )
+    if privacy.ledger is not None:
+        raise ConfigError(
+            "Privacy(ledger=...) is one holder's file, but here every data holder has a ledger of its own",
+            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER",
+        )
+    check_delta(privacy, examples)
+    passes = max(rounds_left, 1) * privacy.epochs
+    return {
+        name: Guard(
+            privacy,
+            holder=name,
+            ledger=Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name),
+            passes=passes,
+            clip=clips.get(name),
+        )
+        for name in examples
+    }
+
+
+def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
+    """Why a resumed run cannot go on: a round that is repeated is paid for twice, which the last one may not afford.
+
+    Raises: LedgerError if a ledger holds less than the run has recorded.
+    """
+    for name, guard in guards.items():
+        spent, before = guard.spent(), recorder.spent.get(name)
+        if before and spent.steps < before.steps:
+            raise LedgerError(
+                f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
+                hint="put back the ledger file that belongs to this run",
+            )
+        # Guards plan to within 0.1 % of the budget; what is left below twice that pays for nothing.
+        if recorder.completed and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
+            return f"the budget of {name} is spent; ended after round {recorder.completed}"
+    return ""
+
+
+def recorded_model(recorder: Recorder, build: Build, parties: Mapping[str, Any]) -> nn.Module:
+    """The model with the weights that were recorded last, on the CPU."""
+    model = initial_model(build, next(iter(parties.values())), 0)
+    model.load_state_dict(recorder.run().state)
+    return model
+
+
+def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:
+    """Raises: ConfigError if delta is not below 1/n for some holder: it would allow one record in the clear."""
+    for name, count in examples.items():
+        if privacy.delta >= 1 / count:
+            raise ConfigError(
+                f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
+                hint="choose a delta well below 1 over the smallest party's record count",
+            )
