@@ -6,15 +6,17 @@ gradient descent on one record, the case that favours the adversary most; what f
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from choral.audits.evidence import InversionAudit, View
 from choral.audits.pictures import RECOGNISABLE_PSNR, nearer_p_value, psnr, ssim
@@ -44,6 +46,42 @@ _ASSUMPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class _Global:
+    """The user's model as it is, with copies of its weights on the CPU: nothing of it is changed or copied besides.
+
+    weights: the trainable parameters by name, in the order of an update's coordinates. fixed: all others, and buffers.
+    """
+
+    module: nn.Module
+    weights: dict[str, torch.Tensor]
+    fixed: dict[str, torch.Tensor]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = functional_call(self.module, (self.weights, self.fixed), (x,))
+        return output
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        return list(self.weights.values())
+
+
+@contextlib.contextmanager
+def _evaluated(module: nn.Module) -> Iterator[_Global]:
+    """The model in eval mode, and each of its parts in its own mode again afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    named = {
+        name: value.detach().cpu().clone() for name, value in [*module.named_parameters(), *module.named_buffers()]
+    }
+    trained = {name: named.pop(name).requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
+    module.eval()
+    try:
+        yield _Global(module, trained, named)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def inversion_audit(
     model: nn.Module,
     inputs: torch.Tensor,
@@ -60,8 +98,8 @@ def inversion_audit(
 ) -> InversionAudit:
     """Attack the update of one party out of ``parties``, in the four ways in which it may be seen.
 
-    model: the global model, trained by cross-entropy. If its first layer is linear with a bias and takes the input
-        itself, the attack is exact; otherwise it optimises for ``iterations`` steps.
+    model: the global model, trained by cross-entropy; it is left as it is. If its first layer is linear with a bias and
+        takes the input itself, the attack is exact; otherwise it optimises for ``iterations`` steps.
     inputs: shape (n, ...), each with height * width values in [0, 1]; labels: shape (n,). shape: (height, width).
     privacy: of the sum with noise; default epsilon 8, delta 1e-5, clipping norm 1, noise inside the secure sum, for one
     round. seed: which records are drawn. level: the significance below which a picture counts as nearer to its
@@ -70,9 +108,6 @@ def inversion_audit(
     Raises: DataError for inputs of another shape, outside [0, 1] or too few; ConfigError for a setting out of range.
     """
     _check(inputs, labels, shape, parties, trials)
-    model = copy.deepcopy(model).cpu().eval()
-    layer = _first_linear(model, inputs[:1])
-    attack = _exact(model, layer, inputs) if layer else _optimiser(model, inputs, learning_rate, iterations)
     rng = np.random.default_rng(seed)
     promise = privacy or ClientPrivacy(epsilon=8.0, delta=1e-5)
     own: dict[str, list[float]] = {name: [] for name in _SEES}
@@ -80,21 +115,24 @@ def inversion_audit(
     other: dict[str, list[list[float]]] = {name: [] for name in _SEES}
     shown: dict[str, npt.NDArray[np.float64]] = {}
     truth = np.zeros(shape)
-    for trial in range(trials):
-        drawn = rng.choice(len(inputs), parties + _UNRELATED, replace=False)
-        chosen, unrelated = drawn[:parties], drawn[parties:]
-        updates = {
-            f"party-{i}": _update(model, inputs[j : j + 1], labels[j : j + 1], learning_rate)
-            for i, j in enumerate(chosen)
-        }
-        original = _picture(inputs[chosen[0]], shape)
-        for name, seen in _views(updates, promise).items():
-            image = _picture(attack(seen, int(labels[chosen[0]])), shape)
-            own[name].append(psnr(original, image))
-            alike[name].append(ssim(original, image))
-            other[name].append([psnr(_picture(inputs[j], shape), image) for j in unrelated])
-            if trial == 0:
-                shown[name], truth = image, original
+    with _evaluated(model) as shared:
+        layer = _first_linear(shared, inputs[:1])
+        attack = _exact(shared, layer, inputs) if layer else _optimiser(shared, inputs, learning_rate, iterations)
+        for trial in range(trials):
+            drawn = rng.choice(len(inputs), parties + _UNRELATED, replace=False)
+            chosen, unrelated = drawn[:parties], drawn[parties:]
+            updates = {
+                f"party-{i}": _update(shared, inputs[j : j + 1], labels[j : j + 1], learning_rate)
+                for i, j in enumerate(chosen)
+            }
+            original = _picture(inputs[chosen[0]], shape)
+            for name, seen in _views(updates, promise).items():
+                image = _picture(attack(seen, int(labels[chosen[0]])), shape)
+                own[name].append(psnr(original, image))
+                alike[name].append(ssim(original, image))
+                other[name].append([psnr(_picture(inputs[j], shape), image) for j in unrelated])
+                if trial == 0:
+                    shown[name], truth = image, original
     return InversionAudit(
         method="exact (linear first layer)" if layer else "optimisation",
         shape=shape,
@@ -129,10 +167,9 @@ def _view(
     )
 
 
-def _update(model: nn.Module, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> torch.Tensor:
+def _update(model: _Global, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> torch.Tensor:
     """One step of gradient descent, as a flat vector, shape (d,)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), trained)
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.trained)
     return torch.cat([-learning_rate * g.reshape(-1) for g in gradients]).float()
 
 
@@ -172,10 +209,13 @@ def _masked(
     return sent, summing.finish().total, spec.modulus_bits
 
 
-def _first_linear(model: nn.Module, x: torch.Tensor) -> nn.Linear | None:
-    """The layer that all of the input enters as it is, if it is linear with a bias."""
-    layer = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), None)
-    if not isinstance(layer, nn.Linear) or layer.bias is None or not layer.weight.requires_grad:
+def _first_linear(model: _Global, x: torch.Tensor) -> str | None:
+    """The name of the layer that all of the input enters as it is, if it is linear with a bias."""
+    named = model.module.named_modules()
+    name, layer = next((pair for pair in named if any(True for _ in pair[1].parameters(recurse=False))), ("", None))
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
+        return None
+    if not (layer.weight.requires_grad and layer.bias.requires_grad):
         return None
     seen: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
@@ -183,29 +223,29 @@ def _first_linear(model: nn.Module, x: torch.Tensor) -> nn.Linear | None:
         model(x)
     handle.remove()
     same = len(seen) == 1 and seen[0].numel() == x.numel() and torch.equal(seen[0].reshape(-1), x.reshape(-1))
-    return layer if same else None
+    return name if same else None
 
 
-def _exact(model: nn.Module, layer: nn.Linear, inputs: torch.Tensor) -> Attack:
+def _exact(model: _Global, layer: str, inputs: torch.Tensor) -> Attack:
     """dL/dW = dL/db x^T for one record: least squares over the rows (Phong et al. 2018; Geiping et al. 2020)."""
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    places = [next(i for i, p in enumerate(trained) if p is wanted) for wanted in (layer.weight, layer.bias)]
+    names, sizes = list(model.weights), [weight.numel() for weight in model.trained]
+    prefix = f"{layer}." if layer else ""
+    places = [names.index(f"{prefix}{part}") for part in ("weight", "bias")]
+    shape = model.weights[f"{prefix}weight"].shape
 
     def attack(update: torch.Tensor, _: int) -> torch.Tensor:
         parts = torch.split(update.double(), sizes)
-        weight, bias = parts[places[0]].view_as(layer.weight), parts[places[1]]
+        weight, bias = parts[places[0]].view(shape), parts[places[1]]
         found = bias @ weight / bias.square().sum().clamp(min=1e-300)
         return found.reshape(inputs.shape[1:]).float()
 
     return attack
 
 
-def _optimiser(model: nn.Module, inputs: torch.Tensor, learning_rate: float, iterations: int) -> Attack:
+def _optimiser(model: _Global, inputs: torch.Tensor, learning_rate: float, iterations: int) -> Attack:
     """Maximise the cosine of gradients, with a little total variation. Reference: Geiping et al. 2020, equation 4."""
 
     def attack(update: torch.Tensor, label: int) -> torch.Tensor:
-        trained = [p for p in model.parameters() if p.requires_grad]
         wanted, y = -update / learning_rate, torch.tensor([label])
         x = torch.full((1, *inputs.shape[1:]), 0.5).requires_grad_()
         optimizer = torch.optim.Adam([x], lr=0.1)
@@ -213,7 +253,7 @@ def _optimiser(model: nn.Module, inputs: torch.Tensor, learning_rate: float, ite
         for _ in range(iterations):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
-            gradients = torch.autograd.grad(loss, trained, create_graph=True)
+            gradients = torch.autograd.grad(loss, model.trained, create_graph=True)
             flat = torch.cat([g.reshape(-1) for g in gradients])
             far = 1.0 - nn.functional.cosine_similarity(flat, wanted, dim=0) + 1e-4 * _variation(x)
             (x.grad,) = torch.autograd.grad(far, x)

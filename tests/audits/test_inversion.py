@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,34 @@ def test_a_convolution_gives_the_record_away_to_optimisation() -> None:
     assert views["masked message"].p_value > 1e-3
     assert not views["masked message"].recovered
     assert not views["sum with noise"].recovered
+
+
+class Uncopied(nn.Module):
+    """What cannot be deep-copied: it holds a lock, and its forward closes over a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.first, self.drop, self.last = nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)
+        self.norm = nn.GroupNorm(4, 32).eval()
+        self.hidden = lambda x: torch.tanh(self.norm(self.first(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            return self.last(self.drop(self.hidden(x)))
+
+
+def test_the_users_model_is_neither_copied_nor_changed() -> None:
+    torch.manual_seed(0)
+    model = Uncopied().train()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = inversion_audit(model, *digits(), shape=(8, 8), trials=5)
+    assert found.method.startswith("exact")
+    assert found.views[0].recovered
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [part.training for part in (model, model.drop, model.norm)] == [True, True, False]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_ssim_matches_windows_written_down() -> None:
