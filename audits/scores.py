@@ -335,8 +335,8 @@ def _needed_hint(epsilon: float, delta: float, beta: float) -> str:
 def _sentence(finding: Finding, bound: Bound | None, claimed: float | None, unit: str) -> str:
     if bound is None:
         return "An ROC only: from training records against fresh ones no bound on epsilon follows."
-    at = f"δ = {power(bound.delta)}, unit: the {unit}"
-    sure = f"at {100 * bound.confidence:.4g} % confidence"
+    at = f"δ\u00a0=\u00a0{power(bound.delta)}, unit: the {unit}"
+    sure = f"at {100 * bound.confidence:.4g}\u00a0% confidence"
     reach = f"this test could have shown at most {bound.ceiling:.3g}"
     if finding == "violated":
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from choral.audits import Comparison, compare
 from choral.audits.price import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
 from choral.audits.price_figures import crossover_figure, log_ticks
 from choral.audits.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
+from choral.cli import main
 from choral.errors import ConfigError
 from choral.trainers import Run
 
@@ -38,8 +40,35 @@ def test_the_shipped_table_is_complete_dated_and_sourced() -> None:
     for key, price in PRICES.entries.items():
         assert price.value > 0, key
         assert price.unit, key
-        dated = "as of 20" in price.source and "check before use" in price.source
-        assert dated or "assumption" in price.source or "data sheet" in price.source or key == "round_trips", key
+        checked = "check before use" in price.source and price.page
+        assert checked or "assumption" in price.source or "memory" in price.source or key == "round_trips", key
+        if price.page:  # an address and a date, or that there is none
+            assert re.match(r"https://[^ ,]+", price.page), key
+            assert re.search(r"of 20\d\d|without a date", price.page), key
+
+
+def test_a_page_is_of_the_shipped_price_alone(tmp_path: Path) -> None:
+    """Whoever puts a price of their own in its place has not read that page."""
+    path = tmp_path / "own.toml"
+    path.write_text('[kwh]\nvalue = 0.4\nsource = "our bill"\n')
+    assert read_prices(path).entries["kwh"].page == ""
+    assert read_prices(changes=PriceSettings(server_hour=1.0)).entries["server_hour"].page == ""
+    assert read_prices().entries["kwh"].page
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_price_is_a_flag_of_every_command(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parsed by the command itself; a bad value is refused before anything else, by name."""
+    flag = f"--price.{key.replace('_', '-')}"
+    (tmp_path / "job.toml").write_text("")
+    job = [str(tmp_path / "job.toml"), "--out", str(tmp_path / "out")]
+    for words in (["compare", *job], ["train", *job], ["audit", "nowhere"]):
+        assert main([*words, flag, "-1"]) == 2
+        assert re.search(f"price.{key} is -1.0, expected a finite number >", capsys.readouterr().err), words
+        assert main([*words, flag, "dear"]) == 2
+        assert "float" in capsys.readouterr().err.lower()
+    assert main(["audit", "nowhere", flag, "7.5"]) == 2
+    assert "not a run folder" in capsys.readouterr().err
 
 
 def test_a_pooled_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
