@@ -117,7 +117,11 @@ def inversion_audit(
     truth = np.zeros(shape)
     with _evaluated(model) as shared:
         layer = _first_linear(shared, inputs[:1])
-        attack = _exact(shared, layer, inputs) if layer else _optimiser(shared, inputs, learning_rate, iterations)
+        attack = (
+            _exact(shared, layer, inputs)
+            if layer is not None
+            else _optimiser(shared, inputs, learning_rate, iterations)
+        )
         for trial in range(trials):
             drawn = rng.choice(len(inputs), parties + _UNRELATED, replace=False)
             chosen, unrelated = drawn[:parties], drawn[parties:]
@@ -134,7 +138,7 @@ def inversion_audit(
                 if trial == 0:
                     shown[name], truth = image, original
     return InversionAudit(
-        method="exact (linear first layer)" if layer else "optimisation",
+        method="exact (linear first layer)" if layer is not None else "optimisation",
         shape=shape,
         batch=1,
         trials=trials,

@@ -129,6 +129,9 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         console.print(table)
     for check in report.checks:
         _print_check(check, console)
+    for attack in report.attacks:
+        for note in attack.notes:
+            console.print(Text(f"note: {note}", style="yellow"))
     if report.not_run:
         missing = ", ".join(audit.name for audit in report.not_run)
         console.print(Text(f"Not audited: {missing}.", style="dim"))

@@ -160,9 +160,28 @@ def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
         scores, members, stated = read_score_file(wanted.scores)
         design = _design(wanted, stated)
         found.append(audit_scores(scores, members, design=design, attack=wanted.attack, **common))
+        _refuse_too_few(found[-1])
     if wanted.model is not None:
         found.append(audit_training(*_callables(wanted.model), **common))
     return found
+
+
+def _refuse_too_few(audit: ScoreAudit) -> None:
+    """Raises: TooFewCanariesError where no scores of so few canaries could have refuted the claim, and more could."""
+    from choral.audits.scores import TooFewCanariesError, canaries_needed
+
+    bound = next((bound for bound in audit.bounds if bound.method == audit.decisive), None)
+    if audit.design != "coins" or bound is None or audit.claimed is None or bound.ceiling > audit.claimed:
+        return
+    try:
+        needed = canaries_needed(audit.claimed, delta=audit.delta, confidence=bound.confidence)
+    except ConfigError:  # no number could: the report says so
+        return
+    raise TooFewCanariesError(
+        f"{audit.scores} canaries can refute at most epsilon = {bound.ceiling:.3g}, and {audit.claimed:.4g} is claimed",
+        hint=f"{needed} canaries are needed, and several times as many for a real attack; without --epsilon and a run"
+        " these give a bound all the same",
+    )
 
 
 def _design(wanted: AuditFlags, stated: Design | None) -> Design:

@@ -166,6 +166,17 @@ def test_a_file_may_state_its_design_and_what_follows_depends_on_it(scores: Call
     assert decisive == {"coins": "one run", "runs": "Clopper-Pearson", "split": ""}
 
 
+def test_few_canaries_without_a_claim_or_against_one_that_none_could_refute_are_audited(
+    scores: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = scores(0.1, count=60)
+    assert main(["audit", *COINS, few, "--delta", "1e-5"]) == 0
+    assert main(["audit", *COINS, few, "--delta", "1e-5", "--epsilon", "9"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no attack here could have refuted it" in said
+    assert "note: The ceiling, 2.58, is not above the claim" in said
+
+
 def test_the_help_says_what_each_design_means(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -286,6 +297,8 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "nothing to audit"),
         ([*COINS, "nowhere.csv", "--delta", "1e-5"], "no file of scores"),
         ([*COINS, "{few}", "--epsilon", "3", "--delta", "1e-5"], "too few"),
+        ([*COINS, "{some}", "--epsilon", "3", "--delta", "1e-5"], "60 canaries can refute at most epsilon = 2.58"),
+        ([*COINS, "{some}", "--epsilon", "3", "--delta", "1e-5"], "91 canaries are needed"),
         ([*COINS, "{nan}", "--epsilon", "3", "--delta", "1e-5"], "not finite"),
         ([*COINS, "{short}", "--delta", "1e-5"], "line 3"),
         ([*COINS, "{same}", "--epsilon", "3", "--delta", "1e-5"], "equal|constant|same"),
@@ -319,6 +332,7 @@ def test_bad_input_is_refused(
     good = scores(0.1)
     files = {
         "few": "score,member\n1.0,1\n0.5,0\n0.7,1\n0.1,0\n",
+        "some": "score,member\n" + "".join(f"{i % 7},{i * i % 3 % 2}\n" for i in range(60)),
         "nan": "score,member\n1.0,1\nnan,0\n",
         "short": "score,member\n1.0,1\n0.5\n",
         "same": "score,member\n" + "1.0,1\n1.0,0\n" * 200,
