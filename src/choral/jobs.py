@@ -122,6 +122,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
     }
     transcript = None if settings.transcript == "none" else settings.transcript
     by_record = privacy is not None and not isinstance(privacy, ClientPrivacy)
+    in_torch = by_record or settings.training.precision != "float32" or settings.training.compile
 
     def run(task: Task, *, out: Path | None = None, **options: Any) -> Run:
         job = {name: getattr(task, name) for name in ("build", "fit", "evaluate", "parties", "loss")}
@@ -129,7 +130,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
             parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets it
             return centralize(**job, **shared, out=out, data_parallel=parallel, **options)
         seen = transcript if out is not None else None
-        engine = None if by_record else task.engine  # a task's own engine knows no noise per record
+        engine = None if in_torch else task.engine  # which knows no noise per record, and computes as it likes
         return federate(**job, **(shared | federated | options), engine=engine, out=out, transcript=seen)
 
     return run

@@ -11,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from choral import federate
 from choral.errors import ConfigError
+from choral.jobs import trainer_of
+from choral.settings import Arm, PrivacySettings, Settings, SumSettings
 from choral.trainers import Split, Training
 from choral.trainers.data import TASKS
 from choral.trainers.data.convex import ERROR, GAP, Problem, convex_task, dealt_again
@@ -115,3 +117,33 @@ def test_refuses(split, training, says):
             Split(**({"kind": "key", "parties": 2} | split)), dataclasses.replace(TRAINING, **training), 0, None
         )
     assert says in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("training", "privacy", "used"),
+    [
+        ({}, {}, True),
+        ({"precision": "bf16"}, {}, False),
+        ({}, {"unit": "record"}, False),
+        ({}, {"unit": "client"}, True),
+    ],
+)
+def test_the_engine_of_a_task_is_left_out_where_it_would_ignore_a_setting(made, training, privacy, used):
+    parties, tests = made
+    task = convex_task(Problem(parties, tests, 0.01), parties, TRAINING)
+    asked, own = [], task.engine
+
+    def engine(resident):
+        asked.append(resident)
+        return own(resident)
+
+    task = dataclasses.replace(task, engine=engine)
+    settings = Settings(
+        training=dataclasses.replace(TRAINING, rounds=1, **training),
+        split=Split(min_classes=1),
+        privacy=PrivacySettings(epsilon=8.0, noise="central", **privacy),
+        secure_sum=SumSettings(kind="plain"),
+        device="cpu",
+    )
+    trainer_of(settings, Arm(private=bool(privacy)), 0, 8.0)(task)
+    assert bool(asked) is used
