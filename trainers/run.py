@@ -266,7 +266,10 @@ def read_info(folder: Path) -> RunInfo:
         raw = path.read_bytes()
         version = json.loads(raw).get("version")
         if version != FORMAT_VERSION:
-            raise RunFolderError(f"{path} is of format version {version}; this Choral reads {FORMAT_VERSION}")
+            raise RunFolderError(
+                f"{path} is of format version {version}; this Choral reads {FORMAT_VERSION}",
+                hint="use the Choral that wrote it: run.json names it under versions",
+            )
         return msgspec.json.decode(raw, type=RunInfo)
     except (msgspec.DecodeError, ValueError, AttributeError) as error:
         raise RunFolderError(f"{path} is damaged: {error}", hint="restore it, or run again in a new folder") from None

@@ -29,7 +29,7 @@ commands:
   compare CONFIG --out DIR   train every arm of a TOML file and report accuracy, epsilon, bytes and time side by side
   train CONFIG --out DIR     train one arm: federated (default), or --centralized on pooled data
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
-                             or a model of your own: --scores FILE, --model FILE.py
+                             or a model of your own: --scores FILE, --model FILE.py, --probe
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
 
@@ -126,9 +126,8 @@ def _audit(words: list[str]) -> int:
         return audit(words)
     except (ChoralError, OSError):
         raise
-    except (
-        Exception
-    ):  # of the user's own code, or a fault here: Python's exit code 1 would say that a claim is violated
+    except Exception:
+        # Of the user's own code, or a fault here: Python's exit code, 1, would say that a claim is violated.
         traceback.print_exc()
         print("choral: the audit was stopped by the error above and has no verdict", file=sys.stderr)
         return 2

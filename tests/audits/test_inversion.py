@@ -50,9 +50,9 @@ def test_a_linear_first_layer_gives_the_record_away_and_the_mask_nothing() -> No
 
 
 def test_a_model_that_is_the_layer_itself_is_attacked_exactly() -> None:
-    found = inversion_audit(nn.Linear(64, 10), *digits(), shape=(8, 8), trials=5)
+    found = inversion_audit(nn.Linear(64, 10), *digits(), shape=(8, 8), trials=5, iterations=1)
     assert found.method.startswith("exact")
-    assert found.views[0].recovered
+    assert found.views[0].psnr > 60  # which one step of optimisation does not reach
 
 
 def test_a_convolution_gives_the_record_away_to_optimisation() -> None:
