@@ -8,7 +8,7 @@ time.
 With several processes also the busiest one's processor time, and the wall-clock time, beside ``federate`` in one.
 
     python benchmarks/simulation.py [--only cnn|logistic] [--repeats 5] [--device cpu]
-        [--processes 2] [--peer-python PEERS/bin/python]
+        [--processes 2] [--compile] [--peer-python PEERS/bin/python]
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def own_loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) ->
     Epochs()(model, optimizer, loader)
 
 
-def engines(job: str, path: Path, device: torch.device) -> dict[str, Callable[[], Any]]:
+def engines(job: str, path: Path, device: torch.device, *, compiled: bool) -> dict[str, Callable[[], Any]]:
     """A cohort's training, without its sum. The user's own loop is also computed in bfloat16."""
     made = task(job, path, device)
     orders = [(party, Train()) for party in made["parties"]]
@@ -86,12 +86,15 @@ def engines(job: str, path: Path, device: torch.device) -> dict[str, Callable[[]
     def cohort(trainer: Any) -> Callable[[], None]:
         return lambda: drained(trainer.do(orders, weights, 1))
 
+    own = "resident, the user's own loop"
+    more = {f"{own}, compiled": resident(own_loop, Arithmetic(device, compile=True))} if compiled else {}
     return {
         "bare loop": bare.bare_loop(
             bare.JOBS[job].model().to(device), [dataset.tensors for dataset in made["parties"].values()]
         ),
-        "resident, the user's own loop": cohort(usual),
-        "resident, the user's own loop, bf16": cohort(reduced),
+        own: cohort(usual),
+        f"{own}, bf16": cohort(reduced),
+        **{name: cohort(trainer) for name, trainer in more.items()},
         "direct": cohort(Direct(known)),
         "cohort": cohort(Cohort(known)),
     }
@@ -120,7 +123,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     bare.write_parties(bare.JOBS[name], arguments.scale, path)
     jobs: dict[str, Callable[[], Spent]] = {
         engine: lambda work=work: timed(lambda: finished(work, device))  # type: ignore[misc]
-        for engine, work in engines(name, path, device).items()
+        for engine, work in engines(name, path, device, compiled=arguments.compile).items()
     }
     versions = {"bare loop": torch.__version__}
     here = [str(Path(__file__).resolve()), "--serve", name, "--data", str(path), "--device", arguments.device]
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of parties")
     parser.add_argument("--processes", type=int, default=1, help="also under torchrun, with so many processes")
+    parser.add_argument("--compile", action="store_true", help="also the user's own loop with a compiled model")
     parser.add_argument("--peer-python", help="interpreter of an environment with pfl or flwr")
     parser.add_argument("--serve", choices=sorted(bare.JOBS), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
