@@ -16,8 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from choral.trainers import Run
-from choral.trainers.algorithms.seam import Ascend, Gradient, Svrg, Train
-from choral.trainers.engines.sharded import _balanced, _described, _packed, _unpacked, _work
+from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Svrg, Train
+from choral.trainers.engines.sharded import (
+    _balanced,
+    _described,
+    _done,
+    _kept,
+    _packed,
+    _results,
+    _unpacked,
+    _work,
+)
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 
@@ -161,3 +170,21 @@ def test_work_survives_the_way(work: Any) -> None:
         for name, value in vars(work).items():
             same = torch.equal(getattr(again, name), value) if isinstance(value, torch.Tensor) else None
             assert same is True or getattr(again, name) == value
+
+
+def test_results_that_travel_together_stay_apart() -> None:
+    made = [
+        ("north", Done(vector=torch.tensor([1.0, 2.0]), steps=3, path=0.3)),
+        ("south", Done(vector=torch.tensor([4.0]), dual=torch.tensor([5.0, 6.0]))),
+        ("east", Done(vector=torch.tensor([7.0, 8.0]), steps=2, path=None)),
+    ]
+    for (party, done), (expected, wanted) in zip(_done(*_unpacked(_packed(*_results(made)))), made, strict=True):
+        assert (party, done.steps, done.path) == (expected, wanted.steps, wanted.path)
+        assert torch.equal(done.vector, wanted.vector)
+        assert (done.dual is None) == (wanted.dual is None)
+        assert done.dual is None or torch.equal(done.dual, torch.tensor([5.0, 6.0]))
+
+
+@pytest.mark.parametrize(("length", "results"), [(1 << 20, 1), (1 << 16, 4), (2002, 130)])
+def test_what_waits_is_bounded_in_bytes(length: int, results: int) -> None:
+    assert _kept(Done(vector=torch.zeros(length))) == results

@@ -41,7 +41,7 @@ _WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradien
 _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed connection
 _AHEAD = 4  # messages of results that wait at a rank until rank 0 takes them
 _TOGETHER = 0.003  # seconds for which results are gathered into one message: a message costs as much as a small party
-_LARGE = 1 << 20  # bytes of results that are not kept back
+_LARGE = 1 << 20  # bytes of results that are kept back at most
 _CHUNK = 64  # parties per rank that are told of at once
 _Tensors = Mapping[str, torch.Tensor]
 _Sent = tuple[int, list[Any], tuple[torch.Tensor, torch.Tensor]]  # to whom, the sendings, what must live until then
@@ -130,7 +130,7 @@ class Team:
         results: list[tuple[str, Done]] = []
 
         def send() -> None:
-            while len(waiting) >= _AHEAD:
+            while len(waiting) >= max(_AHEAD, _kept(results[0][1])):
                 _wait(waiting.popleft())
             waiting.append(self._send_later(0, _packed(*_results(results))))
             results.clear()
@@ -167,6 +167,10 @@ class Team:
 
     def ask(self, rank: int, header: dict[str, Any], tensors: _Tensors) -> None:
         self._send(rank, _packed(header, tensors))
+
+    def heard(self, rank: int) -> bool:
+        """Whether a result of that rank is here already."""
+        return bool(self._arrived.get(rank))
 
     def answer(self, rank: int, party: str, round_number: int) -> Done:
         """What a rank made of a party's work. Raises: ProcessError; DivergedError and TaskError as it raised them."""
@@ -245,10 +249,16 @@ class Sharded:
                 orders, tensors = _described(theirs)
                 self._team.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
         own = iter(self._inner.do([(p, w) for p, w in chunk if places[p] == 0], weights, round_number))
+        early: deque[tuple[str, Done]] = deque()
         for party, _ in chunk:
             if places[party] == 0:
-                yield next(own)
+                yield early.popleft() if early else next(own)
             else:
+                # Rather train on than wait for others: each time that a process sleeps it loses its caches.
+                while not self._team.heard(places[party]) and (not early or len(early) < _kept(early[0][1])):
+                    if (made := next(own, None)) is None:
+                        break
+                    early.append(made)
                 done = self._team.answer(places[party], party, round_number)
                 yield party, dataclasses.replace(done, vector=done.vector.to(weights.device))
 
@@ -297,6 +307,11 @@ def _described(orders: list[tuple[str, Work]]) -> tuple[list[dict[str, Any]], di
 def _work(order: dict[str, Any], tensors: _Tensors) -> Work:
     parts: dict[str, Any] = {name: tensors[key] for name, key in order["tensors"].items()}
     return _WORKS[order["kind"]](**parts, **order["numbers"])
+
+
+def _kept(done: Done) -> int:
+    """How many results like this one a rank may have made before they are asked for: 1 MiB, and one at least."""
+    return max(1, _LARGE // max(done.vector.nbytes, 1))
 
 
 def _results(results: list[tuple[str, Done]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
