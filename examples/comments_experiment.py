@@ -31,7 +31,6 @@ from choral.trainers.data.sparse import SparseDataset
 from choral.trainers.local import Resident
 from choral.trainers.partition import key_split
 
-torch.set_num_threads(1)
 CLIPS = (0.1, 0.3, 1.0)
 PRIVATE_STEPS = (0.3, 1, 3, 10)
 
@@ -241,6 +240,7 @@ def main():
     every = {setting for grid in entries.values() for setting, _, _ in grid}
     if unknown := [name for name in asked.settings or () if name not in every]:
         parser.error(f"no grid has {unknown[0]!r}; they have: {'; '.join(sorted(every))}")
+    torch.set_num_threads(1)
     started = time.process_time()
     if asked.generator:
         posts = sparse_posts(parties=asked.parties, features=asked.features, seed=asked.seed)

@@ -14,6 +14,8 @@ import pytest
 
 from choral.audits import Comparison
 from choral.cli import main
+from choral.jobs import algorithm_of, load_module
+from choral.settings import Settings, read_settings
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "comments.toml"
 DATA = EXAMPLE.parents[2] / "shared" / "data"
@@ -83,6 +85,21 @@ def test_the_grids_are_declared_and_hold_what_is_set(finished):
         assert set(chosen) <= {float(v) for v in values if isinstance(v, int | float)}, name
         if name in ("GD", "FedAvg", "FedAdam", "DANE", "FSVRG", "FSVRGR"):
             assert chosen, name
+
+
+def test_what_is_set_was_searched():
+    """Each arm is one entry of the script's grid for it, ridge and all."""
+    script = load_module(EXAMPLE.with_name("comments_experiment.py"), "a script")
+    settings = read_settings(EXAMPLE, Settings)
+    for name, grid in script.grids(settings.training.weight_decay).items():
+        arm = settings.arms[name]
+        entries = [(algorithm, sgd) for _, algorithm, sgd in grid]
+        own = {key: value for key in ("learning_rate", "batch_size") if (value := getattr(arm, key)) is not None}
+        assert (algorithm_of(settings, arm), own) in entries, name
+    private = algorithm_of(settings, settings.arms["FSVRG-private"])
+    assert private.step in script.PRIVATE_STEPS
+    assert private.gradient_scale == private.step
+    assert settings.privacy.clip in script.CLIPS
 
 
 def test_without_data_and_network_it_says_what_to_do(tmp_path, monkeypatch, capsys):
