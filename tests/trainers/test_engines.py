@@ -18,7 +18,7 @@ from choral.trainers import DivergedError, Epochs
 from choral.trainers.algorithms.seam import Done, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.engines.direct import planned
-from choral.trainers.local import Resident
+from choral.trainers.local import Resident, refuse_diverged
 from choral.trainers.task import TaskError
 
 SIZES = [23, 10, 9, 41, 30, 17, 8]  # whole batches, short last batches, one batch, fewer than a batch
@@ -243,3 +243,14 @@ def test_epochs_are_checked_and_have_the_loss_of_each_record() -> None:
     losses = Epochs(criterion=F.mse_loss).loss(nn.Identity(), (outputs, targets))
     torch.testing.assert_close(losses.mean(), F.mse_loss(outputs, targets))
     assert losses.shape == (4,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_seen_and_a_large_sum_is_none(bad: float) -> None:
+    refuse_diverged(torch.full((1000,), 3e38), "north", 1)  # their sum is infinite
+    for place in (0, 500, 999):
+        vector = torch.zeros(1000)
+        vector[place] = bad
+        vector[place - 1] = -bad
+        with pytest.raises(DivergedError, match="'north' diverged in round 1"):
+            refuse_diverged(vector, "north", 1)
