@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral import attacks, jobs
 from choral.attacks import one_run
-from choral.settings import Arm, AuditSettings, Settings
+from choral.settings import Arm, AuditSettings, Settings, Tune
 from choral.trainers.settings import Split, Training
 
 SETTINGS = Settings(
@@ -21,9 +23,9 @@ SETTINGS = Settings(
 
 
 @pytest.mark.parametrize("name", ["federated", "cloud"])
-def test_without_privacy_the_model_tells_most_canaries(name):
+def test_without_privacy_the_model_tells_most_canaries(name, tmp_path):
     """Of 200 canaries the area under the ROC is about 0.9; by guessing it is above 0.7 once in a million times."""
-    found = one_run(SETTINGS, name)
+    found = one_run(SETTINGS, name, run=tmp_path)
     assert found.roc.auc.value > 0.7
     assert found.claimed is None
     assert found.finding == "no claim"
@@ -31,7 +33,7 @@ def test_without_privacy_the_model_tells_most_canaries(name):
     assert 0.3 < found.bounds[0].epsilon < found.bounds[0].ceiling < 4.5
 
 
-def test_each_canary_is_one_record_of_one_party_and_only_if_its_coin_says_so(monkeypatch):
+def test_each_canary_is_one_record_of_one_party_and_only_if_its_coin_says_so(monkeypatch, tmp_path):
     given, scored = {}, []
 
     def trainer_of(settings, arm, seed, epsilon):
@@ -53,7 +55,7 @@ def test_each_canary_is_one_record_of_one_party_and_only_if_its_coin_says_so(mon
     made = []
     records = canaries.record_canaries
     monkeypatch.setattr(canaries, "record_canaries", lambda *sizes: made.extend(records(*sizes)) or made)
-    one_run(SETTINGS, "federated")
+    one_run(SETTINGS, "federated", run=tmp_path)
     task = jobs.load_task(SETTINGS, 0)
     hosts = list(task.parties)
     for place, host in enumerate(hosts):
@@ -61,6 +63,27 @@ def test_each_canary_is_one_record_of_one_party_and_only_if_its_coin_says_so(mon
         assert torch.equal(given[host].tensors[0][:own], task.parties[host].tensors[0])
         expected = [made[n][0] for n in range(place, 200, len(hosts)) if scored[0][n]]
         assert torch.equal(given[host].tensors[0][own:], torch.stack(expected))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_tuned_arm_is_attacked_as_it_was_tuned(monkeypatch, tmp_path, trained):
+    """Whether its own run is there already or not; the settings' rate, 0.5, is not in the grid."""
+    arm = Arm(centralized=True, tune=Tune(learning_rate=(0.01, 0.02)))
+    settings = dataclasses.replace(SETTINGS, training=Training(rounds=1), arms={"cloud": arm})
+    folder = tmp_path / "run"
+    if trained:
+        chosen = jobs.train(settings, arm, seed=0, epsilon=None, out=folder, resume=False).info.tuning["chosen"]
+    else:
+        chosen = {"learning_rate": 0.02}  # in one pass the larger is better
+    used = []
+
+    def trainer_of(settings, *rest):
+        used.append(settings.training.learning_rate)
+        return jobs.trainer_of(settings, *rest)
+
+    monkeypatch.setattr(attacks, "trainer_of", trainer_of)
+    one_run(settings, "cloud", run=folder)
+    assert used == [chosen["learning_rate"]]
 
 
 def test_records_are_added_to_any_dataset():

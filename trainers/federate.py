@@ -52,6 +52,7 @@ from choral.trainers.rounds import (
     Federation,
     check_fits,
     check_participation,
+    check_patience,
     check_promises,
     open_sessions,
     participation_of,
@@ -154,6 +155,7 @@ def federate(
     initial = Weights.read(start) if start is not None else None
     check_arithmetic(precision, compile, private=isinstance(privacy, Privacy), reads_records=algorithm.needs_loss)
     check_participation(algorithm, participation, len(parties))
+    check_patience(algorithm, participation, privacy, secure_sum.name)
     arithmetic = Arithmetic(on, precision, compile=compile)
     info = describe(
         "federated", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning, census.population

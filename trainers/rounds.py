@@ -295,6 +295,23 @@ def check_participation(algorithm: Algorithm, participation: Participation, part
         )
 
 
+def check_patience(
+    algorithm: Algorithm, participation: Participation, privacy: Privacy | ClientPrivacy | None, secure_sum: str
+) -> None:
+    """A round that fails after its first sum has shown that sum, and the next one computes the same vectors for it.
+
+    Over other survivors, so that the difference of the two sums may be one party's vector. Client-level privacy pays
+    for each sum, and a plain sum hides no vector. Raises: ConfigError for several sums in a round, and patience.
+    """
+    several = len(algorithm.channels(_PROBE)) > 1
+    if participation.patience and several and secure_sum != "plain" and not isinstance(privacy, ClientPrivacy):
+        raise ConfigError(
+            f"{algorithm.kind} has several sums in a round: one that fails after the first is gone over from the same"
+            " weights, and the server sees the same vectors summed over other survivors",
+            hint="leave out participation.patience, or use ClientPrivacy, which pays for each sum",
+        )
+
+
 def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:
     """Whether the algorithm's releases are what the promise covers, and the task has what it needs.
 

@@ -12,7 +12,7 @@ import msgspec
 
 from choral.audits.evidence import Probe, ScoreAudit
 from choral.errors import ChoralError, ConfigError
-from choral.jobs import load_task, privacy_of, trainer_of, unit_of, with_overrides
+from choral.jobs import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
 from choral.settings import Arm, Settings
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ def attempt_file(settings: Settings, name: str, out: Path) -> Path:
     return out / "evidence" / f"{quote(name, safe='')}-{settings.audit.canaries}-canaries.json"
 
 
-def attempt(settings: Settings, name: str, out: Path, on_round: Callable[[Round], None]) -> None:
-    """Attack one arm and keep what came of it; what is there already is not done again."""
+def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Callable[[Round], None]) -> None:
+    """Attack one arm and keep what came of it; what is there already is not done again. run: as for `one_run`."""
     from choral.trainers.run import replace_file
 
     file = attempt_file(settings, name, out)
     if file.is_file():
         return
     try:
-        made = Attempt(result=one_run(settings, name, on_round))
+        made = Attempt(result=one_run(settings, name, on_round, run=run))
     except ChoralError as error:
         made = Attempt(failed=f"{error}.")
     file.parent.mkdir(exist_ok=True)
@@ -61,12 +61,13 @@ def read_attempt(settings: Settings, name: str, out: Path) -> Attempt:
         raise ConfigError(f"{file} is damaged: {error}", hint="delete it, and --resume makes it again") from None
 
 
-def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | None = None) -> ScoreAudit:
+def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | None = None, *, run: Path) -> ScoreAudit:
     """Train the arm once, at the first seed and the headline budget, with canaries among its parties' records.
 
     Each canary is in or out by a coin of its own, and belongs to one party, the next to the next; its score is minus
     its loss under the final model, which is all that this adversary sees. Steinke, Nasr, Jagielski 2023. The promise is
     that of the run with the canaries. Without privacy there is no claim: the bound shows what the attack can find.
+    run: the folder of the arm's own run, whose tuning, if it has any, is taken; tuned again where there is none yet.
 
     Raises: ConfigError if the records are not (float tensor, class); what training raises.
     """
@@ -74,7 +75,7 @@ def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | N
     from choral.audits.scores import audit_scores
 
     arm, seed, count = settings.arms[name], settings.seed, settings.audit.canaries
-    settings = with_overrides(settings, arm)
+    settings = tuned(with_overrides(settings, arm), arm, seed, run, resume=True)[0]
     task = load_task(settings, seed)
     shape, classes = _kind_of_records(task)
     canaries = record_canaries(count, shape, classes)
@@ -86,15 +87,15 @@ def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | N
             chosen[hosts[number % len(hosts)]].append(canary)
     parties = {host: _with_records(dataset, chosen[host]) for host, dataset in task.parties.items()}
     train = trainer_of(settings, arm, seed, settings.privacy.epsilon if arm.private else None)
-    run = train(dataclasses.replace(task, parties=parties), on_round=on_round)
+    made = train(dataclasses.replace(task, parties=parties), on_round=on_round)
     model = task.build(task.parties[hosts[0]])[0]
-    model.load_state_dict(run.state)
+    model.load_state_dict(made.state)
     return audit_scores(
         loss_scores(model, canaries),
         inside,
         design="coins",
-        delta=run.spent.delta if run.spent else settings.privacy.delta,
-        claimed=run.spent.epsilon if run.spent else None,
+        delta=made.spent.delta if made.spent else settings.privacy.delta,
+        claimed=made.spent.epsilon if made.spent else None,
         attack="canary records against the final model",
     )
 

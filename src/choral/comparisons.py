@@ -213,7 +213,7 @@ def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: T
         tick(cell.label, entry)
 
     if cell.attack:
-        attempt(settings, cell.arm, out, lambda entry: tick(cell.label, entry))
+        attempt(settings, cell.arm, out, cell.folder(out), lambda entry: tick(cell.label, entry))
         return
     try:
         train(
@@ -299,7 +299,7 @@ def _check(settings: Settings) -> None:
 
 
 def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
-    from choral.trainers.rounds import check_fits, check_participation, participation_of
+    from choral.trainers.rounds import check_fits, check_participation, check_patience, participation_of
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     try:
@@ -307,6 +307,7 @@ def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> Non
         check_fits(algorithm, privacy, task.loss)
         participation = participation_of(algorithm, participation_given(settings), None, settings.dropout_rate)
         check_participation(algorithm, participation, len(task.parties))
+        check_patience(algorithm, participation, privacy, arm.secure_sum or settings.secure_sum.kind)
     except ChoralError as error:
         raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 

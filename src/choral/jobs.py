@@ -69,10 +69,7 @@ def train(
     """Train one arm into the folder ``out``, with settings of its own tuning if it has a grid. epsilon: the budget of a
     private arm.
     """
-    settings = with_overrides(settings, arm)
-    record = _tuning(settings, arm, seed, out, resume)
-    chosen = record["chosen"] if record else {}
-    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, **chosen))
+    settings, record = tuned(with_overrides(settings, arm), arm, seed, out, resume)
     run, task = trainer_of(settings, arm, seed, epsilon), load_task(settings, seed)
     per_party = check_per_party(settings, task, private=arm.private)
     return run(task, **per_party, tuning=record, out=out, resume=resume, on_round=on_round)
@@ -134,6 +131,13 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
         return federate(**job, **(shared | federated | options), engine=engine, out=out, transcript=seen)
 
     return run
+
+
+def tuned(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings with what the arm's grid, if it has one, chose for the run in ``out``; and the record of that."""
+    record = _tuning(settings, arm, seed, out, resume)
+    chosen = record["chosen"] if record else {}
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **chosen)), record
 
 
 def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> dict[str, Any] | None:

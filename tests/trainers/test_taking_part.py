@@ -20,6 +20,7 @@ from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import STEPS, SumSpec
 from choral.trainers import (
     DANE,
+    FSVRG,
     ONCE_A_DAY,
     Availability,
     Clock,
@@ -449,6 +450,19 @@ def test_refuses_what_does_not_go_together(many):
     ):
         with pytest.raises(ConfigError, match=message):
             federate(**many(), **settings)
+
+
+@pytest.mark.parametrize("algorithm", [DANE(solver="svrg", step=0.1), FSVRG(scaled=False, step=0.1)])
+def test_several_sums_and_patience_are_refused_where_a_sum_hides_vectors(many, algorithm):
+    """The first sum of a failed round, less that of the next over one party fewer, is that party's gradient."""
+    masked = Masked(min_survivors=6, corrupt=1, dropouts=2)
+    job = many(rounds=1) | {"algorithm": algorithm, "participation": Participation(patience=1)}
+    with pytest.raises(ConfigError, match="several sums in a round"):
+        federate(**job, secure_sum=masked)
+    privacy = ClientPrivacy(epsilon=20.0, delta=1e-3, min_survivors=6)
+    assert federate(**job, secure_sum=masked, privacy=privacy).info.spent["clients"].steps == 2
+    assert len(federate(**job, secure_sum=Plain()).history) == 2
+    assert len(federate(**job | {"participation": Participation()}, secure_sum=masked).history) == 2
 
 
 def test_the_record_is_json_and_none_by_default(many):
