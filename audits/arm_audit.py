@@ -10,11 +10,12 @@ from choral.audits.budgets import budget_checks, holder_budgets, unverifiable
 from choral.audits.evidence import Probe, ScoreAudit
 from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report import ArmAudit, Check, HolderBudget
-from choral.audits.seen import SeenAudit, seen_audit
+from choral.audits.seen import SeenAudit, seen_audit, transcript_gone
 
 if TYPE_CHECKING:
     from choral.trainers.run import Run
 
+FAILED = "The attack that was asked for"  # the check of one that could not be carried out
 Rows = Callable[["Run"], tuple[HolderBudget, ...]]
 
 
@@ -56,7 +57,7 @@ def arm_audit(
         *evidence_checks(attacks, probe, None),
     ]
     if failed:
-        checks.append(Check(name="The attack that was asked for", verdict="unverified", finding=failed))
+        checks.append(Check(name=FAILED, verdict="unverified", finding=failed))
     verdict = worst(checks)
     seen = next((each for _, each in found if each is not None), None)
     if runs[0].info.privacy is None and verdict == "holds":
@@ -98,7 +99,7 @@ def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenA
     except LedgerError:
         if not any(row.verdict == "violated" for row in rows):
             raise
-    return checks + list(seen.checks if seen else ()), seen
+    return checks + list(seen.checks if seen else transcript_gone(run)), seen
 
 
 def _merged(found: Sequence[tuple[int, list[Check]]]) -> list[Check]:

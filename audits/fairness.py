@@ -84,6 +84,8 @@ def _per_party(name: str, runs: Sequence[Run], metric: str) -> list[PerParty] | 
         what = f"arm {name!r}, seed {run.info.seed}"
         if len(each.metrics) < 2 or not each.metrics.keys() <= each.records.keys():
             raise DataError(f"{what}: numbers of {len(each.metrics)} parties, expected at least 2", hint="run it again")
+        if any(each.records[party] < 2 for party in each.metrics):
+            raise DataError(f"{what}: a party's numbers rest on fewer than 2 records", hint="the run was edited")
         for metrics in each.metrics.values():
             if not math.isfinite(metrics[metric]):
                 raise DataError(f"{what}: {metric} is {metrics[metric]} at a party", hint="the run was edited")

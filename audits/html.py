@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits import evidence_figures, figures, price_figures, text
+from choral.audits.arm_audit import FAILED
 from choral.audits.claims import no_claim
 from choral.audits.evidence import Bound, ScoreAudit
 from choral.audits.price import Costs
@@ -55,6 +56,7 @@ def comparison_page(report: Comparison) -> str:
             probed=any(arm.audit and arm.audit.probe for arm in report.arms),
             confidence=next((bound.confidence for _, _, bound in shown if bound), 0.95),
             overall=text.OVERALL,
+            failed=FAILED,
             statements=statements(report.arms),
             settings=settings(report.arms),
             rounds=rounds_figures(report, colours),

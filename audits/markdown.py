@@ -168,4 +168,4 @@ def _foot(made: str, versions: dict[str, str]) -> str:
 
 def _safe(text: str) -> str:
     """On one line, without anything that Markdown or HTML would take for markup."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split("\n"))).replace("&", "&amp;")
+    return _SPECIAL.sub(r"\\\1", " ".join(text.splitlines())).replace("&", "&amp;")

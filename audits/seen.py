@@ -265,6 +265,9 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
     if missing:
         finding = f"Round {missing[0]} is in the history and not in the transcript ({len(missing)} in all)."
         return Check(name=name, verdict="unverified", finding=finding)
+    if not compared:
+        finding = "No round is complete in both the history and the transcript, so that nothing could be compared."
+        return Check(name=name, verdict="unverified", finding=finding)
     moved = sum(seen.size for session in sessions for seen in session.seen)
     return Check(name=name, verdict="holds", finding=f"{amount(moved)} in {compared} rounds, to the byte.")
 

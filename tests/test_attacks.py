@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral import attacks, jobs
-from choral.attacks import one_run
+from choral.attacks import attempt_file, evidence_of, one_run
+from choral.errors import ConfigError
 from choral.settings import Arm, AuditSettings, Settings, Tune
 from choral.trainers.settings import Split, Training
 
@@ -94,3 +95,15 @@ def test_records_are_added_to_any_dataset():
     joined = attacks._with_records(ConcatDataset([whole]), more)
     assert torch.equal(joined[4][0], torch.ones(3))
     assert int(joined[5][1]) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", '{"result": null, "failed": ""}', '{"failed": "x"', "[]"])
+def test_an_attempt_that_says_nothing_is_not_taken_for_none(tmp_path, content):
+    for name in SETTINGS.arms:
+        file = attempt_file(SETTINGS, name, tmp_path)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"failed": "The records are texts."}')
+    assert evidence_of(SETTINGS, tmp_path)["failed"] == dict.fromkeys(SETTINGS.arms, "The records are texts.")
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="is damaged"):
+        evidence_of(SETTINGS, tmp_path)

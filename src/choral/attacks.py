@@ -53,12 +53,15 @@ def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Calla
 
 
 def read_attempt(settings: Settings, name: str, out: Path) -> Attempt:
-    """Raises: ConfigError for a file that is damaged."""
+    """Raises: ConfigError for a file that is damaged, or holds neither a result nor why there is none."""
     file = attempt_file(settings, name, out)
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Attempt)
+        found = msgspec.json.decode(file.read_bytes(), type=Attempt)
+        if (found.result is None) == (not found.failed):
+            raise msgspec.ValidationError("expected either a result, or why there is none")
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{file} is damaged: {error}", hint="delete it, and --resume makes it again") from None
+    return found
 
 
 def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | None = None, *, run: Path) -> ScoreAudit:

@@ -141,6 +141,37 @@ def test_without_its_ledgers_an_arm_is_not_verified_which_is_no_pass(arms: Arms)
     assert report.exit_code == 1
 
 
+def test_a_transcript_that_is_gone_leaves_the_arm_unverified_as_it_does_its_run(job, tmp_path: Path) -> None:
+    runs = [
+        federate(**job, seed=seed, secure_sum=Masked(min_survivors=2), transcript="digests", out=tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    assert found_on(compare({"federated": runs}), "federated").verdict == "holds"
+    shutil.rmtree(tmp_path / "1" / "transcript")
+    report = compare({"federated": runs})
+    found = found_on(report, "federated")
+    assert audit(tmp_path / "1").verdict == found.verdict == "unverified"
+    assert report.exit_code == 1
+    faulty = next(check for check in found.checks if check.verdict == "unverified")
+    assert "1 of 2 runs. Seed 1: " in faulty.finding
+    assert "not in the run's folder" in faulty.finding
+
+
+def test_an_arm_that_fails_otherwise_is_not_said_to_have_been_attacked(
+    real: Arms, tmp_path: Path, evidence: SimpleNamespace
+) -> None:
+    shutil.rmtree(tmp_path / "dp-0" / "ledger")
+    tried = {"cloud": [evidence.attack("no claim", claimed=None)]}
+    page = comparison_page(compare(real, attacks=tried))
+    assert "<small>not tried</small>" in page
+    assert "<small>failed</small>" not in page
+    spoil_claim(tmp_path / "dp-1")
+    real["federated-dp"][1] = Run.load(tmp_path / "dp-1")
+    report = compare(real, attacks=tried, failed={"federated-dp": "The records are texts."})
+    assert found_on(report, "federated-dp").verdict == "violated"
+    assert "<small>failed</small>" in comparison_page(report)
+
+
 def test_attacks_and_probes_stand_by_their_arm(real: Arms, evidence: SimpleNamespace) -> None:
     report = compare(
         real,

@@ -124,6 +124,10 @@ def test_markdown_escapes_what_users_name(make_run: MakeRun, tmp_path: Path) -> 
     text = compare({HOSTILE: make_run()}, title=HOSTILE).save(tmp_path / "r.md").read_text()
     assert "<script" not in text.replace(r"\<", "")
     assert r"\|\*\*x\*\*" in text
+    lines = [f"one{end}# two" for end in ("\n", "\r", "\r\n")]
+    text = compare(dict.fromkeys(lines, make_run()), title=lines[1]).save(tmp_path / "r.md").read_bytes().decode()
+    assert "\r" not in text
+    assert text.startswith("## one \\# two\n")
 
 
 def test_a_bound_under_assumptions_above_the_claim_is_pointed_out(evidence: SimpleNamespace) -> None:
