@@ -182,6 +182,11 @@ def test_no_party_is_named_in_any_form_of_the_report(fair: Arms, tmp_path: Path)
             DataError,
             "accuracy is nan at a party",
         ),
+        (
+            lambda run: with_parties(run, 2, records={f"Ward {n}": 1 for n in range(PARTIES)}),
+            DataError,
+            "rest on fewer than 2 records",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_compared_are_refused(

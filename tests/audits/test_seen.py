@@ -31,7 +31,7 @@ from choral.protocols.homomorphic import split, split_sum
 from choral.protocols.masked import MaskedSession, Traffic
 from choral.protocols.masks import masked
 from choral.protocols.watch import show, watched_by
-from choral.trainers import RunFolderError
+from choral.trainers import Dropouts, Participation, RunFolderError
 from choral.trainers.transcript import Opened, Recorded, Seen, Transcript, Vector
 
 torch.set_num_threads(1)
@@ -96,6 +96,15 @@ def trained_rounds(folder: Path) -> Any:
     from choral.trainers import Run
 
     return [entry for entry in Run.load(folder).history if entry.round]
+
+
+def test_bytes_of_failed_rounds_alone_are_compared_with_nothing(job: Job, tmp_path: Path) -> None:
+    lossy = Participation(dropouts=Dropouts(vector=0.99), patience=5)
+    report = rehearse(job, tmp_path / "run", secure_sum=Masked(min_survivors=4), participation=lossy, seed=1)
+    assert all(entry.failed for entry in trained_rounds(tmp_path / "run"))
+    verdict, finding = check(report, "bytes that were counted")
+    assert (verdict, report.exit_code) == ("unverified", 1)
+    assert "nothing could be compared" in finding
 
 
 def test_a_session_per_cohort_is_read_as_such(job: Job, tmp_path: Path) -> None:
