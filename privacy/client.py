@@ -143,7 +143,8 @@ class ClientGuard:
         privacy: the promise. clients: how many there are. length: coordinates of an update. rounds: sums that are
             still to come; the noise is calibrated for them, on top of what the ledger holds.
         ledger: what these clients have spent before. clip: the present clipping norm of an adaptive promise that is
-            resumed. source: of noise and rounding.
+            resumed. source: of noise and rounding. most: of the clients in one sum, by default all; the modulus has
+            room for so many, and no sum of more is decoded.
     Raises: ConfigError (delta >= 1/n, too few survivors or bits), BudgetExceededError, LedgerError.
     """
 
@@ -157,6 +158,7 @@ class ClientGuard:
         ledger: Ledger,
         clip: float | None = None,
         source: Source = os_stream,
+        most: int | None = None,
     ) -> None:
         if rounds < 1 or clients < 2 or length < 1:
             raise ConfigError(
@@ -170,6 +172,13 @@ class ClientGuard:
         self.clip: float = start if clip is None or not self.adaptive else clip
         check_clip(self.clip)
         self.min_survivors = privacy.survivors_of(clients)
+        self.most = clients if most is None else most
+        if not self.min_survivors <= self.most <= clients:
+            raise ConfigError(
+                f"{self.most} of {clients} clients are in one sum at most, expected at least min_survivors,"
+                f" {self.min_survivors}, and at most all",
+                hint="Set min_survivors to what is left of those who are asked.",
+            )
         self._source = source
         self._begun = 0
         before = ledger.releases
@@ -234,7 +243,7 @@ class ClientGuard:
             mechanism=self.privacy.mechanism,
             bits=self.privacy.bits,
             length=length,
-            clients=self.clients,
+            clients=self.most,
             holders=self.holders,
             ratio=ratio,
         )
@@ -288,9 +297,9 @@ class ClientRound:
         guard = self._guard
         if self._decoded:
             raise PrivacyError("this sum has been decoded", hint="A second draw of noise would cost as much again.")
-        if not guard.min_survivors <= survivors <= guard.clients:
+        if not guard.min_survivors <= survivors <= guard.most:
             raise TooFewClientsError(
-                f"{survivors} of {guard.clients} clients survived, expected at least {guard.min_survivors}",
+                f"{survivors} of {guard.most} clients survived, expected at least {guard.min_survivors}",
                 hint="Its noise was sized for that many; open no smaller sum.",
             )
         self._decoded = True

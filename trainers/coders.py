@@ -221,10 +221,12 @@ class Clients:
             return f"the clients' budget is spent; ended after round {self._recorder.completed}"
         return ""
 
-    def coder(self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int) -> ClientCoder:
+    def coder(
+        self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int, *, most: int | None = None
+    ) -> ClientCoder:
         """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was.
 
-        roster: who takes part in one sum, of so many clients.
+        roster: who takes part in one sum, of so many clients. most: in any sum, by default all.
         """
         history = self._recorder.run().history
         guard = ClientGuard(
@@ -234,6 +236,7 @@ class Clients:
             rounds=max(rounds - self._recorder.completed, 1) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
+            most=most,
         )
         return ClientCoder(roster, guard)
 

@@ -221,7 +221,8 @@ def federate(
         if clients:
             sums = sum(not channel.once for channel in channels.values())
             coders: dict[str, Coder] = dict.fromkeys(
-                channels, clients.coder(roster, setup.parties, setup.length, rounds, sums)
+                channels,
+                clients.coder(roster, setup.parties, setup.length, rounds, sums, most=participation.cohort),
             )
         else:
             coders = {

@@ -194,6 +194,22 @@ def test_the_mean_is_right_when_the_budget_is_large() -> None:
         assert torch.allclose(mean.float(), clipped.mean(0), atol=0.06 * clip / 20)
 
 
+@pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam"])
+def test_a_sum_of_few_among_a_million_has_the_noise_of_few(mechanism: str) -> None:
+    """With room for a million in the modulus, the rounding alone would cost four times the noise."""
+    privacy = promise(delta=1e-7, min_survivors=18, mechanism=mechanism)
+    few, many = (guard(privacy, clients=clients, length=1000, most=20) for clients in (20, 1_000_000))
+    assert many.scheme == few.scheme
+    assert guard(privacy, clients=1_000_000, length=1000).ratio > 3 * many.ratio
+    current = many.begin()
+    total = sum(current.encode(torch.zeros(1000)) for _ in range(21))
+    with pytest.raises(TooFewClientsError, match="21 of 20 clients"):
+        current.decode(total, 21)
+    for most in (17, 1_000_001):
+        with pytest.raises(ConfigError, match="in one sum at most"):
+            guard(privacy, clients=1_000_000, length=1000, most=most)
+
+
 @pytest.mark.parametrize("noise", ["distributed", "central"])
 def test_the_clip_finds_the_quantile(noise: str) -> None:
     """Norms are spread evenly over 1 to 3; the 0.3 quantile is 1.6. Start far off on either side."""

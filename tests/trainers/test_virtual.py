@@ -85,6 +85,9 @@ class TestAMillion:
         settings = {"cohort": 20, "rounds": 1, "secure_sum": Masked(min_survivors=12)}
         run = federate(**job(parties=parties, privacy=privacy, out=tmp_path / "run", **settings))
         assert list(run.info.spent) == ["clients"]
+        # The modulus has room for the cohort, so the million costs no noise.
+        alone = job(parties={f"p{k:02d}": Made()(k) for k in range(20)}, privacy=privacy, **settings)
+        assert federate(**alone).info.spent["clients"].noise_multiplier == run.info.spent["clients"].noise_multiplier
         checks = {check.name: check for check in audit(tmp_path / "run").checks}
         delta = checks["Delta is below 1/n for every data holder"]
         assert (delta.verdict, "1,000,000 clients" in delta.finding) == ("holds", True)
