@@ -63,6 +63,8 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     limit = claimed.epsilon if claimed else promised
     events, recomputed = _from_ledger(run, name, claimed.delta if claimed else delta, limit)
     verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
+    if claimed and not _of_unit(claimed, unit_of(run)):  # the same epsilon for more than the ledger is about
+        verdict, finding = "violated", f"the cost is stated for each {claimed.unit} ({claimed.neighbours})"
     return HolderBudget(
         holder=name,
         promised=promised,
@@ -105,6 +107,13 @@ def unit_of(run: Run) -> str:
     return str((run.info.privacy or {}).get("unit", "record"))
 
 
+def _of_unit(claimed: Spent, unit: str) -> bool:
+    """Whether the cost is stated for the unit and neighbours of the ledger, which is read as one of ``unit``."""
+    from choral.privacy.events import RELATIONS
+
+    return (claimed.unit, claimed.neighbours) == (unit, RELATIONS.get(unit))
+
+
 def ledger_path(run: Run, name: str) -> Path | None:
     return run.folder / "ledger" / f"{quote(name, safe='')}.jsonl" if run.folder else None
 
@@ -140,7 +149,20 @@ def budget_checks(run: Run, rows: Sequence[HolderBudget]) -> list[Check]:
     """The rows in a sentence each, and whether history, delta and folder agree with them."""
     if run.info.privacy is None:
         return _no_promise(run)
-    return [_all_holders(rows), _history_agrees(run), _delta_means_something(run)]
+    return [_all_holders(rows), *_no_other_ledger(run), _history_agrees(run), _delta_means_something(run)]
+
+
+def _no_other_ledger(run: Run) -> list[Check]:
+    """Where a ledger is in the folder whose holder run.json does not name, what that holder spent is not claimed."""
+    known = {ledger_path(run, name) for name in holders_of(run)}
+    stray = sorted(path for path in run.folder.glob("ledger/*.jsonl") if path not in known) if run.folder else []
+    if not stray:
+        return []
+    finding = (
+        f"{len(stray)} in the folder ({stray[0].name}) of holders that run.json does not name: it was edited or mixed"
+        " up."
+    )
+    return [Check(name="Every ledger is of a holder that run.json names", verdict="unverified", finding=finding)]
 
 
 def _all_holders(rows: Sequence[HolderBudget]) -> Check:

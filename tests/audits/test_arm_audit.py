@@ -107,7 +107,15 @@ def spoil_claim(folder: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("spoil", [spoil_chain, spoil_claim])
+def spoil_unit(folder: Path) -> None:
+    edit(folder / "run.json", '"unit": "record"', '"unit": "client"')
+
+
+def spoil_neighbours(folder: Path) -> None:
+    edit(folder / "run.json", "add or remove one record", "replace all records")
+
+
+@pytest.mark.parametrize("spoil", [spoil_chain, spoil_claim, spoil_unit, spoil_neighbours])
 def test_an_edited_ledger_or_claim_makes_its_arm_violated_and_no_other(
     real: Arms, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
@@ -126,6 +134,16 @@ def test_an_edited_ledger_or_claim_makes_its_arm_violated_and_no_other(
         assert str(tmp_path) not in form
     assert str(tmp_path) not in (report.save(tmp_path / "report.json")).read_text()
     assert Comparison.load(tmp_path / "report.json") == report
+
+
+def test_a_holder_left_out_of_run_json_is_found_by_its_ledger(real: Arms, tmp_path: Path) -> None:
+    path = tmp_path / "dp-1" / "run.json"
+    content = json.loads(path.read_text())
+    del content["spent"]["south"], content["parties"]["south"]
+    path.write_text(json.dumps(content))
+    found = audit(tmp_path / "dp-1")
+    assert (found.verdict, found.exit_code) == ("unverified", 1)
+    assert "south.jsonl" in next(check.finding for check in found.checks if check.verdict == "unverified")
 
 
 def test_alone_such_a_run_is_refused_by_the_audit(real: Arms, tmp_path: Path) -> None:
