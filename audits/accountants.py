@@ -269,7 +269,29 @@ def participation_checks(run: Run, found: Participation | None) -> list[Check]:
         checks.append(Check(name=name, verdict="violated" if low else "holds", finding=said))
     if _releases(run):
         checks.append(_noise_by_survivors(run, found.epsilon_realised))
-    return checks
+    return checks + _noise_elsewhere(run)
+
+
+def _noise_elsewhere(run: Run) -> list[Check]:
+    """Where run.json says that noise is added somewhere else than the ledger was charged for: the adversary differs.
+
+    Central noise is continuous, the other kinds are of integers; with local noise a client counts on its own share.
+    """
+    from choral.privacy import Ledger
+
+    path, where = ledger_path(run, "clients"), (run.info.privacy or {}).get("noise")
+    if unit_of(run) != "client" or path is None or not path.is_file():
+        return []
+    for release in Ledger(path, holder="clients").releases:
+        central = release.mechanism == "gaussian"
+        fits = {"central": central, "distributed": not central, "local": not central and release.shares == 1}
+        if not fits.get(str(where), False):
+            finding = (
+                f"run.json says {where}; the ledger was charged for {release.mechanism.replace('_', ' ')} noise in"
+                f" {release.shares} unknown shares."
+            )
+            return [Check(name="The noise is added where the promise says", verdict="violated", finding=finding)]
+    return []
 
 
 def _releases(run: Run) -> tuple[ClientRelease, ...]:

@@ -155,6 +155,24 @@ def test_client_level_with_dropouts_is_counted_by_who_survived(job: Any, tmp_pat
     assert row.floor < row.rdp < 1.3 * row.floor
 
 
+@pytest.mark.parametrize(
+    ("noise", "edited"),
+    [("distributed", "local"), ("distributed", "central"), ("distributed", "server"), ("central", "distributed"),
+     ("central", "local"), ("local", "central")],
+)  # fmt: skip
+def test_noise_that_is_said_to_be_added_elsewhere_is_found(job: Any, tmp_path: Path, noise: str, edited: str) -> None:
+    federate(**job, privacy=promise(noise=noise), out=tmp_path / "run")
+    names = [check.name for check in audit(tmp_path / "run").checks]
+    assert not any("noise is added where" in name for name in names)
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    content["privacy"]["noise"] = edited
+    path.write_text(json.dumps(content))
+    report = audit(tmp_path / "run")
+    assert (report.verdict, report.exit_code) == ("violated", 1)
+    assert "the ledger was charged for" in finding(report, "noise is added where")[1]
+
+
 def test_central_noise_has_an_exact_cost(job: Any, tmp_path: Path) -> None:
     federate(**job, privacy=promise(noise="central", min_survivors=None), out=tmp_path / "run")
     row = audit(tmp_path / "run").accountants[0]
