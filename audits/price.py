@@ -407,7 +407,7 @@ def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:
 def _first(arms: Mapping[str, Sequence[Run]], bills: Sequence[Bill], kind: str) -> str | None:
     def rank(name: str) -> tuple[bool, bool]:
         info = arms[name][0].info
-        return info.privacy is not None, (info.secure_sum or {}).get("name") in ("plain", "homomorphic")
+        return info.privacy is not None, (info.secure_sum or {}).get("name") == "plain"
 
     names = [made.arm for made in bills if made.kind == kind]
     return min(names, key=rank, default=None)

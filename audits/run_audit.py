@@ -204,9 +204,12 @@ def audit_evidence(
     if not (attacks or probe or inversion):
         raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")
     checks = evidence_checks(attacks, probe, inversion)
-    verdict = worst(checks)
     evidence = [*attacks, *([probe.canaries] if probe else [])]
     claimed = [attack for attack in evidence if attack.claimed is not None]
+    if claimed and not any(attack.decisive for attack in claimed):
+        finding = "Scores of a split bound no epsilon, and no ledger is here: nothing could have refuted the claim."
+        checks += (Check(name="The claim was put to a test", verdict="unverified", finding=finding),)
+    verdict = worst(checks)
     claim = "No differential privacy is claimed."
     if claimed:
         said = f"ε\u00a0=\u00a0{claimed[0].claimed:.4g}, δ\u00a0=\u00a0{power(claimed[0].delta)}"

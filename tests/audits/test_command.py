@@ -158,7 +158,7 @@ def test_a_file_may_state_its_design_and_what_follows_depends_on_it(scores: Call
         found = []
         for path in (csv, jsons):
             flags = ["--scores", str(path), "--delta", "1e-5", "--epsilon", "8", "--quiet", "--out", str(tmp_path)]
-            assert main(["audit", *flags]) == 0
+            assert main(["audit", *flags]) == (design == "split")  # which could not have refuted the claim
             found.append(Audit.load(tmp_path / "report.json").attacks[0])
         assert found[0] == found[1]
         assert found[0].design == design
