@@ -5,9 +5,9 @@
                                               clock=ONCE_A_DAY, patience=3))
 
 A round at a simulated time goes: some of those who are available now are asked (:meth:`Participation.ask`), and of
-these the ones that answer in time count (:func:`on_time`), less those that vanish at some step (:func:`lost_at`). All
-randomness is numpy's, from a seed: it is for data order and simulation, not for privacy. A round costs what those cost
-that it looks at, not what all parties would.
+these the ones that answer in time count (:meth:`Participation.late`), less those that vanish at some step
+(:func:`lost_at`). All randomness is numpy's, from a seed: it is for data order and simulation, not for privacy. A round
+costs what those cost that it looks at, not what all parties would.
 
 **No amplification.** A server that picks the cohort sees who is in it, so what a round costs in privacy must be charged
 as if every party took part in every round (sampling rate 1): the sampling here hides nobody.
@@ -115,32 +115,6 @@ def available(chances: NDArray[np.float64], random: Generator) -> NDArray[np.boo
     return there
 
 
-def durations(
-    examples: NDArray[np.int64], *, start: float, per_example: float, spread: float, random: Generator
-) -> NDArray[np.float64]:
-    """Simulated seconds until a party's answer: (start + per_example n_k) times a lognormal with median 1.
-
-    spread: standard deviation of the logarithm; 0 makes all devices alike, 1 gives stragglers five times as slow.
-    Raises: ConfigError for negative or infinite arguments.
-    """
-    if not all(0 <= value < np.inf for value in (start, per_example, spread)):
-        raise ConfigError(
-            f"expected start, per_example and spread >= 0, got {start:g}, {per_example:g}, {spread:g}",
-            hint="seconds, seconds and a standard deviation",
-        )
-    median = start + per_example * examples.astype(np.float64)
-    seconds: NDArray[np.float64] = median * np.exp(spread * random.standard_normal(len(examples)))
-    return seconds
-
-
-def on_time(seconds: NDArray[np.float64], deadline: float) -> NDArray[np.bool_]:
-    """Whose answer comes by the deadline. Raises: ConfigError unless deadline > 0 (infinity waits for all)."""
-    if not deadline > 0:
-        raise ConfigError(f"expected deadline > 0 seconds, got {deadline:g}", hint="inf waits for everybody")
-    there: NDArray[np.bool_] = seconds <= deadline
-    return there
-
-
 def lost_at(parties: int, chances: Sequence[float], random: Generator) -> NDArray[np.int64]:
     """The step at which each of some parties vanishes, ``len(chances)`` for those that stay; shape (parties,).
 
@@ -192,17 +166,18 @@ class Device:
     """Standard deviation of the logarithm: 0 makes all alike, with 1 the slowest in twenty take five times as long."""
 
     def __post_init__(self) -> None:
-        self.draw([1], default_rng(0))
+        if not all(0 <= value < np.inf for value in (self.start, self.per_example, self.spread)):
+            raise ConfigError(
+                f"expected start, per_example and spread >= 0, got {self.start:g}, {self.per_example:g},"
+                f" {self.spread:g}",
+                hint="seconds, seconds and a standard deviation",
+            )
 
     def draw(self, examples: Sequence[int], random: Generator) -> NDArray[np.float64]:
         """Simulated seconds until each answer, of parties with so many examples."""
-        return durations(
-            np.array(examples, np.int64),
-            start=self.start,
-            per_example=self.per_example,
-            spread=self.spread,
-            random=random,
-        )
+        median = self.start + self.per_example * np.array(examples, np.float64)
+        seconds: NDArray[np.float64] = median * np.exp(self.spread * random.standard_normal(len(examples)))
+        return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +305,8 @@ class Participation:
 
     def late(self, seconds: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Whose answer comes after the deadline."""
-        return ~on_time(seconds, math.inf if self.deadline is None else self.deadline)
+        late: NDArray[np.bool_] = seconds > (math.inf if self.deadline is None else self.deadline)
+        return late
 
     def lasted(self, seconds: NDArray[np.float64], *, complete: bool) -> float:
         """Simulated seconds of a round. seconds: of those that answered. complete: all that should have done so.

@@ -16,11 +16,11 @@ from choral.trainers.participation import (
     ONCE_A_DAY,
     Availability,
     Clock,
+    Device,
+    Participation,
     available,
-    durations,
     fixed_cohort,
     lost_at,
-    on_time,
     poisson_cohort,
     stream,
 )
@@ -86,13 +86,14 @@ def test_availability_over_the_day():
 
 def test_stragglers():
     examples = np.array([10, 1000])
-    even = durations(examples, start=5, per_example=0.01, spread=0, random=stream(0, 0, "time"))
+    even = Device(start=5, per_example=0.01).draw(examples, stream(0, 0, "time"))
     assert even == pytest.approx([5.1, 15.0])
-    assert on_time(even, 10.0).tolist() == [True, False]
-    assert on_time(even, math.inf).all()
-    spread = durations(np.zeros(20_000, int), start=1, per_example=0, spread=0.5, random=stream(0, 1, "time"))
-    # On time by exp(.5): one standard deviation above the median, .8413; standard error .0026.
-    assert on_time(spread, math.exp(0.5)).mean() == pytest.approx(stats.norm.cdf(1), abs=0.015)
+    assert Participation(deadline=10.0).late(even).tolist() == [False, True]
+    assert not Participation().late(even).any()
+    spread = Device(start=1, spread=0.5).draw(np.zeros(20_000, int), stream(0, 1, "time"))
+    # Late after exp(.5): one standard deviation above the median, .1587; standard error .0026.
+    late = Participation(deadline=math.exp(0.5)).late(spread)
+    assert late.mean() == pytest.approx(stats.norm.sf(1), abs=0.015)
 
 
 def test_losses_at_any_step():
@@ -121,8 +122,8 @@ def test_clock():
         lambda: poisson_cohort(5, math.nan, stream(0, 0, "x")),
         lambda: Availability(peak=0.2, trough=0.3),
         lambda: Availability(hour=24),
-        lambda: durations(np.ones(1, int), start=-1, per_example=0, spread=0, random=stream(0, 0, "x")),
-        lambda: on_time(np.ones(1), math.nan),
+        lambda: Device(start=-1),
+        lambda: Participation(deadline=math.nan),
         lambda: lost_at(1, (1.5,), stream(0, 0, "x")),
         lambda: Clock(period=math.inf),
     ],
