@@ -1,4 +1,4 @@
-"""Where tests find known answers and real data that do not travel with the repository."""
+"""Where tests find known answers, which travel with the repository, and real data, which do not."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _shared(kind: str) -> Path:
-    """``CHORAL_DATA`` and ``CHORAL_VECTORS`` name the folders; ``shared/`` beside the repository is the default."""
-    folder = Path(os.environ.get(f"CHORAL_{kind.upper()}", ROOT.parent / "shared" / kind))
-    if not folder.is_dir():
-        pytest.skip(f"no {kind} at {folder} (set CHORAL_{kind.upper()})")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def vectors() -> Path:
-    return _shared("vectors")
+    """Known answers made by others. They are part of the repository: a missing file is an error, never a skip."""
+    return ROOT / "tests" / "vectors"
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    return _shared("data")
+    """``CHORAL_DATA`` names the folder; ``shared/data`` beside the repository is the default."""
+    folder = Path(os.environ.get("CHORAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder} (set CHORAL_DATA)")
+    return folder
