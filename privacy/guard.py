@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from torch import distributed, nn
@@ -23,10 +23,12 @@ from choral.privacy.errors import BudgetExceededError, PrivacyError, Unsupported
 from choral.privacy.events import PoissonSampledGaussian, RecordEvent
 from choral.privacy.ledger import Ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
-from choral.privacy.model import PerSampleModel, unwrap, with_per_sample_gradients
 from choral.privacy.noise import os_stream
 from choral.privacy.spent import Spent
 from choral.privacy.step import Noise, PrivateOptimizer
+
+if TYPE_CHECKING:
+    from choral.privacy.model import PerSampleModel
 
 CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
 
@@ -230,6 +232,8 @@ class Guard:
 
         May be called once per round with the same model, whose wrapper is used again.
         """
+        from choral.privacy.model import with_per_sample_gradients  # loads Opacus, which a promise alone does not need
+
         refuse_unsupported(loader)
         plan = self._planned(loader, resume)
         private_model = with_per_sample_gradients(model)
@@ -320,6 +324,8 @@ class Guard:
     @staticmethod
     def unwrap(model: nn.Module) -> nn.Module:
         """Return the plain module inside a wrapped one, all hooks removed."""
+        from choral.privacy.model import unwrap
+
         return unwrap(model)
 
     def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:

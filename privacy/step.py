@@ -8,12 +8,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,9 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from choral.privacy import ghost
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
-from choral.privacy.model import PerSampleModel
 from choral.privacy.noise import Source, grid_gaussian, noise_grid
+from choral.privacy.optimizer import OverOptimizer
 from choral.privacy.precision import full_precision
+
+if TYPE_CHECKING:
+    from choral.privacy.model import PerSampleModel
 
 # Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
 # 2^-24 * ghost.BLOCK / 2 of the norm, inside the sensitivity.
@@ -62,7 +64,7 @@ class _Pending:
         raise PrivacyError("clipped gradients without noise may be neither copied nor written to a file")
 
 
-class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
+class PrivateOptimizer(OverOptimizer):
     """The user's optimizer, fed with noisy gradients; its groups, state and hyper-parameters are the user's own.
 
     Guarantee: each step releases, and hands to the user's optimizer,
@@ -90,12 +92,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         noise: Noise | None = None,
     ) -> None:
         self.clipping = max_grad_norm if isinstance(max_grad_norm, Clipping) else Clipping(max_grad_norm)
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=self.clipping.norm,
-            expected_batch_size=expected_batch_size,
-        )
+        super().__init__(optimizer)
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = self.clipping.norm
+        self.expected_batch_size = expected_batch_size
         self._model = model
         self._source = source
         self._noise = noise or self._independent_noise
@@ -274,7 +274,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         for p in self.params:
-            p.grad_sample = None
+            p.grad_sample = None  # type: ignore[attr-defined]
         self._model.uses.clear()
         self.original_optimizer.zero_grad(set_to_none)
 

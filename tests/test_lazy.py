@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import types
 
 import pytest
@@ -20,3 +22,10 @@ def test_public_names_are_what_they_say(package: str) -> None:
     assert set(module._HOME) <= set(module.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = module.nonsense
+
+
+def test_a_promise_and_a_federation_are_named_without_loading_opacus() -> None:
+    names = "choral.Privacy, choral.ClientPrivacy, choral.CorrelatedPrivacy, choral.federate, choral.compare"
+    promises = "choral.Privacy(epsilon=3.0, delta=1e-5)"
+    code = f"import sys, choral; {names}; {promises}; sys.exit('opacus' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
