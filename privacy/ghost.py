@@ -56,6 +56,10 @@ class PerSample(Protocol):
         """Return the gradients themselves, of the `first` records or all, shape (records, numel)."""
         ...
 
+    def without(self, gone: torch.Tensor) -> PerSample:
+        """Return the same with zeros for the records marked in `gone`, shape (records,), bool, whatever theirs were."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -76,6 +80,9 @@ class Dense:
 
     def dense(self, first: int | None = None) -> torch.Tensor:
         return self.rows[:first] * self.scale
+
+    def without(self, gone: torch.Tensor) -> PerSample:
+        return Dense(_zeroed(self.rows, gone), self.scale)
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,13 @@ class Outer:
         a, g = self.factors(slice(first))
         return torch.bmm(g.mT, a).flatten(1) * self.scale
 
+    def without(self, gone: torch.Tensor) -> PerSample:
+        def factors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            a, g = self.factors(part)
+            return _zeroed(a, gone[part]), _zeroed(g, gone[part])
+
+        return Outer(factors, self.records, self.sizes, self.scale)
+
     def _chunks(self, work: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the factors of some records at a time, where `work` is how many numbers one record takes."""
         step = max(1, _WORK // max(work, 1))
@@ -154,6 +168,10 @@ class Sparse:
         rows = torch.zeros(count, self.height, self.values.shape[1], dtype=self.values.dtype, device=self.values.device)
         rows[self.owner[mine], self.row[mine]] = self.values[mine] * self.scale
         return rows.flatten(1)
+
+    def without(self, gone: torch.Tensor) -> PerSample:
+        values = _zeroed(self.values, gone.to(self.owner.device)[self.owner])
+        return Sparse(self.owner, self.row, values, self.records, self.height, self.scale)
 
 
 def added(parts: list[PerSample]) -> PerSample:
@@ -318,6 +336,11 @@ def weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             block = rows[first : first + count, start : start + columns].double()
             total[start : start + columns].addmv_(block.T, weights[first : first + count])
     return total
+
+
+def _zeroed(rows: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+    """Return `rows` with zeros in those that are `gone`: a factor of 0 would leave NaN where they are not finite."""
+    return rows.masked_fill(gone.to(rows.device).view(-1, *[1] * (rows.ndim - 1)), 0.0)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -159,7 +159,8 @@ def refuse_by_gradient(
     """Raise UnsupportedModelError if a record's output has a gradient in another record's row.
 
     output: what the forward pass returned. layers: what went into and out of trainable layers in it. inputs: its
-    float inputs, all part of the graph, which is kept. Returns False if this batch holds NaN and so proves nothing.
+    float inputs, all part of the graph, which is kept. Records whose output is NaN are left out; returns False if
+    fewer than two are left, which prove nothing.
     Raises it, too, if nothing in `output` has one row per record, unless that is none's business: `layers_only`.
     """
     layers = [t for t in layers if len(t) == rows and t.requires_grad]
@@ -172,12 +173,13 @@ def refuse_by_gradient(
             "it treats them one by one",
             hint="Return a tensor, batch dimension first, and compute the loss from it outside the model.",
         )
-    if any(bool(t.isnan().any()) for t in targets):
+    valid = torch.stack([~t.detach().isnan().any(1).cpu() for t in targets]).all(0)
+    if int(valid.sum()) < 2:
         return False
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in targets]
     for kept in _splits(rows):
-        mine = [kept.to(t.device) for t in targets]
+        mine = [(kept & valid).to(t.device) for t in targets]
         ends, starts = (
             [t[m] for t, m in zip(targets, mine, strict=True)],
             [w[m] for w, m in zip(weights, mine, strict=True)],

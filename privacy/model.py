@@ -41,6 +41,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
     def __init__(self, model: nn.Module) -> None:
         self.checked = False  # per-sample gradients against autograd, by the optimizer at the first step
         self.unmixed = False  # records are treated one by one: found out in the first forward of two or more
+        self.looked = False  # likewise, in the batch that awaits its step, even if too few of its outputs were numbers
         self.drawn: int | None = None  # records in the batch that awaits its step
         self.averages: dict[nn.Parameter, torch.Tensor] = {}  # autograd's gradients, until `checked`
         self.shared: dict[nn.Module, positions.Shared] | None = None  # embeddings of what is the same for all records
@@ -173,6 +174,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
     def _take_in(self, use: _Forward, gradient: torch.Tensor) -> None:
         if not self.hooks_enabled:
             return
+        refuse_anomaly_detection()
         layer, a = use.layer, use.a
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
@@ -252,6 +254,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             )
 
     def _capture_gradient(self, module: nn.Module, gradient: torch.Tensor) -> None:
+        refuse_anomaly_detection()
         try:
             with full_precision():
                 self.capture_backprops_hook(module, None, (gradient,), self.loss_reduction, self.batch_first)
@@ -317,6 +320,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             output = self._module(*args, **kwargs)
             self.disable_hooks()  # these gradients are for the check alone
             self.unmixed = mixing.refuse_by_gradient(output, self._seen, inputs, rows)
+            self.looked = True
         finally:
             self._seen = None
             self.enable_hooks()
@@ -343,6 +347,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             self.disable_hooks()
             unmixed = mixing.refuse_by_gradient(None, self._seen, [], rows, layers_only=True)
             self.unmixed = unmixed and not self._called  # else the model's own check is still to come
+            self.looked = not self._called
         finally:
             self._seen, self._trying = None, False
             self.enable_hooks()
@@ -434,6 +439,15 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.hear(gradient)
         return None, None, None
+
+
+def refuse_anomaly_detection() -> None:
+    """Raise PrivacyError where torch would end a backward pass in which one record's gradient is NaN."""
+    if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+        raise PrivacyError(
+            "torch.autograd's anomaly detection stops training at a NaN, and so tells of a single record without noise",
+            hint="Leave it out; it may be used on public data, or with check_nan=False.",
+        )
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -76,6 +76,10 @@ class PrivateOptimizer(OverOptimizer):
     With PerLayerClip each layer's part of g_i has a factor of its own, and C is that of all layers together. With
     AdaptiveClip the sum has one more coordinate, the count that C follows: see there.
 
+    A gradient that is not finite counts as zero, in the count of AdaptiveClip, too: a record that makes one changes as
+    much as a record that is not there, and raises no error, which would tell of it without noise. The data owner, and
+    nobody else, may ask for the number of such records: see `count_zeroed`.
+
     One step per batch drawn: a second one raises BudgetExceededError. A batch may come in chunks: `step` on all but the
     last adds its clipped gradients up and releases nothing, and `stepped` is then False.
     """
@@ -106,10 +110,29 @@ class PrivateOptimizer(OverOptimizer):
         self._planned_noise = noise_multiplier
         self.keeper: Keeper | None = None  # of the budget, for checkpoints
         self.stepped = False  # whether the latest step() released something and moved the model
+        self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
         if (old := _guards.pop(optimizer, None)) is not None:
             old.remove()
         _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
+
+    def count_zeroed(self) -> None:
+        """Count from now on the records whose gradient was not finite, so that :attr:`zeroed` can be read."""
+        self._zeroed = self._zeroed or 0
+
+    @property
+    def zeroed(self) -> int:
+        """How often a record's gradient was not finite and counted as zero, since `count_zeroed` was called.
+
+        **Not private:** it is for the data owner, to mend the data. Never log or send it, nor let training depend on
+        it. No state dict, ledger or message holds it. Raises: PrivacyError (`count_zeroed` was not called).
+        """
+        if self._zeroed is None:
+            raise PrivacyError(
+                "records whose gradient is not finite were not counted",
+                hint="The data owner may call optimizer.count_zeroed() before training; the number is not private.",
+            )
+        return self._zeroed
 
     def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
         """Prepare for the step of a batch, or of its `first` to `last` chunk, of `drawn` records.
@@ -122,6 +145,7 @@ class PrivateOptimizer(OverOptimizer):
             raise PrivacyError("a chunk of a batch whose first chunks were not stepped", hint=_ALL_CHUNKS)
         self._model.forget()
         self._drawn = self._model.drawn = drawn
+        self._model.looked = False
         self._owing, self._last = True, last
         if first:
             self.max_grad_norm = self.clipping.norm  # of the whole batch
@@ -142,20 +166,25 @@ class PrivateOptimizer(OverOptimizer):
         self.noise_multiplier = self._planned_noise = noise_multiplier
 
     def begin_pass(self) -> None:
-        """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step)."""
+        """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step; weights are not finite)."""
         self.refuse_owing()
+        self._refuse_diverged()
         self._remember_buffers()
 
     def end_pass(self) -> None:
-        """Look back at a pass. Raises: PrivacyError (a batch had no step), UnsupportedModelError (buffers changed)."""
+        """Look back at a pass.
+
+        Raises: PrivacyError (a batch had no step; weights are not finite), UnsupportedModelError (buffers changed).
+        """
         self.refuse_owing()
+        self._refuse_diverged()
         self._refuse_changed_buffers(thorough=True)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Make one private step with the gradients of the batch just drawn.
 
         Raises: BudgetExceededError (no batch awaits a step), UnsupportedModelError (per-sample gradients
-        missing or wrong), PrivacyError (a closure, or gradients that are not finite). Nothing is released then.
+        missing or wrong), PrivacyError (a closure). Nothing is released then.
         """
         if closure is not None:
             raise PrivacyError("step(closure) evaluates the loss again, which was not paid for", hint="Call step().")
@@ -175,16 +204,21 @@ class PrivateOptimizer(OverOptimizer):
         """Add the clipped gradients of the records just drawn to those of earlier chunks of the batch."""
         params = self.params
         samples = [self._per_sample(p, drawn) for p in params]
-        clip, within = self._clip_factors(samples)  # first: NaN would pass the comparison
-        if drawn > 1 and not self._model.unmixed:
+        clip, within, gone = self._clip_factors(samples)
+        if drawn > 1 and not (self._model.unmixed or self._model.looked):
             raise UnsupportedModelError(
                 "it was not seen whether the model treats the records of a batch one by one",
                 hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, or call "
                 "model.check_step(step, batch), where step(batch) returns the loss.",
             )
         self._refuse_changed_buffers(thorough=not self._model.checked)
-        if not self._model.checked:
+        finite = not bool(gone.any())
+        if not self._model.checked and finite:  # autograd's mean is NaN otherwise
             self._check_first(samples)
+        if not finite:
+            samples = [g.without(gone) for g in samples]
+            if self._zeroed is not None:
+                self._zeroed += int(gone.sum())
         sums = [g.weighted_sum(w) for g, w in zip(samples, clip, strict=True)]
         del samples
         self._model.forget()  # what is not private does not outlive the step
@@ -324,6 +358,15 @@ class PrivateOptimizer(OverOptimizer):
                 )
         self._model.checked = True
 
+    def _refuse_diverged(self) -> None:
+        """Refuse trained weights that are not finite. They are released: to stop for them tells nothing more."""
+        for p in self.params:
+            if not bool(torch.isfinite(p).all()):
+                raise PrivacyError(
+                    f"parameter {self._name(p)} is not finite any more: training has diverged",
+                    hint="Lower the learning rate, and begin again from finite weights.",
+                )
+
     def _remember_buffers(self) -> None:
         buffers = self._model._module.named_buffers()
         self._buffers = {name: (b, b._version, b.detach().clone()) for name, b in buffers}
@@ -341,25 +384,21 @@ class PrivateOptimizer(OverOptimizer):
                     hint="Remove the running statistics, or freeze them.",
                 )
 
-    def _clip_factors(self, samples: list[ghost.PerSample]) -> tuple[list[torch.Tensor], float]:
-        """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64, and the sum of the
-        records' answers for adaptive clipping, +1 for a norm of at most C, else -1; refuse gradients not finite.
+    def _clip_factors(self, samples: list[ghost.PerSample]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+        """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64; the sum of the
+        records' answers for adaptive clipping, +1 for a norm of at most C, else -1; and which gradients are not finite:
+        factor and answer of those records are 0.
         """
         found = [g.norms() for g in samples]
         per_parameter = torch.stack([n.to(found[0].device) for n in found])
         norms = torch.linalg.vector_norm(per_parameter, dim=0)
-        if not bool(torch.isfinite(norms).all()):
-            bad = next((i for i, n in enumerate(per_parameter) if not bool(torch.isfinite(n).all())), 0)
-            raise PrivacyError(
-                f"the gradient of parameter {self._name(self.params[bad])} is not finite; nothing was released",
-                hint="Check the loss for NaN, lower the learning rate, or mend the data.",
-            )
+        gone = ~torch.isfinite(norms)
         setting = self.clipping.setting
         if isinstance(setting, PerLayerClip):
-            return self._layer_factors(setting, per_parameter), 0.0
-        factors = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
-        answers = torch.where(norms <= self.max_grad_norm, 1.0, -1.0).sum()
-        return [factors] * len(found), float(answers) if isinstance(setting, AdaptiveClip) else 0.0
+            return [f.masked_fill(gone, 0.0) for f in self._layer_factors(setting, per_parameter)], 0.0, gone
+        factors = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0).masked_fill(gone, 0.0)
+        answers = torch.where(norms <= self.max_grad_norm, 1.0, -1.0).masked_fill(gone, 0.0).sum()
+        return [factors] * len(found), float(answers) if isinstance(setting, AdaptiveClip) else 0.0, gone
 
     def _layer_factors(self, setting: PerLayerClip, per_parameter: torch.Tensor) -> list[torch.Tensor]:
         """Return the same for each parameter, from the norms of its layer, shape (parameters, batch)."""

@@ -24,8 +24,8 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = PrivateOptimizer._clip_factors
 
     def ones(self: PrivateOptimizer, samples: list[Any]) -> Any:
-        factors, within = honest(self, samples)
-        return [torch.ones_like(factor) for factor in factors], within
+        factors, *rest = honest(self, samples)
+        return [torch.ones_like(factor) for factor in factors], *rest
 
     monkeypatch.setattr(PrivateOptimizer, "_clip_factors", ones)
 

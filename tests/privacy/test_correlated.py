@@ -429,15 +429,6 @@ def test_parameters_that_come_or_go_between_rounds_are_refused(problem: Any, loo
         loop(*guard.wrap(larger, sgd(larger), problem.loader()))
 
 
-def test_gradients_that_are_not_finite_release_nothing(problem: Any, loop: Callable[..., int]) -> None:
-    model = problem.model()
-    problem.x[7, 0] = math.nan
-    wrapped = promised().wrap(model, sgd(model), problem.loader())
-    with pytest.raises(PrivacyError, match=r"not finite|depend"):
-        loop(*wrapped)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Any:
         yield from range(100)

@@ -88,7 +88,7 @@ def test_long_rows_are_clipped_to_the_clipping_norm(columns: int) -> None:
     """Float32 norms of long rows are too small: 0.2 % at 4 million equal columns, more than any margin."""
     _, optimizer = optimizer_of(nn.Linear(2, 1), clip=1.0)
     rows = torch.full((2, columns), 0.1 + 3.0 / math.sqrt(columns))
-    (clip, _), _ = optimizer._clip_factors([Dense(rows[:, : columns // 3]), Dense(rows[:, columns // 3 :])])
+    (clip, _), _, _ = optimizer._clip_factors([Dense(rows[:, : columns // 3]), Dense(rows[:, columns // 3 :])])
     for i in range(2):
         assert 0.999 < float(clip[i]) * float(rows[i].double().norm()) <= 1.0
 
@@ -134,24 +134,11 @@ def test_raw_gradients_do_not_outlive_the_step(problem: Any) -> None:
     assert not any(hasattr(m, "activations") for m in model._module.modules())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_are_refused_before_anything_is_released(problem: Any, bad: float) -> None:
-    plain = problem.model()
-    model, optimizer = optimizer_of(plain, clip=1.0)
-    gradient(model, optimizer, problem.x[:4], problem.y[:4])
-    before = [p.detach().clone() for p in plain.parameters()]
-    x = problem.x[:4].clone()
-    x[2, 1] = bad
-    with pytest.raises(PrivacyError, match="not finite"):
-        gradient(model, optimizer, x, problem.y[:4])
-    assert all(torch.equal(p, b) for p, b in zip(plain.parameters(), before, strict=True))
-
-
 def test_a_first_batch_that_is_not_finite_does_not_pass_for_checked(problem: Any) -> None:
     model, optimizer = optimizer_of(problem.model(), clip=1.0)
-    with pytest.raises(PrivacyError, match="not finite"):
-        gradient(model, optimizer, problem.x[:4] * math.nan, problem.y[:4])
+    released = gradient(model, optimizer, problem.x[:4] * math.nan, problem.y[:4])
     assert not model.checked
+    assert torch.equal(released, torch.zeros_like(released))
 
 
 def test_raw_gradients_of_parameters_outside_the_optimizer_are_dropped(problem: Any) -> None:
