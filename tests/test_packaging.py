@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -29,21 +30,48 @@ def test_every_folder_with_an_init_is_listed(setup):
     assert sorted(setup["packages"]) == sorted(found)
 
 
+def _listed():
+    """The repository's files; of an unpacked source distribution, which git does not know, all that it holds."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-co", "--exclude-standard"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    else:
+        hidden = (".venv", "build", "dist", "runs", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
+        paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if "__pycache__" not in path.parts)
+        found = [path.as_posix() for path in paths if not path.parts[0].startswith(hidden)]
+    return [name for name in found if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
+
+
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
+def source(tmp_path_factory):
     # A copy, so that no build folder is left in the repository and none that lies there is packed.
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for name in listed:
-        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    source = tmp_path_factory.mktemp("source")
+    for name in _listed():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (built,) = out.glob("*.whl")
     return built
+
+
+def test_source_distribution_can_run_its_own_tests(source, tmp_path):
+    """All that the repository holds is in it: tests with their settings and known answers, docs, examples, pins."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {name for name in _listed() if name != ".gitignore" and ".egg-info/" not in name}
+    assert wanted - held == set()
+    assert {"tests/conftest.py", "tests/vectors/SHA256SUMS", "constraints.txt", "Makefile"} <= held
+    assert not {name for name in held if name.startswith("src/choral/privacy/")}, "packed twice"
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel):
