@@ -6,7 +6,7 @@ SEEDS  ?= 3
 OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all check benchmarks clean
+.PHONY: demo test test-all check mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -21,6 +21,10 @@ check: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Which lines does no test miss? 300 changes at random, by a fixed seed; about an hour on one core.
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutants.py
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
