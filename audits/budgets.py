@@ -10,12 +10,14 @@ from urllib.parse import quote
 from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
+from choral.privacy.events import RELATIONS, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.privacy import LedgerError
     from choral.privacy.spent import Spent
     from choral.trainers.run import Run
 
+_OLDER_WORDS = "its ledger states the neighbours in older words"
 TOLERANCE = 1e-5  # relative; two implementations of the accountant agree to about 1e-7
 
 
@@ -61,10 +63,12 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     promised, delta = float(privacy["epsilon"]), float(privacy["delta"])
     claimed = run.info.spent.get(name)
     limit = claimed.epsilon if claimed else promised
-    events, recomputed = _from_ledger(run, name, claimed.delta if claimed else delta, limit)
+    events, recomputed, relation = _from_ledger(run, name, claimed.delta if claimed else delta, limit)
     verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
-    if claimed and not _of_unit(claimed, unit_of(run)):  # the same epsilon for more than the ledger is about
+    if claimed and not _of_unit(claimed, unit_of(run), relation):  # the same epsilon for more than the ledger is about
         verdict, finding = "violated", f"the cost is stated for each {claimed.unit} ({claimed.neighbours})"
+    elif relation and stated(relation) != relation:
+        finding += f"; {_OLDER_WORDS}: {stated(relation)}"
     return HolderBudget(
         holder=name,
         promised=promised,
@@ -77,8 +81,8 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     )
 
 
-def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, float | None]:
-    """Noisy steps on the ledger and what they cost at ``delta``; None where there is no ledger to read.
+def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, float | None, str]:
+    """Noisy steps on the ledger, what they cost at ``delta``, and its neighbours; 0, None, "" where there is none.
 
     By dp-accounting's code, another than the one that planned and charged the run; where its upper bound passes
     ``limit``, on a finer grid, since a coarse one can only err upwards.
@@ -90,28 +94,30 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
 
     path = ledger_path(run, name)
     if path is None or not path.is_file():
-        return 0, None
+        return 0, None, ""
     ledger = Ledger(path, holder=name)
     if unit_of(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
-        return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta)
+        return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta), ledger.neighbours
     events = ledger.events
     if any(isinstance(event, Search) for event in events):  # there is one bound for a private search
-        return sum(event.steps for event in events), ledger.epsilon(delta)
+        return sum(event.steps for event in events), ledger.epsilon(delta), ledger.neighbours
     recomputed = epsilon_by_dp_accounting(events, delta, 1e-3)
     if _above(recomputed, limit):
         recomputed = epsilon_by_dp_accounting(events, delta, 1e-4)
-    return sum(event.steps for event in events), recomputed
+    return sum(event.steps for event in events), recomputed, ledger.neighbours
 
 
 def unit_of(run: Run) -> str:
     return str((run.info.privacy or {}).get("unit", "record"))
 
 
-def _of_unit(claimed: Spent, unit: str) -> bool:
-    """Whether the cost is stated for the unit and neighbours of the ledger, which is read as one of ``unit``."""
-    from choral.privacy.events import RELATIONS
+def _of_unit(claimed: Spent, unit: str, relation: str) -> bool:
+    """Whether the cost is stated for the unit and neighbours of the ledger, which is read as one of ``unit``.
 
-    return (claimed.unit, claimed.neighbours) == (unit, RELATIONS.get(unit))
+    relation: of the ledger; empty where there is none, and then any of the unit's.
+    """
+    meant = relation_of(claimed.neighbours)
+    return claimed.unit == unit and (meant == relation_of(relation) if relation else meant in RELATIONS.get(unit, ()))
 
 
 def ledger_path(run: Run, name: str) -> Path | None:
@@ -178,6 +184,8 @@ def _all_holders(rows: Sequence[HolderBudget]) -> Check:
         f"{len(rows)} of {len(rows)} hold; the most is ε = {cost(worst.recomputed or 0.0)} ({worst.holder}), of"
         f" {worst.promised:g} promised."
     )
+    if older := next((row for row in rows if _OLDER_WORDS in row.finding), None):
+        finding += f" {older.holder}: {older.finding}."
     return Check(name=name, verdict="holds", finding=finding)
 
 

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING
 from choral.audits.report import Claim
 from choral.audits.text import cost, is_gap, power
 from choral.errors import DataError
+from choral.privacy.events import ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo
 
 _INCOMPLETE = "the run was edited or is incomplete"
+_MEANING = {ZERO_OUT: " (one record is replaced by an empty one, which adds zero to every step)"}
+_PUBLIC = {
+    "record": (
+        "how many records each data holder has",
+        "the batch size, and so the sampling rate, the number of steps and the noise",
+    ),
+    "client": ("who the clients are, and so how many", "which of them survive each round"),
+}
 _CAVEATS_ALWAYS = (
     "Example counts, party names and party sizes are treated as public.",
     "The evaluation data is taken to be public or disjoint from the training data: what is measured on it is published"
@@ -117,10 +126,12 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
     asked = float(info.privacy["epsilon"])
     adversary, trust = sentence_parts(info)
     several = len(info.spent) > 1
+    neighbours, public = stated(spent.neighbours), _public(info, spent.unit)
     promise = f"(ε\u00a0=\u00a0{cost(spent.epsilon)}, δ\u00a0=\u00a0{power(spent.delta)})"
     sentence = (
-        f"Training is {promise}-differentially private for each {spent.unit}: datasets are neighbours if they differ by"
-        f" “{spent.neighbours}”, and the guarantee holds against {adversary}. {trust} The budget asked for was"
+        f"Training is {promise}-differentially private for each {spent.unit}: datasets are neighbours by"
+        f" “{neighbours}”{_MEANING.get(relation_of(neighbours), '')}, and the guarantee holds against {adversary}."
+        f" Public on both sides: {'; '.join(public)}. {trust} The budget asked for was"
         f" ε\u00a0=\u00a0{asked:g}; ε is an upper bound by {spent.accountant}"
         + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
     )
@@ -128,13 +139,21 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
         sentence=sentence,
         adversary=adversary,
         unit=spent.unit,
-        neighbours=spent.neighbours,
+        neighbours=neighbours,
+        public=public,
         epsilon=spent.epsilon,
         asked=asked,
         delta=spent.delta,
         accountant=spent.accountant,
         holder=holder,
     )
+
+
+def _public(info: RunInfo, unit: str) -> tuple[str, ...]:
+    """What neighbouring datasets have in common, and the promise does not hide."""
+    parties = ("who the parties are, and which of them take part in each round",)
+    federated = parties if unit == "record" and info.kind == "federated" else ()
+    return (*_PUBLIC.get(unit, ()), *federated, "all settings")
 
 
 def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:

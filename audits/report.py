@@ -107,13 +107,15 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A promise with everything that is needed to read it.
 
     sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data holder's spending
-    (``holder``), at ``delta``. asked: the epsilon that was promised.
+    (``holder``), at ``delta``. asked: the epsilon that was promised. public: what neighbouring datasets have in common,
+    which the promise does not hide.
     """
 
     sentence: str
     adversary: str
     unit: str
     neighbours: str
+    public: tuple[str, ...] = ()
     epsilon: float
     asked: float
     delta: float

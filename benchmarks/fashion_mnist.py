@@ -178,7 +178,7 @@ def private_mean(x: torch.Tensor, noise_multiplier: float, ledger: Path) -> torc
     """Return the mean of the rows of `x`, each clipped to norm NORM, with Gaussian noise, shape (columns,), float32.
 
     Guarantee: the Gaussian mechanism with this noise multiplier; paid for in `ledger` first. Unit: the record.
-    Neighbours: add or remove one record; the number of records is public.
+    Neighbours: zero out one record; the number of records is public.
     """
     book = Ledger(ledger)
     book.bind("data", DELTA)

@@ -1,8 +1,9 @@
 """What releases cost: epsilon at a delta, and the noise that fits a budget. Imports no torch.
 
 Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`) or the matrix
-mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), the neighbour relation *add or remove one
-record*, and an adversary who sees every noisy sum but neither the noise nor who was sampled.
+mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), the neighbour relation *zero out one
+record* (dp-accounting's REPLACE_SPECIAL, of the same cost as its ADD_OR_REMOVE_ONE), and an adversary who sees every
+noisy sum but neither the noise nor who was sampled.
 
 Privacy loss distributions (PLD, pessimistic discretisation; Doroshenko et al. 2022, "Connect the Dots") give
 the answer. dp-accounting's Renyi DP (Mironov, Talwar, Zhang 2019, with the conversion of Canonne, Kamath,

@@ -8,7 +8,7 @@ model, which is a sum over steps, keeps a fraction of it. See :mod:`choral.priva
 Batches: each record takes one of the places of a pass, once, uniformly and independently of the others; the places
 of a batch lie side by side, and every pass visits the batches in the same order. So a batch has the loader's batch
 size on average (the last short one its share), and whether one record is there changes no other record's batch. That
-is why the guarantee holds for adding or removing a record, not only for a record whose gradient is set to zero.
+is why a batch tells nothing of who else is in the data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class CorrelatedPrivacy(Privacy):
     """A promise: training is (epsilon, delta)-differentially private, without sampling.
 
     Guarantee: all steps of all passes together are (epsilon, delta)-DP, whoever knows the batches.
-    Unit: the record. Neighbour relation: add or remove one record; likewise: set one record's gradients to zero.
+    Unit: the record. Neighbour relation: zero out one record, whose gradients are then zero. How many there are is
+    public, as in :class:`Privacy`.
     Adversary: sees every model after every step and knows who is in which batch; does not see the noise, nor losses
     and metrics that the loop prints.
     Mechanism: the matrix mechanism with adaptive inputs (Denisov et al. 2022, theorem 2.1) over fixed batches in a

@@ -1,4 +1,10 @@
-"""What was released, as immutable data: the events a ledger holds and an accountant reads."""
+"""What was released, as immutable data: the events a ledger holds and an accountant reads; and neighbour relations.
+
+How many records there are is **public**, and so are the batch size, and what is computed from both: the sampling rate,
+the number of steps and the noise multiplier. They have to be: the noise of a released step shows its own size, and so
+the number of records that it was calibrated for. A relation that changes that number ("add or remove one record") is
+therefore not one that this training keeps, and no claim is made for it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +17,27 @@ from choral.errors import ConfigError
 from choral.privacy.strategies import Strategy
 
 UNIT = "record"
-NEIGHBOURS = "add or remove one record"
+ZERO_OUT = "zero out one record"  # one record is replaced by an empty one, which adds zero to every step
+ADD_OR_REMOVE = "add or remove one record"  # as ledgers were worded once
+NEIGHBOURS = ZERO_OUT
 CLIENT_UNIT = "client"
 CLIENT_NEIGHBOURS = "zero out one client: its update is the zero vector in every round"
-RELATIONS = {UNIT: NEIGHBOURS, CLIENT_UNIT: CLIENT_NEIGHBOURS}
+RELATIONS = {UNIT: (ZERO_OUT, ADD_OR_REMOVE), CLIENT_UNIT: (CLIENT_NEIGHBOURS,)}  # that a ledger may state
+_OLDER = f"{ZERO_OUT} (in older words: {ADD_OR_REMOVE})"
+
+
+def relation_of(words: str) -> str:
+    """Return the neighbour relation that is meant, and accounted for, by the words of a ledger or a run.
+
+    Ledgers once said "add or remove one record". Their mechanism, and so their cost, is that of "zero out one record",
+    which is how their claim reads.
+    """
+    return ZERO_OUT if words in (ADD_OR_REMOVE, _OLDER) else words
+
+
+def stated(words: str) -> str:
+    """Return what is said of the neighbour relation of a ledger or a run of these words."""
+    return _OLDER if words == ADD_OR_REMOVE else words
 
 
 class PoissonSampledGaussian(

@@ -20,7 +20,7 @@ from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, pas
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
 from choral.privacy.distributed import check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
-from choral.privacy.events import PoissonSampledGaussian, RecordEvent
+from choral.privacy.events import PoissonSampledGaussian, RecordEvent, stated
 from choral.privacy.ledger import Ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
@@ -37,8 +37,10 @@ CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unu
 class Privacy:
     """A promise: training is (epsilon, delta)-differentially private.
 
-    Unit: the record. Neighbour relation: add or remove one record. Adversary: sees every model after every
-    step, but not which records were sampled, the noise, or losses and metrics that the loop prints.
+    Unit: the record. Neighbour relation: zero out one record, that is, replace it by an empty one, which adds zero to
+    every step. Public: how many records there are, the batch size, and so sampling rate, steps and noise multiplier.
+    Adversary: sees every model after every step, but not which records were sampled, the noise, or losses and metrics
+    that the loop prints.
     Mechanism: DP-SGD (Abadi et al. 2016) with Poisson sampling.
 
     Args:
@@ -398,6 +400,7 @@ def _spent(ledger: Ledger, delta: float) -> Spent:
     return Spent(
         epsilon=accounting.epsilon(events, delta),
         delta=delta,
+        neighbours=stated(ledger.neighbours),
         accountant=accounting.accountant_of(events),
         steps=sum(e.steps for e in events),
         noise_multiplier=events[-1].noise_multiplier if events else 0.0,

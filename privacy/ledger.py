@@ -94,6 +94,11 @@ class Ledger:
         return self._header.unit if self._header else self._asked_unit
 
     @property
+    def neighbours(self) -> str:
+        """The neighbour relation, in the words of the file, which may be old; see :func:`events.stated`."""
+        return self._header.neighbours if self._header else RELATIONS[self._asked_unit][0]
+
+    @property
     def events(self) -> tuple[RecordEvent, ...]:
         """All events so far, oldest first, with those that other processes wrote.
 
@@ -170,7 +175,7 @@ class Ledger:
             holder=self._asked,
             delta=self._asked_delta,
             unit=self._asked_unit,
-            neighbours=RELATIONS[self._asked_unit],
+            neighbours=self.neighbours,
         )
         if self.path is None:
             self._check_count(after)
@@ -306,7 +311,7 @@ def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str
                 raise BrokenChainError(number, undecoded=False)
             if isinstance(entry, _Header):
                 header = entry
-                if header.format != _FORMAT or RELATIONS.get(header.unit) != header.neighbours:
+                if header.format != _FORMAT or header.neighbours not in RELATIONS.get(header.unit, ()):
                     raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
             elif header is None or header.unit != _unit_of(entry):
                 raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)

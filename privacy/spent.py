@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from choral.privacy.events import NEIGHBOURS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
     """An (epsilon, delta) statement with everything that is needed to read it.
 
     epsilon: the accountant's upper bound for all recorded events, at ``delta``.
-    unit: whose presence is hidden. neighbours: how two neighbouring datasets differ.
+    unit: whose presence is hidden. neighbours: how two neighbouring datasets differ; they have equally many records.
     steps, noise_multiplier, sample_rate: noisy steps taken in all, and the setting of the latest ones
         (noise standard deviation over clipping norm; expected batch size over dataset size); 0 before any step.
         Where batches are fixed and noise is correlated, the rate is 1, and the noise multiplier that of the one
@@ -22,7 +24,7 @@ class Spent:
     epsilon: float
     delta: float
     unit: str = "record"
-    neighbours: str = "add or remove one record"
+    neighbours: str = NEIGHBOURS
     accountant: str
     steps: int
     noise_multiplier: float

@@ -72,7 +72,7 @@ class PrivateOptimizer(OverOptimizer):
     g_i the gradient of record i over all parameters of the optimizer together: the Gaussian mechanism with
     noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018). With `noise`, what
     that makes is added instead, given the number of coordinates and the grid, and the guarantee is its maker's.
-    Unit: the record. Neighbours: add or remove one record. The divisor is public, never the realised size.
+    Unit: the record. Neighbours: zero out one record. The divisor is public, never the realised size.
     With PerLayerClip each layer's part of g_i has a factor of its own, and C is that of all layers together. With
     AdaptiveClip the sum has one more coordinate, the count that C follows: see there.
 

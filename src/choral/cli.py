@@ -47,7 +47,8 @@ class Budget:
 
     Give all but one of --epsilon, --noise-multiplier, --sample-rate and --steps (or --epochs): the answer is the least
     noise, the epsilon, the largest sample rate or the most steps that keep the promise.
-    Unit: one record. Neighbours: add or remove one record. Accountant: PLD, cross-checked by RDP.
+    Unit: one record. Neighbours: zero out one record; how many there are is public. Accountant: PLD, cross-checked by
+    RDP.
     """
 
     delta: float

@@ -21,6 +21,7 @@ from choral.audits.html import comparison_page
 from choral.audits.markdown import comparison_markdown
 from choral.errors import ConfigError
 from choral.privacy import LedgerError
+from choral.privacy.chain import GENESIS, lines
 from choral.trainers import Run
 
 Arms = dict[str, list[Run]]
@@ -112,7 +113,7 @@ def spoil_unit(folder: Path) -> None:
 
 
 def spoil_neighbours(folder: Path) -> None:
-    edit(folder / "run.json", "add or remove one record", "replace all records")
+    edit(folder / "run.json", "zero out one record", "replace all records")
 
 
 @pytest.mark.parametrize("spoil", [spoil_chain, spoil_claim, spoil_unit, spoil_neighbours])
@@ -244,3 +245,27 @@ def test_a_violated_check_between_the_arms_is_no_pass_either(real: Arms, job) ->
     assert all(arm.audit.verdict == "holds" for arm in report.arms)
     assert [check.verdict for check in report.checks if "number of examples" in check.name] == ["violated"]
     assert report.exit_code == 1
+
+
+def reworded(ledger: Path) -> None:
+    """The ledger as earlier versions worded its header, its chain of hashes whole."""
+    entries = [json.loads(line)["entry"] for line in ledger.read_text(encoding="utf-8").splitlines()]
+    entries[0]["neighbours"] = "add or remove one record"
+    ledger.write_bytes(lines(GENESIS, entries)[0])
+
+
+def test_a_run_in_older_words_holds_and_its_claim_reads_as_zero_out(real: Arms, tmp_path: Path) -> None:
+    folder = tmp_path / "dp-0"
+    for ledger in (folder / "ledger").iterdir():
+        reworded(ledger)
+    written = (folder / "run.json").read_text(encoding="utf-8").replace("zero out one", "add or remove one")
+    (folder / "run.json").write_text(written, encoding="utf-8")
+    found = audit(Run.load(folder))
+    assert found.verdict == "holds"
+    assert "zero out one record (in older words: add or remove one record)" in found.claim
+    assert all("in older words" in row.finding for row in found.budgets)
+    assert any("older words" in check.finding for check in found.checks)
+    assert (folder / "run.json").read_text(encoding="utf-8") == written
+    # A relation that the ledger does not have is no wording.
+    edit(folder / "run.json", "add or remove one record", "zero out one client")
+    assert audit(Run.load(folder)).verdict == "violated"

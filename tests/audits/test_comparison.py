@@ -88,7 +88,7 @@ def test_the_worst_holder_speaks_for_the_arm(arms: Arms, make_run: MakeRun) -> N
     assert (row.claim.asked, row.claim.delta, row.claim.unit) == (8.0, 1e-5, "record")
     assert row.holders[0].name == "Davos"
     assert len(row.holders) == 10
-    for word in ("10⁻⁵", "8.00", "record", "add or remove one record", "PLD", "Davos", "server"):
+    for word in ("10⁻⁵", "8.00", "record", "zero out one record", "PLD", "Davos", "server"):
         assert word in row.claim.sentence
 
 

@@ -133,7 +133,7 @@ def test_the_page_says_what_the_issue_asks_for(report: Comparison) -> None:
     for needed in (
         "What privacy and distribution cost",
         "differentially private for each record",
-        "add or remove one record",
+        "zero out one record",
         "PLD (dp-accounting 0.6.0)",
         "Accuracy over rounds",
         "What a budget buys",

@@ -214,7 +214,7 @@ def test_budget_solves_either_way() -> None:
     there = budgeting.budget(epsilon=3.0, delta=DELTA, sample_rate=0.01, steps=2000)
     back = budgeting.budget(noise_multiplier=there.noise_multiplier, delta=DELTA, sample_rate=0.01, steps=2000)
     assert back.epsilon == there.epsilon <= 3.0 < back.epsilon_rdp
-    assert "add or remove one record" in str(there)
+    assert "zero out one record" in str(there)
     with pytest.raises(ConfigError, match="exactly one"):
         budgeting.budget(delta=DELTA, sample_rate=0.01, steps=2000)
 

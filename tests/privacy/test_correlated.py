@@ -138,7 +138,7 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
     loop(*privacy.wrap(model, sgd(model), problem.loader()), epochs=4)
     spent = privacy.spent()
     assert 2.99 < spent.epsilon <= 3.0
-    assert (spent.steps, spent.sample_rate, spent.neighbours) == (40, 1.0, "add or remove one record")
+    assert (spent.steps, spent.sample_rate, spent.neighbours) == (40, 1.0, "zero out one record")
     events = privacy._open().events
     strategy = privacy.strategy(10, 4)
     assert [e.number for e in events] == ([1] * 4 if mechanism == "tree" else [1, 2, 3, 4])
@@ -248,7 +248,7 @@ def test_the_file_holds_the_strategy_and_no_noise(problem: Any, loop: Callable[.
     model = problem.model()
     loop(*privacy.wrap(model, sgd(model), problem.loader()), epochs=4)
     header, *lines = path.read_text().splitlines()
-    assert "add or remove one record" in header
+    assert "zero out one record" in header
     assert len(lines) == 4
     assert all(len(line) < 500 and '"tag"' not in line and "correlated_gaussian" in line for line in lines)
     assert list(tmp_path.iterdir()) == [path]

@@ -44,7 +44,7 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
     loop(*privacy.wrap(model, sgd(model), problem.loader()), epochs=4)
     spent = privacy.spent()
     assert 2.99 < spent.epsilon <= 3.0
-    assert (spent.delta, spent.unit, spent.neighbours) == (1e-3, "record", "add or remove one record")
+    assert (spent.delta, spent.unit, spent.neighbours) == (1e-3, "record", "zero out one record")
     assert (spent.steps, spent.sample_rate) == (40, 0.1)
     assert "PLD" in spent.accountant
     event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=spent.noise_multiplier, steps=40)
