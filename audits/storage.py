@@ -22,10 +22,13 @@ def save_report(
     summary: Callable[[ReportT], str],
     drawing: Callable[[ReportT], str] | None = None,
 ) -> Path:
-    """Write ``report`` by suffix, in one step: a reader finds the old file or the new one, whole."""
+    """Write ``report`` by suffix, in one step: a reader finds the old file or the new one, whole.
+
+    Raises: ConfigError for another suffix; ReportError for one that could not be read back.
+    """
     path = Path(path)
     if path.suffix == ".json":
-        content = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+        content = msgspec.json.format(_readable(report), indent=1) + b"\n"
     elif path.suffix == ".html":
         content = page(report).encode()
     elif path.suffix == ".md":
@@ -40,6 +43,18 @@ def save_report(
     draft.write_bytes(content)
     os.replace(draft, path)
     return path
+
+
+def _readable(report: msgspec.Struct) -> bytes:
+    """Return its JSON. Raises: ReportError if it could not be read back, before anything is written."""
+    try:
+        raw = msgspec.json.encode(report)
+        if msgspec.json.encode(msgspec.json.decode(raw, type=type(report))) == raw:
+            return raw
+        said = "another report would be read back"
+    except (TypeError, ValueError) as error:  # msgspec's are ValueErrors
+        said = str(error)
+    raise ReportError(f"the report cannot be written as JSON: {said}", hint="Save it as .html or .md, and tell us.")
 
 
 def read_report(path: str | Path, kind: type[ReportT]) -> ReportT:

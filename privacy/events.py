@@ -9,11 +9,12 @@ therefore not one that this training keeps, and no claim is made for it.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from choral.errors import ConfigError
+from choral.privacy.plain import as_float, as_integer
 from choral.privacy.strategies import Strategy
 
 UNIT = "record"
@@ -54,12 +55,11 @@ class PoissonSampledGaussian(
     steps: int
 
     def __post_init__(self) -> None:
+        _make_plain(self, ("sample_rate", "noise_multiplier"), ("steps",))
         if not 0.0 < self.sample_rate <= 1.0:
             raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0.0):
+        if not self.noise_multiplier > 0.0:
             raise ConfigError(f"noise_multiplier is {self.noise_multiplier}, expected a finite number > 0")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}, expected >= 1")
 
 
 class CorrelatedGaussian(
@@ -79,11 +79,13 @@ class CorrelatedGaussian(
     number: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise) and self.noise > 0.0):
+        _make_plain(self, ("noise",), ("steps", "number"))
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(
+                f"strategy is a {type(self.strategy).__name__}, expected one of choral.privacy.strategies"
+            )
+        if not self.noise > 0.0:
             raise ConfigError(f"noise is {self.noise}, expected a finite number > 0")
-        for name in ("steps", "number"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
 
     @property
     def noise_multiplier(self) -> float:
@@ -98,6 +100,8 @@ class CorrelatedGaussian(
 
 
 BaseEvent = PoissonSampledGaussian | CorrelatedGaussian
+NumberOfTries = Literal["negative_binomial", "poisson"]
+NUMBERS_OF_TRIES = get_args(NumberOfTries)
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="search"):
@@ -115,12 +119,18 @@ class Search(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tries: tuple[BaseEvent, ...]
     mean: float
-    distribution: Literal["negative_binomial", "poisson"] = "negative_binomial"
+    distribution: NumberOfTries = "negative_binomial"
     shape: float = 1.0
 
     def __post_init__(self) -> None:
+        _make_plain(self, ("mean", "shape"), ())
+        if not isinstance(self.tries, tuple | list) or not all(isinstance(event, BaseEvent) for event in self.tries):
+            raise ConfigError("tries of a search are a tuple of events of training")
+        msgspec.structs.force_setattr(self, "tries", tuple(self.tries))
         if not self.tries:
             raise ConfigError("a search has no events for its tries, expected at least one")
+        if self.distribution not in NUMBERS_OF_TRIES:
+            raise ConfigError(f"distribution is {self.distribution!r}, expected one of {', '.join(NUMBERS_OF_TRIES)}")
         if not 1.0 <= self.mean <= 500.0:
             raise ConfigError(f"mean is {self.mean}, expected 1 <= mean <= 500 tries")
         if not 0.0 <= self.shape <= 100.0:
@@ -160,6 +170,7 @@ def _mean_of(gamma: float, shape: float) -> float:
 
 
 RecordEvent = BaseEvent | Search
+ClientMechanism = Literal["gaussian", "discrete_gaussian", "skellam"]
 
 
 class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="client_release"):
@@ -173,7 +184,7 @@ class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         in place of that one.
     """
 
-    mechanism: Literal["gaussian", "discrete_gaussian", "skellam"]
+    mechanism: ClientMechanism
     sensitivity_squared: int
     share_variance: float
     shares: int
@@ -182,13 +193,28 @@ class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     settles: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.share_variance) and self.share_variance > 0.0):
+        _make_plain(self, ("share_variance",), ("sensitivity_squared", "shares", "length", "steps"))
+        if self.mechanism not in get_args(ClientMechanism):
+            raise ConfigError(
+                f"mechanism is {self.mechanism!r}, expected one of {', '.join(get_args(ClientMechanism))}"
+            )
+        if not self.share_variance > 0.0:
             raise ConfigError(f"share_variance is {self.share_variance}, expected a finite number > 0")
-        for name in ("sensitivity_squared", "shares", "length", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
+        if not isinstance(self.settles, bool):
+            raise ConfigError(f"settles is {self.settles!r}, expected True or False")
 
     @property
     def noise_multiplier(self) -> float:
         """The deviation of the unknown noise in one coordinate over the largest norm of a client's vector."""
         return math.sqrt(self.shares * self.share_variance / self.sensitivity_squared)
+
+
+Event = RecordEvent | ClientRelease
+
+
+def _make_plain(event: msgspec.Struct, floats: tuple[str, ...], integers: tuple[str, ...]) -> None:
+    """Turn fields of an event that is just being made into Python's own numbers. Raises: ConfigError."""
+    for name in floats:
+        msgspec.structs.force_setattr(event, name, as_float(name, getattr(event, name)))
+    for name in integers:
+        msgspec.structs.force_setattr(event, name, as_integer(name, getattr(event, name)))

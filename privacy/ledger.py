@@ -27,11 +27,10 @@ import msgspec
 
 from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
-from choral.privacy.chain import GENESIS, BrokenChainError, Line, follow, lines
+from choral.privacy.chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, RecordEvent
-
-Event = RecordEvent | ClientRelease
+from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, Event, RecordEvent
+from choral.privacy.plain import as_float
 
 _FORMAT = "choral ledger 1"
 _ONE_EACH = "Give each data holder a ledger of its own."
@@ -146,8 +145,9 @@ class Ledger:
         """
         if unit not in RELATIONS:
             raise ConfigError(f"unit is {unit!r}, expected one of {', '.join(RELATIONS)}")
-        if not holder:
-            raise ConfigError("holder is empty, expected a name")
+        if not isinstance(holder, str) or not holder:
+            raise ConfigError(f"holder is {holder!r:.80}, expected a name")
+        accounting.check_target(1.0, delta := as_float("delta", delta))
         self._refresh()
         if self.holder not in (None, holder):
             raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
@@ -164,9 +164,12 @@ class Ledger:
         """Write one event down for good; on return it is on disk and may be used.
 
         `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
-        nothing is written. Raises: LedgerError (that, a damaged file, no holder bound, an event of another unit, or a
-        failed write).
+        nothing is written. Nor is an event that could not be read back as it is, whether to a file or in memory.
+        Raises: LedgerError (that, a damaged file, no holder bound, something that is no event or one of another unit,
+        or a failed write).
         """
+        if not isinstance(event, Event):
+            raise LedgerError(f"a {type(event).__name__} is no event of a ledger", hint="See choral.privacy.events.")
         self._check_unit(_unit_of(event))
         if self._asked is None or self._asked_delta is None:
             raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
@@ -177,6 +180,10 @@ class Ledger:
             unit=self._asked_unit,
             neighbours=self.neighbours,
         )
+        try:
+            lines(GENESIS, (header, event))
+        except UnreadableError as error:
+            raise LedgerError(f"{self._name}: {error}", hint=error.hint) from error
         if self.path is None:
             self._check_count(after)
             self._head = lines(self._head, (event,) if self._header else (header, event))[1]

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from choral.errors import ConfigError
+from choral.privacy.plain import as_float
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,6 +43,7 @@ class Banded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="bande
     coefficients: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        _make_plain(self, "coefficients")
         if not self.coefficients or self.coefficients[0] != 1.0 or not _all_in(self.coefficients, 0.0, math.inf):
             raise ConfigError(f"coefficients are {self.coefficients}, expected 1 and then numbers >= 0")
 
@@ -77,6 +79,7 @@ class Buffered(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="buf
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        _make_plain(self, "decays", "weights")
         if not self.decays or len(self.decays) != len(self.weights) or not _all_in(self.weights, 0.0, math.inf):
             raise ConfigError(f"weights are {self.weights}, expected one number >= 0 for each decay {self.decays}")
         if not _all_in(self.decays, 0.0, 1.0) or max(self.decays) == 1.0 or min(self.decays) == 0.0:
@@ -182,3 +185,12 @@ def _series(above: npt.ArrayLike, below: npt.ArrayLike, count: int) -> Floats:
 
 def _all_in(values: tuple[float, ...], low: float, high: float) -> bool:
     return all(low <= value <= high and math.isfinite(value) for value in values)
+
+
+def _make_plain(strategy: msgspec.Struct, *names: str) -> None:
+    """Turn fields of a strategy that is just being made into tuples of Python's own floats. Raises: ConfigError."""
+    for name in names:
+        values = getattr(strategy, name)
+        if not isinstance(values, tuple | list):
+            raise ConfigError(f"{name} is a {type(values).__name__}, expected a tuple of numbers")
+        msgspec.structs.force_setattr(strategy, name, tuple(as_float(name, value) for value in values))

@@ -40,14 +40,14 @@ class Recorder:
 
     @classmethod
     def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
-        """Raises: RunFolderError if another process writes to ``out``, or if it holds anything and ``resume`` is off;
-        ConfigError if the run that it holds was started with other settings.
+        """Raises: RunFolderError if another process writes to ``out``, if it holds anything and ``resume`` is off, or
+        if its settings could not be read back; ConfigError if the run that it holds was started with other settings.
         """
         if out is None:
             if resume:
                 raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
             return cls(None, info, [], {})
-        folder = Path(out)
+        folder, info = Path(out), folders.as_read_back(info)
         if not resume:
             folders.check_empty(folder)
         claim = folders.lock(folder)
@@ -103,10 +103,10 @@ class Recorder:
             )
         self._info = info
         if self._folder:
+            self._info = info = folders.as_read_back(info)
             folders.write_info(self._folder, info)
             (self._folder / "ledger").mkdir(exist_ok=True)
-            lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self._history)
-            folders.replace_file(self._folder / "history.jsonl", lines)
+            folders.replace_file(self._folder / "history.jsonl", folders.history_lines(self._history))
 
     def restore(self, model: nn.Module, layout: Layout, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
         """Put the recorded weights, if there are any, into ``model``; return its weights, float32, shape (d,).
@@ -146,11 +146,13 @@ class Recorder:
         sealed: Sealed | None = None,
     ) -> None:
         """Record one completed round. The weights are written last: they make it complete."""
+        info = msgspec.structs.replace(self._info, spent=dict(spent or {}), transcript=sealed or self._info.transcript)
+        if self._folder:  # before any of it is kept
+            folders.checked_json(entry)
+            folders.checked_json(info)
+        self._info = info
         self._history.append(entry)
         self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        self._info = msgspec.structs.replace(
-            self._info, spent=dict(spent or {}), transcript=sealed or self._info.transcript
-        )
         if self._folder:
             folders.append_round(self._folder, entry)
             folders.write_info(self._folder, self._info)

@@ -21,6 +21,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
@@ -31,6 +32,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from choral.errors import ChoralError, ConfigError
 from choral.privacy import Spent
+from choral.privacy.chain import UnreadableError, as_json, encoded
 from choral.trainers.per_party import PerParty
 
 if TYPE_CHECKING:
@@ -202,11 +204,11 @@ class Run:
         folder = Path(folder)
         if (folder / "run.json").exists():
             raise RunFolderError(f"{folder} already holds a run", hint="choose another folder")
+        info, lines = checked_json(as_read_back(self.info)), history_lines(self.history)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self.history)
         replace_file(folder / "history.jsonl", lines)
         replace_file(folder / "model.safetensors", _weights(self.state, self.history[-1].round if self.history else 0))
-        write_info(folder, self.info)
+        replace_file(folder / "run.json", msgspec.json.format(info, indent=1))
         return folder
 
     def export(self, model: nn.Module, example_inputs: Sequence[torch.Tensor], path: str | Path) -> Exported:
@@ -251,8 +253,51 @@ def replace_file(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
+def checked_json(entry: RunInfo | Round) -> bytes:
+    """Return its JSON. Raises: RunFolderError, before anything is written, if it could not be read back as it is."""
+    try:
+        return encoded(entry)
+    except UnreadableError as error:
+        raise RunFolderError(str(error), hint=error.hint) from error
+
+
+def as_read_back(info: RunInfo) -> RunInfo:
+    """Return what a reader of run.json will find: lists for tuples, Python's own numbers for numpy's, a path's text.
+
+    Raises: RunFolderError for what cannot be written so that it is read back: NaN, objects.
+    """
+    try:
+        found = as_json(info, _python_value)
+        plain = msgspec.json.decode(msgspec.json.encode(found), type=RunInfo)
+        same = as_json(plain) == found
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # msgspec's are ValueErrors
+        raise RunFolderError(f"the run's settings cannot be written down: {error}", hint=_SETTINGS) from error
+    if not same:
+        raise RunFolderError("the run's settings would not be read back as they are", hint=_SETTINGS)
+    return plain
+
+
+_SETTINGS = "use finite numbers, texts, lists and dicts in config and in the settings of the algorithm"
+
+
+def _python_value(value: Any) -> int | float | str:
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} is neither a number nor a text")
+
+
+def history_lines(history: Sequence[Round]) -> bytes:
+    """The lines of history.jsonl. Raises: as :func:`checked_json`."""
+    return b"".join(checked_json(entry) + b"\n" for entry in history)
+
+
 def write_info(folder: Path, info: RunInfo) -> None:
-    replace_file(folder / "run.json", msgspec.json.format(msgspec.json.encode(info), indent=1))
+    """Raises: as :func:`checked_json`."""
+    replace_file(folder / "run.json", msgspec.json.format(checked_json(info), indent=1))
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -276,8 +321,9 @@ def read_info(folder: Path) -> RunInfo:
 
 
 def append_round(folder: Path, entry: Round) -> None:
+    line = history_lines([entry])
     with (folder / "history.jsonl").open("ab") as file:
-        file.write(msgspec.json.encode(entry) + b"\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 

@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from choral.errors import ConfigError
-from choral.privacy.chain import GENESIS, BrokenChainError, Line, follow, lines
+from choral.privacy.chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
 from choral.protocols.seam import SumSpec
 from choral.protocols.vectors import is_tensor
 from choral.protocols.watch import Watcher, Way
@@ -136,14 +136,20 @@ class Transcript:
         self._entries.append(Vector(round=self.round, party=party, size=len(raw), at=self._keep(raw), sha256=digest))
 
     def flush(self) -> None:
-        """Write to disk what was seen: the bytes, then the lines that point to them, both before run.json's head."""
+        """Write to disk what was seen: the bytes, then the lines that point to them, both before run.json's head.
+
+        Raises: RunFolderError, before any of it is written, for an entry that could not be read back.
+        """
         if self._detail is None:
             return
+        try:
+            content, head = lines(self._sealed.head, self._entries)
+        except UnreadableError as error:
+            raise RunFolderError(str(error), hint=error.hint) from error
         if not self._begun:
             self._folder.mkdir(exist_ok=True)
             _mend(self._folder / "index.jsonl")
             self._begun = True
-        content, head = lines(self._sealed.head, self._entries)
         _append(self._folder / "messages.bin", self._kept)
         _append(self._folder / "index.jsonl", [content])
         self._sealed = Sealed(entries=self._sealed.entries + len(self._entries), head=head)

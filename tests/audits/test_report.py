@@ -106,6 +106,15 @@ def test_a_report_of_another_version_is_refused(make_run: MakeRun, tmp_path: Pat
         Audit.load(path)
 
 
+def test_a_report_that_could_not_be_read_back_is_not_written(tmp_path: Path, evidence: SimpleNamespace) -> None:
+    report = audit_evidence("My model", attacks=[evidence.attack()])
+    attack = msgspec.structs.replace(report.attacks[0], delta=float("nan"))
+    broken = msgspec.structs.replace(report, attacks=(attack,))
+    with pytest.raises(ReportError, match="cannot be written as JSON"):
+        broken.save(tmp_path / "report.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_markdown_for_a_model_card(make_run: MakeRun, tmp_path: Path, evidence: SimpleNamespace) -> None:
     found = {
         name: report.save(tmp_path / f"{name}.md").read_text() for name, report in reports(make_run, evidence).items()

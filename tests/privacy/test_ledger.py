@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from choral.privacy.ledger import Ledger
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 WRITER = """
 import sys
+import threading
 from choral.privacy.errors import LedgerError
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.ledger import Ledger
@@ -256,3 +258,58 @@ def test_two_writers_lose_nothing(path: Path) -> None:
     ]
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
     assert len(Ledger(path).events) == 120
+
+
+HOLDING = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.flock(file, fcntl.LOCK_SH if sys.argv[2] == "reading" else fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "own"),
+    [("reading", "writes"), ("writing", "writes"), ("writing", "reads")],
+    ids=["a reader, a writer", "two writers", "a writer, a reader"],
+)
+def test_a_writer_waits_for_all_others_and_a_reader_for_writers(path: Path, other: str, own: str) -> None:
+    """Another process holds the file: what must not happen meanwhile happens only after it has let go."""
+    ledger = written(path, 1)
+    before = path.read_bytes()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(path), other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    done: list[int] = []
+
+    def act() -> None:
+        if own == "writes":
+            ledger.append(EVENT, after=1)
+        done.append(len(Ledger(path).events if own == "reads" else ledger.events))
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join(0.5)
+    assert (done, path.read_bytes()) == ([], before)
+    holder.communicate("let go\n", timeout=60)
+    thread.join(60)
+    assert done == [2 if own == "writes" else 1]
+
+
+def test_readers_do_not_wait_for_each_other(path: Path) -> None:
+    written(path, 1)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(path), "reading"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(len(Ledger(path).events)))
+    thread.start()
+    thread.join(30)
+    assert found == [1]
+    holder.communicate("let go\n", timeout=60)

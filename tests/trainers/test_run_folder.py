@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +22,7 @@ from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip
 from choral.privacy.clipping import settings_of
 from choral.trainers import RunFolderError
+from choral.trainers import run as folders
 from choral.trainers.memory import read_memory
 
 
@@ -326,6 +330,77 @@ def test_two_processes_never_write_to_one_folder(job, tmp_path):
     assert federate(**job(), out=tmp_path / "run").finished
     with lock(tmp_path / "run"), pytest.raises(RunFolderError, match="another process is writing"):
         federate(**job(), out=tmp_path / "run", resume=True)
+
+
+ASKING = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+try:
+    fcntl.flock(file, (fcntl.LOCK_SH if sys.argv[2] == "shared" else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(7)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("trainer", [federate, centralize])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_is_another_processs_for_as_long_as_that_writes(job, tmp_path, trainer, resume):
+    """Asked from other processes: nobody shares a folder that is written to, and what is shared is not written to."""
+    place = tmp_path / "run" / ".lock"
+    if resume:
+        with pytest.raises(Stop):
+            trainer(**job(), out=tmp_path / "run", on_round=interrupt(after=1))
+    answers = []
+
+    def ask(_):
+        answers.append(subprocess.run([sys.executable, "-c", ASKING, place, "shared"], input=b"").returncode)
+
+    place.parent.mkdir(exist_ok=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", ASKING, place, "shared"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(RunFolderError, match="another process is writing"):
+        trainer(**job(rounds=3), out=tmp_path / "run", resume=resume)
+    holder.kill()  # whoever dies lets go
+    holder.communicate()
+    assert trainer(**job(rounds=3), out=tmp_path / "run", resume=resume, on_round=ask).finished
+    assert set(answers) == {7}
+    ask(None)
+    assert answers[-1] == 0
+
+
+def test_settings_are_recorded_as_they_are_read_back(job, tmp_path):
+    """Numbers of numpy, tuples and paths: the run can be read, and resumed with the same settings."""
+    config = {"rate": np.float32(0.5), "layers": (3, 4), "from": tmp_path, "count": np.int64(7)}
+    with pytest.raises(Stop):
+        federate(**job(rounds=np.int64(2)), out=tmp_path / "run", config=config, on_round=interrupt(after=1))
+    run = federate(**job(rounds=2), out=tmp_path / "run", config=config, resume=True)
+    assert run.info == Run.load(tmp_path / "run").info
+    assert run.info.config == {"rate": 0.5, "layers": [3, 4], "from": str(tmp_path), "count": 7}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), object(), "\ud800", [np.inf]], ids=["NaN", "object", "text", "infinity"])
+def test_settings_that_could_not_be_read_back_are_refused_before_training(job, tmp_path, bad):
+    with pytest.raises(RunFolderError, match="settings"):
+        federate(**job(), out=tmp_path / "run", config={"rate": bad})
+    assert not (tmp_path / "run").exists()
+    assert federate(**job(rounds=1), config={"rate": bad}).finished  # nothing is written of it
+
+
+def test_a_round_that_could_not_be_read_back_is_not_written(job, tmp_path):
+    run = federate(**job(rounds=1), out=tmp_path / "run")
+    before = (tmp_path / "run" / "history.jsonl").read_bytes()
+    for changes in ({"metrics": {"a": float("nan")}}, {"metrics": {"\ud800": 1.0}}, {"clip": np.float64(1.0)}):
+        bad = msgspec.structs.replace(run.history[-1], round=2, **changes)
+        with pytest.raises(RunFolderError, match="read back"):
+            folders.append_round(tmp_path / "run", bad)
+        with pytest.raises(RunFolderError, match="read back"):
+            replace(run, history=(*run.history, bad)).save(tmp_path / "copy")
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == before
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("secure_sum", [Masked(), Homomorphic(), Homomorphic(key="shared")], ids=repr)
