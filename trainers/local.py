@@ -118,7 +118,7 @@ class Resident:
             model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
             self._training = model
         with (
-            corrected(seat.optimizer, self.layout, work, weights) as steps,
+            corrected(seat.optimizer, self.layout, work, weights, watched=bool(self.guards)) as steps,
             self.arithmetic.over(model, party, private=bool(self.guards)),
         ):
             returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device))
@@ -126,7 +126,7 @@ class Resident:
         self.layout.check(self.model, f"party {party!r} after fit")
         self.check_fixed(party)
         change = self.layout.read() - weights
-        self._check_trained(party, steps, change)
+        self._check_trained(party, work, steps, change)
         return Done(vector=change, steps=steps.count, path=steps.path)
 
     def _read(self, party: str, work: Work, weights: torch.Tensor) -> Done:
@@ -172,7 +172,7 @@ class Resident:
         optimizer.state.clear()
         return Seat(dataset, optimizer, copy.deepcopy(optimizer.state_dict()), loader)
 
-    def _check_trained(self, party: str, steps: Steps, change: torch.Tensor) -> None:
+    def _check_trained(self, party: str, work: Train, steps: Steps, change: torch.Tensor) -> None:
         if self.layout.stale(self.model):
             raise TaskError(
                 f"fit at party {party!r} replaced a parameter of the model by another of the same name and shape",
@@ -183,6 +183,18 @@ class Resident:
                 f"fit at party {party!r} made no step with its optimizer and left its model as it was",
                 hint="train the model, optimizer and loader that fit is given, in place, not a copy; with"
                 " drop_last=True a small party has no batch at all",
+            )
+        if steps.astray > 0.0 and torch.isfinite(change).all():
+            lost = "what the algorithm adds to each step is not in the change"
+            if self.guards:
+                lost = "what was changed has no noise"
+            elif not work.corrects:
+                lost = "the number of steps does not explain the change"
+            raise TaskError(
+                f"fit at party {party!r} changed the weights outside the steps of the optimizer that it was given"
+                f" ({steps.count} steps; by up to {steps.astray:.3g} beside them): {lost}",
+                hint="step that optimizer itself, not one of fit's own; no projection, averaging or loading of weights"
+                " in fit; FedAvg without privacy takes any fit",
             )
 
     def check_fixed(self, party: str) -> None:

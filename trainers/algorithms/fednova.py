@@ -28,6 +28,8 @@ from choral.trainers.algorithms.seam import (
     Rounds,
     Server,
     Setup,
+    Train,
+    Work,
     check_positive,
     moved,
 )
@@ -54,6 +56,9 @@ class FedNova(Algorithm):
         mean = (yield Exchange(channel="update", weights=weights)).value
         steps = mean[-1] * self.max_steps / server.setup.value_bound
         return moved(weights, steps * mean[:-1])
+
+    def work(self, party: Party, ask: Exchange) -> Work:
+        return Train(counts=True)
 
     def answer(self, party: Party, ask: Exchange, done: Done) -> torch.Tensor:
         if done.path is None or not 1 <= done.steps <= self.max_steps:

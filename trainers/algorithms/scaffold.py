@@ -65,7 +65,7 @@ class Scaffold(Algorithm):
         return moved(weights, self.server_rate * change)
 
     def work(self, party: Party, ask: Exchange) -> Work:
-        return Train(shift=ask["control"] - self._variate(party, ask))
+        return Train(shift=ask["control"] - self._variate(party, ask), counts=True)
 
     def answer(self, party: Party, ask: Exchange, done: Done) -> torch.Tensor:
         if not done.path:

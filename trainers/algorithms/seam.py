@@ -123,10 +123,14 @@ class Party:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The user's own loop from the weights w_t; each step's gradient g becomes g + shift + pull (w - w_t)."""
+    """The user's own loop from the weights w_t; each step's gradient g becomes g + shift + pull (w - w_t).
+
+    counts: the algorithm reads something off the number of steps, so that nothing else may move the weights.
+    """
 
     shift: torch.Tensor | None = None
     pull: float = 0.0
+    counts: bool = False
 
     @property
     def corrects(self) -> bool:
