@@ -56,11 +56,7 @@ def corrected(
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad.layout is not torch.strided:
-                raise TaskError(
-                    f"the algorithm corrects each step's gradient, and that of {name!r} is sparse",
-                    hint="build the layer with sparse=False, or use FedAvg",
-                )
+            refuse_sparse(name, parameter.grad)
             if work.pull:
                 parameter.grad.add_(parameter - anchors[index], alpha=work.pull)
             if shifts is not None:
@@ -97,6 +93,15 @@ def corrected(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def refuse_sparse(name: str, gradient: torch.Tensor | None) -> None:
+    """Raises: TaskError for a gradient that a correction cannot be added to."""
+    if gradient is not None and gradient.layout is not torch.strided:
+        raise TaskError(
+            f"the algorithm corrects each step's gradient, and that of {name!r} is sparse",
+            hint="build the layer with sparse=False, or use FedAvg",
+        )
 
 
 class _Watch:

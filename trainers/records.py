@@ -81,6 +81,12 @@ class Records:
         along = direction.to(weights.dtype)
         for batch, count in self.batches():
             slopes = self._grad(self.losses(batch, count).sum(), create_graph=True)
+            for name, slope in zip(self.layout.shapes, slopes, strict=True):
+                if slope.layout is not torch.strided:
+                    raise TaskError(
+                        f"the exact solver needs the curvature, and the gradient of {name!r} is sparse",
+                        hint='build the layer with sparse=False, or take solver = "svrg"',
+                    )
             product = sum((slope * piece).sum() for slope, piece in zip(slopes, self.layout.pieces(along), strict=True))
             if isinstance(product, torch.Tensor) and product.requires_grad:
                 total += self._flat(self._grad(product)).double()
@@ -98,4 +104,4 @@ class Records:
 
     @staticmethod
     def _flat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([piece.detach().reshape(-1).float() for piece in pieces])
+        return torch.cat([piece.detach().to_dense().reshape(-1).float() for piece in pieces])

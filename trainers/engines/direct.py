@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.arithmetic import Arithmetic
+from choral.trainers.corrections import refuse_sparse
 from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
 from choral.trainers.local import Resident, refuse_diverged, seed_of, seeded
 
@@ -90,7 +91,11 @@ class Direct:
         criterion = self.resident.fit.criterion  # type: ignore[attr-defined]
         for inputs, targets in plan.data():
             loss = criterion(model(inputs), targets, reduction="mean")
-            step(list(torch.autograd.grad(loss, parameters, allow_unused=True)))
+            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if step.corrects:
+                for name, slope in zip(self.resident.layout.shapes, slopes, strict=True):
+                    refuse_sparse(name, slope)
+            step(list(slopes))
 
 
 class Step:
@@ -103,6 +108,7 @@ class Step:
         self._data = [parameter.data for parameter in parameters]
         self._shift = None if work.shift is None else _like(work.shift, start)
         self._velocity: dict[int, torch.Tensor] = {}
+        self.corrects = work.corrects
         self.plain = not (work.corrects or plan.momentum or plan.weight_decay)  # a rate times the gradient, no more
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from choral import Privacy, federate
-from choral.trainers import TaskError
-from choral.trainers.algorithms import FedAvg, FedNova, FedProx, Scaffold
+from choral.trainers import Epochs, TaskError
+from choral.trainers.algorithms import DANE, FSVRG, GD, FedAvg, FedNova, FedProx, Scaffold
 
 from .conftest import fit as good
 from .conftest import loss
@@ -54,7 +54,7 @@ ELSEWHERE = [_own_optimizer, _loaded_copy, _own_optimizer_after_one_step, _by_ha
 @pytest.mark.parametrize("algorithm", [FedProx(mu=0.5), Scaffold(), FedNova()], ids=lambda kind: kind.kind)
 @pytest.mark.parametrize("fit", ELSEWHERE)
 def test_a_loop_that_trains_beside_its_optimizer_is_refused(convex, algorithm, fit):
-    with pytest.raises(TaskError, match="outside the steps of the optimizer|with plain SGD|needs plain SGD"):
+    with pytest.raises(TaskError, match=r"outside the steps of the optimizer|with plain SGD|needs plain SGD"):
         federate(**convex(fit=fit), algorithm=algorithm)
 
 
@@ -110,6 +110,39 @@ def test_sparse_gradients_that_would_have_to_be_corrected_are_named(convex, algo
         model = Words()
         return model, torch.optim.SGD(model.parameters(), lr=0.1), plain(dataset)[2]
 
-    with pytest.raises(TaskError, match="'table.weight' is sparse"):
+    with pytest.raises(TaskError, match=r"'table\.weight' is sparse"):
         federate(**(job | {"build": build}), algorithm=algorithm)
     assert federate(**(job | {"build": build})).finished
+    with pytest.raises(TaskError, match=r"'table\.weight' is sparse"):
+        federate(**(job | {"build": build, "fit": Epochs(criterion=_criterion)}), algorithm=algorithm)
+
+
+def _criterion(outputs, targets, *, reduction):
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets.float(), reduction=reduction)
+
+
+def test_sparse_gradients_of_records_are_taken_or_named(convex):
+    """A lookup and its dense twin have the same gradient; the exact solver needs the gradient's own gradient."""
+    job = convex()
+    plain = job["build"]
+
+    class Words(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.table = nn.Embedding(6, 1, sparse=sparse)
+
+        def forward(self, rows):
+            return self.table(rows.abs().long().clamp(max=5)).mean(1)
+
+    def build(sparse):
+        def made(dataset):
+            model = Words(sparse)
+            return model, torch.optim.SGD(model.parameters(), lr=0.1), plain(dataset)[2]
+
+        return made
+
+    for algorithm in (GD(), FSVRG(scaled=False)):
+        one, other = (federate(**(job | {"build": build(sparse)}), algorithm=algorithm) for sparse in (True, False))
+        assert torch.equal(one.state["table.weight"], other.state["table.weight"])
+    with pytest.raises(TaskError, match=r"'table\.weight' is sparse"):
+        federate(**(job | {"build": build(True)}), algorithm=DANE(mu=0.5, solver="newton"))
