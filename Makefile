@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 SEEDS  ?= 3
+ENGINE_TESTS = tests/test_engine_environments.py tests/protocols/test_masked.py tests/protocols/test_seam.py tests/test_cli.py
 OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all check mutants clean
+ENGINES = flower nvflare
+
+.PHONY: demo test test-all test-engines check mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -21,6 +24,10 @@ check: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Engines pin versions that the main environment does not have: each has its own, with Choral beside it.
+test-engines: $(ENGINES:%=.venv-%/.ready)
+	for engine in $(ENGINES); do .venv-$$engine/bin/python -m pytest -q -m "not slow" $(ENGINE_TESTS) || exit 1; done
 
 # Which lines does no test miss? 300 changes at random, by a fixed seed; about an hour on one core.
 mutants: $(VENV)/.test
@@ -49,3 +56,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.torch
 $(VENV)/.check: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,check]"
 	touch $@ $(VENV)/.test $(VENV)/.demo
+
+.venv-flower/.ready: ENGINE = "flwr[simulation]"
+.venv-nvflare/.ready: ENGINE = nvflare
+.venv-%/.ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt torch
+	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt -e . $(ENGINE) pytest hypothesis jsonschema
+	touch $@
