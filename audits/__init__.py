@@ -13,6 +13,7 @@ from choral.lazy import exports
 if TYPE_CHECKING:
     from choral.audits.canaries import audit_clients
     from choral.audits.inversion import inversion_audit
+    from choral.audits.membership import confidences, lira_offline, lira_online, logit_gap, loss_threshold, rmia
     from choral.audits.probing import probe
     from choral.audits.score_files import read_scores
     from choral.audits.scores import audit_scores, audit_training, canaries_needed
@@ -23,9 +24,15 @@ _HOME = {
     "audit_scores": "choral.audits.scores",
     "audit_training": "choral.audits.scores",
     "canaries_needed": "choral.audits.scores",
+    "confidences": "choral.audits.membership",
     "inversion_audit": "choral.audits.inversion",
+    "lira_offline": "choral.audits.membership",
+    "lira_online": "choral.audits.membership",
+    "logit_gap": "choral.audits.membership",
+    "loss_threshold": "choral.audits.membership",
     "probe": "choral.audits.probing",
     "read_scores": "choral.audits.score_files",
+    "rmia": "choral.audits.membership",
     "train_shadows": "choral.audits.shadow",
 }
 
@@ -40,10 +47,16 @@ __all__ = [
     "audit_training",
     "canaries_needed",
     "compare",
+    "confidences",
     "inversion_audit",
+    "lira_offline",
+    "lira_online",
+    "logit_gap",
+    "loss_threshold",
     "probe",
     "read_prices",
     "read_scores",
+    "rmia",
     "train_shadows",
 ]
 

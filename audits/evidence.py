@@ -89,6 +89,7 @@ class NullControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     positives of draws; rate with its Clopper-Pearson interval; allowed: the error probability of the test.
     holds: False if the rate is above what is allowed even at the lower end of its interval: the test itself is broken.
+    blind_to: what this control could not have noticed, one sentence each.
     """
 
     draws: int
@@ -96,6 +97,7 @@ class NullControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rate: Interval
     allowed: float
     holds: bool
+    blind_to: tuple[str, ...] = ()
 
 
 class ScoreAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

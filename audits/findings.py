@@ -56,7 +56,19 @@ def _of_scores(attack: ScoreAudit) -> Check:
     if attack.finding == "not violated" and above:
         said = ", ".join(f"{bound.method}: {bound.epsilon:.3g}" for bound in above)
         finding += f" Bounds that rest on further assumptions are above the claim ({said}): look closer."
-    return Check(name=name, verdict="violated" if attack.finding == "violated" else "holds", finding=finding)
+    verdict: Verdict = "violated" if attack.finding == "violated" else "holds"
+    return Check(name=name, verdict=verdict, finding=finding, refutable=could_refute(attack))
+
+
+def could_refute(attack: ScoreAudit) -> bool:
+    """Whether some outcome of this attack would have contradicted the claim: the decisive bound can be above it."""
+    reach = max((bound.ceiling for bound in attack.bounds if bound.method == attack.decisive), default=0.0)
+    return attack.claimed is not None and reach > attack.claimed
+
+
+def said(check: Check) -> str:
+    """The finding, and whether it could have been otherwise."""
+    return check.finding if check.refutable else f"{check.finding} Could not have failed here."
 
 
 def worst(checks: Sequence[Check]) -> Verdict:

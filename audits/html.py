@@ -14,8 +14,9 @@ from choral.audits.arm_audit import FAILED
 from choral.audits.claims import no_claim
 from choral.audits.evidence import Bound, ScoreAudit
 from choral.audits.price import Costs
-from choral.audits.report import ORDER, Arm, BudgetPoint, Check, Verdict, WeightsMatch
+from choral.audits.report import ORDER, Arm, BudgetPoint, WeightsMatch
 from choral.audits.svg import arm_classes
+from choral.audits.tally import beyond_attack, every_check, tally
 
 if TYPE_CHECKING:
     from choral.audits.comparison import Comparison
@@ -51,6 +52,8 @@ def comparison_page(report: Comparison) -> str:
             cards=cards(report),
             lead=lead(report),
             tally=tally(every_check(report)),
+            idle=sum(not check.refutable for check in every_check(report)),
+            beyond=beyond_attack(report),
             evidence=(shown := evidence_rows(report.arms)),
             attacked=sum(attack is not None for _, attack, _ in shown),
             probed=any(arm.audit and arm.audit.probe for arm in report.arms),
@@ -294,11 +297,6 @@ def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, st
     return {"label": label, "value": value, "note": note, "interval": interval}
 
 
-def every_check(report: Comparison) -> list[Check]:
-    """Those between the arms, and those of each arm's evidence."""
-    return [*report.checks, *(check for arm in report.arms if arm.audit for check in arm.audit.checks)]
-
-
 def evidence_rows(arms: Sequence[Arm]) -> list[tuple[Arm, ScoreAudit | None, Bound | None]]:
     """Each audited arm with the first attack on it by coins, and the bound that decides."""
     rows = []
@@ -308,13 +306,6 @@ def evidence_rows(arms: Sequence[Arm]) -> list[tuple[Arm, ScoreAudit | None, Bou
             found = (bound for bound in attack.bounds if bound.method == attack.decisive) if attack else iter(())
             rows.append((arm, attack, next(found, None)))
     return rows
-
-
-def tally(checks: Sequence[Check]) -> list[tuple[Verdict, int]]:
-    """How many checks came out which way, the worst first."""
-    order: tuple[Verdict, ...] = ("violated", "unverified", "holds")
-    counts = [(verdict, sum(check.verdict == verdict for check in checks)) for verdict in order]
-    return [(verdict, count) for verdict, count in counts if count]
 
 
 def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None]]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from choral.audits.findings import said
 from choral.audits.text import amount, cost, duration, money, party_words, plus_minus, power, score, signed, width
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _attack(attack: ScoreAudit) -> str:
 
 
 def _checks(checks: Sequence[Check]) -> str:
-    return _list((f"{_safe(each.name)}. {_safe(each.finding)}" for each in checks), [_WORDS[c.verdict] for c in checks])
+    return _list((f"{_safe(each.name)}. {_safe(said(each))}" for each in checks), [_WORDS[c.verdict] for c in checks])
 
 
 def _list(lines: Iterable[str], verdicts: Sequence[str] | None = None) -> str:

@@ -58,9 +58,10 @@ def lira_online(target: Floats, shadows: Floats, members: Bools, *, fixed_varian
 
 
 def lira_offline(target: Floats, shadows: Floats, members: Bools, *, fixed_variance: bool = False) -> Floats:
-    """ln Phi((phi - mu_out) / s_out), from the shadows without the record alone (Carlini et al. 2022, section VI-B).
+    """-ln Phi(-z), z = (phi - mu_out) / s_out, from the shadows without the record alone.
 
-    The logarithm of the published score, which orders records alike and does not saturate at 1 or 0.
+    The published score is Phi(z) = 1 - Phi(-z) (Carlini et al. 2022, section VI-B). This one grows with it, so it
+    orders records alike, and does not saturate at 1 for members.
     """
     _, mean_out, _, spread_out = _moments(target, shadows, members, fixed_variance, offline=True)
     z = (target - mean_out) / spread_out

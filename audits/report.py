@@ -158,11 +158,16 @@ class Fairness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that was tried, and what came of it."""
+    """Something that was tried, and what came of it.
+
+    refutable: False where nothing here could have contradicted it: no claim was made, or the largest value that the
+        test can reach is not above the claim. Such a check is shown, and counted nowhere as one that held.
+    """
 
     name: str
     verdict: Verdict
     finding: str
+    refutable: bool = True
 
 
 class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,6 +31,14 @@ EXACT, GAUSSIAN, JOINT = "Clopper-Pearson", "Gaussian from two rates", "joint be
 NULL_DRAWS = 200
 _NULL_LEVEL = 0.99
 _UNFAIR = 1e-6
+_SHARED_COINS = (
+    "Canaries that share a coin: the control flips one for each. Where several entered together, the bound is false far"
+    " more often than it says (twenty to a coin: positive in about half of all audits of a model that leaks nothing)."
+)
+_SHARED_TRAININGS = (
+    "Scores that share a training: the control takes each to be of its own. Where several are of one, they stand or"
+    " fall together, and the bound is false more often than it says."
+)
 _COINS = "Each canary entered by its own fair coin, and nothing but training depends on the coins."
 _TRIALS = "Each score is of a training of its own, independent of the others, with or without the same canary."
 _FDP_REFERENCE = "Mahloujifar, Melis, Chaudhuri 2024, algorithm 3"
@@ -190,7 +198,14 @@ def null_control(
             inside = rng.permutation(len(scores)) < count
         positives += bound(inside) > 0.0
     rate = rate_interval(positives, draws, _NULL_LEVEL)
-    return NullControl(draws=draws, positives=positives, rate=rate, allowed=beta, holds=rate.low <= beta)
+    return NullControl(
+        draws=draws,
+        positives=positives,
+        rate=rate,
+        allowed=beta,
+        holds=rate.low <= beta,
+        blind_to=(_SHARED_COINS if count is None else _SHARED_TRAININGS,),
+    )
 
 
 def check_settings(delta: float, confidence: float, claimed: float | None, null_draws: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from choral.audits.findings import said
 from choral.audits.report import Check
 from choral.audits.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
 
@@ -141,4 +142,4 @@ def _print_check(check: Check, console: Console) -> None:
     from rich.text import Text
 
     style = {"holds": "green", "violated": "bold red", "unverified": "yellow"}[check.verdict]
-    console.print(Text.assemble((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (check.finding, "dim")))
+    console.print(Text.assemble((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (said(check), "dim")))
