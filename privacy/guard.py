@@ -102,7 +102,7 @@ class Privacy:
         records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
         Raises: ConfigError, BudgetExceededError.
         """
-        rate = min(Fraction(batch_size, records), Fraction(1))
+        rate = Fraction(batch_size, records)
         noise = accounting.noise_multiplier(
             self.epsilon, self.delta, float(rate), steps * passes, spent, slack=CALIBRATION_SLACK
         )
@@ -175,7 +175,7 @@ class Sampled:
 
 
 def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> Sampled:
-    rate = min(Fraction(batch_size, records), Fraction(1))
+    rate = Fraction(batch_size, records)
     event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise_multiplier, steps=steps)
     return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
 
@@ -236,7 +236,6 @@ class Guard:
         """
         from choral.privacy.model import with_per_sample_gradients  # loads Opacus, which a promise alone does not need
 
-        refuse_unsupported(loader)
         plan = self._planned(loader, resume)
         private_model = with_per_sample_gradients(model)
         _refuse_optimizer(optimizer, private_model)
@@ -245,7 +244,7 @@ class Guard:
             private_model,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=self._clipping,
-            expected_batch_size=min(plan.batch_size, plan.records),
+            expected_batch_size=plan.batch_size,
             source=os_stream,
             noise=plan.noise,
         )
@@ -253,6 +252,7 @@ class Guard:
 
         def before_pass() -> None:
             nonlocal made
+            self._refuse_other_size(len(loader.dataset), plan.batch_size, plan)  # type: ignore[arg-type]
             if self._latest is not None:
                 self._latest.refuse_owing()
             private_optimizer.begin_pass()
@@ -330,15 +330,35 @@ class Guard:
 
         return unwrap(model)
 
-    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
+    def sizes(self, loader: DataLoader[Any]) -> tuple[int, int]:
+        """Return how many records the loader has, and how many a batch takes on average.
+
+        Both are public, and what the noise is calibrated for. Raises: UnsupportedLoaderError (a batch of more records
+        than there are, which would be averaged over records that nobody has; what `refuse_unsupported` does).
+        """
+        refuse_unsupported(loader)
         records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
+        if batch_size > records:
+            raise UnsupportedLoaderError(
+                f"{self.holder}: batches of {batch_size} out of {records} records",
+                hint="Take at most as many as there are: batch_size=min(size, len(dataset)), which is all of them in "
+                "every step where there are few.",
+            )
+        return records, batch_size
+
+    def _refuse_other_size(self, records: int, batch_size: int, plan: Scheme) -> None:
+        if (records, batch_size) != (plan.records, plan.batch_size):
+            raise UnsupportedLoaderError(
+                f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
+                f"{plan.records} in batches of {plan.batch_size}",
+                hint="Keep one dataset, of one size, and one batch size per Guard. Other records are another training: "
+                "wrap again, on the same ledger.",
+            )
+
+    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
+        records, batch_size = self.sizes(loader)
         if self._plan is not None:
-            if (records, batch_size) != (self._plan.records, self._plan.batch_size):
-                raise UnsupportedLoaderError(
-                    f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
-                    f"{self._plan.records} in batches of {self._plan.batch_size}",
-                    hint="Keep one dataset and batch size per Guard.",
-                )
+            self._refuse_other_size(records, batch_size, self._plan)
             return self._plan
         if self.privacy.delta >= 1.0 / records:
             raise ConfigError(
@@ -347,11 +367,6 @@ class Guard:
                 hint="At delta >= 1/n publishing a record outright would count as private.",
             )
         steps = records // batch_size if loader.drop_last else math.ceil(records / batch_size)
-        if steps == 0:
-            raise UnsupportedLoaderError(
-                f"{self.holder}: {records} records do not fill one batch of {batch_size} and drop_last is set",
-                hint="Use drop_last=False (every step then takes all records) or a smaller batch.",
-            )
         before, entry = self.ledger.events, None if resume is None else resume.get("privacy")
         self._steps = steps
         if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
@@ -392,7 +407,7 @@ def refuse_several_processes() -> None:
 
 
 def _rate(plan: Scheme) -> float:
-    return min(plan.batch_size / plan.records, 1.0)
+    return plan.batch_size / plan.records
 
 
 def _spent(ledger: Ledger, delta: float) -> Spent:

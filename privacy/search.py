@@ -89,9 +89,11 @@ def private_search(
         raise ConfigError("there are no candidates, expected at least one")
     if records < 1 or batch_size < 1:
         raise ConfigError(f"records is {records} and batch_size {batch_size}, expected both >= 1")
+    if batch_size > records:
+        raise ConfigError(f"batch_size is {batch_size}, expected at most the {records} records")
     if privacy.delta >= 1.0 / records:
         raise ConfigError(f"delta is {privacy.delta:g}, expected below 1/n = {1 / records:.3g} for {records} records")
-    rate, steps = min(Fraction(batch_size, records), Fraction(1)), math.ceil(records / batch_size)
+    rate, steps = Fraction(batch_size, records), math.ceil(records / batch_size)
 
     def search(noise: float) -> Search:
         event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise, steps=steps * privacy.epochs)

@@ -204,6 +204,7 @@ def federate(
                 recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
             return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
         resident, trainer = trainer_of(guards)
+        resident.check_batches()
         if team is not None:
             folder = recorder.ledger_folder
             team.begin(Beginning(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))

@@ -159,6 +159,16 @@ class Resident:
             del self._seats[next(iter(self._seats))]
         return seat
 
+    def check_batches(self) -> None:
+        """Refuse a private party whose batch is larger than its data before any party trains.
+
+        Where parties are too many for all to have a seat, each is refused at its first turn instead.
+        Raises: UnsupportedLoaderError naming the party; what checked_build does.
+        """
+        if self.seats is None:
+            for party, guard in self.guards.items():
+                guard.sizes(self.seat(party).loader)
+
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
         with seeded(self.seed, 0, party):

@@ -117,7 +117,7 @@ def promised(**settings: Any) -> CorrelatedPrivacy:
 
 @pytest.mark.parametrize(
     ("n", "size", "drop_last", "steps", "divisor"),
-    [(930, 10, False, 93, 10), (101, 100, False, 2, 100), (101, 100, True, 1, 100), (50, 64, False, 1, 50)],
+    [(930, 10, False, 93, 10), (101, 100, False, 2, 100), (101, 100, True, 1, 100), (50, 50, False, 1, 50)],
 )
 def test_steps_and_divisor(make_problem: Any, n: int, size: int, drop_last: bool, steps: int, divisor: int) -> None:
     problem = make_problem(n=n, batch_size=size)

@@ -15,10 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from choral.errors import ConfigError
 from choral.privacy import (
     BudgetExceededError,
+    CorrelatedPrivacy,
     Guard,
     Ledger,
     LedgerError,
@@ -299,7 +301,7 @@ def test_damage_to_the_ledger_during_training_stops_it(problem: Any, loop: Calla
         (101, 100, False, 100 / 101, 2),
         (101, 100, True, 100 / 101, 1),
         (50, 50, False, 1.0, 1),
-        (50, 64, False, 1.0, 1),  # smaller than a batch: every step takes all records
+        (50, 50, True, 1.0, 1),
         (7, 2, False, 2 / 7, 4),
     ],
 )
@@ -308,12 +310,47 @@ def test_rate_and_steps(make_problem: Any, n: int, batch_size: int, drop_last: b
     _, optimizer, loader = problem.wrapped(drop_last=drop_last)
     assert float(loader.batch_sampler.sampler.rate) == pytest.approx(rate)
     assert len(loader) == steps
-    assert optimizer.expected_batch_size == min(n, batch_size)
+    assert optimizer.expected_batch_size == batch_size
 
 
-def test_drop_last_without_one_whole_batch_is_refused(make_problem: Any) -> None:
-    with pytest.raises(UnsupportedLoaderError, match="do not fill one batch"):
-        make_problem(n=50, batch_size=64).wrapped(drop_last=True)
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("kind", [Privacy, CorrelatedPrivacy])
+def test_batches_of_more_records_than_there_are_are_refused_before_anything_is_spent(
+    make_problem: Any, tmp_path: Path, drop_last: bool, kind: type[Privacy]
+) -> None:
+    privacy = kind(epsilon=5.0, delta=1e-3, ledger=tmp_path / "a.jsonl")
+    problem = make_problem(n=50, batch_size=51)
+    model = problem.model()
+    with pytest.raises(UnsupportedLoaderError, match="batches of 51 out of 50 records") as refused:
+        privacy.wrap(model, sgd(model), problem.loader(drop_last=drop_last))
+    assert "min(size, len(dataset))" in str(refused.value.hint)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_dataset_that_grows_or_shrinks_ends_the_training_before_the_next_pass(
+    problem: Any, loop: Callable[..., int], change: int
+) -> None:
+    class Growing(Dataset[Any]):
+        size = 199
+
+        def __len__(self) -> int:
+            return self.size
+
+        def __getitem__(self, i: int) -> Any:
+            return problem.dataset[i]
+
+    records, model, ledger = Growing(), problem.model(), Ledger()
+    guard = Guard(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=ledger, passes=3)
+    wrapped = guard.wrap(model, sgd(model), DataLoader(records, batch_size=20, shuffle=True))
+    loop(*wrapped)
+    loop(*wrapped)
+    records.size += change
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UnsupportedLoaderError, match=f"{records.size} records .* calibrated for 199"):
+        loop(*wrapped)
+    assert len(ledger.events) == 2
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_delta_at_or_above_one_over_n_is_refused(make_problem: Any) -> None:

@@ -3,7 +3,7 @@
 Those that are not here are tested where the code is:
 
 - samplers and batch samplers of any class, workers, collate functions: test_loader.test_refused and its neighbours;
-- drop_last, steps per epoch, a dataset smaller than a batch: test_guard.test_rate_and_steps, test_drop_last_...;
+- drop_last, steps per epoch, a dataset smaller than a batch: test_guard.test_rate_and_steps, test_batches_of_more_...;
 - adaptive clipping: an empty batch (test_clipping.test_adaptive_clipping_survives_empty_batches), counts over virtual
   batches (test_adaptive_counts_are_kept_over_chunks), what it costs (test_adaptive_clipping_costs_what_flat_does and,
   of the noise itself, test_adaptive_sum_and_count_are_one_vector_no_longer_than_one);

@@ -294,7 +294,9 @@ def test_another_training_than_the_one_paid_for_is_refused() -> None:
         private_search(privacy, [0.1], lambda rate, promise: train(rate, promise, batch=10), **options())
 
 
-@pytest.mark.parametrize("bad", [{"records": 0}, {"batch_size": 0}, {"mean": 0.1}, {"records": 5000}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"records": 0}, {"batch_size": 0}, {"mean": 0.1}, {"records": 5000}, {"records": 10}], ids=str
+)
 def test_bad_input_spends_nothing(bad: dict[str, Any]) -> None:
     privacy = Privacy(epsilon=4.0, delta=1e-3)
     with pytest.raises(ConfigError):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Homomorphic, Masked, Plain, Privacy, centralize, federate
 from choral.errors import ConfigError, DataError
-from choral.privacy import BudgetExceededError, EncodingError
+from choral.privacy import BudgetExceededError, EncodingError, UnsupportedLoaderError
 from choral.protocols.errors import ProtocolError
 from choral.trainers import DivergedError, TaskError
 
@@ -184,6 +184,34 @@ def test_private_run_has_one_ledger_per_party(job, tmp_path):
     assert run.history[-1].epsilon == max(spent.epsilon for spent in run.info.spent.values())
     rising = [entry.epsilon for entry in run.history[1:]]
     assert all(earlier < later for earlier, later in itertools.pairwise(rising))
+
+
+def test_a_private_party_smaller_than_a_batch_is_named_before_anybody_trains(job, tmp_path):
+    """A step is divided by the batch size; the noise was calibrated for batches that the party can draw."""
+
+    def build(dataset):
+        model, optimizer, _ = job()["build"](dataset)
+        return model, optimizer, DataLoader(dataset, batch_size=30, shuffle=True)
+
+    trained = []
+
+    def fit(model, optimizer, loader):
+        trained.append(len(loader.dataset))
+        job()["fit"](model, optimizer, loader)
+
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(UnsupportedLoaderError, match="east: batches of 30 out of 21 records"):
+        federate(**job(build=build, fit=fit), privacy=privacy, out=tmp_path / "run")
+    assert not trained
+    assert not list((tmp_path / "run").glob("ledger/*"))
+    federate(**job(build=build, rounds=1))  # without a promise torch's own rule holds: one batch of what there is
+
+    def all_of_few(dataset):
+        model, optimizer, _ = job()["build"](dataset)
+        return model, optimizer, DataLoader(dataset, batch_size=min(30, len(dataset)), shuffle=True)
+
+    run = federate(**job(build=all_of_few, rounds=1), privacy=privacy)
+    assert run.info.spent["east"].sample_rate == 1.0
 
 
 def test_more_passes_than_planned_are_refused(job):
