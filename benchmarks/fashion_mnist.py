@@ -134,15 +134,16 @@ def run(
     model = linear(x.shape[1]) if task == "linear" else cnn()
     averaged = AveragedModel(model)
     optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
+    ledger = Ledger(folder / f"{task}-{seed}.jsonl")
     privacy = Privacy(
         epsilon=EPSILON,
         delta=DELTA,
         max_grad_norm=recipe.max_grad_norm,
         epochs=recipe.epochs,
-        ledger=folder / f"{task}-{seed}.jsonl",
+        ledger=ledger,
     )
     started = time.process_time()
-    mean = private_mean(x, recipe.mean_noise, Path(privacy.ledger or "")) if recipe.mean_noise else torch.zeros(())
+    mean = private_mean(x, recipe.mean_noise, ledger) if recipe.mean_noise else torch.zeros(())
     test = (test[0] - mean, test[1])
     # The "records" are their numbers: a batch is then one gather, not 8,192 small tensors to stack.
     loader = DataLoader(
@@ -174,15 +175,14 @@ def run(
     }
 
 
-def private_mean(x: torch.Tensor, noise_multiplier: float, ledger: Path) -> torch.Tensor:
+def private_mean(x: torch.Tensor, noise_multiplier: float, ledger: Ledger) -> torch.Tensor:
     """Return the mean of the rows of `x`, each clipped to norm NORM, with Gaussian noise, shape (columns,), float32.
 
     Guarantee: the Gaussian mechanism with this noise multiplier; paid for in `ledger` first. Unit: the record.
     Neighbours: zero out one record; the number of records is public.
     """
-    book = Ledger(ledger)
-    book.bind("data", DELTA)
-    book.append(PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1), after=0)
+    ledger.bind("data", DELTA)
+    ledger.append(PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1), after=0)
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(2000):
         factors = (NORM / torch.linalg.vector_norm(part.double(), dim=1)).clamp(max=1.0)

@@ -16,7 +16,7 @@ record's gradient, its ledger one data holder's. The two are classes of their ow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ from choral.privacy.clipping import AdaptiveClip
 from choral.privacy.distributed import Int64Array, Scheme, check_bits, check_clip, design, norm_of
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
 from choral.privacy.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease
-from choral.privacy.ledger import Ledger
+from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.noise import Source, os_stream
 from choral.privacy.rotation import SEED_BYTES
 from choral.privacy.spent import Spent
@@ -67,7 +67,8 @@ class ClientPrivacy:
             single other client knows its own share, so the default is 1.
         mechanism: of integer noise, "discrete_gaussian" or "skellam" (whose shares add up exactly). bits: of a
             coordinate of the sum, 4 to 24; 16 to 20 are usual. Neither matters to central noise.
-        ledger: file that remembers what these clients have spent; None keeps it in memory, or in a run's folder.
+        ledger: what remembers what these clients have spent, a file or a :class:`Ledger`; None keeps it in the run's
+            folder, or where there is none in memory for as long as the run.
     Raises: ConfigError for a value out of range.
     """
 
@@ -79,9 +80,11 @@ class ClientPrivacy:
     colluders: int = 1
     mechanism: Law = "discrete_gaussian"
     bits: int = 20
-    ledger: str | Path | None = None
+    ledger: Ledger | str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.ledger is not None:
+            object.__setattr__(self, "ledger", as_ledger(self.ledger))
         accounting.check_target(self.epsilon, self.delta)
         if not isinstance(self.clip, AdaptiveClip):
             check_clip(self.clip)

@@ -21,7 +21,7 @@ from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_
 from choral.privacy.distributed import check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.events import PoissonSampledGaussian, RecordEvent, stated
-from choral.privacy.ledger import Ledger
+from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
 from choral.privacy.spent import Spent
@@ -48,7 +48,9 @@ class Privacy:
         max_grad_norm: clipping norm C of one record's gradient, > 0; or :class:`PerLayerClip`, or
             :class:`AdaptiveClip`, which follows a quantile of the norms.
         epochs: passes over the data that one call of the training loop makes at most, >= 1.
-        ledger: file that remembers what this data has spent, for the life of the data; None keeps it in memory.
+        ledger: what remembers what this data has spent, for the life of the data: a file, or a :class:`Ledger`; None
+            makes one in memory. Copies of a promise (`dataclasses.replace`, `copy`) share it; one in memory is not
+            pickled.
         max_physical_batch_size: larger batches are shown to the loop in chunks of at most so many records, >= 1. They
             are drawn, paid for and made noisy as one: `optimizer.step()` adds a chunk up, and only on the last one
             moves the model; `optimizer.stepped` tells. None shows each batch whole.
@@ -58,11 +60,11 @@ class Privacy:
     delta: float
     max_grad_norm: ClippingNorm = 1.0
     epochs: int = 1
-    ledger: str | Path | None = None
+    ledger: Ledger | str | Path | None = field(default=None, compare=False)
     max_physical_batch_size: int | None = None
-    _ledgers: list[Ledger] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ledger", as_ledger(self.ledger))
         accounting.check_target(self.epsilon, self.delta)
         check_norm(self.max_grad_norm)
         for name in ("epochs", "max_physical_batch_size"):
@@ -109,9 +111,7 @@ class Privacy:
         return _sampled(records, batch_size, steps, noise)
 
     def _open(self) -> Ledger:
-        if not self._ledgers:
-            self._ledgers.append(Ledger(self.ledger))
-        return self._ledgers[0]
+        return as_ledger(self.ledger)  # itself, since __post_init__
 
 
 class Scheme(Protocol):

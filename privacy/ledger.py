@@ -21,7 +21,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import msgspec
 
@@ -57,7 +57,7 @@ class Ledger:
         path: the file; the first append makes it, in a folder that exists.
         holder: whose data this is. Left out, it is read from the file or set by the first Guard that uses it.
 
-    Safe under kill -9 and with several writing processes.
+    Safe under kill -9 and with several writing processes. Copies are the ledger itself.
     Raises: LedgerError if the file is damaged or belongs to another holder.
     """
 
@@ -73,6 +73,21 @@ class Ledger:
         self._refresh()
         if holder is not None and self.holder != holder:
             raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self  # what was spent is one fact, however often the promise is copied
+
+    def __reduce_ex__(self, _: object) -> tuple[type[Self], tuple[Path]]:
+        """As its file. Raises: LedgerError for one in memory, of which another process would begin anew."""
+        if self.path is None:
+            raise LedgerError(
+                "a ledger in memory cannot be pickled: the copy would not know what is spent later, nor this one of it",
+                hint="Keep it in a file: Privacy(ledger=PATH), or Ledger(PATH).",
+            )
+        return type(self), (self.path.absolute(),)
 
     def __repr__(self) -> str:
         return f"Ledger(path={self.path}, holder={self.holder!r}, events={len(self._events)})"
@@ -264,6 +279,18 @@ class Ledger:
             raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
         self._header, self._events, self._head, self._seen = header, events, head, seen
         return end
+
+
+def as_ledger(given: Ledger | str | Path | None) -> Ledger:
+    """Return the ledger that a promise was given: itself, that of a file, or a new one in memory.
+
+    Raises: ConfigError for anything else; LedgerError as :class:`Ledger`.
+    """
+    if isinstance(given, Ledger):
+        return given
+    if given is not None and not isinstance(given, str | Path):
+        raise ConfigError(f"ledger is a {type(given).__name__}, expected a file, a Ledger or None")
+    return Ledger(given)
 
 
 def _unit_of(event: Event) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy
 from choral.privacy.clipping import settings_of as clipping_settings
+from choral.privacy.ledger import as_ledger
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
 from choral.trainers.record import Recorder
@@ -114,10 +115,11 @@ def open_guards(
             f"privacy is a {type(privacy).__name__}, expected Privacy",
             hint="ClientPrivacy protects the parties of a federation; pooled data has none",
         )
-    if privacy.ledger is not None:
+    if (own := as_ledger(privacy.ledger)).path is not None or own.events:
         raise ConfigError(
-            "Privacy(ledger=...) is one holder's file, but here every data holder has a ledger of its own",
-            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER",
+            "Privacy(ledger=...) is one holder's, but here every data holder has a ledger of its own",
+            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER. A promise that was spent"
+            " from without a file is one holder's, too: make another one",
         )
     check_delta(privacy, examples)
     passes = max(rounds_left, 1) * privacy.epochs

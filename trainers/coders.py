@@ -16,6 +16,7 @@ from choral.errors import ConfigError
 from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
 from choral.privacy.client import HOLDER, spent_by
 from choral.privacy.client_accounting import SLACK
+from choral.privacy.ledger import as_ledger
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import Channel, Mean
@@ -244,6 +245,6 @@ class Clients:
 def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
     """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
     if privacy.ledger is not None:
-        return Clients(privacy, Ledger(privacy.ledger), recorder)
+        return Clients(privacy, as_ledger(privacy.ledger), recorder)
     folder = recorder.ledger_folder
     return Clients(privacy, Ledger(folder / f"{HOLDER}.jsonl" if folder else None), recorder)
