@@ -7,13 +7,24 @@ from collections.abc import Callable, Iterator, Sized
 from fractions import Fraction
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 
-from choral.privacy.collation import refuse_mixing
+from choral.privacy.collation import Unmixed
 from choral.privacy.errors import UnsupportedLoaderError
 from choral.privacy.noise import Source, poisson_sample
 
-_CHECKED_BATCHES = 4  # of each loader and worker
+# What a subclass may define anew; whatever else DataLoader has, the private loader would replace by its own.
+_HARMLESS = {"__init__", "__setattr__", "__doc__", "__dict__", "__weakref__", "__module__", "__annotations__"}
+_HARMLESS |= {"__orig_bases__", "__parameters__", "_DataLoader__initialized"}
 
 
 class PoissonSampler(Sampler[list[int]]):
@@ -31,45 +42,62 @@ class PoissonSampler(Sampler[list[int]]):
 
 
 class _Chunks(Sampler[list[int]]):
-    """The batches of `sampler` in chunks of at most `most` indices; `lasts` tells of each whether it ends its batch."""
+    """The batches of `sampler` in chunks of at most `most` indices, but for the empty ones, which are never fetched.
+
+    `drawn` tells of each chunk, empty or not, how many indices it has and whether it ends its batch.
+    """
 
     def __init__(self, sampler: Sampler[list[int]], most: int | None) -> None:
         self.sampler, self.most = sampler, most
-        self.lasts: deque[bool] = deque()  # of the iterator made last, in order
+        self.drawn: deque[tuple[int, bool]] = deque()  # of the iterator made last, in order
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
-        lasts: deque[bool] = deque()
-        self.lasts = lasts
+        drawn: deque[tuple[int, bool]] = deque()
+        self.drawn = drawn
 
         def chunks() -> Iterator[list[int]]:
             for batch in self.sampler:
                 most = self.most or max(len(batch), 1)
                 for start in range(0, max(len(batch), 1), most):
-                    lasts.append(start + most >= len(batch))
-                    yield batch[start : start + most]
+                    chunk = batch[start : start + most]
+                    drawn.append((len(chunk), start + most >= len(batch)))
+                    if chunk:
+                        yield chunk
 
         return chunks()
 
 
-class _Collate:
-    """The user's collate function, with the number of records beside the batch and nothing for an empty one.
+class _Fetched(Dataset[Any]):
+    """A dataset that fetches many records at once, held to fetching each by itself."""
 
-    The first batches are also put together with copies of some records in the place of others, under the same random
-    numbers: if a kept record's rows change, collating mixes records (Mixup, CutMix, normalisation over the batch).
-    """
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._fetch = Unmixed(dataset.__getitems__, "the dataset's __getitems__")
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-        self.unchecked = 0 if collate is default_collate else _CHECKED_BATCHES
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "_fetch"):  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
-    def __call__(self, records: list[Any]) -> tuple[int, Any]:
-        if self.unchecked and len(records) > 1:
-            self.unchecked -= 1
-            refuse_mixing(self.collate, records)
-        return len(records), (self.collate(records) if records else None)
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self._fetch(indices)
+
+
+def _by_itself(dataset: Any) -> Any:
+    """Return `dataset`, so that what it fetches at once is checked; torch's subsets of plain datasets need not be."""
+    inner = dataset
+    while type(inner) is Subset:
+        inner = inner.dataset
+    return _Fetched(dataset) if getattr(inner, "__getitems__", None) else dataset
 
 
 class PrivateLoader(DataLoader[Any]):
@@ -94,11 +122,12 @@ class PrivateLoader(DataLoader[Any]):
         max_physical_batch_size: int | None = None,
     ) -> None:
         chunks = _Chunks(sampler, max_physical_batch_size)
+        collate = loader.collate_fn
         super().__init__(
-            loader.dataset,
+            _by_itself(loader.dataset),
             batch_sampler=chunks,
             num_workers=loader.num_workers,
-            collate_fn=_Collate(loader.collate_fn),
+            collate_fn=collate if collate is default_collate else Unmixed(collate, "collating"),
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
@@ -106,6 +135,7 @@ class PrivateLoader(DataLoader[Any]):
             generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
+            pin_memory_device=loader.pin_memory_device,
         )
         self.hooks = (before_pass, before_batch, empty_batch, after_pass)
         self._before_place = before_place
@@ -115,10 +145,8 @@ class PrivateLoader(DataLoader[Any]):
         before_pass, before_batch, empty_batch, after_pass = self.hooks
         before_pass()
         batches = super().__iter__()
-        lasts = self._chunks.lasts  # of this pass
         place, first = 0, True
-        for count, batch in batches:
-            last = lasts.popleft()
+        for count, last, batch in self._shown(batches, self._chunks.drawn):
             if first and self._before_place is not None:
                 self._before_place(place)
             if count:
@@ -129,6 +157,24 @@ class PrivateLoader(DataLoader[Any]):
             place, first = place + last, last
         after_pass()
 
+    @staticmethod
+    def _shown(batches: Iterator[Any], drawn: deque[tuple[int, bool]]) -> Iterator[tuple[int, bool, Any]]:
+        """Yield of each chunk how many records it has, whether it ends its batch, and what was fetched, if anything."""
+        for batch in batches:
+            while not drawn[0][0]:
+                yield (*drawn.popleft(), None)
+            yield (*drawn.popleft(), batch)
+        while drawn:
+            yield (*drawn.popleft(), None)
+
+
+def _replaced(loader: DataLoader[Any]) -> str:
+    """Return the name of something of DataLoader that `loader`, or its class, defines anew; or nothing."""
+    kinds = type(loader).__mro__[: type(loader).__mro__.index(DataLoader)]
+    names = {name for kind in kinds for name in vars(kind)} - _HARMLESS
+    names |= {name for name in vars(loader) if callable(getattr(DataLoader, name, None))}
+    return min(names & {*vars(DataLoader), "__next__", "__getattribute__"}, default="")
+
 
 def refuse_unsupported(loader: Any) -> None:
     """Raise UnsupportedLoaderError unless `loader` draws plain batches, shuffled or in order, from a sized dataset."""
@@ -136,6 +182,14 @@ def refuse_unsupported(loader: Any) -> None:
         raise UnsupportedLoaderError("the loader is already private", hint="Wrap the original loader.")
     if not isinstance(loader, DataLoader):
         raise UnsupportedLoaderError(f"loader is a {type(loader).__name__}, expected a torch.utils.data.DataLoader")
+    own = _replaced(loader)
+    if own:
+        raise UnsupportedLoaderError(
+            f"the loader is a {type(loader).__name__} with its own {own}, which the private loader would silently "
+            "replace",
+            hint="Wrap a plain DataLoader, and do in the loop, or in the dataset for each record by itself, what the "
+            "class does to batches.",
+        )
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         raise UnsupportedLoaderError(
             "the dataset has no length, so no record has a known chance of being sampled",
