@@ -78,9 +78,9 @@ class PrivacyCallback(Callback):  # type: ignore[misc]
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look once whether the training step treats the records one by one."""
+        """Look whether the training step treats the records one by one, until that was seen."""
         model = self._model
-        if model is None or (model.unmixed and model.shared is not None):
+        if model is None:
             return
         with _quiet(pl_module):
             model.check_step(lambda part: _loss(pl_module.training_step(part, batch_idx)), batch)

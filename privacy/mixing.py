@@ -1,21 +1,23 @@
-"""Does a model treat the records of a batch one by one? Found out on a real batch, in the mode it trains in.
+"""Does a model treat the records of a batch one by one? Found out on real batches, in the mode it trains in.
 
 If a record's output depends on other records, then so does its gradient, and clipping no longer bounds what one
 record changes. Two tests look for such a dependence, for several splits of the batch into kept and other records
 (up to 16 records every pair of them is split; above, four random splits, each way round):
 
-- by value: with the other records replaced by copies of kept ones, and torch's random numbers the same, the
-  outputs of the kept ones must not change. Sees what no gradient passes through. Left out if the outputs differ
-  even for the same input.
-- by gradient: the model's outputs, and what goes into and out of each trainable layer, of the kept records must have
-  no gradient in the other records' rows of float inputs and of those layers. Needs no repetition, and sees
-  through dropout.
+- by value: with the other records replaced by copies of kept ones, and the random numbers the same, what goes into and
+  out of every trainable layer, and the model's outputs, must not change for the kept ones. Sees what no gradient passes
+  through. The same batch must give the same twice, and no plain attribute of the model may follow the records.
+- by gradient, on a few records: what comes out of the model and goes into and out of each trainable layer for kept ones
+  must have no gradient in the other records' rows of float inputs and of those layers.
 
-Both see the dependence that there is on this batch, not one that starts later.
+Both are made with the weights as they are and with all of them moved away from zero, and answer for which points, of
+those that are compared, they could have failed: where a record's own row changes with the record. What was not such a
+point is looked at again once its rows differ. Nothing is said about a dependence that starts later at such a point.
 
 What computes the loss itself from a batch (a training step, rather than a model) is held to more, in evaluation mode:
-for each split, the loss must be the mean of the two parts' losses, weighted by their sizes. Sums over records, means
-over the tokens of a batch and weights that are divided by their sum are not, and neither are losses that mix records.
+for each split, the loss must be the mean of the two parts' losses, weighted by their sizes, and so must the gradients
+at the outputs of the layers. Sums over records, means over the tokens of a batch and weights that are divided by their
+sum are not, and neither are losses that mix records. Records whose losses are all equal show nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +26,22 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from choral.privacy import keeping
 from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.watching import Point, moved, shaken, sketch, watched
+from choral.privacy.watching import same_random_numbers as _same_random_numbers
+
+_Found = TypeVar("_Found")
 
 _SPLITS = 4
+_FEW = 8  # records whose gradients are looked at
 _RELATIVE = 1e-4  # rounding of a float32 loss
 
 
@@ -79,22 +89,64 @@ def rows_of(inputs: Any, drawn: int | None) -> int:
     return lengths[0]
 
 
-def same_random_numbers(value: Any) -> AbstractContextManager[None]:
-    """Leave torch's random numbers as they were, on the CPU and on the GPUs that hold the tensors in `value`."""
-    return torch.random.fork_rng(sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}))
+def same_random_numbers(value: Any, model: nn.Module | None = None) -> AbstractContextManager[None]:
+    """Leave random numbers as they were, also on the GPUs that hold the tensors in `value`; see watching."""
+    return _same_random_numbers(sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}), model)
 
 
 def run(forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int) -> Any:
-    """Return what `forward` makes of the records `take`, without gradients; torch's random numbers stay as they were.
+    """Return what `forward` makes of the records `take`, without gradients; random numbers stay as they were.
 
     rows: how many records `args` and `kwargs` hold.
     """
+    with same_random_numbers((args, kwargs), forward if isinstance(forward, nn.Module) else None), torch.no_grad():
+        return forward(*taken(args, take, rows), **taken(kwargs, take, rows))
+
+
+def taken(value: Any, take: torch.Tensor, rows: int) -> Any:
+    """Return copies of the tensors in `value`, of the records `take` where they have one row for each."""
 
     def picked(t: torch.Tensor) -> torch.Tensor:
         return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
 
-    with same_random_numbers((args, kwargs)), torch.no_grad():
-        return forward(*changed(args, picked), **changed(kwargs, picked))
+    return changed(value, picked)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: `forward` of `args` and `kwargs`, with `rows` records, and the trainable `layers` in it."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    forward: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    rows: int
+    step: bool = False  # `forward` returns a loss
+    tell: Callable[[int], None] = lambda _: None  # is told how many records come next
+
+    def look(self, take: torch.Tensor) -> dict[Point, torch.Tensor]:
+        """Return sketches of what is compared, for the records `take`."""
+        found: dict[Point, torch.Tensor] = {}
+
+        def see(point: Point, t: torch.Tensor) -> None:
+            seen = sketch(t, self.rows)
+            found[point] = torch.cat([found[point], seen], 1) if point in found else seen
+
+        self.tell(self.rows)
+        with watched(self.layers, self.rows, see), same_random_numbers((self.args, self.kwargs), self.model):
+            output = run(self.forward, self.args, self.kwargs, take, self.rows)
+        for place, t in enumerate(_by_record(output, self.rows)):
+            found["", "out", place, 0] = sketch(t, self.rows)
+        return found
+
+    def moved(self) -> Subject:
+        """Return the same with float inputs that are in general position."""
+
+        def change(t: torch.Tensor) -> torch.Tensor:
+            return moved(t) if len(t) == self.rows else t
+
+        return replace(self, args=changed(self.args, change), kwargs=changed(self.kwargs, change))
 
 
 def same(a: Any, b: Any, rows: int) -> bool:
@@ -103,54 +155,231 @@ def same(a: Any, b: Any, rows: int) -> bool:
     return len(x) == len(y) and all(map(_close, x, y))
 
 
-def refuse_by_value(forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
-    """Run `forward` with other records in place of some; raise UnsupportedModelError if the rest notice."""
+def refuse_mixing(subject: Subject) -> tuple[set[Point], set[Point]]:
+    """Raise UnsupportedModelError if a record notices which others are there.
 
-    def outputs(take: torch.Tensor) -> list[torch.Tensor]:
-        return _by_record(run(forward, args, kwargs, take, rows), rows)
+    Returns the points at which that could have been seen, and all points that were compared. Both tests, with the
+    weights as they are and moved; see above. Random numbers and attributes are left as they were.
+    """
+    before = keeping.kept(subject.model)
+    try:
+        could, seen = _refuse_by_value(subject)
+        with shaken(subject.model):
+            could |= (_in_general(subject, _refuse_by_value) or _refuse_by_value(subject))[0]
+            _in_general(subject, _refuse_by_few_gradients)
+        return could, seen
+    finally:
+        keeping.take_away(subject.model, before)
 
-    as_it_is = torch.arange(rows)
-    whole, again = outputs(as_it_is), outputs(as_it_is)
-    if len(whole) != len(again) or not all(map(_close, whole, again)):
-        return
+
+def _in_general(subject: Subject, test: Callable[[Subject], _Found]) -> _Found | None:
+    """Return what `test` finds of the moved inputs, of a model; nothing where the model does not take them."""
+    if subject.step:
+        return test(subject)
+    try:
+        return test(subject.moved())
+    except UnsupportedModelError:
+        raise
+    except Exception:  # whatever it is: the inputs as they are were looked at, and are looked at again
+        return None
+
+
+def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
+    """Put other records in place of some; raise UnsupportedModelError if the rest notice, or anything is kept."""
+    rows, model = subject.rows, subject.model
+    as_it_is, before = torch.arange(rows), keeping.kept(model)
+    whole, after = subject.look(as_it_is), keeping.kept(model)
+    keeping.put_back(before, counts_only=True)
+    again = subject.look(as_it_is)
+    keeping.take_away(model, before)
+    if whole.keys() != again.keys() or not all(_close(whole[point], again[point]) for point in whole):
+        raise UnsupportedModelError(
+            "the same batch, with the same random numbers, gives something else the second time: the model keeps "
+            "something of the batches that it has seen, or its randomness cannot be repeated",
+            hint="Keep nothing of the records between forward passes (memory banks, running means); draw random "
+            "numbers from torch's, numpy's or Python's own generators.",
+        )
+    could: set[Point] = set()
     for kept in _splits(rows):
         (mine,) = torch.nonzero(kept, as_tuple=True)
         take = as_it_is.clone()
         take[~kept] = mine[torch.arange(rows - len(mine)) % len(mine)]
-        other = outputs(take)
-        if len(other) != len(whole) or not all(
-            _close(a[kept.to(a.device)], b[kept.to(b.device)]) for a, b in zip(whole, other, strict=True)
-        ):
-            raise _mixes()
+        other = subject.look(take)
+        _refuse_followers(after, keeping.kept(model))
+        keeping.take_away(model, before)
+        for point in whole.keys() & other.keys():
+            a, b, here = whole[point], other[point], kept.to(whole[point].device)
+            if not _close(a[here], b[here]):
+                raise _mixes()
+            numbers = ~here & (a.isfinite() & b.isfinite()).all(1)
+            if point not in could and not _close(a[numbers], b[numbers]):
+                could.add(point)
+    return could, set(whole)
 
 
-def refuse_inseparable(step: Callable[[Any], torch.Tensor], batch: Any, rows: int) -> bool:
+def _refuse_followers(after: dict[str, keeping.Kept], after_others: dict[str, keeping.Kept]) -> None:
+    for name in keeping.differing(after, after_others):
+        raise UnsupportedModelError(
+            f"attribute {name} of the model holds something of the records after a forward pass, which other batches "
+            "could use, and a copy of the model would publish",
+            hint="Keep nothing of the records in the model: no memory bank, no class centres, no statistics, no last "
+            "outputs. Return what the loop needs; log with self.log.",
+        )
+
+
+def _refuse_by_few_gradients(subject: Subject) -> None:
+    """Look at the gradients of some records, which differ if any do; raise UnsupportedModelError if they mix."""
+    take = few(subject.args, subject.kwargs, subject.rows)
+    try:
+        _refuse_by_gradients(subject, take)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # a model that takes none but whole batches
+        _refuse_by_gradients(subject, torch.arange(subject.rows))
+
+
+def _refuse_by_gradients(subject: Subject, take: torch.Tensor) -> None:
+    inputs: list[torch.Tensor] = []
+    layers: list[torch.Tensor] = []
+
+    def source(t: torch.Tensor) -> torch.Tensor:
+        if not t.is_floating_point() or subject.step:
+            return t
+        inputs.append(t.requires_grad_())
+        return inputs[-1].clone()  # which the model may change in place
+
+    subject.tell(len(take))
+    part = changed(taken((subject.args, subject.kwargs), take, subject.rows), source)
+    with (
+        same_random_numbers(part, subject.model),
+        watched(subject.layers, len(take), lambda _, t: layers.append(t) if t.is_floating_point() else None),
+    ):
+        output = subject.forward(*part[0], **part[1])
+    refuse_by_gradient(output, layers, inputs, len(take), layers_only=subject.step)
+
+
+def few(args: Any, kwargs: Any, rows: int) -> torch.Tensor:
+    """Return which records to look at where not all can be: the first, and those that differ from it before others."""
+    differs = torch.zeros(rows, dtype=torch.bool)
+    for t in tensors((args, kwargs)):
+        if len(t) == rows and t.numel() > 0:
+            differs |= (t != t[:1]).reshape(rows, -1).any(1).cpu()
+    order = torch.argsort((~differs[1:]).int(), stable=True) + 1
+    return torch.cat([torch.zeros(1, dtype=torch.int64), order])[:_FEW].sort().values
+
+
+def varying(points: set[Point], subject: Subject, forward: Callable[[], Any]) -> tuple[Any, set[Point]]:
+    """Return what `forward` returns, and at which of `points` its records' rows differed."""
+    found: set[Point] = set()
+
+    def see(point: Point, t: torch.Tensor) -> None:
+        if point in points and point not in found:
+            rows = t.detach().reshape(len(t), -1)
+            if not _close(rows, rows[:1].expand_as(rows)):
+                found.add(point)
+
+    names = {name for name, *_ in points}
+    with watched({n: layer for n, layer in subject.layers.items() if n in names}, subject.rows, see):
+        output = forward()
+    for place, t in enumerate(_by_record(output, subject.rows)):
+        see(("", "out", place, 0), t)
+    return output, found
+
+
+def refuse_inseparable(subject: Subject) -> bool:
     """Raise UnsupportedModelError unless the loss of a batch is the mean over its records of a loss of each alone.
 
-    step: returns a batch's loss, in evaluation mode now. Returns False if the loss is random, and so proves nothing.
+    subject: a step, which returns a batch's loss, of a model in evaluation mode now. It is looked at with the weights
+    as they are and moved away from zero. Returns False if the losses of all records are equal, and so nothing is
+    proved; of a loss that is random nothing can be, and True is returned.
     """
+    before = keeping.kept(subject.model)
+    try:
+        could = _refuse_by_losses(subject)
+        with shaken(subject.model):
+            moved_could = _refuse_by_losses(subject)
+            if moved_could is not None:
+                _refuse_by_shares(subject)
+        return bool(could or moved_could or could is None)
+    finally:
+        keeping.take_away(subject.model, before)
+
+
+def _seeded(subject: Subject, batch: Any, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    loss: torch.Tensor = subject.forward(batch)
+    return loss
+
+
+def _refuse_by_losses(subject: Subject) -> bool | None:
+    """Compare losses. Returns whether they could have differed; None if they are random."""
+    rows, (batch,) = subject.rows, subject.args
 
     def loss(take: torch.Tensor, seed: int = 0) -> float:
-        def seeded(part: Any) -> torch.Tensor:
-            torch.manual_seed(seed)
-            return step(part)
+        with same_random_numbers(batch, subject.model):
+            return float(run(lambda part: _seeded(subject, part, seed), (batch,), {}, take, rows))
 
-        return float(run(seeded, (batch,), {}, take, rows))
-
-    whole = loss(torch.arange(rows))
-    if not math.isfinite(whole) or abs(whole - loss(torch.arange(rows), seed=1)) > _RELATIVE * abs(whole):
+    whole, could = loss(torch.arange(rows)), False
+    if not math.isfinite(whole):
         return False
+    if abs(whole - loss(torch.arange(rows), seed=1)) > _RELATIVE * abs(whole):
+        return None
     for kept in _splits(rows):
-        parts = [torch.nonzero(part)[:, 0] for part in (kept, ~kept)]
-        shares = [len(part) / rows * loss(part) for part in parts]
+        mine, others = (loss(torch.nonzero(part)[:, 0]) for part in (kept, ~kept))
+        share = int(kept.sum()) / rows
+        shares = (share * mine, (1.0 - share) * others)
         if not abs(sum(shares) - whole) <= _RELATIVE * sum(map(abs, (*shares, whole))) + 1e-7:
-            raise UnsupportedModelError(
-                "the loss of a batch is not the mean over its records of a loss of each record alone, so one record "
-                "changes the gradients of others",
-                hint="Take means, not sums, over records; average over tokens within a record first; do not divide by "
-                "what depends on the batch, as class weights and ignore_index do; mix no records.",
+            raise _inseparable()
+        could = could or abs(mine - others) > 10 * _RELATIVE * abs(whole) + 1e-6
+    return could
+
+
+def _refuse_by_shares(subject: Subject) -> None:
+    """Compare the gradients at the layers' outputs of some records' mean loss with those of parts of them."""
+    (batch,) = subject.args
+    chosen = few(batch, {}, subject.rows)
+
+    def gradients(take: torch.Tensor) -> dict[Point, torch.Tensor]:
+        outs: dict[Point, torch.Tensor] = {}
+
+        def see(point: Point, t: torch.Tensor) -> None:
+            if point[1] == "out" and t.requires_grad and t.is_floating_point():
+                outs[point] = t
+
+        part = taken(batch, take, subject.rows)
+        with same_random_numbers(batch, subject.model), watched(subject.layers, len(take), see), torch.enable_grad():
+            loss = _seeded(subject, part)
+        if not (loss.requires_grad and outs):
+            return {}
+        found = torch.autograd.grad(loss, list(outs.values()), allow_unused=True)
+        return {
+            point: g.detach().reshape(len(g), -1) * len(take)
+            for point, g in zip(outs, found, strict=True)
+            if g is not None
+        }
+
+    whole = gradients(chosen)
+    for kept in _splits(len(chosen)):
+        part = gradients(chosen[kept])
+        for point in whole.keys() & part.keys():
+            mine, alone = whole[point][kept.to(whole[point].device)], part[point]
+            if mine.shape != alone.shape:
+                continue
+            numbers = (mine.isfinite() & alone.isfinite()).all(1)
+            scale = max(
+                (float(g[g.isfinite()].abs().max()) for g in (whole[point], alone) if bool(numbers.any())), default=0.0
             )
-    return True
+            if bool(((mine - alone)[numbers].abs() > 10 * _RELATIVE * scale + 1e-9).any()):
+                raise _inseparable()
+
+
+def _inseparable() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the loss of a batch is not the mean over its records of a loss of each record alone, so one record "
+        "changes the gradients of others",
+        hint="Take means, not sums, over records; average over tokens within a record first; do not divide by "
+        "what depends on the batch, as class weights and ignore_index do; mix no records.",
+    )
 
 
 def refuse_by_gradient(
@@ -211,6 +440,8 @@ def _by_record(output: Any, rows: int) -> list[torch.Tensor]:
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     relative = 1e-4 if a.dtype in (torch.float32, torch.float64) else 1e-2
     finite = a[a.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0

@@ -30,7 +30,7 @@ def releases(rows: int, noise: float) -> np.ndarray:
     """The gradient on `rows` equal records, each at the clipping norm 1, projected on their direction."""
     model = nn.Linear(4, 1, bias=False)
     private = with_per_sample_gradients(model)
-    private.checked = True
+    private.compared.update(model.parameters())
     optimizer = PrivateOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0),
         private,

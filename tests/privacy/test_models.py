@@ -204,6 +204,7 @@ def test_models_that_answer_in_mappings_and_sequences_pass() -> None:
             drop=nn.Dropout(0.5),
         )
         private = with_per_sample_gradients(model)
+        private.begin(len(tokens))
         private(tokens)
         assert private.unmixed
 
