@@ -18,9 +18,10 @@ The sums are float64 whichever way is taken: see :func:`weighted_sum`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -185,12 +186,10 @@ def added(parts: list[PerSample]) -> PerSample:
 
 
 def follows(layer: nn.Module) -> bool:
-    """Return whether :func:`linear`, :func:`convolution` or :func:`embedding` knows this layer."""
-    if type(layer) is nn.Conv2d:
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    """Return whether :func:`per_sample` knows this layer: linear, embedding, convolution with whatever padding."""
     if type(layer) is nn.Embedding:
         return not layer.scale_grad_by_freq and not layer.sparse and layer.max_norm is None
-    return type(layer) is nn.Linear
+    return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, PerSample]:
@@ -203,7 +202,7 @@ def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, 
     a, g = single(a), single(g)
     if isinstance(layer, nn.Embedding):
         return {"weight": _embedding(layer, a, g, scale)}
-    return _convolution(layer, a, g, scale) if isinstance(layer, nn.Conv2d) else _linear(a, g, scale)
+    return _linear(a, g, scale) if isinstance(layer, nn.Linear) else _convolution(layer, a, g, scale)
 
 
 def _linear(a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
@@ -212,11 +211,12 @@ def _linear(a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSamp
     return {"weight": _cheaper(outer), "bias": Dense(g.sum(1), scale)}
 
 
-def _convolution(layer: nn.Conv2d, a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
-    groups, height, width = layer.groups, *layer.kernel_size
-    a = F.pad(a, (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])) if any(layer.padding) else a  # type: ignore[arg-type]
+def _convolution(layer: Any, a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
+    """Return those of a convolution over one, two or three dimensions, once its input is padded as the layer does."""
+    groups, kernel = layer.groups, math.prod(layer.kernel_size)
+    a = _padded(layer, a)
     g = g.flatten(2)
-    positions, d, p = g.shape[2], a.shape[1] // groups * height * width, g.shape[1] // groups
+    positions, d, p = g.shape[2], a.shape[1] // groups * kernel, g.shape[1] // groups
 
     def factors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return _unfolded(layer, a[part], groups), g[part].reshape(-1, p, positions).mT
@@ -227,7 +227,17 @@ def _convolution(layer: nn.Conv2d, a: torch.Tensor, g: torch.Tensor, scale: floa
     return {"weight": _written(factors, len(a), groups, (positions, d, p), scale), "bias": bias}
 
 
-def _unfolded(layer: nn.Conv2d, a: torch.Tensor, groups: int) -> torch.Tensor:
+def _padded(layer: Any, a: torch.Tensor) -> torch.Tensor:
+    if layer.padding_mode != "zeros":
+        return F.pad(a, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    if isinstance(layer.padding, str):  # "same" may pad the two sides differently
+        sides = layer._reversed_padding_repeated_twice
+    else:
+        sides = [n for n in reversed(layer.padding) for _ in range(2)]
+    return F.pad(a, sides) if any(sides) else a
+
+
+def _unfolded(layer: Any, a: torch.Tensor, groups: int) -> torch.Tensor:
     """Return what each position of the output sees, shape (records * groups, positions, channels/group * kernel).
 
     Positions are innermost in memory: the copy is then of whole rows of the image.
@@ -236,9 +246,11 @@ def _unfolded(layer: nn.Conv2d, a: torch.Tensor, groups: int) -> torch.Tensor:
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
     ):
         a = a.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    records, channels, *rest = a.shape  # and positions (2), kernel (2)
-    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 2, 5, 6, 3, 4)
-    return a.reshape(records * groups, -1, rest[0] * rest[1]).mT
+    records, channels, *rest = a.shape  # and positions, kernel: of as many dimensions each
+    dims = len(rest) // 2
+    places, kernels = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 2, *kernels, *places)
+    return a.reshape(records * groups, -1, math.prod(rest[:dims])).mT
 
 
 def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale: float) -> PerSample:

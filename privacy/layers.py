@@ -2,8 +2,7 @@
 
 The substitutes have the same parameters, take the same arguments and give the same results, but for the last kind.
 
-`nn.LSTM`, `nn.GRU` and `nn.RNN` become stacks of Opacus' cells: in Opacus' own stacks dropout falls on the state that
-is handed from step to step, in torch's between the layers, and so it does here.
+`nn.LSTM`, `nn.GRU` and `nn.RNN`, and their cells, become those of :mod:`choral.privacy.recurrent`.
 `nn.MultiheadAttention` becomes :class:`Attention`: Opacus' takes neither the causal hint, nor a mask with
 `batch_first=True`, nor the float padding masks that `nn.TransformerEncoderLayer` makes. `nn.BatchNorm*` becomes
 `nn.GroupNorm`, which gives other results.
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
-from opacus.layers.dp_rnn import DPGRUCell, DPLSTMCell, DPRNNCell
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from choral.errors import ConfigError
 from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.recurrent import Cell, Recurrent
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -36,6 +34,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
 
     - `nn.LSTM`, `nn.GRU`, `nn.RNN`: equal results, bidirectional, stacked, with dropout and packed sequences, too.
       Not with `proj_size`. A Python loop over time: about three times slower.
+    - `nn.LSTMCell`, `nn.GRUCell`, `nn.RNNCell`: equal results, with a state or without.
     - `nn.MultiheadAttention`, also inside `nn.TransformerEncoderLayer` and its kin: equal results. Not with `kdim`,
       `vdim`, `add_bias_kv` or `add_zero_attn`. Layers around it still need `batch_first=True`.
     - `nn.BatchNorm*`: `nn.GroupNorm` with the same weights, and **other** results: a network trained with BatchNorm
@@ -51,7 +50,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in model.named_modules():  # each once, however often it is used
         make = _SUBSTITUTES.get(type(layer))
-        if make is None and isinstance(layer, nn.RNNBase | nn.MultiheadAttention | _BatchNorm):
+        if make is None and isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | _BatchNorm):
             raise _cannot(name, layer, "is not torch's own class", "Use torch's class, or put layers in its place.")
         if make is not None:
             _refuse_hooks(name, layer)
@@ -96,6 +95,16 @@ def refuse_unsupported(model: nn.Module) -> None:
                 f"layer {name or '(the model)'} is a {kind} with sparse gradients; noise makes every gradient dense",
                 hint="Set sparse=False.",
             )
+        if any(map(nn.parameter.is_lazy, layer._parameters.values())):
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} whose parameters have no shape yet",
+                hint="Call the model on one made-up record before wrap().",
+            )
+        for unsupported, instead in _INSTEAD.items():
+            if isinstance(layer, unsupported) and any(p.requires_grad for p in layer.parameters()):
+                raise UnsupportedModelError(
+                    f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients", hint=instead
+                )
         validator = ModuleValidator.VALIDATORS.get(type(layer))
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
             raise UnsupportedModelError(
@@ -103,7 +112,7 @@ def refuse_unsupported(model: nn.Module) -> None:
                 "without noise",
                 hint="Leave max_norm out.",
             )
-        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
                 hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
@@ -115,116 +124,6 @@ def refuse_unsupported(model: nn.Module) -> None:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
-
-
-class Recurrent(nn.Module):
-    """An `nn.LSTM`, `nn.GRU` or `nn.RNN` out of Opacus' cells, with its parameters, arguments and results.
-
-    A packed sequence is unpacked and its records run in their own order to their own ends: Opacus' layers keep the
-    gradients of a packed batch in the order of lengths, so that a record's gradient would be spread over two rows.
-    """
-
-    def __init__(self, plain: nn.RNNBase) -> None:
-        super().__init__()
-        self.mode, self.batch_first, self.bidirectional = plain.mode, plain.batch_first, plain.bidirectional
-        self.input_size, self.hidden_size, self.num_layers = plain.input_size, plain.hidden_size, plain.num_layers
-        self.directions = 2 if plain.bidirectional else 1
-        self.dropout = nn.Dropout(plain.dropout)
-        self.cells = nn.ModuleList()
-        self._places: dict[str, str] = {}  # of a parameter named as torch does
-        settings = {"nonlinearity": plain.nonlinearity} if isinstance(plain, nn.RNN) else {}
-        for number in range(plain.num_layers * self.directions):
-            layer, direction = divmod(number, self.directions)
-            size = plain.input_size if layer == 0 else self.directions * plain.hidden_size
-            with torch.device("meta"):  # no memory, no random numbers: the parameters come from `plain`
-                cell = _CELLS[type(plain)](size, plain.hidden_size, plain.bias, **settings)
-            for kind in ("weight", "bias") if plain.bias else ("weight",):
-                for part in ("ih", "hh"):
-                    name = f"{kind}_{part}_l{layer}{'_reverse' if direction else ''}"
-                    setattr(getattr(cell, part), kind, getattr(plain, name))
-                    self._places[name] = f"cells.{number}.{part}.{kind}"
-            self.cells.append(cell)
-        self.register_state_dict_post_hook(_save_plain_names)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_load_plain_names)  # type: ignore[no-untyped-call]
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Do as torch's layer does. Raises: UnsupportedModelError (a sequence without a batch dimension)."""
-        lengths = None
-        if isinstance(input, PackedSequence):
-            x, ends = pad_packed_sequence(input, batch_first=True)
-            lengths = ends.to(x.device)
-        elif input.ndim == 3:
-            x = input if self.batch_first else input.transpose(0, 1)
-        else:
-            raise UnsupportedModelError(
-                f"a recurrent layer was given shape {tuple(input.shape)}, expected three dimensions with a batch's",
-                hint="Use batch_first=True and shape (records, steps, features).",
-            )
-        if hx is None:
-            zeros = x.new_zeros(len(self.cells), len(x), self.hidden_size)
-            hx = (zeros, zeros) if self.mode == "LSTM" else zeros
-        last = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction in range(self.directions):
-                number = layer * self.directions + direction
-                state = tuple(h[number] for h in hx) if self.mode == "LSTM" else hx[number]
-                steps = _turned(x, lengths) if direction else x
-                output, state = _over_time(self.cells[number], steps, state, lengths)
-                outputs.append(_turned(output, lengths) if direction else output)
-                last.append(state)
-            x = torch.cat(outputs, -1)
-            if layer + 1 < self.num_layers:
-                x = self.dropout(x)
-        end = tuple(map(torch.stack, zip(*last, strict=True))) if self.mode == "LSTM" else torch.stack(last)
-        if isinstance(input, PackedSequence):
-            return _packed_like(input, x, ends), end
-        return x if self.batch_first else x.transpose(0, 1), end
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: there is no fused kernel to prepare for."""
-
-
-def _over_time(cell: nn.Module, x: torch.Tensor, state: Any, lengths: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-    """Run a cell over shape (records, steps, features); a record's state stays as it is from its end on."""
-    outputs = []
-    for t, step in enumerate(x.unbind(1)):
-        new = cell(step, state)
-        if lengths is not None:
-            alive = (t < lengths)[:, None]
-            pairs = zip(new, state, strict=True) if isinstance(new, tuple) else [(new, state)]
-            kept = tuple(torch.where(alive, a, b) for a, b in pairs)
-            new = kept if isinstance(new, tuple) else kept[0]
-        state = new
-        outputs.append(state[0] if isinstance(state, tuple) else state)
-    return torch.stack(outputs, 1), state
-
-
-def _turned(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Return the steps of each record in reverse, those behind its end in their places."""
-    if lengths is None:
-        return x.flip(1)
-    t = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    place = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
-    return x.gather(1, place[:, :, None].expand_as(x))
-
-
-def _packed_like(like: PackedSequence, x: torch.Tensor, lengths: torch.Tensor) -> PackedSequence:
-    order = like.sorted_indices
-    if order is not None:
-        x, lengths = x[order], lengths[order.to(lengths.device)]
-    return like._replace(data=pack_padded_sequence(x, lengths, batch_first=True).data)
-
-
-def _save_plain_names(layer: Recurrent, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for name, place in layer._places.items():
-        state[prefix + name] = state.pop(prefix + place)
-
-
-def _load_plain_names(layer: Recurrent, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, place in layer._places.items():
-        if prefix + name in state:
-            state[prefix + place] = state.pop(prefix + name)
 
 
 class Attention(nn.Module):
@@ -358,9 +257,14 @@ def _cannot(name: str, layer: nn.Module, why: str, hint: str) -> UnsupportedMode
     return UnsupportedModelError(f"layer {name or '(the model)'}, a {kind}, {why}: it cannot be replaced", hint=hint)
 
 
-_CELLS: dict[type[nn.RNNBase], Any] = {nn.LSTM: DPLSTMCell, nn.GRU: DPGRUCell, nn.RNN: DPRNNCell}
+_INSTEAD: dict[type[nn.Module], str] = {
+    nn.EmbeddingBag: "Use nn.Embedding and .mean(1), .sum(1) or .amax(1) of its output, with a mask for padding.",
+    nn.Bilinear: "Use an nn.Linear of the outer product, (x[:, :, None] * y[:, None, :]).flatten(1), of the same size.",
+    nn.AdaptiveLogSoftmaxWithLoss: "It gives each cluster the records of its labels alone: use an nn.Linear instead.",
+}
 _SUBSTITUTES: dict[type[nn.Module], Callable[[str, Any], nn.Module]] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), _recurrent),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), lambda _, plain: Cell(plain)),
     nn.MultiheadAttention: _attention,
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _group_norm),
 }

@@ -32,9 +32,9 @@ from choral.privacy.precision import full_precision
 from choral.privacy.watching import Point
 
 _OPACUS_RULES: dict[type[nn.Module], Any] = {
-    kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv2d, nn.Embedding)
+    kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 }
-_BY_OPACUS_RULE = (nn.Conv1d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm)  # whose input is one tensor
+_BY_OPACUS_RULE = (nn.LayerNorm, nn.GroupNorm)  # whose input is one tensor
 
 _PAIRS = 8  # batches of two records that show as much as one of more
 _TRIES = 3  # times that a point whose rows differ is looked at again, where it shows nothing all the same

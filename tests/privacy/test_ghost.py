@@ -102,6 +102,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
     "groups": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1)), images(4, 7, 6)),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), images(4, 6, 6)),
     "padding by name": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding="same")), images(2, 5, 5)),
+    **{
+        f"padding by {mode}, {dims} dimensions": (
+            lambda mode=mode, kind=kind, dims=dims: nn.Sequential(
+                kind(4, 2, 3, padding=(2, 1, 2)[:dims], stride=2, groups=2 if dims == 2 else 1, padding_mode=mode)
+            ),
+            images(4, *(5, 4, 6)[:dims]),
+        )
+        for mode in ("circular", "reflect", "replicate")
+        for dims, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1)
+    },
+    "padding by name on uneven sides": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, (2, 3, 4), padding="same", padding_mode="circular")),
+        images(2, 4, 5, 6),
+    ),
+    "three dimensions": (
+        lambda: nn.Sequential(nn.Conv3d(2, 4, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 2), groups=2)),
+        images(2, 4, 5, 3),
+    ),
     "one dimension": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.GroupNorm(1, 3)), images(2, 8)),
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), images(3, 4)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), tokens),

@@ -74,6 +74,57 @@ def test_the_rectifier_is_kept() -> None:
     hold_equal(nn.RNN(6, 4, nonlinearity="relu", batch_first=True), lambda layer: layer(SEQUENCES))
 
 
+CELLS = {
+    "LSTMCell": lambda **s: nn.LSTMCell(6, 4, **s),
+    "GRUCell": lambda **s: nn.GRUCell(6, 4, **s),
+    "RNNCell": lambda **s: nn.RNNCell(6, 4, **s),
+    "RNNCell, rectified": lambda **s: nn.RNNCell(6, 4, nonlinearity="relu", **s),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_give_equal_results_with_and_without_a_state(name: str, bias: bool) -> None:
+    plain, start = CELLS[name](bias=bias), torch.randn(5, 4)
+    state = (start, 2 * start) if name == "LSTMCell" else start
+
+    def steps(layer: nn.Module) -> Any:
+        h = None
+        for t in range(3):
+            h = layer(SEQUENCES[:, t], h)
+        return h
+
+    hold_equal(copy.deepcopy(plain), lambda layer: layer(SEQUENCES[:, 0], state))
+    hold_equal(copy.deepcopy(plain), lambda layer: layer(input=SEQUENCES[:, 0], hx=state))
+    replaced = hold_equal(copy.deepcopy(plain), steps)
+    assert set(replaced.state_dict()) == set(plain.state_dict())
+    plain.load_state_dict(replaced.state_dict())
+    replaced.load_state_dict(plain.state_dict())
+    with pytest.raises(UnsupportedModelError, match="expected \\(records, features\\)"):
+        replaced(SEQUENCES[0, 0])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_have_the_gradients_of_single_records(name: str) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = CELLS[name](), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h: Any = None
+            for step in x.unbind(1):
+                h = self.cell(step, h)
+            return self.head(h[0] if isinstance(h, tuple) else h)
+
+    model = replace_layers(Reads())
+    alone = [torch.autograd.grad(model(x[None]).square().sum(), list(model.parameters())) for x in SEQUENCES]
+    private = with_per_sample_gradients(model)
+    private(SEQUENCES).square().sum(1).mean().backward()
+    for place, p in enumerate(model.parameters()):
+        torch.testing.assert_close(private.per_sample(p), torch.stack([g[place] for g in alone]), rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_falls_between_the_layers() -> None:
     """Not on the last layer's output, nor on the state handed on in time, as in Opacus' layers: against a loop."""
     plain = nn.LSTM(6, 4, num_layers=2, dropout=0.5, batch_first=True)

@@ -58,7 +58,13 @@ def test_batchnorm_is_refused_even_in_eval_or_without_weights(layer: nn.Module) 
     assert "accuracy" in caught.value.hint
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(6, 6), nn.GRU(6, 6), nn.RNN(6, 6), nn.MultiheadAttention(6, 2)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.LSTM(6, 6), nn.GRU(6, 6), nn.RNN(6, 6), nn.MultiheadAttention(6, 2)),
+        *(nn.LSTMCell(6, 6), nn.GRUCell(6, 6), nn.RNNCell(6, 6)),
+    ],
+)
 def test_layers_without_per_sample_gradients_are_refused_with_a_replacement(layer: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match=f"layer 0 is a {type(layer).__name__}") as caught:
         with_per_sample_gradients(nn.Sequential(layer))
