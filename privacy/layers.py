@@ -100,11 +100,6 @@ def refuse_unsupported(model: nn.Module) -> None:
                 f"layer {name or '(the model)'} is a {kind} whose parameters have no shape yet",
                 hint="Call the model on one made-up record before wrap().",
             )
-        for unsupported, instead in _INSTEAD.items():
-            if isinstance(layer, unsupported) and any(p.requires_grad for p in layer.parameters()):
-                raise UnsupportedModelError(
-                    f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients", hint=instead
-                )
         validator = ModuleValidator.VALIDATORS.get(type(layer))
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
             raise UnsupportedModelError(
@@ -112,6 +107,11 @@ def refuse_unsupported(model: nn.Module) -> None:
                 "without noise",
                 hint="Leave max_norm out.",
             )
+        for unsupported, instead in _INSTEAD.items():
+            if isinstance(layer, unsupported) and any(p.requires_grad for p in layer.parameters()):
+                raise UnsupportedModelError(
+                    f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients", hint=instead
+                )
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
