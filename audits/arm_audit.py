@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.accountants import accountants_check, accountants_of, participation_checks, participation_of
-from choral.audits.budgets import budget_checks, holder_budgets, unverifiable
+from choral.audits.budgets import budget_checks, holder_budgets, of_run, unverifiable
 from choral.audits.evidence import Probe, ScoreAudit
 from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report import ArmAudit, Check, HolderBudget
-from choral.audits.seen import SeenAudit, seen_audit, transcript_gone
+from choral.audits.seen import CHAINED, SeenAudit, seen_audit, transcript_gone
 
 if TYPE_CHECKING:
     from choral.trainers.run import Run
@@ -22,17 +22,15 @@ Rows = Callable[["Run"], tuple[HolderBudget, ...]]
 def ledger_rows() -> Rows:
     """A function from a run to its holders' budgets, which reads and recomputes each run's ledgers once.
 
-    A ledger that does not verify makes a row that is violated, instead of an error: the other arms are reported.
+    Ledgers that do not verify make a row that is violated, instead of an error: the other arms are reported.
     """
     known: dict[int, tuple[HolderBudget, ...]] = {}
 
     def rows(run: Run) -> tuple[HolderBudget, ...]:
         if id(run) not in known:
-            from choral.privacy import LedgerError
-
             try:
                 known[id(run)] = holder_budgets(run)
-            except LedgerError as error:
+            except Exception as error:  # whatever is wrong with one run's ledgers, the others' are read
                 known[id(run)] = (unverifiable(run, error),)
         return known[id(run)]
 
@@ -75,6 +73,31 @@ def arm_audit(
     )
 
 
+def audited(
+    runs: Sequence[Run],
+    rows: Rows,
+    *,
+    attacks: Sequence[ScoreAudit] = (),
+    probe: Probe | None = None,
+    failed: str = "",
+) -> ArmAudit:
+    """The same, and of an audit that breaks off a verdict all the same: the arm is unverified, others are reported."""
+    try:
+        return arm_audit(runs, rows, attacks=attacks, probe=probe, failed=failed)
+    except Exception as error:  # a damaged file of any kind, or a defect here: never the end of the comparison
+        said = next((of_run(run, error) for run in runs if str(run.folder) in str(error)), of_run(runs[0], error))
+        check = Check(name="The audit was carried out", verdict="unverified", finding=f"{said}.")
+        return ArmAudit(
+            verdict="unverified",
+            sentence="The audit of this arm broke off, so nothing is known of what it claims.",
+            runs=len(runs),
+            checks=(check, *evidence_checks(attacks, probe, None)),
+            attacks=tuple(attacks),
+            probe=probe,
+            not_run=not_run(attacks, probe, None, None),
+        )
+
+
 def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
     said = "No differential privacy is promised; of what else is claimed, nothing was found violated."
     for attack in attacks:
@@ -90,16 +113,23 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
 def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenAudit | None]:
     """What ``audit`` checks in the run; of a run whose ledgers do not verify, all that does not need them."""
     from choral.privacy import LedgerError
+    from choral.trainers.run import RunFolderError
 
-    seen = seen_audit(run)
     checks = list(budget_checks(run, rows))
+    seen: SeenAudit | None = None
+    try:
+        seen = seen_audit(run)
+    except RunFolderError as error:
+        checks.append(Check(name=CHAINED, verdict="violated", finding=f"{of_run(run, error)}."))
+    else:
+        checks += transcript_gone(run) if seen is None else seen.checks
     try:
         checks += accountants_check(accountants_of(run))
         checks += participation_checks(run, participation_of(run))
     except LedgerError:
         if not any(row.verdict == "violated" for row in rows):
             raise
-    return checks + list(seen.checks if seen else transcript_gone(run)), seen
+    return checks, seen
 
 
 def _merged(found: Sequence[tuple[int, list[Check]]]) -> list[Check]:

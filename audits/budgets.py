@@ -10,10 +10,10 @@ from urllib.parse import quote
 from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
+from choral.errors import ChoralError
 from choral.privacy.events import RELATIONS, relation_of, stated
 
 if TYPE_CHECKING:
-    from choral.privacy import LedgerError
     from choral.privacy.spent import Spent
     from choral.trainers.run import Run
 
@@ -29,12 +29,16 @@ def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
     return tuple(_holder_budget(run, name) for name in holders_of(run))
 
 
-def unverifiable(run: Run, error: LedgerError) -> HolderBudget:
+def of_run(run: Run, error: Exception) -> str:
+    """What an error says, for a report: without the path to the run's folder; of other libraries' the kind alone."""
+    if not isinstance(error, ChoralError | OSError):
+        return type(error).__name__
+    return str(error) if run.folder is None else str(error).replace(str(run.folder), short_path(run.folder))
+
+
+def unverifiable(run: Run, error: Exception) -> HolderBudget:
     """A row for the ledgers of a run of which one is damaged, edited, or another's: no promise rests on them."""
     privacy = run.info.privacy or {}
-    said = str(error)
-    if run.folder is not None:
-        said = said.replace(str(run.folder), short_path(run.folder))
     return HolderBudget(
         holder="its ledgers",
         promised=float(privacy["epsilon"]),
@@ -43,7 +47,7 @@ def unverifiable(run: Run, error: LedgerError) -> HolderBudget:
         delta=float(privacy["delta"]),
         steps=0,
         verdict="violated",
-        finding=f"a ledger does not verify, so that nothing proves what was spent: {said}",
+        finding=f"a ledger does not verify, so that nothing proves what was spent: {of_run(run, error)}",
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
-from choral.audits.arm_audit import arm_audit, ledger_rows
+from choral.audits.arm_audit import audited, ledger_rows
 from choral.audits.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.checks import comparison_checks, weights_match
 from choral.audits.claims import caveats, merged_versions, units_of
@@ -25,6 +25,7 @@ from choral.audits.report import (
     Arm,
     BudgetCurve,
     Check,
+    FailedRuns,
     NotRun,
     Reference,
     WeightsMatch,
@@ -46,9 +47,9 @@ class Comparison(
     """What :func:`compare` found. JSON holds exactly these fields, and HTML is drawn from them alone.
 
     metric: which evaluation arms are judged by. baseline: the arm that differences are to. references: levels to hold
-    metrics against. made: when, in UTC. level: of every interval. matches: final weights under different secure sums,
-    per seed. costs: rounds, bytes, seconds, energy and money, with the prices used; None where the runs did not record
-    what they need.
+    metrics against. made: when, in UTC. level: of every interval. failed: what was to be compared and could not be
+    trained. matches: final weights under different secure sums, per seed. costs: rounds, bytes, seconds, energy and
+    money, with the prices used; None where the runs did not record what they need.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -60,6 +61,7 @@ class Comparison(
     references: tuple[Reference, ...] = ()
     level: float = 0.95
     arms: tuple[Arm, ...]
+    failed: tuple[FailedRuns, ...] = ()
     budgets: tuple[BudgetCurve, ...] = ()
     checks: tuple[Check, ...]
     matches: tuple[WeightsMatch, ...] = ()
@@ -70,9 +72,12 @@ class Comparison(
 
     @property
     def exit_code(self) -> int:
-        """1 if any check is violated, or the evidence for some arm does not hold, as :class:`Audit` has it; else 0."""
-        violated = any(check.verdict == "violated" for check in self.checks)
-        return int(violated or any(arm.audit is not None and arm.audit.verdict != "holds" for arm in self.arms))
+        """1 if any check is violated, in an arm or between them; else 2 if anything failed; else 1 if the evidence for
+        some arm is not verified, as :class:`Audit` has it; else 0."""
+        verdicts = [arm.audit.verdict for arm in self.arms if arm.audit is not None]
+        if "violated" in verdicts or any(check.verdict == "violated" for check in self.checks):
+            return 1
+        return 2 if self.failed else int("unverified" in verdicts)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -118,6 +123,7 @@ def compare(
     attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
     probes: Mapping[str, Probe] | None = None,
     failed: Mapping[str, str] | None = None,
+    not_trained: Sequence[FailedRuns] = (),
 ) -> Comparison:
     """Compare arms, each one run or several that differ in their seed.
 
@@ -132,9 +138,10 @@ def compare(
     prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
     attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
         -> why an attack on it could not be carried out, which leaves the arm unverified.
+    not_trained: arms, or runs of them, that were to be compared and failed; they are rows with a reason.
 
-    Every run in ``arms`` is audited as :func:`choral.audits.audit` does, except that a ledger that does not verify
-    makes its arm violated instead of raising.
+    Every run in ``arms`` is audited as :func:`choral.audits.audit` does, except that a ledger or transcript that does
+    not verify makes its arm violated instead of raising, and an audit that breaks off leaves its arm unverified.
 
     Intervals are Student's at 95 %, over seeds; differences are paired by seed where the seeds are the same.
 
@@ -158,7 +165,7 @@ def compare(
                 arm_of(name, runs, metric, also),
                 difference=difference_of(runs, other, base, metric) if other else None,
                 fairness=fairness_of(name, runs, other, base, of_parties),
-                audit=arm_audit(
+                audit=audited(
                     runs,
                     books,
                     attacks=(attacks or {}).get(name, ()),
@@ -178,6 +185,7 @@ def compare(
         baseline=base,
         references=levels,
         arms=tuple(rows),
+        failed=tuple(not_trained),
         budgets=curves,
         checks=checks,
         matches=matches,

@@ -58,6 +58,8 @@ def comparison_markdown(report: Comparison) -> str:
         )
         for arm in report.arms
     ]
+    blank = [""] * (len(report.metrics) + 4)
+    rows += [(_safe(each.arm), "failed", *blank) for each in report.failed if not each.left]
     costs = (f"against {_safe(report.baseline)}", "ε", "bytes per party", "time", "money")
     heads = ("arm", *map(_safe, report.metrics), *costs)
     seeds = sorted({len(arm.seeds) for arm in report.arms})
@@ -66,6 +68,10 @@ def comparison_markdown(report: Comparison) -> str:
         _table(heads, rows),
         f"± is a 95 % Student-t interval over {' or '.join(map(str, seeds))} seeds. Money is modelled with list prices"
         " and assumptions.",
+        "\n\n".join(
+            f"**{_safe(each.arm)} failed** ({_safe('; '.join(each.runs))}). {_safe(each.reason)}."
+            for each in report.failed
+        ),
         _fairness(report),
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
         "### Evidence",

@@ -234,6 +234,18 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return next((other for other in self.more if other.metric == metric), mine)
 
 
+class FailedRuns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Runs of an arm that could not be trained or read. reason: of the first of them, without data values.
+
+    runs: what failed, by seed and budget. left: runs of the arm that are reported; without any it is not in ``arms``.
+    """
+
+    arm: str
+    reason: str
+    runs: tuple[str, ...]
+    left: int
+
+
 class BudgetPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The metric at one budget. asked: the epsilon promised; spent: the worst holder's over all seeds."""
 

@@ -113,7 +113,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
     )
 
 
-_CHAINED = "The transcript is as it was written"
+CHAINED = "The transcript is as it was written"
 
 
 def transcript_gone(run: Run) -> tuple[Check, ...]:
@@ -121,7 +121,7 @@ def transcript_gone(run: Run) -> tuple[Check, ...]:
     if run.info.transcript is None:
         return ()
     finding = f"run.json tells of one of {run.info.transcript.entries:,} entries, which is not in the run's folder."
-    return (Check(name=_CHAINED, verdict="unverified", finding=finding),)
+    return (Check(name=CHAINED, verdict="unverified", finding=finding),)
 
 
 def _chained(run: Run, recorded: Recorded) -> Check:
@@ -132,15 +132,15 @@ def _chained(run: Run, recorded: Recorded) -> Check:
         recorded.check(sealed, run.history[-1].round)
     if head is None:
         finding = "It is of version 1, which had no chain of hashes: an edit of it could not be found."
-        return Check(name=_CHAINED, verdict="unverified", finding=finding)
+        return Check(name=CHAINED, verdict="unverified", finding=finding)
     if sealed is None:
         finding = "run.json holds no head of its chain of hashes: that its end was cut off could not be found."
-        return Check(name=_CHAINED, verdict="unverified", finding=finding)
+        return Check(name=CHAINED, verdict="unverified", finding=finding)
     finding = (
         f"{len(recorded.entries):,} entries in one chain of hashes, through the head in run.json. It ends in {head}:"
         " compare that with a copy kept elsewhere, since whoever writes the folder can write another chain."
     )
-    return Check(name=_CHAINED, verdict="holds", finding=finding)
+    return Check(name=CHAINED, verdict="holds", finding=finding)
 
 
 def _sessions(recorded: Recorded) -> list[_Session]:

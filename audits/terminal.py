@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.findings import said
@@ -15,30 +16,61 @@ if TYPE_CHECKING:
     from choral.audits.report import Arm, Claim
     from choral.audits.run_audit import Audit
 
+_GAP = 2  # between columns
 _MARKS = {"holds": "ok", "violated": "VIOLATED", "unverified": "unverified"}
 
 
 def print_comparison(report: Comparison, console: Console | None = None) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
-    table.add_column("arm", overflow="fold")
-    for heading in (*report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time"):
-        table.add_column(Text(heading), justify="right")
-    for arm in report.arms:
-        table.add_row(*(Text(cell) for cell in (arm.name, *_cells(arm, report.metric))))
     console.print(Text(report.title, style="bold"))
-    console.print(table)
+    headings = ("arm", *report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time")
+    rows = [(arm.name, *_cells(arm, report.metric)) for arm in report.arms]
+    rows += [(each.arm, "failed", *[""] * (len(headings) - 2)) for each in report.failed if not each.left]
+    _print_table(headings, rows, console)
+    for each in report.failed:
+        what = "" if not each.left and len(each.runs) == 1 else f" ({', '.join(each.runs)})"
+        console.print(Text.assemble(("FAILED  ", "bold red"), f"{each.arm}{what}. ", (f"{each.reason}.", "dim")))
     console.print(Text(legend(report), style="dim"))
     _print_fairness(report, console)
     for check in report.checks:
         _print_check(check, console)
     for arm in report.arms:
         _print_evidence(arm, console)
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """A table in which no name or number is broken: columns that do not fit stand in further tables below it.
+
+    The first column, of names, is repeated there. Where even one column does not fit beside it, each row is a list.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    if len(widths) > 1 and widths[0] + _GAP + max(widths[1:]) > console.width:
+        for name, *cells in rows:
+            console.print(Text(name), soft_wrap=True)
+            for heading, cell in zip(headings[1:], cells, strict=True):
+                console.print(Text(f"  {heading}: {cell or '-'}"), soft_wrap=True)
+        return
+    parts: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if parts[-1] and widths[0] + sum(widths[c] + _GAP for c in [*parts[-1], column]) > console.width:
+            parts.append([])
+        parts[-1].append(column)
+    for shown in parts:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table.add_column(headings[0], no_wrap=True)
+        for column in shown:
+            table.add_column(Text(headings[column]), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(row[column]) for column in (0, *shown)))
+        console.print(table)
 
 
 def _print_evidence(arm: Arm, console: Console) -> None:
@@ -110,9 +142,7 @@ def legend(report: Comparison) -> str:
 
 
 def print_audit(report: Audit, console: Console | None = None) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
@@ -120,14 +150,11 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     console.print(Text(report.sentence))
     console.print(Text(report.claim))
     if report.budgets:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        table.add_column("data holder", overflow="fold")
-        for heading in ("promised", "claimed", "from ledger", "verdict"):
-            table.add_column(heading, justify="right")
+        rows = []
         for row in report.budgets:
             numbers = (f"{value:.4g}" if value is not None else "-" for value in (row.claimed, row.recomputed))
-            table.add_row(*map(Text, (row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict])))
-        console.print(table)
+            rows.append((row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict]))
+        _print_table(("data holder", "promised", "claimed", "from ledger", "verdict"), rows, console)
     for check in report.checks:
         _print_check(check, console)
     for attack in report.attacks:

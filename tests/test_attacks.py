@@ -10,7 +10,6 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral import attacks, jobs
 from choral.attacks import attempt_file, evidence_of, one_run
-from choral.errors import ConfigError
 from choral.settings import Arm, AuditSettings, Settings, Tune
 from choral.trainers.settings import Split, Training
 
@@ -103,7 +102,12 @@ def test_an_attempt_that_says_nothing_is_not_taken_for_none(tmp_path, content):
         file = attempt_file(SETTINGS, name, tmp_path)
         file.parent.mkdir(exist_ok=True)
         file.write_text('{"failed": "The records are texts."}')
-    assert evidence_of(SETTINGS, tmp_path)["failed"] == dict.fromkeys(SETTINGS.arms, "The records are texts.")
+    arms = list(SETTINGS.arms)
+    assert evidence_of(SETTINGS, arms, tmp_path)["failed"] == dict.fromkeys(arms, "The records are texts.")
     file.write_text(content)
-    with pytest.raises(ConfigError, match="is damaged"):
-        evidence_of(SETTINGS, tmp_path)
+    found = evidence_of(SETTINGS, arms, tmp_path)
+    assert found["attacks"] == {}
+    assert f"{file.name} is damaged" in found["failed"].pop(arms[-1])
+    assert found["failed"] == dict.fromkeys(arms[:-1], "The records are texts.")
+    file.unlink()
+    assert evidence_of(SETTINGS, arms, tmp_path)["failed"][arms[-1]] == "It was not made."

@@ -276,7 +276,6 @@ def test_top_level(capsys):
         (SMALL.replace("alpha = 2.0", "alpha = 0"), "alpha > 0", ""),
         (SMALL.replace("parties = 3\nalpha = 2.0", "parties = 9\nalpha = 0.001"), "has 1 class", "alpha"),
         (SMALL.replace("rounds = 3", "rounds = 0"), "training.rounds >= 1", ""),
-        (SMALL.replace("batch_size = 64", "batch_size = 64\nlearning_rate = 1e30"), "", ""),
         (SMALL.replace("rounds = 3", 'rounds = 3\nprecision = "fp16"'), "training.precision", ""),
         (
             SMALL.replace("rounds = 3", "rounds = 3\ncompile = true"),

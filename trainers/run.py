@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
 from choral.privacy import Spent
 from choral.privacy.chain import UnreadableError, as_json, encoded
@@ -450,12 +451,7 @@ _SAME = "use the same settings, or a new --out"
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
     fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning")
-    _compare(old, new, (*fields, *_COMPUTED, "participation"))
-    for key in sorted((old.config.keys() | new.config.keys()) - _SHARED_KEYS):
-        if old.config.get(key) != new.config.get(key):
-            raise ConfigError(
-                f"cannot resume: {key} was {old.config.get(key)}, now it is {new.config.get(key)}", hint=_SAME
-            )
+    _compare(old, new, (*fields, *_COMPUTED, "participation"), {*old.config, *new.config} - _SHARED_KEYS)
 
 
 def check_complete(old: RunInfo, new: RunInfo) -> None:
@@ -466,8 +462,10 @@ def check_complete(old: RunInfo, new: RunInfo) -> None:
         raise ConfigError("cannot resume with another secure sum", hint=_SAME)
 
 
-def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        was, now = getattr(old, field), getattr(new, field)
-        if was != now:
-            raise ConfigError(f"cannot resume: {field} was {was}, now it is {now}", hint=_SAME)
+def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...], settings: Iterable[str] = ()) -> None:
+    plain = ({name: msgspec.to_builtins(getattr(info, name)) for name in fields} for info in (old, new))
+    was, now = plain
+    changed = [each for name in fields for each in differences(was[name], now[name], name)]
+    changed += [each for key in sorted(settings) for each in differences(old.config.get(key), new.config.get(key), key)]
+    if changed:
+        raise ConfigError(f"cannot resume: {in_short(list(dict.fromkeys(changed)))}", hint=_SAME)

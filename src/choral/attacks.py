@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -11,7 +12,8 @@ from urllib.parse import quote
 import msgspec
 
 from choral.audits.evidence import Probe, ScoreAudit
-from choral.errors import ChoralError, ConfigError
+from choral.errors import ConfigError
+from choral.failures import failure_of
 from choral.jobs import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
 from choral.settings import Arm, Settings
 
@@ -37,30 +39,48 @@ def attempt_file(settings: Settings, name: str, out: Path) -> Path:
     return out / "evidence" / f"{quote(name, safe='')}-{settings.audit.canaries}-canaries.json"
 
 
+def evidence_files(name: str, out: Path) -> list[Path]:
+    """What came of all attacks on an arm, by any number of canaries."""
+    own = re.compile(re.escape(quote(name, safe="")) + r"-[0-9]+-canaries\.json")
+    return [file for file in (out / "evidence").glob("*.json") if own.fullmatch(file.name)]
+
+
 def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Callable[[Round], None]) -> None:
-    """Attack one arm and keep what came of it; what is there already is not done again. run: as for `one_run`."""
+    """Attack one arm and keep what came of it. A result that is there already, or a damaged file, is left as it is; an
+    attack that failed is tried again. run: as for `one_run`.
+    """
     from choral.trainers.run import replace_file
 
     file = attempt_file(settings, name, out)
-    if file.is_file():
+    if file.is_file() and not (isinstance(before := _kept(file), Attempt) and before.failed):
         return
     try:
         made = Attempt(result=one_run(settings, name, on_round, run=run))
-    except ChoralError as error:
-        made = Attempt(failed=f"{error}.")
+    except (Exception, SystemExit) as error:  # of the user's code, too; the arm's own runs do not depend on it
+        made = Attempt(failed=f"{failure_of(error).reason}.")
     file.parent.mkdir(exist_ok=True)
     replace_file(file, msgspec.json.encode(made))
 
 
 def read_attempt(settings: Settings, name: str, out: Path) -> Attempt:
-    """Raises: ConfigError for a file that is damaged, or holds neither a result nor why there is none."""
+    """What came of an attack. A file that is missing, or damaged (it may be an edit), counts as a failed attack."""
     file = attempt_file(settings, name, out)
+    if not file.is_file():
+        return Attempt(failed="It was not made.")
+    found = _kept(file)
+    if isinstance(found, Attempt):
+        return found
+    return Attempt(failed=f"{file.name} is damaged: {found}. Once it is deleted, --resume makes the attack again.")
+
+
+def _kept(file: Path) -> Attempt | str:
+    """What the file holds, or why it cannot be read."""
     try:
         found = msgspec.json.decode(file.read_bytes(), type=Attempt)
-        if (found.result is None) == (not found.failed):
-            raise msgspec.ValidationError("expected either a result, or why there is none")
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"{file} is damaged: {error}", hint="delete it, and --resume makes it again") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        return str(error)
+    if (found.result is None) == (not found.failed):
+        return "expected either a result, or why there is none"
     return found
 
 
@@ -103,21 +123,35 @@ def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | N
     )
 
 
-def probes_of(settings: Settings) -> dict[str, Probe]:
-    """A probe of each arm's record-level promise, if asked for; arms with the same promise share one."""
+def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe], dict[str, str]]:
+    """A probe of each arm's record-level promise, if asked for, and of which arms there is none and why.
+
+    Arms with the same promise share one.
+    """
     from choral.audits.probing import probe
     from choral.privacy import Privacy
 
-    made: dict[Any, Probe] = {}
+    made: dict[Any, Probe | str] = {}
     found: dict[str, Probe] = {}
-    for name, arm in settings.arms.items():
+    failed: dict[str, str] = {}
+    for name in names:
+        arm = settings.arms[name]
         if not (settings.audit.probe and arm.private):
             continue
         promise = privacy_of(settings, arm, settings.privacy.epsilon)
-        if isinstance(promise, Privacy):
-            key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs)
-            found[name] = made[key] if key in made else made.setdefault(key, probe(promise))
-    return found
+        if not isinstance(promise, Privacy):
+            continue
+        key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs)
+        if key not in made:
+            try:
+                made[key] = probe(promise)
+            except Exception as error:  # the arm is unverified then, and the others are reported
+                made[key] = f"Probe: {failure_of(error).reason}."
+        if isinstance(one := made[key], str):
+            failed[name] = one
+        else:
+            found[name] = one
+    return found, failed
 
 
 def _kind_of_records(task: Task) -> tuple[tuple[int, ...], int]:
@@ -154,11 +188,15 @@ def _with_records(dataset: Any, more: list[tuple[torch.Tensor, torch.Tensor]]) -
     return ConcatDataset([dataset, TensorDataset(features, labels)])
 
 
-def evidence_of(settings: Settings, out: Path) -> dict[str, Any]:
-    """The arguments attacks, probes and failed of ``compare``."""
-    found = {name: read_attempt(settings, name, out) for name, arm in settings.arms.items() if attacked(settings, arm)}
+def evidence_of(settings: Settings, names: Sequence[str], out: Path) -> dict[str, Any]:
+    """The arguments attacks, probes and failed of ``compare``, of the arms that it is given."""
+    found = {name: read_attempt(settings, name, out) for name in names if attacked(settings, settings.arms[name])}
+    probes, unprobed = probes_of(settings, names)
+    failed = {name: each.failed for name, each in found.items() if each.failed}
+    for name, reason in unprobed.items():
+        failed[name] = f"{failed[name]} {reason}" if name in failed else reason
     return {
         "attacks": {name: [each.result] for name, each in found.items() if each.result is not None},
-        "failed": {name: each.failed for name, each in found.items() if each.failed},
-        "probes": probes_of(settings),
+        "failed": failed,
+        "probes": probes,
     }

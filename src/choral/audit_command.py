@@ -101,17 +101,17 @@ def audit(words: list[str]) -> int:
     if wanted.markdown is not None and wanted.markdown.suffix != ".md":
         raise ConfigError(f"the summary is Markdown, not {wanted.markdown.name!r}", hint="end its name in .md")
     result = _report(wanted)
+    if not wanted.quiet:
+        result.print()  # first: a folder that cannot be written to must not hide the verdict
     folder = wanted.out or wanted.run
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         result.save(folder / "report.json")
         result.save(folder / "report.html")
+        if not wanted.quiet:
+            print(f"report: {folder / 'report.html'}")
     if wanted.markdown is not None:
         result.save(wanted.markdown)
-    if not wanted.quiet:
-        result.print()
-        if folder is not None:
-            print(f"report: {folder / 'report.html'}")
     return result.exit_code
 
 

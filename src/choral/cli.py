@@ -1,24 +1,29 @@
 """The command line: ``choral compare | train | audit | export | budget``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
-2 wrong usage, bad input, or a run that had to stop. Ctrl-C ends with 130 and keeps every completed round.
+2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
+every completed round.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
 import tyro
 
-from choral.errors import ChoralError, ConfigError
+from choral.errors import ConfigError
+from choral.failures import failure_of, place_of
 
 T = TypeVar("T")
 Command = Callable[[list[str]], int]
+
+_debug: ContextVar[bool] = ContextVar("_debug", default=False)
+_TRAIN = ("compare", "train")
 
 _HELP = """\
 usage: choral COMMAND [options]
@@ -35,9 +40,10 @@ commands:
 
 Start here:  choral compare examples/digits.toml --out runs/digits
 Details:     choral COMMAND --help
+Tracebacks:  choral COMMAND ... --debug
 
-exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit, compare), 2 bad input or stopped,
-            130 Ctrl-C
+exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit, compare), 2 bad input, an error in
+            your own code, or a run that had to stop, 130 Ctrl-C
 """
 
 
@@ -76,35 +82,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"choral {__version__}")
         return 0
+    _debug.set("--debug" in words)
+    words = [word for word in words if word != "--debug"]
     try:
-        if words[0] not in _COMMANDS:
+        if not words or words[0] not in _COMMANDS:
             raise ConfigError(
-                f"unknown command {words[0]!r}", hint=f"one of: {', '.join(_COMMANDS)}; see choral --help"
+                f"unknown command {''.join(words[:1])!r}", hint=f"one of: {', '.join(_COMMANDS)}; see choral --help"
             )
         return _COMMANDS[words[0]](words[1:])
-    except ChoralError as error:
-        print(f"choral: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
-        return 2
+    except _ArgumentsError as stop:  # already printed
+        return stop.code
     except KeyboardInterrupt:
-        print("choral: stopped; completed rounds are kept, --resume goes on from them", file=sys.stderr)
+        kept = "; completed rounds are kept, --resume goes on from them" if words[0] in _TRAIN else ""
+        print(f"choral: stopped{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-    except OSError as error:
-        print(f"choral: {error}", file=sys.stderr)
+    except SystemExit as error:
+        if place_of(error) is not None:
+            print(failure_of(error).lines(debug=debug()), end="", file=sys.stderr)
+        return 2  # else it is rich's, which ends the process when the reader of a pipe has left
+    except Exception as error:
+        # Python's own exit code, 1, would say that a claim is violated.
+        print(failure_of(error).lines(debug=debug()), end="", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # argument errors, already printed
-        return int(stop.code or 0)
+
+
+def debug() -> bool:
+    """Whether whole tracebacks are wanted."""
+    return _debug.get()
+
+
+class _ArgumentsError(Exception):
+    """The flags were not understood, or were those of help; all is said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def parse(command: str, words: list[str], kind: type[T], default: T | None = None) -> T:
-    """The flags of one command. Raises: SystemExit, after printing help or what is wrong."""
-    if default is None:
-        return tyro.cli(kind, args=words, prog=f"choral {command}")
-    return tyro.cli(kind, args=words, prog=f"choral {command}", default=default)
+    """The flags of one command. After printing help or what is wrong, :func:`main` returns."""
+    try:
+        if default is None:
+            return tyro.cli(kind, args=words, prog=f"choral {command}")
+        return tyro.cli(kind, args=words, prog=f"choral {command}", default=default)
+    except SystemExit as stop:
+        raise _ArgumentsError(int(stop.code or 0)) from None
 
 
 # Torch takes seconds to import, so only the commands that train import it.
@@ -123,15 +148,7 @@ def _train(words: list[str]) -> int:
 def _audit(words: list[str]) -> int:
     from choral.audit_command import audit
 
-    try:
-        return audit(words)
-    except (ChoralError, OSError):
-        raise
-    except Exception:
-        # Of the user's own code, or a fault here: Python's exit code, 1, would say that a claim is violated.
-        traceback.print_exc()
-        print("choral: the audit was stopped by the error above and has no verdict", file=sys.stderr)
-        return 2
+    return audit(words)
 
 
 def _export(words: list[str]) -> int:

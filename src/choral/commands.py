@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from choral import comparisons, jobs
+from choral import cli, comparisons, jobs
+from choral.cells import rounds_to_go
 from choral.cli import parse
 from choral.errors import ConfigError
+from choral.failures import Failure
 from choral.settings import Arm, Settings, read_settings
 from choral.trainers import Round
 
@@ -25,7 +28,8 @@ from choral.trainers import Round
 class Compare:
     """Train every arm of a comparison for several seeds, audit every run; write report.json and report.html.
 
-    Exit code 0: nothing contradicts what the arms claim. 1: a claim is violated or cannot be verified. 2: wrong usage.
+    Exit code 0: nothing contradicts what the arms claim. 1: a claim is violated or cannot be verified. 2: wrong usage,
+    or an arm could not be trained (the others are reported; --resume tries it again).
 
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
@@ -76,20 +80,36 @@ def compare(words: list[str]) -> int:
             "compare under torchrun: it starts processes of its own, a run in each",
             hint="choose how many by --workers; torchrun is for choral train",
         )
-    with _progress(comparisons.rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
-        comparison = comparisons.run_comparison(
+    with _progress(rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
+        outcome = comparisons.run_comparison(
             settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick
         )
     if not wanted.quiet:
-        comparison.print()
-        print(f"report: {wanted.out / 'report.html'}")
-    return comparison.exit_code
+        outcome.comparison.print()
+        if not outcome.troubles:
+            print(f"report: {wanted.out / 'report.html'}")
+    for label, failure in _each_once(outcome.failed):
+        print(failure.lines(debug=cli.debug(), prefix=f"{label}: "), end="", file=sys.stderr)
+    for failure in outcome.troubles:
+        print(failure.lines(debug=cli.debug(), prefix="the report is not complete: "), end="", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _each_once(failed: Mapping[str, Failure]) -> Iterator[tuple[str, Failure]]:
+    """The failures with unlike messages, each with the first of the runs that it stopped and how many more."""
+    alike: dict[str, list[str]] = {}
+    for label, failure in failed.items():
+        alike.setdefault(failure.message, []).append(label)
+    for labels in alike.values():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        yield f"{labels[0]}{more} failed", failed[labels[0]]
 
 
 def train(words: list[str]) -> int:
     wanted = parse("train", words, Train, Train(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
     settings = wanted.settings
     name, arm = _arm(wanted)
+    jobs.forget_tasks()
     quiet = wanted.quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     with _progress(settings.training.rounds, quiet) as tick:
         run = jobs.train(
@@ -108,7 +128,7 @@ def train(words: list[str]) -> int:
         print(f"{name}: {run.history[-1].round} rounds, {metrics}{promise}")
         if run.info.ended:
             print(f"note: {run.info.ended}")
-        print(f"run folder: {wanted.out}   next: choral audit {wanted.out}")
+        print(f"run folder: {wanted.out}   next: choral audit {shlex.quote(str(wanted.out))}")
     return 0
 
 

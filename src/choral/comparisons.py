@@ -1,43 +1,45 @@
-"""The comparison behind the command line: every arm, seed and budget trained, some side by side, and compared."""
+"""The comparison behind the command line: every arm, seed and budget trained, some side by side, and compared.
+
+One failure costs no more than what failed: an arm that cannot be trained is a row with its reason, an attack or audit
+that cannot be made leaves its arm unverified, and a file that cannot be written is said after the table.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import queue
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from choral.attacks import attacked, attempt, attempt_file, evidence_of
+from choral.attacks import evidence_files, evidence_of
+from choral.cells import Cell, Tick, arm_folder, attacks, cells, on_curve, seeds_of
+from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
+from choral.failures import Failure, failure_of
 from choral.jobs import (
     algorithm_of,
     check_per_party,
     check_tuning,
+    forget_tasks,
     load_task,
     participation_given,
     privacy_of,
-    train,
     unit_of,
     with_overrides,
 )
 from choral.settings import Arm, Settings, to_json
+from choral.side_by_side import train_all
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
+    from choral.audits.report import FailedRuns
     from choral.privacy import ClientPrivacy, Privacy
-    from choral.trainers import Round, Task
+    from choral.trainers import Run, Task
 
-# Called with a label for what runs and the round that it completed.
-Tick = Callable[[str, "Round"], None]
+T = TypeVar("T")
 
 _MAY_CHANGE = {
     "audit",
@@ -52,112 +54,141 @@ _MAY_CHANGE = {
 }  # when a comparison is resumed
 
 
-class Cell(NamedTuple):
-    """One run of a comparison, or the attack on an arm."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a comparison. failed: runs, by their labels. troubles: what could not be said or written after."""
 
-    arm: str
-    seed: int
-    epsilon: float | None
-    attack: bool = False
+    comparison: Comparison
+    failed: Mapping[str, Failure]
+    troubles: Sequence[Failure]
 
     @property
-    def label(self) -> str:
-        if self.attack:
-            return f"{self.arm}, with canaries"
-        budget = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
-        return f"{self.arm}{budget}, seed {self.seed}"
-
-    def folder(self, out: Path) -> Path:
-        budget = "" if self.epsilon is None else f"-epsilon-{self.epsilon:g}"
-        return out / "arms" / quote(self.arm, safe="") / f"seed-{self.seed}{budget}"
+    def exit_code(self) -> int:
+        return 2 if self.troubles and self.comparison.exit_code == 0 else self.comparison.exit_code
 
 
-def cells(settings: Settings) -> Iterator[Cell]:
-    """Every run of the comparison: each arm and seed, private arms at each budget."""
-    for seed in _seeds(settings):
-        for name, arm in settings.arms.items():
-            if not arm.private:
-                yield Cell(name, seed, None)
-            elif settings.privacy.epsilon is not None:
-                more = settings.epsilons if _on_curve(settings, arm) else ()
-                for epsilon in sorted({settings.privacy.epsilon, *more}):
-                    yield Cell(name, seed, epsilon)
-
-
-def attacks(settings: Settings) -> list[Cell]:
-    return [
-        Cell(name, settings.seed, settings.privacy.epsilon if arm.private else None, attack=True)
-        for name, arm in settings.arms.items()
-        if attacked(settings, arm)
-    ]
-
-
-def _on_curve(settings: Settings, arm: Arm) -> bool:
-    """Whether the budget-against-accuracy curve, whose axis has one unit, shows this private arm."""
-    return len(settings.epsilons) > 0 and unit_of(settings, arm) == settings.privacy.unit
-
-
-def rounds_to_go(settings: Settings, out: Path) -> int:
-    """Rounds that the comparison has still to train, for the progress bar; round 0 is the initial model."""
-    done = 0
-    for cell in cells(settings):
-        history = cell.folder(out) / "history.jsonl"
-        done += max(history.read_bytes().count(b"\n") - 1, 0) if history.is_file() else 0
-    runs = sum(1 for _ in cells(settings)) + sum(
-        not attempt_file(settings, cell.arm, out).is_file() for cell in attacks(settings)
-    )
-    return max(runs * settings.training.rounds - done, 0)
-
-
-def run_comparison(
-    settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick
-) -> Comparison:
+def run_comparison(settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick) -> Outcome:
     """Train every arm for every seed into ``out/arms``, compare them, and write ``out/report.json`` and ``.html``.
 
     Every run is audited; attacks that the settings ask for are kept in ``out/evidence``.
 
     workers: processes that train runs side by side; by default one per core.
 
-    Raises: ConfigError for settings that leave nothing to compare; RunFolderError if ``out`` holds another run.
+    Raises: ConfigError for settings that leave nothing to compare; RunFolderError if ``out`` holds another run;
+        ChoralError if no arm at all could be trained.
     """
     from choral.audits import compare, read_prices
-    from choral.trainers import Run
 
+    forget_tasks()
     _check(settings)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"expected workers >= 1, got {workers}", hint="leave it out for one per core")
     _open(settings, out, resume)
     todo = list(cells(settings))
-    _train_all(settings, todo + attacks(settings), out, resume, workers, tick)
-    runs = {cell: Run.load(cell.folder(out)) for cell in todo}
+    failed = train_all(settings, todo + attacks(settings), out, resume, workers, tick)
+    runs = _read([cell for cell in todo if cell not in failed], out, failed)
     headline = (None, settings.privacy.epsilon)
+    arms = _averaged(settings, {cell: run for cell, run in runs.items() if cell.epsilon in headline}, failed)
+    if not arms:
+        first = next(iter(failed.values()))
+        raise _NothingTrainedError(first, len(settings.arms))
+    troubles: list[Failure] = []
+    levels: dict[str, dict[str, float]] = {}
     comparison = compare(
-        {
-            name: [run for cell, run in runs.items() if cell.arm == name and cell.epsilon in headline]
-            for name in settings.arms
-        },
-        budgets={
-            name: [run for cell, run in runs.items() if cell.arm == name]
-            for name, arm in settings.arms.items()
-            if arm.private and _on_curve(settings, arm)
-        },
+        arms,
+        budgets={name: found for name in arms if (found := _curve(settings, name, runs))},
         metric=settings.metrics[0],
         also=settings.metrics[1:],
-        references=_references(settings),
+        references=_tried(lambda: _references(settings), levels, troubles),
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),
-        **evidence_of(settings, out),
+        not_trained=_failed_runs(settings, failed, arms, out),
+        **evidence_of(settings, list(arms), out),
     )
-    comparison.save(out / "report.json")
-    comparison.save(out / "report.html")
-    return comparison
+    for name in ("report.json", "report.html"):
+        _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]
+    return Outcome(comparison, {cell.label: failure for cell, failure in failed.items()}, troubles)
+
+
+class _NothingTrainedError(ChoralError):
+    """Every arm failed; the first reason stands for all."""
+
+    def __init__(self, first: Failure, arms: int) -> None:
+        of = "the only arm" if arms == 1 else f"none of {arms} arms"
+        super().__init__(f"{of} could be trained: {first.message}", hint=first.hint)
+        self.trace = first.trace
+
+
+def _tried(make: Callable[[], T], otherwise: T, troubles: list[Failure]) -> T:
+    """What `make` returns; if it fails, `otherwise`, and the failure is kept for the end."""
+    try:
+        return make()
+    except Exception as error:  # of the user's code, of the disk, or of a drawing: the runs are there all the same
+        troubles.append(failure_of(error))
+        return otherwise
+
+
+def _read(todo: Sequence[Cell], out: Path, failed: dict[Cell, Failure]) -> dict[Cell, Run]:
+    """The runs from their folders; one that is damaged has failed."""
+    from choral.trainers import Run
+
+    runs: dict[Cell, Run] = {}
+    for cell in todo:
+        try:
+            runs[cell] = Run.load(cell.folder(out))
+        except (ChoralError, OSError) as error:
+            failed[cell] = failure_of(error)
+    return runs
+
+
+def _averaged(settings: Settings, runs: Mapping[Cell, Run], failed: dict[Cell, Failure]) -> dict[str, list[Run]]:
+    """The runs of each arm that has any, fit to be averaged; an arm whose runs are not has failed."""
+    from choral.audits.arms import check_runs
+
+    arms: dict[str, list[Run]] = {}
+    for name in settings.arms:
+        mine = {cell: run for cell, run in runs.items() if cell.arm == name}
+        try:
+            if mine:
+                arms[name] = list(check_runs(name, list(mine.values()), settings.metrics))
+        except ChoralError as error:
+            failed |= dict.fromkeys(mine, failure_of(error))
+    return arms
+
+
+def _curve(settings: Settings, name: str, runs: Mapping[Cell, Run]) -> list[Run]:
+    """The runs of a private arm at all budgets, if the curve shows it."""
+    arm = settings.arms[name]
+    shown = arm.private and on_curve(settings, arm)
+    return [run for cell, run in runs.items() if cell.arm == name] if shown else []
+
+
+def _failed_runs(
+    settings: Settings, failed: Mapping[Cell, Failure], arms: Mapping[str, Sequence[Run]], out: Path
+) -> list[FailedRuns]:
+    """For the report: the arms of which runs failed, each with the first reason."""
+    from choral.audits.report import FailedRuns
+
+    rows = []
+    for name in settings.arms:
+        mine = {cell: failure for cell, failure in failed.items() if cell.arm == name and not cell.attack}
+        if mine:
+            rows.append(
+                FailedRuns(
+                    arm=name,
+                    reason=next(iter(mine.values())).reason.replace(str(out), out.name),
+                    runs=tuple(cell.label.removeprefix(f"{name}, ") for cell in mine),
+                    left=len(arms.get(name, ())),
+                )
+            )
+    return rows
 
 
 def _references(settings: Settings) -> dict[str, dict[str, float]]:
     """The task's levels, each its mean over the seeds that are compared; of the metrics that are shown."""
     found: dict[str, dict[str, list[float]]] = {}
-    for seed in _seeds(settings):
+    for seed in seeds_of(settings):
         task = load_task(settings, seed)
         for metric, levels in (task.references() if task.references else {}).items():
             for name, level in levels.items():
@@ -165,99 +196,6 @@ def _references(settings: Settings) -> dict[str, dict[str, float]]:
     return {
         metric: {name: math.fsum(each) / len(each) for name, each in levels.items()} for metric, levels in found.items()
     }
-
-
-def _seeds(settings: Settings) -> range:
-    return range(settings.seed, settings.seed + settings.seeds)
-
-
-def _train_all(settings: Settings, todo: list[Cell], out: Path, resume: bool, workers: int, tick: Tick) -> None:
-    """Train the runs, ``workers`` at a time. The first error ends the job; completed rounds stay on disk."""
-    if workers == 1:
-        for cell in todo:
-            _train_cell(settings, cell, out, resume, tick)
-        return
-    context = multiprocessing.get_context("spawn")
-    ticks: queue.Queue[tuple[str, Round]] = context.Queue()  # type: ignore[assignment]
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, _start_worker, (ticks, threads)) as pool:
-        running = {pool.submit(_train_in_worker, settings, cell, out, resume) for cell in todo}
-        try:
-            while running:
-                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not ticks.empty():
-                    tick(*ticks.get())
-                for future in done:
-                    future.result()
-        except BrokenProcessPool:
-            raise ChoralError(
-                "a worker process died", hint="out of memory? use fewer --workers; --resume goes on from what is done"
-            ) from None
-        finally:
-            if running:  # on an error or Ctrl-C; a run's folder is consistent at any moment
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-
-
-def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
-    from choral.privacy import LedgerError
-    from choral.trainers import Run
-
-    def on_round(entry: Round) -> None:
-        for metric in settings.metrics:
-            if metric not in entry.metrics:
-                raise ConfigError(
-                    f"the task is evaluated by {', '.join(entry.metrics)}, and not by {metric!r}",
-                    hint=f"set metrics = {json.dumps(list(entry.metrics))}, or some of them, and --resume",
-                )
-        tick(cell.label, entry)
-
-    if cell.attack:
-        attempt(settings, cell.arm, out, cell.folder(out), lambda entry: tick(cell.label, entry))
-        return
-    try:
-        train(
-            settings,
-            settings.arms[cell.arm],
-            seed=cell.seed,
-            epsilon=cell.epsilon,
-            out=cell.folder(out),
-            resume=resume,
-            on_round=on_round,
-        )
-    except LedgerError:
-        # Of a finished run there is nothing to train, and the report says what is wrong with its ledger.
-        if not (resume and Run.load(cell.folder(out)).finished):
-            raise
-
-
-_ticks: queue.Queue[tuple[str, Round]]  # set once in each worker process
-
-
-def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
-    import torch
-
-    global _ticks
-    _ticks = ticks
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its folder is always consistent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker must not outlive a killed command: it would hold its run's folder."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> None:
-    try:
-        _train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
-    except ChoralError as error:
-        # Errors that take more than a message do not survive the way between processes; their text does.
-        raise ChoralError(f"{cell.label}: {error}", hint=error.hint) from None
 
 
 def _check(settings: Settings) -> None:
@@ -290,7 +228,7 @@ def _check(settings: Settings) -> None:
             _check_algorithm(settings, name, arm, first)
     if not settings.metrics or len(set(settings.metrics)) < len(settings.metrics):
         raise ConfigError(f"expected metrics, each once, got {list(settings.metrics)}", hint='e.g. ["accuracy"]')
-    for seed in _seeds(settings):
+    for seed in seeds_of(settings):
         task = load_task(settings, seed)
         examples = check_parties(task.parties, least=2, min_classes=settings.split.min_classes)
         check_per_party(settings, task, private=bool(private))
@@ -341,20 +279,49 @@ def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping
 
 
 def _open(settings: Settings, out: Path, resume: bool) -> None:
-    """Claim the folder: a fresh one, or on resume one that was made with the same settings (more seeds are welcome)."""
+    """Claim the folder: a fresh one, or on resume one that was made with the same settings.
+
+    More seeds are welcome, and other arms: an arm that is left out keeps its folder, one that is set otherwise is
+    trained anew, and its old runs are set aside.
+    """
     from choral.trainers.run import check_empty, replace_file
 
     record = out / "settings.json"
     wanted = to_json(settings)
+    known: dict[str, Any] = {}
     if resume and record.is_file():
-        old = json.loads(record.read_text(encoding="utf-8"))
-        for key in sorted(old.keys() | wanted.keys()):
-            if key not in _MAY_CHANGE and old.get(key) != wanted.get(key):
-                raise ConfigError(
-                    f"cannot resume {out}: {key} was {old.get(key)}, now it is {wanted.get(key)}",
-                    hint="use the same settings, or another --out",
-                )
+        old = _read_record(record)
+        known = old.get("arms") or {}
+        fixed = (old.keys() | wanted.keys()) - _MAY_CHANGE - {"arms"}
+        changed = [each for key in sorted(fixed) for each in differences(old.get(key), wanted.get(key), key)]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {out}: {in_short(changed)}", hint="use the same settings, or another --out"
+            )
+        for name, arm in wanted["arms"].items():
+            if name in known and known[name] != arm:
+                _set_aside(name, out)
     else:
         check_empty(out)
         out.mkdir(parents=True, exist_ok=True)
-    replace_file(record, json.dumps(wanted, indent=1).encode())
+    replace_file(record, json.dumps({**wanted, "arms": known | wanted["arms"]}, indent=1).encode())
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        old = json.loads(record.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{record} is damaged: {error}", hint="restore it, or use another --out") from None
+    if not isinstance(old, dict):
+        raise ConfigError(f"{record} is damaged: expected an object", hint="restore it, or use another --out")
+    return old
+
+
+def _set_aside(name: str, out: Path) -> None:
+    """Keep what there is of an arm that is trained anew, ledgers included, beside where the new will be."""
+    for kept in (arm_folder(out, name), *evidence_files(name, out)):
+        if kept.exists():
+            number = 1
+            while (aside := kept.with_name(f"{kept.name}~{number}")).exists():
+                number += 1
+            kept.rename(aside)

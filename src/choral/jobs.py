@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +23,35 @@ if TYPE_CHECKING:
 def load_task(settings: Settings, seed: int) -> Task:
     """The task named by ``settings.task``, for one seed.
 
-    Raises: ConfigError if it is neither embedded nor a Python file with a function ``load`` that returns a Task.
+    Of a Python file ``load`` is called once in a process for one seed, split and training; arms share what it returned.
+
+    Raises: ConfigError if it is neither embedded nor a Python file with a function ``load`` that returns a Task; what
+        that file raises.
     """
     from choral.trainers import Task
     from choral.trainers.data import TASKS
 
     if settings.task in TASKS:
         return TASKS[settings.task](settings.split, settings.training, seed, settings.data_dir)
-    task = _load_function(Path(settings.task))(settings.split, settings.training, seed)
-    if not isinstance(task, Task):
-        raise ConfigError(f"load in {settings.task} returned {type(task).__name__}; expected choral.trainers.Task")
-    return task
+    path = Path(settings.task)
+    key = json.dumps([str(path.resolve()), *map(to_json, (settings.split, settings.training)), seed])
+    if key not in _tasks:
+        task = _load_function(path)(settings.split, settings.training, seed)
+        if not isinstance(task, Task):
+            raise ConfigError(f"load in {settings.task} returned {type(task).__name__}; expected choral.trainers.Task")
+        _tasks[key] = task
+    return _tasks[key]
+
+
+# A task file is run, and `load` called with the same arguments, once in a process: both may take minutes.
+_tasks: dict[str, Task] = {}
+_loads: dict[Path, Callable[..., object]] = {}
+
+
+def forget_tasks() -> None:
+    """Run task files anew from here on: one command after another in one process may find them changed."""
+    _tasks.clear()
+    _loads.clear()
 
 
 def load_module(path: Path, expected: str) -> ModuleType:
@@ -50,9 +69,12 @@ def load_module(path: Path, expected: str) -> ModuleType:
 def _load_function(path: Path) -> Callable[..., object]:
     from choral.trainers.data import TASKS
 
+    if path in _loads:
+        return _loads[path]
     module = load_module(path, f"a task ({', '.join(TASKS)}), or a Python file with load(split, training, seed)")
     if not callable(load := getattr(module, "load", None)):
         raise ConfigError(f"{path} has no function load(split, training, seed)")
+    _loads[path] = load
     return load  # type: ignore[no-any-return]
 
 

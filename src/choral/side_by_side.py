@@ -1,0 +1,106 @@
+"""Runs trained side by side in worker processes. One that fails, or takes its process along, costs no other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from choral.cells import Cell, Tick, train_cell
+from choral.failures import Failure
+from choral.settings import Settings
+
+if TYPE_CHECKING:
+    from choral.trainers import Round
+
+_DIED = Failure(
+    "a worker process died", "out of memory? use fewer --workers; --resume tries it again", "its process died", ""
+)
+
+
+def train_all(
+    settings: Settings, todo: Sequence[Cell], out: Path, resume: bool, workers: int, tick: Tick
+) -> dict[Cell, Failure]:
+    """Train the runs, ``workers`` at a time; returns those that failed. Completed rounds stay on disk."""
+    failed: dict[Cell, Failure] = {}
+    if workers == 1:
+        for cell in todo:
+            if (failure := train_cell(settings, cell, out, resume, tick)) is not None:
+                failed[cell] = failure
+        return failed
+    left = _pool(settings, todo, out, resume, workers, tick, failed)
+    while left:  # a process died, and took the others' with it: one by one shows which it was
+        again = _pool(settings, left[:1], out, True, 1, tick, failed)
+        if again:
+            failed[again[0]] = _DIED
+        left = left[1:]
+    return failed
+
+
+def _pool(
+    settings: Settings,
+    todo: Sequence[Cell],
+    out: Path,
+    resume: bool,
+    workers: int,
+    tick: Tick,
+    failed: dict[Cell, Failure],
+) -> list[Cell]:
+    """Train in fresh processes and note what failed; returns the cells that are left where one process died."""
+    context = multiprocessing.get_context("spawn")
+    ticks: queue.Queue[tuple[str, Round]] = context.Queue()  # type: ignore[assignment]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    left = dict.fromkeys(todo)
+    with ProcessPoolExecutor(workers, context, _start_worker, (ticks, threads)) as pool:
+        running: dict[Future[Failure | None], Cell] = {}
+        try:
+            running = {pool.submit(_train_in_worker, settings, cell, out, resume): cell for cell in todo}
+            while running:
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not ticks.empty():
+                    tick(*ticks.get())
+                for future in done:
+                    failure = future.result()
+                    cell = running.pop(future)
+                    del left[cell]
+                    if failure is not None:
+                        failed[cell] = failure
+        except BrokenProcessPool:
+            return list(left)
+        finally:
+            if running:  # on Ctrl-C, or if one died; a run's folder is consistent at any moment
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+    return []
+
+
+_ticks: queue.Queue[tuple[str, Round]]  # set once in each worker process
+
+
+def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
+    import torch
+
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its folder is always consistent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker must not outlive a killed command: it would hold its run's folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> Failure | None:
+    return train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
