@@ -5,18 +5,30 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from choral.protocols import checks
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
 from choral.protocols import party_round as rounds
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.keys import ed25519_public
-from choral.protocols.parameters import CORRECTNESS_BITS, SECURITY_BITS, Parameters, choose, counted
+from choral.protocols.parameters import (
+    CORRECTNESS_BITS,
+    SECURITY_BITS,
+    SERVERS,
+    Cohort,
+    InfeasibleError,
+    Parameters,
+    choose,
+    colluding,
+    counted,
+    least_threshold,
+)
 from choral.protocols.plain import check_submission
-from choral.protocols.policy import Policy
-from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
+from choral.protocols.policy import DRAWS, Policy, check_policy
+from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec, check_spec
 from choral.protocols.server import Opening, Session
 from choral.protocols.server_round import Uploading
 from choral.protocols.transcript import Signatures
@@ -28,6 +40,16 @@ if TYPE_CHECKING:
 CIPHER_BITS = 128
 """Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
 
+COHORT_TRUST = {
+    "everyone": "",
+    "chosen": " The server chose this roster out of all parties, and so may have put every one that colludes into it.",
+    "random": (
+        " The server is taken to be semi-honest in the choice of the cohort: that it drew the roster at random is taken"
+        " on its word, and one that picks colluders by hand reads single vectors."
+    ),
+}
+"""What is said of each way to make a roster."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Masked:
@@ -36,49 +58,86 @@ class Masked:
     min_survivors: fewer vectors than this are never summed; 2 to n. Default: a majority of the parties, so that no
         round can be summed over two sets without a common party, or what ``dropouts`` leave where that is less. Where
         it is more, the threshold counts, and so do corrupt + 2, below which a sum could hold a single honest vector.
-    corrupt: how many parties may collude with the server; dropouts: how many may vanish in a round. A count (int) or
-        a fraction of the parties (float, rounded up). Defaults: up to 10 parties (n - 1) // 3 of each, so that 3
-        parties withstand the server alone and one dropout, 4 to 6 one colluder and one dropout, 10 three and three;
-        for more parties one tenth of each; no more dropouts than ``min_survivors`` leaves room for.
+    corrupt: how many parties may collude with the server: a count (int), or a fraction (float, rounded up) of all the
+        parties that there are (``spec.directory``), **not** of a roster that the server has made of some of them.
+    dropouts: how many of the roster may vanish in a round; a count, or a fraction of the roster (float, rounded up):
+        too few cost rounds, not privacy.
+        Defaults: up to 10 parties (n - 1) // 3 of each, so that 3 parties withstand the server alone and one dropout,
+        4 to 6 one colluder and one dropout, 10 three and three; for more parties one tenth of each; no more dropouts
+        than ``min_survivors`` leaves room for, and in a cohort no more than the threshold does.
     server: "malicious" (it does what it likes) or "semi-honest" (it follows the protocol and looks at everything).
         The second allows more dropouts; signatures and consistency are checked in both.
+    cohort: of a roster that is not everybody. "chosen": the server may have picked it to have all colluders in it.
+        "random": it is taken on trust that the server drew it at random (*semi-honest in the choice of the cohort*),
+        and a fraction, the default too, becomes what such a draw has but for 2^-40. Signed by the parties and stated.
 
     Guarantee: what ``server`` and up to ``corrupt`` parties see together is independent of the other survivors' vectors
     but for their sum, under the assumptions of docs/secure-sums.md. Unit: one vector of one round. The sum itself may
     say much about one vector when few are in it; that is the matter of differential privacy.
 
-    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once, or ``min_survivors`` and
-    ``dropouts`` together are more than the parties.
+    Raises: SpecError for a setting of another type or out of range; from ``open`` also when no threshold withstands
+    those numbers at once, or ``min_survivors`` and ``dropouts`` together are more than the parties.
     """
 
     min_survivors: int | None = None
     corrupt: int | float | None = None
     dropouts: int | float | None = None
     server: Literal["semi-honest", "malicious"] = "malicious"
+    cohort: Literal["chosen", "random"] = "chosen"
+
+    def __post_init__(self) -> None:
+        checks.one_of(self.server, "server", SERVERS)
+        checks.one_of(self.cohort, "cohort", DRAWS)
+        smallest = checks.optional(self.min_survivors, "min_survivors", 2, wire.MAX_PARTIES)
+        object.__setattr__(self, "min_survivors", smallest)
+        for name in ("corrupt", "dropouts"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.share(value, name))
 
     @property
     def name(self) -> str:
         return "masked"
 
-    def parameters(self, n: int) -> Parameters:
-        """The neighbours and threshold for ``n`` parties. Raises SpecError."""
-        if self.min_survivors is not None and not 2 <= self.min_survivors <= n:
+    def corrupt_of(self, population: int) -> int | float:
+        """``corrupt``, or its default for so many parties."""
+        if self.corrupt is not None:
+            return self.corrupt
+        return (population - 1) // 3 if population <= 10 else 0.1
+
+    def parameters(self, n: int, population: int | None = None) -> Parameters:
+        """The neighbours and threshold for a roster of ``n`` parties, of so many in all. Raises: SpecError."""
+        if self.min_survivors is not None and self.min_survivors > n:
             raise SpecError(
                 f"expected 2 <= min_survivors <= {n} parties, got {self.min_survivors}",
                 hint="leave it out to have a majority of the parties",
             )
+        population = n if population is None else population
         default = (n - 1) // 3 if n <= 10 else counted(0.1, n)
-        corrupt = default if self.corrupt is None else self.corrupt
+        corrupt = colluding(self.corrupt_of(population), population, n, self._how(n, population))
         dropouts = min(default, n - (self.min_survivors or 2)) if self.dropouts is None else self.dropouts
-        return choose(n, corrupt=corrupt, dropouts=dropouts, server=self.server)
+        if self.dropouts is None and population > n:
+            dropouts = max(0, min(dropouts, n - least_threshold(n, corrupt, self.server), n - corrupt - 2))
+        try:
+            return choose(n, corrupt=corrupt, dropouts=dropouts, server=self.server)
+        except SpecError as error:
+            if population == n:
+                raise
+            raise InfeasibleError(
+                f"{error} ({corrupt} of {population} parties may collude, and the server may have put them all into a"
+                f" roster of {n})"
+                if self.cohort == "chosen"
+                else f"{error} ({corrupt} colluders may be in a roster of {n} drawn from {population} parties)",
+                hint="ask everybody or more parties; say how many may collude at most (corrupt, a count); or take the"
+                ' server\'s word that it draws at random (cohort="random")',
+            ) from None
+
+    def _how(self, n: int, population: int) -> Cohort:
+        return "everyone" if population == n else self.cohort
 
     def setup(self, spec: SumSpec, *, session: bytes) -> wire.Setup:
-        """The terms that every party signs. session: 16 fresh random bytes. Raises SpecError."""
+        """The terms that every party signs. session: 16 fresh random bytes. Raises: SpecError."""
         n = len(spec.parties)
-        chosen = self.parameters(n)
-        long = [party for party in spec.parties if len(party) > wire.MAX_NAME]
-        if long:
-            raise SpecError(f"expected party names of at most {wire.MAX_NAME} characters, got {long[0][:20]!r}...")
+        chosen = self.parameters(n, spec.population)
         left = n - chosen.dropouts
         wanted = min(n // 2 + 1, left) if self.min_survivors is None else self.min_survivors
         if wanted > left:
@@ -92,11 +151,12 @@ class Masked:
                 " in the sum",
                 hint="expect fewer corrupt parties or fewer dropouts",
             )
+        whole = spec.population == n
         return wire.Setup(
             session=session,
             roster=spec.parties,
-            length=int(spec.length),
-            bound=int(spec.bound),
+            length=spec.length,
+            bound=spec.bound,
             modulus_bits=spec.modulus_bits,
             neighbours=chosen.neighbours,
             threshold=chosen.threshold,
@@ -107,10 +167,34 @@ class Masked:
             security_bits=SECURITY_BITS,
             correctness_bits=CORRECTNESS_BITS,
             encoding=spec.encoding,
+            cohort=self._how(n, spec.population),
+            directory=None if whole else spec.population,
         )
 
-    def open(self, spec: SumSpec) -> MaskedSession:
-        return MaskedSession(self, spec)
+    def policy(self, spec: SumSpec) -> Policy:
+        """What these settings ask of a setup, as a party holds them that was given the settings and the spec.
+
+        From these alone, never from a setup: what the server proposes is what it is held against.
+        """
+        return Policy(
+            corrupt=self.corrupt_of(spec.population),
+            cohort=self.cohort,
+            server=self.server,
+            minimum_cohort=self.min_survivors or 2,
+            maximum_modulus_bits=spec.modulus_bits,
+            maximum_bound=spec.bound,
+            maximum_length=spec.length,
+            wraps_at=spec.wraps_at,
+            encoding=spec.encoding,
+        )
+
+    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> MaskedSession:
+        """policy: the parties' own terms, by default those of :meth:`policy`. Its directory is filled in here, where
+        identities are made.
+
+        Raises: SpecError; PolicyError where the parties refuse.
+        """
+        return MaskedSession(self, spec, policy)
 
 
 class MaskedSession:
@@ -120,26 +204,21 @@ class MaskedSession:
     round ride on the last message of this one.
     """
 
-    def __init__(self, config: Masked, spec: SumSpec) -> None:
+    def __init__(self, config: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
+        check_spec(spec)
         setup = config.setup(spec, session=secrets.token_bytes(16))
-        self._parameters = config.parameters(len(spec.parties))
+        self._parameters = config.parameters(len(spec.parties), spec.population)
         self._setup = setup
         self.spec = spec
         self.traffic = Traffic()
         identities = {party: secrets.token_bytes(32) for party in spec.parties}
         signatures = Signatures()
-        self._policy = Policy(
+        # Each party's terms come from the settings, or from whoever runs the rehearsal: never from the setup.
+        terms = check_policy(policy) if policy is not None else config.policy(spec)
+        self._policy = replace(
+            terms,
             directory={party: ed25519_public(identity) for party, identity in identities.items()},
-            minimum_cohort=setup.min_survivors,
-            minimum_threshold=setup.threshold,
-            corrupt=setup.corrupt,
-            maximum_modulus_bits=setup.modulus_bits,
-            maximum_bound=setup.bound,
-            maximum_length=setup.length,
-            wraps_at=spec.wraps_at,
-            server=config.server,
-            security_bits=setup.security_bits,
-            encoding=spec.encoding,
+            directory_size=spec.population if terms.directory_size is None else terms.directory_size,
             signatures=signatures,
         )
         self.members: dict[str, steps.Member] = {}
@@ -157,8 +236,8 @@ class MaskedSession:
             "trust": (
                 f"The server {server} and may collude with up to {setup.corrupt} of {len(setup.roster)} parties:"
                 f" together they learn the sum over the survivors, at least {setup.min_survivors} parties, and no"
-                " single vector of the others. Each party trusts its pinned directory of identities, which in this"
-                " in-process run was made by the process itself."
+                f" single vector of the others.{COHORT_TRUST[setup.cohort]} Each party trusts its pinned directory of"
+                " identities, which in this in-process run was made by the process itself."
             ),
             "server_learns": "the sum over the survivors, who they are, and who dropped out",
             "server": setup.server,
@@ -167,6 +246,8 @@ class MaskedSession:
             "neighbours": setup.neighbours,
             "graph": "complete" if setup.complete else "Harary",
             "corrupt": setup.corrupt,
+            "directory": setup.population,
+            "cohort": setup.cohort,
             "dropouts": setup.dropouts,
             "min_survivors": setup.min_survivors,
             "security_bits": round(min(CIPHER_BITS, chosen.security_bits), 1),

@@ -11,7 +11,7 @@ Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, se
 
 | message | way | size |
 |---|---|---|
-| Setup | down | ENVELOPE + 1091 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
+| Setup | down | ENVELOPE + 1112 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
 | Hello | up | ENVELOPE + 100 |
 | Hellos | down | ENVELOPE + 101 n |
 | Reveal | up | ENVELOPE + 34 |
@@ -73,6 +73,8 @@ class Setup(Message, frozen=True):
     roster: the parties' names. length: coordinates. bound: largest |value| of one party, weights included.
     neighbours, threshold: k and t. min_survivors: fewer vectors than this are never summed.
     corrupt, dropouts: how many parties of the roster may collude with the server, and may vanish, as k and t assume.
+    cohort, directory: how the roster was made, and of how many parties: it is "everyone" (None), or the server's own
+        choice ("chosen"), or a draw at random that the parties take the server's word for ("random").
     security_bits, correctness_bits: what a sparse graph achieves at least, statistically; every party computes it again
         from the other numbers. A complete graph achieves any.
     encoding: how values became integers (scale, clipping, weight cap), as text, so that all parties use the same.
@@ -92,6 +94,13 @@ class Setup(Message, frozen=True):
     security_bits: Annotated[int, Meta(ge=1, le=128)] = 40
     correctness_bits: Annotated[int, Meta(ge=1, le=128)] = 20
     encoding: Annotated[str, Meta(max_length=MAX_NAME)] = ""
+    cohort: Literal["everyone", "chosen", "random"] = "everyone"
+    directory: Annotated[int, Meta(ge=2, le=1 << 40)] | None = None
+
+    @property
+    def population(self) -> int:
+        """How many parties the roster was taken from, as the server says."""
+        return len(self.roster) if self.directory is None else self.directory
 
     @property
     def complete(self) -> bool:
@@ -263,7 +272,7 @@ class Unmask(Message, frozen=True):
     following: Following | None
 
 
-_FIXED = {Setup: 1091, Hello: 100, Reveal: 34, Advertise: 135, Shares: 68, Confirm: 66, Unmask: 143}
+_FIXED = {Setup: 1112, Hello: 100, Reveal: 34, Advertise: 135, Shares: 68, Confirm: 66, Unmask: 143}
 _EACH = {
     Setup: 1025,
     Hellos: 101,

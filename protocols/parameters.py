@@ -48,12 +48,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from choral.protocols import checks
 from choral.protocols.errors import SpecError
 
 COMPLETE_UP_TO = 64
@@ -63,6 +65,11 @@ SECURITY_BITS = 40
 CORRECTNESS_BITS = 20
 
 Server = Literal["semi-honest", "malicious"]
+SERVERS: tuple[Server, ...] = get_args(Server)
+
+Cohort = Literal["everyone", "chosen", "random"]
+"""How a roster came about: all parties of the directory; those that the server chose; those that it drew at random."""
+COHORTS: tuple[Cohort, ...] = get_args(Cohort)
 
 
 class InfeasibleError(SpecError):
@@ -116,10 +123,8 @@ def choose(
     Raises: SpecError for a value outside these ranges; InfeasibleError, saying what would be feasible, when not even
     the complete graph withstands the numbers.
     """
-    if not 2 <= n <= MAX_PARTIES:
-        raise SpecError(f"expected 2 to {MAX_PARTIES} parties, got {n}")
-    if server not in ("semi-honest", "malicious"):
-        raise SpecError(f"expected server 'semi-honest' or 'malicious', got {server!r}")
+    n = checks.whole(n, "parties", 2, MAX_PARTIES)
+    checks.one_of(server, "server", SERVERS)
     if not (0 < security_bits <= 128 and 0 < correctness_bits <= 128):
         raise SpecError(f"expected 0 < bits <= 128, got security {security_bits} and correctness {correctness_bits}")
     bad = _count(corrupt, n, "corrupt")
@@ -201,9 +206,14 @@ def achieved(
     return _bits(float(np.logaddexp(cut, exposed))), _bits(failed)
 
 
+def least_threshold(n: int, corrupt: int, server: Server) -> int:
+    """The least t that is safe on the complete graph of n parties; the module says why."""
+    return max(2, (n + corrupt) // 2 + 1 if server == "malicious" else corrupt + 1)
+
+
 def _complete(n: int, corrupt: int, dropouts: int, server: Server) -> Parameters:
     malicious = server == "malicious"
-    threshold = max(2, (n + corrupt) // 2 + 1 if malicious else corrupt + 1)
+    threshold = least_threshold(n, corrupt, server)
     if threshold > n - dropouts:
         fewer_gone = n - threshold
         fewer_bad = n - 2 * dropouts - 1 if malicious else n - dropouts - 1
@@ -227,21 +237,40 @@ def _complete(n: int, corrupt: int, dropouts: int, server: Server) -> Parameters
 
 
 def _count(value: float | int, n: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SpecError(f"expected {what} as a count (int) or a fraction (float), got {type(value).__name__}")
-    if isinstance(value, float):
-        if not 0 <= value < 1:
-            raise SpecError(
-                f"expected {what} as a fraction in [0, 1), got {value}", hint="a number of parties is an int"
-            )
-    elif not 0 <= value < n:
+    value = checks.share(value, what)
+    if isinstance(value, int) and value >= n:
         raise SpecError(f"expected {what} from 0 to {n - 1}, got {value}")
     return counted(value, n)
 
 
 def counted(value: float | int, n: int) -> int:
-    """An int as it is; a fraction of ``n`` rounded up, with a little slack so that 0.07 x 100 is 7 and not 8."""
-    return value if isinstance(value, int) else math.ceil(value * n - 1e-9)
+    """An int as it is; a fraction of ``n`` rounded up, as it is written in decimal: 0.07 x 100 is 7 and not 8."""
+    return value if isinstance(value, int) else math.ceil(Fraction(repr(float(value))) * n)
+
+
+def colluding(corrupt: float | int, directory: int, roster: int, cohort: Cohort) -> int:
+    """How many colluders a roster must withstand that was taken from a directory of so many parties.
+
+    corrupt: a count as it is, whatever the roster. A fraction is of the *directory*, rounded up: of a roster it would
+    mean nothing, since a server that picks the roster may put every colluder of the directory into a small one.
+
+    cohort: "everyone" and "chosen": all of them may be in the roster (or as many as it has). "random": the roster is a
+    uniform draw that the colluders did not influence, which is taken on trust: of ``directory`` parties with that
+    fraction of colluders no more than this are in it, but for a chance of 2^-SECURITY_BITS, per draw (hypergeometric
+    tail). Only a fraction gets smaller by a draw; a count is an absolute statement about whoever is in the roster.
+
+    Raises: SpecError for a roster that the directory has no room for.
+    """
+    if not 2 <= roster <= directory:
+        raise SpecError(f"expected a roster of 2 to {directory} parties, as many as there are, got {roster}")
+    if isinstance(corrupt, int):
+        return corrupt
+    there = counted(corrupt, directory)
+    if cohort != "random":
+        return min(there, roster)
+    tails = _log_tails(directory, there, roster)
+    beyond = int(np.argmax(tails < -SECURITY_BITS * math.log(2)))  # the least j with Pr[X >= j] below it
+    return min(beyond - 1, there, roster)
 
 
 def _log_disconnected(n: int, k: int, bad: int) -> float:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
+from choral.protocols.errors import PolicyError, SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.integers import accumulator_dtype, lift, pack, packed_bytes
-from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
+from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec, check_spec
 from choral.protocols.vectors import checked, is_tensor, words
 from choral.protocols.watch import show, watched
 
 if TYPE_CHECKING:
     import torch
+
+    from choral.protocols.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,14 @@ class Plain:
     def name(self) -> str:
         return "plain"
 
-    def open(self, spec: SumSpec) -> PlainSession:
+    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> PlainSession:
+        """Raises: PolicyError for any policy: there is none that a sum which shows each vector could meet."""
+        check_spec(spec)
+        if policy is not None:
+            raise PolicyError(
+                "a plain sum shows the server every vector, which no policy allows",
+                hint="use Masked or Homomorphic, or leave the policy out",
+            )
         return PlainSession(spec)
 
 
@@ -96,7 +105,7 @@ def check_submission(
     """Raises: SpecError for a party not in the roster, or lost; StateUsedError for a second vector or a finished
     round.
     """
-    if party not in spec.members:
+    if not isinstance(party, str) or party not in spec.members:
         raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
     if not losses.takes(party, "vector"):
         raise SpecError(f"party {party!r} is lost in this round, before it sends a vector", hint="do not submit it")

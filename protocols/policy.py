@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from choral.protocols import checks
 from choral.protocols.errors import PolicyError, SpecError
-from choral.protocols.messages import Setup
-from choral.protocols.parameters import SECURITY_BITS, achieved, counted
+from choral.protocols.messages import MAX_PARTIES, Setup
+from choral.protocols.parameters import SECURITY_BITS, SERVERS, achieved, colluding
 from choral.protocols.transcript import Signatures
+
+DRAWS = ("chosen", "random")
+"""What a party may take for granted of a roster that is not the whole directory."""
+MOST_PINNED = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +22,18 @@ class Policy:
     """One party's own terms. The server's word counts for none of them.
 
     directory: Ed25519 public keys by party name, pinned: obtained from elsewhere than this server, and no two alike.
-    corrupt: how many parties may collude with the server, as this party sees it: a count (int, 0 for none) or a
-        fraction of the roster (float in [0, 1), rounded up). It has no default, for the threshold, the smallest sum
-        and the neighbours that are safe all follow from it: a setup that assumes fewer colluders is refused, and so is
-        one whose threshold, smallest sum or graph does not withstand them (:func:`check_setup`).
+        Empty, every roster is refused; a rehearsal in one process fills it in.
+    directory_size: how many parties are pinned, where ``directory`` holds only some of their keys; by default as many
+        as it holds. Every party of a sum must say the same.
+    corrupt: how many parties of the directory may collude with the server, as this party sees it: a count (int, 0 for
+        none) or a fraction of the directory (float in [0, 1), rounded up), **never of the roster**, into which the
+        server may put all of them. It has no default, for the threshold, the smallest sum and the neighbours that are
+        safe all follow from it: a setup that assumes fewer colluders is refused, and so is one whose threshold,
+        smallest sum or graph does not withstand them (:func:`check_setup`).
+    cohort: "chosen" takes a roster that is not the whole directory for one that the server picked as it liked, so that
+        all colluders may be in it. "random" takes the server's word that it drew the roster at random, and so a
+        fraction for what a draw has (:func:`~choral.protocols.parameters.colluding`): *semi-honest in the choice of the
+        cohort*, whatever else ``server`` says.
     minimum_cohort: fewest vectors that a sum with this party's in it may have; at least 2. Beyond corrupt + 2, which
         is always demanded.
     minimum_threshold: fewest holders who together can reconstruct a secret of this party; at least 2. Beyond what
@@ -30,14 +43,17 @@ class Policy:
     security_bits: least statistical security of a sparse graph, computed again by this party; 1 to 128. A complete
         graph meets any.
     wraps_at: the modulus bits at which the sum may wrap, as this party agreed to beforehand; None, it may not.
-    encoding: the text that the setup must have for how values became integers; None takes any.
+    encoding: the text that the setup must have for how values became integers, letter by letter.
     server: "malicious" refuses a setup that protects against a semi-honest server only.
 
-    Raises: SpecError for values outside these ranges, or two parties with one key (a Sybil of whoever holds it).
+    Raises: SpecError for values of another type or outside these ranges, two parties with one key (a Sybil of whoever
+    holds it), or two spellings of one name.
     """
 
-    directory: Mapping[str, bytes]
     corrupt: int | float
+    directory: Mapping[str, bytes] = field(default_factory=dict)
+    directory_size: int | None = None
+    cohort: Literal["chosen", "random"] = "chosen"
     minimum_cohort: int = 2
     minimum_threshold: int = 2
     maximum_modulus_bits: int = 64
@@ -46,21 +62,36 @@ class Policy:
     wraps_at: int | None = None
     server: Literal["semi-honest", "malicious"] = "malicious"
     security_bits: int = SECURITY_BITS
-    encoding: str | None = None
+    encoding: str = ""
     signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.minimum_cohort < 2 or self.minimum_threshold < 2:
-            raise SpecError("expected a minimum cohort and threshold of at least 2: one party's sum is its own value")
-        whole, fraction = isinstance(self.corrupt, int) and self.corrupt >= 0, isinstance(self.corrupt, float)
-        if isinstance(self.corrupt, bool) or not (whole or (fraction and 0 <= self.corrupt < 1)):
-            raise SpecError(f"expected corrupt as a count (int) or a fraction in [0, 1) (float), got {self.corrupt!r}")
-        if not 1 <= self.security_bits <= 128:
-            raise SpecError(f"expected 1 to 128 security bits, got {self.security_bits}")
-        if any(len(key) != 32 for key in self.directory.values()):
-            raise SpecError("expected Ed25519 public keys of 32 bytes")
-        if len(set(self.directory.values())) != len(self.directory):
-            raise SpecError("two parties of the directory have the same key: they are one")
+        checks.directory(self.directory)
+        checks.one_of(self.cohort, "cohort", DRAWS)
+        checks.one_of(self.server, "server", SERVERS)
+        checks.text(self.encoding, "the encoding")
+        if not isinstance(self.signatures, Signatures):
+            raise SpecError(f"expected signatures as Signatures(), got {checks.shown(self.signatures)}")
+        plain = {
+            "corrupt": checks.share(self.corrupt, "corrupt"),
+            "directory_size": checks.optional(
+                self.directory_size, "directory_size", max(2, len(self.directory)), MOST_PINNED
+            ),
+            "minimum_cohort": checks.whole(self.minimum_cohort, "minimum_cohort", 2, MAX_PARTIES),
+            "minimum_threshold": checks.whole(self.minimum_threshold, "minimum_threshold", 2, MAX_PARTIES),
+            "maximum_modulus_bits": checks.whole(self.maximum_modulus_bits, "maximum_modulus_bits", 1, 64),
+            "maximum_bound": checks.whole(self.maximum_bound, "maximum_bound", 1, 2**62),
+            "maximum_length": checks.whole(self.maximum_length, "maximum_length", 1, 2**31),
+            "wraps_at": checks.optional(self.wraps_at, "wraps_at", 1, 64),
+            "security_bits": checks.whole(self.security_bits, "security_bits", 1, 128),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def pinned(self) -> int:
+        """How many parties there are, of whom ``corrupt`` may collude."""
+        return len(self.directory) if self.directory_size is None else self.directory_size
 
     def check(self, setup: Setup, name: str) -> None:
         """Raises: PolicyError when ``setup`` is inconsistent, or weaker than this policy allows ``name`` to join."""
@@ -70,20 +101,41 @@ class Policy:
             raise PolicyError(f"the roster has {strangers[0]!r}, whose key is not pinned")
         if name not in setup.roster:
             raise PolicyError(f"the roster does not have {name!r}, the party that was asked to join")
+        if setup.population != self.pinned:
+            raise PolicyError(
+                f"the roster is said to be out of {setup.population} parties, and this party has pinned {self.pinned}"
+            )
+        if setup.cohort == "random" and self.cohort != "random":
+            raise PolicyError(
+                "the setup takes the server for semi-honest in the choice of the cohort; this party expects one that"
+                " puts whom it likes into the roster"
+            )
         _at_least("smallest sum", setup.min_survivors, self.minimum_cohort)
         _at_least("threshold", setup.threshold, self.minimum_threshold)
-        _at_least("number of corrupt parties", setup.corrupt, counted(self.corrupt, len(setup.roster)))
-        _at_most("modulus bits", setup.modulus_bits, self.maximum_modulus_bits)
-        _at_most("bound", setup.bound, self.maximum_bound)
-        _at_most("length", setup.length, self.maximum_length)
+        colluders = colluding(self.corrupt, self.pinned, len(setup.roster), setup.cohort)
+        _at_least("number of corrupt parties", setup.corrupt, colluders)
+        self.check_vector(setup.length, setup.bound, setup.modulus_bits, setup.encoding)
         if not setup.complete:
             _at_least("statistical security in bits", setup.security_bits, self.security_bits)
-        if self.encoding is not None and setup.encoding != self.encoding:
-            raise PolicyError("the setup has another encoding of values to integers than this party uses")
         if self.server == "malicious" and setup.server != "malicious":
             raise PolicyError(
                 "the setup protects against a semi-honest server only; this party expects a malicious one"
             )
+
+    def check_vector(self, length: int, bound: int, modulus_bits: int, encoding: str) -> None:
+        """What this policy says of the vector itself. Raises: PolicyError."""
+        _at_most("modulus bits", modulus_bits, self.maximum_modulus_bits)
+        _at_most("bound", bound, self.maximum_bound)
+        _at_most("length", length, self.maximum_length)
+        if encoding != self.encoding:
+            raise PolicyError("the setup has another encoding of values to integers than this party uses")
+
+
+def check_policy(policy: object) -> Policy:
+    """Raises: SpecError for anything else than a policy."""
+    if not isinstance(policy, Policy):
+        raise SpecError(f"expected a Policy, got {checks.shown(policy)}", hint="Policy(corrupt=..., ...)")
+    return policy
 
 
 def check_setup(setup: Setup, *, wraps_at: int | None = None) -> None:
@@ -98,8 +150,9 @@ def check_setup(setup: Setup, *, wraps_at: int | None = None) -> None:
     claims of whoever made the setup: they are computed again here.
     """
     n, k, t = len(setup.roster), setup.neighbours, setup.threshold
-    if len(set(setup.roster)) != n:
-        raise PolicyError("the roster has a name twice")
+    check_roster(setup.roster)
+    if setup.population < n or (setup.directory is None) != (setup.cohort == "everyone"):
+        raise PolicyError(f"a roster of {n} parties out of {setup.population} is not {setup.cohort!r}")
     if k > n - 1 or (k < n - 1 and (k < 2 or (k % 2 and n % 2))):
         raise PolicyError(f"no graph has {n} parties with {k} neighbours each")
     if t > setup.holders:
@@ -123,6 +176,16 @@ def check_setup(setup: Setup, *, wraps_at: int | None = None) -> None:
         raise PolicyError(f"a malicious server asks for 2t > {setup.holders} + {corrupt}, got t = {t}")
     if not setup.complete:
         _check_sparse(setup)
+
+
+def check_roster(roster: Sequence[str]) -> None:
+    """Raises: PolicyError for a name that is there twice, in whatever spelling."""
+    if len(set(roster)) != len(roster):
+        raise PolicyError("the roster has a name twice")
+    try:
+        checks.names(roster, "the roster")
+    except SpecError as error:
+        raise PolicyError(str(error)) from None
 
 
 def _check_sparse(setup: Setup) -> None:

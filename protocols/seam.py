@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from choral.protocols import checks
 from choral.protocols.errors import SpecError
-from choral.protocols.messages import MAX_NAME
 
 if TYPE_CHECKING:
     import torch
+
+    from choral.protocols.policy import Policy
 
 IntVector = NDArray[np.int64]
 
@@ -41,6 +43,8 @@ class Losses:
     """
 
     def __init__(self, lost: Mapping[str, Step] | None, parties: tuple[str, ...]) -> None:
+        if lost is not None and not isinstance(lost, Mapping):
+            raise SpecError(f"expected who is lost as a mapping from parties to steps, got {checks.shown(lost)}")
         self._lost = {party: STEPS.index(step) for party, step in (lost or {}).items() if step in STEPS}
         for party, step in (lost or {}).items():
             if party not in parties or step not in STEPS:
@@ -57,10 +61,13 @@ class Losses:
 class SumSpec:
     """What is summed: agreed on before the first round, checked again by each party.
 
-    parties: the roster, distinct non-empty names, at least two.
+    parties: the roster, a tuple of distinct non-empty names, at least two. Two spellings of one name are one name.
     length: coordinates per vector, 1 to 2^31.
-    bound: the largest absolute value that any party may send in any coordinate. The modulus is sized from it, so
-        that no sum of up to ``len(parties)`` vectors can wrap.
+    bound: the largest absolute value that any party may send in any coordinate, a whole number. The modulus is sized
+        from it, so that no sum of up to ``len(parties)`` vectors can wrap.
+    directory: how many parties there are that the roster was taken from, at least as many as it has; None, and it has
+        all of them. Who may collude is counted among these, not in the roster, which whoever made it may have filled
+        with colluders.
     bits: None, and the sum is exact: the modulus is sized so that it cannot wrap. Or the modulus 2^bits, 1 to 64, at
         which the sum may wrap: the total is the representative in [-2^(bits-1), 2^(bits-1)) of the exact sum. For noise
         whose tails need not fit: reducing the *sum* reveals nothing more, and costs fewer bits than all the parties'
@@ -70,7 +77,7 @@ class SumSpec:
     encoding: how values became integers (scale, clipping, weight cap), as text of at most 255 characters. Part of what
         the parties agree on: one that encodes in another way must not join, as its vector would count for more or less.
 
-    Raises: SpecError for anything outside these ranges, or when the modulus would pass 2^64.
+    Raises: SpecError for anything of another type or outside these ranges, or when the modulus would pass 2^64.
     """
 
     parties: tuple[str, ...]
@@ -78,6 +85,7 @@ class SumSpec:
     bound: int
     bits: int | None = None
     encoding: str = ""
+    directory: int | None = None
 
     @cached_property
     def members(self) -> frozenset[str]:
@@ -85,20 +93,20 @@ class SumSpec:
         return frozenset(self.parties)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parties, tuple):
+            raise SpecError(f"expected the parties as a tuple of names, got a {type(self.parties).__name__}")
         if len(self.parties) < 2:
             raise SpecError(f"expected at least 2 parties, got {len(self.parties)}: one party's sum is its own value")
-        if len(set(self.parties)) != len(self.parties) or not all(self.parties):
-            raise SpecError("party names must be distinct and non-empty")
-        for text in (*self.parties, self.encoding):
-            _check_text(text)
-        if len(self.encoding) > MAX_NAME:
-            raise SpecError(f"expected an encoding of at most {MAX_NAME} characters, got {len(self.encoding)}")
-        if not 1 <= self.length <= 2**31:
-            raise SpecError(f"expected 1 <= length <= 2^31, got {self.length}")
-        if self.bound < 1:
-            raise SpecError(f"expected bound >= 1, got {self.bound}")
-        if self.bits is not None and not 1 <= self.bits <= 64:
-            raise SpecError(f"expected 1 to 64 bits, got {self.bits}")
+        checks.names(self.parties, "the roster")
+        checks.text(self.encoding, "the encoding")
+        plain = {
+            "length": checks.whole(self.length, "length", 1, 2**31),
+            "bound": checks.whole(self.bound, "bound", 1, 2**64),
+            "bits": checks.optional(self.bits, "bits", 1, 64),
+            "directory": checks.optional(self.directory, "directory", len(self.parties), 1 << 40),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.exact_bits > 64:
             raise SpecError(
                 f"{len(self.parties)} parties with values up to {self.bound} need {self.exact_bits} bits of modulus,"
@@ -107,9 +115,14 @@ class SumSpec:
             )
 
     @property
+    def population(self) -> int:
+        """How many parties there are that the roster was taken from, itself included."""
+        return len(self.parties) if self.directory is None else self.directory
+
+    @property
     def exact_bits(self) -> int:
         """The least b with 2^b >= 2 n bound + 1: sums lie in [-n bound, n bound] and are lifted centred."""
-        return (2 * len(self.parties) * int(self.bound)).bit_length()
+        return (2 * len(self.parties) * self.bound).bit_length()
 
     @property
     def modulus_bits(self) -> int:
@@ -122,11 +135,10 @@ class SumSpec:
         return self.modulus_bits if self.modulus_bits < self.exact_bits else None
 
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SpecError(f"{text!r} has a character that no message can carry") from None
+def check_spec(spec: object) -> None:
+    """Raises: SpecError for anything else than a SumSpec."""
+    if not isinstance(spec, SumSpec):
+        raise SpecError(f"expected a SumSpec, got {checks.shown(spec)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,4 +191,10 @@ class SecureSum(Protocol):
     @property
     def name(self) -> str: ...
 
-    def open(self, spec: SumSpec) -> SumSession: ...
+    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> SumSession:
+        """policy: what the parties accept in this rehearsal, whatever these settings propose; by default what the
+        settings ask for themselves.
+
+        Raises: SpecError; PolicyError where the parties refuse.
+        """
+        ...

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Guard, Privacy, Spent
 from choral.protocols import Plain
+from choral.protocols.policy import Policy, check_policy
 from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
 from choral.trainers.algorithms.fedavg import FedAvg
@@ -82,6 +84,7 @@ def federate(
     engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
     secure_sum: SecureSum | None = None,
+    policy: Policy | None = None,
     value_bound: float = 16.0,
     value_bits: int = 28,
     dropout_rate: float = 0.0,
@@ -120,10 +123,14 @@ def federate(
         rate and noise. ``ClientPrivacy(...)``: client-level, for each party as a whole: updates are clipped, the mean
         is noisy, all parties weigh the same, and one ledger counts for all. None trains without.
     secure_sum: ``Plain()`` (default: the server sees each update), ``Masked(...)`` or ``Homomorphic(...)``.
+    policy: what the parties of this rehearsal accept, whatever ``secure_sum`` proposes: ``Policy(corrupt=..., ...)``,
+        as a site has it, so that what would be refused there is refused here. Its directory is filled in, and its
+        encoding too where it has none. By default the parties hold what is proposed against ``secure_sum``'s settings.
     value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. An update beyond the
         range raises; it is never clipped or wrapped. Not used with ``ClientPrivacy``, which clips.
-    cohort: how many parties each round asks, drawn anew from ``seed``; by default all. The server sees who they are, so
-        every round is charged as if all took part. A secure sum is opened over the cohort alone.
+    cohort: how many parties each round asks, drawn anew by the operating system (`Participation.draw`); by default all.
+        The server sees who they are, so every round is charged as if all took part. A secure sum is opened over the
+        cohort alone, and must withstand all its colluders there: see ``Masked.cohort``.
     dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
     participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are gone
         over, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
@@ -145,6 +152,8 @@ def federate(
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
+    if policy is not None:
+        check_policy(policy)
     algorithm = algorithm if algorithm is not None else FedAvg()
     check_fits(algorithm, privacy, loss)
     participation = participation_of(algorithm, participation, cohort, dropout_rate)
@@ -244,9 +253,10 @@ def federate(
                 f"{algorithm.kind} has several sums in a round, and a transcript is of one",
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
-        rooms = open_sessions(secure_sum, coders, seen, roster=None if participation.everybody else first)
+        opened = partial(open_sessions, secure_sum, coders, seen, parties=len(names), policy=policy)
+        rooms = opened(roster=None if participation.everybody else first)
         if not participation.everybody and len(first) < (most := participation.expected(len(names))):
-            full = open_sessions(secure_sum, coders, seen, roster=tuple(names[:most]))
+            full = opened(roster=tuple(names[:most]))
             check_promises(rooms, len(first), full, most)
         meter = EnergyMeter(on)
         recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
@@ -265,6 +275,8 @@ def federate(
             secure_sum=secure_sum,
             seed=seed,
             seen=seen,
+            draws=seed if participation.draw == "seed" or participation.everybody else recorder.draws(),
+            policy=policy,
             succeeded=sum(not entry.failed for entry in recorder.history[1:]),
         )
         if recorder.fresh:

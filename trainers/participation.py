@@ -6,8 +6,9 @@
 
 A round at a simulated time goes: some of those who are available now are asked (:meth:`Participation.ask`), and of
 these the ones that answer in time count (:meth:`Participation.late`), less those that vanish at some step
-(:func:`lost_at`). All randomness is numpy's, from a seed: it is for data order and simulation, not for privacy. A round
-costs what those cost that it looks at, not what all parties would.
+(:func:`lost_at`). All randomness is numpy's, from a seed: it is for data order and simulation, not for privacy. Only
+who is asked comes from a secret of the run, drawn by the operating system, so that nobody picks a victim beforehand. A
+round costs what those cost that it looks at, not what all parties would.
 
 **No amplification.** A server that picks the cohort sees who is in it, so what a round costs in privacy must be charged
 as if every party took part in every round (sampling rate 1): the sampling here hides nobody.
@@ -19,7 +20,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -236,10 +237,15 @@ class Participation:
     """Seconds after which answers no longer count; None waits for all."""
     dropouts: Dropouts = field(default_factory=Dropouts)
     clock: Clock = field(default_factory=Clock)
+    draw: Literal["system", "seed"] = "system"
+    """Who is asked is drawn by the operating system, so that nobody knows it before; or from the run's seed, which
+    everybody knows: for rehearsals that are to be repeated."""
     patience: int = 0
     """Rounds in a row that may fail for too few survivors; each counts as a round, and leaves the model as it was."""
 
     def __post_init__(self) -> None:
+        if self.draw not in ("system", "seed"):
+            raise ConfigError(f"expected participation.draw 'system' or 'seed', got {self.draw!r}", hint="system")
         if self.cohort is not None and self.rate is not None:
             raise ConfigError("participation takes a cohort or a rate, not both", hint="leave one of them out")
         if self.rate is not None and not 0 < self.rate <= 1:

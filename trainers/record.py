@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -90,6 +91,24 @@ class Recorder:
     @property
     def ledger_folder(self) -> Path | None:
         return self._folder / "ledger" if self._folder else None
+
+    def draws(self) -> int:
+        """The run's secret from which cohorts are drawn, made by the operating system; kept for as long as its folder,
+        so that a round that is gone over after a resume asks those whom it had asked.
+        """
+        if self._folder is None:
+            return secrets.randbits(256)
+        path = self._folder / "cohorts.secret"
+        if not path.is_file():
+            if not self.fresh:
+                raise folders.RunFolderError(
+                    f"{path} is missing, from which the cohorts were drawn", hint="restore it, or run in a new folder"
+                )
+            folders.replace_file(path, secrets.token_bytes(32), mode=0o600)
+        found = path.read_bytes()
+        if len(found) != 32:
+            raise folders.RunFolderError(f"{path} is damaged: expected 32 bytes", hint="run again in a new folder")
+        return int.from_bytes(found, "little")
 
     def begin(self, info: RunInfo) -> None:
         """Write the folder's run.json, and drop what was written beyond the last complete round.

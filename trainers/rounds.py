@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
-from choral.protocols.seam import STEPS, Losses, SecureSum, Step, SumResult, SumSession
+from choral.protocols.policy import Policy
+from choral.protocols.seam import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import (
     Algorithm,
     Exchange,
@@ -47,7 +48,10 @@ class Traffic:
 
 @dataclass
 class Federation:
-    """All that stays the same from round to round, and the memory, which does not."""
+    """All that stays the same from round to round, and the memory, which does not.
+
+    draws: decides who is asked, and is known to nobody else; the seed where that is to be rehearsed.
+    """
 
     algorithm: Algorithm
     trainer: LocalTrainer
@@ -61,6 +65,8 @@ class Federation:
     secure_sum: SecureSum
     seed: int
     seen: Transcript
+    draws: int
+    policy: Policy | None = None
     succeeded: int = 0  # rounds
 
     def round(self, weights: torch.Tensor, number: int, start: float = 0.0) -> tuple[torch.Tensor, Traffic]:
@@ -161,7 +167,7 @@ class Federation:
     def _asked(self, number: int, start: float) -> _Asked:
         """Everybody, or this round's cohort, each set of its size equally likely; with those that are too slow."""
         rule = self.participation
-        chosen = rule.ask(len(self.names), start, stream(self.seed, number, "cohort"), self.seed)
+        chosen = rule.ask(len(self.names), start, stream(self.draws, number, "cohort"), self.seed)
         parties = tuple(self.names[index] for index in chosen.tolist())
         seconds = rule.device.draw([self.examples[name] for name in parties], stream(self.seed, number, "devices"))
         asked = _Asked(parties, seconds, full=len(parties) >= rule.expected(len(self.names)) or rule.cohort is None)
@@ -184,7 +190,9 @@ class Federation:
                 needed=needed,
                 hint="lower participation.least, or let rounds fail with participation.patience",
             )
-        rooms = open_sessions(self.secure_sum, self.coders, self.seen, roster=asked)
+        rooms = open_sessions(
+            self.secure_sum, self.coders, self.seen, parties=len(self.names), roster=asked, policy=self.policy
+        )
         check_promises(self.sessions, needed, rooms, len(asked))
         return rooms
 
@@ -225,23 +233,35 @@ class _Asked:
 
 
 def open_sessions(
-    secure_sum: SecureSum, coders: Mapping[str, Coder], seen: Transcript, *, roster: tuple[str, ...] | None = None
+    secure_sum: SecureSum,
+    coders: Mapping[str, Coder],
+    seen: Transcript,
+    *,
+    parties: int,
+    roster: tuple[str, ...] | None = None,
+    policy: Policy | None = None,
 ) -> dict[str, SumSession]:
-    """One session per channel; channels whose vectors look alike share one. roster: by default all parties. seen: is
-    told of each.
+    """One session per channel; channels whose vectors look alike share one. parties: how many there are in all, whom
+    the roster is taken from. roster: by default all parties. seen: is told of each. policy: what the parties accept.
 
-    Raises: what the coders' check does; what the secure sum does for a roster of that size.
+    Raises: what the coders' check does; what the secure sum does for a roster of that size; PolicyError.
     """
     sessions: dict[str, SumSession] = {}
     by_spec: dict[object, SumSession] = {}
     for name, coder in coders.items():
-        spec = coder.spec if roster is None else replace(coder.spec, parties=roster)
+        spec = replace(coder.spec, parties=roster or coder.spec.parties, directory=parties)
         if spec not in by_spec:
             seen.begin(secure_sum.name, spec)
-            by_spec[spec] = secure_sum.open(spec)
+            by_spec[spec] = _opened(secure_sum, spec, policy)
         sessions[name] = by_spec[spec]
         coder.check(sessions[name])
     return sessions
+
+
+def _opened(secure_sum: SecureSum, spec: SumSpec, policy: Policy | None) -> SumSession:
+    if policy is None:
+        return secure_sum.open(spec)
+    return secure_sum.open(spec, policy=replace(policy, encoding=policy.encoding or spec.encoding))
 
 
 def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str, SumSession], many: int) -> None:

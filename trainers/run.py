@@ -5,6 +5,7 @@
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
     DIR/memory.R.safetensors     what the algorithm's server and parties keep after round R (see memory.py)
+    DIR/cohorts.secret           from which cohorts are drawn, for the coordinator alone (see participation.py)
     DIR/ledger/NAME.jsonl   one privacy ledger per data holder
     DIR/transcript/         what the server saw, if that was to be recorded (:mod:`choral.trainers.transcript`)
 
@@ -239,10 +240,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _NAMED_PACKAGES}
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write atomically: after a crash the file holds the old content or the new, whole."""
+def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write atomically: after a crash the file holds the old content or the new, whole. mode: of a new file."""
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
+    with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from choral.protocols import checks
 from choral.protocols.errors import SpecError
 from choral.protocols.masked import Masked
-from choral.protocols.seam import SumSession, SumSpec
+from choral.protocols.policy import Policy
+from choral.protocols.seam import SumSession, SumSpec, check_spec
+
+Key = Literal["split", "shared"]
+KEYS: tuple[Key, ...] = get_args(Key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,38 +31,52 @@ class Homomorphic:
             vectors.** Built on SEAL by way of TenSEAL. :mod:`choral.protocols.homomorphic.shared`.
 
     min_survivors: fewer vectors than this are never summed; by default a majority.
-    corrupt, dropouts, server: as in :class:`~choral.protocols.Masked`; for a split key only.
+    corrupt, dropouts, server, cohort: as in :class:`~choral.protocols.Masked`; for a split key only.
 
     Unit: one vector of one round. The sum itself may say much about one vector when few are in it; that is the matter
     of differential privacy.
 
-    Raises (from ``open``): SpecError, when no threshold withstands those numbers at once, no ring has room for the
-    sum, or settings of a split key are given with a shared one.
+    Raises: SpecError for a setting of another type or out of range; from ``open`` also when no threshold withstands
+    those numbers at once, no ring has room for the sum, or settings of a split key are given with a shared one.
     """
 
-    key: Literal["split", "shared"] = "split"
+    key: Key = "split"
     min_survivors: int | None = None
     corrupt: int | float | None = None
     dropouts: int | float | None = None
     server: Literal["semi-honest", "malicious"] | None = None
+    cohort: Literal["chosen", "random"] = "chosen"
+
+    def __post_init__(self) -> None:
+        checks.one_of(self.key, "key", KEYS)
+        keys = self._keys()  # which checks the rest
+        for name in ("min_survivors", "corrupt", "dropouts"):
+            object.__setattr__(self, name, getattr(keys, name))
 
     @property
     def name(self) -> str:
         return "homomorphic"
 
-    def open(self, spec: SumSpec) -> SumSession:
+    def _keys(self) -> Masked:
+        """The masked sum of the keys, of a split one."""
+        return Masked(
+            min_survivors=self.min_survivors,
+            corrupt=self.corrupt,
+            dropouts=self.dropouts,
+            server="malicious" if self.server is None else self.server,
+            cohort=self.cohort,
+        )
+
+    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> SumSession:
+        """policy: the parties' own terms, by default what these settings ask for.
+
+        Raises: SpecError; PolicyError where the parties refuse.
+        """
+        check_spec(spec)
         if self.key == "split":
             from choral.protocols.homomorphic.split_sum import SplitSession
 
-            keys = Masked(
-                min_survivors=self.min_survivors,
-                corrupt=self.corrupt,
-                dropouts=self.dropouts,
-                server=self.server or "malicious",
-            )
-            return SplitSession(keys, spec)
-        if self.key != "shared":
-            raise SpecError(f'expected key="split" or key="shared", got {self.key!r}')
+            return SplitSession(self._keys(), spec, policy)
         if self.corrupt or self.dropouts is not None or self.server == "malicious":
             raise SpecError(
                 "a shared key withstands no corrupt party and no malicious server, and plans for no count of dropouts",
@@ -65,4 +84,4 @@ class Homomorphic:
             )
         from choral.protocols.homomorphic.shared import SharedSession
 
-        return SharedSession(spec, min_survivors=self.min_survivors)
+        return SharedSession(spec, min_survivors=self.min_survivors, policy=policy)

@@ -35,8 +35,9 @@ from choral.protocols.homomorphic import shared_messages as wire
 from choral.protocols.homomorphic.shared_adding import Totalling
 from choral.protocols.homomorphic.shared_parties import Parties, encrypt_and_send, facts_of, make_setup, smallest_sum
 from choral.protocols.homomorphic.shared_round import Encrypted, Keyed
-from choral.protocols.homomorphic.shared_terms import Plan
+from choral.protocols.homomorphic.shared_terms import Plan, SharedPolicy, shared_policy
 from choral.protocols.plain import check_submission
+from choral.protocols.policy import Policy
 from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec
 
 if TYPE_CHECKING:
@@ -45,23 +46,34 @@ if TYPE_CHECKING:
 
 def key_setup(spec: SumSpec, *, min_survivors: int | None, session: bytes) -> wire.KeySetup:
     """The terms of an exact sum, which every party signs. session: 16 fresh random bytes. Raises: SpecError."""
-    plan = bfv.choose(len(spec.parties), int(spec.bound), int(spec.length))
+    plan = bfv.choose(len(spec.parties), spec.bound, spec.length)
     smallest = smallest_sum(len(spec.parties), min_survivors)
-    return make_setup(spec.parties, spec.length, spec.encoding, plan, smallest, session, bound=int(spec.bound))
+    return make_setup(spec.parties, spec.length, spec.encoding, plan, smallest, session, bound=spec.bound)
 
 
 class SharedSession:
     """See :class:`choral.protocols.seam.SumSession`: exact sums of integers (BFV) under a shared key.
 
-    min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority.
+    min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority. policy: the parties' own
+    terms, by default what spec and ``min_survivors`` say.
 
     Guarantee and trust: see the module. Raises: SpecError when no ring has room for the sum (more than 60 bits), or
     for ``min_survivors`` out of range.
     """
 
-    def __init__(self, spec: SumSpec, *, min_survivors: int | None = None) -> None:
+    def __init__(self, spec: SumSpec, *, min_survivors: int | None = None, policy: Policy | None = None) -> None:
         self.spec = spec
-        self._parties = Parties(key_setup(spec, min_survivors=min_survivors, session=secrets.token_bytes(16)))
+        setup = key_setup(spec, min_survivors=min_survivors, session=secrets.token_bytes(16))
+        if policy is None:
+            own = SharedPolicy(
+                minimum_cohort=min_survivors or 2,
+                maximum_bound=spec.bound,
+                maximum_length=spec.length,
+                encoding=spec.encoding,
+            )
+        else:
+            own = shared_policy(policy)
+        self._parties = Parties(setup, own)
 
     @property
     def plan(self) -> Plan:

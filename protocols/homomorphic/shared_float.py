@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from choral.protocols import checks
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.homomorphic import ckks
 from choral.protocols.homomorphic.shared_adding import Totalling
 from choral.protocols.homomorphic.shared_parties import Parties, encrypt_and_send, facts_of, make_setup, smallest_sum
 from choral.protocols.homomorphic.shared_round import Encrypted, Keyed
+from choral.protocols.homomorphic.shared_terms import SharedPolicy
+from choral.protocols.messages import MAX_PARTIES
 from choral.protocols.seam import SumSpec
 
 
@@ -35,7 +38,10 @@ class FloatSpec:
     encoding: str = ""
 
     def __post_init__(self) -> None:
-        SumSpec(parties=self.parties, length=self.length, bound=1, encoding=self.encoding)
+        whole = SumSpec(parties=self.parties, length=self.length, bound=1, encoding=self.encoding)
+        object.__setattr__(self, "length", whole.length)
+        for name in ("bound", "precision"):
+            object.__setattr__(self, name, checks.positive(getattr(self, name), name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,10 @@ class FloatSum:
 
     min_survivors: int | None = None
 
+    def __post_init__(self) -> None:
+        smallest = checks.optional(self.min_survivors, "min_survivors", 2, MAX_PARTIES)
+        object.__setattr__(self, "min_survivors", smallest)
+
     def open(self, spec: FloatSpec) -> FloatSession:
         """Raises: SpecError when no ring has the precision, or for ``min_survivors`` out of range."""
         return FloatSession(spec, min_survivors=self.min_survivors)
@@ -75,9 +85,11 @@ class FloatSession:
     """A sum of floats set up for fixed parties; see :class:`FloatSum`."""
 
     def __init__(self, spec: FloatSpec, *, min_survivors: int | None = None) -> None:
+        if not isinstance(spec, FloatSpec):
+            raise SpecError(f"expected a FloatSpec, got {checks.shown(spec)}")
         self.spec = spec
-        n, bound, precision = len(spec.parties), float(spec.bound), float(spec.precision)
-        self.plan = ckks.choose(n, bound, int(spec.length), precision)
+        n, bound, precision = len(spec.parties), spec.bound, spec.precision
+        self.plan = ckks.choose(n, bound, spec.length, precision)
         smallest, session = smallest_sum(n, min_survivors), secrets.token_bytes(16)
         setup = make_setup(
             spec.parties,
@@ -89,7 +101,8 @@ class FloatSession:
             magnitude=bound,
             precision=precision,
         )
-        self._parties = Parties(setup)
+        own = SharedPolicy(minimum_cohort=min_survivors or 2, maximum_length=spec.length, encoding=spec.encoding)
+        self._parties = Parties(setup, own)
 
     @property
     def statement(self) -> Mapping[str, Any]:

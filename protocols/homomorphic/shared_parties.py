@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from choral.protocols import checks
 from choral.protocols import messages as base
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.homomorphic import shared_messages as wire
@@ -16,6 +18,7 @@ from choral.protocols.homomorphic.shared_server import Opening, Session
 from choral.protocols.homomorphic.shared_terms import Plan, SharedPolicy, plan_of
 from choral.protocols.keys import ed25519_public
 from choral.protocols.masked import Traffic
+from choral.protocols.transcript import Signatures
 
 SECURITY_BITS = 128
 """Of the ring (SEAL's table), X25519, Ed25519, AES-128 and SHA-256."""
@@ -23,8 +26,10 @@ SECURITY_BITS = 128
 
 def smallest_sum(n: int, min_survivors: int | None) -> int:
     """``min_survivors``, by default a majority. Raises: SpecError outside 2 to n."""
-    wanted = max(2, n // 2 + 1) if min_survivors is None else min_survivors
-    if isinstance(wanted, bool) or not 2 <= wanted <= n:
+    if min_survivors is None:
+        return max(2, n // 2 + 1)
+    wanted = checks.whole(min_survivors, "min_survivors", 2, base.MAX_PARTIES)
+    if wanted > n:
         raise SpecError(
             f"expected 2 <= min_survivors <= {n} parties, got {wanted}",
             hint="leave it out to have a majority of the parties",
@@ -44,13 +49,10 @@ def make_setup(
     magnitude: float = 0.0,
     precision: float = 0.0,
 ) -> wire.KeySetup:
-    long = [party for party in parties if len(party) > base.MAX_NAME]
-    if long:
-        raise SpecError(f"expected party names of at most {base.MAX_NAME} characters, got {long[0][:20]!r}...")
     return wire.KeySetup(
         session=session,
         roster=parties,
-        length=int(length),
+        length=length,
         scheme=plan.scheme,
         bound=bound,
         magnitude=magnitude,
@@ -65,21 +67,19 @@ def make_setup(
 
 
 class Parties:
-    """The parties of one session, each in its own state, and their server."""
+    """The parties of one session, each in its own state, and their server.
 
-    def __init__(self, setup: wire.KeySetup) -> None:
+    policy: the parties' own terms, which do not come from the setup; their directory is filled in here.
+    """
+
+    def __init__(self, setup: wire.KeySetup, policy: SharedPolicy) -> None:
         self.setup = setup
         self.plan = plan_of(setup)
         self.traffic = Traffic()
         self.number = 0
         identities = {party: secrets.token_bytes(32) for party in setup.roster}
         directory = {party: ed25519_public(identity) for party, identity in identities.items()}
-        policy = SharedPolicy(
-            directory=directory,
-            minimum_cohort=setup.min_survivors,
-            maximum_length=setup.length,
-            encoding=setup.encoding,
-        )
+        policy = replace(policy, directory=directory, signatures=Signatures(), checked=set())
         self.holders: dict[str, steps.Holder] = {}
         self.server = self._open(identities, policy)
         policy.signatures.forget()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from choral.protocols import checks
 from choral.protocols.errors import PolicyError, ProtocolError, SpecError
 from choral.protocols.homomorphic import bfv, ckks
 from choral.protocols.homomorphic.bfv import BfvPlan
@@ -13,6 +14,8 @@ from choral.protocols.homomorphic.ckks import CkksPlan
 from choral.protocols.homomorphic.seal import Ring, RingParameters
 from choral.protocols.homomorphic.shared_messages import KeySetup
 from choral.protocols.keys import hkdf_sha256
+from choral.protocols.messages import MAX_PARTIES
+from choral.protocols.policy import Policy, check_policy, check_roster
 from choral.protocols.transcript import Signatures, digest
 
 Plan = BfvPlan | CkksPlan
@@ -45,29 +48,34 @@ class SharedPolicy:
 
     directory: Ed25519 public keys by party name, pinned: obtained from elsewhere than this server, and no two alike.
     minimum_cohort: fewest vectors in a sum that this party's vector may be in, or that it opens; at least 2.
-    maximum_bound: of a value, in BFV. maximum_length: of the vector. encoding: the text that the setup must have; None
-    takes any.
+    maximum_bound: of a value, in BFV. maximum_length: of the vector. encoding: the text that the setup must have.
 
-    Raises: SpecError for values outside these ranges, or two parties with one key.
+    Raises: SpecError for values of another type or outside these ranges, two parties with one key, or two spellings of
+    one name.
     """
 
-    directory: Mapping[str, bytes]
+    directory: Mapping[str, bytes] = field(default_factory=dict)
     minimum_cohort: int = 2
     maximum_bound: int = 2**62
     maximum_length: int = 2**31
-    encoding: str | None = None
+    encoding: str = ""
     signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
     checked: set[bytes] = field(default_factory=set, repr=False, compare=False)
     """Digests of lists whose every signature was valid: in a process that plays many parties they share the policy,
     and n parties with a list of n signatures each would otherwise look n^2 of them up."""
 
     def __post_init__(self) -> None:
-        if self.minimum_cohort < 2:
-            raise SpecError("expected a minimum cohort of at least 2: one party's sum is its own value")
-        if any(len(key) != 32 for key in self.directory.values()):
-            raise SpecError("expected Ed25519 public keys of 32 bytes")
-        if len(set(self.directory.values())) != len(self.directory):
-            raise SpecError("two parties of the directory have the same key: they are one")
+        checks.directory(self.directory)
+        checks.text(self.encoding, "the encoding")
+        if not isinstance(self.signatures, Signatures) or not isinstance(self.checked, set):
+            raise SpecError("expected signatures as Signatures(), and what was checked as a set")
+        plain = {
+            "minimum_cohort": checks.whole(self.minimum_cohort, "minimum_cohort", 2, MAX_PARTIES),
+            "maximum_bound": checks.whole(self.maximum_bound, "maximum_bound", 1, 2**62),
+            "maximum_length": checks.whole(self.maximum_length, "maximum_length", 1, 2**31),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def check(self, setup: KeySetup, name: str) -> Plan:
         """The plan of a setup that ``name`` may join. Raises: PolicyError when it is inconsistent or too weak."""
@@ -85,16 +93,32 @@ class SharedPolicy:
             raise PolicyError(f"this party accepts bounds up to {self.maximum_bound}, the setup says {setup.bound}")
         if setup.length > self.maximum_length:
             raise PolicyError(f"this party accepts {self.maximum_length} values at most, the setup says {setup.length}")
-        if self.encoding is not None and setup.encoding != self.encoding:
+        if setup.encoding != self.encoding:
             raise PolicyError("the setup has another encoding of values to integers than this party uses")
         return plan
+
+
+def shared_policy(policy: Policy) -> SharedPolicy:
+    """A party's terms where the key is shared. Raises: PolicyError where they expect more than a shared key gives."""
+    check_policy(policy)
+    if policy.corrupt or policy.server != "semi-honest":
+        raise PolicyError(
+            "a shared key withstands no corrupt party and no malicious server; this party expects"
+            f" {policy.corrupt} and a {policy.server} one",
+            hint='use key="split"',
+        )
+    return SharedPolicy(
+        minimum_cohort=policy.minimum_cohort,
+        maximum_bound=policy.maximum_bound,
+        maximum_length=policy.maximum_length,
+        encoding=policy.encoding,
+    )
 
 
 def check_setup(setup: KeySetup) -> Plan:
     """The plan that the setup's sizes give, which must be the one that it names. Raises: PolicyError."""
     n = len(setup.roster)
-    if len(set(setup.roster)) != n:
-        raise PolicyError("the roster has a name twice")
+    check_roster(setup.roster)
     if setup.min_survivors > n:
         raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
     try:

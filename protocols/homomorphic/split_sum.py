@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from choral.protocols.errors import PolicyError
 from choral.protocols.homomorphic.gaussian import SIGMA, TAIL
 from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt
 from choral.protocols.homomorphic.split_parameters import SECURITY_BITS, SplitParameters, choose
-from choral.protocols.masked import Masked, MaskedSession, Traffic
+from choral.protocols.masked import COHORT_TRUST, Masked, MaskedSession, Traffic
+from choral.protocols.policy import Policy, check_policy
 from choral.protocols.seam import IntVector, Step, SumResult, SumSpec
 from choral.protocols.transcript import digest
 
@@ -25,6 +28,7 @@ def key_spec(parameters: SplitParameters) -> SumSpec:
         length=parameters.degree,
         bound=TAIL,
         encoding=f"split-key sum, terms {digest('split/terms', parameters.terms().encode()).hex()}",
+        directory=parameters.spec.directory,
     )
 
 
@@ -35,9 +39,18 @@ class SplitSession:
     taken from the server.
     """
 
-    def __init__(self, keys: Masked, spec: SumSpec) -> None:
+    def __init__(self, keys: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
         self.parameters = choose(spec)
-        self.masked: MaskedSession = keys.open(key_spec(self.parameters))
+        sum_of_keys = key_spec(self.parameters)
+        if policy is not None:
+            check_policy(policy).check_vector(spec.length, spec.bound, spec.modulus_bits, spec.encoding)
+            if policy.wraps_at != spec.wraps_at:
+                raise PolicyError("this party agreed to another modulus at which the sum may wrap")
+            # The keys are a vector of their own, whose terms each party derives from those of the long one.
+            own = keys.policy(sum_of_keys)
+            of_keys = ("maximum_modulus_bits", "maximum_bound", "maximum_length", "wraps_at", "encoding")
+            policy = replace(policy, **{name: getattr(own, name) for name in of_keys})
+        self.masked: MaskedSession = keys.open(sum_of_keys, policy=policy)
 
     @property
     def statement(self) -> Mapping[str, Any]:
@@ -47,8 +60,9 @@ class SplitSession:
             f"Nobody holds a decryption key. The server {server} and may collude with up to {masked['corrupt']} of"
             f" {masked['parties']} parties: together they learn the sum over the survivors, at least"
             f" {masked['min_survivors']} parties, and no single vector of the others, if ring-LWE is hard and the"
-            " survivors are not picked by what the ciphertexts hold. Each party trusts its pinned directory of"
-            " identities, which in this in-process run was made by the process itself."
+            " survivors are not picked by what the ciphertexts hold."
+            f"{COHORT_TRUST[masked['cohort']]} Each party trusts its pinned directory of identities, which in this"
+            " in-process run was made by the process itself."
         )
         return {
             **masked,

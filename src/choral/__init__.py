@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from choral.audits import audit, compare
     from choral.privacy import AdaptiveClip, ClientPrivacy, CorrelatedPrivacy, PerLayerClip, Privacy, Spent
-    from choral.protocols import Homomorphic, Masked, Plain
+    from choral.protocols import Homomorphic, Masked, Plain, Policy
     from choral.trainers import Run, centralize, federate
 
 _HOME = {
@@ -32,6 +32,7 @@ _HOME = {
     "Homomorphic": "choral.protocols",
     "Masked": "choral.protocols",
     "Plain": "choral.protocols",
+    "Policy": "choral.protocols",
     "Run": "choral.trainers",
     "centralize": "choral.trainers",
     "federate": "choral.trainers",
@@ -48,6 +49,7 @@ __all__ = [
     "Masked",
     "PerLayerClip",
     "Plain",
+    "Policy",
     "Privacy",
     "Run",
     "Spent",

@@ -273,7 +273,7 @@ def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     kind = arm.secure_sum or chosen.kind
     if kind == "plain":
         return Plain()
-    terms = {"min_survivors": chosen.min_survivors, "corrupt": chosen.corrupt, "dropouts": chosen.dropouts}
+    terms: dict[str, Any] = {name: getattr(chosen, name) for name in ("min_survivors", "corrupt", "dropouts", "cohort")}
     if kind == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
     return Masked(server=chosen.server or "malicious", **terms)

@@ -61,7 +61,9 @@ class SumSettings:
     min_survivors: int | None = None
     """Fewest parties whose sum may be opened; by default chosen from the number of parties."""
     corrupt: int | None = None
-    """Parties that may work with the server; by default a third, or a tenth of more than ten."""
+    """Parties that may work with the server; by default a third of all, or a tenth of more than ten."""
+    cohort: Literal["chosen", "random"] = "chosen"
+    """Of a round that asks some: the server may have chosen every corrupt party, or is trusted to draw at random."""
     dropouts: int | None = None
     """Parties that may vanish in a round; by default as many."""
     server: Literal["semi-honest", "malicious"] | None = None

@@ -110,7 +110,7 @@ def test_a_sparse_graph_that_a_malicious_server_could_cut() -> None:
     Policy(directory=directory, corrupt=0.1, security_bits=36).check(replace(published, security_bits=36), "p0")
     Policy(directory=directory, corrupt=0.1).check(good, "p0")
     for bits in (0, 129):
-        with pytest.raises(SpecError, match="1 to 128"):
+        with pytest.raises(SpecError, match="<= 128"):
             Policy(directory=directory, corrupt=0.1, security_bits=bits)
 
 
@@ -143,7 +143,8 @@ def test_parties_that_encode_values_in_another_way_do_not_join(network: Make) ->
     for other in ("step 1/10", ""):
         with pytest.raises(PolicyError, match="another encoding"):
             join(net, encoding=other)
-    join(network(4, encoding="anything"))  # a party that does not care
+    with pytest.raises(PolicyError, match="another encoding"):
+        join(network(4, encoding="anything"))  # a party that was told of no encoding takes none
 
 
 @pytest.mark.parametrize("n", [65, 100, 333, 1000])
@@ -166,7 +167,7 @@ def test_an_identity_that_is_not_the_pinned_one(network: Make) -> None:
 def test_a_policy_that_protects_nobody(network: Make) -> None:
     directory = network(3).directory
     for weak in ({"minimum_cohort": 1}, {"minimum_threshold": 1}):
-        with pytest.raises(SpecError, match="at least 2"):
+        with pytest.raises(SpecError, match="expected 2 <= "):
             Policy(directory=directory, corrupt=0, **weak)
     for corrupt in (-1, -0.1, 1.0, 2.5, float("nan"), True):
         with pytest.raises(SpecError, match="a count"):

@@ -232,27 +232,27 @@ def test_the_statement_is_json_and_says_who_is_trusted() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("kind", "settings"),
     [
-        Masked(min_survivors=1),
-        Masked(min_survivors=4),
-        Masked(corrupt=2),
-        Masked(corrupt=1, dropouts=1),
-        Masked(dropouts=2),
-        Masked(corrupt=0.99),
-        Homomorphic(min_survivors=1),
-        Homomorphic(corrupt=2),
-        Homomorphic(key="shared", min_survivors=4),
-        Homomorphic(key="shared", corrupt=1),
-        Homomorphic(key="shared", dropouts=0),
-        Homomorphic(key="shared", server="malicious"),
-        Homomorphic(key="none"),
+        (Masked, {"min_survivors": 1}),
+        (Masked, {"min_survivors": 4}),
+        (Masked, {"corrupt": 2}),
+        (Masked, {"corrupt": 1, "dropouts": 1}),
+        (Masked, {"dropouts": 2}),
+        (Masked, {"corrupt": 0.99}),
+        (Homomorphic, {"min_survivors": 1}),
+        (Homomorphic, {"corrupt": 2}),
+        (Homomorphic, {"key": "shared", "min_survivors": 4}),
+        (Homomorphic, {"key": "shared", "corrupt": 1}),
+        (Homomorphic, {"key": "shared", "dropouts": 0}),
+        (Homomorphic, {"key": "shared", "server": "malicious"}),
+        (Homomorphic, {"key": "none"}),
     ],
     ids=repr,
 )
-def test_what_cannot_be_withstood_is_refused_at_opening(config: Masked) -> None:
+def test_what_cannot_be_withstood_is_refused_at_opening(kind: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(SpecError):
-        config.open(SPEC)
+        kind(**settings).open(SPEC)
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,14 @@ def main(kind: str, folder: Path) -> None:
             500, lambda number: parties_of([count_of(number)])["party-0"], count_of, total=5000, largest=12
         )
         world = Participation(
-            rate=0.02, availability=Availability(peak=0.9, trough=0.5), dropouts=Dropouts(vector=0.1, unmasking=0.1)
+            draw="seed",
+            rate=0.02,
+            availability=Availability(peak=0.9, trough=0.5),
+            dropouts=Dropouts(vector=0.1, unmasking=0.1),
         )
         keep("world", federate(**job | {"parties": many, "rounds": 5}, participation=world))
-        keep("virtual", federate(**job | {"parties": many}, cohort=6, secure_sum=masked))
+        six, few = Participation(cohort=6, draw="seed"), Masked(min_survivors=3, corrupt=1)
+        keep("virtual", federate(**job | {"parties": many}, participation=six, secure_sum=few))
         keep("private", federate(**job, privacy=Privacy(epsilon=3.0, delta=1e-3), out=folder / "private"))
 
 

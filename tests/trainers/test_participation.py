@@ -11,6 +11,7 @@ from scipy import stats
 
 from choral import ClientPrivacy, Masked, federate
 from choral.errors import ConfigError
+from choral.trainers import RunFolderError
 from choral.trainers.participation import (
     DAY,
     ONCE_A_DAY,
@@ -152,21 +153,56 @@ class TestCohorts:
 
     def test_each_round_asks_another_cohort(self, job):
         trained: list[str] = []
-        run = self.many(job, trained, cohort=4, rounds=5)
+        rule = Participation(cohort=4, draw="seed")
+        run = self.many(job, trained, participation=rule, rounds=5)
         rounds = [tuple(trained[at : at + 4]) for at in range(0, 20, 4)]
         assert all(len(set(asked)) == 4 for asked in rounds)
         assert len(set(rounds)) == 5
         assert [entry.survivors for entry in run.history[1:]] == [4] * 5
         again: list[str] = []
-        self.many(job, again, cohort=4, rounds=5)
+        self.many(job, again, participation=rule, rounds=5)
         assert again == trained
         assert run.info.participation["cohort"] == 4
 
     def test_the_masked_sum_is_over_the_cohort_and_exact(self, job):
-        plain = self.many(job, [], cohort=5, rounds=2)
-        masked = self.many(job, [], cohort=5, rounds=2, secure_sum=Masked(min_survivors=3))
+        rule = Participation(cohort=5, draw="seed")
+        plain = self.many(job, [], participation=rule, rounds=2)
+        masked = self.many(job, [], participation=rule, rounds=2, secure_sum=Masked(min_survivors=3))
         assert all(torch.equal(plain.state[name], masked.state[name]) for name in plain.state)
-        assert masked.info.secure_sum["parties"] == 5
+        stated = masked.info.secure_sum
+        assert (stated["parties"], stated["directory"], stated["cohort"], stated["corrupt"]) == (5, 20, "chosen", 2)
+        assert "may have put every one that colludes into it" in stated["trust"]
+
+    def test_who_is_asked_does_not_follow_from_the_seed(self, job, tmp_path):
+        """Two runs with one seed ask others; a run that is resumed asks those whom it would have asked.
+
+        The cohorts of three rounds, 4 of 20 each, are alike by chance once in 4845^3.
+        """
+        asked = []
+        for _ in range(2):
+            asked.append([])
+            self.many(job, asked[-1], cohort=4, rounds=3)
+        assert asked[0] != asked[1]
+
+        class Stop(Exception):
+            pass
+
+        def stop(entry):
+            if entry.round == 1:
+                raise Stop
+
+        for last in ("one", "two"):
+            with pytest.raises(Stop):
+                self.many(job, [], cohort=4, rounds=3, out=tmp_path / last, on_round=stop)
+        assert (tmp_path / "one" / "cohorts.secret").stat().st_mode & 0o077 == 0
+        (tmp_path / "two").joinpath("cohorts.secret").write_bytes((tmp_path / "one" / "cohorts.secret").read_bytes())
+        ends = [[], []]
+        for end, last in zip(ends, ("one", "two"), strict=True):
+            self.many(job, end, cohort=4, rounds=3, out=tmp_path / last, resume=True)
+        assert ends[0] == ends[1]  # by the secret in the folder alone, whatever is drawn elsewhere
+        (tmp_path / "one" / "cohorts.secret").unlink()
+        with pytest.raises(RunFolderError, match="is missing"):
+            self.many(job, [], cohort=4, rounds=3, out=tmp_path / "one", resume=True)
 
     def test_all_is_as_without(self, job):
         whole, cohort = self.many(job, []), self.many(job, [], cohort=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -39,6 +40,10 @@ HALF = Availability(peak=0.5, trough=0.5)
 
 def loss(model, batch):
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+repeated = partial(Participation, draw="seed")
+"""Cohorts that two runs have alike."""
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ class TestWhoIsAsked:
 
     def test_every_cohort_of_those_available_is_equally_likely(self):
         """All 15 pairs of 6 parties of which half are there: chi-square, false alarm 1e-6."""
-        rule = Participation(cohort=2, availability=HALF)
+        rule = repeated(cohort=2, availability=HALF)
         counts = dict.fromkeys(itertools.combinations(range(6), 2), 0)
         short = 0
         for number in range(6_000):
@@ -106,7 +111,7 @@ class TestWhoIsAsked:
 
     def test_of_many_they_are_drawn_without_a_list_and_uniformly(self):
         """Ten bins of a million parties, 4,000 drawn: chi-square, false alarm 1e-6. None twice in a round."""
-        rule = Participation(cohort=40, availability=Availability(peak=0.3, trough=0.3))
+        rule = repeated(cohort=40, availability=Availability(peak=0.3, trough=0.3))
         rounds = [rule.ask(1_000_000, 0.0, stream(4, number, "t"), 4) for number in range(100)]
         assert all(len(np.unique(asked)) == 40 for asked in rounds)
         bins = np.bincount(np.concatenate(rounds) // 100_000, minlength=10)
@@ -123,13 +128,13 @@ class TestWhoIsAsked:
         monkeypatch.setattr(
             Availability, "zone_of", lambda self, seed, party: (looked.append(party), real(self, seed, party))[1]
         )
-        nobody = Participation(cohort=10, availability=Availability(peak=0.0, trough=0.0))
+        nobody = repeated(cohort=10, availability=Availability(peak=0.0, trough=0.0))
         assert len(nobody.ask(1_000_000, 0.0, stream(0, 0, "t"), 0)) == 0
         assert len(looked) == len(set(looked)) < 1_000 + 100 * 10 + 20
 
     def test_poisson_thinned_by_availability(self):
         """All 8 subsets of 3 parties at .6 x .5 against their product law: chi-square, false alarm 1e-6."""
-        rule, counts = Participation(rate=0.6, availability=HALF), {}
+        rule, counts = repeated(rate=0.6, availability=HALF), {}
         for number in range(8_000):
             key = tuple(rule.ask(3, 0.0, stream(0, number, "t"), 0).tolist())
             counts[key] = counts.get(key, 0) + 1
@@ -139,7 +144,9 @@ class TestWhoIsAsked:
 
     def test_federate_asks_them(self, many):
         hours = Availability(peak=0.9, trough=0.1)
-        rule = Participation(cohort=4, least=2, availability=hours, clock=Clock(period=6 * 3600), patience=6)
+        rule = Participation(
+            draw="seed", cohort=4, least=2, availability=hours, clock=Clock(period=6 * 3600), patience=6
+        )
         trained: list[str] = []
         base = many()
         owner = {id(dataset): name for name, dataset in base["parties"].items()}
@@ -167,6 +174,7 @@ class TestWhoIsAsked:
             )
 
         rule = Participation(
+            draw="seed",
             rate=2e-5,
             least=2,
             availability=Availability(peak=0.5, trough=0.5, zones=(-8.0, 0.0, 8.0)),
@@ -207,7 +215,7 @@ class TestTime:
         assert Clock(period=1e-9).next(0.0, 1e9) >= 1e9
 
     def test_without_time_none_is_recorded(self, many):
-        run = federate(**many(rounds=1), participation=Participation(cohort=5))
+        run = federate(**many(rounds=1), participation=repeated(cohort=5))
         assert (run.history[1].simulated_start, run.history[1].simulated_seconds) == (None, None)
         assert (run.history[1].asked, run.history[1].failed) == (5, "")
 
@@ -265,7 +273,9 @@ class TestRoundsThatFail:
 
     def patient(self, patience: int) -> Participation:
         hours = Availability(peak=0.55, trough=0.55)
-        return Participation(cohort=6, least=5, availability=hours, clock=ONCE_A_DAY, deadline=60.0, patience=patience)
+        return Participation(
+            draw="seed", cohort=6, least=5, availability=hours, clock=ONCE_A_DAY, deadline=60.0, patience=patience
+        )
 
     def test_are_recorded_and_gone_over(self, many, tmp_path):
         run = federate(
@@ -307,6 +317,7 @@ class TestRoundsThatFail:
             pass
 
         rule = Participation(
+            draw="seed",
             cohort=6,
             least=4,
             availability=Availability(peak=0.9, trough=0.2, zones=(0.0, 6.0)),
@@ -330,37 +341,37 @@ class TestRoundsThatFail:
         assert rounds_of(resumed) == rounds_of(whole)
         assert same(resumed, whole)
         with pytest.raises(ConfigError, match="cannot resume: participation"):
-            federate(**settings | {"participation": Participation(cohort=6)}, out=tmp_path / "run", resume=True)
+            federate(**settings | {"participation": repeated(cohort=6)}, out=tmp_path / "run", resume=True)
 
     @pytest.mark.parametrize(("least", "failing"), [(None, {7, 8, 9}), (8, {7})])
     def test_least_is_what_the_sum_is_recorded_for(self, many, least, failing):
         """By default no round begins with less than the cohort; where it may, the record says what fewer can keep."""
         hours = Availability(peak=0.75, trough=0.75)
-        rule = Participation(cohort=10, least=least, availability=hours, patience=30)
-        run = federate(**many(rounds=12), participation=rule, secure_sum=Masked())
+        rule = repeated(cohort=10, least=least, availability=hours, patience=30)
+        run = federate(**many(rounds=12), participation=rule, secure_sum=Masked(corrupt=3))
         failed = {entry.asked for entry in run.history[1:] if entry.failed}
         assert failed
         assert failed <= failing | set(range(7))
         assert all(entry.survivors >= (least or 10) for entry in run.history[1:] if not entry.failed)
-        alone = Masked().setup(
+        alone = Masked(corrupt=3).setup(
             SumSpec(parties=tuple("abcdefghij"[: least or 10]), length=1, bound=1), session=bytes(16)
         )
         assert run.info.secure_sum["min_survivors"] == alone.min_survivors
         assert run.info.secure_sum["corrupt"] == alone.corrupt
+        assert (run.info.secure_sum["cohort"], run.info.secure_sum["directory"]) == ("chosen", len(run.info.parties))
 
-    def test_a_sum_that_promises_less_over_more_parties_is_refused(self, many):
-        """Over 50 parties all hold shares, and 28 must be left; over 100 each has 32 neighbours, and 22 would do."""
-        rule = Participation(cohort=100, least=50)
-        with pytest.raises(ConfigError, match="min_survivors = 28 over 50 parties, and 22 over 100"):
-            federate(**many(count=110), participation=rule, secure_sum=Masked(min_survivors=4))
-
-    def test_that_is_refused_before_anything_is_trained_and_the_hint_helps(self, many, tmp_path):
-        rule, out = Participation(cohort=12, least=10), tmp_path / "run"
-        with pytest.raises(ConfigError, match="corrupt = 3 over 10 parties, and 2 over 12") as refused:
-            federate(**many(count=20), participation=rule, secure_sum=Masked(min_survivors=8), out=out)
+    def test_a_sum_that_promises_less_over_more_parties_is_refused_before_anything_is_trained(self, many, tmp_path):
+        """Over 50 parties all hold shares, and 31 must be left; over 100 each has 32 neighbours, and 22 would do."""
+        rule, out = repeated(cohort=100, least=50), tmp_path / "run"
+        with pytest.raises(ConfigError, match="min_survivors = 31 over 50 parties, and 22 over 100") as refused:
+            federate(**many(count=110), participation=rule, secure_sum=Masked(min_survivors=4), out=out)
         assert not (out / "history.jsonl").exists()
-        assert "corrupt=2, for both" in refused.value.hint
-        told = federate(**many(count=20, rounds=2), participation=rule, secure_sum=Masked(min_survivors=8, corrupt=2))
+        assert "min_survivors=31, for both" in refused.value.hint
+
+    def test_those_who_may_collude_are_counted_among_all_and_not_in_the_cohort(self, many):
+        """A tenth of 20 is two, in a cohort of 10 and in one of 12."""
+        rule = repeated(cohort=12, least=10)
+        told = federate(**many(count=20, rounds=2), participation=rule, secure_sum=Masked(min_survivors=8))
         assert told.info.secure_sum["corrupt"] == 2
 
 
@@ -372,9 +383,9 @@ class TestPrivacy:
     @pytest.mark.parametrize(
         "rule",
         [
-            Participation(cohort=6),
-            Participation(rate=0.9),
-            Participation(cohort=6, availability=Availability(peak=0.95, trough=0.9), clock=ONCE_A_DAY),
+            repeated(cohort=6),
+            repeated(rate=0.9),
+            repeated(cohort=6, availability=Availability(peak=0.95, trough=0.9), clock=ONCE_A_DAY),
         ],
     )
     def test_each_round_is_charged_as_if_all_took_part(self, many, rule, tmp_path):
@@ -408,8 +419,8 @@ class TestPrivacy:
 
     def test_record_level_ledgers_charge_those_who_trained(self, many, tmp_path):
         privacy = Privacy(epsilon=8.0, delta=1e-3)
-        run = federate(**many(rounds=3), privacy=privacy, participation=Participation(cohort=5), out=tmp_path / "run")
-        asked = [Participation(cohort=5).ask(12, 0.0, stream(0, number, "cohort"), 0).tolist() for number in (1, 2, 3)]
+        run = federate(**many(rounds=3), privacy=privacy, participation=repeated(cohort=5), out=tmp_path / "run")
+        asked = [repeated(cohort=5).ask(12, 0.0, stream(0, number, "cohort"), 0).tolist() for number in (1, 2, 3)]
         for k in range(12):
             times = sum(k in chosen for chosen in asked)
             assert run.info.spent[f"p{k:02d}"].steps == times * -(-(8 + k) // 10)
@@ -418,9 +429,9 @@ class TestPrivacy:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Participation(cohort=5, rate=0.5), "not both"),
-        (lambda: Participation(rate=0.0), "rate <= 1"),
-        (lambda: Participation(rate=float("nan")), "rate <= 1"),
+        (lambda: repeated(cohort=5, rate=0.5), "not both"),
+        (lambda: repeated(rate=0.0), "rate <= 1"),
+        (lambda: repeated(rate=float("nan")), "rate <= 1"),
         (lambda: Participation(deadline=0.0), "deadline > 0"),
         (lambda: Participation(deadline=float("nan")), "deadline > 0"),
         (lambda: Participation(patience=-1), "patience >= 0"),
@@ -442,11 +453,11 @@ def test_refuses_what_does_not_go_together(many):
     for settings, message in (
         ({"participation": Participation(), "cohort": 5}, "which is given too"),
         ({"participation": Participation(), "dropout_rate": 0.1}, "which is given too"),
-        ({"participation": Participation(rate=0.5), "algorithm": Scaffold()}, "needs every party"),
+        ({"participation": repeated(rate=0.5), "algorithm": Scaffold()}, "needs every party"),
         ({"participation": Participation(availability=HALF), "algorithm": CoCoA()}, "needs every party"),
-        ({"participation": Participation(cohort=13)}, "cohort of 2 to 12"),
-        ({"participation": Participation(cohort=6, least=7)}, "least of 2 to 6"),
-        ({"participation": Participation(rate=0.5, least=1)}, "least of 2 to 6"),
+        ({"participation": repeated(cohort=13)}, "cohort of 2 to 12"),
+        ({"participation": repeated(cohort=6, least=7)}, "least of 2 to 6"),
+        ({"participation": repeated(rate=0.5, least=1)}, "least of 2 to 6"),
     ):
         with pytest.raises(ConfigError, match=message):
             federate(**many(), **settings)
@@ -467,7 +478,7 @@ def test_several_sums_and_patience_are_refused_where_a_sum_hides_vectors(many, a
 
 def test_the_record_is_json_and_none_by_default(many):
     assert Participation().record() is None
-    plain = Participation(cohort=4, availability=Availability(zones=(1.0, 2.0))).record()
+    plain = repeated(cohort=4, availability=Availability(zones=(1.0, 2.0))).record()
     assert json.loads(json.dumps(plain)) == plain
     assert federate(**many(rounds=1)).info.participation is None
 
@@ -475,7 +486,9 @@ def test_the_record_is_json_and_none_by_default(many):
 @pytest.mark.parametrize("cohort", [None, 8])
 def test_a_transcript_of_rounds_that_fail_holds(many, tmp_path, cohort):
     """Keys, vectors and confirmations of a sum that was given up are on the wire, and no sum of it in the history."""
-    rule = Participation(cohort=cohort, dropouts=Dropouts(keys=0.03, vector=0.03, unmasking=0.2), patience=9)
+    rule = Participation(
+        draw="seed", cohort=cohort, dropouts=Dropouts(keys=0.03, vector=0.03, unmasking=0.2), patience=9
+    )
     masked = Masked(min_survivors=6, corrupt=1, dropouts=1)
     settings = many(count=9, rounds=6) | {"secure_sum": masked, "transcript": "rehearsal", "out": tmp_path}
     run = federate(**settings, participation=rule)

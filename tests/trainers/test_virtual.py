@@ -15,9 +15,15 @@ from choral.errors import ConfigError, DataError
 from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties
 from choral.trainers.closed_form import ClosedForm
 from choral.trainers.local import Resident
+from choral.trainers.participation import Dropouts, Participation
 from choral.trainers.run import Run
 
 MILLION = 1_000_000
+
+
+def repeated(cohort, lost=0.0):
+    """Cohorts that two runs have alike."""
+    return Participation(cohort=cohort, draw="seed", dropouts=Dropouts(vector=lost))
 
 
 class Made:
@@ -72,17 +78,22 @@ class TestAMillion:
     def test_a_masked_round_of_twenty(self, job):
         made = Made()
         run = federate(
-            **job(parties=VirtualParties(MILLION, made, 8), cohort=20, rounds=1, secure_sum=Masked(min_survivors=12))
+            **job(
+                parties=VirtualParties(MILLION, made, 8),
+                participation=repeated(20),
+                rounds=1,
+                secure_sum=Masked(min_survivors=12, corrupt=2),
+            )
         )
         assert len(made.numbers) <= 21
         assert run.info.secure_sum["parties"] == 20
-        plain = federate(**job(parties=VirtualParties(MILLION, made, 8), cohort=20, rounds=1))
+        plain = federate(**job(parties=VirtualParties(MILLION, made, 8), participation=repeated(20), rounds=1))
         assert same(plain, run)
 
     def test_client_privacy_counts_the_million(self, job, tmp_path):
         parties = VirtualParties(MILLION, Made(), 8)
         privacy = ClientPrivacy(epsilon=8.0, delta=1e-7, clip=1.0, min_survivors=12)
-        settings = {"cohort": 20, "rounds": 1, "secure_sum": Masked(min_survivors=12)}
+        settings = {"cohort": 20, "rounds": 1, "secure_sum": Masked(min_survivors=12, corrupt=2)}
         run = federate(**job(parties=parties, privacy=privacy, out=tmp_path / "run", **settings))
         assert list(run.info.spent) == ["clients"]
         # The modulus has room for the cohort, so the million costs no noise.
@@ -96,7 +107,7 @@ class TestAMillion:
             federate(**job(parties=parties, privacy=loose, **settings))
 
 
-@pytest.mark.parametrize("secure_sum", [None, Masked(min_survivors=4)])
+@pytest.mark.parametrize("secure_sum", [None, Masked(min_survivors=4, corrupt=1)])
 def test_work_does_not_grow_with_the_number_of_parties(job, secure_sum):
     """Counted, not timed: of a thousand parties and of a million as many are made, sized and named."""
 
@@ -110,7 +121,7 @@ def test_work_does_not_grow_with_the_number_of_parties(job, secure_sum):
     def work(count):
         made, sized = Made(), []
         parties = Counted(count, made, lambda number: (sized.append(number), 8)[1], total=8 * count, largest=8)
-        federate(**job(parties=parties, cohort=6, rounds=4, secure_sum=secure_sum))
+        federate(**job(parties=parties, participation=repeated(6), rounds=4, secure_sum=secure_sum))
         return len(made.numbers), len(sized), parties.named
 
     few, many = work(1_000), work(MILLION)
@@ -145,7 +156,7 @@ def test_the_closed_form_keeps_as_many_as_have_a_seat():
 
 def test_a_transcript_is_of_each_cohort(job, tmp_path):
     parties = VirtualParties(MILLION, Made(), 8)
-    settings = {"cohort": 6, "rounds": 2, "secure_sum": Masked(min_survivors=4), "transcript": "rehearsal"}
+    settings = {"cohort": 6, "rounds": 2, "secure_sum": Masked(min_survivors=4, corrupt=1), "transcript": "rehearsal"}
     federate(**job(parties=parties, out=tmp_path, **settings))
     report = audit(tmp_path)
     assert report.seen is not None
@@ -154,8 +165,10 @@ def test_a_transcript_is_of_each_cohort(job, tmp_path):
 
 
 def test_a_homomorphic_round(job):
-    parties, sums = VirtualParties(300, Made(), 8), (Homomorphic(), Plain())
-    assert same(*(federate(**job(parties=parties, cohort=4, rounds=2, secure_sum=kind)) for kind in sums))
+    parties, sums = VirtualParties(300, Made(), 8), (Homomorphic(corrupt=1), Plain())
+    assert same(
+        *(federate(**job(parties=parties, participation=repeated(4), rounds=2, secure_sum=kind)) for kind in sums)
+    )
 
 
 @pytest.mark.parametrize("algorithm", [None, GD(), FedNova(), DANE(solver="svrg", mu=1.0)])
@@ -166,7 +179,7 @@ def test_trains_what_a_dict_trains(job, algorithm, dropout_rate):
 
     made = Made()
     virtual = VirtualParties(30, made, 8)
-    settings = {"cohort": 6, "algorithm": algorithm, "loss": loss, "dropout_rate": dropout_rate}
+    settings = {"participation": repeated(6, dropout_rate), "algorithm": algorithm, "loss": loss}
     run = federate(**job(parties=virtual, **settings))
     assert len(made.numbers) <= 3 * 6 + 1
     assert same(run, federate(**job(parties=listed(virtual), **settings)))
@@ -180,7 +193,7 @@ def test_an_interrupted_run_goes_on(job, tmp_path):
         if entry.round == 2:
             raise Stop
 
-    settings = {"parties": VirtualParties(500, Made(), 8), "cohort": 6, "rounds": 4}
+    settings = {"parties": VirtualParties(500, Made(), 8), "participation": repeated(6), "rounds": 4}
     with pytest.raises(Stop):
         federate(**job(out=tmp_path, on_round=stop, **settings))
     resumed = federate(**job(out=tmp_path, resume=True, **settings))
@@ -212,7 +225,7 @@ def test_sizes_that_differ(job):
         return Made(2 + number % 5)(number)
 
     parties = VirtualParties(100, make, lambda number: np.int64(2 + number % 5), total=400, largest=6)
-    settings = {"cohort": 10, "rounds": 2}
+    settings = {"participation": repeated(10), "rounds": 2}
     run = federate(**job(parties=parties, **settings))
     assert same(run, federate(**job(parties=listed(parties), **settings)))
     assert run.info.population.quantiles == {"0.05": 2.0, "0.5": 4.0, "0.95": 6.0}

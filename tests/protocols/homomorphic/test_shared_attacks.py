@@ -68,7 +68,7 @@ class Network:
         self.identities = {name: hashlib.sha256(b"identity" + name.encode()).digest() for name in self.names}
         self.directory = {name: ed25519_public(identity) for name, identity in self.identities.items()}
         self.setup = make_setup(self.names, self.random["server"](16), scheme=scheme, **changes)
-        self.policy = SharedPolicy(directory=self.directory, **(policy or {}))
+        self.policy = SharedPolicy(directory=self.directory, **({"encoding": self.setup.encoding} | (policy or {})))
         self.signatures = Signatures()
         self.hooks: dict[tuple[str, str], Hook] = {}
         self.sent: list[bytes] = []
