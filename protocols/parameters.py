@@ -125,7 +125,7 @@ def choose(
     """
     n = checks.whole(n, "parties", 2, MAX_PARTIES)
     checks.one_of(server, "server", SERVERS)
-    if not (0 < security_bits <= 128 and 0 < correctness_bits <= 128):
+    if checks.positive(security_bits, "security_bits") > 128 or checks.positive(correctness_bits, "bits") > 128:
         raise SpecError(f"expected 0 < bits <= 128, got security {security_bits} and correctness {correctness_bits}")
     bad = _count(corrupt, n, "corrupt")
     gone = _count(dropouts, n, "dropouts")

@@ -26,26 +26,37 @@ def checked(vector: Any, length: int, bound: int) -> Any:
     Raises: InputError otherwise. Floats are refused whatever they hold: NaN and infinity have no integer, and how
     the rest are rounded is the caller's to decide.
     """
-    if is_tensor(vector) and vector.device.type == "cpu" and str(vector.layout) == "torch.strided":
-        vector = vector.detach().numpy()
-    if not isinstance(vector, np.ndarray) and not is_tensor(vector):
-        raise InputError(f"expected a numpy array or a torch tensor of int64, got {type(vector).__name__}")
-    if isinstance(vector, np.ndarray):
+    if is_tensor(vector):
+        vector = _plain_tensor(vector)
+    elif isinstance(vector, np.ndarray):
         vector = np.asarray(vector)  # of a subclass, say a masked array, every value counts
-    elif str(vector.layout) != "torch.strided":
-        raise InputError(f"expected a dense tensor, got one of layout {vector.layout}")
-    if isinstance(vector, np.ndarray):
-        whole = vector.dtype == np.int64 and vector.dtype.isnative
+        if vector.dtype != np.int64 or not vector.dtype.isnative:
+            raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
     else:
-        whole = str(vector.dtype) == "torch.int64"
-    if not whole:
-        raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
+        raise InputError(f"expected a numpy array or a torch tensor of int64, got {type(vector).__name__}")
     if tuple(vector.shape) != (length,):
         raise InputError(f"expected a vector of shape ({length},), got {tuple(vector.shape)}")
     low, high = int(vector.min()), int(vector.max())
     if low < -bound or high > bound:
         raise InputError(f"expected every |value| <= {bound}: this vector has one outside")
     return vector
+
+
+def _plain_tensor(vector: Any) -> Any:
+    """A dense int64 tensor whose values are what its memory holds; on the CPU as a numpy array. Raises: InputError."""
+    torch = sys.modules["torch"]
+    if type(vector) not in (torch.Tensor, torch.nn.Parameter):
+        raise InputError(f"expected a plain tensor, got a {type(vector).__name__}")
+    if vector.layout != torch.strided or vector.is_nested:
+        raise InputError(f"expected a dense tensor, got one of layout {vector.layout}")
+    if vector.dtype != torch.int64:
+        raise InputError(f"expected a vector of int64, got {vector.dtype}", hint="encode it to integers first")
+    if vector.device.type == "meta":
+        raise InputError("expected a tensor with values, got one on the meta device")
+    if vector.is_neg() or vector.is_conj():
+        raise InputError("expected a tensor as it is in memory, got a negated view", hint="call resolve_neg() first")
+    vector = vector.detach()
+    return vector.numpy() if vector.device.type == "cpu" else vector
 
 
 def words(vector: NDArray[np.int64], bits: int) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from scipy import stats
 
 from choral import federate
-from choral.protocols import Homomorphic, Masked, Policy, SumSpec
+from choral.protocols import Homomorphic, Masked, Policy, SumSpec, transcript
 from choral.protocols import messages as wire
 from choral.protocols import party as steps
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError
@@ -117,26 +117,23 @@ def test_two_views_of_the_survivors_do_not_open_a_vector_of_a_roster_with_all_co
     net = network(50, policy=terms, **{name: getattr(setup, name) for name in fields}).open()
     assert not net.refused
     vectors = {name: [1, 2, 3] for name in net.names}
-    stage, states = net.round(vectors, until="upload")
-    session, everyone = net.members["p1"], frozenset(range(50))
-    del stage, session
-    views = {name: everyone if place <= 29 else everyone - {0} for place, name in enumerate(net.names)}
-    honest = [name for place, name in enumerate(net.names) if 10 <= place]  # p1 to p9 and p0's other nine collude
-    confirmed, signed = {}, {}
-    for place, name in enumerate(net.names):
-        if place == 0:
-            continue
-        bitmap = wire.to_bitmap(views[name], 50)
-        raw = wire.encode(wire.Survivors(net.session.terms.session[:16], 1, bitmap))
-        confirmed[name], answer = states[name].confirm(raw)
-        signed[name] = (place, bitmap, wire.to_server(answer, sender=name, limit=10_000).signature)
-    for name in honest:
-        same = [(place, signature) for place, bitmap, signature in signed.values() if bitmap == signed[name][1]]
-        entries = tuple(wire.Confirmation(place, signature) for place, signature in same if f"p{place}" != name)
-        assert len(entries) <= 29
-        shown = wire.encode(wire.Confirmations(net.session.terms.session[:16], 1, entries))
-        with pytest.raises(TooFewSurvivorsError, match="to agree on the survivors"):
-            confirmed[name].unmask(shown)
+    _, states = net.round(vectors, until="upload")
+    colluders, session = range(1, 11), net.session.terms.session
+    for view in (range(11, 30), range(30, 50)):  # p0 is in the first, and sees what they see
+        honest = [0, *view] if view.start == 11 else list(view)
+        survivors = range(50) if view.start == 11 else range(1, 50)
+        bitmap = wire.to_bitmap(survivors, 50)
+        shown = wire.encode(wire.Survivors(session[:16], 1, bitmap))
+        confirmed = {place: states[f"p{place}"].confirm(shown)[0] for place in honest}
+        signatures = {
+            place: transcript.sign(net.identities[f"p{place}"], transcript.confirm(session, 1, place, bitmap))
+            for place in sorted([*honest, *colluders])
+        }
+        assert len(signatures) == 30
+        for place in honest:
+            entries = tuple(wire.Confirmation(*entry) for entry in signatures.items() if entry[0] != place)
+            with pytest.raises(TooFewSurvivorsError, match="to agree on the survivors: 30 of the 31"):
+                confirmed[place].unmask(wire.encode(wire.Confirmations(session[:16], 1, entries)))
 
 
 def test_a_count_is_as_it_is_and_a_fraction_of_all() -> None:
