@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy import ghost, mixing, positions
+from choral.privacy.backward import refuse_anomaly_detection, refuse_inputs, refuse_reentrant
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.layers import refuse_unsupported
 from choral.privacy.precision import full_precision
@@ -68,18 +69,30 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
         self._records: int | None = None  # in the forward pass that runs
         self.uses: dict[nn.Parameter, list[Use]] = {}  # of the followed layers' parameters, by backward passes
         self.astray: set[nn.Parameter] = set()  # those that got a gradient from elsewhere, too
+        self.attached: set[nn.Parameter] = set()  # of layers of which something was trained when they were wrapped
+        self._ready = False  # attributes may be passed on
         self._unfollowed: set[nn.Parameter] = set()  # of layers with Opacus' hooks
         self._spared: list[nn.Parameter] = []  # of the layer whose forward runs
         self._anchor = torch.zeros((), requires_grad=True)
         self._guards: list[RemovableHandle] = []
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
         self._guards += [self._guard(p) for p in model.parameters() if p.is_floating_point()]
+        self.attached.update(p for layer in self.iterate_submodules(model) for p in layer.parameters())
+        self._ready = True
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("_module"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what the plain model has, and the wrapper has not, on the model: its forward would not see it here."""
+        own = not self.__dict__.get("_ready") or name in self.__dict__ or hasattr(type(self), name)
+        if own or not hasattr(self._module, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._module, name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the plain model's state, so that a checkpoint does not show the wrapper."""
@@ -140,6 +153,7 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def _before_layer(self, module: nn.Module, _args: Any) -> None:
         """Spare torch the gradients of the layer's parameters, once they have been compared."""
+        refuse_reentrant(module)
         if self._watches(module):
             for p in _trainable(module):
                 if p in self.compared:
@@ -262,6 +276,9 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
 
     def capture_activations_hook(self, module: nn.Module, forward_input: Any, forward_output: Any) -> None:
         """Keep the layer's input and ask for the gradient of its output."""
+        refuse_reentrant(module)
+        if self._watches(module) and _trainable(module):
+            refuse_inputs(self.name_of(module), module, forward_input)
         recorded = len(getattr(module, "activations", ()))
         super().capture_activations_hook(module, forward_input, forward_output)
         if len(getattr(module, "activations", ())) == recorded:
@@ -479,9 +496,10 @@ class PerSampleModel(GradSampleModule):  # type: ignore[misc]
             names = ", ".join(self.name_of(layer) for layer in self.shared)
             self.shared, self._placed = None, False
             raise UnsupportedModelError(
-                f"layer {names} is given the same for all records, and the model computes something else when each "
-                "record has its own row of the output",
-                hint=f"Expand its input to the batch: {names.split(', ')[0]}(positions.expand(len(x), -1)).",
+                f"layer {names} is given the same for all records, as T5's relative positions are, and the model "
+                "computes something else when each record has its own row of the output",
+                hint=f"Expand its input to the batch: {names.split(', ')[0]}(positions.expand(len(x), -1)); or freeze "
+                "it, requires_grad_(False), and train the rest: T5's is learned in pre-training.",
             )
 
     def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
@@ -556,15 +574,6 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.hear(gradient)
         return None, None, None
-
-
-def refuse_anomaly_detection() -> None:
-    """Raise PrivacyError where torch would end a backward pass in which one record's gradient is NaN."""
-    if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-        raise PrivacyError(
-            "torch.autograd's anomaly detection stops training at a NaN, and so tells of a single record without noise",
-            hint="Leave it out; it may be used on public data, or with check_nan=False.",
-        )
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 class OverOptimizer(Optimizer):
@@ -64,6 +65,14 @@ class OverOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Iterable[Any]]) -> None:
         """Add a group to the other."""
         self.original_optimizer.add_param_group(param_group)
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Hook the other's steps, each of which is one of released gradients."""
+        return self.original_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Likewise, after each."""
+        return self.original_optimizer.register_step_post_hook(hook)
 
     def __repr__(self) -> str:
         return repr(self.original_optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy import ghost
+from choral.privacy.backward import warn_of_clipping
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.noise import Source, grid_gaussian, noise_grid
@@ -110,6 +112,7 @@ class PrivateOptimizer(OverOptimizer):
         self._planned_noise = noise_multiplier
         self.keeper: Keeper | None = None  # of the budget, for checkpoints
         self.stepped = False  # whether the latest step() released something and moved the model
+        self._warned = False  # that the loop clips gradients, which does nothing
         self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
         if (old := _guards.pop(optimizer, None)) is not None:
@@ -156,7 +159,8 @@ class PrivateOptimizer(OverOptimizer):
         if self._owing or self._pending is not None:
             raise PrivacyError(
                 "the batch before was drawn and never stepped, which tells something about it without noise",
-                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on."
+                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on. Look at a "
+                "first batch, next(iter(loader)), with the original loader: here it is drawn, and its pass paid for."
                 + (f" {_ALL_CHUNKS}" if self._pending is not None else ""),
             )
 
@@ -194,6 +198,7 @@ class PrivateOptimizer(OverOptimizer):
                 hint="Draw batches from the wrapped loader and step once for each.",
             )
         self.stepped = False
+        self._warned = self._warned or warn_of_clipping(sys._getframe(1))
         with full_precision():
             self._accumulate(drawn)
         self._owing, self._model.drawn = False, None
@@ -321,6 +326,13 @@ class PrivateOptimizer(OverOptimizer):
     def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost.PerSample:
         """Return the per-sample gradients of `p`, of `drawn` records."""
         parts = self._model.parts(p)
+        if not parts and p not in self._model.attached:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} was frozen, with its whole layer, when the model was wrapped, and is "
+                "trained now",
+                hint="Unfreeze it before wrap(), or in mid-training after unwrap(model), and wrap again on the same "
+                "ledger.",
+            )
         if not parts:
             raise UnsupportedModelError(
                 f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
@@ -338,7 +350,8 @@ class PrivateOptimizer(OverOptimizer):
         if p in self._model.astray:
             raise UnsupportedModelError(
                 f"parameter {self._name(p)} received a gradient from outside its own layer's forward in train mode",
-                hint="Use weights through their layers only: call layer(x), not a function of layer.weight.",
+                hint="Use weights through their layers only: call layer(x), not a function of layer.weight. An L2 term "
+                "is the optimizer's weight_decay; it needs no gradients of the loss.",
             )
         return ghost.added(parts)
 
@@ -364,7 +377,8 @@ class PrivateOptimizer(OverOptimizer):
                 raise UnsupportedModelError(
                     f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
                     hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
-                    "across records or a scaled loss, or backward() under autocast. Nothing was released.",
+                    "across records, a scaled loss, an L2 term in the loss (use the optimizer's weight_decay), or "
+                    "backward() under autocast. Nothing was released.",
                 )
             if size > 1e-2 * scale and scale > 1e-4:  # or else they agreed for want of anything to differ in
                 model.compared.add(p)
