@@ -135,34 +135,42 @@ def _phases(ledger: Ledger) -> tuple[Phase, ...]:
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
     from choral.privacy import accounting
     from choral.privacy.errors import AccountingError
-    from choral.privacy.events import Search
+    from choral.privacy.events import REPLACE_ONE, Search, relation_of
 
-    events = ledger.events
+    events, relation = ledger.events, ledger.neighbours
+    searched = any(isinstance(event, Search) for event in events)
+    replaced = relation_of(relation) == REPLACE_ONE  # of which neither PRV nor dp-accounting's search has a bound
     row = Accountants(
         holder=name,
         delta=delta,
         steps=sum(event.steps for event in events),
         head=ledger.head,
-        rdp=accounting.epsilon_rdp(events, delta),
-        dp_accounting=accounting.epsilon_by_dp_accounting(events, delta),
+        rdp=accounting.epsilon_rdp(events, delta, neighbours=relation),
         verdict="holds",
         finding="",
     )
+    if not (searched and replaced):
+        theirs = accounting.epsilon_by_dp_accounting(events, delta, neighbours=relation)
+        row = msgspec.structs.replace(row, dp_accounting=theirs)
     try:
-        ours = accounting.epsilon(events, delta)
-        if any(isinstance(event, Search) for event in events):
-            verdict, finding = _searches_agree(ours, row.dp_accounting or 0.0)
+        ours = accounting.epsilon(events, delta, neighbours=relation)
+        if searched:
+            verdict, finding = _searches_agree(ours, row.dp_accounting)
             return msgspec.structs.replace(row, verdict=verdict, finding=finding)
-        low, high = accounting.epsilon_by_prv(events, delta)
-        row = msgspec.structs.replace(row, prv_low=low, prv_high=high, pld=ours)
-        accounting.check_by_prv(ours, (low, high), delta)
+        row = msgspec.structs.replace(row, pld=ours)
+        if not replaced:
+            low, high = accounting.epsilon_by_prv(events, delta)
+            row = msgspec.structs.replace(row, prv_low=low, prv_high=high)
+            accounting.check_by_prv(ours, (low, high), delta)
     except AccountingError as error:
         return msgspec.structs.replace(row, verdict="unverified", finding=f"the accountants disagree: {error}")
     verdict, finding = _agreement(row)
     return msgspec.structs.replace(row, verdict=verdict, finding=finding)
 
 
-def _searches_agree(ours: float, theirs: float) -> tuple[Verdict, str]:
+def _searches_agree(ours: float, theirs: float | None) -> tuple[Verdict, str]:
+    if theirs is None:
+        return "holds", "a private search has a Renyi bound alone, above the cost of one try by PLD"
     if not abs(ours - theirs) <= TOLERANCE * theirs + ROUNDING:
         return "unverified", f"two computations of a search's Renyi bound say ε = {ours:.6g} and {theirs:.6g}"
     return "holds", "a private search has a Renyi bound alone; dp-accounting computes the same"
@@ -177,6 +185,8 @@ def _agreement(row: Accountants) -> tuple[Verdict, str]:
         return "unverified", f"Renyi DP, the looser bound, says ε = {rdp:.6g}, below the {ours:.6g} of PLD"
     gap = power(abs(ours - theirs))
     bracket = f"PRV brackets it by {low:.4g} and {high:.4g}"
+    if row.prv_low is None:
+        bracket = "PRV has no bound where one record is replaced"
     return "holds", f"PLD and dp-accounting differ by {gap}; {bracket}; Renyi DP is {rdp - ours:.2g} above"
 
 

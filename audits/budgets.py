@@ -11,7 +11,7 @@ from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
 from choral.errors import ChoralError
-from choral.privacy.events import RELATIONS, relation_of, stated
+from choral.privacy.events import RELATIONS, ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.privacy.spent import Spent
@@ -71,6 +71,8 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
     if claimed and not _of_unit(claimed, unit_of(run), relation):  # the same epsilon for more than the ledger is about
         verdict, finding = "violated", f"the cost is stated for each {claimed.unit} ({claimed.neighbours})"
+    elif relation and unit_of(run) == "record" and relation_of(relation) != privacy.get("neighbours", ZERO_OUT):
+        verdict, finding = "violated", f"the promise is for other neighbours than the ledger's ({stated(relation)})"
     elif relation and stated(relation) != relation:
         finding += f"; {_OLDER_WORDS}: {stated(relation)}"
     return HolderBudget(
@@ -105,9 +107,9 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     events = ledger.events
     if any(isinstance(event, Search) for event in events):  # there is one bound for a private search
         return sum(event.steps for event in events), ledger.epsilon(delta), ledger.neighbours
-    recomputed = epsilon_by_dp_accounting(events, delta, 1e-3)
+    recomputed = epsilon_by_dp_accounting(events, delta, 1e-3, neighbours=ledger.neighbours)
     if _above(recomputed, limit):
-        recomputed = epsilon_by_dp_accounting(events, delta, 1e-4)
+        recomputed = epsilon_by_dp_accounting(events, delta, 1e-4, neighbours=ledger.neighbours)
     return sum(event.steps for event in events), recomputed, ledger.neighbours
 
 

@@ -1,9 +1,9 @@
 """What releases cost: epsilon at a delta, and the noise that fits a budget. Imports no torch.
 
 Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`) or the matrix
-mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), the neighbour relation *zero out one
-record* (dp-accounting's REPLACE_SPECIAL, of the same cost as its ADD_OR_REMOVE_ONE), and an adversary who sees every
-noisy sum but neither the noise nor who was sampled.
+mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), and an adversary who sees every noisy sum but
+neither the noise nor who was sampled. Two neighbour relations: *zero out one record* (dp-accounting's REPLACE_SPECIAL,
+of the same cost as its ADD_OR_REMOVE_ONE), and *replace one record* (its REPLACE_ONE; :mod:`choral.privacy.replaced`).
 
 Privacy loss distributions (PLD, pessimistic discretisation; Doroshenko et al. 2022, "Connect the Dots") give
 the answer. dp-accounting's Renyi DP (Mironov, Talwar, Zhang 2019, with the conversion of Canonne, Kamath,
@@ -31,17 +31,22 @@ import numpy as np
 import numpy.typing as npt
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 
 from choral.errors import ConfigError
-from choral.privacy import pld
+from choral.privacy import pld, replaced
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import (
+    NEIGHBOURS,
+    REPLACE_ONE,
+    ZERO_OUT,
     BaseEvent,
     CorrelatedGaussian,
     PoissonSampledGaussian,
     RecordEvent,
     Search,
+    relation_of,
 )
 
 ACCOUNTANT = f"PLD, cross-checked by RDP and dp-accounting {version('dp-accounting')}"
@@ -59,18 +64,18 @@ _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this m
 _Merged = tuple[tuple[float, float, int], ...]
 
 
-def epsilon(events: Iterable[RecordEvent], delta: float) -> float:
+def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> float:
     """Return the epsilon at `delta` of all `events` together, by PLD, checked against RDP.
 
-    Guarantee: an upper bound; the releases are (epsilon, delta)-DP.
+    Guarantee: an upper bound; the releases are (epsilon, delta)-DP for these neighbours.
     Raises: ConfigError (delta), AccountingError (the accountants disagree).
     """
     _check_delta(delta)
-    known = tuple(events)
+    known, replace = tuple(events), _replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
-        return _epsilon_with_search(known, delta)
+        return _epsilon_with_search(known, delta, replace)
     merged = _merge(_without_search(known))
-    return _checked_epsilon(merged, delta) if merged else 0.0
+    return _checked_epsilon(merged, delta, replace) if merged else 0.0
 
 
 def accountant_of(events: Iterable[RecordEvent]) -> str:
@@ -78,32 +83,36 @@ def accountant_of(events: Iterable[RecordEvent]) -> str:
     return SEARCH_ACCOUNTANT if any(isinstance(event, Search) for event in events) else ACCOUNTANT
 
 
-def epsilon_rdp(events: Iterable[RecordEvent], delta: float) -> float:
+def epsilon_rdp(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> float:
     """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
     _check_delta(delta)
     known = tuple(events)
-    return _by_renyi(known, delta, _ALL_ORDERS) if known else 0.0
+    return _by_renyi(known, delta, _ALL_ORDERS, _replaces(neighbours)) if known else 0.0
 
 
-def epsilon_by_dp_accounting(events: Iterable[RecordEvent], delta: float, grid: float = 1e-3) -> float:
+def epsilon_by_dp_accounting(
+    events: Iterable[RecordEvent], delta: float, grid: float = 1e-3, *, neighbours: str = NEIGHBOURS
+) -> float:
     """Return the same as :func:`epsilon`, an upper bound, by dp-accounting's own PLD code: for audits.
 
     grid: discretisation of the privacy loss; a finer one is tighter and slower.
     Where a private search is among the events, by its Renyi accountant, since PLD does not apply.
-    Raises: ConfigError (delta).
+    Raises: ConfigError (delta; a private search where one record is replaced, for which dp-accounting has no bound).
     """
     _check_delta(delta)
-    known = tuple(events)
+    known, replace = tuple(events), _replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
+        if replace:
+            raise ConfigError(f"dp-accounting has no bound for a private search where the neighbours {REPLACE_ONE}")
         return _searches_by_dp_accounting(known, delta)
     merged = _merge(_without_search(known))
-    return _by_dp_accounting(merged, delta, grid) if merged else 0.0
+    return _by_dp_accounting(merged, delta, grid, replace) if merged else 0.0
 
 
 def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, float]:
     """Return a lower and an upper bound on the epsilon at `delta`, by privacy random variables: for audits.
 
-    Gopi, Lee, Wutschitz 2021, in Opacus' code; the first call imports torch, about two seconds.
+    Gopi, Lee, Wutschitz 2021, in Opacus' code, for *zero out* alone; the first call imports torch, about two seconds.
     Raises: ConfigError (delta; a private search among the events), AccountingError (no answer there).
     """
     _check_delta(delta)
@@ -133,6 +142,7 @@ def noise_multiplier(
     spent: Iterable[RecordEvent] = (),
     *,
     slack: float = 1e-5,
+    neighbours: str = NEIGHBOURS,
 ) -> float:
     """Return the smallest noise multiplier with which `spent` and `steps` more releases cost at most `epsilon`.
 
@@ -143,10 +153,10 @@ def noise_multiplier(
     """
     check_target(epsilon, delta)
     PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps)
-    before = tuple(spent)
+    before, replace = tuple(spent), _replaces(neighbours)
     if any(isinstance(event, Search) for event in before):
-        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack)
-    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(_without_search(before)), slack)
+        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack, neighbours)
+    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(_without_search(before)), slack, replace)
 
 
 def search_noise(
@@ -154,14 +164,16 @@ def search_noise(
     delta: float,
     search: Callable[[float], Search],
     spent: Sequence[RecordEvent] = (),
+    *,
+    neighbours: str = NEIGHBOURS,
 ) -> float:
     """Return the smallest noise multiplier with which `spent` and the search `search(z)` cost at most `epsilon`.
 
     Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little).
     """
     check_target(epsilon, delta)
-    _refuse_spent(epsilon, delta, _cost_of(spent, delta), 1e-3)
-    return _search(lambda z: _cost_of([*spent, search(z)], delta), epsilon, 1.0, slack=1e-3)
+    _refuse_spent(epsilon, delta, _cost_of(spent, delta, neighbours=neighbours), 1e-3)
+    return _search(lambda z: _cost_of([*spent, search(z)], delta, neighbours=neighbours), epsilon, 1.0, slack=1e-3)
 
 
 def check_target(epsilon: float, delta: float) -> None:
@@ -194,12 +206,20 @@ def _without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
     return plain
 
 
-def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, ...]) -> float:
+def _replaces(neighbours: str) -> bool:
+    """Whether the neighbours differ by a record replaced, not by one zeroed out. Raises: ConfigError."""
+    meant = relation_of(neighbours)
+    if meant not in (ZERO_OUT, REPLACE_ONE):
+        raise ConfigError(f"neighbours is {neighbours!r:.80}, of which no record's cost is known")
+    return meant == REPLACE_ONE
+
+
+def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, ...], replace: bool) -> float:
     """Epsilon by Renyi DP of events with searches among them: curves add, a search has that of its theorem."""
     total = np.zeros(len(orders))
     for event in events:
         parts = _merge(event.tries if isinstance(event, Search) else (event,))
-        curve = sum((t * _rdp_of_one_step(q, s, orders) for q, s, t in parts), np.zeros(len(orders)))
+        curve = sum((t * _rdp_of_one_step(q, s, orders, replace) for q, s, t in parts), np.zeros(len(orders)))
         total += best_of(event, orders, curve) if isinstance(event, Search) else curve
     return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
 
@@ -222,11 +242,11 @@ def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float
     return np.minimum.accumulate(bound[::-1])[::-1]  # divergences grow with the order
 
 
-def _epsilon_with_search(events: Sequence[RecordEvent], delta: float) -> float:
-    bound = _by_renyi(events, delta, _ALL_ORDERS)
+def _epsilon_with_search(events: Sequence[RecordEvent], delta: float, replace: bool) -> float:
+    bound = _by_renyi(events, delta, _ALL_ORDERS, replace)
     # Whatever a search may cost, it costs no less than one of its tries: another method, from below.
     once = [part for event in events for part in (event.tries if isinstance(event, Search) else (event,))]
-    floor = _checked_epsilon(_merge(once), delta)
+    floor = _checked_epsilon(_merge(once), delta, replace)
     if bound * (1.0 + 1e-5) + _ROUNDING < floor:
         raise AccountingError(
             f"Renyi DP says epsilon={bound:.6g} for a search, below the {floor:.6g} of one try at delta={delta:g}",
@@ -251,9 +271,9 @@ def _merge(events: Iterable[BaseEvent]) -> _Merged:
 
 
 @lru_cache(maxsize=4096)
-def _checked_epsilon(merged: _Merged, delta: float) -> float:
-    by_pld, _ = _settled(merged, delta)
-    by_rdp = _rdp(merged, delta, _FEW_ORDERS)
+def _checked_epsilon(merged: _Merged, delta: float, replace: bool) -> float:
+    by_pld, _ = _settled(merged, delta, replace)
+    by_rdp = _rdp(merged, delta, _FEW_ORDERS, replace)
     if by_pld > by_rdp * (1.0 + 1e-5) + _ROUNDING:
         raise AccountingError(
             f"PLD says epsilon={by_pld:.6g} but RDP, the looser bound, says {by_rdp:.6g} at delta={delta:g}",
@@ -262,33 +282,36 @@ def _checked_epsilon(merged: _Merged, delta: float) -> float:
     return by_pld
 
 
-def _settled(merged: _Merged, delta: float) -> tuple[float, float]:
+def _settled(merged: _Merged, delta: float, replace: bool) -> tuple[float, float]:
     """PLD on finer and finer grids until it settles: each value is an upper bound, a finer one is only tighter.
 
     Returns the epsilon and the grid. The error of connecting the dots is of second order: when a ten times
     finer grid changed the value by half a percent, the next one would change it by about 0.005 %. The finest
     grid takes seconds, so it is kept for changes of more than 3 %.
     """
-    value, grid = _pld(merged, delta, _GRIDS[0]), _GRIDS[0]
+    value, grid = _pld(merged, delta, _GRIDS[0], replace), _GRIDS[0]
     for grid in _GRIDS[1:]:
-        before, value = value, _pld(merged, delta, grid)
+        before, value = value, _pld(merged, delta, grid, replace)
         if before - value <= (0.005 if grid > 1e-4 else 0.03) * value:
             break
     return value, grid
 
 
 @lru_cache(maxsize=4096)
-def _pld(merged: _Merged, delta: float, grid: float) -> float:
+def _pld(merged: _Merged, delta: float, grid: float, replace: bool) -> float:
     if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
         precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
-        return float(dp_accounting.get_epsilon_gaussian(precision**-0.5, delta))
+        distance = 2.0 if replace else 1.0  # of a record from its replacement, or from zero
+        return float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / distance, delta))
     # T steps that take every record are exactly one Gaussian of noise / sqrt(T).
-    return pld.epsilon([(q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged], delta, grid)
+    steps = [(q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged]
+    return pld.epsilon(steps, delta, grid, replace)
 
 
-def _agree(merged: _Merged, delta: float) -> None:
+def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
     """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says."""
-    ours, theirs = _pld(merged, delta, _GRIDS[0]), _by_dp_accounting(merged, delta, _GRIDS[0])
+    ours = _pld(merged, delta, _GRIDS[0], replace)
+    theirs = _by_dp_accounting(merged, delta, _GRIDS[0], replace)
     if abs(ours - theirs) > 1e-3 * theirs + _ROUNDING:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
@@ -296,8 +319,9 @@ def _agree(merged: _Merged, delta: float) -> None:
         )
 
 
-def _by_dp_accounting(merged: _Merged, delta: float, grid: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=grid)
+def _by_dp_accounting(merged: _Merged, delta: float, grid: float, replace: bool) -> float:
+    relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.REPLACE_SPECIAL
+    accountant = PLDAccountant(relation, grid)
     for rate, noise, steps in merged:
         accountant.compose(_dp_event(rate, noise), steps)
     return float(accountant.get_epsilon(delta))
@@ -323,13 +347,15 @@ def _dp_event(rate: float, noise: float) -> dp_accounting.DpEvent:
 
 
 @lru_cache(maxsize=4096)
-def _rdp(merged: _Merged, delta: float, orders: tuple[float, ...]) -> float:
-    total = sum(steps * _rdp_of_one_step(rate, noise, orders) for rate, noise, steps in merged)
+def _rdp(merged: _Merged, delta: float, orders: tuple[float, ...], replace: bool) -> float:
+    total = sum(steps * _rdp_of_one_step(rate, noise, orders, replace) for rate, noise, steps in merged)
     return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
 
 
 @lru_cache(maxsize=512)
-def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...]) -> npt.NDArray[np.float64]:
+def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...], replace: bool) -> npt.NDArray[np.float64]:
+    if replace:
+        return replaced.renyi(rate, noise, orders)
     accountant = RdpAccountant(orders)
     with _quiet():
         return np.asarray(accountant.compose(_dp_event(rate, noise)).rdp)
@@ -359,42 +385,53 @@ def _refuse_spent(target: float, delta: float, before: float, slack: float) -> N
 
 
 def _calibrate_after_search(
-    target: float, delta: float, rate: float, steps: int, spent: tuple[RecordEvent, ...], slack: float
+    target: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    spent: tuple[RecordEvent, ...],
+    slack: float,
+    neighbours: str,
 ) -> float:
-    _refuse_spent(target, delta, _cost_of(spent, delta), slack)
+    _refuse_spent(target, delta, _cost_of(spent, delta, neighbours=neighbours), slack)
 
     def cost(noise: float) -> float:
-        return _cost_of([*spent, PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)], delta)
+        event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
+        return _cost_of([*spent, event], delta, neighbours=neighbours)
 
-    return _search(cost, target, _clt_guess(target, delta, rate, steps, ()), slack=slack)
+    return _search(cost, target, _clt_guess(target, delta, rate, steps, (), _replaces(neighbours)), slack=slack)
 
 
 @lru_cache(maxsize=1024)
-def _calibrate(target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float) -> float:
+def _calibrate(
+    target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float, replace: bool
+) -> float:
     # A remainder within the slack is what earlier calibrations left over, not budget to train on.
     if spent:
-        _refuse_spent(target, delta, _checked_epsilon(spent, delta), slack)
+        _refuse_spent(target, delta, _checked_epsilon(spent, delta, replace), slack)
 
     def together(noise: float) -> _Merged:
         parts = {(q, s): t for q, s, t in spent}
         parts[(rate, noise)] = parts.get((rate, noise), 0) + steps
         return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
 
-    noise = _clt_guess(target, delta, rate, steps, spent)
-    noise = _search(lambda z: _pld(together(z), delta, _GRIDS[1]), target, noise, slack=max(slack, 1e-3))
-    _, grid = _settled(together(noise), delta)
-    noise = _search(lambda z: _pld(together(z), delta, grid), target, noise, slack=slack)
-    if _checked_epsilon(together(noise), delta) > target:  # it settled on a coarser grid there
-        noise = _search(lambda z: _checked_epsilon(together(z), delta), target, noise, slack=slack)
-    _agree(together(noise), delta)
+    noise = _clt_guess(target, delta, rate, steps, spent, replace)
+    noise = _search(lambda z: _pld(together(z), delta, _GRIDS[1], replace), target, noise, slack=max(slack, 1e-3))
+    _, grid = _settled(together(noise), delta, replace)
+    noise = _search(lambda z: _pld(together(z), delta, grid, replace), target, noise, slack=slack)
+    if _checked_epsilon(together(noise), delta, replace) > target:  # it settled on a coarser grid there
+        noise = _search(lambda z: _checked_epsilon(together(z), delta, replace), target, noise, slack=slack)
+    _agree(together(noise), delta, replace)
     return noise
 
 
-def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: _Merged) -> float:
+def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: _Merged, replace: bool) -> float:
     """Guess the noise by the central limit theorem of Gaussian DP (Bu et al. 2020): a start, never a guarantee."""
+    distance = 2.0 if replace else 1.0
     mu_squared = dp_accounting.get_sigma_gaussian(target, delta) ** -2
-    left = mu_squared - sum(t * q * q * math.expm1(min(s**-2, 50.0)) for q, s, t in spent)
-    return min(1.0 / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate))), _LARGEST_NOISE / 2)
+    left = mu_squared - sum(t * q * q * math.expm1(min((distance / s) ** 2, 50.0)) for q, s, t in spent)
+    guess = distance / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate)))
+    return min(guess, _LARGEST_NOISE / 2)
 
 
 def _search(cost: Callable[[float], float], target: float, start: float, *, slack: float) -> float:

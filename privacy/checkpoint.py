@@ -63,7 +63,7 @@ def affordable(event: PoissonSampledGaussian, passes: int, ledger: Ledger, epsil
     rest = PoissonSampledGaussian(
         sample_rate=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=event.steps * passes
     )
-    total = accounting.epsilon([*ledger.events, rest], delta)
+    total = accounting.epsilon([*ledger.events, rest], delta, neighbours=ledger.neighbours)
     if total > epsilon:
         raise BudgetExceededError(
             f"{passes} more passes as the checkpoint planned them would spend epsilon {total:.4g} in all, more than "

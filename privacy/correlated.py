@@ -43,8 +43,9 @@ class CorrelatedPrivacy(Privacy):
     """A promise: training is (epsilon, delta)-differentially private, without sampling.
 
     Guarantee: all steps of all passes together are (epsilon, delta)-DP, whoever knows the batches.
-    Unit: the record. Neighbour relation: zero out one record, whose gradients are then zero. How many there are is
-    public, as in :class:`Privacy`.
+    Unit: the record. Neighbour relation: zero out one record, whose gradients are then zero; or replace one record,
+    which moves each sum twice as far and so takes twice the noise. How many there are is public, as in
+    :class:`Privacy`.
     Adversary: sees every model after every step and knows who is in which batch; does not see the noise, nor losses
     and metrics that the loop prints.
     Mechanism: the matrix mechanism with adaptive inputs (Denisov et al. 2022, theorem 2.1) over fixed batches in a
@@ -94,7 +95,9 @@ class CorrelatedPrivacy(Privacy):
     def scheme(self, records: int, batch_size: int, steps: int, passes: int, spent: tuple[RecordEvent, ...]) -> Scheme:
         """See :meth:`Privacy.scheme`."""
         strategy = self.strategy(steps, passes)
-        multiplier = accounting.noise_multiplier(self.epsilon, self.delta, 1.0, 1, spent, slack=CALIBRATION_SLACK)
+        multiplier = accounting.noise_multiplier(
+            self.epsilon, self.delta, 1.0, 1, spent, slack=CALIBRATION_SLACK, neighbours=self.neighbours
+        )
         return FixedOrder(
             strategy,
             noise=multiplier * sensitivity(strategy, steps, passes),

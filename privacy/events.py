@@ -19,11 +19,12 @@ from choral.privacy.strategies import Strategy
 
 UNIT = "record"
 ZERO_OUT = "zero out one record"  # one record is replaced by an empty one, which adds zero to every step
+REPLACE_ONE = "replace one record"  # by any other
 ADD_OR_REMOVE = "add or remove one record"  # as ledgers were worded once
 NEIGHBOURS = ZERO_OUT
 CLIENT_UNIT = "client"
 CLIENT_NEIGHBOURS = "zero out one client: its update is the zero vector in every round"
-RELATIONS = {UNIT: (ZERO_OUT, ADD_OR_REMOVE), CLIENT_UNIT: (CLIENT_NEIGHBOURS,)}  # that a ledger may state
+RELATIONS = {UNIT: (ZERO_OUT, REPLACE_ONE, ADD_OR_REMOVE), CLIENT_UNIT: (CLIENT_NEIGHBOURS,)}  # that a ledger may state
 _OLDER = f"{ZERO_OUT} (in older words: {ADD_OR_REMOVE})"
 
 
@@ -34,6 +35,16 @@ def relation_of(words: str) -> str:
     which is how their claim reads.
     """
     return ZERO_OUT if words in (ADD_OR_REMOVE, _OLDER) else words
+
+
+def check_relation(words: str, unit: str = UNIT) -> None:
+    """Raise ConfigError unless a new promise for this unit may state these neighbours."""
+    offered = [each for each in RELATIONS[unit] if each != ADD_OR_REMOVE]
+    if words not in offered:
+        hint = "Take one of these, word for word."
+        if words == ADD_OR_REMOVE:
+            hint = "The number of records is public: the noise shows it. Take one of these, word for word."
+        raise ConfigError(f"neighbours is {words!r:.80}, expected {' or '.join(map(repr, offered))}", hint=hint)
 
 
 def stated(words: str) -> str:

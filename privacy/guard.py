@@ -20,7 +20,7 @@ from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, pas
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
 from choral.privacy.distributed import check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
-from choral.privacy.events import PoissonSampledGaussian, RecordEvent, stated
+from choral.privacy.events import NEIGHBOURS, PoissonSampledGaussian, RecordEvent, check_relation, stated
 from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
@@ -38,9 +38,9 @@ class Privacy:
     """A promise: training is (epsilon, delta)-differentially private.
 
     Unit: the record. Neighbour relation: zero out one record, that is, replace it by an empty one, which adds zero to
-    every step. Public: how many records there are, the batch size, and so sampling rate, steps and noise multiplier.
-    Adversary: sees every model after every step, but not which records were sampled, the noise, or losses and metrics
-    that the loop prints.
+    every step; or replace it by any other (`neighbours`). Public: how many records there are, the batch size, and so
+    sampling rate, steps and noise multiplier. Adversary: sees every model after every step, but not which records were
+    sampled, the noise, or losses and metrics that the loop prints.
     Mechanism: DP-SGD (Abadi et al. 2016) with Poisson sampling.
 
     Args:
@@ -54,6 +54,8 @@ class Privacy:
         max_physical_batch_size: larger batches are shown to the loop in chunks of at most so many records, >= 1. They
             are drawn, paid for and made noisy as one: `optimizer.step()` adds a chunk up, and only on the last one
             moves the model; `optimizer.stepped` tells. None shows each batch whole.
+        neighbours: "zero out one record"; or "replace one record", the stronger promise, which takes more noise for
+            the same epsilon: computed, and not twice as much where batches are sampled. A ledger keeps to one.
     """
 
     epsilon: float
@@ -62,11 +64,13 @@ class Privacy:
     epochs: int = 1
     ledger: Ledger | str | Path | None = field(default=None, compare=False)
     max_physical_batch_size: int | None = None
+    neighbours: str = NEIGHBOURS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", as_ledger(self.ledger))
         accounting.check_target(self.epsilon, self.delta)
         check_norm(self.max_grad_norm)
+        check_relation(self.neighbours)
         for name in ("epochs", "max_physical_batch_size"):
             value = getattr(self, name)
             if name != "epochs" and value is None:
@@ -106,7 +110,13 @@ class Privacy:
         """
         rate = Fraction(batch_size, records)
         noise = accounting.noise_multiplier(
-            self.epsilon, self.delta, float(rate), steps * passes, spent, slack=CALIBRATION_SLACK
+            self.epsilon,
+            self.delta,
+            float(rate),
+            steps * passes,
+            spent,
+            slack=CALIBRATION_SLACK,
+            neighbours=self.neighbours,
         )
         return _sampled(records, batch_size, steps, noise)
 
@@ -195,7 +205,7 @@ class Guard:
     ) -> None:
         if passes < 1:
             raise ConfigError(f"passes is {passes}, expected >= 1")
-        ledger.bind(holder, privacy.delta)
+        ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: Scheme | None = None
         self._clipping = Clipping(privacy.max_grad_norm)
@@ -413,7 +423,7 @@ def _rate(plan: Scheme) -> float:
 def _spent(ledger: Ledger, delta: float) -> Spent:
     events = ledger.events
     return Spent(
-        epsilon=accounting.epsilon(events, delta),
+        epsilon=accounting.epsilon(events, delta, neighbours=ledger.neighbours),
         delta=delta,
         neighbours=stated(ledger.neighbours),
         accountant=accounting.accountant_of(events),

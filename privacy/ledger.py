@@ -29,7 +29,17 @@ from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
 from choral.privacy.chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import CLIENT_UNIT, RELATIONS, UNIT, ClientRelease, Event, RecordEvent
+from choral.privacy.events import (
+    CLIENT_UNIT,
+    RELATIONS,
+    UNIT,
+    ClientRelease,
+    Event,
+    RecordEvent,
+    check_relation,
+    relation_of,
+    stated,
+)
 from choral.privacy.plain import as_float
 
 _FORMAT = "choral ledger 1"
@@ -66,6 +76,7 @@ class Ledger:
         self._asked = holder
         self._asked_delta: float | None = None
         self._asked_unit = UNIT
+        self._asked_neighbours: str | None = None
         self._header: _Header | None = None
         self._events: list[Event] = []
         self._head = GENESIS
@@ -110,7 +121,7 @@ class Ledger:
     @property
     def neighbours(self) -> str:
         """The neighbour relation, in the words of the file, which may be old; see :func:`events.stated`."""
-        return self._header.neighbours if self._header else RELATIONS[self._asked_unit][0]
+        return self._header.neighbours if self._header else self._asked_neighbours or RELATIONS[self._asked_unit][0]
 
     @property
     def events(self) -> tuple[RecordEvent, ...]:
@@ -151,15 +162,18 @@ class Ledger:
         """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
         if self.unit == CLIENT_UNIT:
             return client_accounting.epsilon(self.releases, delta)
-        return accounting.epsilon(self.events, delta)
+        return accounting.epsilon(self.events, delta, neighbours=self.neighbours)
 
-    def bind(self, holder: str, delta: float, *, unit: str = UNIT) -> None:
-        """Declare whose ledger this is, the delta of the budget and its unit; the first append writes it down.
+    def bind(self, holder: str, delta: float, *, unit: str = UNIT, neighbours: str | None = None) -> None:
+        """Declare whose ledger this is, the delta of the budget, its unit and neighbours; the first append writes it.
 
-        Raises: LedgerError if the ledger belongs to another holder or states another delta or unit.
+        neighbours: a relation of the unit's; None takes the ledger's own, or the unit's usual one.
+        Raises: LedgerError if the ledger belongs to another holder or states another delta, unit or relation.
         """
         if unit not in RELATIONS:
             raise ConfigError(f"unit is {unit!r}, expected one of {', '.join(RELATIONS)}")
+        if neighbours is not None:
+            check_relation(neighbours, unit)
         if not isinstance(holder, str) or not holder:
             raise ConfigError(f"holder is {holder!r:.80}, expected a name")
         accounting.check_target(1.0, delta := as_float("delta", delta))
@@ -173,7 +187,14 @@ class Ledger:
             )
         if self._header is not None:
             self._check_unit(unit)
+        known = self.neighbours if self._header is not None else self._asked_neighbours
+        if None not in (known, neighbours) and relation_of(str(known)) != neighbours:
+            raise LedgerError(
+                f"{self._name} is for the neighbours {stated(str(known))!r}, not {neighbours!r}",
+                hint="Keep one neighbour relation for the life of the data: each has a price of its own.",
+            )
         self._asked, self._asked_delta, self._asked_unit = holder, delta, unit
+        self._asked_neighbours = known or neighbours
 
     def append(self, event: Event, *, after: int) -> None:
         """Write one event down for good; on return it is on disk and may be used.

@@ -26,6 +26,8 @@ import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import ndtr
 
+from choral.privacy.replaced import ReplacedGaussian
+
 Floats = npt.NDArray[np.float64]
 
 SMALLEST_DELTA = 1e-10  # at 1e-12 the rounding of FFTs shows: a relative 3e-5 of epsilon
@@ -54,11 +56,15 @@ class _Loss:
         return self.known[order]
 
 
-def epsilon(steps: Sequence[tuple[float, float, int]], delta: float, grid: float) -> float:
+def epsilon(steps: Sequence[tuple[float, float, int]], delta: float, grid: float, replace: bool = False) -> float:
     """Return an upper bound on epsilon at `delta` of all `steps`: triples (sample rate, noise multiplier, number).
+
+    replace: the neighbours differ by a record replaced, not by one zeroed out.
 
     `grid` is the discretisation of the privacy loss; a finer one that divides it gives a tighter bound.
     """
+    if replace:
+        return _epsilon([(_replaced(q, s, grid), count) for q, s, count in steps], delta, grid)
     return max(_epsilon([(one_step(q, s, grid)[way], count) for q, s, count in steps], delta, grid) for way in (0, 1))
 
 
@@ -75,9 +81,24 @@ def one_step(rate: float, noise: float, grid: float) -> tuple[_Loss, _Loss]:
     return _connect(low, high, rate, noise, grid, remove=True), _connect(-high, -low, rate, noise, grid, remove=False)
 
 
+@lru_cache(maxsize=128)
+def _replaced(rate: float, noise: float, grid: float) -> _Loss:
+    """Return the losses of one step for replacing a record; both directions are alike."""
+    pair = ReplacedGaussian(rate, noise)
+    low, high = pair.losses()
+    first, last = math.floor(low / grid), math.ceil(high / grid) + 1
+    delta, error = pair.divergence(np.arange(first, last + 1, dtype=np.float64) * grid)
+    return _connected(first, delta + error, grid)
+
+
 def _connect(low: float, high: float, rate: float, noise: float, grid: float, *, remove: bool) -> _Loss:
     first, last = math.floor(low / grid), math.ceil(high / grid) + 1
-    delta = _hockey_stick(np.arange(first, last + 1, dtype=np.float64) * grid, rate, noise, remove=remove)
+    return _connected(
+        first, _hockey_stick(np.arange(first, last + 1, dtype=np.float64) * grid, rate, noise, remove=remove), grid
+    )
+
+
+def _connected(first: int, delta: Floats, grid: float) -> _Loss:
     delta = np.minimum.accumulate(np.clip(delta, 0.0, 1.0))
     rise = np.diff(delta)
     probs = np.empty_like(delta)

@@ -100,9 +100,10 @@ def private_search(
         return Search(tries=(event,), mean=mean, distribution=distribution, shape=shape)
 
     ledger = privacy._open()
-    ledger.bind(ledger.holder or "data", privacy.delta)
+    ledger.bind(ledger.holder or "data", privacy.delta, neighbours=privacy.neighbours)
     before = ledger.events
-    event = search(accounting.search_noise(privacy.epsilon, privacy.delta, search, before))
+    noise = accounting.search_noise(privacy.epsilon, privacy.delta, search, before, neighbours=privacy.neighbours)
+    event = search(noise)
     ledger.append(event, after=len(before))
     one_pass = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=event.noise_multiplier, steps=steps)
     plan = Sampled(records=records, batch_size=batch_size, rate=rate, event=one_pass)
@@ -115,6 +116,7 @@ def private_search(
             max_grad_norm=privacy.max_grad_norm,
             epochs=privacy.epochs,
             max_physical_batch_size=privacy.max_physical_batch_size,
+            neighbours=privacy.neighbours,
             planned=replace(plan),
         )
         result, score = train(candidate, promise)

@@ -12,6 +12,7 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy
 from choral.privacy.clipping import settings_of as clipping_settings
+from choral.privacy.events import NEIGHBOURS
 from choral.privacy.ledger import as_ledger
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
@@ -87,6 +88,8 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
         **clipping_settings(privacy.max_grad_norm),
         "epochs": privacy.epochs,
     }
+    if privacy.neighbours != NEIGHBOURS:  # runs that do not say are of this one
+        settings |= {"neighbours": privacy.neighbours}
     if isinstance(privacy, CorrelatedPrivacy):
         settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
     return settings

@@ -44,6 +44,7 @@ def probe_trainer(
 
 def _promise(run: Run | None, epsilon: float | None, delta: float | None) -> Privacy:
     from choral.privacy import AdaptiveClip, Privacy
+    from choral.privacy.events import NEIGHBOURS
 
     said: dict[str, Any] = dict(run.info.privacy or {}) if run else {}
     if said.get("unit", "record") != "record":
@@ -62,7 +63,8 @@ def _promise(run: Run | None, epsilon: float | None, delta: float | None) -> Pri
     if "quantile" in said:
         names = {"quantile": "quantile", "rate": "clip_rate", "share": "clip_share"}
         clip = AdaptiveClip(start=clip, **{name: said[key] for name, key in names.items() if key in said})
-    return Privacy(epsilon=float(budget), delta=float(probability), max_grad_norm=clip)
+    neighbours = str(said.get("neighbours", NEIGHBOURS))
+    return Privacy(epsilon=float(budget), delta=float(probability), max_grad_norm=clip, neighbours=neighbours)
 
 
 def invert_update(run: Run, folder: Path, *, task: Path | None, data_dir: Path | None) -> InversionAudit:
