@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from choral.audits.budgets import TOLERANCE, holders_of, ledger_path, unit_of
+from choral.audits.budgets import TOLERANCE, holders_of, ledger_of, unit_of
 from choral.audits.report import Check, Verdict
 from choral.audits.text import cost, power
 
@@ -84,17 +84,14 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
     Raises: LedgerError if a ledger is damaged, edited or of another holder.
     """
-    from choral.privacy import Ledger
-
     rows = []
     for name in holders_of(run):
-        path = ledger_path(run, name)
-        if path is None or not path.is_file():
+        ledger = ledger_of(run, name)
+        if ledger is None:
             continue
         claimed = run.info.spent.get(name)
         delta = claimed.delta if claimed else float((run.info.privacy or {})["delta"])
         judge = _of_clients if unit_of(run) == "client" else _of_records
-        ledger = Ledger(path, holder=name)
         rows.append(msgspec.structs.replace(judge(name, ledger, delta), phases=_phases(ledger)))
     return tuple(rows)
 
@@ -287,12 +284,11 @@ def _noise_elsewhere(run: Run) -> list[Check]:
 
     Central noise is continuous, the other kinds are of integers; with local noise a client counts on its own share.
     """
-    from choral.privacy import Ledger
-
-    path, where = ledger_path(run, "clients"), (run.info.privacy or {}).get("noise")
-    if unit_of(run) != "client" or path is None or not path.is_file():
+    where = (run.info.privacy or {}).get("noise")
+    ledger = ledger_of(run, "clients") if unit_of(run) == "client" else None
+    if ledger is None:
         return []
-    for release in Ledger(path, holder="clients").releases:
+    for release in ledger.releases:
         central = release.mechanism == "gaussian"
         fits = {"central": central, "distributed": not central, "local": not central and release.shares == 1}
         if not fits.get(str(where), False):
@@ -306,15 +302,13 @@ def _noise_elsewhere(run: Run) -> list[Check]:
 
 def _releases(run: Run) -> tuple[ClientRelease, ...]:
     """What each sum was charged with, one release per sum: those that settle stand in the place of what they settle."""
-    from choral.privacy import Ledger
-
     if unit_of(run) != "client" or (run.info.privacy or {}).get("noise") != "distributed":
         return ()
-    path = ledger_path(run, "clients")
-    if path is None or not path.is_file():
+    ledger = ledger_of(run, "clients")
+    if ledger is None:
         return ()
     effective: list[ClientRelease] = []
-    for release in Ledger(path, holder="clients").releases:
+    for release in ledger.releases:
         if release.settles and effective:
             effective.pop()
         effective += [msgspec.structs.replace(release, settles=False, steps=1)] * release.steps

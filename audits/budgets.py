@@ -14,6 +14,7 @@ from choral.errors import ChoralError
 from choral.privacy.events import RELATIONS, ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
+    from choral.privacy import Ledger
     from choral.privacy.spent import Spent
     from choral.trainers.run import Run
 
@@ -93,15 +94,13 @@ def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, 
     By dp-accounting's code, another than the one that planned and charged the run; where its upper bound passes
     ``limit``, on a finer grid, since a coarse one can only err upwards.
     """
-    from choral.privacy import Ledger
     from choral.privacy.accounting import epsilon_by_dp_accounting
     from choral.privacy.client_accounting import settled
     from choral.privacy.events import Search
 
-    path = ledger_path(run, name)
-    if path is None or not path.is_file():
+    ledger = ledger_of(run, name)
+    if ledger is None:
         return 0, None, ""
-    ledger = Ledger(path, holder=name)
     if unit_of(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
         return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta), ledger.neighbours
     events = ledger.events
@@ -128,6 +127,19 @@ def _of_unit(claimed: Spent, unit: str, relation: str) -> bool:
 
 def ledger_path(run: Run, name: str) -> Path | None:
     return run.folder / "ledger" / f"{quote(name, safe='')}.jsonl" if run.folder else None
+
+
+def ledger_of(run: Run, name: str) -> Ledger | None:
+    """A holder's ledger: the file in the run's folder, else what a run without one carries; None where there is none.
+
+    Raises: LedgerError if it is damaged, edited or of another holder.
+    """
+    from choral.privacy import Ledger
+
+    path = ledger_path(run, name)
+    if path is not None:
+        return Ledger(path, holder=name) if path.is_file() else None
+    return Ledger.read(run.ledgers[name], holder=name) if name in run.ledgers else None
 
 
 def _above(value: float, limit: float) -> bool:

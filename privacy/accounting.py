@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from numbers import Real
 
 import dp_accounting
 import numpy as np
@@ -48,6 +49,7 @@ from choral.privacy.events import (
     Search,
     relation_of,
 )
+from choral.privacy.plain import as_float
 
 ACCOUNTANT = f"PLD, cross-checked by RDP and dp-accounting {version('dp-accounting')}"
 SEARCH_ACCOUNTANT = (
@@ -178,6 +180,9 @@ def search_noise(
 
 def check_target(epsilon: float, delta: float) -> None:
     """Raise ConfigError unless 0 < epsilon < infinity and 0 < delta < 1."""
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            as_float(name, value)
     if not (math.isfinite(epsilon) and epsilon > 0.0):
         raise ConfigError(f"epsilon is {epsilon}, expected a finite number > 0", hint="Values from 1 to 8 are usual.")
     _check_delta(delta)

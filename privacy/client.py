@@ -16,7 +16,7 @@ record's gradient, its ledger one data holder's. The two are classes of their ow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +42,7 @@ HOLDER = "clients"
 Where = Literal["distributed", "local", "central"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ClientPrivacy:
     """A promise: all sums, and so all models, together are (epsilon, delta)-differentially private for each client.
 
@@ -74,6 +74,7 @@ class ClientPrivacy:
 
     epsilon: float
     delta: float
+    _: KW_ONLY
     clip: float | AdaptiveClip = 1.0
     noise: Where = "distributed"
     min_survivors: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Privacy:
     """A promise: training is (epsilon, delta)-differentially private.
 
@@ -60,6 +60,7 @@ class Privacy:
 
     epsilon: float
     delta: float
+    _: KW_ONLY
     max_grad_norm: ClippingNorm = 1.0
     epochs: int = 1
     ledger: Ledger | str | Path | None = field(default=None, compare=False)

@@ -158,6 +158,25 @@ class Ledger:
             return GENESIS
         return lines(GENESIS, (self._header, *self._events[:events]))[1]
 
+    def written(self) -> bytes:
+        """Return all events as the lines of a ledger file; nothing while there is none."""
+        self._refresh()
+        return lines(GENESIS, (self._header, *self._events))[0] if self._header else b""
+
+    @classmethod
+    def read(cls, content: bytes, *, holder: str) -> Self:
+        """Return a ledger in memory of what :meth:`written` returned.
+
+        Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
+        """
+        ledger = cls()
+        ledger._header, ledger._events, ledger._head = _verify(content, f"the ledger of {holder!r}")
+        if not ledger._events:
+            raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=_RESTORE)
+        if ledger.holder != holder:
+            raise LedgerError(f"a ledger that belongs to {ledger.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+        return ledger
+
     def epsilon(self, delta: float) -> float:
         """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
         if self.unit == CLIENT_UNIT:

@@ -100,6 +100,7 @@ def centralize(
         guards = open_guards(
             privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
         )
+        recorder.keep({name: guard.ledger for name, guard in guards.items()})
         if reason := nothing_left(guards, recorder):
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)

@@ -244,7 +244,8 @@ class Clients:
 
 def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
     """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
-    if privacy.ledger is not None:
-        return Clients(privacy, as_ledger(privacy.ledger), recorder)
     folder = recorder.ledger_folder
-    return Clients(privacy, Ledger(folder / f"{HOLDER}.jsonl" if folder else None), recorder)
+    own = privacy.ledger is not None
+    ledger = as_ledger(privacy.ledger) if own else Ledger(folder / f"{HOLDER}.jsonl" if folder else None)
+    recorder.keep({HOLDER: ledger})
+    return Clients(privacy, ledger, recorder)

@@ -207,6 +207,7 @@ def federate(
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
         rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
         guards = open_guards(records, examples, recorder.ledger_folder, rounds_left, clips)
+        recorder.keep({name: guard.ledger for name, guard in guards.items()})
         if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, Privacy, Spent
+from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
 from choral.trainers import run as folders
 from choral.trainers.flat import Layout
 from choral.trainers.memory import Memory, read_memory, write_memory
@@ -38,6 +38,7 @@ class Recorder:
         claim: BinaryIO | None = None,
     ) -> None:
         self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
+        self._ledgers: dict[str, Ledger] = {}
 
     @classmethod
     def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
@@ -109,6 +110,11 @@ class Recorder:
         if len(found) != 32:
             raise folders.RunFolderError(f"{path} is damaged: expected 32 bytes", hint="run again in a new folder")
         return int.from_bytes(found, "little")
+
+    def keep(self, ledgers: Mapping[str, Ledger]) -> None:
+        """Let a run without a folder carry what its ledgers hold, by data holder."""
+        if self._folder is None:
+            self._ledgers |= ledgers
 
     def begin(self, info: RunInfo) -> None:
         """Write the folder's run.json, and drop what was written beyond the last complete round.
@@ -209,4 +215,7 @@ class Recorder:
         return self.run()
 
     def run(self) -> Run:
-        return Run(info=self._info, history=tuple(self._history), state=self._state, folder=self._folder)
+        ledgers = {name: content for name, ledger in self._ledgers.items() if (content := ledger.written())}
+        return Run(
+            info=self._info, history=tuple(self._history), state=self._state, folder=self._folder, ledgers=ledgers
+        )

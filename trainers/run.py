@@ -20,11 +20,12 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
+from urllib.parse import quote
 
 import msgspec
 import torch
@@ -177,12 +178,16 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished or interrupted training. ``state`` is the model's state dict after the last history entry."""
+    """A finished or interrupted training. ``state`` is the model's state dict after the last history entry.
+
+    ledgers: of a run without a folder, by data holder: the lines of what would be its ledger files, for audits.
+    """
 
     info: RunInfo
     history: tuple[Round, ...]
     state: Mapping[str, torch.Tensor]
     folder: Path | None = None
+    ledgers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -199,7 +204,7 @@ class Run:
         return max(self.info.spent.values(), key=lambda spent: spent.epsilon, default=None)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the run as a folder (its ledgers excepted: those live where they were opened).
+        """Write the run as a folder; its ledgers, too, unless they are in files already, which stay where they are.
 
         Raises: RunFolderError if the folder already holds a run.
         """
@@ -210,6 +215,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "history.jsonl", lines)
         replace_file(folder / "model.safetensors", _weights(self.state, self.history[-1].round if self.history else 0))
+        for name, content in self.ledgers.items():
+            (folder / "ledger").mkdir(exist_ok=True)
+            replace_file(folder / "ledger" / f"{quote(name, safe='')}.jsonl", content)
         replace_file(folder / "run.json", msgspec.json.format(info, indent=1))
         return folder
 
