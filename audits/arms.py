@@ -12,6 +12,7 @@ import msgspec
 from choral.audits.claims import check_costs, claim_of, short_path
 from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Measure, Point
 from choral.audits.statistics import difference_interval, mean_interval, spreads
+from choral.doors import worded
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -52,14 +53,17 @@ def _check_run(name: str, run: Run, metrics: Sequence[str]) -> None:
         done = run.history[-1].round if run.history else 0
         raise ConfigError(
             f"{what}: interrupted after round {done} of {run.info.rounds}",
-            hint="finish it with --resume, or leave it out",
+            hint=worded(command="finish it with --resume", python="finish it with resume=True") + ", or leave it out",
         )
     if [entry.round for entry in run.history] != list(range(run.info.rounds + 1)):
         raise ConfigError(f"{what}: its history is not rounds 0 to {run.info.rounds}", hint="the run is incomplete")
     for entry, metric in product(run.history, metrics):
         if metric not in entry.metrics:
             known = ", ".join(sorted(entry.metrics)) or "none"
-            raise ConfigError(f"{what}: no metric {metric!r}, it has {known}", hint="name a common one with metric=")
+            raise ConfigError(
+                f"{what}: no metric {metric!r}, it has {known}",
+                hint="name a common one with " + worded(command="metrics = [...]", python="metric="),
+            )
         if not math.isfinite(entry.metrics[metric]):
             raise DataError(
                 f"{what}: {metric} is {entry.metrics[metric]} after round {entry.round}",

@@ -109,7 +109,7 @@ def read_prices(path: str | Path | None = None, changes: PriceSettings | None = 
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"no price table at {path}", hint="audits/prices.toml is one to start from") from None
     except (OSError, UnicodeDecodeError) as error:

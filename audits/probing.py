@@ -29,6 +29,7 @@ from choral.audits.scores import audit_scores, canaries_needed
 from choral.errors import ConfigError
 from choral.privacy import Privacy, Spent
 from choral.privacy.clipping import AdaptiveClip, PerLayerClip, norm_of_all
+from choral.privacy.notice import no_notice
 
 Floats = npt.NDArray[np.float64]
 Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, Any, Any]]
@@ -88,7 +89,8 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     if type(privacy) is not Privacy:
         raise ConfigError(f"the probe is for Privacy, whose noise is independent, not for {type(privacy).__name__}")
     canaries = _canary_count(privacy, confidence)
-    first, second = (_train(privacy, wrap, canaries) for _ in range(2))
+    with no_notice():
+        first, second = (_train(privacy, wrap, canaries) for _ in range(2))
     quiet = np.concatenate([seen.released[:, canaries:] for seen in (first, second)])
     drawn = np.concatenate([first.drawn, second.drawn])
     checks = (

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.errors import AccountingError, BudgetExceededError
@@ -162,7 +163,11 @@ def budget(
     if lengths > 1 or sum(given) + lengths != 3:
         raise ConfigError(
             "expected all but exactly one of epsilon, noise_multiplier, sample_rate and steps (or epochs)",
-            hint="Leave out --noise-multiplier to learn the noise, --epsilon to learn the cost, and so on.",
+            hint="Leave out "
+            + worded(command="--noise-multiplier", python="noise_multiplier")
+            + " to learn the noise, "
+            + worded(command="--epsilon", python="epsilon")
+            + " to learn the cost, and so on.",
         )
     if sample_rate is None:
         sample_rate, steps = sample_rate_within(

@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader, Sampler
 
+from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
@@ -24,6 +25,7 @@ from choral.privacy.events import NEIGHBOURS, PoissonSampledGaussian, RecordEven
 from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
+from choral.privacy.notice import notice_memory
 from choral.privacy.spent import Spent
 from choral.privacy.step import Noise, PrivateOptimizer
 
@@ -48,9 +50,9 @@ class Privacy:
         max_grad_norm: clipping norm C of one record's gradient, > 0; or :class:`PerLayerClip`, or
             :class:`AdaptiveClip`, which follows a quantile of the norms.
         epochs: passes over the data that one call of the training loop makes at most, >= 1.
-        ledger: what remembers what this data has spent, for the life of the data: a file, or a :class:`Ledger`; None
-            makes one in memory. Copies of a promise (`dataclasses.replace`, `copy`) share it; one in memory is not
-            pickled.
+        ledger: what remembers what this data has spent, for the life of the data: a file, or a :class:`Ledger`. None
+            makes one in memory, at zero: so a notebook's cell that is run again forgets what it spent. Copies of a
+            promise (`dataclasses.replace`, `copy`) share it; one in memory is not pickled.
         max_physical_batch_size: larger batches are shown to the loop in chunks of at most so many records, >= 1. They
             are drawn, paid for and made noisy as one: `optimizer.step()` adds a chunk up, and only on the last one
             moves the model; `optimizer.stepped` tells. None shows each batch whole.
@@ -96,6 +98,7 @@ class Privacy:
         PrivacyError (one of several processes of torch.distributed).
         """
         refuse_several_processes()
+        notice_memory(self._open(), "Privacy(ledger=FILE)")
         guard = Guard(self, holder="data", ledger=self._open(), passes=self.epochs)
         return guard.wrap(model, optimizer, loader, resume=resume)
 
@@ -399,7 +402,8 @@ class Guard:
     def _too_many(self, planned: str) -> BudgetExceededError:
         return BudgetExceededError(
             f"{self.holder}: the budget was planned for {planned}, and all are used",
-            hint="Set Privacy(epochs=...) to the passes that one call of the training loop makes.",
+            hint=f"Set {worded(command='training.local_epochs', python='Privacy(epochs=...)')} to the passes that one"
+            " call of the training loop makes.",
         )
 
 

@@ -16,7 +16,6 @@ or the file put back to an older state, lines cut from its end included, while n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import BinaryIO, Self
 import msgspec
 
 from choral.errors import ConfigError
+from choral.locks import lock_file, refuse_without_locks, sync_folder
 from choral.privacy import accounting, client_accounting
 from choral.privacy.chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
 from choral.privacy.errors import LedgerError
@@ -68,7 +68,8 @@ class Ledger:
         holder: whose data this is. Left out, it is read from the file or set by the first Guard that uses it.
 
     Safe under kill -9 and with several writing processes. Copies are the ledger itself.
-    Raises: LedgerError if the file is damaged or belongs to another holder.
+    Raises: LedgerError if the file is damaged or belongs to another holder; NoLocksError for a file on a system without
+        file locks.
     """
 
     def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
@@ -81,6 +82,8 @@ class Ledger:
         self._events: list[Event] = []
         self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
+        if self.path is not None:
+            refuse_without_locks(self._name)  # before anything is written
         self._refresh()
         if holder is not None and self.holder != holder:
             raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
@@ -300,7 +303,7 @@ class Ledger:
     @contextlib.contextmanager
     def _open(self, *, write: bool) -> Iterator[BinaryIO]:
         with open(str(self.path), "r+b" if write else "rb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)  # released when the file is closed
+            lock_file(file, exclusive=write)  # released when the file is closed
             yield file
 
     def _read(self, file: BinaryIO) -> int:
@@ -370,7 +373,7 @@ def _created(path: Path, content: bytes) -> bool:
         return False
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path)
+    sync_folder(path.absolute().parent)
     return True
 
 
@@ -396,11 +399,3 @@ def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str
         what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
         raise LedgerError(f"{name}, line {error.number}: {what}", hint=_RESTORE) from error
     return header, events, head
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -14,6 +14,7 @@ from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, Ledg
 from choral.privacy.clipping import settings_of as clipping_settings
 from choral.privacy.events import NEIGHBOURS
 from choral.privacy.ledger import as_ledger
+from choral.privacy.notice import notice_memory
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
 from choral.trainers.record import Recorder
@@ -125,6 +126,8 @@ def open_guards(
             " from without a file is one holder's, too: make another one",
         )
     check_delta(privacy, examples)
+    if folder is None:
+        notice_memory(Ledger(), "out=FOLDER")
     passes = max(rounds_left, 1) * privacy.epochs
     return {
         name: Guard(

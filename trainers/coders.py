@@ -17,6 +17,7 @@ from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, 
 from choral.privacy.client import HOLDER, spent_by
 from choral.privacy.client_accounting import SLACK
 from choral.privacy.ledger import as_ledger
+from choral.privacy.notice import notice_memory
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import Channel, Mean
@@ -247,5 +248,6 @@ def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
     folder = recorder.ledger_folder
     own = privacy.ledger is not None
     ledger = as_ledger(privacy.ledger) if own else Ledger(folder / f"{HOLDER}.jsonl" if folder else None)
+    notice_memory(ledger, "ClientPrivacy(ledger=FILE), or out=FOLDER,")
     recorder.keep({HOLDER: ledger})
     return Clients(privacy, ledger, recorder)

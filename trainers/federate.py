@@ -29,7 +29,7 @@ from choral.protocols import Plain
 from choral.protocols.policy import Policy, check_policy
 from choral.protocols.seam import SecureSum, SumSession
 from choral.protocols.watch import watched_by
-from choral.trainers.algorithms.fedavg import FedAvg
+from choral.trainers.algorithms import algorithm_named
 from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
 from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic
 from choral.trainers.beginning import (
@@ -80,7 +80,7 @@ def federate(
     start: Start | None = None,
     held_out: Mapping[str, Any] | None = None,
     evaluate_party: EvaluateParty | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | str | None = None,
     engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
     secure_sum: SecureSum | None = None,
@@ -116,7 +116,8 @@ def federate(
         returns what ``evaluate`` does. Given both, the model after the last round is evaluated at each party with at
         least five such records, and run.json names them (``per_party``). These numbers come from held-out records **in
         the clear: no privacy and no secure sum covers them**. Records that were trained on are refused.
-    algorithm: ``FedAvg()`` (default) or another of ``choral.trainers.algorithms``; see docs/algorithms.md.
+    algorithm: ``FedAvg()`` (default), another of ``choral.trainers.algorithms``, or its name as in TOML; see
+        docs/algorithms.md.
     engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
         ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
     privacy: ``Privacy(...)``: record-level differential privacy inside each party, each with its own ledger, sample
@@ -154,7 +155,7 @@ def federate(
     check_settings(rounds, seed, dropout_rate)
     if policy is not None:
         check_policy(policy)
-    algorithm = algorithm if algorithm is not None else FedAvg()
+    algorithm = algorithm_named(algorithm)
     check_fits(algorithm, privacy, loss)
     participation = participation_of(algorithm, participation, cohort, dropout_rate)
     census = census_of(parties, participation=participation, privacy=privacy, min_classes=min_classes)

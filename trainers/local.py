@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from choral.doors import worded
 from choral.privacy import Guard
 from choral.trainers import gradients, linear
 from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
@@ -277,7 +278,10 @@ def resolve_device(name: str) -> torch.device:
         name = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
     kind = name.partition(":")[0]
     if not there.get(kind, False):
-        raise TaskError(f"device {name!r} is not available here", hint="use --device auto or cpu")
+        raise TaskError(
+            f"device {name!r} is not available here",
+            hint=worded(command="use --device auto or cpu", python="use device='auto' or 'cpu'"),
+        )
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process per device
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return torch.device(name)

@@ -15,7 +15,6 @@ process loses at most the round in progress.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -33,7 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from choral.differences import differences, in_short
+from choral.doors import worded
 from choral.errors import ChoralError, ConfigError
+from choral.locks import lock_file, sync_folder
 from choral.privacy import Spent
 from choral.privacy.chain import UnreadableError, as_json, encoded
 from choral.trainers.per_party import PerParty
@@ -256,11 +257,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def checked_json(entry: RunInfo | Round) -> bytes:
@@ -313,7 +310,7 @@ def write_info(folder: Path, info: RunInfo) -> None:
 def read_info(folder: Path) -> RunInfo:
     path = folder / "run.json"
     if not path.is_file():
-        hint = "name the folder given to --out"
+        hint = worded(command="name the folder given to --out", python="name the folder given as out=")
         if one := next(folder.glob("arms/*/*/run.json"), None):
             hint = f"it holds a comparison: name one of its runs, such as {one.parent}"
         raise RunFolderError(f"{folder} is not a run folder: no run.json in it", hint=hint)
@@ -433,11 +430,12 @@ def lock(folder: Path) -> BinaryIO:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / _LOCK).open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, wait=False)
     except BlockingIOError:
         file.close()
         raise RunFolderError(
-            f"another process is writing to {folder}", hint="wait until it ends, or choose another --out"
+            f"another process is writing to {folder}",
+            hint="wait until it ends, or choose another " + worded(command="--out", python="out="),
         ) from None
     return file
 
@@ -449,12 +447,15 @@ def check_empty(folder: Path) -> None:
     if folder.is_dir() and any(item.name != _LOCK and item.suffix != ".tmp" for item in folder.iterdir()):
         held = "another run" if (folder / "run.json").exists() else "other files"
         raise RunFolderError(
-            f"{folder} already holds {held}", hint="choose another --out, or continue that run with --resume"
+            f"{folder} already holds {held}",
+            hint=worded(
+                command="choose another --out, or continue that run with --resume",
+                python="choose another out=, or continue that run with resume=True",
+            ),
         )
 
 
 _COMPUTED = ("precision", "compile")
-_SAME = "use the same settings, or a new --out"
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
@@ -463,12 +464,16 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
     _compare(old, new, (*fields, *_COMPUTED, "participation"), {*old.config, *new.config} - _SHARED_KEYS)
 
 
+def _same() -> str:
+    return "use the same settings, or a new " + worded(command="--out", python="out=")
+
+
 def check_complete(old: RunInfo, new: RunInfo) -> None:
     """The same for what is known only once the model is built."""
     _compare(old, new, ("parameters", "fixed_point"))
     before, now = old.secure_sum or {}, new.secure_sum or {}
     if any(before.get(key) != now.get(key) for key in ("name", "key")):
-        raise ConfigError("cannot resume with another secure sum", hint=_SAME)
+        raise ConfigError("cannot resume with another secure sum", hint=_same())
 
 
 def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...], settings: Iterable[str] = ()) -> None:
@@ -477,4 +482,4 @@ def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...], settings: Iter
     changed = [each for name in fields for each in differences(was[name], now[name], name)]
     changed += [each for key in sorted(settings) for each in differences(old.config.get(key), new.config.get(key), key)]
     if changed:
-        raise ConfigError(f"cannot resume: {in_short(list(dict.fromkeys(changed)))}", hint=_SAME)
+        raise ConfigError(f"cannot resume: {in_short(list(dict.fromkeys(changed)))}", hint=_same())

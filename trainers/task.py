@@ -10,6 +10,7 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from choral.doors import worded
 from choral.errors import ChoralError, ConfigError, DataError
 
 _LONGEST_NAME = 200
@@ -147,7 +148,8 @@ def check_parties(parties: Mapping[str, Any], *, least: int, min_classes: int) -
     if len(parties) < least:
         raise ConfigError(
             f"expected at least {least} parties, got {len(parties)}",
-            hint="for one holder of data use Privacy.wrap or centralize",
+            hint="for one holder of data use "
+            + worded(command="--centralized (choral train)", python="Privacy.wrap or centralize"),
         )
     return {name: check_party(name, dataset, min_classes) for name, dataset in parties.items()}
 
@@ -169,7 +171,8 @@ def check_party(name: str, dataset: Any, min_classes: int) -> int:
     if labels is not None and (classes := len(torch.unique(labels))) < min_classes:
         raise DataError(
             f"party {name!r} has {classes} class in {examples} records; expected at least {min_classes}",
-            hint="raise the split's alpha, merge parties, or allow it with min_classes=1",
+            hint="raise the split's alpha, merge parties, or allow it with "
+            + worded(command="--split.min-classes 1", python="min_classes=1"),
         )
     return examples
 

@@ -7,15 +7,17 @@ every completed round.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 import tyro
 
+from choral.doors import command_line
 from choral.errors import ConfigError
 from choral.failures import failure_of, place_of
 
@@ -82,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"choral {__version__}")
         return 0
+    with command_line():
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     _debug.set("--debug" in words)
     words = [word for word in words if word != "--debug"]
     try:
@@ -123,13 +130,39 @@ class _ArgumentsError(Exception):
 
 
 def parse(command: str, words: list[str], kind: type[T], default: T | None = None) -> T:
-    """The flags of one command. After printing help or what is wrong, :func:`main` returns."""
+    """The flags of one command. After printing help or what is wrong, :func:`main` returns.
+
+    Raises: ConfigError for a flag that lacks the name of its table.
+    """
+    _refuse_short(words, flags_of(kind))
     try:
         if default is None:
             return tyro.cli(kind, args=words, prog=f"choral {command}")
         return tyro.cli(kind, args=words, prog=f"choral {command}", default=default)
     except SystemExit as stop:
         raise _ArgumentsError(int(stop.code or 0)) from None
+
+
+def flags_of(kind: type, prefix: str = "") -> list[str]:
+    """The flags that a dataclass gives, those of its tables included."""
+    found: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found += flags_of(hint, "" if name == "settings" else f"{flag}.")
+        else:
+            found.append(flag)
+    return found
+
+
+def _refuse_short(words: list[str], known: list[str]) -> None:
+    """Refuse --epsilon where it is --privacy.epsilon: the parser would propose what is spelt alike."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        fits = [flag for flag in known if flag.rpartition(".")[2] == name]
+        if word.startswith("--") and fits and name not in fits:
+            meant = " or ".join(f"--{flag}" for flag in fits)
+            raise ConfigError(f"unknown flag --{name}", hint=f"did you mean {meant}?")
 
 
 # Torch takes seconds to import, so only the commands that train import it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import os
@@ -66,11 +67,30 @@ def load_module(path: Path, expected: str) -> ModuleType:
     return module
 
 
+def _refuse_no_task(path: Path, known: list[str]) -> None:
+    """Raise ConfigError for a name that is nearly a task's, a table of data, or a folder."""
+    if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".json", ".xlsx"):
+        raise ConfigError(
+            f"task is {str(path)!r}, a file of data",
+            hint="a task is a Python file with load(split, training, seed) -> Task, which may call"
+            " choral.trainers.data.federation_from_csv(PATH, key=..., label=...); see docs/data.md",
+        )
+    if path.is_dir():
+        raise ConfigError(f"task is {str(path)!r}, a folder", hint="name a Python file in it")
+    near = difflib.get_close_matches(str(path), known, n=1)
+    if near and not path.exists():
+        raise ConfigError(
+            f"no task {str(path)!r}, and no file of that name",
+            hint=f"did you mean {near[0]!r}? Tasks are {', '.join(known)}, or a Python file",
+        )
+
+
 def _load_function(path: Path) -> Callable[..., object]:
     from choral.trainers.data import TASKS
 
     if path in _loads:
         return _loads[path]
+    _refuse_no_task(path, list(TASKS))
     module = load_module(path, f"a task ({', '.join(TASKS)}), or a Python file with load(split, training, seed)")
     if not callable(load := getattr(module, "load", None)):
         raise ConfigError(f"{path} has no function load(split, training, seed)")

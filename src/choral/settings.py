@@ -8,7 +8,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -186,16 +187,18 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}", hint="examples/digits.toml is one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8", hint="CONFIG is a TOML file: save it as UTF-8") from None
+    except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="CONFIG is a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"{path} is not valid TOML: {error}", hint="examples/digits.toml is one to compare with"
         ) from None
-    _refuse_unknown(table, kind, str(path), "")
+    _check_table(table, kind, str(path), "")
     try:
         return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))
     except msgspec.ValidationError as error:
@@ -210,12 +213,12 @@ def to_json(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def _refuse_unknown(table: Mapping[str, Any], kind: Any, path: str, prefix: str) -> None:
+def _check_table(table: Mapping[str, Any], kind: Any, path: str, prefix: str) -> None:
     if not dataclasses.is_dataclass(kind):
         if get_args(kind) and get_args(kind)[-1] is Arm:
             for name, arm in table.items():
                 if isinstance(arm, Mapping):
-                    _refuse_unknown(arm, Arm, path, f"{prefix}{name}.")
+                    _check_table(arm, Arm, path, f"{prefix}{name}.")
         return
     hints = get_type_hints(kind)
     for key, value in table.items():
@@ -224,7 +227,21 @@ def _refuse_unknown(table: Mapping[str, Any], kind: Any, path: str, prefix: str)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(hints)}"
             raise ConfigError(f"{path}: unknown key {prefix}{key}", hint=known)
         if isinstance(value, Mapping):
-            _refuse_unknown(value, hints[key], path, f"{prefix}{key}.")
+            _check_table(value, hints[key], path, f"{prefix}{key}.")
+        elif isinstance(value, str) and (choices := _choices(hints[key])) and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            raise ConfigError(
+                f"{path}: {prefix}{key} is {value!r}, expected one of {', '.join(choices)}",
+                hint=f"did you mean {near[0]!r}?" if near else "one of these words, in quotation marks",
+            )
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a setting may have, if it has words."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    return _choices(parts[0]) if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else ()
 
 
 def _cause(error: msgspec.ValidationError) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from choral.cells import Cell, Tick, train_cell
+from choral.doors import enter_by_command_line
 from choral.failures import Failure
 from choral.settings import Settings
 
@@ -89,6 +90,7 @@ def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
 
     global _ticks
     _ticks = ticks
+    enter_by_command_line()
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its folder is always consistent
     threading.Thread(target=_end_with_parent, daemon=True).start()
