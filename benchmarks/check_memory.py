@@ -1,10 +1,10 @@
-"""What looking at a model costs in memory: the peak of a run with the checks over that of one in which they are settled.
+"""What looking at a model costs in memory: the peak of a run with the checks, and of one in which they are settled.
 
     python benchmarks/check_memory.py [--model transformer|resnet] [--steps 3]
 
 One JSON line for each model. Each run is a process of its own, and its peak the kernel's (`ru_maxrss`), less what the
-process held before the model was made. "settled" is the same run, but that what the checks find out is put down as known
-before the first step; "plain" has no privacy.
+process held before the model was made. "settled" is the same run, but that what the checks find out is put down as
+known before the first step; "plain" has no privacy.
 """
 
 from __future__ import annotations

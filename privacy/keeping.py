@@ -46,15 +46,35 @@ def _collect(found: dict[str, Kept], path: str, owner: dict[str, Any], skipped: 
         if name in skipped or isinstance(value, nn.Module | nn.Parameter | type) or id(value) in seen:
             continue
         dotted = f"{path}.{name}" if path else name
-        if isinstance(value, torch.Tensor | np.ndarray | list | tuple | dict | collections.deque | float | int):
-            found[dotted] = Kept(owner, name, value, _copied(value))
-        elif _ours(value) and len(seen) < _DEPTH:
+        found[dotted] = Kept(owner, name, value, _copied(value))
+        if _ours(value) and len(seen) < _DEPTH:
             _collect(found, dotted, vars(value), set(), seen | {id(value)})
 
 
 def _ours(value: Any) -> bool:
     """Return whether an object is of a class of the user's, with attributes."""
     return hasattr(value, "__dict__") and not callable(value) and type(value).__module__.split(".")[0] not in _OTHERS
+
+
+def marks(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return what shows that an attribute was put, filled or written to; cheap, and nothing is copied."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        found[path] = (len(module.__dict__),)
+        for name, value in module.__dict__.items():
+            if name in _NOT_ITS_OWN or isinstance(value, nn.Parameter | tuple | int | float | str | type(None)):
+                continue
+            if isinstance(value, torch.Tensor):
+                found[f"{path}.{name}"] = (id(value), value._version)
+            elif isinstance(value, list | dict | collections.deque):
+                parts = value.values() if isinstance(value, dict) else value
+                found[f"{path}.{name}"] = (
+                    id(value),
+                    len(value),
+                    *(p._version for p in parts if isinstance(p, torch.Tensor)),
+                    *(id(p) for p in parts if isinstance(p, torch.Tensor)),
+                )
+    return found
 
 
 def put_back(before: dict[str, Kept], *, counts_only: bool = False) -> None:
@@ -91,7 +111,7 @@ def _copied(value: Any) -> Any:
         return {key: (part, _copied(part)) for key, part in value.items()}
     if isinstance(value, list | tuple | collections.deque):
         return [(part, _copied(part)) for part in value]
-    return value
+    return None
 
 
 def _digest(value: torch.Tensor) -> torch.Tensor:

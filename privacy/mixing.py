@@ -13,21 +13,15 @@ record changes. Two tests look for such a dependence, for several splits of the 
 Both are made with the weights as they are and with all of them moved away from zero, and answer for which points, of
 those that are compared, they could have failed: where a record's own row changes with the record. What was not such a
 point is looked at again once its rows differ. Nothing is said about a dependence that starts later at such a point.
-
-What computes the loss itself from a batch (a training step, rather than a model) is held to more, in evaluation mode:
-for each split, the loss must be the mean of the two parts' losses, weighted by their sizes, and so must the gradients
-at the outputs of the layers. Sums over records, means over the tokens of a batch and weights that are divided by their
-sum are not, and neither are losses that mix records. Records whose losses are all equal show nothing.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -42,7 +36,6 @@ _Found = TypeVar("_Found")
 
 _SPLITS = 4
 _FEW = 8  # records whose gradients are looked at
-_RELATIVE = 1e-4  # rounding of a float32 loss
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -112,6 +105,13 @@ def taken(value: Any, take: torch.Tensor, rows: int) -> Any:
     return changed(value, picked)
 
 
+class Seen(NamedTuple):
+    """Sketches of a point's tensors, side by side, and their shapes, which may follow the longest record."""
+
+    sketch: torch.Tensor
+    shapes: tuple[torch.Size, ...]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is looked at: `forward` of `args` and `kwargs`, with `rows` records, and the trainable `layers` in it."""
@@ -125,19 +125,21 @@ class Subject:
     step: bool = False  # `forward` returns a loss
     tell: Callable[[int], None] = lambda _: None  # is told how many records come next
 
-    def look(self, take: torch.Tensor) -> dict[Point, torch.Tensor]:
-        """Return sketches of what is compared, for the records `take`."""
-        found: dict[Point, torch.Tensor] = {}
+    def look(self, take: torch.Tensor) -> dict[Point, Seen]:
+        """Return what is compared, for the records `take`."""
+        found: dict[Point, Seen] = {}
 
         def see(point: Point, t: torch.Tensor) -> None:
-            seen = sketch(t, self.rows)
-            found[point] = torch.cat([found[point], seen], 1) if point in found else seen
+            old, seen = found.get(point), sketch(t, self.rows)
+            found[point] = Seen(
+                torch.cat([old.sketch, seen], 1) if old else seen, (*(old.shapes if old else ()), t.shape)
+            )
 
         self.tell(self.rows)
         with watched(self.layers, self.rows, see), same_random_numbers((self.args, self.kwargs), self.model):
             output = run(self.forward, self.args, self.kwargs, take, self.rows)
         for place, t in enumerate(_by_record(output, self.rows)):
-            found["", "out", place, 0] = sketch(t, self.rows)
+            found["", "out", place, 0] = Seen(sketch(t, self.rows), ())  # which may have no other shape
         return found
 
     def moved(self) -> Subject:
@@ -192,7 +194,7 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
     keeping.put_back(before, counts_only=True)
     again = subject.look(as_it_is)
     keeping.take_away(model, before)
-    if whole.keys() != again.keys() or not all(_close(whole[point], again[point]) for point in whole):
+    if whole.keys() != again.keys() or not all(_close(whole[point].sketch, again[point].sketch) for point in whole):
         raise UnsupportedModelError(
             "the same batch, with the same random numbers, gives something else the second time: the model keeps "
             "something of the batches that it has seen, or its randomness cannot be repeated",
@@ -200,7 +202,7 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
             "numbers from torch's, numpy's or Python's own generators.",
         )
     could: set[Point] = set()
-    for kept in _splits(rows):
+    for kept in splits(rows):
         (mine,) = torch.nonzero(kept, as_tuple=True)
         take = as_it_is.clone()
         take[~kept] = mine[torch.arange(rows - len(mine)) % len(mine)]
@@ -208,7 +210,10 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
         _refuse_followers(after, keeping.kept(model))
         keeping.take_away(model, before)
         for point in whole.keys() & other.keys():
-            a, b, here = whole[point], other[point], kept.to(whole[point].device)
+            if whole[point].shapes != other[point].shapes:
+                continue
+            a, b = whole[point].sketch, other[point].sketch
+            here = kept.to(a.device)
             if not _close(a[here], b[here]):
                 raise _mixes()
             numbers = ~here & (a.isfinite() & b.isfinite()).all(1)
@@ -268,118 +273,24 @@ def few(args: Any, kwargs: Any, rows: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), order])[:_FEW].sort().values
 
 
-def varying(points: set[Point], subject: Subject, forward: Callable[[], Any]) -> tuple[Any, set[Point]]:
-    """Return what `forward` returns, and at which of `points` its records' rows differed."""
+def varying(
+    points: set[Point], layers: Mapping[str, nn.Module], forward: Callable[[], Any], rows: int
+) -> tuple[Any, set[Point]]:
+    """Return what `forward` returns, and at which of `points` the rows of its records differed."""
     found: set[Point] = set()
 
     def see(point: Point, t: torch.Tensor) -> None:
         if point in points and point not in found:
-            rows = t.detach().reshape(len(t), -1)
-            if not _close(rows, rows[:1].expand_as(rows)):
+            each = t.detach().reshape(rows, -1)
+            if not _close(each, each[:1].expand_as(each)):
                 found.add(point)
 
     names = {name for name, *_ in points}
-    with watched({n: layer for n, layer in subject.layers.items() if n in names}, subject.rows, see):
+    with watched({name: layer for name, layer in layers.items() if name in names}, rows, see):
         output = forward()
-    for place, t in enumerate(_by_record(output, subject.rows)):
+    for place, t in enumerate(_by_record(output, rows)):
         see(("", "out", place, 0), t)
     return output, found
-
-
-def refuse_inseparable(subject: Subject) -> bool:
-    """Raise UnsupportedModelError unless the loss of a batch is the mean over its records of a loss of each alone.
-
-    subject: a step, which returns a batch's loss, of a model in evaluation mode now. It is looked at with the weights
-    as they are and moved away from zero. Returns False if the losses of all records are equal, and so nothing is
-    proved; of a loss that is random nothing can be, and True is returned.
-    """
-    before = keeping.kept(subject.model)
-    try:
-        could = _refuse_by_losses(subject)
-        with shaken(subject.model):
-            moved_could = _refuse_by_losses(subject)
-            if moved_could is not None:
-                _refuse_by_shares(subject)
-        return bool(could or moved_could or could is None)
-    finally:
-        keeping.take_away(subject.model, before)
-
-
-def _seeded(subject: Subject, batch: Any, seed: int = 0) -> torch.Tensor:
-    torch.manual_seed(seed)
-    loss: torch.Tensor = subject.forward(batch)
-    return loss
-
-
-def _refuse_by_losses(subject: Subject) -> bool | None:
-    """Compare losses. Returns whether they could have differed; None if they are random."""
-    rows, (batch,) = subject.rows, subject.args
-
-    def loss(take: torch.Tensor, seed: int = 0) -> float:
-        with same_random_numbers(batch, subject.model):
-            return float(run(lambda part: _seeded(subject, part, seed), (batch,), {}, take, rows))
-
-    whole, could = loss(torch.arange(rows)), False
-    if not math.isfinite(whole):
-        return False
-    if abs(whole - loss(torch.arange(rows), seed=1)) > _RELATIVE * abs(whole):
-        return None
-    for kept in _splits(rows):
-        mine, others = (loss(torch.nonzero(part)[:, 0]) for part in (kept, ~kept))
-        share = int(kept.sum()) / rows
-        shares = (share * mine, (1.0 - share) * others)
-        if not abs(sum(shares) - whole) <= _RELATIVE * sum(map(abs, (*shares, whole))) + 1e-7:
-            raise _inseparable()
-        could = could or abs(mine - others) > 10 * _RELATIVE * abs(whole) + 1e-6
-    return could
-
-
-def _refuse_by_shares(subject: Subject) -> None:
-    """Compare the gradients at the layers' outputs of some records' mean loss with those of parts of them."""
-    (batch,) = subject.args
-    chosen = few(batch, {}, subject.rows)
-
-    def gradients(take: torch.Tensor) -> dict[Point, torch.Tensor]:
-        outs: dict[Point, torch.Tensor] = {}
-
-        def see(point: Point, t: torch.Tensor) -> None:
-            if point[1] == "out" and t.requires_grad and t.is_floating_point():
-                outs[point] = t
-
-        part = taken(batch, take, subject.rows)
-        with same_random_numbers(batch, subject.model), watched(subject.layers, len(take), see), torch.enable_grad():
-            loss = _seeded(subject, part)
-        if not (loss.requires_grad and outs):
-            return {}
-        found = torch.autograd.grad(loss, list(outs.values()), allow_unused=True)
-        return {
-            point: g.detach().reshape(len(g), -1) * len(take)
-            for point, g in zip(outs, found, strict=True)
-            if g is not None
-        }
-
-    whole = gradients(chosen)
-    for kept in _splits(len(chosen)):
-        part = gradients(chosen[kept])
-        for point in whole.keys() & part.keys():
-            mine, alone = whole[point][kept.to(whole[point].device)], part[point]
-            if mine.shape != alone.shape:
-                continue
-            numbers = (mine.isfinite() & alone.isfinite()).all(1)
-            scale = max(
-                (float(g[g.isfinite()].abs().max()) for g in (whole[point], alone) if bool(numbers.any())), default=0.0
-            )
-            if bool(((mine - alone)[numbers].abs() > 10 * _RELATIVE * scale + 1e-9).any()):
-                raise _inseparable()
-
-
-def _inseparable() -> UnsupportedModelError:
-    return UnsupportedModelError(
-        "the loss of a batch is not the mean over its records of a loss of each record alone, so one record "
-        "changes the gradients of others",
-        hint="Take means, not sums, over records; average over tokens within a record first; do not divide by "
-        "what depends on the batch, as class weights and ignore_index do; mix no records.",
-    )
 
 
 def refuse_by_gradient(
@@ -407,7 +318,7 @@ def refuse_by_gradient(
         return False
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in targets]
-    for kept in _splits(rows):
+    for kept in splits(rows):
         mine = [(kept & valid).to(t.device) for t in targets]
         ends, starts = (
             [t[m] for t, m in zip(targets, mine, strict=True)],
@@ -421,7 +332,7 @@ def refuse_by_gradient(
     return True
 
 
-def _splits(rows: int) -> Iterator[torch.Tensor]:
+def splits(rows: int) -> Iterator[torch.Tensor]:
     """Yield which of `rows` records to keep, each split both ways round."""
     ranks = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     for bit in range(min(_SPLITS, (rows - 1).bit_length())):
