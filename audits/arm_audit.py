@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.accountants import accountants_check, accountants_of, participation_checks, participation_of
+from choral.audits.books import books_checks
 from choral.audits.budgets import budget_checks, holder_budgets, of_run, unverifiable
 from choral.audits.evidence import Probe, ScoreAudit
 from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
@@ -124,6 +125,7 @@ def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenA
     else:
         checks += transcript_gone(run) if seen is None else seen.checks
     try:
+        checks += books_checks(run)
         checks += accountants_check(accountants_of(run))
         checks += participation_checks(run, participation_of(run))
     except LedgerError:

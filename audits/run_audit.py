@@ -19,6 +19,7 @@ from choral.audits.accountants import (
     participation_of,
 )
 from choral.audits.arms import holders_of
+from choral.audits.books import books_checks
 from choral.audits.budgets import budget_checks, holder_budgets
 from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path, units_of
 from choral.audits.evidence import InversionAudit, Probe, ScoreAudit
@@ -145,6 +146,7 @@ def audit(
     accountants, participation, seen = accountants_of(run), participation_of(run), seen_audit(run)
     checks = (
         *budget_checks(run, budgets),
+        *books_checks(run),
         *accountants_check(accountants),
         *participation_checks(run, participation),
         *(seen.checks if seen else transcript_gone(run)),

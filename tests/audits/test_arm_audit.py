@@ -143,7 +143,7 @@ def test_a_holder_left_out_of_run_json_is_found_by_its_ledger(real: Arms, tmp_pa
     del content["spent"]["south"], content["parties"]["south"]
     path.write_text(json.dumps(content))
     found = audit(tmp_path / "dp-1")
-    assert (found.verdict, found.exit_code) == ("unverified", 1)
+    assert (found.verdict, found.exit_code) == ("violated", 1)  # more survivors than run.json has parties left
     assert "south.jsonl" in next(check.finding for check in found.checks if check.verdict == "unverified")
 
 
