@@ -185,7 +185,7 @@ def _views(updates: Mapping[str, torch.Tensor], promise: ClientPrivacy) -> dict[
     spec = SumSpec(parties=parties, length=length + 1, bound=coder.integer_bound, encoding=repr(coder))
     message, total, bits = _masked(spec, {party: coder.encode(update, 1) for party, update in updates.items()}, victim)
     centred = (message.astype(np.int64) + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
-    mean, count = coder.decode(total)
+    mean, count = coder.decode(total, len(parties))
     guard = ClientGuard(promise, clients=len(parties), length=length, rounds=1, ledger=Ledger(None))
     noisy, encoded = guard.begin(), ClientCoder(parties, guard).spec
     _, private, _ = _masked(encoded, {party: noisy.encode(update) for party, update in updates.items()}, victim)

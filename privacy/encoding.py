@@ -114,17 +114,27 @@ class FixedPoint:
                 hint="Lower the learning rate or clip the update; raise the bound only if the parties agree on it.",
             )
 
-    def decode(self, total: Int64Array) -> tuple[torch.Tensor, int]:
+    def decode(self, total: Int64Array, parties: int | None = None) -> tuple[torch.Tensor, int]:
         """Return the weighted mean, shape (d,), float64, and the total weight, of a sum of encodings, shape (d + 1,).
 
-        Raises: EncodingError if the total is not an int64 vector, its weight is below 1, or a coordinate is
-        larger than that weight allows (parties disagree on the settings, or the sum wrapped).
+        parties: how many encodings are in the sum; each weighs from 1 to ``max_weight``, and so their sum. A party that
+        sends a weight of its own making (a negative one makes the others' weights, by which all is divided, small)
+        can then move the mean no further than by what is left of that range. None only where nobody knows.
+
+        Raises: EncodingError if the total is not an int64 vector, its weight is not one that so many parties can have,
+        or a coordinate is larger than that weight allows (parties disagree on the settings, or the sum wrapped).
         """
         if total.ndim != 1 or total.dtype != np.int64 or len(total) < 1:
             raise EncodingError(f"total has shape {total.shape} and type {total.dtype}, expected one int64 vector")
         weight = int(total[-1])
-        if weight < 1:
-            raise EncodingError(f"total weight is {weight}, expected >= 1")
+        least, most = (1, 2**62) if parties is None else (parties, parties * self.max_weight)
+        if parties is not None and parties < 1:
+            raise EncodingError(f"a sum of {parties} encodings has no mean, expected >= 1")
+        if not least <= weight <= most:
+            raise EncodingError(
+                f"the total weight is {weight}, expected {least} to {most}",
+                hint="some party sent a weight of its own making, or other settings than agreed on",
+            )
         sums = total[:-1]
         if len(sums) and max(int(sums.max()), -int(sums.min())) > weight * self._largest:
             raise EncodingError(

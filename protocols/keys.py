@@ -19,7 +19,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NoReturn
 
 from Crypto.Cipher import ChaCha20_Poly1305
 from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key
@@ -50,12 +50,13 @@ class SealError(ChoralError):
 class Backend:
     """One library's primitives, unchecked: the public functions of this module do the checks for both.
 
-    ``x25519`` may raise ValueError or return 32 zero bytes on a small-order point. ``verify`` is only called with a
+    ``x25519`` loads a private key; what it returns agrees with public ones, and may raise ValueError or return 32 zero
+    bytes on a small-order point. ``verify`` is only called with a
     canonical key that is not of small order and with S < L. ``unseal`` raises ValueError when the tag does not fit.
     """
 
     name: str
-    x25519: Callable[[bytes, bytes], bytes]
+    x25519: Callable[[bytes], Callable[[bytes], bytes]]
     ed25519_public: Callable[[bytes], bytes]
     sign: Callable[[bytes, bytes], bytes]
     verify: Callable[[bytes, bytes, bytes], bool]
@@ -63,29 +64,56 @@ class Backend:
     unseal: Callable[[bytes, bytes, bytes, bytes], bytes]
 
 
+class PrivateKey:
+    """32 private bytes of X25519 (any will do: RFC 7748 clamps them), loaded once for many agreements.
+
+    Loading costs OpenSSL as much as an agreement, and a party agrees with every neighbour. The loaded key is in this
+    object and nowhere else, and is gone with it: nothing of this module keeps a key. Raises: SpecError for another
+    length.
+    """
+
+    __slots__ = ("_agree",)
+
+    def __init__(self, private: bytes) -> None:
+        _expect(private, KEY_BYTES, "an X25519 private key")
+        self._agree = _backend.x25519(private)
+
+    def __repr__(self) -> str:
+        return "<PrivateKey>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise SpecError("a private key is never copied or serialised")
+
+    def public(self) -> bytes:
+        """The 32-byte public key."""
+        return self._agree(_BASE_POINT)
+
+    def shared(self, public: bytes) -> bytes:
+        """The 32-byte shared secret of RFC 7748. It is not uniform: pass it through :func:`hkdf_sha256` before use.
+
+        A public key with its top bit set or not reduced modulo 2^255 - 19 is read as RFC 7748 says: masked, reduced.
+
+        Raises: WeakKeyError when the public key is not 32 bytes, or when the shared secret is zero (the public key is a
+        point of small order, on the curve or on its twist).
+        """
+        if len(public) != KEY_BYTES:
+            raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {len(public)}")
+        if int.from_bytes(public, "little") % _SIGN_BIT % _FIELD in _SMALL_ORDER_X:
+            raise WeakKeyError("the X25519 public key is a point of small order")
+        shared = self._agree(public)
+        if hmac.compare_digest(shared, bytes(KEY_BYTES)):
+            raise WeakKeyError("the X25519 shared secret is zero")
+        return shared
+
+
 def x25519_public(private: bytes) -> bytes:
-    """The 32-byte public key of 32 private bytes (any bytes will do: RFC 7748 clamps them)."""
-    _expect(private, KEY_BYTES, "an X25519 private key")
-    return _backend.x25519(private, _BASE_POINT)
+    """See :meth:`PrivateKey.public`."""
+    return PrivateKey(private).public()
 
 
 def x25519_shared(private: bytes, public: bytes) -> bytes:
-    """The 32-byte shared secret of RFC 7748. It is not uniform: pass it through :func:`hkdf_sha256` before use.
-
-    A public key with its top bit set or not reduced modulo 2^255 - 19 is read as RFC 7748 says: masked, reduced.
-
-    Raises: SpecError when the private key is not 32 bytes; WeakKeyError when the public key is not, or when the
-    shared secret is zero (the public key is a point of small order, on the curve or on its twist).
-    """
-    _expect(private, KEY_BYTES, "an X25519 private key")
-    if len(public) != KEY_BYTES:
-        raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {len(public)}")
-    if int.from_bytes(public, "little") % _SIGN_BIT % _FIELD in _SMALL_ORDER_X:
-        raise WeakKeyError("the X25519 public key is a point of small order")
-    shared = _backend.x25519(private, public)
-    if hmac.compare_digest(shared, bytes(KEY_BYTES)):
-        raise WeakKeyError("the X25519 shared secret is zero")
-    return shared
+    """See :meth:`PrivateKey.shared`."""
+    return PrivateKey(private).shared(public)
 
 
 def ed25519_public(seed: bytes) -> bytes:
@@ -184,9 +212,14 @@ def _is_acceptable_point(encoded: bytes) -> bool:
 
 
 def _pycryptodome() -> Backend:
-    def x25519(private: bytes, public: bytes) -> bytes:
-        point = import_x25519_public_key(public).pointQ * import_x25519_private_key(private).d
-        return int(point.x).to_bytes(KEY_BYTES, "little")
+    def x25519(private: bytes) -> Callable[[bytes], bytes]:
+        scalar = import_x25519_private_key(private).d
+
+        def agree(public: bytes) -> bytes:
+            point = import_x25519_public_key(public).pointQ * scalar
+            return int(point.x).to_bytes(KEY_BYTES, "little")
+
+        return agree
 
     def verify(public: bytes, message: bytes, signature: bytes) -> bool:
         # pycryptodome's own verifier multiplies by the cofactor; see the module's docstring for why that will not do.
@@ -242,12 +275,9 @@ def _openssl() -> Backend:
         except InvalidTag:
             raise ValueError("tag") from None
 
-    # OpenSSL computes the public key of every private key that it loads, which costs as much as an agreement; a party
-    # uses its two keys of a round with each neighbour in turn. Two are held, until the next two come.
-    load = lru_cache(maxsize=2)(X25519PrivateKey.from_private_bytes)
-
-    def x25519(private: bytes, public: bytes) -> bytes:
-        return load(private).exchange(X25519PublicKey.from_public_bytes(public))
+    def x25519(private: bytes) -> Callable[[bytes], bytes]:
+        key = X25519PrivateKey.from_private_bytes(private)  # which computes the public key, too
+        return lambda public: key.exchange(X25519PublicKey.from_public_bytes(public))
 
     return Backend(
         name="openssl",

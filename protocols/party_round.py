@@ -15,7 +15,7 @@ from choral.protocols.errors import (
     SpecError,
     TooFewSurvivorsError,
 )
-from choral.protocols.keys import SealError, WeakKeyError, seal, unseal, x25519_public, x25519_shared
+from choral.protocols.keys import PrivateKey, SealError, WeakKeyError, seal, unseal
 from choral.protocols.masks import masked
 from choral.protocols.policy import Policy
 from choral.protocols.shamir import split
@@ -149,14 +149,13 @@ class Advertised(Once[Keys]):
         peers = [entry.party for entry in message.entries]
         _check_holders(member, peers, "to share a secret")
         masks = {entry.party: entry.mask for entry in message.entries}
+        masking, opening = PrivateKey(keys.mask), PrivateKey(keys.transport)  # gone when this step is done
         pairs = {
-            peer: transcript.pair_seed(
-                agree(keys.mask, mask, setup.roster[peer]), member.session, keys.number, me, peer
-            )
+            peer: transcript.pair_seed(agree(masking, mask, setup.roster[peer]), member.session, keys.number, me, peer)
             for peer, mask in masks.items()
         }
         channels = {
-            entry.party: agree(keys.transport, entry.transport, setup.roster[entry.party]) for entry in message.entries
+            entry.party: agree(opening, entry.transport, setup.roster[entry.party]) for entry in message.entries
         }
         seed = randomness(32)
         holders = [*peers, me] if setup.complete else peers
@@ -166,7 +165,7 @@ class Advertised(Once[Keys]):
             indices=[holder + 1 for holder in holders],
             randomness=randomness,
         )
-        public = x25519_public(keys.mask)
+        public = masking.public()
         packets = tuple(
             _packet(member, keys.number, channels[peer], public, peer, seed_share, key_share)
             for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=False)
@@ -348,9 +347,9 @@ def _open(shared: _Shared, packet: wire.Packet) -> _Held | None:
     return held if (seed_hash, key_hash) == (packet.seed_hash, packet.key_hash) else None
 
 
-def agree(private: bytes, public: bytes, name: str) -> bytes:
+def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
     try:
-        return x25519_shared(private, public)
+        return private.shared(public)
     except WeakKeyError as error:
         raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
 

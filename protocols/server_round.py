@@ -12,11 +12,11 @@ from choral.protocols import messages as wire
 from choral.protocols import transcript, unmasking
 from choral.protocols.errors import FaultyPartyError
 from choral.protocols.integers import PackingError, accumulator_dtype, packed_bytes, unpack
-from choral.protocols.keys import WeakKeyError, x25519_shared
+from choral.protocols.keys import PrivateKey, WeakKeyError
 from choral.protocols.stages import Outbox, Outcome, Seen, Stage, Terms, fingerprint_of
 
-_ANY_KEY = bytes(31) + b"\x40"
-"""A private key to try public ones with: one of small order gives zero with any (RFC 7748, 6.1)."""
+_ANY_KEY = PrivateKey(bytes(31) + b"\x40")
+"""Known to all, to try public ones with: one of small order gives zero with any (RFC 7748, 6.1)."""
 
 
 class RoundStage(Stage):
@@ -41,7 +41,7 @@ class RoundStage(Stage):
             raise self._fault(party, f"{what} are not signed by its pinned identity for this round")
         for key in (keys.mask, keys.transport):
             try:
-                x25519_shared(_ANY_KEY, key)
+                _ANY_KEY.shared(key)
             except WeakKeyError as error:
                 raise self._fault(party, f"{what} are unusable: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from threading import Lock
 from typing import Generic, NoReturn, TypeVar
 
@@ -15,14 +16,19 @@ class Once(Generic[Content]):
 
     So no state answers two requests: there is nothing left in it to answer the second with. It cannot be copied or
     pickled, because the copy could answer too, and its repr shows nothing.
+
+    A process that was forked has every state of its parent, and would answer a second time from each: only the process
+    that made a state takes anything out of it.
     """
 
-    __slots__ = ("_content",)
+    __slots__ = ("_content", "_process")
 
     def __init__(self, content: Content) -> None:
         self._content = [content]
+        self._process = os.getpid()
 
     def _take(self) -> Content:
+        check_process(self._process, f"the state {type(self).__name__}")
         try:
             return self._content.pop()  # one operation: of two threads, one finds nothing
         except IndexError:
@@ -42,6 +48,15 @@ class Once(Generic[Content]):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         self.__copy__()
+
+
+def check_process(process: int, what: str) -> None:
+    """Raises: StateUsedError in another process than ``process``, which made ``what``."""
+    if os.getpid() != process:
+        raise StateUsedError(
+            f"{what} was made by another process than this one, which was forked from it",
+            hint="go on in the process that opened the session, or open one of its own after the fork",
+        )
 
 
 class Current:

@@ -10,7 +10,8 @@ anyway, and the random start takes away the one discount that a fixed one gives,
 once. At 2^30 blocks (2^31 coordinates of 8 bytes) a key stream is told from uniform with advantage below 2^-68.
 A seed belongs to one vector: adding two vectors' masks from the same seed reveals their difference.
 
-Speed. Vectors are processed in chunks that stay in the second-level cache, with buffers kept per thread. pycryptodome
+Speed. Vectors are processed in chunks that stay in the second-level cache, with buffers kept per thread, which are
+wiped after each stream: with two parties the key stream is what hides a vector, and no thread keeps it. pycryptodome
 runs ECB over a block of counters (its own CTR mode is 6 times slower); OpenSSL, when ``cryptography`` is installed,
 runs its CTR mode. Both give identical bytes.
 """
@@ -100,7 +101,8 @@ def _words(seed: bytes, offset: int, length: int, dtype: np.dtype[Any]) -> Itera
 
 
 def _buffer(name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """This thread's scratch array ``name``: fresh pages for each call would cost more than the cipher."""
+    """This thread's scratch array ``name``: fresh pages for each call would cost more than the cipher. Whoever writes
+    secrets into it wipes them."""
     found = getattr(_local, name, None)
     if found is None:
         found = make()
@@ -117,16 +119,21 @@ def _pycryptodome(seed: bytes, first_block: int, blocks: int) -> Iterator[NDArra
     stream = counters.reshape(-1).view(np.uint8)
     start = int.from_bytes(seed[16:], "big") + first_block
     stop = start + blocks
-    while start < stop:
-        skip = start % _CHUNK_BLOCKS
-        count = min(_CHUNK_BLOCKS - skip, stop - start)
-        high = ((start - skip) % 2**128).to_bytes(BLOCK_BYTES, "big")
-        rows = slice(skip // _ROW_BLOCKS, -(-(skip + count) // _ROW_BLOCKS))
-        np.bitwise_xor(template[rows], np.frombuffer(high * _ROW_BLOCKS, np.uint64), out=counters[rows])
-        piece = stream[skip * BLOCK_BYTES : (skip + count) * BLOCK_BYTES]
-        cipher.encrypt(piece.data, output=piece.data)
-        start += count
-        yield piece
+    lowest, highest = len(counters), 0
+    try:
+        while start < stop:
+            skip = start % _CHUNK_BLOCKS
+            count = min(_CHUNK_BLOCKS - skip, stop - start)
+            high = ((start - skip) % 2**128).to_bytes(BLOCK_BYTES, "big")
+            rows = slice(skip // _ROW_BLOCKS, -(-(skip + count) // _ROW_BLOCKS))
+            lowest, highest = min(lowest, rows.start), max(highest, rows.stop)
+            np.bitwise_xor(template[rows], np.frombuffer(high * _ROW_BLOCKS, np.uint64), out=counters[rows])
+            piece = stream[skip * BLOCK_BYTES : (skip + count) * BLOCK_BYTES]
+            cipher.encrypt(piece.data, output=piece.data)
+            start += count
+            yield piece
+    finally:  # the rows hold key stream, and at its ends counters, which are half of the seed
+        counters[lowest:highest] = 0
 
 
 def _template() -> NDArray[np.uint64]:
@@ -145,10 +152,13 @@ def _openssl() -> Keystream:
         start = (int.from_bytes(seed[16:], "big") + first_block) % 2**128
         encryptor = Cipher(algorithms.AES(seed[:16]), modes.CTR(start.to_bytes(BLOCK_BYTES, "big"))).encryptor()
         out = _buffer("out_openssl", lambda: np.empty(CHUNK_BYTES + BLOCK_BYTES, np.uint8))
-        for done in range(0, blocks, _CHUNK_BLOCKS):
-            size = min(_CHUNK_BLOCKS, blocks - done) * BLOCK_BYTES
-            encryptor.update_into(memoryview(zeros)[:size], out.data)
-            yield out[:size]
+        try:
+            for done in range(0, blocks, _CHUNK_BLOCKS):
+                size = min(_CHUNK_BLOCKS, blocks - done) * BLOCK_BYTES
+                encryptor.update_into(memoryview(zeros)[:size], out.data)
+                yield out[:size]
+        finally:
+            out[: min(_CHUNK_BLOCKS, blocks) * BLOCK_BYTES + BLOCK_BYTES] = 0
 
     return keystream
 

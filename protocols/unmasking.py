@@ -16,7 +16,7 @@ from choral.protocols import messages as wire
 from choral.protocols import transcript
 from choral.protocols.errors import DisputedSharesError, FaultyPartyError, TooFewSurvivorsError
 from choral.protocols.integers import lift
-from choral.protocols.keys import WeakKeyError, x25519_public, x25519_shared
+from choral.protocols.keys import PrivateKey, WeakKeyError
 from choral.protocols.seam import IntVector
 from choral.protocols.shamir import Combiner, ShareError
 from choral.protocols.stream import add_mask
@@ -151,9 +151,9 @@ class Tally:
             raise self._fault(dealer, "its shares give another self-mask seed than it had committed to")
         return seed
 
-    def _key(self, dealer: int, shares: Mapping[int, Mapping[int, bytes]]) -> bytes:
-        private = self._combine(dealer, shares, survived=False)
-        if x25519_public(private) != self._ledger.keys[dealer]:
+    def _key(self, dealer: int, shares: Mapping[int, Mapping[int, bytes]]) -> PrivateKey:
+        private = PrivateKey(self._combine(dealer, shares, survived=False))
+        if private.public() != self._ledger.keys[dealer]:
             raise self._fault(dealer, "its shares give another mask key than it had advertised")
         return private
 
@@ -168,9 +168,9 @@ class Tally:
         except ShareError:
             raise self._fault(dealer, "the shares that it dealt combine to no secret") from None
 
-    def _pair(self, private: bytes, dealer: int, peer: int) -> bytes:
+    def _pair(self, private: PrivateKey, dealer: int, peer: int) -> bytes:
         try:
-            shared = x25519_shared(private, self._ledger.keys[peer])
+            shared = private.shared(self._ledger.keys[peer])
         except WeakKeyError:
             raise self._fault(peer, "signed an unusable key") from None
         return transcript.pair_seed(shared, self._session, self._number, dealer, peer)

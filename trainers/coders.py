@@ -115,7 +115,8 @@ class WeightedCoder:
         return self._coder.encode(update, self._weights[party] if self._weights is not None else 1)
 
     def decode(self, result: SumResult) -> Mean:
-        return Mean(*self._coder.decode(result.total))
+        """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
+        return Mean(*self._coder.decode(result.total, len(result.survivors)))
 
     def spent(self) -> dict[str, Spent]:
         return {name: guard.spent() for name, guard in self._guards.items()}

@@ -271,7 +271,6 @@ def _secret_key(ring: Ring, coefficients: NDArray[np.int64]) -> Any:
     identifier = struct.pack("<4Q", *ring.context.key_parms_id())
     outer = ring._header(HEADER_BYTES + len(raw))
     secret = scratch().load(sealapi.SecretKey(), ring.context, outer, identifier, raw[len(identifier) :])
-    scratch().wipe()
     if not sealapi.is_valid_for(secret, ring.context):
         raise SealFormatError("SEAL does not take the key that was made for it")
     return secret

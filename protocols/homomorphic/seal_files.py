@@ -26,6 +26,8 @@ HEADER = struct.Struct("<HBBBBHQ")
 _ROOM = 1 << 19
 """The largest object: a sum of degree 4096 modulo two primes has 131 KB, a key of three primes 98 KB."""
 
+_ZEROS = bytes(_ROOM)
+
 
 class SealFormatError(ChoralError):
     """This build of SEAL stores its objects in another form than the one known here: nothing can be sent with it."""
@@ -50,21 +52,28 @@ class Scratch:
 
     def load(self, into: Any, context: Any, *parts: Any) -> Any:
         """``into``, loaded by SEAL from these parts. Raises: CiphertextError when SEAL refuses them."""
-        os.pwritev(self._file, parts, 0)
         try:
+            os.pwritev(self._file, parts, 0)
             into.load(context, self._path)
         except (RuntimeError, ValueError, IndexError, MemoryError):
             # SEAL's words may quote values
             raise CiphertextError("SEAL does not take these bytes for an object of this ring") from None
+        finally:
+            self._wipe()
         return into
 
     def save(self, saveable: Any) -> bytes:
-        saveable.save(self._path)
-        return os.pread(self._file, os.fstat(self._file).st_size, 0)
+        try:
+            saveable.save(self._path)
+            return os.pread(self._file, os.fstat(self._file).st_size, 0)
+        finally:
+            self._wipe()
 
-    def wipe(self) -> None:
-        os.pwrite(self._file, bytes(os.fstat(self._file).st_size), 0)
-        os.ftruncate(self._file, 0)
+    def _wipe(self) -> None:
+        """Nothing stays: it may have been a key, and its owner may be gone before the next object comes."""
+        size = os.fstat(self._file).st_size
+        for start in range(0, size, _ROOM):
+            os.pwrite(self._file, memoryview(_ZEROS)[: size - start], start)
 
     def __del__(self) -> None:
         if getattr(self, "process", None) == os.getpid():
@@ -119,9 +128,12 @@ def _inflate(decompress: Any, body: bytes) -> bytes:
     if not hasattr(_local, "room"):
         _local.room = ctypes.create_string_buffer(_ROOM)
     size = int(decompress(_local.room, _ROOM, body, len(body)))
-    if size > _ROOM:  # zstd's error codes are the largest integers
-        raise SealFormatError("what SEAL wrote does not decompress")
-    return ctypes.string_at(_local.room, size)
+    try:
+        if size > _ROOM:  # zstd's error codes are the largest integers
+            raise SealFormatError("what SEAL wrote does not decompress")
+        return ctypes.string_at(_local.room, size)
+    finally:
+        ctypes.memset(_local.room, 0, _ROOM)  # zstd works in the room behind the content, too
 
 
 @cache

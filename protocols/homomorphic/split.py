@@ -60,6 +60,7 @@ standard, and in gates; by core-SVP the same rings have 100 to 106
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
 from choral.protocols.homomorphic.ring import balanced, kernels
 from choral.protocols.homomorphic.split_parameters import BATCH, SplitParameters
 from choral.protocols.seam import IntVector
+from choral.protocols.states import check_process
 from choral.protocols.stream import expand
 from choral.protocols.transcript import SESSION_BYTES, digest
 from choral.protocols.vectors import checked, is_tensor
@@ -148,7 +150,7 @@ def encrypt(vector: Any, terms: SplitRound, *, randomness: Callable[[int], bytes
     vector = checked(vector, spec.length, spec.bound)
     seed = randomness(32)
     key = sample(seed, terms.parameters.degree).astype(np.int64)
-    return Encrypted(key, _messages(vector, terms, key, seed))
+    return Encrypted(key, _messages(vector, terms, key, seed, os.getpid()))
 
 
 def without_key(vector: IntVector, terms: SplitRound) -> Iterator[NDArray[np.int32]]:
@@ -157,7 +159,7 @@ def without_key(vector: IntVector, terms: SplitRound) -> Iterator[NDArray[np.int
     For an auditor who knows the vector and holds ciphertexts against it. **Never to be sent.**
     """
     key = np.zeros(terms.parameters.degree, np.int64)
-    for index, raw in enumerate(_messages(vector, terms, key, bytes(32))):
+    for index, raw in enumerate(_messages(vector, terms, key, bytes(32), os.getpid())):
         yield from residues(read_ciphertext(raw, sender="", body=len(raw)).body, index, terms)
 
 
@@ -175,12 +177,16 @@ def residues(body: bytes, index: int, terms: SplitRound) -> Iterator[NDArray[np.
         done += size
 
 
-def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes) -> Iterator[bytes]:
+def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes, process: int) -> Iterator[bytes]:
+    """process: which may ask for them. From two processes, a vector that changed in one of them would be encrypted
+    twice under one key and the same errors, and the difference would show.
+    """
     chosen = terms.parameters
     bulk = kernels(str(vector.device) if is_tensor(vector) else "cpu")
     scales = _scales(chosen)
     transformed = bulk.transform(chosen.ring, key.astype(np.float64))
     for index in range(chosen.messages):
+        check_process(process, "a ciphertext's key")
         packed = []
         for batch in terms.batches(index):
             lanes = chosen.lanes(batch)

@@ -85,6 +85,16 @@ def test_decode_refuses_a_sum_that_cannot_be() -> None:
         CODER.decode(np.array([np.iinfo(np.int64).min, 1], dtype=np.int64))
 
 
+@pytest.mark.parametrize("weight", [2, -1, 0, 3001, 2**40])
+def test_decode_refuses_a_weight_that_so_many_parties_cannot_have(weight: int) -> None:
+    with pytest.raises(EncodingError, match=r"total weight is .*, expected 3 to 3000"):
+        CODER.decode(np.array([0, weight]), 3)
+    with pytest.raises(EncodingError, match="no mean"):
+        CODER.decode(np.array([0, 1]), 0)
+    for possible in (3, 3000):
+        assert CODER.decode(np.array([0, possible]), 3)[1] == possible
+
+
 @pytest.mark.parametrize(
     "settings",
     [
