@@ -23,10 +23,8 @@ MAGIC, HEADER_BYTES, RAW, ZLIB, ZSTD = 0xA15E, 16, 0, 1, 2
 HEADER = struct.Struct("<HBBBBHQ")
 """SEAL's: magic, its own size, version (major, minor), compression, reserved, size with all that follows."""
 
-_ROOM = 1 << 19
+_ROOM = 1 << 18
 """The largest object: a sum of degree 4096 modulo two primes has 131 KB, a key of three primes 98 KB."""
-
-_ZEROS = bytes(_ROOM)
 
 
 class SealFormatError(ChoralError):
@@ -71,9 +69,7 @@ class Scratch:
 
     def _wipe(self) -> None:
         """Nothing stays: it may have been a key, and its owner may be gone before the next object comes."""
-        size = os.fstat(self._file).st_size
-        for start in range(0, size, _ROOM):
-            os.pwrite(self._file, memoryview(_ZEROS)[: size - start], start)
+        os.ftruncate(self._file, 0)  # its pages go back to the system, which gives none away with content
 
     def __del__(self) -> None:
         if getattr(self, "process", None) == os.getpid():
