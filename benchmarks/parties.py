@@ -50,7 +50,7 @@ def measure(parties: int, cohort: int, rounds: int, secure_sum: str) -> dict[str
         parties=VirtualParties(parties, make, RECORDS),
         cohort=cohort,
         rounds=rounds,
-        secure_sum=Masked() if secure_sum == "masked" else Plain(),
+        secure_sum=Masked(corrupt=cohort // 10) if secure_sum == "masked" else Plain(),
         on_round=lambda _: ends.append(time.process_time()),
     )
     seconds = [after - before for before, after in itertools.pairwise(ends)]

@@ -1,5 +1,8 @@
 """Sums under keys that nobody holds: each party encrypts under its own, the server learns only the sum of the keys.
 
+The construction is ACORN's (Bell, Gascon, Lepoint, Li, Meiklejohn, Raykova and Yun 2022, eprint 2022/1461, section
+3.2): ring-LWE masks that add up with their keys, whose sum comes from a secure sum, and Hint-RLWE for what that shows.
+
 One round of party u, in the ring R_q = Z_q[X]/(X^N + 1) (Brakerski, Fan and Vercauteren's encryption, symmetric):
 
     key        s_u             N coefficients from the discrete Gaussian of width sigma, fresh for this round
@@ -53,7 +56,8 @@ stop an opening and have another: a choice among a few uniform a_k, not a choice
 (:data:`~choral.protocols.homomorphic.split_parameters.MODULUS_LIMIT`); a_k from AES-128 in counter mode under a public
 seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform. "128 bits" is in the cost model of that
 standard, and in gates; by core-SVP the same rings have 100 to 106
-(tests/protocols/homomorphic/test_lattice_security.py).
+(tests/protocols/homomorphic/test_lattice_security.py), and 88 to 94 against quantum sieves (ChaLoy21). All parties of a
+round share the a_k, so that one lattice reduction may serve against all n keys.
 
 **What it does not do.** A corrupt party can send any vector, or garble the sum: that is found, but not whose it was.
 """

@@ -72,7 +72,9 @@ class SplitSession:
             "scheme": "symmetric BFV, each party under its own key; the sum of keys by the masked sum",
             "server_learns": "the sum over the survivors, the sums of their keys and errors, and who they are",
             "security_bits": min(SECURITY_BITS, masked["security_bits"]),
-            "security_estimate": "the homomorphic encryption standard's cost model; core-SVP: 100 to 106",
+            "security_estimate": (
+                "the homomorphic encryption standard's cost model; core-SVP: 100 to 106; quantum sieves: 88 to 94"
+            ),
             "ring_degree": chosen.degree,
             "coefficient_modulus_bits": chosen.modulus_bits,
             "plaintext_modulus_bits": chosen.slots * chosen.slot_bits,

@@ -19,6 +19,7 @@ from choral.protocols import party as steps
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError
 from choral.protocols.keys import ed25519_public
 from choral.protocols.parameters import InfeasibleError, choose, colluding, counted
+from choral.protocols.policy import check_setup
 
 Make = Callable[..., Any]
 IDENTITIES = {f"p{place}": place.to_bytes(32, "little") for place in range(100)}
@@ -206,6 +207,9 @@ def test_parties_that_pin_other_numbers_do_not_join() -> None:
         joins(setup, Policy(directory=DIRECTORY, directory_size=101, corrupt=5))
     with pytest.raises(PolicyError, match="'everyone'"):
         joins(replace(setup, cohort="everyone"), Policy(directory=DIRECTORY, corrupt=5))
+    for wrong in ({"directory": 39}, {"directory": None}, {"cohort": "random", "directory": 2}):
+        with pytest.raises(PolicyError, match="a roster of 40 parties out of"):
+            check_setup(replace(setup, **wrong))
     with pytest.raises(SpecError, match="100 <= directory_size"):
         Policy(directory=DIRECTORY, directory_size=99, corrupt=5)
 
