@@ -112,7 +112,24 @@ def _client_parts(info: RunInfo) -> tuple[str, str]:
     sees = f"anyone who sees every sum and every model, together with up to {known} of the other clients"
     if plain:
         return (sees, f"{trust} The server sees each client's update with its share of the noise alone.")
-    return (f"{sees}, the server included", f"{trust} That the server sees sums only rests on the secure sum.")
+    rests = "That the server sees sums only rests on the secure sum."
+    return (f"{sees}, the server included", f"{trust} {rests}{cohort_trust(info.secure_sum)}")
+
+
+def cohort_trust(secure_sum: Mapping[str, object] | None) -> str:
+    """What the secure sum takes for granted of how its roster was made, as a sentence to add; "" of everybody."""
+    stated = secure_sum or {}
+    if stated.get("cohort") == "random":
+        return (
+            " The server is taken to be semi-honest in the choice of the cohort: that it drew each at random out of"
+            f" {stated.get('directory')} parties is on its word alone."
+        )
+    if stated.get("cohort") == "chosen":
+        return (
+            f" Each cohort was chosen by the server, and withstands {stated.get('corrupt')} colluders in it, whoever"
+            " they are."
+        )
+    return ""
 
 
 def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
@@ -168,7 +185,7 @@ def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:
         whom = "a server that no party gives the key to" if shared else "the server and the other parties"
         seen = (
             f"The secure sum hides each party's update from {whom}, under the trust it states; the sum and every model"
-            " are seen in the clear, and may give records away."
+            f" are seen in the clear, and may give records away.{cohort_trust(secure_sum)}"
         )
     return f"No differential privacy is promised. {seen}"
 

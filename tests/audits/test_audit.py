@@ -238,6 +238,14 @@ def test_it_says_from_whom_a_ciphertext_hides(key: str, said: str) -> None:
     assert f"{said}, under the trust it states" in claim
 
 
+def test_a_claim_says_how_the_cohorts_were_made() -> None:
+    stated = {"name": "masked", "corrupt": 21, "directory": 1000}
+    assert "semi-honest in the choice of the cohort" in no_claim("federated", stated | {"cohort": "random"})
+    assert "and withstands 21 colluders in it" in no_claim("federated", stated | {"cohort": "chosen"})
+    for whole in (stated | {"cohort": "everyone"}, stated):
+        assert "cohort" not in no_claim("federated", whole)
+
+
 def test_every_attack_is_named_as_not_run(folder: Path) -> None:
     names = " ".join(each.name for each in audit(folder).not_run)
     for attack in ("Membership", "LiRA", "RMIA", "canaries", "inversion", "Transcript"):

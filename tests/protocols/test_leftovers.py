@@ -293,3 +293,25 @@ def test_a_forked_process_answers_from_no_state_and_its_parent_goes_on(kind: str
         [sys.executable, "-c", textwrap.dedent(FORKED.format(kind=kind))], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split("\n")[0] == "3 [3, 6, 9, 12]", done.stderr[-2000:]
+
+
+NOISE = """
+import os, sys
+from choral.privacy.noise import gaussian, os_stream
+
+reader, writer = os.pipe()
+before = os_stream(32)
+process = os.fork()
+if process == 0:
+    os.write(writer, os_stream(32) + gaussian(4, os_stream).tobytes())
+    os._exit(0)
+os.waitpid(process, 0)
+child = os.read(reader, 64)
+parent = os_stream(32) + gaussian(4, os_stream).tobytes()
+print(len(child), len({before, child[:32], parent[:32]}), child[32:] != parent[32:])
+"""
+
+
+def test_a_forked_process_draws_noise_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[0] == "64 3 True", done.stderr[-2000:]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, federate
 from choral.audits import audit
@@ -418,12 +418,20 @@ class TestPrivacy:
         assert run.info.spent["clients"].steps == 0
 
     def test_record_level_ledgers_charge_those_who_trained(self, many, tmp_path):
+        base = many(rounds=3)
+
+        def build(dataset):
+            model, optimizer, _ = base["build"](dataset)
+            return model, optimizer, DataLoader(dataset, batch_size=4)
+
         privacy = Privacy(epsilon=8.0, delta=1e-3)
-        run = federate(**many(rounds=3), privacy=privacy, participation=repeated(cohort=5), out=tmp_path / "run")
+        run = federate(
+            **base | {"build": build}, privacy=privacy, participation=repeated(cohort=5), out=tmp_path / "run"
+        )
         asked = [repeated(cohort=5).ask(12, 0.0, stream(0, number, "cohort"), 0).tolist() for number in (1, 2, 3)]
         for k in range(12):
             times = sum(k in chosen for chosen in asked)
-            assert run.info.spent[f"p{k:02d}"].steps == times * -(-(8 + k) // 10)
+            assert run.info.spent[f"p{k:02d}"].steps == times * -(-(8 + k) // 4)
 
 
 @pytest.mark.parametrize(
