@@ -96,8 +96,8 @@ class PrivateKey:
         Raises: WeakKeyError when the public key is not 32 bytes, or when the shared secret is zero (the public key is a
         point of small order, on the curve or on its twist).
         """
-        if len(public) != KEY_BYTES:
-            raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {len(public)}")
+        if not isinstance(public, bytes) or len(public) != KEY_BYTES:
+            raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {_size(public)}")
         if int.from_bytes(public, "little") % _SIGN_BIT % _FIELD in _SMALL_ORDER_X:
             raise WeakKeyError("the X25519 public key is a point of small order")
         shared = self._agree(public)
@@ -130,6 +130,8 @@ def ed25519_sign(seed: bytes, message: bytes) -> bytes:
 
 def ed25519_verify(public: bytes, message: bytes, signature: bytes) -> bool:
     """Whether ``signature`` is ``message``'s under ``public``. False, never an exception, for anything malformed."""
+    if not all(isinstance(value, bytes) for value in (public, message, signature)):
+        return False
     if len(public) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
         return False
     if int.from_bytes(signature[KEY_BYTES:], "little") >= _ORDER or not _is_acceptable_point(public):
@@ -184,8 +186,12 @@ def unseal(key: bytes, nonce: bytes, sealed: bytes, associated_data: bytes) -> b
 
 
 def _expect(value: bytes, length: int, what: str) -> None:
-    if len(value) != length:
-        raise SpecError(f"expected {what} of {length} bytes, got {len(value)}")
+    if not isinstance(value, bytes) or len(value) != length:
+        raise SpecError(f"expected {what} of {length} bytes, got {_size(value)}")
+
+
+def _size(value: object) -> str:
+    return str(len(value)) if isinstance(value, bytes) else f"a {type(value).__name__}"
 
 
 # The u-coordinates of the points of order 1, 2, 4 and 8 on Curve25519 and its twist (https://cr.yp.to/ecdh.html).

@@ -348,6 +348,8 @@ def to_party(raw: bytes, *, limit: int) -> ToParty:
 
 def strictly(decoder: Any, raw: bytes, *, sender: str, limit: int) -> Any:
     """What ``decoder`` reads in ``raw``, provided that :func:`encode` would write just that. Raises MessageError."""
+    if not isinstance(raw, bytes):
+        raise MessageError(sender, f"expected a message as bytes, got a {type(raw).__name__}")
     if len(raw) > limit:
         raise MessageError(sender, f"expected a message of at most {limit} bytes, got {len(raw)}")
     if not raw or raw[0] != VERSION:

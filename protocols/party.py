@@ -34,11 +34,12 @@ from dataclasses import dataclass
 
 from choral.protocols import messages as wire
 from choral.protocols import transcript
+from choral.protocols.checks import shown
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.graph import neighbours_of
 from choral.protocols.keys import ed25519_public, x25519_public
 from choral.protocols.party_round import Advertised, Keys, Membership, Randomness, expect
-from choral.protocols.policy import Policy
+from choral.protocols.policy import Policy, check_policy
 from choral.protocols.states import Current, Once
 
 
@@ -60,6 +61,7 @@ def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness
     identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``.
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
+    check_policy(policy)
     message = wire.to_party(setup, limit=wire.limit(wire.Setup, len(policy.directory)))
     message = expect(message, wire.Setup)
     policy.check(message, name)
@@ -136,8 +138,8 @@ class Member(Once[tuple[Membership, int]]):
         spend the state: a party is not out of the session because the server asked for a wrong round once.
         """
         for _, last in tuple(self._content):
-            if not last < number < 1 << 32:
-                raise FaultyServerError(f"asked for round {number} after round {last}")
+            if isinstance(number, bool) or not isinstance(number, int) or not last < number < 1 << 32:
+                raise FaultyServerError(f"asked for round {shown(number)} after round {last}")
         member, _ = self._take()
         keys = Keys(member, number, randomness(32), randomness(32))
         mask, transport = x25519_public(keys.mask), x25519_public(keys.transport)

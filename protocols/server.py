@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from choral.protocols import checks, transcript
 from choral.protocols import messages as wire
-from choral.protocols import transcript
 from choral.protocols.errors import FaultyPartyError, SpecError
 from choral.protocols.graph import neighbours
 from choral.protocols.policy import check_setup
@@ -128,6 +128,7 @@ class Session:
 
         Raises: SpecError unless the number is greater than the last.
         """
+        number = checks.whole(number, "the round's number", 1, (1 << 32) - 1)
         if number <= self._last:
             raise SpecError(f"expected a round after {self._last}, got {number}: parties refuse to run one twice")
         self._last = number

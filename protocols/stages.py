@@ -8,6 +8,7 @@ from typing import Any
 
 from choral.protocols import messages as wire
 from choral.protocols import transcript
+from choral.protocols.checks import MAX_NAME
 from choral.protocols.errors import FaultyPartyError, LateVectorError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.seam import IntVector
 
@@ -93,8 +94,8 @@ class Stage:
 
         Raises: MessageError, FaultyPartyError, LateVectorError; then nothing has changed.
         """
-        if sender not in self._places:
-            raise FaultyPartyError(sender, "is not in the roster")
+        if not isinstance(sender, str) or sender not in self._places:
+            raise FaultyPartyError(str(sender)[:MAX_NAME], "is not in the roster")
         party = self._places[sender]
         message: Any = wire.to_server(raw, sender=sender, limit=self._limit)
         kind = type(message).__name__

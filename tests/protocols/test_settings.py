@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from choral.errors import ChoralError
-from choral.protocols import Homomorphic, Masked, Plain, Policy, SumSpec, checks
+from choral.protocols import Homomorphic, Masked, Plain, Policy, SumSpec, checks, keys
+from choral.protocols import messages as wire
+from choral.protocols import party as steps
 from choral.protocols.errors import InputError, PolicyError, SpecError
 from choral.protocols.homomorphic import FloatSpec, FloatSum
 from choral.protocols.homomorphic.shared_terms import SharedPolicy
@@ -268,6 +270,60 @@ def test_what_is_opened_is_a_spec_and_a_policy(kind: Any) -> None:
     for policy in (5, "strict", {"corrupt": 1}):
         with pytest.raises(ChoralError):
             kind.open(SPEC, policy=policy)
+
+
+NO_MESSAGES: list[Any] = [
+    None,
+    5,
+    "text",
+    b"",
+    b"\x01",
+    bytearray(b"\x01\x90"),
+    ["hello"],
+    b"\x01\x91\xa5setup",
+    object(),
+]
+
+
+def test_the_steps_of_a_party_give_typed_errors_for_whatever_comes(network: Callable[..., Any]) -> None:
+    """Each step is tried on a party's state of its own, as a refusal spends it."""
+    for raw in NO_MESSAGES:
+        net = network(3)
+        given = {"name": "p0", "identity": net.identities["p0"], "policy": net.policy, "randomness": net.random["p0"]}
+        with pytest.raises(ChoralError):
+            steps.join(raw, **given)
+        for field, value in [("name", 5), ("name", None), ("identity", "x" * 32), ("identity", None), ("policy", {})]:
+            with pytest.raises(ChoralError):
+                steps.join(wire.encode(net.setup), **given | {field: value})
+        state, _ = steps.join(wire.encode(net.setup), **given)
+        with pytest.raises(ChoralError):
+            state.reveal(raw)
+        net.open()
+        for number in ("2", None, True, 1.0, 0, 1 << 32):
+            with pytest.raises(ChoralError):
+                net.members["p0"].advertise(number, randomness=net.random["p0"])
+            with pytest.raises(ChoralError):
+                net.session.begin(number)
+        stage, states = net.round({name: [1, 2, 3] for name in net.names}, until="upload")
+        for sender in ("p1", "p9", None, 5, []):
+            with pytest.raises(ChoralError):
+                stage.receive(sender, raw)
+        with pytest.raises(ChoralError):
+            states["p1"].confirm(raw)
+        _, advertised, _ = net.members["p0"].advertise(2, randomness=net.random["p0"])
+        with pytest.raises(ChoralError):
+            advertised.share(raw, randomness=net.random["p0"])
+
+
+def test_keys_of_another_type_are_refused() -> None:
+    for wrong in (None, 5, "x" * 32, bytearray(32), [0] * 32):
+        for call in (keys.x25519_public, keys.ed25519_public, keys.PrivateKey):
+            with pytest.raises(SpecError, match="32 bytes"):
+                call(wrong)
+        with pytest.raises(keys.WeakKeyError):
+            keys.x25519_shared(bytes(range(32)), wrong)  # type: ignore[arg-type]
+        assert not keys.ed25519_verify(wrong, b"", bytes(64))  # type: ignore[arg-type]
+        assert not keys.ed25519_verify(bytes(range(32)), b"", wrong)  # type: ignore[arg-type]
 
 
 def test_a_sum_of_floats_refuses_what_is_no_spec_and_no_vector() -> None:
