@@ -86,7 +86,7 @@ def _print_evidence(arm: Arm, console: Console) -> None:
 
 
 def _print_fairness(report: Comparison, console: Console) -> None:
-    """One line: the worst party of each arm, and the standard deviation over parties."""
+    """The worst party of each arm, and the standard deviation over parties; an arm a line, so that none is broken."""
     from rich.text import Text
 
     said, metric = [], ""
@@ -101,7 +101,9 @@ def _print_fairness(report: Comparison, console: Console) -> None:
             f" (spread {width(measures['deviation'].mean, metric)})"
         )
     if said:
-        console.print(Text(f"Worst party's {metric}, held-out records, in the clear: {', '.join(said)}"))
+        console.print(Text(f"Worst party's {metric}, held-out records, in the clear:"))
+        for line in said:
+            console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def _cells(arm: Arm, metric: str) -> tuple[str, ...]:

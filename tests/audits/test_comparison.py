@@ -328,7 +328,7 @@ def test_an_interrupted_run_is_named(arms: Arms, make_run: MakeRun) -> None:
     arms["federated"][2] = make_run("federated", 2, history=make_run("federated", 2).history[:8])
     with pytest.raises(ConfigError, match="arm 'federated', seed 2: interrupted after round 7 of 20") as caught:
         compare(arms)
-    assert "--resume" in caught.value.hint
+    assert "resume=True" in caught.value.hint
     with pytest.raises(ConfigError, match="interrupted after round 0"):
         compare({"cloud": make_run(history=[make_run().history[0]])})
 
