@@ -60,6 +60,7 @@ SEARCH_ACCOUNTANT = (
 _GRIDS = (1e-2, 1e-3, 1e-4, 1e-5)  # discretisations of the privacy loss, nested
 _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 _FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
+RENYI_ORDERS = _ALL_ORDERS
 _LARGEST_NOISE = 1e6
 _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this much, by discretisation
 
@@ -178,6 +179,14 @@ def search_noise(
     return _search(lambda z: _cost_of([*spent, search(z)], delta, neighbours=neighbours), epsilon, 1.0, slack=1e-3)
 
 
+def least_noise(cost: Callable[[float], float], target: float, *, slack: float) -> float:
+    """Return a noise multiplier whose `cost`, which falls with it, is at most `target` and at least (1 - slack) of it.
+
+    Raises: BudgetExceededError (no noise is enough).
+    """
+    return _search(lambda noise: min(cost(noise), 1e9), target, 1.0, slack=slack)
+
+
 def check_target(epsilon: float, delta: float) -> None:
     """Raise ConfigError unless 0 < epsilon < infinity and 0 < delta < 1."""
     for name, value in (("epsilon", epsilon), ("delta", delta)):
@@ -227,6 +236,16 @@ def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, 
         curve = sum((t * _rdp_of_one_step(q, s, orders, replace) for q, s, t in parts), np.zeros(len(orders)))
         total += best_of(event, orders, curve) if isinstance(event, Search) else curve
     return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+
+
+def renyi(event: BaseEvent, orders: Sequence[float], *, neighbours: str = NEIGHBOURS) -> npt.NDArray[np.float64]:
+    """Return an upper bound on the Renyi divergence of each order > 1 between neighbours, in both directions.
+
+    Of all steps of `event`, shape (orders,); infinite where no bound is known.
+    """
+    kept, replace = tuple(map(float, orders)), _replaces(neighbours)
+    parts = _merge((event,))
+    return np.asarray(sum((t * _rdp_of_one_step(q, s, kept, replace) for q, s, t in parts), np.zeros(len(kept))))
 
 
 def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from choral.privacy import accounting
 from choral.privacy.errors import BudgetExceededError, LedgerError, PrivacyError
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.events import Plan, PoissonSampledGaussian
 from choral.privacy.ledger import Ledger
+from choral.privacy.plans import Room
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,18 +56,20 @@ def passes_left(found: Checkpoint, ledger: Ledger) -> int:
     return max(found.passes_left - (len(events) - found.events), 0)
 
 
-def affordable(event: PoissonSampledGaussian, passes: int, ledger: Ledger, epsilon: float, delta: float) -> None:
-    """Raise BudgetExceededError if so many passes of `event` are too much on top of what the ledger holds."""
-    if passes == 0:
-        return
-    rest = PoissonSampledGaussian(
-        sample_rate=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=event.steps * passes
-    )
-    total = accounting.epsilon([*ledger.events, rest], delta, neighbours=ledger.neighbours)
-    if total > epsilon:
+def affordable(event: PoissonSampledGaussian, passes: int, room: Room) -> Plan | None:
+    """Return the plan to announce for so many more passes of `event`; None if they are left of the latest plan.
+
+    Raises: BudgetExceededError if they are too much on top of what the ledger holds.
+    """
+    if passes == 0 or any(part.covers(event) and left >= passes for part, left in room.going_on()):
+        return None
+    plan = room.plan(event, passes)
+    try:
+        room.check(plan.whole)
+    except BudgetExceededError as error:
         raise BudgetExceededError(
-            f"{passes} more passes as the checkpoint planned them would spend epsilon {total:.4g} in all, more than "
-            f"the {epsilon:g} promised",
+            f"{passes} more passes as the checkpoint planned them: {error}",
             hint="Somebody else has spent from this ledger, or the promise was larger. Leave the checkpoint's entry "
             "'privacy' out: the noise is then calibrated for what is left.",
-        )
+        ) from error
+    return plan

@@ -28,9 +28,10 @@ from choral.privacy.central import CentralScheme
 from choral.privacy.clipping import AdaptiveClip
 from choral.privacy.distributed import Int64Array, Scheme, check_bits, check_clip, design, norm_of
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
-from choral.privacy.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease
+from choral.privacy.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, Plan
 from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.noise import Source, os_stream
+from choral.privacy.plans import Room, guarantee
 from choral.privacy.rotation import SEED_BYTES
 from choral.privacy.spent import Spent
 from choral.privacy.tables import Law
@@ -185,13 +186,10 @@ class ClientGuard:
             )
         self._source = source
         self._begun = 0
-        before = ledger.releases
-        self._known = len(before)
-        ratio = client_accounting.calibrate(
-            privacy.epsilon, privacy.delta, lambda z: self._scheme(z).release(self.holders), rounds, before
-        )
-        self.ratio = ratio
-        self.scheme = self._scheme(ratio)
+        room = Room.on(ledger, privacy.epsilon, privacy.delta)
+        self._known = len(room.standing.before)
+        self.ratio, self._announced = self._planned(room)
+        self.scheme = self._scheme(self.ratio)
 
     @property
     def holders(self) -> int:
@@ -226,18 +224,33 @@ class ClientGuard:
                 f"one more round would cost epsilon={cost:.6g} in all, {self.privacy.epsilon:g} were promised",
                 hint="Training ends here; the last model is within the promise.",
             )
-        self.append(worst)
+        self.append(worst, self._announced)
+        self._announced = None
         self._begun += 1
         return ClientRound(self, self.scheme.signs(self._source(SEED_BYTES)), self._source)
 
-    def append(self, release: ClientRelease) -> None:
+    def append(self, release: ClientRelease, plan: Plan | None = None) -> None:
         """Write one event to the ledger. Raises: LedgerError."""
-        self.ledger.append(release, after=self._known)
+        self.ledger.append(release, after=self._known, plan=plan)
         self._known += 1
 
     def spent(self) -> Spent:
         """Return what these clients have spent so far, earlier runs included."""
         return spent_by(self.ledger, self.privacy.delta)
+
+    def _planned(self, room: Room) -> tuple[float, Plan | None]:
+        """Return the ratio of the noise, and the plan to announce; None where an earlier process's plan goes on."""
+
+        def release(ratio: float) -> ClientRelease:
+            return self._scheme(ratio).release(self.holders)
+
+        for part, left in room.going_on():
+            if isinstance(part.event, ClientRelease) and left >= self.rounds:
+                ratio = room.before_latest().client_ratio(release, part.times)
+                if release(ratio) == part.event:
+                    return ratio, None
+        ratio = room.client_ratio(release, self.rounds)
+        return ratio, room.plan(release(ratio), self.rounds)
 
     def _scheme(self, ratio: float) -> Scheme | CentralScheme:
         length = self.length + (1 if self.adaptive else 0)
@@ -335,6 +348,7 @@ def spent_by(ledger: Ledger, delta: float) -> Spent:
         steps=sum(release.steps for release in releases),
         noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
         sample_rate=1.0 if releases else 0.0,
+        guarantee=guarantee(ledger),
     )
 
 

@@ -109,12 +109,15 @@ def calibrate(
     release: Callable[[float], ClientRelease],
     steps: int,
     spent: Sequence[ClientRelease] = (),
+    *,
+    cost: Callable[[ClientRelease], float] | None = None,
 ) -> float:
     """Return the smallest noise ratio z with which `spent` and `steps` times `release(z)` cost at most `target`.
 
     release: from the ratio of noise to clipping norm, which is what is wanted of the sum, to the event it amounts to
         after rounding; its cost falls with z. It may raise ConfigError for too little noise. Accurate to SLACK of the
         budget, unless `release` refuses so little noise.
+    cost: of an event of all `steps` together with all that was spent, in the place of :func:`epsilon` and `spent`.
     Raises: ConfigError (target, delta, or what `release` raises for any noise), BudgetExceededError (what is
         left is too little for any noise).
     """
@@ -127,17 +130,18 @@ def calibrate(
         )
 
     refused: list[ConfigError] = []
+    together = cost or (lambda event: epsilon([*spent, event], delta))
 
-    def cost(ratio: float) -> float:
+    def costs(ratio: float) -> float:
         try:
             event = release(ratio)
         except ConfigError as error:  # so little noise that its integers would be too small
             refused.append(error)
             return math.inf
-        return epsilon([*spent, msgspec.structs.replace(event, steps=steps)], delta)
+        return together(msgspec.structs.replace(event, steps=steps))
 
     low, high = 1e-3, 1.0
-    while cost(high) > target:
+    while costs(high) > target:
         low, high = high, 4.0 * high
         if high > 1e6:
             if refused:
@@ -146,9 +150,9 @@ def calibrate(
                 f"no amount of noise makes {steps} more rounds fit into epsilon={target:g} at delta={delta:g}",
                 hint="Use more bits, fewer rounds or more clients: at few bits, rounding alone costs too much.",
             )
-    while (high / low > 1.0 + 1e-7) and cost(high) < (1.0 - SLACK) * target:
+    while (high / low > 1.0 + 1e-7) and costs(high) < (1.0 - SLACK) * target:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if cost(middle) > target else (low, middle)
+        low, high = (middle, high) if costs(middle) > target else (low, middle)
     return high
 
 

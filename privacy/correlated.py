@@ -19,23 +19,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NoReturn
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from choral.errors import ConfigError
-from choral.privacy import accounting
 from choral.privacy.clipping import AdaptiveClip, norm_of_all
 from choral.privacy.errors import BudgetExceededError, PrivacyError
-from choral.privacy.events import CorrelatedGaussian, RecordEvent
+from choral.privacy.events import CorrelatedGaussian, Event
 from choral.privacy.factorisation import banded, buffered
 from choral.privacy.guard import CALIBRATION_SLACK, Privacy, Scheme
 from choral.privacy.noise import Source, os_stream
-from choral.privacy.strategies import Strategy, Tree, sensitivity
+from choral.privacy.plans import Room
+from choral.privacy.strategies import Banded, Buffered, Strategy, Tree, sensitivity
 from choral.privacy.streams import Stream, stream
 
 Mechanism = Literal["buffered", "banded", "tree"]
 MECHANISMS: tuple[Mechanism, ...] = ("buffered", "banded", "tree")
+_KINDS = {"buffered": Buffered | Banded, "banded": Banded, "tree": Tree}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class CorrelatedPrivacy(Privacy):
         bands: of "banded" alone: 1 (independent noise) to the steps of a pass; None takes at most 32.
 
     A pass that the loop breaks off, or a process that starts again, ends the correlation: what follows has new noise,
-    independent of the old, and is paid for on top. The noise is kept in memory alone.
+    independent of the old; it takes the place of passes that were planned, and costs no more than they would have. The
+    noise is kept in memory alone.
     """
 
     mechanism: Mechanism = "buffered"
@@ -92,15 +95,24 @@ class CorrelatedPrivacy(Privacy):
             return banded(steps, passes, min(steps, 32) if self.bands is None else self.bands)
         return buffered(steps, passes)
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, spent: tuple[RecordEvent, ...]) -> Scheme:
+    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
         """See :meth:`Privacy.scheme`."""
         strategy = self.strategy(steps, passes)
-        multiplier = accounting.noise_multiplier(
-            self.epsilon, self.delta, 1.0, 1, spent, slack=CALIBRATION_SLACK, neighbours=self.neighbours
-        )
+        noise = room.noise_multiplier(1.0, 1, slack=CALIBRATION_SLACK) * sensitivity(strategy, steps, passes)
+        return self._fixed_order(strategy, noise, records, batch_size, steps)
+
+    def going_on(self, records: int, batch_size: int, steps: int, event: Event) -> Scheme | None:
+        """See :meth:`Privacy.going_on`. The noise is new, of the same strategy and deviation."""
+        if not isinstance(event, CorrelatedGaussian) or event.steps != steps:
+            return None
+        if not isinstance(event.strategy, _KINDS[self.mechanism]):
+            return None
+        return self._fixed_order(event.strategy, event.noise, records, batch_size, steps)
+
+    def _fixed_order(self, strategy: Strategy, noise: float, records: int, batch_size: int, steps: int) -> FixedOrder:
         return FixedOrder(
             strategy,
-            noise=multiplier * sensitivity(strategy, steps, passes),
+            noise=noise,
             max_grad_norm=norm_of_all(self.max_grad_norm),
             records=records,
             batch_size=batch_size,
@@ -147,9 +159,12 @@ class FixedOrder:
         if self._row != self.steps or isinstance(self.strategy, Tree):
             self._stream, self._number = stream(self.strategy), 0
         self._number, self._row = self._number + 1, 0
-        return CorrelatedGaussian(
-            strategy=self.strategy, noise=self.noise_multiplier, steps=self.steps, number=self._number
-        )
+        return msgspec.structs.replace(self.event, number=self._number)
+
+    @property
+    def event(self) -> CorrelatedGaussian:
+        """The first pass of a stream."""
+        return CorrelatedGaussian(strategy=self.strategy, noise=self.noise_multiplier, steps=self.steps, number=1)
 
     def sampler(self) -> Sampler[list[int]]:
         """Return what goes through the batches, the same at every pass."""

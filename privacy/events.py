@@ -223,6 +223,65 @@ class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 Event = RecordEvent | ClientRelease
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`times` events like `event`. Of correlated noise: the passes 1 to `times` of one stream."""
+
+    event: Event
+    times: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.event, Event):
+            raise ConfigError(
+                f"event of a plan is a {type(self.event).__name__}, expected one of choral.privacy.events"
+            )
+        _make_plain(self, (), ("times",))
+        settles = isinstance(self.event, ClientRelease) and self.event.settles
+        if settles or (isinstance(self.event, Search) and self.times > 1):
+            raise ConfigError("a plan has a search once, and no release that settles another")
+        if isinstance(self.event, CorrelatedGaussian) and self.event.number != 1:
+            raise ConfigError(f"number is {self.event.number}, expected 1: a plan has the passes from the first on")
+
+    @property
+    def whole(self) -> tuple[Event, ...]:
+        """All of its events, as few as say the same."""
+        if isinstance(self.event, CorrelatedGaussian):
+            return tuple(msgspec.structs.replace(self.event, number=1 + i) for i in range(self.times))
+        if isinstance(self.event, Search):
+            return (self.event,)
+        return (msgspec.structs.replace(self.event, steps=self.event.steps * self.times),)
+
+    def covers(self, event: Event) -> bool:
+        """Whether `event` is one of these. Of correlated noise any pass is: an earlier one costs no more."""
+        if isinstance(event, CorrelatedGaussian):
+            event = msgspec.structs.replace(event, number=1)
+        return event == self.event
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="plan"):
+    """What was fixed before any of it was released: the events that follow, up to the next plan, are among these.
+
+    A plan releases nothing and costs nothing by itself. epsilon: of the promise that it was made for.
+    """
+
+    epsilon: float
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        _make_plain(self, ("epsilon",), ())
+        if not self.epsilon > 0.0:
+            raise ConfigError(f"epsilon is {self.epsilon}, expected a finite number > 0")
+        if not isinstance(self.parts, tuple | list) or not all(isinstance(part, Part) for part in self.parts):
+            raise ConfigError("parts of a plan are a tuple of Part")
+        msgspec.structs.force_setattr(self, "parts", tuple(self.parts))
+        if len({isinstance(part.event, ClientRelease) for part in self.parts}) != 1:
+            raise ConfigError("a plan has at least one part, and all are of one unit")
+
+    @property
+    def whole(self) -> tuple[Event, ...]:
+        """All of its events, as few as say the same."""
+        return tuple(event for part in self.parts for event in part.whole)
+
+
 def _make_plain(event: msgspec.Struct, floats: tuple[str, ...], integers: tuple[str, ...]) -> None:
     """Turn fields of an event that is just being made into Python's own numbers. Raises: ConfigError."""
     for name in floats:

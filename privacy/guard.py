@@ -21,11 +21,12 @@ from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, pas
 from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
 from choral.privacy.distributed import check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
-from choral.privacy.events import NEIGHBOURS, PoissonSampledGaussian, RecordEvent, check_relation, stated
+from choral.privacy.events import NEIGHBOURS, Event, Plan, PoissonSampledGaussian, RecordEvent, check_relation, stated
 from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
 from choral.privacy.notice import notice_memory
+from choral.privacy.plans import Room, guarantee
 from choral.privacy.spent import Spent
 from choral.privacy.step import Noise, PrivateOptimizer
 
@@ -106,23 +107,20 @@ class Privacy:
         """Return what the data has spent so far, in all runs that its ledger knows."""
         return _spent(self._open(), self.delta)
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, spent: tuple[RecordEvent, ...]) -> Scheme:
-        """Return how a Guard draws batches and makes noise, so that `spent` and `passes` more passes keep the promise.
+    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
+        """Return how a Guard draws batches and makes noise, so that `passes` passes fit into `room`.
 
         records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
         Raises: ConfigError, BudgetExceededError.
         """
         rate = Fraction(batch_size, records)
-        noise = accounting.noise_multiplier(
-            self.epsilon,
-            self.delta,
-            float(rate),
-            steps * passes,
-            spent,
-            slack=CALIBRATION_SLACK,
-            neighbours=self.neighbours,
-        )
+        noise = room.noise_multiplier(float(rate), steps * passes, slack=CALIBRATION_SLACK)
         return _sampled(records, batch_size, steps, noise)
+
+    def going_on(self, records: int, batch_size: int, steps: int, event: Event) -> Scheme | None:
+        """Return the same for passes that cost `event` each, as an earlier process planned; None if they are others."""
+        scheme = _sampled(records, batch_size, steps, event.noise_multiplier)
+        return scheme if scheme.event == event else None
 
     def _open(self) -> Ledger:
         return as_ledger(self.ledger)  # itself, since __post_init__
@@ -149,6 +147,11 @@ class Scheme(Protocol):
     @property
     def noise(self) -> Noise | None:
         """What makes the noise of the next step; None for independent noise of this noise multiplier."""
+        ...
+
+    @property
+    def event(self) -> RecordEvent:
+        """What the first pass costs."""
         ...
 
     def begin_pass(self) -> RecordEvent:
@@ -200,7 +203,8 @@ class Guard:
     Args:
         privacy: the promise. holder: a name for whose data it is. ledger: what that data has spent before.
         passes: passes over the data that are still to come, in all; the noise is calibrated for them at the
-            first `wrap`, on top of what the ledger holds. What one `wrap` returned may make `privacy.epochs` of them.
+            first `wrap`, on top of what the ledger holds, or is that of an earlier process's plan for which as many are
+            left (:mod:`choral.privacy.plans`). What one `wrap` returned may make `privacy.epochs` of them.
         clip: where an adaptive clipping norm, of a run that is resumed, had come to.
     """
 
@@ -212,6 +216,8 @@ class Guard:
         ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: Scheme | None = None
+        self._announced: Plan | None = None  # to be written in front of the next pass
+        self._short: int | None = None  # passes left of an earlier plan, where more are asked for
         self._clipping = Clipping(privacy.max_grad_norm)
         if clip is not None and self.adaptive:
             check_clip(clip)
@@ -292,7 +298,7 @@ class Guard:
             try:
                 private_optimizer.load_state_dict(dict(resume))
             except Exception:
-                self._plan = None  # its noise was the checkpoint's, and is not accounted for
+                self._plan = self._announced = None  # its noise was the checkpoint's, and is not accounted for
                 raise
         return private_model, private_optimizer, private_loader
 
@@ -328,9 +334,10 @@ class Guard:
         if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
             return clip, plan.noise_multiplier
         resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
-        affordable(resumed.event, left, self.ledger, self.privacy.epsilon, self.privacy.delta)
+        room = self._room()
+        self._announced, self._short = affordable(resumed.event, left, room), None
         self._plan = resumed
-        self.passes, self._known = left, len(self.ledger.events)
+        self.passes, self._known = left, len(room.standing.before)
         return clip, resumed.noise_multiplier
 
     def spent(self) -> Spent:
@@ -381,21 +388,52 @@ class Guard:
                 hint="At delta >= 1/n publishing a record outright would count as private.",
             )
         steps = records // batch_size if loader.drop_last else math.ceil(records / batch_size)
-        before, entry = self.ledger.events, None if resume is None else resume.get("privacy")
-        self._steps = steps
+        room, entry = self._room(), None if resume is None else resume.get("privacy")
+        self._steps, self._known = steps, len(room.standing.before)
         if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
-            noise = checkpoint_of(entry).noise_multiplier
-            self._plan = _sampled(records, batch_size, steps, noise)
-        else:
-            self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, before)
-        self._known = len(before)
+            self._plan = _sampled(records, batch_size, steps, checkpoint_of(entry).noise_multiplier)
+            return self._plan
+        self._plan = self._gone_on(records, batch_size, room, or_less=entry is not None)
+        if self._plan is None:
+            self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, room)
+            self._announced = room.plan(self._plan.event, self.passes)
         return self._plan
+
+    def _gone_on(self, records: int, batch_size: int, room: Room, *, or_less: bool) -> Scheme | None:
+        """Return the scheme of the ledger's latest plan where passes are left of it, None where there are none.
+
+        Where there are fewer than are asked for, and no other plan fits in: nothing trains until a checkpoint says how
+        many are left. or_less: take those that there are.
+        """
+        for part, left in room.going_on():
+            scheme = self.privacy.going_on(records, batch_size, self._steps, part.event)
+            if scheme is None:
+                continue
+            if left < self.passes:
+                try:
+                    self.privacy.scheme(records, batch_size, self._steps, self.passes, room)
+                    continue
+                except BudgetExceededError:
+                    self._short = None if or_less else left
+                    self.passes = left if or_less else self.passes
+            return scheme
+        return None
+
+    def _room(self) -> Room:
+        return Room.on(self.ledger, self.privacy.epsilon, self.privacy.delta)
 
     def _charge(self) -> None:
         """Pay for one pass, on disk, before its first batch is drawn."""
+        if self._short is not None:
+            raise BudgetExceededError(
+                f"{self.holder}: {self.passes} passes are asked for, but {self._short} are left of the plan that an "
+                "earlier process made, and the budget has no room for another",
+                hint=f"Set epochs={self._short}, or give wrap the checkpoint: resume=state.",
+            )
         if self._plan is None or self._passed >= self.passes:
             raise self._too_many(f"{self.passes} passes over the data")
-        self.ledger.append(self._plan.begin_pass(), after=self._known)
+        self.ledger.append(self._plan.begin_pass(), after=self._known, plan=self._announced)
+        self._announced = None
         self._known += 1
         self._passed += 1
 
@@ -435,6 +473,7 @@ def _spent(ledger: Ledger, delta: float) -> Spent:
         steps=sum(e.steps for e in events),
         noise_multiplier=events[-1].noise_multiplier if events else 0.0,
         sample_rate=events[-1].sample_rate if events else 0.0,
+        guarantee=guarantee(ledger),
     )
 
 

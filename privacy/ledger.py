@@ -35,6 +35,7 @@ from choral.privacy.events import (
     UNIT,
     ClientRelease,
     Event,
+    Plan,
     RecordEvent,
     check_relation,
     relation_of,
@@ -55,8 +56,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     neighbours: str
 
 
-_DECODER: msgspec.json.Decoder[Line[_Header | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
-    Line[_Header | RecordEvent | ClientRelease]
+_DECODER: msgspec.json.Decoder[Line[_Header | Plan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
+    Line[_Header | Plan | RecordEvent | ClientRelease]
 )
 
 
@@ -79,7 +80,7 @@ class Ledger:
         self._asked_unit = UNIT
         self._asked_neighbours: str | None = None
         self._header: _Header | None = None
-        self._events: list[Event] = []
+        self._entries: list[Plan | Event] = []
         self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
         if self.path is not None:
@@ -104,7 +105,7 @@ class Ledger:
         return type(self), (self.path.absolute(),)
 
     def __repr__(self) -> str:
-        return f"Ledger(path={self.path}, holder={self.holder!r}, events={len(self._events)})"
+        return f"Ledger(path={self.path}, holder={self.holder!r}, events={self._count()})"
 
     @property
     def holder(self) -> str | None:
@@ -134,7 +135,7 @@ class Ledger:
         """
         self._refresh()
         self._check_unit(UNIT)
-        return tuple(event for event in self._events if not isinstance(event, ClientRelease))
+        return tuple(event for event in self._entries if not isinstance(event, ClientRelease | Plan))
 
     @property
     def releases(self) -> tuple[ClientRelease, ...]:
@@ -142,7 +143,21 @@ class Ledger:
         self._refresh()
         if self._header is not None:
             self._check_unit(CLIENT_UNIT)
-        return tuple(event for event in self._events if isinstance(event, ClientRelease))
+        return tuple(event for event in self._entries if isinstance(event, ClientRelease))
+
+    @property
+    def segments(self) -> tuple[tuple[Plan | None, tuple[Event, ...]], ...]:
+        """Each plan with the events that follow it, oldest first; those before the first plan come with None."""
+        self._refresh()
+        found: list[tuple[Plan | None, list[Event]]] = []
+        for entry in self._entries:
+            if isinstance(entry, Plan):
+                found.append((entry, []))
+            elif found:
+                found[-1][1].append(entry)
+            else:
+                found.append((None, [entry]))
+        return tuple((plan, tuple(events)) for plan, events in found)
 
     @property
     def head(self) -> str:
@@ -153,18 +168,17 @@ class Ledger:
     def head_after(self, events: int) -> str:
         """Return what `head` was when the ledger held so many events. Raises: LedgerError if it holds fewer."""
         self._refresh()
-        if not 0 <= events <= len(self._events):
-            raise LedgerError(
-                f"{self._name} holds {len(self._events)} events, expected at least {events}", hint=_RESTORE
-            )
+        places = [place for place, entry in enumerate(self._entries, 1) if not isinstance(entry, Plan)]
+        if not 0 <= events <= len(places):
+            raise LedgerError(f"{self._name} holds {len(places)} events, expected at least {events}", hint=_RESTORE)
         if self._header is None or events == 0:
             return GENESIS
-        return lines(GENESIS, (self._header, *self._events[:events]))[1]
+        return lines(GENESIS, (self._header, *self._entries[: places[events - 1]]))[1]
 
     def written(self) -> bytes:
         """Return all events as the lines of a ledger file; nothing while there is none."""
         self._refresh()
-        return lines(GENESIS, (self._header, *self._events))[0] if self._header else b""
+        return lines(GENESIS, (self._header, *self._entries))[0] if self._header else b""
 
     @classmethod
     def read(cls, content: bytes, *, holder: str) -> Self:
@@ -173,8 +187,8 @@ class Ledger:
         Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
         """
         ledger = cls()
-        ledger._header, ledger._events, ledger._head = _verify(content, f"the ledger of {holder!r}")
-        if not ledger._events:
+        ledger._header, ledger._entries, ledger._head = _verify(content, f"the ledger of {holder!r}")
+        if all(isinstance(entry, Plan) for entry in ledger._entries):
             raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=_RESTORE)
         if ledger.holder != holder:
             raise LedgerError(f"a ledger that belongs to {ledger.holder!r}, not to {holder!r}", hint=_ONE_EACH)
@@ -218,8 +232,11 @@ class Ledger:
         self._asked, self._asked_delta, self._asked_unit = holder, delta, unit
         self._asked_neighbours = known or neighbours
 
-    def append(self, event: Event, *, after: int) -> None:
+    def append(self, event: Event, *, after: int, plan: Plan | None = None) -> None:
         """Write one event down for good; on return it is on disk and may be used.
+
+        `plan` is written in front of it: what the event, and those that are to follow, were fixed to be. Without one
+        the event belongs to the latest plan, if there is one (:mod:`choral.privacy.plans`).
 
         `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
         nothing is written. Nor is an event that could not be read back as it is, whether to a file or in memory.
@@ -228,7 +245,9 @@ class Ledger:
         """
         if not isinstance(event, Event):
             raise LedgerError(f"a {type(event).__name__} is no event of a ledger", hint="See choral.privacy.events.")
-        self._check_unit(_unit_of(event))
+        entries = (event,) if plan is None else (plan, event)
+        for entry in entries:
+            self._check_unit(_unit_of(entry))
         if self._asked is None or self._asked_delta is None:
             raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
         header = _Header(
@@ -239,17 +258,17 @@ class Ledger:
             neighbours=self.neighbours,
         )
         try:
-            lines(GENESIS, (header, event))
+            lines(GENESIS, (header, *entries))
         except UnreadableError as error:
             raise LedgerError(f"{self._name}: {error}", hint=error.hint) from error
         if self.path is None:
             self._check_count(after)
-            self._head = lines(self._head, (event,) if self._header else (header, event))[1]
+            self._head = lines(self._head, entries if self._header else (header, *entries))[1]
             self._header = header
-            self._events.append(event)
+            self._entries += entries
             return
         try:
-            if self._header is None and after == 0 and _created(self.path, lines(GENESIS, (header, event))[0]):
+            if self._header is None and after == 0 and _created(self.path, lines(GENESIS, (header, *entries))[0]):
                 self._refresh()
                 return
             with self._open(write=True) as file:
@@ -257,7 +276,7 @@ class Ledger:
                 self._check_count(after)
                 if self._header != header:
                     raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
-                _extend(file.fileno(), end, lines(self._head, (event,))[0])
+                _extend(file.fileno(), end, lines(self._head, entries)[0])
                 self._read(file)
         except OSError as error:
             raise LedgerError(
@@ -276,10 +295,13 @@ class Ledger:
                 hint="Keep one ledger for each unit: their numbers do not add up.",
             )
 
+    def _count(self) -> int:
+        return sum(not isinstance(entry, Plan) for entry in self._entries)
+
     def _check_count(self, after: int) -> None:
-        if len(self._events) != after:
+        if self._count() != after:
             raise LedgerError(
-                f"{self._name} has {len(self._events)} events, expected {after}: somebody else has spent from it",
+                f"{self._name} has {self._count()} events, expected {after}: somebody else has spent from it",
                 hint="Wrap again: the noise is then calibrated for what is left.",
             )
 
@@ -290,7 +312,7 @@ class Ledger:
             with self._open(write=False) as file:
                 self._read(file)
         except FileNotFoundError:
-            if self._events:
+            if self._entries:
                 raise LedgerError(
                     f"{self._name} is gone", hint="Bring the file back; it is the proof of what was spent."
                 ) from None
@@ -315,12 +337,12 @@ class Ledger:
         end = content.rfind(b"\n") + 1
         if seen == self._seen:
             return end
-        header, events, head = _verify(content[:end], self._name)
-        if not events:
+        header, entries, head = _verify(content[:end], self._name)
+        if all(isinstance(entry, Plan) for entry in entries):
             raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=_RESTORE)
-        if events[: len(self._events)] != self._events:
+        if entries[: len(self._entries)] != self._entries:
             raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
-        self._header, self._events, self._head, self._seen = header, events, head, seen
+        self._header, self._entries, self._head, self._seen = header, entries, head, seen
         return end
 
 
@@ -336,7 +358,8 @@ def as_ledger(given: Ledger | str | Path | None) -> Ledger:
     return Ledger(given)
 
 
-def _unit_of(event: Event) -> str:
+def _unit_of(entry: Plan | Event) -> str:
+    event = entry.parts[0].event if isinstance(entry, Plan) else entry
     return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
 
 
@@ -377,10 +400,10 @@ def _created(path: Path, content: bytes) -> bool:
     return True
 
 
-def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str]:
+def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Plan | Event], str]:
     """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
     header: _Header | None = None
-    events: list[Event] = []
+    entries: list[Plan | Event] = []
     head = GENESIS
     try:
         for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):
@@ -393,9 +416,9 @@ def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Event], str
             elif header is None or header.unit != _unit_of(entry):
                 raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
             else:
-                events.append(entry)
+                entries.append(entry)
             head = digest
     except BrokenChainError as error:
         what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
         raise LedgerError(f"{name}, line {error.number}: {what}", hint=_RESTORE) from error
-    return header, events, head
+    return header, entries, head

@@ -16,10 +16,10 @@ from fractions import Fraction
 from typing import Generic, Literal, TypeVar
 
 from choral.errors import ConfigError
-from choral.privacy import accounting
 from choral.privacy.errors import BudgetExceededError, PrivacyError
-from choral.privacy.events import PoissonSampledGaussian, RecordEvent, Search
+from choral.privacy.events import PoissonSampledGaussian, Search
 from choral.privacy.guard import Privacy, Sampled, Scheme
+from choral.privacy.plans import Room
 from choral.privacy.spent import Spent
 
 C = TypeVar("C")
@@ -42,7 +42,7 @@ class _Try(Privacy):
 
     planned: Sampled
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, spent: tuple[RecordEvent, ...]) -> Scheme:
+    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
         """See :meth:`Privacy.scheme`. Raises: PrivacyError unless the training is the one that was paid for."""
         plan = self.planned
         if (records, batch_size, steps, passes) != (plan.records, plan.batch_size, plan.event.steps, self.epochs):
@@ -51,7 +51,7 @@ class _Try(Privacy):
                 f"batches of {plan.batch_size}",
                 hint="All tries share dataset, batch size and epochs; candidates may differ in everything else.",
             )
-        if spent:
+        if not room.empty:
             raise BudgetExceededError("a try has trained already", hint="Call wrap once in each try.")
         return plan
 
@@ -101,10 +101,9 @@ def private_search(
 
     ledger = privacy._open()
     ledger.bind(ledger.holder or "data", privacy.delta, neighbours=privacy.neighbours)
-    before = ledger.events
-    noise = accounting.search_noise(privacy.epsilon, privacy.delta, search, before, neighbours=privacy.neighbours)
-    event = search(noise)
-    ledger.append(event, after=len(before))
+    room = Room.on(ledger, privacy.epsilon, privacy.delta)
+    event = search(room.search_noise(search))
+    ledger.append(event, after=len(room.standing.before), plan=room.plan(event, 1))
     one_pass = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=event.noise_multiplier, steps=steps)
     plan = Sampled(records=records, batch_size=batch_size, rate=rate, event=one_pass)
     best: tuple[C, R, float] | None = None

@@ -12,7 +12,11 @@ from choral.privacy.events import NEIGHBOURS
 class Spent:
     """An (epsilon, delta) statement with everything that is needed to read it.
 
-    epsilon: the accountant's upper bound for all recorded events, at ``delta``.
+    epsilon: the accountant's upper bound for all recorded events, at ``delta``, if their parameters, and the point at
+        which they end, were fixed in advance. guarantee: what holds whoever chose, from what was seen, when to stop and
+        what to train next: the cost of the whole plan, or the promise that a filter kept over several plans
+        (:mod:`choral.privacy.plans`). The two are equal when a single plan has come to its end. None where no plan was
+        recorded in advance, as in older versions.
     unit: whose presence is hidden. neighbours: how two neighbouring datasets differ; they have equally many records.
     steps, noise_multiplier, sample_rate: noisy steps taken in all, and the setting of the latest ones
         (noise standard deviation over clipping norm; expected batch size over dataset size); 0 before any step.
@@ -29,6 +33,20 @@ class Spent:
     steps: int
     noise_multiplier: float
     sample_rate: float
+    guarantee: float | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The two numbers, and what each is good for."""
+        said = f"epsilon {self.epsilon:.4g} at delta {self.delta:g}"
+        if self.guarantee is None:
+            return f"{said}, for releases that were fixed in advance"
+        if self.guarantee <= self.epsilon * (1.0 + 1e-9):
+            return said
+        return (
+            f"epsilon {self.guarantee:.4g} at delta {self.delta:g} is guaranteed; {self.epsilon:.4g} for releases "
+            "and an end that were fixed in advance"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict of JSON types."""

@@ -15,6 +15,7 @@ from choral.privacy.clipping import settings_of as clipping_settings
 from choral.privacy.events import NEIGHBOURS
 from choral.privacy.ledger import as_ledger
 from choral.privacy.notice import notice_memory
+from choral.privacy.plans import passes_left
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
 from choral.trainers.record import Recorder
@@ -128,24 +129,24 @@ def open_guards(
     check_delta(privacy, examples)
     if folder is None:
         notice_memory(Ledger(), "out=FOLDER")
-    passes = max(rounds_left, 1) * privacy.epochs
-    return {
-        name: Guard(
-            privacy,
-            holder=name,
-            ledger=Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name),
-            passes=passes,
-            clip=clips.get(name),
+    guards = {}
+    for name in examples:
+        ledger = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
+        passes, planned = max(rounds_left, 1) * privacy.epochs, passes_left(ledger, privacy.epsilon)
+        guards[name] = Guard(
+            privacy, holder=name, ledger=ledger, passes=min(passes, planned or passes), clip=clips.get(name)
         )
-        for name in examples
-    }
+    return guards
 
 
-def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
-    """Why a resumed run cannot go on: a round that is repeated is paid for twice, which the last one may not afford.
+def rounds_paid_for(guards: Mapping[str, Guard], recorder: Recorder, rounds: int) -> tuple[int, str]:
+    """How far a run can go, `rounds` or less, and why no further.
 
+    A resumed run goes on with the plans on its ledgers. The pass of a round that was cut short is paid for and gone, so
+    that repeating that round leaves one too few at the end.
     Raises: LedgerError if a ledger holds less than the run has recorded.
     """
+    last, reason = rounds, ""
     for name, guard in guards.items():
         spent, before = guard.spent(), recorder.spent.get(name)
         if before and spent.steps < before.steps:
@@ -153,10 +154,15 @@ def nothing_left(guards: Mapping[str, Guard], recorder: Recorder) -> str:
                 f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
                 hint="put back the ledger file that belongs to this run",
             )
-        # Guards plan to within 0.1 % of the budget; what is left below twice that pays for nothing.
-        if recorder.completed and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
-            return f"the budget of {name} is spent; ended after round {recorder.completed}"
-    return ""
+        if not recorder.completed:
+            continue
+        left = passes_left(guard.ledger, guard.privacy.epsilon)
+        # Without a plan: guards use a budget to within 0.1 %; what is left below twice that pays for nothing.
+        if left is None and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
+            left = 0
+        if left is not None and (paid := recorder.completed + left // guard.privacy.epochs) < last:
+            last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
+    return last, reason
 
 
 def recorded_model(recorder: Recorder, build: Build, parties: Mapping[str, Any]) -> nn.Module:

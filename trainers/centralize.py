@@ -20,9 +20,9 @@ from choral.trainers.beginning import (
     check_settings,
     clips_of,
     describe,
-    nothing_left,
     open_guards,
     recorded_model,
+    rounds_paid_for,
 )
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
@@ -101,7 +101,8 @@ def centralize(
             privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
         )
         recorder.keep({name: guard.ledger for name, guard in guards.items()})
-        if reason := nothing_left(guards, recorder):
+        last_round, reason = rounds_paid_for(guards, recorder, rounds)
+        if reason and last_round <= recorder.completed:
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)
                 recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
@@ -121,7 +122,7 @@ def centralize(
         if recorder.fresh:
             recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
         trained, loader = model, workers.split(loader)
-        for number in range(recorder.completed + 1, rounds + 1):
+        for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
             model.train()
             with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
@@ -148,6 +149,8 @@ def centralize(
             recorder.add(entry, model, spent, optimizer, Memory(clips=clips_of(guards)))
             if on_round and workers.first:
                 on_round(entry)
+        if recorder.completed < rounds:
+            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         return recorder.finish(per_party_of(held_out, evaluate_party, model, parties))
 
 

@@ -18,6 +18,7 @@ from choral.privacy.client import HOLDER, spent_by
 from choral.privacy.client_accounting import SLACK
 from choral.privacy.ledger import as_ledger
 from choral.privacy.notice import notice_memory
+from choral.privacy.plans import passes_left
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import Channel, Mean
@@ -209,8 +210,8 @@ class Clients:
     def spent(self) -> dict[str, Spent]:
         return {HOLDER: spent_by(self._ledger, self._privacy.delta)}
 
-    def nothing_left(self) -> str:
-        """Why a resumed run cannot go on, or nothing.
+    def rounds_paid_for(self, rounds: int, sums: int) -> tuple[int, str]:
+        """How far a run of so many sums a round can go, `rounds` or less, and why no further.
 
         Raises: LedgerError if the ledger holds less than was recorded.
         """
@@ -220,9 +221,13 @@ class Clients:
                 f"the clients' ledger holds {spent.steps} rounds, but the run has recorded {before.steps}",
                 hint="put back the ledger file that belongs to this run",
             )
-        if self._recorder.completed and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
-            return f"the clients' budget is spent; ended after round {self._recorder.completed}"
-        return ""
+        if not self._recorder.completed:
+            return rounds, ""
+        left = passes_left(self._ledger, self._privacy.epsilon)
+        if left is None and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
+            left = 0
+        paid = rounds if left is None else min(rounds, self._recorder.completed + left // sums)
+        return paid, "" if paid == rounds else f"the clients' budget is spent; ended after round {paid}"
 
     def coder(
         self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int, *, most: int | None = None
@@ -232,11 +237,12 @@ class Clients:
         roster: who takes part in one sum, of so many clients. most: in any sum, by default all.
         """
         history = self._recorder.run().history
+        paid, _ = self.rounds_paid_for(rounds, sums)
         guard = ClientGuard(
             self._privacy,
             clients=clients,
             length=length,
-            rounds=max(rounds - self._recorder.completed, 1) * sums,
+            rounds=max(paid - self._recorder.completed, 1) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
             most=most,

@@ -38,9 +38,9 @@ from choral.trainers.beginning import (
     check_settings,
     clips_of,
     describe,
-    nothing_left,
     open_guards,
     recorded_model,
+    rounds_paid_for,
 )
 from choral.trainers.coders import Coder, WeightedCoder, cap_of, open_clients
 from choral.trainers.energy import EnergyMeter
@@ -209,7 +209,10 @@ def federate(
         rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
         guards = open_guards(records, examples, recorder.ledger_folder, rounds_left, clips)
         recorder.keep({name: guard.ledger for name, guard in guards.items()})
-        if reason := nothing_left(guards, recorder) or (clients.nothing_left() if clients else ""):
+        last_round, reason = (
+            clients.rounds_paid_for(rounds, 1) if clients else rounds_paid_for(guards, recorder, rounds)
+        )
+        if reason and last_round <= recorder.completed:
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)
                 recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
@@ -232,6 +235,7 @@ def federate(
         roster = first if census.population else tuple(names)
         if clients:
             sums = sum(not channel.once for channel in channels.values())
+            last_round, reason = clients.rounds_paid_for(rounds, sums)
             coders: dict[str, Coder] = dict.fromkeys(
                 channels,
                 clients.coder(roster, setup.parties, setup.length, rounds, sums, most=participation.cohort),
@@ -284,7 +288,7 @@ def federate(
         if recorder.fresh:
             untrained = Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING)
             recorder.add(untrained, resident.model, sealed=seen.sealed)
-        for number in range(recorder.completed + 1, rounds + 1):
+        for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
             simulated = _next_start(participation.clock, recorder.history)
             weights, traffic = federation.round(weights, number, simulated)
@@ -313,6 +317,8 @@ def federate(
             recorder.add(entry, resident.model, spent, memory=federation.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
+        if recorder.completed < rounds:
+            return share(recorder.end(reason, coders[last].spent()))
         return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
 
 

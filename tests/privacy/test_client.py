@@ -123,11 +123,14 @@ os.kill(os.getpid(), 9)
     ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert ended.returncode == -9
     assert [release.shares for release in Ledger(path).releases] == [11]
-    again = guard(ledger=Ledger(path), rounds=4)
-    for _ in range(4):
+    with pytest.raises(BudgetExceededError, match="is spent") as caught:
+        guard(ledger=Ledger(path), rounds=4)
+    assert "3 more are left" in caught.value.hint
+    again = guard(ledger=Ledger(path), rounds=3)
+    for _ in range(3):
         run_round(again, 12)
     assert Ledger(path).epsilon(1e-5) <= 6.0
-    assert again.ratio > guard().ratio  # five rounds in all share the budget
+    assert again.ratio == guard(rounds=4).ratio  # the killed round is one of the four that were planned
     with pytest.raises(BudgetExceededError, match="is spent"):
         guard(ledger=Ledger(path))
 

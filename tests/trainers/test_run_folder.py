@@ -135,12 +135,16 @@ def stopping_fit(job):
 
 
 def test_a_round_that_is_repeated_is_paid_for_again(job, stopping_fit, tmp_path):
+    """From the same plan, which then has one pass too few at the end: noise for more could only be chosen late."""
     privacy = Privacy(epsilon=4.0, delta=1e-3)
     with pytest.raises(Stop):
         federate(**job(rounds=6, fit=stopping_fit), privacy=privacy, out=tmp_path / "run")
     resumed = federate(**job(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
-    assert all(3.8 < spent.epsilon <= 4.0 for spent in resumed.info.spent.values())
-    assert [spent.steps for spent in resumed.info.spent.values()] == [7 * 6, 7 * 4, 6 * 3]
+    assert (resumed.finished, resumed.history[-1].round) == (True, 5)
+    assert "budget of north is spent; ended after round 5" in resumed.info.ended
+    assert all(3.99 < spent.guarantee <= 4.0 for spent in resumed.info.spent.values())
+    assert [spent.steps for spent in resumed.info.spent.values()] == [6 * 6, 6 * 4, 5 * 3]
+    assert resumed.info.spent["east"].epsilon < 3.8 < resumed.info.spent["north"].epsilon
 
 
 def test_an_interruption_in_the_last_round_ends_the_run_at_the_round_before(job, stopping_fit, tmp_path):

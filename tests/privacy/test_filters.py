@@ -1,0 +1,160 @@
+"""The filter across plans: its condition against brute force, and the adversary who chooses as he goes.
+
+The adversary trains once, looks at the privacy loss that came out, and then takes the second training that is worst at
+that loss, each of them priced as the package prices it. His delta(epsilon) is computed from below: the first release is
+an exact Gaussian, integrated over its outcomes; the second's divergence comes from discretisations that only err
+downwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+
+from choral.privacy import Ledger, accounting
+from choral.privacy.events import ClientRelease, CorrelatedGaussian, Part, Plan, PoissonSampledGaussian, Search
+from choral.privacy.filters import Filter
+from choral.privacy.plans import Room, fixed_cost
+from choral.privacy.strategies import Tree
+
+EPSILON, DELTA = 3.0, 1e-5
+FIRST = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=1.6, steps=1)
+CHOICES = [
+    *((q, 1) for q in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)),
+    *((0.0005, 200), (0.01, 20), (0.1, 50)),
+]
+
+
+def sampled(rate: float, noise: float, steps: int = 1) -> PoissonSampledGaussian:
+    return PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
+
+
+@lru_cache(maxsize=64)
+def divergence(rate: float, noise: float, steps: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A lower bound on the hockey-stick divergence of the sampled Gaussian, as a function of epsilon."""
+    pld = privacy_loss_distribution.from_gaussian_mechanism(
+        noise,
+        value_discretization_interval=1e-3,
+        sampling_prob=rate,
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+    )
+    remove = (pld.self_compose(steps) if steps > 1 else pld)._pmf_remove
+    return lambda falling: np.asarray(remove.get_delta_for_epsilon(falling[::-1]))[::-1]
+
+
+def delta_of_the_adversary(noises: dict[tuple[float, int], float], epsilon: float = EPSILON) -> float:
+    """A lower bound on delta(epsilon) of: release FIRST, look at its loss, take the worst of these second trainings.
+
+    The loss of a Gaussian of noise s is normal with mean 1 / (2 s^2) and deviation 1 / s under P.
+    """
+    s = FIRST.noise_multiplier
+    edges = np.linspace(-9.0, 9.0, 6001)
+    # The larger the first loss, the more is left to exceed: taken at the left end of each cell, it errs downwards.
+    rest = epsilon - (1.0 / (2.0 * s * s) + edges[:-1] / s)
+    worst = np.max([divergence(q, noise, t)(rest) for (q, t), noise in noises.items()], axis=0)
+    return float(worst @ np.diff(norm.cdf(edges)))
+
+
+def test_who_looks_before_he_chooses_breaks_the_price_for_fixed_parameters() -> None:
+    """Each pair alone costs 3.000 at 1e-5 by privacy loss distributions; the best of twelve, chosen late, 2.4e-5."""
+    noises = {(q, t): accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) for q, t in CHOICES}
+    for (q, t), noise in noises.items():
+        assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) <= EPSILON
+    assert delta_of_the_adversary(noises) > 2.3e-5
+
+
+def test_who_looks_before_he_chooses_stays_within_what_a_ledger_admits() -> None:
+    ledger = Ledger()
+    ledger.bind("data", DELTA)
+    ledger.append(FIRST, after=0, plan=Plan(epsilon=EPSILON, parts=(Part(event=FIRST, times=1),)))
+    room = Room.on(ledger, EPSILON, DELTA)
+    noises = {(q, t): room.noise_multiplier(q, t, slack=1e-4) for q, t in CHOICES}
+    assert delta_of_the_adversary(noises) <= DELTA
+    assert delta_of_the_adversary({choice: noise for choice, noise in noises.items() if choice == (1.0, 1)}) > 1e-7
+    for (q, t), noise in noises.items():  # each is dearer than as a fixed pair
+        assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) < EPSILON
+
+
+def test_the_adversary_is_computed_right() -> None:
+    """With one choice, nothing is chosen: two Gaussians, whose delta is known exactly."""
+    for noise in (1.0, 2.0, 5.0):
+        mu = math.hypot(1 / 1.6, 1 / noise)
+        exact = norm.cdf(mu / 2 - EPSILON / mu) - math.exp(EPSILON) * norm.cdf(-mu / 2 - EPSILON / mu)
+        found = delta_of_the_adversary({(1.0, 1): noise})
+        assert exact * 0.97 <= found <= exact
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    epsilon=st.floats(0.05, 20.0),
+    delta=st.sampled_from([1e-3, 1e-5, 1e-8]),
+    noise=st.floats(0.3, 60.0),
+    count=st.integers(1, 50),
+)
+def test_the_condition_holds_for_every_loss_at_the_cost_and_fails_below(
+    epsilon: float, delta: float, noise: float, count: int
+) -> None:
+    """Against brute force over x, with the Gaussian's divergences alpha / (2 sigma^2)."""
+    rule = Filter(epsilon, delta)
+    cost = rule.cost([sampled(1.0, noise, count)])
+    a = np.asarray(rule.orders, float) - 1.0
+    rho = count * (a + 1.0) / (2.0 * noise**2)
+
+    def worst(at: float) -> float:
+        def ratio(log_x: float) -> float:
+            x = math.exp(log_x)
+            terms = np.log(rule.weights) + a * (at + x - rho)
+            return -(math.log(-math.expm1(-x)) - float(np.logaddexp.reduce(terms)))
+
+        grid = np.linspace(-12.0, 3.0, 61)
+        best = grid[np.argmin([ratio(point) for point in grid])]
+        return -float(minimize_scalar(ratio, bounds=(best - 0.3, best + 0.3), method="bounded").fun)
+
+    assert worst(cost * (1.0 + 1e-7) + 1e-9) <= math.log(delta) + 1e-6
+    assert worst(cost * (1.0 - 1e-4) - 1e-6) > math.log(delta) - 1e-6
+    assert math.isclose(sum(rule.weights), 1.0)
+    assert cost >= accounting.epsilon([sampled(1.0, noise, count)], delta) * (1.0 - 1e-6)  # no looser order beats it
+
+
+def test_orders_and_weights_depend_on_the_promise_alone_and_stay_what_they_are() -> None:
+    """A ledger lives for years: its filter may not choose other orders after something was seen."""
+    assert Filter(3.0, 1e-5).orders == (3, 4, 6, 8)
+    assert Filter(3.0, 1e-5).weights == (0.1, 0.2, 0.35, 0.35)
+    assert Filter(1.0, 1e-5).orders == (5, 10, 13, 18)
+    assert Filter(8.0, 1e-5).orders == (2, 3, 4)
+    assert Filter(30.0, 1e-5).orders == (2,)
+
+
+def test_one_order_is_the_usual_conversion() -> None:
+    """At epsilon 30 there is one order, 2: Canonne, Kamath, Steinke 2020, proposition 12."""
+    rho = 2 / (2 * 0.4**2)
+    usual = rho + math.log1p(-1 / 2) - (math.log(DELTA) + math.log(2.0)) / (2 - 1)
+    assert Filter(30.0, DELTA).cost([sampled(1.0, 0.4)]) == pytest.approx(usual, rel=1e-8)
+
+
+def test_costs_add_over_plans_and_rise_with_each_event() -> None:
+    rule, events = Filter(EPSILON, DELTA), [sampled(0.1, 4.0, 10), sampled(0.01, 1.0, 20), sampled(1.0, 9.0)]
+    assert rule.cost([]) == 0.0
+    costs = [rule.cost(events[:count]) for count in range(1, 4)]
+    assert costs == sorted(costs)
+    assert rule.cost([sampled(0.1, 4.0, 5), sampled(0.1, 4.0, 5)]) == pytest.approx(rule.cost([sampled(0.1, 4.0, 10)]))
+    passes = [CorrelatedGaussian(strategy=Tree(), noise=20.0, steps=8, number=k) for k in (1, 2)]
+    one = math.sqrt(2) * passes[0].noise_multiplier / 2  # two Gaussians are one of so much noise
+    assert rule.cost(passes) == pytest.approx(rule.cost([sampled(1.0, one)]), rel=1e-6)
+    search = Search(tries=(sampled(0.01, 4.0, 100),), mean=10.0)
+    assert rule.cost([search]) > rule.cost(search.tries)
+    assert rule.cost([search]) > accounting.epsilon([search], DELTA)
+    skellam = ClientRelease(
+        mechanism="skellam", sensitivity_squared=100, share_variance=4e4, shares=3, length=9, steps=2
+    )
+    assert fixed_cost([skellam], DELTA) < Filter(EPSILON, DELTA).cost([skellam]) < 2.0
