@@ -76,16 +76,49 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
         verdict, finding = "violated", f"the promise is for other neighbours than the ledger's ({stated(relation)})"
     elif relation and stated(relation) != relation:
         finding += f"; {_OLDER_WORDS}: {stated(relation)}"
+    guarantee, planned = _guarantee_of(run, name)
+    if verdict == "holds":
+        verdict, finding = _judge_plans(promised, claimed, guarantee, planned, finding)
     return HolderBudget(
         holder=name,
         promised=promised,
         claimed=claimed.epsilon if claimed else None,
         recomputed=recomputed,
+        guarantee=guarantee,
         delta=claimed.delta if claimed else delta,
         steps=events,
         verdict=verdict,
         finding=finding,
     )
+
+
+def _guarantee_of(run: Run, name: str) -> tuple[float | None, bool]:
+    """What the ledger's plans guarantee, computed again, and whether any plan is on it."""
+    from choral.privacy import Ledger
+    from choral.privacy.plans import guarantee
+
+    path = ledger_path(run, name)
+    if path is None or not path.is_file():
+        return None, False
+    ledger = Ledger(path, holder=name)
+    return guarantee(ledger), any(plan is not None for plan, _ in ledger.segments)
+
+
+def _judge_plans(
+    promised: float, claimed: Spent | None, guarantee: float | None, planned: bool, finding: str
+) -> tuple[Verdict, str]:
+    """The same for whoever chose as he went: a price for fixed parameters says nothing against him."""
+    if guarantee is None and planned:
+        return "violated", "the ledger holds more than was planned, or plans that no filter admits within the promise"
+    if guarantee is not None and _above(guarantee, promised):
+        return "violated", "the plans on the ledger come to more than was promised"
+    if claimed and claimed.guarantee is not None and (guarantee is None or _above(guarantee, claimed.guarantee)):
+        return "violated", "the ledger guarantees less than run.json claims"
+    if guarantee is None:
+        finding += (
+            "; no plan was recorded in advance, so for whoever stopped or trained again by what he saw there is none"
+        )
+    return "holds", finding
 
 
 def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, float | None, str]:

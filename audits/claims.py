@@ -144,12 +144,15 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
     adversary, trust = sentence_parts(info)
     several = len(info.spent) > 1
     neighbours, public = stated(spent.neighbours), _public(info, spent.unit)
-    promise = f"(ε\u00a0=\u00a0{cost(spent.epsilon)}, δ\u00a0=\u00a0{power(spent.delta)})"
+    guarantee = _guarantee(infos)
+    early = guarantee is not None and cost(guarantee) != cost(spent.epsilon)
+    promise = f"(ε\u00a0=\u00a0{cost(guarantee if early else spent.epsilon)}, δ\u00a0=\u00a0{power(spent.delta)})"
     sentence = (
         f"Training is {promise}-differentially private for each {spent.unit}: datasets are neighbours by"
         f" “{neighbours}”{_MEANING.get(relation_of(neighbours), '')}, and the guarantee holds against {adversary}."
         f" Public on both sides: {'; '.join(public)}. {trust} The budget asked for was"
         f" ε\u00a0=\u00a0{asked:g}; ε is an upper bound by {spent.accountant}"
+        + (_EARLY.format(cost(spent.epsilon)) if early else "")
         + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
     )
     return Claim(
@@ -159,11 +162,25 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
         neighbours=neighbours,
         public=public,
         epsilon=spent.epsilon,
+        guarantee=guarantee,
         asked=asked,
         delta=spent.delta,
         accountant=spent.accountant,
         holder=holder,
     )
+
+
+_EARLY = (
+    ", of all that was planned, whoever chose when to stop and what to train next; what was released costs"
+    " ε\u00a0=\u00a0{} if that, and its end, were fixed in advance"
+)
+
+
+def _guarantee(infos: Sequence[RunInfo]) -> float | None:
+    """The largest guarantee of a data holder; None if one of them has none."""
+    found = [spent.guarantee for info in infos for spent in info.spent.values()]
+    known = [guarantee for guarantee in found if guarantee is not None]
+    return max(known) if known and len(known) == len(found) else None
 
 
 def _public(info: RunInfo, unit: str) -> tuple[str, ...]:

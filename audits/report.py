@@ -107,7 +107,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A promise with everything that is needed to read it.
 
     sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data holder's spending
-    (``holder``), at ``delta``. asked: the epsilon that was promised. public: what neighbouring datasets have in common,
+    (``holder``), at ``delta``, for releases and an end that were fixed in advance. guarantee: what holds whoever chose
+    when to stop and what to train next, over all holders; None where no plan was recorded. asked: the epsilon that was
+    promised. public: what neighbouring datasets have in common,
     which the promise does not hide.
     """
 
@@ -117,6 +119,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     neighbours: str
     public: tuple[str, ...] = ()
     epsilon: float
+    guarantee: float | None = None
     asked: float
     delta: float
     accountant: str
@@ -281,13 +284,16 @@ class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class HolderBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One holder's budget: promised, claimed in run.json, and recomputed from its ledger (None: it could not be).
 
-    steps: noisy steps on the ledger.
+    steps: noisy steps on the ledger. guarantee: what the ledger's plans guarantee whoever chose when to stop and what
+    to train next, computed again; None where no plan was recorded in advance. The two before it are for releases,
+    and an end, that were fixed in advance.
     """
 
     holder: str
     promised: float
     claimed: float | None
     recomputed: float | None
+    guarantee: float | None = None
     delta: float
     steps: int
     verdict: Verdict

@@ -154,9 +154,10 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     if report.budgets:
         rows = []
         for row in report.budgets:
-            numbers = (f"{value:.4g}" if value is not None else "-" for value in (row.claimed, row.recomputed))
+            known = (row.claimed, row.recomputed, row.guarantee)
+            numbers = (f"{value:.4g}" if value is not None else "-" for value in known)
             rows.append((row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict]))
-        _print_table(("data holder", "promised", "claimed", "from ledger", "verdict"), rows, console)
+        _print_table(("data holder", "promised", "claimed", "from ledger", "guaranteed", "verdict"), rows, console)
     for check in report.checks:
         _print_check(check, console)
     for attack in report.attacks:

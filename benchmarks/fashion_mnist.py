@@ -4,7 +4,7 @@
 
 One JSON line per seed and one per task, with every setting. *linear*: softmax regression on wavelet scattering
 coefficients (benchmarks/scattering.py), normalised within each record and then about their mean, which is released with
-noise of its own: an event of the ledger, so that training gets what it leaves of epsilon. *cnn*: the tanh network of
+noise of its own: one plan with the training, so that this gets what it leaves of epsilon. *cnn*: the tanh network of
 Papernot et al. 2021, end to end. Recipes start from those of Tramer and Boneh 2021; what is released is the mean of the
 later iterates, which is post-processing.
 
@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import gzip
 import json
+import math
 import os
 import tempfile
 import time
@@ -38,7 +39,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from choral import Privacy
-from choral.privacy import Ledger, PoissonSampledGaussian
+from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
+from choral.privacy.accounting import noise_multiplier as noise_that_fits
 from choral.privacy.noise import grid_gaussian, noise_grid, os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
@@ -143,7 +145,7 @@ def run(
         ledger=ledger,
     )
     started = time.process_time()
-    mean = private_mean(x, recipe.mean_noise, ledger) if recipe.mean_noise else torch.zeros(())
+    mean = private_mean(x, recipe, ledger) if recipe.mean_noise else torch.zeros(())
     test = (test[0] - mean, test[1])
     # The "records" are their numbers: a batch is then one gather, not 8,192 small tensors to stack.
     loader = DataLoader(
@@ -175,14 +177,20 @@ def run(
     }
 
 
-def private_mean(x: torch.Tensor, noise_multiplier: float, ledger: Ledger) -> torch.Tensor:
+def private_mean(x: torch.Tensor, recipe: Recipe, ledger: Ledger) -> torch.Tensor:
     """Return the mean of the rows of `x`, each clipped to norm NORM, with Gaussian noise, shape (columns,), float32.
 
-    Guarantee: the Gaussian mechanism with this noise multiplier; paid for in `ledger` first. Unit: the record.
-    Neighbours: zero out one record; the number of records is public.
+    Guarantee: the Gaussian mechanism with the recipe's noise multiplier; paid for in `ledger` first, as one plan with
+    the training after it, whose noise is calibrated before either. Unit: the record. Neighbours: zero out one record;
+    the number of records is public.
     """
+    rate, steps, noise_multiplier = recipe.batch_size / len(x), math.ceil(len(x) / recipe.batch_size), recipe.mean_noise
+    own = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
+    noise = noise_that_fits(EPSILON, DELTA, rate, steps * recipe.epochs, [own], slack=1e-3)
+    one_pass = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
+    parts = (Part(event=own, times=1), Part(event=one_pass, times=recipe.epochs))
     ledger.bind("data", DELTA)
-    ledger.append(PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1), after=0)
+    ledger.append(own, after=0, plan=Plan(epsilon=EPSILON, parts=parts))
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(2000):
         factors = (NORM / torch.linalg.vector_norm(part.double(), dim=1)).clamp(max=1.0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         UnsupportedLoaderError,
         UnsupportedModelError,
     )
-    from choral.privacy.events import ClientRelease, CorrelatedGaussian, PoissonSampledGaussian, Search
+    from choral.privacy.events import ClientRelease, CorrelatedGaussian, Part, Plan, PoissonSampledGaussian, Search
     from choral.privacy.guard import Guard, Privacy
     from choral.privacy.layers import replace_layers
     from choral.privacy.ledger import Ledger
@@ -51,7 +51,9 @@ _HOME = {
     "Ledger": "ledger",
     "LedgerError": "errors",
     "PoissonSampledGaussian": "events",
+    "Part": "events",
     "PerLayerClip": "clipping",
+    "Plan": "events",
     "Privacy": "guard",
     "PrivacyError": "errors",
     "Search": "events",
@@ -82,7 +84,9 @@ __all__ = [
     "Guard",
     "Ledger",
     "LedgerError",
+    "Part",
     "PerLayerClip",
+    "Plan",
     "PoissonSampledGaussian",
     "Privacy",
     "PrivacyError",

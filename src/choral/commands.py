@@ -124,7 +124,7 @@ def train(words: list[str]) -> int:
     if not quiet:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         spent = run.spent
-        promise = f"; epsilon {spent.epsilon:.3f} at delta {spent.delta:g} (worst data holder)" if spent else ""
+        promise = f"; {spent.in_words} (worst data holder)" if spent else ""
         print(f"{name}: {run.history[-1].round} rounds, {metrics}{promise}")
         if run.info.ended:
             print(f"note: {run.info.ended}")
