@@ -145,8 +145,9 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
     several = len(info.spent) > 1
     neighbours, public = stated(spent.neighbours), _public(info, spent.unit)
     guarantee = _guarantee(infos)
-    early = guarantee is not None and cost(guarantee) != cost(spent.epsilon)
-    promise = f"(ε\u00a0=\u00a0{cost(guarantee if early else spent.epsilon)}, δ\u00a0=\u00a0{power(spent.delta)})"
+    whole = spent.epsilon if guarantee is None else guarantee
+    early = cost(whole) != cost(spent.epsilon)
+    promise = f"(ε\u00a0=\u00a0{cost(whole)}, δ\u00a0=\u00a0{power(spent.delta)})"
     sentence = (
         f"Training is {promise}-differentially private for each {spent.unit}: datasets are neighbours by"
         f" “{neighbours}”{_MEANING.get(relation_of(neighbours), '')}, and the guarantee holds against {adversary}."
