@@ -94,13 +94,11 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
 
 def _guarantee_of(run: Run, name: str) -> tuple[float | None, bool]:
     """What the ledger's plans guarantee, computed again, and whether any plan is on it."""
-    from choral.privacy import Ledger
     from choral.privacy.plans import guarantee
 
-    path = ledger_path(run, name)
-    if path is None or not path.is_file():
+    ledger = ledger_of(run, name)
+    if ledger is None:
         return None, False
-    ledger = Ledger(path, holder=name)
     return guarantee(ledger), any(plan is not None for plan, _ in ledger.segments)
 
 
