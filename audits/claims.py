@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING
 from choral.audits.report import Claim
 from choral.audits.text import cost, is_gap, power
 from choral.errors import DataError
-from choral.privacy.events import ZERO_OUT, relation_of, stated
+from choral.privacy.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo
 
 _INCOMPLETE = "the run was edited or is incomplete"
-_MEANING = {ZERO_OUT: " (one record is replaced by an empty one, which adds zero to every step)"}
+_MEANING = {
+    ZERO_OUT: " (one record is replaced by an empty one, which adds zero to every step)",
+    REPLACE_ONE: " (one record is replaced by any other)",
+}
 _PUBLIC = {
     "record": (
         "how many records each data holder has",
         "the batch size, and so the sampling rate, the number of steps and the noise",
     ),
-    "client": ("who the clients are, and so how many", "which of them survive each round"),
+    "client": (
+        "who the clients are, and so how many",
+        "which of them survive each round",
+        "how many records each has, where the run lists it",
+    ),
 }
 _CAVEATS_ALWAYS = (
     "Example counts, party names and party sizes are treated as public.",

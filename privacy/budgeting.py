@@ -18,7 +18,7 @@ from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.errors import AccountingError, BudgetExceededError
-from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian
+from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation
 
 _SMALLEST_RATE = 1e-9
 _MOST_STEPS = 2**24
@@ -53,7 +53,9 @@ class Budget:
         )
 
 
-def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:
+def steps_within(
+    epsilon: float, delta: float, sample_rate: float, noise_multiplier: float, *, neighbours: str = NEIGHBOURS
+) -> int:
     """Return the largest number of releases that cost at most `epsilon` at `delta`; 0 if not even one fits.
 
     Raises: ConfigError (a number out of range).
@@ -62,7 +64,8 @@ def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multipl
     one = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=1)
 
     def fits(steps: int) -> bool:
-        return accounting.epsilon([msgspec.structs.replace(one, steps=steps)], delta) <= epsilon
+        event = msgspec.structs.replace(one, steps=steps)
+        return accounting.epsilon([event], delta, neighbours=neighbours) <= epsilon
 
     if not fits(1):
         return 0
@@ -80,7 +83,13 @@ def steps_within(epsilon: float, delta: float, sample_rate: float, noise_multipl
 
 
 def sample_rate_within(
-    epsilon: float, delta: float, noise_multiplier: float, *, steps: int | None = None, epochs: float | None = None
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    neighbours: str = NEIGHBOURS,
 ) -> tuple[float, int]:
     """Return the largest sample rate whose training costs at most `epsilon`, and its number of steps.
 
@@ -94,7 +103,7 @@ def sample_rate_within(
 
     def fits(rate: float, count: int) -> bool:
         event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise_multiplier, steps=count)
-        return accounting.epsilon([event], delta) <= epsilon
+        return accounting.epsilon([event], delta, neighbours=neighbours) <= epsilon
 
     low, high = _SMALLEST_RATE, 1.0
     if steps is None:
@@ -151,6 +160,7 @@ def budget(
     epochs: float | None = None,
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
+    neighbours: str = NEIGHBOURS,
 ) -> Budget:
     """Solve for the one that is not given of `epsilon`, `noise_multiplier`, `sample_rate` and `steps`.
 
@@ -158,6 +168,7 @@ def budget(
     The answer keeps the promise: the least noise, the most steps or the largest sample rate within `epsilon`.
     Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits).
     """
+    check_relation(neighbours)
     given = [value is not None for value in (epsilon, noise_multiplier, sample_rate)]
     lengths = (steps is not None) + (epochs is not None)
     if lengths > 1 or sum(given) + lengths != 3:
@@ -171,29 +182,30 @@ def budget(
         )
     if sample_rate is None:
         sample_rate, steps = sample_rate_within(
-            _number(epsilon), delta, _number(noise_multiplier), steps=steps, epochs=epochs
+            _number(epsilon), delta, _number(noise_multiplier), steps=steps, epochs=epochs, neighbours=neighbours
         )
     elif epochs is not None:
         PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=1)
         steps = math.ceil(_check_epochs(epochs) / sample_rate - 1e-9)
     elif steps is None:
-        steps = steps_within(_number(epsilon), delta, sample_rate, _number(noise_multiplier))
+        steps = steps_within(_number(epsilon), delta, sample_rate, _number(noise_multiplier), neighbours=neighbours)
         if steps == 0:
             raise _nothing_fits(_number(epsilon), delta, _number(noise_multiplier))
     count = int(_number(steps))
     noise = (
         noise_multiplier
         if noise_multiplier is not None
-        else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count)
+        else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
     )
     event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
     return Budget(
-        epsilon=accounting.epsilon([event], delta),
-        epsilon_rdp=accounting.epsilon_rdp([event], delta),
+        epsilon=accounting.epsilon([event], delta, neighbours=neighbours),
+        epsilon_rdp=accounting.epsilon_rdp([event], delta, neighbours=neighbours),
         delta=delta,
         sample_rate=sample_rate,
         steps=count,
         noise_multiplier=noise,
+        neighbours=neighbours,
     )
 
 

@@ -331,6 +331,19 @@ def test_own_task_file(tmp_path):
     assert main(["train", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
 
 
+def test_a_budget_where_one_record_is_replaced(capsys):
+    words = ["budget", "--delta", "1e-5", "--sample-rate", "0.05", "--steps", "400", "--noise-multiplier", "1.1"]
+    assert main([*words, "--neighbours", "replace one record"]) == 0
+    said = capsys.readouterr().out
+    assert "epsilon           9.247" in said
+    assert "neighbours: replace one record" in said
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "epsilon           5.597" in said
+    assert "neighbours: zero out one record" in said
+    assert main([*words, "--neighbours", "add or remove one record"]) == 2
+
+
 def test_budget(capsys):
     """The published setting of 10,000 steps at rate 0.01 with noise multiplier 4: epsilon 0.947 (PLD)."""
     words = ["--delta", "1e-5", "--sample-rate", "0.01", "--steps", "10000"]

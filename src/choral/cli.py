@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -55,8 +55,7 @@ class Budget:
 
     Give all but one of --epsilon, --noise-multiplier, --sample-rate and --steps (or --epochs): the answer is the least
     noise, the epsilon, the largest sample rate or the most steps that keep the promise.
-    Unit: one record. Neighbours: zero out one record; how many there are is public. Accountant: PLD, cross-checked by
-    RDP.
+    Unit: one record; how many there are is public. Accountant: PLD, cross-checked by RDP.
     """
 
     delta: float
@@ -71,6 +70,8 @@ class Budget:
     """The promise wanted."""
     noise_multiplier: float | None = None
     """Noise standard deviation over clipping norm."""
+    neighbours: Literal["zero out one record", "replace one record"] = "zero out one record"
+    """What one record may be changed to unnoticed: to an empty one, or, with more noise, to any other."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,6 +202,7 @@ def _budget(words: list[str]) -> int:
         sample_rate=wanted.sample_rate,
         steps=wanted.steps,
         epochs=wanted.epochs,
+        neighbours=wanted.neighbours,
     )
     print(f"noise multiplier  {answer.noise_multiplier:.4f}")
     print(f"epsilon           {answer.epsilon:.4f}  (PLD; RDP, the looser bound: {answer.epsilon_rdp:.4f})")

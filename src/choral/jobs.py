@@ -241,6 +241,7 @@ def with_overrides(settings: Settings, arm: Arm) -> Settings:
 def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | ClientPrivacy:
     """The promise of a private arm. Raises: ConfigError for a setting out of range."""
     from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
+    from choral.privacy.events import NEIGHBOURS
 
     if epsilon is None:
         raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
@@ -251,6 +252,12 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
             delta=chosen.delta,
             max_grad_norm=chosen.max_grad_norm,
             epochs=settings.training.local_epochs,
+            neighbours=chosen.neighbours,
+        )
+    if chosen.neighbours != NEIGHBOURS:
+        raise ConfigError(
+            f"privacy.neighbours = {chosen.neighbours!r} is for records, and this arm's unit is the client",
+            hint="leave it out: of clients, one is zeroed out",
         )
     return ClientPrivacy(
         epsilon=epsilon,

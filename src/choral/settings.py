@@ -19,6 +19,7 @@ from choral.trainers.participation import Participation
 from choral.trainers.settings import AlgorithmSettings, Split, Training
 
 Unit = Literal["record", "client"]
+Neighbours = Literal["zero out one record", "replace one record"]
 SumKind = Literal["plain", "masked", "homomorphic"]
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class PrivacySettings:
     """Clipping norm of each record's gradient."""
     unit: Unit = "record"
     """Whose presence is hidden: a record's (noise in each party's training) or a client's (in the sum of updates)."""
+    neighbours: Neighbours = "zero out one record"
+    """What a record may be changed to unnoticed: an empty one, or, with more noise, any other. For records alone."""
     noise: Literal["distributed", "local", "central"] = "distributed"
     """Who adds client-level noise: each client a share, each client all of it, or the server."""
     clip: float = 1.0

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from choral.audits import Comparison, compare
 from choral.audits.html import comparison_page
 from choral.audits.markdown import comparison_markdown
 from choral.errors import ConfigError
-from choral.privacy import LedgerError
+from choral.privacy import Ledger, LedgerError, accounting
 from choral.privacy.chain import GENESIS, lines
 from choral.trainers import Run
 
@@ -269,3 +270,29 @@ def test_a_run_in_older_words_holds_and_its_claim_reads_as_zero_out(real: Arms, 
     # A relation that the ledger does not have is no wording.
     edit(folder / "run.json", "add or remove one record", "zero out one client")
     assert audit(Run.load(folder)).verdict == "violated"
+
+
+def test_a_run_where_records_are_replaced_is_recomputed_and_claimed_so(job, tmp_path: Path) -> None:
+    promise = replace(PROMISE, ledger=None, neighbours="replace one record")
+    run = federate(**job, privacy=promise, secure_sum=Masked(min_survivors=2), out=tmp_path / "run")
+    zero_out = federate(**job, privacy=replace(PROMISE, ledger=None), secure_sum=Masked(min_survivors=2))
+    found = audit(run)
+    assert found.verdict == "holds"
+    assert "“replace one record” (one record is replaced by any other)" in found.claim
+    assert "how many records each data holder has" in found.claim
+    assert all(row.recomputed == pytest.approx(row.claimed, rel=1e-3) for row in found.budgets)
+    assert run.info.spent["south"].noise_multiplier > 1.05 * zero_out.info.spent["south"].noise_multiplier
+    # By the ledger's events alone, as for records zeroed out, the cost would look smaller.
+    assert zero_out_cost(tmp_path / "run" / "ledger" / "south.jsonl") < 0.95 * run.info.spent["south"].epsilon
+    path = tmp_path / "run" / "run.json"
+    written = path.read_text(encoding="utf-8")
+    parts = written.split("replace one record")
+    assert len(parts) == 5  # the promise, and the cost of three data holders
+    for place in range(1, len(parts)):  # one of them edited
+        halves = ["replace one record".join(each) for each in (parts[:place], parts[place:])]
+        path.write_text("zero out one record".join(halves), encoding="utf-8")
+        assert audit(Run.load(tmp_path / "run")).verdict == "violated"
+
+
+def zero_out_cost(ledger: Path) -> float:
+    return accounting.epsilon(Ledger(ledger).events, 1e-4)

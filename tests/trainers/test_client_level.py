@@ -207,6 +207,7 @@ def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
         ({"min_survivors": 11}, {"unit": "client"}, "min_survivors is 11 of 10"),
         ({"clip": 0.0}, {"unit": "client"}, "clipping norm"),
         ({"unit": "client", "bits": 99}, {}, "bits is 99"),
+        ({"neighbours": "replace one record"}, {"unit": "client"}, "is for records"),
     ],
     ids=str,
 )
