@@ -11,6 +11,7 @@ from choral.audits.report import Claim
 from choral.audits.text import cost, is_gap, power
 from choral.errors import DataError
 from choral.privacy.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
+from choral.privacy.spent import Spent, group_pair
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo
@@ -50,8 +51,8 @@ _CAVEATS_CLIENT = (
 )
 _CAVEATS_MIXED = (
     "An ε per client and an ε per record are different promises, on no common scale. The first hides all that a client"
-    " holds, the second one record of it, and k records of one client at about k times ε only. At equal ε, the arm per"
-    " client promises more.",
+    " holds, the second one record of it, and k records of one client at k times ε and a δ that grows by e^((k-1) ε)"
+    " only. At equal ε, the arm per client promises more.",
 )
 _CAVEATS_GAP = (
     "A gap to the least value of the objective is computed on the training records and published without noise. No ε"
@@ -162,6 +163,7 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
         f" ε\u00a0=\u00a0{asked:g}; ε is an upper bound by {spent.accountant}"
         + (_EARLY.format(cost(spent.epsilon)) if early else "")
         + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
+        + _of_a_person(spent)
     )
     return Claim(
         sentence=sentence,
@@ -189,6 +191,18 @@ def _guarantee(infos: Sequence[RunInfo]) -> float | None:
     found = [spent.guarantee for info in infos for spent in info.spent.values()]
     known = [guarantee for guarantee in found if guarantee is not None]
     return max(known) if known and len(known) == len(found) else None
+
+
+def _of_a_person(spent: Spent) -> str:
+    """What holds for all records of one person, where the run says how many those are at most; computed anew."""
+    records = spent.records_per_person
+    if records is None or records < 1:
+        return ""
+    epsilon, delta = group_pair(max(spent.epsilon, spent.guarantee or 0.0), spent.delta, records)
+    if delta >= 1.0:
+        return f" For a person with up to {records} records, nothing is promised: δ would be 1."
+    pair = f"(ε\u00a0=\u00a0{cost(epsilon)}, δ\u00a0=\u00a0{power(delta)})"
+    return f" For a person with up to {records} records, it is {pair}."
 
 
 def _public(info: RunInfo, unit: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsuppor
 from choral.privacy.noise import os_stream
 from choral.privacy.notice import notice_memory
 from choral.privacy.plans import Room, guarantee
-from choral.privacy.spent import Spent
+from choral.privacy.spent import Spent, group_pair
 from choral.privacy.step import Noise, PrivateOptimizer
 
 if TYPE_CHECKING:
@@ -69,13 +69,14 @@ class Privacy:
     ledger: Ledger | str | Path | None = field(default=None, compare=False)
     max_physical_batch_size: int | None = None
     neighbours: str = NEIGHBOURS
+    records_per_person: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", as_ledger(self.ledger))
         accounting.check_target(self.epsilon, self.delta)
         check_norm(self.max_grad_norm)
         check_relation(self.neighbours)
-        for name in ("epochs", "max_physical_batch_size"):
+        for name in ("epochs", "max_physical_batch_size", "records_per_person"):
             value = getattr(self, name)
             if name != "epochs" and value is None:
                 continue
@@ -105,7 +106,7 @@ class Privacy:
 
     def spent(self) -> Spent:
         """Return what the data has spent so far, in all runs that its ledger knows."""
-        return _spent(self._open(), self.delta)
+        return _spent(self._open(), self.delta, self.records_per_person)
 
     def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
         """Return how a Guard draws batches and makes noise, so that `passes` passes fit into `room`.
@@ -342,7 +343,7 @@ class Guard:
 
     def spent(self) -> Spent:
         """Return what this holder's data has spent so far, earlier runs included."""
-        return _spent(self.ledger, self.privacy.delta)
+        return _spent(self.ledger, self.privacy.delta, self.privacy.records_per_person)
 
     @staticmethod
     def unwrap(model: nn.Module) -> nn.Module:
@@ -463,17 +464,24 @@ def _rate(plan: Scheme) -> float:
     return plan.batch_size / plan.records
 
 
-def _spent(ledger: Ledger, delta: float) -> Spent:
+def _spent(ledger: Ledger, delta: float, records_per_person: int | None) -> Spent:
     events = ledger.events
+    epsilon = accounting.epsilon(events, delta, neighbours=ledger.neighbours)
+    guaranteed = guarantee(ledger)
+    one = max(epsilon, guaranteed or 0.0)
+    person = (None, None) if records_per_person is None else group_pair(one, delta, records_per_person)
     return Spent(
-        epsilon=accounting.epsilon(events, delta, neighbours=ledger.neighbours),
+        epsilon=epsilon,
         delta=delta,
         neighbours=stated(ledger.neighbours),
         accountant=accounting.accountant_of(events),
         steps=sum(e.steps for e in events),
         noise_multiplier=events[-1].noise_multiplier if events else 0.0,
         sample_rate=events[-1].sample_rate if events else 0.0,
-        guarantee=guarantee(ledger),
+        guarantee=guaranteed,
+        records_per_person=records_per_person,
+        person_epsilon=person[0],
+        person_delta=person[1],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class Spent:
         Where batches are fixed and noise is correlated, the rate is 1, and the noise multiplier that of the one
         Gaussian mechanism which the latest pass costs, not of a step.
     accountant: the method that computed epsilon.
+    records_per_person: the most that one person holds, where that is known. person_epsilon, person_delta: what then
+        holds for all records of a person together, by :func:`group_pair`; a delta of 1 is no promise.
     """
 
     epsilon: float
@@ -34,6 +37,9 @@ class Spent:
     noise_multiplier: float
     sample_rate: float
     guarantee: float | None = None
+    records_per_person: int | None = None
+    person_epsilon: float | None = None
+    person_delta: float | None = None
 
     @property
     def in_words(self) -> str:
@@ -51,3 +57,15 @@ class Spent:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict of JSON types."""
         return asdict(self)
+
+
+def group_pair(epsilon: float, delta: float, records: int) -> tuple[float, float]:
+    """Return the (epsilon, delta) of `records` records together, given that of each one.
+
+    Between datasets that differ in k records lie k - 1 others, each a neighbour of the next, so that the bounds of k
+    neighbours follow each other: (k epsilon, delta (1 + e^epsilon + ... + e^((k-1) epsilon))). Not k epsilon at the
+    same delta. For any mechanism and relation; the delta is capped at 1, where nothing is promised.
+    """
+    if (records - 1) * epsilon > 700.0:
+        return records * epsilon, 1.0
+    return records * epsilon, min(math.fsum(delta * math.exp(i * epsilon) for i in range(records)), 1.0)

@@ -92,6 +92,8 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
     }
     if privacy.neighbours != NEIGHBOURS:  # runs that do not say are of this one
         settings |= {"neighbours": privacy.neighbours}
+    if privacy.records_per_person is not None:
+        settings |= {"records_per_person": privacy.records_per_person}
     if isinstance(privacy, CorrelatedPrivacy):
         settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
     return settings

@@ -253,6 +253,7 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
             max_grad_norm=chosen.max_grad_norm,
             epochs=settings.training.local_epochs,
             neighbours=chosen.neighbours,
+            records_per_person=chosen.records_per_person,
         )
     if chosen.neighbours != NEIGHBOURS:
         raise ConfigError(

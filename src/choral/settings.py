@@ -38,6 +38,8 @@ class PrivacySettings:
     """Whose presence is hidden: a record's (noise in each party's training) or a client's (in the sum of updates)."""
     neighbours: Neighbours = "zero out one record"
     """What a record may be changed to unnoticed: an empty one, or, with more noise, any other. For records alone."""
+    records_per_person: int | None = None
+    """The most records that one person holds, if known: what they are promised together is then printed."""
     noise: Literal["distributed", "local", "central"] = "distributed"
     """Who adds client-level noise: each client a share, each client all of it, or the server."""
     clip: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -273,13 +274,14 @@ def test_a_run_in_older_words_holds_and_its_claim_reads_as_zero_out(real: Arms, 
 
 
 def test_a_run_where_records_are_replaced_is_recomputed_and_claimed_so(job, tmp_path: Path) -> None:
-    promise = replace(PROMISE, ledger=None, neighbours="replace one record")
+    promise = replace(PROMISE, ledger=None, neighbours="replace one record", records_per_person=2)
     run = federate(**job, privacy=promise, secure_sum=Masked(min_survivors=2), out=tmp_path / "run")
     zero_out = federate(**job, privacy=replace(PROMISE, ledger=None), secure_sum=Masked(min_survivors=2))
     found = audit(run)
     assert found.verdict == "holds"
     assert "“replace one record” (one record is replaced by any other)" in found.claim
     assert "how many records each data holder has" in found.claim
+    assert re.search(r"For a person with up to 2 records, it is \(ε\s=\s(5\.9|6\.0)", found.claim)
     assert all(row.recomputed == pytest.approx(row.claimed, rel=1e-3) for row in found.budgets)
     assert run.info.spent["south"].noise_multiplier > 1.05 * zero_out.info.spent["south"].noise_multiplier
     # By the ledger's events alone, as for records zeroed out, the cost would look smaller.
