@@ -190,7 +190,7 @@ def least_noise(cost: Callable[[float], float], target: float, *, slack: float) 
 def check_target(epsilon: float, delta: float) -> None:
     """Raise ConfigError unless 0 < epsilon < infinity and 0 < delta < 1."""
     for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool | int) or not isinstance(value, Real):  # an int may be too large for a float
             as_float(name, value)
     if not (math.isfinite(epsilon) and epsilon > 0.0):
         raise ConfigError(f"epsilon is {epsilon}, expected a finite number > 0", hint="Values from 1 to 8 are usual.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from choral.errors import ConfigError
 from choral.privacy.distributed import check_clip
+from choral.privacy.plain import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class AdaptiveClip:
     def __post_init__(self) -> None:
         check_clip(self.start)
         for name, most in (("quantile", 1.0), ("share", 1.0), ("rate", 10.0)):
-            if not 0.0 < getattr(self, name) < most:
+            if not (is_number(getattr(self, name)) and 0.0 < getattr(self, name) < most):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0 and below {most:g}")
 
     def moved(self, clip: float, within: float) -> float:

@@ -75,7 +75,7 @@ class CorrelatedPrivacy(Privacy):
                 "AdaptiveClip moves the clipping norm C, but correlated noise takes back noise of earlier steps",
                 hint="Give a number or PerLayerClip, or take Privacy.",
             )
-        if self.mechanism not in MECHANISMS:
+        if not isinstance(self.mechanism, str) or self.mechanism not in MECHANISMS:
             raise ConfigError(f"mechanism is {self.mechanism!r}, expected one of {', '.join(MECHANISMS)}")
         if self.bands is None:
             return

@@ -26,6 +26,7 @@ from choral.privacy.ledger import Ledger, as_ledger
 from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise import os_stream
 from choral.privacy.notice import notice_memory
+from choral.privacy.plain import as_integer
 from choral.privacy.plans import Room, guarantee
 from choral.privacy.spent import Spent, group_pair
 from choral.privacy.step import Noise, PrivateOptimizer
@@ -212,8 +213,10 @@ class Guard:
     def __init__(
         self, privacy: Privacy, *, holder: str, ledger: Ledger, passes: int, clip: float | None = None
     ) -> None:
-        if passes < 1:
-            raise ConfigError(f"passes is {passes}, expected >= 1")
+        for name, value, kind in (("privacy", privacy, Privacy), ("holder", holder, str), ("ledger", ledger, Ledger)):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} is a {type(value).__name__}, expected a {kind.__name__}")
+        passes = as_integer("passes", passes)
         ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: Scheme | None = None
@@ -257,6 +260,8 @@ class Guard:
         """
         from choral.privacy.model import with_per_sample_gradients  # loads Opacus, which a promise alone does not need
 
+        if resume is not None and not isinstance(resume, Mapping):
+            raise ConfigError(f"resume is a {type(resume).__name__}, expected the state_dict() of a private optimizer")
         plan = self._planned(loader, resume)
         private_model = with_per_sample_gradients(model)
         _refuse_optimizer(optimizer, private_model)

@@ -74,6 +74,8 @@ class Ledger:
     """
 
     def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError(f"path is a {type(path).__name__}, expected that of a file, or None")
         self.path = None if path is None else Path(path)
         self._asked = holder
         self._asked_delta: float | None = None

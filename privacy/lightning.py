@@ -146,6 +146,7 @@ def _refuse(trainer: Trainer, module: LightningModule, privacy: Privacy) -> None
         f"precision={trainer.precision}": trainer.precision not in ("32-true", "64-true"),
         f"{trainer.world_size} processes": trainer.world_size != 1,
         "overfit_batches": trainer.overfit_batches > 0,
+        "detect_anomaly": trainer._detect_anomaly,  # would end training for the NaN of a single record
         f"min_epochs={trainer.min_epochs}": (trainer.min_epochs or 0) > privacy.epochs,
         # A pass would show more batches than the loader's length, where the trainer stops.
         "Privacy.max_physical_batch_size": privacy.max_physical_batch_size is not None,

@@ -17,8 +17,10 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import nn
 
+from choral.errors import ConfigError
 from choral.privacy import keeping, mixing, positions
 from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.losses import Losses
 from choral.privacy.precision import full_precision
 from choral.privacy.separating import refuse_inseparable
 from choral.privacy.watching import Point
@@ -50,6 +52,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._inside = False  # the forward pass that is looked at runs
         self._trying = False  # a whole training step, whose loss is looked at
         self._called = False  # and which calls the model itself
+        self._losses, self._ends = Losses(), set[Any]()  # and the nodes that made what a loss is made of
         self._expanding = False  # outputs of `shared`, although nothing is trained now
         self._records: int | None = None  # in the forward pass that runs
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
@@ -135,9 +138,11 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
     def _run(self, args: Any, kwargs: Any) -> Any:
         self._inside = True
         try:
-            return self._module(*args, **kwargs)
+            output = self._module(*args, **kwargs)
         finally:
             self._inside = False
+        self._ends.update(t.grad_fn for t in mixing.tensors(output))
+        return output
 
     def _layers(self) -> dict[str, nn.Module]:
         return {self.name_of(layer): layer for layer in self.iterate_submodules(self._module)}
@@ -193,7 +198,9 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         seen than of a model: that it is the mean over the records, too, unless it is random in evaluation mode. Call it
         before the step on a batch just drawn; it computes the loss several times. Raises: UnsupportedModelError.
         """
-        rows = mixing.rows_of(batch, self.drawn)
+        if not callable(step):
+            raise ConfigError(f"step is a {type(step).__name__}, expected a function of a batch that returns its loss")
+        step, rows = partial(_loss_of, step), mixing.rows_of(batch, self.drawn)
         drawn, self._called = rows == self.drawn, False
         with full_precision():
             self._renew()
@@ -257,3 +264,14 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
             )
         if not (inside or self._step_looked):
             self.outside.add(self.name_of(layer))
+
+
+def _loss_of(step: Callable[[Any], Any], batch: Any) -> torch.Tensor:
+    loss = step(batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        raise UnsupportedModelError(
+            f"the step that is checked returned {given}, expected the loss of the batch, a tensor of one number",
+            hint="Return the mean of the records' losses, and do not call backward() in it.",
+        )
+    return loss

@@ -10,7 +10,7 @@ functorch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from choral.privacy.backward import refuse_anomaly_detection, refuse_inputs, ref
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.layers import refuse_unsupported
 from choral.privacy.looking import LookedAt
+from choral.privacy.losses import show_losses_to
 from choral.privacy.precision import full_precision
 
 _OPACUS_RULES: dict[type[nn.Module], Any] = {
@@ -55,6 +56,7 @@ class PerSampleModel(LookedAt):
         self._guards += [self._guard(p) for p in model.parameters() if p.is_floating_point()]
         self.attached.update(p for layer in self.iterate_submodules(model) for p in layer.parameters())
         self._ready = True
+        show_losses_to(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -155,6 +157,7 @@ class PerSampleModel(LookedAt):
             output.register_hook(partial(self._hear, use))
         else:
             result = _Tap.apply(output, self._anchor, partial(self._hear, use))  # type: ignore[no-untyped-call]
+        self._ends.add((output if result is None else result).grad_fn)
         return result
 
     def _for_each_record(
@@ -253,6 +256,7 @@ class PerSampleModel(LookedAt):
                 f"layer {self.name_of(module)} ({type(module).__name__}) does not return one tensor",
                 hint="Let each layer with parameters return one tensor, batch dimension first.",
             )
+        self._ends.add(forward_output.grad_fn)
         if forward_output.requires_grad:
             forward_output.register_hook(  # type: ignore[no-untyped-call]
                 partial(self._capture_gradient, module, self._batch, self._inside)
@@ -288,6 +292,11 @@ class PerSampleModel(LookedAt):
                 hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
             )
 
+    def look_at_loss(self, losses: Sequence[torch.Tensor]) -> None:
+        """Refuse a loss that is seen not to be a mean over the records of the batch just drawn."""
+        if self.guarded and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
+            self._losses.look(losses, self._ends, self.drawn or 0)
+
     def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
         """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""
         uses = self.uses.get(p, [])
@@ -322,6 +331,7 @@ class PerSampleModel(LookedAt):
         self.averages.clear()
         self.uses.clear()
         self.astray.clear()
+        self._ends.clear()
         self._records = None
 
 
@@ -391,6 +401,8 @@ def with_per_sample_gradients(model: nn.Module) -> PerSampleModel:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the plain module inside a wrapped one, all hooks removed; a plain module comes back as it is."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(model, GradSampleModule):
         return model
     plain: nn.Module = model.to_standard_module()

@@ -31,6 +31,15 @@ def as_float(name: str, value: Any) -> float:
     raise ConfigError(f"{name} is {value!r:.80}, expected a finite number", hint="A number of Python or numpy.")
 
 
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite number and no bool."""
+    try:
+        as_float("", value)
+    except ConfigError:
+        return False
+    return True
+
+
 def as_integer(name: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int from `least`; numpy's integers count.
 

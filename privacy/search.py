@@ -19,6 +19,7 @@ from choral.errors import ConfigError
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.events import PoissonSampledGaussian, Search
 from choral.privacy.guard import Privacy, Sampled, Scheme
+from choral.privacy.plain import as_integer, is_number
 from choral.privacy.plans import Room
 from choral.privacy.spent import Spent
 
@@ -85,10 +86,11 @@ def private_search(
     """
     if type(privacy) is not Privacy:
         raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a Privacy with sampled batches")
-    if not candidates:
-        raise ConfigError("there are no candidates, expected at least one")
-    if records < 1 or batch_size < 1:
-        raise ConfigError(f"records is {records} and batch_size {batch_size}, expected both >= 1")
+    if not isinstance(candidates, Sequence) or not candidates:
+        raise ConfigError("there are no candidates, expected a list of at least one")
+    if not callable(train):
+        raise ConfigError(f"train is a {type(train).__name__}, expected a function of a candidate and its promise")
+    records, batch_size = as_integer("records", records), as_integer("batch_size", batch_size)
     if batch_size > records:
         raise ConfigError(f"batch_size is {batch_size}, expected at most the {records} records")
     if privacy.delta >= 1.0 / records:
@@ -118,8 +120,11 @@ def private_search(
             neighbours=privacy.neighbours,
             planned=replace(plan),
         )
-        result, score = train(candidate, promise)
-        if not math.isfinite(score):
+        tried = train(candidate, promise)
+        if not isinstance(tried, tuple) or len(tried) != 2:
+            raise PrivacyError(f"train returned a {type(tried).__name__}, expected a result and its score")
+        result, score = tried
+        if not is_number(score):
             raise PrivacyError("the score of a try is not finite", hint="Return the worst score instead.")
         if best is None or score > best[2]:
             best = (candidate, result, score)

@@ -308,13 +308,24 @@ class PrivateOptimizer(OverOptimizer):
         batch without a step), BudgetExceededError (what is left is too little). Nothing is loaded then.
         """
         state = dict(state_dict)
+        missing = min({"state", "param_groups"} - state.keys(), default=None)
+        if missing is not None:
+            raise PrivacyError(
+                f"the optimizer's state has no {missing!r}", hint="Give what optimizer.state_dict() returned."
+            )
         entry = state.pop("privacy", None)
         if entry is not None and self.keeper is not None:
             self.refuse_owing()
             self.clipping.norm, noise = self.keeper.resumed(entry)
             self.max_grad_norm = self.clipping.norm
             self.plan(noise)
-        super().load_state_dict(state)
+        try:
+            super().load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(
+                f"the state is not of an optimizer of these parameters: {error}",
+                hint="Build model and optimizer alike.",
+            ) from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
