@@ -185,6 +185,16 @@ def test_a_draw_is_taken_on_trust_only_by_who_says_so_and_is_stated() -> None:
     assert (everyone["cohort"], everyone["directory"]) == ("everyone", 40)
 
 
+def test_settings_say_how_a_cohort_is_made() -> None:
+    from choral.jobs import _secure_sum
+    from choral.settings import Arm, Settings, SumSettings
+
+    for kind, made in (("masked", Masked), ("homomorphic", Homomorphic)):
+        chosen = SumSettings(kind=kind, cohort="random", corrupt=3)  # type: ignore[arg-type]
+        found = _secure_sum(Settings(secure_sum=chosen), Arm())
+        assert found == made(cohort="random", corrupt=3)
+
+
 def test_how_the_cohort_was_made_is_signed() -> None:
     from choral.protocols.transcript import setup_digest
 

@@ -125,6 +125,8 @@ def test_clock():
         lambda: Availability(hour=24),
         lambda: Device(start=-1),
         lambda: Participation(deadline=math.nan),
+        lambda: Participation(draw="Seed"),
+        lambda: Participation(draw=None),
         lambda: lost_at(1, (1.5,), stream(0, 0, "x")),
         lambda: Clock(period=math.inf),
     ],
