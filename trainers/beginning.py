@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import torch
 from torch import nn
 
 from choral.errors import ConfigError
@@ -20,8 +21,9 @@ from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
 from choral.trainers.record import Recorder
 from choral.trainers.run import Population, Round, RunInfo, versions
+from choral.trainers.seeding import seeded
 from choral.trainers.start import Weights
-from choral.trainers.task import Build, raw_bytes
+from choral.trainers.task import Build, Evaluate, TaskError, metrics_of, raw_bytes
 
 OnRound = Callable[[Round], None]
 
@@ -97,6 +99,25 @@ def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[
     if isinstance(privacy, CorrelatedPrivacy):
         settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
     return settings
+
+
+def evaluated(evaluate: Evaluate, model: nn.Module, seed: int) -> dict[str, float]:
+    """What `metrics_of` returns, of an evaluation that draws the same random numbers after each round.
+
+    Raises: as that does; TaskError if the evaluation changed the model, which is what would be recorded.
+    """
+    frozen = {name: (p, p._version) for name, p in model.named_parameters() if not p.requires_grad}
+    others = {name: t.detach().clone() for name, t in model.state_dict().items() if name not in frozen}
+    with seeded(seed, 0, "evaluation"):
+        metrics = metrics_of(evaluate, model)
+    now = model.state_dict()
+    changed = [name for name, kept in others.items() if name not in now or not torch.equal(now[name], kept)]
+    changed += [name for name, (parameter, version) in frozen.items() if parameter._version != version]
+    if changed:
+        raise TaskError(
+            f"evaluate changed {changed[0]!r} of the model that is being trained", hint="evaluate a copy of it instead"
+        )
+    return metrics
 
 
 def clips_of(guards: Mapping[str, Guard]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from choral.trainers.beginning import (
     check_settings,
     clips_of,
     describe,
+    evaluated,
     open_guards,
     recorded_model,
     rounds_paid_for,
@@ -27,12 +28,13 @@ from choral.trainers.beginning import (
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.flat import Layout
-from choral.trainers.local import initial_model, resolve_device, seeded
+from choral.trainers.local import initial_model, resolve_device
 from choral.trainers.memory import Memory
 from choral.trainers.moving import OnDevice
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
+from choral.trainers.seeding import forget_workers, generators_of, reseed, seeded
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import (
     Build,
@@ -43,7 +45,6 @@ from choral.trainers.task import (
     Loss,
     check_parties,
     checked_build,
-    metrics_of,
 )
 
 POOLED = "pooled"
@@ -109,6 +110,7 @@ def centralize(
             return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
         first = initial_model(build, next(iter(parties.values())), seed, initial)
         with seeded(seed, 0, POOLED):
+            reseed(generators_of(build), seed, 0, POOLED)
             model, optimizer, loader = checked_build(build, whole)
         model.to(on)
         layout = Layout(model)
@@ -120,11 +122,14 @@ def centralize(
         )
         recorder.restore(model, layout, optimizer)
         if recorder.fresh:
-            recorder.add(Round(round=0, metrics=metrics_of(evaluate, model), **NOTHING), model)
+            recorder.add(Round(round=0, metrics=evaluated(evaluate, model, seed), **NOTHING), model)
+        own_generators = generators_of(fit, model, loader, whole)
         trained, loader = model, workers.split(loader)
         for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
             model.train()
+            reseed(own_generators, seed, number, POOLED)
+            forget_workers(loader)
             with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
                 arguments = (trained, optimizer, loader)
                 if guards:
@@ -142,7 +147,7 @@ def centralize(
             spent = {name: guard.spent() for name, guard in guards.items()}
             entry = Round(
                 round=number,
-                metrics=metrics_of(evaluate, model),
+                metrics=evaluated(evaluate, model, seed),
                 epsilon=spent[POOLED].epsilon if spent else None,
                 **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )

@@ -27,7 +27,8 @@ from choral.errors import ConfigError
 from choral.trainers import kernels
 from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.data.sparse import SparseDataset
-from choral.trainers.local import Resident, seed_of
+from choral.trainers.local import Resident
+from choral.trainers.seeding import seed_of
 from choral.trainers.task import DivergedError, TaskError, labels_of
 
 Array = np.ndarray[Any, Any]

@@ -38,6 +38,7 @@ from choral.trainers.beginning import (
     check_settings,
     clips_of,
     describe,
+    evaluated,
     open_guards,
     recorded_model,
     rounds_paid_for,
@@ -61,7 +62,7 @@ from choral.trainers.rounds import (
 )
 from choral.trainers.run import Round, Run, RunInfo
 from choral.trainers.start import Start, Weights
-from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss, metrics_of
+from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss
 from choral.trainers.transcript import Detail, Transcript
 from choral.trainers.virtual import census_of
 
@@ -135,8 +136,9 @@ def federate(
     dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
     participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are gone
         over, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
-    seed: decides initial weights, data order and rehearsed dropouts. It never reaches noise, sampling for privacy,
-        keys or masks.
+    seed: decides initial weights, data order and rehearsed dropouts: torch's, numpy's and Python's generators, and
+        those that loader, dataset and functions have of their own, are seeded anew for each round and party. It never
+        reaches noise, sampling for privacy, keys or masks.
     device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
     precision: "bf16" computes the model's calls in ``fit`` under torch.autocast; weights and updates stay float32.
     compile: compile the model (torch.compile), where the parties take turns. Neither with an algorithm that reads
@@ -286,7 +288,7 @@ def federate(
             succeeded=sum(not entry.failed for entry in recorder.history[1:]),
         )
         if recorder.fresh:
-            untrained = Round(round=0, metrics=metrics_of(evaluate, resident.model), **NOTHING)
+            untrained = Round(round=0, metrics=evaluated(evaluate, resident.model, seed), **NOTHING)
             recorder.add(untrained, resident.model, sealed=seen.sealed)
         for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
@@ -300,7 +302,7 @@ def federate(
             spent = coders[last].spent()
             entry = Round(
                 round=number,
-                metrics=metrics_of(evaluate, resident.model),
+                metrics=evaluated(evaluate, resident.model, seed),
                 seconds=seconds,
                 survivors=traffic.survivors,
                 bytes_up=traffic.bytes_up,

@@ -8,11 +8,9 @@ deepcopy, which is slow and trains the original where a forward closes over its 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,18 +27,23 @@ from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
 from choral.trainers.moving import OnDevice
 from choral.trainers.records import Records
+from choral.trainers.seeding import Generator, forget_workers, generators_of, reseed, seeded
 from choral.trainers.start import Weights
 from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
 
 
 @dataclass
 class Seat:
-    """What a party keeps between its turns. plan: its training in tensors where that is known, False where not."""
+    """What a party keeps between its turns. plan: its training in tensors where that is known, False where not.
+
+    generators: those that its loader and its dataset have of their own.
+    """
 
     dataset: Any
     optimizer: torch.optim.Optimizer
     fresh: dict[str, Any]
     loader: Any
+    generators: list[Generator]
     plan: Plan | Literal[False] | None = None
 
 
@@ -81,6 +84,8 @@ class Resident:
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
         self.seats = seats
+        self._building = generators_of(build)
+        self.own_generators = generators_of(fit, loss, self.model)
 
     @property
     def length(self) -> int:
@@ -97,13 +102,12 @@ class Resident:
         """
         for party, work in orders:
             with seeded(self.seed, round_number, party):
-                done = (
-                    self._train(party, work, weights) if isinstance(work, Train) else self._read(party, work, weights)
-                )
+                made = self._train if isinstance(work, Train) else self._read
+                done = made(party, work, weights, round_number)  # type: ignore[arg-type]
             refuse_diverged(done.vector, party, round_number)
             yield party, done
 
-    def _train(self, party: str, work: Train, weights: torch.Tensor) -> Done:
+    def _train(self, party: str, work: Train, weights: torch.Tensor, round_number: int) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
         if self.guards and party not in self.guards:
             raise TaskError(
@@ -111,6 +115,8 @@ class Resident:
                 hint="all processes must be given the same parties, in the same order and of the same sizes",
             )
         seat = self.seat(party)
+        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
+        forget_workers(seat.loader)
         self.layout.write(weights)
         seat.optimizer.load_state_dict(seat.fresh)
         self.model.train()
@@ -130,7 +136,7 @@ class Resident:
         self._check_trained(party, work, steps, change)
         return Done(vector=change, steps=steps.count, path=steps.path)
 
-    def _read(self, party: str, work: Work, weights: torch.Tensor) -> Done:
+    def _read(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
         """What needs the gradients of records, or their features, rather than ``fit``."""
         if self.loss is None:
             raise TaskError(
@@ -138,6 +144,7 @@ class Resident:
                 hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
         seat = self.seat(party)
+        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
         records = Records(self.model, self.layout, seat.dataset, seat.loader, self.loss, self.device, party)
         match work:
             case Gradient():
@@ -173,6 +180,7 @@ class Resident:
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
         with seeded(self.seed, 0, party):
+            reseed(self._building, self.seed, 0, party)
             dataset = self.datasets[party]
             model, optimizer, loader = checked_build(self.build, dataset)
         self.layout.check(model, f"party {party!r}")
@@ -181,7 +189,7 @@ class Resident:
             # In place: some optimizers (LBFGS) keep a second reference to this very list.
             group["params"][:] = [self._by_name[names[id(parameter)]] for parameter in group["params"]]
         optimizer.state.clear()
-        return Seat(dataset, optimizer, copy.deepcopy(optimizer.state_dict()), loader)
+        return Seat(dataset, optimizer, copy.deepcopy(optimizer.state_dict()), loader, generators_of(loader, dataset))
 
     def _check_trained(self, party: str, work: Train, steps: Steps, change: torch.Tensor) -> None:
         if self.layout.stale(self.model):
@@ -241,34 +249,11 @@ def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None =
     start: weights in the place of those that the seed decides. Raises: what checked_build does; StartError.
     """
     with seeded(seed, 0, "initial weights"):
+        reseed(generators_of(build), seed, 0, "initial weights")
         model = checked_build(build, dataset)[0]
     if start:
         start.load_into(model)
     return model
-
-
-@contextmanager
-def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
-    """torch's generators seeded from (seed, round, purpose), and put back afterwards."""
-    number = seed_of(seed, round_number, purpose)
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(number)
-            yield
-        return
-    # torch.manual_seed also notes the stack for accelerators that are not there, at a tenth of a small party's time.
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(number)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
-def seed_of(seed: int, round_number: int, purpose: str) -> int:
-    """The seed of one purpose in one round: of 63 bits, from SHA-256."""
-    digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -28,6 +28,7 @@ from choral.trainers.coders import Coder
 from choral.trainers.memory import Memory, State
 from choral.trainers.participation import Dropouts, Participation, stream
 from choral.trainers.run import RunFolderError
+from choral.trainers.seeding import caller_keeps_generators
 from choral.trainers.task import DivergedError, Loss, TaskError
 from choral.trainers.transcript import Transcript
 
@@ -140,14 +141,15 @@ class Federation:
 
         kept: dict[str, State] = {}
         answered: set[str] = set()
-        for name, done in self.trainer.do(orders(), ask.weights, number):
-            party = working.pop(name)
-            vector = coder.encode(name, self.algorithm.answer(party, ask, done))
-            self.seen.vector(name, vector)
-            summing.submit(name, vector)
-            answered.add(name)
-            if party.state or name in states:
-                kept[name] = dict(party.state)
+        with caller_keeps_generators():
+            for name, done in self.trainer.do(orders(), ask.weights, number):
+                party = working.pop(name)
+                vector = coder.encode(name, self.algorithm.answer(party, ask, done))
+                self.seen.vector(name, vector)
+                summing.submit(name, vector)
+                answered.add(name)
+                if party.state or name in states:
+                    kept[name] = dict(party.state)
         if missing := [name for name in present if name not in answered]:
             raise TaskError(
                 f"the engine {type(self.trainer).__name__} made nothing of the work of party {missing[0]!r}",

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
 from choral.trainers.epochs import Criterion, Plan, has_hooks, per_record
-from choral.trainers.local import Resident, refuse_diverged, seed_of, seeded
+from choral.trainers.local import Resident, refuse_diverged
+from choral.trainers.seeding import drawn_since, luck, seed_of, seeded
 
 AT_ONCE = 64  # parties in a stack, at most
 # Whose mean is the mean of their records' values, if no class is ignored.
@@ -124,9 +125,9 @@ class Cohort:
             with seeded(self.resident.seed, round_number, member.party):
                 rows = next(plan.batches())
                 inputs, targets = plan.inputs[rows.to(plan.inputs.device)], plan.targets[rows.to(plan.inputs.device)]
-                luck = torch.get_rng_state()
+                before = luck()
                 outputs = model(inputs)  # in float32: rounding would hide what is looked for
-                draws = not torch.equal(torch.get_rng_state(), luck)
+                draws = drawn_since(before) or bool(self.resident.own_generators)
                 mean = self._criterion(outputs, targets, reduction="mean")
                 slopes = torch.autograd.grad(mean, layout.parameters, allow_unused=True)
                 with torch.no_grad():

@@ -18,7 +18,8 @@ from choral.trainers.algorithms.seam import Done, Train, Work
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.corrections import refuse_sparse
 from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
-from choral.trainers.local import Resident, refuse_diverged, seed_of, seeded
+from choral.trainers.local import Resident, refuse_diverged
+from choral.trainers.seeding import reseed, seed_of, seeded, torch_seeded
 
 
 class Slope(NamedTuple):
@@ -41,7 +42,11 @@ class Direct:
         kept = resident.arithmetic
         self._arithmetic = kept if compiled or not kept.compile else Arithmetic(kept.device, kept.precision)
         self._linear = linear_layer(resident.model)
-        self._slope = slope_of(resident.fit.criterion) if isinstance(resident.fit, Epochs) else None
+        criterion = resident.fit.criterion if isinstance(resident.fit, Epochs) else None
+        self._slope = slope_of(criterion) if criterion is not None else None
+        # No code of the user's own: nothing that draws from numpy's or Python's generator.
+        parts = [*map(type, resident.model.modules()), criterion]
+        self._torch_alone = all(str(getattr(part, "__module__", "")).startswith("torch.") for part in parts)
 
     @property
     def length(self) -> int:
@@ -82,7 +87,9 @@ class Direct:
             drawn = torch.Generator().manual_seed(seed_of(seed, round_number, party))
             descend(layer, slope, plan, Step(plan, work, layout.pieces(weights), layout.parameters), drawn)
         else:
-            with seeded(seed, round_number, party), self._arithmetic.over(self.resident.model, party):
+            seeding = torch_seeded if self._torch_alone else seeded
+            reseed(self.resident.own_generators, seed, round_number, party)
+            with seeding(seed, round_number, party), self._arithmetic.over(self.resident.model, party):
                 self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
         return Done(vector=layout.read() - weights, steps=plan.steps, path=path_of(plan))
 

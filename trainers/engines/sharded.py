@@ -35,6 +35,7 @@ from safetensors.torch import load, save
 from choral.errors import ChoralError
 from choral.trainers.algorithms.seam import Ascend, Done, Gradient, LocalTrainer, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.seeding import caller_keeps_generators
 from choral.trainers.task import DivergedError, TaskError
 
 _WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
@@ -137,11 +138,12 @@ class Team:
 
         try:
             sent = time.monotonic()
-            for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
-                results.append((party, done))
-                if time.monotonic() - sent >= _TOGETHER or done.vector.nbytes * len(results) >= _LARGE:
-                    send()
-                    sent = time.monotonic()
+            with caller_keeps_generators():
+                for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
+                    results.append((party, done))
+                    if time.monotonic() - sent >= _TOGETHER or done.vector.nbytes * len(results) >= _LARGE:
+                        send()
+                        sent = time.monotonic()
             if results:
                 send()
         except Exception as error:
