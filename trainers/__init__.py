@@ -21,7 +21,7 @@ from choral.trainers.federate import federate
 from choral.trainers.lora import lora, merged
 from choral.trainers.participation import ONCE_A_DAY, Availability, Clock, Device, Dropouts, Participation
 from choral.trainers.partition import dirichlet_split
-from choral.trainers.run import Round, Run, RunFolderError, RunInfo
+from choral.trainers.run import Round, Run, RunFolderError, RunInfo, value_bound_for
 from choral.trainers.settings import Split, Training
 from choral.trainers.start import StartError
 from choral.trainers.task import DivergedError, Task, TaskError
@@ -65,4 +65,5 @@ __all__ = [
     "lora",
     "merged",
     "tune",
+    "value_bound_for",
 ]

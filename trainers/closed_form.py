@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -25,11 +26,11 @@ from torch.utils.data import TensorDataset
 
 from choral.errors import ConfigError
 from choral.trainers import kernels
-from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.algorithms.seam import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.data.sparse import SparseDataset
-from choral.trainers.local import Resident
+from choral.trainers.local import Resident, attempted
 from choral.trainers.seeding import seed_of
-from choral.trainers.task import DivergedError, TaskError, labels_of
+from choral.trainers.task import TaskError, labels_of
 
 Array = np.ndarray[Any, Any]
 
@@ -123,25 +124,22 @@ class ClosedForm:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; one party after the other.
 
-        Raises: DivergedError, TaskError as there; TaskError if the task's loss is not the logistic one.
+        A party also fails with TaskError if the task's loss is not the logistic one.
         """
-        start = _array(weights)
         for party, work in orders:
-            block = self.block(party)
-            # The numbers that the default trainer draws from torch's own generator, which is not touched here.
-            random = torch.Generator().manual_seed(seed_of(self._resident.seed, round_number, party))
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                vector, more = self._made_of(party, block, work, start, random)
-            change = torch.from_numpy(vector).to(weights)
-            if not torch.isfinite(change).all():
-                raise DivergedError(
-                    f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
-                    hint="lower the learning rate; the last good round is kept",
-                )
-            yield party, Done(vector=change, **more)
+            make = partial(self._done, party, work, weights, round_number)
+            yield party, attempted(make, party, round_number)
+
+    def _done(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
+        block = self.block(party)
+        # The numbers that the default trainer draws from torch's own generator, which is not touched here.
+        random = torch.Generator().manual_seed(seed_of(self._resident.seed, round_number, party))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            vector, more = self._made_of(party, block, work, _array(weights), random)
+        return Done(vector=torch.from_numpy(vector).to(weights), **more)
 
     def block(self, party: str) -> Block:
         """The party's records; those that are not sparse are made so once, and kept by as many as have a seat.

@@ -7,6 +7,7 @@ client-level noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -41,6 +42,16 @@ class Coder(Protocol):
         """The clipping norm of whole updates in the next round; None if they are not clipped."""
         ...
 
+    @property
+    def largest(self) -> float | None:
+        """The largest absolute coordinate of the latest sum's vectors, where the server sees each of them anyway."""
+        ...
+
+    @property
+    def more_bytes(self) -> int:
+        """What the busiest party sent beside its integers."""
+        ...
+
     def check(self, session: SumSession) -> None:
         """Raises: ConfigError if the secure sum may do what this coder's promise excludes."""
         ...
@@ -48,6 +59,10 @@ class Coder(Protocol):
     def begin(self, present: tuple[str, ...]) -> None: ...
 
     def encode(self, party: str, update: torch.Tensor) -> Any: ...
+
+    def stand_in(self, party: str) -> Any:
+        """What is sent for a party whose training failed; None where it sends nothing, and so is seen to drop out."""
+        ...
 
     def decode(self, result: SumResult) -> Mean: ...
 
@@ -60,10 +75,12 @@ class WeightedCoder:
     """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
 
     Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count. roster:
-    who takes part in one sum; both by default of all whose ``examples`` are given.
+    who takes part in one sum; both by default of all whose ``examples`` are given. in_clear: the server sees each
+    vector; then what a coordinate has beyond the bound is sent beside the integers, as floating-point numbers.
     """
 
     clip = None
+    more_bytes = 0
 
     def __init__(
         self,
@@ -75,7 +92,11 @@ class WeightedCoder:
         guards: Mapping[str, Guard],
         cap: int | None = None,
         roster: tuple[str, ...] | None = None,
+        in_clear: bool = False,
     ) -> None:
+        self._in_clear = in_clear and channel.largest_count is None
+        self._beyond: torch.Tensor | None = None  # of all who sent any, weighted
+        self._largest = 0.0
         if channel.largest_count is not None:
             value_bits = max(channel.largest_count.bit_length(), 1) + 1
             bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
@@ -109,15 +130,40 @@ class WeightedCoder:
     def check(self, session: SumSession) -> None:
         """Any sum will do."""
 
+    @property
+    def largest(self) -> float | None:
+        return self._largest if self._in_clear else None
+
     def begin(self, present: tuple[str, ...]) -> None:
-        """Nothing is paid for here."""
+        """Nothing is paid for here, whoever is present."""
+        del present
+        self._beyond, self._largest, self.more_bytes = None, 0.0, 0
 
     def encode(self, party: str, update: torch.Tensor) -> Any:
-        return self._coder.encode(update, self._weights[party] if self._weights is not None else 1)
+        weight = self._weights[party] if self._weights is not None else 1
+        return self._coder.encode(self._within(update, weight) if self._in_clear else update, weight)
+
+    def _within(self, update: torch.Tensor, weight: int) -> torch.Tensor:
+        """The update cut off at the bound; what is beyond it is kept for the mean."""
+        largest = float(torch.linalg.vector_norm(update, torch.inf))
+        if not math.isfinite(largest):
+            return update  # which is refused
+        self._largest = max(self._largest, largest)
+        if largest <= self._coder.bound:
+            return update
+        inside = update.double().clamp(-self._coder.bound, self._coder.bound)
+        beyond = update.double() - inside
+        self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
+        self._beyond = beyond * weight + (0.0 if self._beyond is None else self._beyond)
+        return inside
+
+    def stand_in(self, party: str) -> None:
+        """It sends nothing."""
 
     def decode(self, result: SumResult) -> Mean:
         """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
-        return Mean(*self._coder.decode(result.total, len(result.survivors)))
+        mean, weight = self._coder.decode(result.total, len(result.survivors))
+        return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
     def spent(self) -> dict[str, Spent]:
         return {name: guard.spent() for name, guard in self._guards.items()}
@@ -125,6 +171,9 @@ class WeightedCoder:
 
 class ClientCoder:
     """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientGuard`."""
+
+    largest = None
+    more_bytes = 0
 
     def __init__(self, parties: tuple[str, ...], guard: ClientGuard) -> None:
         self._parties, self._guard = parties, guard
@@ -181,6 +230,10 @@ class ClientCoder:
     def encode(self, party: str, update: torch.Tensor) -> Any:
         del party
         return self._current.encode(update)
+
+    def stand_in(self, party: str) -> Any:
+        """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
+        return self.encode(party, torch.zeros(self._guard.length))
 
     def decode(self, result: SumResult) -> Mean:
         survivors = len(result.survivors)

@@ -59,6 +59,7 @@ from choral.trainers.rounds import (
     check_promises,
     open_sessions,
     participation_of,
+    with_reasons,
 )
 from choral.trainers.run import Round, Run, RunInfo
 from choral.trainers.start import Start, Weights
@@ -128,8 +129,9 @@ def federate(
     policy: what the parties of this rehearsal accept, whatever ``secure_sum`` proposes: ``Policy(corrupt=..., ...)``,
         as a site has it, so that what would be refused there is refused here. Its directory is filled in, and its
         encoding too where it has none. By default the parties hold what is proposed against ``secure_sum``'s settings.
-    value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. An update beyond the
-        range raises; it is never clipped or wrapped. Not used with ``ClientPrivacy``, which clips.
+    value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. A party whose
+        update is beyond the range drops out; it is never clipped or wrapped. With ``Plain`` and no transcript there is
+        no bound: what is beyond is sent as it is. Not used with ``ClientPrivacy``.
     cohort: how many parties each round asks, drawn anew by the operating system (`Participation.draw`); by default all.
         The server sees who they are, so every round is charged as if all took part. A secure sum is opened over the
         cohort alone, and must withstand all its colluders there: see ``Masked.cohort``.
@@ -148,6 +150,10 @@ def federate(
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called after each completed round.
+
+    A party whose training fails (its ``fit`` raises, its weights are not finite, its update is beyond the bound) drops
+    out of that round: named in the history, and with its reason on the log "choral.trainers". With ``ClientPrivacy`` it
+    sends a change of nothing instead. The run ends where all fail, or too few are left.
 
     Raises: ConfigError, DataError, TaskError, StartError, DivergedError, RunFolderError (this package), and what
         privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Rounds
@@ -252,6 +258,7 @@ def federate(
                     guards=guards,
                     cap=setup.largest,
                     roster=roster,
+                    in_clear=secure_sum.name == "plain" and transcript is None,
                 )
                 for name, channel in channels.items()
             }
@@ -285,6 +292,7 @@ def federate(
             seen=seen,
             draws=seed if participation.draw == "seed" or participation.everybody else recorder.draws(),
             policy=policy,
+            shapes=resident.layout.shapes,
             succeeded=sum(not entry.failed for entry in recorder.history[1:]),
         )
         if recorder.fresh:
@@ -295,7 +303,7 @@ def federate(
             simulated = _next_start(participation.clock, recorder.history)
             weights, traffic = federation.round(weights, number, simulated)
             if traffic.failed and _failed_in_a_row(recorder.history) >= participation.patience:
-                raise traffic.failed
+                raise with_reasons(traffic.failed, traffic.errors)
             seen.flush()
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
@@ -312,6 +320,8 @@ def federate(
                 joules=joules,
                 asked=traffic.asked,
                 failed=str(traffic.failed or ""),
+                dropped=traffic.dropped,
+                largest=coders[last].largest if not traffic.failed else None,
                 simulated_start=simulated if participation.timed else None,
                 simulated_seconds=traffic.seconds if participation.timed else None,
             )

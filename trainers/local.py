@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,18 +18,19 @@ import torch
 from torch import nn
 
 from choral.doors import worded
-from choral.privacy import Guard
+from choral.privacy import Guard, LedgerError
 from choral.trainers import gradients, linear
-from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.algorithms.seam import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.corrections import Steps, corrected
 from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
 from choral.trainers.moving import OnDevice
 from choral.trainers.records import Records
+from choral.trainers.run import RunFolderError
 from choral.trainers.seeding import Generator, forget_workers, generators_of, reseed, seeded
 from choral.trainers.start import Weights
-from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build
+from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build, raised_by
 
 
 @dataclass
@@ -93,27 +94,31 @@ class Resident:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; one party after the other, nothing is read ahead.
 
-        Raises: DivergedError naming the party if a result is NaN or infinite; TaskError if ``fit`` changed the model's
-        shape, its buffers or its frozen parameters, trained something else, or if the work needs what the task or the
-        model lacks; whatever the user's functions raise.
+        A party fails with DivergedError if a result is NaN or infinite; TaskError if ``fit`` changed the model's shape,
+        its buffers or its frozen parameters, trained something else, or if the work needs what the task or the model
+        lacks; and with what the user's functions raise. The model is then put back as it was.
+        Raises: TaskError for a private party without a guard.
         """
         for party, work in orders:
-            with seeded(self.seed, round_number, party):
-                made = self._train if isinstance(work, Train) else self._read
-                done = made(party, work, weights, round_number)  # type: ignore[arg-type]
-            refuse_diverged(done.vector, party, round_number)
-            yield party, done
+            self._check_guard(party)
+
+            def make(party: str = party, work: Work = work) -> Done:
+                with seeded(self.seed, round_number, party):
+                    if isinstance(work, Train):
+                        return self._train(party, work, weights, round_number)
+                    return self._read(party, work, weights, round_number)
+
+            made = attempted(make, party, round_number)
+            if isinstance(made, Failed):
+                self.recover()
+            yield party, made
 
     def _train(self, party: str, work: Train, weights: torch.Tensor, round_number: int) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
-        if self.guards and party not in self.guards:
-            raise TaskError(
-                f"party {party!r} has no guard here, and all parties of this run are private",
-                hint="all processes must be given the same parties, in the same order and of the same sizes",
-            )
+        self._check_guard(party)
         seat = self.seat(party)
         reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
         forget_workers(seat.loader)
@@ -135,6 +140,14 @@ class Resident:
         change = self.layout.read() - weights
         self._check_trained(party, work, steps, change)
         return Done(vector=change, steps=steps.count, path=steps.path)
+
+    def _check_guard(self, party: str) -> None:
+        """Raises: TaskError where a private party would be trained without a guard; this ends the run."""
+        if self.guards and party not in self.guards:
+            raise TaskError(
+                f"party {party!r} has no guard here, and all parties of this run are private",
+                hint="all processes must be given the same parties, in the same order and of the same sizes",
+            )
 
     def _read(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
         """What needs the gradients of records, or their features, rather than ``fit``."""
@@ -216,15 +229,51 @@ class Resident:
                 " in fit; FedAvg without privacy takes any fit",
             )
 
+    @torch.no_grad()
+    def recover(self) -> None:
+        """Put back what a party's failure may have left: parameters, which of them are trained, and fixed tensors.
+
+        Raises: TaskError for a model of another shape, with which no other party can be trained.
+        """
+        for name, parameter in self._by_name.items():
+            owner, _, leaf = name.rpartition(".")
+            try:
+                self.model.get_submodule(owner)._parameters[leaf] = parameter
+            except AttributeError:
+                raise TaskError(
+                    f"a party's training took {name!r} out of the model", hint="train it in place"
+                ) from None
+            parameter.requires_grad_(name in self.layout.shapes)
+            parameter.grad = None
+        for name, tensor in _fixed(self.model):
+            if (kept := self._fixed.get(name)) is not None:
+                tensor.data = kept.clone()
+        self.layout.check(self.model, "the next party")
+
     def check_fixed(self, party: str) -> None:
         """Raises: TaskError if the party's training changed a buffer or a frozen parameter."""
         for name, tensor in _fixed(self.model):
-            if not torch.equal(tensor, self._fixed[name]):
+            if name not in self._fixed or not torch.equal(tensor, self._fixed[name]):
                 raise TaskError(
                     f"training at party {party!r} changed {name!r}, which is not part of the summed update",
                     hint="buffers and frozen parameters must stay as they are; make it a trainable parameter, or use a"
                     " layer without running statistics",
                 )
+
+
+def attempted(make: Callable[[], Done], party: str, round_number: int) -> Done | Failed:
+    """What `make` makes for one party, or why it fails, which is no reason to end the run for the others.
+
+    Raises: LedgerError and RunFolderError: what is written down can then not be trusted.
+    """
+    try:
+        done = make()
+        refuse_diverged(done.vector, party, round_number)
+        return done
+    except (LedgerError, RunFolderError):
+        raise
+    except Exception as error:
+        return Failed(error=raised_by(error, f"training at party {party!r}"))
 
 
 def refuse_diverged(vector: torch.Tensor, party: str, round_number: int) -> None:

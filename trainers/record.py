@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -124,7 +125,11 @@ class Recorder:
         if not self.fresh:
             folders.check_complete(self._info, info)
             info = msgspec.structs.replace(
-                info, spent=self._info.spent, per_party=self._info.per_party, transcript=self._info.transcript
+                info,
+                spent=self._info.spent,
+                per_party=self._info.per_party,
+                transcript=self._info.transcript,
+                dropped=self._info.dropped,
             )
         self._info = info
         if self._folder:
@@ -171,7 +176,12 @@ class Recorder:
         sealed: Sealed | None = None,
     ) -> None:
         """Record one completed round. The weights are written last: they make it complete."""
-        info = msgspec.structs.replace(self._info, spent=dict(spent or {}), transcript=sealed or self._info.transcript)
+        info = msgspec.structs.replace(
+            self._info,
+            spent=dict(spent or {}),
+            transcript=sealed or self._info.transcript,
+            dropped=dict(Counter(name for past in (*self._history, entry) for name in past.dropped)),
+        )
         if self._folder:  # before any of it is kept
             folders.checked_json(entry)
             folders.checked_json(info)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Privacy
+from choral.errors import ChoralError, ConfigError
+from choral.privacy import ClientPrivacy, EncodingError, Privacy
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
 from choral.protocols.policy import Policy
 from choral.protocols.seam import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import (
     Algorithm,
+    Done,
     Exchange,
+    Failed,
     LocalTrainer,
     Mean,
     Party,
@@ -29,14 +34,17 @@ from choral.trainers.memory import Memory, State
 from choral.trainers.participation import Dropouts, Participation, stream
 from choral.trainers.run import RunFolderError
 from choral.trainers.seeding import caller_keeps_generators
-from choral.trainers.task import DivergedError, Loss, TaskError
+from choral.trainers.task import DivergedError, Loss, TaskError, raised_by
 from choral.trainers.transcript import Transcript
+
+_log = logging.getLogger("choral.trainers")
 
 
 @dataclass
 class Traffic:
     """Of one round. asked: parties it began with. survivors: of its last exchange. bytes_up, bytes_down: of each
     exchange's busiest party, summed, without a sum that failed. seconds: simulated. failed: why it was given up.
+    errors: of the parties whose training failed, in words for the user alone.
     """
 
     asked: int = 0
@@ -45,6 +53,12 @@ class Traffic:
     bytes_down: int = 0
     seconds: float = 0.0
     failed: TooFewSurvivorsError | None = None
+    errors: dict[str, ChoralError] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Whose training failed, and how, in words that hold nothing of data or code."""
+        return {name: _kind_of(error) for name, error in self.errors.items()}
 
 
 @dataclass
@@ -68,14 +82,16 @@ class Federation:
     seen: Transcript
     draws: int
     policy: Policy | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, for errors
     succeeded: int = 0  # rounds
 
     def round(self, weights: torch.Tensor, number: int, start: float = 0.0) -> tuple[torch.Tensor, Traffic]:
         """The next weights, float32, shape (d,). start: simulated. The memory changes only if the round succeeds, and
         so do the weights: in a round that has too few parties left they come back as they were, and Traffic says why.
 
-        Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what
-            trainer, coder and secure sum raise but for too few survivors.
+        Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what the
+            parties' training did, if it failed at all of them; what coder and secure sum raise but for too few
+            survivors.
         """
         self.seen.round = number
         if self.succeeded and self.algorithm.remembers and not self.memory:
@@ -141,30 +157,53 @@ class Federation:
 
         kept: dict[str, State] = {}
         answered: set[str] = set()
+        errors: dict[str, ChoralError] = {}
         with caller_keeps_generators():
             for name, done in self.trainer.do(orders(), ask.weights, number):
                 party = working.pop(name)
-                vector = coder.encode(name, self.algorithm.answer(party, ask, done))
+                vector = self._vector(coder, party, ask, done)
+                if isinstance(vector, ChoralError):
+                    errors[name] = vector
+                    _log.warning("round %d: %s (%s)", number, vector, vector.hint)
+                    if (vector := coder.stand_in(name)) is None:
+                        continue
+                    party.state.clear()
                 self.seen.vector(name, vector)
                 summing.submit(name, vector)
                 answered.add(name)
-                if party.state or name in states:
+                if name not in errors and (party.state or name in states):
                     kept[name] = dict(party.state)
-        if missing := [name for name in present if name not in answered]:
+        if missing := [name for name in present if name not in answered and name not in errors]:
             raise TaskError(
                 f"the engine {type(self.trainer).__name__} made nothing of the work of party {missing[0]!r}",
                 hint="LocalTrainer.do yields one result per order",
             )
+        asked.fail({name: error for name, error in errors.items() if name not in answered})
+        if errors and len(errors) == len(present):
+            raise all_failed(errors, number)
         result: SumResult = summing.finish()
         for name in result.survivors:
             if name in kept:
                 states[name] = kept[name]
         sent = [*ask.new.values(), *([ask.weights] if not asked.sums else [])]
         traffic.survivors = len(result.survivors)
-        traffic.bytes_up += max(result.bytes_up.values())
+        traffic.bytes_up += max(result.bytes_up.values()) + coder.more_bytes
         traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
         asked.sums += 1
         return coder.decode(result)
+
+    def _vector(self, coder: Coder, party: Party, ask: Exchange, done: Done | Failed) -> Any:
+        """What the party sends, or the error that makes it drop out."""
+        if isinstance(done, Failed):
+            return raised_by(done.error, f"training at party {party.name!r}")
+        try:
+            vector = self.algorithm.answer(party, ask, done)
+        except (TaskError, DivergedError) as error:
+            return error
+        try:
+            return coder.encode(party.name, vector)
+        except EncodingError as error:
+            return beyond(error, vector, f"round {party.number}, party {party.name!r}, {ask.channel}", self.shapes)
 
     def _asked(self, number: int, start: float) -> _Asked:
         """Everybody, or this round's cohort, each set of its size equally likely; with those that are too slow."""
@@ -223,6 +262,11 @@ class _Asked:
         for party, step in losses.items():
             self.lost[party] = min(step, self.lost.get(party, step), key=STEPS.index)
 
+    def fail(self, errors: Mapping[str, ChoralError]) -> None:
+        """Parties whose training failed, which are seen to be gone for the rest of the round."""
+        self.lost |= dict.fromkeys(errors, "vector")
+        self.traffic.errors |= errors
+
     @property
     def sending(self) -> tuple[str, ...]:
         """Those who send a vector."""
@@ -232,6 +276,61 @@ class _Asked:
     def lasted(self, rule: Participation) -> float:
         answered = np.array([party not in self.lost for party in self.parties], bool)
         return rule.lasted(self.seconds[answered], complete=self.full and bool(answered.all()))
+
+
+def _kind_of(error: ChoralError) -> str:
+    if isinstance(error, DivergedError):
+        return "its training diverged"
+    return "its update cannot be encoded" if isinstance(error, EncodingError) else "its training failed"
+
+
+def beyond(
+    error: EncodingError, vector: torch.Tensor, where: str, shapes: Mapping[str, tuple[int, ...]]
+) -> EncodingError:
+    """The same error with the place of the largest coordinate, and the setting that bounds it."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    place, name = int(vector.abs().nan_to_num(torch.inf).argmax()), "the last number"
+    place %= max(sum(sizes.values()), 1) if len(vector) % max(sum(sizes.values()), 1) == 0 else len(vector)
+    for candidate, size in sizes.items():
+        if place < size:
+            name = repr(candidate)
+            break
+        place -= size
+    return EncodingError(
+        f"{where}: {error} (in {name})",
+        hint="raise secure_sum.value_bound (in Python federate(value_bound=...)), the same for all parties, or lower"
+        " the learning rate; docs/secure-sums.md says how to find a bound on public data",
+    )
+
+
+def all_failed(errors: Mapping[str, ChoralError], number: int) -> ChoralError:
+    """What ends a run of which no party could train: the error that they have in common, with each one's reason.
+
+    Where some diverged and others' updates were too large, that is divergence.
+    """
+    first = next(iter(errors.values()))
+    kinds = {type(error) for error in errors.values()}
+    kind = kinds.pop() if len(kinds) == 1 else TaskError
+    if DivergedError in kinds and kinds <= {DivergedError, EncodingError}:
+        kind = DivergedError
+    made = kind(f"no party could train in round {number}: {_reasons(errors)}", hint=first.hint)
+    made.__cause__ = first.__cause__ or first
+    return made
+
+
+def with_reasons(error: TooFewSurvivorsError, errors: Mapping[str, ChoralError]) -> TooFewSurvivorsError:
+    """The error, and why parties failed that are missing."""
+    if not errors:
+        return error
+    what = f"training failed at {len(errors)} parties ({_reasons(errors)}), so that too few are left"
+    return TooFewSurvivorsError(
+        what, survivors=error.survivors, needed=error.needed, missing=error.missing, hint=error.hint
+    )
+
+
+def _reasons(errors: Mapping[str, ChoralError]) -> str:
+    said = "; ".join(f"{name}: {error}" for name, error in list(errors.items())[:10])
+    return said + (f"; and {len(errors) - 10} more" if len(errors) > 10 else "")
 
 
 def open_sessions(

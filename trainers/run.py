@@ -16,6 +16,7 @@ process loses at most the round in progress.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,6 +79,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     asked: parties that the round began with, None if pooled. failed: why it was given up, its model being the one
         before and its survivors 0; empty for a round that succeeded. simulated_start, simulated_seconds: of the round
         in the world that participation describes, None where it has no time.
+    dropped: parties that were there and whose training failed, and how; what raised it is for the log alone.
+    largest: the largest absolute coordinate that a party sent, None where the server does not see it.
     """
 
     round: int
@@ -93,6 +96,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     failed: str = ""
     simulated_start: float | None = None
     simulated_seconds: float | None = None
+    dropped: dict[str, str] = {}
+    largest: float | None = None
 
 
 class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -137,6 +142,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
     per_party: the final model on the records that each party held out, where that was asked for; without noise.
     transcript: the head of the transcript's chain; None if none was recorded.
+    dropped: rounds in which a party's training failed, by party.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -167,6 +173,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     meters: tuple[str, ...] = ()
     per_party: PerParty | None = None
     transcript: Sealed | None = None
+    dropped: dict[str, int] = {}
 
     @property
     def party_count(self) -> int:
@@ -242,6 +249,21 @@ class Run:
         info = read_info(folder)
         state, last = read_weights(folder)
         return cls(info=info, history=read_history(folder, last), state=state, folder=folder)
+
+
+def value_bound_for(run: Run, margin: float = 4.0) -> float:
+    """A ``value_bound`` for runs like this one, a dry run with ``Plain`` on public data: the power of two from `margin`
+    times the largest coordinate that a party sent.
+
+    Raises: ConfigError for a run that shows none (another secure sum, a transcript, client-level privacy).
+    """
+    seen = [entry.largest for entry in run.history if entry.largest is not None]
+    if not seen:
+        raise ConfigError(
+            "the run does not show how large its updates were",
+            hint="train on public data with secure_sum=Plain(), and without transcript or ClientPrivacy",
+        )
+    return 2.0 ** math.ceil(math.log2(max(margin * max(seen), 2.0**-20)))
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -14,6 +17,9 @@ from choral.doors import worded
 from choral.errors import ChoralError, ConfigError, DataError
 
 _LONGEST_NAME = 200
+_LIBRARY = re.compile(
+    r"[/\\](site|dist)-packages[/\\]|^<|^" + re.escape(str(Path(__file__).parents[1]))
+)  # not the user's
 
 Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
@@ -53,6 +59,17 @@ class TaskError(ChoralError):
 
 class DivergedError(ChoralError):
     """Training produced NaN or infinite weights. The run keeps its last good round."""
+
+
+def raised_by(error: Exception, what: str) -> ChoralError:
+    """The error itself if it is of this package, else a TaskError that says what raised it, in which line."""
+    if isinstance(error, ChoralError):
+        return error
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _LIBRARY.search(frame.filename)]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    made = TaskError(f"{what} raised {type(error).__name__}: {error}{place}", hint="the task's own code raised this")
+    made.__cause__ = error
+    return made
 
 
 def checked_build(build: Build, dataset: Any) -> Built:

@@ -167,6 +167,7 @@ def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, Round], None]]
 
         def tick(label: str, entry: Round) -> None:
             first = next(iter(entry.metrics.items()))
-            bar.update(task, advance=1, description=f"{label}: {first[0]} {first[1]:.3f}")
+            gone = f", without {', '.join(entry.dropped)}" if entry.dropped else ""
+            bar.update(task, advance=1, description=f"{label}: {first[0]} {first[1]:.3f}{gone}")
 
         yield tick

@@ -75,7 +75,7 @@ class SumSettings:
     server: Literal["semi-honest", "malicious"] | None = None
     """What the server may do: look at everything, or also lie. By default it may lie; with a shared key it must not."""
     value_bound: float = 16.0
-    """Largest absolute value of an update's coordinate; a larger one stops the run."""
+    """Largest absolute value of an update's coordinate; a party with a larger one drops out, but for a plain sum."""
     value_bits: int = 28
     """Fixed-point bits per coordinate, before weights and parties are counted in."""
 

@@ -29,12 +29,14 @@ def main(kind: str, folder: Path) -> None:
         model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
         if kind == "unready" and RANK == 1:
             raise RuntimeError("no model here")
-        rate = float("inf") if kind == "diverges" and len(dataset) == 25 else 0.1
+        rate = float("inf") if kind == "diverges" else 0.1
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         return model, optimizer, DataLoader(dataset, batch_size=8, shuffle=True)
 
     def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
         seen.append(f"trained at {RANK}")
+        if kind == "fails" and len(loader.dataset) == 25:
+            raise ValueError("this party's table is odd")
         if kind == "dies" and RANK == 1 and len(seen) > 2:  # in round 2
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "ahead" and RANK == 1 and len(seen) == 2:

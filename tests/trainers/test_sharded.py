@@ -100,9 +100,22 @@ def test_a_dead_rank_ends_the_run_and_the_run_resumes(alone: Path, tmp_path: Pat
         assert torch.equal(states(tmp_path, "masked")[name], tensor)
 
 
-def test_an_error_at_a_rank_is_the_runs_error(tmp_path: Path) -> None:
+def test_a_party_that_fails_at_any_rank_drops_out(tmp_path: Path) -> None:
+    for size, codes in ((1, (0,)), (2, (0, 0))):
+        (tmp_path / str(size)).mkdir()
+        outputs = finished(start("fails", tmp_path / str(size), size), codes=codes)
+        assert "ValueError: this party's table is odd" in outputs[0]
+        run = Run.load(tmp_path / str(size) / "masked")
+        assert [entry.dropped for entry in run.history[1:]] == 3 * [{"party-1": "its training failed"}]
+        assert [entry.survivors for entry in run.history[1:]] == [4, 4, 4]
+    for name, tensor in states(tmp_path / "1", "masked").items():
+        assert torch.equal(states(tmp_path / "2", "masked")[name], tensor)
+
+
+def test_what_fails_at_all_ranks_is_the_runs_error(tmp_path: Path) -> None:
     outputs = finished(start("diverges", tmp_path, 2), codes=(1, 1))
-    assert "DivergedError: training at party 'party-1' diverged in round 1" in outputs[0]
+    assert "DivergedError: no party could train in round 1: party-0: training at party 'party-0' div" in outputs[0]
+    assert "party-1: training at party 'party-1' diverged in round 1" in outputs[0]
     assert "ProcessError: rank 0 has gone" in outputs[1]
 
 
@@ -112,7 +125,7 @@ def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
     def said(kind: str) -> list[str]:
         return [(tmp_path / f"{kind}-rank-{rank}.txt").read_text() for rank in (0, 1)]
 
-    assert said("diverges")[0].startswith("DivergedError: training at party 'party-1' diverged in round 1")
+    assert said("diverges")[0].startswith("DivergedError: no party could train in round 1: party-0: training at")
     assert said("diverges")[1].startswith("ProcessError: rank 0 has gone")
     assert said("unready")[0].startswith("ProcessError: rank 1 has gone")
     assert said("unready")[1].startswith("RuntimeError: no model here")
@@ -125,7 +138,7 @@ def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
 
 def test_an_error_at_one_of_three_ranks_ends_all(tmp_path: Path) -> None:
     outputs = finished(start("diverges", tmp_path, 3), codes=(1, 1, 1))
-    assert "DivergedError: training at party 'party-1' diverged in round 1" in outputs[0]
+    assert "DivergedError: no party could train in round 1" in outputs[0]
     assert all("ProcessError: rank 0 has gone" in output for output in outputs[1:])
 
 

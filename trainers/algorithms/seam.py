@@ -205,6 +205,13 @@ class Done:
     dual: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """What a trainer could not make of one work: the party drops out of the round. error: why, for the user alone."""
+
+    error: Exception
+
+
 class LocalTrainer(Protocol):
     """Who computes at the parties: one model for all in turn, a whole cohort at once, or a closed form."""
 
@@ -215,13 +222,14 @@ class LocalTrainer(Protocol):
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """Yield (party, what was made of its work), in the order of `orders`; all are of one kind of work.
 
         weights: float32, shape (d,). `orders` may be read ahead as far as an engine likes; each result is used before
         the next is asked for, so memory need not grow with the cohort.
-        Raises: DivergedError naming the party for results that are not finite; TaskError for work that this trainer
-        or this model cannot do.
+        A party whose work cannot be done is yielded as `Failed`, and the next one is begun: with DivergedError, naming
+        the party, for results that are not finite; with TaskError for work that this trainer or this model cannot do.
+        Raises: what ends the run for all, such as a ledger that cannot be trusted.
         """
         ...
 

@@ -7,6 +7,7 @@ on an accelerator more still. The weights equal those of one party after the oth
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,10 +15,10 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from choral.trainers.algorithms.seam import Done, Train, Work
+from choral.trainers.algorithms.seam import Done, Failed, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
 from choral.trainers.epochs import Criterion, Plan, has_hooks, per_record
-from choral.trainers.local import Resident, refuse_diverged
+from choral.trainers.local import Resident, attempted
 from choral.trainers.seeding import drawn_since, luck, seed_of, seeded
 
 AT_ONCE = 64  # parties in a stack, at most
@@ -78,7 +79,7 @@ class Cohort:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; a stack is read ahead."""
         orders = iter(orders)
         while chunk := list(islice(orders, self.at_once)):
@@ -91,7 +92,7 @@ class Cohort:
 
     def _stacked(
         self, chunk: Sequence[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """The results of the parties that fit into one stack: those whose optimizer has the first one's settings."""
         members: list[Member] = []
         for party, work in chunk:
@@ -107,13 +108,14 @@ class Cohort:
         members.sort(key=lambda member: -member.plan.steps)
         try:
             vectors = self._train(members, weights, round_number)
+            self.resident.check_fixed(members[0].party)
         except Exception:  # random numbers, changed buffers, control flow by data: whatever it is, Direct will tell
             self.stackable = False
+            self.resident.recover()
             return
-        self.resident.check_fixed(members[0].party)
         for member, vector in zip(members, vectors, strict=True):
-            refuse_diverged(vector, member.party, round_number)
-            yield member.party, Done(vector=vector, steps=member.plan.steps, path=path_of(member.plan))
+            done = Done(vector=vector, steps=member.plan.steps, path=path_of(member.plan))
+            yield member.party, attempted(partial(_same, done), member.party, round_number)
 
     def _examine(self, member: Member, weights: torch.Tensor, round_number: int) -> None:
         """See on one batch whether the model can be stacked, and whether records that weigh nothing change nothing."""
@@ -195,6 +197,10 @@ class Cohort:
             offset += member.plan.records
         device = members[0].plan.inputs.device
         return index.to(device), share.to(device), lengths
+
+
+def _same(done: Done) -> Done:
+    return done
 
 
 def keeps_all(plan: Plan) -> bool:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from choral.trainers.algorithms.seam import Done, Train, Work
+from choral.trainers.algorithms.seam import Done, Failed, Train, Work
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.corrections import refuse_sparse
 from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
-from choral.trainers.local import Resident, refuse_diverged
+from choral.trainers.local import Resident, attempted
 from choral.trainers.seeding import reseed, seed_of, seeded, torch_seeded
 
 
@@ -59,17 +59,23 @@ class Direct:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; nothing is read ahead."""
         for party, work in orders:
             plan = planned(self.resident, party, work)
             if plan is None or not isinstance(work, Train):
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue
-            done = self.train(party, plan, work, weights, round_number)
-            self.resident.check_fixed(party)
-            refuse_diverged(done.vector, party, round_number)
-            yield party, done
+
+            def make(party: str = party, plan: Plan = plan, work: Train = work) -> Done:
+                done = self.train(party, plan, work, weights, round_number)
+                self.resident.check_fixed(party)
+                return done
+
+            made = attempted(make, party, round_number)
+            if isinstance(made, Failed):
+                self.resident.recover()
+            yield party, made
 
     def train(self, party: str, plan: Plan, work: Train, weights: torch.Tensor, round_number: int) -> Done:
         """Train on one party's tensors from `weights`, shape (d,)."""
@@ -158,7 +164,10 @@ def planned(resident: Resident, party: str, work: Work) -> Plan | None:
     """The party's training in tensors, or None where the resident trainer must do it: other work, private parties."""
     if not isinstance(work, Train) or resident.guards:
         return None
-    seat = resident.seat(party)
+    try:
+        seat = resident.seat(party)
+    except Exception:  # the resident trainer will meet it, too, and say so
+        return None
     if seat.plan is None:
         plan = plan_of(resident.fit, resident.model, seat.optimizer, seat.loader, resident.device)
         seat.plan = plan if plan is not None and plan.steps else False

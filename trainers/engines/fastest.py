@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 import torch
 
-from choral.trainers.algorithms.seam import Done, LocalTrainer, Work
+from choral.trainers.algorithms.seam import Done, Failed, LocalTrainer, Work
 from choral.trainers.engines.cohort import Cohort
 from choral.trainers.engines.direct import Direct, planned
 from choral.trainers.local import Resident
@@ -34,7 +34,7 @@ class Fastest:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`."""
         orders = iter(orders)
         if self.chosen is None:

@@ -32,8 +32,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
-from choral.errors import ChoralError
-from choral.trainers.algorithms.seam import Ascend, Done, Gradient, LocalTrainer, Minimise, Svrg, Touch, Train, Work
+from choral.errors import ChoralError, ConfigError, DataError
+from choral.privacy import BudgetExceededError, UnsupportedModelError
+from choral.trainers.algorithms.seam import (
+    Ascend,
+    Done,
+    Failed,
+    Gradient,
+    LocalTrainer,
+    Minimise,
+    Svrg,
+    Touch,
+    Train,
+    Work,
+)
 from choral.trainers.run import Round, Run, RunInfo
 from choral.trainers.seeding import caller_keeps_generators
 from choral.trainers.task import DivergedError, TaskError
@@ -70,7 +82,7 @@ class Team:
     rank: int
     size: int
     group: Any = field(repr=False)
-    _arrived: dict[int, deque[tuple[str, Done]]] = field(default_factory=dict, init=False, repr=False)
+    _arrived: dict[int, deque[tuple[str, Done | Failed]]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def join(cls) -> Team | None:
@@ -128,7 +140,7 @@ class Team:
     def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: _Tensors) -> None:
         orders = [(order["party"], _work(order, tensors)) for order in header["orders"]]
         waiting: deque[_Sent] = deque()
-        results: list[tuple[str, Done]] = []
+        results: list[tuple[str, Done | Failed]] = []
 
         def send() -> None:
             while len(waiting) >= max(_AHEAD, _kept(results[0][1])):
@@ -141,7 +153,7 @@ class Team:
             with caller_keeps_generators():
                 for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
                     results.append((party, done))
-                    if time.monotonic() - sent >= _TOGETHER or done.vector.nbytes * len(results) >= _LARGE:
+                    if time.monotonic() - sent >= _TOGETHER or _bytes(done) * len(results) >= _LARGE:
                         send()
                         sent = time.monotonic()
             if results:
@@ -149,10 +161,7 @@ class Team:
         except Exception as error:
             if results:
                 send()
-            kind = type(error).__name__
-            text = str(error) if isinstance(error, ChoralError) else f"{kind}: {error}"
-            hint = error.hint if isinstance(error, ChoralError) else ""
-            waiting.append(self._send_later(0, _packed({"error": kind, "text": text, "hint": hint}, {})))
+            waiting.append(self._send_later(0, _packed(_said(error), {})))
         while waiting:
             _wait(waiting.popleft())
 
@@ -174,8 +183,8 @@ class Team:
         """Whether a result of that rank is here already."""
         return bool(self._arrived.get(rank))
 
-    def answer(self, rank: int, party: str, round_number: int) -> Done:
-        """What a rank made of a party's work. Raises: ProcessError; DivergedError and TaskError as it raised them."""
+    def answer(self, rank: int, party: str, round_number: int) -> Done | Failed:
+        """What a rank made of a party's work. Raises: ProcessError; TaskError as it raised it."""
         arrived = self._arrived.setdefault(rank, deque())
         if not arrived:
             header, tensors = self._receive(rank, f" in round {round_number}")
@@ -188,9 +197,8 @@ class Team:
 
     def _refuse_error(self, rank: int, header: dict[str, Any]) -> None:
         if "error" in header:
-            kinds: dict[str, type[ChoralError]] = {"DivergedError": DivergedError, "TaskError": TaskError}
-            kind = kinds.get(header["error"], ProcessError)
-            text = header["text"] if kind is not ProcessError else f"rank {rank}: {header['text']}"
+            known = header["error"] == TaskError.__name__
+            kind, text = (TaskError, header["text"]) if known else (ProcessError, f"rank {rank}: {header['text']}")
             raise kind(text, hint=header["hint"])
 
     def _tell(self, header: dict[str, Any], tensors: _Tensors) -> None:
@@ -234,7 +242,7 @@ class Sharded:
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`. Raises: ProcessError, too."""
         orders = iter(orders)
         while chunk := list(islice(orders, _CHUNK * self._team.size)):
@@ -242,7 +250,7 @@ class Sharded:
 
     def _chunk(
         self, chunk: list[tuple[str, Work]], weights: torch.Tensor, round_number: int
-    ) -> Iterator[tuple[str, Done]]:
+    ) -> Iterator[tuple[str, Done | Failed]]:
         names = [party for party, _ in chunk]
         places = self._places or _balanced(names, self._examples.__getitem__, self._team.size)
         for rank in range(1, self._team.size):
@@ -251,7 +259,7 @@ class Sharded:
                 orders, tensors = _described(theirs)
                 self._team.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
         own = iter(self._inner.do([(p, w) for p, w in chunk if places[p] == 0], weights, round_number))
-        early: deque[tuple[str, Done]] = deque()
+        early: deque[tuple[str, Done | Failed]] = deque()
         for party, _ in chunk:
             if places[party] == 0:
                 yield early.popleft() if early else next(own)
@@ -262,7 +270,9 @@ class Sharded:
                         break
                     early.append(made)
                 done = self._team.answer(places[party], party, round_number)
-                yield party, dataclasses.replace(done, vector=done.vector.to(weights.device))
+                if isinstance(done, Done):
+                    done = dataclasses.replace(done, vector=done.vector.to(weights.device))
+                yield party, done
 
 
 @contextmanager
@@ -311,22 +321,50 @@ def _work(order: dict[str, Any], tensors: _Tensors) -> Work:
     return _WORKS[order["kind"]](**parts, **order["numbers"])
 
 
-def _kept(done: Done) -> int:
+def _bytes(done: Done | Failed) -> int:
+    return done.vector.nbytes if isinstance(done, Done) else 0
+
+
+def _kept(done: Done | Failed) -> int:
     """How many results like this one a rank may have made before they are asked for: 1 MiB, and one at least."""
-    return max(1, _LARGE // max(done.vector.nbytes, 1))
+    return max(1, _LARGE // max(_bytes(done), 1))
 
 
-def _results(results: list[tuple[str, Done]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _results(results: list[tuple[str, Done | Failed]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Results as JSON and tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    for place, (_, done) in enumerate(results):
+    said: list[dict[str, Any]] = []
+    for place, (party, done) in enumerate(results):
+        if isinstance(done, Failed):
+            said.append({"party": party, **_said(done.error)})
+            continue
         parts = {f"vector {place}": done.vector, f"dual {place}": done.dual}
         tensors |= {name: part for name, part in parts.items() if part is not None}
-    return {"done": [{"party": party, "steps": done.steps, "path": done.path} for party, done in results]}, tensors
+        said.append({"party": party, "steps": done.steps, "path": done.path})
+    return {"done": said}, tensors
 
 
-def _done(header: dict[str, Any], tensors: _Tensors) -> Iterator[tuple[str, Done]]:
+def _said(error: Exception) -> dict[str, str]:
+    """An error for another process of the same user."""
+    kind = type(error).__name__
+    known = isinstance(error, ChoralError)
+    return {"error": kind, "text": str(error) if known else f"{kind}: {error}", "hint": getattr(error, "hint", "")}
+
+
+_ERRORS: dict[str, type[ChoralError]] = {
+    kind.__name__: kind for kind in (DivergedError, ConfigError, DataError, BudgetExceededError, UnsupportedModelError)
+}
+
+
+def _failed(said: Mapping[str, Any]) -> Failed:
+    return Failed(error=_ERRORS.get(said["error"], TaskError)(said["text"], hint=said["hint"]))
+
+
+def _done(header: dict[str, Any], tensors: _Tensors) -> Iterator[tuple[str, Done | Failed]]:
     for place, said in enumerate(header["done"]):
+        if "error" in said:
+            yield said["party"], _failed(said)
+            continue
         vector, dual = tensors[f"vector {place}"], tensors.get(f"dual {place}")
         yield said["party"], Done(vector=vector, steps=said["steps"], path=said["path"], dual=dual)
 
