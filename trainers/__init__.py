@@ -22,6 +22,7 @@ from choral.trainers.lora import lora, merged
 from choral.trainers.participation import ONCE_A_DAY, Availability, Clock, Device, Dropouts, Participation
 from choral.trainers.partition import dirichlet_split
 from choral.trainers.run import Round, Run, RunFolderError, RunInfo, value_bound_for
+from choral.trainers.schedule import Schedule
 from choral.trainers.settings import Split, Training
 from choral.trainers.start import StartError
 from choral.trainers.task import DivergedError, Task, TaskError
@@ -52,6 +53,7 @@ __all__ = [
     "RunFolderError",
     "RunInfo",
     "Scaffold",
+    "Schedule",
     "Split",
     "StartError",
     "Task",

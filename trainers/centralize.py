@@ -25,6 +25,7 @@ from choral.trainers.beginning import (
     recorded_model,
     rounds_paid_for,
 )
+from choral.trainers.between_rounds import Attributes, Groups, Watched
 from choral.trainers.data_parallel import own_device, workers_of
 from choral.trainers.energy import EnergyMeter
 from choral.trainers.flat import Layout
@@ -34,6 +35,7 @@ from choral.trainers.moving import OnDevice
 from choral.trainers.per_party import check_held_out, per_party_of
 from choral.trainers.record import Recorder
 from choral.trainers.run import Round, Run
+from choral.trainers.schedule import Schedule
 from choral.trainers.seeding import forget_workers, generators_of, reseed, seeded
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import (
@@ -43,8 +45,10 @@ from choral.trainers.task import (
     EvaluateParty,
     Fit,
     Loss,
+    call,
     check_parties,
     checked_build,
+    takes_round,
 )
 
 POOLED = "pooled"
@@ -60,6 +64,7 @@ def centralize(
     seed: int = 0,
     loss: Loss | None = None,
     start: Start | None = None,
+    schedule: Schedule | None = None,
     held_out: Mapping[str, Any] | None = None,
     evaluate_party: EvaluateParty | None = None,
     privacy: Privacy | None = None,
@@ -84,6 +89,7 @@ def centralize(
     The other arguments and errors are those of :func:`federate`.
     """
     del loss
+    changing = schedule or Schedule()
     check_settings(rounds, seed, 0.0)
     examples = check_parties(parties, least=1, min_classes=1)
     check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
@@ -94,6 +100,7 @@ def centralize(
     whole = pool(list(parties.values()))
     arithmetic = Arithmetic(on, precision, compile=compile)
     info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning)
+    info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
@@ -112,6 +119,7 @@ def centralize(
         with seeded(seed, 0, POOLED):
             reseed(generators_of(build), seed, 0, POOLED)
             model, optimizer, loader = checked_build(build, whole)
+        groups, attributes, watched, told = Groups(optimizer), Attributes(model), Watched(whole, loader), False
         model.to(on)
         layout = Layout(model)
         layout.check(first, "the pooled data")
@@ -128,6 +136,7 @@ def centralize(
         for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
             model.train()
+            groups.begin(optimizer, changing.factor(number, rounds))
             reseed(own_generators, seed, number, POOLED)
             forget_workers(loader)
             with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
@@ -136,8 +145,11 @@ def centralize(
                     arguments = guards[POOLED].wrap(trained, optimizer, loader)
                     trained = arguments[0]
                 with arithmetic.over(trained, POOLED, private=bool(guards)):
-                    fit(arguments[0], arguments[1], OnDevice.wrap(arguments[2], on))
+                    call(fit, arguments[0], arguments[1], OnDevice.wrap(arguments[2], on), number)
             workers.agree(model)
+            groups.check(optimizer, "the pooled data")
+            attributes.settle("the pooled data", takes_round=takes_round(fit))
+            told = told or watched.tell("the pooled data")
             if not torch.isfinite(layout.read()).all():
                 raise DivergedError(
                     f"training on the pooled data diverged in round {number}: the weights are not finite",

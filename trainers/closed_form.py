@@ -127,18 +127,17 @@ class ClosedForm:
     ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; one party after the other.
 
-        A party also fails with TaskError if the task's loss is not the logistic one.
+        Raises: TaskError if the task's loss is not the logistic one, or the party's records are of another kind.
         """
         for party, work in orders:
-            make = partial(self._done, party, work, weights, round_number)
+            make = partial(self._done, party, self.block(party), work, weights, round_number)
             yield party, attempted(make, party, round_number)
 
-    def _done(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
-        block = self.block(party)
+    def _done(self, party: str, block: Block, work: Work, weights: torch.Tensor, round_number: int) -> Done:
         # The numbers that the default trainer draws from torch's own generator, which is not touched here.
         random = torch.Generator().manual_seed(seed_of(self._resident.seed, round_number, party))
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            vector, more = self._made_of(party, block, work, _array(weights), random)
+            vector, more = self._made_of(party, block, work, _array(weights), random, round_number)
         return Done(vector=torch.from_numpy(vector).to(weights), **more)
 
     def block(self, party: str) -> Block:
@@ -198,11 +197,11 @@ class ClosedForm:
             )
 
     def _made_of(
-        self, party: str, block: Block, work: Work, start: Array, random: torch.Generator
+        self, party: str, block: Block, work: Work, start: Array, random: torch.Generator, number: int
     ) -> tuple[Array, dict[str, Any]]:
         match work:
             case Train():
-                return self._train(block, work, start, random)
+                return self._train(block, work, start, random, self._rate * self._resident.rate_factor(number))
             case Gradient():
                 return block.slope(start), {}
             case Svrg():
@@ -219,7 +218,9 @@ class ClosedForm:
                 return change, {"dual": torch.from_numpy(dual)}
         raise TaskError(f"{type(work).__name__} is no work that the closed form knows")
 
-    def _train(self, block: Block, work: Train, start: Array, random: torch.Generator) -> tuple[Array, dict[str, Any]]:
+    def _train(
+        self, block: Block, work: Train, start: Array, random: torch.Generator, rate: float
+    ) -> tuple[Array, dict[str, Any]]:
         """SGD as a DataLoader deals it: each pass in batches of its own."""
         here, steps = start, 0
         ones = np.ones_like(start)
@@ -228,13 +229,11 @@ class ClosedForm:
             drift = self._decay * here + work.pull * (here - start)
             if work.shift is not None:
                 drift = drift + _array(work.shift)
-            keep = 1.0 - self._rate * (self._decay + work.pull)
+            keep = 1.0 - rate * (self._decay + work.pull)
             order = _loader_order(len(block.labels), random)
-            here = here + self._kernels.walk(
-                *block.parts, order, self._batch, here, drift, keep, self._rate, ones, False
-            )
+            here = here + self._kernels.walk(*block.parts, order, self._batch, here, drift, keep, rate, ones, False)
             steps += -(-len(order) // self._batch)
-        return here - start, {"steps": steps, "path": self._rate * steps}
+        return here - start, {"steps": steps, "path": rate * steps}
 
     def _svrg(self, block: Block, work: Svrg, start: Array, random: torch.Generator) -> Array:
         scale = np.ones_like(start)

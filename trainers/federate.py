@@ -62,6 +62,7 @@ from choral.trainers.rounds import (
     with_reasons,
 )
 from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.schedule import Schedule
 from choral.trainers.start import Start, Weights
 from choral.trainers.task import Build, Evaluate, EvaluateParty, Fit, Loss
 from choral.trainers.transcript import Detail, Transcript
@@ -80,6 +81,7 @@ def federate(
     seed: int = 0,
     loss: Loss | None = None,
     start: Start | None = None,
+    schedule: Schedule | None = None,
     held_out: Mapping[str, Any] | None = None,
     evaluate_party: EvaluateParty | None = None,
     algorithm: Algorithm | str | None = None,
@@ -106,7 +108,9 @@ def federate(
     """Train one model over parties that keep their data.
 
     build, fit, evaluate: the user's own functions: ``build(dataset) -> (model, optimizer, loader)``,
-        ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats.
+        ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats. A ``fit``
+        with a parameter ``round`` is given the number of the round, from 1.
+    schedule: of the optimizer's learning rates from round to round, as :class:`Schedule` says.
     parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
         ``min_classes`` classes. With a cohort also `VirtualParties`, made on demand: a round then costs what its cohort
         costs, however many there are.
@@ -174,6 +178,11 @@ def federate(
     check_arithmetic(precision, compile, private=isinstance(privacy, Privacy), reads_records=algorithm.needs_loss)
     check_participation(algorithm, participation, len(parties))
     check_patience(algorithm, participation, privacy, secure_sum.name)
+    if schedule is not None and not schedule.constant and algorithm.needs_loss:
+        raise ConfigError(
+            f"the schedule is of the learning rate of fit, which {algorithm.kind} does not call",
+            hint="leave the schedule out, or use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova",
+        )
     arithmetic = Arithmetic(on, precision, compile=compile)
     info = describe(
         "federated", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning, census.population
@@ -182,6 +191,7 @@ def federate(
         info,
         algorithm=algorithm.record(),
         participation=participation.record(),
+        schedule=schedule.record() if schedule else None,
         releases=tuple(asdict(release) for release in algorithm.releases),
     )
 
@@ -198,6 +208,8 @@ def federate(
             first=names[0],
             seats=census.seats,
             arithmetic=arithmetic,
+            schedule=schedule,
+            rounds=rounds,
         )
         return resident, engine(resident) if engine else Fastest(resident)
 

@@ -7,7 +7,6 @@ deepcopy, which is slow and trains the original where a forward closes over its 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,19 +17,33 @@ import torch
 from torch import nn
 
 from choral.doors import worded
+from choral.errors import ChoralError
 from choral.privacy import Guard, LedgerError
 from choral.trainers import gradients, linear
 from choral.trainers.algorithms.seam import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.arithmetic import Arithmetic
+from choral.trainers.between_rounds import Attributes, Groups, Watched
 from choral.trainers.corrections import Steps, corrected
 from choral.trainers.epochs import Plan
 from choral.trainers.flat import Layout
 from choral.trainers.moving import OnDevice
 from choral.trainers.records import Records
 from choral.trainers.run import RunFolderError
+from choral.trainers.schedule import Schedule
 from choral.trainers.seeding import Generator, forget_workers, generators_of, reseed, seeded
 from choral.trainers.start import Weights
-from choral.trainers.task import Build, DivergedError, Fit, Loss, TaskError, check_returned, checked_build, raised_by
+from choral.trainers.task import (
+    Build,
+    DivergedError,
+    Fit,
+    Loss,
+    TaskError,
+    call,
+    check_returned,
+    checked_build,
+    raised_by,
+    takes_round,
+)
 
 
 @dataclass
@@ -42,8 +55,9 @@ class Seat:
 
     dataset: Any
     optimizer: torch.optim.Optimizer
-    fresh: dict[str, Any]
+    groups: Groups
     loader: Any
+    watched: Watched
     generators: list[Generator]
     plan: Plan | Literal[False] | None = None
 
@@ -55,7 +69,7 @@ class Resident:
     differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
     start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
     how many parties keep theirs, the last ones that had a turn; by default all.
-    arithmetic: of ``fit``; by default float32, not compiled.
+    arithmetic: of ``fit``; by default float32, not compiled. schedule: of the learning rates, over so many rounds.
     """
 
     def __init__(
@@ -72,7 +86,10 @@ class Resident:
         first: str | None = None,
         seats: int | None = None,
         arithmetic: Arithmetic | None = None,
+        schedule: Schedule | None = None,
+        rounds: int = 1,
     ) -> None:
+        self.schedule, self.rounds = schedule or Schedule(), rounds
         self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
         self.seed, self.device = seed, device
         self.arithmetic = arithmetic or Arithmetic(device)
@@ -82,6 +99,7 @@ class Resident:
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
+        self._attributes, self._told = Attributes(self.model), False
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
         self.seats = seats
@@ -92,6 +110,10 @@ class Resident:
     def length(self) -> int:
         return self.layout.length
 
+    def rate_factor(self, round_number: int) -> float:
+        """What the schedule multiplies learning rates by."""
+        return self.schedule.factor(round_number, self.rounds)
+
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
@@ -100,7 +122,8 @@ class Resident:
         A party fails with DivergedError if a result is NaN or infinite; TaskError if ``fit`` changed the model's shape,
         its buffers or its frozen parameters, trained something else, or if the work needs what the task or the model
         lacks; and with what the user's functions raise. The model is then put back as it was.
-        Raises: TaskError for a private party without a guard.
+        Raises: TaskError for a private party without a guard, and what `checked_build` does: another model than the
+            first party's suits nobody.
         """
         for party, work in orders:
             self._check_guard(party)
@@ -111,7 +134,7 @@ class Resident:
                         return self._train(party, work, weights, round_number)
                     return self._read(party, work, weights, round_number)
 
-            made = attempted(make, party, round_number)
+            made = self._seated(party) or attempted(make, party, round_number)
             if isinstance(made, Failed):
                 self.recover()
             yield party, made
@@ -123,23 +146,38 @@ class Resident:
         reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
         forget_workers(seat.loader)
         self.layout.write(weights)
-        seat.optimizer.load_state_dict(seat.fresh)
+        seat.optimizer.state.clear()
+        seat.groups.begin(seat.optimizer, self.rate_factor(round_number))
         self.model.train()
         model, optimizer, loader = self._training, seat.optimizer, seat.loader
         if self.guards:
             model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
             self._training = model
+        watched = bool(self.guards) or not self.schedule.constant
         with (
-            corrected(seat.optimizer, self.layout, work, weights, watched=bool(self.guards)) as steps,
+            corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
             self.arithmetic.over(model, party, private=bool(self.guards)),
         ):
-            returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device))
+            returned = call(self.fit, model, optimizer, OnDevice.wrap(loader, self.device), round_number)
         check_returned(returned, (model, self.model), party)
         self.layout.check(self.model, f"party {party!r} after fit")
         self.check_fixed(party)
         change = self.layout.read() - weights
         self._check_trained(party, work, steps, change)
+        seat.groups.check(seat.optimizer, f"party {party!r}")
+        self._attributes.settle(f"party {party!r}", takes_round=takes_round(self.fit))
+        self._told = self._told or seat.watched.tell(f"party {party!r}")
         return Done(vector=change, steps=steps.count, path=steps.path)
+
+    def _seated(self, party: str) -> Failed | None:
+        """Make the party's seat, unless the user's code raises."""
+        try:
+            self.seat(party)
+        except ChoralError:
+            raise
+        except Exception as error:
+            return Failed(error=raised_by(error, f"build at party {party!r}"))
+        return None
 
     def _check_guard(self, party: str) -> None:
         """Raises: TaskError where a private party would be trained without a guard; this ends the run."""
@@ -202,7 +240,8 @@ class Resident:
             # In place: some optimizers (LBFGS) keep a second reference to this very list.
             group["params"][:] = [self._by_name[names[id(parameter)]] for parameter in group["params"]]
         optimizer.state.clear()
-        return Seat(dataset, optimizer, copy.deepcopy(optimizer.state_dict()), loader, generators_of(loader, dataset))
+        watched = Watched(dataset, loader)
+        return Seat(dataset, optimizer, Groups(optimizer), loader, watched, generators_of(loader, dataset))
 
     def _check_trained(self, party: str, work: Train, steps: Steps, change: torch.Tensor) -> None:
         if self.layout.stale(self.model):
@@ -217,10 +256,10 @@ class Resident:
                 " drop_last=True a small party has no batch at all",
             )
         if steps.astray > 0.0 and torch.isfinite(change).all():
-            lost = "what the algorithm adds to each step is not in the change"
+            lost = "what the algorithm or the schedule says of each step is not in the change"
             if self.guards:
                 lost = "what was changed has no noise"
-            elif not work.corrects:
+            elif work.counts and not work.corrects:
                 lost = "the number of steps does not explain the change"
             raise TaskError(
                 f"fit at party {party!r} changed the weights outside the steps of the optimizer that it was given"

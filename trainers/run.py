@@ -134,6 +134,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
     start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
     participation: who takes part in a round, None for everybody always.
+    schedule: of the learning rates, None where they stay.
     algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
     config: the settings that the user typed, as they were typed.
     tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
@@ -158,6 +159,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     spent: dict[str, Spent] = {}
     start: dict[str, str | int] | None = None
     participation: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
     algorithm: dict[str, Any] | None = None
     releases: tuple[dict[str, Any], ...] = ()
     secure_sum: dict[str, Any] | None = None
@@ -482,7 +484,7 @@ _COMPUTED = ("precision", "compile")
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
     """Refuse to resume a run that was started with other settings."""
-    fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning")
+    fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning", "schedule")
     _compare(old, new, (*fields, *_COMPUTED, "participation"), {*old.config, *new.config} - _SHARED_KEYS)
 
 

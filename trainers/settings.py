@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from choral.errors import ConfigError
+from choral.trainers.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Training:
     """Arithmetic of the model while it trains; bf16 by torch.autocast, weights and updates stay float32."""
     compile: bool = False
     """Compile the model (torch.compile); not for private arms."""
+    schedule: Schedule = field(default_factory=Schedule)
     start: Path | None = None
     """Weights to start from (.safetensors), of the same model; by default the seed makes them."""
 

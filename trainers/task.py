@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
@@ -23,7 +24,7 @@ _LIBRARY = re.compile(
 
 Built = tuple[nn.Module, torch.optim.Optimizer, Any]
 Build = Callable[[Any], Built]
-Fit = Callable[[nn.Module, torch.optim.Optimizer, Any], object]
+Fit = Callable[..., object]
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 References = Mapping[str, Mapping[str, float]]
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
@@ -34,6 +35,7 @@ EvaluateParty = Callable[[nn.Module, Any], "float | Mapping[str, float]"]
 class Task:
     """A training job as its user has it: three functions, and one dataset per party.
 
+    fit: ``fit(model, optimizer, loader)``; a parameter ``round``, if it has one, is the number of the round, from 1.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
     held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
         dataset, ``evaluate_party(model, dataset)``. Both are used only where numbers per party are asked for.
@@ -61,6 +63,19 @@ class DivergedError(ChoralError):
     """Training produced NaN or infinite weights. The run keeps its last good round."""
 
 
+def takes_round(fit: Fit) -> bool:
+    """Whether ``fit`` has a parameter of that name."""
+    try:
+        return "round" in inspect.signature(fit).parameters
+    except (TypeError, ValueError):  # of a builtin, which says nothing
+        return False
+
+
+def call(fit: Fit, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, number: int) -> object:
+    """Call ``fit`` in round ``number``, which it is told if it asks."""
+    return fit(model, optimizer, loader, **({"round": number} if takes_round(fit) else {}))
+
+
 def raised_by(error: Exception, what: str) -> ChoralError:
     """The error itself if it is of this package, else a TaskError that says what raised it, in which line."""
     if isinstance(error, ChoralError):
@@ -75,8 +90,8 @@ def raised_by(error: Exception, what: str) -> ChoralError:
 def checked_build(build: Build, dataset: Any) -> Built:
     """Call ``build`` and check its result.
 
-    Raises: TaskError if it is not (model, optimizer, loader), if nothing is trainable, or if the optimizer holds
-    parameters of another model; ConfigError for layers whose state cannot be averaged (BatchNorm).
+    Raises: TaskError if it is not (model, optimizer, loader), if nothing is trainable, if the optimizer holds
+    parameters of another model, or has a scheduler; ConfigError for layers whose state cannot be averaged (BatchNorm).
     """
     built = build(dataset)
     if not (isinstance(built, tuple) and len(built) == 3):
@@ -102,6 +117,7 @@ def checked_build(build: Build, dataset: Any) -> Built:
             hint="what is trained must be part of the model that build returns",
         )
     _refuse_batch_norm(model)
+    _refuse_scheduler(model, optimizer, loader)
     return model, optimizer, loader
 
 
@@ -113,6 +129,19 @@ def _refuse_batch_norm(model: nn.Module) -> None:
                 " and cannot be averaged between parties",
                 hint="replace it by torch.nn.GroupNorm; accuracy is usually within a point",
             )
+
+
+def _refuse_scheduler(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    attached = any("initial_lr" in group for group in optimizer.param_groups)
+    holders = [optimizer, loader, *model.modules()]
+    held = (value for holder in holders for value in getattr(holder, "__dict__", {}).values())
+    if attached or any(isinstance(value, torch.optim.lr_scheduler.LRScheduler) for value in held):
+        raise TaskError(
+            "build attached a learning-rate scheduler, whose state no round hands on to the next: it would be undone at"
+            " the parties and go on in the cloud",
+            hint="give schedule=Schedule(kind=...) ([training.schedule] in settings), let fit take the number of the"
+            " round, fit(model, optimizer, loader, round), or make the scheduler in fit for the steps of one round",
+        )
 
 
 def check_returned(returned: object, models: tuple[nn.Module, ...], party: str) -> None:

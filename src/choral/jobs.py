@@ -144,6 +144,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
         "rounds": settings.training.rounds,
         "seed": seed,
         "start": settings.training.start,
+        "schedule": settings.training.schedule,
         "privacy": privacy,
         "device": settings.device,
         "precision": settings.training.precision,

@@ -15,7 +15,7 @@ from choral import Privacy, federate
 from choral.errors import ConfigError
 from choral.privacy import Guard, Ledger
 from choral.trainers import DivergedError, Epochs
-from choral.trainers.algorithms.seam import Done, Gradient, Train
+from choral.trainers.algorithms.seam import Done, Failed, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.engines.direct import planned
 from choral.trainers.local import Resident, refuse_diverged
@@ -109,7 +109,7 @@ def test_loaders_of_other_kinds(loader: dict[str, Any]) -> None:
     fit = Epochs()
     expected = results(resident(MODELS["mlp"], lambda m, o, x: fit(m, o, x), loader=loader), Train())
     known = resident(MODELS["mlp"], fit, loader=loader)
-    assert planned(known, "party-0", Train()) is not None
+    assert planned(known, "party-0", Train(), 1) is not None
     assert_alike(results(Direct(known), Train()), expected)
     assert_alike(results(Cohort(known), Train()), expected)
 
@@ -149,7 +149,7 @@ def test_what_is_not_known_in_full_runs_as_it_is() -> None:
         seat = known.seat("party-0")
         for name, value in replaced.items():
             setattr(seat, name, value)
-        return planned(known, "party-0", Train())
+        return planned(known, "party-0", Train(), 1)
 
     def fresh() -> Resident:
         return resident(MODELS["mlp"], Epochs())
@@ -169,8 +169,8 @@ def test_what_is_not_known_in_full_runs_as_it_is() -> None:
     known = fresh()
     assert first(known, optimizer=torch.optim.Adam(known.model.parameters())) is None
     assert first(known, plan=None, optimizer=torch.optim.SGD(list(known.model.parameters())[1:], lr=0.1)) is None
-    assert planned(resident(MODELS["mlp"], lambda m, o, x: None), "party-0", Train()) is None
-    assert planned(fresh(), "party-0", Gradient()) is None
+    assert planned(resident(MODELS["mlp"], lambda m, o, x: None), "party-0", Train(), 1) is None
+    assert planned(fresh(), "party-0", Gradient(), 1) is None
 
 
 def test_private_parties_are_left_to_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +208,11 @@ def test_models_that_draw_random_numbers_take_turns() -> None:
 def test_divergence_names_the_party(engine: Any) -> None:
     known = resident(MODELS["mlp"], Epochs())
     known.datasets["party-3"].tensors[0][0] = float("inf")
-    with pytest.raises(DivergedError, match="party-3"):
-        results(engine(known), Train())
+    made = results(engine(known), Train())
+    failed = {party: done.error for party, done in made.items() if isinstance(done, Failed)}
+    assert list(failed) == ["party-3"]
+    assert isinstance(failed["party-3"], DivergedError)
+    assert "party-3" in str(failed["party-3"])
 
 
 @pytest.mark.parametrize(("cheap", "expected"), [(Direct, Direct), (Cohort, Cohort)])

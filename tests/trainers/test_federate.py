@@ -281,7 +281,7 @@ def _huge_fit(model, optimizer, loader):
         (lambda p: {"privacy": Privacy(epsilon=1.0, delta=1e-3, ledger="x")}, ConfigError, "one holder's file"),
         (lambda p: {"build": _by_size}, TaskError, "differs from the first party's"),
         (lambda p: {"fit": _nan_fit}, DivergedError, "party 'north' diverged in round 1"),
-        (lambda p: {"fit": _huge_fit}, EncodingError, "16"),
+        (lambda p: {"fit": _huge_fit, "secure_sum": Masked(min_survivors=2)}, EncodingError, "16"),
         (lambda p: {"evaluate": lambda m: "good"}, TaskError, "evaluate returned str"),
         (lambda p: {"evaluate": lambda m: float("nan")}, TaskError, "finite"),
         (lambda p: {"rounds": 0}, ConfigError, "rounds >= 1"),

@@ -304,7 +304,8 @@ def test_optimizers_with_hooks_or_steps_of_their_own() -> None:
 
         def halve(stepped: torch.optim.Optimizer, *_: Any) -> None:
             for group in stepped.param_groups:
-                group["lr"] /= 2
+                for parameter in group["params"]:
+                    parameter.data /= 2
 
         optimizer.register_step_post_hook(halve)
         return model, optimizer, shuffled(dataset)
@@ -322,13 +323,7 @@ def test_optimizers_with_hooks_or_steps_of_their_own() -> None:
         optimizer.step = clipped  # type: ignore[method-assign]
         return model, optimizer, shuffled(dataset)
 
-    def scheduled(dataset: Any) -> Any:
-        model = mlp()
-        optimizer = sgd(model)
-        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25)
-        return model, optimizer, shuffled(dataset)
-
-    for build in (halving, clipping, scheduled):
+    for build in (halving, clipping):
         check(build)
 
 

@@ -39,7 +39,7 @@ def test_round_trip(job, tmp_path):
         run.save(copy)
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 
@@ -189,21 +189,6 @@ def test_a_folder_killed_before_its_first_round_resumes(job, tmp_path):
         federate(**job(), out=tmp_path / "run", resume=True)
     (tmp_path / "run" / "ledger").rmdir()
     assert federate(**job(), out=tmp_path / "run", resume=True).finished
-
-
-def test_a_learning_rate_that_fit_lowers_is_kept_on_resume(job, tmp_path):
-    plain = job()["fit"]
-
-    def fit(model, optimizer, loader):
-        plain(model, optimizer, loader)
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.5
-
-    whole = centralize(**job(rounds=4, fit=fit))
-    with pytest.raises(Stop):
-        centralize(**job(rounds=4, fit=fit), out=tmp_path / "run", on_round=interrupt(after=2))
-    resumed = centralize(**job(rounds=4, fit=fit), out=tmp_path / "run", resume=True)
-    assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
 
 
 SCRIPT = """

@@ -96,7 +96,7 @@ class Cohort:
         """The results of the parties that fit into one stack: those whose optimizer has the first one's settings."""
         members: list[Member] = []
         for party, work in chunk:
-            plan = planned(self.resident, party, work) if self.stackable else None
+            plan = planned(self.resident, party, work, round_number) if self.stackable else None
             if plan is None or not isinstance(work, Train):
                 continue
             if self.pads is None:
@@ -189,6 +189,9 @@ class Cohort:
         index, share, offset = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape), 0
         lengths: list[set[int]] = [set() for _ in range(shape[1])]
         for place, member in enumerate(members):
+            index[place] = (
+                offset  # what pads a batch is the party's own: another's would reach it where it is not finite
+            )
             drawn = torch.Generator().manual_seed(seed_of(self.resident.seed, round_number, member.party))
             for step, batch in enumerate(member.plan.batches(drawn)):
                 index[place, step, : len(batch)] = batch + offset

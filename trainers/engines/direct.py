@@ -62,7 +62,7 @@ class Direct:
     ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; nothing is read ahead."""
         for party, work in orders:
-            plan = planned(self.resident, party, work)
+            plan = planned(self.resident, party, work, round_number)
             if plan is None or not isinstance(work, Train):
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue
@@ -160,7 +160,7 @@ class Step:
         return [self._velocity[place] for place in places]
 
 
-def planned(resident: Resident, party: str, work: Work) -> Plan | None:
+def planned(resident: Resident, party: str, work: Work, round_number: int) -> Plan | None:
     """The party's training in tensors, or None where the resident trainer must do it: other work, private parties."""
     if not isinstance(work, Train) or resident.guards:
         return None
@@ -171,7 +171,9 @@ def planned(resident: Resident, party: str, work: Work) -> Plan | None:
     if seat.plan is None:
         plan = plan_of(resident.fit, resident.model, seat.optimizer, seat.loader, resident.device)
         seat.plan = plan if plan is not None and plan.steps else False
-    return seat.plan or None
+    if not seat.plan or (factor := resident.rate_factor(round_number)) == 1.0:
+        return seat.plan or None
+    return dataclasses.replace(seat.plan, learning_rate=seat.plan.learning_rate * factor)
 
 
 def path_of(plan: Plan) -> float | None:

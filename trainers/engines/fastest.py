@@ -46,7 +46,7 @@ class Fastest:
     def _choose(self, first: list[tuple[str, Work]], weights: torch.Tensor, round_number: int) -> LocalTrainer:
         compile = self.resident.arithmetic.compile
         direct, cohort = Direct(self.resident), Cohort(self.resident)
-        if len([party for party, work in first if planned(self.resident, party, work) is not None]) < 2:
+        if len([party for party, work in first if planned(self.resident, party, work, round_number) is not None]) < 2:
             return direct
         tried: list[LocalTrainer] = [direct, *([Direct(self.resident, compiled=False)] if compile else []), cohort]
         seconds = {id(trainer): _seconds(trainer, first, weights, round_number, twice=compile) for trainer in tried}
