@@ -10,6 +10,7 @@ it by float32 rounding only. Runs on the CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ class ClosedForm:
         self._rate, self._batch, self._epochs, self._decay = rate, batch_size, epochs, decay
         self._kernels = _kernels(find_spec("numba") is not None if compiled is None else compiled)
         self._made: dict[str, Block] = {}  # the latest turn last
-        self._checked = False
+        self._checked = self._fit_checked = False
 
     @classmethod
     def of(cls, **settings: Any) -> Callable[[Resident], Self]:
@@ -130,8 +131,56 @@ class ClosedForm:
         Raises: TaskError if the task's loss is not the logistic one, or the party's records are of another kind.
         """
         for party, work in orders:
+            if isinstance(work, Train) and not self._fit_checked:
+                self._check_fit(party)
             make = partial(self._done, party, self.block(party), work, weights, round_number)
             yield party, attempted(make, party, round_number)
+
+    def _check_fit(self, party: str) -> None:
+        """Whether ``fit`` does what this trainer was told, on a few of the party's records. Raises: TaskError, naming
+        what differs.
+        """
+        self._fit_checked = True
+        count = 2 * self._batch + 1
+        dataset = self._resident.datasets[party]
+        if isinstance(dataset, SparseDataset):
+            dataset = SparseDataset(dataset.rows[:count], dataset.targets[:count])
+        elif isinstance(dataset, TensorDataset):
+            dataset = TensorDataset(*(tensor[:count] for tensor in dataset.tensors))
+        known = self._resident
+        twin = Resident(
+            build=known.build, fit=known.fit, datasets={party: dataset}, guards={}, seed=known.seed, device=known.device
+        )
+        weights = torch.linspace(-1, 1, self.length) / self.length**0.5
+        [(_, made)] = twin.do([(party, Train(counts=True))], weights, 1)
+        if isinstance(made, Failed):
+            raise TaskError(f"fit cannot be compared with the closed form: {made.error}", hint="leave out engine")
+        optimizer, loader = twin.seat(party).optimizer, twin.seat(party).loader
+        steps = self._epochs * -(-len(dataset) // self._batch)
+        rate = None if made.path is None else made.path / max(made.steps, 1)
+        decay = optimizer.param_groups[0].get("weight_decay", 0.0)
+        told = {
+            "batch_size": (self._batch, getattr(loader, "batch_size", self._batch)),
+            "epochs": (f"{self._epochs} ({steps} steps)", f"{self._epochs} ({made.steps} steps)"),
+            "rate": (self._rate, self._rate if rate is not None and math.isclose(rate, self._rate) else rate),
+            "decay": (self._decay, decay),
+        }
+        for name, (said, found) in told.items():
+            if said != found:
+                raise TaskError(
+                    f"the closed form was told {name} = {said}, and the task's fit has {found} on {len(dataset)} records",
+                    hint="give ClosedForm what build and fit do: passes of torch.optim.SGD without momentum over a"
+                    " DataLoader that drops no batch",
+                )
+        random = torch.Generator().manual_seed(seed_of(known.seed, 1, party))
+        whole = self.block(party)
+        block = Block(whole.rows[: len(dataset)], whole.labels[: len(dataset)])
+        expected, _ = self._train(block, Train(), _array(weights), random, self._rate)
+        if not np.allclose(_array(made.vector), expected, rtol=1e-3, atol=1e-5):
+            raise TaskError(
+                "the task's fit does something else than the closed form: the same steps lead elsewhere",
+                hint="it is for the mean logistic loss, records in the order of a shuffling DataLoader; leave out engine",
+            )
 
     def _done(self, party: str, block: Block, work: Work, weights: torch.Tensor, round_number: int) -> Done:
         # The numbers that the default trainer draws from torch's own generator, which is not touched here.

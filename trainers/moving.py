@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
 
@@ -90,6 +92,14 @@ def mapped(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``batch`` with each of its tensors changed, whatever they are nested in."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
+    if isinstance(batch, PackedSequence):  # a tuple whose lengths stay on the CPU
+        orders = (None if order is None else change(order) for order in (batch.sorted_indices, batch.unsorted_indices))
+        return type(batch)(change(batch.data), batch.batch_sizes, *orders)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        made = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(made, field.name, mapped(getattr(batch, field.name), change))
+        return made
     if isinstance(batch, MutableMapping):  # of whatever kind: some are objects whose entries are attributes
         made = copy.copy(batch)
         for key, value in batch.items():

@@ -58,6 +58,8 @@ class Recorder:
             if resume and (folder / "model.safetensors").is_file():
                 old = folders.read_info(folder)
                 folders.check_same(old, info)
+                if info.rounds > old.rounds:  # what was said of its last round is of an earlier one now
+                    old = msgspec.structs.replace(old, rounds=info.rounds, ended="", per_party=None)
                 state, last = folders.read_weights(folder)
                 return cls(folder, old, list(folders.read_history(folder, last)), state, claim)
             if not (folder / "run.json").is_file():

@@ -483,7 +483,13 @@ _COMPUTED = ("precision", "compile")
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
-    """Refuse to resume a run that was started with other settings."""
+    """Refuse to resume a run that was started with other settings; more rounds than it was to have are its going on."""
+    if new.rounds > old.rounds and (old.schedule or {}).get("kind") != "cosine":
+        planned = dict(new.config.get("training") or {})
+        if "rounds" in planned:
+            training = {**planned, "rounds": (old.config.get("training") or {}).get("rounds")}
+            new = msgspec.structs.replace(new, config={**new.config, "training": training})
+        new = msgspec.structs.replace(new, rounds=old.rounds)
     fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning", "schedule")
     _compare(old, new, (*fields, *_COMPUTED, "participation"), {*old.config, *new.config} - _SHARED_KEYS)
 

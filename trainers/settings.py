@@ -16,7 +16,7 @@ class Split:
     """How the data is divided among the parties."""
 
     kind: Literal["dirichlet", "key", "shards", "iid"] = "dirichlet"
-    """By label: dirichlet, or shards (two labels each); key: the data's own (page, speaker, ...); iid: at random."""
+    """By label: dirichlet, or shards (two each, of a few labels); key: the data's own (page, ...); iid: at random."""
     parties: int = 10
     """Number of parties; with a key the data says how many."""
     alpha: float = 0.5
@@ -94,6 +94,8 @@ class AlgorithmSettings:
     """fedadam, fedyogi: how adaptive the server is; smaller is more."""
     max_steps: int | None = None
     """fednova: the most local steps in a round."""
+    reference: int | None = None
+    """fednova: the usual number of local steps, to which changes are scaled before they are rounded."""
     rate: float | None = None
     """gd: step size."""
     ridge: float | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
 from dataclasses import dataclass
@@ -122,13 +124,29 @@ def checked_build(build: Build, dataset: Any) -> Built:
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    """Layers whose running statistics training changes; not those without any, nor those that stay in eval mode."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    training = {name for name, module in layers.items() if module.training and module.track_running_stats}
+    for module, mode in modes.items():
+        module.training = mode
+    for name, module in layers.items():
+        if name not in training:
+            continue
+        if module.affine and not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(
-                f"layer {name!r} is {type(module).__name__}: its running statistics mix the records of a batch"
-                " and cannot be averaged between parties",
-                hint="replace it by torch.nn.GroupNorm; accuracy is usually within a point",
+                f"layer {name!r} is {type(module).__name__} with frozen weights, but model.train() puts it in training"
+                " mode, where its running statistics change, which cannot be averaged between parties",
+                hint="keep it in eval mode: override train(mode) of the model; or use torch.nn.GroupNorm",
             )
+        raise ConfigError(
+            f"layer {name!r} is {type(module).__name__}: its running statistics mix the records of a batch"
+            " and cannot be averaged between parties",
+            hint="replace it by torch.nn.GroupNorm; accuracy is usually within a point",
+        )
 
 
 def _refuse_scheduler(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
@@ -165,7 +183,8 @@ def check_returned(returned: object, models: tuple[nn.Module, ...], party: str) 
 def metrics_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
     """Call ``evaluate`` on the model in eval mode, without gradients; a bare number is filed under "accuracy".
 
-    Raises: TaskError if the result is neither a number nor a mapping of names to finite numbers.
+    An infinite number is recorded as the largest that there is.
+    Raises: TaskError if the result is neither a number nor a mapping of names to numbers, or one is NaN.
     """
     model.eval()
     with torch.no_grad():
@@ -178,8 +197,10 @@ def metrics_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
             f"evaluate returned {type(result).__name__}; expected a number, or a dict of names to numbers"
         ) from None
     for name, value in metrics.items():
-        if not torch.isfinite(torch.tensor(value)):
+        if math.isnan(value):
             raise TaskError(f"evaluate returned {value} for {name!r}; expected a finite number")
+        if math.isinf(value):  # as a perplexity before any training; files of JSON have no infinity
+            metrics[name] = math.copysign(sys.float_info.max, value)
     if not metrics:
         raise TaskError("evaluate returned no metric")
     return metrics

@@ -187,6 +187,33 @@ class TestRefusals:
             list(trainer.do([("north", seam.Gradient())], start(FEATURES), 1))
 
     @pytest.mark.parametrize(
+        ("told", "says"),
+        [
+            ({"rate": 2 * RATE}, "rate = "),
+            ({"batch_size": BATCH + 1}, "batch_size = "),
+            ({"epochs": EPOCHS + 1}, "epochs = "),
+            ({"decay": DECAY / 2}, "decay = "),
+        ],
+    )
+    def test_numbers_that_are_not_those_of_fit(self, told, says):
+        with pytest.raises(TaskError, match=f"the closed form was told {says}"):
+            list(closed(resident(), **told).do(orders(seam.Train()), start(FEATURES), 1))
+
+    def test_a_fit_that_does_something_else(self):
+        def halves(model, optimizer, loader):
+            for points, labels in [batch for _ in range(EPOCHS) for batch in loader]:
+                optimizer.zero_grad()
+                (loss(model, (points, labels)).mean() / 2).backward()
+                optimizer.step()
+
+        def own(model, optimizer, loader):
+            fit(model, torch.optim.SGD(model.parameters(), lr=RATE), loader)
+
+        for odd, says in ((halves, "does something else"), (own, "cannot be compared")):
+            with pytest.raises(TaskError, match=says):
+                list(closed(resident(fit=odd)).do(orders(seam.Train()), start(FEATURES), 1))
+
+    @pytest.mark.parametrize(
         ("data", "says"),
         [
             (SparseDataset(np.ones((2, 3)), torch.tensor([0, 1])), "has 3 features, the model 9"),

@@ -7,7 +7,8 @@ averages the change per step, and moves by the mean number of steps:
 
 If all t_k are equal it is FedAvg. For SGD without momentum t_k is the count of steps, as here (the paper's a_k = 1).
 
-What a round releases: the weighted sums of (w_k - w) / t_k and of t_k. With record-level privacy t_k is fixed by the
+What a round releases: the weighted sums of (w_k - w) reference / t_k and of t_k, the reference being public: rounded to
+fixed point, a change per step would be off by as many roundings as there are steps. With record-level privacy t_k is fixed by the
 public number of steps in a pass, whatever the records, so t_k costs nothing and the other is the update, rescaled.
 """
 
@@ -40,14 +41,17 @@ STEPS = Release(channel="update", what="t_k, the number of local steps", source=
 
 @dataclass(frozen=True, kw_only=True)
 class FedNova(Algorithm):
-    """max_steps: the most steps that a party may make in a round; with it t_k is sent in fixed point."""
+    """max_steps: the most steps that a party may make in a round; with it t_k is sent in fixed point. reference: the
+    steps, known to all, to which changes are scaled before they are rounded: about as many as are usual.
+    """
 
     kind = "fednova"
     releases = (UPDATE, STEPS)
     max_steps: int = 4096
+    reference: int = 64
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_steps")
+        check_positive(self, "max_steps", "reference")
 
     def channels(self, setup: Setup) -> dict[str, Channel]:
         return {"update": Channel(length=setup.length + 1)}
@@ -55,7 +59,7 @@ class FedNova(Algorithm):
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         mean = (yield Exchange(channel="update", weights=weights)).value
         steps = mean[-1] * self.max_steps / server.setup.value_bound
-        return moved(weights, steps * mean[:-1])
+        return moved(weights, steps / self.reference * mean[:-1])
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Train(counts=True)
@@ -69,4 +73,5 @@ class FedNova(Algorithm):
             )
         share = party.setup.value_bound * done.steps / self.max_steps
         # float64: the step count must not be rounded to float32 before the fixed point
-        return torch.cat([done.vector.double() / done.steps, done.vector.new_tensor([share], dtype=torch.float64)])
+        scaled = done.vector.double() * (self.reference / done.steps)
+        return torch.cat([scaled, done.vector.new_tensor([share], dtype=torch.float64)])
