@@ -96,10 +96,10 @@ def mapped(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         orders = (None if order is None else change(order) for order in (batch.sorted_indices, batch.unsorted_indices))
         return type(batch)(change(batch.data), batch.batch_sizes, *orders)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        made = copy.copy(batch)
+        twin = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            object.__setattr__(made, field.name, mapped(getattr(batch, field.name), change))
-        return made
+            object.__setattr__(twin, field.name, mapped(getattr(batch, field.name), change))
+        return twin
     if isinstance(batch, MutableMapping):  # of whatever kind: some are objects whose entries are attributes
         made = copy.copy(batch)
         for key, value in batch.items():

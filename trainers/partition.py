@@ -79,8 +79,9 @@ def key_split(keys: Sequence[str] | np.ndarray[Any, Any], *, min_records: int = 
 def shard_split(labels: torch.Tensor, *, parties: int, seed: int, shards: int = 2) -> list[torch.Tensor]:
     """Records sorted by label, cut into ``parties * shards`` equal shards, ``shards`` dealt to each party at random.
 
-    The pathological split of McMahan et al. 2017, arXiv 1602.05629, section 3. With two shards a party has two labels, and
-    one more for each shard that goes over from one label to the next, as happens where labels are unequal. labels: integers, shape (n,). Returns disjoint index tensors that cover 0..n-1.
+    The pathological split of McMahan et al. 2017, arXiv 1602.05629, section 3. With two shards a party has two labels,
+    and one more for each shard that goes over from one label to the next, as happens where labels are unequal.
+    labels: integers, shape (n,). Returns disjoint index tensors that cover 0..n-1.
     Raises: ConfigError for parties or shards < 1; DataError for fewer records than shards.
     """
     if parties < 1 or shards < 1:

@@ -8,8 +8,9 @@ averages the change per step, and moves by the mean number of steps:
 If all t_k are equal it is FedAvg. For SGD without momentum t_k is the count of steps, as here (the paper's a_k = 1).
 
 What a round releases: the weighted sums of (w_k - w) reference / t_k and of t_k, the reference being public: rounded to
-fixed point, a change per step would be off by as many roundings as there are steps. With record-level privacy t_k is fixed by the
-public number of steps in a pass, whatever the records, so t_k costs nothing and the other is the update, rescaled.
+fixed point, a change per step would be off by as many roundings as there are steps. With record-level privacy t_k is
+fixed by the public number of steps in a pass, whatever the records, so t_k costs nothing and the other is the update,
+rescaled.
 """
 
 from __future__ import annotations
