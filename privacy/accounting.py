@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from numbers import Real
@@ -57,12 +57,17 @@ SEARCH_ACCOUNTANT = (
     "PLD does not apply to a search"
 )
 
-_GRIDS = (1e-2, 1e-3, 1e-4, 1e-5)  # discretisations of the privacy loss, nested
+SMALLEST_RATE, SMALLEST_NOISE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e-2, 1e6, 2**24  # what is accounted for
+
+_GRIDS = tuple(10.0**-place for place in range(2, 10))  # discretisations of the privacy loss, nested
+_MOST_PARTS = 256  # unlike steps that are told apart
 _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 _FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
 RENYI_ORDERS = _ALL_ORDERS
-_LARGEST_NOISE = 1e6
 _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this much, by discretisation
+
+_LEAST_WHOLE, _MOST_WHOLE = 1e-6, 1e9  # noise multipliers of one Gaussian whose exact epsilon double precision holds
+_POINTS_OF_OTHERS = 1 << 19
 
 _Merged = tuple[tuple[float, float, int], ...]
 
@@ -81,6 +86,26 @@ def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NE
     return _checked_epsilon(merged, delta, replace) if merged else 0.0
 
 
+def bounds(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> tuple[float, float]:
+    """Return a lower and an upper bound on the epsilon at `delta` of all `events`: for audits.
+
+    Both are rigorous (:mod:`choral.privacy.pld`), rounding included; they come from grids that are refined until they
+    are within 0.2 % or 0.001, or memory ends. An epsilon below the lower one is refuted; one below the upper is not.
+    Raises: ConfigError (delta; an event out of range; a private search among the events).
+    """
+    _check_delta(delta)
+    merged, replace = _merge(_without_search(events)), _replaces(neighbours)
+    if not merged:
+        return 0.0, 0.0
+    lower, upper = 0.0, math.inf
+    for grid in _GRIDS[1:]:
+        found = _pld(merged, delta, grid, replace)
+        lower, upper = max(lower, found.lower), min(upper, found.upper)
+        if found.grid > grid or upper - lower <= max(2e-3 * upper, 1e-3):
+            break
+    return lower, upper
+
+
 def accountant_of(events: Iterable[RecordEvent]) -> str:
     """Return the method that :func:`epsilon` uses for these."""
     return SEARCH_ACCOUNTANT if any(isinstance(event, Search) for event in events) else ACCOUNTANT
@@ -90,6 +115,8 @@ def epsilon_rdp(events: Iterable[RecordEvent], delta: float, *, neighbours: str 
     """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
     _check_delta(delta)
     known = tuple(events)
+    for event in known:
+        _merge(event.tries if isinstance(event, Search) else (event,))  # refuses what is out of range
     return _by_renyi(known, delta, _ALL_ORDERS, _replaces(neighbours)) if known else 0.0
 
 
@@ -155,7 +182,7 @@ def noise_multiplier(
     AccountingError (the search found no answer).
     """
     check_target(epsilon, delta)
-    PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps)
+    _merge((PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps),))
     before, replace = tuple(spent), _replaces(neighbours)
     if any(isinstance(event, Search) for event in before):
         return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack, neighbours)
@@ -235,7 +262,8 @@ def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, 
         parts = _merge(event.tries if isinstance(event, Search) else (event,))
         curve = sum((t * _rdp_of_one_step(q, s, orders, replace) for q, s, t in parts), np.zeros(len(orders)))
         total += best_of(event, orders, curve) if isinstance(event, Search) else curve
-    return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+    with _quiet():
+        return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
 
 
 def renyi(event: BaseEvent, orders: Sequence[float], *, neighbours: str = NEIGHBOURS) -> npt.NDArray[np.float64]:
@@ -291,51 +319,117 @@ def _merge(events: Iterable[BaseEvent]) -> _Merged:
     if correlated:
         key = (1.0, correlated**-0.5)
         totals[key] = totals.get(key, 0) + 1
-    return tuple(sorted((rate, noise, steps) for (rate, noise), steps in totals.items()))
+    _check_range(totals)
+    return _told_apart(totals)
+
+
+def _check_range(totals: Mapping[tuple[float, float], int]) -> None:
+    """Raise ConfigError for what is not accounted for: before anything is computed."""
+    for rate, noise in totals:
+        if rate < SMALLEST_RATE:
+            raise ConfigError(
+                f"sample_rate is {rate:g}, expected {SMALLEST_RATE:g} <= sample_rate <= 1 for the accountant",
+                hint="Take larger batches.",
+            )
+        if not SMALLEST_NOISE <= noise <= LARGEST_NOISE and rate < 1.0:
+            raise ConfigError(
+                f"noise_multiplier is {noise:g}, expected {SMALLEST_NOISE:g} to {LARGEST_NOISE:g} for the accountant",
+                hint="Below that nothing is hidden; above it nothing is learned.",
+            )
+    steps = sum(count for (rate, _), count in totals.items() if rate < 1.0)
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"there are {steps} sampled steps, expected at most {MOST_STEPS} for the accountant",
+            hint="Train fewer steps of larger batches.",
+        )
+    whole = {noise: count for (rate, noise), count in totals.items() if rate == 1.0}
+    least = min((noise / math.sqrt(count) for noise, count in whole.items()), default=_LEAST_WHOLE)
+    if not (least >= _LEAST_WHOLE and max(whole, default=0.0) <= _MOST_WHOLE):
+        raise ConfigError(
+            f"steps of full batches have noise multipliers {min(whole):g} to {max(whole):g}, expected that of each"
+            f" kind over the root of its number to be {_LEAST_WHOLE:g} to {_MOST_WHOLE:g} for the accountant"
+        )
+
+
+def _told_apart(totals: Mapping[tuple[float, float], int]) -> _Merged:
+    """The steps in order; where too many are unlike, nearly alike ones are counted as the worst of them.
+
+    Less noise costs more, since noise may be added to what is released, and so does a larger rate q: the pair of q' < q
+    is a mixture of q's and of one that tells nothing.
+    """
+    step = 1e-3
+    parts = totals
+    while len(parts) > _MOST_PARTS:
+        grown: dict[tuple[float, float], int] = {}
+        worst: dict[tuple[int, int], tuple[float, float]] = {}
+        for rate, noise in totals:
+            cell = (math.floor(math.log(rate) / step), math.floor(math.log(noise) / step))
+            most, least = worst.get(cell, (rate, noise))
+            worst[cell] = (max(most, rate), min(least, noise))
+        for (rate, noise), count in totals.items():
+            key = worst[math.floor(math.log(rate) / step), math.floor(math.log(noise) / step)]
+            grown[key] = grown.get(key, 0) + count
+        parts, step = grown, 2.0 * step
+    return tuple(sorted((rate, noise, steps) for (rate, noise), steps in parts.items()))
 
 
 @lru_cache(maxsize=4096)
 def _checked_epsilon(merged: _Merged, delta: float, replace: bool) -> float:
     by_pld, _ = _settled(merged, delta, replace)
     by_rdp = _rdp(merged, delta, _FEW_ORDERS, replace)
-    if by_pld > by_rdp * (1.0 + 1e-5) + _ROUNDING:
+    if by_pld.lower > by_rdp * (1.0 + 1e-5) + _ROUNDING:
         raise AccountingError(
-            f"PLD says epsilon={by_pld:.6g} but RDP, the looser bound, says {by_rdp:.6g} at delta={delta:g}",
+            f"PLD says epsilon>={by_pld.lower:.6g} but RDP, an upper bound, says {by_rdp:.6g} at delta={delta:g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
         )
-    return by_pld
+    return min(by_pld.upper, by_rdp)  # both are upper bounds; RDP is the lower where no grid fits the memory
 
 
-def _settled(merged: _Merged, delta: float, replace: bool) -> tuple[float, float]:
+def _settled(merged: _Merged, delta: float, replace: bool) -> tuple[pld.Bounds, float]:
     """PLD on finer and finer grids until it settles: each value is an upper bound, a finer one is only tighter.
 
-    Returns the epsilon and the grid. The error of connecting the dots is of second order: when a ten times
-    finer grid changed the value by half a percent, the next one would change it by about 0.005 %. The finest
-    grid takes seconds, so it is kept for changes of more than 3 %.
+    Returns the bounds and the grid. The error of connecting the dots is of second order: when a ten times
+    finer grid changed the value by half a percent, the next one would change it by about 0.005 %. The finer
+    grids take seconds, so they are kept for changes of more than 3 %, and for sums that fit into memory on them.
     """
-    value, grid = _pld(merged, delta, _GRIDS[0], replace), _GRIDS[0]
-    for grid in _GRIDS[1:]:
-        before, value = value, _pld(merged, delta, grid, replace)
-        if before - value <= (0.005 if grid > 1e-4 else 0.03) * value:
+    found, grid = _pld(merged, delta, _GRIDS[0], replace), _GRIDS[0]
+    for finer in _GRIDS[1:]:
+        if found.upper == 0.0 or found.grid > grid:
             break
-    return value, grid
+        before, found, grid = found, _pld(merged, delta, finer, replace), finer
+        if found.upper > before.upper:  # it did not fit, and a coarser one was taken
+            found = before._replace(lower=max(before.lower, found.lower))
+        if before.upper - found.upper <= (0.005 if grid > 1e-4 else 0.03) * found.upper:
+            break
+    return found, grid
 
 
 @lru_cache(maxsize=4096)
-def _pld(merged: _Merged, delta: float, grid: float, replace: bool) -> float:
+def _pld(merged: _Merged, delta: float, grid: float, replace: bool) -> pld.Bounds:
     if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
         precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
         distance = 2.0 if replace else 1.0  # of a record from its replacement, or from zero
-        return float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / distance, delta))
+        exact = float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / distance, delta))
+        return pld.Bounds(exact * (1.0 - 1e-9), exact, grid)
     # T steps that take every record are exactly one Gaussian of noise / sqrt(T).
-    steps = [(q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged]
-    return pld.epsilon(steps, delta, grid, replace)
+    return pld.bounds(_gaussians_as_one(merged), delta, grid, replace)
+
+
+def _gaussians_as_one(merged: _Merged) -> _Merged:
+    return tuple((q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged)
 
 
 def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
-    """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says."""
-    ours = _pld(merged, delta, _GRIDS[0], replace)
-    theirs = _by_dp_accounting(merged, delta, _GRIDS[0], replace)
+    """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says.
+
+    Where its memory or its rounding, which grows with the steps, allow of an answer.
+    """
+    if (
+        sum(steps for _, _, steps in merged) * 1e-15 > 1e-3 * delta
+        or _grid_of_others(merged, _GRIDS[0], replace) > _GRIDS[0]
+    ):
+        return
+    ours, theirs = _pld(merged, delta, _GRIDS[0], replace).upper, _by_dp_accounting(merged, delta, _GRIDS[0], replace)
     if abs(ours - theirs) > 1e-3 * theirs + _ROUNDING:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
@@ -343,10 +437,19 @@ def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
         )
 
 
+def _grid_of_others(merged: _Merged, grid: float, replace: bool) -> float:
+    """The grid, or the least coarser one, on which dp-accounting's distributions have a bounded number of points."""
+    widest, spread = pld.extent(_gaussians_as_one(merged), replace)
+    points = (widest * len(merged) + 40.0 * spread) / grid
+    return grid * 2.0 ** max(math.ceil(math.log2(points / _POINTS_OF_OTHERS)), 0)
+
+
 def _by_dp_accounting(merged: _Merged, delta: float, grid: float, replace: bool) -> float:
     relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.REPLACE_SPECIAL
-    accountant = PLDAccountant(relation, grid)
-    for rate, noise, steps in merged:
+    if all(rate == 1.0 for rate, _, _ in merged):
+        return _pld(merged, delta, grid, replace).upper
+    accountant = PLDAccountant(relation, _grid_of_others(merged, grid, replace))
+    for rate, noise, steps in _gaussians_as_one(merged):
         accountant.compose(_dp_event(rate, noise), steps)
     return float(accountant.get_epsilon(delta))
 
@@ -373,7 +476,8 @@ def _dp_event(rate: float, noise: float) -> dp_accounting.DpEvent:
 @lru_cache(maxsize=4096)
 def _rdp(merged: _Merged, delta: float, orders: tuple[float, ...], replace: bool) -> float:
     total = sum(steps * _rdp_of_one_step(rate, noise, orders, replace) for rate, noise, steps in merged)
-    return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+    with _quiet():
+        return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
 
 
 @lru_cache(maxsize=512)
@@ -387,11 +491,12 @@ def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...], repla
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # RDP warns for every fractional order whose series does not converge and leaves that order out, which is sound.
+    # RDP warns for every fractional order whose series does not converge and leaves that order out, which is sound; and
+    # where a divergence of nearly nothing is rounded to a little less.
     logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:
-        return "failed to converge" not in record.getMessage()
+        return not any(words in record.getMessage() for words in ("failed to converge", "Negative Renyi divergence"))
 
     logger.addFilter(keep)
     try:
@@ -440,9 +545,10 @@ def _calibrate(
         return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
 
     noise = _clt_guess(target, delta, rate, steps, spent, replace)
-    noise = _search(lambda z: _pld(together(z), delta, _GRIDS[1], replace), target, noise, slack=max(slack, 1e-3))
+    first = next((grid for grid in _GRIDS if grid <= 1e-3 * target), _GRIDS[-1])
+    noise = _search(lambda z: _pld(together(z), delta, first, replace).upper, target, noise, slack=max(slack, 1e-3))
     _, grid = _settled(together(noise), delta, replace)
-    noise = _search(lambda z: _pld(together(z), delta, grid, replace), target, noise, slack=slack)
+    noise = _search(lambda z: _pld(together(z), delta, grid, replace).upper, target, noise, slack=slack)
     if _checked_epsilon(together(noise), delta, replace) > target:  # it settled on a coarser grid there
         noise = _search(lambda z: _checked_epsilon(together(z), delta, replace), target, noise, slack=slack)
     _agree(together(noise), delta, replace)
@@ -455,7 +561,7 @@ def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: _Mer
     mu_squared = dp_accounting.get_sigma_gaussian(target, delta) ** -2
     left = mu_squared - sum(t * q * q * math.expm1(min((distance / s) ** 2, 50.0)) for q, s, t in spent)
     guess = distance / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate)))
-    return min(guess, _LARGEST_NOISE / 2)
+    return min(max(guess, SMALLEST_NOISE), LARGEST_NOISE / 2)
 
 
 def _search(cost: Callable[[float], float], target: float, start: float, *, slack: float) -> float:
@@ -474,9 +580,11 @@ def _search(cost: Callable[[float], float], target: float, start: float, *, slac
         too_little, enough = (noise, enough) if value > target else (too_little, noise)
         if enough - too_little <= 1e-9 * too_little:  # the cost jumps over the aim
             return enough
-        if too_little > _LARGEST_NOISE:
+        if enough <= SMALLEST_NOISE:
+            return SMALLEST_NOISE
+        if too_little > LARGEST_NOISE:
             raise BudgetExceededError(
-                f"what is left of epsilon={target:g} is too little for any noise multiplier up to {_LARGEST_NOISE:g}",
+                f"what is left of epsilon={target:g} is too little for any noise multiplier up to {LARGEST_NOISE:g}",
                 hint="Plan fewer steps, or accept that this data's budget is spent.",
             )
         here = (math.log(noise), math.log(max(value, 1e-300)))

@@ -165,15 +165,17 @@ def test_rdp_is_never_below_pld() -> None:
 
 
 def test_disagreement_of_the_accountants_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pld.epsilon
-    monkeypatch.setattr(accounting.pld, "epsilon", lambda *a: 1.5 * real(*a))
+    real = pld.bounds
+    monkeypatch.setattr(accounting.pld, "bounds", lambda *a: pld.Bounds(*(1.5 * each for each in real(*a)[:2]), a[2]))
     with pytest.raises(AccountingError, match="RDP"):
         accounting.epsilon([event(0.0311, 1.234, 777)], DELTA)
 
 
 def test_calibration_compares_with_dp_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pld.epsilon
-    monkeypatch.setattr(accounting.pld, "epsilon", lambda *a: 0.9 * real(*a))  # too low: RDP cannot see it
+    real = pld.bounds
+    monkeypatch.setattr(
+        accounting.pld, "bounds", lambda *a: pld.Bounds(0.0, 0.9 * real(*a).upper, a[2])
+    )  # too low: RDP cannot see it
     with pytest.raises(AccountingError, match="same privacy loss distribution"):
         accounting.noise_multiplier(2.345, DELTA, 0.0312, 321)
 
