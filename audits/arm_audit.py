@@ -12,6 +12,7 @@ from choral.audits.evidence import Probe, ScoreAudit
 from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report import ArmAudit, Check, HolderBudget
 from choral.audits.seen import CHAINED, SeenAudit, seen_audit, transcript_gone
+from choral.audits.text import at_least
 
 if TYPE_CHECKING:
     from choral.trainers.run import Run
@@ -105,8 +106,8 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
         bound = next((each for each in attack.bounds if each.method == attack.decisive), None)
         if bound is not None:
             said += (
-                f" By an attack ({attack.attack}), the training costs at least ε\u00a0=\u00a0{bound.epsilon:.2f} for"
-                f" each {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
+                f" By an attack ({attack.attack}), the training costs at least ε\u00a0=\u00a0"
+                f"{at_least(bound.epsilon)} for each {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
             )
     return said
 

@@ -12,6 +12,7 @@ import msgspec
 from choral.audits.claims import check_costs, claim_of, short_path
 from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Measure, Point
 from choral.audits.statistics import difference_interval, mean_interval, spreads
+from choral.audits.text import is_percent
 from choral.doors import worded
 from choral.errors import ConfigError, DataError
 
@@ -95,7 +96,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
         parties=max(run.info.party_count for run in runs),
         examples=max(run.info.total_examples for run in runs),
         parameters=info.parameters,
-        metric=mean_interval(values(runs, metric)),
+        metric=mean_interval(values(runs, metric), share=is_percent(metric)),
         claim=claim_of([run.info for run in runs]),
         holders=holders,
         spreads=spreads(holders),
@@ -105,7 +106,11 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
         secure_sum=msgspec.to_builtins(info.secure_sum),
         curve=_curve(runs, metric),
         more=tuple(
-            Measure(metric=other, estimate=mean_interval(values(runs, other)), curve=_curve(runs, other))
+            Measure(
+                metric=other,
+                estimate=mean_interval(values(runs, other), share=is_percent(other)),
+                curve=_curve(runs, other),
+            )
             for other in also
         ),
         devices=tuple(sorted({run.info.device for run in runs})),
@@ -200,7 +205,7 @@ def budget_curves(budgets: Mapping[str, Sequence[Run]], metric: str) -> tuple[Bu
                     spent=spent.epsilon,
                     delta=spent.delta,
                     seeds=tuple(run.info.seed for run in group),
-                    metric=mean_interval(values(group, metric)),
+                    metric=mean_interval(values(group, metric), share=is_percent(metric)),
                 )
             )
         if not points:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
-from choral.errors import ChoralError
+from choral.errors import ChoralError, ConfigError
+from choral.privacy.errors import AccountingError
 from choral.privacy.events import RELATIONS, ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.privacy import Ledger
+    from choral.privacy.events import RecordEvent
     from choral.privacy.spent import Spent
     from choral.trainers.run import Run
 
 _OLDER_WORDS = "its ledger states the neighbours in older words"
-TOLERANCE = 1e-5  # relative; two implementations of the accountant agree to about 1e-7
+TOLERANCE = 1e-5  # relative, of the same computation done again; it agrees to about 1e-9
+SETTLED = 5e-3  # relative, of the same cost on two grids that an accountant may have settled on
+MISSTATED, MISSTATED_LEAST = 0.03, 0.03  # how far a statement may be from the cost: relative, or this
+
+
+class Recomputed(NamedTuple):
+    """What a ledger costs: `upper` as the product computes it, `bracket` from both sides, to decide about a number."""
+
+    upper: float
+    bracket: Callable[[float], tuple[float, float]]
+    event: RecordEvent | None = None  # the latest, of records
 
 
 def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
@@ -67,8 +80,7 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     privacy = run.info.privacy or {}
     promised, delta = float(privacy["epsilon"]), float(privacy["delta"])
     claimed = run.info.spent.get(name)
-    limit = claimed.epsilon if claimed else promised
-    events, recomputed, relation = _from_ledger(run, name, claimed.delta if claimed else delta, limit)
+    events, recomputed, relation = _from_ledger(run, name, claimed.delta if claimed else delta)
     verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
     if claimed and not _of_unit(claimed, unit_of(run), relation):  # the same epsilon for more than the ledger is about
         verdict, finding = "violated", f"the cost is stated for each {claimed.unit} ({claimed.neighbours})"
@@ -83,7 +95,7 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
         holder=name,
         promised=promised,
         claimed=claimed.epsilon if claimed else None,
-        recomputed=recomputed,
+        recomputed=recomputed.upper if isinstance(recomputed, Recomputed) else None,
         guarantee=guarantee,
         delta=claimed.delta if claimed else delta,
         steps=events,
@@ -119,28 +131,48 @@ def _judge_plans(
     return "holds", finding
 
 
-def _from_ledger(run: Run, name: str, delta: float, limit: float) -> tuple[int, float | None, str]:
+def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, Recomputed | str | None, str]:
     """Noisy steps on the ledger, what they cost at ``delta``, and its neighbours; 0, None, "" where there is none.
 
-    By dp-accounting's code, another than the one that planned and charged the run; where its upper bound passes
-    ``limit``, on a finer grid, since a coarse one can only err upwards.
+    The cost is computed as it was claimed, which settles on the same grid; or why it cannot be. How little it may be is
+    computed only where that does not bear a statement out.
     """
-    from choral.privacy.accounting import epsilon_by_dp_accounting
     from choral.privacy.client_accounting import settled
     from choral.privacy.events import Search
 
     ledger = ledger_of(run, name)
     if ledger is None:
         return 0, None, ""
+    try:
+        upper = ledger.epsilon(delta)
+    except (AccountingError, ConfigError) as error:
+        held = ledger.releases if unit_of(run) == "client" else ledger.events
+        return sum(event.steps for event in held), str(error), ledger.neighbours
     if unit_of(run) == "client":  # there is one bound for integer noise, evaluated again from what the ledger says
-        return sum(release.steps for release in settled(ledger.releases)), ledger.epsilon(delta), ledger.neighbours
+        steps = sum(release.steps for release in settled(ledger.releases))
+        return steps, Recomputed(upper, lambda _: (upper, upper)), ledger.neighbours
     events = ledger.events
+    steps = sum(event.steps for event in events)
+    latest = events[-1] if events else None
     if any(isinstance(event, Search) for event in events):  # there is one bound for a private search
-        return sum(event.steps for event in events), ledger.epsilon(delta), ledger.neighbours
-    recomputed = epsilon_by_dp_accounting(events, delta, 1e-3, neighbours=ledger.neighbours)
-    if _above(recomputed, limit):
-        recomputed = epsilon_by_dp_accounting(events, delta, 1e-4, neighbours=ledger.neighbours)
-    return sum(event.steps for event in events), recomputed, ledger.neighbours
+        return steps, Recomputed(upper, lambda _: (upper, upper), latest), ledger.neighbours
+    relation = ledger.neighbours
+    return steps, Recomputed(upper, lambda limit: _bracket(events, delta, relation, limit), latest), relation
+
+
+def _bracket(events: Sequence[RecordEvent], delta: float, relation: str, limit: float) -> tuple[float, float]:
+    """The greatest lower and the least upper bound there are: by our finest grids, and PRV where it is reliable."""
+    from choral.privacy import accounting
+    from choral.privacy.events import REPLACE_ONE, relation_of
+
+    lower, upper = accounting.bounds(events, delta, neighbours=relation, about=limit)
+    if lower <= limit < upper and relation_of(relation) != REPLACE_ONE and accounting.trusts_others(events, delta):
+        try:
+            low, _ = accounting.epsilon_by_prv(events, delta)
+        except AccountingError:
+            return lower, upper
+        lower = max(lower, low) if low <= upper else lower
+    return lower, upper
 
 
 def unit_of(run: Run) -> str:
@@ -179,25 +211,77 @@ def _above(value: float, limit: float) -> bool:
 
 
 def _judge(
-    promised: float, delta: float, claimed: Spent | None, steps: int, recomputed: float | None, *, finished: bool
+    promised: float,
+    delta: float,
+    claimed: Spent | None,
+    steps: int,
+    recomputed: Recomputed | str | None,
+    *,
+    finished: bool,
 ) -> tuple[Verdict, str]:
+    """An upper bound above a statement refutes nothing: *violated* needs a lower bound that is above it."""
     if claimed and _above(claimed.delta, delta):
         return "violated", f"the cost is stated at δ = {power(claimed.delta)}, the promise at δ = {power(delta)}"
     if claimed and _above(claimed.epsilon, promised):
         return "violated", "run.json itself claims more than was promised"
     if recomputed is None:
         return "unverified", "there is no ledger to recompute it from"
-    if _above(recomputed, promised):
-        return "violated", "the ledger costs more than was promised"
+    if isinstance(recomputed, str):
+        return "unverified", f"no accountant can price the ledger: {recomputed}"
+    verdict = _within(recomputed, promised)
+    if verdict != "holds":
+        return verdict, _ABOVE[verdict].format("was promised")
     if claimed is None:
         return ("violated" if finished and steps else "unverified"), "run.json claims no cost for this holder"
     if steps < claimed.steps:
         return "unverified", f"the ledger holds {steps} steps, run.json claims {claimed.steps}: part of it is missing"
-    if _above(recomputed, claimed.epsilon):
-        if finished:
-            return "violated", "the ledger costs more than run.json claims"
+    verdict = _within(recomputed, claimed.epsilon)
+    if verdict != "holds" and not finished:
         return "holds", "the ledger also holds a round that was cut short; the ledger counts"
-    return "holds", "recomputed from the ledger by dp-accounting, within claim and promise"
+    if verdict != "holds":
+        return verdict, _ABOVE[verdict].format("run.json claims")
+    if finished and (unlike := _unlike(claimed, steps, recomputed)):
+        return "violated", unlike
+    return "holds", "recomputed from the ledger, within claim and promise"
+
+
+_ABOVE: dict[Verdict, str] = {
+    "violated": "the ledger costs more than {}",
+    "unverified": "no upper bound on the ledger's cost is as low as {}, and no lower bound is above it",
+}
+
+
+def _within(recomputed: Recomputed, limit: float) -> Verdict:
+    """Whether the cost is at most `limit`: by the grid of the claim, else by finer ones, from both sides."""
+    if not _above(recomputed.upper, limit):
+        return "holds"
+    lower, upper = recomputed.bracket(limit)
+    if not _above(upper, limit):
+        return "holds"
+    if not lower <= limit:  # and of what is not a number
+        return "violated"
+    # In between: true for all that can be known, if what can be known is narrow.
+    return "holds" if upper - lower <= max(MISSTATED * upper, MISSTATED_LEAST) else "unverified"
+
+
+def _unlike(claimed: Spent, steps: int, recomputed: Recomputed) -> str:
+    """What run.json states of a finished run other than its ledger; empty if nothing."""
+    if steps != claimed.steps:
+        return f"the ledger holds {steps} steps, run.json states {claimed.steps}"
+    event = recomputed.event
+    if event is None:
+        return ""
+    for words, said, held in (
+        ("noise multiplier", claimed.noise_multiplier, event.noise_multiplier),
+        ("sample rate", claimed.sample_rate, event.sample_rate),
+    ):
+        if not math.isclose(said, held, rel_tol=1e-9):
+            return f"run.json states a {words} of {said:.6g}, the ledger's latest is {held:.6g}"
+    if not claimed.epsilon <= recomputed.upper + max(MISSTATED * recomputed.upper, MISSTATED_LEAST):
+        return (
+            f"run.json claims ε = {claimed.epsilon:.6g} for what costs {recomputed.upper:.6g}: one of them was edited"
+        )
+    return ""
 
 
 def budget_checks(run: Run, rows: Sequence[HolderBudget]) -> list[Check]:
@@ -244,7 +328,8 @@ def _history_agrees(run: Run) -> Check:
     promised = float((run.info.privacy or {})["epsilon"])
     claimed = run.spent.epsilon if run.spent else promised
     for entry in run.history:
-        if entry.epsilon is not None and _above(entry.epsilon, min(promised, claimed)):
+        # An earlier cost may have settled on a coarser grid than the last one.
+        if entry.epsilon is not None and _above(entry.epsilon, min(promised, claimed) * (1 + SETTLED)):
             finding = (
                 f"Round {entry.round} says ε = {entry.epsilon:.6g}; claimed are {claimed:.6g}, promised {promised:g}."
             )

@@ -53,7 +53,7 @@ def fairness_of(
     measures = tuple(
         PartyMeasure(
             name=key,
-            estimate=mean_interval(ours[key]),
+            estimate=mean_interval(ours[key], share=is_percent(metric)),
             difference=paired_difference(runs, ours[key], baseline, theirs[key], base) if baseline and theirs else None,
         )
         for key in ours

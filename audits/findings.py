@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.report import NOT_RUN, Check, NotRun, Verdict
+from choral.audits.text import at_least
 
 if TYPE_CHECKING:
     from choral.audits.evidence import InversionAudit, Probe, ScoreAudit
@@ -54,7 +55,7 @@ def _of_scores(attack: ScoreAudit) -> Check:
     finding = attack.sentence
     above = [b for b in attack.bounds if attack.claimed is not None and b.epsilon > attack.claimed]
     if attack.finding == "not violated" and above:
-        said = ", ".join(f"{bound.method}: {bound.epsilon:.3g}" for bound in above)
+        said = ", ".join(f"{bound.method}: {at_least(bound.epsilon)}" for bound in above)
         finding += f" Bounds that rest on further assumptions are above the claim ({said}): look closer."
     verdict: Verdict = "violated" if attack.finding == "violated" else "holds"
     return Check(name=name, verdict=verdict, finding=finding, refutable=could_refute(attack))

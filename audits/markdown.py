@@ -7,7 +7,19 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.findings import said
-from choral.audits.text import amount, cost, duration, money, party_words, plus_minus, power, score, signed, width
+from choral.audits.text import (
+    amount,
+    at_least,
+    cost,
+    duration,
+    money,
+    party_words,
+    plus_minus,
+    power,
+    score,
+    signed,
+    width,
+)
 
 if TYPE_CHECKING:
     from choral.audits.comparison import Comparison
@@ -130,7 +142,7 @@ def _attack(attack: ScoreAudit) -> str:
     rows = [
         (
             _safe(bound.method),
-            f"{bound.epsilon:.3g}",
+            at_least(bound.epsilon),
             f"{bound.ceiling:.3g}",
             power(bound.delta),
             f"{100 * bound.confidence:g} % ({bound.kind})",

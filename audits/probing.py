@@ -265,7 +265,7 @@ def _clipping(loud: Floats, noise: float) -> ProbeCheck:
         false_alarms=FALSE_ALARMS,
         finding=said
         if violated
-        else f"No record moves a step by more than {largest:.4g} clipping norms, noise included.",
+        else f"Clipped: a record of {_LOUD:g} clipping norms moves a step by {largest:.4g} at most, noise included.",
         assumptions=("Noise is Gaussian of the claimed size.",),
     )
 

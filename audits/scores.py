@@ -23,7 +23,7 @@ from choral.audits.guessing import Bound as BoundOf
 from choral.audits.guessing import Guessing, Outcome, Shares, Split, shuffled
 from choral.audits.roc import Bools, Floats, checked_scores, curve, roc
 from choral.audits.score_files import Design
-from choral.audits.text import power
+from choral.audits.text import at_least, power
 from choral.errors import ConfigError, DataError
 
 ONE_RUN, FDP = "one run", "one run, Gaussian f-DP"
@@ -352,16 +352,13 @@ def _sentence(finding: Finding, bound: Bound | None, claimed: float | None, unit
         return "An ROC only: from training records against fresh ones no bound on epsilon follows."
     at = f"δ\u00a0=\u00a0{power(bound.delta)}, unit: the {unit}"
     sure = f"at {100 * bound.confidence:.4g}\u00a0% confidence"
+    least = at_least(bound.epsilon)
     reach = f"this test could have shown at most {bound.ceiling:.3g}"
     if finding == "violated":
-        return (
-            f"Violated {sure}: training costs at least ε = {bound.epsilon:.3g} ({at}), and {claimed:.4g} was claimed."
-        )
+        return f"Violated {sure}: training costs at least ε = {least} ({at}), and {claimed:.4g} was claimed."
     if finding == "not violated":
-        return (
-            f"No violation of ε = {claimed:.4g} found ({at}): the lower bound is {bound.epsilon:.3g} {sure}; {reach}."
-        )
-    return f"Training costs at least ε = {bound.epsilon:.3g} {sure} ({at}); {reach}. No claim was given."
+        return f"No violation of ε = {claimed:.4g} found ({at}): the lower bound is {least} {sure}; {reach}."
+    return f"Training costs at least ε = {least} {sure} ({at}); {reach}. No claim was given."
 
 
 def _notes(

@@ -12,19 +12,21 @@ from choral.audits.report import Estimate, Holder, Spread
 LEVEL = 0.95
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def mean_interval(values: Sequence[float], *, share: bool = False) -> Estimate:
     """The mean with its two-sided 95 % Student-t interval, ``mean ± t(.975, n-1) s / sqrt(n)``.
 
     The interval assumes values that are independent and near normal. One value has no interval: ``low`` and
     ``high`` are None, never 0 wide.
 
+    share: the quantity lies in [0, 1], and so does its interval: what of it lies outside holds nothing.
     Raises: ValueError for no values or a value that is not finite.
     """
     mean, variance = _moments(values)
     if len(values) == 1:
         return Estimate(mean=mean, values=tuple(values))
     half = _quantile(len(values) - 1) * math.sqrt(variance / len(values))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+    low, high = (max(mean - half, 0.0), min(mean + half, 1.0)) if share else (mean - half, mean + half)
+    return Estimate(mean=mean, low=low, high=high, values=tuple(values))
 
 
 def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:

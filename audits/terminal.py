@@ -155,7 +155,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         rows = []
         for row in report.budgets:
             known = (row.claimed, row.recomputed, row.guarantee)
-            numbers = (f"{value:.4g}" if value is not None else "-" for value in known)
+            numbers = (cost(value) if value is not None else "-" for value in known)
             rows.append((row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict]))
         _print_table(("data holder", "promised", "claimed", "from ledger", "guaranteed", "verdict"), rows, console)
     for check in report.checks:

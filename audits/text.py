@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,9 +53,20 @@ def party_words(metric: str) -> tuple[tuple[PartyMeasureName, str], ...]:
 
 
 def cost(epsilon: float) -> str:
-    """An epsilon to two decimals (four below 0.1), rounded up: a bound may not look smaller than it is."""
-    decimals = 2 if epsilon >= 0.1 or epsilon == 0 else 4
-    return f"{math.ceil(epsilon * 10**decimals - 1e-9) / 10**decimals:.{decimals}f}"
+    """An epsilon to two decimals (below 0.1 four, or two digits), rounded up: it may not look smaller than it is."""
+    if not math.isfinite(epsilon):
+        return str(epsilon)
+    exact = Decimal(epsilon)
+    decimals = 2 if epsilon >= 0.1 or epsilon == 0 else max(4, 1 - exact.adjusted())
+    return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING):f}"
+
+
+def at_least(value: float) -> str:
+    """A lower bound to three digits, rounded down: it may not look larger than it is."""
+    if not math.isfinite(value) or value <= 0:
+        return f"{value:.3g}"
+    exact = Decimal(value)
+    return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), ROUND_FLOOR)):.3g}"
 
 
 def plus_minus(half_width: float | None, metric: str) -> str:

@@ -68,6 +68,7 @@ _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this m
 
 _LEAST_WHOLE, _MOST_WHOLE = 1e-6, 1e9  # noise multipliers of one Gaussian whose exact epsilon double precision holds
 _POINTS_OF_OTHERS = 1 << 19
+_PARTS_OF_OTHERS = 16  # unlike steps; each takes seconds
 
 _Merged = tuple[tuple[float, float, int], ...]
 
@@ -86,11 +87,14 @@ def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NE
     return _checked_epsilon(merged, delta, replace) if merged else 0.0
 
 
-def bounds(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> tuple[float, float]:
+def bounds(
+    events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS, about: float | None = None
+) -> tuple[float, float]:
     """Return a lower and an upper bound on the epsilon at `delta` of all `events`: for audits.
 
     Both are rigorous (:mod:`choral.privacy.pld`), rounding included; they come from grids that are refined until they
-    are within 0.2 % or 0.001, or memory ends. An epsilon below the lower one is refuted; one below the upper is not.
+    are within 0.2 % or 0.001, or, where `about` is given, until that does not lie between them; or until memory ends.
+    An epsilon below the lower one is refuted; one below the upper is not.
     Raises: ConfigError (delta; an event out of range; a private search among the events).
     """
     _check_delta(delta)
@@ -101,7 +105,8 @@ def bounds(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEI
     for grid in _GRIDS[1:]:
         found = _pld(merged, delta, grid, replace)
         lower, upper = max(lower, found.lower), min(upper, found.upper)
-        if found.grid > grid or upper - lower <= max(2e-3 * upper, 1e-3):
+        near = upper - lower <= max(2e-3 * upper, 1e-3) if about is None else not lower <= about < upper
+        if found.grid > grid or near:
             break
     return lower, upper
 
@@ -127,7 +132,9 @@ def epsilon_by_dp_accounting(
 
     grid: discretisation of the privacy loss; a finer one is tighter and slower.
     Where a private search is among the events, by its Renyi accountant, since PLD does not apply.
-    Raises: ConfigError (delta; a private search where one record is replaced, for which dp-accounting has no bound).
+    Where the grid would need too many points, a coarser one is taken, whose bound is looser.
+    Raises: ConfigError (delta; a private search where one record is replaced, for which dp-accounting has no bound),
+    AccountingError (too many unlike steps).
     """
     _check_delta(delta)
     known, replace = tuple(events), _replaces(neighbours)
@@ -136,6 +143,7 @@ def epsilon_by_dp_accounting(
             raise ConfigError(f"dp-accounting has no bound for a private search where the neighbours {REPLACE_ONE}")
         return _searches_by_dp_accounting(known, delta)
     merged = _merge(_without_search(known))
+    _refuse_many(merged)
     return _by_dp_accounting(merged, delta, grid, replace) if merged else 0.0
 
 
@@ -149,17 +157,44 @@ def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, 
     merged = _merge(_without_search(events))
     if not merged:
         return 0.0, 0.0
+    _refuse_many(merged)
     from choral.privacy.prv import bracket
 
     return bracket(merged, delta)
 
 
-def check_by_prv(by_pld: float, bracket: tuple[float, float], delta: float) -> None:
-    """Raise AccountingError unless the PLD value lies in the bracket of :func:`epsilon_by_prv`."""
-    low, high = bracket
-    if not low - _ROUNDING <= by_pld <= high * (1.0 + 1e-5) + _ROUNDING:
+def epsilon_on_grid_of_others(
+    events: Iterable[RecordEvent], delta: float, grid: float = 1e-3, *, neighbours: str = NEIGHBOURS
+) -> float | None:
+    """Return our upper bound on the grid that :func:`epsilon_by_dp_accounting` takes; None if that is too fine for us.
+
+    Raises: ConfigError (delta; a private search among the events).
+    """
+    _check_delta(delta)
+    merged, replace = _merge(_without_search(events)), _replaces(neighbours)
+    wanted = _grid_of_others(merged, grid, replace)
+    found = _pld(merged, delta, wanted, replace)
+    return found.upper if found.grid == wanted else None
+
+
+def trusts_others(events: Iterable[RecordEvent], delta: float) -> bool:
+    """Whether the rounding of accountants that raise a plain FFT to the number of steps stays below delta / 100.
+
+    It does at a million steps from delta 1e-7 up. Ours (:mod:`choral.privacy.pld`) tilts first.
+    """
+    return sum(event.steps for event in events) * 1e-15 <= 1e-2 * delta
+
+
+def check_by_prv(by_pld: tuple[float, float], bracket: tuple[float, float], delta: float) -> None:
+    """Raise AccountingError if the bounds of PLD (:func:`bounds`) and PRV (:func:`epsilon_by_prv`) exclude each other.
+
+    An upper bound above another upper bound refutes nothing; one below a lower bound does.
+    """
+    (lower, upper), (low, high) = by_pld, bracket
+    if upper < low - _ROUNDING or lower > high * (1.0 + 1e-5) + _ROUNDING:
         raise AccountingError(
-            f"PLD says epsilon={by_pld:.6g}, outside the bracket [{low:.6g}, {high:.6g}] of PRV at delta={delta:g}",
+            f"PLD says epsilon is in [{lower:.6g}, {upper:.6g}], outside the bracket [{low:.6g}, {high:.6g}] of PRV"
+            f" at delta={delta:g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
         )
 
@@ -434,6 +469,14 @@ def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",
+        )
+
+
+def _refuse_many(merged: _Merged) -> None:
+    if len(merged) > _PARTS_OF_OTHERS:
+        raise AccountingError(
+            f"{len(merged)} unlike kinds of steps are too many for another accountant, which takes {_PARTS_OF_OTHERS}",
+            hint="Our own bounds, from above and below, still hold.",
         )
 
 

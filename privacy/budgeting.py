@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 import msgspec
 
@@ -42,15 +43,44 @@ class Budget:
     accountant: str = accounting.ACCOUNTANT
 
     def __str__(self) -> str:
+        """The answer in lines. Noise, rate and steps are what was priced, to the last digit; bounds are rounded up."""
         return (
-            f"noise multiplier  {self.noise_multiplier:.6g}\n"
-            f"epsilon (PLD)     {self.epsilon:.6g}\n"
-            f"epsilon (RDP)     {self.epsilon_rdp:.6g}, a looser bound\n"
-            f"delta             {self.delta:g}\n"
-            f"steps             {self.steps} at sample rate {self.sample_rate:.6g} (Poisson)\n"
+            f"noise multiplier  {_four_decimals(self.noise_multiplier)}\n"
+            f"epsilon           {at_least(self.epsilon)}  (PLD; RDP, the looser bound: {at_least(self.epsilon_rdp)})\n"
+            f"delta             {shown(self.delta)}\n"
+            f"steps             {self.steps} at sample rate {shown(self.sample_rate)}, Poisson sampling\n"
             f"unit              {self.unit}; neighbours: {self.neighbours}\n"
             f"accountant        {self.accountant}"
         )
+
+
+def shown(value: float) -> str:
+    """Return text that reads as this very number, with no more digits than that takes."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def _four_decimals(value: float) -> str:
+    fixed = f"{value:.4f}"
+    return fixed if float(fixed) == value else repr(float(value))
+
+
+def at_least(value: float, digits: int = 4) -> str:
+    """Return a number of so many digits, and four decimals, not below `value`: of noise, or an upper bound."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def at_most(value: float, digits: int = 4) -> str:
+    """Return a number of so many digits, and four decimals, not above `value`: of a rate, or a lower bound."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, way: str) -> str:
+    if not math.isfinite(value) or value == 0.0:
+        return f"{value:.4f}"
+    exact = Decimal(value)
+    last = Decimal(1).scaleb(-max(4, digits - 1 - exact.adjusted()))
+    return f"{exact.quantize(last, ROUND_CEILING if way == ROUND_CEILING else ROUND_FLOOR, Context(prec=400)):f}"
 
 
 def steps_within(
@@ -165,7 +195,8 @@ def budget(
     """Solve for the one that is not given of `epsilon`, `noise_multiplier`, `sample_rate` and `steps`.
 
     `epochs`, passes over the data, may stand in the place of `steps`: a sample rate q takes ceil(epochs / q) of them.
-    The answer keeps the promise: the least noise, the most steps or the largest sample rate within `epsilon`.
+    The answer keeps the promise: the least noise, the most steps or the largest sample rate within `epsilon`, with
+    few digits, rounded up (noise) or down (rate), so that what is printed may be typed in.
     Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits).
     """
     check_relation(neighbours)
@@ -197,6 +228,14 @@ def budget(
         if noise_multiplier is not None
         else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
     )
+    if noise_multiplier is None:
+        noise = _first(
+            noise, at_least, 5, lambda z: _cost(_number(sample_rate), z, count, delta, neighbours), _number(epsilon)
+        )
+    elif given[2] is False:
+        sample_rate = _first(
+            sample_rate, at_most, 6, lambda q: _cost(q, noise, count, delta, neighbours), _number(epsilon)
+        )
     event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
     return Budget(
         epsilon=accounting.epsilon([event], delta, neighbours=neighbours),
@@ -207,6 +246,25 @@ def budget(
         noise_multiplier=noise,
         neighbours=neighbours,
     )
+
+
+def _cost(rate: float, noise: float, steps: int, delta: float, neighbours: str) -> float:
+    event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
+    return accounting.epsilon([event], delta, neighbours=neighbours)
+
+
+def _first(
+    exact: float, rounded: Callable[[float, int], str], start: int, cost: Callable[[float], float], epsilon: float
+) -> float:
+    """Return the number of few digits nearest to `exact`, on the safe side, that keeps the promise; else of more.
+
+    Costs are bounds that may settle on another grid from one number to the next, so each is tried.
+    """
+    for digits in (start, 8, 12):
+        value = float(rounded(exact, digits))
+        if value > 0.0 and cost(value) <= epsilon:
+            return value
+    return exact
 
 
 def _number(value: float | None) -> float:

@@ -44,13 +44,16 @@ class Spent:
     @property
     def in_words(self) -> str:
         """The two numbers, and what each is good for."""
-        said = f"epsilon {self.epsilon:.4g} at delta {self.delta:g}"
+        from choral.privacy.budgeting import at_least, shown
+
+        spent, delta = at_least(self.epsilon), shown(self.delta)
+        said = f"epsilon {spent} at delta {delta}"
         if self.guarantee is None:
             return f"{said}, for releases that were fixed in advance"
         if self.guarantee <= self.epsilon * (1.0 + 1e-9):
             return said
         return (
-            f"epsilon {self.guarantee:.4g} at delta {self.delta:g} is guaranteed; {self.epsilon:.4g} for releases "
+            f"epsilon {at_least(self.guarantee)} at delta {delta} is guaranteed; {spent} for releases "
             "and an end that were fixed in advance"
         )
 

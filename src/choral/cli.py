@@ -204,12 +204,7 @@ def _budget(words: list[str]) -> int:
         epochs=wanted.epochs,
         neighbours=wanted.neighbours,
     )
-    print(f"noise multiplier  {answer.noise_multiplier:.4f}")
-    print(f"epsilon           {answer.epsilon:.4f}  (PLD; RDP, the looser bound: {answer.epsilon_rdp:.4f})")
-    print(f"delta             {answer.delta:g}")
-    print(f"steps             {answer.steps} at sample rate {answer.sample_rate:g}, Poisson sampling")
-    print(f"unit              {answer.unit}; neighbours: {answer.neighbours}")
-    print(f"accountant        {answer.accountant}")
+    print(answer)
     return 0
 
 

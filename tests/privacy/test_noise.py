@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -61,7 +62,48 @@ def test_gaussian_survives_extreme_words() -> None:
     for byte in (b"\x00", b"\xff"):
         x = gaussian(4, lambda n, byte=byte: byte * n)
         assert np.isfinite(x).all()
-        assert np.abs(x).max() < 9.5
+        assert np.abs(x).max() < 13.4
+
+
+def words_source(radii: np.ndarray, angles: np.ndarray, seed: int) -> Callable[[int], bytes]:
+    """The first words as given, and after them others by a fixed seed."""
+    generator = np.random.default_rng(seed)
+    first = [np.concatenate([radii, angles]).astype("<u8").tobytes()]
+
+    def source(count: int) -> bytes:
+        if first:
+            assert count == len(first[0])
+            return first.pop()
+        return generator.bytes(count)
+
+    return source
+
+
+def test_the_tail_has_the_right_law_beyond_what_64_bits_resolve() -> None:
+    """With the top 32 bits of radii zero, r^2 / 2 - 32 log 2 is exponential, however small the rest of the word is."""
+    half = 1 << 14
+    generator = np.random.default_rng(3)
+    angles = generator.integers(0, 2**64, half, dtype=np.uint64)
+    for bits in (32, 8, 0):  # of the word that are not zero: the rest of the law is in the bits that are drawn after
+        radii = generator.integers(0, 2**bits, half, dtype=np.uint64)
+        x = gaussian(2 * half, words_source(radii, angles, seed=bits))
+        squares = (x[:half] ** 2 + x[half:] ** 2) / 2 - (64 - bits) * math.log(2)
+        assert len(np.unique(np.round(squares, 12))) > 0.999 * half
+        assert stats.kstest(squares, "expon").pvalue > ALARM
+    assert np.sqrt(2 * (squares.max() + 64 * math.log(2))) > 10.0  # in units of the deviation
+
+
+def test_radii_near_the_centre_take_no_more_bits() -> None:
+    half = 4
+    radii = np.array([2**32, 2**33, 2**63, 2**64 - 1], dtype=np.uint64)
+
+    def none(count: int) -> bytes:
+        raise AssertionError(count)
+
+    first = words_source(radii, np.zeros(half, np.uint64), seed=0)
+    calls = iter([first, none])
+    x = gaussian(2 * half, lambda count: next(calls)(count))
+    assert x[:half] == pytest.approx(np.sqrt(-2 * np.log((radii.astype(float) + 0.5) * 2.0**-64)), rel=1e-12)
 
 
 @pytest.mark.parametrize("rate", [Fraction(1, 3), Fraction(100, 101), Fraction(1, 1000)])
