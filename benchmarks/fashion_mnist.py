@@ -186,7 +186,7 @@ def private_mean(x: torch.Tensor, recipe: Recipe, ledger: Ledger) -> torch.Tenso
     """
     rate, steps, noise_multiplier = recipe.batch_size / len(x), math.ceil(len(x) / recipe.batch_size), recipe.mean_noise
     own = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
-    noise = noise_that_fits(EPSILON, DELTA, rate, steps * recipe.epochs, [own], slack=1e-3)
+    noise = noise_that_fits(EPSILON, DELTA, rate, steps * recipe.epochs, [own], slack=1e-3, fixed=True)
     one_pass = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
     parts = (Part(event=own, times=1), Part(event=one_pass, times=recipe.epochs))
     ledger.bind("data", DELTA)

@@ -208,9 +208,13 @@ def noise_multiplier(
     *,
     slack: float = 1e-5,
     neighbours: str = NEIGHBOURS,
+    fixed: bool = False,
 ) -> float:
     """Return the smallest noise multiplier with which `spent` and `steps` more releases cost at most `epsilon`.
 
+    What comes after `spent` may have been chosen by what that showed, so that a filter counts all of it
+    (:mod:`choral.privacy.filters`); of a plan that stopped early `spent` has to hold the whole. fixed: that everything,
+    `spent` too, was fixed in advance; then it is privacy loss distributions that count, as where nothing was spent.
     Guarantee: the cost of the result never exceeds `epsilon` and is at least (1 - slack) * epsilon; a larger
     `slack` (1e-3 is plenty for training) is answered faster.
     Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little),
@@ -219,6 +223,12 @@ def noise_multiplier(
     check_target(epsilon, delta)
     _merge((PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps),))
     before, replace = tuple(spent), _replaces(neighbours)
+    if before and not fixed:
+
+        def event(noise: float) -> RecordEvent:
+            return PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
+
+        return _by_filter(epsilon, delta, event, before, slack, neighbours)
     if any(isinstance(event, Search) for event in before):
         return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack, neighbours)
     return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(_without_search(before)), slack, replace)
@@ -234,11 +244,13 @@ def search_noise(
 ) -> float:
     """Return the smallest noise multiplier with which `spent` and the search `search(z)` cost at most `epsilon`.
 
+    After something was spent a filter counts, as in :func:`noise_multiplier`.
     Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little).
     """
     check_target(epsilon, delta)
-    _refuse_spent(epsilon, delta, _cost_of(spent, delta, neighbours=neighbours), 1e-3)
-    return _search(lambda z: _cost_of([*spent, search(z)], delta, neighbours=neighbours), epsilon, 1.0, slack=1e-3)
+    if spent:
+        return _by_filter(epsilon, delta, search, tuple(spent), 1e-3, neighbours)
+    return _search(lambda z: _cost_of([search(z)], delta, neighbours=neighbours), epsilon, 1.0, slack=1e-3)
 
 
 def least_noise(cost: Callable[[float], float], target: float, *, slack: float) -> float:
@@ -247,6 +259,21 @@ def least_noise(cost: Callable[[float], float], target: float, *, slack: float) 
     Raises: BudgetExceededError (no noise is enough).
     """
     return _search(lambda noise: min(cost(noise), 1e9), target, 1.0, slack=slack)
+
+
+def _by_filter(
+    epsilon: float,
+    delta: float,
+    event: Callable[[float], RecordEvent],
+    before: tuple[RecordEvent, ...],
+    slack: float,
+    neighbours: str,
+) -> float:
+    from choral.privacy.filters import Filter  # which imports this module
+
+    rule = Filter(epsilon, delta, neighbours)
+    _refuse_spent(epsilon, delta, rule.cost(before), slack)
+    return least_noise(lambda noise: rule.cost((*before, event(noise))), epsilon, slack=slack)
 
 
 def check_target(epsilon: float, delta: float) -> None:

@@ -109,20 +109,21 @@ def calibrate(
     release: Callable[[float], ClientRelease],
     steps: int,
     spent: Sequence[ClientRelease] = (),
-    *,
-    cost: Callable[[ClientRelease], float] | None = None,
 ) -> float:
     """Return the smallest noise ratio z with which `spent` and `steps` times `release(z)` cost at most `target`.
 
     release: from the ratio of noise to clipping norm, which is what is wanted of the sum, to the event it amounts to
         after rounding; its cost falls with z. It may raise ConfigError for too little noise. Accurate to SLACK of the
         budget, unless `release` refuses so little noise.
-    cost: of an event of all `steps` together with all that was spent, in the place of :func:`epsilon` and `spent`.
+    spent: what came before, and may have been looked at: a filter counts it then (:mod:`choral.privacy.filters`).
     Raises: ConfigError (target, delta, or what `release` raises for any noise), BudgetExceededError (what is
         left is too little for any noise).
     """
     accounting.check_target(target, delta)
-    before = epsilon(spent, delta) if spent else 0.0
+    from choral.privacy.filters import Filter  # which imports this module
+
+    rule = Filter(target, delta)
+    before = rule.cost(spent)
     if before >= (1.0 - 2.0 * SLACK) * target:
         raise BudgetExceededError(
             f"the budget epsilon={target:g} at delta={delta:g} is spent: {before:.6g} so far",
@@ -130,7 +131,9 @@ def calibrate(
         )
 
     refused: list[ConfigError] = []
-    together = cost or (lambda event: epsilon([*spent, event], delta))
+
+    def together(event: ClientRelease) -> float:
+        return rule.cost((*spent, event)) if spent else epsilon([event], delta)
 
     def costs(ratio: float) -> float:
         try:

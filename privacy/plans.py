@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 from choral.privacy import accounting, client_accounting
 from choral.privacy.errors import BudgetExceededError
-from choral.privacy.events import NEIGHBOURS, ClientRelease, Event, Part, Plan, PoissonSampledGaussian, Search
+from choral.privacy.events import NEIGHBOURS, ClientRelease, Event, Part, Plan, RecordEvent, Search
 from choral.privacy.filters import Filter
 from choral.privacy.ledger import Ledger
 
@@ -190,28 +190,21 @@ class Room:
 
         Raises: ConfigError (a number out of range), BudgetExceededError (nothing does).
         """
-        if self.empty:
-            return accounting.noise_multiplier(
-                self.epsilon, self.delta, sample_rate, steps, slack=slack, neighbours=self.neighbours
-            )
-
-        def event(noise: float) -> Event:
-            return PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
-
-        return self._least_noise(event, slack)
+        self._refuse_if_full()
+        return accounting.noise_multiplier(
+            self.epsilon, self.delta, sample_rate, steps, self._records(), slack=slack, neighbours=self.neighbours
+        )
 
     def search_noise(self, search: Callable[[float], Search]) -> float:
         """Return the smallest noise multiplier z with which the search `search(z)` fits in. Raises: the same."""
-        if self.empty:
-            return accounting.search_noise(self.epsilon, self.delta, search, neighbours=self.neighbours)
-        return self._least_noise(search, _SLACK)
+        self._refuse_if_full()
+        return accounting.search_noise(self.epsilon, self.delta, search, self._records(), neighbours=self.neighbours)
 
     def client_ratio(self, release: Callable[[float], ClientRelease], rounds: int) -> float:
         """Return the smallest ratio z with which `rounds` of `release(z)` fit in; see client_accounting.calibrate."""
-        cost = None if self.empty else self._cost_of_clients()
-        if cost is not None:
-            self._refuse_if_full()
-        return client_accounting.calibrate(self.epsilon, self.delta, release, rounds, cost=cost)
+        self._refuse_if_full()
+        before = [event for event in self.standing.before if isinstance(event, ClientRelease)]
+        return client_accounting.calibrate(self.epsilon, self.delta, release, rounds, before)
 
     def check(self, more: Sequence[Event]) -> None:
         """Raise BudgetExceededError unless the events `more`, as one further plan, fit in."""
@@ -233,19 +226,12 @@ class Room:
         parts = [Part(event=p.event, times=n) for p, n in zip(latest.parts, left, strict=True) if n]
         return tuple(event for part in parts for event in part.whole)
 
-    def _least_noise(self, event: Callable[[float], Event], slack: float) -> float:
-        accounting.check_target(self.epsilon, self.delta)
-        event(1.0)  # a number out of range is refused before anything is computed
-        self._refuse_if_full()
-        rule, before = self.rule, self.standing.before
-        return accounting.least_noise(lambda noise: rule.cost((*before, event(noise))), self.epsilon, slack=slack)
-
-    def _cost_of_clients(self) -> Callable[[ClientRelease], float]:
-        rule, before = self.rule, self.standing.before
-        return lambda release: rule.cost((*before, release))
+    def _records(self) -> tuple[RecordEvent, ...]:
+        return tuple(event for event in self.standing.before if not isinstance(event, ClientRelease))
 
     def _refuse_if_full(self) -> None:
         """Raise BudgetExceededError if the filter admits no more, however little it costs."""
+        accounting.check_target(self.epsilon, self.delta)
         rule = self.rule
         for what, events in (("the first plan alone", self.standing.first), ("all of it", self.standing.before)):
             counted = rule.cost(events)

@@ -21,6 +21,7 @@ from choral.errors import ConfigError
 from choral.privacy import accounting, budgeting, pld
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.filters import Filter
 
 DELTA = 1e-5
 
@@ -190,14 +191,19 @@ def test_calibration_spends_all_and_no_more(target: float, rate: float, steps: i
 
 def test_calibration_reckons_with_what_was_spent() -> None:
     spent = [event(0.1, 2.5, 100)]
-    noise = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, spent)
+    noise = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, spent, fixed=True)
     assert 2.99 < accounting.epsilon([*spent, event(0.1, noise, 100)], DELTA) <= 3.0
     assert noise > accounting.noise_multiplier(3.0, DELTA, 0.1, 100)
+    late = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, spent)  # by a filter, since it may have been looked at
+    assert noise < late
+    assert 2.99 < Filter(3.0, DELTA).cost([*spent, event(0.1, late, 100)]) <= 3.0
 
 
 def test_exhausted_budget_has_no_calibration() -> None:
     with pytest.raises(BudgetExceededError, match="is spent"):
         accounting.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)])
+    with pytest.raises(BudgetExceededError, match="is spent"):
+        accounting.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)], fixed=True)
 
 
 def test_many_small_steps() -> None:

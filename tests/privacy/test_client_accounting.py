@@ -20,6 +20,7 @@ from choral.privacy.client_accounting import calibrate, epsilon, renyi, settled,
 from choral.privacy.distributed import design, squared_norm_bound
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import ClientRelease
+from choral.privacy.filters import Filter
 
 D = 1 << 20
 
@@ -162,7 +163,8 @@ def test_calibration_uses_the_budget_and_not_more() -> None:
 
     for spent in ([], [event(3.0)] * 4):
         ratio = calibrate(5.0, 1e-5, event, 10, spent)
-        cost = epsilon([*spent, *[event(ratio)] * 10], 1e-5)
+        together = [*spent, *[event(ratio)] * 10]
+        cost = Filter(5.0, 1e-5).cost(together) if spent else epsilon(together, 1e-5)
         assert 5.0 * (1 - client_accounting.SLACK) <= cost <= 5.0
     with pytest.raises(BudgetExceededError, match="is spent"):
         calibrate(1.0, 1e-5, event, 10, [event(2.0)] * 20)

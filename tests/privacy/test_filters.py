@@ -67,7 +67,9 @@ def delta_of_the_adversary(noises: dict[tuple[float, int], float], epsilon: floa
 
 def test_who_looks_before_he_chooses_breaks_the_price_for_fixed_parameters() -> None:
     """Each pair alone costs 3.000 at 1e-5 by privacy loss distributions; the best of twelve, chosen late, 2.4e-5."""
-    noises = {(q, t): accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) for q, t in CHOICES}
+    noises = {
+        (q, t): accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4, fixed=True) for q, t in CHOICES
+    }
     for (q, t), noise in noises.items():
         assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) <= EPSILON
     assert delta_of_the_adversary(noises) > 2.3e-5
@@ -83,6 +85,7 @@ def test_who_looks_before_he_chooses_stays_within_what_a_ledger_admits() -> None
     assert delta_of_the_adversary({choice: noise for choice, noise in noises.items() if choice == (1.0, 1)}) > 1e-7
     for (q, t), noise in noises.items():  # each is dearer than as a fixed pair
         assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) < EPSILON
+        assert accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) == noise
 
 
 def test_the_adversary_is_computed_right() -> None:
