@@ -2,7 +2,8 @@
 
 No look counts unless it could have failed: see :mod:`choral.privacy.mixing`. So each drawn batch is looked at until
 one has shown that a record's row changes with the record, at as many layers as it does; where it did not, a layer is
-looked at again in the batch in which its rows differ. Frozen, unfrozen and switched layers begin anew.
+looked at again in the batch in which its rows differ. Frozen, unfrozen and switched layers begin anew, and in the 2nd,
+4th, 8th, ... batch some records are looked at once more, for mixing that has begun since.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._pairs = 0  # batches of two that were looked at
         self._mode: object = None  # what is trained, and which layers are in training mode
         self._batch = 0  # batches drawn
+        self._latest = 0  # at which of them it was looked for
         self._inside = False  # the forward pass that is looked at runs
         self._trying = False  # a whole training step, whose loss is looked at
         self._called = False  # and which calls the model itself
@@ -70,6 +72,11 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
     def settled(self) -> bool:
         """Whether nothing is left to look for in a training step: see :meth:`check_step`."""
         return self.unmixed and self._placed and self._separable and not self.open
+
+    @property
+    def _due(self) -> bool:
+        """Whether to look again all the same, as after 2, 4, 8, ... batches: what mixes may have begun since."""
+        return self._batch & (self._batch - 1) == 0 and self._batch != self._latest
 
     def never_seen(self) -> list[str]:
         """Return the layers at which mixing could not have been seen so far: nothing there differed between records.
@@ -112,6 +119,8 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         if not self.unmixed:
             self._look(self._subject(self._module, args, kwargs, rows))
             return self._run(args, kwargs)
+        if rows == self.drawn and self._due:
+            self._look_again(self._subject(self._module, args, kwargs, rows))
         self.looked = self.looked or rows == self.drawn
         before = keeping.marks(self._module)
         run = partial(self._run, args, kwargs)
@@ -164,12 +173,20 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._records = subject.rows
         if subject.rows != self.drawn:
             return
-        self.looked = True
+        self.looked, self._latest = True, self._batch
         if not self.unmixed:
             self.open = seen
         self.open -= could
         self._pairs += subject.rows == 2  # which may be in order by chance, as a model that sorts would put them
         self.unmixed = self.unmixed or (bool(could) and (subject.rows > 2 or self._pairs > _PAIRS))
+
+    def _look_again(self, subject: mixing.Subject) -> None:
+        """Look whether records are mixed by now, which were not in the batches before."""
+        with self._unheard(), full_precision():
+            mixing.refuse_again(subject)
+        self._records = subject.rows
+        if not subject.step or not self._called:
+            self._latest = self._batch
 
     def _expect_records(self, records: int) -> None:
         self._records = records
@@ -212,19 +229,21 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
             self._records = rows
             self._find_shared(step, (batch,), {}, rows)
             self._records = None
-        if rows < 2 or self.settled:
+        if rows < 2 or (self.settled and not (drawn and self._due)):
             return
         self._trying = True
         subject = self._subject(step, (batch,), {}, rows)
         try:
-            if not self._separable:
+            if not self._separable or self._due:
                 with positions.evaluating(self._module), self._unheard():
-                    self._separable = refuse_inseparable(subject) and drawn
+                    self._separable = (refuse_inseparable(subject) and drawn) or self._separable
+            if self.unmixed and self._due:
+                self._look_again(subject)
             if not self.unmixed or self._wake(self._differing(subject)):
-                looked = self.looked, self.unmixed, set(self.open)
+                looked = self.looked, self.unmixed, set(self.open), self._latest
                 self._look(subject)
                 if self._called:  # the model's own check is still to come
-                    self.looked, self.unmixed, self.open = looked
+                    self.looked, self.unmixed, self.open, self._latest = looked
         finally:
             self._trying = False
             self.forget()  # these forward passes have no backward pass

@@ -29,13 +29,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from choral.privacy import keeping
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.watching import Point, moved, shaken, sketch, watched
+from choral.privacy.watching import Point, moved, reseed, shaken, sketch, watched
 from choral.privacy.watching import same_random_numbers as _same_random_numbers
 
 _Found = TypeVar("_Found")
 
 _SPLITS = 4
 _FEW = 8  # records whose gradients are looked at
+_SEEDS = 16  # random numbers with which they are looked at
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -87,12 +88,15 @@ def same_random_numbers(value: Any, model: nn.Module | None = None) -> AbstractC
     return _same_random_numbers(sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}), model)
 
 
-def run(forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int) -> Any:
-    """Return what `forward` makes of the records `take`, without gradients; random numbers stay as they were.
+def run(
+    forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int, *, graph: bool = False
+) -> Any:
+    """Return what `forward` makes of the records `take`; random numbers stay as they were.
 
-    rows: how many records `args` and `kwargs` hold.
+    rows: how many records `args` and `kwargs` hold. graph: with a graph for gradients, as in training.
     """
-    with same_random_numbers((args, kwargs), forward if isinstance(forward, nn.Module) else None), torch.no_grad():
+    model = forward if isinstance(forward, nn.Module) else None
+    with same_random_numbers((args, kwargs), model), torch.set_grad_enabled(graph):
         return forward(*taken(args, take, rows), **taken(kwargs, take, rows))
 
 
@@ -125,8 +129,8 @@ class Subject:
     step: bool = False  # `forward` returns a loss
     tell: Callable[[int], None] = lambda _: None  # is told how many records come next
 
-    def look(self, take: torch.Tensor) -> dict[Point, Seen]:
-        """Return what is compared, for the records `take`."""
+    def look(self, take: torch.Tensor, seed: int | None = None, *, graph: bool = False) -> dict[Point, Seen]:
+        """Return what is compared, for the records `take`; of other random numbers if there is a `seed`."""
         found: dict[Point, Seen] = {}
 
         def see(point: Point, t: torch.Tensor) -> None:
@@ -137,7 +141,9 @@ class Subject:
 
         self.tell(self.rows)
         with watched(self.layers, self.rows, see), same_random_numbers((self.args, self.kwargs), self.model):
-            output = run(self.forward, self.args, self.kwargs, take, self.rows)
+            if seed is not None:
+                reseed(seed, self.model)
+            output = run(self.forward, self.args, self.kwargs, take, self.rows, graph=graph)
         for place, t in enumerate(_by_record(output, self.rows)):
             found["", "out", place, 0] = Seen(sketch(t, self.rows), ())  # which may have no other shape
         return found
@@ -169,7 +175,18 @@ def refuse_mixing(subject: Subject) -> tuple[set[Point], set[Point]]:
         with shaken(subject.model):
             could |= (_in_general(subject, _refuse_by_value) or _refuse_by_value(subject))[0]
             _in_general(subject, _refuse_by_few_gradients)
+            _in_general(subject, _refuse_by_chance)
         return could, seen
+    finally:
+        keeping.take_away(subject.model, before)
+
+
+def refuse_again(subject: Subject) -> None:
+    """Look once more, at some records alone, and by value: raise UnsupportedModelError if they mix by now."""
+    before = keeping.kept(subject.model)
+    try:
+        with shaken(subject.model):
+            _refuse_by_chance(subject, _SEEDS // 2)
     finally:
         keeping.take_away(subject.model, before)
 
@@ -203,10 +220,7 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
         )
     could: set[Point] = set()
     for kept in splits(rows):
-        (mine,) = torch.nonzero(kept, as_tuple=True)
-        take = as_it_is.clone()
-        take[~kept] = mine[torch.arange(rows - len(mine)) % len(mine)]
-        other = subject.look(take)
+        other = subject.look(_replaced(kept))
         _refuse_followers(after, keeping.kept(model))
         keeping.take_away(model, before)
         for point in whole.keys() & other.keys():
@@ -220,6 +234,40 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
             if point not in could and not _close(a[numbers], b[numbers]):
                 could.add(point)
     return could, set(whole)
+
+
+def _replaced(kept: torch.Tensor) -> torch.Tensor:
+    """Return all records, those that are not `kept` replaced by copies of kept ones."""
+    (mine,) = torch.nonzero(kept, as_tuple=True)
+    take = torch.arange(len(kept))
+    take[~kept] = mine[torch.arange(len(kept) - len(mine)) % len(mine)]
+    return take
+
+
+def _refuse_by_chance(subject: Subject, seeds: int = _SEEDS) -> None:
+    """Look at some records by value, with a graph as in training, and with other random numbers each time.
+
+    A model that mixes by chance (mixup within it) may not do so with the random numbers of one pass. Nothing is found
+    in a model that takes none but whole batches.
+    """
+    take = few(subject.args, subject.kwargs, subject.rows)
+    args, kwargs = taken((subject.args, subject.kwargs), take, subject.rows)
+    part, each = replace(subject, args=args, kwargs=kwargs, rows=len(take)), list(splits(len(take)))
+    counts = keeping.kept(subject.model)
+    for seed in range(seeds):
+        kept = each[seed % len(each)]
+        try:
+            whole = part.look(torch.arange(len(take)), seed, graph=True)
+            keeping.put_back(counts, counts_only=True)
+            other = part.look(_replaced(kept), seed, graph=True)
+            keeping.put_back(counts, counts_only=True)
+        except Exception:  # whatever it is: the batch as it is was looked at
+            return
+        for point in whole.keys() & other.keys():
+            if whole[point].shapes == other[point].shapes:
+                a, b = whole[point].sketch, other[point].sketch
+                if not _close(a[kept.to(a.device)], b[kept.to(b.device)]):
+                    raise _mixes()
 
 
 def _refuse_followers(after: dict[str, keeping.Kept], after_others: dict[str, keeping.Kept]) -> None:

@@ -120,6 +120,20 @@ def _away_from_zero(like: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return (drawn + 0.5 * torch.where(drawn < 0, -1.0, 1.0)).to(like.device, like.dtype)
 
 
+def reseed(seed: int, model: nn.Module) -> None:
+    """Let random numbers, of the same generators as below, go on from `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    for value in (value for m in model.modules() for value in m.__dict__.values()):
+        if isinstance(value, torch.Generator):
+            value.manual_seed(seed)
+        elif isinstance(value, random.Random):
+            value.seed(seed)
+        elif isinstance(value, np.random.Generator):
+            value.random(seed + 1)
+
+
 @contextmanager
 def same_random_numbers(devices: list[int], model: nn.Module | None = None) -> Iterator[None]:
     """Leave random numbers as they were: torch's, Python's, numpy's, and those of generators that `model` keeps."""

@@ -8,9 +8,12 @@ needs at most 1.
 from __future__ import annotations
 
 import copy
+import random
+import secrets
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -481,3 +484,114 @@ def test_the_mean_loss_passes_at_zeros(name: str) -> None:
     private.check_step(lambda b: mean_loss(model, *b), records())
     assert private.unmixed
     assert private.settled == (not private.open)
+
+
+def test_a_look_after_the_forward_pass_leaves_its_gradients_alone() -> None:
+    """At a layer where records differ in the third batch for the first time, in a model that mixes nothing."""
+    model = Apply(
+        lambda m, x: m.head(m.body(x)) + m.out(m.kind((x[:, 0] > 100).long())),
+        body=linear(),
+        head=head(),
+        kind=nn.Embedding(2, 4),
+        out=nn.Linear(4, CLASSES),
+    )
+    private = with_per_sample_gradients(model)
+    optimizer = optimizer_of(model, private)
+    for step in range(4):
+        x, y = records(step)
+        x[3, 0], x[0, 0] = (1000.0 if step == 2 else 0.0), 0.0
+        rows = torch.stack([by_hand(model, x[i : i + 1], y[i : i + 1]) for i in range(ROWS)])
+        want = (rows * (1.0 / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)).mean(0)
+        optimizer.expect(ROWS)
+        mean_loss(private, x, y).backward()
+        optimizer.step()
+        got = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-4)
+        assert private.never_seen() == (["kind", "out"] if step < 2 else [])
+
+
+def test_positions_found_on_made_up_input_are_looked_for_again() -> None:
+    """Given a row of positions for each record beforehand, and one for all in the loop, as many as records."""
+
+    def forward(m: Any, t: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(t.shape[1])
+        return m.head((m.wte(t) + m.wpe(places.expand_as(t) if m.expand else places)).mean(1))
+
+    model = Apply(forward, wte=nn.Embedding(5, 4), wpe=nn.Embedding(ROWS, 4), head=nn.Linear(4, CLASSES))
+    model.expand = True
+    private = with_per_sample_gradients(model)
+    private(torch.zeros(3, 4, dtype=torch.int64))
+    model.expand = False
+    t, y = torch.arange(ROWS * ROWS).reshape(ROWS, ROWS) % 5, records()[1]
+    optimizer = optimizer_of(model, private)
+    optimizer.expect(ROWS)
+    mean_loss(private, t, y).backward()
+    rows = torch.stack([by_hand(model, t[i : i + 1], y[i : i + 1]) for i in range(ROWS)])
+    found = torch.cat([private.per_sample(p).flatten(1) for p in model.parameters()], 1)
+    torch.testing.assert_close(found, rows, rtol=1e-3, atol=1e-5)
+
+
+def of_python(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(m.body(x) * random.random())
+
+
+def of_numpy(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(m.body(x) + torch.from_numpy(np.random.rand(*x.shape)).float())
+
+
+def of_a_generator(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.head(m.body(x) + torch.randn(x.shape, generator=m.generator))
+
+
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("forward", [of_python, of_numpy, of_a_generator])
+def test_randomness_of_other_generators_is_repeated(forward: Any, mix: bool) -> None:
+    """By value, too, where no gradient tells; and left as it was."""
+    model = Apply(lambda m, x: forward(m, standardised(x) if mix else x), body=linear(), head=head())
+    model.generator = torch.Generator().manual_seed(3)
+    random.seed(5)
+    if mix:
+        with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+            train(model, 1)
+        assert random.random() == random.Random(5).random()
+    else:
+        assert train(model, 2).unmixed
+
+
+def test_randomness_that_cannot_be_repeated_is_refused() -> None:
+    model = Apply(lambda m, x: m.head(m.body(x) * secrets.randbelow(1000)), body=linear(), head=nn.Linear(WIDTH, 3))
+    with pytest.raises(UnsupportedModelError, match="something else the second time"):
+        train(model, 1)
+
+
+class Later(nn.Module):
+    """Standardises over the batch from its `first` call that is trained on, or by chance, or with a graph alone."""
+
+    def __init__(self, when: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.body, self.head, self.batches, self.when = linear(), head(), 0, when
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(standardised(x) if self.when(self) else x))
+
+
+@pytest.mark.parametrize(
+    ("when", "steps"),
+    [
+        (lambda m: m.batches > 0, 2),
+        (lambda m: m.batches > 5, 8),
+        (lambda m: bool(torch.rand(()) < 0.5), 1),
+        (lambda m: random.random() < 0.4, 1),
+        (lambda m: torch.is_grad_enabled(), 1),
+    ],
+    ids=["from the second batch on", "from the sixth on", "by chance", "by Python's chance", "with a graph alone"],
+)
+def test_mixing_that_is_not_always_there_is_found(when: Any, steps: int) -> None:
+    model = Later(when)
+
+    def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        model.batches = step
+        return records(step)
+
+    with pytest.raises(UnsupportedModelError, match="depends on the other records"):
+        train(model, steps, data=data)
