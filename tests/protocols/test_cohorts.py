@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -18,7 +19,7 @@ from choral.protocols import messages as wire
 from choral.protocols import party as steps
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError
 from choral.protocols.keys import ed25519_public
-from choral.protocols.parameters import InfeasibleError, choose, colluding, counted
+from choral.protocols.parameters import InfeasibleError, choose, colluding, counted, least_threshold
 from choral.protocols.policy import check_setup
 
 Make = Callable[..., Any]
@@ -183,6 +184,38 @@ def test_a_draw_is_taken_on_trust_only_by_who_says_so_and_is_stated() -> None:
     assert "may have put every one that colludes into it" in counted_out["trust"]
     everyone = Masked().open(SumSpec(parties=roster, length=3, bound=10)).statement
     assert (everyone["cohort"], everyone["directory"]) == ("everyone", 40)
+
+
+@pytest.mark.parametrize("cohort", ["chosen", "random"])
+@pytest.mark.parametrize("server", ["malicious", "semi-honest"])
+def test_what_is_proposed_for_a_cohort_is_what_the_parties_accept_or_is_not_proposed(cohort: Any, server: Any) -> None:
+    """Of every size up to 40, out of up to 1,000: never fewer colluders, nor a threshold that dropouts break."""
+    made = 0
+    for n, population in product(range(2, 41, 2), (2, 3, 10, 11, 40, 100, 1000)):
+        if population < n:
+            continue
+        spec = SumSpec(parties=tuple(IDENTITIES)[:n], length=1, bound=1, directory=population)
+        config = Masked(cohort=cohort, server=server)
+        try:
+            setup = config.setup(spec, session=bytes(16))
+        except InfeasibleError:
+            assert population > n
+            assert least_threshold(n, colluding(0.1, population, n, cohort), server) > n - 1 or n < 5
+            continue
+        terms = dataclasses.replace(config.policy(spec), directory=DIRECTORY, directory_size=max(population, 100))
+        if population >= 100:
+            terms.check(setup, "p0")
+        check_setup(setup)
+        assert setup.threshold <= n - setup.dropouts
+        assert setup.min_survivors <= n - setup.dropouts
+        made += 1
+    assert made > 30
+
+
+def test_default_dropouts_leave_room_for_the_colluders_of_all() -> None:
+    assert Masked().parameters(8).dropouts == 2
+    assert Masked().parameters(8, 40).dropouts == 1  # four colluders need a threshold of seven
+    assert Masked().parameters(5, 20).threshold == 4
 
 
 def test_settings_say_how_a_cohort_is_made() -> None:
