@@ -483,8 +483,11 @@ _COMPUTED = ("precision", "compile")
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
-    """Refuse to resume a run that was started with other settings; more rounds than it was to have are its going on."""
-    if new.rounds > old.rounds and (old.schedule or {}).get("kind") != "cosine":
+    """Refuse to resume a run that was started with other settings.
+
+    More rounds than it was to have are its going on, unless noise or learning rates were planned for all of them.
+    """
+    if new.rounds > old.rounds and old.privacy is None and (old.schedule or {}).get("kind") != "cosine":
         planned = dict(new.config.get("training") or {})
         if "rounds" in planned:
             training = {**planned, "rounds": (old.config.get("training") or {}).get("rounds")}
