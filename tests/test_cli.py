@@ -516,6 +516,7 @@ def test_participation_in_settings_and_flags(tmp_path):
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["participation"] == {
         "cohort": 4,
+        "draw": "system",
         "rate": None,
         "least": 2,
         "availability": {"peak": 0.9, "trough": 0.8, "hour": 2.0, "zones": [-8.0, 0.0, 5.5]},
