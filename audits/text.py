@@ -56,7 +56,7 @@ def cost(epsilon: float) -> str:
     """An epsilon to two decimals (below 0.1 four, or two digits), rounded up: it may not look smaller than it is."""
     if not math.isfinite(epsilon):
         return str(epsilon)
-    exact = Decimal(epsilon)
+    exact = Decimal(repr(float(epsilon)))
     decimals = 2 if epsilon >= 0.1 or epsilon == 0 else max(4, 1 - exact.adjusted())
     return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING):f}"
 
@@ -65,7 +65,7 @@ def at_least(value: float) -> str:
     """A lower bound to three digits, rounded down: it may not look larger than it is."""
     if not math.isfinite(value) or value <= 0:
         return f"{value:.3g}"
-    exact = Decimal(value)
+    exact = Decimal(repr(float(value)))
     return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), ROUND_FLOOR)):.3g}"
 
 

@@ -78,7 +78,7 @@ def at_most(value: float, digits: int = 4) -> str:
 def _rounded(value: float, digits: int, way: str) -> str:
     if not math.isfinite(value) or value == 0.0:
         return f"{value:.4f}"
-    exact = Decimal(value)
+    exact = Decimal(repr(float(value)))
     last = Decimal(1).scaleb(-max(4, digits - 1 - exact.adjusted()))
     return f"{exact.quantize(last, ROUND_CEILING if way == ROUND_CEILING else ROUND_FLOOR, Context(prec=400)):f}"
 
