@@ -108,3 +108,13 @@ def test_one_holder_has_no_spread_and_a_missing_number_leaves_its_quantity_out()
         "noise_multiplier",
         "examples",
     ]
+
+
+def test_the_interval_of_a_share_stays_within_its_range() -> None:
+    """Three accuracies near 1 have a Student interval that passes 1; of it, only what is possible is stated."""
+    plain = mean_interval([0.93, 0.98, 0.999])
+    share = mean_interval([0.93, 0.98, 0.999], share=True)
+    assert plain.high is not None
+    assert plain.high > 1.0
+    assert (share.low, share.high) == (plain.low, 1.0)
+    assert share.half_width == pytest.approx(plain.half_width)
