@@ -9,8 +9,11 @@ downwards.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,16 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from choral.privacy import Ledger, accounting
-from choral.privacy.events import ClientRelease, CorrelatedGaussian, Part, Plan, PoissonSampledGaussian, Search
+from choral.privacy.events import (
+    REPLACE_ONE,
+    ZERO_OUT,
+    ClientRelease,
+    CorrelatedGaussian,
+    Part,
+    Plan,
+    PoissonSampledGaussian,
+    Search,
+)
 from choral.privacy.filters import Filter
 from choral.privacy.plans import Room, fixed_cost
 from choral.privacy.strategies import Tree
@@ -161,3 +173,18 @@ def test_costs_add_over_plans_and_rise_with_each_event() -> None:
         mechanism="skellam", sensitivity_squared=100, share_variance=4e4, shares=3, length=9, steps=2
     )
     assert fixed_cost([skellam], DELTA) < Filter(EPSILON, DELTA).cost([skellam]) < 2.0
+
+
+def test_replacing_a_record_costs_more_than_zeroing_it_out() -> None:
+    for event in (sampled(0.1, 4.0, 50), sampled(1.0, 6.0)):
+        zeroed, replaced = (Filter(EPSILON, DELTA, relation).cost([event]) for relation in (ZERO_OUT, REPLACE_ONE))
+        assert replaced > zeroed
+        assert replaced > accounting.epsilon([event], DELTA, neighbours=REPLACE_ONE)
+
+
+def test_the_table_of_the_guide_is_what_its_command_prints() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "filters.py"), "--markdown"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert printed.count("|\n") == 8
+    assert printed in (root / "docs" / "privacy.md").read_text(encoding="utf-8")
