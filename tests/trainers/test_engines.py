@@ -174,7 +174,7 @@ def test_what_is_not_known_in_full_runs_as_it_is() -> None:
 
 
 def test_private_parties_are_left_to_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = resident(MODELS["mlp"], Epochs())
+    known = resident(MODELS["mlp"], Epochs(), sizes=[size for size in SIZES if size >= 10])  # the size of a batch
     known.guards = {
         party: Guard(Privacy(epsilon=3.0, delta=1e-3), holder=party, ledger=Ledger(), passes=1)
         for party in known.datasets
