@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -111,6 +112,7 @@ class PrivateOptimizer(OverOptimizer):
         self._pending: _Pending | None = None  # of the chunks so far; secret
         self._planned_noise = noise_multiplier
         self.keeper: Keeper | None = None  # of the budget, for checkpoints
+        self._process = os.getpid()
         self.stepped = False  # whether the latest step() released something and moved the model
         self._warned = False  # that the loop clips gradients, which does nothing
         self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
@@ -142,6 +144,7 @@ class PrivateOptimizer(OverOptimizer):
 
         Raises: PrivacyError (the batch before had no step, or not all of its chunks).
         """
+        self._refuse_fork()
         if self._owing or first:
             self.refuse_owing()
         elif self._pending is None:
@@ -153,6 +156,13 @@ class PrivateOptimizer(OverOptimizer):
             self.max_grad_norm = self.clipping.norm  # of the whole batch
         if self._buffers is None:
             self._remember_buffers()
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "this process was forked off one that trains privately, and a pass is paid for once",
+                hint="Wrap in the process that trains; each wrap pays for passes of its own.",
+            )
 
     def refuse_owing(self) -> None:
         """Raise PrivacyError if a batch was drawn and not stepped: whether to step may not depend on the data."""
@@ -189,6 +199,7 @@ class PrivateOptimizer(OverOptimizer):
         Raises: BudgetExceededError (no batch awaits a step), UnsupportedModelError (per-sample gradients
         missing or wrong), PrivacyError (a closure). Nothing is released then.
         """
+        self._refuse_fork()
         if closure is not None:
             raise PrivacyError("step(closure) evaluates the loss again, which was not paid for", hint="Call step().")
         drawn, self._drawn = self._drawn, None

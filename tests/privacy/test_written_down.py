@@ -195,7 +195,14 @@ class Note(msgspec.Struct):
 
 @pytest.mark.parametrize(
     "bad",
-    [Note(math.nan), Note(math.inf), Note(text="\ud800"), Note("x"), Note(more=object()), Note(more={"a": math.nan})],  # type: ignore[arg-type]
+    [
+        Note(math.nan),
+        Note(math.inf),
+        Note(text="\ud800"),
+        Note("x"),
+        Note(more=type("Odd", (), {"__repr__": lambda self: "odd"})()),
+        Note(more={"a": math.nan}),
+    ],  # type: ignore[arg-type]
     ids=repr,
 )
 def test_an_object_that_json_does_not_hold_is_not_encoded(bad: Note) -> None:
