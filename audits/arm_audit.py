@@ -107,7 +107,8 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
         if bound is not None:
             said += (
                 f" By an attack ({attack.attack}), the training costs at least ε\u00a0=\u00a0"
-                f"{at_least(bound.epsilon)} for each {attack.unit}; at most {bound.ceiling:.2f} could have been shown."
+                f"{at_least(bound.epsilon, 2)} for each {attack.unit};"
+                f" at most {bound.ceiling:.2f} could have been shown."
             )
     return said
 

@@ -61,11 +61,13 @@ def cost(epsilon: float) -> str:
     return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING):f}"
 
 
-def at_least(value: float) -> str:
-    """A lower bound to three digits, rounded down: it may not look larger than it is."""
+def at_least(value: float, decimals: int | None = None) -> str:
+    """A lower bound to three digits, or so many decimals, rounded down: it may not look larger than it is."""
     if not math.isfinite(value) or value <= 0:
-        return f"{value:.3g}"
+        return f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}"
     exact = Decimal(repr(float(value)))
+    if decimals is not None:
+        return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR):f}"
     return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), ROUND_FLOOR)):.3g}"
 
 
