@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from choral.audits.arms import paired_difference
 from choral.audits.report import Fairness, PartyMeasure, PartyMeasureName
 from choral.audits.statistics import mean_interval
-from choral.audits.text import is_falling, is_percent
+from choral.audits.text import is_percent
 from choral.errors import ConfigError, DataError
+from choral.metrics import is_falling
 
 if TYPE_CHECKING:
     from choral.trainers.per_party import PerParty

@@ -6,6 +6,8 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
+from choral.metrics import is_falling
+
 if TYPE_CHECKING:
     from choral.audits.report import PartyMeasureName
 
@@ -19,11 +21,6 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def is_percent(metric: str) -> bool:
     """Accuracies and errors are shares and are shown in percent; other metrics as they are."""
     return metric in _PERCENT
-
-
-def is_falling(metric: str) -> bool:
-    """Whether less is better, by the last word of its name: error, loss or gap."""
-    return metric.split(" ")[-1].lower() in ("error", "loss", "gap")
 
 
 def is_gap(metric: str) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
 from choral.trainers import run as folders
+from choral.trainers.best import best_of
 from choral.trainers.flat import Layout
 from choral.trainers.memory import Memory, read_memory, write_memory
 from choral.trainers.per_party import PerParty
@@ -40,6 +41,7 @@ class Recorder:
     ) -> None:
         self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
         self._ledgers: dict[str, Ledger] = {}
+        self._best: dict[str, torch.Tensor] = {}  # of the best round, in a run without a folder
 
     @classmethod
     def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
@@ -197,6 +199,11 @@ class Recorder:
                 folders.write_optimizer(self._folder, optimizer, entry.round)
             if memory is not None and (memory or memory.clips):
                 write_memory(self._folder, memory, entry.round)
+        if best_of(self._history) == entry.round:
+            self._best = self._state
+            if self._folder:
+                folders.write_weights(self._folder, self._state, entry.round, folders.BEST)
+        if self._folder:
             folders.write_weights(self._folder, self._state, entry.round)
 
     def __enter__(self) -> Self:
@@ -228,6 +235,6 @@ class Recorder:
 
     def run(self) -> Run:
         ledgers = {name: content for name, ledger in self._ledgers.items() if (content := ledger.written())}
-        return Run(
-            info=self._info, history=tuple(self._history), state=self._state, folder=self._folder, ledgers=ledgers
-        )
+        history = tuple(self._history)
+        best = folders.read_best(self._folder, best_of(history)) if self._folder else self._best
+        return Run(info=self._info, history=history, state=self._state, folder=self._folder, ledgers=ledgers, best=best)

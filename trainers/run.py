@@ -38,6 +38,7 @@ from choral.errors import ChoralError, ConfigError
 from choral.locks import lock_file, sync_folder
 from choral.privacy import Spent
 from choral.privacy.chain import UnreadableError, as_json, encoded
+from choral.trainers.best import best_of
 from choral.trainers.per_party import PerParty
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from choral.trainers.export import Exported
 
 FORMAT_VERSION = 1
+LAST, BEST = "model.safetensors", "best.safetensors"
 _LOCK = ".lock"
 _SHARED_KEYS = {
     "audit",
@@ -191,6 +193,8 @@ class Run:
     """A finished or interrupted training. ``state`` is the model's state dict after the last history entry.
 
     ledgers: of a run without a folder, by data holder: the lines of what would be its ledger files, for audits.
+    best: the state dict after round `best_round`, the best by the evaluation's first metric; empty where a run of an
+        earlier version kept none.
     """
 
     info: RunInfo
@@ -198,10 +202,16 @@ class Run:
     state: Mapping[str, torch.Tensor]
     folder: Path | None = None
     ledgers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    best: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def finished(self) -> bool:
         return bool(self.history) and (self.history[-1].round >= self.info.rounds or bool(self.info.ended))
+
+    @property
+    def best_round(self) -> int:
+        """The round that was best by the evaluation's first metric, the earliest of equals."""
+        return best_of(self.history)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -224,7 +234,9 @@ class Run:
         info, lines = checked_json(as_read_back(self.info)), history_lines(self.history)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "history.jsonl", lines)
-        replace_file(folder / "model.safetensors", _weights(self.state, self.history[-1].round if self.history else 0))
+        replace_file(folder / LAST, _weights(self.state, self.history[-1].round if self.history else 0))
+        if self.best:
+            replace_file(folder / BEST, _weights(self.best, self.best_round))
         for name, content in self.ledgers.items():
             (folder / "ledger").mkdir(exist_ok=True)
             replace_file(folder / "ledger" / f"{quote(name, safe='')}.jsonl", content)
@@ -250,7 +262,8 @@ class Run:
         folder = Path(folder)
         info = read_info(folder)
         state, last = read_weights(folder)
-        return cls(info=info, history=read_history(folder, last), state=state, folder=folder)
+        history = read_history(folder, last)
+        return cls(info=info, history=history, state=state, folder=folder, best=read_best(folder, best_of(history)))
 
 
 def value_bound_for(run: Run, margin: float = 4.0) -> float:
@@ -377,16 +390,24 @@ def read_history(folder: Path, last: int) -> tuple[Round, ...]:
     return tuple(entries)
 
 
-def write_weights(folder: Path, state: Mapping[str, torch.Tensor], round_number: int) -> None:
-    replace_file(folder / "model.safetensors", _weights(state, round_number))
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor], round_number: int, name: str = LAST) -> None:
+    replace_file(folder / name, _weights(state, round_number))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
-    path = folder / "model.safetensors"
+    path = folder / LAST
     if not path.is_file():
         raise RunFolderError(f"{folder} has no model.safetensors", hint="the run ended before its first round")
     tensors, metadata = read_tensors(path)
     return tensors, int(metadata["round"])
+
+
+def read_best(folder: Path, best: int) -> dict[str, torch.Tensor]:
+    """The weights of the best round; none where a run of an earlier version, or one that was cut off, kept no such."""
+    if not (folder / BEST).is_file():
+        return {}
+    tensors, metadata = read_tensors(folder / BEST)
+    return tensors if int(metadata["round"]) == best else {}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

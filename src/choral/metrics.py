@@ -1,0 +1,6 @@
+"""What the name of a metric says of it."""
+
+
+def is_falling(metric: str) -> bool:
+    """Whether less is better, by the last word of its name: error, loss or gap."""
+    return metric.split(" ")[-1].lower() in ("error", "loss", "gap")
