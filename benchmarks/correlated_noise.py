@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import Privacy, accounting
+from choral.privacy import Privacy, calibration
 from choral.privacy.correlated import CorrelatedPrivacy
 from choral.privacy.factorisation import banded, buffered
 from choral.privacy.noise import os_stream
@@ -34,9 +34,9 @@ INDEPENDENT = Banded((1.0,))
 
 
 def noise_in_the_model(steps: int, passes: int, epsilon: float, delta: float) -> dict[str, Any]:
-    multiplier = accounting.noise_multiplier(epsilon, delta, 1.0, 1)
+    multiplier = calibration.noise_multiplier(epsilon, delta, 1.0, 1)
     independent = multiplier * error(INDEPENDENT, steps, passes)
-    sampled = accounting.noise_multiplier(epsilon, delta, 1.0 / steps, steps * passes)
+    sampled = calibration.noise_multiplier(epsilon, delta, 1.0 / steps, steps * passes)
     kinds: dict[str, Strategy] = {"tree": Tree(), "buffered": buffered(steps, passes)}
     kinds |= {f"banded {b}": banded(steps, passes, b) for b in (4, 16, 32, steps) if b <= steps}
     ratios = {name: multiplier * error(kind, steps, passes) / independent for name, kind in kinds.items()}

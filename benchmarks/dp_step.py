@@ -32,7 +32,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
-from choral.privacy import accounting, ghost
+from choral.privacy import calibration, ghost
 from choral.privacy.model import with_per_sample_gradients
 from choral.privacy.noise import gaussian, os_stream
 from choral.privacy.step import PrivateOptimizer
@@ -255,7 +255,7 @@ def main() -> None:
     )
     print(json.dumps({"noise": "M Gaussians/s per core", "rate": ours / 1e6, "over torch.randn": ours / torch_rate}))
     started = time.process_time()
-    accounting.noise_multiplier(3.0, 1e-5, 0.01, 2000, slack=1e-3)
+    calibration.noise_multiplier(3.0, 1e-5, 0.01, 2000, slack=1e-3)
     print(json.dumps({"calibration": "epsilon 3, q 0.01, 2000 steps", "seconds": time.process_time() - started}))
 
 

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 from choral import Privacy
 from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
-from choral.privacy.accounting import noise_multiplier as noise_that_fits
+from choral.privacy.calibration import noise_multiplier as noise_that_fits
 from choral.privacy.noise import grid_gaussian, noise_grid, os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))

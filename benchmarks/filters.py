@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from choral.privacy import accounting
+from choral.privacy import accounting, calibration
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.filters import Filter
 
@@ -47,8 +47,8 @@ def row(epsilon: float, rate: float, steps: int) -> dict[str, Any]:
     def all_of_it(noise: float) -> list[PoissonSampledGaussian]:
         return [PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)]
 
-    fixed = accounting.noise_multiplier(epsilon, DELTA, rate, steps, slack=1e-4)
-    late = accounting.least_noise(lambda noise: rule.cost(all_of_it(noise)), epsilon, slack=1e-4)
+    fixed = calibration.noise_multiplier(epsilon, DELTA, rate, steps, slack=1e-4)
+    late = calibration.least_noise(lambda noise: rule.cost(all_of_it(noise)), epsilon, slack=1e-4)
     return {
         "fixed": round(fixed, 4),
         "filter": round(late, 4),

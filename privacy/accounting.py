@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from numbers import Real
@@ -37,14 +37,13 @@ from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 
 from choral.errors import ConfigError
 from choral.privacy import pld, replaced
-from choral.privacy.errors import AccountingError, BudgetExceededError
+from choral.privacy.errors import AccountingError
 from choral.privacy.events import (
     NEIGHBOURS,
     REPLACE_ONE,
     ZERO_OUT,
     BaseEvent,
     CorrelatedGaussian,
-    PoissonSampledGaussian,
     RecordEvent,
     Search,
     relation_of,
@@ -59,7 +58,7 @@ SEARCH_ACCOUNTANT = (
 
 SMALLEST_RATE, SMALLEST_NOISE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e-2, 1e6, 2**24  # what is accounted for
 
-_GRIDS = tuple(10.0**-place for place in range(2, 10))  # discretisations of the privacy loss, nested
+GRIDS = tuple(10.0**-place for place in range(2, 10))  # discretisations of the privacy loss, nested
 _MOST_PARTS = 256  # unlike steps that are told apart
 _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 _FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
@@ -70,7 +69,7 @@ _LEAST_WHOLE, _MOST_WHOLE = 1e-6, 1e9  # noise multipliers of one Gaussian whose
 _POINTS_OF_OTHERS = 1 << 19
 _PARTS_OF_OTHERS = 16  # unlike steps; each takes seconds
 
-_Merged = tuple[tuple[float, float, int], ...]
+Merged = tuple[tuple[float, float, int], ...]
 
 
 def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> float:
@@ -80,11 +79,11 @@ def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NE
     Raises: ConfigError (delta), AccountingError (the accountants disagree).
     """
     _check_delta(delta)
-    known, replace = tuple(events), _replaces(neighbours)
+    known, replace = tuple(events), replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
         return _epsilon_with_search(known, delta, replace)
-    merged = _merge(_without_search(known))
-    return _checked_epsilon(merged, delta, replace) if merged else 0.0
+    merged = merge(without_search(known))
+    return checked_epsilon(merged, delta, replace) if merged else 0.0
 
 
 def bounds(
@@ -98,12 +97,12 @@ def bounds(
     Raises: ConfigError (delta; an event out of range; a private search among the events).
     """
     _check_delta(delta)
-    merged, replace = _merge(_without_search(events)), _replaces(neighbours)
+    merged, replace = merge(without_search(events)), replaces(neighbours)
     if not merged:
         return 0.0, 0.0
     lower, upper = 0.0, math.inf
-    for grid in _GRIDS[1:]:
-        found = _pld(merged, delta, grid, replace)
+    for grid in GRIDS[1:]:
+        found = discretised(merged, delta, grid, replace)
         lower, upper = max(lower, found.lower), min(upper, found.upper)
         near = upper - lower <= max(2e-3 * upper, 1e-3) if about is None else not lower <= about < upper
         if found.grid > grid or near:
@@ -121,8 +120,8 @@ def epsilon_rdp(events: Iterable[RecordEvent], delta: float, *, neighbours: str 
     _check_delta(delta)
     known = tuple(events)
     for event in known:
-        _merge(event.tries if isinstance(event, Search) else (event,))  # refuses what is out of range
-    return _by_renyi(known, delta, _ALL_ORDERS, _replaces(neighbours)) if known else 0.0
+        merge(event.tries if isinstance(event, Search) else (event,))  # refuses what is out of range
+    return _by_renyi(known, delta, _ALL_ORDERS, replaces(neighbours)) if known else 0.0
 
 
 def epsilon_by_dp_accounting(
@@ -137,12 +136,12 @@ def epsilon_by_dp_accounting(
     AccountingError (too many unlike steps).
     """
     _check_delta(delta)
-    known, replace = tuple(events), _replaces(neighbours)
+    known, replace = tuple(events), replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
         if replace:
             raise ConfigError(f"dp-accounting has no bound for a private search where the neighbours {REPLACE_ONE}")
         return _searches_by_dp_accounting(known, delta)
-    merged = _merge(_without_search(known))
+    merged = merge(without_search(known))
     _refuse_many(merged)
     return _by_dp_accounting(merged, delta, grid, replace) if merged else 0.0
 
@@ -154,7 +153,7 @@ def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, 
     Raises: ConfigError (delta; a private search among the events), AccountingError (no answer there).
     """
     _check_delta(delta)
-    merged = _merge(_without_search(events))
+    merged = merge(without_search(events))
     if not merged:
         return 0.0, 0.0
     _refuse_many(merged)
@@ -171,9 +170,9 @@ def epsilon_on_grid_of_others(
     Raises: ConfigError (delta; a private search among the events).
     """
     _check_delta(delta)
-    merged, replace = _merge(_without_search(events)), _replaces(neighbours)
+    merged, replace = merge(without_search(events)), replaces(neighbours)
     wanted = _grid_of_others(merged, grid, replace)
-    found = _pld(merged, delta, wanted, replace)
+    found = discretised(merged, delta, wanted, replace)
     return found.upper if found.grid == wanted else None
 
 
@@ -199,83 +198,6 @@ def check_by_prv(by_pld: tuple[float, float], bracket: tuple[float, float], delt
         )
 
 
-def noise_multiplier(
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    spent: Iterable[RecordEvent] = (),
-    *,
-    slack: float = 1e-5,
-    neighbours: str = NEIGHBOURS,
-    fixed: bool = False,
-) -> float:
-    """Return the smallest noise multiplier with which `spent` and `steps` more releases cost at most `epsilon`.
-
-    What comes after `spent` may have been chosen by what that showed, so that a filter counts all of it
-    (:mod:`choral.privacy.filters`); of a plan that stopped early `spent` has to hold the whole. fixed: that everything,
-    `spent` too, was fixed in advance; then it is privacy loss distributions that count, as where nothing was spent.
-    Guarantee: the cost of the result never exceeds `epsilon` and is at least (1 - slack) * epsilon; a larger
-    `slack` (1e-3 is plenty for training) is answered faster.
-    Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little),
-    AccountingError (the search found no answer).
-    """
-    check_target(epsilon, delta)
-    _merge((PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=1.0, steps=steps),))
-    before, replace = tuple(spent), _replaces(neighbours)
-    if before and not fixed:
-
-        def event(noise: float) -> RecordEvent:
-            return PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
-
-        return _by_filter(epsilon, delta, event, before, slack, neighbours)
-    if any(isinstance(event, Search) for event in before):
-        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack, neighbours)
-    return _calibrate(epsilon, delta, float(sample_rate), int(steps), _merge(_without_search(before)), slack, replace)
-
-
-def search_noise(
-    epsilon: float,
-    delta: float,
-    search: Callable[[float], Search],
-    spent: Sequence[RecordEvent] = (),
-    *,
-    neighbours: str = NEIGHBOURS,
-) -> float:
-    """Return the smallest noise multiplier with which `spent` and the search `search(z)` cost at most `epsilon`.
-
-    After something was spent a filter counts, as in :func:`noise_multiplier`.
-    Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little).
-    """
-    check_target(epsilon, delta)
-    if spent:
-        return _by_filter(epsilon, delta, search, tuple(spent), 1e-3, neighbours)
-    return _search(lambda z: _cost_of([search(z)], delta, neighbours=neighbours), epsilon, 1.0, slack=1e-3)
-
-
-def least_noise(cost: Callable[[float], float], target: float, *, slack: float) -> float:
-    """Return a noise multiplier whose `cost`, which falls with it, is at most `target` and at least (1 - slack) of it.
-
-    Raises: BudgetExceededError (no noise is enough).
-    """
-    return _search(lambda noise: min(cost(noise), 1e9), target, 1.0, slack=slack)
-
-
-def _by_filter(
-    epsilon: float,
-    delta: float,
-    event: Callable[[float], RecordEvent],
-    before: tuple[RecordEvent, ...],
-    slack: float,
-    neighbours: str,
-) -> float:
-    from choral.privacy.filters import Filter  # which imports this module
-
-    rule = Filter(epsilon, delta, neighbours)
-    _refuse_spent(epsilon, delta, rule.cost(before), slack)
-    return least_noise(lambda noise: rule.cost((*before, event(noise))), epsilon, slack=slack)
-
-
 def check_target(epsilon: float, delta: float) -> None:
     """Raise ConfigError unless 0 < epsilon < infinity and 0 < delta < 1."""
     for name, value in (("epsilon", epsilon), ("delta", delta)):
@@ -298,7 +220,7 @@ def _check_delta(delta: float) -> None:
         )
 
 
-def _without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
+def without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
     """The events as they are. Raises: ConfigError if one is a private search, which has a Renyi bound alone."""
     known = tuple(events)
     plain = tuple(event for event in known if not isinstance(event, Search))
@@ -309,7 +231,7 @@ def _without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
     return plain
 
 
-def _replaces(neighbours: str) -> bool:
+def replaces(neighbours: str) -> bool:
     """Whether the neighbours differ by a record replaced, not by one zeroed out. Raises: ConfigError."""
     meant = relation_of(neighbours)
     if meant not in (ZERO_OUT, REPLACE_ONE):
@@ -321,7 +243,7 @@ def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, 
     """Epsilon by Renyi DP of events with searches among them: curves add, a search has that of its theorem."""
     total = np.zeros(len(orders))
     for event in events:
-        parts = _merge(event.tries if isinstance(event, Search) else (event,))
+        parts = merge(event.tries if isinstance(event, Search) else (event,))
         curve = sum((t * _rdp_of_one_step(q, s, orders, replace) for q, s, t in parts), np.zeros(len(orders)))
         total += best_of(event, orders, curve) if isinstance(event, Search) else curve
     with _quiet():
@@ -333,8 +255,8 @@ def renyi(event: BaseEvent, orders: Sequence[float], *, neighbours: str = NEIGHB
 
     Of all steps of `event`, shape (orders,); infinite where no bound is known.
     """
-    kept, replace = tuple(map(float, orders)), _replaces(neighbours)
-    parts = _merge((event,))
+    kept, replace = tuple(map(float, orders)), replaces(neighbours)
+    parts = merge((event,))
     return np.asarray(sum((t * _rdp_of_one_step(q, s, kept, replace) for q, s, t in parts), np.zeros(len(kept))))
 
 
@@ -360,7 +282,7 @@ def _epsilon_with_search(events: Sequence[RecordEvent], delta: float, replace: b
     bound = _by_renyi(events, delta, _ALL_ORDERS, replace)
     # Whatever a search may cost, it costs no less than one of its tries: another method, from below.
     once = [part for event in events for part in (event.tries if isinstance(event, Search) else (event,))]
-    floor = _checked_epsilon(_merge(once), delta, replace)
+    floor = checked_epsilon(merge(once), delta, replace)
     if bound * (1.0 + 1e-5) + _ROUNDING < floor:
         raise AccountingError(
             f"Renyi DP says epsilon={bound:.6g} for a search, below the {floor:.6g} of one try at delta={delta:g}",
@@ -369,7 +291,7 @@ def _epsilon_with_search(events: Sequence[RecordEvent], delta: float, replace: b
     return bound
 
 
-def _merge(events: Iterable[BaseEvent]) -> _Merged:
+def merge(events: Iterable[BaseEvent]) -> Merged:
     totals: dict[tuple[float, float], int] = {}
     correlated = 0.0
     for event in events:
@@ -413,7 +335,7 @@ def _check_range(totals: Mapping[tuple[float, float], int]) -> None:
         )
 
 
-def _told_apart(totals: Mapping[tuple[float, float], int]) -> _Merged:
+def _told_apart(totals: Mapping[tuple[float, float], int]) -> Merged:
     """The steps in order; where too many are unlike, nearly alike ones are counted as the worst of them.
 
     Less noise costs more, since noise may be added to what is released, and so does a larger rate q: the pair of q' < q
@@ -436,8 +358,8 @@ def _told_apart(totals: Mapping[tuple[float, float], int]) -> _Merged:
 
 
 @lru_cache(maxsize=4096)
-def _checked_epsilon(merged: _Merged, delta: float, replace: bool) -> float:
-    by_pld, _ = _settled(merged, delta, replace)
+def checked_epsilon(merged: Merged, delta: float, replace: bool) -> float:
+    by_pld, _ = settled_on_grid(merged, delta, replace)
     by_rdp = _rdp(merged, delta, _FEW_ORDERS, replace)
     if by_pld.lower > by_rdp * (1.0 + 1e-5) + _ROUNDING:
         raise AccountingError(
@@ -447,18 +369,18 @@ def _checked_epsilon(merged: _Merged, delta: float, replace: bool) -> float:
     return min(by_pld.upper, by_rdp)  # both are upper bounds; RDP is the lower where no grid fits the memory
 
 
-def _settled(merged: _Merged, delta: float, replace: bool) -> tuple[pld.Bounds, float]:
+def settled_on_grid(merged: Merged, delta: float, replace: bool) -> tuple[pld.Bounds, float]:
     """PLD on finer and finer grids until it settles: each value is an upper bound, a finer one is only tighter.
 
     Returns the bounds and the grid. The error of connecting the dots is of second order: when a ten times
     finer grid changed the value by half a percent, the next one would change it by about 0.005 %. The finer
     grids take seconds, so they are kept for changes of more than 3 %, and for sums that fit into memory on them.
     """
-    found, grid = _pld(merged, delta, _GRIDS[0], replace), _GRIDS[0]
-    for finer in _GRIDS[1:]:
+    found, grid = discretised(merged, delta, GRIDS[0], replace), GRIDS[0]
+    for finer in GRIDS[1:]:
         if found.upper == 0.0 or found.grid > grid:
             break
-        before, found, grid = found, _pld(merged, delta, finer, replace), finer
+        before, found, grid = found, discretised(merged, delta, finer, replace), finer
         if found.upper > before.upper:  # it did not fit, and a coarser one was taken
             found = before._replace(lower=max(before.lower, found.lower))
         if before.upper - found.upper <= (0.005 if grid > 1e-4 else 0.03) * found.upper:
@@ -467,7 +389,7 @@ def _settled(merged: _Merged, delta: float, replace: bool) -> tuple[pld.Bounds, 
 
 
 @lru_cache(maxsize=4096)
-def _pld(merged: _Merged, delta: float, grid: float, replace: bool) -> pld.Bounds:
+def discretised(merged: Merged, delta: float, grid: float, replace: bool) -> pld.Bounds:
     if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
         precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
         distance = 2.0 if replace else 1.0  # of a record from its replacement, or from zero
@@ -477,21 +399,24 @@ def _pld(merged: _Merged, delta: float, grid: float, replace: bool) -> pld.Bound
     return pld.bounds(_gaussians_as_one(merged), delta, grid, replace)
 
 
-def _gaussians_as_one(merged: _Merged) -> _Merged:
+def _gaussians_as_one(merged: Merged) -> Merged:
     return tuple((q, s / math.sqrt(t), 1) if q == 1.0 else (q, s, t) for q, s, t in merged)
 
 
-def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
+def check_others(merged: Merged, delta: float, replace: bool = False) -> None:
     """Raise AccountingError unless dp-accounting's PLD, on a coarse grid, says what ours says.
 
     Where its memory or its rounding, which grows with the steps, allow of an answer.
     """
     if (
         sum(steps for _, _, steps in merged) * 1e-15 > 1e-3 * delta
-        or _grid_of_others(merged, _GRIDS[0], replace) > _GRIDS[0]
+        or _grid_of_others(merged, GRIDS[0], replace) > GRIDS[0]
     ):
         return
-    ours, theirs = _pld(merged, delta, _GRIDS[0], replace).upper, _by_dp_accounting(merged, delta, _GRIDS[0], replace)
+    ours, theirs = (
+        discretised(merged, delta, GRIDS[0], replace).upper,
+        _by_dp_accounting(merged, delta, GRIDS[0], replace),
+    )
     if abs(ours - theirs) > 1e-3 * theirs + _ROUNDING:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
@@ -499,7 +424,7 @@ def _agree(merged: _Merged, delta: float, replace: bool = False) -> None:
         )
 
 
-def _refuse_many(merged: _Merged) -> None:
+def _refuse_many(merged: Merged) -> None:
     if len(merged) > _PARTS_OF_OTHERS:
         raise AccountingError(
             f"{len(merged)} unlike kinds of steps are too many for another accountant, which takes {_PARTS_OF_OTHERS}",
@@ -507,17 +432,17 @@ def _refuse_many(merged: _Merged) -> None:
         )
 
 
-def _grid_of_others(merged: _Merged, grid: float, replace: bool) -> float:
+def _grid_of_others(merged: Merged, grid: float, replace: bool) -> float:
     """The grid, or the least coarser one, on which dp-accounting's distributions have a bounded number of points."""
     widest, spread = pld.extent(_gaussians_as_one(merged), replace)
     points = (widest * len(merged) + 40.0 * spread) / grid
     return grid * 2.0 ** max(math.ceil(math.log2(points / _POINTS_OF_OTHERS)), 0)
 
 
-def _by_dp_accounting(merged: _Merged, delta: float, grid: float, replace: bool) -> float:
+def _by_dp_accounting(merged: Merged, delta: float, grid: float, replace: bool) -> float:
     relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.REPLACE_SPECIAL
     if all(rate == 1.0 for rate, _, _ in merged):
-        return _pld(merged, delta, grid, replace).upper
+        return discretised(merged, delta, grid, replace).upper
     accountant = PLDAccountant(relation, _grid_of_others(merged, grid, replace))
     for rate, noise, steps in _gaussians_as_one(merged):
         accountant.compose(_dp_event(rate, noise), steps)
@@ -528,7 +453,7 @@ def _searches_by_dp_accounting(events: Sequence[RecordEvent], delta: float) -> f
     accountant = RdpAccountant(_ALL_ORDERS)
     with _quiet():
         for event in events:
-            parts = _merge(event.tries if isinstance(event, Search) else (event,))
+            parts = merge(event.tries if isinstance(event, Search) else (event,))
             steps = [dp_accounting.SelfComposedDpEvent(_dp_event(q, s), t) for q, s, t in parts]
             together = dp_accounting.ComposedDpEvent(steps)
             if isinstance(event, Search):
@@ -544,7 +469,7 @@ def _dp_event(rate: float, noise: float) -> dp_accounting.DpEvent:
 
 
 @lru_cache(maxsize=4096)
-def _rdp(merged: _Merged, delta: float, orders: tuple[float, ...], replace: bool) -> float:
+def _rdp(merged: Merged, delta: float, orders: tuple[float, ...], replace: bool) -> float:
     total = sum(steps * _rdp_of_one_step(rate, noise, orders, replace) for rate, noise, steps in merged)
     with _quiet():
         return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
@@ -573,105 +498,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def _refuse_spent(target: float, delta: float, before: float, slack: float) -> None:
-    if before >= (1.0 - 2.0 * slack) * target:
-        raise BudgetExceededError(
-            f"the budget epsilon={target:g} at delta={delta:g} is spent: {before:.6g} so far",
-            hint="This data may not be used again under this promise; a larger epsilon is a weaker promise.",
-        )
-
-
-def _calibrate_after_search(
-    target: float,
-    delta: float,
-    rate: float,
-    steps: int,
-    spent: tuple[RecordEvent, ...],
-    slack: float,
-    neighbours: str,
-) -> float:
-    _refuse_spent(target, delta, _cost_of(spent, delta, neighbours=neighbours), slack)
-
-    def cost(noise: float) -> float:
-        event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
-        return _cost_of([*spent, event], delta, neighbours=neighbours)
-
-    return _search(cost, target, _clt_guess(target, delta, rate, steps, (), _replaces(neighbours)), slack=slack)
-
-
-@lru_cache(maxsize=1024)
-def _calibrate(
-    target: float, delta: float, rate: float, steps: int, spent: _Merged, slack: float, replace: bool
-) -> float:
-    # A remainder within the slack is what earlier calibrations left over, not budget to train on.
-    if spent:
-        _refuse_spent(target, delta, _checked_epsilon(spent, delta, replace), slack)
-
-    def together(noise: float) -> _Merged:
-        parts = {(q, s): t for q, s, t in spent}
-        parts[(rate, noise)] = parts.get((rate, noise), 0) + steps
-        return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
-
-    noise = _clt_guess(target, delta, rate, steps, spent, replace)
-    first = next((grid for grid in _GRIDS if grid <= 1e-3 * target), _GRIDS[-1])
-    noise = _search(lambda z: _pld(together(z), delta, first, replace).upper, target, noise, slack=max(slack, 1e-3))
-    _, grid = _settled(together(noise), delta, replace)
-    noise = _search(lambda z: _pld(together(z), delta, grid, replace).upper, target, noise, slack=slack)
-    if _checked_epsilon(together(noise), delta, replace) > target:  # it settled on a coarser grid there
-        noise = _search(lambda z: _checked_epsilon(together(z), delta, replace), target, noise, slack=slack)
-    _agree(together(noise), delta, replace)
-    return noise
-
-
-def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: _Merged, replace: bool) -> float:
-    """Guess the noise by the central limit theorem of Gaussian DP (Bu et al. 2020): a start, never a guarantee."""
-    distance = 2.0 if replace else 1.0
-    mu_squared = dp_accounting.get_sigma_gaussian(target, delta) ** -2
-    left = mu_squared - sum(t * q * q * math.expm1(min((distance / s) ** 2, 50.0)) for q, s, t in spent)
-    guess = distance / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate)))
-    return min(max(guess, SMALLEST_NOISE), LARGEST_NOISE / 2)
-
-
-def _search(cost: Callable[[float], float], target: float, start: float, *, slack: float) -> float:
-    """Return a noise whose cost lies in [(1 - slack) * target, target], by secant steps kept inside a bracket.
-
-    Cost falls with noise, nearly as a power, so secants of log cost over log noise converge in a few steps.
-    """
-    too_little, enough = 0.0, math.inf
-    noise, slope = start, -1.0
-    previous: tuple[float, float] | None = None
-    aim = math.log(target * (1.0 - slack / 2.0))
-    for _ in range(200):
-        value = cost(noise)
-        if (1.0 - slack) * target <= value <= target:
-            return noise
-        too_little, enough = (noise, enough) if value > target else (too_little, noise)
-        if enough - too_little <= 1e-9 * too_little:  # the cost jumps over the aim
-            return enough
-        if enough <= SMALLEST_NOISE:
-            return SMALLEST_NOISE
-        if too_little > LARGEST_NOISE:
-            raise BudgetExceededError(
-                f"what is left of epsilon={target:g} is too little for any noise multiplier up to {LARGEST_NOISE:g}",
-                hint="Plan fewer steps, or accept that this data's budget is spent.",
-            )
-        here = (math.log(noise), math.log(max(value, 1e-300)))
-        if previous is not None and here[0] != previous[0]:
-            slope = min((here[1] - previous[1]) / (here[0] - previous[0]), -1e-3)
-        previous = here
-        noise = math.exp(here[0] + max(-2.0, min(2.0, (aim - here[1]) / slope)))
-        if not too_little < noise < enough:
-            noise = _between(too_little, enough)
-    raise AccountingError("the calibration of the noise did not converge", hint="Please report the four numbers.")
-
-
-def _between(low: float, high: float) -> float:
-    if low == 0.0:
-        return high / 2.0
-    return 2.0 * low if high == math.inf else math.sqrt(low * high)
-
-
-# The parameters of the calibrations carry the name of this function and hide it.
-_cost_of = epsilon

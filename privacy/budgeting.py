@@ -17,7 +17,7 @@ import msgspec
 
 from choral.doors import worded
 from choral.errors import ConfigError
-from choral.privacy import accounting
+from choral.privacy import accounting, calibration
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation
 
@@ -226,7 +226,7 @@ def budget(
     noise = (
         noise_multiplier
         if noise_multiplier is not None
-        else accounting.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
+        else calibration.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
     )
     if noise_multiplier is None:
         noise = _first(

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from choral.privacy import accounting, client_accounting
+from choral.privacy import accounting, calibration, client_accounting, client_calibration
 from choral.privacy.errors import BudgetExceededError
 from choral.privacy.events import NEIGHBOURS, ClientRelease, Event, Part, Plan, RecordEvent, Search
 from choral.privacy.filters import Filter
@@ -191,20 +191,20 @@ class Room:
         Raises: ConfigError (a number out of range), BudgetExceededError (nothing does).
         """
         self._refuse_if_full()
-        return accounting.noise_multiplier(
+        return calibration.noise_multiplier(
             self.epsilon, self.delta, sample_rate, steps, self._records(), slack=slack, neighbours=self.neighbours
         )
 
     def search_noise(self, search: Callable[[float], Search]) -> float:
         """Return the smallest noise multiplier z with which the search `search(z)` fits in. Raises: the same."""
         self._refuse_if_full()
-        return accounting.search_noise(self.epsilon, self.delta, search, self._records(), neighbours=self.neighbours)
+        return calibration.search_noise(self.epsilon, self.delta, search, self._records(), neighbours=self.neighbours)
 
     def client_ratio(self, release: Callable[[float], ClientRelease], rounds: int) -> float:
-        """Return the smallest ratio z with which `rounds` of `release(z)` fit in; see client_accounting.calibrate."""
+        """Return the smallest ratio z with which `rounds` of `release(z)` fit in; see client_calibration.calibrate."""
         self._refuse_if_full()
         before = [event for event in self.standing.before if isinstance(event, ClientRelease)]
-        return client_accounting.calibrate(self.epsilon, self.delta, release, rounds, before)
+        return client_calibration.calibrate(self.epsilon, self.delta, release, rounds, before)
 
     def check(self, more: Sequence[Event]) -> None:
         """Raise BudgetExceededError unless the events `more`, as one further plan, fit in."""

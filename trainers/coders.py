@@ -16,7 +16,7 @@ import torch
 from choral.errors import ConfigError
 from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
 from choral.privacy.client import HOLDER, spent_by
-from choral.privacy.client_accounting import SLACK
+from choral.privacy.client_calibration import SLACK
 from choral.privacy.ledger import as_ledger
 from choral.privacy.notice import notice_memory
 from choral.privacy.plans import passes_left

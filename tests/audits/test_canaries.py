@@ -17,7 +17,7 @@ from choral.audits.canaries import audit_clients, directions, loss_scores, recor
 from choral.audits.guessing import Shares
 from choral.audits.scores import TooFewCanariesError, audit_training
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, central, client
+from choral.privacy import ClientPrivacy, central, client, client_calibration
 from choral.protocols import Masked
 
 WIDTH = 1000
@@ -72,8 +72,8 @@ def test_a_federation_that_clips_too_late_is_caught(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_federation_with_too_little_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.client_accounting.calibrate
-    monkeypatch.setattr(client.client_accounting, "calibrate", lambda *given, **named: honest(*given, **named) / 30)
+    honest = client_calibration.calibrate
+    monkeypatch.setattr(client_calibration, "calibrate", lambda *given, **named: honest(*given, **named) / 30)
     monkeypatch.setattr(client.ClientGuard, "begin", _begin_for_nothing)
     _, found = audit_clients(**JOB, privacy=PROMISE, canaries=100)
     assert found.finding == "violated", found.sentence

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Privacy, audit, centralize
-from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian, accounting
+from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian, calibration
 from choral.trainers import Run
 
 DELTA = 1e-3
@@ -97,7 +97,7 @@ def test_a_ledger_that_was_trained_on_by_what_was_seen_is_violated(stopped: Path
     ledger = Ledger(path)
     ledger.bind("pooled", DELTA)
     before = ledger.events
-    noise = accounting.noise_multiplier(3.0, DELTA, 0.1, 20, before, slack=1e-3, fixed=True)
+    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 20, before, slack=1e-3, fixed=True)
     more = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=20)
     ledger.append(more, after=len(before), plan=Plan(epsilon=3.0, parts=(Part(event=more, times=1),)))
     assert ledger.epsilon(DELTA) <= 3.0

@@ -17,7 +17,7 @@ import pytest
 
 from choral import audit
 from choral.audits import Audit
-from choral.privacy import Ledger, accounting
+from choral.privacy import Ledger, accounting, calibration
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.spent import Spent
 from choral.trainers import Run
@@ -40,7 +40,7 @@ def drawn(count: int, seed: int) -> Iterator[Setting]:
 def made(make_run: MakeRun, folder: Path, setting: Setting) -> tuple[Run, PoissonSampledGaussian]:
     epsilon, delta, records, batch, steps = setting
     rate = batch / records
-    noise = accounting.noise_multiplier(epsilon, delta, rate, steps, slack=1e-3)
+    noise = calibration.noise_multiplier(epsilon, delta, rate, steps, slack=1e-3)
     event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
     spent = Spent(
         epsilon=accounting.epsilon([event], delta), delta=delta, accountant=accounting.ACCOUNTANT, steps=steps,

@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy import accounting, budgeting, pld
+from choral.privacy import accounting, budgeting, calibration, pld
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.filters import Filter
@@ -78,11 +78,11 @@ def test_disagreement_with_prv_raises(wrong: float) -> None:
 
 def test_goldens_of_one_gaussian() -> None:
     assert f"{accounting.epsilon([event(1.0, 1.0)], DELTA):.6f}" == "4.377178"
-    assert accounting.noise_multiplier(1.0, DELTA, 1.0, 1) == pytest.approx(3.730632, rel=1e-5)
+    assert calibration.noise_multiplier(1.0, DELTA, 1.0, 1) == pytest.approx(3.730632, rel=1e-5)
 
 
 def test_golden_of_calibration() -> None:
-    assert f"{accounting.noise_multiplier(1.0, DELTA, 0.1, 100):.4f}" == "3.9417"
+    assert f"{calibration.noise_multiplier(1.0, DELTA, 0.1, 100):.4f}" == "3.9417"
 
 
 @pytest.mark.parametrize(("rate", "noise"), [(1.0, 0.8), (1.0, 3.0), (0.3, 1.0), (0.05, 0.7), (0.9, 2.0)])
@@ -147,7 +147,7 @@ def test_large_epsilons_agree_with_dp_accounting() -> None:
         expected = oracle.self_compose(steps).get_epsilon_for_delta(DELTA)
         assert 300 < expected < 700
         assert pld.epsilon([(0.1, noise, steps)], DELTA, 1e-2) == pytest.approx(expected, rel=1e-4)
-    noise = accounting.noise_multiplier(600.0, DELTA, 0.1, 50)
+    noise = calibration.noise_multiplier(600.0, DELTA, 0.1, 50)
     assert 599.9 < accounting.epsilon([event(0.1, noise, 50)], DELTA) <= 600.0
 
 
@@ -156,7 +156,7 @@ def test_tiny_epsilons_are_no_disagreement() -> None:
     tiny = [event(7.86e-6, 116.0, 29)]
     assert accounting.epsilon_rdp(tiny, 4.2e-7) == 0.0
     assert 0.0 <= accounting.epsilon(tiny, 4.2e-7) < 1e-4
-    accounting._agree(((7.86e-6, 116.0, 29),), 4.2e-7)
+    accounting.check_others(((7.86e-6, 116.0, 29),), 4.2e-7)
 
 
 def test_rdp_is_never_below_pld() -> None:
@@ -178,36 +178,36 @@ def test_calibration_compares_with_dp_accounting(monkeypatch: pytest.MonkeyPatch
         accounting.pld, "bounds", lambda *a: pld.Bounds(0.0, 0.9 * real(*a).upper, a[2])
     )  # too low: RDP cannot see it
     with pytest.raises(AccountingError, match="same privacy loss distribution"):
-        accounting.noise_multiplier(2.345, DELTA, 0.0312, 321)
+        calibration.noise_multiplier(2.345, DELTA, 0.0312, 321)
 
 
 @pytest.mark.parametrize("target", [0.1, 1.0, 3.0, 8.0, 30.0])
 @pytest.mark.parametrize(("rate", "steps"), [(1.0, 40), (0.3, 100), (0.01, 2000), (0.5, 1)])
 def test_calibration_spends_all_and_no_more(target: float, rate: float, steps: int) -> None:
-    noise = accounting.noise_multiplier(target, DELTA, rate, steps)
+    noise = calibration.noise_multiplier(target, DELTA, rate, steps)
     cost = accounting.epsilon([event(rate, noise, steps)], DELTA)
     assert target * (1 - 1e-4) <= cost <= target
 
 
 def test_calibration_reckons_with_what_was_spent() -> None:
     spent = [event(0.1, 2.5, 100)]
-    noise = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, spent, fixed=True)
+    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, spent, fixed=True)
     assert 2.99 < accounting.epsilon([*spent, event(0.1, noise, 100)], DELTA) <= 3.0
-    assert noise > accounting.noise_multiplier(3.0, DELTA, 0.1, 100)
-    late = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, spent)  # by a filter, since it may have been looked at
+    assert noise > calibration.noise_multiplier(3.0, DELTA, 0.1, 100)
+    late = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, spent)  # by a filter, since it may have been looked at
     assert noise < late
     assert 2.99 < Filter(3.0, DELTA).cost([*spent, event(0.1, late, 100)]) <= 3.0
 
 
 def test_exhausted_budget_has_no_calibration() -> None:
     with pytest.raises(BudgetExceededError, match="is spent"):
-        accounting.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)])
+        calibration.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)])
     with pytest.raises(BudgetExceededError, match="is spent"):
-        accounting.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)], fixed=True)
+        calibration.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)], fixed=True)
 
 
 def test_many_small_steps() -> None:
-    noise = accounting.noise_multiplier(0.1, 1e-6, 0.001, 100_000)
+    noise = calibration.noise_multiplier(0.1, 1e-6, 0.001, 100_000)
     assert 0.0999 < accounting.epsilon([event(0.001, noise, 100_000)], 1e-6) <= 0.1
 
 
@@ -277,7 +277,7 @@ def test_nothing_costs_nothing() -> None:
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_bad_epsilon(bad: float) -> None:
     with pytest.raises(ConfigError, match="epsilon"):
-        accounting.noise_multiplier(bad, DELTA, 0.1, 10)
+        calibration.noise_multiplier(bad, DELTA, 0.1, 10)
 
 
 def test_rounding_of_ffts_stays_out_of_the_answer() -> None:

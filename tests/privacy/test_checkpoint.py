@@ -20,6 +20,7 @@ from choral.privacy import (
     Privacy,
     PrivacyError,
     accounting,
+    calibration,
 )
 from choral.privacy.guard import Guard
 
@@ -162,7 +163,7 @@ def test_a_refused_checkpoint_leaves_no_plan_behind(problem: Any) -> None:
     guard = other
     with pytest.raises(BudgetExceededError):
         wrap({**state, "privacy": {**state["privacy"], "noise_multiplier": 0.1}})
-    event = accounting.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)
+    event = calibration.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)
     assert wrap(None).noise_multiplier == event
 
 

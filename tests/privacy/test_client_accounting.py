@@ -15,8 +15,9 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from choral.errors import ConfigError
-from choral.privacy import client_accounting
-from choral.privacy.client_accounting import calibrate, epsilon, renyi, settled, tau
+from choral.privacy import client_accounting, client_calibration
+from choral.privacy.client_accounting import epsilon, renyi, settled, tau
+from choral.privacy.client_calibration import calibrate
 from choral.privacy.distributed import design, squared_norm_bound
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.events import ClientRelease
@@ -165,7 +166,7 @@ def test_calibration_uses_the_budget_and_not_more() -> None:
         ratio = calibrate(5.0, 1e-5, event, 10, spent)
         together = [*spent, *[event(ratio)] * 10]
         cost = Filter(5.0, 1e-5).cost(together) if spent else epsilon(together, 1e-5)
-        assert 5.0 * (1 - client_accounting.SLACK) <= cost <= 5.0
+        assert 5.0 * (1 - client_calibration.SLACK) <= cost <= 5.0
     with pytest.raises(BudgetExceededError, match="is spent"):
         calibrate(1.0, 1e-5, event, 10, [event(2.0)] * 20)
     with pytest.raises(BudgetExceededError, match="no amount of noise"):

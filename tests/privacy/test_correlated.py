@@ -34,6 +34,7 @@ from choral.privacy import (
     Privacy,
     PrivacyError,
     accounting,
+    calibration,
 )
 from choral.privacy.correlated import MECHANISMS, FixedOrder, deal
 from choral.privacy.errors import UnsupportedLoaderError
@@ -303,7 +304,7 @@ def test_one_ledger_holds_sampled_and_correlated_passes() -> None:
     noise = 7.0 / math.sqrt(float(BLT.costs(5, 3)[2]))
     accountant.compose(dp_accounting.GaussianDpEvent(noise))
     assert alone < both == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
-    assert accounting.noise_multiplier(20.0, 1e-5, 0.1, 100, ledger.events) > 0.5
+    assert calibration.noise_multiplier(20.0, 1e-5, 0.1, 100, ledger.events) > 0.5
 
 
 def test_events_of_nonsense_are_refused() -> None:

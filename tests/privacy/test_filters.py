@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from choral.privacy import Ledger, accounting
+from choral.privacy import Ledger, accounting, calibration
 from choral.privacy.events import (
     REPLACE_ONE,
     ZERO_OUT,
@@ -80,7 +80,7 @@ def delta_of_the_adversary(noises: dict[tuple[float, int], float], epsilon: floa
 def test_who_looks_before_he_chooses_breaks_the_price_for_fixed_parameters() -> None:
     """Each pair alone costs 3.000 at 1e-5 by privacy loss distributions; the best of twelve, chosen late, 2.4e-5."""
     noises = {
-        (q, t): accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4, fixed=True) for q, t in CHOICES
+        (q, t): calibration.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4, fixed=True) for q, t in CHOICES
     }
     for (q, t), noise in noises.items():
         assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) <= EPSILON
@@ -97,7 +97,7 @@ def test_who_looks_before_he_chooses_stays_within_what_a_ledger_admits() -> None
     assert delta_of_the_adversary({choice: noise for choice, noise in noises.items() if choice == (1.0, 1)}) > 1e-7
     for (q, t), noise in noises.items():  # each is dearer than as a fixed pair
         assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) < EPSILON
-        assert accounting.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) == noise
+        assert calibration.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) == noise
 
 
 def test_the_adversary_is_computed_right() -> None:

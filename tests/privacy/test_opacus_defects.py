@@ -34,6 +34,7 @@ from choral.privacy import (
     UnsupportedLoaderError,
     UnsupportedModelError,
     accounting,
+    calibration,
 )
 from choral.privacy.events import PoissonSampledGaussian
 from choral.privacy.model import with_per_sample_gradients
@@ -194,7 +195,7 @@ def test_full_batches_are_not_charged_as_poisson_samples(make_problem: Any) -> N
     """All records in every step: no amplification, and the noise of the plain Gaussian mechanism."""
     problem = make_problem(n=50, batch_size=50)
     _, optimizer, loader = problem.wrapped(Privacy(epsilon=3.0, delta=1e-3), passes=10)
-    assert optimizer.noise_multiplier == pytest.approx(accounting.noise_multiplier(3.0, 1e-3, 1.0, 10), rel=2e-3)
+    assert optimizer.noise_multiplier == pytest.approx(calibration.noise_multiplier(3.0, 1e-3, 1.0, 10), rel=2e-3)
     assert len(next(iter(loader))[0]) == 50
     assert len(loader) == 1
 

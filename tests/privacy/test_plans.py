@@ -20,6 +20,7 @@ from choral.privacy import (
     LedgerError,
     Privacy,
     accounting,
+    calibration,
     private_search,
 )
 from choral.privacy.client_accounting import epsilon as client_epsilon
@@ -90,7 +91,7 @@ def test_a_second_plan_is_what_the_filter_leaves(problem: Any, loop: Callable[..
     noise = train(second, problem, loop, 4).noise_multiplier
     rest = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=40)
     assert 2.99 < Filter(3.0, DELTA).cost([*first, rest]) <= 3.0
-    fixed = accounting.noise_multiplier(3.0, DELTA, 0.1, 40, first, slack=1e-3, fixed=True)
+    fixed = calibration.noise_multiplier(3.0, DELTA, 0.1, 40, first, slack=1e-3, fixed=True)
     assert 1.02 * fixed < noise < 1.3 * fixed  # what choosing late costs
     spent = second.spent()
     assert (spent.guarantee, len(Ledger(path).segments)) == (3.0, 2)
@@ -119,7 +120,7 @@ def test_a_new_plan_ends_the_old_one(problem: Any, loop: Callable[..., int]) -> 
 def test_what_was_fixed_together_is_one_plan(problem: Any, loop: Callable[..., int]) -> None:
     """A private mean and the training after it, whose noise was calibrated before either."""
     mean = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=10.0, steps=1)
-    noise = accounting.noise_multiplier(3.0, DELTA, 0.1, 20, [mean], slack=1e-3, fixed=True)
+    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 20, [mean], slack=1e-3, fixed=True)
     one_pass = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=10)
     ledger = Ledger()
     ledger.bind("data", DELTA)
@@ -154,7 +155,7 @@ def test_nothing_is_guaranteed_of_what_was_not_planned(what: str) -> None:
 def test_a_plan_on_a_ledger_that_the_filter_does_not_admit_is_no_guarantee() -> None:
     """As somebody would write who calibrated by privacy loss distributions on top of what was there."""
     ledger = planned(times=10)
-    fixed = accounting.noise_multiplier(3.0, DELTA, 0.1, 100, [EVENT] * 10, fixed=True)
+    fixed = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, [EVENT] * 10, fixed=True)
     second = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=fixed, steps=100)
     assert accounting.epsilon([EVENT] * 10 + [second], DELTA) <= 3.0
     ledger.append(second, after=1, plan=Plan(epsilon=3.0, parts=(Part(event=second, times=1),)))

@@ -207,7 +207,7 @@ def test_thousands_of_unlike_steps_are_counted_as_few_that_cost_no_less() -> Non
     start = time.process_time()
     together = accounting.epsilon(events, 1e-6)
     assert time.process_time() - start < 30.0
-    merged = accounting._merge(events)
+    merged = accounting.merge(events)
     assert len(merged) <= accounting._MOST_PARTS
     assert sum(steps for _, _, steps in merged) == 9000
     few = [event(0.0125, 1.95, 9000)]

@@ -24,6 +24,7 @@ from choral.privacy import (
     Privacy,
     Search,
     accounting,
+    calibration,
     private_search,
 )
 from choral.privacy.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
@@ -138,10 +139,10 @@ def test_renyi_divergence_in_closed_form_and_never_above_it() -> None:
 
 @pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
 def test_calibrated_noise_keeps_the_promise_and_is_more_than_for_zero_out(target: float) -> None:
-    noise = accounting.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3, neighbours=REPLACE_ONE)
+    noise = calibration.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3, neighbours=REPLACE_ONE)
     spent = accounting.epsilon([event(0.02, noise, 500)], DELTA, neighbours=REPLACE_ONE)
     assert 0.999 * target <= spent <= target
-    less = accounting.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3)
+    less = calibration.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3)
     assert less * 1.02 < noise < less * 2.0
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ConfigError
-from choral.privacy import Ledger, Privacy, accounting, private_search
+from choral.privacy import Ledger, Privacy, accounting, calibration, private_search
 from choral.privacy.errors import AccountingError, BudgetExceededError, PrivacyError
 from choral.privacy.events import PoissonSampledGaussian, Search
 from choral.privacy.search import number_of_tries
@@ -191,12 +191,12 @@ def test_more_tries_cost_more_but_less_than_all_composed(kind: dict[str, Any]) -
 def test_searches_compose_with_what_was_spent() -> None:
     both = accounting.epsilon([TRY, search(), TRY], DELTA)
     assert max(accounting.epsilon([TRY, TRY], DELTA), accounting.epsilon([search()], DELTA)) < both
-    noise = accounting.noise_multiplier(3.0, DELTA, 0.01, 500, [search()], fixed=True)
-    assert accounting.noise_multiplier(3.0, DELTA, 0.01, 500, [search()]) > noise  # by a filter
+    noise = calibration.noise_multiplier(3.0, DELTA, 0.01, 500, [search()], fixed=True)
+    assert calibration.noise_multiplier(3.0, DELTA, 0.01, 500, [search()]) > noise  # by a filter
     more = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=noise, steps=500)
     assert 2.99 < accounting.epsilon([search(), more], DELTA) <= 3.0
     with pytest.raises(BudgetExceededError):
-        accounting.noise_multiplier(1.0, DELTA, 0.01, 500, [search()])
+        calibration.noise_multiplier(1.0, DELTA, 0.01, 500, [search()])
 
 
 def test_a_bound_below_one_try_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
