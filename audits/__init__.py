@@ -11,7 +11,7 @@ from choral.audits.run_audit import Audit, audit
 from choral.lazy import exports
 
 if TYPE_CHECKING:
-    from choral.audits.canaries import audit_clients
+    from choral.audits.client_audit import audit_clients
     from choral.audits.inversion import inversion_audit
     from choral.audits.membership import confidences, lira_offline, lira_online, logit_gap, loss_threshold, rmia
     from choral.audits.probing import probe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from choral.audits.shadow import train_shadows
 
 _HOME = {
-    "audit_clients": "choral.audits.canaries",
+    "audit_clients": "choral.audits.client_audit",
     "audit_scores": "choral.audits.scores",
     "audit_training": "choral.audits.scores",
     "canaries_needed": "choral.audits.scores",

@@ -9,7 +9,7 @@ from choral.audits.accountants import accountants_check, accountants_of, partici
 from choral.audits.books import books_checks
 from choral.audits.budgets import budget_checks, holder_budgets, of_run, unverifiable
 from choral.audits.evidence import Probe, ScoreAudit
-from choral.audits.findings import evidence_checks, not_run, verdict_sentence, worst
+from choral.audits.findings import FAILED, evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report import ArmAudit, Check, HolderBudget
 from choral.audits.seen import CHAINED, SeenAudit, seen_audit, transcript_gone
 from choral.audits.text import at_least
@@ -17,7 +17,6 @@ from choral.audits.text import at_least
 if TYPE_CHECKING:
     from choral.trainers.run import Run
 
-FAILED = "The attack that was asked for"  # the check of one that could not be carried out
 Rows = Callable[["Run"], tuple[HolderBudget, ...]]
 
 

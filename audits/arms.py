@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.claims import check_costs, claim_of, short_path
-from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Holder, Measure, Point
-from choral.audits.statistics import difference_interval, mean_interval, spreads
+from choral.audits.report import Arm, BudgetCurve, BudgetPoint, Difference, Measure, Point
+from choral.audits.statistics import difference_interval, holders_of, mean_interval, spreads
 from choral.audits.text import is_percent
 from choral.doors import worded
 from choral.errors import ConfigError, DataError
@@ -136,24 +136,6 @@ def _curve(runs: Sequence[Run], metric: str) -> tuple[Point, ...]:
             Point(round=entries[0].round, mean=mean, low=min(scores), high=max(scores), bytes=moved, seconds=seconds)
         )
     return tuple(points)
-
-
-def holders_of(runs: Sequence[Run]) -> tuple[Holder, ...]:
-    """Every data holder with its worst run, the most expensive first."""
-    worst: dict[str, Holder] = {}
-    for run in runs:
-        for name, spent in run.info.spent.items():
-            if name not in worst or spent.epsilon > worst[name].epsilon:
-                pooled = sum(run.info.parties.values()) if run.info.kind == "centralized" else None
-                worst[name] = Holder(
-                    name=name,
-                    examples=run.info.parties.get(name, pooled),
-                    epsilon=spent.epsilon,
-                    steps=spent.steps,
-                    noise_multiplier=spent.noise_multiplier,
-                    sample_rate=spent.sample_rate,
-                )
-    return tuple(sorted(worst.values(), key=lambda holder: (-holder.epsilon, holder.name)))
 
 
 def _bytes_per_party(runs: Sequence[Run]) -> float | None:

@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from choral.audits.evidence import ScoreAudit
-    from choral.audits.guessing import Guessing
-    from choral.privacy import ClientPrivacy
-    from choral.trainers.run import Run
     from choral.trainers.task import Build, Fit
 
-_VISIBLE = 10.0  # canary updates have this many clipping norms, to show whether they are clipped
+VISIBLE = 10.0  # canary updates have this many clipping norms, to show whether they are clipped
 
 
 def flip_coins(count: int) -> npt.NDArray[np.bool_]:
@@ -147,55 +143,3 @@ def with_canary_clients(
     if clash := sorted(extra.keys() & parties.keys()):
         raise ConfigError(f"a party is named {clash[0]!r}, as a canary would be", hint="rename the party")
     return {"build": build_both, "fit": fit_both, "parties": {**parties, **extra}}
-
-
-def audit_clients(
-    *,
-    build: Build,
-    fit: Fit,
-    evaluate: Any,
-    parties: Mapping[str, Any],
-    rounds: int,
-    privacy: ClientPrivacy,
-    canaries: int,
-    seed: int = 0,
-    confidence: float = 0.95,
-    guessing: Guessing | None = None,
-    **federation: Any,
-) -> tuple[Run, ScoreAudit]:
-    """Run ``federate`` with canary clients beside the real ones, and hold its claim against the final model.
-
-    The promise of ``privacy`` is for all clients together, canaries included: it is the run that is audited, and its
-    model is a little worse for them. Half of the canaries' updates are not zero, each ten clipping norms long.
-    Adversary: knows the initial and the final model. federation: further arguments of ``federate``.
-
-    Raises: TooFewCanariesError before any training; what ``federate`` and ``audit_scores`` raise.
-    """
-    from choral.audits.scores import audit_training
-    from choral.privacy import AdaptiveClip
-    from choral.trainers import federate
-    from choral.trainers.flat import Layout
-    from choral.trainers.local import initial_model
-
-    model = initial_model(build, next(iter(parties.values())), seed)
-    layout = Layout(model)
-    before = layout.read()
-    clip = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else privacy.clip
-    updates = directions(canaries, layout.length)
-    runs: list[Run] = []
-
-    def train(chosen: list[Any]) -> torch.Tensor:
-        inside = np.isin(np.arange(canaries), chosen)
-        job = with_canary_clients(build, fit, parties, _VISIBLE * float(clip) * updates, inside)
-        runs.append(federate(**job, evaluate=evaluate, rounds=rounds, seed=seed, privacy=privacy, **federation))
-        model.load_state_dict(runs[0].state)
-        return layout.read() - before
-
-    def score(change: torch.Tensor, _: Sequence[Any]) -> npt.NDArray[np.float64]:
-        return (updates.double() @ change.cpu().double()).numpy()
-
-    found = audit_training(
-        train, score, range(canaries), delta=privacy.delta, claimed=privacy.epsilon, confidence=confidence,
-        unit="client", guessing=guessing, attack="canary clients in gradient space",
-    )  # fmt: skip
-    return runs[0], found

@@ -16,6 +16,7 @@ _PARTLY = NotRun(
     name="Transcript audit against the parties' own vectors",
     would_show="whether any message correlates with a single party's update (a rehearsal with masked sums has them)",
 )
+FAILED = "The attack that was asked for"  # the check of one that could not be carried out
 _INVERTED = "A masked message gives no input away"
 
 

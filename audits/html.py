@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits import evidence_figures, figures, price_figures, text
-from choral.audits.arm_audit import FAILED
 from choral.audits.claims import no_claim
 from choral.audits.evidence import Bound, ScoreAudit
+from choral.audits.findings import FAILED
 from choral.audits.price import Costs
 from choral.audits.report import ORDER, Arm, BudgetPoint, WeightsMatch
 from choral.audits.svg import arm_classes

@@ -18,7 +18,6 @@ from choral.audits.accountants import (
     participation_checks,
     participation_of,
 )
-from choral.audits.arms import holders_of
 from choral.audits.books import books_checks
 from choral.audits.budgets import budget_checks, holder_budgets
 from choral.audits.claims import caveats, check_costs, claim_of, no_claim, short_path, units_of
@@ -38,7 +37,7 @@ from choral.audits.report import (
     Verdict,
 )
 from choral.audits.seen import SeenAudit, seen_audit, transcript_gone
-from choral.audits.statistics import spreads
+from choral.audits.statistics import holders_of, spreads
 from choral.audits.storage import read_report, save_report
 from choral.audits.text import power
 from choral.errors import ConfigError, DataError

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from choral.audits.report import Estimate, Holder, Spread
+
+if TYPE_CHECKING:
+    from choral.trainers.run import Run
 
 LEVEL = 0.95
 
@@ -47,6 +50,24 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estim
     spread = square_a**2 / (len(ours) - 1) + square_b**2 / (len(theirs) - 1)
     half = _quantile((square_a + square_b) ** 2 / spread) * math.sqrt(square_a + square_b)
     return Estimate(mean=mean, low=mean - half, high=mean + half, values=())
+
+
+def holders_of(runs: Sequence[Run]) -> tuple[Holder, ...]:
+    """Every data holder with its worst run, the most expensive first."""
+    worst: dict[str, Holder] = {}
+    for run in runs:
+        for name, spent in run.info.spent.items():
+            if name not in worst or spent.epsilon > worst[name].epsilon:
+                pooled = sum(run.info.parties.values()) if run.info.kind == "centralized" else None
+                worst[name] = Holder(
+                    name=name,
+                    examples=run.info.parties.get(name, pooled),
+                    epsilon=spent.epsilon,
+                    steps=spent.steps,
+                    noise_multiplier=spent.noise_multiplier,
+                    sample_rate=spent.sample_rate,
+                )
+    return tuple(sorted(worst.values(), key=lambda holder: (-holder.epsilon, holder.name)))
 
 
 def spreads(holders: Sequence[Holder]) -> tuple[Spread, ...]:

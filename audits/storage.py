@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from choral.audits.report import FORMAT_VERSION, ReportError, check_version
+from choral.audits.report import ReportError, check_version
 from choral.errors import ConfigError
 
 ReportT = TypeVar("ReportT", bound=msgspec.Struct)
@@ -70,18 +70,3 @@ def read_report(path: str | Path, kind: type[ReportT]) -> ReportT:
         raise ReportError(
             f"{path} does not hold what it should: {error}", hint="it was edited, or is another kind"
         ) from None
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a ``report.json`` of this version, of either kind.
-
-    What the fields mean is said in the docstrings of the structs that it is made from.
-    """
-    from choral.audits.comparison import Comparison
-    from choral.audits.run_audit import Audit
-
-    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Audit | Comparison)))
-    for definition in schema["$defs"].values():
-        definition.pop("description", None)
-    title = f"Choral report, version {FORMAT_VERSION}"
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}

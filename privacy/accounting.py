@@ -1,4 +1,4 @@
-"""What releases cost: epsilon at a delta, and the noise that fits a budget. Imports no torch.
+"""What releases cost: epsilon at a delta, of records' releases. Imports no torch.
 
 Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`) or the matrix
 mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), and an adversary who sees every noisy sum but
@@ -13,8 +13,6 @@ dp-accounting's PLD. If they disagree, one is wrong and :class:`AccountingError`
 >>> event = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=10_000)
 >>> round(epsilon([event], 1e-5), 4)
 0.947
->>> round(noise_multiplier(1.0, 1e-5, 0.1, 100), 4)
-3.9417
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 What was fixed in advance is priced by privacy loss distributions (:mod:`choral.privacy.accounting`); what comes after
 something was released, by a filter (:mod:`choral.privacy.filters`).
+
+>>> round(noise_multiplier(1.0, 1e-5, 0.1, 100), 4)
+3.9417
 """
 
 from __future__ import annotations

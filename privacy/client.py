@@ -25,8 +25,8 @@ import numpy as np
 from choral.errors import ConfigError
 from choral.privacy import accounting, client_accounting
 from choral.privacy.central import CentralScheme
-from choral.privacy.clipping import AdaptiveClip
-from choral.privacy.distributed import Int64Array, Scheme, check_bits, check_clip, design, norm_of
+from choral.privacy.clipping import AdaptiveClip, check_clip
+from choral.privacy.distributed import Int64Array, Scheme, check_bits, design, norm_of
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
 from choral.privacy.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, Plan
 from choral.privacy.ledger import Ledger, as_ledger

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from choral.errors import ConfigError
-from choral.privacy.distributed import check_clip
 from choral.privacy.plain import is_number
 
 
@@ -137,3 +136,9 @@ def check_norm(setting: ClippingNorm) -> None:
         raise ConfigError(
             f"max_grad_norm is {setting}, expected a finite number > 0, PerLayerClip or AdaptiveClip", hint="Try 1.0."
         )
+
+
+def check_clip(clip: float) -> None:
+    """Raise ConfigError unless 1e-30 <= clip <= 1e30."""
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 1e-30 <= clip <= 1e30:
+        raise ConfigError(f"the clipping norm is {clip}, expected a finite number > 0", hint="Try 1.0.")

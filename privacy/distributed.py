@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from choral.errors import ConfigError
+from choral.privacy.clipping import check_clip
 from choral.privacy.errors import EncodingError
 from choral.privacy.events import ClientRelease
 from choral.privacy.noise import Source
@@ -232,12 +233,6 @@ def norm_of(vector: Any) -> float:
             "the update is not finite", hint="Training diverged; lower the learning rate. Nothing was sent."
         )
     return largest * norm_of(vector / largest)
-
-
-def check_clip(clip: float) -> None:
-    """Raise ConfigError unless 1e-30 <= clip <= 1e30."""
-    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 1e-30 <= clip <= 1e30:
-        raise ConfigError(f"the clipping norm is {clip}, expected a finite number > 0", hint="Try 1.0.")
 
 
 def check_bits(bits: int) -> None:

@@ -18,8 +18,7 @@ from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy import accounting
 from choral.privacy.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
-from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_norm
-from choral.privacy.distributed import check_clip
+from choral.privacy.clipping import AdaptiveClip, Clipping, ClippingNorm, check_clip, check_norm
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.events import NEIGHBOURS, Event, Plan, PoissonSampledGaussian, RecordEvent, check_relation, stated
 from choral.privacy.ledger import Ledger, as_ledger

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import GarbledSumError
-from choral.protocols.homomorphic.ring import LIMB, kernels
+from choral.protocols.homomorphic.ring import LIMB
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.split_parameters import SplitParameters
 
 

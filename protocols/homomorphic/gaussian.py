@@ -18,7 +18,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from choral.protocols.homomorphic.ring import kernels
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.stream import expand
 
 SIGMA = Decimal("6.4")

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -190,15 +189,3 @@ class Kernels(Protocol):
         residues: shape (L, M). The limbs are little-endian, enough for q and one more.
         """
         ...
-
-
-@lru_cache(maxsize=4)
-def kernels(device: str = "cpu") -> Kernels:
-    """The fastest kernels for a device: numba's on the CPU if it is installed, else torch's."""
-    if device == "cpu" and find_spec("numba") is not None:
-        from choral.protocols.homomorphic import ring_numba
-
-        return ring_numba.NumbaKernels()
-    from choral.protocols.homomorphic import ring_torch
-
-    return ring_torch.TorchKernels(device)

@@ -77,7 +77,8 @@ from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVecto
 from choral.protocols.homomorphic.decoding import decode
 from choral.protocols.homomorphic.gaussian import sample
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring import balanced, kernels
+from choral.protocols.homomorphic.ring import balanced
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.split_parameters import BATCH, SplitParameters
 from choral.protocols.seam import IntVector
 from choral.protocols.states import check_process

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from choral.arguments import parse
 from choral.audits.prices import PriceSettings, read_prices
-from choral.cli import parse
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class AuditFlags:
 def audit(words: list[str]) -> int:
     wanted = parse("audit", words, AuditFlags)
     if wanted.schema:
-        from choral.audits.storage import json_schema
+        from choral.audits.json_schema import json_schema
 
         print(json.dumps(json_schema(), indent=1, sort_keys=True))
         return 0

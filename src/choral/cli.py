@@ -7,24 +7,19 @@ every completed round.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal
 
-import tyro
-
+from choral.arguments import ArgumentsError, debug, parse, want_tracebacks
 from choral.doors import command_line
 from choral.errors import ConfigError
 from choral.failures import failure_of, place_of
 
-T = TypeVar("T")
 Command = Callable[[list[str]], int]
 
-_debug: ContextVar[bool] = ContextVar("_debug", default=False)
 _TRAIN = ("compare", "train")
 
 _HELP = """\
@@ -90,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    _debug.set("--debug" in words)
+    want_tracebacks("--debug" in words)
     words = [word for word in words if word != "--debug"]
     try:
         if not words or words[0] not in _COMMANDS:
@@ -98,7 +93,7 @@ def _run(words: list[str]) -> int:
                 f"unknown command {''.join(words[:1])!r}", hint=f"one of: {', '.join(_COMMANDS)}; see choral --help"
             )
         return _COMMANDS[words[0]](words[1:])
-    except _ArgumentsError as stop:  # already printed
+    except ArgumentsError as stop:  # already printed
         return stop.code
     except KeyboardInterrupt:
         kept = "; completed rounds are kept, --resume goes on from them" if words[0] in _TRAIN else ""
@@ -115,55 +110,6 @@ def _run(words: list[str]) -> int:
         # Python's own exit code, 1, would say that a claim is violated.
         print(failure_of(error).lines(debug=debug()), end="", file=sys.stderr)
         return 2
-
-
-def debug() -> bool:
-    """Whether whole tracebacks are wanted."""
-    return _debug.get()
-
-
-class _ArgumentsError(Exception):
-    """The flags were not understood, or were those of help; all is said."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-def parse(command: str, words: list[str], kind: type[T], default: T | None = None) -> T:
-    """The flags of one command. After printing help or what is wrong, :func:`main` returns.
-
-    Raises: ConfigError for a flag that lacks the name of its table.
-    """
-    _refuse_short(words, flags_of(kind))
-    try:
-        if default is None:
-            return tyro.cli(kind, args=words, prog=f"choral {command}")
-        return tyro.cli(kind, args=words, prog=f"choral {command}", default=default)
-    except SystemExit as stop:
-        raise _ArgumentsError(int(stop.code or 0)) from None
-
-
-def flags_of(kind: type, prefix: str = "") -> list[str]:
-    """The flags that a dataclass gives, those of its tables included."""
-    found: list[str] = []
-    for name, hint in get_type_hints(kind).items():
-        flag = prefix + name.replace("_", "-")
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found += flags_of(hint, "" if name == "settings" else f"{flag}.")
-        else:
-            found.append(flag)
-    return found
-
-
-def _refuse_short(words: list[str], known: list[str]) -> None:
-    """Refuse --epsilon where it is --privacy.epsilon: the parser would propose what is spelt alike."""
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-        fits = [flag for flag in known if flag.rpartition(".")[2] == name]
-        if word.startswith("--") and fits and name not in fits:
-            meant = " or ".join(f"--{flag}" for flag in fits)
-            raise ConfigError(f"unknown flag --{name}", hint=f"did you mean {meant}?")
 
 
 # Torch takes seconds to import, so only the commands that train import it.

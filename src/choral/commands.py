@@ -15,9 +15,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from choral import cli, comparisons, jobs
+from choral import comparisons, jobs
+from choral.arguments import debug, parse
 from choral.cells import rounds_to_go
-from choral.cli import parse
 from choral.errors import ConfigError
 from choral.failures import Failure
 from choral.settings import Arm, Settings, read_settings
@@ -89,9 +89,9 @@ def compare(words: list[str]) -> int:
         if not outcome.troubles:
             print(f"report: {wanted.out / 'report.html'}")
     for label, failure in _each_once(outcome.failed):
-        print(failure.lines(debug=cli.debug(), prefix=f"{label}: "), end="", file=sys.stderr)
+        print(failure.lines(debug=debug(), prefix=f"{label}: "), end="", file=sys.stderr)
     for failure in outcome.troubles:
-        print(failure.lines(debug=cli.debug(), prefix="the report is not complete: "), end="", file=sys.stderr)
+        print(failure.lines(debug=debug(), prefix="the report is not complete: "), end="", file=sys.stderr)
     return outcome.exit_code
 
 

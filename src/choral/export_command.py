@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from choral.cli import parse
+from choral.arguments import parse
 from choral.errors import ConfigError
 from choral.run_task import task_of
 

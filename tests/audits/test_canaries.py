@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
-from choral.audits.canaries import audit_clients, directions, loss_scores, record_canaries, with_canary_clients
+from choral.audits.canaries import directions, loss_scores, record_canaries, with_canary_clients
+from choral.audits.client_audit import audit_clients
 from choral.audits.guessing import Shares
 from choral.audits.scores import TooFewCanariesError, audit_training
 from choral.errors import ConfigError

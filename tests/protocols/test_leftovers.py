@@ -24,7 +24,7 @@ from Crypto.Cipher import AES
 
 from choral.protocols import Homomorphic, Masked, SumSpec, keys, stream, transcript
 from choral.protocols.device_stream import _add_with_torch, _rounds
-from choral.protocols.homomorphic import FloatSpec, FloatSum, ring, seal_files
+from choral.protocols.homomorphic import FloatSpec, FloatSum, ring_kernels, seal_files
 
 SPEC = SumSpec(parties=("north", "south", "east"), length=40, bound=2**40)
 LONG = SumSpec(parties=("north", "south"), length=20_000, bound=2**40)
@@ -206,7 +206,7 @@ def test_a_split_key_round_leaves_no_secret(monkeypatch: pytest.MonkeyPatch, bac
     del session
     watched.note_streams()
     assert watched.left() == set()
-    assert ring.kernels() is not None
+    assert ring_kernels.kernels() is not None
 
 
 def scratch_of_seal() -> bytes:

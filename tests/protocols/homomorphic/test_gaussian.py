@@ -18,7 +18,7 @@ from scipy.stats import binom, chi2
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic import gaussian
 from choral.protocols.homomorphic.gaussian import SIGMA, TAIL, THRESHOLDS, density, sample
-from choral.protocols.homomorphic.ring import kernels
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.ring_numba import NumbaKernels
 from choral.protocols.homomorphic.ring_torch import TorchKernels
 from choral.protocols.homomorphic.split_parameters import TAIL_SIGMAS

@@ -22,7 +22,8 @@ from choral.protocols.errors import GarbledSumError, InputError, SpecError
 from choral.protocols.homomorphic import decoding, split, split_parameters
 from choral.protocols.homomorphic.gaussian import TAIL, sample
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring import Kernels, kernels
+from choral.protocols.homomorphic.ring import Kernels
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.ring_numba import NumbaKernels
 from choral.protocols.homomorphic.ring_torch import TorchKernels
 from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt

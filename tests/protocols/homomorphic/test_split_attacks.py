@@ -31,7 +31,7 @@ from choral.protocols.errors import (
 )
 from choral.protocols.homomorphic import gaussian, split
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring import kernels
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.split import Collector, Encrypted, SplitRound, encrypt
 from choral.protocols.homomorphic.split_parameters import choose
 

@@ -26,7 +26,7 @@ from choral.protocols.errors import (
 )
 from choral.protocols.homomorphic import decoding, gaussian, split, split_sum
 from choral.protocols.homomorphic.gaussian import TAIL
-from choral.protocols.homomorphic.ring import kernels
+from choral.protocols.homomorphic.ring_kernels import kernels
 from choral.protocols.homomorphic.ring_torch import TorchKernels
 from choral.protocols.homomorphic.split_sum import SplitSession, key_spec
 from choral.protocols.integers import pack
