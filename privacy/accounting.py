@@ -10,6 +10,7 @@ the answer. dp-accounting's Renyi DP (Mironov, Talwar, Zhang 2019, with the conv
 Steinke 2020) must not be below it, since it is the looser bound, and each calibration is compared with
 dp-accounting's PLD. If they disagree, one is wrong and :class:`AccountingError` is raised.
 
+>>> from choral.privacy.events import PoissonSampledGaussian
 >>> event = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=10_000)
 >>> round(epsilon([event], 1e-5), 4)
 0.947

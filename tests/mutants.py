@@ -153,7 +153,7 @@ def nearest_tests(path: Path) -> list[str]:
         words = len(set(stem.split("_")) & set(test.stem.split("_")))
         if own or imports.search(text) or (same and words):
             found.append((0 if own else 1 if imports.search(text) else 2, -len(imports.findall(text)), str(test)))
-    rooms = [str(test) for test in sorted((ROOT / "tests" / room).glob("test_*.py"))]
+    rooms = [str(test) for test in sorted((ROOT / "tests" / room).rglob("test_*.py"))]
     return [name for _, _, name in sorted(found)][:6] or rooms[:8]
 
 

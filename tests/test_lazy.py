@@ -14,8 +14,7 @@ import pytest
 def test_public_names_are_what_they_say(package: str) -> None:
     module = importlib.import_module(package)
     for name, home in module._HOME.items():
-        full = home if home.startswith("choral.") else f"{package}.{home}"
-        expected = getattr(importlib.import_module(full), name)
+        expected = getattr(importlib.import_module(home), name)
         assert getattr(module, name) is expected
         assert not isinstance(getattr(module, name), types.ModuleType)
         assert name in dir(module)

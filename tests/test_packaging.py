@@ -22,6 +22,9 @@ def setup():
 
 def test_every_folder_with_an_init_is_listed(setup):
     found = {"choral": "src/choral"}
+    for path in (ROOT / "src/choral").glob("*/__init__.py"):
+        if path.parent.name not in ROOMS:
+            found[f"choral.{path.parent.name}"] = f"src/choral/{path.parent.name}"
     for room in ROOMS:
         for init in (ROOT / room).rglob("__init__.py"):
             folder = init.parent.relative_to(ROOT)
@@ -76,7 +79,9 @@ def test_source_distribution_can_run_its_own_tests(source, tmp_path):
 
 def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {"choral/" + path.name for path in (ROOT / "src/choral").glob("*.py")} | {"choral/py.typed"}
+    front = [path for kind in ("*.py", "*/*.py") for path in (ROOT / "src/choral").glob(kind)]
+    own = [path.relative_to(ROOT / "src") for path in front if path.parent.name not in ROOMS]
+    expected = {path.as_posix() for path in own} | {"choral/py.typed"}
     for room in ROOMS:
         for kind in ("*.py", "*.html", "prices.toml"):
             expected |= {f"choral/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(kind)}
@@ -114,7 +119,7 @@ def test_no_pickle_no_eval_no_assert_in_shipped_code():
     """House rule 6, by syntax tree rather than by text."""
     import ast
 
-    for path in [p for room in (*ROOMS, "src/choral") for p in (ROOT / room).glob("*.py")]:
+    for path in [p for room in (*ROOMS, "src/choral") for p in (ROOT / room).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.name}:{getattr(node, 'lineno', 0)}"
             assert not isinstance(node, ast.Assert), where

@@ -302,7 +302,7 @@ def test_bad_event(rate: float, noise: float, steps: int) -> None:
 
 
 def test_the_examples_in_the_docstring() -> None:
-    assert doctest.testmod(accounting) == (0, 2)
+    assert doctest.testmod(accounting) == (0, 3)
     assert doctest.testmod(calibration) == (0, 1)
     assert doctest.testmod(budgeting) == (0, 1)
 
