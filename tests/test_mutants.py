@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """
@@ -23,16 +27,40 @@ print(json.dumps({
     "nearest": mutants.nearest_tests(module)[0],
 }))
 """
-RUN = """
-import sys
+LISTED = """
+import json, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import mutants
-path = Path("protocols/graph.py").resolve()
-killing = next(m for m in mutants.mutants_of(path) if m.described()["before"].startswith("raise "))
-harmless = mutants.Mutant(path, 1, 0, 0, " " * 0)
-test = ["tests/protocols/test_graph.py"]
-print([mutants.outcome(mutants.start(m, test), 60.0) for m in (None, harmless, killing)])
+paths = {line.split(" | ")[0] for line in mutants.EQUIVALENT.read_text().splitlines()}
+print(json.dumps([m.listed() for path in sorted(paths) for m in mutants.mutants_of(Path(path).resolve())]))
+"""
+LITTLE = """
+LIMIT = 3
+
+
+def within(value: int) -> bool:
+    return value < LIMIT
+
+
+def rounded(value: int) -> int:
+    while value > 10:
+        value = value - 1
+    return value + 0
+
+
+def unused(value: int) -> bool:
+    return value > 7
+"""
+TEST = """
+from choral.privacy.little import rounded, within
+
+def test_within():
+    assert within(2)
+    assert not within(3)
+
+def test_rounded():
+    assert rounded(12) == 10
 """
 
 
@@ -50,5 +78,51 @@ def test_each_mutant_is_one_change_that_still_parses() -> None:
     assert found["nearest"].endswith("tests/protocols/test_integers.py")
 
 
-def test_a_dropped_refusal_is_killed_and_no_change_survives() -> None:
-    assert _printed(RUN).strip().splitlines()[-1] == "['survived', 'survived', 'killed']"
+@pytest.fixture
+def little(tmp_path: Path) -> Path:
+    """A project of one module, its tests and the tool."""
+    for name in ("privacy", "tests/privacy", "choral"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "choral" / "__init__.py").touch()
+    (tmp_path / "choral" / "privacy").symlink_to("../privacy")
+    (tmp_path / "privacy" / "__init__.py").touch()
+    (tmp_path / "privacy" / "little.py").write_text(LITTLE)
+    (tmp_path / "tests" / "privacy" / "test_little.py").write_text(TEST)
+    (tmp_path / "tests" / "mutants_equivalent.txt").write_text(
+        "privacy/little.py | return value + 0 | + -> - | nothing is added\n"
+    )
+    shutil.copy(ROOT / "tests" / "mutants.py", tmp_path / "tests")
+    return tmp_path
+
+
+def test_what_no_test_misses_is_told_from_what_is_killed(little: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "tests/mutants.py", "privacy", "--seconds", "1"],
+        cwd=little,
+        env={**os.environ, "PYTHONPATH": str(little), "TMPDIR": str(little)},
+        capture_output=True,
+        text=True,
+    )
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    found = {(one["line"], one["before"], one["after"]): one["result"] for one in lines[:-1]}
+    assert found == {
+        ("LIMIT = 3", "3", "4"): "killed",
+        ("return value < LIMIT", "<", "<="): "killed",
+        ("while value > 10:", ">", ">="): "killed",
+        ("while value > 10:", "10", "11"): "killed",
+        ("while value > 10:", "value > 10", "(not (value > 10))"): "killed",
+        ("value = value - 1", "-", "+"): "timeout",
+        ("value = value - 1", "1", "2"): "survived",
+        ("return value + 0", "+", "-"): "equivalent",
+        ("return value + 0", "0", "1"): "killed",
+        ("return value > 7", ">", ">="): "not run",
+        ("return value > 7", "7", "8"): "not run",
+    }
+    assert lines[-1] == {"seed": 20261128, "killed": 6, "survived": 1, "timeout": 1, "not run": 2, "equivalent": 1}
+    assert told.returncode == 1
+
+
+def test_the_list_of_equivalent_mutants_names_mutants_that_exist() -> None:
+    every = set(json.loads(_printed(LISTED)))
+    lines = (ROOT / "tests" / "mutants_equivalent.txt").read_text().splitlines()
+    assert [line for line in lines if not any(line.startswith(one) and line != one for one in every)] == []
