@@ -204,21 +204,36 @@ def _modules(path: Path) -> Iterator[Path]:
 
 @cache
 def nearest_tests(path: Path, wide: bool = False) -> list[str]:
-    """Return the test files nearest to a module: named for it, then those that import it, then its room's."""
+    """Return the test files nearest to a module.
+
+    First those named for it, then those that import it, then those of its room that share a word of its name, or that
+    import a module that imports it; those nearer by name first.
+    """
     room, stem = path.relative_to(ROOT).parts[0], path.stem
+    modules = [one for folder in TARGETS for one in (ROOT / folder).rglob("*.py") if one.stem != "__init__"]
+    users = [_imports(one) for one in modules if one != path and _imports(path).search(_read(one))]
+    found: list[tuple[int, int, str]] = []
+    rest: list[str] = []
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        text, same = _read(test), test.relative_to(ROOT / "tests").parts[0] == room
+        times, words = len(_imports(path).findall(text)), len(set(stem.split("_")) & set(test.stem.split("_")))
+        if test.stem in (f"test_{stem}", f"test_{stem.removesuffix('s')}", f"test_{stem}s"):
+            found.append((0, -times, str(test)))
+        elif times:
+            found.append((1, -times, str(test)))
+        elif same and (words or any(one.search(text) for one in users)):
+            found.append((2, -words - sum(len(one.findall(text)) for one in users), str(test)))
+        elif same:
+            rest.append(str(test))
+    near = [name for _, _, name in sorted(found)]
+    return near + rest if wide else (near + rest)[:6]
+
+
+@cache
+def _imports(path: Path) -> re.Pattern[str]:
     module = "choral." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
     package, _, last = module.rpartition(".")
-    imports = re.compile(rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{last}\b")
-    found: list[tuple[int, int, str]] = []
-    for test in sorted((ROOT / "tests").rglob("test_*.py")):
-        text, same = test.read_text(), test.relative_to(ROOT / "tests").parts[0] == room
-        own = test.stem in (f"test_{stem}", f"test_{stem.removesuffix('s')}", f"test_{stem}s")
-        words = len(set(stem.split("_")) & set(test.stem.split("_")))
-        if own or imports.search(text) or (same and words):
-            found.append((0 if own else 1 if imports.search(text) else 2, -len(imports.findall(text)), str(test)))
-    rooms = [str(test) for test in sorted((ROOT / "tests" / room).glob("test_*.py"))]
-    near = [name for _, _, name in sorted(found)]
-    return list(dict.fromkeys(near + rooms)) if wide else near[:6] or rooms[:8]
+    return re.compile(rf"{re.escape(module)}\b|from {re.escape(package)} import [^\n]*\b{last}\b")
 
 
 class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
