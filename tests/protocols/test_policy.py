@@ -81,6 +81,75 @@ def test_terms_that_a_party_refuses(network: Make, changes: dict[str, Any], comp
         join(net, **changes)
 
 
+@pytest.mark.parametrize(
+    ("terms", "field", "last", "refused"),
+    [
+        ({"corrupt": 0}, "threshold", 3, 2),  # 2t > 4
+        ({"corrupt": 0}, "threshold", 4, 5),  # of 4 holders
+        ({"corrupt": 1}, "threshold", 3, 2),  # 2t > 4 + 1
+        ({"corrupt": 0, "server": "semi-honest", "threshold": 2, "min_survivors": 4}, "corrupt", 1, 2),  # t > corrupt
+        ({"corrupt": 1, "server": "semi-honest", "threshold": 2}, "min_survivors", 3, 2),  # corrupt + 2
+        ({"corrupt": 0, "threshold": 4}, "min_survivors", 4, 3),  # the threshold
+        ({}, "min_survivors", 4, 5),  # of 4 parties
+        ({}, "dropouts", 3, 4),
+        ({}, "modulus_bits", 13, 12),  # 2 * 4 * 1000 < 2^13
+        ({}, "bound", 1023, 1024),
+        ({"cohort": "chosen"}, "directory", 4, 3),
+        ({"directory": 4}, "cohort", "chosen", "everyone"),
+        ({}, "neighbours", 3, 4),
+    ],
+    ids=str,
+)
+def test_the_last_value_that_is_safe_is_taken_and_the_next_refused(
+    network: Make, terms: dict[str, Any], field: str, last: Any, refused: Any
+) -> None:
+    setup = replace(network(4).setup, **{"min_survivors": 4, "threshold": 3} | terms)
+    check_setup(replace(setup, **{field: last}))
+    with pytest.raises(PolicyError):
+        check_setup(replace(setup, **{field: refused}))
+
+
+def test_only_the_modulus_agreed_beforehand_may_wrap(network: Make) -> None:
+    narrow = replace(network(4).setup, modulus_bits=12)
+    check_setup(narrow, wraps_at=12)
+    for wraps_at in (None, 11, 13):
+        with pytest.raises(PolicyError, match="can wrap in 12 bits"):
+            check_setup(narrow, wraps_at=wraps_at)
+
+
+@pytest.mark.parametrize(
+    ("terms", "field", "last", "refused"),
+    [
+        ({"minimum_cohort": 4}, "min_survivors", 4, 3),
+        ({"minimum_threshold": 4}, "threshold", 4, 3),
+        ({"corrupt": 1}, "corrupt", 1, 0),
+        ({"corrupt": 0.25}, "corrupt", 1, 0),
+        ({"maximum_length": 7}, "length", 7, 8),
+        ({"maximum_bound": 7}, "bound", 7, 8),
+        ({"maximum_modulus_bits": 20}, "modulus_bits", 20, 21),
+    ],
+    ids=str,
+)
+def test_the_last_value_that_a_party_accepts(
+    network: Make, terms: dict[str, Any], field: str, last: int, refused: int
+) -> None:
+    net = network(4, corrupt=1)
+    policy = Policy(directory=net.directory, **{"corrupt": 0, **terms})
+    setup = replace(net.setup, bound=5, length=3, threshold=4 if field == "threshold" else 3, min_survivors=4)
+    policy.check(replace(setup, **{field: last}), "p0")
+    with pytest.raises(PolicyError, match=f"at (least|most) {last}, the setup says {refused}"):
+        policy.check(replace(setup, **{field: refused}), "p0")
+
+
+def test_a_graph_of_one_neighbour_or_of_odd_by_odd_does_not_exist(network: Make) -> None:
+    setup = replace(network(9).setup, server="semi-honest", threshold=2, min_survivors=9, security_bits=1)
+    for neighbours in (1, 3, 5, 7, 9):
+        with pytest.raises(PolicyError, match="no graph has 9 parties"):
+            check_setup(replace(setup, neighbours=neighbours))
+    for neighbours in (2, 4, 6, 8):
+        check_setup(replace(setup, neighbours=neighbours, correctness_bits=1))
+
+
 def test_a_sparse_graph_that_colluders_could_surround_somebody_in() -> None:
     names = tuple(f"p{place}" for place in range(100))
     good = Masked().setup(SumSpec(parties=names, length=1, bound=1), session=bytes(16))

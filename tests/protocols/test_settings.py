@@ -154,6 +154,43 @@ def test_settings_of_another_type_or_out_of_range_are_refused_by_name(name: str)
         assert len(str(refused.value)) < 400, (field, value)
 
 
+RANGES: list[tuple[Callable[..., Any], dict[str, Any], str, int, int]] = [
+    (Policy, {"corrupt": 0}, "minimum_cohort", 2, 1 << 20),
+    (Policy, {"corrupt": 0}, "minimum_threshold", 2, 1 << 20),
+    (Policy, {"corrupt": 0}, "maximum_modulus_bits", 1, 64),
+    (Policy, {"corrupt": 0}, "maximum_bound", 1, 2**62),
+    (Policy, {"corrupt": 0}, "maximum_length", 1, 2**31),
+    (Policy, {"corrupt": 0}, "wraps_at", 1, 64),
+    (Policy, {"corrupt": 0}, "security_bits", 1, 128),
+    (Policy, {"corrupt": 0}, "directory_size", 2, 1 << 40),
+    (Policy, {"corrupt": 0, "directory": KEYS | {"c": bytes(32)}}, "directory_size", 3, 1 << 40),
+    (Policy, {}, "corrupt", 0, 1 << 40),
+    (Masked, {}, "min_survivors", 2, 1 << 20),
+    (Masked, {}, "corrupt", 0, 1 << 40),
+    (SumSpec, {"parties": ("a", "b"), "bound": 1}, "length", 1, 2**31),
+    (SumSpec, {"parties": ("a", "b"), "length": 1}, "bound", 1, 2**62 - 1),  # two of them are 64 bits with a sign
+    (SumSpec, {"parties": ("a", "b"), "length": 1, "bound": 1}, "bits", 1, 64),
+    (SumSpec, {"parties": ("a", "b", "c"), "length": 1, "bound": 1}, "directory", 3, 1 << 40),
+]
+
+
+@pytest.mark.parametrize(("make", "good", "field", "low", "high"), RANGES, ids=lambda value: str(value)[:40])
+def test_the_last_value_of_a_range_is_taken_and_the_next_one_refused(
+    make: Callable[..., Any], good: dict[str, Any], field: str, low: int, high: int
+) -> None:
+    for value in (low, high):
+        assert getattr(make(**good, **{field: value}), field) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(SpecError):
+            make(**good, **{field: value})
+
+
+def test_a_name_may_have_255_characters_and_no_more() -> None:
+    checks.names(["x" * 255], "the roster")
+    with pytest.raises(SpecError, match="at most 255 characters, got 256"):
+        checks.names(["x" * 256], "the roster")
+
+
 @pytest.mark.parametrize("name", ["Policy", "Masked", "Homomorphic", "SumSpec", "FloatSpec", "FloatSum"])
 def test_every_field_is_tried(name: str) -> None:
     make, _, bad = CASES[name]
