@@ -171,6 +171,27 @@ def test_sizes_and_trips_are_what_the_docstrings_say(
     assert down == ["Setup", "Hellos", "Reveals", "Roster", "Deliveries", "Survivors", "Confirmations"]
 
 
+def test_each_step_allows_for_as_many_entries_as_its_message_has(
+    network: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = set(), wire.limit
+    monkeypatch.setattr(wire, "limit", lambda kind, n=0: asked.add((kind.__name__, n)) or real(kind, n))
+    net = network(20).open()
+    net.round({name: [1, 2, 3] for name in net.names})
+    assert {(name, n) for name, n in asked if n} == {
+        ("Setup", 20),
+        ("Hellos", 20),
+        ("Reveals", 20),
+        ("Roster", 19),
+        ("Shares", 19),
+        ("Deliveries", 19),
+        ("Upload", packed_bytes(3, net.setup.modulus_bits)),
+        ("Survivors", 3),
+        ("Confirmations", 19),
+        ("Unmask", 20),
+    }
+
+
 @pytest.mark.parametrize("n", [3, 20, 100])
 def test_bytes_per_round_are_counted_and_within_the_formula(n: int) -> None:
     spec = SumSpec(parties=tuple(f"p{place}" for place in range(n)), length=500, bound=2**15)
