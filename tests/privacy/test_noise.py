@@ -106,6 +106,22 @@ def test_radii_near_the_centre_take_no_more_bits() -> None:
     assert x[:half] == pytest.approx(np.sqrt(-2 * np.log((radii.astype(float) + 0.5) * 2.0**-64)), rel=1e-12)
 
 
+def test_gaussians_are_those_of_box_and_muller_for_the_words_drawn() -> None:
+    """Cosines first, then sines; the uniform of a radius is the middle of its cell, of 2^-64, or 2^-128 near zero."""
+    radii = [2**63, 2**32, 2**64 - 1, 2**32 - 1, 0]
+    angles = [2**62, 3 << 61, (1 << 11) - 1, 2**64 - 1, 2**63]
+    more = [2**63, 5]  # for the two radii whose upper half is zero
+    words = iter([np.array(radii + angles, "<u8").tobytes(), np.array(more, "<u8").tobytes()])
+    x = gaussian(10, lambda count: next(words))
+    cells = [Fraction(2 * word + 1, 2**65) for word in radii[:3]]
+    cells += [Fraction(2 * ((word << 64) + low) + 1, 2**129) for word, low in zip(radii[3:], more, strict=True)]
+    length = [math.sqrt(-2 * (math.log(cell.numerator) - math.log(cell.denominator))) for cell in cells]
+    turn = [2 * math.pi * ((word >> 11) / 2**53) for word in angles]
+    expected = [r * math.cos(a) for r, a in zip(length, turn, strict=True)]
+    expected += [r * math.sin(a) for r, a in zip(length, turn, strict=True)]
+    assert x == pytest.approx(expected, rel=1e-12, abs=1e-9)
+
+
 @pytest.mark.parametrize("rate", [Fraction(1, 3), Fraction(100, 101), Fraction(1, 1000)])
 def test_poisson_sample_has_the_exact_rate(rate: Fraction) -> None:
     size, draws = 1000, 500
@@ -136,8 +152,10 @@ def test_poisson_sample_compares_further_words_when_the_first_ties() -> None:
 def test_poisson_sample_at_the_ends() -> None:
     assert poisson_sample(5, Fraction(1), os_stream).tolist() == [0, 1, 2, 3, 4]
     assert poisson_sample(5, Fraction(0), os_stream).tolist() == []
-    with pytest.raises(ConfigError):
-        poisson_sample(5, Fraction(3, 2), os_stream)
+    assert poisson_sample(0, Fraction(1, 2), os_stream).tolist() == []
+    for size, rate in ((5, Fraction(3, 2)), (5, Fraction(-1, 2)), (-1, Fraction(1, 2)), (-1, Fraction(1))):
+        with pytest.raises(ConfigError):
+            poisson_sample(size, rate, os_stream)
 
 
 @pytest.mark.parametrize("size", [1, 10, 1000, 10**6, 10**8])
@@ -146,6 +164,10 @@ def test_grid_is_a_power_of_two_and_stretches_no_more_than_it_says(size: int, se
     grid = noise_grid(sensitivity, size)
     assert math.frexp(grid)[0] == 0.5
     assert STRETCH / 2 < grid * math.sqrt(size) / sensitivity <= STRETCH
+
+
+def test_the_grid_of_no_coordinates_is_that_of_one() -> None:
+    assert noise_grid(1.0, 0) == noise_grid(1.0, 1) == STRETCH
 
 
 def test_grid_gaussian_lies_on_the_grid_with_the_variance_it_says() -> None:

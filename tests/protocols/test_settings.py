@@ -235,6 +235,14 @@ def test_what_is_shown_of_a_wrong_value_is_short_and_no_object() -> None:
     assert checks.shown(Secret()) == "a Secret"
     assert len(checks.shown("x" * 10_000)) < 50
     assert len(checks.shown(1 << 10_000)) < 50
+    assert checks.shown(1 << 128) == checks.shown(-1 << 128) == "a number beyond 2^128"
+    assert checks.shown((1 << 128) - 1) == str((1 << 128) - 1)
+
+
+def test_two_policies_of_the_same_terms_are_one_and_what_they_checked_is_not_shown() -> None:
+    policy = Policy(corrupt=1)
+    assert policy == Policy(corrupt=1) != Policy(corrupt=2)
+    assert "ignatures" not in repr(policy)
 
 
 # ----------------------------------------------------------------------------------------- sessions and their rounds
