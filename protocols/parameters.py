@@ -316,4 +316,4 @@ def _log_choose(n: int, j: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _bits(log_probability: float) -> float:
-    return math.inf if log_probability == -math.inf else max(0.0, -log_probability / math.log(2))
+    return max(0.0, -log_probability / math.log(2))

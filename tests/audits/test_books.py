@@ -144,7 +144,10 @@ def test_a_party_that_was_taken_out_leaves_more_survivors_than_parties(honest: d
     [
         (lambda lines: lines[3].update(epsilon=lines[1]["epsilon"] / 2), "epsilon falls"),
         (lambda lines: lines[3].update(epsilon=lines[3]["epsilon"] * 0.9999), "it ends at epsilon"),
+        (lambda lines: lines[3].update(epsilon=lines[2]["epsilon"] * (1.0 - 1e-6)), "epsilon falls"),
         (lambda lines: lines[2].update(survivors=4), "round 2 has 4 survivors"),
+        (lambda lines: lines[2].update(asked=2), "round 2 has 3 survivors of 2 asked"),
+        (lambda lines: lines[2].update(asked=4), "round 2 has 3 survivors of 4 asked, and run.json names 3"),
     ],
 )
 def test_an_edited_history_is_found(honest: dict[str, Path], tmp_path: Path, edit: Edit, said: str) -> None:
@@ -152,6 +155,40 @@ def test_an_edited_history_is_found(honest: dict[str, Path], tmp_path: Path, edi
     (check,) = (check for check in books_checks(run) if "history" in check.name)
     assert check.verdict == "violated"
     assert said in check.finding
+
+
+@pytest.mark.parametrize(
+    ("edit", "part", "said"),
+    [
+        (lambda info: info.update(rounds=2), "history", "3 rounds are recorded, and 2 were asked for"),
+        (lambda info: info["config"]["training"].update(batch_size=11), "rates", "the settings ask for 11"),
+        (lambda info: info["parties"].update(north=61), "rates", "of 61 records is no whole batch"),
+        (lambda info: info["parties"].update(north=0), "rates", "of 0 records is no whole batch"),
+        (lambda info: info["privacy"].update(delta=1e-6), "ledgers", "1e-06 in run.json's promise"),
+        (each_cost(lambda cost: cost.update(delta=1e-6)), "ledgers", "cost and 1e-05 in the ledger"),
+        (each_cost(lambda cost: cost.update(steps=cost["steps"] + 1)), "ledgers", "noisy steps, the ledger holds"),
+    ],
+)
+def test_what_differs_is_named(honest: dict[str, Path], tmp_path: Path, edit: Edit, part: str, said: str) -> None:
+    run = edited(honest["record"], tmp_path, edit)
+    (check,) = (check for check in books_checks(run) if part in check.name)
+    assert (check.verdict, said in check.finding) == ("violated", True), check
+
+
+def test_a_run_that_was_interrupted_may_hold_more_steps_than_it_states_and_no_fewer(
+    honest: dict[str, Path], tmp_path: Path
+) -> None:
+    """A ledger is written before its step is made: what was cut off in between is on the ledger alone."""
+    for steps, verdict in ((-1, "holds"), (0, "holds"), (1, "violated")):
+
+        def edit(info: dict[str, Any], more: int = steps) -> None:
+            info.update(rounds=4)
+            each_cost(lambda cost: cost.update(steps=cost["steps"] + more))(info)
+
+        run = edited(honest["record"], tmp_path / str(steps), edit)
+        assert not run.finished
+        (check,) = (check for check in books_checks(run) if "ledgers" in check.name)
+        assert check.verdict == verdict, check
 
 
 def test_a_ledger_of_twice_the_noise_that_costs_less_than_is_claimed_is_found(

@@ -321,6 +321,64 @@ def test_the_cut_bound_is_not_idle() -> None:
     assert 0.5 < cut <= bound
 
 
+@pytest.mark.parametrize(("n", "k", "bad"), [(9, 2, 2), (9, 4, 4), (12, 4, 7), (100, 10, 30), (1000, 6, 6)])
+def test_the_cut_bound_is_the_number_of_pairs_of_gaps_by_the_chance_of_one(n: int, k: int, bad: int) -> None:
+    """Two gaps of k/2 places with a place between them on either side; the chance that k given places are all gone."""
+    starts = combinations(range(n), 2) if n <= 100 else ()
+    pairs = sum(k // 2 < b - a < n - k // 2 for a, b in starts) or n * (n - k - 1) // 2
+    chance = math.comb(n - k, bad - k) / math.comb(n, bad)
+    assert math.exp(parameters._log_disconnected(n, k, bad)) == pytest.approx(pairs * chance, rel=1e-9)
+    assert parameters._log_disconnected(n, k, k - 1) == -math.inf
+
+
+@pytest.mark.parametrize(("n", "k", "t", "corrupt"), [(9, 4, 3, 2), (12, 4, 4, 4), (100, 10, 7, 20), (30, 5, 4, 6)])
+def test_the_split_bound_is_the_number_of_pairs_of_runs_by_the_chance_of_one(
+    n: int, k: int, t: int, corrupt: int
+) -> None:
+    """Two disjoint runs of k/2 places, as a set; the first has enough colluders, the second of the places left."""
+    half, enough = k // 2, t - (k - k // 2)
+    pairs = sum(half <= b - a <= n - half for a, b in combinations(range(n), 2))
+    first = hypergeom(n, corrupt, half).sf(enough - 1)
+    second = hypergeom(n - half, corrupt - enough, half).sf(enough - 1)
+    assert parameters._log_split(n, k, t, corrupt) == pytest.approx(
+        min(0.0, math.log(pairs * first * second)), rel=1e-9
+    )
+    assert parameters._log_split(n, k, t, 2 * enough - 1) == -math.inf
+    assert parameters._log_split(n, k, k - half, corrupt) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("n", "corrupt", "dropouts"), [(70, 21, 0), (200, 180, 0), (300, 30, 15), (1000, 100, 100), (1000, 50, 300)]
+)
+@pytest.mark.parametrize("server", [HONEST, MALICIOUS])
+def test_the_bits_stated_are_those_of_the_graph_by_scipy(n: int, corrupt: int, dropouts: int, server: Any) -> None:
+    """Without dropouts t = k, so that all k neighbours of a party would have to collude."""
+    found = choose(n, corrupt=corrupt, dropouts=dropouts, server=server)
+    k, t = found.neighbours, found.threshold
+    assert found.holders == k < n - 1
+    if server == MALICIOUS:
+        cut, many = parameters._log_split(n, k, t, corrupt), 2 * t - k
+    else:
+        cut, many = parameters._log_disconnected(n, k, corrupt + dropouts), t
+    exposed = n * hypergeom(n, corrupt, k).sf(many - 1)
+    stuck = n * hypergeom(n, dropouts, k).sf(k - t)
+    bits = (-math.log2(math.exp(cut) + exposed), -math.log2(stuck) if stuck else math.inf)
+    assert (found.security_bits, found.correctness_bits) == pytest.approx(bits, rel=1e-6)
+    assert parameters.achieved(n, k, t, corrupt=corrupt, dropouts=dropouts, server=server) == pytest.approx(
+        bits, rel=1e-6
+    )
+
+
+def test_a_neighbour_opposite_does_not_hold_a_ring_together() -> None:
+    """With odd k the last neighbour lies across the ring: gaps of (k - 1) / 2 places count as cuts."""
+    n, k, t, corrupt, dropouts = 1000, 21, 12, 20, 450
+    cut = parameters._log_disconnected(n, k - 1, corrupt + dropouts)
+    exposed = n * hypergeom(n, corrupt, k).sf(t - 1)
+    security, _ = parameters.achieved(n, k, t, corrupt=corrupt, dropouts=dropouts, server=HONEST)
+    assert security == pytest.approx(max(0.0, -math.log2(math.exp(cut) + exposed)), abs=1e-9)
+    assert 0.0 < security < -parameters._log_disconnected(n, k + 1, corrupt + dropouts) / math.log(2) - 1.0
+
+
 # The complete graph
 
 
