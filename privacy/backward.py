@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -48,6 +49,28 @@ def refuse_inputs(name: str, layer: nn.Module, given: Any) -> None:
             hint="Let the module that holds parameters take one tensor, batch first (torch.cat joins several), or put "
             "its parameters into torch's own layers.",
         )
+
+
+def refuse_bent(
+    some: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None], twice: Sequence[torch.Tensor | None]
+) -> None:
+    """Raise UnsupportedModelError unless gradients of some and of other records add up to half of those of twice all.
+
+    Backward passes are linear, but for hooks and Functions that clip or normalise: then what is made of one record
+    depends on how many others there are, or on their gradients.
+    """
+    for a, b, c in zip(some, others, twice, strict=True):
+        if a is None or b is None or c is None:
+            continue
+        half, total = c / 2, a + b
+        finite = half.isfinite() & total.isfinite()
+        off, size = (half - total)[finite].abs(), half[finite].abs()
+        if off.numel() and bool(off.max() > (1e-3 if c.element_size() >= 4 else 3e-2) * size.max()):
+            raise UnsupportedModelError(
+                "gradients in the model's backward pass do not add up over records: a hook or a Function changes them",
+                hint="Clip and scale no gradients in hooks or Functions; Privacy(max_grad_norm=...) clips each "
+                "record's.",
+            )
 
 
 def warn_of_clipping(frame: FrameType | None) -> bool:

@@ -10,21 +10,25 @@ own, these are refused:
 - what is no sum over records at all: a root, a logarithm or a square of their mean, a deviation, a maximum, a product
   of records with records.
 
-It is a look at the graph, not a proof: a loss that is a Function of the user's own is not seen through. `check_step`
-tries the loss itself.
+It is a look at the graph, not a proof: constants that were computed from the batch stand in it like any others.
+:mod:`choral.privacy.crossing` takes its second derivatives, :mod:`choral.privacy.strangers` looks for what is trained
+beside the model. `check_step` tries the loss itself.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
+from choral.privacy.crossing import crosses
 from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.strangers import LEAF as _LEAF
+from choral.privacy.strangers import refuse_stranger, refuse_strangers
 
 _NLL = ("NllLossBackward0", "NllLoss2DBackward0")
 _REDUCED = {
@@ -48,8 +52,8 @@ _MOST = 4096  # nodes of a graph that are looked at
 class Seer(Protocol):
     """Who looks at losses before they go backward."""
 
-    def look_at_loss(self, losses: Sequence[torch.Tensor]) -> None:
-        """Raise UnsupportedModelError if these may not."""
+    def look_at_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
+        """Raise UnsupportedModelError if these may not. seeds: the gradients that `backward` was given for them."""
         ...
 
 
@@ -59,8 +63,11 @@ _torchs_backward = torch.autograd.backward
 
 @functools.wraps(_torchs_backward)
 def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    given = args[0] if args else kwargs.get("grad_tensors")
+    seeds = list(given) if isinstance(given, Sequence) else [given] * len(losses)
     for seer in list(_seers):
-        seer.look_at_loss([tensors] if isinstance(tensors, torch.Tensor) else list(tensors))
+        seer.look_at_loss(losses, seeds)
     _torchs_backward(tensors, *args, **kwargs)
 
 
@@ -86,29 +93,79 @@ class Losses:
     def __init__(self) -> None:
         self._factors: dict[str, tuple[int, float]] = {}
         self._divided: dict[str, tuple[float, ...]] = {}
+        self._looks = 0
+        self._kinds: set[frozenset[str]] = set()  # of graphs, by the names of their nodes
+        self._square: dict[str, set[int]] = {}  # nodes of a row and a column for each record, in batches of which sizes
 
-    def look(self, losses: Sequence[torch.Tensor], ends: set[Any], rows: int) -> None:
+    def look(
+        self,
+        losses: Sequence[torch.Tensor],
+        ends: set[Any],
+        rows: int,
+        seeds: Sequence[torch.Tensor | None] | None = None,
+        own: Set[torch.Tensor] = frozenset(),
+    ) -> None:
         """Raise UnsupportedModelError if the graph of a loss shows that it is no mean over `rows` records.
 
-        ends: the nodes that made the outputs of the model and of its layers, below which nothing is looked at.
+        ends: the nodes that made the outputs of the model and of its layers, below which nothing is looked at. seeds:
+        the gradients given for the losses. own: what the model trains.
         """
-        losses = [loss for loss in losses if _reaches(loss.grad_fn, ends)]
+        pairs = [
+            (loss, seed)
+            for loss, seed in zip(losses, seeds or [None] * len(losses), strict=False)
+            if _reaches(loss.grad_fn, ends)
+        ]
         seen: set[Any] = set()
-        waiting: list[tuple[Any, _Above]] = [(loss.grad_fn, _Above()) for loss in losses if loss.grad_fn is not None]
+        edges: dict[tuple[Any, int], None] = {}  # in the order in which they are found
+        waiting: list[tuple[Any, int, _Above]]
+        waiting = [(loss.grad_fn, loss.output_nr, self._seeded(loss, seed, rows)) for loss, seed in pairs]
         while waiting and len(seen) < _MOST:
-            node, above = waiting.pop()
+            node, output, above = waiting.pop()
+            if node in ends and node is not None:
+                edges[node, output] = None
             if node is None or node in ends or (node, above) in seen:
                 continue
             seen.add((node, above))
+            if node.name() == _LEAF:
+                refuse_stranger(node.variable, own, rows)
             below = self._judged(node, above, rows)
-            waiting += [(child, below) for child, _ in node.next_functions]
+            waiting += [(child, number, below) for child, number in node.next_functions]
+        self._refuse_square([node for node, _ in seen], rows)
+        kind = frozenset(node.name() for node, _ in seen)
+        self._looks += 1
+        if edges and (self._looks & (self._looks - 1) == 0 or kind not in self._kinds):
+            self._kinds.add(kind)
+            refuse_strangers([loss for loss, _ in pairs], own)
+            if crosses(pairs, list(edges), rows):
+                raise _refused("what several records give together")
+
+    def _seeded(self, loss: torch.Tensor, seed: torch.Tensor | None, rows: int) -> _Above:
+        """Judge the gradient that `backward` was given for a loss."""
+        if seed is None:
+            return _Above()
+        factor = float(seed.reshape(-1)[0]) if seed.numel() else 1.0
+        if bool((seed != factor).any()) or (loss.numel() == 1 and factor != 1.0):
+            raise _refused("more than loss.backward() is given: backward(gradient) weighs the records")
+        if loss.numel() == 1:
+            return _Above()
+        above = _Above(factors=(factor,))
+        if not _divides(factor, rows):
+            self._refuse_sum("backward", above, rows)
+        return replace(above, joined="sum")
+
+    def _refuse_square(self, nodes: Sequence[Any], rows: int) -> None:
+        """Refuse what has a row and a column for each record, in batches of three sizes: that is no chance."""
+        found = {node.name() for node in nodes if sum(size == rows for size in _shape(node)) > 1}
+        self._square = {name: self._square.get(name, set()) | {rows} for name in found}
+        if any(len(sizes) > 2 for sizes in self._square.values()):
+            raise _refused("a comparison of each record with each")
 
     def _judged(self, node: Any, above: _Above, rows: int) -> _Above:
         """Refuse what `node` makes of the records; return what lies above its children."""
         name = node.name()
         plain = name.rstrip("0123456789").removesuffix("Backward")
         if _scalar(node) and not above.joined:
-            if name in ("MulBackward0", "MulBackward1", "DivBackward0"):
+            if name in ("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1"):
                 return _scaled(node, above, divides=name[0] == "D")
             if plain in _BENT:
                 return replace(above, bent=plain.lower())
@@ -116,6 +173,8 @@ class Losses:
             raise _refused(f"a {plain.lower()} over the records of the batch")
         if _between(node, plain, rows):
             raise _refused("a product, or distances, of the records with one another")
+        if plain in ("Dot", "Mv", "Mm"):
+            above = self._weighted(node, plain, above, rows)
         if name in _GATHERING and above.joined == "mean":
             self._refuse_uneven(node, plain, rows)
         if name in _REDUCED and node._saved_reduction != 0:
@@ -139,15 +198,27 @@ class Losses:
         if mean and count % rows and any(part in _GATHERING for part in _names_below(node)):
             raise _refused(f"a mean over {count} parts of the {rows} records, of which some have more than others")
         if not mean and not above.joined and not any(_divides(f, rows) for f in above.factors):
-            self._refuse_sum(node, above, rows)
+            self._refuse_sum(node.name(), above, rows)
         return replace(above, joined=above.joined or ("mean" if mean else "sum"))
 
-    def _refuse_sum(self, node: Any, above: _Above, rows: int) -> None:
+    def _weighted(self, node: Any, plain: str, above: _Above, rows: int) -> _Above:
+        """Judge a product with a constant that adds up the records, each times a weight."""
+        constant = _weights(node, plain, rows)
+        if constant is None:
+            return above
+        factor = float(constant.reshape(-1)[0])
+        if bool((constant != factor).any()):
+            raise _refused("a sum over the records of the batch, times weights that may depend on it")
+        if not above.joined and not any(_divides(f, rows) for f in (*above.factors, factor)):
+            self._refuse_sum(node.name(), replace(above, factors=(*above.factors, factor)), rows)
+        return replace(above, joined=above.joined or "sum")
+
+    def _refuse_sum(self, name: str, above: _Above, rows: int) -> None:
         if not above.factors and not above.unknown:
             raise _refused("a sum over the records of the batch")
         if above.unknown:
             raise _refused("a sum over the records of the batch, divided by something that depends on it")
-        scale, key = functools.reduce(float.__mul__, above.factors, 1.0), f"{node.name()} {len(above.factors)}"
+        scale, key = functools.reduce(float.__mul__, above.factors, 1.0), f"{name} {len(above.factors)}"
         before = self._factors.get(key, (rows, scale))
         self._factors[key] = (rows, scale)
         if abs(scale * rows - before[1] * before[0]) > 1e-4 * abs(scale * rows):
@@ -189,13 +260,13 @@ def _scaled(node: Any, above: _Above, *, divides: bool) -> _Above:
     if sum(child is not None for child in _children(node)) > 1:
         return replace(above, bent="product")
     other = node._saved_other if _children(node)[0] is not None else getattr(node, "_saved_self", None)
-    if not isinstance(other, torch.Tensor) or other.numel() != 1:
+    if not isinstance(other, int | float) and (not isinstance(other, torch.Tensor) or other.numel() != 1):
         return replace(above, unknown=True)
     factor = float(other)
     if divides:
         factor = 1.0 / factor if factor else float("inf")
     # A number of Python's is saved in 64 bits; what a loss computes of a batch in fewer, or as a count.
-    computed = divides and other.dtype not in (torch.float64, torch.int64)
+    computed = divides and isinstance(other, torch.Tensor) and other.dtype not in (torch.float64, torch.int64)
     return replace(above, factors=(*above.factors, factor), unknown=above.unknown or computed)
 
 
@@ -206,13 +277,38 @@ def _divides(factor: float, rows: int) -> bool:
 
 
 def _refuse_weights(node: Any) -> None:
-    weight, ignored = node._saved_weight, node._saved_ignore_index
+    weight, ignored = node._saved_weight, _signed(node._saved_ignore_index)
     if node._saved_reduction != 1:
         return
     if weight is not None and bool((weight != weight.reshape(-1)[0]).any()):
         raise _refused("a mean with class weights, which is divided by the weights of the batch")
     if bool((node._saved_target == ignored).any()):
         raise _refused(f"a mean over the labels that are not {ignored}, which is divided by their number in the batch")
+
+
+def _weights(node: Any, plain: str, rows: int) -> torch.Tensor | None:
+    """Return the constant by which a product adds up what was made of each record; None if it does not."""
+    children = _children(node)
+    if sum(child is not None for child in children) != 1:
+        return None
+    first = children[0] is not None
+    shape = _child_shape(node)
+    if plain == "Dot":
+        constant = node._saved_tensor if first else node._saved_self
+        return constant if shape and shape[0] % rows == 0 else None
+    over_records = shape[0] == rows and not first  # constant @ records
+    if plain == "Mm" and first:  # records.T @ constant
+        over_records = shape[1] == rows and shape[0] % rows != 0
+    if not over_records:
+        return None
+    saved = ("_saved_vec" if first else "_saved_self") if plain == "Mv" else ("_saved_mat2" if first else "_saved_self")
+    constant = getattr(node, saved, None)
+    return constant if isinstance(constant, torch.Tensor) else None
+
+
+def _signed(number: int) -> int:
+    """Return a number that torch saves for a node as if it had no sign."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _picked(node: Any, plain: str, rows: int) -> torch.Tensor | None:
@@ -251,7 +347,7 @@ def _joins(node: Any, rows: int) -> bool:
         gathered = any(name in _GATHERING for name in _names_below(node))
         return shape[0] % rows == 0 or _numel(shape) >= rows or gathered
     listed = dims if isinstance(dims, tuple) else (dims,)
-    over_first = any((d - 2**64 if d >= 2**63 else d) % len(shape) == 0 for d in listed)
+    over_first = any(_signed(d) % len(shape) == 0 for d in listed)
     return over_first and (shape[0] == rows or (len(shape) == 1 and shape[0] % rows == 0))
 
 

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from choral.privacy import keeping
+from choral.privacy.backward import refuse_bent
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.watching import Point, moved, reseed, shaken, sketch, watched
 from choral.privacy.watching import same_random_numbers as _same_random_numbers
@@ -366,13 +367,19 @@ def refuse_by_gradient(
         return False
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in targets]
-    for kept in splits(rows):
+
+    def backward(kept: torch.Tensor, factor: float = 1.0) -> tuple[torch.Tensor | None, ...]:
         mine = [(kept & valid).to(t.device) for t in targets]
         ends, starts = (
             [t[m] for t, m in zip(targets, mine, strict=True)],
-            [w[m] for w, m in zip(weights, mine, strict=True)],
+            [factor * w[m] for w, m in zip(weights, mine, strict=True)],
         )
-        gradients = torch.autograd.grad(ends, sources, starts, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(ends, sources, starts, retain_graph=True, allow_unused=True)
+
+    for place, kept in enumerate(splits(rows)):
+        gradients = backward(kept)
+        if place == 0:
+            refuse_bent(gradients, backward(~kept), backward(torch.ones_like(kept), 2.0))
         for gradient in (g.detach().reshape(rows, -1) for g in gradients if g is not None):
             size = torch.nan_to_num(gradient.abs(), nan=0.0, posinf=0.0)
             if bool(size[~kept.to(size.device)].max() > 1e-6 * size.max()):

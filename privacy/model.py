@@ -224,6 +224,12 @@ class PerSampleModel(LookedAt):
         self.averages.clear()
 
     def _guard(self, p: nn.Parameter) -> RemovableHandle:
+        if getattr(p, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedModelError(
+                f"a parameter of shape {tuple(p.shape)} has a hook that runs when its gradient is ready, and would be "
+                "given the raw one",
+                hint="Remove register_post_accumulate_grad_hook, as of an optimizer that steps during backward().",
+            )
         frozen = not p.requires_grad  # it may be unfrozen later
         p.requires_grad_(True)
         handle: RemovableHandle = p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -292,10 +298,12 @@ class PerSampleModel(LookedAt):
                 hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
             )
 
-    def look_at_loss(self, losses: Sequence[torch.Tensor]) -> None:
+    def look_at_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
         """Refuse a loss that is seen not to be a mean over the records of the batch just drawn."""
         if self.guarded and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
-            self._losses.look(losses, self._ends, self.drawn or 0)
+            own = {*self._module.parameters(), self._anchor}
+            with self._unheard():
+                self._losses.look(losses, self._ends, self.drawn or 0, seeds, own)
 
     def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
         """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""
