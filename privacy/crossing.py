@@ -1,10 +1,10 @@
 """Does a loss join records? Told by its second derivatives, whatever it is made of.
 
-A loss that is a sum over records of a loss of each record alone has gradient rows of which each depends on that record's
-outputs only: the derivative of record i's row of the gradient by record j's outputs is zero for i != j, in floating
-point, too, since nothing flows there. Batch statistics, products and distances of records, and whatever else is smooth
-and not linear in records together has others. It is seen through functions of the user's own and through hooks, as far
-as torch can go backward through them twice.
+A loss that is a sum over records of a loss of each record alone has gradient rows of which each depends on that
+record's outputs only: the derivative of record i's row by record j's outputs is zero for i != j, in floating point,
+too, since nothing flows there. Batch statistics, products and distances of records, and whatever else is smooth and not
+linear in records together has others. It is seen through functions of the user's own and through hooks, as far as torch
+can go backward through them twice.
 
 Not seen: constants that were computed from the batch (detached tensors, weights from its labels), which are no part of
 the graph; and what is linear in each record, or has no second derivative in torch.

@@ -19,6 +19,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from choral.errors import ConfigError
 from choral.privacy.errors import UnsupportedModelError
@@ -99,6 +100,12 @@ def refuse_unsupported(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"layer {name or '(the model)'} is a {kind} whose parameters have no shape yet",
                 hint="Call the model on one made-up record before wrap().",
+            )
+        if any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()):
+            raise UnsupportedModelError(
+                f"layer {name or '(the model)'} is a {kind} with torch.nn.utils.weight_norm, whose weight is made "
+                "outside its forward",
+                hint="Use torch.nn.utils.parametrizations.weight_norm.",
             )
         validator = ModuleValidator.VALIDATORS.get(type(layer))
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:

@@ -321,6 +321,14 @@ class PerSampleModel(LookedAt):
             parts.append(ghost.Dense(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat))
         return parts
 
+    def left_out(self, p: nn.Parameter) -> bool:
+        """Return whether a loss made nothing of `p`, as of a layer that was skipped: no use of it would be missed.
+
+        Autograd's gradient of a parameter that was compared is heard wherever it comes from, but for Opacus' layers.
+        """
+        missed = p in self.averages or p in self.astray or p in self._unfollowed
+        return bool(self.uses) and p in self.compared and not missed
+
     def per_sample(self, p: nn.Parameter) -> torch.Tensor:
         """Return the gradients of `p` for each record of the batch, shape (records, *p.shape); not private."""
         return ghost.added(self.parts(p)).dense().reshape(-1, *p.shape)

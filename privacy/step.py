@@ -355,6 +355,8 @@ class PrivateOptimizer(OverOptimizer):
                 hint="Unfreeze it before wrap(), or in mid-training after unwrap(model), and wrap again on the same "
                 "ledger.",
             )
+        if not parts and self._model.left_out(p):
+            return ghost.Dense(torch.zeros((), device=p.device).expand(drawn, p.numel()))
         if not parts:
             raise UnsupportedModelError(
                 f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "

@@ -338,9 +338,9 @@ def test_sharp_edge_of_constants_from_the_batch_is_there_and_check_step_refuses_
     model, _, loader = Privacy(epsilon=50.0, delta=1e-5).wrap(
         plain, torch.optim.SGD(plain.parameters(), lr=0.1), DataLoader(TensorDataset(x, y), batch_size=N)
     )
+    batch = next(iter(loader))
     with pytest.raises(ChoralError, match="not the mean over its records"):
-        for batch in loader:
-            model.check_step(lambda batch: EDGES[name](model, *batch), batch)
+        model.check_step(lambda batch: EDGES[name](model, *batch), batch)
 
 
 def test_each_with_each_is_seen_over_batches_of_three_sizes() -> None:
@@ -350,12 +350,64 @@ def test_each_with_each_is_seen_over_batches_of_three_sizes() -> None:
     model, optimizer, loader = Privacy(epsilon=50.0, delta=1e-5, epochs=20).wrap(
         plain, torch.optim.SGD(plain.parameters(), lr=0.1), DataLoader(TensorDataset(x, y), batch_size=6)
     )
-    steps = 0
-    with pytest.raises(UnsupportedModelError, match="each record with each"):
+    sizes: list[int] = []
+
+    def train() -> None:
         for _ in range(20):
             for a, _ in loader:
+                sizes.append(len(a))
                 optimizer.zero_grad()
                 ce(model(a) @ keys(a).T, torch.arange(len(a))).backward()
                 optimizer.step()
-                steps += 1
-    assert steps >= 2
+
+    with pytest.raises(UnsupportedModelError, match="each record with each"):
+        train()
+    assert len({size for size in sizes if size > 1}) == 3
+
+
+class Skipping(nn.Module):
+    """A network with a layer that is left out of every other batch, as by stochastic depth."""
+
+    def __init__(self, instead: Callable[[nn.Linear, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.instead = nn.Linear(DIM, DIM), nn.Linear(DIM, CLASSES), instead
+        self.skips = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.instead(self.first, x) if self.skips else torch.tanh(self.first(x))
+        out: torch.Tensor = self.last(x + h)
+        return out
+
+
+def switching(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    loss = ce(m(x), y)
+    m.skips = True
+    return loss
+
+
+def test_a_layer_that_was_compared_may_be_left_out_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip = lambda layer, x: torch.zeros_like(x)  # noqa: E731
+    assert 0.1 < moved(monkeypatch, switching, make=lambda: Skipping(skip)) <= 1 + 1e-3
+
+
+def test_a_layer_is_not_left_out_if_its_weights_are_used_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = lambda layer, x: F.linear(x, layer.weight)  # noqa: E731
+    with pytest.raises(UnsupportedModelError, match=r"first\.weight received no per-sample gradient"):
+        moved(monkeypatch, switching, make=lambda: Skipping(function))
+
+
+def test_weight_norm_of_old_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            layer = torch.nn.utils.weight_norm(nn.Linear(DIM, 5))
+        return nn.Sequential(layer, nn.Linear(5, CLASSES))
+
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 is a Linear with torch\.nn\.utils") as caught:
+        moved(monkeypatch, lambda m, x, y: ce(m(x), y), make=make)
+    assert "parametrizations" in (caught.value.hint or "")
+
+
+def test_ignored_labels_are_named_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss: Loss = lambda m, x, y: ce(m(x), torch.where(x[:, 1] > 0, -100, y))  # noqa: E731
+    with pytest.raises(UnsupportedModelError, match="labels that are not -100"):
+        moved(monkeypatch, loss)
