@@ -59,6 +59,10 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._records: int | None = None  # in the forward pass that runs
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: not the graph of the last forward pass, which cannot be."""
+        return self.__dict__ | {"_ends": set()}
+
     def name_of(self, module: nn.Module) -> str:
         """Return the dotted name of one of the model's layers."""
         return next((name for name, layer in self._module.named_modules() if layer is module and name), "(the model)")

@@ -7,6 +7,7 @@ so that later steps can be compared, too. What is more than 1 and not refused st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -394,6 +395,22 @@ def test_a_layer_is_not_left_out_if_its_weights_are_used_otherwise(monkeypatch: 
     function = lambda layer, x: F.linear(x, layer.weight)  # noqa: E731
     with pytest.raises(UnsupportedModelError, match=r"first\.weight received no per-sample gradient"):
         moved(monkeypatch, switching, make=lambda: Skipping(function))
+
+
+def test_the_model_may_be_copied_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As loops do that keep the best model, or a mean of weights, or a target network."""
+    models: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        models.append(network())
+        return models[-1]
+
+    def loss(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        made = ce(m(x), y)
+        copy.deepcopy(models[-1])
+        return made
+
+    assert moved(monkeypatch, loss, make=make) <= 1 + 1e-3
 
 
 def test_weight_norm_of_old_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
