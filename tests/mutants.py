@@ -528,8 +528,7 @@ def main() -> int:
             files = sorted({name for mutant in mutants for name in nearest_tests(mutant.path, asked.wide)})
             kept = Path(tempfile.gettempdir()) / "choral-mutants"
             kept.mkdir(exist_ok=True)
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 1)
+            os.dup2(2, 1)
             pytest.main(
                 [*OPTIONS, f"--basetemp={folder}/base", *files], plugins=[Tests(work, asked.seconds, kept, asked.wide)]
             )

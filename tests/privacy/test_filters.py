@@ -46,6 +46,21 @@ CHOICES = [
 ]
 
 
+ORDERS = {
+    (0.02, 1e-3): (37, 73, 103, 145),
+    (0.3, 1e-3): (6, 12, 17, 23),
+    (2.0, 1e-3): (2, 4, 5, 6),
+    (0.02, 1e-6): (171, 341, 482, 681),
+    (0.3, 1e-6): (16, 32, 45, 63),
+    (2.0, 1e-6): (4, 6, 9, 12),
+    (0.02, 1e-10): (381, 761, 1076, 1521),
+    (0.3, 1e-10): (31, 60, 85, 120),
+    (2.0, 1e-10): (6, 11, 15, 21),
+    (10.0, 1e-10): (2, 4, 5, 6),
+    (1e-3, 1e-10): (1025, 2048, 2897, 4096),
+}
+
+
 def sampled(rate: float, noise: float, steps: int = 1) -> PoissonSampledGaussian:
     return PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
@@ -148,6 +163,22 @@ def test_orders_and_weights_depend_on_the_promise_alone_and_stay_what_they_are()
     assert Filter(1.0, 1e-5).orders == (5, 10, 13, 18)
     assert Filter(8.0, 1e-5).orders == (2, 3, 4)
     assert Filter(30.0, 1e-5).orders == (2,)
+    for (epsilon, delta), orders in ORDERS.items():
+        assert Filter(epsilon, delta).orders == orders
+        assert math.isclose(sum(Filter(epsilon, delta).weights), 1.0)
+
+
+def test_events_are_admitted_up_to_the_promise_and_no_further() -> None:
+    events = [sampled(1.0, 4.0, 3)]
+    cost = Filter(EPSILON, DELTA).cost(events)
+    low, high = 0.1, EPSILON
+    for _ in range(60):  # the least promise that admits them; its orders are its own
+        middle = (low + high) / 2
+        low, high = (low, middle) if Filter(middle, DELTA).admits(events) else (middle, high)
+    assert Filter(high, DELTA).admits(events)
+    assert not Filter(low, DELTA).admits(events)
+    assert high == pytest.approx(Filter(high, DELTA).cost(events), rel=1e-6)
+    assert cost < EPSILON
 
 
 def test_one_order_is_the_usual_conversion() -> None:
