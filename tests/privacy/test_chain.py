@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import msgspec
 import pytest
@@ -60,3 +61,30 @@ def test_a_line_in_other_words_is_refused() -> None:
     content, _ = lines(GENESIS, WORDS[:1])
     with pytest.raises(BrokenChainError, match="line 1"):
         list(follow(content.replace(b'{"previous":', b'{"previous": '), DECODER))
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "undecoded"),
+    [
+        (lambda lines: [*lines[:2], lines[2].replace(b'{"previous"', b'{"more":1,"previous"')], 3, True),
+        (lambda lines: [*lines[:2], lines[2].replace(b'{"text"', b'{"more":1,"text"')], 3, True),
+        (lambda lines: [lines[0], b"", *lines[1:]], 2, True),
+        (lambda lines: [lines[0], lines[1].replace(b'{"text":"b"', b'{"text":"c"'), *lines[2:]], 2, False),
+        (lambda lines: lines[1:], 1, False),
+        (lambda lines: [lines[0], *lines[2:]], 2, False),
+        (lambda lines: [lines[0], lines[0]], 2, False),
+        (lambda lines: [lines[0], lines[2], lines[1]], 2, False),
+    ],
+)
+def test_the_line_that_is_not_as_it_was_written_is_named(change: Any, number: int, undecoded: bool) -> None:
+    content, _ = lines(GENESIS, WORDS)
+    changed = b"".join(line + b"\n" for line in change(content.splitlines()))
+    with pytest.raises(BrokenChainError) as caught:
+        list(follow(changed, DECODER))
+    assert (caught.value.number, caught.value.undecoded) == (number, undecoded)
+
+
+def test_what_follows_the_last_whole_line_is_not_read() -> None:
+    content, _ = lines(GENESIS, WORDS)
+    assert [entry for entry, _ in follow(content[:-1], DECODER)] == list(WORDS[:-1])
+    assert list(follow(b"", DECODER)) == []
