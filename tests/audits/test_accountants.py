@@ -19,7 +19,7 @@ from choral.audits import Audit
 from choral.audits.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError, accounting, client
 from choral.privacy.errors import AccountingError
-from choral.privacy.events import Search
+from choral.privacy.events import PoissonSampledGaussian, Search
 from choral.trainers import Run, coders
 
 MakeRun = Callable[..., Run]
@@ -82,7 +82,7 @@ def test_record_level_ledgers_by_three_accountants(tmp_path: Path, make_run: Mak
 
 
 def record_run(tmp_path: Path, make_run: MakeRun) -> Run:
-    event = accounting.PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.0, steps=30)
+    event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.0, steps=30)
     sizes = {"a": 90, "b": 120}
     cost = accounting.epsilon([event], DELTA)
     folder = tmp_path / "run"
@@ -236,7 +236,7 @@ def test_an_audit_with_all_of_this_survives_json(job: Any, tmp_path: Path) -> No
 def test_a_private_search_has_a_phase_and_the_renyi_bound_of_two_programs(
     tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    event = accounting.PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=10)
+    event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=10)
     run = record_run(tmp_path, make_run)
     path = tmp_path / "run" / "ledger" / "a.jsonl"
     ledger = Ledger(path)
