@@ -534,14 +534,21 @@ def main() -> int:
             )
         os._exit(0)
     writer.close()
+    outside = []
+
+    def tell(mutant: Mutant, result: str, took: float) -> None:
+        counts[result] += 1
+        print(json.dumps({**mutant.described(), "result": result, "seconds": took}), flush=True)
+
     for line in os.fdopen(sent):
         number, result, took = json.loads(line)
         if result == "outside":
-            began = time.monotonic()
-            result = _imported(mutants[number], asked.seconds)
-            took = round(time.monotonic() - began, 1)
-        counts[result] += 1
-        print(json.dumps({**mutants[number].described(), "result": result, "seconds": took}), flush=True)
+            outside.append(mutants[number])
+        else:
+            tell(mutants[number], result, took)
+    for mutant in outside:
+        began = time.monotonic()
+        tell(mutant, _imported(mutant, asked.seconds), round(time.monotonic() - began, 1))
     os.waitpid(collected, 0)
     print(json.dumps({"seed": asked.seed, **counts}))
     return 1 if counts["survived"] or counts["not run"] or sum(counts.values()) != len(mutants) else 0

@@ -185,6 +185,15 @@ def test_the_last_value_of_a_range_is_taken_and_the_next_one_refused(
             make(**good, **{field: value})
 
 
+def test_a_shared_key_is_refused_to_who_counts_on_what_it_does_not_give() -> None:
+    spec = SumSpec(parties=("a", "b", "c"), length=3, bound=10)
+    for terms in ({"corrupt": 1}, {"corrupt": 0.1}, {"dropouts": 0}, {"dropouts": 1}, {"server": "malicious"}):
+        with pytest.raises(SpecError, match="withstands no corrupt party and no malicious server"):
+            Homomorphic(key="shared", **terms).open(spec)  # type: ignore[arg-type]
+    for terms in ({}, {"corrupt": 0}, {"server": "semi-honest"}):
+        assert Homomorphic(key="shared", **terms).open(spec).spec == spec  # type: ignore[arg-type]
+
+
 def test_a_name_may_have_255_characters_and_no_more() -> None:
     checks.names(["x" * 255], "the roster")
     with pytest.raises(SpecError, match="at most 255 characters, got 256"):
