@@ -260,8 +260,9 @@ def _within(recomputed: Recomputed, limit: float) -> Verdict:
         return "holds"
     if not lower <= limit:  # and of what is not a number
         return "violated"
-    # In between: true for all that can be known, if what can be known is narrow.
-    return "holds" if upper - lower <= max(MISSTATED * upper, MISSTATED_LEAST) else "unverified"
+    # In between: true for all that can be known, if what can be known is narrow; an infinite bound says nothing.
+    narrow = math.isfinite(upper) and upper - lower <= max(MISSTATED * upper, MISSTATED_LEAST)
+    return "holds" if narrow else "unverified"
 
 
 def _unlike(claimed: Spent, steps: int, recomputed: Recomputed) -> str:
