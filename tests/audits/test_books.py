@@ -175,6 +175,22 @@ def test_what_differs_is_named(honest: dict[str, Path], tmp_path: Path, edit: Ed
     assert (check.verdict, said in check.finding) == ("violated", True), check
 
 
+@pytest.mark.parametrize(("batch", "verdict"), [(1.0, "holds"), (2.0, "holds"), (0.4, "violated"), (1.5, "violated")])
+def test_a_rate_is_that_of_a_whole_batch_of_one_record_or_more(
+    honest: dict[str, Path], tmp_path: Path, batch: float, verdict: str
+) -> None:
+    run = edited(honest["record"], tmp_path, lambda info: info["config"]["training"].update(batch_size=int(batch)))
+    assert run.folder is not None
+    for name, records in SIZES.items():
+        path = run.folder / "ledger" / f"{name}.jsonl"
+        path.unlink()
+        ledger = Ledger(path, holder=name)
+        ledger.bind(name, DELTA)
+        ledger.append(PoissonSampledGaussian(sample_rate=batch / records, noise_multiplier=1.0, steps=1), after=0)
+    (check,) = (check for check in books_checks(run) if "rates" in check.name)
+    assert (check.verdict, check.finding.count("no whole batch")) == (verdict, 3 if verdict == "violated" else 0)
+
+
 def test_a_run_that_was_interrupted_may_hold_more_steps_than_it_states_and_no_fewer(
     honest: dict[str, Path], tmp_path: Path
 ) -> None:

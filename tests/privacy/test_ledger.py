@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from choral.errors import ConfigError
 from choral.privacy import accounting
+from choral.privacy.chain import GENESIS, lines
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.ledger import Ledger
+from choral.privacy.events import ClientRelease, PoissonSampledGaussian
+from choral.privacy.ledger import Ledger, as_ledger
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 WRITER = """
@@ -101,6 +104,73 @@ def test_each_line_is_synced_before_append_returns(path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(os.fstat(fd).st_size), real(fd))[1])
     written(path, 2)
     assert path.stat().st_size in sizes
+
+
+def test_the_file_and_its_name_are_on_disk_when_the_first_append_returns(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append((os.fstat(fd).st_ino, path.exists())), real(fd))[1])
+    written(path, 1)
+    assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
+
+
+def test_of_two_that_begin_a_file_at_once_one_is_refused_and_nothing_is_lost(path: Path) -> None:
+    """Neither saw a file when it bound; the second must not take the first one's event for its own."""
+    one, other = Ledger(path, holder="a"), Ledger(path, holder="a")
+    for ledger in (one, other):
+        ledger.bind("a", 1e-5)
+    one.append(EVENT, after=0)
+    with pytest.raises(LedgerError, match="1 events, expected 0: somebody else has spent from it"):
+        other.append(EVENT, after=0)
+    assert list(path.parent.iterdir()) == [path]
+    other.append(EVENT, after=1)
+    assert Ledger(path).events == one.events == (EVENT, EVENT)
+
+
+def test_the_head_after_each_number_of_events(path: Path) -> None:
+    ledger = Ledger(path, holder="a")
+    ledger.bind("a", 1e-5)
+    assert ledger.head_after(0) == "0" * 64
+    heads = []
+    for number in range(3):
+        ledger.append(EVENT, after=number)
+        heads.append(ledger.head)
+    assert [ledger.head_after(number) for number in range(4)] == ["0" * 64, *heads]
+    for number in (-1, 4):
+        with pytest.raises(LedgerError, match=f"holds 3 events, expected at least {number}"):
+            ledger.head_after(number)
+
+
+def test_a_ledger_that_was_carried_is_of_its_holder_and_not_empty(path: Path) -> None:
+    ledger = written(path)
+    assert Ledger.read(ledger.written(), holder="a").events == ledger.events
+    with pytest.raises(LedgerError, match="belongs to 'a', not to 'b'"):
+        Ledger.read(ledger.written(), holder="b")
+    for content in (b"", path.read_bytes().splitlines(keepends=True)[0]):
+        with pytest.raises(LedgerError, match="holds no event"):
+            Ledger.read(content, holder="a")
+
+
+@pytest.mark.parametrize("given", [7, b"ledger.jsonl", ["ledger.jsonl"]])
+def test_what_is_no_place_for_a_ledger_is_refused_by_its_type(given: Any) -> None:
+    with pytest.raises(ConfigError, match=f"is a {type(given).__name__}"):
+        as_ledger(given)
+    with pytest.raises(ConfigError, match=f"is a {type(given).__name__}"):
+        Ledger(given)
+
+
+def test_an_event_of_another_unit_is_refused_wherever_it_comes_from(path: Path) -> None:
+    release = ClientRelease(mechanism="gaussian", sensitivity_squared=1, share_variance=1.0, shares=3, length=1)
+    ledger = written(path)
+    with pytest.raises(LedgerError, match="for each record, not for each client"):
+        ledger.append(release, after=3)
+    header = ledger._header
+    assert header is not None
+    content, _ = lines(GENESIS, (header, EVENT, release))
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match="line 3: an event of another unit"):
+        Ledger(path).events  # noqa: B018 - reading it is what is refused
 
 
 def test_a_cut_leaves_whole_events_or_is_mended(path: Path) -> None:
