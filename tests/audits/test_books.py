@@ -189,6 +189,7 @@ def test_a_rate_is_that_of_a_whole_batch_of_one_record_or_more(
         ledger.append(PoissonSampledGaussian(sample_rate=batch / records, noise_multiplier=1.0, steps=1), after=0)
     (check,) = (check for check in books_checks(run) if "rates" in check.name)
     assert (check.verdict, check.finding.count("no whole batch")) == (verdict, 3 if verdict == "violated" else 0)
+    assert "more" not in check.finding
 
 
 def test_a_run_that_was_interrupted_may_hold_more_steps_than_it_states_and_no_fewer(
