@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import random
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,7 +223,7 @@ def _equal(a: Any, b: Any, depth: int = _DEPTH) -> bool:
     if isinstance(a, Sequence) and not isinstance(a, str | bytes):
         return len(a) == len(b) and all(_equal(x, y, depth - 1) for x, y in zip(a, b, strict=True))
     if isinstance(a, float):
-        return bool(a == b or abs(a - b) <= 1e-5 * abs(a) + 1e-7 or (a != a and b != b))
+        return bool(a == b or math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7) or (a != a and b != b))
     x, y = _attributes(a), _attributes(b)
     by_identity = all("__eq__" not in vars(kind) for kind in type(a).__mro__[:-1])
     if by_identity or (x and dataclasses.is_dataclass(a)):

@@ -63,7 +63,8 @@ def _refuse_by_losses(subject: Subject) -> bool | None:
         mine, others = (loss(torch.nonzero(part)[:, 0]) for part in (kept, ~kept))
         share = int(kept.sum()) / rows
         shares = (share * mine, (1.0 - share) * others)
-        if not abs(sum(shares) - whole) <= _RELATIVE * sum(map(abs, (*shares, whole))) + 1e-7:
+        size = sum(map(abs, (*shares, whole)))  # of a part without a finite loss nothing is within a share of it
+        if not (math.isfinite(size) and abs(sum(shares) - whole) <= _RELATIVE * size + 1e-7):
             raise _inseparable()
         could = could or abs(mine - others) > 10 * _RELATIVE * abs(whole) + 1e-6
     return could

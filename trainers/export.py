@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,7 +165,7 @@ def _compare(
         for ours, theirs in zip(want, got, strict=True):
             difference = float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
             scale = max(1.0, float(ours.double().abs().max())) if ours.numel() else 1.0
-            if not difference <= _RELATIVE * scale:
+            if not (math.isfinite(difference) and difference <= _RELATIVE * scale):
                 raise ExportError(
                     f"{name} differs from the model by {difference:.3g} for {count} records",
                     hint="nothing was written; forward must not draw random numbers in eval mode",

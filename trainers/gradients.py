@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from choral.trainers import linear
@@ -63,7 +65,7 @@ def minimise(records: Records, weights: torch.Tensor, work: Minimise) -> torch.T
             break
         change = change + length * step
         residual = slope(change)
-    if not float(residual.norm()) <= max(_ACCEPTED * started, 10 * floor):
+    if not (math.isfinite(started) and float(residual.norm()) <= max(_ACCEPTED * started, 10 * floor)):
         raise TaskError(
             f"the local problem of party {records.party!r} has no minimum that was found",
             hint="the exact solver is for convex losses; give a larger mu or ridge, or solve it inexactly",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import ClientPrivacy, Masked, Plain, audit, federate
-from choral.audits import Audit
+from choral.audits import Audit, accountants
 from choral.audits.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError, accounting, client
 from choral.privacy.errors import AccountingError
@@ -250,3 +251,21 @@ def test_a_private_search_has_a_phase_and_the_renyi_bound_of_two_programs(
     assert report.budgets[0].verdict == "violated"
     monkeypatch.setattr(accounting, "best_of", lambda search, orders, curve: 1.5 * curve)
     assert accountants_of(run)[0].verdict == "unverified"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        (3.0, 3.0, "holds"),
+        (3.0, None, "holds"),
+        (3.0, 3.001, "unverified"),
+        (3.0, math.inf, "unverified"),
+        (math.inf, 3.0, "unverified"),
+        (math.inf, math.inf, "unverified"),
+        (math.nan, 3.0, "unverified"),
+    ],
+)
+def test_two_bounds_of_a_search_are_the_same_or_nothing_is_verified(
+    ours: float, theirs: float | None, verdict: str
+) -> None:
+    assert accountants._searches_agree(ours, theirs)[0] == verdict

@@ -13,7 +13,7 @@ from choral.cli import main
 from choral.errors import ConfigError
 from choral.trainers import StartError, lora
 from choral.trainers import export as exporting
-from choral.trainers.export import ExportError, export
+from choral.trainers.export import ExportError, _compare, export
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs choral[onnx]")
 BOTH = pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
@@ -126,6 +126,16 @@ class Random(nn.Module):
 
     def forward(self, x):
         return self.f(x) + torch.rand(x.shape[0], 2)
+
+
+@pytest.mark.parametrize(
+    ("want", "got"), [(torch.inf, 1.0), (1.0, torch.inf), (torch.inf, torch.inf), (1.0, torch.nan)]
+)
+def test_what_is_not_finite_is_no_match(want, got):
+    model = nn.Linear(5, 1)
+    model.forward = lambda x: torch.full((len(x), 1), want)
+    with pytest.raises(ExportError, match="differs from the model by"):
+        _compare(model, lambda part: [torch.full((len(part[0]), 1), got)], (torch.zeros(3, 5),), "a file")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""The loss of a batch against those of its parts, where one of them is infinite: nothing finite is near infinity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from choral.privacy import collation, separating
+from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.mixing import Subject
+
+
+def subject(loss: Any, rows: int) -> Subject:
+    x = torch.arange(float(2 * rows)).reshape(rows, 2)
+    return Subject(model=nn.Linear(2, 1), layers={}, forward=loss, args=(x,), kwargs={}, rows=rows, step=True)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_a_loss_that_is_infinite_for_a_record_alone_is_no_mean(rows: int) -> None:
+    """It divides by how far the batch reaches: of two records, every part is one record, and infinite."""
+    with pytest.raises(UnsupportedModelError, match="not the mean over its records"):
+        separating._refuse_by_losses(subject(lambda x: 1.0 / (x[:, 0].max() - x[:, 0].min()), rows))
+    assert separating._refuse_by_losses(subject(lambda x: x[:, 0].square().mean(), rows))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (1.0, 1.0 + 1e-6, True),
+        (1.0, 1.0 + 1e-4, False),
+        (0.0, 1e-8, True),
+        (math.inf, math.inf, True),
+        (math.nan, math.nan, True),
+        (math.inf, 1.0, False),
+        (1.0, math.inf, False),
+        (math.inf, -math.inf, False),
+        (math.nan, 1.0, False),
+    ],
+)
+def test_a_number_of_a_batch_is_the_same_up_to_rounding(a: float, b: float, same: bool) -> None:
+    assert collation._equal(a, b) is same
