@@ -416,7 +416,7 @@ def check_others(merged: Merged, delta: float, replace: bool = False) -> None:
         discretised(merged, delta, GRIDS[0], replace).upper,
         _by_dp_accounting(merged, delta, GRIDS[0], replace),
     )
-    if abs(ours - theirs) > 1e-3 * theirs + _ROUNDING:
+    if not abs(ours - theirs) <= 1e-3 * theirs + _ROUNDING:
         raise AccountingError(
             f"two computations of the same privacy loss distribution say {ours:.6g} and {theirs:.6g}",
             hint="Please report this with the sample rate, noise multiplier and steps; do not trust either number.",

@@ -165,6 +165,20 @@ def test_rdp_is_never_below_pld() -> None:
         assert accounting.epsilon_rdp(one, DELTA) >= accounting.epsilon(one, DELTA)
 
 
+def test_another_accountant_is_asked_where_its_rounding_allows_and_believed_by_a_number_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rounding is of 1e-15 for each step: within a thousandth of delta for 1,000 steps down to 1e-9."""
+    asked = []
+    monkeypatch.setattr(accounting, "_by_dp_accounting", lambda merged, *_: asked.append(merged) or math.nan)
+    merged = ((1e-4, 4.0, 1000),)
+    accounting.check_others(merged, 0.9e-9)
+    assert asked == []
+    with pytest.raises(AccountingError, match=r"say .* and nan"):
+        accounting.check_others(merged, 1.1e-9)
+    assert asked == [merged]
+
+
 def test_disagreement_of_the_accountants_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pld.bounds
     monkeypatch.setattr(accounting.pld, "bounds", lambda *a: pld.Bounds(*(1.5 * each for each in real(*a)[:2]), a[2]))

@@ -14,6 +14,8 @@ import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.privacy_accountant import NeighboringRelation
+from scipy.special import logsumexp
+from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy import (
@@ -128,6 +130,35 @@ def test_renyi_divergences_are_those_of_numerical_integration(rate: float, noise
 
     expected = [one(order) for order in orders]
     assert renyi(rate, noise, orders) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "order"), [(0.3, 0.3, 64.0), (0.05, 0.5, 200.0), (0.5, 1.0, 32.0), (0.01, 4.0, 400.0)]
+)
+def test_renyi_divergences_of_high_orders_by_sums_on_a_dense_grid(rate: float, noise: float, order: float) -> None:
+    x = np.linspace(-order - 20.0 * noise, order + 20.0 * noise, 1_000_001)
+    plus, minus = (
+        np.logaddexp(math.log1p(-rate), math.log(rate) + (side * 2.0 * x - 1.0) / (2.0 * noise**2)) for side in (1, -1)
+    )
+    logs = order * plus + (1.0 - order) * minus - 0.5 * (x / noise) ** 2 - math.log(noise * math.sqrt(2.0 * math.pi))
+    expected = (float(logsumexp(logs)) + math.log(x[1] - x[0])) / (order - 1.0)
+    (found,) = renyi(rate, noise, (order,))
+    assert found == pytest.approx(expected, rel=2e-9)
+    assert found >= expected * (1.0 - 1e-12)  # what the quadrature may lack is added
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(0.3, 0.5), (0.01, 2.0), (0.9, 0.2), (1.0, 1.0)])
+def test_the_rounding_of_divergences_is_stated_for_each_exponential(rate: float, noise: float) -> None:
+    """Exponents are rounded in proportion to their size, and so are the values of their exponentials."""
+    pair = ReplacedGaussian(rate, noise)
+    x = np.linspace(0.05, min(6.0 * noise, 1.0 + 3.0 * noise), 20)
+    eps = pair._log_density(x) - pair._log_density(-x)
+    _, error = pair.divergence(eps)
+    near = rate * norm.cdf((1.0 - x) / noise)
+    far = (1.0 - rate) * np.expm1(eps) * norm.cdf(-x / noise) + rate * np.exp(eps) * norm.cdf((-1.0 - x) / noise)
+    exponents = np.minimum(((x + 1.0) / noise) ** 2, 1600.0) + eps
+    assert (error >= (16.0 + 4.0 * exponents) * (near + far) * 2.0**-53 * (1.0 - 1e-6)).all()
+    assert (error < 1e-9).all()
 
 
 def test_renyi_divergence_in_closed_form_and_never_above_it() -> None:
