@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from choral.privacy.crossing import crosses
+from choral.privacy.crossing import breaks, crosses
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.strangers import LEAF as _LEAF
 from choral.privacy.strangers import refuse_stranger, refuse_strangers
@@ -136,7 +136,7 @@ class Losses:
         if edges and (self._looks & (self._looks - 1) == 0 or kind not in self._kinds):
             self._kinds.add(kind)
             refuse_strangers([loss for loss, _ in pairs], own)
-            if crosses(pairs, list(edges), rows):
+            if crosses(pairs, list(edges), rows) or breaks({node: None for node, _ in seen}, list(edges), rows):
                 raise _refused("what several records give together")
 
     def _seeded(self, loss: torch.Tensor, seed: torch.Tensor | None, rows: int) -> _Above:

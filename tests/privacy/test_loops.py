@@ -127,6 +127,10 @@ HONEST: dict[str, tuple[Loss, int]] = {
         CLASSES,
     ),
     "variational": (lambda m, x, y: variational(m, x), DIM),
+    "a hinge": (lambda m, x, y: F.relu(1 - m(x)[:, 0] * (2.0 * (y == 2) - 1)).mean(), 1),
+    "sorted records": (lambda m, x, y: F.relu(1 + token_means(m, x)[x[:, 0].argsort()]).mean(), DIM),
+    "steps within a record": (lambda m, x, y: m(x).diff(dim=1).abs().mean() + F.l1_loss(m(x), x), DIM),
+    "pairs of a record's own": (lambda m, x, y: F.relu(1 - (m(x) - m(-x)).abs().sum(1)).mean(), 4),
     "two heads": (several, CLASSES + DIM),
     "triplets of a record's own": (lambda m, x, y: F.triplet_margin_loss(m(x), m(x + 0.1), m(-x)), 4),
 }
@@ -163,6 +167,10 @@ def correlated(o: torch.Tensor) -> torch.Tensor:
     return (o.T @ o / len(o) - torch.eye(o.shape[1])).pow(2).sum()
 
 
+def between(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return o[y == 0].mean(0) - o[y != 0].mean(0)
+
+
 def apart(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     out = m(x)
     return ce(out, y) + 0.1 * (out[y == 0].mean(0) - out[y == 1].mean(0)).pow(2).sum()
@@ -195,6 +203,14 @@ JOINED: dict[str, tuple[Loss, int]] = {
     "a partial likelihood": (lambda m, x, y: partial_likelihood(m, x), 1),
     "a Function of one's own": (lambda m, x, y: Weighed.apply(each(m, x, y)), CLASSES),  # type: ignore[no-untyped-call]
     "a product with weights": (lambda m, x, y: each(m, x, y) @ x.abs().sum(1).softmax(0), CLASSES),
+    "ranks of neighbours": (
+        lambda m, x, y: F.margin_ranking_loss(*(m(x)[:, 0], m(x).flip(0)[:, 0]), torch.sign(x - x.flip(0))[:, 0], 1.0),
+        1,
+    ),
+    "hinges between halves": (lambda m, x, y: F.relu(1 - m(x)[: len(x) // 2] + m(x)[-(len(x) // 2) :]).mean(), 1),
+    "distances of class means": (lambda m, x, y: ce(m(x), y) + between(m(x), y).abs().sum(), CLASSES),
+    "absolute values of a mean": (lambda m, x, y: ce(m(x), y) + (m(x).mean(0) - 0.3).abs().sum(), CLASSES),
+    "triplets with neighbours": (lambda m, x, y: F.triplet_margin_loss(m(x), m(x + 0.1), m(x).roll(1, 0)), 4),
     "in-batch negatives": (lambda m, x, y: ce(m(x) @ m(1.1 * x).T, torch.arange(len(x))), 4),
     "hard examples": (lambda m, x, y: each(m, x, y).topk(4)[0].mean(), CLASSES),
     "class weights": (lambda m, x, y: ce(m(x), y, weight=torch.tensor([1.0, 1.0, 90.0])), CLASSES),
