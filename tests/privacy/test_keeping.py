@@ -171,7 +171,22 @@ def with_a_layer_by_itself(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Te
     return mean_loss(m, x, y) + (m.body(x) - m.body(x).mean(0)).square().mean()
 
 
+def with_a_layer_record_by_record(m: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return mean_loss(m, x, y) + m.body(x).square().mean()
+
+
 @pytest.mark.parametrize("loss", [with_a_second_method, with_a_layer_by_itself])
+@pytest.mark.parametrize("clean", [0, 3])
+def test_records_joined_beside_the_models_call_are_refused(loss: Loss, clean: int) -> None:
+    """From the first batch on, or after some clean ones."""
+    model = TwoMethods()
+    if clean:
+        train(model, clean)
+    with pytest.raises(UnsupportedModelError, match="one record changes the gradients of others"):
+        train(model, 1, loss)
+
+
+@pytest.mark.parametrize("loss", [with_a_layer_record_by_record])
 @pytest.mark.parametrize("clean", [0, 3])
 def test_layers_used_beside_the_models_call_are_refused(loss: Loss, clean: int) -> None:
     """From the first batch on, or after some clean ones."""
