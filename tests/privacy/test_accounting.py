@@ -6,6 +6,7 @@ import doctest
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import dp_accounting
 import numpy as np
@@ -163,6 +164,25 @@ def test_rdp_is_never_below_pld() -> None:
     for rate, noise, steps, *_ in GOLDENS:
         one = [event(rate, noise, steps)]
         assert accounting.epsilon_rdp(one, DELTA) >= accounting.epsilon(one, DELTA)
+
+
+def test_many_unlike_steps_are_all_counted_and_none_as_less_than_it_costs() -> None:
+    """Thousands of kinds become a few hundred: each step stands in one of no smaller rate and no more noise."""
+    kinds = {(0.001 * 1.0005**i, 4.0 / 1.0003**i): 1 + i % 3 for i in range(3000)}
+    merged = accounting._told_apart(kinds)
+    assert len(merged) <= accounting._MOST_PARTS
+    assert sum(steps for *_, steps in merged) == sum(kinds.values())
+    dear = sorted(merged, reverse=True)  # in these, more rate comes with less noise
+    assert all(a[1] <= b[1] for a, b in pairwise(dear))
+    left, place = 0, -1
+    for (rate, noise), steps in sorted(kinds.items(), reverse=True):
+        if left == 0:
+            place += 1
+            left = dear[place][2]
+        assert dear[place][0] >= rate
+        assert dear[place][1] <= noise
+        left -= steps
+    assert left == 0
 
 
 def test_another_accountant_is_asked_where_its_rounding_allows_and_believed_by_a_number_alone(

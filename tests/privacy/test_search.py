@@ -305,3 +305,24 @@ def test_bad_input_spends_nothing(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no candidates"):
         private_search(privacy, [], train, **options())
     assert privacy.spent().epsilon == 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "last", "refused"),
+    [("mean", 1.0, 0.99), ("mean", 500.0, 500.1), ("shape", 0.0, -0.01), ("shape", 100.0, 100.1)],
+)
+def test_the_last_number_of_a_search_is_taken_and_the_next_refused(field: str, last: float, refused: float) -> None:
+    tries = (PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=10),)
+    assert getattr(Search(**{"tries": tries, "mean": 10.0, field: last}), field) == last
+    with pytest.raises(ConfigError, match=f"{field} is "):
+        Search(**{"tries": tries, "mean": 10.0, field: refused})
+
+
+def test_a_number_of_tries_by_poisson_has_no_shape() -> None:
+    tries = (PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=10),)
+    Search(tries=tries, mean=10.0, shape=2.0)
+    Search(tries=tries, mean=10.0, distribution="poisson")
+    with pytest.raises(ConfigError, match="which has none"):
+        Search(tries=tries, mean=10.0, shape=2.0, distribution="poisson")
+    with pytest.raises(ConfigError, match="distribution is 'uniform'"):
+        Search(tries=tries, mean=10.0, distribution="uniform")  # type: ignore[arg-type]
