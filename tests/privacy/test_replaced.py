@@ -133,7 +133,15 @@ def test_renyi_divergences_are_those_of_numerical_integration(rate: float, noise
 
 
 @pytest.mark.parametrize(
-    ("rate", "noise", "order"), [(0.3, 0.3, 64.0), (0.05, 0.5, 200.0), (0.5, 1.0, 32.0), (0.01, 4.0, 400.0)]
+    ("rate", "noise", "order"),
+    [
+        (0.3, 0.3, 64.0),
+        (0.05, 0.5, 200.0),
+        (0.5, 1.0, 32.0),
+        (0.01, 4.0, 400.0),
+        (0.01, 0.1, 8.0),
+        (0.3, 0.05, 1.5),
+    ],
 )
 def test_renyi_divergences_of_high_orders_by_sums_on_a_dense_grid(rate: float, noise: float, order: float) -> None:
     x = np.linspace(-order - 20.0 * noise, order + 20.0 * noise, 1_000_001)
