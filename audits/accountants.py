@@ -23,7 +23,7 @@ from choral.errors import ConfigError
 
 if TYPE_CHECKING:
     from choral.privacy import ClientRelease, Ledger
-    from choral.privacy.events import RecordEvent
+    from choral.privacy.accounting.events import RecordEvent
     from choral.trainers.run import Run
 
 AGREE = 1e-3  # relative, of two programs on one grid, or for one Gaussian
@@ -103,7 +103,7 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
 def _phases(ledger: Ledger) -> tuple[Phase, ...]:
     """The ledger in the order in which it was written, alike events that follow each other taken together."""
-    from choral.privacy.events import CLIENT_UNIT, ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
+    from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
 
     phases: list[Phase] = []
     for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
@@ -135,9 +135,9 @@ def _phases(ledger: Ledger) -> tuple[Phase, ...]:
 
 
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
-    from choral.privacy import accounting
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import Search
     from choral.privacy.errors import AccountingError
-    from choral.privacy.events import Search
 
     events, relation = ledger.events, ledger.neighbours
     row = Accountants(
@@ -178,9 +178,9 @@ def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
 
 def _by_dp_accounting(events: Sequence[RecordEvent], delta: float, relation: str) -> float | None:
     """None where it has no bound, or takes too long."""
-    from choral.privacy import accounting
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import REPLACE_ONE, Search, relation_of
     from choral.privacy.errors import AccountingError
-    from choral.privacy.events import REPLACE_ONE, Search, relation_of
 
     if relation_of(relation) == REPLACE_ONE and any(isinstance(event, Search) for event in events):
         return None
@@ -192,9 +192,9 @@ def _by_dp_accounting(events: Sequence[RecordEvent], delta: float, relation: str
 
 def _by_prv(events: Sequence[RecordEvent], delta: float, relation: str) -> tuple[float, float] | None:
     """None where it has no bound, or takes too long."""
-    from choral.privacy import accounting
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import REPLACE_ONE, relation_of
     from choral.privacy.errors import AccountingError
-    from choral.privacy.events import REPLACE_ONE, relation_of
 
     if relation_of(relation) == REPLACE_ONE:
         return None
@@ -229,9 +229,10 @@ def _agreement(row: Accountants, lower: float) -> tuple[Verdict, str]:
 
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
     """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
-    from choral.privacy import accounting, client_accounting
+    from choral.privacy.accounting import client_level as client_accounting
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import PoissonSampledGaussian
     from choral.privacy.errors import AccountingError
-    from choral.privacy.events import PoissonSampledGaussian
 
     try:
         events = client_accounting.settled(ledger.releases)
@@ -381,7 +382,7 @@ def _overcounted(run: Run) -> list[tuple[int, int, int]]:
 
 def _epsilon_realised(run: Run) -> float | None:
     """The cost of the ledger with no more shares in any sum than survived; None where some sum had none at all."""
-    from choral.privacy import client_accounting
+    from choral.privacy.accounting import client_level as client_accounting
 
     releases, survived = _releases(run), _shares_survived(run)
     if not releases:

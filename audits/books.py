@@ -14,7 +14,7 @@ from choral.audits.report import Check, Verdict
 
 if TYPE_CHECKING:
     from choral.privacy import Ledger
-    from choral.privacy.spent import Spent
+    from choral.privacy.ledgers.spent import Spent
     from choral.trainers.run import Run
 
 _EQUAL = 1e-9  # relative: floats that were written once and read twice
@@ -68,7 +68,7 @@ def _differences(run: Run, ledger: Ledger, claimed: Spent) -> list[str]:
 def _rates_agree(run: Run) -> list[Check]:
     """Poisson sampling takes each of n records with probability B / n, for a whole number B: the batch size."""
     from choral.privacy import Ledger
-    from choral.privacy.events import PoissonSampledGaussian
+    from choral.privacy.accounting.events import PoissonSampledGaussian
 
     if unit_of(run) != "record" or not holders_of(run):
         return []

@@ -12,13 +12,13 @@ from choral.audits.claims import short_path
 from choral.audits.report import Check, HolderBudget, Verdict
 from choral.audits.text import cost, power
 from choral.errors import ChoralError, ConfigError
+from choral.privacy.accounting.events import RELATIONS, ZERO_OUT, relation_of, stated
 from choral.privacy.errors import AccountingError
-from choral.privacy.events import RELATIONS, ZERO_OUT, relation_of, stated
 
 if TYPE_CHECKING:
     from choral.privacy import Ledger
-    from choral.privacy.events import RecordEvent
-    from choral.privacy.spent import Spent
+    from choral.privacy.accounting.events import RecordEvent
+    from choral.privacy.ledgers.spent import Spent
     from choral.trainers.run import Run
 
 _OLDER_WORDS = "its ledger states the neighbours in older words"
@@ -106,7 +106,7 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
 
 def _guarantee_of(run: Run, name: str) -> tuple[float | None, bool]:
     """What the ledger's plans guarantee, computed again, and whether any plan is on it."""
-    from choral.privacy.plans import guarantee
+    from choral.privacy.ledgers.plans import guarantee
 
     ledger = ledger_of(run, name)
     if ledger is None:
@@ -137,8 +137,8 @@ def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, Recomputed | s
     The cost is computed as it was claimed, which settles on the same grid; or why it cannot be. How little it may be is
     computed only where that does not bear a statement out.
     """
-    from choral.privacy.client_accounting import settled
-    from choral.privacy.events import Search
+    from choral.privacy.accounting.client_level import settled
+    from choral.privacy.accounting.events import Search
 
     ledger = ledger_of(run, name)
     if ledger is None:
@@ -162,8 +162,8 @@ def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, Recomputed | s
 
 def _bracket(events: Sequence[RecordEvent], delta: float, relation: str, limit: float) -> tuple[float, float]:
     """The greatest lower and the least upper bound there are: by our finest grids, and PRV where it is reliable."""
-    from choral.privacy import accounting
-    from choral.privacy.events import REPLACE_ONE, relation_of
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import REPLACE_ONE, relation_of
 
     lower, upper = accounting.bounds(events, delta, neighbours=relation, about=limit)
     if lower <= limit < upper and relation_of(relation) != REPLACE_ONE and accounting.trusts_others(events, delta):

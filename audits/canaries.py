@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from choral.errors import ConfigError
-from choral.privacy.noise import gaussian, os_stream
+from choral.privacy.noise.gaussian import gaussian, os_stream
 
 if TYPE_CHECKING:
     import torch

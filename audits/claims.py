@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from choral.audits.report import Claim
 from choral.audits.text import cost, is_gap, power
 from choral.errors import DataError
-from choral.privacy.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
-from choral.privacy.spent import Spent, group_pair
+from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
+from choral.privacy.ledgers.spent import Spent, group_pair
 
 if TYPE_CHECKING:
     from choral.trainers.run import RunInfo

@@ -28,8 +28,8 @@ from choral.audits.evidence import Probe, ProbeCheck, ScoreAudit
 from choral.audits.scores import audit_scores, canaries_needed
 from choral.errors import ConfigError
 from choral.privacy import Privacy, Spent
-from choral.privacy.clipping import AdaptiveClip, PerLayerClip, norm_of_all
-from choral.privacy.notice import no_notice
+from choral.privacy.dpsgd.clipping import AdaptiveClip, PerLayerClip, norm_of_all
+from choral.privacy.ledgers.memory_notice import no_notice
 
 Floats = npt.NDArray[np.float64]
 Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, Any, Any]]

@@ -91,9 +91,9 @@ def held() -> int:
 
 def peak(kind: str, name: str, steps: int) -> dict[str, float]:
     """In this process: its peak over what it held before, in MiB, and the seconds of the first step and the last."""
-    from choral.privacy.model import with_per_sample_gradients
-    from choral.privacy.noise import os_stream
-    from choral.privacy.step import PrivateOptimizer
+    from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+    from choral.privacy.noise.gaussian import os_stream
+    from choral.privacy.per_sample.model import with_per_sample_gradients
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

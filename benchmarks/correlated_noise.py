@@ -23,12 +23,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import Privacy, calibration
-from choral.privacy.correlated import CorrelatedPrivacy
-from choral.privacy.factorisation import banded, buffered
-from choral.privacy.noise import os_stream
-from choral.privacy.strategies import Banded, Strategy, Tree, error
-from choral.privacy.streams import stream
+from choral.privacy import Privacy
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.matrix_strategies import Banded, Strategy, Tree, error
+from choral.privacy.correlated.factorisation import banded, buffered
+from choral.privacy.correlated.noise_streams import stream
+from choral.privacy.correlated.training_loop import CorrelatedPrivacy
+from choral.privacy.noise.gaussian import os_stream
 
 INDEPENDENT = Banded((1.0,))
 

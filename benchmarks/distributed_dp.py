@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from choral.privacy import ClientGuard, ClientPrivacy, Ledger
-from choral.privacy.distributed import Scheme, design
-from choral.privacy.noise import os_stream
+from choral.privacy.client_level.distributed import Scheme, design
+from choral.privacy.noise.gaussian import os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 EPSILON, DELTA, CLIP = 8.0, 1e-5, 0.75

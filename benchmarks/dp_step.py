@@ -7,8 +7,9 @@ clock's). Opacus runs with its hooks and with its ghost clipping, without its se
 longer exists), so its noise is the cheap, replayable kind. Memory is the peak of one step beyond what the process held
 before any, each kind in a process of its own: the kernel's high-water mark, set back (on a GPU, torch's).
 
-The last lines compare the two ways of :mod:`choral.privacy.ghost`, written down (Dense) or kept as factors (Outer),
-over positions T, input width d and output width p: time of norms and weighted sum, numbers kept, and the choice.
+The last lines compare the two ways of :mod:`choral.privacy.per_sample.ghost_norms`, written down (Dense) or kept as
+factors (Outer), over positions T, input width d and output width p: time of norms and weighted sum, numbers kept, and
+the choice.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
-from choral.privacy import calibration, ghost
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import gaussian, os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import gaussian, os_stream
+from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 MIB = 1 << 20
 Step = Callable[[], None]

@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader
 
 from choral import Privacy
 from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
-from choral.privacy.calibration import noise_multiplier as noise_that_fits
-from choral.privacy.noise import grid_gaussian, noise_grid, os_stream
+from choral.privacy.accounting.record_noise import noise_multiplier as noise_that_fits
+from choral.privacy.noise.gaussian import grid_gaussian, noise_grid, os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("CHORAL_CACHE", Path(tempfile.gettempdir()) / "choral-fashion-mnist"))

@@ -16,9 +16,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from choral.privacy import accounting, calibration
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.filters import Filter
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.accounting.filters import Filter
 
 DELTA = 1e-5
 EPSILONS = (1.0, 3.0, 8.0)

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from choral.errors import ConfigError
+from choral.privacy.dpsgd.engine import Privacy
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.guard import Privacy
-from choral.privacy.model import PerSampleModel, unwrap
-from choral.privacy.spent import Spent
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.ledgers.spent import Spent
+from choral.privacy.per_sample.model import PerSampleModel, unwrap
 
 RecordLosses = Callable[[Any, torch.Tensor], torch.Tensor]  # of a model's outputs and the labels, shape (records,)
 

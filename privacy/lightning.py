@@ -5,7 +5,8 @@
 
 The promise is that of :class:`choral.privacy.Privacy`: the same loader, step, ledger and checks. A training step that
 computes its loss out of the module's parts is held to more than a model in a loop is, see
-:meth:`choral.privacy.model.PerSampleModel.check_step`. What the module logs of training data is not protected.
+:meth:`choral.privacy.per_sample.model.PerSampleModel.check_step`. What the module logs of training data is not
+protected.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from choral.errors import ConfigError
+from choral.privacy.dpsgd.engine import Privacy
+from choral.privacy.dpsgd.poisson_loader import PrivateLoader
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.errors import PrivacyError, UnsupportedLoaderError
-from choral.privacy.guard import Privacy
-from choral.privacy.loader import PrivateLoader
-from choral.privacy.model import PerSampleModel, unwrap
-from choral.privacy.spent import Spent
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.ledgers.spent import Spent
+from choral.privacy.per_sample.model import PerSampleModel, unwrap
 
 
 class PrivacyCallback(Callback):  # type: ignore[misc]

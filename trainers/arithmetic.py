@@ -4,7 +4,7 @@ bf16: each call of the model runs under torch.autocast, and what it returns is f
 does it). Losses, gradients, clipping, weights and updates are float32, and bfloat16 needs no loss scaling.
 ``backward()`` is outside autocast, as torch recommends. With record-level privacy the first batches are compared with
 autograd in float32, and the norms of the per-sample gradients that are clipped and released are computed in float32 and
-float64 (choral.privacy.precision), so the sensitivity is what the noise is for. Evaluation is float32.
+float64 (choral.privacy.full_precision), so the sensitivity is what the noise is for. Evaluation is float32.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from torch import nn
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy
-from choral.privacy.clipping import settings_of as clipping_settings
-from choral.privacy.events import NEIGHBOURS
-from choral.privacy.ledger import as_ledger
-from choral.privacy.notice import notice_memory
-from choral.privacy.plans import passes_left
+from choral.privacy.accounting.events import NEIGHBOURS
+from choral.privacy.dpsgd.clipping import settings_of as clipping_settings
+from choral.privacy.ledgers.ledger import as_ledger
+from choral.privacy.ledgers.memory_notice import notice_memory
+from choral.privacy.ledgers.plans import passes_left
 from choral.trainers.arithmetic import Arithmetic
 from choral.trainers.local import initial_model
 from choral.trainers.record import Recorder

@@ -15,11 +15,11 @@ import torch
 
 from choral.errors import ConfigError
 from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
-from choral.privacy.client import HOLDER, spent_by
-from choral.privacy.client_calibration import SLACK
-from choral.privacy.ledger import as_ledger
-from choral.privacy.notice import notice_memory
-from choral.privacy.plans import passes_left
+from choral.privacy.accounting.client_noise import SLACK
+from choral.privacy.client_level.client import HOLDER, spent_by
+from choral.privacy.ledgers.ledger import as_ledger
+from choral.privacy.ledgers.memory_notice import notice_memory
+from choral.privacy.ledgers.plans import passes_left
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.seam import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import Channel, Mean

@@ -37,7 +37,7 @@ from choral.doors import worded
 from choral.errors import ChoralError, ConfigError
 from choral.locks import lock_file, sync_folder
 from choral.privacy import Spent
-from choral.privacy.chain import UnreadableError, as_json, encoded
+from choral.privacy.ledgers.hash_chain import UnreadableError, as_json, encoded
 from choral.trainers.best import best_of
 from choral.trainers.per_party import PerParty
 

@@ -8,10 +8,10 @@ server sees anyway. "rehearsal" also keeps **each party's vector in the clear**,
 only a process that plays all parties can write down: for data that need no protection, to test whether any message
 says anything of a vector. The key-exchange, masks and shares inside the parties are never recorded.
 
-The lines of the index are a chain of hashes (:mod:`choral.privacy.chain`), and each entry holds the hash of its bytes.
-run.json holds the chain's head after the latest complete round. An edit, a missing or added line, another order, a
-piece of another transcript and a cut end are found by :class:`Recorded` and :meth:`Recorded.check`, which the audit
-calls; a resumed run goes on with the chain, or refuses.
+The lines of the index are a chain of hashes (:mod:`choral.privacy.ledgers.hash_chain`), and each entry holds the hash
+of its bytes. run.json holds the chain's head after the latest complete round. An edit, a missing or added line, another
+order, a piece of another transcript and a cut end are found by :class:`Recorded` and :meth:`Recorded.check`, which the
+audit calls; a resumed run goes on with the chain, or refuses.
 
 What the chain **cannot** show: it has no key, so whoever can write the folder can write another chain, and another
 head into run.json. It says that the record was not changed after it was written, never that it was true when it was
@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from choral.errors import ConfigError
-from choral.privacy.chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
 from choral.protocols.seam import SumSpec
 from choral.protocols.vectors import is_tensor
 from choral.protocols.watch import Watcher, Way

@@ -44,7 +44,7 @@ def probe_trainer(
 
 def _promise(run: Run | None, epsilon: float | None, delta: float | None) -> Privacy:
     from choral.privacy import AdaptiveClip, Privacy
-    from choral.privacy.events import NEIGHBOURS
+    from choral.privacy.accounting.events import NEIGHBOURS
 
     said: dict[str, Any] = dict(run.info.privacy or {}) if run else {}
     if said.get("unit", "record") != "record":

@@ -139,7 +139,7 @@ def _export(words: list[str]) -> int:
 
 def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, Budget)
-    from choral.privacy.budgeting import budget
+    from choral.privacy.accounting.budget import budget
 
     answer = budget(
         epsilon=wanted.epsilon,

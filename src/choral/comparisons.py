@@ -266,7 +266,7 @@ def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
 
 def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
     from choral.privacy import Privacy
-    from choral.privacy.client import check_client_delta
+    from choral.privacy.client_level.client import check_client_delta
     from choral.trainers.beginning import check_delta
 
     if isinstance(privacy, Privacy):

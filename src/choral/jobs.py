@@ -242,7 +242,7 @@ def with_overrides(settings: Settings, arm: Arm) -> Settings:
 def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | ClientPrivacy:
     """The promise of a private arm. Raises: ConfigError for a setting out of range."""
     from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
-    from choral.privacy.events import NEIGHBOURS
+    from choral.privacy.accounting.events import NEIGHBOURS
 
     if epsilon is None:
         raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")

@@ -14,7 +14,7 @@ import torch
 from choral.audits.bounds import rate_interval
 from choral.audits.evidence import Bound, InversionAudit, NullControl, Probe, ProbeCheck, ScoreAudit, View
 from choral.audits.roc import roc
-from choral.privacy.spent import Spent
+from choral.privacy.ledgers.spent import Spent
 from choral.trainers.run import Round, Run, RunInfo
 
 TOWNS = ("Aarau", "Basel", "Chur", "Davos", "Emmen", "Fribourg", "Glarus", "Horgen", "Ilanz", "Jona")

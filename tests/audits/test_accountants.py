@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral import ClientPrivacy, Masked, Plain, audit, federate
 from choral.audits import Audit, accountants
 from choral.audits.accountants import accountants_of
-from choral.privacy import Ledger, LedgerError, accounting, client
+from choral.privacy import Ledger, LedgerError
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import PoissonSampledGaussian, Search
+from choral.privacy.client_level import client
 from choral.privacy.errors import AccountingError
-from choral.privacy.events import PoissonSampledGaussian, Search
 from choral.trainers import Run, coders
 
 MakeRun = Callable[..., Run]

@@ -22,8 +22,9 @@ from choral.audits import Comparison, compare
 from choral.audits.html import comparison_page
 from choral.audits.markdown import comparison_markdown
 from choral.errors import ConfigError
-from choral.privacy import Ledger, LedgerError, accounting
-from choral.privacy.chain import GENESIS, lines
+from choral.privacy import Ledger, LedgerError
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.trainers import Run
 
 Arms = dict[str, list[Run]]

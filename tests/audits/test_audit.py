@@ -17,7 +17,7 @@ from choral.audits import Audit, ReportError, audit
 from choral.audits.claims import no_claim
 from choral.errors import ConfigError, DataError
 from choral.privacy import Ledger, LedgerError, PoissonSampledGaussian, Spent
-from choral.privacy.accounting import epsilon
+from choral.privacy.accounting.record_level import epsilon
 from choral.trainers import Run, RunFolderError
 
 MakeRun = Callable[..., Run]

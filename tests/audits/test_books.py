@@ -13,8 +13,8 @@ import torch
 from choral import ClientPrivacy, CorrelatedPrivacy, Masked, Privacy, centralize, federate
 from choral.audits import audit
 from choral.audits.books import books_checks
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.ledger import Ledger
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.ledgers.ledger import Ledger
 from choral.trainers.run import Run
 
 SIZES = {"north": 60, "south": 40, "east": 50}

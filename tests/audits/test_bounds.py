@@ -15,8 +15,8 @@ from choral.audits import bounds, fdp, one_run
 from choral.audits.bounds import Counts
 from choral.audits.roc import area, checked_scores, roc
 from choral.errors import ConfigError, DataError
-from choral.privacy import accounting
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import PoissonSampledGaussian
 
 # (m, r, v, delta) -> one-run bound, f-DP bound; beta = .05. The first two one-run values are printed in Steinke et al.
 # 2023 as .673 and 2.675; all were computed by an independent implementation (jax_privacy 1.0).

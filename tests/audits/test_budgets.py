@@ -11,8 +11,8 @@ import pytest
 
 from choral.audits import budgets
 from choral.audits.budgets import MISSTATED, MISSTATED_LEAST, SETTLED, TOLERANCE, Recomputed
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.spent import Spent
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.ledgers.spent import Spent
 
 LATEST = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=0.9, steps=20)
 CLAIMED = Spent(epsilon=3.0, delta=1e-5, accountant="PLD", steps=20, noise_multiplier=0.9, sample_rate=0.1)

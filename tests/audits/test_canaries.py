@@ -18,7 +18,9 @@ from choral.audits.client_audit import audit_clients
 from choral.audits.guessing import Shares
 from choral.audits.scores import TooFewCanariesError, audit_training
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, central, client, client_calibration
+from choral.privacy import ClientPrivacy
+from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.client_level import central, client
 from choral.protocols import Masked
 
 WIDTH = 1000

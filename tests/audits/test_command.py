@@ -35,7 +35,7 @@ def score(model, canaries):
 
 
 NO_NOISE = """
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.accounting.events import PoissonSampledGaussian
 
 
 def wrap(privacy):

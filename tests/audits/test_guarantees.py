@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Privacy, audit, centralize
-from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian, calibration
+from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
+from choral.privacy.accounting import record_noise as calibration
 from choral.trainers import Run
 
 DELTA = 1e-3

@@ -17,9 +17,11 @@ import pytest
 
 from choral import audit
 from choral.audits import Audit
-from choral.privacy import Ledger, accounting, calibration
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.spent import Spent
+from choral.privacy import Ledger
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.ledgers.spent import Spent
 from choral.trainers import Run
 
 MakeRun = Callable[..., Run]

@@ -13,9 +13,11 @@ from Crypto.Cipher import AES
 
 from choral.audits.probing import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy, guard, step
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.dpsgd import engine as guard
+from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 
 PROMISE = Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=0.7, epochs=3)
 

@@ -24,7 +24,7 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit, federate
 from choral.audits import Audit, independence
 from choral.audits.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
-from choral.privacy.chain import GENESIS, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols import messages as wire
 from choral.protocols import party_round, unmasking
 from choral.protocols.homomorphic import split, split_sum

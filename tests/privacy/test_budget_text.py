@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from choral.audits import text
 from choral.cli import main
-from choral.privacy import accounting
-from choral.privacy.budgeting import at_least, at_most
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.budget import at_least, at_most
+from choral.privacy.accounting.events import PoissonSampledGaussian
 
 
 def printed(capsys: pytest.CaptureFixture[str], **words: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from choral.privacy.chain import GENESIS, BrokenChainError, Line, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, follow, lines
 
 
 class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

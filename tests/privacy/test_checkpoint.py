@@ -19,10 +19,10 @@ from choral.privacy import (
     LedgerError,
     Privacy,
     PrivacyError,
-    accounting,
-    calibration,
 )
-from choral.privacy.guard import Guard
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.dpsgd.engine import Guard
 
 PROMISE = {"epsilon": 3.0, "delta": 1e-3, "epochs": 6, "max_grad_norm": AdaptiveClip(start=2.0)}
 

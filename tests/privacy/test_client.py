@@ -25,9 +25,9 @@ from choral.privacy import (
     Privacy,
     PrivacyError,
     TooFewClientsError,
-    client_calibration,
 )
-from choral.privacy.noise import os_stream
+from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.noise.gaussian import os_stream
 
 LENGTH, CLIENTS = 50, 20
 

@@ -15,13 +15,14 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from choral.errors import ConfigError
-from choral.privacy import client_accounting, client_calibration
-from choral.privacy.client_accounting import epsilon, renyi, settled, tau
-from choral.privacy.client_calibration import calibrate
-from choral.privacy.distributed import design, squared_norm_bound
+from choral.privacy.accounting import client_level as client_accounting
+from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.accounting.client_level import epsilon, renyi, settled, tau
+from choral.privacy.accounting.client_noise import calibrate
+from choral.privacy.accounting.events import ClientRelease
+from choral.privacy.accounting.filters import Filter
+from choral.privacy.client_level.distributed import design, squared_norm_bound
 from choral.privacy.errors import AccountingError, BudgetExceededError
-from choral.privacy.events import ClientRelease
-from choral.privacy.filters import Filter
 
 D = 1 << 20
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from choral.privacy import AdaptiveClip, ClientGuard, ClientPrivacy, Ledger, central, distributed
-from choral.privacy.client import ClientRound
+from choral.privacy import AdaptiveClip, ClientGuard, ClientPrivacy, Ledger
+from choral.privacy.client_level import central, distributed
+from choral.privacy.client_level.client import ClientRound
 
 DELTA = 0.1  # at which the cost is held against what is found
 ALARM = 1e-6  # the probability that an honest mechanism is accused, at any threshold

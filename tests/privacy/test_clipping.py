@@ -11,10 +11,10 @@ from torch import nn
 
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Guard, Ledger, PerLayerClip, Privacy, PrivacyError
-from choral.privacy.clipping import ClippingNorm, norm_of_all
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.dpsgd.clipping import ClippingNorm, norm_of_all
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 KINDS: dict[str, ClippingNorm] = {
     "flat": 0.5,
@@ -136,7 +136,7 @@ def test_adaptive_sum_and_count_are_one_vector_no_longer_than_one(problem: Any) 
         assert len(raw) == size
         counts.append((before, optimizer.clipping.norm))
     # p.grad is forgotten after an empty step, so the sum's noise is read off _release itself
-    from choral.privacy.step import _Pending
+    from choral.privacy.dpsgd.private_optimizer import _Pending
 
     for _ in range(600):
         optimizer.max_grad_norm = 0.5

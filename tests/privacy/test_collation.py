@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset, default_collate
 
 from choral.privacy import Privacy, UnsupportedLoaderError
-from choral.privacy.collation import Unmixed
-from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
-from choral.privacy.noise import os_stream
+from choral.privacy.dpsgd.poisson_loader import PoissonSampler, PrivateLoader, refuse_unsupported
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.record_independence.collation import Unmixed
 
 DATA = TensorDataset(torch.arange(100.0)[:, None] + torch.tensor([0.25, 0.5]), torch.arange(100))
 

@@ -21,7 +21,7 @@ from choral.privacy import (
     Privacy,
     private_search,
 )
-from choral.privacy.events import ClientRelease, PoissonSampledGaussian
+from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 COPIES = {

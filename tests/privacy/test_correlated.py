@@ -33,16 +33,16 @@ from choral.privacy import (
     LedgerError,
     Privacy,
     PrivacyError,
-    accounting,
-    calibration,
 )
-from choral.privacy.correlated import MECHANISMS, FixedOrder, deal
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree, sensitivity
+from choral.privacy.correlated.noise_streams import stream
+from choral.privacy.correlated.training_loop import MECHANISMS, FixedOrder, deal
 from choral.privacy.errors import UnsupportedLoaderError
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.noise import os_stream
-from choral.privacy.plans import Room
-from choral.privacy.strategies import Banded, Buffered, Tree, sensitivity
-from choral.privacy.streams import stream
+from choral.privacy.ledgers.plans import Room
+from choral.privacy.noise.gaussian import os_stream
 
 ALARM = 1e-7
 PRIVACY = CorrelatedPrivacy(epsilon=3.0, delta=1e-3, epochs=4)
@@ -268,7 +268,7 @@ def test_the_ledger_is_written_before_the_first_batch(tmp_path: Path) -> None:
     code = f"""
 import os, signal, torch
 from torch.utils.data import DataLoader, TensorDataset
-from choral.privacy.correlated import CorrelatedPrivacy
+from choral.privacy.correlated.training_loop import CorrelatedPrivacy
 model = torch.nn.Linear(6, 1)
 loader = DataLoader(TensorDataset(torch.randn(200, 6)), batch_size=20)
 _, _, loader = CorrelatedPrivacy(epsilon=3.0, delta=1e-3, ledger={str(path)!r}).wrap(

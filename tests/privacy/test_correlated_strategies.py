@@ -15,11 +15,19 @@ from scipy.linalg import sqrtm, toeplitz
 from scipy.optimize import minimize
 
 from choral.errors import ConfigError
-from choral.privacy import factorisation
+from choral.privacy.accounting.matrix_strategies import (
+    Banded,
+    Buffered,
+    Strategy,
+    Tree,
+    error,
+    estimate_variance,
+    sensitivity,
+)
+from choral.privacy.correlated import factorisation
+from choral.privacy.correlated.noise_streams import stream
 from choral.privacy.errors import PrivacyError
-from choral.privacy.noise import gaussian, os_stream
-from choral.privacy.strategies import Banded, Buffered, Strategy, Tree, error, estimate_variance, sensitivity
-from choral.privacy.streams import stream
+from choral.privacy.noise.gaussian import gaussian, os_stream
 
 BLT = Buffered((0.9, 0.3), (0.4, 0.5))
 FIVE = Banded((1.0, 0.7, 0.5, 0.2, 0.1))

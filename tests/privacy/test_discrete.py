@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from choral.errors import ConfigError
-from choral.privacy import discrete
-from choral.privacy.noise import os_stream
-from choral.privacy.tables import LARGEST_DEVIATION, Table, table
+from choral.privacy.noise import integer as discrete
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, Table, table
 
 ALARM = 1e-7
 COUNT = 40_000

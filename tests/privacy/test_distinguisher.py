@@ -14,11 +14,11 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
-from choral.privacy import accounting
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 # At this size half the noise is caught, and the promised noise passes, with five standard deviations to spare on both
 # error rates: a false alarm or a miss has probability below 1e-9.

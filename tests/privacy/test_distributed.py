@@ -13,11 +13,12 @@ from scipy import stats
 from scipy.stats import beta
 
 from choral.errors import ConfigError
-from choral.privacy import client_accounting, distributed
-from choral.privacy.central import CentralScheme
-from choral.privacy.distributed import Scheme, design
+from choral.privacy.accounting import client_level as client_accounting
+from choral.privacy.client_level import distributed
+from choral.privacy.client_level.central import CentralScheme
+from choral.privacy.client_level.distributed import Scheme, design
 from choral.privacy.errors import EncodingError
-from choral.privacy.noise import os_stream
+from choral.privacy.noise.gaussian import os_stream
 
 ALARM = 1e-7  # false alarms of each statistical test here
 MECHANISMS = ["discrete_gaussian", "skellam"]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from choral.errors import ConfigError
-from choral.privacy.encoding import FixedPoint
 from choral.privacy.errors import EncodingError
+from choral.privacy.fixed_point import FixedPoint
 
 CODER = FixedPoint(bound=2.0, value_bits=16, max_weight=1000)
 

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from choral.privacy import Ledger, accounting, calibration
-from choral.privacy.events import (
+from choral.privacy import Ledger
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import (
     REPLACE_ONE,
     ZERO_OUT,
     ClientRelease,
@@ -34,9 +36,9 @@ from choral.privacy.events import (
     PoissonSampledGaussian,
     Search,
 )
-from choral.privacy.filters import Filter
-from choral.privacy.plans import Room, fixed_cost
-from choral.privacy.strategies import Tree
+from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.matrix_strategies import Tree
+from choral.privacy.ledgers.plans import Room, fixed_cost
 
 EPSILON, DELTA = 3.0, 1e-5
 FIRST = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=1.6, steps=1)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from choral.privacy import UnsupportedModelError, ghost
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy import UnsupportedModelError
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 
 class Apply(nn.Module):

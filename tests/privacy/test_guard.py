@@ -29,8 +29,8 @@ from choral.privacy import (
     PrivacyError,
     UnsupportedLoaderError,
     UnsupportedModelError,
-    accounting,
 )
+from choral.privacy.accounting import record_level as accounting
 
 PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
 

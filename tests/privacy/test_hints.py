@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from choral.privacy import PrivacyError, UnsupportedModelError
-from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 
 class Apply(nn.Module):

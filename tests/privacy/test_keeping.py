@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from choral.privacy import UnsupportedModelError
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 ROWS, WIDTH, CLASSES = 12, 6, 3
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from choral.errors import ConfigError
 from choral.privacy import UnsupportedModelError, replace_layers
-from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 torch.manual_seed(0)
 SEQUENCES = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))  # records, steps, features

@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 
 from choral.errors import ConfigError
-from choral.privacy import accounting
-from choral.privacy.chain import GENESIS, lines
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import ClientRelease, PoissonSampledGaussian
-from choral.privacy.ledger import Ledger, as_ledger
+from choral.privacy.ledgers.hash_chain import GENESIS, lines
+from choral.privacy.ledgers.ledger import Ledger, as_ledger
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 WRITER = """
 import sys
 import threading
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.ledger import Ledger
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.ledgers.ledger import Ledger
 path, count = sys.argv[1], int(sys.argv[2])
 ledger = Ledger(path)
 ledger.bind("a", 1e-5)

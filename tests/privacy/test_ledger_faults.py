@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from choral.privacy import ClientGuard, ClientPrivacy, Guard, Ledger, LedgerError, Privacy, loader, step
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.noise import os_stream
+from choral.privacy import ClientGuard, ClientPrivacy, Guard, Ledger, LedgerError, Privacy
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.dpsgd import poisson_loader as loader
+from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.noise.gaussian import os_stream
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 
@@ -173,8 +175,8 @@ def test_places_that_are_no_place_for_a_ledger(tmp_path: Path) -> None:
 READ_ONLY = """
 import os, sys
 from choral.privacy.errors import LedgerError
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.ledger import Ledger
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.ledgers.ledger import Ledger
 if os.getuid() == 0:  # whom permissions do not bind
     os.setgroups([])
     os.setgid(65534)

@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 
 from choral.privacy import BudgetExceededError, Privacy, UnsupportedLoaderError
-from choral.privacy.loader import PoissonSampler, PrivateLoader, refuse_unsupported
-from choral.privacy.noise import os_stream
+from choral.privacy.dpsgd.poisson_loader import PoissonSampler, PrivateLoader, refuse_unsupported
+from choral.privacy.noise.gaussian import os_stream
 
 DATA = TensorDataset(torch.arange(100.0)[:, None], torch.arange(100))
 

@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ChoralError
-from choral.privacy import Privacy, noise, step
+from choral.privacy import Privacy
+from choral.privacy.dpsgd import private_optimizer as step
 from choral.privacy.errors import UnsupportedModelError
+from choral.privacy.noise import gaussian as noise
 
 N, DIM, CLASSES = 12, 6, 3
 Loss = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]

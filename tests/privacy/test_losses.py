@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from choral.privacy import UnsupportedModelError, losses
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy import UnsupportedModelError
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.per_sample.model import with_per_sample_gradients
+from choral.privacy.record_independence import loss_graph as losses
 
 WEIGHTS = torch.tensor([1.0, 200.0, 1.0])
 STEPS = 5

@@ -12,9 +12,9 @@ from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import nn
 
 from choral.privacy import UnsupportedModelError, unwrap
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 
 def one_step(model: nn.Module, x: torch.Tensor, loss: Any = None) -> None:

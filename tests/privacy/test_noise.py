@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from choral.errors import ConfigError
-from choral.privacy.noise import STRETCH, gaussian, grid_gaussian, noise_grid, os_stream, poisson_sample
+from choral.privacy.noise.gaussian import STRETCH, gaussian, grid_gaussian, noise_grid, os_stream, poisson_sample
 
 ALARM = 1e-7
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from choral.privacy import AdaptiveClip, Ledger, PerLayerClip, Privacy, PrivacyError, replace_layers
-from choral.privacy.clipping import ClippingNorm
-from choral.privacy.correlated import CorrelatedPrivacy
-from choral.privacy.ghost import Dense, Outer, Sparse
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.correlated.training_loop import CorrelatedPrivacy
+from choral.privacy.dpsgd.clipping import ClippingNorm
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.per_sample.ghost_norms import Dense, Outer, Sparse
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 ROWS, BAD = 200, 77
 GRID = 2e-4  # sums are rounded to a grid of about 2^-16, coordinate by coordinate

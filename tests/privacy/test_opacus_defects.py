@@ -26,19 +26,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from choral.privacy import (
-    AdaptiveClip,
-    Guard,
-    Ledger,
-    Privacy,
-    UnsupportedLoaderError,
-    UnsupportedModelError,
-    accounting,
-    calibration,
-)
-from choral.privacy.events import PoissonSampledGaussian
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import _Pending
+from choral.privacy import AdaptiveClip, Guard, Ledger, Privacy, UnsupportedLoaderError, UnsupportedModelError
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.dpsgd.private_optimizer import _Pending
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
 

@@ -19,14 +19,14 @@ from choral.privacy import (
     Ledger,
     LedgerError,
     Privacy,
-    accounting,
-    calibration,
     private_search,
 )
-from choral.privacy.client_accounting import epsilon as client_epsilon
-from choral.privacy.events import ClientRelease, Part, Plan, PoissonSampledGaussian, Search
-from choral.privacy.filters import Filter
-from choral.privacy.plans import guarantee
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.client_level import epsilon as client_epsilon
+from choral.privacy.accounting.events import ClientRelease, Part, Plan, PoissonSampledGaussian, Search
+from choral.privacy.accounting.filters import Filter
+from choral.privacy.ledgers.plans import guarantee
 
 DELTA = 1e-3
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=4.0, steps=10)

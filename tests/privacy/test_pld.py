@@ -16,8 +16,10 @@ import pytest
 from scipy.special import ndtr
 
 from choral.errors import ConfigError
-from choral.privacy import accounting, pairs, pld
-from choral.privacy.events import PoissonSampledGaussian
+from choral.privacy.accounting import dominating_pairs as pairs
+from choral.privacy.accounting import pld
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import PoissonSampledGaussian
 
 Floats = npt.NDArray[np.float64]
 

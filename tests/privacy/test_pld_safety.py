@@ -10,7 +10,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from choral.privacy import pairs, pld
+from choral.privacy.accounting import dominating_pairs as pairs
+from choral.privacy.accounting import pld
 
 STEPS, DELTA = 40, 1e-5
 

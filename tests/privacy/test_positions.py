@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from choral.privacy import UnsupportedModelError
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 WORDS, WIDTH, STEPS = 7, 6, 5
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from choral.privacy import Privacy, UnsupportedModelError, replace_layers, unwrap
-from choral.privacy.model import with_per_sample_gradients
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 torch.set_num_threads(1)
 POEM = """Tyger Tyger, burning bright, in the forests of the night; what immortal hand or eye, could frame thy fearful

@@ -11,9 +11,10 @@ import torch
 from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
 
 from choral.errors import ConfigError
-from choral.privacy import Guard, Ledger, Privacy, accounting
-from choral.privacy.events import CLIENT_UNIT, PoissonSampledGaussian, relation_of, stated
-from choral.privacy.spent import group_pair
+from choral.privacy import Guard, Ledger, Privacy
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import CLIENT_UNIT, PoissonSampledGaussian, relation_of, stated
+from choral.privacy.ledgers.spent import group_pair
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 # The bytes that an earlier version wrote for two passes.

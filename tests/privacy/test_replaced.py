@@ -18,19 +18,11 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy import (
-    CorrelatedPrivacy,
-    Guard,
-    Ledger,
-    LedgerError,
-    Privacy,
-    Search,
-    accounting,
-    calibration,
-    private_search,
-)
-from choral.privacy.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
-from choral.privacy.replaced import ReplacedGaussian, renyi
+from choral.privacy import CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Search, private_search
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
+from choral.privacy.accounting.replace_one import ReplacedGaussian, renyi
 
 DELTA = 1e-5
 

@@ -11,7 +11,7 @@ from scipy.linalg import hadamard as matrix
 
 from choral.errors import ConfigError
 from choral.privacy.errors import EncodingError
-from choral.privacy.rotation import hadamard, padded_length, random_signs, rotate, unrotate
+from choral.privacy.noise.rotation import hadamard, padded_length, random_signs, rotate, unrotate
 
 SEED = bytes(range(32))
 

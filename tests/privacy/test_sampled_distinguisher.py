@@ -17,8 +17,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from choral.privacy import Ledger, Privacy, accounting, loader, step
-from choral.privacy.guard import Guard
+from choral.privacy import Ledger, Privacy
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.dpsgd import poisson_loader as loader
+from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.dpsgd.engine import Guard
 
 RECORDS, RATE, PASSES = 2500, 0.2, 4
 DELTA = 0.05  # at which the ledger's cost, 1.29, is held against what is found

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from choral.privacy import Privacy, PrivacyError, ghost
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy import Privacy, PrivacyError
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),

@@ -17,10 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ConfigError
-from choral.privacy import Ledger, Privacy, accounting, calibration, private_search
+from choral.privacy import Ledger, Privacy, private_search
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting.events import PoissonSampledGaussian, Search
+from choral.privacy.dpsgd.private_search import number_of_tries
 from choral.privacy.errors import AccountingError, BudgetExceededError, PrivacyError
-from choral.privacy.events import PoissonSampledGaussian, Search
-from choral.privacy.search import number_of_tries
 
 DELTA = 1e-5
 TRY = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=2.0, steps=500)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from choral.privacy import collation, separating
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.mixing import Subject
+from choral.privacy.record_independence import collation
+from choral.privacy.record_independence import separable_loss as separating
+from choral.privacy.record_independence.batch_mixing import Subject
 
 
 def subject(loss: Any, rows: int) -> Subject:

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from choral.privacy import UnsupportedModelError, ghost
-from choral.privacy.model import PerSampleModel, with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy import UnsupportedModelError
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample.model import PerSampleModel, with_per_sample_gradients
 
 ROWS, WIDTH, CLASSES = 24, 6, 3
 

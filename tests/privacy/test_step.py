@@ -13,10 +13,10 @@ from scipy import stats
 from torch import nn
 
 from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError, unwrap
-from choral.privacy.ghost import Dense
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.noise import os_stream
-from choral.privacy.step import PrivateOptimizer, _Pending
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer, _Pending
+from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.per_sample.ghost_norms import Dense
+from choral.privacy.per_sample.model import with_per_sample_gradients
 
 ALARM = 1e-7
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, LedgerError, Privacy, private_search
-from choral.privacy.chain import GENESIS, Line, UnreadableError, encoded, follow, lines
-from choral.privacy.events import ClientRelease, CorrelatedGaussian, Event, PoissonSampledGaussian, Search
-from choral.privacy.strategies import Banded, Buffered, Tree
+from choral.privacy.accounting.events import ClientRelease, CorrelatedGaussian, Event, PoissonSampledGaussian, Search
+from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree
+from choral.privacy.ledgers.hash_chain import GENESIS, Line, UnreadableError, encoded, follow, lines
 
 DECODER = msgspec.json.Decoder(Line[Event])
 

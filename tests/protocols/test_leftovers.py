@@ -297,7 +297,7 @@ def test_a_forked_process_answers_from_no_state_and_its_parent_goes_on(kind: str
 
 NOISE = """
 import os, sys
-from choral.privacy.noise import gaussian, os_stream
+from choral.privacy.noise.gaussian import gaussian, os_stream
 
 reader, writer = os.pipe()
 before = os_stream(32)

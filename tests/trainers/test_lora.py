@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy.model import with_per_sample_gradients
-from choral.privacy.step import PrivateOptimizer
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.per_sample.model import with_per_sample_gradients
 from choral.trainers import lora, merged
 
 

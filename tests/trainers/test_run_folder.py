@@ -20,7 +20,7 @@ import torch
 from choral import Homomorphic, Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip
-from choral.privacy.clipping import settings_of
+from choral.privacy.dpsgd.clipping import settings_of
 from choral.trainers import RunFolderError
 from choral.trainers import run as folders
 from choral.trainers.memory import read_memory

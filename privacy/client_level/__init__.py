@@ -1,0 +1,1 @@
+"""Client-level privacy: whole updates clipped, noise in shares inside the secure sum or added by the server."""

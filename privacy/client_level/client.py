@@ -1,0 +1,362 @@
+"""Client-level differential privacy: whole updates are clipped, and the sum of all clients' updates is noisy.
+
+`ClientPrivacy` is the promise; `ClientGuard` keeps it for one federation and its ledger, and makes a `ClientRound` for
+each sum, which every client encodes with and the server decodes with:
+
+    guard = ClientGuard(ClientPrivacy(epsilon=8.0, delta=1e-5, min_survivors=80), clients=100, length=d, rounds=20,
+                        ledger=Ledger(path))
+    current = guard.begin()                                  # paid for, on disk
+    integers = current.encode(update)                        # each client; int64, to the secure sum
+    mean = current.decode(total, survivors=len(survivors))   # the server; float64, shape (d,)
+
+Record-level :class:`choral.privacy.Privacy` wraps a training loop and is another thing: its clipping norm is of a
+record's gradient, its ledger one data holder's. The two are classes of their own, for hardly a setting means the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from choral.errors import ConfigError
+from choral.privacy.accounting import client_level as client_accounting
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, Plan
+from choral.privacy.client_level.central import CentralScheme
+from choral.privacy.client_level.distributed import Int64Array, Scheme, check_bits, design, norm_of
+from choral.privacy.dpsgd.clipping import AdaptiveClip, check_clip
+from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
+from choral.privacy.ledgers.ledger import Ledger, as_ledger
+from choral.privacy.ledgers.plans import Room, guarantee
+from choral.privacy.ledgers.spent import Spent
+from choral.privacy.noise.gaussian import Source, os_stream
+from choral.privacy.noise.integer_tables import Law
+from choral.privacy.noise.rotation import SEED_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+HOLDER = "clients"
+Where = Literal["distributed", "local", "central"]
+
+
+@dataclass(frozen=True)
+class ClientPrivacy:
+    """A promise: all sums, and so all models, together are (epsilon, delta)-differentially private for each client.
+
+    Unit: the client, with all its records and its whole training. Neighbour relation: zero out one client, that is, its
+    update is the zero vector in every round; who takes part and who drops out is public and must not depend on data.
+    Amplification by sampling clients is not claimed (q = 1).
+
+    Adversary, by `noise`:
+        "distributed": whoever sees the sums, so the server too when the secure sum hides the rest from it, together
+            with up to `colluders` clients, who know their own noise. A malicious server is withstood as far as the
+            secure sum makes it open sums of at least `min_survivors` clients only (`Masked(server="malicious")`).
+        "local": the server sees each noisy update; anyone, whatever the server and all other clients do.
+        "central": whoever sees the models. The server, or whoever opens the sum, sees it without noise and is trusted
+            to add the noise and to keep the sum to itself.
+
+    Args:
+        epsilon, delta: the most that may be spent; delta in (0, 1), below 1/n for n clients.
+        clip: the largest L2 norm of an update, > 0; or :class:`AdaptiveClip`.
+        min_survivors: distributed noise is sized for this many clients, and no sum over fewer is opened; by default a
+            majority. When more survive, the sum has more noise, and is accounted so.
+        colluders: clients whose noise the adversary may know. 0 protects from the server alone and from outsiders; any
+            single other client knows its own share, so the default is 1.
+        mechanism: of integer noise, "discrete_gaussian" or "skellam" (whose shares add up exactly). bits: of a
+            coordinate of the sum, 4 to 24; 16 to 20 are usual. Neither matters to central noise.
+        ledger: what remembers what these clients have spent, a file or a :class:`Ledger`; None keeps it in the run's
+            folder, or where there is none in memory for as long as the run.
+    Raises: ConfigError for a value out of range.
+    """
+
+    epsilon: float
+    delta: float
+    _: KW_ONLY
+    clip: float | AdaptiveClip = 1.0
+    noise: Where = "distributed"
+    min_survivors: int | None = None
+    colluders: int = 1
+    mechanism: Law = "discrete_gaussian"
+    bits: int = 20
+    ledger: Ledger | str | Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.ledger is not None:
+            object.__setattr__(self, "ledger", as_ledger(self.ledger))
+        accounting.check_target(self.epsilon, self.delta)
+        if not isinstance(self.clip, AdaptiveClip):
+            check_clip(self.clip)
+        check_bits(self.bits)
+        for name, known in (
+            ("noise", ("distributed", "local", "central")),
+            ("mechanism", ("discrete_gaussian", "skellam")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if isinstance(self.colluders, bool) or not isinstance(self.colluders, int) or self.colluders < 0:
+            raise ConfigError(f"colluders is {self.colluders}, expected an integer >= 0")
+        least = self.min_survivors
+        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least <= self.colluders):
+            raise ConfigError(
+                f"min_survivors is {least}, expected an integer above the {self.colluders} colluders",
+                hint="At least one client's noise must be unknown to the adversary; more make each share smaller.",
+            )
+
+    def survivors_of(self, clients: int) -> int:
+        """The fewest of `clients` whose sum may be opened.
+
+        Raises: ConfigError when that many cannot survive, or no honest one would be among them.
+        """
+        least = clients // 2 + 1 if self.min_survivors is None else self.min_survivors
+        if self.noise != "distributed":
+            return 1 if self.min_survivors is None else min(least, clients)
+        if not self.colluders < least <= clients:
+            raise ConfigError(
+                f"min_survivors is {least} of {clients} clients with {self.colluders} colluders, expected"
+                f" {self.colluders + 1} to {clients}",
+                hint="Set min_survivors to what is left after the dropouts that you expect.",
+            )
+        return least
+
+    def settings(self, clients: int) -> dict[str, float | int | str]:
+        """The promise as plain data, for a run's record."""
+        adaptive = self.clip if isinstance(self.clip, AdaptiveClip) else None
+        plain: dict[str, float | int | str] = {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "unit": CLIENT_UNIT,
+            "noise": self.noise,
+            "clip": adaptive.start if adaptive else float(self.clip),  # type: ignore[arg-type]
+        }
+        if adaptive:
+            plain |= {"quantile": adaptive.quantile, "clip_rate": adaptive.rate, "clip_share": adaptive.share}
+        if self.noise != "central":
+            plain |= {"mechanism": self.mechanism, "bits": self.bits}
+        if self.noise == "distributed":
+            plain |= {"min_survivors": self.survivors_of(clients), "colluders": self.colluders}
+        return plain
+
+
+class ClientGuard:
+    """The keeper of one promise over the rounds of a federation.
+
+    Args:
+        privacy: the promise. clients: how many there are. length: coordinates of an update. rounds: sums that are
+            still to come; the noise is calibrated for them, on top of what the ledger holds.
+        ledger: what these clients have spent before. clip: the present clipping norm of an adaptive promise that is
+            resumed. source: of noise and rounding. most: of the clients in one sum, by default all; the modulus has
+            room for so many, and no sum of more is decoded.
+    Raises: ConfigError (delta >= 1/n, too few survivors or bits), BudgetExceededError, LedgerError.
+    """
+
+    def __init__(
+        self,
+        privacy: ClientPrivacy,
+        *,
+        clients: int,
+        length: int,
+        rounds: int,
+        ledger: Ledger,
+        clip: float | None = None,
+        source: Source = os_stream,
+        most: int | None = None,
+    ) -> None:
+        if rounds < 1 or clients < 2 or length < 1:
+            raise ConfigError(
+                f"expected rounds >= 1, clients >= 2 and length >= 1, got {rounds}, {clients} and {length}"
+            )
+        check_client_delta(privacy.delta, clients)
+        ledger.bind(HOLDER, privacy.delta, unit=CLIENT_UNIT)
+        self.privacy, self.clients, self.length, self.rounds, self.ledger = privacy, clients, length, rounds, ledger
+        self.adaptive = privacy.clip if isinstance(privacy.clip, AdaptiveClip) else None
+        start = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else float(privacy.clip)
+        self.clip: float = start if clip is None or not self.adaptive else clip
+        check_clip(self.clip)
+        self.min_survivors = privacy.survivors_of(clients)
+        self.most = clients if most is None else most
+        if not self.min_survivors <= self.most <= clients:
+            raise ConfigError(
+                f"{self.most} of {clients} clients are in one sum at most, expected at least min_survivors,"
+                f" {self.min_survivors}, and at most all",
+                hint="Set min_survivors to what is left of those who are asked.",
+            )
+        self._source = source
+        self._begun = 0
+        room = Room.on(ledger, privacy.epsilon, privacy.delta)
+        self._known = len(room.standing.before)
+        self.ratio, self._announced = self._planned(room)
+        self.scheme = self._scheme(self.ratio)
+
+    @property
+    def holders(self) -> int:
+        """Noise shares that no sum that is opened has fewer of, without those of the colluders."""
+        return self.min_survivors - self.privacy.colluders if self.privacy.noise == "distributed" else 1
+
+    @property
+    def encoding(self) -> str:
+        """What clients must agree on, as text."""
+        if isinstance(self.scheme, CentralScheme):
+            return f"clients, central: grid {self.scheme.grid.hex()}"
+        scheme = self.scheme
+        return (
+            f"clients, {self.privacy.noise}: {scheme.mechanism}, {scheme.bits} bits, scale {scheme.scale.hex()},"
+            f" variance {float(scheme.share_variance).hex()}, count {self.adaptive.share if self.adaptive else 0}"
+        )
+
+    def begin(self) -> ClientRound:
+        """Pay for one sum, on disk, before any of its noise is drawn.
+
+        Raises: BudgetExceededError when it was not planned or would cost more than is left; LedgerError.
+        """
+        if self._begun >= self.rounds:
+            raise BudgetExceededError(
+                f"the budget was planned for {self.rounds} rounds, and all are used",
+                hint="Plan more rounds from the start; each then has more noise.",
+            )
+        worst = self.scheme.release(self.holders)
+        cost = client_accounting.epsilon([*self.ledger.releases, worst], self.privacy.delta)
+        if not cost <= self.privacy.epsilon:
+            raise BudgetExceededError(
+                f"one more round would cost epsilon={cost:.6g} in all, {self.privacy.epsilon:g} were promised",
+                hint="Training ends here; the last model is within the promise.",
+            )
+        self.append(worst, self._announced)
+        self._announced = None
+        self._begun += 1
+        return ClientRound(self, self.scheme.signs(self._source(SEED_BYTES)), self._source)
+
+    def append(self, release: ClientRelease, plan: Plan | None = None) -> None:
+        """Write one event to the ledger. Raises: LedgerError."""
+        self.ledger.append(release, after=self._known, plan=plan)
+        self._known += 1
+
+    def spent(self) -> Spent:
+        """Return what these clients have spent so far, earlier runs included."""
+        return spent_by(self.ledger, self.privacy.delta)
+
+    def _planned(self, room: Room) -> tuple[float, Plan | None]:
+        """Return the ratio of the noise, and the plan to announce; None where an earlier process's plan goes on."""
+
+        def release(ratio: float) -> ClientRelease:
+            return self._scheme(ratio).release(self.holders)
+
+        for part, left in room.going_on():
+            if isinstance(part.event, ClientRelease) and left >= self.rounds:
+                ratio = room.before_latest().client_ratio(release, part.times)
+                if release(ratio) == part.event:
+                    return ratio, None
+        ratio = room.client_ratio(release, self.rounds)
+        return ratio, room.plan(release(ratio), self.rounds)
+
+    def _scheme(self, ratio: float) -> Scheme | CentralScheme:
+        length = self.length + (1 if self.adaptive else 0)
+        if self.privacy.noise == "central":
+            return CentralScheme(length=length, ratio=ratio)
+        return design(
+            mechanism=self.privacy.mechanism,
+            bits=self.privacy.bits,
+            length=length,
+            clients=self.most,
+            holders=self.holders,
+            ratio=ratio,
+        )
+
+
+class ClientRound:
+    """One sum: `encode` for each client, `decode` once. Made by :meth:`ClientGuard.begin`."""
+
+    def __init__(self, guard: ClientGuard, signs: Any, source: Source) -> None:
+        self._guard, self._signs, self._source = guard, signs, source
+        self._scheme, self.clip = guard.scheme, guard.clip
+        self._decoded = False
+
+    def encode(self, update: torch.Tensor | np.ndarray[Any, Any]) -> Int64Array:
+        """Return one client's update, shape (length,), floating point, as integers for the secure sum.
+
+        int64, shape (scheme.padded,), each at most scheme.bound, with this client's noise unless it is central.
+        Raises: EncodingError (shape, type, NaN or infinity). Nothing is sent then; the client counts as dropped out.
+        """
+        import torch
+
+        if isinstance(update, np.ndarray):
+            update = torch.from_numpy(update)
+        if tuple(update.shape) != (self._guard.length,) or not update.is_floating_point():
+            raise EncodingError(
+                f"update has shape {tuple(update.shape)} and type {update.dtype}, expected ({self._guard.length},)"
+                " floating point"
+            )
+        vector = update.detach() if update.dtype in (torch.float32, torch.float64) else update.detach().float()
+        clip, adaptive = self.clip, self._guard.adaptive
+        if adaptive:
+            norm = norm_of(vector)
+            # The zero vector says nothing of its norm: a neighbour that says "longer" would be too far from "shorter".
+            within = 0.0 if norm == 0.0 else 1.0 if norm <= clip else -1.0
+            factor = math.sqrt(1.0 - adaptive.share) * min(1.0 / clip, 1.0 / norm if norm > 0.0 else math.inf)
+            vector = torch.cat([vector * factor, vector.new_tensor([within * math.sqrt(adaptive.share)])])
+            clip = 1.0
+        signs = self._signs
+        if signs is not None:
+            signs = torch.from_numpy(signs).to(device=vector.device, dtype=vector.dtype)
+        return self._scheme.encode(vector, clip, signs, self._source)
+
+    def decode(self, total: Int64Array, survivors: int) -> torch.Tensor:
+        """Return the noisy mean of the survivors' clipped updates, float64, shape (length,), and move the clip.
+
+        The divisor is the public number of survivors. Raises: TooFewClientsError (fewer than min_survivors),
+        PrivacyError (a second time), EncodingError (another shape or type), LedgerError.
+        """
+        import torch
+
+        guard = self._guard
+        if self._decoded:
+            raise PrivacyError("this sum has been decoded", hint="A second draw of noise would cost as much again.")
+        if not guard.min_survivors <= survivors <= guard.most:
+            raise TooFewClientsError(
+                f"{survivors} of {guard.most} clients survived, expected at least {guard.min_survivors}",
+                hint="Its noise was sized for that many; open no smaller sum.",
+            )
+        self._decoded = True
+        if isinstance(self._scheme, CentralScheme):
+            scale = 1.0 if guard.adaptive else self.clip
+            sums = self._scheme.decode(total, scale, self._signs, self._source)
+        else:
+            sums = self._scheme.decode(total, 1.0 if guard.adaptive else self.clip, self._signs)
+            shares = survivors - guard.privacy.colluders if guard.privacy.noise == "distributed" else 1
+            if shares > guard.holders:
+                guard.append(self._scheme.release(shares, settles=True))
+        if guard.adaptive:
+            share = guard.adaptive.share
+            within = (sums[-1] / (math.sqrt(share) * survivors) + 1.0) / 2.0
+            sums = sums[:-1] * (self.clip / math.sqrt(1.0 - share))
+            guard.clip = guard.adaptive.moved(self.clip, float(within))
+        return torch.from_numpy(sums / survivors)
+
+
+def spent_by(ledger: Ledger, delta: float) -> Spent:
+    """Return what a ledger of clients says they have spent, at `delta`. Raises: LedgerError, AccountingError."""
+    releases = client_accounting.settled(ledger.releases)
+    return Spent(
+        epsilon=client_accounting.epsilon(releases, delta),
+        delta=delta,
+        unit=CLIENT_UNIT,
+        neighbours=CLIENT_NEIGHBOURS,
+        accountant=client_accounting.accountant_of(releases),
+        steps=sum(release.steps for release in releases),
+        noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
+        sample_rate=1.0 if releases else 0.0,
+        guarantee=guarantee(ledger),
+    )
+
+
+def check_client_delta(delta: float, clients: int) -> None:
+    """Raise ConfigError unless delta < 1/n for n clients: it would allow publishing one client's update outright."""
+    if not delta < 1.0 / clients:
+        raise ConfigError(
+            f"delta is {delta:g}, expected below 1/n = {1.0 / clients:.3g} for {clients} clients",
+            hint="At delta >= 1/n publishing one client's update outright would count as private.",
+        )

@@ -1,0 +1,1 @@
+"""The matrix mechanism: noise correlated over steps, its factorisation and its streams."""

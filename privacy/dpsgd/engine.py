@@ -1,0 +1,518 @@
+"""The promise and its keeper: `Privacy` says what may be spent, `Guard` sees to it for one data holder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from torch import distributed, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.data import DataLoader, Sampler
+
+from choral.doors import worded
+from choral.errors import ConfigError
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import (
+    NEIGHBOURS,
+    Event,
+    Plan,
+    PoissonSampledGaussian,
+    RecordEvent,
+    check_relation,
+    stated,
+)
+from choral.privacy.accounting.plain_numbers import as_integer
+from choral.privacy.dpsgd.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
+from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, check_clip, check_norm
+from choral.privacy.dpsgd.poisson_loader import PoissonSampler, PrivateLoader, refuse_unsupported
+from choral.privacy.dpsgd.private_optimizer import Noise, PrivateOptimizer
+from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
+from choral.privacy.ledgers.ledger import Ledger, as_ledger
+from choral.privacy.ledgers.memory_notice import notice_memory
+from choral.privacy.ledgers.plans import Room, guarantee
+from choral.privacy.ledgers.spent import Spent, group_pair
+from choral.privacy.noise.gaussian import os_stream
+
+if TYPE_CHECKING:
+    from choral.privacy.per_sample.model import PerSampleModel
+
+CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """A promise: training is (epsilon, delta)-differentially private.
+
+    Unit: the record. Neighbour relation: zero out one record, that is, replace it by an empty one, which adds zero to
+    every step; or replace it by any other (`neighbours`). Public: how many records there are, the batch size, and so
+    sampling rate, steps and noise multiplier. Adversary: sees every model after every step, but not which records were
+    sampled, the noise, or losses and metrics that the loop prints.
+    Mechanism: DP-SGD (Abadi et al. 2016) with Poisson sampling.
+
+    Args:
+        epsilon: the most that may be spent, > 0. delta: in (0, 1), below 1/n for n records.
+        max_grad_norm: clipping norm C of one record's gradient, > 0; or :class:`PerLayerClip`, or
+            :class:`AdaptiveClip`, which follows a quantile of the norms.
+        epochs: passes over the data that one call of the training loop makes at most, >= 1.
+        ledger: what remembers what this data has spent, for the life of the data: a file, or a :class:`Ledger`. None
+            makes one in memory, at zero: so a notebook's cell that is run again forgets what it spent. Copies of a
+            promise (`dataclasses.replace`, `copy`) share it; one in memory is not pickled.
+        max_physical_batch_size: larger batches are shown to the loop in chunks of at most so many records, >= 1. They
+            are drawn, paid for and made noisy as one: `optimizer.step()` adds a chunk up, and only on the last one
+            moves the model; `optimizer.stepped` tells. None shows each batch whole.
+        neighbours: "zero out one record"; or "replace one record", the stronger promise, which takes more noise for
+            the same epsilon: computed, and not twice as much where batches are sampled. A ledger keeps to one.
+    """
+
+    epsilon: float
+    delta: float
+    _: KW_ONLY
+    max_grad_norm: ClippingNorm = 1.0
+    epochs: int = 1
+    ledger: Ledger | str | Path | None = field(default=None, compare=False)
+    max_physical_batch_size: int | None = None
+    neighbours: str = NEIGHBOURS
+    records_per_person: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ledger", as_ledger(self.ledger))
+        accounting.check_target(self.epsilon, self.delta)
+        check_norm(self.max_grad_norm)
+        check_relation(self.neighbours)
+        for name in ("epochs", "max_physical_batch_size", "records_per_person"):
+            value = getattr(self, name)
+            if name != "epochs" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value}, expected an integer >= 1")
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        resume: Mapping[str, Any] | None = None,
+    ) -> tuple[PerSampleModel, PrivateOptimizer, PrivateLoader]:
+        """Make an existing loop private: train as before with what is returned, for `epochs` passes.
+
+        resume: the state_dict() of the private optimizer of an earlier process, loaded at once. The noise is then not
+        calibrated for `epochs` passes more, but stays as it was for those that are left.
+
+        Raises: ConfigError, UnsupportedModelError, UnsupportedLoaderError, BudgetExceededError, LedgerError;
+        PrivacyError (one of several processes of torch.distributed).
+        """
+        refuse_several_processes()
+        notice_memory(self._open(), "Privacy(ledger=FILE)")
+        guard = Guard(self, holder="data", ledger=self._open(), passes=self.epochs)
+        return guard.wrap(model, optimizer, loader, resume=resume)
+
+    def spent(self) -> Spent:
+        """Return what the data has spent so far, in all runs that its ledger knows."""
+        return _spent(self._open(), self.delta, self.records_per_person)
+
+    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
+        """Return how a Guard draws batches and makes noise, so that `passes` passes fit into `room`.
+
+        records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
+        Raises: ConfigError, BudgetExceededError.
+        """
+        rate = Fraction(batch_size, records)
+        noise = room.noise_multiplier(float(rate), steps * passes, slack=CALIBRATION_SLACK)
+        return _sampled(records, batch_size, steps, noise)
+
+    def going_on(self, records: int, batch_size: int, steps: int, event: Event) -> Scheme | None:
+        """Return the same for passes that cost `event` each, as an earlier process planned; None if they are others."""
+        scheme = _sampled(records, batch_size, steps, event.noise_multiplier)
+        return scheme if scheme.event == event else None
+
+    def _open(self) -> Ledger:
+        return as_ledger(self.ledger)  # itself, since __post_init__
+
+
+class Scheme(Protocol):
+    """One data holder's batches and noise over all passes, for one number of records and one batch size."""
+
+    @property
+    def records(self) -> int:
+        """How many the dataset has."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """What the loader asked for."""
+        ...
+
+    @property
+    def noise_multiplier(self) -> float:
+        """As calibrated."""
+        ...
+
+    @property
+    def noise(self) -> Noise | None:
+        """What makes the noise of the next step; None for independent noise of this noise multiplier."""
+        ...
+
+    @property
+    def event(self) -> RecordEvent:
+        """What the first pass costs."""
+        ...
+
+    def begin_pass(self) -> RecordEvent:
+        """Prepare for a pass; return what must be paid for it before it draws a batch."""
+        ...
+
+    def sampler(self) -> Sampler[list[int]]:
+        """Return what draws the batches of a pass."""
+        ...
+
+    def before_place(self, place: int) -> None:
+        """Hear that the batch at this place of a pass is next. Raises: PrivacyError (out of order)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Poisson batches, independent noise."""
+
+    records: int
+    batch_size: int
+    rate: Fraction
+    event: PoissonSampledGaussian  # one pass
+    noise: Noise | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self.event.noise_multiplier
+
+    def begin_pass(self) -> RecordEvent:
+        return self.event
+
+    def sampler(self) -> Sampler[list[int]]:
+        return PoissonSampler(self.records, self.rate, self.event.steps, os_stream)
+
+    def before_place(self, place: int) -> None:
+        """Any order will do."""
+
+
+def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> Sampled:
+    rate = Fraction(batch_size, records)
+    event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise_multiplier, steps=steps)
+    return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+
+
+class Guard:
+    """One data holder's private training across many calls of the training loop.
+
+    Args:
+        privacy: the promise. holder: a name for whose data it is. ledger: what that data has spent before.
+        passes: passes over the data that are still to come, in all; the noise is calibrated for them at the
+            first `wrap`, on top of what the ledger holds, or is that of an earlier process's plan for which as many are
+            left (:mod:`choral.privacy.ledgers.plans`). What one `wrap` returned may make `privacy.epochs` of them.
+        clip: where an adaptive clipping norm, of a run that is resumed, had come to.
+    """
+
+    def __init__(
+        self, privacy: Privacy, *, holder: str, ledger: Ledger, passes: int, clip: float | None = None
+    ) -> None:
+        for name, value, kind in (("privacy", privacy, Privacy), ("holder", holder, str), ("ledger", ledger, Ledger)):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} is a {type(value).__name__}, expected a {kind.__name__}")
+        passes = as_integer("passes", passes)
+        ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
+        self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
+        self._plan: Scheme | None = None
+        self._announced: Plan | None = None  # to be written in front of the next pass
+        self._short: int | None = None  # passes left of an earlier plan, where more are asked for
+        self._clipping = Clipping(privacy.max_grad_norm)
+        if clip is not None and self.adaptive:
+            check_clip(clip)
+            self._clipping.norm = clip
+        self._steps = 0  # of a pass
+        self._known = 0  # events of the ledger that the plan reckons with
+        self._passed = 0
+        self._latest: PrivateOptimizer | None = None  # whose pass was the latest
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the clipping norm moves."""
+        return isinstance(self.privacy.max_grad_norm, AdaptiveClip)
+
+    @property
+    def clip(self) -> float:
+        """The clipping norm of the next step, of all layers together; noisy itself, and so no secret."""
+        return self._clipping.norm
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The calibrated noise multiplier; None before the first `wrap`."""
+        return self._plan.noise_multiplier if self._plan else None
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        resume: Mapping[str, Any] | None = None,
+    ) -> tuple[PerSampleModel, PrivateOptimizer, PrivateLoader]:
+        """Return private versions of the three for one call of the training loop; see :meth:`Privacy.wrap`.
+
+        May be called once per round with the same model, whose wrapper is used again.
+        """
+        from choral.privacy.per_sample.model import (
+            with_per_sample_gradients,  # loads Opacus, which a promise alone does not need
+        )
+
+        if resume is not None and not isinstance(resume, Mapping):
+            raise ConfigError(f"resume is a {type(resume).__name__}, expected the state_dict() of a private optimizer")
+        plan = self._planned(loader, resume)
+        private_model = with_per_sample_gradients(model)
+        _refuse_optimizer(optimizer, private_model)
+        private_optimizer = PrivateOptimizer(
+            optimizer,
+            private_model,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=self._clipping,
+            expected_batch_size=plan.batch_size,
+            source=os_stream,
+            noise=plan.noise,
+        )
+        made = 0
+
+        def before_pass() -> None:
+            nonlocal made
+            self._refuse_other_size(len(loader.dataset), plan.batch_size, plan)  # type: ignore[arg-type]
+            if self._latest is not None:
+                self._latest.refuse_owing()
+            private_optimizer.begin_pass()
+            if made >= self.privacy.epochs:
+                raise self._too_many(f"{self.privacy.epochs} passes over the data by one call of the training loop")
+            self._charge()
+            private_optimizer.plan(plan.noise_multiplier if self._plan is None else self._plan.noise_multiplier)
+            made += 1
+            self._latest = private_optimizer
+
+        private_loader = PrivateLoader(
+            loader,
+            plan.sampler(),
+            before_pass=before_pass,
+            before_batch=lambda drawn, first, last: private_optimizer.expect(drawn, first=first, last=last),
+            empty_batch=private_optimizer.step_empty,
+            after_pass=private_optimizer.end_pass,
+            before_place=plan.before_place,
+            max_physical_batch_size=self.privacy.max_physical_batch_size,
+        )
+        private_optimizer.keeper = self
+        if resume is not None:
+            try:
+                private_optimizer.load_state_dict(dict(resume))
+            except Exception:
+                self._plan = self._announced = None  # its noise was the checkpoint's, and is not accounted for
+                raise
+        return private_model, private_optimizer, private_loader
+
+    def saved(self, clip: float) -> dict[str, float | int | str]:
+        """Return what a checkpoint must know of the plan; see :meth:`PrivateOptimizer.state_dict`."""
+        plan = self._plan
+        if plan is None:
+            raise PrivacyError("nothing is planned yet")
+        return msgspec.to_builtins(  # type: ignore[no-any-return]
+            Checkpoint(
+                max_grad_norm=clip,
+                noise_multiplier=plan.noise_multiplier,
+                sample_rate=_rate(plan),
+                steps=self._steps,
+                passes_left=self.passes - self._passed,
+                events=self._known,
+                head=self.ledger.head_after(self._known),
+            )
+        )
+
+    def resumed(self, entry: Any) -> tuple[float, float]:
+        """Plan the passes that a checkpoint left, with its noise; see :meth:`PrivateOptimizer.load_state_dict`."""
+        found, plan = checkpoint_of(entry), self._plan
+        left = passes_left(found, self.ledger)
+        if plan is None or (found.sample_rate, found.steps) != (_rate(plan), self._steps):
+            raise PrivacyError(
+                f"the checkpoint is of {found.steps} steps at sample rate {found.sample_rate:.6g}, not of this loader",
+                hint="Wrap the same dataset in the same batches.",
+            )
+        clip = found.max_grad_norm if self.adaptive else self._clipping.norm
+        # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan;
+        # within a process the plan goes on.
+        if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
+            return clip, plan.noise_multiplier
+        resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
+        room = self._room()
+        self._announced, self._short = affordable(resumed.event, left, room), None
+        self._plan = resumed
+        self.passes, self._known = left, len(room.standing.before)
+        return clip, resumed.noise_multiplier
+
+    def spent(self) -> Spent:
+        """Return what this holder's data has spent so far, earlier runs included."""
+        return _spent(self.ledger, self.privacy.delta, self.privacy.records_per_person)
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> nn.Module:
+        """Return the plain module inside a wrapped one, all hooks removed."""
+        from choral.privacy.per_sample.model import unwrap
+
+        return unwrap(model)
+
+    def sizes(self, loader: DataLoader[Any]) -> tuple[int, int]:
+        """Return how many records the loader has, and how many a batch takes on average.
+
+        Both are public, and what the noise is calibrated for. Raises: UnsupportedLoaderError (a batch of more records
+        than there are, which would be averaged over records that nobody has; what `refuse_unsupported` does).
+        """
+        refuse_unsupported(loader)
+        records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
+        if batch_size > records:
+            raise UnsupportedLoaderError(
+                f"{self.holder}: batches of {batch_size} out of {records} records",
+                hint="Take at most as many as there are: batch_size=min(size, len(dataset)), which is all of them in "
+                "every step where there are few.",
+            )
+        return records, batch_size
+
+    def _refuse_other_size(self, records: int, batch_size: int, plan: Scheme) -> None:
+        if (records, batch_size) != (plan.records, plan.batch_size):
+            raise UnsupportedLoaderError(
+                f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
+                f"{plan.records} in batches of {plan.batch_size}",
+                hint="Keep one dataset, of one size, and one batch size per Guard. Other records are another training: "
+                "wrap again, on the same ledger.",
+            )
+
+    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
+        records, batch_size = self.sizes(loader)
+        if self._plan is not None:
+            self._refuse_other_size(records, batch_size, self._plan)
+            return self._plan
+        if self.privacy.delta >= 1.0 / records:
+            raise ConfigError(
+                f"{self.holder}: delta is {self.privacy.delta:g}, expected below 1/n = {1 / records:.3g} "
+                f"for {records} records",
+                hint="At delta >= 1/n publishing a record outright would count as private.",
+            )
+        steps = records // batch_size if loader.drop_last else math.ceil(records / batch_size)
+        room, entry = self._room(), None if resume is None else resume.get("privacy")
+        self._steps, self._known = steps, len(room.standing.before)
+        if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
+            self._plan = _sampled(records, batch_size, steps, checkpoint_of(entry).noise_multiplier)
+            return self._plan
+        self._plan = self._gone_on(records, batch_size, room, or_less=entry is not None)
+        if self._plan is None:
+            self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, room)
+            self._announced = room.plan(self._plan.event, self.passes)
+        return self._plan
+
+    def _gone_on(self, records: int, batch_size: int, room: Room, *, or_less: bool) -> Scheme | None:
+        """Return the scheme of the ledger's latest plan where passes are left of it, None where there are none.
+
+        Where there are fewer than are asked for, and no other plan fits in: nothing trains until a checkpoint says how
+        many are left. or_less: take those that there are.
+        """
+        for part, left in room.going_on():
+            scheme = self.privacy.going_on(records, batch_size, self._steps, part.event)
+            if scheme is None:
+                continue
+            if left < self.passes:
+                try:
+                    self.privacy.scheme(records, batch_size, self._steps, self.passes, room)
+                    continue
+                except BudgetExceededError:
+                    self._short = None if or_less else left
+                    self.passes = left if or_less else self.passes
+            return scheme
+        return None
+
+    def _room(self) -> Room:
+        return Room.on(self.ledger, self.privacy.epsilon, self.privacy.delta)
+
+    def _charge(self) -> None:
+        """Pay for one pass, on disk, before its first batch is drawn."""
+        if self._short is not None:
+            raise BudgetExceededError(
+                f"{self.holder}: {self.passes} passes are asked for, but {self._short} are left of the plan that an "
+                "earlier process made, and the budget has no room for another",
+                hint=f"Set epochs={self._short}, or give wrap the checkpoint: resume=state.",
+            )
+        if self._plan is None or self._passed >= self.passes:
+            raise self._too_many(f"{self.passes} passes over the data")
+        self.ledger.append(self._plan.begin_pass(), after=self._known, plan=self._announced)
+        self._announced = None
+        self._known += 1
+        self._passed += 1
+
+    def _too_many(self, planned: str) -> BudgetExceededError:
+        return BudgetExceededError(
+            f"{self.holder}: the budget was planned for {planned}, and all are used",
+            hint=f"Set {worded(command='training.local_epochs', python='Privacy(epochs=...)')} to the passes that one"
+            " call of the training loop makes.",
+        )
+
+
+def refuse_several_processes() -> None:
+    """Raise PrivacyError in a process group of more than one: each would sample, and spend, one dataset on its own.
+
+    Gradients averaged over processes would have another sample rate, noise and sensitivity than were accounted for. A
+    Guard of its own data is not refused: the parties of a federated run may be processes.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise PrivacyError(
+            f"torch.distributed runs {distributed.get_world_size()} processes; several processes on one dataset are "
+            "not accounted for",
+            hint="Train in one process, or make each process a party of federate(), with data of its own.",
+        )
+
+
+def _rate(plan: Scheme) -> float:
+    return plan.batch_size / plan.records
+
+
+def _spent(ledger: Ledger, delta: float, records_per_person: int | None) -> Spent:
+    events = ledger.events
+    epsilon = accounting.epsilon(events, delta, neighbours=ledger.neighbours)
+    guaranteed = guarantee(ledger)
+    one = max(epsilon, guaranteed or 0.0)
+    person = (None, None) if records_per_person is None else group_pair(one, delta, records_per_person)
+    return Spent(
+        epsilon=epsilon,
+        delta=delta,
+        neighbours=stated(ledger.neighbours),
+        accountant=accounting.accountant_of(events),
+        steps=sum(e.steps for e in events),
+        noise_multiplier=events[-1].noise_multiplier if events else 0.0,
+        sample_rate=events[-1].sample_rate if events else 0.0,
+        guarantee=guaranteed,
+        records_per_person=records_per_person,
+        person_epsilon=person[0],
+        person_delta=person[1],
+    )
+
+
+def _refuse_optimizer(optimizer: Optimizer, model: PerSampleModel) -> None:
+    if isinstance(optimizer, PrivateOptimizer):
+        raise PrivacyError("the optimizer is already private", hint="Wrap the original optimizer.")
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
+        raise PrivacyError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch optimizer that needs no closure",
+            hint="SGD, Adam and their kin work.",
+        )
+    known = {id(p) for p in model._module.parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if any(id(p) not in known for p in params):
+        raise UnsupportedModelError(
+            "the optimizer holds parameters that are not the model's",
+            hint="Build the optimizer from model.parameters() of the model you wrap, after any copy or move.",
+        )
+    if not params:
+        raise UnsupportedModelError("the optimizer holds no trainable parameter", hint="Check requires_grad.")

@@ -1,0 +1,501 @@
+"""The private step: clip each record's gradient, sum, add noise once, divide by the expected batch size."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
+from choral.privacy.dpsgd.optimizer_shell import OverOptimizer
+from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+from choral.privacy.full_precision import full_precision
+from choral.privacy.noise.gaussian import Source, grid_gaussian, noise_grid
+from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.record_independence.unsupported_calls import warn_of_clipping
+
+if TYPE_CHECKING:
+    from choral.privacy.per_sample.model import PerSampleModel
+
+# Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
+# 2^-24 * ghost.BLOCK / 2 of the norm, inside the sensitivity.
+_MARGIN = 1e-4
+_COMPARED = 4  # records whose norms are compared with those of their gradients, written down
+
+_ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
+
+Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
+
+_stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
+_guards: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+
+
+class Keeper(Protocol):
+    """Who plans and pays for the steps, asked when an optimizer's state is saved or loaded."""
+
+    def saved(self, clip: float) -> dict[str, float | int | str]:
+        """Return what to write down beside the optimizer's state, given the clipping norm."""
+        ...
+
+    def resumed(self, entry: Any) -> tuple[float, float]:
+        """Go on as `entry` says; return clipping norm and noise multiplier. Raises: PrivacyError, and its kinds."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Clipped gradients of the chunks of a batch so far, without noise."""
+
+    params: list[nn.Parameter]
+    total: torch.Tensor  # of all parameters, flat, float64
+    within: float  # how many norms were at most C, less how many were longer
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise PrivacyError("clipped gradients without noise may be neither copied nor written to a file")
+
+
+class PrivateOptimizer(OverOptimizer):
+    """The user's optimizer, fed with noisy gradients; its groups, state and hyper-parameters are the user's own.
+
+    Guarantee: each step releases, and hands to the user's optimizer,
+        (sum over the batch of g_i * min(1, C / |g_i|) + N(0, (sigma C)^2 I)) / expected_batch_size,
+    g_i the gradient of record i over all parameters of the optimizer together: the Gaussian mechanism with
+    noise multiplier sigma (Abadi et al. 2016, algorithm 1, with the divisor of McMahan et al. 2018). With `noise`, what
+    that makes is added instead, given the number of coordinates and the grid, and the guarantee is its maker's.
+    Unit: the record. Neighbours: zero out one record. The divisor is public, never the realised size.
+    With PerLayerClip each layer's part of g_i has a factor of its own, and C is that of all layers together. With
+    AdaptiveClip the sum has one more coordinate, the count that C follows: see there.
+
+    A gradient that is not finite counts as zero, in the count of AdaptiveClip, too: a record that makes one changes as
+    much as a record that is not there, and raises no error, which would tell of it without noise. The data owner, and
+    nobody else, may ask for the number of such records: see `count_zeroed`.
+
+    One step per batch drawn: a second one raises BudgetExceededError. A batch may come in chunks: `step` on all but the
+    last adds its clipped gradients up and releases nothing, and `stepped` is then False.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: PerSampleModel,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: ClippingNorm | Clipping,
+        expected_batch_size: int,
+        source: Source,
+        noise: Noise | None = None,
+    ) -> None:
+        self.clipping = max_grad_norm if isinstance(max_grad_norm, Clipping) else Clipping(max_grad_norm)
+        super().__init__(optimizer)
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = self.clipping.norm
+        self.expected_batch_size = expected_batch_size
+        self._model = model
+        self._source = source
+        self._noise = noise or self._independent_noise
+        self._drawn: int | None = None
+        self._owing = False  # a batch or chunk was drawn and not stepped
+        self._last = True  # the batch, or chunk, just drawn completes its batch
+        self._pending: _Pending | None = None  # of the chunks so far; secret
+        self._planned_noise = noise_multiplier
+        self.keeper: Keeper | None = None  # of the budget, for checkpoints
+        self._process = os.getpid()
+        self.stepped = False  # whether the latest step() released something and moved the model
+        self._warned = False  # that the loop clips gradients, which does nothing
+        self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
+        self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
+        if (old := _guards.pop(optimizer, None)) is not None:
+            old.remove()
+        _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
+
+    def count_zeroed(self) -> None:
+        """Count from now on the records whose gradient was not finite, so that :attr:`zeroed` can be read."""
+        self._zeroed = self._zeroed or 0
+
+    @property
+    def zeroed(self) -> int:
+        """How often a record's gradient was not finite and counted as zero, since `count_zeroed` was called.
+
+        **Not private:** it is for the data owner, to mend the data. Never log or send it, nor let training depend on
+        it. No state dict, ledger or message holds it. Raises: PrivacyError (`count_zeroed` was not called).
+        """
+        if self._zeroed is None:
+            raise PrivacyError(
+                "records whose gradient is not finite were not counted",
+                hint="The data owner may call optimizer.count_zeroed() before training; the number is not private.",
+            )
+        return self._zeroed
+
+    def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
+        """Prepare for the step of a batch, or of its `first` to `last` chunk, of `drawn` records.
+
+        Raises: PrivacyError (the batch before had no step, or not all of its chunks).
+        """
+        self._refuse_fork()
+        if self._owing or first:
+            self.refuse_owing()
+        elif self._pending is None:
+            raise PrivacyError("a chunk of a batch whose first chunks were not stepped", hint=_ALL_CHUNKS)
+        self._model.begin(drawn)
+        self._drawn = drawn
+        self._owing, self._last = True, last
+        if first:
+            self.max_grad_norm = self.clipping.norm  # of the whole batch
+        if self._buffers is None:
+            self._remember_buffers()
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "this process was forked off one that trains privately, and a pass is paid for once",
+                hint="Wrap in the process that trains; each wrap pays for passes of its own.",
+            )
+
+    def refuse_owing(self) -> None:
+        """Raise PrivacyError if a batch was drawn and not stepped: whether to step may not depend on the data."""
+        if self._owing or self._pending is not None:
+            raise PrivacyError(
+                "the batch before was drawn and never stepped, which tells something about it without noise",
+                hint="Step once for every batch, whatever its loss; do not catch errors of step() and go on. Look at a "
+                "first batch, next(iter(loader)), with the original loader: here it is drawn, and its pass paid for."
+                + (f" {_ALL_CHUNKS}" if self._pending is not None else ""),
+            )
+
+    def plan(self, noise_multiplier: float) -> None:
+        """Take the noise multiplier that will be paid for."""
+        self.noise_multiplier = self._planned_noise = noise_multiplier
+
+    def begin_pass(self) -> None:
+        """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step; weights are not finite)."""
+        self.refuse_owing()
+        self._refuse_diverged()
+        self._remember_buffers()
+
+    def end_pass(self) -> None:
+        """Look back at a pass.
+
+        Raises: PrivacyError (a batch had no step; weights are not finite), UnsupportedModelError (buffers changed).
+        """
+        self.refuse_owing()
+        self._refuse_diverged()
+        self._refuse_changed_buffers(thorough=True)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Make one private step with the gradients of the batch just drawn.
+
+        Raises: BudgetExceededError (no batch awaits a step), UnsupportedModelError (per-sample gradients
+        missing or wrong), PrivacyError (a closure). Nothing is released then.
+        """
+        self._refuse_fork()
+        if closure is not None:
+            raise PrivacyError("step(closure) evaluates the loss again, which was not paid for", hint="Call step().")
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            raise BudgetExceededError(
+                "optimizer.step() without a fresh batch: each batch pays for one step",
+                hint="Draw batches from the wrapped loader and step once for each.",
+            )
+        self.stepped = False
+        self._warned = self._warned or warn_of_clipping(sys._getframe(1))
+        with full_precision():
+            self._accumulate(drawn)
+        self._owing, self._model.drawn = False, None
+        return self._settle() if self._last else None
+
+    def _accumulate(self, drawn: int) -> None:
+        """Add the clipped gradients of the records just drawn to those of earlier chunks of the batch."""
+        params = self.params
+        samples = [self._per_sample(p, drawn) for p in params]
+        clip, within, gone = self._clip_factors(samples)
+        if drawn > 1 and not (self._model.unmixed or self._model.looked):
+            raise UnsupportedModelError(
+                "it was not seen whether the model treats the records of a batch one by one",
+                hint="Compute the loss from outputs of model(...) itself, as wrap() returned it, or call "
+                "model.check_step(step, batch), where step(batch) returns the loss.",
+            )
+        if drawn > 1 and self._model.outside:
+            raise UnsupportedModelError(
+                f"the loss uses layer {min(self._model.outside)} outside model(...), where it was not seen whether "
+                "records are treated one by one",
+                hint="Compute the loss from outputs of model(...) alone, and let its forward return what is needed; or "
+                "call model.check_step(step, batch) before, where step(batch) returns the whole loss.",
+            )
+        self._refuse_changed_buffers(thorough=not self._model.checked)
+        finite = not bool(gone.any())
+        if finite:  # autograd's mean is NaN otherwise
+            self._compare(samples)
+        if not finite:
+            samples = [g.without(gone) for g in samples]
+            if self._zeroed is not None:
+                self._zeroed += int(gone.sum())
+        sums = [g.weighted_sum(w) for g, w in zip(samples, clip, strict=True)]
+        del samples
+        self._model.forget()  # what is not private does not outlive the step
+        chunk = torch.cat([s.to(sums[0].device, torch.float64) for s in sums])
+        before = self._pending
+        if before is None:
+            self._pending = _Pending(params, chunk, within)
+            return
+        if [id(p) for p in before.params] != [id(p) for p in params]:
+            raise PrivacyError(
+                "parameters were frozen or unfrozen between chunks of one batch", hint="Do so when optimizer.stepped."
+            )
+        self._pending = _Pending(params, before.total.add_(chunk), before.within + within)
+
+    def step_empty(self) -> None:
+        """Make the step of a batch without records: noise alone. Raises: PrivacyError (a batch had no step)."""
+        self.refuse_owing()
+        self._model.forget()
+        self._drawn = None
+        self.max_grad_norm = self.clipping.norm
+        params = self.params
+        total = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64, device=params[0].device)
+        self._pending = _Pending(params, total, 0.0)
+        self._settle()
+        self._model.forget()
+
+    def _settle(self) -> Any:
+        """Release the batch whose chunks are all there, and step."""
+        pending = self._pending
+        if pending is None:
+            raise PrivacyError("nothing was accumulated for this batch")
+        self._release(pending)
+        self._pending = None
+        self.stepped = True
+        return self._apply()
+
+    def _apply(self) -> Any:
+        """Let the user's optimizer use what was released, and nothing else."""
+        released = {id(p) for p in self.params}
+        for group in self.original_optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in released:
+                    p.grad = None
+        self._opt_called = True  # a scheduler that looks at this optimizer need not warn after an empty batch
+        token = _stepping.set(self.original_optimizer)
+        try:
+            return self.original_optimizer.step()
+        finally:
+            _stepping.reset(token)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler.step alone, and before it looks at gradients."""
+        raise PrivacyError(
+            "GradScaler skips steps whose gradients overflow, which tells something about them without noise",
+            hint="Use bfloat16, which needs no scaling, and optimizer.step().",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the user's optimizer; of a wrapped one, with an entry "privacy".
+
+        That entry, of numbers and strings, says where the clipping norm is, what noise was planned for how many more
+        passes, and how long the ledger was. Nothing in it is secret; chunks of an unfinished batch are left out.
+        """
+        state: dict[str, Any] = dict(super().state_dict())
+        if self.keeper is not None:
+            state["privacy"] = self.keeper.saved(self.max_grad_norm if self._pending else self.clipping.norm)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, and go on as it was planned then: same noise, the passes that are left.
+
+        The ledger must be the one of that time, with what was paid since. A pass that was begun after the state was
+        saved is paid for and gone. A state without "privacy" is loaded into the user's optimizer alone.
+        Raises: LedgerError (it holds less, or other events), PrivacyError (not such a state, of another sampling, or a
+        batch without a step), BudgetExceededError (what is left is too little). Nothing is loaded then.
+        """
+        state = dict(state_dict)
+        missing = min({"state", "param_groups"} - state.keys(), default=None)
+        if missing is not None:
+            raise PrivacyError(
+                f"the optimizer's state has no {missing!r}", hint="Give what optimizer.state_dict() returned."
+            )
+        entry = state.pop("privacy", None)
+        if entry is not None and self.keeper is not None:
+            self.refuse_owing()
+            self.clipping.norm, noise = self.keeper.resumed(entry)
+            self.max_grad_norm = self.clipping.norm
+            self.plan(noise)
+        try:
+            super().load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(
+                f"the state is not of an optimizer of these parameters: {error}",
+                hint="Build model and optimizer alike.",
+            ) from error
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        for p in self.params:
+            p.grad_sample = None  # type: ignore[attr-defined]
+        self._model.uses.clear()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost.PerSample:
+        """Return the per-sample gradients of `p`, of `drawn` records."""
+        parts = self._model.parts(p)
+        if not parts and p not in self._model.attached:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} was frozen, with its whole layer, when the model was wrapped, and is "
+                "trained now",
+                hint="Unfreeze it before wrap(), or in mid-training after unwrap(model), and wrap again on the same "
+                "ledger.",
+            )
+        if not parts and self._model.left_out(p):
+            return ghost.Dense(torch.zeros((), device=p.device).expand(drawn, p.numel()))
+        if not parts:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
+                "outside its own layer's forward, or the model was in eval mode",
+                hint="Call model.train(); freeze unused parameters and leave them out of the optimizer.",
+            )
+        for part in parts:
+            if part.records != drawn:
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)} has gradients for {part.records} samples, but {drawn} records were "
+                    "drawn",
+                    hint="Each layer's input needs one row per record, in its first dimension (batch_first=True): do "
+                    "not drop, repeat or merge records.",
+                )
+        if p in self._model.astray:
+            raise UnsupportedModelError(
+                f"parameter {self._name(p)} received a gradient from outside its own layer's forward in train mode",
+                hint="Use weights through their layers only: call layer(x), not a function of layer.weight. An L2 term "
+                "is the optimizer's weight_decay; it needs no gradients of the loss.",
+            )
+        return ghost.added(parts)
+
+    def _compare(self, samples: list[ghost.PerSample]) -> None:
+        """Compare per-sample gradients with autograd, of each parameter until both were there to be compared."""
+        model = self._model
+        for p, g in zip(self.params, samples, strict=True):
+            if p in model.compared:
+                continue
+            if p not in model.averages:
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)} received no gradient from autograd to compare with",
+                    hint="Call loss.backward() on a loss of the wrapped model's own parameters.",
+                )
+            norms, average = g.norms(), g.weighted_sum(torch.full((g.records,), 1.0 / g.records, dtype=torch.float64))
+            expected = model.averages.pop(p).reshape(-1).to(average.device, torch.float64)
+            size = float(torch.linalg.vector_norm(expected))
+            difference = float(torch.linalg.vector_norm(average.sub_(expected)))
+            few = g.dense(_COMPARED)
+            astray = (ghost.norms(few).to(norms.device) - norms[: len(few)]).abs()
+            scale = float(norms.mean())
+            if not (difference <= 1e-3 * scale + 1e-7 and float(astray.max()) <= 1e-3 * scale + 1e-7):
+                raise UnsupportedModelError(
+                    f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
+                    hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
+                    "across records, a scaled loss, an L2 term in the loss (use the optimizer's weight_decay), or "
+                    "backward() under autocast. Nothing was released.",
+                )
+            if size > 1e-2 * scale and scale > 1e-4:  # or else they agreed for want of anything to differ in
+                model.compared.add(p)
+
+    def _refuse_diverged(self) -> None:
+        """Refuse trained weights that are not finite. They are released: to stop for them tells nothing more."""
+        for p in self.params:
+            if not bool(torch.isfinite(p).all()):
+                raise PrivacyError(
+                    f"parameter {self._name(p)} is not finite any more: training has diverged",
+                    hint="Lower the learning rate, and begin again from finite weights.",
+                )
+
+    def _remember_buffers(self) -> None:
+        buffers = self._model._module.named_buffers()
+        self._buffers = {name: (b, b._version, b.detach().clone()) for name, b in buffers}
+
+    def _refuse_changed_buffers(self, *, thorough: bool) -> None:
+        """Compare buffers with those at the beginning of the pass; unless `thorough`, those that torch saw change."""
+        known = self._buffers or {}
+        for name, buffer in self._model._module.named_buffers():
+            before, version, value = known.get(name, (None, 0, None))
+            if not thorough and before is not None and buffer is before and before._version == version:
+                continue
+            if value is None or buffer.shape != value.shape or not torch.equal(value.to(buffer.device), buffer):
+                raise UnsupportedModelError(
+                    f"buffer {name} changes during training: it would publish the data without noise",
+                    hint="Remove the running statistics, or freeze them.",
+                )
+
+    def _clip_factors(self, samples: list[ghost.PerSample]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+        """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64; the sum of the
+        records' answers for adaptive clipping, +1 for a norm of at most C, else -1; and which gradients are not finite:
+        factor and answer of those records are 0.
+        """
+        found = [g.norms() for g in samples]
+        per_parameter = torch.stack([n.to(found[0].device) for n in found])
+        norms = torch.linalg.vector_norm(per_parameter, dim=0)
+        gone = ~torch.isfinite(norms)
+        setting = self.clipping.setting
+        if isinstance(setting, PerLayerClip):
+            return [f.masked_fill(gone, 0.0) for f in self._layer_factors(setting, per_parameter)], 0.0, gone
+        factors = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0).masked_fill(gone, 0.0)
+        answers = torch.where(norms <= self.max_grad_norm, 1.0, -1.0).masked_fill(gone, 0.0).sum()
+        return [factors] * len(found), float(answers) if isinstance(setting, AdaptiveClip) else 0.0, gone
+
+    def _layer_factors(self, setting: PerLayerClip, per_parameter: torch.Tensor) -> list[torch.Tensor]:
+        """Return the same for each parameter, from the norms of its layer, shape (parameters, batch)."""
+        names = [self._name(p) for p in self.params]
+        layers = [setting.layer(name) for name in names]
+        factors = {}
+        for layer, bound in setting.bounds(names).items():
+            mine = [i for i, other in enumerate(layers) if other == layer]
+            norms = torch.linalg.vector_norm(per_parameter[mine], dim=0)
+            factors[layer] = (bound / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
+        return [factors[layer] for layer in layers]
+
+    def _release(self, pending: _Pending) -> None:
+        """Add noise to the clipped sum and leave the result in `p.grad`; move the clipping norm if it adapts."""
+        flat, adaptive = pending.total, self.clipping.setting
+        if isinstance(adaptive, AdaptiveClip):  # one vector of norm 1 at most for each record
+            flat = flat * (math.sqrt(1.0 - adaptive.share) / self.max_grad_norm)
+            flat = torch.cat([flat, flat.new_tensor([pending.within * math.sqrt(adaptive.share)])])
+        grid = noise_grid(self._sensitivity, len(flat))
+        noise = self._noise(len(flat), grid)
+        flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(flat.device)).div_(self.expected_batch_size)
+        if isinstance(adaptive, AdaptiveClip):
+            within = (float(flat[-1]) / math.sqrt(adaptive.share) + 1.0) / 2.0
+            flat = flat[:-1] * (self.max_grad_norm / math.sqrt(1.0 - adaptive.share))
+            self.clipping.norm = adaptive.moved(self.max_grad_norm, within)
+        for p, g in zip(pending.params, torch.split(flat, [p.numel() for p in pending.params]), strict=True):
+            p.grad = g.view(p.shape).to(p.device, p.dtype)
+
+    @property
+    def _sensitivity(self) -> float:
+        return 1.0 if isinstance(self.clipping.setting, AdaptiveClip) else self.max_grad_norm
+
+    def _independent_noise(self, count: int, grid: float) -> npt.NDArray[np.float64]:
+        if self.noise_multiplier != self._planned_noise:
+            raise PrivacyError(
+                f"noise_multiplier was set to {self.noise_multiplier}, but {self._planned_noise} was paid for",
+                hint="Leave it alone; noise schedules are not accounted for.",
+            )
+        return grid_gaussian(count, self.noise_multiplier, self._sensitivity, grid, self._source)
+
+    def _name(self, p: torch.Tensor) -> str:
+        return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")
+
+
+def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *_: Any) -> None:
+    wrapped = model()
+    if wrapped is not None and wrapped.guarded and _stepping.get() is not optimizer:
+        raise PrivacyError(
+            "the original optimizer was stepped, whose gradients have no noise",
+            hint="Step the optimizer that wrap() returned; choral.privacy.unwrap(model) ends private training.",
+        )

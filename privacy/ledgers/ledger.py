@@ -1,0 +1,429 @@
+"""The ledger: everything one data holder ever released, written down before it is released.
+
+Epsilon belongs to the life of the data, not to a run or a process. A ledger therefore outlives both: it is an
+append-only file of JSON lines, each carrying the SHA-256 of the line before it and its own. An append is
+written, flushed and fsynced under an exclusive lock before the noise it pays for is drawn, so a crash can only
+overcount.
+
+A ledger comes into being with its first event, in one piece. A file that ends in a torn line after that was cut
+during an append that never returned: nothing was released for it, and the torn tail alone is removed. Any other
+irregularity (an edited, missing, reordered or foreign line, a file without an event) is refused with
+:class:`LedgerError`. The hash chain finds damage and careless edits. What it cannot find is a whole chain rewritten,
+or the file put back to an older state, lines cut from its end included, while no process has it open: keep
+:attr:`Ledger.head` elsewhere, and compare, against that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import msgspec
+
+from choral.errors import ConfigError
+from choral.locks import lock_file, refuse_without_locks, sync_folder
+from choral.privacy.accounting import client_level as client_accounting
+from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.events import (
+    CLIENT_UNIT,
+    RELATIONS,
+    UNIT,
+    ClientRelease,
+    Event,
+    Plan,
+    RecordEvent,
+    check_relation,
+    relation_of,
+    stated,
+)
+from choral.privacy.accounting.plain_numbers import as_float
+from choral.privacy.errors import LedgerError
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
+
+_FORMAT = "choral ledger 1"
+_ONE_EACH = "Give each data holder a ledger of its own."
+_RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="header"):
+    format: str
+    holder: str
+    delta: float
+    unit: str
+    neighbours: str
+
+
+_DECODER: msgspec.json.Decoder[Line[_Header | Plan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
+    Line[_Header | Plan | RecordEvent | ClientRelease]
+)
+
+
+class Ledger:
+    """The events of one data holder: in memory if `path` is None, else in an append-only file.
+
+    Args:
+        path: the file; the first append makes it, in a folder that exists.
+        holder: whose data this is. Left out, it is read from the file or set by the first Guard that uses it.
+
+    Safe under kill -9 and with several writing processes. Copies are the ledger itself.
+    Raises: LedgerError if the file is damaged or belongs to another holder; NoLocksError for a file on a system without
+        file locks.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError(f"path is a {type(path).__name__}, expected that of a file, or None")
+        self.path = None if path is None else Path(path)
+        self._asked = holder
+        self._asked_delta: float | None = None
+        self._asked_unit = UNIT
+        self._asked_neighbours: str | None = None
+        self._header: _Header | None = None
+        self._entries: list[Plan | Event] = []
+        self._head = GENESIS
+        self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
+        if self.path is not None:
+            refuse_without_locks(self._name)  # before anything is written
+        self._refresh()
+        if holder is not None and self.holder != holder:
+            raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self  # what was spent is one fact, however often the promise is copied
+
+    def __reduce_ex__(self, _: object) -> tuple[type[Self], tuple[Path]]:
+        """As its file. Raises: LedgerError for one in memory, of which another process would begin anew."""
+        if self.path is None:
+            raise LedgerError(
+                "a ledger in memory cannot be pickled: the copy would not know what is spent later, nor this one of it",
+                hint="Keep it in a file: Privacy(ledger=PATH), or Ledger(PATH).",
+            )
+        return type(self), (self.path.absolute(),)
+
+    def __repr__(self) -> str:
+        return f"Ledger(path={self.path}, holder={self.holder!r}, events={self._count()})"
+
+    @property
+    def holder(self) -> str | None:
+        """Whose data this is; None until it is known."""
+        return self._header.holder if self._header else self._asked
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that the holder's budget is stated at; None before the first event."""
+        return self._header.delta if self._header else self._asked_delta
+
+    @property
+    def unit(self) -> str:
+        """Whose presence this ledger's numbers are about: "record" or "client"."""
+        return self._header.unit if self._header else self._asked_unit
+
+    @property
+    def neighbours(self) -> str:
+        """The neighbour relation, in the words of the file, which may be old; see :func:`events.stated`."""
+        return self._header.neighbours if self._header else self._asked_neighbours or RELATIONS[self._asked_unit][0]
+
+    @property
+    def events(self) -> tuple[RecordEvent, ...]:
+        """All events so far, oldest first, with those that other processes wrote.
+
+        Raises: LedgerError for a ledger of clients, whose events are `releases`.
+        """
+        self._refresh()
+        self._check_unit(UNIT)
+        return tuple(event for event in self._entries if not isinstance(event, ClientRelease | Plan))
+
+    @property
+    def releases(self) -> tuple[ClientRelease, ...]:
+        """The same for a ledger of clients. Raises: LedgerError for one of records, unless it is still empty."""
+        self._refresh()
+        if self._header is not None:
+            self._check_unit(CLIENT_UNIT)
+        return tuple(event for event in self._entries if isinstance(event, ClientRelease))
+
+    @property
+    def segments(self) -> tuple[tuple[Plan | None, tuple[Event, ...]], ...]:
+        """Each plan with the events that follow it, oldest first; those before the first plan come with None."""
+        self._refresh()
+        found: list[tuple[Plan | None, list[Event]]] = []
+        for entry in self._entries:
+            if isinstance(entry, Plan):
+                found.append((entry, []))
+            elif found:
+                found[-1][1].append(entry)
+            else:
+                found.append((None, [entry]))
+        return tuple((plan, tuple(events)) for plan, events in found)
+
+    @property
+    def head(self) -> str:
+        """The hexadecimal SHA-256 of the last line, which vouches for all of them; zeros while there is none."""
+        self._refresh()
+        return self._head
+
+    def head_after(self, events: int) -> str:
+        """Return what `head` was when the ledger held so many events. Raises: LedgerError if it holds fewer."""
+        self._refresh()
+        places = [place for place, entry in enumerate(self._entries, 1) if not isinstance(entry, Plan)]
+        if not 0 <= events <= len(places):
+            raise LedgerError(f"{self._name} holds {len(places)} events, expected at least {events}", hint=_RESTORE)
+        if self._header is None or events == 0:
+            return GENESIS
+        return lines(GENESIS, (self._header, *self._entries[: places[events - 1]]))[1]
+
+    def written(self) -> bytes:
+        """Return all events as the lines of a ledger file; nothing while there is none."""
+        self._refresh()
+        return lines(GENESIS, (self._header, *self._entries))[0] if self._header else b""
+
+    @classmethod
+    def read(cls, content: bytes, *, holder: str) -> Self:
+        """Return a ledger in memory of what :meth:`written` returned.
+
+        Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
+        """
+        ledger = cls()
+        ledger._header, ledger._entries, ledger._head = _verify(content, f"the ledger of {holder!r}")
+        if all(isinstance(entry, Plan) for entry in ledger._entries):
+            raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=_RESTORE)
+        if ledger.holder != holder:
+            raise LedgerError(f"a ledger that belongs to {ledger.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+        return ledger
+
+    def epsilon(self, delta: float) -> float:
+        """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
+        if self.unit == CLIENT_UNIT:
+            return client_accounting.epsilon(self.releases, delta)
+        return accounting.epsilon(self.events, delta, neighbours=self.neighbours)
+
+    def bind(self, holder: str, delta: float, *, unit: str = UNIT, neighbours: str | None = None) -> None:
+        """Declare whose ledger this is, the delta of the budget, its unit and neighbours; the first append writes it.
+
+        neighbours: a relation of the unit's; None takes the ledger's own, or the unit's usual one.
+        Raises: LedgerError if the ledger belongs to another holder or states another delta, unit or relation.
+        """
+        if unit not in RELATIONS:
+            raise ConfigError(f"unit is {unit!r}, expected one of {', '.join(RELATIONS)}")
+        if neighbours is not None:
+            check_relation(neighbours, unit)
+        if not isinstance(holder, str) or not holder:
+            raise ConfigError(f"holder is {holder!r:.80}, expected a name")
+        accounting.check_target(1.0, delta := as_float("delta", delta))
+        self._refresh()
+        if self.holder not in (None, holder):
+            raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
+        if self.delta not in (None, delta):
+            raise LedgerError(
+                f"{self._name} states its budget at delta={self.delta}, not {delta}",
+                hint="Keep one delta for the life of the data.",
+            )
+        if self._header is not None:
+            self._check_unit(unit)
+        known = self.neighbours if self._header is not None else self._asked_neighbours
+        if None not in (known, neighbours) and relation_of(str(known)) != neighbours:
+            raise LedgerError(
+                f"{self._name} is for the neighbours {stated(str(known))!r}, not {neighbours!r}",
+                hint="Keep one neighbour relation for the life of the data: each has a price of its own.",
+            )
+        self._asked, self._asked_delta, self._asked_unit = holder, delta, unit
+        self._asked_neighbours = known or neighbours
+
+    def append(self, event: Event, *, after: int, plan: Plan | None = None) -> None:
+        """Write one event down for good; on return it is on disk and may be used.
+
+        `plan` is written in front of it: what the event, and those that are to follow, were fixed to be. Without one
+        the event belongs to the latest plan, if there is one (:mod:`choral.privacy.ledgers.plans`).
+
+        `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
+        nothing is written. Nor is an event that could not be read back as it is, whether to a file or in memory.
+        Raises: LedgerError (that, a damaged file, no holder bound, something that is no event or one of another unit,
+        or a failed write).
+        """
+        if not isinstance(event, Event):
+            raise LedgerError(
+                f"a {type(event).__name__} is no event of a ledger", hint="See choral.privacy.accounting.events."
+            )
+        entries = (event,) if plan is None else (plan, event)
+        for entry in entries:
+            self._check_unit(_unit_of(entry))
+        if self._asked is None or self._asked_delta is None:
+            raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
+        header = _Header(
+            format=_FORMAT,
+            holder=self._asked,
+            delta=self._asked_delta,
+            unit=self._asked_unit,
+            neighbours=self.neighbours,
+        )
+        try:
+            lines(GENESIS, (header, *entries))
+        except UnreadableError as error:
+            raise LedgerError(f"{self._name}: {error}", hint=error.hint) from error
+        if self.path is None:
+            self._check_count(after)
+            self._head = lines(self._head, entries if self._header else (header, *entries))[1]
+            self._header = header
+            self._entries += entries
+            return
+        try:
+            if self._header is None and after == 0 and _created(self.path, lines(GENESIS, (header, *entries))[0]):
+                self._refresh()
+                return
+            with self._open(write=True) as file:
+                end = self._read(file)
+                self._check_count(after)
+                if self._header != header:
+                    raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
+                _extend(file.fileno(), end, lines(self._head, entries)[0])
+                self._read(file)
+        except OSError as error:
+            raise LedgerError(
+                f"{self._name} cannot be written: {error.strerror}",
+                hint="Nothing was released; mend the disk and retry.",
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        return f"ledger {self.path}" if self.path is not None else "the ledger in memory"
+
+    def _check_unit(self, unit: str) -> None:
+        if self.unit != unit:
+            raise LedgerError(
+                f"{self._name} counts for each {self.unit}, not for each {unit}",
+                hint="Keep one ledger for each unit: their numbers do not add up.",
+            )
+
+    def _count(self) -> int:
+        return sum(not isinstance(entry, Plan) for entry in self._entries)
+
+    def _check_count(self, after: int) -> None:
+        if self._count() != after:
+            raise LedgerError(
+                f"{self._name} has {self._count()} events, expected {after}: somebody else has spent from it",
+                hint="Wrap again: the noise is then calibrated for what is left.",
+            )
+
+    def _refresh(self) -> None:
+        if self.path is None:
+            return
+        try:
+            with self._open(write=False) as file:
+                self._read(file)
+        except FileNotFoundError:
+            if self._entries:
+                raise LedgerError(
+                    f"{self._name} is gone", hint="Bring the file back; it is the proof of what was spent."
+                ) from None
+        except OSError as error:
+            raise LedgerError(
+                f"{self._name} cannot be read: {error.strerror}",
+                hint="Nothing was spent. Give a file that this process may read and write, in a folder that exists.",
+            ) from error
+
+    @contextlib.contextmanager
+    def _open(self, *, write: bool) -> Iterator[BinaryIO]:
+        with open(str(self.path), "r+b" if write else "rb", buffering=0) as file:
+            lock_file(file, exclusive=write)  # released when the file is closed
+            yield file
+
+    def _read(self, file: BinaryIO) -> int:
+        """Read and verify the file if it changed; return where its last whole line ends."""
+        status = os.fstat(file.fileno())
+        file.seek(0)
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if seen == self._seen:
+            return end
+        header, entries, head = _verify(content[:end], self._name)
+        if all(isinstance(entry, Plan) for entry in entries):
+            raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=_RESTORE)
+        if entries[: len(self._entries)] != self._entries:
+            raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
+        self._header, self._entries, self._head, self._seen = header, entries, head, seen
+        return end
+
+
+def as_ledger(given: Ledger | str | Path | None) -> Ledger:
+    """Return the ledger that a promise was given: itself, that of a file, or a new one in memory.
+
+    Raises: ConfigError for anything else; LedgerError as :class:`Ledger`.
+    """
+    if isinstance(given, Ledger):
+        return given
+    if given is not None and not isinstance(given, str | Path):
+        raise ConfigError(f"ledger is a {type(given).__name__}, expected a file, a Ledger or None")
+    return Ledger(given)
+
+
+def _unit_of(entry: Plan | Event) -> str:
+    event = entry.parts[0].event if isinstance(entry, Plan) else entry
+    return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
+
+
+def _extend(file: int, end: int, line: bytes) -> None:
+    """Write `line` at `end`, on disk, or take back what was written of it: an event that was not paid for is not kept.
+
+    A torn tail after `end` goes; its append never returned. Should taking back fail, too, then part of a line is left,
+    which goes with the next append, or all of it, which counts although nothing was released.
+    """
+    os.ftruncate(file, end)
+    try:
+        left, place = memoryview(line), end
+        while left:
+            written = os.pwrite(file, left, place)
+            left, place = left[written:], place + written
+        os.fsync(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, end)
+            os.fsync(file)
+        raise
+
+
+def _created(path: Path, content: bytes) -> bool:
+    """Make the file with all of `content`, on disk, or not at all; return False if there is one already."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename, fails if the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.absolute().parent)
+    return True
+
+
+def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Plan | Event], str]:
+    """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
+    header: _Header | None = None
+    entries: list[Plan | Event] = []
+    head = GENESIS
+    try:
+        for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):
+            if isinstance(entry, _Header) != (number == 1):
+                raise BrokenChainError(number, undecoded=False)
+            if isinstance(entry, _Header):
+                header = entry
+                if header.format != _FORMAT or header.neighbours not in RELATIONS.get(header.unit, ()):
+                    raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
+            elif header is None or header.unit != _unit_of(entry):
+                raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
+            else:
+                entries.append(entry)
+            head = digest
+    except BrokenChainError as error:
+        what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
+        raise LedgerError(f"{name}, line {error.number}: {what}", hint=_RESTORE) from error
+    return header, entries, head

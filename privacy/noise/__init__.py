@@ -1,0 +1,1 @@
+"""Noise nobody can replay: Gaussian from a cryptographic stream, integers drawn exactly, random rotation."""
