@@ -23,10 +23,10 @@ from choral.audits.pictures import RECOGNISABLE_PSNR, nearer_p_value, psnr, ssim
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientGuard, ClientPrivacy, FixedPoint, Ledger
 from choral.protocols import Masked
-from choral.protocols import messages as wire
-from choral.protocols.integers import unpack
-from choral.protocols.seam import SumSpec
-from choral.protocols.watch import watched_by
+from choral.protocols.crypto.modular_integers import unpack
+from choral.protocols.interface import SumSpec
+from choral.protocols.masking import messages as wire
+from choral.protocols.tap import watched_by
 from choral.trainers.coders import ClientCoder
 
 Attack = Callable[[torch.Tensor, int], torch.Tensor]

@@ -18,7 +18,7 @@ from choral.audits.report import Check
 from choral.audits.text import amount
 
 if TYPE_CHECKING:
-    from choral.protocols import messages as wire
+    from choral.protocols.masking import messages as wire
     from choral.trainers.run import Run
     from choral.trainers.transcript import Opened, Recorded, Seen, Vector
 
@@ -64,7 +64,7 @@ class _Session:
 
     @property
     def setup(self) -> wire.Setup | None:
-        from choral.protocols.messages import Setup
+        from choral.protocols.masking.messages import Setup
 
         return next((message for _, message in self.decoded if isinstance(message, Setup)), None)
 
@@ -159,10 +159,10 @@ def _sessions(recorded: Recorded) -> list[_Session]:
 
 def _decode(session: _Session, recorded: Recorded) -> None:
     """Every message by its protocol's strict decoder; what does not decode is strange."""
-    from choral.protocols import messages as wire
+    from choral.protocols.crypto.modular_integers import unpack
     from choral.protocols.errors import ProtocolError
     from choral.protocols.homomorphic.messages import read_ciphertext
-    from choral.protocols.integers import unpack
+    from choral.protocols.masking import messages as wire
 
     opened, masked_sum = session.opened, session.opened.secure_sum
     roster = set(opened.parties)
@@ -195,9 +195,9 @@ def _decode(session: _Session, recorded: Recorded) -> None:
 
 
 def _most(setup: wire.Setup | None, message: Any) -> int | None:
-    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.messages`."""
-    from choral.protocols import messages as wire
-    from choral.protocols.integers import packed_bytes
+    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`."""
+    from choral.protocols.crypto.modular_integers import packed_bytes
+    from choral.protocols.masking import messages as wire
 
     if setup is None:
         return None
@@ -298,7 +298,7 @@ def _fresh(sessions: Sequence[_Session]) -> Check:
 
 def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
     """(what, where, value) of all that a party must make afresh; keys for one round may be sent for it again."""
-    from choral.protocols import messages as wire
+    from choral.protocols.masking import messages as wire
 
     for kind, names in ((wire.Hello, ("commitment",)), (wire.Reveal, ("nonce",))):
         for seen, message in session.of(kind):
@@ -321,7 +321,7 @@ def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
 
 def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
     """Everybody was told the same survivors, never fewer than agreed on, and as many as the history says."""
-    from choral.protocols import messages as wire
+    from choral.protocols.masking import messages as wire
 
     name = "Everybody was told the same survivors, and enough of them"
     history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}

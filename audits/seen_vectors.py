@@ -18,7 +18,7 @@ from choral.audits.text import power
 
 if TYPE_CHECKING:
     from choral.audits.seen import _Session
-    from choral.protocols import messages as wire
+    from choral.protocols.masking import messages as wire
     from choral.trainers.transcript import Recorded
 
 SMALLEST = 1e-300
@@ -86,8 +86,8 @@ def _named(found: Found, ones: Sequence[_Upload], others: Sequence[_Upload]) -> 
 
 def _uploads(session: _Session) -> list[_Upload]:
     """All masked vectors of a session that can be read; what is not as it should be was found elsewhere."""
-    from choral.protocols import messages as wire
-    from choral.protocols.integers import PackingError, unpack
+    from choral.protocols.crypto.modular_integers import PackingError, unpack
+    from choral.protocols.masking import messages as wire
 
     setup = session.setup
     if setup is None:
@@ -107,7 +107,7 @@ def _uploads(session: _Session) -> list[_Upload]:
 
 
 def _peeled(sent: Any, seed: bytes | None) -> Any:
-    from choral.protocols.stream import add_mask
+    from choral.protocols.crypto.mask_stream import add_mask
 
     if seed is None:
         return None
@@ -118,8 +118,8 @@ def _peeled(sent: Any, seed: bytes | None) -> Any:
 
 def _seeds(session: _Session, setup: wire.Setup) -> Mapping[tuple[int, int], bytes]:
     """The self-mask seeds that the server learns, by round and dealer: from the shares in Unmask, as it does."""
-    from choral.protocols import messages as wire
-    from choral.protocols.shamir import Combiner, ShareError
+    from choral.protocols.crypto.shamir import Combiner, ShareError
+    from choral.protocols.masking import messages as wire
 
     shares: dict[tuple[int, int], dict[int, bytes]] = {}
     for seen, message in session.of(wire.Unmask):
@@ -172,9 +172,9 @@ def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tu
 
     from choral.audits.independence import smallest_by_difference, thinned, turns
     from choral.protocols.homomorphic.messages import Ciphertext
-    from choral.protocols.homomorphic.split import SplitRound, residues, without_key
-    from choral.protocols.homomorphic.split_parameters import choose
-    from choral.protocols.seam import SumSpec
+    from choral.protocols.homomorphic.split.parameters import choose
+    from choral.protocols.homomorphic.split.party_and_server import SplitRound, residues, without_key
+    from choral.protocols.interface import SumSpec
 
     opened = session.opened
     chosen = choose(SumSpec(parties=opened.parties, length=opened.length, bound=opened.bound))

@@ -33,14 +33,16 @@ import torch
 from homomorphic_shared import interleaved
 
 from choral import Homomorphic, Masked
-from choral.protocols import SumSpec, integers, stream
-from choral.protocols import messages as wire
-from choral.protocols.homomorphic.gaussian import TAIL, sample
-from choral.protocols.homomorphic.ring import ring
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt
-from choral.protocols.homomorphic.split_parameters import BATCH, SplitParameters, choose
-from choral.protocols.masks import masked
+from choral.protocols import SumSpec
+from choral.protocols.crypto import mask_stream as stream
+from choral.protocols.crypto import modular_integers as integers
+from choral.protocols.homomorphic.ring.arithmetic import ring
+from choral.protocols.homomorphic.ring.gaussian import TAIL, sample
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.split.parameters import BATCH, SplitParameters, choose
+from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking.mask_addition import masked
 
 Line = dict[str, Any]
 MODEL = 25_600_000

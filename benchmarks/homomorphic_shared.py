@@ -25,10 +25,10 @@ import numpy as np
 import tenseal as ts
 import tenseal.sealapi as sealapi
 
-from choral.protocols.homomorphic import bfv, ckks
-from choral.protocols.homomorphic.seal import Ring, RingKey
-from choral.protocols.homomorphic.shared import SharedSession
-from choral.protocols.seam import SumSpec
+from choral.protocols.homomorphic.shared import bfv, ckks
+from choral.protocols.homomorphic.shared.seal import Ring, RingKey
+from choral.protocols.homomorphic.shared.secure_sum import SharedSession
+from choral.protocols.interface import SumSpec
 
 Row = dict[str, Any]
 SIZES = ((20, 1000), (20, 100), (20, 10), (16, 1000), (16, 100), (16, 10), (8, 10))

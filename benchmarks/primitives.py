@@ -20,7 +20,9 @@ import numpy as np
 from Crypto.Cipher import AES
 from Crypto.Protocol.SecretSharing import Shamir as PeerShamir
 
-from choral.protocols import integers, keys, shamir, stream
+from choral.protocols.crypto import keys, shamir
+from choral.protocols.crypto import mask_stream as stream
+from choral.protocols.crypto import modular_integers as integers
 
 SEED = os.urandom(32)
 Line = dict[str, Any]

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from flower_secagg import flower_sum
 
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
-from choral.protocols.integers import packed_bytes
-from choral.protocols.keys import ed25519_public, ed25519_sign, ed25519_verify
-from choral.protocols.parameters import choose
-from choral.protocols.policy import Policy
-from choral.protocols.server import Opening
-from choral.protocols.transcript import Signatures
+from choral.protocols.crypto.keys import ed25519_public, ed25519_sign, ed25519_verify
+from choral.protocols.crypto.modular_integers import packed_bytes
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
+from choral.protocols.masking.parameters import choose
+from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.server import Opening
+from choral.protocols.masking.signing import Signatures
 
 VALUE_BITS = 22
 BOUND = 2 ** (VALUE_BITS - 1)

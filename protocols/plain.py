@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from choral.protocols.crypto.modular_integers import accumulator_dtype, lift, pack, packed_bytes
 from choral.protocols.errors import PolicyError, SpecError, StateUsedError, TooFewSurvivorsError
-from choral.protocols.integers import accumulator_dtype, lift, pack, packed_bytes
-from choral.protocols.seam import IntVector, Losses, Step, SumResult, SumSpec, check_spec
-from choral.protocols.vectors import checked, is_tensor, words
-from choral.protocols.watch import show, watched
+from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec, check_spec
+from choral.protocols.own_vector import checked, is_tensor, words
+from choral.protocols.tap import show, watched
 
 if TYPE_CHECKING:
     import torch
 
-    from choral.protocols.policy import Policy
+    from choral.protocols.masking.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Plain:
 
 
 class PlainSession:
-    """See :class:`choral.protocols.seam.SumSession`."""
+    """See :class:`choral.protocols.interface.SumSession`."""
 
     def __init__(self, spec: SumSpec) -> None:
         self._spec = spec
@@ -64,7 +64,7 @@ class PlainSession:
 
 
 class PlainRound:
-    """See :class:`choral.protocols.seam.SumRound`. Memory: one vector, whatever the number of parties."""
+    """See :class:`choral.protocols.interface.SumRound`. Memory: one vector, whatever the number of parties."""
 
     def __init__(self, spec: SumSpec, losses: Losses) -> None:
         self._spec, self._losses = spec, losses

@@ -11,8 +11,8 @@ function's code; one outside functions (a default, a constant) is imported chang
 imported the libraries alone. Nothing is written to the working tree. Limits count processor time, so that the load of
 the machine changes no result. Processes that tests start for themselves see the module unchanged.
 
-`--part 0/2` and `--part 1/2` share the work between two processes; `--at protocols/keys.py:120` tries all mutants of
-one line or several; `--wide` asks all test files of the room, not the nearest alone.
+`--part 0/2` and `--part 1/2` share the work between two processes; `--at protocols/crypto/keys.py:120` tries all
+mutants of one line or several; `--wide` asks all test files of the room, not the nearest alone.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import mutants
-module = Path("protocols/integers.py").resolve()
+module = Path("protocols/crypto/modular_integers.py").resolve()
 every = list(mutants.mutants_of(module))
 print(json.dumps({
     "sources": [m.source() for m in every[:40]],

@@ -21,7 +21,7 @@ from choral.privacy.ledgers.ledger import as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.protocols.errors import TooFewSurvivorsError
-from choral.protocols.seam import SumResult, SumSession, SumSpec
+from choral.protocols.interface import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.seam import Channel, Mean
 from choral.trainers.record import Recorder
 

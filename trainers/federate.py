@@ -26,9 +26,9 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Guard, Privacy, Spent
 from choral.protocols import Plain
-from choral.protocols.policy import Policy, check_policy
-from choral.protocols.seam import SecureSum, SumSession
-from choral.protocols.watch import watched_by
+from choral.protocols.interface import SecureSum, SumSession
+from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.tap import watched_by
 from choral.trainers.algorithms import algorithm_named
 from choral.trainers.algorithms.seam import Algorithm, LocalTrainer, Setup
 from choral.trainers.arithmetic import Arithmetic, Precision, check_arithmetic

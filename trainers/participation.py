@@ -28,7 +28,7 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
 from choral.errors import ConfigError
-from choral.protocols.seam import STEPS, Step
+from choral.protocols.interface import STEPS, Step
 
 DAY = 24 * 3600.0
 

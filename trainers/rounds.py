@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from choral.errors import ChoralError, ConfigError
 from choral.privacy import ClientPrivacy, EncodingError, Privacy
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
-from choral.protocols.policy import Policy
-from choral.protocols.seam import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
+from choral.protocols.interface import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
+from choral.protocols.masking.policy import Policy
 from choral.trainers.algorithms.seam import (
     Algorithm,
     Done,

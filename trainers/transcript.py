@@ -32,9 +32,9 @@ import numpy as np
 
 from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
-from choral.protocols.seam import SumSpec
-from choral.protocols.vectors import is_tensor
-from choral.protocols.watch import Watcher, Way
+from choral.protocols.interface import SumSpec
+from choral.protocols.own_vector import is_tensor
+from choral.protocols.tap import Watcher, Way
 from choral.trainers.run import RunFolderError, Sealed
 
 Detail = Literal["digests", "messages", "rehearsal"]
@@ -104,7 +104,7 @@ class Transcript:
 
     @property
     def watcher(self) -> Watcher | None:
-        """For :func:`choral.protocols.watch.watched_by`."""
+        """For :func:`choral.protocols.tap.watched_by`."""
         return self._saw if self._detail is not None else None
 
     @property

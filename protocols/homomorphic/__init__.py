@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from choral.protocols.homomorphic.front import Homomorphic
 
 if TYPE_CHECKING:
-    from choral.protocols.homomorphic.shared_float import FloatResult, FloatSpec, FloatSum
+    from choral.protocols.homomorphic.shared.float_sum import FloatResult, FloatSpec, FloatSum
 
 __all__ = ["FloatResult", "FloatSpec", "FloatSum", "Homomorphic"]
 
@@ -17,6 +17,6 @@ __all__ = ["FloatResult", "FloatSpec", "FloatSum", "Homomorphic"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'choral.protocols.homomorphic' has no attribute {name!r}")
-    value = getattr(import_module("choral.protocols.homomorphic.shared_float"), name)
+    value = getattr(import_module("choral.protocols.homomorphic.shared.float_sum"), name)
     globals()[name] = value
     return value

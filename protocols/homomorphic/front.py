@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from choral.protocols import checks
+from choral.protocols import argument_checks as checks
 from choral.protocols.errors import SpecError
-from choral.protocols.masked import Masked
-from choral.protocols.policy import Policy
-from choral.protocols.seam import SumSession, SumSpec, check_spec
+from choral.protocols.interface import SumSession, SumSpec, check_spec
+from choral.protocols.masking.in_process import Masked
+from choral.protocols.masking.policy import Policy
 
 Key = Literal["split", "shared"]
 KEYS: tuple[Key, ...] = get_args(Key)
@@ -25,10 +25,10 @@ class Homomorphic:
             keys* through the masked sum, and with it the sum of the vectors and nothing else. Trust: as ``Masked``, the
             server "malicious" or "semi-honest" and up to ``corrupt`` parties colluding with it; and ring-LWE. What a
             party does for the long vector does not grow with its neighbours, nor what the server does with dropouts.
-            Guarantee and argument: :mod:`choral.protocols.homomorphic.split`.
+            Guarantee and argument: :mod:`choral.protocols.homomorphic.split.party_and_server`.
         "shared": all parties hold one secret key, made afresh for each session; the server has none. Trust: the server
             follows the protocol and colludes with no party. **One party that gives the key away opens everybody's
-            vectors.** Built on SEAL by way of TenSEAL. :mod:`choral.protocols.homomorphic.shared`.
+            vectors.** Built on SEAL by way of TenSEAL. :mod:`choral.protocols.homomorphic.shared.secure_sum`.
 
     min_survivors: fewer vectors than this are never summed; by default a majority.
     corrupt, dropouts, server, cohort: as in :class:`~choral.protocols.Masked`; for a split key only.
@@ -74,7 +74,7 @@ class Homomorphic:
         """
         check_spec(spec)
         if self.key == "split":
-            from choral.protocols.homomorphic.split_sum import SplitSession
+            from choral.protocols.homomorphic.split.in_process import SplitSession
 
             return SplitSession(self._keys(), spec, policy)
         if self.corrupt or self.dropouts is not None or self.server == "malicious":
@@ -82,6 +82,6 @@ class Homomorphic:
                 "a shared key withstands no corrupt party and no malicious server, and plans for no count of dropouts",
                 hint='use key="split", or leave corrupt, dropouts and server out',
             )
-        from choral.protocols.homomorphic.shared import SharedSession
+        from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 
         return SharedSession(spec, min_survivors=self.min_survivors, policy=policy)

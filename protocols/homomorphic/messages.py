@@ -1,4 +1,4 @@
-"""The messages of the homomorphic sums, in the wire format of :mod:`choral.protocols.messages`.
+"""The messages of the homomorphic sums, in the wire format of :mod:`choral.protocols.masking.messages`.
 
 | message | way | size |
 |---|---|---|
@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from choral.protocols.errors import MessageError, SpecError
-from choral.protocols.messages import ENVELOPE, VERSION, Message, RoundNumber, SessionId, encode
+from choral.protocols.masking.messages import ENVELOPE, VERSION, Message, RoundNumber, SessionId, encode
 
 KeyId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """Which key opens a ciphertext, so that no two keys' ciphertexts are ever added. Says nothing about the key."""

@@ -17,7 +17,7 @@ from choral.settings import Arm, Settings, Unit, to_json
 
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
-    from choral.protocols.seam import SecureSum
+    from choral.protocols.interface import SecureSum
     from choral.trainers import Algorithm, Participation, Round, Run, Task
 
 

@@ -25,12 +25,13 @@ from choral.audits import Audit, independence
 from choral.audits.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
-from choral.protocols import messages as wire
-from choral.protocols import party_round, unmasking
-from choral.protocols.homomorphic import split, split_sum
-from choral.protocols.masked import MaskedSession, Traffic
-from choral.protocols.masks import masked
-from choral.protocols.watch import show, watched_by
+from choral.protocols.homomorphic.split import in_process as split_sum
+from choral.protocols.homomorphic.split import party_and_server as split
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party_round, unmasking
+from choral.protocols.masking.in_process import MaskedSession, Traffic
+from choral.protocols.masking.mask_addition import masked
+from choral.protocols.tap import show, watched_by
 from choral.trainers import Dropouts, Participation, RunFolderError
 from choral.trainers.transcript import Opened, Recorded, Seen, Transcript, Vector
 
@@ -227,7 +228,7 @@ def test_masks_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypa
 
 def test_keys_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parties' randomness repeats itself: the same keys in each round."""
-    from choral.protocols import party as steps
+    from choral.protocols.masking import party as steps
 
     advertise = steps.Member.advertise
 
@@ -246,7 +247,7 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """With a cohort every round is the first of a session of its own, so that place and party are the same again."""
-    from choral.protocols import party as steps
+    from choral.protocols.masking import party as steps
 
     def fixed(name: str) -> Callable[[int], bytes]:
         count = iter(range(9))
@@ -662,7 +663,7 @@ def test_a_session_of_masked_sums_names_its_terms() -> None:
     """The audit reads the terms from the wire, where Setup is the first message."""
     seen: list[bytes] = []
     with watched_by(lambda way, party, raw: seen.append(raw)):
-        from choral.protocols.seam import SumSpec
+        from choral.protocols.interface import SumSpec
 
         MaskedSession(Masked(), SumSpec(parties=("a", "b", "c"), length=5, bound=9))
     assert isinstance(wire.to_party(seen[0], limit=len(seen[0])), wire.Setup)

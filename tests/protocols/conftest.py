@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
+from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import ProtocolError
-from choral.protocols.keys import ed25519_public
-from choral.protocols.parameters import choose
-from choral.protocols.policy import Policy
-from choral.protocols.server import Opening
-from choral.protocols.transcript import Signatures
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
+from choral.protocols.masking.parameters import choose
+from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.server import Opening
+from choral.protocols.masking.signing import Signatures
 
 STAGES = ("advertise", "share", "upload", "confirm", "unmask")
 Hook = Callable[[str, bytes], bytes | None]

@@ -13,9 +13,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from choral.protocols import messages as wire
-from choral.protocols import party_round as rounds
-from choral.protocols import shamir, transcript
+from choral.protocols.crypto import shamir
+from choral.protocols.crypto.keys import ed25519_sign, x25519_public
 from choral.protocols.errors import (
     FaultyPartyError,
     FaultyPartyOrServerError,
@@ -28,8 +27,10 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.keys import ed25519_sign, x25519_public
-from choral.protocols.server import Opening
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party_round as rounds
+from choral.protocols.masking import signing as transcript
+from choral.protocols.masking.server import Opening
 
 Make = Callable[..., Any]
 VECTORS = {f"p{place}": [place, -place, 1] for place in range(12)}

@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from choral.protocols import messages as wire
-from choral.protocols import transcript
+from choral.protocols.crypto.keys import x25519_public, x25519_shared
+from choral.protocols.crypto.mask_stream import expand
+from choral.protocols.crypto.modular_integers import lift, unpack
+from choral.protocols.crypto.shamir import Combiner
 from choral.protocols.errors import (
     DisputedSharesError,
     FaultyPartyError,
@@ -24,10 +26,8 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.integers import lift, unpack
-from choral.protocols.keys import x25519_public, x25519_shared
-from choral.protocols.shamir import Combiner
-from choral.protocols.stream import expand
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import signing as transcript
 
 Make = Callable[..., Any]
 VECTORS = {f"p{place}": [place + 100, -place, 1] for place in range(12)}

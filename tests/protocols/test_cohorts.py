@@ -14,13 +14,14 @@ from msgspec.structs import replace
 from scipy import stats
 
 from choral import federate
-from choral.protocols import Homomorphic, Masked, Policy, SumSpec, transcript
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
+from choral.protocols import Homomorphic, Masked, Policy, SumSpec
+from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError
-from choral.protocols.keys import ed25519_public
-from choral.protocols.parameters import InfeasibleError, choose, colluding, counted, least_threshold
-from choral.protocols.policy import check_setup
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
+from choral.protocols.masking import signing as transcript
+from choral.protocols.masking.parameters import InfeasibleError, choose, colluding, counted, least_threshold
+from choral.protocols.masking.policy import check_setup
 
 Make = Callable[..., Any]
 IDENTITIES = {f"p{place}": place.to_bytes(32, "little") for place in range(100)}
@@ -229,7 +230,7 @@ def test_settings_say_how_a_cohort_is_made() -> None:
 
 
 def test_how_the_cohort_was_made_is_signed() -> None:
-    from choral.protocols.transcript import setup_digest
+    from choral.protocols.masking.signing import setup_digest
 
     setup = Masked(corrupt=5).setup(
         SumSpec(parties=tuple(IDENTITIES)[:40], length=1, bound=1, directory=1000), session=bytes(16)
@@ -349,9 +350,9 @@ def test_a_shared_key_and_a_plain_sum_meet_no_policy_that_asks_for_more() -> Non
 
 
 def test_a_shared_key_setup_that_is_weaker_than_the_settings_is_refused_in_process_too() -> None:
-    from choral.protocols.homomorphic.shared import key_setup
-    from choral.protocols.homomorphic.shared_parties import Parties
-    from choral.protocols.homomorphic.shared_terms import SharedPolicy
+    from choral.protocols.homomorphic.shared.in_process import Parties
+    from choral.protocols.homomorphic.shared.secure_sum import key_setup
+    from choral.protocols.homomorphic.shared.setup import SharedPolicy
 
     setup = key_setup(SEVEN, min_survivors=4, session=bytes(16))
     own = SharedPolicy(minimum_cohort=4, maximum_bound=10, maximum_length=3, encoding="step 1")

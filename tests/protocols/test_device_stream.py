@@ -11,8 +11,9 @@ from Crypto.Cipher import AES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from choral.protocols import device_stream, stream
-from choral.protocols.device_stream import add_mask_tensor
+from choral.protocols.crypto import mask_stream as stream
+from choral.protocols.crypto import mask_stream_device as device_stream
+from choral.protocols.crypto.mask_stream_device import add_mask_tensor
 from choral.protocols.errors import SpecError
 
 SEED = bytes(range(32))

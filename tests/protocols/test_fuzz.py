@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from choral.protocols import party as steps
+from choral.protocols.crypto.single_use import Once
 from choral.protocols.errors import ProtocolError
-from choral.protocols.server import Opening
-from choral.protocols.states import Once
+from choral.protocols.masking import party as steps
+from choral.protocols.masking.server import Opening
 
 TRIALS = int(os.environ.get("CHORAL_FUZZ", "100000"))
 VECTORS = {f"p{place}": [place, -place, 1] for place in range(4)}

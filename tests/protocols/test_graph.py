@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from choral.protocols import graph
 from choral.protocols.errors import SpecError
+from choral.protocols.masking import graph
 
 SEED = bytes(range(32))
 

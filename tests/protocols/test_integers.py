@@ -10,9 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import integers
+from choral.protocols.crypto import modular_integers as integers
+from choral.protocols.crypto.modular_integers import (
+    PackingError,
+    accumulator_dtype,
+    lift,
+    pack,
+    packed_bytes,
+    unpack,
+    wrap,
+)
 from choral.protocols.errors import SpecError
-from choral.protocols.integers import PackingError, accumulator_dtype, lift, pack, packed_bytes, unpack, wrap
 
 
 def draw(length: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint64]]:

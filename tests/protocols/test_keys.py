@@ -18,7 +18,7 @@ from Crypto.Signature import eddsa
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from choral.protocols import keys
+from choral.protocols.crypto import keys
 from choral.protocols.errors import SpecError
 
 FIELD = 2**255 - 19

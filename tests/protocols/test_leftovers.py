@@ -22,9 +22,14 @@ import pytest
 import torch
 from Crypto.Cipher import AES
 
-from choral.protocols import Homomorphic, Masked, SumSpec, keys, stream, transcript
-from choral.protocols.device_stream import _add_with_torch, _rounds
-from choral.protocols.homomorphic import FloatSpec, FloatSum, ring_kernels, seal_files
+from choral.protocols import Homomorphic, Masked, SumSpec
+from choral.protocols.crypto import keys
+from choral.protocols.crypto import mask_stream as stream
+from choral.protocols.crypto.mask_stream_device import _add_with_torch, _rounds
+from choral.protocols.homomorphic import FloatSpec, FloatSum
+from choral.protocols.homomorphic.ring import kernels as ring_kernels
+from choral.protocols.homomorphic.shared import seal_files
+from choral.protocols.masking import signing as transcript
 
 SPEC = SumSpec(parties=("north", "south", "east"), length=40, bound=2**40)
 LONG = SumSpec(parties=("north", "south"), length=20_000, bound=2**40)
@@ -193,8 +198,9 @@ def test_the_stream_of_a_device_leaves_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_a_split_key_round_leaves_no_secret(monkeypatch: pytest.MonkeyPatch, backend: str, numba: bool) -> None:
     backends(monkeypatch, backend)
     if not numba:
-        from choral.protocols.homomorphic import gaussian, split
-        from choral.protocols.homomorphic.ring_torch import TorchKernels
+        from choral.protocols.homomorphic.ring import gaussian
+        from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+        from choral.protocols.homomorphic.split import party_and_server as split
 
         for module in (gaussian, split):
             monkeypatch.setattr(module, "kernels", lambda device="cpu": TorchKernels(device))
@@ -241,7 +247,7 @@ def test_a_shared_key_round_leaves_no_secret_in_memory_or_in_seals_files(
 
 
 def test_a_party_that_made_a_key_and_dropped_out_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from choral.protocols.homomorphic.seal import Ring, RingKey, RingParameters, primes_of
+    from choral.protocols.homomorphic.shared.seal import Ring, RingKey, RingParameters, primes_of
 
     primes = primes_of(2048, (54,))
     key = RingKey.from_seed(Ring(RingParameters("bfv", 2048, primes, 0, 65537)), bytes(range(32)))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from choral.protocols import Masked, SumSpec
-from choral.protocols.masks import masked, masked_on_device
-from choral.protocols.stream import expand
-from choral.protocols.vectors import checked
+from choral.protocols.crypto.mask_stream import expand
+from choral.protocols.masking.mask_addition import masked, masked_on_device
+from choral.protocols.own_vector import checked
 
 
 @pytest.mark.parametrize("bits", [1, 5, 31, 32, 33, 64])
@@ -38,7 +38,7 @@ def test_the_device_path_gives_the_same_words(bits: int) -> None:
     seeds = [secrets.token_bytes(32) for _ in range(3)]
     words = masked_on_device(vector, bits, seeds[:1], seeds[1:])
     assert torch.equal(vector, before)  # a copy is masked, not the caller's own
-    from choral.protocols.integers import pack
+    from choral.protocols.crypto.modular_integers import pack
 
     assert pack(words, bits) == masked(vector.numpy(), bits, seeds[:1], seeds[1:])
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from choral.protocols import Masked, SumSpec
-from choral.protocols import messages as wire
+from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import MessageError
-from choral.protocols.integers import packed_bytes
+from choral.protocols.masking import messages as wire
 
 ID, H, SIG = b"s" * 16, b"h" * 32, b"g" * 64
 SAMPLES: dict[str, Any] = {

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from choral.protocols import graph, parameters
 from choral.protocols.errors import SpecError
-from choral.protocols.parameters import InfeasibleError, Parameters, choose, harary
+from choral.protocols.masking import graph, parameters
+from choral.protocols.masking.parameters import InfeasibleError, Parameters, choose, harary
 
 HONEST, MALICIOUS = "semi-honest", "malicious"
 

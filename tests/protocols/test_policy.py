@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from choral.protocols import Masked, SumSpec, transcript
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
+from choral.protocols import Masked, SumSpec
+from choral.protocols.crypto.keys import ed25519_public, x25519_shared
+from choral.protocols.crypto.mask_stream import expand
+from choral.protocols.crypto.modular_integers import lift, unpack
+from choral.protocols.crypto.shamir import Combiner
 from choral.protocols.errors import MessageError, PolicyError, SpecError, TooFewSurvivorsError
-from choral.protocols.integers import lift, unpack
-from choral.protocols.keys import ed25519_public, x25519_shared
-from choral.protocols.policy import Policy, check_setup
-from choral.protocols.shamir import Combiner
-from choral.protocols.stream import expand
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
+from choral.protocols.masking import signing as transcript
+from choral.protocols.masking.policy import Policy, check_setup
 
 Make = Callable[..., Any]
 

@@ -12,7 +12,7 @@ import torch
 
 from choral.protocols import Homomorphic, Masked, Plain, SumSpec
 from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
-from choral.protocols.seam import STEPS, Step
+from choral.protocols.interface import STEPS, Step
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "secure-sums.md"
 KINDS = pytest.mark.parametrize("kind", [Plain(), Masked(), Homomorphic()], ids=["plain", "masked", "split"])

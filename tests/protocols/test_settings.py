@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from choral.errors import ChoralError
-from choral.protocols import Homomorphic, Masked, Plain, Policy, SumSpec, checks, keys
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
+from choral.protocols import Homomorphic, Masked, Plain, Policy, SumSpec
+from choral.protocols import argument_checks as checks
+from choral.protocols.crypto import keys
 from choral.protocols.errors import InputError, PolicyError, SpecError
 from choral.protocols.homomorphic import FloatSpec, FloatSum
-from choral.protocols.homomorphic.shared_terms import SharedPolicy
-from choral.protocols.parameters import choose
+from choral.protocols.homomorphic.shared.setup import SharedPolicy
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
+from choral.protocols.masking.parameters import choose
 
 KEYS = {"a": bytes(31) + b"\x01", "b": bytes(31) + b"\x02"}
 NFC, NFD = "Z\u00fcrich", "Zu\u0308rich"

@@ -15,9 +15,9 @@ from Crypto.Protocol.SecretSharing import Shamir as PeerShamir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import shamir
+from choral.protocols.crypto import shamir
+from choral.protocols.crypto.shamir import PRIME, Combiner, ShareError, split
 from choral.protocols.errors import SpecError
-from choral.protocols.shamir import PRIME, Combiner, ShareError, split
 
 SECRET = bytes(range(32))
 

@@ -13,7 +13,7 @@ from Crypto.Cipher import AES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import stream
+from choral.protocols.crypto import mask_stream as stream
 from choral.protocols.errors import SpecError
 
 SEED = bytes(range(32))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from choral.protocols import messages as wire
-from choral.protocols.integers import unpack
+from choral.protocols.crypto.modular_integers import unpack
+from choral.protocols.masking import messages as wire
 
 FALSE_ALARM = 1e-8
 LENGTH = 40_000

@@ -11,10 +11,10 @@ import torch
 from msgspec.structs import replace
 
 from choral.protocols import Homomorphic, Masked, Plain, SumSpec
-from choral.protocols import messages as wire
-from choral.protocols import party as steps
+from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import InputError, PolicyError, SpecError
-from choral.protocols.integers import packed_bytes
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import party as steps
 
 PARTIES = ("a", "b", "c", "d", "e")
 

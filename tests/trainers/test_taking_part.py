@@ -18,7 +18,7 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, federate
 from choral.audits import audit
 from choral.errors import ConfigError
 from choral.protocols.errors import TooFewSurvivorsError
-from choral.protocols.seam import STEPS, SumSpec
+from choral.protocols.interface import STEPS, SumSpec
 from choral.trainers import (
     DANE,
     FSVRG,

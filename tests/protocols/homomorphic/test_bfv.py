@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic import bfv
-from choral.protocols.homomorphic.bfv import MARGIN_BITS, RINGS, BfvPlan, choose
-from choral.protocols.homomorphic.seal import ERROR_BOUND, Ring, RingKey, primes_of, ternary
+from choral.protocols.homomorphic.shared import bfv
+from choral.protocols.homomorphic.shared.bfv import MARGIN_BITS, RINGS, BfvPlan, choose
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingKey, primes_of, ternary
 
 SEED = bytes(range(32))
 STANDARD = {1024: 27, 2048: 54, 4096: 109}

@@ -11,8 +11,8 @@ import scipy.stats
 import tenseal.sealapi as sealapi
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic.ckks import CkksPlan, choose
-from choral.protocols.homomorphic.seal import Ring, RingKey
+from choral.protocols.homomorphic.shared.ckks import CkksPlan, choose
+from choral.protocols.homomorphic.shared.seal import Ring, RingKey
 
 SEED = bytes(range(32))
 CASES = [(2, 1.0, 1e-6), (10, 1.0, 1e-6), (10, 8.0, 1e-3), (40, 0.01, 1e-9), (3, 1e6, 1e-2), (30, 1.0, 1e-10)]

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choral.protocols.errors import GarbledSumError
-from choral.protocols.homomorphic import decoding
-from choral.protocols.homomorphic.decoding import decode
-from choral.protocols.homomorphic.ring import Kernels
-from choral.protocols.homomorphic.ring_numba import NumbaKernels
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split_parameters import SplitParameters, choose
-from choral.protocols.seam import SumSpec
+from choral.protocols.homomorphic.ring.arithmetic import Kernels
+from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.split import decoding
+from choral.protocols.homomorphic.split.decoding import decode
+from choral.protocols.homomorphic.split.parameters import SplitParameters, choose
+from choral.protocols.interface import SumSpec
 
 SPECS = [
     SumSpec(parties=("a", "b"), length=9, bound=1),

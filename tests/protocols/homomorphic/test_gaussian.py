@@ -15,14 +15,14 @@ import pytest
 from mpmath import mp
 from scipy.stats import binom, chi2
 
+from choral.protocols.crypto.mask_stream import expand
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic import gaussian
-from choral.protocols.homomorphic.gaussian import SIGMA, TAIL, THRESHOLDS, density, sample
-from choral.protocols.homomorphic.ring_kernels import kernels
-from choral.protocols.homomorphic.ring_numba import NumbaKernels
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split_parameters import TAIL_SIGMAS
-from choral.protocols.stream import expand
+from choral.protocols.homomorphic.ring import gaussian
+from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL, THRESHOLDS, density, sample
+from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.split.parameters import TAIL_SIGMAS
 
 FALSE_ALARM = 1e-9
 """Of every statistical test here; the seeds are fixed, so each passes always or never."""

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from choral.protocols.homomorphic.gaussian import SIGMA
-from choral.protocols.homomorphic.ring import DEGREES
-from choral.protocols.homomorphic.split_parameters import MODULUS_LIMIT, SECURITY_BITS
+from choral.protocols.homomorphic.ring.arithmetic import DEGREES
+from choral.protocols.homomorphic.ring.gaussian import SIGMA
+from choral.protocols.homomorphic.split.parameters import MODULUS_LIMIT, SECURITY_BITS
 
 PROGRESSIVE = 5.46
 Price = Callable[[float, float], float]

@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from choral.protocols import messages as base
 from choral.protocols.errors import MessageError
 from choral.protocols.homomorphic import messages as common
-from choral.protocols.homomorphic import shared_messages as wire
+from choral.protocols.homomorphic.shared import messages as wire
+from choral.protocols.masking import messages as base
 
 ID, KEY, HALF, WHOLE = bytes(16), bytes(16), bytes(32), bytes(64)
 SEALED = bytes(48)

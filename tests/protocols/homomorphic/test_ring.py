@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from choral.protocols.crypto.modular_integers import pack as packed_values
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic import ring as rings
-from choral.protocols.homomorphic import ring_torch, seal
-from choral.protocols.homomorphic.ring import DEGREES, GROUP, LIMB, MAX_PRIME_BITS, REDUCE, largest_primes, ring
-from choral.protocols.homomorphic.ring_numba import NumbaKernels
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split_parameters import MIN_PRIME_BITS, MODULUS_LIMIT, Digit
-from choral.protocols.integers import pack as packed_values
+from choral.protocols.homomorphic.ring import arithmetic as rings
+from choral.protocols.homomorphic.ring import kernels_torch as ring_torch
+from choral.protocols.homomorphic.ring.arithmetic import (
+    DEGREES,
+    GROUP,
+    LIMB,
+    MAX_PRIME_BITS,
+    REDUCE,
+    largest_primes,
+    ring,
+)
+from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.shared import seal
+from choral.protocols.homomorphic.split.parameters import MIN_PRIME_BITS, MODULUS_LIMIT, Digit
 
 KERNELS = pytest.mark.parametrize("kernels", [NumbaKernels(), TorchKernels()], ids=["numba", "torch"])
 EVERY_SIZE = [

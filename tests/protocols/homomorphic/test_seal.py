@@ -14,9 +14,9 @@ import tenseal.sealapi as sealapi
 from Crypto.Cipher import AES
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic import seal_files
-from choral.protocols.homomorphic.seal import ERROR_BOUND, Ring, RingKey, RingParameters, primes_of, ternary
-from choral.protocols.homomorphic.seal_files import CiphertextError, SealFormatError
+from choral.protocols.homomorphic.shared import seal_files
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingKey, RingParameters, primes_of, ternary
+from choral.protocols.homomorphic.shared.seal_files import CiphertextError, SealFormatError
 
 SEED = bytes(range(32))
 SHAPES = [(1024, (24,), 1000), (2048, (48,), 2**30 + 3), (2048, (54,), 2**31), (4096, (40, 40, 20), 2**60 - 1)]
@@ -240,13 +240,13 @@ def test_what_seal_writes_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (0, 32, 33, 41, 65, head - 1, len(right) - 81, len(right) - 65):
         wrong = bytearray(right)
         wrong[place] ^= 1
-        monkeypatch.setattr("choral.protocols.homomorphic.seal.saved", lambda *_, raw=bytes(wrong): raw)
+        monkeypatch.setattr("choral.protocols.homomorphic.shared.seal.saved", lambda *_, raw=bytes(wrong): raw)
         with pytest.raises(SealFormatError):
             key.ring.dump_fresh(seeded)
-    monkeypatch.setattr("choral.protocols.homomorphic.seal.saved", lambda *_: right[:-1])
+    monkeypatch.setattr("choral.protocols.homomorphic.shared.seal.saved", lambda *_: right[:-1])
     with pytest.raises(SealFormatError):
         key.ring.dump_fresh(seeded)
-    monkeypatch.setattr("choral.protocols.homomorphic.seal.saved", lambda *_: right)
+    monkeypatch.setattr("choral.protocols.homomorphic.shared.seal.saved", lambda *_: right)
     assert len(key.ring.dump_fresh(seeded)) == key.ring.parameters.seeded_bytes
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choral.protocols.errors import InputError, SpecError, StateUsedError, TooFewSurvivorsError
-from choral.protocols.homomorphic import shared_terms
-from choral.protocols.homomorphic.shared import SharedSession
-from choral.protocols.homomorphic.shared_float import FloatSpec, FloatSum
-from choral.protocols.seam import SumSession, SumSpec
+from choral.protocols.homomorphic.shared import setup as shared_terms
+from choral.protocols.homomorphic.shared.float_sum import FloatSpec, FloatSum
+from choral.protocols.homomorphic.shared.secure_sum import SharedSession
+from choral.protocols.interface import SumSession, SumSpec
 
 
 def names(n: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tenseal.sealapi as sealapi
 
-from choral.protocols import messages as base
+from choral.protocols.crypto.keys import ed25519_public, ed25519_sign, seal, x25519_public, x25519_shared
 from choral.protocols.errors import (
     FaultyPartyError,
     FaultyPartyOrServerError,
@@ -31,17 +31,17 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.homomorphic import bfv, ckks, seal_files
-from choral.protocols.homomorphic import shared_messages as wire
-from choral.protocols.homomorphic import shared_party as steps
-from choral.protocols.homomorphic import shared_terms as terms
 from choral.protocols.homomorphic.messages import Ciphertext
-from choral.protocols.homomorphic.seal import RingKey, ternary
-from choral.protocols.homomorphic.shared_adding import Adding, Relayed, Totalling
-from choral.protocols.homomorphic.shared_server import Confirming, Dealing, Opening, Session
-from choral.protocols.homomorphic.shared_terms import KeyDisputeError, SharedPolicy
-from choral.protocols.keys import ed25519_public, ed25519_sign, seal, x25519_public, x25519_shared
-from choral.protocols.transcript import Signatures, setup_digest
+from choral.protocols.homomorphic.shared import bfv, ckks, seal_files
+from choral.protocols.homomorphic.shared import messages as wire
+from choral.protocols.homomorphic.shared import party as steps
+from choral.protocols.homomorphic.shared import setup as terms
+from choral.protocols.homomorphic.shared.seal import RingKey, ternary
+from choral.protocols.homomorphic.shared.server import Confirming, Dealing, Opening, Session
+from choral.protocols.homomorphic.shared.server_round import Adding, Relayed, Totalling
+from choral.protocols.homomorphic.shared.setup import KeyDisputeError, SharedPolicy
+from choral.protocols.masking import messages as base
+from choral.protocols.masking.signing import Signatures, setup_digest
 
 LENGTH, BOUND = 20, 1000
 Hook = Callable[[str, bytes], bytes]

@@ -17,18 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from choral.protocols import messages as wire
 from choral.protocols.errors import GarbledSumError, InputError, SpecError
-from choral.protocols.homomorphic import decoding, split, split_parameters
-from choral.protocols.homomorphic.gaussian import TAIL, sample
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring import Kernels
-from choral.protocols.homomorphic.ring_kernels import kernels
-from choral.protocols.homomorphic.ring_numba import NumbaKernels
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split import Collector, SplitRound, encrypt
-from choral.protocols.homomorphic.split_parameters import BATCH, choose
-from choral.protocols.seam import SumSpec
+from choral.protocols.homomorphic.ring.arithmetic import Kernels
+from choral.protocols.homomorphic.ring.gaussian import TAIL, sample
+from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.split import decoding
+from choral.protocols.homomorphic.split import parameters as split_parameters
+from choral.protocols.homomorphic.split import party_and_server as split
+from choral.protocols.homomorphic.split.parameters import BATCH, choose
+from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
+from choral.protocols.interface import SumSpec
+from choral.protocols.masking import messages as wire
 
 SESSION = bytes(range(32))
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from choral.protocols import SumSpec
-from choral.protocols import messages as wire
 from choral.protocols.errors import (
     FaultyPartyError,
     GarbledSumError,
@@ -29,11 +28,13 @@ from choral.protocols.errors import (
     ProtocolError,
     StateUsedError,
 )
-from choral.protocols.homomorphic import gaussian, split
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring_kernels import kernels
-from choral.protocols.homomorphic.split import Collector, Encrypted, SplitRound, encrypt
-from choral.protocols.homomorphic.split_parameters import choose
+from choral.protocols.homomorphic.ring import gaussian
+from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.split import party_and_server as split
+from choral.protocols.homomorphic.split.parameters import choose
+from choral.protocols.homomorphic.split.party_and_server import Collector, Encrypted, SplitRound, encrypt
+from choral.protocols.masking import messages as wire
 
 SESSION = bytes(range(32))
 PARTIES = ("a", "b", "c", "d")

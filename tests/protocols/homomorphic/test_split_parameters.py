@@ -11,10 +11,10 @@ import pytest
 from scipy.stats import binom
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic import split_parameters
-from choral.protocols.homomorphic.gaussian import SIGMA, TAIL
-from choral.protocols.homomorphic.ring import DEGREES, GROUP, MAX_PRIME_BITS, largest_primes
-from choral.protocols.homomorphic.split_parameters import (
+from choral.protocols.homomorphic.ring.arithmetic import DEGREES, GROUP, MAX_PRIME_BITS, largest_primes
+from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL
+from choral.protocols.homomorphic.split import parameters as split_parameters
+from choral.protocols.homomorphic.split.parameters import (
     BATCH,
     MARGIN_BITS,
     MAX_DIGITS,
@@ -23,7 +23,7 @@ from choral.protocols.homomorphic.split_parameters import (
     SplitParameters,
     choose,
 )
-from choral.protocols.seam import SumSpec
+from choral.protocols.interface import SumSpec
 
 
 def spec_of(parties: int, bound: int, length: int = 1000, **more: Any) -> SumSpec:

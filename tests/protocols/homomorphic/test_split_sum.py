@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import Homomorphic, SumSpec, masked
+from choral.protocols import Homomorphic, SumSpec
+from choral.protocols.crypto.modular_integers import pack
 from choral.protocols.errors import (
     FaultyPartyError,
     GarbledSumError,
@@ -24,12 +25,15 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.homomorphic import decoding, gaussian, split, split_sum
-from choral.protocols.homomorphic.gaussian import TAIL
-from choral.protocols.homomorphic.ring_kernels import kernels
-from choral.protocols.homomorphic.ring_torch import TorchKernels
-from choral.protocols.homomorphic.split_sum import SplitSession, key_spec
-from choral.protocols.integers import pack
+from choral.protocols.homomorphic.ring import gaussian
+from choral.protocols.homomorphic.ring.gaussian import TAIL
+from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
+from choral.protocols.homomorphic.split import decoding
+from choral.protocols.homomorphic.split import in_process as split_sum
+from choral.protocols.homomorphic.split import party_and_server as split
+from choral.protocols.homomorphic.split.in_process import SplitSession, key_spec
+from choral.protocols.masking import in_process as masked
 
 SPEC = SumSpec(parties=("north", "south", "east", "west"), length=5, bound=100)
 VECTORS = {
@@ -395,9 +399,9 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
 
     from msgspec.structs import replace
 
-    from choral.protocols import messages as wire
-    from choral.protocols import party as steps
-    from choral.protocols.policy import Policy
+    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import party as steps
+    from choral.protocols.masking.policy import Policy
 
     policy: Policy = session.masked._policy
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})

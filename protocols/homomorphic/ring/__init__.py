@@ -1,0 +1,1 @@
+"""The ring of the split-key sum: arithmetic, kernels for CPU and GPU, and its discrete Gaussian."""

@@ -1,0 +1,1 @@
+"""Sums under a key that the parties share, by Microsoft SEAL: BFV for integers, CKKS for floats."""

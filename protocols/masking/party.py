@@ -1,0 +1,149 @@
+"""One party of the masked sum: a pure function per step, bytes in, bytes and the next state out.
+
+    step       from        takes           gives                 to
+    join       -           Setup           Hello                 Joining
+    reveal     Joining     Hellos          Reveal                Revealing
+    enter      Revealing   Reveals         -                     Member         (once per session)
+    advertise  Member      a round number  Advertise             Member, Advertised
+    share      Advertised  Roster          Shares                Sharing
+    receive    Sharing     Deliveries      -                     Ready
+    upload     Ready       its own vector  Upload                Uploaded
+    confirm    Uploaded    Survivors       Confirm               Confirmed
+    unmask     Confirmed   Confirmations   Unmask                -
+
+Threat model. The server and up to ``corrupt`` other parties do whatever they like; what this party uploads must stay
+uniform to them but for its part in the sum over one set of at least ``min_survivors`` parties. The party trusts its
+pinned directory, its own randomness, and the caller to feed each state once. Every message is refused before anything
+is computed from it; a refusal spends the state, so the party is out of that round. What another party may have caused,
+a packet that does not open, is not refused but reported: no dealer can push this party out.
+
+Over time: masks and packets have fresh keys each round, which no state keeps longer than its steps need them, so that
+past rounds stay closed to whoever takes the machine later; and of two rounds only the one begun last is answered.
+
+Why no double reveal is possible. For each neighbour the state Uploaded holds two shares: of its self-mask seed and of
+its mask key. ``confirm`` turns each pair into *one* :class:`Reveal`, of the kind that the set of survivors decides, and
+drops the other before the signature exists. Confirmed has no place for a second share; and each state is emptied by the
+step that uses it. **A state must not be used twice, copied or stored**: :mod:`choral.protocols.crypto.single_use` sees
+to it.
+
+Reference: Bonawitz et al. 2017, figure 4; graph and local thresholds of Bell et al. 2020, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from choral.protocols.argument_checks import shown
+from choral.protocols.crypto.keys import ed25519_public, x25519_public
+from choral.protocols.crypto.single_use import Current, Once
+from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import signing as transcript
+from choral.protocols.masking.graph import neighbours_of
+from choral.protocols.masking.party_round import Advertised, Keys, Membership, Randomness, expect
+from choral.protocols.masking.policy import Policy, check_policy
+
+
+@dataclass(frozen=True, repr=False)
+class _Own:
+    """What a party knows of itself and of the setup."""
+
+    setup: wire.Setup
+    setup_digest: bytes
+    index: int
+    identity: bytes
+    policy: Policy
+    nonce: bytes
+
+
+def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness: Randomness) -> tuple[Joining, bytes]:
+    """Accept the server's terms, or refuse them, having sent nothing.
+
+    identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``.
+    Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
+    """
+    check_policy(policy)
+    message = wire.to_party(setup, limit=wire.limit(wire.Setup, len(policy.directory)))
+    message = expect(message, wire.Setup)
+    policy.check(message, name)
+    if ed25519_public(identity) != policy.directory[name]:
+        raise SpecError(f"the identity of {name!r} is not the one in its own directory")
+    digest = transcript.setup_digest(setup)
+    index = message.roster.index(name)
+    nonce = randomness(32)
+    own = _Own(message, digest, index, identity, policy, nonce)
+    commitment = transcript.commitment(digest, index, nonce)
+    signature = transcript.sign(identity, transcript.hello(digest, index, commitment))
+    return Joining(own), wire.encode(wire.Hello(message.session, commitment, signature))
+
+
+class Joining(Once[_Own]):
+    """Waits for everybody's Hello."""
+
+    def reveal(self, hellos: bytes) -> tuple[Revealing, bytes]:
+        """Show the nonce, once everyone is committed to theirs.
+
+        Raises: FaultyServerError when a Hello is missing, forged, or this party's own is not what it sent.
+        """
+        own = self._take()
+        n = len(own.setup.roster)
+        message = expect(wire.to_party(hellos, limit=wire.limit(wire.Hellos, n)), wire.Hellos)
+        if message.session != own.setup.session:
+            raise FaultyServerError("the Hellos are of another session")
+        if len(message.hellos) != n:
+            raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
+        expected = transcript.commitment(own.setup_digest, own.index, own.nonce)
+        if message.hellos[own.index].commitment != expected:
+            raise FaultyServerError("it shows another Hello of this party than it sent")
+        for party, (name, entry) in enumerate(zip(own.setup.roster, message.hellos, strict=True)):
+            signed = transcript.hello(own.setup_digest, party, entry.commitment)
+            if not own.policy.signatures.valid(own.policy.directory[name], signed, entry.signature):
+                raise FaultyServerError(f"the Hello of {name} is not signed by {name}'s pinned identity")
+        return Revealing((own, message)), wire.encode(wire.Reveal(own.setup.session, own.nonce))
+
+
+class Revealing(Once[tuple[_Own, wire.Hellos]]):
+    """Waits for everybody's nonce."""
+
+    def enter(self, reveals: bytes) -> Member:
+        """Fix the session and derive this party's neighbours.
+
+        Raises: FaultyPartyOrServerError when a nonce is not the one committed to; FaultyServerError.
+        """
+        own, hellos = self._take()
+        n = len(own.setup.roster)
+        message = expect(wire.to_party(reveals, limit=wire.limit(wire.Reveals, n)), wire.Reveals)
+        if message.session != own.setup.session:
+            raise FaultyServerError("the nonces are of another session")
+        if len(message.nonces) != n:
+            raise FaultyServerError(f"expected {n} nonces, one per party, got {len(message.nonces)}")
+        for party, (entry, nonce) in enumerate(zip(hellos.hellos, message.nonces, strict=True)):
+            if transcript.commitment(own.setup_digest, party, nonce) != entry.commitment:
+                name = own.setup.roster[party]
+                raise FaultyPartyOrServerError(name, "the nonce is not the one that its Hello committed to")
+        session = transcript.session_digest(
+            own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
+        )
+        around = neighbours_of(own.index, n, own.setup.neighbours, transcript.graph_seed(session))
+        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, Current())
+        return Member((membership, 0))
+
+
+class Member(Once[tuple[Membership, int]]):
+    """In a session, between rounds. The number is of the last round that this party took part in."""
+
+    def advertise(self, number: int, *, randomness: Randomness) -> tuple[Member, Advertised, bytes]:
+        """Begin round ``number`` with a fresh mask key and a fresh transport key.
+
+        Raises: FaultyServerError when that round is not after the last: a round is never run twice. That does not
+        spend the state: a party is not out of the session because the server asked for a wrong round once.
+        """
+        for _, last in tuple(self._content):
+            if isinstance(number, bool) or not isinstance(number, int) or not last < number < 1 << 32:
+                raise FaultyServerError(f"asked for round {shown(number)} after round {last}")
+        member, _ = self._take()
+        keys = Keys(member, number, randomness(32), randomness(32))
+        mask, transport = x25519_public(keys.mask), x25519_public(keys.transport)
+        signed = transcript.advertise(member.session, number, member.index, mask, transport)
+        message = wire.Advertise(member.id, number, mask, transport, transcript.sign(member.identity, signed))
+        return Member((member, number)), Advertised(keys), wire.encode(message)

@@ -1,0 +1,392 @@
+"""A party's steps within a round; :mod:`choral.protocols.masking.party` says what they protect, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from choral.protocols.crypto.keys import PrivateKey, SealError, WeakKeyError, seal, unseal
+from choral.protocols.crypto.shamir import split
+from choral.protocols.crypto.single_use import Current, Once
+from choral.protocols.errors import (
+    FaultyPartyError,
+    FaultyServerError,
+    SpecError,
+    TooFewSurvivorsError,
+)
+from choral.protocols.masking import messages as wire
+from choral.protocols.masking import signing as transcript
+from choral.protocols.masking.mask_addition import masked
+from choral.protocols.masking.policy import Policy
+from choral.protocols.own_vector import checked
+
+Randomness = Callable[[int], bytes]
+"""``randomness(n)``: n secret uniform bytes, never the same twice. ``secrets.token_bytes`` outside tests."""
+
+NONCE = bytes(12)
+"""Fixed, because a sealing key seals one packet: it is derived for one sender, receiver and round's mask key."""
+
+M = TypeVar("M", bound=wire.Message)
+
+
+@dataclass(frozen=True, repr=False)
+class Membership:
+    """What a party keeps for a session: no secret but its identity, so that whoever takes it opens no past round."""
+
+    setup: wire.Setup
+    session: bytes
+    index: int
+    identity: bytes
+    policy: Policy
+    neighbours: tuple[int, ...]
+    current: Current
+
+    @property
+    def id(self) -> bytes:
+        return self.session[: transcript.SESSION_BYTES]
+
+    def key(self, party: int) -> bytes:
+        return self.policy.directory[self.setup.roster[party]]
+
+
+@dataclass(frozen=True, repr=False)
+class Keys:
+    """Private keys of one round. mask is shared out; transport opens packets, and is gone when they are open."""
+
+    member: Membership
+    number: int
+    mask: bytes
+    transport: bytes
+
+
+@dataclass(frozen=True, repr=False)
+class _Shared:
+    """By neighbour that takes part: pairs, mask seeds; channels, X25519 secrets to open its packet; masks, public mask
+    keys. seed: of the self-mask.
+    """
+
+    member: Membership
+    number: int
+    seed: bytes
+    own_share: bytes | None
+    pairs: Mapping[int, bytes]
+    channels: Mapping[int, bytes]
+    masks: Mapping[int, bytes]
+
+
+@dataclass(frozen=True, repr=False)
+class _Held:
+    """The two shares that this party holds of one neighbour's secrets; exists until the survivors are known."""
+
+    seed_share: bytes
+    key_share: bytes
+
+
+@dataclass(frozen=True, repr=False)
+class _Masking:
+    member: Membership
+    number: int
+    seed: bytes
+    own_share: bytes | None
+    pairs: Mapping[int, bytes]
+    held: Mapping[int, _Held]
+
+
+@dataclass(frozen=True, repr=False)
+class _Waiting:
+    """partners: the neighbours masked with. held: the shares of those whose packet opened, nearly always all."""
+
+    member: Membership
+    number: int
+    own_share: bytes | None
+    partners: frozenset[int]
+    held: Mapping[int, _Held]
+
+
+@dataclass(frozen=True, repr=False)
+class Reveal:
+    """What one holder will reveal of one party: its share of the seed if that survived, else of the mask key."""
+
+    share: bytes
+    survived: bool
+
+
+@dataclass(frozen=True, repr=False)
+class _Agreed:
+    member: Membership
+    number: int
+    bitmap: bytes
+    survivors: frozenset[int]
+    reveals: Mapping[int, Reveal]
+
+
+class Advertised(Once[Keys]):
+    """Has shown its mask key for the round; waits for its neighbours'."""
+
+    def share(self, roster: bytes, *, randomness: Randomness) -> tuple[Sharing, bytes]:
+        """Share the seed of the self-mask and the mask key among the neighbours that take part.
+
+        From here on no state of an earlier round answers any more.
+
+        Raises: FaultyServerError for a forged key or one of no neighbour; FaultyPartyError for a key of small order,
+        which an honest server does not forward; TooFewSurvivorsError when fewer than the threshold take part;
+        StateUsedError when a later round has begun.
+        """
+        keys = self._take()
+        member = keys.member
+        member.current.enter(keys.number)
+        setup, me = member.setup, member.index
+        message = _in_round(wire.Roster, roster, member, keys.number, setup.neighbours)
+        _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
+        for entry in message.entries:
+            signed = transcript.advertise(member.session, keys.number, entry.party, entry.mask, entry.transport)
+            if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
+                raise FaultyServerError(
+                    f"the keys of {setup.roster[entry.party]} are not signed by its pinned identity for this round"
+                )
+        peers = [entry.party for entry in message.entries]
+        _check_holders(member, peers, "to share a secret")
+        masks = {entry.party: entry.mask for entry in message.entries}
+        masking, opening = PrivateKey(keys.mask), PrivateKey(keys.transport)  # gone when this step is done
+        pairs = {
+            peer: transcript.pair_seed(agree(masking, mask, setup.roster[peer]), member.session, keys.number, me, peer)
+            for peer, mask in masks.items()
+        }
+        channels = {
+            entry.party: agree(opening, entry.transport, setup.roster[entry.party]) for entry in message.entries
+        }
+        seed = randomness(32)
+        holders = [*peers, me] if setup.complete else peers
+        seed_shares, key_shares = split(
+            [seed, keys.mask],
+            threshold=setup.threshold,
+            indices=[holder + 1 for holder in holders],
+            randomness=randomness,
+        )
+        public = masking.public()
+        packets = tuple(
+            _packet(member, keys.number, channels[peer], public, peer, seed_share, key_share)
+            for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=False)
+        )
+        own_share = seed_shares[-1] if setup.complete else None
+        shares = wire.Shares(
+            member.id,
+            keys.number,
+            transcript.seed_commitment(member.session, keys.number, me, seed),
+            own_share and transcript.share_hash(member.session, keys.number, "seed", me, me, own_share),
+            packets,
+        )
+        return Sharing(_Shared(member, keys.number, seed, own_share, pairs, channels, masks)), wire.encode(shares)
+
+
+class Sharing(Once[_Shared]):
+    """Has sent its shares; waits for those that its neighbours made for it."""
+
+    def receive(self, deliveries: bytes) -> Ready:
+        """Open the neighbours' packets. Those who sent one are whom this party masks with, whether it opens or not.
+
+        A packet that does not open, or holds other shares than were committed to, costs this party nothing: masking
+        needs the dealer's signed key only, and cancels as it would. It only holds no share of that dealer, and says so
+        when it confirms. Fewer shares of a dealer are never less privacy: each set of survivors still needs the
+        threshold of signatures. So neither a cheating dealer nor a server that garbles packets can push this party out
+        of the sum, and one that deals garbage to too many can only be found unreachable, and named.
+
+        Raises: FaultyServerError for a packet of no neighbour; TooFewSurvivorsError for too few packets;
+        StateUsedError when a later round has begun.
+        """
+        shared = self._take()
+        member, number = shared.member, shared.number
+        member.current.check(number)
+        message = _in_round(wire.Deliveries, deliveries, member, number, member.setup.neighbours)
+        _check_order([packet.party for packet in message.packets], shared.masks, "packets")
+        _check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
+        opened = {packet.party: _open(shared, packet) for packet in message.packets}
+        held = {peer: shares for peer, shares in opened.items() if shares is not None}
+        pairs = {peer: shared.pairs[peer] for peer in opened}
+        return Ready(_Masking(member, number, shared.seed, shared.own_share, pairs, held))
+
+
+class Ready(Once[_Masking]):
+    """Everything is agreed; waits for this party's own vector."""
+
+    @property
+    def unopened(self) -> tuple[str, ...]:
+        """Whose packets did not open: their fault, or that of the server that carried them. () once used."""
+        return tuple(
+            masking.member.setup.roster[peer]
+            for masking in tuple(self._content)
+            for peer in sorted(masking.pairs.keys() - masking.held.keys())
+        )
+
+    def upload(self, vector: Any) -> tuple[Uploaded, bytes]:
+        """Mask the vector: y = x + PRG(seed) + sum of +-PRG(pair), mod 2^b (Bonawitz et al. 2017, 4.0.2).
+
+        vector: int64, shape (length,), |value| <= bound; numpy, or a torch tensor (on a GPU it is masked there).
+        Time: one mask expansion for each neighbour, and one more. Memory: one vector.
+        Raises: InputError, without spending the state: the mistake is the caller's own, and nothing was revealed;
+        StateUsedError when a later round has begun.
+        """
+        for waiting in tuple(self._content):
+            vector = checked(vector, waiting.member.setup.length, waiting.member.setup.bound)
+        masking = self._take()
+        masking.member.current.check(masking.number)
+        setup, me = masking.member.setup, masking.member.index
+        added = [masking.seed, *(seed for peer, seed in masking.pairs.items() if peer < me)]
+        subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
+        packed = masked(vector, setup.modulus_bits, added, subtracted)
+        message = wire.Upload(masking.member.id, masking.number, wire.to_pieces(packed))
+        partners = frozenset(masking.pairs)
+        state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, partners, masking.held))
+        return state, wire.encode(message)
+
+
+class Uploaded(Once[_Waiting]):
+    """Has sent its masked vector; waits for the set of survivors."""
+
+    def confirm(self, survivors: bytes) -> tuple[Confirmed, bytes]:
+        """Agree to the sum over ``survivors`` by signing it; from here only one share of each neighbour is left.
+
+        Raises: FaultyServerError when the set leaves this party out or has a neighbour that never shared;
+        TooFewSurvivorsError when it is smaller than ``min_survivors``, or has too few neighbours to unmask anyone;
+        StateUsedError when a later round has begun.
+        """
+        waiting = self._take()
+        member, number, me = waiting.member, waiting.number, waiting.member.index
+        member.current.check(number)
+        n = len(member.setup.roster)
+        message = _in_round(wire.Survivors, survivors, member, number, -(-n // 8))
+        alive = wire.from_bitmap(message.bitmap, n)
+        if alive is None:
+            raise FaultyServerError(f"the set of survivors is no set of {n} parties")
+        if me not in alive:
+            raise FaultyServerError("it says that this party dropped out, and still asks it to unmask")
+        if len(alive) < member.setup.min_survivors:
+            raise TooFewSurvivorsError(
+                "the sum would be over too few", survivors=len(alive), needed=member.setup.min_survivors
+            )
+        for peer in member.neighbours:
+            if peer in alive and peer not in waiting.partners:
+                raise FaultyServerError(f"{member.setup.roster[peer]} survives but never shared its secrets with us")
+        _check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
+        reveals = {peer: _choose(held, survived=peer in alive) for peer, held in waiting.held.items()}
+        if waiting.own_share is not None:
+            reveals[me] = Reveal(waiting.own_share, survived=True)
+        signature = transcript.sign(member.identity, transcript.confirm(member.session, number, me, message.bitmap))
+        state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
+        unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
+        return state, wire.encode(wire.Confirm(member.id, number, signature, unopened))
+
+
+class Confirmed(Once[_Agreed]):
+    """Has signed one set of survivors and holds one share per neighbour; waits for the others' signatures."""
+
+    def unmask(self, confirmations: bytes, *, following: bytes | None = None) -> bytes:
+        """Reveal those shares, once at least the threshold of this party's holders signed the very same set.
+
+        following: the Advertise of the next round, to ride on this message and save it a trip.
+        Raises: FaultyServerError for a signature that is not of this set, round and party; TooFewSurvivorsError;
+        StateUsedError when a later round has begun.
+        """
+        agreed = self._take()
+        member, number = agreed.member, agreed.number
+        member.current.check(number)
+        message = _in_round(wire.Confirmations, confirmations, member, number, member.setup.neighbours)
+        signers = [entry.party for entry in message.entries]
+        _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
+        for entry in message.entries:
+            signed = transcript.confirm(member.session, number, entry.party, agreed.bitmap)
+            if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
+                raise FaultyServerError(
+                    f"the confirmation of {member.setup.roster[entry.party]} is not on the set shown to this party"
+                )
+        _check_holders(member, signers, "to agree on the survivors")
+        ordered = sorted(agreed.reveals.items())
+        seeds = tuple(wire.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
+        keys = tuple(wire.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
+        return wire.encode(wire.Unmask(member.id, number, seeds, keys, _riding(following, member, number)))
+
+
+def _choose(held: _Held, *, survived: bool) -> Reveal:
+    return Reveal(held.seed_share if survived else held.key_share, survived)
+
+
+def _riding(following: bytes | None, member: Membership, number: int) -> wire.Following | None:
+    if following is None:
+        return None
+    message = wire.to_server(following, sender=member.setup.roster[member.index], limit=wire.limit(wire.Advertise))
+    if not isinstance(message, wire.Advertise) or message.session != member.id or message.round <= number:
+        raise SpecError("expected the Advertise of a later round of this session to ride along")
+    return wire.Following(message.round, message.mask, message.transport, message.signature)
+
+
+def _packet(
+    member: Membership, number: int, channel: bytes, public: bytes, peer: int, seed_share: bytes, key_share: bytes
+) -> wire.Packet:
+    session, me = member.session, member.index
+    seed_hash = transcript.share_hash(session, number, "seed", me, peer, seed_share)
+    key_hash = transcript.share_hash(session, number, "key", me, peer, key_share)
+    key = transcript.seal_key(channel, session, number, me, peer, public)
+    data = transcript.seal_data(session, number, me, peer, seed_hash, key_hash)
+    return wire.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
+
+
+def _open(shared: _Shared, packet: wire.Packet) -> _Held | None:
+    """The two shares, or None unless they are what the packet commits to, sealed by its sender for this party."""
+    session, me, peer, number = shared.member.session, shared.member.index, packet.party, shared.number
+    key = transcript.seal_key(shared.channels[peer], session, number, peer, me, shared.masks[peer])
+    data = transcript.seal_data(session, number, peer, me, packet.seed_hash, packet.key_hash)
+    try:
+        shares = unseal(key, NONCE, packet.sealed, data)
+    except SealError:
+        return None
+    held = _Held(shares[:33], shares[33:])
+    seed_hash = transcript.share_hash(session, number, "seed", peer, me, held.seed_share)
+    key_hash = transcript.share_hash(session, number, "key", peer, me, held.key_share)
+    return held if (seed_hash, key_hash) == (packet.seed_hash, packet.key_hash) else None
+
+
+def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
+    try:
+        return private.shared(public)
+    except WeakKeyError as error:
+        raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
+
+
+def expect(message: wire.ToParty, kind: type[M]) -> M:
+    if not isinstance(message, kind):
+        raise FaultyServerError(f"expected its {kind.__name__}, got its {type(message).__name__}")
+    return message
+
+
+def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
+    """Decode the one message that this state waits for. Raises MessageError; FaultyServerError for any other."""
+    message = expect(wire.to_party(raw, limit=wire.limit(kind, entries)), kind)
+    if message.session != member.id:
+        raise FaultyServerError(f"the {kind.__name__} is of another session")
+    if message.round != number:
+        raise FaultyServerError(f"the {kind.__name__} is of round {message.round}, not {number}")
+    return message
+
+
+def _check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> None:
+    """Ascending, so that none is there twice, and only those that may be there."""
+    if any(one >= other for one, other in pairwise(parties)):
+        raise FaultyServerError(f"the {what} are not in ascending order, each once")
+    strangers = set(parties).difference(allowed)
+    if strangers:
+        raise FaultyServerError(f"it sent {what} of party number {min(strangers)}, which has no place among them")
+
+
+def _check_holders(member: Membership, peers: Sequence[int], what: str) -> None:
+    """On a complete graph a party is a holder of its own seed too."""
+    holders = len(peers) + member.setup.complete
+    if holders < member.setup.threshold:
+        missing = [member.setup.roster[peer] for peer in member.neighbours if peer not in set(peers)]
+        raise TooFewSurvivorsError(
+            f"too few neighbours of {member.setup.roster[member.index]} {what}",
+            survivors=holders,
+            needed=member.setup.threshold,
+            missing=missing,
+        )

@@ -1,0 +1,112 @@
+"""What is hashed and what is signed. Every digest names what it is of, so that none can be taken for another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
+
+SESSION_BYTES = 16
+
+
+def digest(label: str, *parts: bytes | int) -> bytes:
+    """SHA-256 of the label and the parts, each with its length in front: no two lists of parts collide. 32 bytes."""
+    framed: list[bytes] = []
+    for part in (b"choral/1/" + label.encode(), *parts):
+        raw = part.to_bytes(8, "little") if isinstance(part, int) else part
+        framed += len(raw).to_bytes(8, "little"), raw
+    return hashlib.sha256(b"".join(framed)).digest()
+
+
+def setup_digest(setup: bytes) -> bytes:
+    """Of the encoded Setup: covers the roster and every parameter."""
+    return digest("setup", setup)
+
+
+def commitment(setup: bytes, party: int, nonce: bytes) -> bytes:
+    """To a party's nonce of 32 bytes: hiding because the nonce is uniform, binding because SHA-256 is."""
+    return digest("commitment", setup, party, nonce)
+
+
+def session_digest(setup: bytes, commitments: Sequence[bytes], nonces: Sequence[bytes]) -> bytes:
+    """Fixes the session: fresh as soon as one party's nonce is, which each honest party knows its own to be.
+
+    Every later key, seal and signature is bound to it, so nothing of one session fits another.
+    """
+    return digest("session", setup, b"".join(commitments), b"".join(nonces))
+
+
+def graph_seed(session: bytes) -> bytes:
+    """Nobody could choose it: the commitments to all nonces were fixed before the first nonce was shown."""
+    return digest("graph", session)
+
+
+def hello(setup: bytes, party: int, commitment: bytes) -> bytes:
+    return digest("hello", setup, party, commitment)
+
+
+def advertise(session: bytes, number: int, party: int, mask: bytes, transport: bytes) -> bytes:
+    return digest("advertise", session, number, party, mask, transport)
+
+
+def confirm(session: bytes, number: int, party: int, bitmap: bytes) -> bytes:
+    return digest("confirm", session, number, party, bitmap)
+
+
+def seed_commitment(session: bytes, number: int, party: int, seed: bytes) -> bytes:
+    return digest("seed", session, number, party, seed)
+
+
+def share_hash(session: bytes, number: int, kind: str, dealer: int, holder: int, share: bytes) -> bytes:
+    """A commitment to one share; hiding, for the share is uniform in a field of 2^256 elements to others."""
+    return digest(f"share/{kind}", session, number, dealer, holder, share)
+
+
+def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int) -> bytes:
+    """The mask seed of two parties in one round, the same for both: HKDF of their X25519 secret."""
+    return hkdf_sha256(shared, salt=session, info=digest("mask", number, min(one, other), max(one, other)), length=32)
+
+
+def seal_key(shared: bytes, session: bytes, number: int, sender: int, receiver: int, mask: bytes) -> bytes:
+    """The key for the one packet from ``sender`` to ``receiver`` in this round.
+
+    shared: the X25519 secret of their transport keys of this round, both fresh. The sender's mask key is part of it
+    too, so that the key is fresh whenever the shares in the packet are, whatever the receiver does with its own key.
+    """
+    return hkdf_sha256(shared, salt=session, info=digest("seal", number, sender, receiver, mask), length=32)
+
+
+def seal_data(session: bytes, number: int, sender: int, receiver: int, seed_hash: bytes, key_hash: bytes) -> bytes:
+    return digest("packet", session, number, sender, receiver, seed_hash, key_hash)
+
+
+class Signatures:
+    """Verification that remembers what it accepted, so that one signature is not verified twice.
+
+    In a process that plays many parties they share one of these; each still sees every signature checked.
+    """
+
+    _LIMIT = 1 << 16
+
+    def __init__(self) -> None:
+        self._accepted: set[bytes] = set()
+
+    def valid(self, public: bytes, message: bytes, signature: bytes) -> bool:
+        key = digest("accepted", public, message, signature)
+        if key in self._accepted:
+            return True
+        if not ed25519_verify(public, message, signature):
+            return False
+        if len(self._accepted) >= self._LIMIT:
+            self.forget()
+        self._accepted.add(key)
+        return True
+
+    def forget(self) -> None:
+        """Start over; a round's signatures are of no use in the next."""
+        self._accepted.clear()
+
+
+def sign(identity: bytes, message: bytes) -> bytes:
+    return ed25519_sign(identity, message)
