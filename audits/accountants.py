@@ -24,7 +24,7 @@ from choral.errors import ConfigError
 if TYPE_CHECKING:
     from choral.privacy import ClientRelease, Ledger
     from choral.privacy.accounting.events import RecordEvent
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 AGREE = 1e-3  # relative, of two programs on one grid, or for one Gaussian
 ROUNDING = 1e-4  # of epsilon, near zero

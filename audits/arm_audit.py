@@ -15,7 +15,7 @@ from choral.audits.seen import CHAINED, SeenAudit, seen_audit, transcript_gone
 from choral.audits.text import at_least
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 Rows = Callable[["Run"], tuple[HolderBudget, ...]]
 
@@ -115,7 +115,7 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
 def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenAudit | None]:
     """What ``audit`` checks in the run; of a run whose ledgers do not verify, all that does not need them."""
     from choral.privacy import LedgerError
-    from choral.trainers.run import RunFolderError
+    from choral.trainers.run_folder.run import RunFolderError
 
     checks = list(budget_checks(run, rows))
     seen: SeenAudit | None = None

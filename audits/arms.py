@@ -17,7 +17,7 @@ from choral.doors import worded
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 
 def check_runs(name: str, runs: Sequence[Run], metrics: Sequence[str]) -> tuple[Run, ...]:

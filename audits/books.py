@@ -15,7 +15,7 @@ from choral.audits.report import Check, Verdict
 if TYPE_CHECKING:
     from choral.privacy import Ledger
     from choral.privacy.ledgers.spent import Spent
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 _EQUAL = 1e-9  # relative: floats that were written once and read twice
 

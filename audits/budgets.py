@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from choral.privacy import Ledger
     from choral.privacy.accounting.events import RecordEvent
     from choral.privacy.ledgers.spent import Spent
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 _OLDER_WORDS = "its ledger states the neighbours in older words"
 TOLERANCE = 1e-5  # relative, of the same computation done again; it agrees to about 1e-9

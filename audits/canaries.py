@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from choral.trainers.task import Build, Fit
+    from choral.trainers.task.task import Build, Fit
 
 VISIBLE = 10.0  # canary updates have this many clipping norms, to show whether they are clipped
 
@@ -113,7 +113,7 @@ def with_canary_clients(
     """
     import torch
 
-    from choral.trainers.flat import Layout
+    from choral.trainers.task.flat_vector import Layout
 
     host = next(iter(parties.values()))
 

@@ -11,7 +11,7 @@ from choral.audits.report import Arm, Check, WeightsMatch
 from choral.audits.text import cost, power
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 Runs = Mapping[str, Sequence["Run"]]
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from choral.audits.evidence import ScoreAudit
     from choral.audits.guessing import Guessing
     from choral.privacy import ClientPrivacy
-    from choral.trainers.run import Run
-    from choral.trainers.task import Build, Fit
+    from choral.trainers.run_folder.run import Run
+    from choral.trainers.task.task import Build, Fit
 
 
 def audit_clients(
@@ -45,8 +45,8 @@ def audit_clients(
     """
     from choral.privacy import AdaptiveClip
     from choral.trainers import federate
-    from choral.trainers.flat import Layout
-    from choral.trainers.local import initial_model
+    from choral.trainers.local_steps.resident_model import initial_model
+    from choral.trainers.task.flat_vector import Layout
 
     model = initial_model(build, next(iter(parties.values())), seed)
     layout = Layout(model)

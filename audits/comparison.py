@@ -36,7 +36,7 @@ from choral.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 TITLE = "What privacy and distribution cost"
 

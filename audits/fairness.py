@@ -15,8 +15,8 @@ from choral.errors import ConfigError, DataError
 from choral.metrics import is_falling
 
 if TYPE_CHECKING:
-    from choral.trainers.per_party import PerParty
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
+    from choral.trainers.task.per_party import PerParty
 
 
 def fairness_metric(arms: Mapping[str, Sequence[Run]], metrics: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages as wire
 from choral.protocols.tap import watched_by
-from choral.trainers.coders import ClientCoder
+from choral.trainers.federated.codec import ClientCoder
 
 Attack = Callable[[torch.Tensor, int], torch.Tensor]
 """From an update, shape (d,), and the label to the rebuilt input."""

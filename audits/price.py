@@ -26,7 +26,7 @@ import msgspec
 from choral.audits.prices import Price, Prices
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Round, Run
+    from choral.trainers.run_folder.run import Round, Run
 
 Basis = Literal["measured", "modelled"]
 GB = 1e9

@@ -45,7 +45,7 @@ from choral.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="audit"):
@@ -134,7 +134,7 @@ def audit(
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
         DataError for a metric or cost that is not finite; ConfigError for a run without any history.
     """
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
     if not isinstance(run, Run):
         run = Run.load(run)
@@ -200,7 +200,7 @@ def audit_evidence(
 
     Raises: ConfigError without any evidence.
     """
-    from choral.trainers.run import versions
+    from choral.trainers.run_folder.run import versions
 
     if not (attacks or probe or inversion):
         raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")

@@ -19,8 +19,8 @@ from choral.audits.text import amount
 
 if TYPE_CHECKING:
     from choral.protocols.masking import messages as wire
-    from choral.trainers.run import Run
-    from choral.trainers.transcript import Opened, Recorded, Seen, Vector
+    from choral.trainers.run_folder.run import Run
+    from choral.trainers.run_folder.transcript import Opened, Recorded, Seen, Vector
 
 LEVEL = 1e-3
 _CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
@@ -79,7 +79,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
         of.
     """
     from choral.audits.seen_vectors import vector_checks
-    from choral.trainers.transcript import Recorded
+    from choral.trainers.run_folder.transcript import Recorded
 
     recorded = Recorded.of(run.folder)
     if recorded is None:
@@ -144,7 +144,7 @@ def _chained(run: Run, recorded: Recorded) -> Check:
 
 
 def _sessions(recorded: Recorded) -> list[_Session]:
-    from choral.trainers.transcript import Opened, Seen
+    from choral.trainers.run_folder.transcript import Opened, Seen
 
     sessions: list[_Session] = []
     for entry in recorded.entries:

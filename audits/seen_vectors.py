@@ -19,7 +19,7 @@ from choral.audits.text import power
 if TYPE_CHECKING:
     from choral.audits.seen import _Session
     from choral.protocols.masking import messages as wire
-    from choral.trainers.transcript import Recorded
+    from choral.trainers.run_folder.transcript import Recorded
 
 SMALLEST = 1e-300
 

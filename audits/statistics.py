@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from choral.audits.report import Estimate, Holder, Spread
 
 if TYPE_CHECKING:
-    from choral.trainers.run import Run
+    from choral.trainers.run_folder.run import Run
 
 LEVEL = 0.95
 

@@ -29,8 +29,8 @@ from torch.func import functional_call, grad, vmap
 from choral.audits import one_run
 from choral.audits.canaries import directions, flip_coins
 from choral.settings import Settings
-from choral.trainers.digits import load
-from choral.trainers.settings import Split, Training
+from choral.trainers.data.sets.digits import load
+from choral.trainers.task.settings import Split, Training
 
 RATE, STEPS = 0.5, 300
 

@@ -34,7 +34,7 @@ ATTACKS = ("loss", "LiRA", "LiRA, one variance", "LiRA, offline", "RMIA", "RMIA,
 
 def records(data: str, count: int, data_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The first ``count`` training records and half as many more, for RMIA's population."""
-    from choral.trainers.data import adult, fashion
+    from choral.trainers.data.sets import adult, fashion
 
     train, _ = adult.read_adult(data_dir) if data == "adult" else fashion.read_fashion(data_dir)
     x, y = train.features[: count + count // 2], train.labels[: count + count // 2]

@@ -32,11 +32,11 @@ import bare
 from driven import Driven, Spent, timed
 
 from choral import federate
-from choral.trainers.algorithms.seam import Train
-from choral.trainers.arithmetic import Arithmetic
+from choral.trainers.algorithms.interface import Train
 from choral.trainers.engines import Cohort, Direct
-from choral.trainers.epochs import Epochs
-from choral.trainers.local import Resident
+from choral.trainers.local_steps.epochs import Epochs
+from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.task.arithmetic import Arithmetic
 
 PEERS = ("pfl", "flwr")
 

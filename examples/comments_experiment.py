@@ -23,13 +23,13 @@ from choral import ClientPrivacy, Masked, compare, federate
 from choral.errors import ChoralError
 from choral.trainers import DivergedError, Training
 from choral.trainers.algorithms import DANE, FSVRG, GD, CoCoA, FedAdam, FedAvg
-from choral.trainers.algorithms.seam import Mean, Party, Server, Setup
-from choral.trainers.data.comments import read_comments
-from choral.trainers.data.convex import ERROR, GAP, Problem, convex_task, dealt_again
+from choral.trainers.algorithms.interface import Mean, Party, Server, Setup
 from choral.trainers.data.generators import sparse_posts
-from choral.trainers.data.sparse import SparseDataset
-from choral.trainers.local import Resident
-from choral.trainers.partition import key_split
+from choral.trainers.data.partition import key_split
+from choral.trainers.data.sets.comments import read_comments
+from choral.trainers.data.sets.convex import ERROR, GAP, Problem, convex_task, dealt_again
+from choral.trainers.data.sparse_rows import SparseDataset
+from choral.trainers.local_steps.resident_model import Resident
 
 CLIPS = (0.1, 0.3, 1.0)
 PRIVATE_STEPS = (0.3, 1, 3, 10)

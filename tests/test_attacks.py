@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from choral import attacks, jobs
 from choral.attacks import attempt_file, evidence_of, one_run
 from choral.settings import Arm, AuditSettings, Settings, Tune
-from choral.trainers.settings import Split, Training
+from choral.trainers.task.settings import Split, Training
 
 SETTINGS = Settings(
     device="cpu",

@@ -326,7 +326,7 @@ def test_bad_flags(config, tmp_path, capsys):
 
 
 def test_own_task_file(tmp_path):
-    (tmp_path / "mine.py").write_text("from choral.trainers.digits import load\n")
+    (tmp_path / "mine.py").write_text("from choral.trainers.data.sets.digits import load\n")
     (tmp_path / "mine.toml").write_text(SMALL.replace("seeds = 2", f'seeds = 2\ntask = "{tmp_path / "mine.py"}"'))
     assert main(["train", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
 
@@ -371,7 +371,7 @@ def test_budget(capsys):
 TASK = """
 import torch
 from choral.trainers import Task
-from choral.trainers.digits import load as digits
+from choral.trainers.data.sets.digits import load as digits
 
 def load(split, training, seed):
     task = digits(split, training, seed)

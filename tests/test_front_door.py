@@ -47,7 +47,7 @@ def said(capsys: Any, words: list[str], code: int = 2) -> str:
 
 OWN = """
 from choral.trainers import Task
-from choral.trainers.digits import load as digits
+from choral.trainers.data.sets.digits import load as digits
 
 def load(split, training, seed):
     task = digits(split, training, seed)

@@ -15,7 +15,7 @@ from choral.cli import main
 TASK = """
 import os
 from choral.trainers import Task
-from choral.trainers.digits import load as digits
+from choral.trainers.data.sets.digits import load as digits
 
 with open({calls!r}, "a") as calls:
     calls.write("run\\n")

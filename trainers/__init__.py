@@ -15,19 +15,19 @@ from choral.trainers.algorithms import (
     FedYogi,
     Scaffold,
 )
-from choral.trainers.centralize import centralize
-from choral.trainers.epochs import Epochs
-from choral.trainers.federate import federate
-from choral.trainers.lora import lora, merged
-from choral.trainers.participation import ONCE_A_DAY, Availability, Clock, Device, Dropouts, Participation
-from choral.trainers.partition import dirichlet_split
-from choral.trainers.run import Round, Run, RunFolderError, RunInfo, value_bound_for
-from choral.trainers.schedule import Schedule
-from choral.trainers.settings import Split, Training
-from choral.trainers.start import StartError
-from choral.trainers.task import DivergedError, Task, TaskError
-from choral.trainers.tune import Tuned, tune
-from choral.trainers.virtual import VirtualParties
+from choral.trainers.centralized.centralize import centralize
+from choral.trainers.centralized.tuning import Tuned, tune
+from choral.trainers.data.partition import dirichlet_split
+from choral.trainers.federated.federate import federate
+from choral.trainers.federated.participation import ONCE_A_DAY, Availability, Clock, Device, Dropouts, Participation
+from choral.trainers.federated.virtual_parties import VirtualParties
+from choral.trainers.local_steps.epochs import Epochs
+from choral.trainers.run_folder.run import Round, Run, RunFolderError, RunInfo, value_bound_for
+from choral.trainers.task.initial_weights import StartError
+from choral.trainers.task.learning_rate import Schedule
+from choral.trainers.task.lora import lora, merged
+from choral.trainers.task.settings import Split, Training
+from choral.trainers.task.task import DivergedError, Task, TaskError
 
 __all__ = [
     "DANE",

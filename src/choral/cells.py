@@ -98,7 +98,7 @@ def train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Ti
 def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
     from choral.privacy import LedgerError
     from choral.trainers import Run
-    from choral.trainers.run import RunFolderError
+    from choral.trainers.run_folder.run import RunFolderError
 
     def on_round(entry: Round) -> None:
         for metric in settings.metrics:

@@ -201,7 +201,7 @@ def _references(settings: Settings) -> dict[str, dict[str, float]]:
 def _check(settings: Settings) -> None:
     """Everything that can be refused before a folder is touched or a model is trained."""
     from choral.audits import read_prices
-    from choral.trainers.task import check_parties
+    from choral.trainers.task.task import check_parties
 
     if not settings.arms:
         raise ConfigError(
@@ -237,7 +237,7 @@ def _check(settings: Settings) -> None:
 
 
 def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
-    from choral.trainers.rounds import check_fits, check_participation, check_patience, participation_of
+    from choral.trainers.federated.rounds import check_fits, check_participation, check_patience, participation_of
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     try:
@@ -251,7 +251,7 @@ def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> Non
 
 
 def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
-    from choral.trainers.arithmetic import check_arithmetic
+    from choral.trainers.task.arithmetic import check_arithmetic
 
     try:
         check_arithmetic(
@@ -267,7 +267,7 @@ def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
 def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
     from choral.privacy import Privacy
     from choral.privacy.client_level.client import check_client_delta
-    from choral.trainers.beginning import check_delta
+    from choral.trainers.setup import check_delta
 
     if isinstance(privacy, Privacy):
         check_delta(privacy, examples)
@@ -284,7 +284,7 @@ def _open(settings: Settings, out: Path, resume: bool) -> None:
     More seeds are welcome, and other arms: an arm that is left out keeps its folder, one that is set otherwise is
     trained anew, and its old runs are set aside.
     """
-    from choral.trainers.run import check_empty, replace_file
+    from choral.trainers.run_folder.run import check_empty, replace_file
 
     record = out / "settings.json"
     wanted = to_json(settings)

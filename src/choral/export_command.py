@@ -35,8 +35,8 @@ class Export:
 def export(words: list[str]) -> int:
     wanted = parse("export", words, Export)
     from choral.trainers import Run
-    from choral.trainers.export import export as write
-    from choral.trainers.task import checked_build
+    from choral.trainers.run_folder.export import export as write
+    from choral.trainers.task.task import checked_build
 
     run = Run.load(wanted.run)
     task = task_of(

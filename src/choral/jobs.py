@@ -119,7 +119,7 @@ def train(
 
 def check_per_party(settings: Settings, task: Task, *, private: bool) -> dict[str, Any]:
     """What ``federate`` and ``centralize`` need to evaluate each party. Raises: ConfigError without it."""
-    from choral.trainers.per_party import check_held_out
+    from choral.trainers.task.per_party import check_held_out
 
     if not settings.evaluation.per_party:
         return {}
@@ -184,12 +184,13 @@ def tuned(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> t
 
 
 def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> dict[str, Any] | None:
-    """What :func:`choral.trainers.tune` records for the arm's grid; of a run that is resumed, what it had recorded.
+    """What :func:`choral.trainers.centralized.tuning` records for the arm's grid; of a run that is resumed, what it had
+    recorded.
 
     Raises: ConfigError for a private arm; what tune does.
     """
     from choral.trainers import tune
-    from choral.trainers.run import check_empty, read_info
+    from choral.trainers.run_folder.run import check_empty, read_info
 
     if not arm.tune.grid:
         return None
@@ -220,7 +221,7 @@ def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) ->
 
 
 def check_tuning(arm: Arm) -> None:
-    from choral.trainers.tune import check_grid
+    from choral.trainers.centralized.tuning import check_grid
 
     if not arm.tune.grid:
         return

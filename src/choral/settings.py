@@ -15,8 +15,8 @@ import msgspec
 
 from choral.audits.prices import PriceSettings
 from choral.errors import ConfigError
-from choral.trainers.participation import Participation
-from choral.trainers.settings import AlgorithmSettings, Split, Training
+from choral.trainers.federated.participation import Participation
+from choral.trainers.task.settings import AlgorithmSettings, Split, Training
 
 Unit = Literal["record", "client"]
 Neighbours = Literal["zero out one record", "replace one record"]

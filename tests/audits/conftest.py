@@ -15,7 +15,7 @@ from choral.audits.bounds import rate_interval
 from choral.audits.evidence import Bound, InversionAudit, NullControl, Probe, ProbeCheck, ScoreAudit, View
 from choral.audits.roc import roc
 from choral.privacy.ledgers.spent import Spent
-from choral.trainers.run import Round, Run, RunInfo
+from choral.trainers.run_folder.run import Round, Run, RunInfo
 
 TOWNS = ("Aarau", "Basel", "Chur", "Davos", "Emmen", "Fribourg", "Glarus", "Horgen", "Ilanz", "Jona")
 PARTIES = {name: 60 + 17 * index for index, name in enumerate(TOWNS)}

@@ -23,7 +23,8 @@ from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.client_level import client
 from choral.privacy.errors import AccountingError
-from choral.trainers import Run, coders
+from choral.trainers import Run
+from choral.trainers.federated import codec as coders
 
 MakeRun = Callable[..., Run]
 DELTA = 1e-3

@@ -15,7 +15,7 @@ from choral.audits import audit
 from choral.audits.books import books_checks
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.ledgers.ledger import Ledger
-from choral.trainers.run import Run
+from choral.trainers.run_folder.run import Run
 
 SIZES = {"north": 60, "south": 40, "east": 50}
 DELTA = 1e-5

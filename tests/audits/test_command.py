@@ -192,7 +192,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of the command line: with a promise to each record, to each client, and of a task in a Python file."""
     root = tmp_path_factory.mktemp("digits")
     task = root / "own.py"
-    task.write_text("from choral.trainers.digits import load\n")
+    task.write_text("from choral.trainers.data.sets.digits import load\n")
     shared = "rounds = 1\nhidden = 0\nbatch_size = 32\n[split]\nparties = 4\nkind = 'iid'\n"
     texts = {
         "record": f"[privacy]\nepsilon = 3.0\n[training]\n{shared}",

@@ -20,7 +20,7 @@ from choral.audits.html import comparison_page
 from choral.audits.markdown import comparison_markdown
 from choral.errors import ConfigError, DataError
 from choral.trainers import Run
-from choral.trainers.per_party import NOTE, PerParty
+from choral.trainers.task.per_party import NOTE, PerParty
 
 Arms = dict[str, list[Run]]
 PARTIES = 12

@@ -33,7 +33,7 @@ from choral.protocols.masking.in_process import MaskedSession, Traffic
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.tap import show, watched_by
 from choral.trainers import Dropouts, Participation, RunFolderError
-from choral.trainers.transcript import Opened, Recorded, Seen, Transcript, Vector
+from choral.trainers.run_folder.transcript import Opened, Recorded, Seen, Transcript, Vector
 
 torch.set_num_threads(1)
 Job = Mapping[str, Any]

@@ -15,7 +15,7 @@ from choral.audits.findings import evidence_checks
 from choral.audits.html import comparison_page
 from choral.audits.membership import lira_offline
 from choral.audits.tally import beyond_attack, every_check, tally
-from choral.trainers.run import Run
+from choral.trainers.run_folder.run import Run
 
 Make = Callable[..., Run]
 

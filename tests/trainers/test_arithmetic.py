@@ -21,12 +21,12 @@ from choral import ClientPrivacy, Masked, Privacy, centralize, federate
 from choral.errors import ConfigError
 from choral.privacy import PrivacyError
 from choral.trainers import FSVRG, GD, Epochs, Run, TaskError
-from choral.trainers.arithmetic import Arithmetic
-from choral.trainers.closed_form import ClosedForm
-from choral.trainers.data_parallel import Shares, Workers
+from choral.trainers.centralized.data_parallel import Shares, Workers
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
-from choral.trainers.local import Resident
-from choral.trainers.moving import ahead, mapped, reads_ahead, tensors_of
+from choral.trainers.local_steps.logistic_regression import ClosedForm
+from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.task.arithmetic import Arithmetic
+from choral.trainers.task.device_batches import ahead, mapped, reads_ahead, tensors_of
 
 BOTH = pytest.mark.parametrize("trainer", [federate, centralize])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -223,7 +223,7 @@ def test_a_device_without_bf16_is_named(monkeypatch):
 
 def test_without_a_compiler_there_is_one_clear_error(tmp_path):
     program = (
-        "import torch\nfrom choral.errors import ConfigError\nfrom choral.trainers.arithmetic import Arithmetic\n"
+        "import torch\nfrom choral.errors import ConfigError\nfrom choral.trainers.task.arithmetic import Arithmetic\n"
         "try:\n    Arithmetic(torch.device('cpu'), compile=True)\nexcept ConfigError as error:\n"
         "    print(error, '|', error.hint, '|', error.__suppress_context__)\n"
     )
@@ -248,7 +248,7 @@ def test_fastest_tries_what_is_compiled_and_what_is_not(monkeypatch):
         )
 
     monkeypatch.setattr(fastest, "_seconds", seconds)
-    monkeypatch.setattr("choral.trainers.arithmetic._probe_compiler", lambda kind: None)
+    monkeypatch.setattr("choral.trainers.task.arithmetic._probe_compiler", lambda kind: None)
 
     def build(dataset):
         model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -266,7 +266,7 @@ def test_fastest_tries_what_is_compiled_and_what_is_not(monkeypatch):
 
 
 def fastest_work() -> Any:
-    from choral.trainers.algorithms.seam import Train
+    from choral.trainers.algorithms.interface import Train
 
     return Train()
 

@@ -14,9 +14,9 @@ from choral import centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import Epochs, FedProx, Schedule, TaskError, tune
 from choral.trainers.algorithms import GD
-from choral.trainers.closed_form import ClosedForm
 from choral.trainers.engines import Cohort, Direct
-from choral.trainers.task import Task
+from choral.trainers.local_steps.logistic_regression import ClosedForm
+from choral.trainers.task.task import Task
 
 BOTH = [federate, centralize]
 ROUNDS = 6

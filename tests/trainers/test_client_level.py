@@ -162,7 +162,7 @@ def test_pooled_data_has_no_clients(task: Any) -> None:
 def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
     from choral.jobs import train
     from choral.settings import Arm, PrivacySettings, Settings
-    from choral.trainers.settings import Split, Training
+    from choral.trainers.task.settings import Split, Training
 
     settings = Settings(
         split=Split(parties=10, alpha=100.0),

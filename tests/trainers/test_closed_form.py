@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral import Privacy, federate
 from choral.errors import ConfigError
 from choral.trainers import DivergedError, TaskError
-from choral.trainers.algorithms import seam
-from choral.trainers.closed_form import ClosedForm
-from choral.trainers.data.sparse import SparseDataset
-from choral.trainers.local import Resident
+from choral.trainers.algorithms import interface as seam
+from choral.trainers.data.sparse_rows import SparseDataset
+from choral.trainers.local_steps.logistic_regression import ClosedForm
+from choral.trainers.local_steps.resident_model import Resident
 
 RATE, BATCH, EPOCHS, DECAY, FEATURES = 0.3, 4, 2, 0.01, 9
 

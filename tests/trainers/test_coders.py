@@ -8,8 +8,8 @@ import torch
 
 from choral.privacy import EncodingError
 from choral.protocols import Masked
-from choral.trainers.algorithms.seam import Channel
-from choral.trainers.coders import WeightedCoder
+from choral.trainers.algorithms.interface import Channel
+from choral.trainers.federated.codec import WeightedCoder
 
 NAMES = tuple(f"p{place}" for place in range(10))
 

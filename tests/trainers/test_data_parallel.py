@@ -16,8 +16,8 @@ import torch
 from choral import Privacy, Run, centralize
 from choral.cli import main
 from choral.errors import ConfigError
-from choral.trainers.data_parallel import Shares, Workers
-from choral.trainers.task import TaskError
+from choral.trainers.centralized.data_parallel import Shares, Workers
+from choral.trainers.task.task import TaskError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

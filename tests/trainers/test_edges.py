@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from choral import Run, centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import Schedule, TaskError
-from choral.trainers.moving import moved_to, tensors_of
+from choral.trainers.task.device_batches import moved_to, tensors_of
 
 BOTH = [federate, centralize]
 

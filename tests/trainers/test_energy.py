@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from choral.trainers.energy import EnergyMeter
+from choral.trainers.run_folder.energy import EnergyMeter
 
 CPU = torch.device("cpu")
 

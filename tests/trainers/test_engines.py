@@ -15,11 +15,11 @@ from choral import Privacy, federate
 from choral.errors import ConfigError
 from choral.privacy import Guard, Ledger
 from choral.trainers import DivergedError, Epochs
-from choral.trainers.algorithms.seam import Done, Failed, Gradient, Train
+from choral.trainers.algorithms.interface import Done, Failed, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.engines.direct import planned
-from choral.trainers.local import Resident, refuse_diverged
-from choral.trainers.task import TaskError
+from choral.trainers.local_steps.resident_model import Resident, refuse_diverged
+from choral.trainers.task.task import TaskError
 
 SIZES = [23, 10, 9, 41, 30, 17, 8]  # whole batches, short last batches, one batch, fewer than a batch
 MODELS: dict[str, Callable[[], nn.Module]] = {

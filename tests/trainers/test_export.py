@@ -12,8 +12,8 @@ from choral import federate
 from choral.cli import main
 from choral.errors import ConfigError
 from choral.trainers import StartError, lora
-from choral.trainers import export as exporting
-from choral.trainers.export import ExportError, _compare, export
+from choral.trainers.run_folder import export as exporting
+from choral.trainers.run_folder.export import ExportError, _compare, export
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs choral[onnx]")
 BOTH = pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
@@ -207,13 +207,13 @@ def federate_state(folder):
 
 def test_code_named_by_a_run_folder_is_not_run(tmp_path, capsys):
     task = tmp_path / "mine.py"
-    task.write_text("from choral.trainers.digits import load\n")
+    task.write_text("from choral.trainers.data.sets.digits import load\n")
     (tmp_path / "small.toml").write_text(SETTINGS.format(task=task))
     assert main(["train", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
     task.write_text("raise SystemExit('it ran')\n")
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "model.pt2")]) == 2
     assert "code is not run because a folder says so" in capsys.readouterr().err
-    task.write_text("from choral.trainers.digits import load\n")
+    task.write_text("from choral.trainers.data.sets.digits import load\n")
     words = ["export", str(tmp_path / "run"), "--task", str(task), "--out", str(tmp_path / "model.pt2"), "--quiet"]
     assert main(words) == 0
 

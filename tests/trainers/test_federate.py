@@ -54,7 +54,7 @@ def test_equals_numpy_fedavg_within_the_fixed_point_bound(ordered, parties, secu
     started = federate(**ordered | {"rounds": 1}).history[0]
     run = federate(**ordered, secure_sum=secure_sum)
     assert run.history[0].metrics == started.metrics
-    from choral.trainers.local import initial_model
+    from choral.trainers.local_steps.resident_model import initial_model
 
     initial = initial_model(ordered["build"], parties["north"], 0)
     start = (initial.weight.detach().double().numpy(), initial.bias.detach().double().numpy())
@@ -113,8 +113,8 @@ def test_adam_state_is_fresh_for_each_party(job, parties):
         model = nn.Linear(5, 2)
         return model, torch.optim.Adam(model.parameters(), lr=0.05), DataLoader(dataset, batch_size=10)
 
-    from choral.trainers.algorithms.seam import Train
-    from choral.trainers.local import Resident
+    from choral.trainers.algorithms.interface import Train
+    from choral.trainers.local_steps.resident_model import Resident
 
     updates = []
     for before in ("north", "south"):

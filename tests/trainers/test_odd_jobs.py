@@ -13,9 +13,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from choral.trainers import Epochs
-from choral.trainers.algorithms.seam import Done, Train
+from choral.trainers.algorithms.interface import Done, Train
 from choral.trainers.engines import Cohort, Direct, Fastest
-from choral.trainers.local import Resident
+from choral.trainers.local_steps.resident_model import Resident
 
 SIZES = [23, 10, 9, 42, 7, 23]
 Job = Callable[[Any], tuple[nn.Module, torch.optim.Optimizer, Any]]

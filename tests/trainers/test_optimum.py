@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from choral.errors import ConfigError
 from choral.trainers import TaskError
-from choral.trainers.optimum import Objective
+from choral.trainers.centralized.optimum import Objective
 
 
 @pytest.fixture

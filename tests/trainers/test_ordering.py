@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from choral import federate
 from choral.errors import ChoralError
 from choral.trainers.algorithms import FSVRG, GD, CoCoA, FedAvg
-from choral.trainers.closed_form import ClosedForm
+from choral.trainers.centralized.optimum import Objective
 from choral.trainers.data.generators import sparse_posts
-from choral.trainers.data.sparse import SparseDataset
-from choral.trainers.optimum import Objective
-from choral.trainers.partition import reshuffled
+from choral.trainers.data.partition import reshuffled
+from choral.trainers.data.sparse_rows import SparseDataset
+from choral.trainers.local_steps.logistic_regression import ClosedForm
 
 FEATURES = 1002
 

@@ -12,7 +12,7 @@ from scipy import stats
 from choral import ClientPrivacy, Masked, federate
 from choral.errors import ConfigError
 from choral.trainers import RunFolderError
-from choral.trainers.participation import (
+from choral.trainers.federated.participation import (
     DAY,
     ONCE_A_DAY,
     Availability,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from choral.errors import ConfigError, DataError
-from choral.trainers.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split
+from choral.trainers.data.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split
 
 LABELS = torch.arange(2000) % 10
 

@@ -14,10 +14,10 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy
 from choral.trainers import Run, TaskError, VirtualParties
 from choral.trainers.data import TASKS
+from choral.trainers.data.partition import split_alike
 from choral.trainers.data.tables import Table, held_out_of, parties_of
-from choral.trainers.partition import split_alike
-from choral.trainers.per_party import LEAST_RECORDS, NOTE
-from choral.trainers.settings import Split, Training
+from choral.trainers.task.per_party import LEAST_RECORDS, NOTE
+from choral.trainers.task.settings import Split, Training
 
 PROMISES = [None, Privacy(epsilon=8.0, delta=1e-3, max_grad_norm=1.0, epochs=1)]
 

@@ -17,7 +17,7 @@ from choral import ClientPrivacy, Privacy, centralize, federate
 from choral.protocols import Masked
 from choral.trainers import TaskError
 from choral.trainers.engines import Cohort, Direct
-from choral.trainers.seeding import generators_of, reseed
+from choral.trainers.task.seeding import generators_of, reseed
 
 _GLOBAL = np.random.default_rng(3)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from choral.trainers import Run
-from choral.trainers.algorithms.seam import Ascend, Done, Gradient, Svrg, Train
+from choral.trainers.algorithms.interface import Ascend, Done, Gradient, Svrg, Train
 from choral.trainers.engines.sharded import (
     _balanced,
     _described,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from choral import Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import StartError, lora
-from choral.trainers.start import Weights
+from choral.trainers.task.initial_weights import Weights
 
 
 @pytest.fixture

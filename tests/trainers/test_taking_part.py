@@ -33,7 +33,7 @@ from choral.trainers import (
     Scaffold,
     VirtualParties,
 )
-from choral.trainers.participation import DAY, stream
+from choral.trainers.federated.participation import DAY, stream
 
 HALF = Availability(peak=0.5, trough=0.5)
 

@@ -13,10 +13,10 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, centraliz
 from choral.audits import audit
 from choral.errors import ConfigError, DataError
 from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties
-from choral.trainers.closed_form import ClosedForm
-from choral.trainers.local import Resident
-from choral.trainers.participation import Dropouts, Participation
-from choral.trainers.run import Run
+from choral.trainers.federated.participation import Dropouts, Participation
+from choral.trainers.local_steps.logistic_regression import ClosedForm
+from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.run_folder.run import Run
 
 MILLION = 1_000_000
 

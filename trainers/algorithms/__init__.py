@@ -1,4 +1,4 @@
-"""Federated algorithms, one file each; `seam` says what they and the engines have in common."""
+"""Federated algorithms, one file each; `interface` says what they and the engines have in common."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from choral.trainers.algorithms.fedopt import FedAdam, FedYogi
 from choral.trainers.algorithms.fedprox import FedProx
 from choral.trainers.algorithms.fsvrg import FSVRG
 from choral.trainers.algorithms.gd import GD
+from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.algorithms.scaffold import Scaffold
-from choral.trainers.algorithms.seam import Algorithm
 
 KINDS: dict[str, type[Algorithm]] = {
     kind.kind: kind for kind in (FedAvg, FedProx, Scaffold, FedAdam, FedYogi, FedNova, FSVRG, DANE, GD, CoCoA)

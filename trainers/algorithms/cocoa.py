@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from choral.trainers.algorithms.seam import (
+from choral.trainers.algorithms.interface import (
     Algorithm,
     Ascend,
     Channel,

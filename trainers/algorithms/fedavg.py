@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from choral.trainers.algorithms.seam import Algorithm, Exchange, Release, Rounds, Server, moved
+from choral.trainers.algorithms.interface import Algorithm, Exchange, Release, Rounds, Server, moved
 
 UPDATE = Release(channel="update", what="w_k - w_t, the change by the party's training", source="fit")
 

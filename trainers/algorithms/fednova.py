@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from choral.trainers.algorithms.fedavg import UPDATE
-from choral.trainers.algorithms.seam import (
+from choral.trainers.algorithms.interface import (
     Algorithm,
     Channel,
     Done,
@@ -35,7 +35,7 @@ from choral.trainers.algorithms.seam import (
     check_positive,
     moved,
 )
-from choral.trainers.task import TaskError
+from choral.trainers.task.task import TaskError
 
 STEPS = Release(channel="update", what="t_k, the number of local steps", source="derived")
 

@@ -20,7 +20,7 @@ import torch
 
 from choral.errors import ConfigError
 from choral.trainers.algorithms.fedavg import FedAvg
-from choral.trainers.algorithms.seam import Exchange, Rounds, Server, check_positive, moved
+from choral.trainers.algorithms.interface import Exchange, Rounds, Server, check_positive, moved
 
 
 @dataclass(frozen=True, kw_only=True)

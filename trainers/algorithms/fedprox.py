@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from choral.trainers.algorithms.fedavg import FedAvg
-from choral.trainers.algorithms.seam import Exchange, Party, Train, Work, check_not_negative
+from choral.trainers.algorithms.interface import Exchange, Party, Train, Work, check_not_negative
 
 
 @dataclass(frozen=True, kw_only=True)

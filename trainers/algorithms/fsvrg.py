@@ -28,7 +28,7 @@ import torch
 
 from choral.errors import ConfigError
 from choral.trainers.algorithms.gd import GRADIENT
-from choral.trainers.algorithms.seam import (
+from choral.trainers.algorithms.interface import (
     Algorithm,
     Channel,
     Done,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from choral.trainers.algorithms.fedavg import UPDATE
-from choral.trainers.algorithms.seam import (
+from choral.trainers.algorithms.interface import (
     Algorithm,
     Channel,
     Done,
@@ -36,7 +36,7 @@ from choral.trainers.algorithms.seam import (
     check_positive,
     moved,
 )
-from choral.trainers.task import TaskError
+from choral.trainers.task.task import TaskError
 
 VARIATE = Release(channel="update", what="c_k+ - c_k, the change of the control variate", source="derived")
 

@@ -12,7 +12,7 @@ from scipy.special import expit
 from torch.utils.data import TensorDataset
 
 from choral.errors import ConfigError
-from choral.trainers.data.sparse import SparseDataset
+from choral.trainers.data.sparse_rows import SparseDataset
 
 Array = np.ndarray[Any, Any]
 

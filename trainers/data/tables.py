@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from choral.errors import ConfigError
-from choral.trainers.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split, split_alike
-from choral.trainers.settings import Split, Training
-from choral.trainers.task import Built, Task
+from choral.trainers.data.partition import dirichlet_split, iid_split, key_split, reshuffled, shard_split, split_alike
+from choral.trainers.task.settings import Split, Training
+from choral.trainers.task.task import Built, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from choral.errors import ConfigError, DataError
-from choral.trainers.partition import key_split
+from choral.trainers.data.partition import key_split
 
 
 def federation_from_csv(

@@ -15,11 +15,11 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from choral.trainers.algorithms.seam import Done, Failed, Train, Work
+from choral.trainers.algorithms.interface import Done, Failed, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
-from choral.trainers.epochs import Criterion, Plan, has_hooks, per_record
-from choral.trainers.local import Resident, attempted
-from choral.trainers.seeding import drawn_since, luck, seed_of, seeded
+from choral.trainers.local_steps.epochs import Criterion, Plan, has_hooks, per_record
+from choral.trainers.local_steps.resident_model import Resident, attempted
+from choral.trainers.task.seeding import drawn_since, luck, seed_of, seeded
 
 AT_ONCE = 64  # parties in a stack, at most
 # Whose mean is the mean of their records' values, if no class is ignored.
@@ -80,7 +80,7 @@ class Cohort:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; a stack is read ahead."""
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; a stack is read ahead."""
         orders = iter(orders)
         while chunk := list(islice(orders, self.at_once)):
             done = dict(self._stacked(chunk, weights, round_number))

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from choral.trainers.algorithms.seam import Done, Failed, Train, Work
-from choral.trainers.arithmetic import Arithmetic
-from choral.trainers.corrections import refuse_sparse
-from choral.trainers.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
-from choral.trainers.local import Resident, attempted
-from choral.trainers.seeding import reseed, seed_of, seeded, torch_seeded
+from choral.trainers.algorithms.interface import Done, Failed, Train, Work
+from choral.trainers.local_steps.corrections import refuse_sparse
+from choral.trainers.local_steps.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
+from choral.trainers.local_steps.resident_model import Resident, attempted
+from choral.trainers.task.arithmetic import Arithmetic
+from choral.trainers.task.seeding import reseed, seed_of, seeded, torch_seeded
 
 
 class Slope(NamedTuple):
@@ -60,7 +60,7 @@ class Direct:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`; nothing is read ahead."""
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; nothing is read ahead."""
         for party, work in orders:
             plan = planned(self.resident, party, work, round_number)
             if plan is None or not isinstance(work, Train):

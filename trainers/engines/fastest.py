@@ -8,10 +8,10 @@ from itertools import chain, islice
 
 import torch
 
-from choral.trainers.algorithms.seam import Done, Failed, LocalTrainer, Work
+from choral.trainers.algorithms.interface import Done, Failed, LocalTrainer, Work
 from choral.trainers.engines.cohort import Cohort
 from choral.trainers.engines.direct import Direct, planned
-from choral.trainers.local import Resident
+from choral.trainers.local_steps.resident_model import Resident
 
 _TRIED = 16  # parties that are trained both ways, once in a run
 _LONG = 1.0  # seconds, beside which warming up is little
@@ -35,7 +35,7 @@ class Fastest:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`."""
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`."""
         orders = iter(orders)
         if self.chosen is None:
             first = list(islice(orders, _TRIED))

@@ -34,7 +34,7 @@ from safetensors.torch import load, save
 
 from choral.errors import ChoralError, ConfigError, DataError
 from choral.privacy import BudgetExceededError, UnsupportedModelError
-from choral.trainers.algorithms.seam import (
+from choral.trainers.algorithms.interface import (
     Ascend,
     Done,
     Failed,
@@ -46,9 +46,9 @@ from choral.trainers.algorithms.seam import (
     Train,
     Work,
 )
-from choral.trainers.run import Round, Run, RunInfo
-from choral.trainers.seeding import caller_keeps_generators
-from choral.trainers.task import DivergedError, TaskError
+from choral.trainers.run_folder.run import Round, Run, RunInfo
+from choral.trainers.task.seeding import caller_keeps_generators
+from choral.trainers.task.task import DivergedError, TaskError
 
 _WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
 _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed connection
@@ -243,7 +243,7 @@ class Sharded:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.seam.LocalTrainer`. Raises: ProcessError, too."""
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`. Raises: ProcessError, too."""
         orders = iter(orders)
         while chunk := list(islice(orders, _CHUNK * self._team.size)):
             yield from self._chunk(chunk, weights, round_number)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.trainers.local import initial_model
-from choral.trainers.seeding import seeded
+from choral.trainers.local_steps.resident_model import initial_model
+from choral.trainers.task.seeding import seeded
 
 RATE = 0.4
 BATCH = 8

@@ -16,9 +16,9 @@ from choral.errors import ConfigError
 from choral.privacy import Guard, Ledger
 from choral.trainers import DivergedError, Dropouts, Participation, RunFolderError, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
-from choral.trainers.algorithms.seam import Train
-from choral.trainers.local import Resident
-from choral.trainers.memory import read_memory
+from choral.trainers.algorithms.interface import Train
+from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.run_folder.algorithm_state import read_memory
 
 from .conftest import RATE, build, fit
 
@@ -272,7 +272,7 @@ def test_the_algorithm_of_the_guide_runs(convex, oracle):
     """The code block of docs/algorithms.md, as it stands there."""
     text = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
-    imports = "import torch\nfrom dataclasses import dataclass\nfrom choral.trainers.algorithms.seam import *\n"
+    imports = "import torch\nfrom dataclasses import dataclass\nfrom choral.trainers.algorithms.interface import *\n"
     names: dict[str, Any] = {"__name__": __name__}
     exec(imports + code, names)  # noqa: S102
     run = federate(**convex(rounds=1), algorithm=names["Signs"]())

@@ -12,7 +12,7 @@ from choral.jobs import algorithm_of
 from choral.settings import Arm, Settings, read_settings
 from choral.trainers import Run
 from choral.trainers.algorithms import GD, KINDS, CoCoA, FedAdam, FedAvg, FedProx, Scaffold
-from choral.trainers.settings import AlgorithmSettings, Training
+from choral.trainers.task.settings import AlgorithmSettings, Training
 
 
 def test_settings_have_every_hyper_parameter_of_every_algorithm():

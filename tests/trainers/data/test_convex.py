@@ -15,8 +15,8 @@ from choral.jobs import trainer_of
 from choral.settings import Arm, PrivacySettings, Settings, SumSettings
 from choral.trainers import Split, Training
 from choral.trainers.data import TASKS
-from choral.trainers.data.convex import ERROR, GAP, Problem, convex_task, dealt_again
 from choral.trainers.data.generators import sparse_posts
+from choral.trainers.data.sets.convex import ERROR, GAP, Problem, convex_task, dealt_again
 
 TRAINING = Training(hidden=0, weight_decay=0.01, learning_rate=0.3, batch_size=4, rounds=3)
 

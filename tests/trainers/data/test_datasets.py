@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from choral.errors import ConfigError, DataError
-from choral.trainers.data import TASKS, adult, comments, fashion, shakespeare
+from choral.trainers.data import TASKS
+from choral.trainers.data.sets import adult, comments, fashion, shakespeare
 from choral.trainers.data.tables import Table, parties_of
-from choral.trainers.settings import Split, Training
+from choral.trainers.task.settings import Split, Training
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets at {DATA}")

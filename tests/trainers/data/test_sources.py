@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from choral.errors import DataError
-from choral.trainers.data import sources
-from choral.trainers.data.sources import Source, read
+from choral.trainers.data.sets import sources
+from choral.trainers.data.sets.sources import Source, read
 
 CONTENT = b"a,b\n1,2\n" * 50
 SOURCE = Source(

@@ -1,0 +1,25 @@
+"""The embedded task: scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels, 10 classes)."""
+
+from __future__ import annotations
+
+import torch
+
+from choral.trainers.data.tables import Table, held_out, table_task
+from choral.trainers.task.settings import Split, Training
+from choral.trainers.task.task import Task
+
+
+def load(split: Split, training: Training, seed: int) -> Task:
+    """Digits among ``split.parties`` parties, Dirichlet by label unless set otherwise; a two-layer network and SGD.
+
+    ``seed`` decides the held-out records, the split, the initial weights and the data order.
+    """
+    train, test = held_out(_digits(), split.test_fraction, seed)
+    return table_task(train, test, classes=10, split=split, training=training, seed=seed)
+
+
+def _digits() -> Table:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return Table(features=torch.from_numpy(pixels).float() / 16, labels=torch.from_numpy(labels).long())

@@ -1,0 +1,1 @@
+"""Federated training: rounds, codecs, who takes part, parties that are made when they are asked."""

@@ -1,0 +1,313 @@
+"""From vectors to integers and from their sum to the mean: what an exchange does between the parties and the server.
+
+`WeightedCoder` averages by example counts or by parties, without noise of its own (record-level privacy has added its
+noise inside the parties' training). `ClientCoder` clips each party's whole vector and averages with equal weights and
+client-level noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from choral.errors import ConfigError
+from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
+from choral.privacy.accounting.client_noise import SLACK
+from choral.privacy.client_level.client import HOLDER, spent_by
+from choral.privacy.ledgers.ledger import as_ledger
+from choral.privacy.ledgers.memory_notice import notice_memory
+from choral.privacy.ledgers.plans import passes_left
+from choral.protocols.errors import TooFewSurvivorsError
+from choral.protocols.interface import SumResult, SumSession, SumSpec
+from choral.trainers.algorithms.interface import Channel, Mean
+from choral.trainers.run_folder.recorder import Recorder
+
+
+class Coder(Protocol):
+    """One for a run and a channel; `begin` opens a sum, each present party encodes once, the server decodes once."""
+
+    @property
+    def spec(self) -> SumSpec: ...
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        """Of the encoding, for the run's record."""
+        ...
+
+    @property
+    def clip(self) -> float | None:
+        """The clipping norm of whole updates in the next round; None if they are not clipped."""
+        ...
+
+    @property
+    def largest(self) -> float | None:
+        """The largest absolute coordinate of the latest sum's vectors, where the server sees each of them anyway."""
+        ...
+
+    @property
+    def more_bytes(self) -> int:
+        """What the busiest party sent beside its integers."""
+        ...
+
+    def check(self, session: SumSession) -> None:
+        """Raises: ConfigError if the secure sum may do what this coder's promise excludes."""
+        ...
+
+    def begin(self, present: tuple[str, ...]) -> None: ...
+
+    def encode(self, party: str, update: torch.Tensor) -> Any: ...
+
+    def stand_in(self, party: str) -> Any:
+        """What is sent for a party whose training failed; None where it sends nothing, and so is seen to drop out."""
+        ...
+
+    def decode(self, result: SumResult) -> Mean: ...
+
+    def spent(self) -> dict[str, Spent]:
+        """What each data holder has spent."""
+        ...
+
+
+class WeightedCoder:
+    """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
+
+    Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count. roster:
+    who takes part in one sum; both by default of all whose ``examples`` are given. in_clear: the server sees each
+    vector; then what a coordinate has beyond the bound is sent beside the integers, as floating-point numbers.
+    """
+
+    clip = None
+    more_bytes = 0
+
+    def __init__(
+        self,
+        examples: Mapping[str, int],
+        channel: Channel,
+        *,
+        bound: float,
+        value_bits: int,
+        guards: Mapping[str, Guard],
+        cap: int | None = None,
+        roster: tuple[str, ...] | None = None,
+        in_clear: bool = False,
+    ) -> None:
+        self._in_clear = in_clear and channel.largest_count is None
+        self._beyond: torch.Tensor | None = None  # of all who sent any, weighted
+        self._largest = 0.0
+        if channel.largest_count is not None:
+            value_bits = max(channel.largest_count.bit_length(), 1) + 1
+            bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
+        self._weights = examples if channel.weighing == "examples" else None
+        self._roster = tuple(examples) if roster is None else roster
+        # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
+        cap = cap_of(max(examples.values())) if cap is None else cap
+        most = cap if channel.weighing == "examples" else 1
+        self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
+        self._length, self._guards = channel.length, guards
+
+    @property
+    def spec(self) -> SumSpec:
+        return SumSpec(
+            parties=self._roster,
+            length=self._length + 1,
+            bound=self._coder.integer_bound,
+            encoding=repr(self._coder),
+        )
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        coder = self._coder
+        return {
+            "bound": coder.bound,
+            "value_bits": coder.value_bits,
+            "max_weight": coder.max_weight,
+            "error_bound": coder.error_bound,
+        }
+
+    def check(self, session: SumSession) -> None:
+        """Any sum will do."""
+
+    @property
+    def largest(self) -> float | None:
+        return self._largest if self._in_clear else None
+
+    def begin(self, present: tuple[str, ...]) -> None:
+        """Nothing is paid for here, whoever is present."""
+        del present
+        self._beyond, self._largest, self.more_bytes = None, 0.0, 0
+
+    def encode(self, party: str, update: torch.Tensor) -> Any:
+        weight = self._weights[party] if self._weights is not None else 1
+        return self._coder.encode(self._within(update, weight) if self._in_clear else update, weight)
+
+    def _within(self, update: torch.Tensor, weight: int) -> torch.Tensor:
+        """The update cut off at the bound; what is beyond it is kept for the mean."""
+        largest = float(torch.linalg.vector_norm(update, torch.inf))
+        if not math.isfinite(largest):
+            return update  # which is refused
+        self._largest = max(self._largest, largest)
+        if largest <= self._coder.bound:
+            return update
+        inside = update.double().clamp(-self._coder.bound, self._coder.bound)
+        beyond = update.double() - inside
+        self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
+        self._beyond = beyond * weight + (0.0 if self._beyond is None else self._beyond)
+        return inside
+
+    def stand_in(self, party: str) -> None:
+        """It sends nothing."""
+
+    def decode(self, result: SumResult) -> Mean:
+        """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
+        mean, weight = self._coder.decode(result.total, len(result.survivors))
+        return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
+
+    def spent(self) -> dict[str, Spent]:
+        return {name: guard.spent() for name, guard in self._guards.items()}
+
+
+class ClientCoder:
+    """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientGuard`."""
+
+    largest = None
+    more_bytes = 0
+
+    def __init__(self, parties: tuple[str, ...], guard: ClientGuard) -> None:
+        self._parties, self._guard = parties, guard
+        self._round: ClientRound | None = None
+
+    @property
+    def spec(self) -> SumSpec:
+        scheme = self._guard.scheme
+        return SumSpec(
+            parties=self._parties,
+            length=scheme.padded,
+            bound=scheme.bound,
+            bits=scheme.bits,
+            encoding=self._guard.encoding,
+        )
+
+    @property
+    def fixed_point(self) -> dict[str, float | int]:
+        scheme = self._guard.scheme
+        plain: dict[str, float | int] = {"coordinates": scheme.padded}
+        return plain | {"value_bits": scheme.bits} if scheme.bits else plain
+
+    @property
+    def clip(self) -> float | None:
+        return self._guard.clip
+
+    def check(self, session: SumSession) -> None:
+        """Noise that is shared out needs a sum that is not opened over fewer clients than it was sized for."""
+        opens = session.statement.get("min_survivors")
+        hides = session.statement.get("name") != "plain"  # with Plain the server sees single vectors anyway
+        if (
+            self._guard.privacy.noise == "distributed"
+            and hides
+            and (opens is None or opens < self._guard.min_survivors)
+        ):
+            raise ConfigError(
+                f"the secure sum may open sums of {opens} clients, but the noise is sized for"
+                f" {self._guard.min_survivors}",
+                hint=f"give both min_survivors={self._guard.min_survivors}",
+            )
+
+    def begin(self, present: tuple[str, ...]) -> None:
+        """Raises: TooFewSurvivorsError before anything is paid for or sent; what :meth:`ClientGuard.begin` raises."""
+        needed = self._guard.min_survivors
+        if len(present) < needed:
+            raise TooFewSurvivorsError(
+                f"{len(present)} of {len(self._parties)} clients are left, expected at least {needed}",
+                survivors=len(present),
+                needed=needed,
+                missing=tuple(name for name in self._parties if name not in present),
+            )
+        self._round = self._guard.begin()
+
+    def encode(self, party: str, update: torch.Tensor) -> Any:
+        del party
+        return self._current.encode(update)
+
+    def stand_in(self, party: str) -> Any:
+        """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
+        return self.encode(party, torch.zeros(self._guard.length))
+
+    def decode(self, result: SumResult) -> Mean:
+        survivors = len(result.survivors)
+        return Mean(self._current.decode(result.total, survivors), survivors)
+
+    def spent(self) -> dict[str, Spent]:
+        return {HOLDER: self._guard.spent()}
+
+    @property
+    def _current(self) -> ClientRound:
+        if self._round is None:
+            raise ConfigError("no round was begun")
+        return self._round
+
+
+def cap_of(largest: int) -> int:
+    """A power of two above the largest party's example count."""
+    return 1 << largest.bit_length()
+
+
+class Clients:
+    """The one ledger of a federation's clients, and what may still be spent from it."""
+
+    def __init__(self, privacy: ClientPrivacy, ledger: Ledger, recorder: Recorder) -> None:
+        self._privacy, self._ledger, self._recorder = privacy, ledger, recorder
+
+    def spent(self) -> dict[str, Spent]:
+        return {HOLDER: spent_by(self._ledger, self._privacy.delta)}
+
+    def rounds_paid_for(self, rounds: int, sums: int) -> tuple[int, str]:
+        """How far a run of so many sums a round can go, `rounds` or less, and why no further.
+
+        Raises: LedgerError if the ledger holds less than was recorded.
+        """
+        spent, before = self.spent()[HOLDER], self._recorder.spent.get(HOLDER)
+        if before and spent.steps < before.steps:
+            raise LedgerError(
+                f"the clients' ledger holds {spent.steps} rounds, but the run has recorded {before.steps}",
+                hint="put back the ledger file that belongs to this run",
+            )
+        if not self._recorder.completed:
+            return rounds, ""
+        left = passes_left(self._ledger, self._privacy.epsilon)
+        if left is None and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
+            left = 0
+        paid = rounds if left is None else min(rounds, self._recorder.completed + left // sums)
+        return paid, "" if paid == rounds else f"the clients' budget is spent; ended after round {paid}"
+
+    def coder(
+        self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int, *, most: int | None = None
+    ) -> ClientCoder:
+        """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was.
+
+        roster: who takes part in one sum, of so many clients. most: in any sum, by default all.
+        """
+        history = self._recorder.run().history
+        paid, _ = self.rounds_paid_for(rounds, sums)
+        guard = ClientGuard(
+            self._privacy,
+            clients=clients,
+            length=length,
+            rounds=max(paid - self._recorder.completed, 1) * sums,
+            ledger=self._ledger,
+            clip=history[-1].clip if history else None,
+            most=most,
+        )
+        return ClientCoder(roster, guard)
+
+
+def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
+    """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
+    folder = recorder.ledger_folder
+    own = privacy.ledger is not None
+    ledger = as_ledger(privacy.ledger) if own else Ledger(folder / f"{HOLDER}.jsonl" if folder else None)
+    notice_memory(ledger, "ClientPrivacy(ledger=FILE), or out=FOLDER,")
+    recorder.keep({HOLDER: ledger})
+    return Clients(privacy, ledger, recorder)

@@ -1,0 +1,473 @@
+"""One round of any algorithm: its exchanges, each a secure sum over the parties that are still there."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from choral.errors import ChoralError, ConfigError
+from choral.privacy import ClientPrivacy, EncodingError, Privacy
+from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
+from choral.protocols.interface import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
+from choral.protocols.masking.policy import Policy
+from choral.trainers.algorithms.interface import (
+    Algorithm,
+    Done,
+    Exchange,
+    Failed,
+    LocalTrainer,
+    Mean,
+    Party,
+    Server,
+    Setup,
+    Work,
+)
+from choral.trainers.federated.codec import Coder
+from choral.trainers.federated.participation import Dropouts, Participation, stream
+from choral.trainers.run_folder.algorithm_state import Memory, State
+from choral.trainers.run_folder.run import RunFolderError
+from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.task.seeding import caller_keeps_generators
+from choral.trainers.task.task import DivergedError, Loss, TaskError, raised_by
+
+_log = logging.getLogger("choral.trainers")
+
+
+@dataclass
+class Traffic:
+    """Of one round. asked: parties it began with. survivors: of its last exchange. bytes_up, bytes_down: of each
+    exchange's busiest party, summed, without a sum that failed. seconds: simulated. failed: why it was given up.
+    errors: of the parties whose training failed, in words for the user alone.
+    """
+
+    asked: int = 0
+    survivors: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    failed: TooFewSurvivorsError | None = None
+    errors: dict[str, ChoralError] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Whose training failed, and how, in words that hold nothing of data or code."""
+        return {name: _kind_of(error) for name, error in self.errors.items()}
+
+
+@dataclass
+class Federation:
+    """All that stays the same from round to round, and the memory, which does not.
+
+    draws: decides who is asked, and is known to nobody else; the seed where that is to be rehearsed.
+    """
+
+    algorithm: Algorithm
+    trainer: LocalTrainer
+    setup: Setup
+    names: Sequence[str]
+    examples: Mapping[str, int]
+    coders: Mapping[str, Coder]
+    sessions: Mapping[str, SumSession]
+    memory: Memory
+    participation: Participation
+    secure_sum: SecureSum
+    seed: int
+    seen: Transcript
+    draws: int
+    policy: Policy | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, for errors
+    succeeded: int = 0  # rounds
+
+    def round(self, weights: torch.Tensor, number: int, start: float = 0.0) -> tuple[torch.Tensor, Traffic]:
+        """The next weights, float32, shape (d,). start: simulated. The memory changes only if the round succeeds, and
+        so do the weights: in a round that has too few parties left they come back as they were, and Traffic says why.
+
+        Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what the
+            parties' training did, if it failed at all of them; what coder and secure sum raise but for too few
+            survivors.
+        """
+        self.seen.round = number
+        if self.succeeded and self.algorithm.remembers and not self.memory:
+            raise RunFolderError(
+                f"what {self.algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
+                hint=f"restore memory.{number - 1}.safetensors, or run again in a new folder",
+            )
+        asked = self._asked(number, start)
+        try:
+            return self._train(weights, number, asked), asked.traffic
+        except DisputedSharesError:
+            raise
+        except TooFewSurvivorsError as error:
+            asked.traffic.failed, asked.traffic.survivors = error, 0
+            return weights, asked.traffic
+        finally:
+            asked.traffic.seconds = asked.lasted(self.participation)
+
+    def _train(self, weights: torch.Tensor, number: int, asked: _Asked) -> torch.Tensor:
+        server = dict(self.memory.server)
+        parties = {name: dict(state) for name, state in self.memory.parties.items()}
+        rooms = self._rooms(asked.parties)
+        steps = self.algorithm.round(Server(setup=self.setup, number=self.succeeded + 1, state=server), weights)
+        try:
+            ask = next(steps)
+            while True:
+                losses = self.participation.dropouts.draw(
+                    asked.parties, stream(self.seed, number, f"dropouts {asked.sums}")
+                )
+                asked.lose(losses)
+                ask = steps.send(self._exchange(ask, rooms, asked, parties, number))
+        except StopIteration as end:
+            moved: torch.Tensor = end.value
+        if not torch.isfinite(moved).all():
+            raise DivergedError(
+                f"the server's step diverged in round {number}: the weights are not finite",
+                hint="lower the learning rates; the last good round is kept",
+            )
+        self.memory.server, self.memory.parties = server, parties
+        self.succeeded += 1
+        return moved
+
+    def _exchange(
+        self, ask: Exchange, rooms: Mapping[str, SumSession], asked: _Asked, states: dict[str, State], number: int
+    ) -> Mean:
+        """Keys among all who are asked, then each present party's vector, added as it comes, then the sum."""
+        coder, present, traffic = self.coders[ask.channel], asked.sending, asked.traffic
+        summing = rooms[ask.channel].begin(asked.lost)
+        coder.begin(present)
+        working: dict[str, Party] = {}
+
+        def orders() -> Iterator[tuple[str, Work]]:
+            for name in present:
+                party = Party(
+                    name=name,
+                    examples=self.examples[name],
+                    setup=self.setup,
+                    number=number,
+                    state=dict(states.get(name, {})),
+                )
+                working[name] = party
+                yield name, self.algorithm.work(party, ask)
+
+        kept: dict[str, State] = {}
+        answered: set[str] = set()
+        errors: dict[str, ChoralError] = {}
+        with caller_keeps_generators():
+            for name, done in self.trainer.do(orders(), ask.weights, number):
+                party = working.pop(name)
+                vector = self._vector(coder, party, ask, done)
+                if isinstance(vector, ChoralError):
+                    errors[name] = vector
+                    _log.warning("round %d: %s (%s)", number, vector, vector.hint)
+                    if (vector := coder.stand_in(name)) is None:
+                        continue
+                    party.state.clear()
+                self.seen.vector(name, vector)
+                summing.submit(name, vector)
+                answered.add(name)
+                if name not in errors and (party.state or name in states):
+                    kept[name] = dict(party.state)
+        if missing := [name for name in present if name not in answered and name not in errors]:
+            raise TaskError(
+                f"the engine {type(self.trainer).__name__} made nothing of the work of party {missing[0]!r}",
+                hint="LocalTrainer.do yields one result per order",
+            )
+        asked.fail({name: error for name, error in errors.items() if name not in answered})
+        if errors and len(errors) == len(present):
+            raise all_failed(errors, number)
+        result: SumResult = summing.finish()
+        for name in result.survivors:
+            if name in kept:
+                states[name] = kept[name]
+        sent = [*ask.new.values(), *([ask.weights] if not asked.sums else [])]
+        traffic.survivors = len(result.survivors)
+        traffic.bytes_up += max(result.bytes_up.values()) + coder.more_bytes
+        traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
+        asked.sums += 1
+        return coder.decode(result)
+
+    def _vector(self, coder: Coder, party: Party, ask: Exchange, done: Done | Failed) -> Any:
+        """What the party sends, or the error that makes it drop out."""
+        if isinstance(done, Failed):
+            return raised_by(done.error, f"training at party {party.name!r}")
+        try:
+            vector = self.algorithm.answer(party, ask, done)
+        except (TaskError, DivergedError) as error:
+            return error
+        try:
+            return coder.encode(party.name, vector)
+        except EncodingError as error:
+            return beyond(error, vector, f"round {party.number}, party {party.name!r}, {ask.channel}", self.shapes)
+
+    def _asked(self, number: int, start: float) -> _Asked:
+        """Everybody, or this round's cohort, each set of its size equally likely; with those that are too slow."""
+        rule = self.participation
+        chosen = rule.ask(len(self.names), start, stream(self.draws, number, "cohort"), self.seed)
+        parties = tuple(self.names[index] for index in chosen.tolist())
+        seconds = rule.device.draw([self.examples[name] for name in parties], stream(self.seed, number, "devices"))
+        asked = _Asked(parties, seconds, full=len(parties) >= rule.expected(len(self.names)) or rule.cohort is None)
+        asked.lost = {name: "vector" for name, late in zip(parties, rule.late(seconds), strict=True) if late}
+        return asked
+
+    def _rooms(self, asked: tuple[str, ...]) -> Mapping[str, SumSession]:
+        """The sessions for those who are asked.
+
+        Raises: TooFewSurvivorsError for fewer than a round begins with; ConfigError if more parties are promised less
+            than the fewest, which the run's record tells of; what open_sessions does.
+        """
+        if self.participation.everybody:
+            return self.sessions
+        needed = self.participation.fewest(len(self.names))
+        if len(asked) < needed:
+            raise TooFewSurvivorsError(
+                "too few parties are available",
+                survivors=len(asked),
+                needed=needed,
+                hint="lower participation.least, or let rounds fail with participation.patience",
+            )
+        rooms = open_sessions(
+            self.secure_sum, self.coders, self.seen, parties=len(self.names), roster=asked, policy=self.policy
+        )
+        check_promises(self.sessions, needed, rooms, len(asked))
+        return rooms
+
+
+@dataclass
+class _Asked:
+    """A round's parties as it goes on. lost: at their step of the sum at hand. full: as many as were to be asked."""
+
+    parties: tuple[str, ...]
+    seconds: NDArray[np.float64]
+    full: bool
+    lost: dict[str, Step] = field(default_factory=dict)
+    sums: int = 0
+    traffic: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traffic = Traffic(asked=len(self.parties))
+
+    def lose(self, losses: Mapping[str, Step]) -> None:
+        """Begin a sum: who is lost in it, beside those who were lost before and do not come at all.
+
+        In the first sum, who is too slow is there for the keys, unless it is lost earlier.
+        """
+        if self.sums:
+            self.lost = dict.fromkeys(self.lost, "keys")
+        for party, step in losses.items():
+            self.lost[party] = min(step, self.lost.get(party, step), key=STEPS.index)
+
+    def fail(self, errors: Mapping[str, ChoralError]) -> None:
+        """Parties whose training failed, which are seen to be gone for the rest of the round."""
+        self.lost |= dict.fromkeys(errors, "vector")
+        self.traffic.errors |= errors
+
+    @property
+    def sending(self) -> tuple[str, ...]:
+        """Those who send a vector."""
+        losses = Losses(self.lost, self.parties)
+        return tuple(party for party in self.parties if losses.takes(party, "vector"))
+
+    def lasted(self, rule: Participation) -> float:
+        answered = np.array([party not in self.lost for party in self.parties], bool)
+        return rule.lasted(self.seconds[answered], complete=self.full and bool(answered.all()))
+
+
+def _kind_of(error: ChoralError) -> str:
+    if isinstance(error, DivergedError):
+        return "its training diverged"
+    return "its update cannot be encoded" if isinstance(error, EncodingError) else "its training failed"
+
+
+def beyond(
+    error: EncodingError, vector: torch.Tensor, where: str, shapes: Mapping[str, tuple[int, ...]]
+) -> EncodingError:
+    """The same error with the place of the largest coordinate, and the setting that bounds it."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    place, name = int(vector.abs().nan_to_num(torch.inf).argmax()), "the last number"
+    place %= max(sum(sizes.values()), 1) if len(vector) % max(sum(sizes.values()), 1) == 0 else len(vector)
+    for candidate, size in sizes.items():
+        if place < size:
+            name = repr(candidate)
+            break
+        place -= size
+    return EncodingError(
+        f"{where}: {error} (in {name})",
+        hint="raise secure_sum.value_bound (in Python federate(value_bound=...)), the same for all parties, or lower"
+        " the learning rate; docs/secure-sums.md says how to find a bound on public data",
+    )
+
+
+def all_failed(errors: Mapping[str, ChoralError], number: int) -> ChoralError:
+    """What ends a run of which no party could train: the error that they have in common, with each one's reason.
+
+    Where some diverged and others' updates were too large, that is divergence.
+    """
+    first = next(iter(errors.values()))
+    kinds = {type(error) for error in errors.values()}
+    kind = kinds.pop() if len(kinds) == 1 else TaskError
+    if DivergedError in kinds and kinds <= {DivergedError, EncodingError}:
+        kind = DivergedError
+    made = kind(f"no party could train in round {number}: {_reasons(errors)}", hint=first.hint)
+    made.__cause__ = first.__cause__ or first
+    return made
+
+
+def with_reasons(error: TooFewSurvivorsError, errors: Mapping[str, ChoralError]) -> TooFewSurvivorsError:
+    """The error, and why parties failed that are missing."""
+    if not errors:
+        return error
+    what = f"training failed at {len(errors)} parties ({_reasons(errors)}), so that too few are left"
+    return TooFewSurvivorsError(
+        what, survivors=error.survivors, needed=error.needed, missing=error.missing, hint=error.hint
+    )
+
+
+def _reasons(errors: Mapping[str, ChoralError]) -> str:
+    said = "; ".join(f"{name}: {error}" for name, error in list(errors.items())[:10])
+    return said + (f"; and {len(errors) - 10} more" if len(errors) > 10 else "")
+
+
+def open_sessions(
+    secure_sum: SecureSum,
+    coders: Mapping[str, Coder],
+    seen: Transcript,
+    *,
+    parties: int,
+    roster: tuple[str, ...] | None = None,
+    policy: Policy | None = None,
+) -> dict[str, SumSession]:
+    """One session per channel; channels whose vectors look alike share one. parties: how many there are in all, whom
+    the roster is taken from. roster: by default all parties. seen: is told of each. policy: what the parties accept.
+
+    Raises: what the coders' check does; what the secure sum does for a roster of that size; PolicyError.
+    """
+    sessions: dict[str, SumSession] = {}
+    by_spec: dict[object, SumSession] = {}
+    for name, coder in coders.items():
+        spec = replace(coder.spec, parties=roster or coder.spec.parties, directory=parties)
+        if spec not in by_spec:
+            seen.begin(secure_sum.name, spec)
+            by_spec[spec] = _opened(secure_sum, spec, policy)
+        sessions[name] = by_spec[spec]
+        coder.check(sessions[name])
+    return sessions
+
+
+def _opened(secure_sum: SecureSum, spec: SumSpec, policy: Policy | None) -> SumSession:
+    if policy is None:
+        return secure_sum.open(spec)
+    return secure_sum.open(spec, policy=replace(policy, encoding=policy.encoding or spec.encoding))
+
+
+def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str, SumSession], many: int) -> None:
+    """Raises: ConfigError if the sum promises less over many parties than over few, as the run's record tells."""
+    for channel, room in more.items():
+        stated = fewer[channel].statement
+        for promise, choose in (("min_survivors", max), ("corrupt", min)):
+            if room.statement.get(promise, 0) < stated.get(promise, 0):
+                both = choose(stated[promise], room.statement[promise])
+                raise ConfigError(
+                    f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
+                    f" {room.statement[promise]} over {many}",
+                    hint=f"give it {promise}={both}, for both",
+                )
+
+
+_PROBE = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
+
+
+def participation_of(
+    algorithm: Algorithm, given: Participation | None, cohort: int | None, dropout_rate: float
+) -> Participation:
+    """What was given, or what its two shorthands say. dropout_rate: of a round, spread over its sums.
+
+    Raises: ConfigError if both were given.
+    """
+    if given is not None:
+        if cohort is not None or dropout_rate:
+            raise ConfigError(
+                "cohort and dropout_rate are short for parts of participation, which is given too",
+                hint="Participation(cohort=..., dropouts=Dropouts(vector=...))",
+            )
+        return given
+    sums = sum(not channel.once for channel in algorithm.channels(_PROBE).values())
+    return Participation(cohort=cohort, dropouts=Dropouts(vector=1 - (1 - dropout_rate) ** (1 / sums)))
+
+
+def check_participation(algorithm: Algorithm, participation: Participation, parties: int) -> None:
+    """Raises: ConfigError for a cohort that is no number from 2 to all, or where an algorithm needs everybody."""
+    if participation.everybody:
+        return
+    cohort, least, most = participation.cohort, participation.least, participation.expected(parties)
+    if cohort is not None and not 2 <= cohort <= parties:
+        raise ConfigError(f"expected a cohort of 2 to {parties} parties, got {cohort}", hint="None asks all")
+    if least is not None and not 2 <= least <= most:
+        raise ConfigError(f"expected participation.least of 2 to {most}, got {least}", hint="at most the cohort")
+    if algorithm.keeps or any(channel.once for channel in algorithm.channels(_PROBE).values()):
+        raise ConfigError(
+            f"{algorithm.kind} needs every party: its parties keep state, or are counted once for the whole run",
+            hint="leave out cohort, or use FedAvg, FedProx, FedAdam, FedYogi or FedNova",
+        )
+
+
+def check_patience(
+    algorithm: Algorithm, participation: Participation, privacy: Privacy | ClientPrivacy | None, secure_sum: str
+) -> None:
+    """A round that fails after its first sum has shown that sum, and the next one computes the same vectors for it.
+
+    Over other survivors, so that the difference of the two sums may be one party's vector. Client-level privacy pays
+    for each sum, and a plain sum hides no vector. Raises: ConfigError for several sums in a round, and patience.
+    """
+    several = len(algorithm.channels(_PROBE)) > 1
+    if participation.patience and several and secure_sum != "plain" and not isinstance(privacy, ClientPrivacy):
+        raise ConfigError(
+            f"{algorithm.kind} has several sums in a round: one that fails after the first is gone over from the same"
+            " weights, and the server sees the same vectors summed over other survivors",
+            hint="leave out participation.patience, or use ClientPrivacy, which pays for each sum",
+        )
+
+
+def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:
+    """Whether the algorithm's releases are what the promise covers, and the task has what it needs.
+
+    Raises: ConfigError naming the release that would not be charged; TaskError for a missing loss.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(f"algorithm is {algorithm!r}, expected one such as FedAvg()", hint="see docs/algorithms.md")
+    if algorithm.needs_loss and loss is None:
+        raise TaskError(
+            f"{algorithm.kind} needs the gradients of the records, and the task has no loss",
+            hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
+        )
+    if isinstance(privacy, ClientPrivacy):
+        _check_client(algorithm)
+    elif privacy is not None:
+        for release in algorithm.releases:
+            if release.source == "data":
+                raise ConfigError(
+                    f"{algorithm.kind} also releases {release.what}, read from the records outside fit: record-level"
+                    " privacy adds noise to the steps of fit only",
+                    hint="use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova; or ClientPrivacy",
+                )
+
+
+def _check_client(algorithm: Algorithm) -> None:
+    """Client-level privacy clips one vector of the model's length per sum, and knows no state beside it."""
+    for name, channel in algorithm.channels(_PROBE).items():
+        if channel.length != _PROBE.length or channel.largest_count is not None:
+            raise ConfigError(
+                f"{algorithm.kind}: what its {name!r} exchange releases is not one vector like the weights, which"
+                " client-level privacy could clip as a whole",
+                hint=algorithm.client_hint,
+            )
+    if algorithm.keeps:
+        raise ConfigError(
+            f"{algorithm.kind}: its parties keep state that must agree with the sums, and clipping breaks that",
+            hint=algorithm.client_hint,
+        )

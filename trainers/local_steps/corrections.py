@@ -1,0 +1,136 @@
+"""Corrections of a user's training loop that it does not notice: terms added to the gradient before each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from choral.trainers.algorithms.interface import Train
+from choral.trainers.task.flat_vector import Layout
+from choral.trainers.task.task import TaskError
+
+
+@dataclass
+class Steps:
+    """What the optimizer of a party did. count: its steps. path: the sum of their learning rates; None if not SGD.
+
+    astray: the largest change of a weight outside those steps, where that was watched.
+    """
+
+    count: int = 0
+    path: float | None = 0.0
+    astray: float = 0.0
+
+
+@contextmanager
+def corrected(
+    optimizer: torch.optim.Optimizer, layout: Layout, work: Train, start: torch.Tensor, *, watched: bool = False
+) -> Iterator[Steps]:
+    """Count the optimizer's steps, and before each turn its gradient g into g + shift + pull (w - start).
+
+    With differential privacy this is the optimizer inside the private one, so that g is noisy already, and what is
+    added must be known without the records. A parameter without a gradient has g = 0. A step that evaluates the loss
+    itself (``step(closure)``) is corrected after each evaluation. watched: also see whether anything but these steps
+    moves the weights; it is seen wherever the work says something of the steps.
+    Raises: TaskError for an optimizer that searches along gradients within its step (LBFGS), or for gradients that are
+        sparse, if there is a correction.
+    """
+    if work.corrects and isinstance(optimizer, torch.optim.LBFGS):
+        raise TaskError(
+            "the algorithm corrects each step's gradient, and LBFGS computes gradients within its step",
+            hint="use SGD or Adam, or FedAvg",
+        )
+    steps = Steps()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    anchors, shifts = layout.pieces(start), None if work.shift is None else layout.pieces(work.shift)
+    watch = _Watch(layout) if watched or work.corrects or work.counts else None
+
+    @torch.no_grad()
+    def correct() -> None:
+        for index, (name, parameter) in enumerate(zip(layout.shapes, layout.parameters, strict=True)):
+            if id(parameter) not in held:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            refuse_sparse(name, parameter.grad)
+            if work.pull:
+                parameter.grad.add_(parameter - anchors[index], alpha=work.pull)
+            if shifts is not None:
+                parameter.grad.add_(shifts[index])
+
+    def before(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        steps.count += 1
+        rate = sgd_rate(stepped)
+        steps.path = None if rate is None or steps.path is None else steps.path + rate
+        if watch is not None:
+            watch.compare()
+        if not work.corrects:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            correct()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            correct()
+            return loss
+
+        return args[:1], {**kwargs, "closure": evaluated}
+
+    handles = [optimizer.register_step_pre_hook(before)]
+    if watch is not None:
+        handles.append(optimizer.register_step_post_hook(lambda *_: watch.note()))
+    try:
+        yield steps
+        if watch is not None:
+            watch.compare()
+            steps.astray = watch.largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_sparse(name: str, gradient: torch.Tensor | None) -> None:
+    """Raises: TaskError for a gradient that a correction cannot be added to."""
+    if gradient is not None and gradient.layout is not torch.strided:
+        raise TaskError(
+            f"the algorithm corrects each step's gradient, and that of {name!r} is sparse",
+            hint="build the layer with sparse=False, or use FedAvg",
+        )
+
+
+class _Watch:
+    """Whether weights stay as they are between one noted moment and the next comparison."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._data = [parameter.data for parameter in layout.parameters]
+        self._kept = [data.clone() for data in self._data]
+        self._seen: list[torch.Tensor] = []
+
+    def note(self) -> None:
+        torch._foreach_copy_(self._kept, self._data)
+
+    def compare(self) -> None:
+        norms = torch._foreach_norm(torch._foreach_sub(self._data, self._kept), torch.inf)
+        largest = torch.stack([norm.float() for norm in norms]).max()
+        self._seen = [torch.maximum(self._seen[0], largest)] if self._seen else [largest]
+
+    @property
+    def largest(self) -> float:
+        """Of all comparisons; read once, since an accelerator is waited for."""
+        return float(self._seen[0]) if self._seen else 0.0
+
+
+def sgd_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """The learning rate of plain SGD with a single one, whose step is that rate times the gradient; else None."""
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) != 1 or any(group["momentum"] or group["maximize"] for group in optimizer.param_groups):
+        return None
+    return rates.pop()

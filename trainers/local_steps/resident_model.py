@@ -1,0 +1,362 @@
+"""The default trainer: the parties of a process take turns on one resident model.
+
+``build`` runs once per party, at its first turn. Its loader and its optimizer are kept, the optimizer pointed at
+the resident model's parameters; its model is dropped. So a round copies one vector into the model per party: no
+deepcopy, which is slow and trains the original where a forward closes over its own modules.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from choral.doors import worded
+from choral.errors import ChoralError
+from choral.privacy import Guard, LedgerError
+from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.local_steps import linear_models as linear
+from choral.trainers.local_steps import subproblems as gradients
+from choral.trainers.local_steps.corrections import Steps, corrected
+from choral.trainers.local_steps.epochs import Plan
+from choral.trainers.local_steps.record_gradients import Records
+from choral.trainers.run_folder.run import RunFolderError
+from choral.trainers.task.arithmetic import Arithmetic
+from choral.trainers.task.device_batches import OnDevice
+from choral.trainers.task.flat_vector import Layout
+from choral.trainers.task.initial_weights import Weights
+from choral.trainers.task.learning_rate import Schedule
+from choral.trainers.task.seeding import Generator, forget_workers, generators_of, reseed, seeded
+from choral.trainers.task.task import (
+    Build,
+    DivergedError,
+    Fit,
+    Loss,
+    TaskError,
+    call,
+    check_returned,
+    checked_build,
+    raised_by,
+    takes_round,
+)
+from choral.trainers.task.user_state import Attributes, Groups, Watched
+
+
+@dataclass
+class Seat:
+    """What a party keeps between its turns. plan: its training in tensors where that is known, False where not.
+
+    generators: those that its loader and its dataset have of their own.
+    """
+
+    dataset: Any
+    optimizer: torch.optim.Optimizer
+    groups: Groups
+    loader: Any
+    watched: Watched
+    generators: list[Generator]
+    plan: Plan | Literal[False] | None = None
+
+
+class Resident:
+    """The resident model of this process, and the seats of the parties that have had a turn: a LocalTrainer.
+
+    build, fit, loss: the user's functions. datasets: one per party. guards: one per party for record-level
+    differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
+    start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
+    how many parties keep theirs, the last ones that had a turn; by default all.
+    arithmetic: of ``fit``; by default float32, not compiled. schedule: of the learning rates, over so many rounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        build: Build,
+        fit: Fit,
+        datasets: Mapping[str, Any],
+        guards: Mapping[str, Guard],
+        seed: int,
+        device: torch.device,
+        loss: Loss | None = None,
+        start: Weights | None = None,
+        first: str | None = None,
+        seats: int | None = None,
+        arithmetic: Arithmetic | None = None,
+        schedule: Schedule | None = None,
+        rounds: int = 1,
+    ) -> None:
+        self.schedule, self.rounds = schedule or Schedule(), rounds
+        self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
+        self.seed, self.device = seed, device
+        self.arithmetic = arithmetic or Arithmetic(device)
+        self.model = initial_model(build, datasets[next(iter(datasets)) if first is None else first], seed, start).to(
+            device
+        )
+        self.layout = Layout(self.model)
+        self._training: nn.Module = self.model
+        self._by_name = dict(self.model.named_parameters())
+        self._attributes, self._told = Attributes(self.model), False
+        self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
+        self._seats: dict[str, Seat] = {}  # the latest turn last
+        self.seats = seats
+        self._building = generators_of(build)
+        self.own_generators = generators_of(fit, loss, self.model)
+
+    @property
+    def length(self) -> int:
+        return self.layout.length
+
+    def rate_factor(self, round_number: int) -> float:
+        """What the schedule multiplies learning rates by."""
+        return self.schedule.factor(round_number, self.rounds)
+
+    def do(
+        self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
+    ) -> Iterator[tuple[str, Done | Failed]]:
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; one party after the other, nothing is read
+        ahead.
+
+        A party fails with DivergedError if a result is NaN or infinite; TaskError if ``fit`` changed the model's shape,
+        its buffers or its frozen parameters, trained something else, or if the work needs what the task or the model
+        lacks; and with what the user's functions raise. The model is then put back as it was.
+        Raises: TaskError for a private party without a guard, and what `checked_build` does: another model than the
+            first party's suits nobody.
+        """
+        for party, work in orders:
+            self._check_guard(party)
+
+            def make(party: str = party, work: Work = work) -> Done:
+                with seeded(self.seed, round_number, party):
+                    if isinstance(work, Train):
+                        return self._train(party, work, weights, round_number)
+                    return self._read(party, work, weights, round_number)
+
+            made = self._seated(party) or attempted(make, party, round_number)
+            if isinstance(made, Failed):
+                self.recover()
+            yield party, made
+
+    def _train(self, party: str, work: Train, weights: torch.Tensor, round_number: int) -> Done:
+        """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
+        self._check_guard(party)
+        seat = self.seat(party)
+        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
+        forget_workers(seat.loader)
+        self.layout.write(weights)
+        seat.optimizer.state.clear()
+        seat.groups.begin(seat.optimizer, self.rate_factor(round_number))
+        self.model.train()
+        model, optimizer, loader = self._training, seat.optimizer, seat.loader
+        if self.guards:
+            model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
+            self._training = model
+        watched = bool(self.guards) or not self.schedule.constant
+        with (
+            corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
+            self.arithmetic.over(model, party, private=bool(self.guards)),
+        ):
+            returned = call(self.fit, model, optimizer, OnDevice.wrap(loader, self.device), round_number)
+        check_returned(returned, (model, self.model), party)
+        self.layout.check(self.model, f"party {party!r} after fit")
+        self.check_fixed(party)
+        change = self.layout.read() - weights
+        self._check_trained(party, work, steps, change)
+        seat.groups.check(seat.optimizer, f"party {party!r}")
+        self._attributes.settle(f"party {party!r}", takes_round=takes_round(self.fit))
+        self._told = self._told or seat.watched.tell(f"party {party!r}")
+        return Done(vector=change, steps=steps.count, path=steps.path)
+
+    def _seated(self, party: str) -> Failed | None:
+        """Make the party's seat, unless the user's code raises."""
+        try:
+            self.seat(party)
+        except ChoralError:
+            raise
+        except Exception as error:
+            return Failed(error=raised_by(error, f"build at party {party!r}"))
+        return None
+
+    def _check_guard(self, party: str) -> None:
+        """Raises: TaskError where a private party would be trained without a guard; this ends the run."""
+        if self.guards and party not in self.guards:
+            raise TaskError(
+                f"party {party!r} has no guard here, and all parties of this run are private",
+                hint="all processes must be given the same parties, in the same order and of the same sizes",
+            )
+
+    def _read(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
+        """What needs the gradients of records, or their features, rather than ``fit``."""
+        if self.loss is None:
+            raise TaskError(
+                f"the algorithm needs {type(work).__name__} of party {party!r}, and the task has no loss",
+                hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
+            )
+        seat = self.seat(party)
+        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
+        records = Records(self.model, self.layout, seat.dataset, seat.loader, self.loss, self.device, party)
+        match work:
+            case Gradient():
+                return Done(vector=records.gradient(weights))
+            case Svrg():
+                return Done(vector=gradients.svrg(records, weights, work))
+            case Minimise():
+                return Done(vector=gradients.minimise(records, weights, work))
+            case Touch():
+                return Done(vector=linear.touched(records))
+            case Ascend():
+                return linear.ascend(records, weights, work)
+        raise TaskError(f"{type(work).__name__} is no work that the resident trainer knows")
+
+    def seat(self, party: str) -> Seat:
+        """What the party keeps, made at its first turn. Raises: what checked_build does; TaskError (another model)."""
+        seat = self._seats.pop(party, None) or self._take_seat(party)
+        self._seats[party] = seat
+        if self.seats is not None and len(self._seats) > self.seats:
+            del self._seats[next(iter(self._seats))]
+        return seat
+
+    def check_batches(self) -> None:
+        """Refuse a private party whose batch is larger than its data before any party trains.
+
+        Where parties are too many for all to have a seat, each is refused at its first turn instead.
+        Raises: UnsupportedLoaderError naming the party; what checked_build does.
+        """
+        if self.seats is None:
+            for party, guard in self.guards.items():
+                guard.sizes(self.seat(party).loader)
+
+    def _take_seat(self, party: str) -> Seat:
+        # Seeded apart from training: a resumed run takes its seats in a later round.
+        with seeded(self.seed, 0, party):
+            reseed(self._building, self.seed, 0, party)
+            dataset = self.datasets[party]
+            model, optimizer, loader = checked_build(self.build, dataset)
+        self.layout.check(model, f"party {party!r}")
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            # In place: some optimizers (LBFGS) keep a second reference to this very list.
+            group["params"][:] = [self._by_name[names[id(parameter)]] for parameter in group["params"]]
+        optimizer.state.clear()
+        watched = Watched(dataset, loader)
+        return Seat(dataset, optimizer, Groups(optimizer), loader, watched, generators_of(loader, dataset))
+
+    def _check_trained(self, party: str, work: Train, steps: Steps, change: torch.Tensor) -> None:
+        if self.layout.stale(self.model):
+            raise TaskError(
+                f"fit at party {party!r} replaced a parameter of the model by another of the same name and shape",
+                hint="train the model that fit is given in place",
+            )
+        if not steps.count and not change.any():
+            raise TaskError(
+                f"fit at party {party!r} made no step with its optimizer and left its model as it was",
+                hint="train the model, optimizer and loader that fit is given, in place, not a copy; with"
+                " drop_last=True a small party has no batch at all",
+            )
+        if steps.astray > 0.0 and torch.isfinite(change).all():
+            lost = "what the algorithm or the schedule says of each step is not in the change"
+            if self.guards:
+                lost = "what was changed has no noise"
+            elif work.counts and not work.corrects:
+                lost = "the number of steps does not explain the change"
+            raise TaskError(
+                f"fit at party {party!r} changed the weights outside the steps of the optimizer that it was given"
+                f" ({steps.count} steps; by up to {steps.astray:.3g} beside them): {lost}",
+                hint="step that optimizer itself, not one of fit's own; no projection, averaging or loading of weights"
+                " in fit; FedAvg without privacy takes any fit",
+            )
+
+    @torch.no_grad()
+    def recover(self) -> None:
+        """Put back what a party's failure may have left: parameters, which of them are trained, and fixed tensors.
+
+        Raises: TaskError for a model of another shape, with which no other party can be trained.
+        """
+        for name, parameter in self._by_name.items():
+            owner, _, leaf = name.rpartition(".")
+            try:
+                self.model.get_submodule(owner)._parameters[leaf] = parameter
+            except AttributeError:
+                raise TaskError(
+                    f"a party's training took {name!r} out of the model", hint="train it in place"
+                ) from None
+            parameter.requires_grad_(name in self.layout.shapes)
+            parameter.grad = None
+        for name, tensor in _fixed(self.model):
+            if (kept := self._fixed.get(name)) is not None:
+                tensor.data = kept.clone()
+        self.layout.check(self.model, "the next party")
+
+    def check_fixed(self, party: str) -> None:
+        """Raises: TaskError if the party's training changed a buffer or a frozen parameter."""
+        for name, tensor in _fixed(self.model):
+            if name not in self._fixed or not torch.equal(tensor, self._fixed[name]):
+                raise TaskError(
+                    f"training at party {party!r} changed {name!r}, which is not part of the summed update",
+                    hint="buffers and frozen parameters must stay as they are; make it a trainable parameter, or use a"
+                    " layer without running statistics",
+                )
+
+
+def attempted(make: Callable[[], Done], party: str, round_number: int) -> Done | Failed:
+    """What `make` makes for one party, or why it fails, which is no reason to end the run for the others.
+
+    Raises: LedgerError and RunFolderError: what is written down can then not be trusted.
+    """
+    try:
+        done = make()
+        refuse_diverged(done.vector, party, round_number)
+        return done
+    except (LedgerError, RunFolderError):
+        raise
+    except Exception as error:
+        return Failed(error=raised_by(error, f"training at party {party!r}"))
+
+
+def refuse_diverged(vector: torch.Tensor, party: str, round_number: int) -> None:
+    """Raises: DivergedError naming the party, if not all of `vector` is finite."""
+    # One number beyond floats makes the sum such a number; a sum may also be one for being large.
+    if not math.isfinite(float(vector.sum())) and not torch.isfinite(vector).all():
+        raise DivergedError(
+            f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
+            hint="lower the learning rate; the last good round is kept",
+        )
+
+
+def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers and frozen parameters: what no party may change, since the next one would see it."""
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [*model.named_buffers(), *frozen]
+
+
+def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None = None) -> nn.Module:
+    """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison.
+
+    start: weights in the place of those that the seed decides. Raises: what checked_build does; StartError.
+    """
+    with seeded(seed, 0, "initial weights"):
+        reseed(generators_of(build), seed, 0, "initial weights")
+        model = checked_build(build, dataset)[0]
+    if start:
+        start.load_into(model)
+    return model
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, else MPS, else the CPU. Raises: TaskError if the named device is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise TaskError(
+            f"device {name!r} is not available here",
+            hint=worded(command="use --device auto or cpu", python="use device='auto' or 'cpu'"),
+        )
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process per device
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return torch.device(name)

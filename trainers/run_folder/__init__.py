@@ -1,0 +1,1 @@
+"""A run and its folder: recorder, transcript, algorithm state, exported models, energy."""

@@ -1,0 +1,240 @@
+"""Keeps a run as it goes: history, weights and costs, in memory and (with a folder) on disk."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import msgspec
+import torch
+from torch import nn
+
+from choral.errors import ConfigError
+from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
+from choral.trainers.run_folder import run as folders
+from choral.trainers.run_folder.algorithm_state import Memory, read_memory, write_memory
+from choral.trainers.run_folder.best_round import best_of
+from choral.trainers.run_folder.run import Round, Run, RunInfo, Sealed
+from choral.trainers.task.flat_vector import Layout
+from choral.trainers.task.per_party import PerParty
+from choral.trainers.task.task import EvaluateParty
+
+
+class Recorder:
+    """One run's record; a context manager that holds the folder's lock.
+
+    ``open`` refuses before any training; ``add`` is called once per completed round.
+    On disk a round counts as complete when model.safetensors carries its number; what a killed process had written
+    beyond that is dropped on resume.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        info: RunInfo,
+        history: list[Round],
+        state: dict[str, torch.Tensor],
+        claim: BinaryIO | None = None,
+    ) -> None:
+        self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
+        self._ledgers: dict[str, Ledger] = {}
+        self._best: dict[str, torch.Tensor] = {}  # of the best round, in a run without a folder
+
+    @classmethod
+    def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
+        """Raises: RunFolderError if another process writes to ``out``, if it holds anything and ``resume`` is off, or
+        if its settings could not be read back; ConfigError if the run that it holds was started with other settings.
+        """
+        if out is None:
+            if resume:
+                raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
+            return cls(None, info, [], {})
+        folder, info = Path(out), folders.as_read_back(info)
+        if not resume:
+            folders.check_empty(folder)
+        claim = folders.lock(folder)
+        try:
+            if resume and (folder / "model.safetensors").is_file():
+                old = folders.read_info(folder)
+                folders.check_same(old, info)
+                if info.rounds > old.rounds:  # what was said of its last round is of an earlier one now
+                    old = msgspec.structs.replace(old, rounds=info.rounds, ended="", per_party=None)
+                state, last = folders.read_weights(folder)
+                return cls(folder, old, list(folders.read_history(folder, last)), state, claim)
+            if not (folder / "run.json").is_file():
+                folders.check_empty(folder)
+            return cls(folder, info, [], {}, claim)
+        except BaseException:
+            claim.close()
+            raise
+
+    @property
+    def fresh(self) -> bool:
+        return not self._history
+
+    @property
+    def history(self) -> Sequence[Round]:
+        """The rounds so far."""
+        return self._history
+
+    @property
+    def completed(self) -> int:
+        return self._history[-1].round if self._history else 0
+
+    @property
+    def spent(self) -> Mapping[str, Spent]:
+        """The recorded cost per data holder; the ledgers are the truth."""
+        return self._info.spent
+
+    @property
+    def sealed(self) -> Sealed | None:
+        """How far the transcript went when the latest round was complete; None if none was recorded."""
+        return self._info.transcript
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        return self._folder / "ledger" if self._folder else None
+
+    def draws(self) -> int:
+        """The run's secret from which cohorts are drawn, made by the operating system; kept for as long as its folder,
+        so that a round that is gone over after a resume asks those whom it had asked.
+        """
+        if self._folder is None:
+            return secrets.randbits(256)
+        path = self._folder / "cohorts.secret"
+        if not path.is_file():
+            if not self.fresh:
+                raise folders.RunFolderError(
+                    f"{path} is missing, from which the cohorts were drawn", hint="restore it, or run in a new folder"
+                )
+            folders.replace_file(path, secrets.token_bytes(32), mode=0o600)
+        found = path.read_bytes()
+        if len(found) != 32:
+            raise folders.RunFolderError(f"{path} is damaged: expected 32 bytes", hint="run again in a new folder")
+        return int.from_bytes(found, "little")
+
+    def keep(self, ledgers: Mapping[str, Ledger]) -> None:
+        """Let a run without a folder carry what its ledgers hold, by data holder."""
+        if self._folder is None:
+            self._ledgers |= ledgers
+
+    def begin(self, info: RunInfo) -> None:
+        """Write the folder's run.json, and drop what was written beyond the last complete round.
+
+        Raises: ConfigError if a run that is resumed was started with another model or encoding.
+        """
+        if not self.fresh:
+            folders.check_complete(self._info, info)
+            info = msgspec.structs.replace(
+                info,
+                spent=self._info.spent,
+                per_party=self._info.per_party,
+                transcript=self._info.transcript,
+                dropped=self._info.dropped,
+            )
+        self._info = info
+        if self._folder:
+            self._info = info = folders.as_read_back(info)
+            folders.write_info(self._folder, info)
+            (self._folder / "ledger").mkdir(exist_ok=True)
+            folders.replace_file(self._folder / "history.jsonl", folders.history_lines(self._history))
+
+    def restore(self, model: nn.Module, layout: Layout, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
+        """Put the recorded weights, if there are any, into ``model``; return its weights, float32, shape (d,).
+
+        optimizer: its state is restored too where it lives through all rounds (centralized runs).
+        """
+        if self._state:
+            model.load_state_dict(self._state)
+            if optimizer and self._folder:
+                folders.read_optimizer(self._folder, optimizer, self.completed)
+        return layout.read()
+
+    def memory(self) -> Memory:
+        """What server and parties had kept after the last complete round. Raises: RunFolderError if it is damaged."""
+        return read_memory(self._folder, self.completed) if self._folder and self.completed else Memory()
+
+    def clips(self, privacy: object) -> dict[str, float]:
+        """Where record-level adaptive clipping had come to, by data holder. Raises: RunFolderError if that is lost."""
+        if not isinstance(privacy, Privacy) or not isinstance(privacy.max_grad_norm, AdaptiveClip) or not self._folder:
+            return {}
+        kept = self.memory().clips
+        if self.completed and not kept:
+            raise folders.RunFolderError(
+                f"where the clipping norms were after round {self.completed} is lost",
+                hint=f"restore memory.{self.completed}.safetensors, or run again in a new folder; with AdaptiveClip and"
+                " several processes there is none, and no resume",
+            )
+        return kept
+
+    def add(
+        self,
+        entry: Round,
+        model: nn.Module,
+        spent: Mapping[str, Spent] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        memory: Memory | None = None,
+        sealed: Sealed | None = None,
+    ) -> None:
+        """Record one completed round. The weights are written last: they make it complete."""
+        info = msgspec.structs.replace(
+            self._info,
+            spent=dict(spent or {}),
+            transcript=sealed or self._info.transcript,
+            dropped=dict(Counter(name for past in (*self._history, entry) for name in past.dropped)),
+        )
+        if self._folder:  # before any of it is kept
+            folders.checked_json(entry)
+            folders.checked_json(info)
+        self._info = info
+        self._history.append(entry)
+        self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        if self._folder:
+            folders.append_round(self._folder, entry)
+            folders.write_info(self._folder, self._info)
+            if optimizer:
+                folders.write_optimizer(self._folder, optimizer, entry.round)
+            if memory is not None and (memory or memory.clips):
+                write_memory(self._folder, memory, entry.round)
+        if best_of(self._history) == entry.round:
+            self._best = self._state
+            if self._folder:
+                folders.write_weights(self._folder, self._state, entry.round, folders.BEST)
+        if self._folder:
+            folders.write_weights(self._folder, self._state, entry.round)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._claim:
+            self._claim.close()
+
+    def end(self, reason: str, spent: Mapping[str, Spent]) -> Run:
+        """Close the run at its last complete round. spent: by the ledgers, the round that was cut short included."""
+        if self.completed < self._info.rounds:
+            self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
+            if self._folder:
+                folders.write_info(self._folder, self._info)
+        return self.run()
+
+    def awaits(self, evaluate_party: EvaluateParty | None) -> bool:
+        """Whether all rounds are done and the evaluation at each party is not, as a killed process leaves it."""
+        return evaluate_party is not None and self.completed == self._info.rounds and self._info.per_party is None
+
+    def finish(self, per_party: PerParty | None) -> Run:
+        """Record what the model after the last round is worth at each party, where that was asked for."""
+        if per_party is not None:
+            self._info = msgspec.structs.replace(self._info, per_party=per_party)
+            if self._folder:
+                folders.write_info(self._folder, self._info)
+        return self.run()
+
+    def run(self) -> Run:
+        ledgers = {name: content for name, ledger in self._ledgers.items() if (content := ledger.written())}
+        history = tuple(self._history)
+        best = folders.read_best(self._folder, best_of(history)) if self._folder else self._best
+        return Run(info=self._info, history=history, state=self._state, folder=self._folder, ledgers=ledgers, best=best)

@@ -1,0 +1,118 @@
+"""Settings of a job that its task needs: how the data is split, how a party trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from choral.errors import ConfigError
+from choral.trainers.task.learning_rate import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the data is divided among the parties."""
+
+    kind: Literal["dirichlet", "key", "shards", "iid"] = "dirichlet"
+    """By label: dirichlet, or shards (two each, of a few labels); key: the data's own (page, ...); iid: at random."""
+    parties: int = 10
+    """Number of parties; with a key the data says how many."""
+    alpha: float = 0.5
+    """Dirichlet concentration of the labels: small is very unequal, large is alike."""
+    test_fraction: float = 0.2
+    """Share of the records held out for the evaluation."""
+    min_records: int = 10
+    """Fewest records of a party; a Dirichlet draw is repeated until it holds, parties by key are left out."""
+    min_classes: int = 2
+    """Fewest classes that a party may have; 1 allows parties of a single class."""
+    reshuffle: bool = False
+    """Deal the records out again at random, to each party as many as it has: unequal, but IID."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise ConfigError(f"expected 0 < split.test_fraction < 1, got {self.test_fraction:g}", hint="e.g. 0.2")
+        if self.parties < 1:
+            raise ConfigError(f"expected split.parties >= 1, got {self.parties}", hint="at least 2 to federate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the model is trained, at each party and in the cloud."""
+
+    rounds: int = 20
+    """Training rounds; the cloud makes as many passes over the data."""
+    local_epochs: int = 1
+    """Passes over a party's data in one round."""
+    batch_size: int = 16
+    """Records per step; with differential privacy the expected number."""
+    learning_rate: float = 0.5
+    """Step size of SGD."""
+    weight_decay: float = 0.0
+    """lambda of the term lambda/2 |w|^2: SGD's weight decay, and the algorithm's ridge where that is not set."""
+    hidden: int = 32
+    """Width of the hidden layer; 0 trains a linear model."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the model while it trains; bf16 by torch.autocast, weights and updates stay float32."""
+    compile: bool = False
+    """Compile the model (torch.compile); not for private arms."""
+    schedule: Schedule = field(default_factory=Schedule)
+    start: Path | None = None
+    """Weights to start from (.safetensors), of the same model; by default the seed makes them."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "local_epochs", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"expected training.{name} >= 1, got {value}", hint="whole numbers from 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"expected training.learning_rate > 0, got {self.learning_rate:g}", hint="e.g. 0.1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"expected training.weight_decay >= 0, got {self.weight_decay:g}", hint="0 leaves it out")
+        if self.hidden < 0:
+            raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")
+
+
+Kind = Literal["fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fsvrg", "dane", "gd", "cocoa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSettings:
+    """The federated algorithm. What is not set is the algorithm's own default; what it does not have is refused."""
+
+    kind: Kind | None = None
+    """Algorithm of federated training; fedavg if nothing else is said. See docs/algorithms.md."""
+    mu: float | None = None
+    """fedprox, dane: weight of the proximal term."""
+    server_rate: float | None = None
+    """scaffold, fedadam, fedyogi: step size of the server."""
+    beta1: float | None = None
+    """fedadam, fedyogi: decay of the first moment."""
+    beta2: float | None = None
+    """fedadam, fedyogi: decay of the second moment."""
+    tau: float | None = None
+    """fedadam, fedyogi: how adaptive the server is; smaller is more."""
+    max_steps: int | None = None
+    """fednova: the most local steps in a round."""
+    reference: int | None = None
+    """fednova: the usual number of local steps, to which changes are scaled before they are rounded."""
+    rate: float | None = None
+    """gd: step size."""
+    ridge: float | None = None
+    """gd, fsvrg, dane, cocoa: lambda of the term lambda/2 |w|^2 in the objective."""
+    step: float | None = None
+    """fsvrg, dane: step size of variance-reduced steps."""
+    passes: int | None = None
+    """fsvrg, dane, cocoa: passes over a party's records in a round."""
+    scaled: bool | None = None
+    """fsvrg: scale by feature counts (S and A); linear models only."""
+    over_examples: bool | None = None
+    """fsvrg: divide the step by the party's example count."""
+    mean: Literal["examples", "parties"] | None = None
+    """fsvrg, dane: how the mean of the updates weighs."""
+    gradient_scale: float | None = None
+    """fsvrg: factor of gradients, so that one clipping norm suits both releases."""
+    eta: float | None = None
+    """dane: weight of the global gradient."""
+    solver: Literal["newton", "svrg"] | None = None
+    """dane: exact for convex losses, or variance-reduced passes."""
