@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
-from choral.audits.canaries import loss_scores, record_canaries
-from choral.audits.scores import audit_training
+from choral.audits.attacks.canaries import loss_scores, record_canaries
+from choral.audits.attacks.score_audit import audit_training
 from choral.privacy import Privacy, unwrap
 
 RECORDS, BATCH = 12_000, 128

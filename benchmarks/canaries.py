@@ -1,4 +1,5 @@
-"""Canary clients: secret directions (``choral.audits.canaries``) against samples crafted in the manner of CANIFE.
+"""Canary clients: secret directions (``choral.audits.attacks.canaries``) against samples crafted in the manner of
+CANIFE.
 
     python benchmarks/canaries.py [--canaries 100] [--parties 20] [--round 5] [--noise 1.0] [--draws 200] [--seed 0]
 
@@ -26,8 +27,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from choral.audits import one_run
-from choral.audits.canaries import directions, flip_coins
+from choral.audits.attacks.canaries import directions, flip_coins
+from choral.audits.lower_bounds import one_run
 from choral.settings import Settings
 from choral.trainers.data.sets.digits import load
 from choral.trainers.task.settings import Split, Training

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from choral.audits import membership
-from choral.audits.roc import roc
-from choral.audits.shadow import train_shadows
+from choral.audits.attacks import membership
+from choral.audits.attacks.shadow_models import train_shadows
+from choral.audits.lower_bounds.roc import roc
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 WIDTH, BATCH, RATE, MOMENTUM = 128, 50, 0.1, 0.9

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from choral.audits.shadow import batches, coin_members, train_shadows
+from choral.audits.attacks.shadow_models import batches, coin_members, train_shadows
 
 
 def sgd(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:

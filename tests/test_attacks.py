@@ -43,7 +43,8 @@ def test_each_canary_is_one_record_of_one_party_and_only_if_its_coin_says_so(mon
 
         return train
 
-    from choral.audits import canaries, scores
+    from choral.audits.attacks import canaries
+    from choral.audits.attacks import score_audit as scores
 
     def audit_scores(values, inside, **options):
         scored.append(inside)

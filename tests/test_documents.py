@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from choral.audits.prices import read_prices
+from choral.audits.costs.prices import read_prices
 from choral.cli import main
 from choral.settings import Settings, read_settings
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import federate
-from choral.audits.prices import read_prices
+from choral.audits.costs.prices import read_prices
 from choral.cli import main
 from choral.errors import ChoralError, ConfigError
 from choral.settings import Settings, read_settings

@@ -263,7 +263,7 @@ def test_what_cannot_be_written_or_drawn_is_said_after_the_table(
     assert (job.out / "report.json").is_file()
     (job.out / "report.html.tmp").rmdir()
     with monkeypatch.context() as broken:
-        broken.delattr("choral.audits.figures.rounds_figure")
+        broken.delattr("choral.audits.report.charts.figures.rounds_figure")
         assert job.compare("--resume") == 2
     printed, error = capsys.readouterr()
     assert "vs cloud" in printed

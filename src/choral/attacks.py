@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from choral.audits.evidence import Probe, ScoreAudit
+from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.errors import ConfigError
 from choral.failures import failure_of
 from choral.jobs import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
@@ -94,8 +94,8 @@ def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | N
 
     Raises: ConfigError if the records are not (float tensor, class); what training raises.
     """
-    from choral.audits.canaries import flip_coins, loss_scores, record_canaries
-    from choral.audits.scores import audit_scores
+    from choral.audits.attacks.canaries import flip_coins, loss_scores, record_canaries
+    from choral.audits.attacks.score_audit import audit_scores
 
     arm, seed, count = settings.arms[name], settings.seed, settings.audit.canaries
     settings = tuned(with_overrides(settings, arm), arm, seed, run, resume=True)[0]
@@ -128,7 +128,7 @@ def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe
 
     Arms with the same promise share one.
     """
-    from choral.audits.probing import probe
+    from choral.audits.attacks.probing import probe
     from choral.privacy import Privacy
 
     made: dict[Any, Probe | str] = {}

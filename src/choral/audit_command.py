@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from choral.arguments import parse
-from choral.audits.prices import PriceSettings, read_prices
+from choral.audits.costs.prices import PriceSettings, read_prices
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
     from choral.audits import Audit
-    from choral.audits.evidence import Probe, ScoreAudit
-    from choral.audits.score_files import Design
+    from choral.audits.attacks.score_files import Design
+    from choral.audits.findings.evidence import Probe, ScoreAudit
     from choral.trainers import Run
 
 
@@ -84,7 +84,7 @@ class AuditFlags:
 def audit(words: list[str]) -> int:
     wanted = parse("audit", words, AuditFlags)
     if wanted.schema:
-        from choral.audits.json_schema import json_schema
+        from choral.audits.report_schema import json_schema
 
         print(json.dumps(json_schema(), indent=1, sort_keys=True))
         return 0
@@ -117,7 +117,7 @@ def audit(words: list[str]) -> int:
 
 def _report(wanted: AuditFlags) -> Audit:
     from choral.audits import audit
-    from choral.audits.run_audit import audit_evidence
+    from choral.audits.run.run_audit import audit_evidence
     from choral.trainers import Run
 
     prices = read_prices(wanted.prices, wanted.price)
@@ -148,8 +148,8 @@ def _probe(wanted: AuditFlags, run: Run | None) -> Probe | None:
 def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
     if wanted.scores is None and wanted.model is None:
         return []
-    from choral.audits.score_files import read_score_file
-    from choral.audits.scores import audit_scores, audit_training
+    from choral.audits.attacks.score_audit import audit_scores, audit_training
+    from choral.audits.attacks.score_files import read_score_file
 
     epsilon, delta = _claim(wanted, run)
     common: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
 
 def _refuse_too_few(audit: ScoreAudit) -> None:
     """Raises: TooFewCanariesError where no scores of so few canaries could have refuted the claim, and more could."""
-    from choral.audits.scores import TooFewCanariesError, canaries_needed
+    from choral.audits.attacks.score_audit import TooFewCanariesError, canaries_needed
 
     bound = next((bound for bound in audit.bounds if bound.method == audit.decisive), None)
     if audit.design != "coins" or bound is None or audit.claimed is None or bound.ceiling > audit.claimed:

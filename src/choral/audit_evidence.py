@@ -13,7 +13,7 @@ from choral.run_task import task_of
 if TYPE_CHECKING:
     import torch
 
-    from choral.audits.evidence import InversionAudit, Probe
+    from choral.audits.findings.evidence import InversionAudit, Probe
     from choral.privacy import ClientPrivacy, Privacy
     from choral.trainers import Run
 
@@ -28,7 +28,7 @@ def probe_trainer(
     wrap: a Python file with ``wrap(privacy)``, which is probed in the place of this library's.
     Raises: ConfigError for a promise that is not of records and independent noise, or none; what the probe raises.
     """
-    from choral.audits.probing import probe
+    from choral.audits.attacks.probing import probe
 
     privacy = _promise(run, epsilon, delta)
     if wrap is None:
@@ -73,7 +73,7 @@ def invert_update(run: Run, folder: Path, *, task: Path | None, data_dir: Path |
     The noise is that of the run's promise to clients, for one round; epsilon 8, delta 1e-5 without one.
     Raises: ConfigError for a run whose task cannot be loaded or whose records are no pictures.
     """
-    from choral.audits.inversion import inversion_audit
+    from choral.audits.attacks.inversion import inversion_audit
 
     job = task_of(run, folder, task=task, data_dir=data_dir, in_python="audit(run, inversion=inversion_audit(...))")
     model = job.build(next(iter(job.parties.values())))[0]

@@ -35,7 +35,7 @@ from choral.side_by_side import train_all
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
-    from choral.audits.report import FailedRuns
+    from choral.audits.findings.schema import FailedRuns
     from choral.privacy import ClientPrivacy, Privacy
     from choral.trainers import Run, Task
 
@@ -144,7 +144,7 @@ def _read(todo: Sequence[Cell], out: Path, failed: dict[Cell, Failure]) -> dict[
 
 def _averaged(settings: Settings, runs: Mapping[Cell, Run], failed: dict[Cell, Failure]) -> dict[str, list[Run]]:
     """The runs of each arm that has any, fit to be averaged; an arm whose runs are not has failed."""
-    from choral.audits.arms import check_runs
+    from choral.audits.comparison.arms import check_runs
 
     arms: dict[str, list[Run]] = {}
     for name in settings.arms:
@@ -168,7 +168,7 @@ def _failed_runs(
     settings: Settings, failed: Mapping[Cell, Failure], arms: Mapping[str, Sequence[Run]], out: Path
 ) -> list[FailedRuns]:
     """For the report: the arms of which runs failed, each with the first reason."""
-    from choral.audits.report import FailedRuns
+    from choral.audits.findings.schema import FailedRuns
 
     rows = []
     for name in settings.arms:

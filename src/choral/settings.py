@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import msgspec
 
-from choral.audits.prices import PriceSettings
+from choral.audits.costs.prices import PriceSettings
 from choral.errors import ConfigError
 from choral.trainers.federated.participation import Participation
 from choral.trainers.task.settings import AlgorithmSettings, Split, Training

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from choral.audits.bounds import rate_interval
-from choral.audits.evidence import Bound, InversionAudit, NullControl, Probe, ProbeCheck, ScoreAudit, View
-from choral.audits.roc import roc
+from choral.audits.findings.evidence import Bound, InversionAudit, NullControl, Probe, ProbeCheck, ScoreAudit, View
+from choral.audits.lower_bounds.roc import roc
+from choral.audits.lower_bounds.trials import rate_interval
 from choral.privacy.ledgers.spent import Spent
 from choral.trainers.run_folder.run import Round, Run, RunInfo
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import ClientPrivacy, Masked, Plain, audit, federate
-from choral.audits import Audit, accountants
-from choral.audits.accountants import accountants_of
+from choral.audits import Audit
+from choral.audits.budgets import accountants
+from choral.audits.budgets.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Masked, Privacy, audit, centralize, federate
 from choral.audits import Comparison, compare
-from choral.audits.html import comparison_page
-from choral.audits.markdown import comparison_markdown
+from choral.audits.report.html import comparison_page
+from choral.audits.report.markdown import comparison_markdown
 from choral.errors import ConfigError
 from choral.privacy import Ledger, LedgerError
 from choral.privacy.accounting import record_level as accounting

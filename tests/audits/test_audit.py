@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from choral.audits import Audit, ReportError, audit
-from choral.audits.claims import no_claim
+from choral.audits.findings.claims import no_claim
 from choral.errors import ConfigError, DataError
 from choral.privacy import Ledger, LedgerError, PoissonSampledGaussian, Spent
 from choral.privacy.accounting.record_level import epsilon

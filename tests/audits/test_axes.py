@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from choral.audits import compare
-from choral.audits.axes import FLOOR, Axis
-from choral.audits.html import comparison_page
+from choral.audits.report.charts.axes import FLOOR, Axis
+from choral.audits.report.html import comparison_page
 from choral.errors import ConfigError, DataError
 from choral.trainers import Run
 

@@ -12,7 +12,7 @@ import torch
 
 from choral import ClientPrivacy, CorrelatedPrivacy, Masked, Privacy, centralize, federate
 from choral.audits import audit
-from choral.audits.books import books_checks
+from choral.audits.budgets.consistency import books_checks
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.ledgers.ledger import Ledger
 from choral.trainers.run_folder.run import Run

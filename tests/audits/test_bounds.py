@@ -11,9 +11,11 @@ from scipy import stats
 from scipy.special import ndtri
 from sklearn.metrics import roc_auc_score
 
-from choral.audits import bounds, fdp, one_run
-from choral.audits.bounds import Counts
-from choral.audits.roc import area, checked_scores, roc
+from choral.audits.lower_bounds import one_run
+from choral.audits.lower_bounds import trade_off as fdp
+from choral.audits.lower_bounds import trials as bounds
+from choral.audits.lower_bounds.roc import area, checked_scores, roc
+from choral.audits.lower_bounds.trials import Counts
 from choral.errors import ConfigError, DataError
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import PoissonSampledGaussian

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from choral.audits import budgets
-from choral.audits.budgets import MISSTATED, MISSTATED_LEAST, SETTLED, TOLERANCE, Recomputed
+from choral.audits.budgets import budgets
+from choral.audits.budgets.budgets import MISSTATED, MISSTATED_LEAST, SETTLED, TOLERANCE, Recomputed
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.ledgers.spent import Spent
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
-from choral.audits.canaries import directions, loss_scores, record_canaries, with_canary_clients
-from choral.audits.client_audit import audit_clients
-from choral.audits.guessing import Shares
-from choral.audits.scores import TooFewCanariesError, audit_training
+from choral.audits.attacks.canaries import directions, loss_scores, record_canaries, with_canary_clients
+from choral.audits.attacks.client_canaries import audit_clients
+from choral.audits.attacks.score_audit import TooFewCanariesError, audit_training
+from choral.audits.lower_bounds.guessing import Shares
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy
 from choral.privacy.accounting import client_noise as client_calibration

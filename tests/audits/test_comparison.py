@@ -18,7 +18,7 @@ from rich.console import Console
 from scipy import stats
 
 from choral.audits import Comparison, ReportError, audit, compare
-from choral.audits.report import Check
+from choral.audits.findings.schema import Check
 from choral.errors import ConfigError, DataError
 from choral.trainers import Run
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from scipy import stats
 
 from choral.audits import Comparison, compare
-from choral.audits.fairness import _by_chance
-from choral.audits.html import comparison_page
-from choral.audits.markdown import comparison_markdown
+from choral.audits.comparison.fairness import _by_chance
+from choral.audits.report.html import comparison_page
+from choral.audits.report.markdown import comparison_markdown
 from choral.errors import ConfigError, DataError
 from choral.trainers import Run
 from choral.trainers.task.per_party import NOTE, PerParty

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from choral.audits import Comparison, audit, compare
-from choral.audits.figures import rounds_figure
-from choral.audits.html import audit_page, comparison_page, settings
-from choral.audits.svg import ARM_CLASSES, arm_classes, spread, ticks
+from choral.audits.report.charts.figures import rounds_figure
+from choral.audits.report.charts.svg import ARM_CLASSES, arm_classes, spread, ticks
+from choral.audits.report.html import audit_page, comparison_page, settings
 from choral.trainers import Round, Run
 
 MakeRun = Callable[..., Run]

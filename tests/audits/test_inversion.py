@@ -10,9 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from choral.audits.evidence import InversionAudit
-from choral.audits.inversion import inversion_audit
-from choral.audits.pictures import nearer_p_value, psnr, ssim
+from choral.audits.attacks.inversion import inversion_audit
+from choral.audits.attacks.pictures import nearer_p_value, psnr, ssim
+from choral.audits.findings.evidence import InversionAudit
 from choral.errors import ConfigError, DataError
 
 

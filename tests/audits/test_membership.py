@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from choral.audits import membership
-from choral.audits.scores import audit_scores
-from choral.audits.shadow import Shadows, batches, coin_members, train_shadows
+from choral.audits.attacks import membership
+from choral.audits.attacks.score_audit import audit_scores
+from choral.audits.attacks.shadow_models import Shadows, batches, coin_members, train_shadows
 from choral.errors import ConfigError, DataError
 
 FASHION = Path(__file__).parents[2] / "../shared/data/fashion-mnist"

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from choral.audits import Comparison, compare
-from choral.audits.price import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
-from choral.audits.price_figures import crossover_figure, log_ticks
-from choral.audits.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
+from choral.audits.costs.costs import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
+from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
+from choral.audits.report.charts.price_figures import crossover_figure, log_ticks
 from choral.cli import main
 from choral.errors import ConfigError
 from choral.trainers import Run

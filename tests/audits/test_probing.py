@@ -11,7 +11,7 @@ import pytest
 import torch
 from Crypto.Cipher import AES
 
-from choral.audits.probing import FALSE_ALARMS, noise_reuse, probe
+from choral.audits.attacks.probing import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy
 from choral.privacy.accounting.events import PoissonSampledGaussian

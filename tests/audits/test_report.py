@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from choral.audits import Audit, ReportError, audit, compare
-from choral.audits.findings import not_run
-from choral.audits.json_schema import json_schema
-from choral.audits.run_audit import audit_evidence
+from choral.audits.findings.verdict import not_run
+from choral.audits.report_schema import json_schema
+from choral.audits.run.run_audit import audit_evidence
 from choral.errors import ConfigError
 from choral.trainers import Run
 

@@ -13,12 +13,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from choral.audits import bounds, fdp, one_run
-from choral.audits.canaries import flip_coins
-from choral.audits.evidence import ScoreAudit
-from choral.audits.guessing import Shares, Split, ranking, right
-from choral.audits.score_files import read_scores
-from choral.audits.scores import (
+from choral.audits.attacks.canaries import flip_coins
+from choral.audits.attacks.score_audit import (
     FDP,
     ONE_RUN,
     TooFewCanariesError,
@@ -28,6 +24,12 @@ from choral.audits.scores import (
     canaries_needed,
     null_control,
 )
+from choral.audits.attacks.score_files import read_scores
+from choral.audits.findings.evidence import ScoreAudit
+from choral.audits.lower_bounds import one_run
+from choral.audits.lower_bounds import trade_off as fdp
+from choral.audits.lower_bounds import trials as bounds
+from choral.audits.lower_bounds.guessing import Shares, Split, ranking, right
 from choral.errors import ChoralError, ConfigError, DataError
 
 
@@ -165,7 +167,7 @@ def test_a_model_that_never_saw_the_canaries() -> None:
     import torch
     from torch import nn
 
-    from choral.audits.canaries import loss_scores, record_canaries
+    from choral.audits.attacks.canaries import loss_scores, record_canaries
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))

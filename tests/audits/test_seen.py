@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit, federate
-from choral.audits import Audit, independence
-from choral.audits.independence import phases, smallest_of_known, smallest_of_pairs
+from choral.audits import Audit
+from choral.audits.transcripts import independence
+from choral.audits.transcripts.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.homomorphic.split import in_process as split_sum

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from choral.audits.report import Holder
-from choral.audits.statistics import difference_interval, mean_interval, spreads
+from choral.audits.findings.schema import Holder
+from choral.audits.findings.statistics import difference_interval, mean_interval, spreads
 
 VALUES = [0.961, 0.972, 0.958, 0.969, 0.975]
 OTHERS = [0.871, 0.902, 0.850, 0.893, 0.866, 0.881]

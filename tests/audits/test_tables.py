@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from choral.audits.terminal import _print_table
+from choral.audits.report.terminal import _print_table
 
 HEADINGS = ("arm", "accuracy", "test error", "vs cloud", "ε", "rounds", "per party", "time")
 ROWS = (

@@ -11,10 +11,10 @@ import pytest
 
 import choral.audits
 from choral.audits import audit_scores, compare
-from choral.audits.findings import evidence_checks
-from choral.audits.html import comparison_page
-from choral.audits.membership import lira_offline
-from choral.audits.tally import beyond_attack, every_check, tally
+from choral.audits.attacks.membership import lira_offline
+from choral.audits.findings.tally import beyond_attack, every_check, tally
+from choral.audits.findings.verdict import evidence_checks
+from choral.audits.report.html import comparison_page
 from choral.trainers.run_folder.run import Run
 
 Make = Callable[..., Run]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from choral.audits.text import amount, cost, duration, energy, money, plus_minus, power, score, signed
+from choral.audits.findings.text import amount, cost, duration, energy, money, plus_minus, power, score, signed
 
 
 @pytest.mark.parametrize(

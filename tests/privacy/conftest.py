@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.audits.bounds import Counts, clopper_pearson
+from choral.audits.lower_bounds.trials import Counts, clopper_pearson
 from choral.privacy import Guard, Ledger, Privacy
 
 torch.set_num_threads(1)

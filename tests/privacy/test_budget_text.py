@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.audits import text
+from choral.audits.findings import text
 from choral.cli import main
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.budget import at_least, at_most

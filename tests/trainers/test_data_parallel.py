@@ -206,7 +206,7 @@ def test_what_cannot_be_divided_is_refused(job, parties, tmp_path, monkeypatch):
 def test_a_data_parallel_round_costs_its_seconds_in_every_process(job):
     import msgspec
 
-    from choral.audits import price
+    from choral.audits.costs import costs as price
 
     run = centralize(**job())
     twice = Run(info=msgspec.structs.replace(run.info, processes=2), history=run.history, state=run.state)

@@ -1,0 +1,1 @@
+"""Attacks on trained models and on messages: canaries, membership inference, inversion, probes of a trainer."""

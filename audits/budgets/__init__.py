@@ -1,0 +1,1 @@
+"""Ledgers recomputed by several accountants: what each data holder spent, against what was promised."""

@@ -1,0 +1,413 @@
+"""The ledger's own audit: every epsilon by several accountants, and who took part against who was planned for.
+
+An accountant that is wrong in one place is seldom wrong in the same way in another: our privacy loss distributions,
+dp-accounting's, Opacus' privacy random variables and Renyi DP are four programs (three papers) over the same events.
+The first brackets the cost, rounding included, as the third does; no upper bound of any may be below a lower one of
+another. That one upper bound is looser than another is no fault: how much depends on the grid and the steps. PRV and
+dp-accounting are asked where their rounding, which grows with the steps, is below delta / 100, for few kinds of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from choral.audits.budgets.budgets import TOLERANCE, holders_of, ledger_of, unit_of
+from choral.audits.findings.schema import Check, Verdict
+from choral.audits.findings.text import at_least, cost, power
+from choral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from choral.privacy import ClientRelease, Ledger
+    from choral.privacy.accounting.events import RecordEvent
+    from choral.trainers.run_folder.run import Run
+
+AGREE = 1e-3  # relative, of two programs on one grid, or for one Gaussian
+ROUNDING = 1e-4  # of epsilon, near zero
+
+
+class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Noisy steps of one kind on a ledger. mechanism: in words. first, last: the events that they stand in, from 1."""
+
+    mechanism: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    first: int
+    last: int
+
+
+class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ledger's cost at ``delta`` by each accountant; None where one does not apply.
+
+    pld: ours. dp_accounting: its own PLD code, or its Renyi code where there is a private search. prv_low, prv_high:
+    the bracket by privacy random variables, in Opacus' code; the bounds above are not below it. rdp: Renyi DP; for a
+    client-level ledger with integer noise, the bound that is claimed. floor: for a client-level ledger, the exact cost
+    of continuous Gaussian noise of the same size, below which no bound may be. steps: noisy steps. head: SHA-256 of the
+    ledger's last line, which vouches for all of them: hold it against one that was kept elsewhere.
+    """
+
+    holder: str
+    delta: float
+    steps: int
+    head: str
+    pld: float | None = None
+    dp_accounting: float | None = None
+    prv_low: float | None = None
+    prv_high: float | None = None
+    rdp: float | None = None
+    floor: float | None = None
+    verdict: Verdict
+    finding: str
+    phases: tuple[Phase, ...] = ()
+
+
+class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who was planned for, and who took part.
+
+    planned: parties times rounds; realised: survivors over all rounds that were completed. claimed_minimum: the fewest
+    parties of a sum that may be opened, by the secure sum and the promise; fewest: the fewest in any round.
+    epsilon_realised: of a client-level ledger, its cost if each sum had as many noise shares as parties survived.
+    """
+
+    rounds: int
+    completed: int
+    parties: int
+    planned: int
+    realised: int
+    fewest: int
+    claimed_minimum: int | None
+    epsilon_realised: float | None = None
+
+
+def accountants_of(run: Run) -> tuple[Accountants, ...]:
+    """One row per ledger that is there; empty for a run without privacy.
+
+    Raises: LedgerError if a ledger is damaged, edited or of another holder.
+    """
+    rows = []
+    for name in holders_of(run):
+        ledger = ledger_of(run, name)
+        if ledger is None:
+            continue
+        claimed = run.info.spent.get(name)
+        delta = claimed.delta if claimed else float((run.info.privacy or {})["delta"])
+        judge = _of_clients if unit_of(run) == "client" else _of_records
+        rows.append(msgspec.structs.replace(judge(name, ledger, delta), phases=_phases(ledger)))
+    return tuple(rows)
+
+
+def _phases(ledger: Ledger) -> tuple[Phase, ...]:
+    """The ledger in the order in which it was written, alike events that follow each other taken together."""
+    from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
+
+    phases: list[Phase] = []
+    for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
+        if isinstance(event, ClientRelease):
+            words, rate = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares", 1.0
+            words += ", counted anew by who survived" if event.settles else ""
+        elif isinstance(event, CorrelatedGaussian):
+            words, rate = f"correlated Gaussian, pass {event.number}", event.sample_rate
+        elif isinstance(event, PoissonSampledGaussian):
+            words, rate = "Poisson-sampled Gaussian", event.sample_rate
+        else:
+            words, rate = f"search among {event.mean:g} tries in the mean, of each try", event.sample_rate
+        phase = Phase(
+            mechanism=words,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=rate,
+            steps=event.steps,
+            first=place,
+            last=place,
+        )
+        before = phases[-1] if phases else None
+        if before and msgspec.structs.replace(before, steps=0, first=0, last=0) == msgspec.structs.replace(
+            phase, steps=0, first=0, last=0
+        ):
+            phases[-1] = msgspec.structs.replace(before, steps=before.steps + phase.steps, last=place)
+        else:
+            phases.append(phase)
+    return tuple(phases)
+
+
+def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import Search
+    from choral.privacy.errors import AccountingError
+
+    events, relation = ledger.events, ledger.neighbours
+    row = Accountants(
+        holder=name,
+        delta=delta,
+        steps=sum(event.steps for event in events),
+        head=ledger.head,
+        verdict="holds",
+        finding="",
+    )
+    try:
+        row = msgspec.structs.replace(row, rdp=accounting.epsilon_rdp(events, delta, neighbours=relation))
+        ours = accounting.epsilon(events, delta, neighbours=relation)
+        if any(isinstance(event, Search) for event in events):
+            row = msgspec.structs.replace(row, dp_accounting=_by_dp_accounting(events, delta, relation))
+            verdict, finding = _searches_agree(ours, row.dp_accounting)
+            return msgspec.structs.replace(row, verdict=verdict, finding=finding)
+        lower, upper = accounting.bounds(events, delta, neighbours=relation)
+        row = msgspec.structs.replace(row, pld=ours)
+        if accounting.trusts_others(events, delta):
+            bracket = _by_prv(events, delta, relation)
+            low, high = bracket or (None, None)
+            theirs = _by_dp_accounting(events, delta, relation)
+            row = msgspec.structs.replace(row, prv_low=low, prv_high=high, dp_accounting=theirs)
+            if bracket:
+                accounting.check_by_prv((lower, min(upper, ours)), bracket, delta)
+    except AccountingError as error:
+        return msgspec.structs.replace(row, verdict="unverified", finding=f"the accountants disagree: {error}")
+    except ConfigError as error:
+        return msgspec.structs.replace(row, verdict="unverified", finding=f"no accountant takes this ledger: {error}")
+    same = accounting.epsilon_on_grid_of_others(events, delta, neighbours=relation)
+    if row.dp_accounting is not None and same is not None and not row.dp_accounting <= same * (1 + AGREE) + ROUNDING:
+        finding = f"on one grid, dp-accounting says ε = {row.dp_accounting:.6g} and our code {same:.6g}"
+        return msgspec.structs.replace(row, verdict="unverified", finding=finding)
+    verdict, finding = _agreement(row, lower)
+    return msgspec.structs.replace(row, verdict=verdict, finding=finding)
+
+
+def _by_dp_accounting(events: Sequence[RecordEvent], delta: float, relation: str) -> float | None:
+    """None where it has no bound, or takes too long."""
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import REPLACE_ONE, Search, relation_of
+    from choral.privacy.errors import AccountingError
+
+    if relation_of(relation) == REPLACE_ONE and any(isinstance(event, Search) for event in events):
+        return None
+    try:
+        return accounting.epsilon_by_dp_accounting(events, delta, neighbours=relation)
+    except AccountingError:
+        return None
+
+
+def _by_prv(events: Sequence[RecordEvent], delta: float, relation: str) -> tuple[float, float] | None:
+    """None where it has no bound, or takes too long."""
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import REPLACE_ONE, relation_of
+    from choral.privacy.errors import AccountingError
+
+    if relation_of(relation) == REPLACE_ONE:
+        return None
+    try:
+        return accounting.epsilon_by_prv(events, delta)
+    except AccountingError:
+        return None
+
+
+def _searches_agree(ours: float, theirs: float | None) -> tuple[Verdict, str]:
+    if theirs is None:
+        return "holds", "a private search has a Renyi bound alone, above the cost of one try by PLD"
+    if not (math.isfinite(theirs) and abs(ours - theirs) <= TOLERANCE * theirs + ROUNDING):
+        return "unverified", f"two computations of a search's Renyi bound say ε = {ours:.6g} and {theirs:.6g}"
+    return "holds", "a private search has a Renyi bound alone; dp-accounting computes the same"
+
+
+def _agreement(row: Accountants, lower: float) -> tuple[Verdict, str]:
+    """Every upper bound against the greatest lower one, ours or PRV's: one that is looser than another is no fault."""
+    floor = max(lower, row.prv_low or 0.0)
+    for name, bound in (("PLD", row.pld), ("dp-accounting", row.dp_accounting), ("Renyi DP", row.rdp)):
+        if bound is not None and not bound >= floor * (1 - TOLERANCE) - ROUNDING:
+            return "unverified", f"{name}, an upper bound, says ε = {bound:.6g}, below the lower bound {floor:.6g}"
+    ours, rdp = row.pld or 0.0, row.rdp or 0.0
+    parts = [f"PLD is at most {power(max(ours - lower, 0.0))} above the cost"]
+    if row.dp_accounting is not None:
+        parts.append(f"dp-accounting differs by {power(abs(ours - row.dp_accounting))}")
+    if row.prv_low is not None and row.prv_high is not None:
+        parts.append(f"PRV brackets it by {at_least(row.prv_low)} and {cost(row.prv_high)}")
+    return "holds", "; ".join([*parts, f"Renyi DP is {max(rdp - ours, 0.0):.2g} above"])
+
+
+def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
+    """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
+    from choral.privacy.accounting import client_level as client_accounting
+    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting.events import PoissonSampledGaussian
+    from choral.privacy.errors import AccountingError
+
+    try:
+        events = client_accounting.settled(ledger.releases)
+        bound = client_accounting.epsilon(events, delta)
+    except AccountingError as error:
+        return Accountants(
+            holder=name, delta=delta, steps=len(ledger.releases), head=ledger.head, verdict="unverified",
+            finding=str(error),
+        )  # fmt: skip
+    precision = sum(event.steps / event.noise_multiplier**2 for event in events)
+    gaussian = (PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1),)
+    floor = accounting.epsilon_by_dp_accounting(gaussian, delta, 1e-4)
+    exact = all(event.mechanism == "gaussian" for event in events)
+    near = abs(bound - floor) <= AGREE * floor + ROUNDING if exact else bound >= floor * (1 - AGREE) - ROUNDING
+    sound = near and math.isfinite(floor)  # within a share of what is infinite everything would lie
+    finding = f"the bound is {bound / floor - 1:.1%} above continuous Gaussian noise of the same size (dp-accounting)"
+    if not sound:
+        finding = f"the bound, ε = {bound:.6g}, does not fit continuous Gaussian noise of the same size, {floor:.6g}"
+    return Accountants(
+        holder=name,
+        delta=delta,
+        steps=sum(event.steps for event in events),
+        head=ledger.head,
+        pld=bound if exact else None,
+        rdp=None if exact else bound,
+        floor=floor,
+        verdict="holds" if sound else "unverified",
+        finding=finding,
+    )
+
+
+def accountants_check(rows: Sequence[Accountants]) -> list[Check]:
+    """Whether the accountants agree on every ledger; nothing where there is none."""
+    if not rows:
+        return []
+    name = "Several accountants agree on every ledger"
+    if faulty := [row for row in rows if row.verdict != "holds"]:
+        finding = "; ".join(f"{row.holder}: {row.finding}" for row in faulty[:3])
+        return [Check(name=name, verdict="unverified", finding=f"{finding}.")]
+    widest = max(rows, key=lambda row: row.pld or row.rdp or 0.0)
+    return [
+        Check(name=name, verdict="holds", finding=f"{len(rows)} of {len(rows)}; {widest.holder}: {widest.finding}.")
+    ]
+
+
+def participation_of(run: Run) -> Participation | None:
+    """None for pooled training, which has no parties that could fail to come. Raises: LedgerError."""
+    rounds = [entry for entry in run.history if entry.round and not entry.failed]  # those opened no sum
+    if run.info.kind != "federated" or not rounds:
+        return None
+    minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
+    known = [int(value) for value in minimum if isinstance(value, int)]
+    parties = run.info.party_count
+    return Participation(
+        rounds=run.info.rounds,
+        completed=len(rounds),
+        parties=parties,
+        planned=parties * run.info.rounds,
+        realised=sum(entry.survivors for entry in rounds),
+        fewest=min(entry.survivors for entry in rounds),
+        claimed_minimum=max(known, default=None),
+        epsilon_realised=_epsilon_realised(run),
+    )
+
+
+def participation_checks(run: Run, found: Participation | None) -> list[Check]:
+    """Whether the survivors ever fell below what is claimed, and whether the noise was counted by who survived."""
+    if found is None:
+        return []
+    checks = []
+    name = "No sum was opened over fewer parties than claimed"
+    if found.claimed_minimum is not None:
+        opened = [entry for entry in run.history if entry.round and not entry.failed]
+        low = [entry for entry in opened if entry.survivors < found.claimed_minimum]
+        said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
+        if failed := sum(bool(entry.failed) for entry in run.history):
+            said += f" {failed} more rounds had too few and opened no sum, as the run records them."
+        if low:
+            said = (
+                f"Round {low[0].round} has {low[0].survivors} of {found.parties} parties, {found.claimed_minimum} are"
+                f" claimed" + (f"; {len(low)} rounds in all." if len(low) > 1 else ".")
+            )
+        checks.append(Check(name=name, verdict="violated" if low else "holds", finding=said))
+    if _releases(run):
+        checks.append(_noise_by_survivors(run, found.epsilon_realised))
+    return checks + _noise_elsewhere(run)
+
+
+def _noise_elsewhere(run: Run) -> list[Check]:
+    """Where run.json says that noise is added somewhere else than the ledger was charged for: the adversary differs.
+
+    Central noise is continuous, the other kinds are of integers; with local noise a client counts on its own share.
+    """
+    where = (run.info.privacy or {}).get("noise")
+    ledger = ledger_of(run, "clients") if unit_of(run) == "client" else None
+    if ledger is None:
+        return []
+    for release in ledger.releases:
+        central = release.mechanism == "gaussian"
+        fits = {"central": central, "distributed": not central, "local": not central and release.shares == 1}
+        if not fits.get(str(where), False):
+            finding = (
+                f"run.json says {where}; the ledger was charged for {release.mechanism.replace('_', ' ')} noise in"
+                f" {release.shares} unknown shares."
+            )
+            return [Check(name="The noise is added where the promise says", verdict="violated", finding=finding)]
+    return []
+
+
+def _releases(run: Run) -> tuple[ClientRelease, ...]:
+    """What each sum was charged with, one release per sum: those that settle stand in the place of what they settle."""
+    if unit_of(run) != "client" or (run.info.privacy or {}).get("noise") != "distributed":
+        return ()
+    ledger = ledger_of(run, "clients")
+    if ledger is None:
+        return ()
+    effective: list[ClientRelease] = []
+    for release in ledger.releases:
+        if release.settles and effective:
+            effective.pop()
+        effective += [msgspec.structs.replace(release, settles=False, steps=1)] * release.steps
+    return tuple(effective)
+
+
+def _shares_survived(run: Run) -> list[int]:
+    """Noise shares that the adversary does not know, by round: those of the survivors that are not colluders."""
+    colluders = int((run.info.privacy or {}).get("colluders", 0))
+    return [entry.survivors - colluders for entry in run.history if entry.round and not entry.failed]
+
+
+def _overcounted(run: Run) -> list[tuple[int, int, int]]:
+    """(place, charged for, survived) of sums that were charged for more shares than survived.
+
+    Sum by sum where the ledger holds just this run's rounds; where it holds more (rounds that were cut short, earlier
+    runs), the sums of many shares may not outnumber the rounds that had as many, plus what is over.
+    """
+    charged, survived = [release.shares for release in _releases(run)], _shares_survived(run)
+    over = len(charged) - len(survived)
+    if over:
+        charged, survived = sorted(charged, reverse=True)[max(over, 0) :], sorted(survived, reverse=True)
+    return [
+        (place, paid, there)
+        for place, (paid, there) in enumerate(zip_longest(charged, survived, fillvalue=0), 1)
+        if paid > there
+    ]
+
+
+def _epsilon_realised(run: Run) -> float | None:
+    """The cost of the ledger with no more shares in any sum than survived; None where some sum had none at all."""
+    from choral.privacy.accounting import client_level as client_accounting
+
+    releases, survived = _releases(run), _shares_survived(run)
+    if not releases:
+        return None
+    if not _overcounted(run):
+        return client_accounting.epsilon(releases, float((run.info.privacy or {})["delta"]))
+    if min(survived) < 1:
+        return None
+    if len(releases) != len(survived):
+        survived = [min(survived)] * len(releases)
+    counted = [
+        msgspec.structs.replace(release, shares=min(release.shares, there))
+        for release, there in zip(releases, survived, strict=True)
+    ]
+    return client_accounting.epsilon(counted, float((run.info.privacy or {})["delta"]))
+
+
+def _noise_by_survivors(run: Run, realised: float | None) -> Check:
+    name = "Noise was counted by who survived"
+    if over := _overcounted(run):
+        place, charged, survived = over[0]
+        finding = f"Sum {place} was charged for {charged} noise shares, {survived} survived ({len(over)} sums in all)."
+        if realised is not None:
+            promised = float((run.info.privacy or {})["epsilon"])
+            finding += f" By who survived, the cost is ε = {cost(realised)}; {promised:g} were promised."
+        return Check(name=name, verdict="violated", finding=finding)
+    finding = f"No sum was charged for more noise shares than parties survived; ε = {cost(realised or 0.0)}."
+    return Check(name=name, verdict="holds", finding=finding)

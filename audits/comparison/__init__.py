@@ -1,0 +1,1 @@
+"""Ways of training side by side: what may be compared, and what the comparison checks."""

@@ -1,0 +1,233 @@
+"""Compare ways of training on the same data: what privacy and distribution cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import msgspec
+
+from choral.audits.comparison.arms import arm_of, budget_curves, check_runs, difference_of
+from choral.audits.comparison.checks import comparison_checks, weights_match
+from choral.audits.comparison.fairness import fairness_metric, fairness_of
+from choral.audits.costs.costs import Costs, costs_of
+from choral.audits.costs.prices import Prices, read_prices
+from choral.audits.findings.claims import caveats, merged_versions, units_of
+from choral.audits.findings.evidence import Probe, ScoreAudit
+from choral.audits.findings.schema import (
+    FORMAT_VERSION,
+    NOT_RUN,
+    ORDER,
+    Arm,
+    BudgetCurve,
+    Check,
+    FailedRuns,
+    NotRun,
+    Reference,
+    WeightsMatch,
+)
+from choral.audits.report.storage import read_report, save_report
+from choral.audits.run.arm_audit import audited, ledger_rows
+from choral.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from choral.trainers.run_folder.run import Run
+
+TITLE = "What privacy and distribution cost"
+
+
+class Comparison(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="comparison"
+):
+    """What :func:`compare` found. JSON holds exactly these fields, and HTML is drawn from them alone.
+
+    metric: which evaluation arms are judged by. baseline: the arm that differences are to. references: levels to hold
+    metrics against. made: when, in UTC. level: of every interval. failed: what was to be compared and could not be
+    trained. matches: final weights under different secure sums, per seed. costs: rounds, bytes, seconds, energy and
+    money, with the prices used; None where the runs did not record what they need.
+    """
+
+    format: Literal["choral-report"] = "choral-report"
+    version: int = FORMAT_VERSION
+    title: str
+    made: str
+    metric: str
+    baseline: str
+    references: tuple[Reference, ...] = ()
+    level: float = 0.95
+    arms: tuple[Arm, ...]
+    failed: tuple[FailedRuns, ...] = ()
+    budgets: tuple[BudgetCurve, ...] = ()
+    checks: tuple[Check, ...]
+    matches: tuple[WeightsMatch, ...] = ()
+    costs: Costs | None = None
+    not_run: tuple[NotRun, ...] = NOT_RUN
+    caveats: tuple[str, ...]
+    versions: dict[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if any check is violated, in an arm or between them; else 2 if anything failed; else 1 if the evidence for
+        some arm is not verified, as :class:`Audit` has it; else 0."""
+        verdicts = [arm.audit.verdict for arm in self.arms if arm.audit is not None]
+        if "violated" in verdicts or any(check.verdict == "violated" for check in self.checks):
+            return 1
+        return 2 if self.failed else int("unverified" in verdicts)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The one that arms are judged by, and the others."""
+        return (self.metric, *(measure.metric for measure in self.arms[0].more))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report by suffix: ``.json``, one offline ``.html`` file, a ``.md`` summary for a model card, or the
+        curves over rounds alone as ``.svg``.
+
+        Raises: ConfigError for another suffix.
+        """
+        from choral.audits.report.html import comparison_drawing, comparison_page
+        from choral.audits.report.markdown import comparison_markdown
+
+        return save_report(self, path, comparison_page, comparison_markdown, comparison_drawing)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table to the terminal, or to ``console``."""
+        from choral.audits.report.terminal import print_comparison
+
+        print_comparison(self, console)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a saved ``.json`` back, strictly.
+
+        Raises: ReportError if it is missing, damaged, of another version or no comparison.
+        """
+        return read_report(path, cls)
+
+
+def compare(
+    arms: Mapping[str, Run | Sequence[Run]],
+    *,
+    budgets: Mapping[str, Sequence[Run]] | None = None,
+    baseline: str | None = None,
+    metric: str = "accuracy",
+    also: Sequence[str] = (),
+    references: Mapping[str, Mapping[str, float]] | None = None,
+    title: str = TITLE,
+    prices: Prices | None = None,
+    attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
+    probes: Mapping[str, Probe] | None = None,
+    failed: Mapping[str, str] | None = None,
+    not_trained: Sequence[FailedRuns] = (),
+) -> Comparison:
+    """Compare arms, each one run or several that differ in their seed.
+
+    arms: name -> runs. Names are free; ``cloud``, ``cloud-dp``, ``federated``, ``federated-masked`` and
+        ``federated-dp`` always come first and in this order.
+    budgets: name -> all private runs at several epsilons and seeds, for the budget-against-accuracy curve.
+    baseline: the arm that differences are to; by default ``cloud``, else the first centralized arm without privacy,
+        else the first arm.
+    metric: which of the evaluations to compare. also: others to show beside it. A metric whose name ends in "gap" is
+        drawn on a logarithmic axis; "accuracy" and "test error" are shares.
+    references: metric -> name -> level, drawn across its curves: what always the same answer gets, for instance.
+    prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
+    attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
+        -> why an attack on it could not be carried out, which leaves the arm unverified.
+    not_trained: arms, or runs of them, that were to be compared and failed; they are rows with a reason.
+
+    Every run in ``arms`` is audited as :func:`choral.audits.audit` does, except that a ledger or transcript that does
+    not verify makes its arm violated instead of raising, and an audit that breaks off leaves its arm unverified.
+
+    Intervals are Student's at 95 %, over seeds; differences are paired by seed where the seeds are the same.
+
+    Raises: ConfigError for no arms, an arm without runs, an interrupted run, runs of one arm with unlike settings, an
+        unknown baseline or metric; DataError for a metric that is not finite.
+    """
+    if not arms:
+        raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
+    metrics = (metric, *also)
+    levels = _references(references or {}, metrics)
+    ready = {name: check_runs(name, _as_list(arms[name]), metrics) for name in _ordered(arms)}
+    base = _baseline(ready, baseline)
+    if strange := sorted({*(attacks or {}), *(probes or {}), *(failed or {})} - ready.keys()):
+        raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(ready)}")
+    of_parties = fairness_metric(ready, metrics)
+    books, rows = ledger_rows(), []
+    for name, runs in ready.items():
+        other = ready[base] if name != base else None
+        rows.append(
+            msgspec.structs.replace(
+                arm_of(name, runs, metric, also),
+                difference=difference_of(runs, other, base, metric) if other else None,
+                fairness=fairness_of(name, runs, other, base, of_parties),
+                audit=audited(
+                    runs,
+                    books,
+                    attacks=(attacks or {}).get(name, ()),
+                    probe=(probes or {}).get(name),
+                    failed=(failed or {}).get(name, ""),
+                ),
+            )
+        )
+    curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
+    matches, verdict = weights_match(ready)
+    checks = comparison_checks(ready, budgets or {}, rows, metric, books) + ((verdict,) if verdict else ())
+    every = [run.info for runs in (*ready.values(), *(budgets or {}).values()) for run in runs]
+    return Comparison(
+        title=title,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        metric=metric,
+        baseline=base,
+        references=levels,
+        arms=tuple(rows),
+        failed=tuple(not_trained),
+        budgets=curves,
+        checks=checks,
+        matches=matches,
+        costs=costs_of(ready, prices or read_prices()),
+        not_run=tuple(
+            entry for entry in NOT_RUN if all(row.audit is None or entry in row.audit.not_run for row in rows)
+        ),
+        caveats=caveats(units_of(every), compared=True, metrics=metrics),
+        versions=merged_versions(every),
+    )
+
+
+def _references(given: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> tuple[Reference, ...]:
+    """Of the metrics that are compared. Raises: ConfigError for a metric twice; DataError for a level of no number."""
+    if len(set(metrics)) < len(metrics):
+        raise ConfigError(f"a metric is named twice: {', '.join(metrics)}", hint="name each once")
+    made = tuple(
+        Reference(metric=metric, name=name, level=float(level))
+        for metric in metrics
+        for name, level in given.get(metric, {}).items()
+    )
+    for reference in made:
+        if not math.isfinite(reference.level):
+            raise DataError(f"the reference {reference.name!r} of {reference.metric} is {reference.level}")
+    return made
+
+
+def _as_list(runs: Run | Sequence[Run]) -> Sequence[Run]:
+    return runs if isinstance(runs, Sequence) else [runs]
+
+
+def _ordered(names: Mapping[str, object]) -> list[str]:
+    """The well-known arms in their order, then the others as given: tables and colours stay put between reports."""
+    return [name for name in ORDER if name in names] + [name for name in names if name not in ORDER]
+
+
+def _baseline(arms: Mapping[str, Sequence[Run]], wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in arms:
+            raise ConfigError(f"no arm {wanted!r} to serve as baseline", hint=f"name one of: {', '.join(arms)}")
+        return wanted
+    if "cloud" in arms:
+        return "cloud"
+    pooled = (name for name, runs in arms.items() if runs[0].info.kind == "centralized" and not runs[0].info.privacy)
+    return next(pooled, next(iter(arms)))

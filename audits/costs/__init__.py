@@ -1,0 +1,1 @@
+"""What a run costs in money, bytes and energy, at stated prices."""

@@ -1,0 +1,1 @@
+"""Lower bounds on epsilon from how well an attack told in from out."""

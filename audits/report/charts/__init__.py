@@ -1,0 +1,1 @@
+"""The report's own charts, as inline SVG."""

@@ -1,0 +1,378 @@
+"""One offline HTML file per report, drawn from the report's fields alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from choral.audits.costs.costs import Costs
+from choral.audits.findings import text
+from choral.audits.findings.claims import no_claim
+from choral.audits.findings.evidence import Bound, ScoreAudit
+from choral.audits.findings.schema import ORDER, Arm, BudgetPoint, WeightsMatch
+from choral.audits.findings.tally import beyond_attack, every_check, tally
+from choral.audits.findings.verdict import FAILED
+from choral.audits.report.charts import evidence_figures, figures, price_figures
+from choral.audits.report.charts.svg import arm_classes
+
+if TYPE_CHECKING:
+    from choral.audits.comparison.comparison import Comparison
+    from choral.audits.run.run_audit import Audit
+
+_WORDS = {"holds": "holds", "violated": "violated", "unverified": "not verified"}
+_SPREAD_WORDS = {
+    "epsilon": "ε spent",
+    "noise_multiplier": "Noise multiplier",
+    "sample_rate": "Sample rate",
+    "examples": "Records",
+}
+
+
+def comparison_page(report: Comparison) -> str:
+    """The comparison as HTML. Every name and title in it is escaped: they come from whoever ran the arms."""
+    colours = _colours(report)
+    private = [arm for arm in report.arms if arm.claim]
+    references = [
+        arm for arm in report.arms if not arm.claim and (arm.name == report.baseline or arm.kind == "federated")
+    ]
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            report=report,
+            colours=colours,
+            private=private,
+            fair=(fair := [arm for arm in report.arms if arm.fairness]),
+            fair_words=text.party_words(of_parties(fair)),
+            party_counts=party_counts(report.arms),
+            percent=text.is_percent(of_parties(fair)),
+            cards=cards(report),
+            lead=lead(report),
+            tally=tally(every_check(report)),
+            idle=sum(not check.refutable for check in every_check(report)),
+            beyond=beyond_attack(report),
+            evidence=(shown := evidence_rows(report.arms)),
+            attacked=sum(attack is not None for _, attack, _ in shown),
+            probed=any(arm.audit and arm.audit.probe for arm in report.arms),
+            confidence=next((bound.confidence for _, _, bound in shown if bound), 0.95),
+            overall=text.OVERALL,
+            failed=FAILED,
+            statements=statements(report.arms),
+            settings=settings(report.arms),
+            rounds=rounds_figures(report, colours),
+            by_bytes=price_figures.progress_figure(report.arms, report.metric, colours, "bytes"),
+            by_seconds=price_figures.progress_figure(report.arms, report.metric, colours, "seconds"),
+            crossovers=crossovers(report.costs),
+            budget=figures.budget_figure(report.budgets, references[:2], report.metric, colours)
+            if report.budgets
+            else None,
+            budget_rows=budget_rows(report),
+            holders=figures.holders_figure(report.arms, colours) if private else None,
+        )
+    )
+
+
+def comparison_drawing(report: Comparison) -> str:
+    """The curves over rounds, one metric under the other, as one SVG file that fetches nothing."""
+    drawings = [drawing.wide for _, drawing, _ in rounds_figures(report, _colours(report))]
+    height = figures.ROUNDS_HEIGHT
+    placed = "".join(f'<g transform="translate(20 {20 + height * n})">{each}</g>' for n, each in enumerate(drawings))
+    size = f"{figures.WIDE + 40:g}", f"{height * len(drawings) + 40:g}"
+    style = _environment().get_template("drawing.html").render() + "svg { font-family: system-ui, sans-serif; }"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {" ".join(size)}" width="{size[0]}" height="{size[1]}">'
+        f'<style>{style}</style><rect width="100%" height="100%" style="fill: var(--paper)"/>{placed}</svg>\n'
+    )
+
+
+def _colours(report: Comparison) -> dict[str, int]:
+    return arm_classes([arm.name for arm in report.arms] + [curve.arm for curve in report.budgets], ORDER)
+
+
+def rounds_figures(report: Comparison, colours: Mapping[str, int]) -> list[tuple[str, figures.Figure, str]]:
+    """(metric, drawing, what to know of it) for every metric, the one that arms are judged by first."""
+    made = []
+    for place, metric in enumerate(report.metrics):
+        levels = {each.name: each.level for each in report.references if each.metric == metric}
+        identity = f"rounds-{place}" if place else "rounds"
+        drawing = figures.rounds_figure(report.arms, metric, colours, levels, identity)
+        said = "The axis is logarithmic: 0, the least value, is infinitely far down." if text.is_gap(metric) else ""
+        if levels:
+            said += f" Level lines: {', '.join(f'{name} ({text.score(y, metric)})' for name, y in levels.items())}."
+        made.append((metric, drawing, said.strip()))
+    return made
+
+
+def audit_page(report: Audit) -> str:
+    """The audit of one run, or of a model that was trained elsewhere, as HTML."""
+    return (
+        _environment()
+        .get_template("audit.html")
+        .render(
+            report=report,
+            lead=audit_lead(report),
+            overall=text.OVERALL[report.verdict],
+            trace=figures.trace_figure(report.traces[0]) if report.traces else None,
+            rocs=[
+                (attack, evidence_figures.roc_figure(attack, f"roc-{place}"))
+                for place, attack in enumerate((*report.attacks, *([report.probe.canaries] if report.probe else [])))
+            ],
+            inversion=evidence_figures.inversion_figure(report.inversion) if report.inversion else None,
+            settings=_settings_text(report.run.config) if report.run and report.run.config else "",
+        )
+    )
+
+
+def audit_lead(report: Audit) -> str:
+    """The verdict in a sentence or two, with what it does not cover."""
+    said = report.sentence
+    if not report.promised:
+        said += " No differential privacy is promised, so there is no budget to break."
+    elif report.verdict == "holds" and report.budgets:
+        said += " Recomputed from the ledgers, no data holder has spent more than was claimed or promised."
+    if report.run and report.run.completed < report.run.rounds:
+        said += f" The run was interrupted after round {report.run.completed} of {report.run.rounds}."
+    if report.traces:
+        trace = report.traces[0]
+        first, last = text.score(trace.values[0], trace.name), text.score(trace.values[-1], trace.name)
+        said += f" Its {trace.name} went from {first} to {last}."
+    return said
+
+
+def crossovers(costs: Costs | None) -> list[tuple[str, figures.Figure]]:
+    """The drawings of money and of time, where there is a cloud and a federation to set against each other."""
+    if costs is None or costs.workload is None:
+        return []
+    return [
+        (word, price_figures.crossover_figure(costs.workload, costs.crossover, kind))
+        for word, kind in (("cheaper", "usd"), ("faster", "seconds"))
+    ]
+
+
+def _settings_text(config: Mapping[str, Any]) -> str:
+    """Without what is not set: null, and empty lists and tables. The JSON holds those too."""
+    return json.dumps(_set(config), indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def _set(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {key: _set(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None and item not in ({}, [])}
+    return value
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        score=text.score,
+        is_percent=text.is_percent,
+        plus_minus=text.plus_minus,
+        signed=text.signed,
+        width=text.width,
+        amount=text.amount,
+        power=text.power,
+        cost=text.cost,
+        duration=text.duration,
+        money=text.money,
+        energy=text.energy,
+        no_claim=no_claim,
+        words=_WORDS,
+        spread_words=_SPREAD_WORDS,
+    )
+    environment.filters["plain"] = _plain
+    environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
+    environment.filters["words"] = lambda key: str(key).replace("_", " ")
+    return environment
+
+
+def _plain(value: Any) -> str:
+    """A setting or statement in a line of text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "not applicable"}[value]
+    if isinstance(value, Mapping):
+        return "; ".join(f"{str(key).replace('_', ' ')}: {_plain(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def lead(report: Comparison) -> str:
+    """The result in a few sentences."""
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    metric = report.metric
+    said = [f"Trained on {_where(base)} ({base.name}), the model reaches {_reached(base, metric)}."]
+    spread = _plain_federated(report)
+    if spread and spread is not base:
+        said.append(f"With {_where(spread)} ({spread.name}), it reaches {score_of(spread, metric)}.")
+    private = [arm for arm in report.arms if arm.claim and arm is not base]
+    reached: dict[str, list[str]] = {}
+    for arm in private:
+        if arm.claim:
+            reached.setdefault(arm.claim.unit, []).append(
+                f"{score_of(arm, metric)} {'pooled' if arm.kind == 'centralized' else 'distributed'}"
+                f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)})"
+            )
+    for unit, scores in sorted(reached.items(), reverse=True):  # record before client
+        said.append(f"With differential privacy for each {unit}, it reaches {' and '.join(scores)}.")
+    return " ".join(said)
+
+
+def _where(arm: Arm) -> str:
+    if arm.kind == "centralized":
+        return f"the pooled data of {arm.parties} parties"
+    return f"the data left at their {arm.parties} parties"
+
+
+def _reached(arm: Arm, metric: str) -> str:
+    value = score_of(arm, metric)
+    return f"{value} {metric}" if text.is_percent(metric) else f"{metric} {value}"
+
+
+def score_of(arm: Arm, metric: str) -> str:
+    return text.score(arm.metric.mean, metric)
+
+
+def _plain_federated(report: Comparison) -> Arm | None:
+    return next((arm for arm in report.arms if arm.kind == "federated" and not arm.claim), None)
+
+
+def cards(report: Comparison) -> list[dict[str, str]]:
+    """Headline numbers: the baseline, then what distribution, the secure sum and privacy cost against it."""
+    metric = report.metric
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    kind = "pooled data" if base.kind == "centralized" else f"{base.parties} parties"
+    note = f"{base.name}: {kind}, {'with' if base.claim else 'no'} privacy"
+    interval = text.plus_minus(base.metric.half_width, metric).strip() or "one seed"
+    found = [_card("Baseline", score_of(base, metric), note, interval)]
+    spread = _plain_federated(report)
+    if spread and spread.difference:
+        found.append(_cost("Distribution", spread, metric, f"{spread.name}, data stay with {spread.parties} parties"))
+    if report.matches:
+        found.append(_match_card(report.matches))
+    for arm in report.arms:
+        if arm.claim and arm.difference:
+            where = "pooled" if arm.kind == "centralized" else "distributed"
+            found.append(
+                _cost(
+                    f"Privacy, {where}",
+                    arm,
+                    metric,
+                    f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)} per {arm.claim.unit}",
+                )
+            )
+    return found
+
+
+def _match_card(matches: tuple[WeightsMatch, ...]) -> dict[str, str]:
+    gaps = [row.difference for row in matches if row.difference is not None]
+    if len(gaps) < len(matches):
+        return _card("Secure sum", "differs", f"{matches[0].arm}: the weights cannot be compared")
+    if max(gaps) == 0:
+        return _card("Secure sum", "none", f"{matches[0].arm}: not one weight differs")
+    return _card("Secure sum", text.power(max(gaps)), f"{matches[0].arm}: largest difference of a weight")
+
+
+def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
+    if arm.difference is None:
+        return _card(label, "–", note)
+    estimate = arm.difference.estimate
+    interval = text.plus_minus(estimate.half_width, metric).strip()
+    unit = "points" if text.is_percent(metric) else ""
+    interval = " ".join(part for part in (interval, unit) if part) + ("" if interval else " (one seed)")
+    return _card(label, text.signed(estimate.mean, metric), note, interval)
+
+
+def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note, "interval": interval}
+
+
+def evidence_rows(arms: Sequence[Arm]) -> list[tuple[Arm, ScoreAudit | None, Bound | None]]:
+    """Each audited arm with the first attack on it by coins, and the bound that decides."""
+    rows = []
+    for arm in arms:
+        if arm.audit:
+            attack = next((each for each in arm.audit.attacks if each.design == "coins" and each.null), None)
+            found = (bound for bound in attack.bounds if bound.method == attack.decisive) if attack else iter(())
+            rows.append((arm, attack, next(found, None)))
+    return rows
+
+
+def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None]]]:
+    """One row per epsilon asked for, one cell per arm."""
+    asked = sorted({point.asked for curve in report.budgets for point in curve.points})
+    by_arm = [{point.asked: point for point in curve.points} for curve in report.budgets]
+    return [(epsilon, [points.get(epsilon) for points in by_arm]) for epsilon in asked]
+
+
+def of_parties(fair: Sequence[Arm]) -> str:
+    """The metric of the numbers per party."""
+    return next((arm.fairness.metric for arm in fair if arm.fairness), "")
+
+
+def party_counts(arms: Sequence[Arm]) -> list[str]:
+    """How many parties the numbers per party are of, once for all arms of which it is the same."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        if fair := arm.fairness:
+            said = (
+                f"{fair.listed} of {fair.parties} parties hold out at least {fair.least} records (the fewest over"
+                f" seeds), none of them fewer than {fair.records}; the others are not evaluated."
+            )
+            if fair.listed == fair.parties:
+                said = f"All {fair.parties} parties hold out {fair.records} records or more."
+            found.setdefault(said, []).append(arm.name)
+    return [said if len(found) == 1 else f"{', '.join(names)}: {said}" for said, names in found.items()]
+
+
+def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """Each distinct secure-sum statement with the arms that it holds for."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for arm in arms:
+        if arm.secure_sum is None:
+            continue
+        for names, statement in found:
+            if statement == arm.secure_sum:
+                names.append(arm.name)
+                break
+        else:
+            found.append(([arm.name], arm.secure_sum))
+    return [(", ".join(names), statement) for names, statement in found]
+
+
+def settings(arms: tuple[Arm, ...]) -> list[tuple[str, str]]:
+    """The first arm's settings, and of others what differs from them; once for all the arms that share it."""
+    first = next((arm.config for arm in arms if arm.config), {})
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.config:
+            text = _settings_text(first if arm.config == first else _changed(arm.config, first))
+            found.setdefault(text, []).append(arm.name)
+    if len(found) == 1:
+        return [("all arms", text) for text in found]
+    return [
+        (", ".join(names) + (", where they differ from the first" if place else ""), text)
+        for place, (text, names) in enumerate(found.items())
+    ]
+
+
+def _changed(config: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are not the same; "not set" for those that are missing."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys([*config, *first]):
+        mine, other = config.get(key, "not set"), first.get(key)
+        if mine == other:
+            continue
+        found[key] = _changed(mine, other) if isinstance(mine, Mapping) and isinstance(other, Mapping) else mine
+    return found

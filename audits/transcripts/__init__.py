@@ -1,0 +1,1 @@
+"""What the server saw, held against what the secure sum promises."""

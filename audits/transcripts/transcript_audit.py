@@ -1,0 +1,354 @@
+"""What the server saw: the recorded messages of a run, held against what its secure sum promises.
+
+Every message is decoded strictly and encoded again, so that no byte is undeclared; every public key, nonce and
+commitment is looked for elsewhere, so that none is used twice; masked vectors are tested against each other and, in a
+rehearsal, against each party's own vector, also after the server has taken off the self-masks that it learns. All
+tests together raise a false alarm with a probability of at most ``LEVEL``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from choral.audits.findings.schema import Check
+from choral.audits.findings.text import amount
+
+if TYPE_CHECKING:
+    from choral.protocols.masking import messages as wire
+    from choral.trainers.run_folder.run import Run
+    from choral.trainers.run_folder.transcript import Opened, Recorded, Seen, Vector
+
+LEVEL = 1e-3
+_CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
+
+
+class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was looked at. detail: what was recorded. unread: messages of which no more than size and digest was looked
+    at. plain: the sum hides nothing, by its own words. tests: statistical tests, which share ``false_alarms``.
+
+    detectable: the share of a vector's coordinates that could not be left unmasked without being found; None where no
+    vector was known. head: of the chain of hashes, which vouches for every entry; None for a transcript without.
+    method: in words.
+    """
+
+    detail: str
+    sessions: int
+    messages: int
+    bytes: int
+    unread: int
+    plain: bool
+    uploads: int
+    vectors: int
+    tests: int
+    false_alarms: float
+    detectable: float | None
+    method: str
+    checks: tuple[Check, ...]
+    head: str | None = None
+
+
+@dataclass
+class _Session:
+    """One opening of the secure sum, with its messages in order, decoded where they can be."""
+
+    opened: Opened
+    seen: list[Seen] = field(default_factory=list)
+    vectors: list[Vector] = field(default_factory=list)
+    decoded: list[tuple[Seen, Any]] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+    unread: int = 0
+
+    @property
+    def setup(self) -> wire.Setup | None:
+        from choral.protocols.masking.messages import Setup
+
+        return next((message for _, message in self.decoded if isinstance(message, Setup)), None)
+
+    def of(self, kind: type[Any]) -> Iterator[tuple[Seen, Any]]:
+        return ((seen, message) for seen, message in self.decoded if isinstance(message, kind))
+
+
+def seen_audit(run: Run) -> SeenAudit | None:
+    """None for a run without a transcript in its folder.
+
+    Raises: RunFolderError for a transcript that is incomplete, damaged or edited, or another one than run.json tells
+        of.
+    """
+    from choral.audits.transcripts.vector_tests import vector_checks
+    from choral.trainers.run_folder.transcript import Recorded
+
+    recorded = Recorded.of(run.folder)
+    if recorded is None:
+        return None
+    chained = _chained(run, recorded)
+    sessions = _sessions(recorded)
+    for session in sessions:
+        if (run.info.secure_sum or {}).get("key") == "shared":
+            session.unread = len(session.seen)  # ciphertexts of SEAL, which nothing here can read
+        else:
+            _decode(session, recorded)
+    statistics = vector_checks(sessions, recorded, LEVEL)
+    checks = [chained, *_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
+    every = [seen for session in sessions for seen in session.seen]
+    return SeenAudit(
+        detail=recorded.detail,
+        sessions=len(sessions),
+        messages=len(every),
+        bytes=sum(seen.size for seen in every),
+        plain=any(session.opened.secure_sum == "plain" for session in sessions),
+        unread=sum(session.unread for session in sessions),
+        uploads=statistics.uploads,
+        vectors=sum(len(session.vectors) for session in sessions),
+        tests=statistics.tests,
+        false_alarms=LEVEL,
+        detectable=statistics.detectable,
+        method="Chernoff bounds on the difference, sum and inner product of masked vectors, with Bonferroni's"
+        " correction over all tests; under the null a masked vector is uniform",
+        checks=(*checks, *statistics.checks),
+        head=recorded.head,
+    )
+
+
+CHAINED = "The transcript is as it was written"
+
+
+def transcript_gone(run: Run) -> tuple[Check, ...]:
+    """For a run whose transcript was recorded and is not in its folder."""
+    if run.info.transcript is None:
+        return ()
+    finding = f"run.json tells of one of {run.info.transcript.entries:,} entries, which is not in the run's folder."
+    return (Check(name=CHAINED, verdict="unverified", finding=finding),)
+
+
+def _chained(run: Run, recorded: Recorded) -> Check:
+    """Whether the chain of hashes vouches for what is read here. Raises: RunFolderError where it is broken."""
+    sealed, head = run.info.transcript, recorded.head
+    recorded.check_bytes()
+    if sealed is not None:
+        recorded.check(sealed, run.history[-1].round)
+    if head is None:
+        finding = "It is of version 1, which had no chain of hashes: an edit of it could not be found."
+        return Check(name=CHAINED, verdict="unverified", finding=finding)
+    if sealed is None:
+        finding = "run.json holds no head of its chain of hashes: that its end was cut off could not be found."
+        return Check(name=CHAINED, verdict="unverified", finding=finding)
+    finding = (
+        f"{len(recorded.entries):,} entries in one chain of hashes, through the head in run.json. It ends in {head}:"
+        " compare that with a copy kept elsewhere, since whoever writes the folder can write another chain."
+    )
+    return Check(name=CHAINED, verdict="holds", finding=finding)
+
+
+def _sessions(recorded: Recorded) -> list[_Session]:
+    from choral.trainers.run_folder.transcript import Opened, Seen
+
+    sessions: list[_Session] = []
+    for entry in recorded.entries:
+        if isinstance(entry, Opened):
+            sessions.append(_Session(entry))
+        elif isinstance(entry, Seen):
+            sessions[-1].seen.append(entry)
+        else:
+            sessions[-1].vectors.append(entry)
+    return sessions
+
+
+def _decode(session: _Session, recorded: Recorded) -> None:
+    """Every message by its protocol's strict decoder; what does not decode is strange."""
+    from choral.protocols.crypto.modular_integers import unpack
+    from choral.protocols.errors import ProtocolError
+    from choral.protocols.homomorphic.messages import read_ciphertext
+    from choral.protocols.masking import messages as wire
+
+    opened, masked_sum = session.opened, session.opened.secure_sum
+    roster = set(opened.parties)
+    for seen in session.seen:
+        raw = recorded.raw(seen)
+        where = f"round {seen.round}, {seen.way}, {seen.party}"
+        if seen.party not in roster:
+            session.strange.append(f"{where}: not a party of this session")
+            continue
+        if raw is None:
+            session.unread += 1
+            continue
+        try:
+            if masked_sum == "plain":
+                unpack(raw, opened.length, opened.modulus_bits)
+                continue
+            if masked_sum == "homomorphic" and seen.way == "up" and raw[2:].startswith(_CIPHERTEXT):
+                message: Any = read_ciphertext(raw, sender=seen.party, body=len(raw))
+            elif seen.way == "up":
+                message = wire.to_server(raw, sender=seen.party, limit=len(raw))
+            else:
+                message = wire.to_party(raw, limit=len(raw))
+        except ProtocolError as error:
+            session.strange.append(f"{where}: {error}")
+            continue
+        session.decoded.append((seen, message))
+        most = _most(session.setup, message)
+        if most is not None and len(raw) > most:
+            session.strange.append(f"{where}: {len(raw)} bytes, at most {most} belong to it")
+
+
+def _most(setup: wire.Setup | None, message: Any) -> int | None:
+    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`."""
+    from choral.protocols.crypto.modular_integers import packed_bytes
+    from choral.protocols.masking import messages as wire
+
+    if setup is None:
+        return None
+    n, k = len(setup.roster), setup.neighbours
+    entries: dict[type[Any], int] = {
+        **dict.fromkeys((wire.Setup, wire.Hellos, wire.Reveals), n),
+        **dict.fromkeys((wire.Roster, wire.Shares, wire.Deliveries, wire.Confirm), k),
+        **dict.fromkeys((wire.Hello, wire.Reveal, wire.Advertise), 0),
+        wire.Upload: packed_bytes(setup.length, setup.modulus_bits),
+        wire.Survivors: -(-n // 8),
+        wire.Confirmations: setup.threshold,
+        wire.Unmask: k + 1,
+    }
+    kind = type(message)
+    return wire.limit(kind, entries[kind]) if kind in entries else None
+
+
+def _declared(sessions: Sequence[_Session]) -> list[Check]:
+    """No byte on the wire that the protocol does not declare; nothing to say where no message could be read."""
+    name = "The messages hold nothing that is not declared"
+    strange = [said for session in sessions for said in session.strange]
+    if strange:
+        more = f" ({len(strange)} messages in all)" if len(strange) > 1 else ""
+        return [Check(name=name, verdict="violated", finding=f"{strange[0]}{more}.")]
+    if any(session.unread for session in sessions):
+        return []
+    count = sum(len(session.seen) for session in sessions)
+    finding = f"{count:,} messages, each of its declared size and in its one canonical form."
+    return [Check(name=name, verdict="holds", finding=finding)]
+
+
+def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
+    """The bytes that the history counts are those of the messages."""
+    name = "The bytes that were counted are those of the messages"
+    history = {entry.round: entry for entry in run.history}
+    rounds: dict[int, list[dict[str, dict[str, int]]]] = {}
+    for session in sessions:
+        first = min((seen.round for seen in session.seen if seen.round), default=0)
+        if not first:  # opened, and never used
+            continue
+        totals: dict[int, dict[str, dict[str, int]]] = {}
+        for seen in session.seen:
+            into = totals.setdefault(seen.round or first, {"up": {}, "down": {}})[seen.way]
+            into[seen.party] = into.get(seen.party, 0) + seen.size
+        for number, total in totals.items():
+            rounds.setdefault(number, []).append(total)
+    compared = 0
+    for number, attempts in sorted(rounds.items()):
+        if number not in history or len(attempts) > 1:  # a round that was cut short, and repeated
+            continue
+        up, down = (max(attempts[0][way].values(), default=0) for way in ("up", "down"))
+        before = history.get(number - 1)
+        if history[number].failed or (before and before.failed):  # what a sum that failed had cost is counted later
+            continue
+        entry, model = history[number], 4 * run.info.parameters
+        if (up, down + model) != (entry.bytes_up, entry.bytes_down):
+            finding = (
+                f"Round {number}: the busiest party sent {up:,} and received {down + model:,} bytes, the history says"
+                f" {entry.bytes_up:,} and {entry.bytes_down:,}."
+            )
+            return Check(name=name, verdict="violated", finding=finding)
+        compared += 1
+    kept = [entry.round for entry in run.history if entry.round and not entry.failed]
+    missing = [number for number in kept if number not in rounds]
+    if missing:
+        finding = f"Round {missing[0]} is in the history and not in the transcript ({len(missing)} in all)."
+        return Check(name=name, verdict="unverified", finding=finding)
+    if not compared:
+        finding = "No round is complete in both the history and the transcript, so that nothing could be compared."
+        return Check(name=name, verdict="unverified", finding=finding)
+    moved = sum(seen.size for session in sessions for seen in session.seen)
+    return Check(name=name, verdict="holds", finding=f"{amount(moved)} in {compared} rounds, to the byte.")
+
+
+def _fresh(sessions: Sequence[_Session]) -> Check:
+    """Nothing that must be fresh occurs twice: keys, nonces, commitments, and whole messages."""
+    name = "No key, nonce, commitment or message was used twice"
+    used: dict[bytes, tuple[str, str, int]] = {}
+    count = 0
+    for number, session in enumerate(sessions, start=1):
+        if session.opened.secure_sum != "plain":
+            values = [(f"message of {s.party}", f"round {s.round}", bytes.fromhex(s.sha256)) for s in session.seen
+                      if s.way == "up"]  # fmt: skip
+            for what, where, value in [*values, *_once(session)]:
+                count += 1
+                # A session counts its own rounds: the same round of another session is another round.
+                before = used.setdefault(value, (what, where, number))
+                if before != (what, where, number):
+                    finding = (
+                        f"The {what} ({where}, session {number}) is the {before[0]} ({before[1]}, session"
+                        f" {before[2]}) again."
+                    )
+                    return Check(name=name, verdict="violated", finding=finding)
+    if not count:
+        return Check(name=name, verdict="holds", finding="The plain sum has no keys.")
+    return Check(name=name, verdict="holds", finding=f"{count:,} values, all different.")
+
+
+def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
+    """(what, where, value) of all that a party must make afresh; keys for one round may be sent for it again."""
+    from choral.protocols.masking import messages as wire
+
+    for kind, names in ((wire.Hello, ("commitment",)), (wire.Reveal, ("nonce",))):
+        for seen, message in session.of(kind):
+            for attribute in names:
+                yield f"{attribute} of {seen.party}", "opening", getattr(message, attribute)
+    for seen, message in session.of(wire.Shares):
+        where = f"round {message.round}"
+        yield f"seed commitment of {seen.party}", where, message.seed_commitment
+        for packet in message.packets:
+            yield f"seed share of {seen.party} for party {packet.party}", where, packet.seed_hash
+            yield f"key share of {seen.party} for party {packet.party}", where, packet.key_hash
+    keys: Iterable[tuple[Seen, Any]] = [
+        *session.of(wire.Advertise),
+        *((seen, m.following) for seen, m in session.of(wire.Unmask) if m.following is not None),
+    ]
+    for seen, message in keys:
+        yield f"mask key of {seen.party}", f"round {message.round}", message.mask
+        yield f"transport key of {seen.party}", f"round {message.round}", message.transport
+
+
+def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
+    """Everybody was told the same survivors, never fewer than agreed on, and as many as the history says."""
+    from choral.protocols.masking import messages as wire
+
+    name = "Everybody was told the same survivors, and enough of them"
+    history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}
+    claimed = int((run.info.secure_sum or {}).get("min_survivors") or 0)
+    fewest, told = None, 0
+    last = {seen.round: index for index, session in enumerate(sessions) for seen in session.seen}
+    for index, session in enumerate(sessions):
+        setup = session.setup
+        sets: dict[int, set[bytes]] = {}
+        for seen, message in session.of(wire.Survivors):
+            sets.setdefault(seen.round, set()).add(message.bitmap)
+            told += 1
+        for number, bitmaps in sorted(sets.items()):
+            if len(bitmaps) > 1:
+                finding = f"Round {number}: parties were told {len(bitmaps)} different sets of survivors."
+                return [Check(name=name, verdict="violated", finding=finding)]
+            count = sum(byte.bit_count() for byte in next(iter(bitmaps)))
+            least = max(claimed, setup.min_survivors if setup else 0)
+            if count < least:
+                finding = f"Round {number} was opened over {count} parties, at least {least} were agreed on."
+                return [Check(name=name, verdict="violated", finding=finding)]
+            if last[number] == index and history.get(number, count) != count:
+                finding = f"Round {number}: {count} survivors on the wire, {history[number]} in the history."
+                return [Check(name=name, verdict="violated", finding=finding)]
+            fewest = count if fewest is None else min(fewest, count)
+    if fewest is None:
+        return []
+    return [
+        Check(name=name, verdict="holds", finding=f"{told:,} messages name them; at least {fewest} in every round.")
+    ]
