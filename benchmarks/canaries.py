@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 
 from choral.audits.attacks.canaries import directions, flip_coins
 from choral.audits.lower_bounds import one_run
-from choral.settings import Settings
+from choral.jobs.settings import Settings
 from choral.trainers.data.sets.digits import load
 from choral.trainers.task.settings import Split, Training
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from choral import attacks, jobs
-from choral.attacks import attempt_file, evidence_of, one_run
-from choral.settings import Arm, AuditSettings, Settings, Tune
+from choral.jobs import attacks
+from choral.jobs import training as jobs
+from choral.jobs.attacks import attempt_file, evidence_of, one_run
+from choral.jobs.settings import Arm, AuditSettings, Settings, Tune
 from choral.trainers.task.settings import Split, Training
 
 SETTINGS = Settings(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from choral.cli import main
+from choral.cli.command_line import main
 
 SMALL = """
 title = "A small comparison"

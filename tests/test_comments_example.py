@@ -13,9 +13,9 @@ from urllib.parse import quote
 import pytest
 
 from choral.audits import Comparison
-from choral.cli import main
-from choral.jobs import algorithm_of, load_module
-from choral.settings import Settings, read_settings
+from choral.cli.command_line import main
+from choral.jobs.settings import Settings, read_settings
+from choral.jobs.training import algorithm_of, load_module
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "comments.toml"
 DATA = EXAMPLE.parents[2] / "shared" / "data"

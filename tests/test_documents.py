@@ -28,8 +28,8 @@ from typing import Any
 import pytest
 
 from choral.audits.costs.prices import read_prices
-from choral.cli import main
-from choral.settings import Settings, read_settings
+from choral.cli.command_line import main
+from choral.jobs.settings import Settings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -175,7 +175,7 @@ federateds = [federate(**job, seed=seed) for seed in (0, 1)]
 private_runs = [federate(**job, seed=0, privacy=Privacy(epsilon, 1e-5)) for epsilon in (2.0, 8.0)]
 federate(**job, privacy=Privacy(8.0, 1e-5), out="runs/digits/arms/federated-dp/seed-0-epsilon-8")
 Path("mine.py").write_text(mine)
-from choral.cli import main
+from choral.cli.command_line import main
 main("train examples/digits.toml --privacy.epsilon 3 --training.rounds 1 --out runs/fed --quiet".split())
 """,
     "docs/secure-sums.md": EIGHT,
@@ -196,7 +196,7 @@ network = Network
 dataset, images = north, torch.randn(4, 8)
 north_test, south_test, east_test = (visits_of(40) for _ in range(3))
 save_file(Network().state_dict(), "base.safetensors")
-from choral.cli import main
+from choral.cli.command_line import main
 main("train examples/digits.toml --training.rounds 1 --out runs/fed --quiet".split())
 """,
 }

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import federate
 from choral.audits.costs.prices import read_prices
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ChoralError, ConfigError
-from choral.settings import Settings, read_settings
+from choral.jobs.settings import Settings, read_settings
 from choral.trainers.algorithms import FedProx
 
 SMALL = """
@@ -104,7 +104,7 @@ def test_a_module_that_lies_beside_the_task_is_explained(config: str, tmp_path: 
 def test_a_fault_of_our_own_is_no_verdict(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.delattr("choral.jobs.with_overrides")
+    monkeypatch.delattr("choral.jobs.training.with_overrides")
     error = said(capsys, ["train", config, "--out", str(tmp_path / "out")])
     assert "stopped by NameError" in error
     assert "which is of no file of yours" in error
@@ -112,7 +112,7 @@ def test_a_fault_of_our_own_is_no_verdict(
 
 def test_ctrl_c_speaks_of_resume_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for command, resume in (("train", True), ("compare", True), ("audit", False), ("budget", False)):
-        monkeypatch.setitem(sys.modules["choral.cli"]._COMMANDS, command, _interrupted)
+        monkeypatch.setitem(sys.modules["choral.cli.command_line"]._COMMANDS, command, _interrupted)
         assert ("--resume" in said(capsys, [command], code=130)) == resume
 
 
@@ -245,7 +245,7 @@ for needs_a_lock in (lambda: Ledger("ledger.jsonl"), lambda: choral.Privacy(3.0,
         assert "ledger.jsonl" in str(error) and "WSL" in error.hint
     else:
         raise AssertionError
-from choral.cli import main
+from choral.cli.command_line import main
 code = main(["train", sys.argv[1], "--out", "run", "--quiet"])
 assert code == 2, code
 """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from choral.audits import Comparison
-from choral.cli import main
+from choral.cli.command_line import main
 
 TASK = """
 import os

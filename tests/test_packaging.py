@@ -94,7 +94,7 @@ def test_wheel_imports_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(target)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import choral, choral.privacy, choral.protocols, choral.trainers, choral.audits, choral.cli\n"
+        "import choral, choral.privacy, choral.protocols, choral.trainers, choral.audits, choral.cli.command_line\n"
         f"assert choral.trainers.__file__.startswith({str(target)!r}), choral.trainers.__file__\n"
         "[getattr(choral, name) for name in choral.__all__]\n"
     )

@@ -2,6 +2,6 @@
 
 import sys
 
-from choral.cli import main
+from choral.cli.command_line import main
 
 sys.exit(main())

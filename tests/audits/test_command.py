@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from choral import Masked, federate
 from choral.audits import Audit
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.trainers import Run
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from choral.audits import Comparison, compare
 from choral.audits.costs.costs import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
 from choral.audits.report.charts.price_figures import crossover_figure, log_ticks
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import Run
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from choral.audits.findings import text
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.budget import at_least, at_most
 from choral.privacy.accounting.events import PoissonSampledGaussian

@@ -160,8 +160,8 @@ def test_pooled_data_has_no_clients(task: Any) -> None:
 
 
 def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
-    from choral.jobs import train
-    from choral.settings import Arm, PrivacySettings, Settings
+    from choral.jobs.settings import Arm, PrivacySettings, Settings
+    from choral.jobs.training import train
     from choral.trainers.task.settings import Split, Training
 
     settings = Settings(
@@ -185,8 +185,8 @@ def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
-    from choral.comparisons import cells
-    from choral.settings import Arm, PrivacySettings, Settings
+    from choral.jobs.comparison import cells
+    from choral.jobs.settings import Arm, PrivacySettings, Settings
 
     arms = {"record": Arm(private=True), "client": Arm(private=True, unit="client")}
     arms["cloud"] = Arm(private=True, centralized=True)
@@ -212,8 +212,8 @@ def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
     ids=str,
 )
 def test_a_comparison_refuses_before_it_trains(privacy: Any, arm: Any, complaint: str) -> None:
-    from choral.comparisons import _check
-    from choral.settings import Arm, PrivacySettings, Settings
+    from choral.jobs.comparison import _check
+    from choral.jobs.settings import Arm, PrivacySettings, Settings
 
     settings = Settings(
         privacy=PrivacySettings(**({"epsilon": 8.0, "delta": 1e-5} | privacy)), arms={"one": Arm(private=True, **arm)}

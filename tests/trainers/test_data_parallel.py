@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from choral import Privacy, Run, centralize
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers.centralized.data_parallel import Shares, Workers
 from choral.trainers.task.task import TaskError

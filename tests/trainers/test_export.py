@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from choral import federate
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import StartError, lora
 from choral.trainers.run_folder import export as exporting

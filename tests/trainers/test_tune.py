@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Privacy, Run, centralize, compare, federate
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import Task, TaskError, tune
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from choral.cli import main
+from choral.cli.command_line import main
 from choral.errors import ConfigError
-from choral.jobs import algorithm_of
-from choral.settings import Arm, Settings, read_settings
+from choral.jobs.settings import Arm, Settings, read_settings
+from choral.jobs.training import algorithm_of
 from choral.trainers import Run
 from choral.trainers.algorithms import GD, KINDS, CoCoA, FedAdam, FedAvg, FedProx, Scaffold
 from choral.trainers.task.settings import AlgorithmSettings, Training

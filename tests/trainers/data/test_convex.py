@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from choral import federate
 from choral.errors import ConfigError
-from choral.jobs import trainer_of
-from choral.settings import Arm, PrivacySettings, Settings, SumSettings
+from choral.jobs.settings import Arm, PrivacySettings, Settings, SumSettings
+from choral.jobs.training import trainer_of
 from choral.trainers import Split, Training
 from choral.trainers.data import TASKS
 from choral.trainers.data.generators import sparse_posts

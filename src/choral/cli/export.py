@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from choral.arguments import parse
+from choral.cli.arguments import parse
 from choral.errors import ConfigError
-from choral.run_task import task_of
+from choral.jobs.run_task import task_of
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from choral.arguments import ArgumentsError, debug, parse, want_tracebacks
+from choral.cli.arguments import ArgumentsError, debug, parse, want_tracebacks
 from choral.doors import command_line
 from choral.errors import ConfigError
 from choral.failures import failure_of, place_of
@@ -114,25 +114,25 @@ def _run(words: list[str]) -> int:
 
 # Torch takes seconds to import, so only the commands that train import it.
 def _compare(words: list[str]) -> int:
-    from choral.commands import compare
+    from choral.cli.train import compare
 
     return compare(words)
 
 
 def _train(words: list[str]) -> int:
-    from choral.commands import train
+    from choral.cli.train import train
 
     return train(words)
 
 
 def _audit(words: list[str]) -> int:
-    from choral.audit_command import audit
+    from choral.cli.audit import audit
 
     return audit(words)
 
 
 def _export(words: list[str]) -> int:
-    from choral.export_command import export
+    from choral.cli.export import export
 
     return export(words)
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
-from choral.settings import Arm, Settings, Unit, to_json
+from choral.jobs.settings import Arm, Settings, Unit, to_json
 
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from choral.attacks import evidence_files, evidence_of
-from choral.cells import Cell, Tick, arm_folder, attacks, cells, on_curve, seeds_of
 from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
 from choral.failures import Failure, failure_of
-from choral.jobs import (
+from choral.jobs.attacks import evidence_files, evidence_of
+from choral.jobs.cells import Cell, Tick, arm_folder, attacks, cells, on_curve, seeds_of
+from choral.jobs.settings import Arm, Settings, to_json
+from choral.jobs.side_by_side import train_all
+from choral.jobs.training import (
     algorithm_of,
     check_per_party,
     check_tuning,
@@ -30,8 +32,6 @@ from choral.jobs import (
     unit_of,
     with_overrides,
 )
-from choral.settings import Arm, Settings, to_json
-from choral.side_by_side import train_all
 
 if TYPE_CHECKING:
     from choral.audits import Comparison

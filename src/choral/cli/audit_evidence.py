@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
-from choral.jobs import load_module
-from choral.run_task import task_of
+from choral.jobs.run_task import task_of
+from choral.jobs.training import load_module
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from choral.cells import Cell, Tick, train_cell
 from choral.doors import enter_by_command_line
 from choral.failures import Failure
-from choral.settings import Settings
+from choral.jobs.cells import Cell, Tick, train_cell
+from choral.jobs.settings import Settings
 
 if TYPE_CHECKING:
     from choral.trainers import Round

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.errors import ConfigError
-from choral.settings import Settings
+from choral.jobs.settings import Settings
 
 if TYPE_CHECKING:
     from choral.trainers import Run, Task
@@ -21,7 +21,7 @@ def task_of(run: Run, folder: Path, *, task: Path | None, data_dir: Path | None,
     in_python: what does the same for a run that was not made by the command line, for the hint.
     Raises: ConfigError for a run without settings, of another version's, or of a Python file that was not named.
     """
-    from choral.jobs import load_task
+    from choral.jobs.training import load_task
     from choral.trainers.data import TASKS
 
     try:

@@ -15,12 +15,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from choral import comparisons, jobs
-from choral.arguments import debug, parse
-from choral.cells import rounds_to_go
+from choral.cli.arguments import debug, parse
 from choral.errors import ConfigError
 from choral.failures import Failure
-from choral.settings import Arm, Settings, read_settings
+from choral.jobs import comparison as comparisons
+from choral.jobs import training as jobs
+from choral.jobs.cells import rounds_to_go
+from choral.jobs.settings import Arm, Settings, read_settings
 from choral.trainers import Round
 
 

@@ -34,7 +34,7 @@ class ArgumentsError(Exception):
 
 
 def parse(command: str, words: list[str], kind: type[T], default: T | None = None) -> T:
-    """The flags of one command. After printing help or what is wrong, :func:`choral.cli.main` returns.
+    """The flags of one command. After printing help or what is wrong, :func:`choral.cli.command_line.main` returns.
 
     Raises: ConfigError for a flag that lacks the name of its table.
     """

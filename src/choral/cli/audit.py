@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from choral.arguments import parse
 from choral.audits.costs.prices import PriceSettings, read_prices
+from choral.cli.arguments import parse
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _report(wanted: AuditFlags) -> Audit:
         return audit_evidence(f"Audit of {named}", attacks=attacks, probe=probe)
     inversion = None
     if wanted.inversion:
-        from choral.audit_evidence import invert_update
+        from choral.cli.audit_evidence import invert_update
 
         inversion = invert_update(run, wanted.run, task=wanted.task, data_dir=wanted.data_dir)
     return audit(run, prices=prices, attacks=attacks, probe=probe, inversion=inversion)
@@ -138,7 +138,7 @@ def _report(wanted: AuditFlags) -> Audit:
 def _probe(wanted: AuditFlags, run: Run | None) -> Probe | None:
     if not wanted.probe:
         return None
-    from choral.audit_evidence import probe_trainer
+    from choral.cli.audit_evidence import probe_trainer
 
     return probe_trainer(
         run, epsilon=wanted.epsilon, delta=wanted.delta, confidence=wanted.confidence, wrap=wanted.wrap
@@ -218,7 +218,7 @@ def _claim(wanted: AuditFlags, run: Run | None) -> tuple[float | None, float]:
 
 def _callables(path: Path) -> tuple[Any, Any, list[Any]]:
     """train, score and the canaries of a user's file. Raises: ConfigError for a file without them."""
-    from choral.jobs import load_module
+    from choral.jobs.training import load_module
 
     module = load_module(path, "a Python file with canaries, train(members) and score(model, canaries)")
     for name in ("train", "score"):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from choral.attacks import attacked, attempt, attempt_file
 from choral.errors import ConfigError
 from choral.failures import Failure, failure_of
-from choral.jobs import train, unit_of
-from choral.settings import Arm, Settings
+from choral.jobs.attacks import attacked, attempt, attempt_file
+from choral.jobs.settings import Arm, Settings
+from choral.jobs.training import train, unit_of
 
 if TYPE_CHECKING:
     from choral.trainers import Round

@@ -14,8 +14,8 @@ import msgspec
 from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.errors import ConfigError
 from choral.failures import failure_of
-from choral.jobs import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
-from choral.settings import Arm, Settings
+from choral.jobs.settings import Arm, Settings
+from choral.jobs.training import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
 
 if TYPE_CHECKING:
     import torch
