@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 SEEDS  ?= 3
-ENGINE_TESTS = tests/test_engine_environments.py tests/protocols/test_masked.py tests/protocols/test_seam.py tests/test_cli.py
+ENGINE_TESTS = tests/test_engine_environments.py tests/protocols/masking/test_masked.py tests/protocols/test_seam.py tests/test_cli.py
 OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -85,7 +85,8 @@ def test_huggingface_trainer(tmp_path):
 
 
 def test_comments_experiment(tmp_path):
-    """On a small federation of made-up posts; the ordering on larger ones is in tests/trainers/test_ordering.py."""
+    """On a small federation of made-up posts; the ordering on larger ones is in
+    tests/trainers/federated/test_ordering.py."""
     words = ("--generator", "--parties", "30", "--features", "300", "--rounds", "3", "--unprotected")
     methods = ("--methods", "GD", "FSVRG")
     script = str(EXAMPLES / "comments_experiment.py")

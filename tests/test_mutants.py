@@ -75,7 +75,7 @@ def test_each_mutant_is_one_change_that_still_parses() -> None:
         assert source != found["original"]
         ast.parse(source)
     assert found["drawn"][0] == found["drawn"][1]
-    assert found["nearest"].endswith("tests/protocols/test_integers.py")
+    assert found["nearest"].endswith("tests/protocols/crypto/test_integers.py")
 
 
 @pytest.fixture

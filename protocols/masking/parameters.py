@@ -26,7 +26,8 @@ shares
   The neighbours of one party that are marked (corrupt, surviving) are hypergeometric, and (2) and (3) are union bounds
   over n parties; (1) is a union bound over the pairs of gaps of k/2 that cut a ring (Bell et al. 2020, sections 3.3
   to 3.5), (4) over the pairs of runs. (1) to (3) are the rule of Google's graph_parameter_finder (federated-compute,
-  fcp/secagg/server), which is :func:`harary`; tests/protocols/test_parameters.py reproduces its published table.
+  fcp/secagg/server), which is :func:`harary`; tests/protocols/masking/test_parameters.py reproduces its published
+  table.
   :func:`choose` adds (4), and raises k and t until it holds too.
 
 Why (4). (1) takes which parties drop out as independent of the ring, but a malicious server sees the ring, declares
@@ -36,7 +37,7 @@ holders in its own group or corrupt. When k/2 or more places lie between them, t
 holders of u, at least t - k/2 of them as the other side has k/2 places only. When fewer do, then adding up both
 parties' holders gives 2t - k <= c(u) + c(v), where c(u) counts the corrupt among the k/2 places after u and c(v) among
 those before v: one of the two runs has t - k/2. The ring passes from A to B and back, so there are two such runs; that
-they are disjoint is checked exhaustively on small rings in tests/protocols/test_parameters.py.
+they are disjoint is checked exhaustively on small rings in tests/protocols/masking/test_parameters.py.
 
 (2) and (4) depend on the graph and on who is corrupt only: they happen or not once per session. (1) and (3) depend on
 who drops out: once per round.

@@ -56,8 +56,8 @@ stop an opening and have another: a choice among a few uniform a_k, not a choice
 (:data:`~choral.protocols.homomorphic.split.parameters.MODULUS_LIMIT`); a_k from AES-128 in counter mode under a public
 seed, taken as random (as FrodoKEM does), by rejection, hence exactly uniform. "128 bits" is in the cost model of that
 standard, and in gates; by core-SVP the same rings have 100 to 106
-(tests/protocols/homomorphic/test_lattice_security.py), and 88 to 94 against quantum sieves (ChaLoy21). All parties of a
-round share the a_k, so that one lattice reduction may serve against all n keys.
+(tests/protocols/homomorphic/split/test_lattice_security.py), and 88 to 94 against quantum sieves (ChaLoy21). All
+parties of a round share the a_k, so that one lattice reduction may serve against all n keys.
 
 **What it does not do.** A corrupt party can send any vector, or garble the sum: that is found, but not whose it was.
 """

@@ -163,7 +163,7 @@ def test_directions_tell_more_than_crafted_samples() -> None:
     """benchmarks/canaries.py on digits: in one run a secret direction beats a sample crafted as CANIFE does, because
     crafted gradients are not orthogonal to each other; alone none has more than its clipping norm."""
     spec = importlib.util.spec_from_file_location(
-        "canary_benchmark", Path(__file__).parents[2] / "benchmarks" / "canaries.py"
+        "canary_benchmark", Path(__file__).parents[3] / "benchmarks" / "canaries.py"
     )
     assert spec is not None
     assert spec.loader is not None

@@ -20,7 +20,7 @@ from choral.audits.attacks.score_audit import audit_scores
 from choral.audits.attacks.shadow_models import Shadows, batches, coin_members, train_shadows
 from choral.errors import ConfigError, DataError
 
-FASHION = Path(__file__).parents[2] / "../shared/data/fashion-mnist"
+FASHION = Path(__file__).parents[3] / "../shared/data/fashion-mnist"
 
 
 def sgd(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -247,7 +247,7 @@ def test_lira_and_rmia_on_adult_reach_the_area_of_plain_numpy(capsys: pytest.Cap
     if not (FASHION.parent / "adult").is_dir():
         pytest.skip("no adult at ../shared/data/adult")
     spec = importlib.util.spec_from_file_location(
-        "membership_benchmark", Path(__file__).parents[2] / "benchmarks" / "membership.py"
+        "membership_benchmark", Path(__file__).parents[3] / "benchmarks" / "membership.py"
     )
     assert spec is not None
     assert spec.loader is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "check_memory.py"
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "check_memory.py"
 
 
 @pytest.mark.parametrize("model", ["small", pytest.param("resnet", marks=pytest.mark.slow)])

@@ -21,7 +21,7 @@ from choral.errors import ConfigError
 from choral.trainers import Run
 
 MakeRun = Callable[..., Run]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = '"><script>alert(1)</script>|**x**<img src=x>'
 
 

@@ -216,7 +216,7 @@ def test_replacing_a_record_costs_more_than_zeroing_it_out() -> None:
 
 
 def test_the_table_of_the_guide_is_what_its_command_prints() -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, str(root / "benchmarks" / "filters.py"), "--markdown"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert printed.count("|\n") == 8

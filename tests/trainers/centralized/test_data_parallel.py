@@ -19,7 +19,7 @@ from choral.errors import ConfigError
 from choral.trainers.centralized.data_parallel import Shares, Workers
 from choral.trainers.task.task import TaskError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
