@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from choral.protocols.homomorphic import Homomorphic
-from choral.protocols.interface import SecureSum, SumResult, SumRound, SumSession, SumSpec
-from choral.protocols.masking.in_process import Masked
-from choral.protocols.masking.policy import Policy
-from choral.protocols.plain import Plain
+from choral.lazy import exports
 
-__all__ = ["Homomorphic", "Masked", "Plain", "Policy", "SecureSum", "SumResult", "SumRound", "SumSession", "SumSpec"]
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -9,16 +9,21 @@ import types
 
 import pytest
 
+from choral.lazy import homes
 
-@pytest.mark.parametrize("package", ["choral", "choral.privacy", "choral.audits"])
+PACKAGES = ["choral", "choral.privacy", "choral.protocols", "choral.trainers", "choral.audits"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_are_what_they_say(package: str) -> None:
     module = importlib.import_module(package)
-    for name, home in module._HOME.items():
+    found = homes(str(module.__file__))
+    for name, home in found.items():
         expected = getattr(importlib.import_module(home), name)
         assert getattr(module, name) is expected
         assert not isinstance(getattr(module, name), types.ModuleType)
         assert name in dir(module)
-    assert set(module._HOME) <= set(module.__all__)
+    assert sorted(found) == module.__all__
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = module.nonsense
 

@@ -81,9 +81,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     front = [path for kind in ("*.py", "*/*.py") for path in (ROOT / "src/choral").glob(kind)]
     own = [path.relative_to(ROOT / "src") for path in front if path.parent.name not in ROOMS]
-    expected = {path.as_posix() for path in own} | {"choral/py.typed"}
+    expected = {path.as_posix() for path in own} | {"choral/py.typed", "choral/__init__.pyi"}
     for room in ROOMS:
-        for kind in ("*.py", "*.html", "prices.toml"):
+        for kind in ("*.py", "*.pyi", "*.html", "prices.toml"):
             expected |= {f"choral/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(kind)}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

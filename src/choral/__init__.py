@@ -9,54 +9,8 @@ In a choir you hear the sum, never a single voice. Two entry points cover most u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from choral.errors import ChoralError
 from choral.lazy import exports
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from choral.audits import audit, compare
-    from choral.privacy import AdaptiveClip, ClientPrivacy, CorrelatedPrivacy, PerLayerClip, Privacy, Spent
-    from choral.protocols import Homomorphic, Masked, Plain, Policy
-    from choral.trainers import Run, centralize, federate
-
-_HOME = {
-    "AdaptiveClip": "choral.privacy",
-    "ClientPrivacy": "choral.privacy",
-    "CorrelatedPrivacy": "choral.privacy",
-    "PerLayerClip": "choral.privacy",
-    "Privacy": "choral.privacy",
-    "Spent": "choral.privacy",
-    "Homomorphic": "choral.protocols",
-    "Masked": "choral.protocols",
-    "Plain": "choral.protocols",
-    "Policy": "choral.protocols",
-    "Run": "choral.trainers",
-    "centralize": "choral.trainers",
-    "federate": "choral.trainers",
-    "audit": "choral.audits",
-    "compare": "choral.audits",
-}
-
-__all__ = [
-    "AdaptiveClip",
-    "ChoralError",
-    "ClientPrivacy",
-    "CorrelatedPrivacy",
-    "Homomorphic",
-    "Masked",
-    "PerLayerClip",
-    "Plain",
-    "Policy",
-    "Privacy",
-    "Run",
-    "Spent",
-    "audit",
-    "centralize",
-    "compare",
-    "federate",
-]
-
-__getattr__, __dir__ = exports(__name__, _HOME)
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -1,0 +1,33 @@
+"""The public names of this package; `__init__.py` fetches each when it is first used."""
+
+from choral.privacy.accounting.budget import Budget as Budget
+from choral.privacy.accounting.budget import budget as budget
+from choral.privacy.accounting.events import ClientRelease as ClientRelease
+from choral.privacy.accounting.events import CorrelatedGaussian as CorrelatedGaussian
+from choral.privacy.accounting.events import Part as Part
+from choral.privacy.accounting.events import Plan as Plan
+from choral.privacy.accounting.events import PoissonSampledGaussian as PoissonSampledGaussian
+from choral.privacy.accounting.events import Search as Search
+from choral.privacy.client_level.client import ClientGuard as ClientGuard
+from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy
+from choral.privacy.client_level.client import ClientRound as ClientRound
+from choral.privacy.correlated.training_loop import CorrelatedPrivacy as CorrelatedPrivacy
+from choral.privacy.dpsgd.clipping import AdaptiveClip as AdaptiveClip
+from choral.privacy.dpsgd.clipping import PerLayerClip as PerLayerClip
+from choral.privacy.dpsgd.engine import Guard as Guard
+from choral.privacy.dpsgd.engine import Privacy as Privacy
+from choral.privacy.dpsgd.private_search import Found as Found
+from choral.privacy.dpsgd.private_search import private_search as private_search
+from choral.privacy.errors import AccountingError as AccountingError
+from choral.privacy.errors import BudgetExceededError as BudgetExceededError
+from choral.privacy.errors import EncodingError as EncodingError
+from choral.privacy.errors import LedgerError as LedgerError
+from choral.privacy.errors import PrivacyError as PrivacyError
+from choral.privacy.errors import TooFewClientsError as TooFewClientsError
+from choral.privacy.errors import UnsupportedLoaderError as UnsupportedLoaderError
+from choral.privacy.errors import UnsupportedModelError as UnsupportedModelError
+from choral.privacy.fixed_point import FixedPoint as FixedPoint
+from choral.privacy.ledgers.ledger import Ledger as Ledger
+from choral.privacy.ledgers.spent import Spent as Spent
+from choral.privacy.per_sample.layer_replacement import replace_layers as replace_layers
+from choral.privacy.per_sample.model import unwrap as unwrap
