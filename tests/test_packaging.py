@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import choral
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("privacy", "protocols", "trainers", "audits")
 
@@ -128,3 +130,10 @@ def test_no_pickle_no_eval_no_assert_in_shipped_code():
                 assert not {"pickle", "cloudpickle", "dill"} & {module.partition(".")[0] for module in modules}, where
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec"}, where
+
+
+def test_the_version_stands_in_one_place(wheel):
+    """In `choral/__init__.py`, which the build reads; the citation repeats it."""
+    assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"-{choral.__version__}-" in wheel.name
+    assert f"\nversion: {choral.__version__}\n" in (ROOT / "CITATION.cff").read_text()
