@@ -1,0 +1,206 @@
+"""The house: which room may import which, no circles, folders and files that can be taken in, the public names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("privacy", "protocols", "trainers", "audits")
+MAY_IMPORT = {
+    "privacy": set(),
+    "protocols": set(),
+    "trainers": {"privacy", "protocols"},
+    "audits": {"trainers", "privacy", "protocols"},
+}
+# Small files of the front door that import no room and that every room may import.
+LEAVES = {"choral.differences", "choral.doors", "choral.errors", "choral.lazy", "choral.locks", "choral.metrics"}
+FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 14, 400, 60
+
+# What is longer, and how long it is. A figure may only fall, and what fits goes from the list.
+LONG_FILES: dict[str, int] = {
+    "audits/budgets/accountants.py": 413,
+    "audits/costs/costs.py": 413,
+    "privacy/accounting/record_level.py": 501,
+    "privacy/dpsgd/engine.py": 518,
+    "privacy/dpsgd/private_optimizer.py": 501,
+    "privacy/ledgers/ledger.py": 429,
+    "privacy/per_sample/model.py": 430,
+    "privacy/record_independence/batch_mixing.py": 423,
+    "protocols/masking/in_process.py": 412,
+    "trainers/engines/sharded.py": 404,
+    "trainers/federated/rounds.py": 473,
+    "trainers/run_folder/run.py": 540,
+}
+LONG_FUNCTIONS: dict[str, int] = {
+    "audits/attacks/inversion.py:inversion_audit": 65,
+    "audits/attacks/score_audit.py:audit_scores": 73,
+    "audits/comparison/comparison.py:compare": 86,
+    "audits/costs/costs.py:_federation_bill": 67,
+    "audits/run/run_audit.py:audit": 72,
+    "privacy/accounting/budget.py:budget": 64,
+    "privacy/dpsgd/engine.py:wrap": 63,
+    "privacy/dpsgd/private_search.py:private_search": 74,
+    "privacy/per_sample/layer_replacement.py:refuse_unsupported": 68,
+    "trainers/centralized/centralize.py:centralize": 115,
+    "trainers/federated/federate.py:federate": 274,
+    "trainers/local_steps/corrections.py:corrected": 66,
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every shipped module by its full name."""
+    front = ROOT / "src/choral"
+    paths = {("choral", *path.relative_to(front).with_suffix("").parts): path for path in front.glob("*.py")}
+    for path in front.glob("*/*.py"):
+        if path.parent.name not in ROOMS:
+            paths["choral", *path.relative_to(front).with_suffix("").parts] = path
+    for room in ROOMS:
+        paths |= {("choral", *p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / room).rglob("*.py")}
+    return {".".join(name).removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """What is imported anywhere below, inside functions too; not what only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            yield from imported(ast.Module(body=child.orelse, type_ignores=[]))
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            assert child.level == 0, "imports say where a name is from"
+            for alias in child.names:
+                full = f"{child.module}.{alias.name}"
+                yield full if full in modules() else child.module
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        else:
+            yield from imported(child)
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    parsed = {name: ast.parse(path.read_text("utf-8")) for name, path in modules().items()}
+    return {name: set(imported(tree)) & set(modules()) - {name} for name, tree in parsed.items()}
+
+
+def chapter(name: str) -> str:
+    """A module's folder; a facade, and a file of a folder that has chapters, stand for themselves."""
+    path = modules()[name]
+    if path.name == "__init__.py":
+        return f"facade of {name}"
+    return name if list(path.parent.glob("*/__init__.py")) else name.rpartition(".")[0]
+
+
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """What each reaches itself from: one list for each group, found by leaving out whatever ends."""
+    left = {name: set(to) for name, to in arrows.items()}
+    while True:
+        ends = {name for name, to in left.items() if not to & set(left) - {name}}
+        starts = set(left) - set().union(*(to - {name} for name, to in left.items()), set())
+        if not ends | starts:
+            return [sorted(left)] if left else []
+        left = {name: to for name, to in left.items() if name not in ends | starts}
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a"}}) == []
+
+
+def test_late_imports_count_and_those_of_type_checkers_do_not() -> None:
+    source = "if TYPE_CHECKING:\n import choral.cli\nelse:\n import choral.doors\ndef f():\n import choral.errors"
+    assert set(imported(ast.parse(source))) == {"choral.doors", "choral.errors"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_rooms_point_one_way(room: str) -> None:
+    for name, found in graph().items():
+        if not name.startswith(f"choral.{room}"):
+            continue
+        for other in found:
+            to = other.split(".")[1] if other != "choral" else ""
+            fits = to in MAY_IMPORT[room] | {room} if to in ROOMS else other in LEAVES
+            assert fits, f"{name} imports {other}"
+
+
+def test_leaves_import_no_room() -> None:
+    for leaf in LEAVES:
+        assert graph()[leaf] <= LEAVES, leaf
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    assert circles(graph()) == []
+
+
+def test_no_two_chapters_import_each_other_in_a_circle() -> None:
+    arrows: dict[str, set[str]] = {}
+    for name, found in graph().items():
+        own = {chapter(other) for other in found} - {chapter(name)}
+        arrows.setdefault(chapter(name), set()).update(own)
+    assert circles(arrows) == []
+
+
+def test_folders_can_be_taken_in_at_a_glance() -> None:
+    folders = {path.parent for path in modules().values()}
+    tests = {path.parent for room in ROOMS for path in (ROOT / "tests" / room).rglob("*.py")}
+    for folder in folders | tests:
+        count = len(list(folder.glob("*.py")))
+        assert count <= FILES_IN_A_FOLDER, f"{folder.relative_to(ROOT)} has {count} files"
+
+
+def lengths() -> tuple[dict[str, int], dict[str, int]]:
+    """The files and functions that are longer than they should be, with their lines."""
+    files, functions = {}, {}
+    for path in modules().values():
+        source, where = path.read_text("utf-8"), path.relative_to(ROOT).as_posix()
+        files[where] = len(source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                functions[f"{where}:{node.name}"] = (node.end_lineno or node.lineno) - node.lineno + 1
+    return (
+        {name: count for name, count in files.items() if count > LINES_OF_A_FILE},
+        {name: count for name, count in functions.items() if count > LINES_OF_A_FUNCTION},
+    )
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["files", "functions"])
+def test_what_is_long_gets_shorter(kind: int) -> None:
+    found, known = lengths()[kind], (LONG_FILES, LONG_FUNCTIONS)[kind]
+    assert not {name: count for name, count in found.items() if count > known.get(name, 0)}, "longer than agreed"
+    assert not set(known) - set(found), "now short enough: take these from the list"
+
+
+def test_public_names_are_those_that_are_written_down() -> None:
+    """A name that is added, renamed or removed changes tests/public_names.txt, and CHANGELOG.md."""
+    written = {}
+    for line in (ROOT / "tests/public_names.txt").read_text().splitlines():
+        package, _, names = line.partition(": ")
+        written[package] = names.split()
+    for package, names in written.items():
+        module = importlib.import_module(package)
+        assert sorted(module.__all__) == names, package
+        assert all(hasattr(module, name) for name in names)
+    assert set(written) == {"choral", *(f"choral.{room}" for room in ROOMS)}
+
+
+def test_errors_are_public() -> None:
+    """Whoever calls a room can catch what it raises without knowing its files."""
+    base = importlib.import_module("choral.errors").ChoralError
+    for room, files in {"privacy": ["errors"], "protocols": ["errors"]}.items():
+        facade = importlib.import_module(f"choral.{room}")
+        for file in files:
+            own = importlib.import_module(f"choral.{room}.{file}")
+            for name, kind in vars(own).items():
+                if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == own.__name__:
+                    assert getattr(facade, name) is kind
+                    assert name in facade.__all__
+    front = importlib.import_module("choral")
+    for name in ("ChoralError", "ConfigError", "DataError", "PrivacyError", "BudgetExceededError", "ProtocolError"):
+        assert issubclass(getattr(front, name), base)
+        assert name in front.__all__
