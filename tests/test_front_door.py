@@ -88,7 +88,7 @@ def test_debug_shows_the_whole_traceback(config: str, tmp_path: Path, capsys: An
     assert main([*words, "--debug"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert "cli.py" in error
+    assert "command_line.py" in error
     assert error.splitlines()[-2].startswith("choral: ")
     assert main(["train", "no.toml", "--out", "x", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
