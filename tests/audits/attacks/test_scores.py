@@ -317,3 +317,25 @@ def test_exactly_half_is_said_to_be_suspicious() -> None:
     assert any("Exactly half of the 400 canaries are members, which fair coins give in 4 %" in note for note in notes)
     members[200] = 1
     assert not audit_scores(rng.normal(size=400), members, design="coins", delta=1e-5, null_draws=5).notes
+
+
+@pytest.mark.parametrize("plan", [Shares(), Shares((0.3,)), Split(), Split((0.1, 1.0))], ids=repr)
+@pytest.mark.parametrize("canaries", [200, 201, 402])
+def test_the_ceiling_is_over_as_many_canaries_as_are_judged_and_nobody_is_above_it(plan: Any, canaries: int) -> None:
+    """The bound is judged on all canaries where shares are fixed, on half of them where one half chose."""
+    members = np.arange(canaries) % 2 == 0
+    asked: list[int] = []
+
+    def bound(tested: int, guesses: int, right: int, beta: float) -> float:
+        asked.append(tested)
+        return one_run.lower_bound(tested, guesses, right, delta=1e-5, beta=beta)
+
+    reached = plan.run(np.where(members, 1.0, -1.0) * (1.0 + np.arange(canaries)), members, bound, 0.05)
+    tested = canaries // 2 if isinstance(plan, Split) else canaries
+    assert reached.canaries == tested == asked[-1]
+    asked.clear()
+    most = plan.ceiling(canaries, bound, 0.05)
+    assert set(asked) == {tested}
+    assert 0.0 < reached.epsilon <= most * (1.0 + 1e-12)
+    if len(getattr(plan, "shares", ())) == 1:
+        assert reached.epsilon == pytest.approx(most)
