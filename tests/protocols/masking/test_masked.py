@@ -96,3 +96,11 @@ def test_fresh_secrets_each_round_and_nothing_kept() -> None:
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert sizes[2] - sizes[1] < 20_000
+
+
+@pytest.mark.parametrize(("n", "least"), [(4, 3), (7, 4), (10, 6), (64, 33), (65, 33)])
+def test_a_sum_is_over_a_majority_unless_asked_otherwise(n: int, least: int) -> None:
+    """A server that follows the protocol leaves room for a lower threshold; a smaller sum must still be asked for."""
+    spec = SumSpec(parties=tuple(f"p{place}" for place in range(n)), length=1, bound=1)
+    terms = Masked(server="semi-honest", corrupt=1, dropouts=1).setup(spec, session=bytes(16))
+    assert (terms.min_survivors, terms.threshold < least) == (least, True)
