@@ -172,7 +172,7 @@ def test_if_every_arm_fails_the_reason_is_said_once(tmp_path: Path, capsys: Any)
 
 
 def test_weights_that_diverge_fail_their_arm_alone(tmp_path: Path, capsys: Any) -> None:
-    job = Job(tmp_path, "pass", GOOD + "learning_rate = 1e30\n")
+    job = Job(tmp_path, "pass", GOOD + "learning_rate = 1e39\n")
     assert job.compare("--quiet") == 2
     assert [arm["name"] for arm in job.report()["arms"]] == ["cloud"]
     assert "good, seed 0" in capsys.readouterr().err

@@ -25,6 +25,7 @@ import numpy as np
 from choral.errors import ConfigError
 from choral.privacy.accounting import client_level as client_accounting
 from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, Plan
 from choral.privacy.client_level.central import CentralScheme
 from choral.privacy.client_level.distributed import Int64Array, Scheme, check_bits, design, norm_of
@@ -166,9 +167,9 @@ class ClientGuard:
         source: Source = os_stream,
         most: int | None = None,
     ) -> None:
-        if rounds < 1 or clients < 2 or length < 1:
+        if rounds < 0 or clients < 2 or length < 1:
             raise ConfigError(
-                f"expected rounds >= 1, clients >= 2 and length >= 1, got {rounds}, {clients} and {length}"
+                f"expected rounds >= 0, clients >= 2 and length >= 1, got {rounds}, {clients} and {length}"
             )
         check_client_delta(privacy.delta, clients)
         ledger.bind(HOLDER, privacy.delta, unit=CLIENT_UNIT)
@@ -245,6 +246,12 @@ class ClientGuard:
         def release(ratio: float) -> ClientRelease:
             return self._scheme(ratio).release(self.holders)
 
+        if not self.rounds:  # nothing is to come: no noise is made, and the scheme only names the encoding
+            latest = room.standing.latest
+            times = latest.parts[0].times if latest else 1
+            earlier = room.before_latest().standing.before if latest else ()
+            before = [event for event in earlier if isinstance(event, ClientRelease)]
+            return calibrate(self.privacy.epsilon, self.privacy.delta, release, times, before), None
         for part, left in room.going_on():
             if isinstance(part.event, ClientRelease) and left >= self.rounds:
                 ratio = room.before_latest().client_ratio(release, part.times)

@@ -295,7 +295,7 @@ class Clients:
             self._privacy,
             clients=clients,
             length=length,
-            rounds=max(paid - self._recorder.completed, 1) * sums,
+            rounds=max(paid - self._recorder.completed, 0) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
             most=most,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -401,7 +402,7 @@ def test_ciphertexts_under_no_key_are_caught(job: Job, tmp_path: Path, monkeypat
 
     def keyless(vector: Any, terms: Any, *, randomness: Any) -> split.Encrypted:
         key = np.zeros(terms.parameters.degree, np.int64)
-        return split.Encrypted(key, split._messages(vector, terms, key, randomness(32)))
+        return split.Encrypted(key, split._messages(vector, terms, key, randomness(32), os.getpid()))
 
     monkeypatch.setattr(split_sum, "encrypt", keyless)
     report = rehearse(job, tmp_path / "run", rounds=2, secure_sum=Homomorphic())

@@ -306,13 +306,26 @@ def test_promises_that_a_federation_cannot_keep() -> None:
         guard(promise(delta=0.05))
     with pytest.raises(ConfigError, match="min_survivors is 12 of 11"):
         guard(clients=11)
-    with pytest.raises(ConfigError, match="expected rounds >= 1"):
-        guard(rounds=0)
+    with pytest.raises(ConfigError, match="expected rounds >= 0"):
+        guard(rounds=-1)
     with pytest.raises(ConfigError, match="4 bits are too few"):
         guard(promise(bits=4), clients=1000)
     with pytest.raises(BudgetExceededError, match="no amount of noise"):
         guard(promise(bits=10, epsilon=0.5, mechanism="skellam"), length=1 << 18, rounds=50)
     assert guard(promise(min_survivors=None)).min_survivors == 11
+
+
+def test_where_no_round_is_to_come_none_begins_and_the_encoding_is_that_of_the_plan() -> None:
+    """A run that is over is opened again, to be evaluated or read, though no filter would admit one round more."""
+    ledger = Ledger()
+    planned = guard(ledger=ledger, rounds=2)
+    for _ in range(2):
+        planned.begin()
+    again = guard(ledger=ledger, rounds=0)
+    assert again.encoding == planned.encoding
+    with pytest.raises(BudgetExceededError, match="planned for 0 rounds"):
+        again.begin()
+    assert len(ledger.releases) == 2
 
 
 def test_clients_that_encode_differently_do_not_agree() -> None:

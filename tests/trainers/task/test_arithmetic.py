@@ -118,7 +118,7 @@ def test_record_level_privacy_in_bf16(job, trainer):
 
     run = trainer(**job(build=build), privacy=PRIVACY, precision="bf16")
     assert run.finished
-    assert seen.count(torch.bfloat16) > len(seen) / 2
+    assert seen.count(torch.bfloat16) > run.spent.steps / 2  # one call a step; the checks, in float32, are many more
     assert 0 < run.spent.epsilon <= 50.0
 
 
