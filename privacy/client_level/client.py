@@ -148,7 +148,7 @@ class ClientGuard:
 
     Args:
         privacy: the promise. clients: how many there are. length: coordinates of an update. rounds: sums that are
-            still to come; the noise is calibrated for them, on top of what the ledger holds.
+            still to come; the noise is calibrated for them, on top of what the ledger holds. 0 opens what is over.
         ledger: what these clients have spent before. clip: the present clipping norm of an adaptive promise that is
             resumed. source: of noise and rounding. most: of the clients in one sum, by default all; the modulus has
             room for so many, and no sum of more is decoded.
