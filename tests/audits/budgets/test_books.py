@@ -47,7 +47,7 @@ def evaluate(model: Any) -> float:
 
 def job(out: Path, **more: Any) -> dict[str, Any]:
     parties = {name: data(name, records) for name, records in SIZES.items()}
-    settings = {"training": {"batch_size": 10}}
+    settings = {"task": "digits", "training": {"batch_size": 10}}
     functions = {"build": build, "fit": fit, "evaluate": evaluate}
     return {**functions, "parties": parties, "rounds": 3, "out": out, "config": settings, **more}
 
@@ -110,9 +110,9 @@ def scaled(field: str, factor: float) -> Edit:
 
 
 EDITS = {
-    "a noise multiplier doubled": (scaled("noise_multiplier", 2), "ledgers"),
-    "a noise multiplier halved": (scaled("noise_multiplier", 0.5), "ledgers"),
-    "a sampling rate halved": (scaled("sample_rate", 0.5), "ledgers"),
+    "a noise multiplier doubled": (scaled("noise_multiplier", 2), "budget"),
+    "a noise multiplier halved": (scaled("noise_multiplier", 0.5), "budget"),
+    "a sampling rate halved": (scaled("sample_rate", 0.5), "budget"),
     "steps taken off": (each_cost(lambda cost: cost.update(steps=cost["steps"] - 1)), "ledgers"),
     "steps added": (each_cost(lambda cost: cost.update(steps=cost["steps"] + 1)), "ledgers"),
     "a smaller delta": (lambda i: (i["privacy"].update(delta=1e-6),
@@ -125,9 +125,14 @@ EDITS = {
 def test_an_edit_of_one_place_is_found(honest: dict[str, Path], tmp_path: Path, name: str) -> None:
     edit, part = EDITS[name]
     run = edited(honest["record"], tmp_path, edit)
-    (check,) = (check for check in books_checks(run) if part in check.name)
-    assert check.verdict == "violated", check
-    assert audit(run).verdict == "violated"
+    assert "violated" in {check.verdict for check in audit(run).checks if part in check.name}
+
+
+def test_a_task_of_ones_own_may_batch_otherwise_than_the_settings_say(honest: dict[str, Path], tmp_path: Path) -> None:
+    run = edited(
+        honest["record"], tmp_path, lambda info: info["config"].update(task="mine.py", training={"batch_size": 7})
+    )
+    assert audit(run).verdict == "holds"
 
 
 def test_a_party_that_was_taken_out_leaves_more_survivors_than_parties(honest: dict[str, Path], tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_a_ledger_of_twice_the_noise_that_costs_less_than_is_claimed_is_found(
         )
     report = audit(run)
     assert report.verdict == "violated"
-    assert any("noise_multiplier" in check.finding for check in report.checks if check.verdict == "violated")
+    assert any("noise multiplier" in check.finding for check in report.checks if check.verdict == "violated")
 
 
 def test_a_transcript_that_the_settings_ask_for_and_nobody_knows_of_is_not_verified(
