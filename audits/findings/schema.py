@@ -109,8 +109,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data holder's spending
     (``holder``), at ``delta``, for releases and an end that were fixed in advance. guarantee: what holds whoever chose
     when to stop and what to train next, over all holders; None where no plan was recorded. asked: the epsilon that was
-    promised. public: what neighbouring datasets have in common,
-    which the promise does not hide.
+    promised. public: what neighbouring datasets have in common, which the promise does not hide.
     """
 
     sentence: str
@@ -124,6 +123,11 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     delta: float
     accountant: str
     holder: str
+
+    @property
+    def quoted(self) -> float:
+        """The epsilon for a headline: what is guaranteed, never less than what was spent."""
+        return max(self.epsilon, self.guarantee or 0.0)
 
 
 PartyMeasureName = Literal["worst", "tenth", "mean", "deviation", "range"]

@@ -222,7 +222,7 @@ def lead(report: Comparison) -> str:
         if arm.claim:
             reached.setdefault(arm.claim.unit, []).append(
                 f"{score_of(arm, metric)} {'pooled' if arm.kind == 'centralized' else 'distributed'}"
-                f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)})"
+                f" ({arm.name}, ε\u00a0=\u00a0{text.cost(arm.claim.quoted)})"
             )
     for unit, scores in sorted(reached.items(), reverse=True):  # record before client
         said.append(f"With differential privacy for each {unit}, it reaches {' and '.join(scores)}.")
@@ -269,7 +269,7 @@ def cards(report: Comparison) -> list[dict[str, str]]:
                     f"Privacy, {where}",
                     arm,
                     metric,
-                    f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.epsilon)} per {arm.claim.unit}",
+                    f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.quoted)} per {arm.claim.unit}",
                 )
             )
     return found

@@ -63,7 +63,7 @@ def comparison_markdown(report: Comparison) -> str:
             f"{plus_minus(arm.difference.estimate.half_width, report.metric)}"
             if arm.difference
             else "",
-            f"{cost(arm.claim.epsilon)} at δ = {power(arm.claim.delta)}" if arm.claim else "none promised",
+            f"{cost(arm.claim.quoted)} at δ = {power(arm.claim.delta)}" if arm.claim else "none promised",
             amount(arm.bytes_per_party),
             duration(arm.seconds.mean),
             money(bills[arm.name].usd) if arm.name in bills else "",

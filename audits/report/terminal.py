@@ -124,7 +124,7 @@ def _epsilon(claim: Claim | None) -> str:
     """The usual unit, the record, goes without saying; the legend says it."""
     if claim is None:
         return "-"
-    return cost(claim.epsilon) + ("" if claim.unit == "record" else f" /{claim.unit}")
+    return cost(claim.quoted) + ("" if claim.unit == "record" else f" /{claim.unit}")
 
 
 def legend(report: Comparison) -> str:

@@ -119,3 +119,19 @@ def test_membership_scores_are_exported_and_say_what_they_return() -> None:
     z = (target - shadows.mean(axis=0)) / shadows.std(axis=0)
     np.testing.assert_allclose(lira_offline(target, shadows, members), -np.log(norm.cdf(-z)))
     assert "-ln Phi(-z)" in (lira_offline.__doc__ or "")
+
+
+def test_headlines_quote_what_is_guaranteed_where_that_is_more_than_was_spent(compared) -> None:
+    """A server that picks who survives makes the realised figure one that was not fixed in advance."""
+    report, _, _ = compared
+
+    def promised(arm):
+        return (
+            msgspec.structs.replace(arm, claim=msgspec.structs.replace(arm.claim, guarantee=9.87)) if arm.claim else arm
+        )
+
+    page = msgspec.structs.replace(report, arms=tuple(map(promised, report.arms)))
+    assert {arm.claim.quoted for arm in page.arms if arm.claim} == {9.87}
+    assert beyond_attack(page).count("9.87") == 2
+    assert comparison_page(page).count("9.87") >= 6  # lead, cards, both tables
+    assert "9.87" not in comparison_page(report)
