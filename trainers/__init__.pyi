@@ -27,12 +27,12 @@ from choral.trainers.federated.participation import Participation as Participati
 from choral.trainers.federated.virtual_parties import VirtualParties as VirtualParties
 from choral.trainers.local_steps.epochs import Epochs as Epochs
 from choral.trainers.run_folder.export import ExportError as ExportError
-from choral.trainers.run_folder.run import Round as Round
+from choral.trainers.run_folder.run import RoundRecord as RoundRecord
 from choral.trainers.run_folder.run import Run as Run
 from choral.trainers.run_folder.run import RunFolderError as RunFolderError
 from choral.trainers.run_folder.run import RunInfo as RunInfo
 from choral.trainers.run_folder.run import value_bound_for as value_bound_for
-from choral.trainers.task.initial_weights import StartError as StartError
+from choral.trainers.task.initial_weights import InitialWeightsError as InitialWeightsError
 from choral.trainers.task.learning_rate import Schedule as Schedule
 from choral.trainers.task.lora import lora as lora
 from choral.trainers.task.lora import merged as merged

@@ -55,7 +55,7 @@ class _Seen:
     records: int
 
 
-class _Records(Dataset[torch.Tensor]):
+class _ProbeRecords(Dataset[torch.Tensor]):
     """Record i is a long vector along coordinate i if its coin says so, and zero otherwise."""
 
     def __init__(self, records: int, width: int, inside: npt.NDArray[np.bool_], length: float) -> None:
@@ -163,7 +163,7 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
     inside = flip_coins(canaries)
     model = nn.Linear(width, 1, bias=False)
     nn.init.zeros_(model.weight)
-    data = _Records(records, width, inside, _LOUD * clip)
+    data = _ProbeRecords(records, width, inside, _LOUD * clip)
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
     released: list[Floats] = []
     plain.register_step_post_hook(lambda *_: released.append(_gradient(model)))

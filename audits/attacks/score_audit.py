@@ -23,7 +23,7 @@ from choral.audits.lower_bounds import one_run
 from choral.audits.lower_bounds import trade_off as fdp
 from choral.audits.lower_bounds import trials as bounds
 from choral.audits.lower_bounds.guessing import Bound as BoundOf
-from choral.audits.lower_bounds.guessing import Guessing, Outcome, Shares, Split, shuffled
+from choral.audits.lower_bounds.guessing import FixedShares, Guessing, GuessingOutcome, SampleSplit, shuffled
 from choral.audits.lower_bounds.roc import Bools, Floats, checked_scores, curve, roc
 from choral.audits.lower_bounds.trials import Counts, rate_interval
 from choral.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def audit_scores(
     design: "coins": one training, each canary in by its own fair coin. "runs": each score from its own training.
         "split": records of the training set and fresh ones of the same kind; gives an ROC and no bound.
     delta: of the claim; 0 <= delta < 1. claimed: the epsilon that is claimed at it, for this unit.
-    guessing: for "coins", how many canaries are guessed: ``Shares(...)``, fixed in advance, or ``Split()``.
+    guessing: for "coins", how many canaries are guessed: ``FixedShares(...)``, fixed in advance, or ``SampleSplit()``.
     threshold: for "runs", fixed in advance; None chooses it on a random half and judges it on the other.
 
     Raises: DataError for scores that cannot be used (see :func:`choral.audits.lower_bounds.roc.checked_scores`) or
@@ -90,7 +90,7 @@ def audit_scores(
     null = None
     if design == "coins":
         _check_fair(inside)
-        plan = guessing or Shares()
+        plan = guessing or FixedShares()
         found = _one_run_bounds(values, inside, plan, delta, beta)
         null = null_control(lambda coins: _one_run(values, coins, plan, delta, beta).epsilon, values, beta, null_draws)
     elif design == "runs":
@@ -150,7 +150,7 @@ def audit_training(
         :func:`audit_scores` raises.
     """
     check_settings(delta, confidence, claimed, null_draws)
-    plan, beta = guessing or Shares(), 1.0 - confidence
+    plan, beta = guessing or FixedShares(), 1.0 - confidence
     reach = plan.ceiling(len(canaries), partial(_plain, delta), beta) if len(canaries) > 3 else 0.0
     if reach <= (claimed or 0.0):
         raise TooFewCanariesError(
@@ -165,12 +165,14 @@ def audit_training(
     )  # fmt: skip
 
 
-def canaries_needed(epsilon: float, *, delta: float, confidence: float = 0.95, guessing: Shares | None = None) -> int:
+def canaries_needed(
+    epsilon: float, *, delta: float, confidence: float = 0.95, guessing: FixedShares | None = None
+) -> int:
     """The fewest canaries with which one training could refute ``epsilon``, if all guesses are right.
 
     Real attacks are not always right: take several times as many. Raises: ConfigError when no number is enough.
     """
-    plan, beta = guessing or Shares(), 1.0 - confidence
+    plan, beta = guessing or FixedShares(), 1.0 - confidence
     best: int | None = None
     for share in plan.shares:
         try:
@@ -227,7 +229,7 @@ def _gaussian(delta: float, canaries: int, guesses: int, right: int, beta: float
     return fdp.lower_bound(canaries, guesses, right, delta=delta, beta=beta)
 
 
-def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> Outcome:
+def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> GuessingOutcome:
     return plan.run(scores, members, partial(_plain, delta), beta)
 
 
@@ -377,8 +379,8 @@ def _notes(
 
 
 __all__ = [
-    "Shares",
-    "Split",
+    "FixedShares",
+    "SampleSplit",
     "TooFewCanariesError",
     "audit_scores",
     "audit_training",

@@ -66,7 +66,7 @@ class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     phases: tuple[Phase, ...] = ()
 
 
-class Participation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ParticipationSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who was planned for, and who took part.
 
     planned: parties times rounds; realised: survivors over all rounds that were completed. claimed_minimum: the fewest
@@ -278,7 +278,7 @@ def accountants_check(rows: Sequence[Accountants]) -> list[Check]:
     ]
 
 
-def participation_of(run: Run) -> Participation | None:
+def participation_of(run: Run) -> ParticipationSummary | None:
     """None for pooled training, which has no parties that could fail to come. Raises: LedgerError."""
     rounds = [entry for entry in run.history if entry.round and not entry.failed]  # those opened no sum
     if run.info.kind != "federated" or not rounds:
@@ -286,7 +286,7 @@ def participation_of(run: Run) -> Participation | None:
     minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
     known = [int(value) for value in minimum if isinstance(value, int)]
     parties = run.info.party_count
-    return Participation(
+    return ParticipationSummary(
         rounds=run.info.rounds,
         completed=len(rounds),
         parties=parties,
@@ -298,7 +298,7 @@ def participation_of(run: Run) -> Participation | None:
     )
 
 
-def participation_checks(run: Run, found: Participation | None) -> list[Check]:
+def participation_checks(run: Run, found: ParticipationSummary | None) -> list[Check]:
     """Whether the survivors ever fell below what is claimed, and whether the noise was counted by who survived."""
     if found is None:
         return []

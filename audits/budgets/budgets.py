@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from choral.audits.findings.claims import short_path
-from choral.audits.findings.schema import Check, HolderBudget, Verdict
+from choral.audits.findings.schema import Check, OwnerBudget, Verdict
 from choral.audits.findings.text import cost, power
 from choral.errors import ChoralError, ConfigError
 from choral.privacy.accounting.events import RELATIONS, ZERO_OUT, relation_of, stated
@@ -35,7 +35,7 @@ class Recomputed(NamedTuple):
     event: RecordEvent | None = None  # the latest, of records
 
 
-def holder_budgets(run: Run) -> tuple[HolderBudget, ...]:
+def holder_budgets(run: Run) -> tuple[OwnerBudget, ...]:
     """One row per data holder; empty for a run without privacy.
 
     Raises: LedgerError if a ledger is damaged, edited or of another holder.
@@ -50,10 +50,10 @@ def of_run(run: Run, error: Exception) -> str:
     return str(error) if run.folder is None else str(error).replace(str(run.folder), short_path(run.folder))
 
 
-def unverifiable(run: Run, error: Exception) -> HolderBudget:
+def unverifiable(run: Run, error: Exception) -> OwnerBudget:
     """A row for the ledgers of a run of which one is damaged, edited, or another's: no promise rests on them."""
     privacy = run.info.privacy or {}
-    return HolderBudget(
+    return OwnerBudget(
         holder="its ledgers",
         promised=float(privacy["epsilon"]),
         claimed=None,
@@ -76,7 +76,7 @@ def holders_of(run: Run) -> list[str]:
     return holders + [name for name in run.info.spent if name not in holders]
 
 
-def _holder_budget(run: Run, name: str) -> HolderBudget:
+def _holder_budget(run: Run, name: str) -> OwnerBudget:
     privacy = run.info.privacy or {}
     promised, delta = float(privacy["epsilon"]), float(privacy["delta"])
     claimed = run.info.spent.get(name)
@@ -91,7 +91,7 @@ def _holder_budget(run: Run, name: str) -> HolderBudget:
     guarantee, planned = _guarantee_of(run, name)
     if verdict == "holds":
         verdict, finding = _judge_plans(promised, claimed, guarantee, planned, finding)
-    return HolderBudget(
+    return OwnerBudget(
         holder=name,
         promised=promised,
         claimed=claimed.epsilon if claimed else None,
@@ -285,7 +285,7 @@ def _unlike(claimed: Spent, steps: int, recomputed: Recomputed) -> str:
     return ""
 
 
-def budget_checks(run: Run, rows: Sequence[HolderBudget]) -> list[Check]:
+def budget_checks(run: Run, rows: Sequence[OwnerBudget]) -> list[Check]:
     """The rows in a sentence each, and whether history, delta and folder agree with them."""
     if run.info.privacy is None:
         return _no_promise(run)
@@ -305,7 +305,7 @@ def _no_other_ledger(run: Run) -> list[Check]:
     return [Check(name="Every ledger is of a holder that run.json names", verdict="unverified", finding=finding)]
 
 
-def _all_holders(rows: Sequence[HolderBudget]) -> Check:
+def _all_holders(rows: Sequence[OwnerBudget]) -> Check:
     name = "Every data holder's budget, recomputed from its ledger"
     for verdict in ("violated", "unverified"):
         faulty = [row for row in rows if row.verdict == verdict]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.findings.claims import check_costs, claim_of, short_path
-from choral.audits.findings.schema import Arm, BudgetCurve, BudgetPoint, Difference, Measure, Point
+from choral.audits.findings.schema import ArmResult, BudgetCurve, BudgetPoint, Difference, Measure, Point
 from choral.audits.findings.statistics import difference_interval, holders_of, mean_interval, spreads
 from choral.audits.findings.text import is_percent
 from choral.doors import worded
@@ -83,12 +83,12 @@ def values(runs: Sequence[Run], metric: str) -> list[float]:
     return [run.history[-1].metrics[metric] for run in runs]
 
 
-def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()) -> Arm:
+def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()) -> ArmResult:
     """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs` for each metric."""
     info = runs[0].info
     federated = info.kind == "federated"
     holders = holders_of(runs)
-    return Arm(
+    return ArmResult(
         name=name,
         kind=info.kind,
         seeds=tuple(run.info.seed for run in runs),

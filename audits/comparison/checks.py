@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from choral.audits.findings.schema import Arm, Check, WeightsMatch
+from choral.audits.findings.schema import ArmResult, Check, WeightsMatch
 from choral.audits.findings.text import cost, power
 from choral.audits.run.arm_audit import Rows
 
@@ -17,7 +17,7 @@ Runs = Mapping[str, Sequence["Run"]]
 
 
 def comparison_checks(
-    arms: Runs, budgets: Runs, rows: Sequence[Arm], metric: str, ledger_rows: Rows
+    arms: Runs, budgets: Runs, rows: Sequence[ArmResult], metric: str, ledger_rows: Rows
 ) -> tuple[Check, ...]:
     """The sanity checks that make the arms comparable at all, and whether budgets were kept."""
     kept = [
@@ -54,7 +54,7 @@ def _same_start(arms: Runs, metric: str) -> Check:
     )
 
 
-def _same_data(rows: Sequence[Arm]) -> Check:
+def _same_data(rows: Sequence[ArmResult]) -> Check:
     name = "Every arm trains on the same number of examples"
     counts = {row.examples for row in rows}
     if len(counts) == 1:

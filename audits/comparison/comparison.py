@@ -21,7 +21,7 @@ from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
     ORDER,
-    Arm,
+    ArmResult,
     BudgetCurve,
     Check,
     FailedRuns,
@@ -60,7 +60,7 @@ class Comparison(
     baseline: str
     references: tuple[Reference, ...] = ()
     level: float = 0.95
-    arms: tuple[Arm, ...]
+    arms: tuple[ArmResult, ...]
     failed: tuple[FailedRuns, ...] = ()
     budgets: tuple[BudgetCurve, ...] = ()
     checks: tuple[Check, ...]

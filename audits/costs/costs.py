@@ -26,7 +26,7 @@ import msgspec
 from choral.audits.costs.prices import Price, Prices
 
 if TYPE_CHECKING:
-    from choral.trainers.run_folder.run import Round, Run
+    from choral.trainers.run_folder.run import RoundRecord, Run
 
 Basis = Literal["measured", "modelled"]
 GB = 1e9
@@ -257,7 +257,7 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     return _bill(name, runs, items, up=up, down=down + first, seconds=clock, metered=metered)
 
 
-def _asked(run: Run, entry: Round) -> int:
+def _asked(run: Run, entry: RoundRecord) -> int:
     """How many parties a round began with; a run of before they were recorded asked all."""
     return len(run.info.parties) if entry.asked is None else entry.asked
 

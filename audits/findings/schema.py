@@ -78,7 +78,7 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     level: float
 
 
-class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DataOwner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One data holder's cost, the worst over seeds. examples: how many records it trained on in that run."""
 
     name: str
@@ -92,7 +92,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One quantity over all data holders, each at its worst: extremes, and quartiles that interpolate linearly.
 
-    name: of a field of :class:`Holder`, for whose holders it is.
+    name: of a field of :class:`DataOwner`, for whose holders it is.
     """
 
     name: Literal["epsilon", "noise_multiplier", "sample_rate", "examples"]
@@ -201,7 +201,7 @@ class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     not_run: tuple[NotRun, ...]
 
 
-class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way of training, over its seeds.
 
     examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
@@ -221,7 +221,7 @@ class Arm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     metric: Estimate
     difference: Difference | None = None
     claim: Claim | None = None
-    holders: tuple[Holder, ...] = ()
+    holders: tuple[DataOwner, ...] = ()
     spreads: tuple[Spread, ...] = ()
     bytes_per_party: float | None = None
     seconds: Estimate
@@ -285,7 +285,7 @@ class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     error_bound: float
 
 
-class HolderBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OwnerBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One holder's budget: promised, claimed in run.json, and recomputed from its ledger (None: it could not be).
 
     steps: noisy steps on the ledger. guarantee: what the ledger's plans guarantee whoever chose when to stop and what

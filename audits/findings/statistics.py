@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from choral.audits.findings.schema import Estimate, Holder, Spread
+from choral.audits.findings.schema import DataOwner, Estimate, Spread
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
@@ -52,14 +52,14 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estim
     return Estimate(mean=mean, low=mean - half, high=mean + half, values=())
 
 
-def holders_of(runs: Sequence[Run]) -> tuple[Holder, ...]:
+def holders_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
     """Every data holder with its worst run, the most expensive first."""
-    worst: dict[str, Holder] = {}
+    worst: dict[str, DataOwner] = {}
     for run in runs:
         for name, spent in run.info.spent.items():
             if name not in worst or spent.epsilon > worst[name].epsilon:
                 pooled = sum(run.info.parties.values()) if run.info.kind == "centralized" else None
-                worst[name] = Holder(
+                worst[name] = DataOwner(
                     name=name,
                     examples=run.info.parties.get(name, pooled),
                     epsilon=spent.epsilon,
@@ -70,7 +70,7 @@ def holders_of(runs: Sequence[Run]) -> tuple[Holder, ...]:
     return tuple(sorted(worst.values(), key=lambda holder: (-holder.epsilon, holder.name)))
 
 
-def spreads(holders: Sequence[Holder]) -> tuple[Spread, ...]:
+def spreads(holders: Sequence[DataOwner]) -> tuple[Spread, ...]:
     """How unlike the data holders are in cost, noise, sample rate and size; empty for fewer than two.
 
     A quantity that some holder has no number for is left out.

@@ -10,7 +10,7 @@ from choral.audits.findings.text import at_least
 
 if TYPE_CHECKING:
     from choral.audits.findings.evidence import InversionAudit, Probe, ScoreAudit
-    from choral.audits.transcripts.transcript_audit import SeenAudit
+    from choral.audits.transcripts.transcript_audit import TranscriptAudit
 
 _PARTLY = NotRun(
     name="Transcript audit against the parties' own vectors",
@@ -112,7 +112,7 @@ def verdict_sentence(verdict: Verdict, checks: Sequence[Check], attacks: Sequenc
 
 
 def not_run(
-    attacks: Sequence[ScoreAudit], probe: Probe | None, inversion: InversionAudit | None, seen: SeenAudit | None
+    attacks: Sequence[ScoreAudit], probe: Probe | None, inversion: InversionAudit | None, seen: TranscriptAudit | None
 ) -> tuple[NotRun, ...]:
     """What is left of the list once the evidence is taken off it."""
     tried = " ".join(attack.attack.lower() for attack in attacks)

@@ -1,7 +1,7 @@
 """Guesses from scores, and how often they are right, without looking at the answers first.
 
-The number of guesses is fixed before the coins are known (`Shares`), each of several numbers paying its part of the
-error probability (Bonferroni), or is chosen on one half of the canaries and judged on the other (`Split`).
+The number of guesses is fixed before the coins are known (`FixedShares`), each of several numbers paying its part of
+the error probability (Bonferroni), or is chosen on one half of the canaries and judged on the other (`SampleSplit`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GRID = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GuessingOutcome:
     """The bound of one procedure with its counts. tried: bounds that share the error probability."""
 
     epsilon: float
@@ -36,7 +36,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Shares:
+class FixedShares:
     """Guess these shares of the canaries, fixed in advance; the largest of their bounds counts, at beta / (how many).
 
     Raises: ConfigError for no share, or one outside (0, 1].
@@ -58,13 +58,13 @@ class Shares:
     def counts(self, canaries: int) -> tuple[int, ...]:
         return tuple(sorted({one_run.guesses_of(canaries, share) for share in self.shares}))
 
-    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> Outcome:
+    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> GuessingOutcome:
         ordered = members[ranking(scores)]
         counts = self.counts(len(ordered))
         part = beta / len(counts)
         found = [(bound(len(ordered), r, right(ordered, r), part), -r) for r in counts]
         best, guesses = max(found)
-        return Outcome(best, len(ordered), -guesses, right(ordered, -guesses), len(counts))
+        return GuessingOutcome(best, len(ordered), -guesses, right(ordered, -guesses), len(counts))
 
     def ceiling(self, canaries: int, bound: Bound, beta: float) -> float:
         counts = self.counts(canaries)
@@ -72,7 +72,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Split:
+class SampleSplit:
     """Choose the share of guesses on a random half of the canaries; judge it on the other half."""
 
     grid: tuple[float, ...] = _GRID
@@ -81,19 +81,19 @@ class Split:
     def words(self) -> str:
         return "the share guessed was chosen on one half of the canaries and judged on the other half"
 
-    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> Outcome:
+    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> GuessingOutcome:
         mixed = shuffled(scores)
         first, second = mixed[::2], mixed[1::2]
         trial = members[first][ranking(scores[first])]
         counts = [one_run.guesses_of(len(trial), share) for share in self.grid]
         best = int(np.argmax([bound(len(trial), r, right(trial, r), beta) for r in counts]))
-        return Shares((self.grid[best],)).run(scores[second], members[second], bound, beta)
+        return FixedShares((self.grid[best],)).run(scores[second], members[second], bound, beta)
 
     def ceiling(self, canaries: int, bound: Bound, beta: float) -> float:
-        return max(Shares((share,)).ceiling(canaries // 2, bound, beta) for share in self.grid)
+        return max(FixedShares((share,)).ceiling(canaries // 2, bound, beta) for share in self.grid)
 
 
-Guessing = Shares | Split
+Guessing = FixedShares | SampleSplit
 
 
 def ranking(scores: Floats) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ from choral.audits.costs.costs import Costs
 from choral.audits.findings import text
 from choral.audits.findings.claims import no_claim
 from choral.audits.findings.evidence import Bound, ScoreAudit
-from choral.audits.findings.schema import ORDER, Arm, BudgetPoint, WeightsMatch
+from choral.audits.findings.schema import ORDER, ArmResult, BudgetPoint, WeightsMatch
 from choral.audits.findings.tally import beyond_attack, every_check, tally
 from choral.audits.findings.verdict import FAILED
 from choral.audits.report.charts import evidence_figures, figures, price_figures
@@ -229,22 +229,22 @@ def lead(report: Comparison) -> str:
     return " ".join(said)
 
 
-def _where(arm: Arm) -> str:
+def _where(arm: ArmResult) -> str:
     if arm.kind == "centralized":
         return f"the pooled data of {arm.parties} parties"
     return f"the data left at their {arm.parties} parties"
 
 
-def _reached(arm: Arm, metric: str) -> str:
+def _reached(arm: ArmResult, metric: str) -> str:
     value = score_of(arm, metric)
     return f"{value} {metric}" if text.is_percent(metric) else f"{metric} {value}"
 
 
-def score_of(arm: Arm, metric: str) -> str:
+def score_of(arm: ArmResult, metric: str) -> str:
     return text.score(arm.metric.mean, metric)
 
 
-def _plain_federated(report: Comparison) -> Arm | None:
+def _plain_federated(report: Comparison) -> ArmResult | None:
     return next((arm for arm in report.arms if arm.kind == "federated" and not arm.claim), None)
 
 
@@ -284,7 +284,7 @@ def _match_card(matches: tuple[WeightsMatch, ...]) -> dict[str, str]:
     return _card("Secure sum", text.power(max(gaps)), f"{matches[0].arm}: largest difference of a weight")
 
 
-def _cost(label: str, arm: Arm, metric: str, note: str) -> dict[str, str]:
+def _cost(label: str, arm: ArmResult, metric: str, note: str) -> dict[str, str]:
     if arm.difference is None:
         return _card(label, "–", note)
     estimate = arm.difference.estimate
@@ -298,7 +298,7 @@ def _card(label: str, value: str, note: str, interval: str = "") -> dict[str, st
     return {"label": label, "value": value, "note": note, "interval": interval}
 
 
-def evidence_rows(arms: Sequence[Arm]) -> list[tuple[Arm, ScoreAudit | None, Bound | None]]:
+def evidence_rows(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, ScoreAudit | None, Bound | None]]:
     """Each audited arm with the first attack on it by coins, and the bound that decides."""
     rows = []
     for arm in arms:
@@ -316,12 +316,12 @@ def budget_rows(report: Comparison) -> list[tuple[float, list[BudgetPoint | None
     return [(epsilon, [points.get(epsilon) for points in by_arm]) for epsilon in asked]
 
 
-def of_parties(fair: Sequence[Arm]) -> str:
+def of_parties(fair: Sequence[ArmResult]) -> str:
     """The metric of the numbers per party."""
     return next((arm.fairness.metric for arm in fair if arm.fairness), "")
 
 
-def party_counts(arms: Sequence[Arm]) -> list[str]:
+def party_counts(arms: Sequence[ArmResult]) -> list[str]:
     """How many parties the numbers per party are of, once for all arms of which it is the same."""
     found: dict[str, list[str]] = {}
     for arm in arms:
@@ -336,7 +336,7 @@ def party_counts(arms: Sequence[Arm]) -> list[str]:
     return [said if len(found) == 1 else f"{', '.join(names)}: {said}" for said, names in found.items()]
 
 
-def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:
+def statements(arms: tuple[ArmResult, ...]) -> list[tuple[str, dict[str, Any]]]:
     """Each distinct secure-sum statement with the arms that it holds for."""
     found: list[tuple[list[str], dict[str, Any]]] = []
     for arm in arms:
@@ -351,7 +351,7 @@ def statements(arms: tuple[Arm, ...]) -> list[tuple[str, dict[str, Any]]]:
     return [(", ".join(names), statement) for names, statement in found]
 
 
-def settings(arms: tuple[Arm, ...]) -> list[tuple[str, str]]:
+def settings(arms: tuple[ArmResult, ...]) -> list[tuple[str, str]]:
     """The first arm's settings, and of others what differs from them; once for all the arms that share it."""
     first = next((arm.config for arm in arms if arm.config), {})
     found: dict[str, list[str]] = {}

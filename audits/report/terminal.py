@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from choral.audits.comparison.comparison import Comparison
-    from choral.audits.findings.schema import Arm, Claim
+    from choral.audits.findings.schema import ArmResult, Claim
     from choral.audits.run.run_audit import Audit
 
 _GAP = 2  # between columns
@@ -73,7 +73,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console
         console.print(table)
 
 
-def _print_evidence(arm: Arm, console: Console) -> None:
+def _print_evidence(arm: ArmResult, console: Console) -> None:
     """The verdict on one arm, and each of its checks that does not hold."""
     if arm.audit is None:
         return
@@ -106,7 +106,7 @@ def _print_fairness(report: Comparison, console: Console) -> None:
             console.print(Text(f"  {line}"), soft_wrap=True)
 
 
-def _cells(arm: Arm, metric: str) -> tuple[str, ...]:
+def _cells(arm: ArmResult, metric: str) -> tuple[str, ...]:
     return (
         f"{score(arm.metric.mean, metric)}{plus_minus(arm.metric.half_width, metric)}",
         *(score(other.estimate.mean, other.metric) for other in arm.more),

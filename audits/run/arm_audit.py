@@ -9,15 +9,15 @@ from choral.audits.budgets.accountants import accountants_check, accountants_of,
 from choral.audits.budgets.budgets import budget_checks, holder_budgets, of_run, unverifiable
 from choral.audits.budgets.consistency import books_checks
 from choral.audits.findings.evidence import Probe, ScoreAudit
-from choral.audits.findings.schema import ArmAudit, Check, HolderBudget
+from choral.audits.findings.schema import ArmAudit, Check, OwnerBudget
 from choral.audits.findings.text import at_least
 from choral.audits.findings.verdict import FAILED, evidence_checks, not_run, verdict_sentence, worst
-from choral.audits.transcripts.transcript_audit import CHAINED, SeenAudit, seen_audit, transcript_gone
+from choral.audits.transcripts.transcript_audit import CHAINED, TranscriptAudit, transcript_audit, transcript_gone
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
 
-Rows = Callable[["Run"], tuple[HolderBudget, ...]]
+Rows = Callable[["Run"], tuple[OwnerBudget, ...]]
 
 
 def ledger_rows() -> Rows:
@@ -25,9 +25,9 @@ def ledger_rows() -> Rows:
 
     Ledgers that do not verify make a row that is violated, instead of an error: the other arms are reported.
     """
-    known: dict[int, tuple[HolderBudget, ...]] = {}
+    known: dict[int, tuple[OwnerBudget, ...]] = {}
 
-    def rows(run: Run) -> tuple[HolderBudget, ...]:
+    def rows(run: Run) -> tuple[OwnerBudget, ...]:
         if id(run) not in known:
             try:
                 known[id(run)] = holder_budgets(run)
@@ -112,15 +112,15 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
     return said
 
 
-def _books(run: Run, rows: tuple[HolderBudget, ...]) -> tuple[list[Check], SeenAudit | None]:
+def _books(run: Run, rows: tuple[OwnerBudget, ...]) -> tuple[list[Check], TranscriptAudit | None]:
     """What ``audit`` checks in the run; of a run whose ledgers do not verify, all that does not need them."""
     from choral.privacy import LedgerError
     from choral.trainers.run_folder.run import RunFolderError
 
     checks = list(budget_checks(run, rows))
-    seen: SeenAudit | None = None
+    seen: TranscriptAudit | None = None
     try:
-        seen = seen_audit(run)
+        seen = transcript_audit(run)
     except RunFolderError as error:
         checks.append(Check(name=CHAINED, verdict="violated", finding=f"{of_run(run, error)}."))
     else:

@@ -12,7 +12,7 @@ import msgspec
 
 from choral.audits.budgets.accountants import (
     Accountants,
-    Participation,
+    ParticipationSummary,
     accountants_check,
     accountants_of,
     participation_checks,
@@ -28,8 +28,8 @@ from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
     Check,
-    HolderBudget,
     NotRun,
+    OwnerBudget,
     RunFacts,
     Spread,
     Trace,
@@ -39,7 +39,7 @@ from choral.audits.findings.statistics import holders_of, spreads
 from choral.audits.findings.text import power
 from choral.audits.findings.verdict import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report.storage import read_report, save_report
-from choral.audits.transcripts.transcript_audit import SeenAudit, seen_audit, transcript_gone
+from choral.audits.transcripts.transcript_audit import TranscriptAudit, transcript_audit, transcript_gone
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attacks: tuple[ScoreAudit, ...] = ()
     probe: Probe | None = None
     inversion: InversionAudit | None = None
-    budgets: tuple[HolderBudget, ...] = ()
+    budgets: tuple[OwnerBudget, ...] = ()
     spreads: tuple[Spread, ...] = ()
     accountants: tuple[Accountants, ...] = ()
-    participation: Participation | None = None
-    seen: SeenAudit | None = None
+    participation: ParticipationSummary | None = None
+    seen: TranscriptAudit | None = None
     costs: Costs | None = None
     traces: tuple[Trace, ...] = ()
     run: RunFacts | None = None
@@ -142,7 +142,7 @@ def audit(
         raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
     check_costs(run.info, "this run")
     budgets = holder_budgets(run)
-    accountants, participation, seen = accountants_of(run), participation_of(run), seen_audit(run)
+    accountants, participation, seen = accountants_of(run), participation_of(run), transcript_audit(run)
     checks = (
         *budget_checks(run, budgets),
         *books_checks(run),

@@ -24,7 +24,7 @@ MOST = 16_384  # coordinates that are looked at, evenly spaced: enough to see a 
 FEWEST_BITS = 8
 
 
-class Found(NamedTuple):
+class SmallestPValue(NamedTuple):
     """The smallest bound on a p-value over several tests. one, other: places in what was compared. tests: how many."""
 
     p_value: float
@@ -45,18 +45,18 @@ def phases(vectors: Sequence[NDArray[Any]], bits: int) -> NDArray[np.complex128]
     return np.asarray(np.exp(2j * math.pi * turns), np.complex128)
 
 
-def smallest_of_pairs(rows: NDArray[np.complex128], *, sums: bool) -> Found:
+def smallest_of_pairs(rows: NDArray[np.complex128], *, sums: bool) -> SmallestPValue:
     """Every two of ``rows``, by their difference and, with ``sums``, their sum."""
     count, length = rows.shape
     if count < 2:
-        return Found(1.0, 0, 0, 0)
+        return SmallestPValue(1.0, 0, 0, 0)
     statistic = (rows @ rows.conj().T).real
     if sums:
         statistic = np.maximum(statistic, (rows @ rows.T).real)
     np.fill_diagonal(statistic, -np.inf)
     place = int(statistic.argmax())
     tests = count * (count - 1) // 2 * (2 if sums else 1)
-    return Found(_cosine_bound(float(statistic.flat[place]), length), place // count, place % count, tests)
+    return SmallestPValue(_cosine_bound(float(statistic.flat[place]), length), place // count, place % count, tests)
 
 
 def turns(residues: NDArray[Any], modulus: int) -> NDArray[np.complex128]:
@@ -64,23 +64,23 @@ def turns(residues: NDArray[Any], modulus: int) -> NDArray[np.complex128]:
     return np.asarray(np.exp(2j * math.pi / modulus * residues.astype(np.float64)), np.complex128)
 
 
-def smallest_by_difference(rows: NDArray[np.complex128], known: NDArray[np.complex128]) -> Found:
+def smallest_by_difference(rows: NDArray[np.complex128], known: NDArray[np.complex128]) -> SmallestPValue:
     """Every one of ``rows`` against every one of ``known``, both as phases, by their difference."""
     statistic = (rows @ known.conj().T).real
     place = int(statistic.argmax())
     one = place // known.shape[0]
     bound = _cosine_bound(float(statistic.flat[place]), rows.shape[1])
-    return Found(bound, one, _nearest(rows[one], known), statistic.size)
+    return SmallestPValue(bound, one, _nearest(rows[one], known), statistic.size)
 
 
-def smallest_of_known(rows: NDArray[np.complex128], known: Sequence[NDArray[np.int64]], bits: int) -> Found:
+def smallest_of_known(rows: NDArray[np.complex128], known: Sequence[NDArray[np.int64]], bits: int) -> SmallestPValue:
     """Every one of ``rows`` against every vector of ``known``, by their difference and by the linear test."""
     first = smallest_by_difference(rows, phases(known, bits))
     lifted = np.angle(rows) / math.pi  # in (-1, 1], as y / 2^(b-1)
     directions = np.stack([_direction(thinned(vector)) for vector in known])
     by_line = np.abs(lifted @ directions.T)
     place = int(by_line.argmax())
-    second = Found(_line_bound(float(by_line.flat[place])), *divmod(place, len(known)), 0)
+    second = SmallestPValue(_line_bound(float(by_line.flat[place])), *divmod(place, len(known)), 0)
     return min(first, second)._replace(tests=2 * by_line.size)
 
 

@@ -20,13 +20,13 @@ from choral.audits.findings.text import amount
 if TYPE_CHECKING:
     from choral.protocols.masking import messages as wire
     from choral.trainers.run_folder.run import Run
-    from choral.trainers.run_folder.transcript import Opened, Recorded, Seen, Vector
+    from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, Vector
 
 LEVEL = 1e-3
 _CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
 
 
-class SeenAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TranscriptAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was looked at. detail: what was recorded. unread: messages of which no more than size and digest was looked
     at. plain: the sum hides nothing, by its own words. tests: statistical tests, which share ``false_alarms``.
 
@@ -56,9 +56,9 @@ class _Session:
     """One opening of the secure sum, with its messages in order, decoded where they can be."""
 
     opened: Opened
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[ObservedMessage] = field(default_factory=list)
     vectors: list[Vector] = field(default_factory=list)
-    decoded: list[tuple[Seen, Any]] = field(default_factory=list)
+    decoded: list[tuple[ObservedMessage, Any]] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     unread: int = 0
 
@@ -68,11 +68,11 @@ class _Session:
 
         return next((message for _, message in self.decoded if isinstance(message, Setup)), None)
 
-    def of(self, kind: type[Any]) -> Iterator[tuple[Seen, Any]]:
+    def of(self, kind: type[Any]) -> Iterator[tuple[ObservedMessage, Any]]:
         return ((seen, message) for seen, message in self.decoded if isinstance(message, kind))
 
 
-def seen_audit(run: Run) -> SeenAudit | None:
+def transcript_audit(run: Run) -> TranscriptAudit | None:
     """None for a run without a transcript in its folder.
 
     Raises: RunFolderError for a transcript that is incomplete, damaged or edited, or another one than run.json tells
@@ -94,7 +94,7 @@ def seen_audit(run: Run) -> SeenAudit | None:
     statistics = vector_checks(sessions, recorded, LEVEL)
     checks = [chained, *_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
     every = [seen for session in sessions for seen in session.seen]
-    return SeenAudit(
+    return TranscriptAudit(
         detail=recorded.detail,
         sessions=len(sessions),
         messages=len(every),
@@ -144,13 +144,13 @@ def _chained(run: Run, recorded: Recorded) -> Check:
 
 
 def _sessions(recorded: Recorded) -> list[_Session]:
-    from choral.trainers.run_folder.transcript import Opened, Seen
+    from choral.trainers.run_folder.transcript import ObservedMessage, Opened
 
     sessions: list[_Session] = []
     for entry in recorded.entries:
         if isinstance(entry, Opened):
             sessions.append(_Session(entry))
-        elif isinstance(entry, Seen):
+        elif isinstance(entry, ObservedMessage):
             sessions[-1].seen.append(entry)
         else:
             sessions[-1].vectors.append(entry)
@@ -310,7 +310,7 @@ def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
         for packet in message.packets:
             yield f"seed share of {seen.party} for party {packet.party}", where, packet.seed_hash
             yield f"key share of {seen.party} for party {packet.party}", where, packet.key_hash
-    keys: Iterable[tuple[Seen, Any]] = [
+    keys: Iterable[tuple[ObservedMessage, Any]] = [
         *session.of(wire.Advertise),
         *((seen, m.following) for seen, m in session.of(wire.Unmask) if m.following is not None),
     ]

@@ -9,7 +9,7 @@ from choral.audits.findings.schema import Check
 from choral.audits.findings.text import power
 from choral.audits.transcripts.independence import (
     FEWEST_BITS,
-    Found,
+    SmallestPValue,
     detectable_share,
     phases,
     smallest_of_known,
@@ -44,8 +44,8 @@ def vector_checks(sessions: Sequence[_Session], recorded: Recorded, level: float
     """Two checks, of reuse and of correlation, where there is something that they can be made of."""
     if any(session.opened.secure_sum == "plain" for session in sessions):
         return _plain(sessions)
-    reuse: list[tuple[Found, str, str]] = []
-    known: list[tuple[Found, str, str]] = []
+    reuse: list[tuple[SmallestPValue, str, str]] = []
+    known: list[tuple[SmallestPValue, str, str]] = []
     uploads, length = 0, 0
     for session in sessions:
         masked = _uploads(session)
@@ -79,7 +79,9 @@ def _plain(sessions: Sequence[_Session]) -> Statistics:
     return Statistics(count, 0, None, (check,))
 
 
-def _named(found: Found, ones: Sequence[_Upload], others: Sequence[_Upload]) -> tuple[Found, str, str]:
+def _named(
+    found: SmallestPValue, ones: Sequence[_Upload], others: Sequence[_Upload]
+) -> tuple[SmallestPValue, str, str]:
     one, other = ones[found.one], others[found.other]
     return found, f"{one.party}, round {one.round}", f"{other.party}, round {other.round}"
 
@@ -143,7 +145,7 @@ def _seeds(session: _Session, setup: wire.Setup) -> Mapping[tuple[int, int], byt
 
 def _against_vectors(
     session: _Session, recorded: Recorded, masked: Sequence[_Upload], peeled: Sequence[_Upload], bits: int
-) -> list[tuple[Found, str, str]]:
+) -> list[tuple[SmallestPValue, str, str]]:
     """Every masked vector, as sent and peeled, against every party's vector of its round."""
     from choral.audits.transcripts.independence import thinned
 
@@ -165,7 +167,7 @@ def _against_vectors(
     return found
 
 
-def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tuple[Found, str, str]], int]:
+def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tuple[SmallestPValue, str, str]], int]:
     """Every ciphertext of a split key against what it would be of each party's vector under no key; and how many
     residues were looked at in each."""
     import numpy as np
@@ -201,7 +203,7 @@ def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tu
     return found, length
 
 
-def _reuse(found: Sequence[tuple[Found, str, str]], uploads: int, tests: int, level: float) -> Check:
+def _reuse(found: Sequence[tuple[SmallestPValue, str, str]], uploads: int, tests: int, level: float) -> Check:
     name = "No mask was used twice"
     worst, one, other = min(found, key=lambda item: item[0].p_value)
     if worst.p_value * tests <= level:
@@ -215,7 +217,7 @@ def _reuse(found: Sequence[tuple[Found, str, str]], uploads: int, tests: int, le
 
 
 def _correlation(
-    found: Sequence[tuple[Found, str, str]], tests: int, level: float, detectable: float | None
+    found: Sequence[tuple[SmallestPValue, str, str]], tests: int, level: float, detectable: float | None
 ) -> list[Check]:
     """Nothing to say where no vector was recorded, or messages are no masked vectors."""
     name = "No message says anything of a single party's vector"

@@ -15,7 +15,7 @@ from choral.audits.findings.evidence import Bound, InversionAudit, NullControl, 
 from choral.audits.lower_bounds.roc import roc
 from choral.audits.lower_bounds.trials import rate_interval
 from choral.privacy.ledgers.spent import Spent
-from choral.trainers.run_folder.run import Round, Run, RunInfo
+from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
 
 TOWNS = ("Aarau", "Basel", "Chur", "Davos", "Emmen", "Fribourg", "Glarus", "Horgen", "Ilanz", "Jona")
 PARTIES = {name: 60 + 17 * index for index, name in enumerate(TOWNS)}
@@ -56,7 +56,7 @@ def fake_run(
             + 0.004 * wobble(seed, number, int(federated)) * math.exp(-number / 8)
         )
         history.append(
-            Round(
+            RoundRecord(
                 round=number,
                 metrics={"accuracy": value, "loss": 1 - value},
                 seconds=0.0 if number == 0 else 0.21 + 0.02 * seed,

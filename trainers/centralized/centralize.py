@@ -15,10 +15,10 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy
 from choral.trainers.centralized.data_parallel import own_device, workers_of
 from choral.trainers.local_steps.resident_model import initial_model, resolve_device
-from choral.trainers.run_folder.algorithm_state import Memory
+from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.energy import EnergyMeter
 from choral.trainers.run_folder.recorder import Recorder
-from choral.trainers.run_folder.run import Round, Run
+from choral.trainers.run_folder.run import RoundRecord, Run
 from choral.trainers.setup import (
     NOTHING,
     OnRound,
@@ -130,7 +130,7 @@ def centralize(
         )
         recorder.restore(model, layout, optimizer)
         if recorder.fresh:
-            recorder.add(Round(round=0, metrics=evaluated(evaluate, model, seed), **NOTHING), model)
+            recorder.add(RoundRecord(round=0, metrics=evaluated(evaluate, model, seed), **NOTHING), model)
         own_generators = generators_of(fit, model, loader, whole)
         trained, loader = model, workers.split(loader)
         for number in range(recorder.completed + 1, last_round + 1):
@@ -157,13 +157,13 @@ def centralize(
                 )
             seconds, joules = time.perf_counter() - started, meter.take()
             spent = {name: guard.spent() for name, guard in guards.items()}
-            entry = Round(
+            entry = RoundRecord(
                 round=number,
                 metrics=evaluated(evaluate, model, seed),
                 epsilon=spent[POOLED].epsilon if spent else None,
                 **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )
-            recorder.add(entry, model, spent, optimizer, Memory(clips=clips_of(guards)))
+            recorder.add(entry, model, spent, optimizer, AlgorithmState(clips=clips_of(guards)))
             if on_round and workers.first:
                 on_round(entry)
         if recorder.completed < rounds:

@@ -60,7 +60,7 @@ class Workers:
                 f"data_parallel cannot divide the batches of a {type(loader).__name__}",
                 hint="build must return a torch DataLoader of a map-style dataset, with a batch size",
             )
-        return Shares(loader, self)
+        return BatchShares(loader, self)
 
     @contextmanager
     def averaging(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Workers:
             ) from error
 
 
-class Shares:
+class BatchShares:
     """A loader of one process's shares of the batches; everything else is the wrapped loader's."""
 
     def __init__(self, loader: DataLoader[Any], workers: Workers) -> None:

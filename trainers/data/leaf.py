@@ -15,14 +15,14 @@ from choral.errors import DataError
 ALPHABET = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
 
 
-class _Records(msgspec.Struct):
+class _LeafRecords(msgspec.Struct):
     x: list[Any]
     y: list[Any]
 
 
 class _Leaf(msgspec.Struct):
     users: list[str]
-    user_data: dict[str, _Records]
+    user_data: dict[str, _LeafRecords]
     num_samples: list[int] | None = None
 
 
@@ -64,7 +64,7 @@ def read_leaf(path: str | Path, *, alphabet: str = ALPHABET) -> dict[str, Tensor
     return parties
 
 
-def _dataset(records: _Records, alphabet: str, where: str) -> TensorDataset:
+def _dataset(records: _LeafRecords, alphabet: str, where: str) -> TensorDataset:
     if all(isinstance(text, str) for text in records.x):
         if any(not isinstance(label, str) or len(label) != 1 for label in records.y):
             raise DataError(f"{where}: the label of a text must be one character")

@@ -18,7 +18,7 @@ from choral.trainers.task.task import Built, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class DataTable:
     """features: shape (n, ...); labels: integers, shape (n,); keys: strings, shape (n,), or None."""
 
     features: torch.Tensor
@@ -32,12 +32,12 @@ class Table:
         return TensorDataset(self.features[indices], self.labels[indices])
 
 
-def held_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
+def held_out(table: DataTable, fraction: float, seed: int) -> tuple[DataTable, DataTable]:
     """(the rest, a random share of ``fraction``), for data sets that come without a test set."""
     order = np.random.default_rng(seed).permutation(len(table))
     cut = round(fraction * len(table))
     parts = [
-        Table(
+        DataTable(
             features=table.features[torch.from_numpy(part)],
             labels=table.labels[torch.from_numpy(part)],
             keys=None if table.keys is None else table.keys[part],
@@ -47,12 +47,12 @@ def held_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
     return parts[0], parts[1]
 
 
-def parties_of(table: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
+def parties_of(table: DataTable, split: Split, seed: int) -> dict[str, TensorDataset]:
     """One dataset per party, as :func:`shares_of` says."""
     return {name: table.at(share) for name, share in shares_of(table, split, seed).items()}
 
 
-def held_out_of(train: Table, test: Table, split: Split, seed: int) -> dict[str, TensorDataset]:
+def held_out_of(train: DataTable, test: DataTable, split: Split, seed: int) -> dict[str, TensorDataset]:
     """Each party's part of the test records: those of its key, else dealt out by label as its own records are.
 
     No party's part holds another's record; with a key, records of owners who are no party are nobody's.
@@ -64,7 +64,7 @@ def held_out_of(train: Table, test: Table, split: Split, seed: int) -> dict[str,
     return {name: test.at(part) for name, part in zip(shares, dealt, strict=True)}
 
 
-def shares_of(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
+def shares_of(table: DataTable, split: Split, seed: int) -> dict[str, torch.Tensor]:
     """Indices per party, as ``split`` says. Raises: ConfigError for a key that the data lacks; DataError."""
     shares = _dealt(table, split, seed)
     if not split.reshuffle:
@@ -72,7 +72,7 @@ def shares_of(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
     return dict(zip(shares, reshuffled(list(shares.values()), seed=seed), strict=True))
 
 
-def _dealt(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
+def _dealt(table: DataTable, split: Split, seed: int) -> dict[str, torch.Tensor]:
     if split.kind == "key":
         if table.keys is None:
             raise ConfigError("this data has no key to split by", hint='use split.kind "dirichlet", "shards" or "iid"')
@@ -89,7 +89,7 @@ def _dealt(table: Table, split: Split, seed: int) -> dict[str, torch.Tensor]:
     return {f"party-{number:0{width}d}": share for number, share in enumerate(shares, start=1)}
 
 
-def table_task(train: Table, test: Table, *, classes: int, split: Split, training: Training, seed: int) -> Task:
+def table_task(train: DataTable, test: DataTable, *, classes: int, split: Split, training: Training, seed: int) -> Task:
     """Classification of flat features: a linear model, or one hidden layer; SGD, cross entropy, accuracy.
 
     ``seed`` decides the split, the initial weights and the data order.
@@ -105,7 +105,7 @@ def table_task(train: Table, test: Table, *, classes: int, split: Split, trainin
 
 
 def table_classification(
-    make: Callable[[], nn.Module], train: Table, test: Table, *, split: Split, training: Training, seed: int
+    make: Callable[[], nn.Module], train: DataTable, test: DataTable, *, split: Split, training: Training, seed: int
 ) -> Task:
     """:func:`classification` of a table's parties, with what each holds out of the test table."""
     return classification(

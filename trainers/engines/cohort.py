@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from choral.trainers.algorithms.interface import Done, Failed, Train, Work
 from choral.trainers.engines.direct import Direct, path_of, planned
-from choral.trainers.local_steps.epochs import Criterion, Plan, has_hooks, per_record
+from choral.trainers.local_steps.epochs import Criterion, EpochPlan, has_hooks, per_record
 from choral.trainers.local_steps.resident_model import Resident, attempted
 from choral.trainers.task.seeding import drawn_since, luck, seed_of, seeded
 
@@ -31,7 +31,7 @@ class Member(NamedTuple):
     """One party of a stack."""
 
     party: str
-    plan: Plan
+    plan: EpochPlan
     work: Train
 
 
@@ -206,7 +206,7 @@ def _same(done: Done) -> Done:
     return done
 
 
-def keeps_all(plan: Plan) -> bool:
+def keeps_all(plan: EpochPlan) -> bool:
     """Whether the criterion's mean counts every record: none of a class to be ignored."""
     return plan.targets.is_floating_point() or bool((plan.targets >= 0).all())
 
@@ -215,7 +215,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def _alike(plan: Plan, members: list[Member], *, padded: bool) -> bool:
+def _alike(plan: EpochPlan, members: list[Member], *, padded: bool) -> bool:
     """Whether the party fits into the stack; where nothing may be padded, with batches of the same lengths."""
     if not members:
         return True

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from choral.trainers.algorithms.interface import Done, Failed, Train, Work
 from choral.trainers.local_steps.corrections import refuse_sparse
-from choral.trainers.local_steps.epochs import Criterion, Epochs, Plan, has_hooks, plan_of
+from choral.trainers.local_steps.epochs import Criterion, EpochPlan, Epochs, has_hooks, plan_of
 from choral.trainers.local_steps.resident_model import Resident, attempted
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.seeding import reseed, seed_of, seeded, torch_seeded
@@ -67,7 +67,7 @@ class Direct:
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue
 
-            def make(party: str = party, plan: Plan = plan, work: Train = work) -> Done:
+            def make(party: str = party, plan: EpochPlan = plan, work: Train = work) -> Done:
                 done = self.train(party, plan, work, weights, round_number)
                 self.resident.check_fixed(party)
                 return done
@@ -77,7 +77,7 @@ class Direct:
                 self.resident.recover()
             yield party, made
 
-    def train(self, party: str, plan: Plan, work: Train, weights: torch.Tensor, round_number: int) -> Done:
+    def train(self, party: str, plan: EpochPlan, work: Train, weights: torch.Tensor, round_number: int) -> Done:
         """Train on one party's tensors from `weights`, shape (d,)."""
         layout, seed = self.resident.layout, self.resident.seed
         layout.write(weights)
@@ -99,7 +99,7 @@ class Direct:
                 self._differentiate(plan, Step(plan, work, layout.pieces(weights), layout.parameters))
         return Done(vector=layout.read() - weights, steps=plan.steps, path=path_of(plan))
 
-    def _differentiate(self, plan: Plan, step: Step) -> None:
+    def _differentiate(self, plan: EpochPlan, step: Step) -> None:
         model, parameters = self.resident.model, self.resident.layout.parameters
         criterion = self.resident.fit.criterion  # type: ignore[attr-defined]
         for inputs, targets in plan.data():
@@ -115,7 +115,7 @@ class Step:
     """One step of SGD on all parameters at once, with the algorithm's correction; torch's own order of operations."""
 
     def __init__(
-        self, plan: Plan, work: Train, start: list[torch.Tensor], parameters: list[torch.nn.Parameter]
+        self, plan: EpochPlan, work: Train, start: list[torch.Tensor], parameters: list[torch.nn.Parameter]
     ) -> None:
         self._plan, self._work, self._start = plan, work, start
         self._data = [parameter.data for parameter in parameters]
@@ -160,7 +160,7 @@ class Step:
         return [self._velocity[place] for place in places]
 
 
-def planned(resident: Resident, party: str, work: Work, round_number: int) -> Plan | None:
+def planned(resident: Resident, party: str, work: Work, round_number: int) -> EpochPlan | None:
     """The party's training in tensors, or None where the resident trainer must do it: other work, private parties."""
     if not isinstance(work, Train) or resident.guards:
         return None
@@ -176,7 +176,7 @@ def planned(resident: Resident, party: str, work: Work, round_number: int) -> Pl
     return dataclasses.replace(seat.plan, learning_rate=seat.plan.learning_rate * factor)
 
 
-def path_of(plan: Plan) -> float | None:
+def path_of(plan: EpochPlan) -> float | None:
     """The sum of the learning rates of all steps; None with momentum. See :class:`Done`."""
     return None if plan.momentum else sum([plan.learning_rate] * plan.steps, 0.0)
 
@@ -194,7 +194,7 @@ def linear_layer(model: nn.Module) -> nn.Linear | None:
     return layer
 
 
-def fits(layer: nn.Linear, slope: Slope, plan: Plan, *, flattens: bool) -> bool:
+def fits(layer: nn.Linear, slope: Slope, plan: EpochPlan, *, flattens: bool) -> bool:
     """Whether each record is one row of features of this layer, with targets that the slope knows."""
     inputs, targets = plan.inputs, plan.targets
     if inputs.dtype != layer.weight.dtype or inputs[0].numel() != layer.in_features:
@@ -219,7 +219,7 @@ def slope_of(criterion: Criterion) -> Slope | None:
 
 
 @torch.inference_mode()
-def descend(layer: nn.Linear, slope: Slope, plan: Plan, step: Step, drawn: torch.Generator) -> None:
+def descend(layer: nn.Linear, slope: Slope, plan: EpochPlan, step: Step, drawn: torch.Generator) -> None:
     """Every step of the plan on a linear layer: the gradient is the slope's product with the inputs.
 
     drawn: where the order of the records comes from.

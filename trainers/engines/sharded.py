@@ -46,7 +46,7 @@ from choral.trainers.algorithms.interface import (
     Train,
     Work,
 )
-from choral.trainers.run_folder.run import Round, Run, RunInfo
+from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, TaskError
 
@@ -129,7 +129,7 @@ class Team:
             if "run" in header:
                 return Run(
                     info=msgspec.convert(header["run"], RunInfo),
-                    history=tuple(msgspec.convert(entry, Round) for entry in header["history"]),
+                    history=tuple(msgspec.convert(entry, RoundRecord) for entry in header["history"]),
                     state=tensors,
                 )
             if "begin" in header:

@@ -49,7 +49,7 @@ from choral.trainers.federated.virtual_parties import census_of
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.energy import EnergyMeter
 from choral.trainers.run_folder.recorder import Recorder
-from choral.trainers.run_folder.run import Round, Run, RunInfo
+from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
 from choral.trainers.run_folder.transcript import Detail, Transcript
 from choral.trainers.setup import (
     NOTHING,
@@ -160,9 +160,9 @@ def federate(
     out of that round: named in the history, and with its reason on the log "choral.trainers". With ``ClientPrivacy`` it
     sends a change of nothing instead. The run ends where all fail, or too few are left.
 
-    Raises: ConfigError, DataError, TaskError, StartError, DivergedError, RunFolderError (this package), and what
-        privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Rounds
-        already completed stay in ``out``.
+    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError (this package), and
+        what privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError.
+        Rounds already completed stay in ``out``.
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
@@ -298,7 +298,7 @@ def federate(
             examples=examples,
             coders=coders,
             sessions=rooms,
-            memory=recorder.memory(),
+            memory=recorder.algorithm_state(),
             participation=participation,
             secure_sum=secure_sum,
             seed=seed,
@@ -309,7 +309,7 @@ def federate(
             succeeded=sum(not entry.failed for entry in recorder.history[1:]),
         )
         if recorder.fresh:
-            untrained = Round(round=0, metrics=evaluated(evaluate, resident.model, seed), **NOTHING)
+            untrained = RoundRecord(round=0, metrics=evaluated(evaluate, resident.model, seed), **NOTHING)
             recorder.add(untrained, resident.model, sealed=seen.sealed)
         for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
@@ -321,7 +321,7 @@ def federate(
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
             spent = coders[last].spent()
-            entry = Round(
+            entry = RoundRecord(
                 round=number,
                 metrics=evaluated(evaluate, resident.model, seed),
                 seconds=seconds,
@@ -339,7 +339,7 @@ def federate(
                 simulated_seconds=traffic.seconds if participation.timed else None,
             )
             federation.memory.clips = {} if team is not None else clips_of(guards)  # other ranks keep theirs
-            recorder.add(entry, resident.model, spent, memory=federation.memory, sealed=seen.sealed)
+            recorder.add(entry, resident.model, spent, algorithm_state=federation.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
         if recorder.completed < rounds:
@@ -347,7 +347,7 @@ def federate(
         return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
 
 
-def _next_start(clock: Clock, history: Sequence[Round]) -> float:
+def _next_start(clock: Clock, history: Sequence[RoundRecord]) -> float:
     """When the round after these begins, in simulated seconds."""
     last = history[-1]
     if last.simulated_start is None or last.simulated_seconds is None:
@@ -355,7 +355,7 @@ def _next_start(clock: Clock, history: Sequence[Round]) -> float:
     return clock.next(last.simulated_start, last.simulated_seconds)
 
 
-def _failed_in_a_row(history: Sequence[Round]) -> int:
+def _failed_in_a_row(history: Sequence[RoundRecord]) -> int:
     return next(count for count, entry in enumerate(reversed(history)) if not entry.failed)
 
 

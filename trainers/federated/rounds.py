@@ -31,7 +31,7 @@ from choral.trainers.algorithms.interface import (
 )
 from choral.trainers.federated.codec import Coder
 from choral.trainers.federated.participation import Dropouts, Participation, stream
-from choral.trainers.run_folder.algorithm_state import Memory, State
+from choral.trainers.run_folder.algorithm_state import AlgorithmState, State
 from choral.trainers.run_folder.run import RunFolderError
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
@@ -75,7 +75,7 @@ class Federation:
     examples: Mapping[str, int]
     coders: Mapping[str, Coder]
     sessions: Mapping[str, SumSession]
-    memory: Memory
+    memory: AlgorithmState
     participation: Participation
     secure_sum: SecureSum
     seed: int
@@ -97,7 +97,7 @@ class Federation:
         if self.succeeded and self.algorithm.remembers and not self.memory:
             raise RunFolderError(
                 f"what {self.algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
-                hint=f"restore memory.{number - 1}.safetensors, or run again in a new folder",
+                hint=f"restore algorithm_state.{number - 1}.safetensors, or run again in a new folder",
             )
         asked = self._asked(number, start)
         try:

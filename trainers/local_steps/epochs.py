@@ -65,7 +65,7 @@ def per_record(criterion: Criterion, outputs: torch.Tensor, targets: torch.Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EpochPlan:
     """What `Epochs` does at one party, in tensors.
 
     inputs, targets: of all records, a record per row. learning_rate, momentum, weight_decay, nesterov: of its SGD.
@@ -125,7 +125,7 @@ class Plan:
 
 def plan_of(
     fit: Any, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, device: torch.device
-) -> Plan | None:
+) -> EpochPlan | None:
     """What `fit` does with these, if it is known in full; else None, and `fit` itself must run.
 
     Known are `Epochs` with torch's SGD over all trainable parameters in one group, and a plain ``DataLoader`` of a
@@ -157,7 +157,7 @@ def plan_of(
     if len(sampler.data_source) != len(dataset):
         return None
     inputs, targets = (tensor.to(device) for tensor in dataset.tensors)
-    return Plan(
+    return EpochPlan(
         inputs=inputs,
         targets=targets,
         batch_size=loader.batch_size,

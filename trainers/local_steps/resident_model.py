@@ -23,7 +23,7 @@ from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient,
 from choral.trainers.local_steps import linear_models as linear
 from choral.trainers.local_steps import subproblems as gradients
 from choral.trainers.local_steps.corrections import Steps, corrected
-from choral.trainers.local_steps.epochs import Plan
+from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
 from choral.trainers.run_folder.run import RunFolderError
 from choral.trainers.task.arithmetic import Arithmetic
@@ -60,7 +60,7 @@ class Seat:
     loader: Any
     watched: Watched
     generators: list[Generator]
-    plan: Plan | Literal[False] | None = None
+    plan: EpochPlan | Literal[False] | None = None
 
 
 class Resident:
@@ -336,7 +336,7 @@ def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None = None) -> nn.Module:
     """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison.
 
-    start: weights in the place of those that the seed decides. Raises: what checked_build does; StartError.
+    start: weights in the place of those that the seed decides. Raises: what checked_build does; InitialWeightsError.
     """
     with seeded(seed, 0, "initial weights"):
         reseed(generators_of(build), seed, 0, "initial weights")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from choral.metrics import is_falling
 
 if TYPE_CHECKING:
-    from choral.trainers.run_folder.run import Round
+    from choral.trainers.run_folder.run import RoundRecord
 
 
-def best_of(history: Sequence[Round]) -> int:
+def best_of(history: Sequence[RoundRecord]) -> int:
     """Return the round whose evaluation was best by the first metric, the earliest of equals; 0 before any evaluation.
 
     A choice by what ``evaluate`` says: where that reads records that a promise protects, the choice is a release of

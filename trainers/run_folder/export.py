@@ -53,9 +53,10 @@ def export(
     model: of the run's architecture; copied. LoRA factors are merged into their weights; dropout is off.
     example_inputs: the tensors that ``forward`` takes, each of shape (n, ...) with the same n >= 1.
     path: ``.pt2``, to load by ``torch.export.load``, or ``.onnx`` (needs the extra ``choral[onnx]``); a new file.
-    Raises: ConfigError for another ending, inputs of other kinds, a file that is there, a missing extra; StartError if
-        the weights are not the model's; ExportError if the model cannot be traced or exported, or if the outputs of
-        the file differ by more than 1e-4 of the largest, for one record, two, or all of the example inputs.
+    Raises: ConfigError for another ending, inputs of other kinds, a file that is there, a missing extra;
+        InitialWeightsError if the weights are not the model's; ExportError if the model cannot be traced or exported,
+        or if the outputs of the file differ by more than 1e-4 of the largest, for one record, two, or all of the
+        example inputs.
     """
     path = Path(path)
     inputs = _checked(example_inputs)

@@ -15,9 +15,9 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
 from choral.trainers.run_folder import run as folders
-from choral.trainers.run_folder.algorithm_state import Memory, read_memory, write_memory
+from choral.trainers.run_folder.algorithm_state import AlgorithmState, read_algorithm_state, write_algorithm_state
 from choral.trainers.run_folder.best_round import best_of
-from choral.trainers.run_folder.run import Round, Run, RunInfo, Sealed
+from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo, Sealed
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.per_party import PerParty
 from choral.trainers.task.task import EvaluateParty
@@ -35,7 +35,7 @@ class Recorder:
         self,
         folder: Path | None,
         info: RunInfo,
-        history: list[Round],
+        history: list[RoundRecord],
         state: dict[str, torch.Tensor],
         claim: BinaryIO | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class Recorder:
         return not self._history
 
     @property
-    def history(self) -> Sequence[Round]:
+    def history(self) -> Sequence[RoundRecord]:
         """The rounds so far."""
         return self._history
 
@@ -153,30 +153,32 @@ class Recorder:
                 folders.read_optimizer(self._folder, optimizer, self.completed)
         return layout.read()
 
-    def memory(self) -> Memory:
+    def algorithm_state(self) -> AlgorithmState:
         """What server and parties had kept after the last complete round. Raises: RunFolderError if it is damaged."""
-        return read_memory(self._folder, self.completed) if self._folder and self.completed else Memory()
+        return (
+            read_algorithm_state(self._folder, self.completed) if self._folder and self.completed else AlgorithmState()
+        )
 
     def clips(self, privacy: object) -> dict[str, float]:
         """Where record-level adaptive clipping had come to, by data holder. Raises: RunFolderError if that is lost."""
         if not isinstance(privacy, Privacy) or not isinstance(privacy.max_grad_norm, AdaptiveClip) or not self._folder:
             return {}
-        kept = self.memory().clips
+        kept = self.algorithm_state().clips
         if self.completed and not kept:
             raise folders.RunFolderError(
                 f"where the clipping norms were after round {self.completed} is lost",
-                hint=f"restore memory.{self.completed}.safetensors, or run again in a new folder; with AdaptiveClip and"
-                " several processes there is none, and no resume",
+                hint=f"restore algorithm_state.{self.completed}.safetensors, or run again in a new folder;"
+                " with AdaptiveClip and several processes there is none, and no resume",
             )
         return kept
 
     def add(
         self,
-        entry: Round,
+        entry: RoundRecord,
         model: nn.Module,
         spent: Mapping[str, Spent] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        memory: Memory | None = None,
+        algorithm_state: AlgorithmState | None = None,
         sealed: Sealed | None = None,
     ) -> None:
         """Record one completed round. The weights are written last: they make it complete."""
@@ -197,8 +199,8 @@ class Recorder:
             folders.write_info(self._folder, self._info)
             if optimizer:
                 folders.write_optimizer(self._folder, optimizer, entry.round)
-            if memory is not None and (memory or memory.clips):
-                write_memory(self._folder, memory, entry.round)
+            if algorithm_state is not None and (algorithm_state or algorithm_state.clips):
+                write_algorithm_state(self._folder, algorithm_state, entry.round)
         if best_of(self._history) == entry.round:
             self._best = self._state
             if self._folder:

@@ -1,10 +1,10 @@
 """A run and its folder: what was asked, what happened round by round, the trained weights.
 
     DIR/run.json            RunInfo: settings, parties, versions, budgets spent
-    DIR/history.jsonl       one Round per line, appended when the round is complete
+    DIR/history.jsonl       one RoundRecord per line, appended when the round is complete
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
-    DIR/memory.R.safetensors     what the algorithm's server and parties keep after round R (see memory.py)
+    DIR/algorithm_state.R.safetensors  what the algorithm's server and parties keep after round R
     DIR/cohorts.secret           from which cohorts are drawn, for the coordinator alone (see participation.py)
     DIR/ledger/NAME.jsonl   one privacy ledger per data holder
     DIR/transcript/         what the server saw, if that was to be recorded
@@ -70,7 +70,7 @@ class RunFolderError(ChoralError):
     """A run folder is missing, incomplete, damaged, of another version, or holds another run."""
 
 
-class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of the history. Round 0 is the initial model, before any training.
 
     metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
@@ -199,7 +199,7 @@ class Run:
     """
 
     info: RunInfo
-    history: tuple[Round, ...]
+    history: tuple[RoundRecord, ...]
     state: Mapping[str, torch.Tensor]
     folder: Path | None = None
     ledgers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -298,7 +298,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     sync_folder(path.parent)
 
 
-def checked_json(entry: RunInfo | Round) -> bytes:
+def checked_json(entry: RunInfo | RoundRecord) -> bytes:
     """Return its JSON. Raises: RunFolderError, before anything is written, if it could not be read back as it is."""
     try:
         return encoded(entry)
@@ -335,7 +335,7 @@ def _python_value(value: Any) -> int | float | str:
     raise TypeError(f"a {type(value).__name__} is neither a number nor a text")
 
 
-def history_lines(history: Sequence[Round]) -> bytes:
+def history_lines(history: Sequence[RoundRecord]) -> bytes:
     """The lines of history.jsonl. Raises: as :func:`checked_json`."""
     return b"".join(checked_json(entry) + b"\n" for entry in history)
 
@@ -365,7 +365,7 @@ def read_info(folder: Path) -> RunInfo:
         raise RunFolderError(f"{path} is damaged: {error}", hint="restore it, or run again in a new folder") from None
 
 
-def append_round(folder: Path, entry: Round) -> None:
+def append_round(folder: Path, entry: RoundRecord) -> None:
     line = history_lines([entry])
     with (folder / "history.jsonl").open("ab") as file:
         file.write(line)
@@ -373,17 +373,17 @@ def append_round(folder: Path, entry: Round) -> None:
         os.fsync(file.fileno())
 
 
-def read_history(folder: Path, last: int) -> tuple[Round, ...]:
+def read_history(folder: Path, last: int) -> tuple[RoundRecord, ...]:
     """The complete rounds up to ``last``; a torn or surplus tail belongs to a round that was cut short."""
     path = folder / "history.jsonl"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no history.jsonl", hint="the folder is incomplete; run again in a new one")
-    entries: list[Round] = []
+    entries: list[RoundRecord] = []
     for line in path.read_bytes().splitlines():
         if len(entries) > last:
             break
         try:
-            entries.append(msgspec.json.decode(line, type=Round))
+            entries.append(msgspec.json.decode(line, type=RoundRecord))
         except msgspec.DecodeError as error:
             raise RunFolderError(f"{path}, line {len(entries) + 1}, is damaged: {error}") from None
     if [entry.round for entry in entries] != list(range(last + 1)):
@@ -446,8 +446,13 @@ def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, round_number
 def write_side_file(
     folder: Path, name: str, state: Mapping[str, torch.Tensor], round_number: int, **metadata: str
 ) -> None:
-    """Write NAME.ROUND.safetensors, and drop those of more than one round before."""
+    """Write NAME.ROUND.safetensors, and delete those of more than one round before."""
     replace_file(folder / f"{name}.{round_number}.safetensors", _weights(state, round_number, **metadata))
+    drop_earlier(folder, name, round_number)
+
+
+def drop_earlier(folder: Path, name: str, round_number: int) -> None:
+    """Delete every NAME.ROUND.safetensors but those of this round and the one before."""
     for old in folder.glob(f"{name}.*.safetensors"):
         if old.name not in {f"{name}.{number}.safetensors" for number in (round_number, round_number - 1)}:
             old.unlink()

@@ -1,6 +1,6 @@
 """What the server of a run saw: every message, recorded as the run goes, for the audit.
 
-    DIR/transcript/index.jsonl   per session an Opened, then a Seen for each message (and each Vector, in rehearsals)
+    DIR/transcript/index.jsonl   per session an Opened, an ObservedMessage for each message, in rehearsals each Vector
     DIR/transcript/messages.bin  their bytes, one after another; not with detail "digests"
 
 detail: "digests" keeps size and SHA-256 of each message; "messages" keeps the messages themselves, which is what the
@@ -54,7 +54,9 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     modulus_bits: int
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="is", tag="message"):
+class ObservedMessage(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="is", tag="message"
+):
     """One message. round: 0 while the session opens. sha256: hexadecimal. at: where its bytes start, None if not
     kept."""
 
@@ -76,7 +78,7 @@ class Vector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sha256: str | None = None
 
 
-Entry = Opened | Seen | Vector
+Entry = Opened | ObservedMessage | Vector
 
 
 class Transcript:
@@ -158,7 +160,9 @@ class Transcript:
     def _saw(self, way: Way, party: str, raw: bytes) -> None:
         at = None if self._detail == "digests" else self._keep(raw)
         digest = hashlib.sha256(raw).hexdigest()
-        self._entries.append(Seen(round=self.round, way=way, party=party, size=len(raw), sha256=digest, at=at))
+        self._entries.append(
+            ObservedMessage(round=self.round, way=way, party=party, size=len(raw), sha256=digest, at=at)
+        )
 
     def _keep(self, raw: bytes) -> int:
         at = self._at
@@ -232,7 +236,7 @@ class Recorded:
             if not isinstance(entry, Opened) and entry.at is not None:
                 self._slice(entry.at, entry.size, entry.sha256)
 
-    def raw(self, entry: Seen) -> bytes | None:
+    def raw(self, entry: ObservedMessage) -> bytes | None:
         """The bytes of a message, None if they were not kept."""
         return None if entry.at is None else self._slice(entry.at, entry.size, entry.sha256)
 

@@ -20,7 +20,7 @@ from choral.trainers.task.lora import adapter_names
 Start = Mapping[str, torch.Tensor] | str | Path
 
 
-class StartError(ChoralError):
+class InitialWeightsError(ChoralError):
     """The weights to start from are missing, damaged, or not those of the model."""
 
 
@@ -40,23 +40,23 @@ class Weights:
     def read(cls, start: Start) -> Self:
         """Nothing is unpickled: a file must be .safetensors.
 
-        Raises: StartError if the file is missing, of another kind or damaged, or if the mapping is not one of names to
-            tensors.
+        Raises: InitialWeightsError if the file is missing, of another kind or damaged, or if the mapping is not one of
+            names to tensors.
         """
         if isinstance(start, str | Path):
             content = _bytes_of(Path(start))
             try:
                 return cls(load_safetensors(content), Path(start).name, hashlib.sha256(content).hexdigest())
             except (SafetensorError, ValueError, KeyError) as error:
-                raise StartError(f"{start} is damaged: {error}", hint="fetch or save it again") from None
+                raise InitialWeightsError(f"{start} is damaged: {error}", hint="fetch or save it again") from None
         if not isinstance(start, Mapping):
-            raise StartError(
+            raise InitialWeightsError(
                 f"start is a {type(start).__name__}; expected a state dict, or the path of a .safetensors file",
                 hint="give model.state_dict()",
             )
         for name, tensor in start.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise StartError(
+                raise InitialWeightsError(
                     f"start[{name!r}] is a {type(tensor).__name__}; expected names to tensors",
                     hint="give the state dict itself, not a checkpoint around it",
                 )
@@ -74,8 +74,8 @@ class Weights:
         Names, shapes and dtypes must be the model's, with two exceptions: of parameters that are tied in the model one
         name is enough (others must agree), and the state dict of a model before :func:`lora` lacks all adapters, which
         then start as ``build`` made them: adding nothing.
-        Raises: StartError naming the first tensors that are missing, unexpected, of another shape or dtype, not finite,
-            or that disagree where the model ties them.
+        Raises: InitialWeightsError naming the first tensors that are missing, unexpected, of another shape or dtype,
+            not finite, or that disagree where the model ties them.
         """
         own = model.state_dict(keep_vars=True)
         state = dict(self.state)
@@ -86,14 +86,16 @@ class Weights:
             given = [name for name in names if name in state]
             for name in given[1:]:
                 if not torch.equal(state[name], state[given[0]]):
-                    raise StartError(f"{self.source}: {given[0]!r} and {name!r} differ, but the model ties them")
+                    raise InitialWeightsError(
+                        f"{self.source}: {given[0]!r} and {name!r} differ, but the model ties them"
+                    )
             state |= {name: state[given[0]] for name in names if given}
         if missing := sorted(own.keys() - state.keys()):
-            raise StartError(
+            raise InitialWeightsError(
                 f"{self.source} lacks {_some(missing)} of the model", hint="start from the same architecture"
             )
         if unexpected := sorted(state.keys() - own.keys()):
-            raise StartError(
+            raise InitialWeightsError(
                 f"{self.source} has {_some(unexpected)}, which the model lacks",
                 hint="start from the same architecture; rename or drop tensors before",
             )
@@ -105,16 +107,16 @@ class Weights:
 
 def _bytes_of(path: Path) -> bytes:
     if path.suffix != ".safetensors":
-        raise StartError(
+        raise InitialWeightsError(
             f"{path} is not a .safetensors file, and other kinds may run code when they are read",
             hint="convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), ...)",
         )
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise StartError(f"no such file: {path}", hint="the weights to start from") from None
+        raise InitialWeightsError(f"no such file: {path}", hint="the weights to start from") from None
     except OSError as error:
-        raise StartError(f"cannot read {path}: {error.strerror}") from None
+        raise InitialWeightsError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _tied(own: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -127,16 +129,16 @@ def _tied(own: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 def _check(name: str, tensor: torch.Tensor, own: torch.Tensor, source: str) -> None:
     if tensor.shape != own.shape:
-        raise StartError(
+        raise InitialWeightsError(
             f"{source}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}",
             hint="start from the same architecture (number of classes, widths)",
         )
     if tensor.dtype != own.dtype:
-        raise StartError(
+        raise InitialWeightsError(
             f"{source}: {name!r} is {tensor.dtype}, expected {own.dtype}", hint="convert it, e.g. tensor.float()"
         )
     if not torch.isfinite(tensor).all():
-        raise StartError(f"{source}: {name!r} holds NaN or infinite numbers", hint="the weights are of no use")
+        raise InitialWeightsError(f"{source}: {name!r} holds NaN or infinite numbers", hint="the weights are of no use")
 
 
 def _some(names: list[str]) -> str:

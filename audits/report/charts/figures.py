@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from choral.audits.findings.schema import Arm, BudgetCurve, Point, Trace
+from choral.audits.findings.schema import ArmResult, BudgetCurve, Point, Trace
 from choral.audits.findings.text import cost, is_gap, is_percent, score
 from choral.audits.report.charts.axes import Axis
 from choral.audits.report.charts.svg import LABEL_GAP, REFERENCE, Chart, shortened, ticks
@@ -29,7 +29,7 @@ class Figure:
 
 
 def rounds_figure(
-    arms: Sequence[Arm],
+    arms: Sequence[ArmResult],
     metric: str,
     colours: Mapping[str, int],
     references: Mapping[str, float] | None = None,
@@ -88,7 +88,7 @@ def _thin(curve: Sequence[Point]) -> list[Point]:
 
 
 def budget_figure(
-    curves: Sequence[BudgetCurve], references: Sequence[Arm], metric: str, colours: Mapping[str, int]
+    curves: Sequence[BudgetCurve], references: Sequence[ArmResult], metric: str, colours: Mapping[str, int]
 ) -> Figure:
     """Budget against the metric: points with 95 % intervals, and arms without privacy as level lines."""
     said = "; ".join(
@@ -105,7 +105,12 @@ def budget_figure(
 
 
 def _budgets(
-    curves: Sequence[BudgetCurve], references: Sequence[Arm], metric: str, colours: Mapping[str, int], *, wide: bool
+    curves: Sequence[BudgetCurve],
+    references: Sequence[ArmResult],
+    metric: str,
+    colours: Mapping[str, int],
+    *,
+    wide: bool,
 ) -> Chart:
     points = [point for curve in curves for point in curve.points]
     edges = [edge for p in points for edge in (p.metric.low, p.metric.high) if edge is not None]
@@ -147,7 +152,7 @@ def _data(chart: Chart, pixels: float) -> float:
     return pixels / (chart.width - chart.left - chart.right) * (chart.x[1] - chart.x[0])
 
 
-def holders_figure(arms: Sequence[Arm], colours: Mapping[str, int]) -> Figure:
+def holders_figure(arms: Sequence[ArmResult], colours: Mapping[str, int]) -> Figure:
     """Each data holder's epsilon against what was asked for."""
     private = [arm for arm in arms if arm.claim is not None]
     said = "; ".join(
@@ -165,7 +170,7 @@ def holders_figure(arms: Sequence[Arm], colours: Mapping[str, int]) -> Figure:
     )
 
 
-def _holders(arms: Sequence[Arm], colours: Mapping[str, int], *, wide: bool) -> Chart:
+def _holders(arms: Sequence[ArmResult], colours: Mapping[str, int], *, wide: bool) -> Chart:
     tall = {arm.name: 22.0 if len(arm.holders) <= NAMED_HOLDERS else max(1.0, 320 / len(arm.holders)) for arm in arms}
     height = sum(40 + tall[arm.name] * len(arm.holders) for arm in arms) + 56
     most = max(max(arm.claim.asked, arm.claim.epsilon) for arm in arms if arm.claim)

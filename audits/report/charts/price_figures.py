@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from choral.audits.costs.costs import CrossoverLine, Workload
-from choral.audits.findings.schema import Arm
+from choral.audits.findings.schema import ArmResult
 from choral.audits.findings.text import amount, score
 from choral.audits.report.charts.axes import Axis
 from choral.audits.report.charts.figures import NARROW, WIDE, Figure
@@ -71,7 +71,7 @@ def _crossover(work: Workload, lines: Sequence[CrossoverLine], word: str, *, wid
     return chart
 
 
-def progress_figure(arms: Sequence[Arm], metric: str, colours: Mapping[str, int], by: str) -> Figure | None:
+def progress_figure(arms: Sequence[ArmResult], metric: str, colours: Mapping[str, int], by: str) -> Figure | None:
     """The metric against what had been sent and received per party ("bytes"), or against seconds; log scale.
 
     None where no arm recorded that.

@@ -45,7 +45,7 @@ exit codes: 0 done / no violation found, 1 claim violated or not verifiable (aud
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class BudgetFlags:
     """Noise, cost, length or batch size of DP-SGD with Poisson sampling.
 
     Give all but one of --epsilon, --noise-multiplier, --sample-rate and --steps (or --epochs): the answer is the least
@@ -138,7 +138,7 @@ def _export(words: list[str]) -> int:
 
 
 def _budget(words: list[str]) -> int:
-    wanted = parse("budget", words, Budget)
+    wanted = parse("budget", words, BudgetFlags)
     from choral.privacy.accounting.budget import budget
 
     answer = budget(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportFlags:
     """Write the model of a finished run as a torch.export program (.pt2) or as ONNX, checked for equal outputs."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -33,7 +33,7 @@ class Export:
 
 
 def export(words: list[str]) -> int:
-    wanted = parse("export", words, Export)
+    wanted = parse("export", words, ExportFlags)
     from choral.trainers import Run
     from choral.trainers.run_folder.export import export as write
     from choral.trainers.task.task import checked_build

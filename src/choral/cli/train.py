@@ -20,13 +20,13 @@ from choral.errors import ConfigError
 from choral.failures import Failure
 from choral.jobs import comparison as comparisons
 from choral.jobs import training as jobs
-from choral.jobs.cells import rounds_to_go
+from choral.jobs.planned_runs import rounds_to_go
 from choral.jobs.settings import Arm, Settings, read_settings
-from choral.trainers import Round
+from choral.trainers import RoundRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class CompareFlags:
     """Train every arm of a comparison for several seeds, audit every run; write report.json and report.html.
 
     Exit code 0: nothing contradicts what the arms claim. 1: a claim is violated or cannot be verified. 2: wrong usage,
@@ -49,7 +49,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainFlags:
     """Train one arm into a run folder: federated, or --centralized; private if privacy.epsilon is set.
 
     By several processes: torchrun --standalone --nproc-per-node 2 -m choral train CONFIG --out DIR. Parties, or with
@@ -74,7 +74,9 @@ class Train:
 
 
 def compare(words: list[str]) -> int:
-    wanted = parse("compare", words, Compare, Compare(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
+    wanted = parse(
+        "compare", words, CompareFlags, CompareFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
+    )
     settings = wanted.settings
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -107,7 +109,9 @@ def _each_once(failed: Mapping[str, Failure]) -> Iterator[tuple[str, Failure]]:
 
 
 def train(words: list[str]) -> int:
-    wanted = parse("train", words, Train, Train(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words)))
+    wanted = parse(
+        "train", words, TrainFlags, TrainFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
+    )
     settings = wanted.settings
     name, arm = _arm(wanted)
     jobs.forget_tasks()
@@ -133,7 +137,7 @@ def train(words: list[str]) -> int:
     return 0
 
 
-def _arm(wanted: Train) -> tuple[str, Arm]:
+def _arm(wanted: TrainFlags) -> tuple[str, Arm]:
     """The arm that the flags ask for. Raises: ConfigError for an unknown arm, or both ways of naming one."""
     if wanted.arm is None:
         private = wanted.settings.privacy.epsilon is not None
@@ -152,7 +156,7 @@ def _settings(words: list[str]) -> Settings:
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, Round], None]]:
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, RoundRecord], None]]:
     """A bar over all rounds on a terminal; nothing in a pipe or with --quiet."""
     columns = (
         TextColumn("{task.description}"),
@@ -166,7 +170,7 @@ def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, Round], None]]
     with Progress(*columns, console=Console(file=sys.stderr), disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("starting", total=total)
 
-        def tick(label: str, entry: Round) -> None:
+        def tick(label: str, entry: RoundRecord) -> None:
             first = next(iter(entry.metrics.items()))
             gone = f", without {', '.join(entry.dropped)}" if entry.dropped else ""
             bar.update(task, advance=1, description=f"{label}: {first[0]} {first[1]:.3f}{gone}")

@@ -20,7 +20,7 @@ from choral.jobs.training import load_task, privacy_of, trainer_of, tuned, unit_
 if TYPE_CHECKING:
     import torch
 
-    from choral.trainers import Round, Task
+    from choral.trainers import RoundRecord, Task
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,7 +45,7 @@ def evidence_files(name: str, out: Path) -> list[Path]:
     return [file for file in (out / "evidence").glob("*.json") if own.fullmatch(file.name)]
 
 
-def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Callable[[Round], None]) -> None:
+def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Callable[[RoundRecord], None]) -> None:
     """Attack one arm and keep what came of it. A result that is there already, or a damaged file, is left as it is; an
     attack that failed is tried again. run: as for `one_run`.
     """
@@ -84,7 +84,9 @@ def _kept(file: Path) -> Attempt | str:
     return found
 
 
-def one_run(settings: Settings, name: str, on_round: Callable[[Round], None] | None = None, *, run: Path) -> ScoreAudit:
+def one_run(
+    settings: Settings, name: str, on_round: Callable[[RoundRecord], None] | None = None, *, run: Path
+) -> ScoreAudit:
     """Train the arm once, at the first seed and the headline budget, with canaries among its parties' records.
 
     Each canary is in or out by a coin of its own, and belongs to one party, the next to the next; its score is minus

@@ -18,7 +18,7 @@ from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
 from choral.failures import Failure, failure_of
 from choral.jobs.attacks import evidence_files, evidence_of
-from choral.jobs.cells import Cell, Tick, arm_folder, attacks, cells, on_curve, seeds_of
+from choral.jobs.planned_runs import PlannedRun, Tick, arm_folder, attacks, on_curve, planned_runs, seeds_of
 from choral.jobs.settings import Arm, Settings, to_json
 from choral.jobs.side_by_side import train_all
 from choral.jobs.training import (
@@ -55,7 +55,7 @@ _MAY_CHANGE = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """What came of a comparison. failed: runs, by their labels. troubles: what could not be said or written after."""
 
     comparison: Comparison
@@ -67,7 +67,9 @@ class Outcome:
         return 2 if self.troubles and self.comparison.exit_code == 0 else self.comparison.exit_code
 
 
-def run_comparison(settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick) -> Outcome:
+def run_comparison(
+    settings: Settings, out: Path, *, resume: bool, workers: int | None = None, tick: Tick
+) -> ComparisonOutcome:
     """Train every arm for every seed into ``out/arms``, compare them, and write ``out/report.json`` and ``.html``.
 
     Every run is audited; attacks that the settings ask for are kept in ``out/evidence``.
@@ -85,11 +87,11 @@ def run_comparison(settings: Settings, out: Path, *, resume: bool, workers: int 
     if workers < 1:
         raise ConfigError(f"expected workers >= 1, got {workers}", hint="leave it out for one per core")
     _open(settings, out, resume)
-    todo = list(cells(settings))
+    todo = list(planned_runs(settings))
     failed = train_all(settings, todo + attacks(settings), out, resume, workers, tick)
-    runs = _read([cell for cell in todo if cell not in failed], out, failed)
+    runs = _read([planned for planned in todo if planned not in failed], out, failed)
     headline = (None, settings.privacy.epsilon)
-    arms = _averaged(settings, {cell: run for cell, run in runs.items() if cell.epsilon in headline}, failed)
+    arms = _averaged(settings, {planned: run for planned, run in runs.items() if planned.epsilon in headline}, failed)
     if not arms:
         first = next(iter(failed.values()))
         raise _NothingTrainedError(first, len(settings.arms))
@@ -108,7 +110,7 @@ def run_comparison(settings: Settings, out: Path, *, resume: bool, workers: int 
     )
     for name in ("report.json", "report.html"):
         _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]
-    return Outcome(comparison, {cell.label: failure for cell, failure in failed.items()}, troubles)
+    return ComparisonOutcome(comparison, {planned.label: failure for planned, failure in failed.items()}, troubles)
 
 
 class _NothingTrainedError(ChoralError):
@@ -129,26 +131,28 @@ def _tried(make: Callable[[], T], otherwise: T, troubles: list[Failure]) -> T:
         return otherwise
 
 
-def _read(todo: Sequence[Cell], out: Path, failed: dict[Cell, Failure]) -> dict[Cell, Run]:
+def _read(todo: Sequence[PlannedRun], out: Path, failed: dict[PlannedRun, Failure]) -> dict[PlannedRun, Run]:
     """The runs from their folders; one that is damaged has failed."""
     from choral.trainers import Run
 
-    runs: dict[Cell, Run] = {}
-    for cell in todo:
+    runs: dict[PlannedRun, Run] = {}
+    for planned in todo:
         try:
-            runs[cell] = Run.load(cell.folder(out))
+            runs[planned] = Run.load(planned.folder(out))
         except (ChoralError, OSError) as error:
-            failed[cell] = failure_of(error)
+            failed[planned] = failure_of(error)
     return runs
 
 
-def _averaged(settings: Settings, runs: Mapping[Cell, Run], failed: dict[Cell, Failure]) -> dict[str, list[Run]]:
+def _averaged(
+    settings: Settings, runs: Mapping[PlannedRun, Run], failed: dict[PlannedRun, Failure]
+) -> dict[str, list[Run]]:
     """The runs of each arm that has any, fit to be averaged; an arm whose runs are not has failed."""
     from choral.audits.comparison.arms import check_runs
 
     arms: dict[str, list[Run]] = {}
     for name in settings.arms:
-        mine = {cell: run for cell, run in runs.items() if cell.arm == name}
+        mine = {planned: run for planned, run in runs.items() if planned.arm == name}
         try:
             if mine:
                 arms[name] = list(check_runs(name, list(mine.values()), settings.metrics))
@@ -157,28 +161,28 @@ def _averaged(settings: Settings, runs: Mapping[Cell, Run], failed: dict[Cell, F
     return arms
 
 
-def _curve(settings: Settings, name: str, runs: Mapping[Cell, Run]) -> list[Run]:
+def _curve(settings: Settings, name: str, runs: Mapping[PlannedRun, Run]) -> list[Run]:
     """The runs of a private arm at all budgets, if the curve shows it."""
     arm = settings.arms[name]
     shown = arm.private and on_curve(settings, arm)
-    return [run for cell, run in runs.items() if cell.arm == name] if shown else []
+    return [run for planned, run in runs.items() if planned.arm == name] if shown else []
 
 
 def _failed_runs(
-    settings: Settings, failed: Mapping[Cell, Failure], arms: Mapping[str, Sequence[Run]], out: Path
+    settings: Settings, failed: Mapping[PlannedRun, Failure], arms: Mapping[str, Sequence[Run]], out: Path
 ) -> list[FailedRuns]:
     """For the report: the arms of which runs failed, each with the first reason."""
     from choral.audits.findings.schema import FailedRuns
 
     rows = []
     for name in settings.arms:
-        mine = {cell: failure for cell, failure in failed.items() if cell.arm == name and not cell.attack}
+        mine = {planned: failure for planned, failure in failed.items() if planned.arm == name and not planned.attack}
         if mine:
             rows.append(
                 FailedRuns(
                     arm=name,
                     reason=next(iter(mine.values())).reason.replace(str(out), out.name),
-                    runs=tuple(cell.label.removeprefix(f"{name}, ") for cell in mine),
+                    runs=tuple(planned.label.removeprefix(f"{name}, ") for planned in mine),
                     left=len(arms.get(name, ())),
                 )
             )

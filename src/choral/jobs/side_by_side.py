@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from choral.doors import enter_by_command_line
 from choral.failures import Failure
-from choral.jobs.cells import Cell, Tick, train_cell
+from choral.jobs.planned_runs import PlannedRun, Tick, train_planned
 from choral.jobs.settings import Settings
 
 if TYPE_CHECKING:
-    from choral.trainers import Round
+    from choral.trainers import RoundRecord
 
 _DIED = Failure(
     "a worker process died", "out of memory? use fewer --workers; --resume tries it again", "its process died", ""
@@ -27,14 +27,14 @@ _DIED = Failure(
 
 
 def train_all(
-    settings: Settings, todo: Sequence[Cell], out: Path, resume: bool, workers: int, tick: Tick
-) -> dict[Cell, Failure]:
+    settings: Settings, todo: Sequence[PlannedRun], out: Path, resume: bool, workers: int, tick: Tick
+) -> dict[PlannedRun, Failure]:
     """Train the runs, ``workers`` at a time; returns those that failed. Completed rounds stay on disk."""
-    failed: dict[Cell, Failure] = {}
+    failed: dict[PlannedRun, Failure] = {}
     if workers == 1:
-        for cell in todo:
-            if (failure := train_cell(settings, cell, out, resume, tick)) is not None:
-                failed[cell] = failure
+        for planned in todo:
+            if (failure := train_planned(settings, planned, out, resume, tick)) is not None:
+                failed[planned] = failure
         return failed
     left = _pool(settings, todo, out, resume, workers, tick, failed)
     while left:  # a process died, and took the others' with it: one by one shows which it was
@@ -47,32 +47,32 @@ def train_all(
 
 def _pool(
     settings: Settings,
-    todo: Sequence[Cell],
+    todo: Sequence[PlannedRun],
     out: Path,
     resume: bool,
     workers: int,
     tick: Tick,
-    failed: dict[Cell, Failure],
-) -> list[Cell]:
+    failed: dict[PlannedRun, Failure],
+) -> list[PlannedRun]:
     """Train in fresh processes and note what failed; returns the cells that are left where one process died."""
     context = multiprocessing.get_context("spawn")
-    ticks: queue.Queue[tuple[str, Round]] = context.Queue()  # type: ignore[assignment]
+    ticks: queue.Queue[tuple[str, RoundRecord]] = context.Queue()  # type: ignore[assignment]
     threads = max(1, (os.cpu_count() or 1) // workers)
     left = dict.fromkeys(todo)
     with ProcessPoolExecutor(workers, context, _start_worker, (ticks, threads)) as pool:
-        running: dict[Future[Failure | None], Cell] = {}
+        running: dict[Future[Failure | None], PlannedRun] = {}
         try:
-            running = {pool.submit(_train_in_worker, settings, cell, out, resume): cell for cell in todo}
+            running = {pool.submit(_train_in_worker, settings, planned, out, resume): planned for planned in todo}
             while running:
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not ticks.empty():
                     tick(*ticks.get())
                 for future in done:
                     failure = future.result()
-                    cell = running.pop(future)
-                    del left[cell]
+                    planned = running.pop(future)
+                    del left[planned]
                     if failure is not None:
-                        failed[cell] = failure
+                        failed[planned] = failure
         except BrokenProcessPool:
             return list(left)
         finally:
@@ -82,10 +82,10 @@ def _pool(
     return []
 
 
-_ticks: queue.Queue[tuple[str, Round]]  # set once in each worker process
+_ticks: queue.Queue[tuple[str, RoundRecord]]  # set once in each worker process
 
 
-def _start_worker(ticks: queue.Queue[tuple[str, Round]], threads: int) -> None:
+def _start_worker(ticks: queue.Queue[tuple[str, RoundRecord]], threads: int) -> None:
     import torch
 
     global _ticks
@@ -104,5 +104,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train_in_worker(settings: Settings, cell: Cell, out: Path, resume: bool) -> Failure | None:
-    return train_cell(settings, cell, out, resume, lambda label, entry: _ticks.put((label, entry)))
+def _train_in_worker(settings: Settings, planned: PlannedRun, out: Path, resume: bool) -> Failure | None:
+    return train_planned(settings, planned, out, resume, lambda label, entry: _ticks.put((label, entry)))

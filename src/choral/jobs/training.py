@@ -18,7 +18,7 @@ from choral.jobs.settings import Arm, Settings, Unit, to_json
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
     from choral.protocols.interface import SecureSum
-    from choral.trainers import Algorithm, Participation, Round, Run, Task
+    from choral.trainers import Algorithm, Participation, RoundRecord, Run, Task
 
 
 def load_task(settings: Settings, seed: int) -> Task:
@@ -106,7 +106,7 @@ def train(
     epsilon: float | None,
     out: Path,
     resume: bool,
-    on_round: Callable[[Round], None] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
 ) -> Run:
     """Train one arm into the folder ``out``, with settings of its own tuning if it has a grid. epsilon: the budget of a
     private arm.

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from choral.audits.attacks.canaries import directions, loss_scores, record_canaries, with_canary_clients
 from choral.audits.attacks.client_canaries import audit_clients
 from choral.audits.attacks.score_audit import TooFewCanariesError, audit_training
-from choral.audits.lower_bounds.guessing import Shares
+from choral.audits.lower_bounds.guessing import FixedShares
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy
 from choral.privacy.accounting import client_noise as client_calibration
@@ -92,7 +92,7 @@ def test_canary_clients_through_masked_sums_with_noise_inside() -> None:
     run, found = audit_clients(
         **{**JOB, "rounds": 1}, privacy=promise, canaries=30,
         secure_sum=Masked(min_survivors=30, dropouts=1, corrupt=1),
-        confidence=0.6, guessing=Shares((1.0,)),
+        confidence=0.6, guessing=FixedShares((1.0,)),
     )  # fmt: skip
     assert run.info.secure_sum is not None
     assert run.info.secure_sum["name"] == "masked"

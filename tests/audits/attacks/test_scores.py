@@ -29,7 +29,7 @@ from choral.audits.findings.evidence import ScoreAudit
 from choral.audits.lower_bounds import one_run
 from choral.audits.lower_bounds import trade_off as fdp
 from choral.audits.lower_bounds import trials as bounds
-from choral.audits.lower_bounds.guessing import Shares, Split, ranking, right
+from choral.audits.lower_bounds.guessing import FixedShares, SampleSplit, ranking, right
 from choral.errors import ChoralError, ConfigError, DataError
 
 
@@ -103,10 +103,12 @@ def _null_rate(bound: Callable[[np.ndarray, np.ndarray], float], draws: int, siz
 
 DELTA = 1e-5
 PROCEDURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "one run, four shares": lambda s, c: Shares().run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
-    "one run, one share": lambda s, c: Shares((0.3,)).run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
-    "one run, split": lambda s, c: Split().run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
-    "f-DP, four shares": lambda s, c: Shares().run(s, c, _fdp, 0.05).epsilon,
+    "one run, four shares": lambda s, c: FixedShares().run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
+    "one run, one share": lambda s, c: (
+        FixedShares((0.3,)).run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon
+    ),
+    "one run, split": lambda s, c: SampleSplit().run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
+    "f-DP, four shares": lambda s, c: FixedShares().run(s, c, _fdp, 0.05).epsilon,
     "Clopper-Pearson, split": lambda s, c: bounds.clopper_pearson(_counts(s, c, None, DELTA), delta=DELTA),
     "Clopper-Pearson, fixed": lambda s, c: bounds.clopper_pearson(_counts(s, c, 0.7, DELTA), delta=DELTA),
 }
@@ -214,8 +216,8 @@ def test_too_few_canaries_say_how_many_are_needed() -> None:
     found = audit_scores(*shifted(100, 1.0), design="coins", delta=1e-5, claimed=5.0)
     needed = canaries_needed(5.0, delta=1e-5)
     assert f"{needed} canaries are needed" in found.notes[0]
-    assert Shares().ceiling(needed, lambda m, r, v, b: _one_run(m, r, v, b), 0.05) >= 5.0
-    assert Shares().ceiling(needed - 4, lambda m, r, v, b: _one_run(m, r, v, b), 0.05) < 5.0
+    assert FixedShares().ceiling(needed, lambda m, r, v, b: _one_run(m, r, v, b), 0.05) >= 5.0
+    assert FixedShares().ceiling(needed - 4, lambda m, r, v, b: _one_run(m, r, v, b), 0.05) < 5.0
 
 
 def test_audit_training_flips_trains_and_judges() -> None:
@@ -251,7 +253,7 @@ def test_audit_training_flips_trains_and_judges() -> None:
         ({"design": "coins", "claimed": 0.0}, "claimed epsilon"),
         ({"design": "coins", "claimed": math.inf}, "claimed epsilon"),
         ({"design": "coins", "threshold": 0.5}, "threshold to 'runs'"),
-        ({"design": "runs", "guessing": Shares()}, "guessing belongs"),
+        ({"design": "runs", "guessing": FixedShares()}, "guessing belongs"),
         ({"design": "coins", "null_draws": 0}, "null_draws"),
     ],
 )
@@ -264,7 +266,7 @@ def test_bad_settings(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.5,), (math.nan,)])
 def test_bad_shares(shares: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="shares"):
-        Shares(shares)
+        FixedShares(shares)
 
 
 def test_files_are_read_as_they_are(tmp_path: Path) -> None:
@@ -319,7 +321,7 @@ def test_exactly_half_is_said_to_be_suspicious() -> None:
     assert not audit_scores(rng.normal(size=400), members, design="coins", delta=1e-5, null_draws=5).notes
 
 
-@pytest.mark.parametrize("plan", [Shares(), Shares((0.3,)), Split(), Split((0.1, 1.0))], ids=repr)
+@pytest.mark.parametrize("plan", [FixedShares(), FixedShares((0.3,)), SampleSplit(), SampleSplit((0.1, 1.0))], ids=repr)
 @pytest.mark.parametrize("canaries", [200, 201, 402])
 def test_the_ceiling_is_over_as_many_canaries_as_are_judged_and_nobody_is_above_it(plan: Any, canaries: int) -> None:
     """The bound is judged on all canaries where shares are fixed, on half of them where one half chose."""
@@ -331,7 +333,7 @@ def test_the_ceiling_is_over_as_many_canaries_as_are_judged_and_nobody_is_above_
         return one_run.lower_bound(tested, guesses, right, delta=1e-5, beta=beta)
 
     reached = plan.run(np.where(members, 1.0, -1.0) * (1.0 + np.arange(canaries)), members, bound, 0.05)
-    tested = canaries // 2 if isinstance(plan, Split) else canaries
+    tested = canaries // 2 if isinstance(plan, SampleSplit) else canaries
     assert reached.canaries == tested == asked[-1]
     asked.clear()
     most = plan.ceiling(canaries, bound, 0.05)

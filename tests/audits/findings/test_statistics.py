@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from choral.audits.findings.schema import Holder
+from choral.audits.findings.schema import DataOwner
 from choral.audits.findings.statistics import difference_interval, mean_interval, spreads
 
 VALUES = [0.961, 0.972, 0.958, 0.969, 0.975]
@@ -77,9 +77,9 @@ def test_bad_values_are_refused(values: list[float]) -> None:
         difference_interval(values, VALUES)
 
 
-def holders(epsilons: list[float], rates: list[float | None]) -> list[Holder]:
+def holders(epsilons: list[float], rates: list[float | None]) -> list[DataOwner]:
     return [
-        Holder(name=str(n), examples=10 * n, epsilon=e, steps=1, noise_multiplier=1.0 + n, sample_rate=q)
+        DataOwner(name=str(n), examples=10 * n, epsilon=e, steps=1, noise_multiplier=1.0 + n, sample_rate=q)
         for n, (e, q) in enumerate(zip(epsilons, rates, strict=True))
     ]
 

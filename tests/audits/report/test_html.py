@@ -17,7 +17,7 @@ from choral.audits import Comparison, audit, compare
 from choral.audits.report.charts.figures import rounds_figure
 from choral.audits.report.charts.svg import ARM_CLASSES, arm_classes, spread, ticks
 from choral.audits.report.html import audit_page, comparison_page, settings
-from choral.trainers import Round, Run
+from choral.trainers import RoundRecord, Run
 
 MakeRun = Callable[..., Run]
 Arms = dict[str, list[Run]]
@@ -247,7 +247,7 @@ def test_a_hostile_metric_name_is_escaped_in_the_pictures(make_run: MakeRun) -> 
     assert Page(html).stack == []
 
 
-def replace_metrics(entry: Round, metrics: dict[str, float]) -> Round:
+def replace_metrics(entry: RoundRecord, metrics: dict[str, float]) -> RoundRecord:
     return msgspec.structs.replace(entry, metrics=metrics)
 
 

@@ -18,7 +18,7 @@ from choral.trainers import DivergedError, Dropouts, Participation, RunFolderErr
 from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
 from choral.trainers.algorithms.interface import Train
 from choral.trainers.local_steps.resident_model import Resident
-from choral.trainers.run_folder.algorithm_state import read_memory
+from choral.trainers.run_folder.algorithm_state import read_algorithm_state
 
 from .conftest import RATE, build, fit
 
@@ -113,14 +113,14 @@ def test_what_parties_keep_agrees_with_the_server_though_some_were_lost(convex, 
     run = federate(**job, algorithm=KINDS[kind](), out=tmp_path / "run")
     assert bool(run.history[1].failed) == fails
     assert min(entry.survivors for entry in run.history[1:] if not entry.failed) < 4
-    memory = read_memory(tmp_path / "run", 6)
+    kept = read_algorithm_state(tmp_path / "run", 6)
     total = sum(oracle.counts.values())
     if kind == "scaffold":
-        mean = sum(oracle.counts[name] * state["variate"].double() for name, state in memory.parties.items()) / total
+        mean = sum(oracle.counts[name] * state["variate"].double() for name, state in kept.parties.items()) / total
         assert mean.abs().max() > 0.05
-        torch.testing.assert_close(memory.server["control"].double(), mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(kept.server["control"].double(), mean, rtol=0, atol=1e-6)
     else:
-        blocks = {name: state["dual"].numpy() for name, state in memory.parties.items()}
+        blocks = {name: state["dual"].numpy() for name, state in kept.parties.items()}
         primal = sum((block * oracle.data[name][1]) @ oracle.data[name][0] for name, block in blocks.items())
         flat = torch.cat([tensor.reshape(-1) for tensor in run.state.values()]).numpy()
         assert np.abs(flat - primal / (0.01 * total)).max() < 1e-5
@@ -146,7 +146,7 @@ def test_corrections_come_after_clipping_and_noise(shards):
     torch.testing.assert_close(done.vector, torch.full((7,), -4 * RATE), rtol=0, atol=1e-2)
 
 
-def test_a_lost_memory_is_refused(convex, tmp_path):
+def test_a_lost_algorithm_state_is_refused(convex, tmp_path):
     job = convex(rounds=3) | {"algorithm": FedAdam()}
 
     def stop(entry):
@@ -155,9 +155,27 @@ def test_a_lost_memory_is_refused(convex, tmp_path):
 
     with pytest.raises(Stop):
         federate(**job, out=tmp_path / "run", on_round=stop)
-    (tmp_path / "run" / "memory.2.safetensors").unlink()
+    (tmp_path / "run" / "algorithm_state.2.safetensors").unlink()
     with pytest.raises(RunFolderError, match="fedadam kept after round 2 is missing"):
         federate(**job, out=tmp_path / "run", resume=True)
+
+
+def test_the_algorithm_state_of_an_earlier_version_is_read_and_its_file_goes(convex, tmp_path):
+    """Earlier versions called it memory.ROUND.safetensors."""
+    job = convex(rounds=4) | {"algorithm": FedAdam()}
+    straight = federate(**job)
+
+    def stop(entry):
+        if entry.round == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        federate(**job, out=tmp_path / "run", on_round=stop)
+    for file in (tmp_path / "run").glob("algorithm_state.*"):
+        file.rename(file.with_name(file.name.replace("algorithm_state", "memory")))
+    resumed = federate(**job, out=tmp_path / "run", resume=True)
+    assert all(torch.equal(resumed.state[name], tensor) for name, tensor in straight.state.items())
+    assert list((tmp_path / "run").glob("memory.*")) == []
 
 
 RECORD = Privacy(epsilon=8.0, delta=1e-3)

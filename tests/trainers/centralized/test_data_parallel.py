@@ -16,7 +16,7 @@ import torch
 from choral import Privacy, Run, centralize
 from choral.cli.command_line import main
 from choral.errors import ConfigError
-from choral.trainers.centralized.data_parallel import Shares, Workers
+from choral.trainers.centralized.data_parallel import BatchShares, Workers
 from choral.trainers.task.task import TaskError
 
 ROOT = Path(__file__).parents[3]
@@ -176,7 +176,7 @@ def test_shares_are_every_second_record_of_one_processes_batches(monkeypatch):
         workers = Workers(rank, 2)
         monkeypatch.setattr(workers, "from_first", lambda numbers: numbers)
         torch.manual_seed(3)
-        shares = Shares(loader, workers)
+        shares = BatchShares(loader, workers)
         assert len(shares) == 3
         assert shares.batch_size == 4
         got = [[(batch.tolist(), workers.share) for batch in shares] for _ in range(2)]

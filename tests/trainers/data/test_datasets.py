@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from choral.errors import ConfigError, DataError
 from choral.trainers.data import TASKS
 from choral.trainers.data.sets import adult, comments, fashion, shakespeare
-from choral.trainers.data.tables import Table, parties_of
+from choral.trainers.data.tables import DataTable, parties_of
 from choral.trainers.task.settings import Split, Training
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -149,7 +149,7 @@ def test_digits_have_no_key():
 @pytest.mark.parametrize("kind", ["key", "dirichlet"])
 def test_dealt_again_each_party_has_as_many_and_all_records_stay(kind):
     keys = np.repeat(["a", "b", "c"], [10, 20, 70])
-    table = Table(features=torch.arange(100.0)[:, None], labels=torch.arange(100) % 2, keys=keys)
+    table = DataTable(features=torch.arange(100.0)[:, None], labels=torch.arange(100) % 2, keys=keys)
     split = Split(kind=kind, parties=3, min_records=1)
     before = parties_of(table, split, 4)
     after = parties_of(table, dataclasses.replace(split, reshuffle=True), 4)

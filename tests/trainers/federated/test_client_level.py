@@ -185,7 +185,7 @@ def test_an_arm_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
-    from choral.jobs.comparison import cells
+    from choral.jobs.comparison import planned_runs
     from choral.jobs.settings import Arm, PrivacySettings, Settings
 
     arms = {"record": Arm(private=True), "client": Arm(private=True, unit="client")}
@@ -194,8 +194,8 @@ def test_the_curve_over_budgets_keeps_to_one_unit() -> None:
         chosen = {name: arm for name, arm in arms.items() if (unit, name) != ("client", "record")}
         settings = Settings(seeds=1, epsilons=(1, 2), privacy=PrivacySettings(epsilon=8, unit=unit), arms=chosen)  # type: ignore[arg-type]
         found: dict[str, list[float | None]] = {}
-        for cell in cells(settings):
-            found.setdefault(cell.arm, []).append(cell.epsilon)
+        for planned in planned_runs(settings):
+            found.setdefault(planned.arm, []).append(planned.epsilon)
         assert found == {name: [1, 2, 8] if name in on_curve else [8] for name in chosen}
 
 

@@ -11,7 +11,7 @@ import torch
 from choral import federate
 from choral.trainers import Run, RunFolderError
 from choral.trainers.run_folder.best_round import best_of
-from choral.trainers.run_folder.run import Round
+from choral.trainers.run_folder.run import RoundRecord
 
 SCORES = {"accuracy": [0.1, 0.4, 0.9, 0.7, 0.9, 0.2], "loss": [9.0, 3.0, 0.5, 0.8, 0.5, 4.0]}
 
@@ -50,7 +50,7 @@ def test_the_earliest_best_round_is_kept_beside_the_last(tmp_path: Path, metric:
 
 
 def test_a_resumed_run_keeps_what_was_best_before_and_after(tmp_path: Path) -> None:
-    def stop(entry: Round) -> None:
+    def stop(entry: RoundRecord) -> None:
         if entry.round == 1:
             raise KeyboardInterrupt
 

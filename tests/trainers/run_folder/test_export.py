@@ -11,7 +11,7 @@ from torch import nn
 from choral import federate
 from choral.cli.command_line import main
 from choral.errors import ConfigError
-from choral.trainers import StartError, lora
+from choral.trainers import InitialWeightsError, lora
 from choral.trainers.run_folder import export as exporting
 from choral.trainers.run_folder.export import ExportError, _compare, export
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_exported_leaves_no_file(tmp_path, make, inputs, name, er
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    with pytest.raises(StartError, match="shape"):
+    with pytest.raises(InitialWeightsError, match="shape"):
         export(nn.Linear(5, 2), nn.Linear(5, 3).state_dict(), torch.randn(3, 5), tmp_path / "model.pt2")
 
 

@@ -23,7 +23,7 @@ from choral.privacy import AdaptiveClip, PerLayerClip
 from choral.privacy.dpsgd.clipping import settings_of
 from choral.trainers import RunFolderError
 from choral.trainers.run_folder import run as folders
-from choral.trainers.run_folder.algorithm_state import read_memory
+from choral.trainers.run_folder.algorithm_state import read_algorithm_state
 
 
 def test_round_trip(job, tmp_path):
@@ -86,13 +86,13 @@ def test_an_adaptive_clipping_norm_goes_on_where_it_was(job, tmp_path, trainer):
     privacy = Privacy(epsilon=4.0, delta=1e-3, max_grad_norm=adaptive)
     with pytest.raises(Stop):
         trainer(**job(rounds=4), privacy=privacy, out=tmp_path / "run", on_round=interrupt(after=2))
-    halfway = read_memory(tmp_path / "run", 2).clips
+    halfway = read_algorithm_state(tmp_path / "run", 2).clips
     assert all(clip != 0.01 for clip in halfway.values())
-    lost = (tmp_path / "run" / "memory.2.safetensors").read_bytes()
-    (tmp_path / "run" / "memory.2.safetensors").unlink()
+    lost = (tmp_path / "run" / "algorithm_state.2.safetensors").read_bytes()
+    (tmp_path / "run" / "algorithm_state.2.safetensors").unlink()
     with pytest.raises(RunFolderError, match="clipping norms were after round 2 is lost"):
         trainer(**job(rounds=4), privacy=privacy, out=tmp_path / "run", resume=True)
-    (tmp_path / "run" / "memory.2.safetensors").write_bytes(lost)
+    (tmp_path / "run" / "algorithm_state.2.safetensors").write_bytes(lost)
     starts = []
 
     def fit(model, optimizer, loader):

@@ -21,7 +21,7 @@ from choral import ClientPrivacy, Masked, Privacy, centralize, federate
 from choral.errors import ConfigError
 from choral.privacy import PrivacyError
 from choral.trainers import FSVRG, GD, Epochs, Run, TaskError
-from choral.trainers.centralized.data_parallel import Shares, Workers
+from choral.trainers.centralized.data_parallel import BatchShares, Workers
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.local_steps.logistic_regression import ClosedForm
 from choral.trainers.local_steps.resident_model import Resident
@@ -312,7 +312,7 @@ def test_reading_ahead_is_for_torchs_own_loader_on_cuda_alone(parties):
     private = PRIVACY.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)[2]
     assert isinstance(private, DataLoader)
     assert not reads_ahead(private, CUDA)
-    assert not reads_ahead(Shares(loader, Workers(0, 2)), CUDA)
+    assert not reads_ahead(BatchShares(loader, Workers(0, 2)), CUDA)
     assert not reads_ahead([1, 2], CUDA)
 
 

@@ -15,7 +15,7 @@ from choral.privacy import ClientPrivacy
 from choral.trainers import Run, TaskError, VirtualParties
 from choral.trainers.data import TASKS
 from choral.trainers.data.partition import split_alike
-from choral.trainers.data.tables import Table, held_out_of, parties_of
+from choral.trainers.data.tables import DataTable, held_out_of, parties_of
 from choral.trainers.task.per_party import LEAST_RECORDS, NOTE
 from choral.trainers.task.settings import Split, Training
 
@@ -168,7 +168,7 @@ def test_records_are_dealt_by_label_in_the_proportions_of_the_shares():
 
 def table(count, seed, owners):
     random = np.random.default_rng(seed)
-    return Table(
+    return DataTable(
         features=torch.from_numpy(random.standard_normal((count, 3))).float(),
         labels=torch.from_numpy(random.integers(4, size=count)),
         keys=np.array([owners[number] for number in random.integers(len(owners), size=count)]),

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from choral import Masked, Privacy, Run, audit, centralize, federate
 from choral.errors import ConfigError
-from choral.trainers import StartError, lora
+from choral.trainers import InitialWeightsError, lora
 from choral.trainers.task.initial_weights import Weights
 
 
@@ -91,7 +91,7 @@ def test_another_start_is_refused_on_resume(job, pretrained, tmp_path):
 )
 @pytest.mark.parametrize("trainer", [federate, centralize])
 def test_other_weights_are_refused(job, pretrained, tmp_path, trainer, change, message):
-    with pytest.raises(StartError, match=message):
+    with pytest.raises(InitialWeightsError, match=message):
         trainer(**job(), start=change(dict(pretrained)), out=tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -101,14 +101,14 @@ def test_damaged_files_are_refused(pretrained, tmp_path, damage):
     path = tmp_path / "base.safetensors"
     save_file(pretrained, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StartError, match="damaged"):
+    with pytest.raises(InitialWeightsError, match="damaged"):
         Weights.read(path)
 
 
 def test_nothing_is_copied_from_weights_that_do_not_fit(pretrained):
     model = nn.Linear(5, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(StartError):
+    with pytest.raises(InitialWeightsError):
         Weights.read(pretrained | {"bias": torch.full((2,), float("nan"))}).load_into(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -127,7 +127,7 @@ def test_of_tied_weights_one_name_is_enough_and_both_must_agree():
     assert torch.equal(model.embed.weight, given)
     assert model.embed.weight is model.head.weight
     Weights.read({"head.weight": given, "embed.weight": given.clone()}).load_into(model)
-    with pytest.raises(StartError, match="ties them"):
+    with pytest.raises(InitialWeightsError, match="ties them"):
         Weights.read({"head.weight": given, "embed.weight": given + 1}).load_into(model)
 
 
@@ -195,5 +195,5 @@ def test_a_start_with_adapters_must_have_them_all(base):
     whole = dict(model.state_dict())
     Weights.read(whole).load_into(model)
     del whole["2.lora_b.weight"]
-    with pytest.raises(StartError, match=r"lacks '2\.lora_b\.weight'"):
+    with pytest.raises(InitialWeightsError, match=r"lacks '2\.lora_b\.weight'"):
         Weights.read(whole).load_into(model)

@@ -12,7 +12,7 @@ import torch
 
 from choral.errors import DataError
 from choral.trainers.data.sets.sources import Source, read
-from choral.trainers.data.tables import Table, table_task
+from choral.trainers.data.tables import DataTable, table_task
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Task
 
@@ -49,7 +49,7 @@ _WORDS = {
 _COUNTRY, _OCCUPATION, _LABEL = 13, 6, 14
 
 
-def read_adult(data_dir: str | Path | None = None) -> tuple[Table, Table]:
+def read_adult(data_dir: str | Path | None = None) -> tuple[DataTable, DataTable]:
     """Train and test table; features float32, shape (n, 50): 5 numbers, 44 flags, and whether from the US.
 
     Raises: what sources.read does; DataError for a word that the codebook lacks.
@@ -63,7 +63,7 @@ def load(split: Split, training: Training, seed: int, data_dir: str | Path | Non
     return table_task(train, test, classes=2, split=split, training=training, seed=seed)
 
 
-def _table(content: bytes) -> Table:
+def _table(content: bytes) -> DataTable:
     lines = content.decode("ascii").splitlines()
     rows = np.array([line.rstrip(".").split(", ") for line in lines if line.count(",") == 14])
     columns = [(rows[:, at].astype(float) - centre) / width for at, (centre, width) in _NUMBERS.items()]
@@ -78,4 +78,4 @@ def _table(content: bytes) -> Table:
     columns.append((rows[:, _COUNTRY] == "United-States").astype(float))
     keys = np.char.replace(rows[:, _OCCUPATION], "?", "unknown")
     features = torch.from_numpy(np.stack(columns, axis=1)).float()
-    return Table(features=features, labels=torch.from_numpy(rows[:, _LABEL] == ">50K").long(), keys=keys)
+    return DataTable(features=features, labels=torch.from_numpy(rows[:, _LABEL] == ">50K").long(), keys=keys)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from choral.trainers.data.sets.sources import Source, read
-from choral.trainers.data.tables import Table, table_task
+from choral.trainers.data.tables import DataTable, table_task
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Task
 
@@ -49,7 +49,7 @@ _PAGE_CENTRES = np.array([12.2, 2.2, 8.4])
 _PAGE_WIDTHS = np.array([2.3, 3.5, 3.1])
 
 
-def read_comments(data_dir: str | Path | None = None, *, page_columns: bool = False) -> tuple[Table, Table]:
+def read_comments(data_dir: str | Path | None = None, *, page_columns: bool = False) -> tuple[DataTable, DataTable]:
     """Train and test table; features float32, shape (n, 23) or with ``page_columns`` (n, 133).
 
     The 23: nine counts as logarithms, centred and scaled by public constants, 14 weekday flags (all 0 on some rows).
@@ -72,14 +72,14 @@ def load(split: Split, training: Training, seed: int, data_dir: str | Path | Non
     return table_task(train, test, classes=2, split=split, training=training, seed=seed)
 
 
-def _table(rows: np.ndarray[Any, Any], pages: dict[tuple[float, ...], int], page_columns: bool) -> Table:
+def _table(rows: np.ndarray[Any, Any], pages: dict[tuple[float, ...], int], page_columns: bool) -> DataTable:
     parts = [(_log(rows[:, _COUNTS]) - _CENTRES) / _WIDTHS, rows[:, _DAYS]]
     if page_columns:
         category = np.eye(_CATEGORIES)[rows[:, 3].astype(int) - 1]
         parts += [(_log(rows[:, _PAGE]) - _PAGE_CENTRES) / _PAGE_WIDTHS, category]
     keys = np.array([f"page-{pages[tuple(row)]:04d}" for row in rows[:, :4]])
     features = torch.from_numpy(np.concatenate(parts, axis=1)).float()
-    return Table(features=features, labels=torch.from_numpy(rows[:, -1] > 0).long(), keys=keys)
+    return DataTable(features=features, labels=torch.from_numpy(rows[:, -1] > 0).long(), keys=keys)
 
 
 def _log(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -24,7 +24,7 @@ from choral.trainers.data.generators import sparse_posts
 from choral.trainers.data.partition import reshuffled
 from choral.trainers.data.sets.comments import read_comments
 from choral.trainers.data.sparse_rows import SparseDataset
-from choral.trainers.data.tables import Table, shares_of
+from choral.trainers.data.tables import DataTable, shares_of
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Built, Task
 
@@ -188,11 +188,11 @@ def _linear(training: Training) -> None:
         raise ConfigError("a convex task has a linear model", hint="set training.hidden = 0")
 
 
-def _with_ones(table: Table) -> Table:
+def _with_ones(table: DataTable) -> DataTable:
     ones = torch.ones(len(table), 1)
-    return Table(features=torch.cat([table.features, ones], dim=1), labels=table.labels, keys=table.keys)
+    return DataTable(features=torch.cat([table.features, ones], dim=1), labels=table.labels, keys=table.keys)
 
 
-def _datasets(table: Table, shares: Mapping[str, torch.Tensor]) -> dict[str, SparseDataset]:
+def _datasets(table: DataTable, shares: Mapping[str, torch.Tensor]) -> dict[str, SparseDataset]:
     features = table.features.numpy()
     return {name: SparseDataset(features[share.numpy()], table.labels[share]) for name, share in shares.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from choral.trainers.data.tables import Table, held_out, table_task
+from choral.trainers.data.tables import DataTable, held_out, table_task
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Task
 
@@ -18,8 +18,8 @@ def load(split: Split, training: Training, seed: int) -> Task:
     return table_task(train, test, classes=10, split=split, training=training, seed=seed)
 
 
-def _digits() -> Table:
+def _digits() -> DataTable:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    return Table(features=torch.from_numpy(pixels).float() / 16, labels=torch.from_numpy(labels).long())
+    return DataTable(features=torch.from_numpy(pixels).float() / 16, labels=torch.from_numpy(labels).long())

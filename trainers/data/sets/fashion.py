@@ -10,7 +10,7 @@ from torch import nn
 
 from choral.errors import DataError
 from choral.trainers.data.sets.sources import Source, read
-from choral.trainers.data.tables import Table, table_classification
+from choral.trainers.data.tables import DataTable, table_classification
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Task
 
@@ -27,13 +27,13 @@ SOURCES = {
 }
 
 
-def read_fashion(data_dir: str | Path | None = None) -> tuple[Table, Table]:
+def read_fashion(data_dir: str | Path | None = None) -> tuple[DataTable, DataTable]:
     """Train and test table; features float32 in 0..1, shape (n, 1, 28, 28). Raises: what sources.read does."""
     tables = []
     for part in ("train", "t10k"):
         images = idx(read(SOURCES[f"{part}-images-idx3-ubyte"], data_dir))
         labels = idx(read(SOURCES[f"{part}-labels-idx1-ubyte"], data_dir))
-        tables.append(Table(features=images.unsqueeze(1).float() / 255, labels=labels.long()))
+        tables.append(DataTable(features=images.unsqueeze(1).float() / 255, labels=labels.long()))
     return tables[0], tables[1]
 
 

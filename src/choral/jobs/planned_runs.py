@@ -15,13 +15,13 @@ from choral.jobs.settings import Arm, Settings
 from choral.jobs.training import train, unit_of
 
 if TYPE_CHECKING:
-    from choral.trainers import Round
+    from choral.trainers import RoundRecord
 
 # Called with a label for what runs and the round that it completed.
-Tick = Callable[[str, "Round"], None]
+Tick = Callable[[str, "RoundRecord"], None]
 
 
-class Cell(NamedTuple):
+class PlannedRun(NamedTuple):
     """One run of a comparison, or the attack on an arm."""
 
     arm: str
@@ -45,21 +45,21 @@ def arm_folder(out: Path, name: str) -> Path:
     return out / "arms" / quote(name, safe="")
 
 
-def cells(settings: Settings) -> Iterator[Cell]:
+def planned_runs(settings: Settings) -> Iterator[PlannedRun]:
     """Every run of the comparison: each arm and seed, private arms at each budget."""
     for seed in seeds_of(settings):
         for name, arm in settings.arms.items():
             if not arm.private:
-                yield Cell(name, seed, None)
+                yield PlannedRun(name, seed, None)
             elif settings.privacy.epsilon is not None:
                 more = settings.epsilons if on_curve(settings, arm) else ()
                 for epsilon in sorted({settings.privacy.epsilon, *more}):
-                    yield Cell(name, seed, epsilon)
+                    yield PlannedRun(name, seed, epsilon)
 
 
-def attacks(settings: Settings) -> list[Cell]:
+def attacks(settings: Settings) -> list[PlannedRun]:
     return [
-        Cell(name, settings.seed, settings.privacy.epsilon if arm.private else None, attack=True)
+        PlannedRun(name, settings.seed, settings.privacy.epsilon if arm.private else None, attack=True)
         for name, arm in settings.arms.items()
         if attacked(settings, arm)
     ]
@@ -77,52 +77,52 @@ def seeds_of(settings: Settings) -> range:
 def rounds_to_go(settings: Settings, out: Path) -> int:
     """Rounds that the comparison has still to train, for the progress bar; round 0 is the initial model."""
     done = 0
-    for cell in cells(settings):
-        history = cell.folder(out) / "history.jsonl"
+    for planned in planned_runs(settings):
+        history = planned.folder(out) / "history.jsonl"
         done += max(history.read_bytes().count(b"\n") - 1, 0) if history.is_file() else 0
-    runs = sum(1 for _ in cells(settings)) + sum(
-        not attempt_file(settings, cell.arm, out).is_file() for cell in attacks(settings)
+    runs = sum(1 for _ in planned_runs(settings)) + sum(
+        not attempt_file(settings, planned.arm, out).is_file() for planned in attacks(settings)
     )
     return max(runs * settings.training.rounds - done, 0)
 
 
-def train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> Failure | None:
+def train_planned(settings: Settings, planned: PlannedRun, out: Path, resume: bool, tick: Tick) -> Failure | None:
     """Train one run, or make one attack. Whatever stops it is returned: the other cells do not depend on it."""
     try:
-        _train_cell(settings, cell, out, resume, tick)
+        _train_planned(settings, planned, out, resume, tick)
     except (Exception, SystemExit) as error:  # of the user's code, too, which may end its process
         return failure_of(error)
     return None
 
 
-def _train_cell(settings: Settings, cell: Cell, out: Path, resume: bool, tick: Tick) -> None:
+def _train_planned(settings: Settings, planned: PlannedRun, out: Path, resume: bool, tick: Tick) -> None:
     from choral.privacy import LedgerError
     from choral.trainers import Run
     from choral.trainers.run_folder.run import RunFolderError
 
-    def on_round(entry: Round) -> None:
+    def on_round(entry: RoundRecord) -> None:
         for metric in settings.metrics:
             if metric not in entry.metrics:
                 raise ConfigError(
                     f"the task is evaluated by {', '.join(entry.metrics)}, and not by {metric!r}",
                     hint=f"set metrics = {json.dumps(list(entry.metrics))}, or some of them, and --resume",
                 )
-        tick(cell.label, entry)
+        tick(planned.label, entry)
 
-    if cell.attack:
-        attempt(settings, cell.arm, out, cell.folder(out), lambda entry: tick(cell.label, entry))
+    if planned.attack:
+        attempt(settings, planned.arm, out, planned.folder(out), lambda entry: tick(planned.label, entry))
         return
     try:
         train(
             settings,
-            settings.arms[cell.arm],
-            seed=cell.seed,
-            epsilon=cell.epsilon,
-            out=cell.folder(out),
+            settings.arms[planned.arm],
+            seed=planned.seed,
+            epsilon=planned.epsilon,
+            out=planned.folder(out),
             resume=resume,
             on_round=on_round,
         )
     except (LedgerError, RunFolderError):
         # Of a finished run there is nothing to train, and the report says what is wrong with its ledger or transcript.
-        if not (resume and Run.load(cell.folder(out)).finished):
+        if not (resume and Run.load(planned.folder(out)).finished):
             raise

@@ -35,7 +35,7 @@ from choral.protocols.masking.in_process import MaskedSession, Traffic
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.tap import show, watched_by
 from choral.trainers import Dropouts, Participation, RunFolderError
-from choral.trainers.run_folder.transcript import Opened, Recorded, Seen, Transcript, Vector
+from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, Transcript, Vector
 
 torch.set_num_threads(1)
 Job = Mapping[str, Any]
@@ -119,7 +119,7 @@ def test_a_session_per_cohort_is_read_as_such(job: Job, tmp_path: Path) -> None:
 
 
 def renamed(entry: Any, old: str, new: str) -> Any:
-    message = isinstance(entry, Seen) and (entry.way, entry.party) == ("up", old)
+    message = isinstance(entry, ObservedMessage) and (entry.way, entry.party) == ("up", old)
     return msgspec.structs.replace(entry, party=new) if message else entry
 
 
@@ -415,7 +415,7 @@ def test_only_a_rehearsal_keeps_vectors(job: Job, tmp_path: Path) -> None:
     rehearse(job, tmp_path / "messages", transcript="messages")
     rehearse(job, tmp_path / "rehearsal")
     kept = {name: Recorded(tmp_path / name) for name in ("messages", "rehearsal")}
-    assert [sum(not isinstance(e, Seen) for e in recorded.entries) for recorded in kept.values()] == [1, 16]
+    assert [sum(not isinstance(e, ObservedMessage) for e in recorded.entries) for recorded in kept.values()] == [1, 16]
 
 
 def test_a_resumed_run_has_two_sessions(job: Job, tmp_path: Path) -> None:
