@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,3 +26,26 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder} (set CHORAL_DATA)")
     return folder
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleType]:
+    """A module of numba's once more, its functions left as the Python that they are written in (NUMBA_DISABLE_JIT).
+
+    So errors that compiled code passes over in silence, an index beyond the end above all, are raised, and what
+    measures coverage sees the lines. Slow: for small sizes.
+    """
+
+    def load(module: ModuleType) -> ModuleType:
+        import numba
+
+        spec = importlib.util.spec_from_file_location(f"{module.__name__}_uncompiled", str(module.__file__))
+        assert spec is not None
+        assert spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(numba.config, "DISABLE_JIT", 1)
+            spec.loader.exec_module(loaded)
+        return loaded
+
+    return load

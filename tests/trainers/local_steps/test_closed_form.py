@@ -18,6 +18,7 @@ from choral.errors import ConfigError
 from choral.trainers import DivergedError, TaskError
 from choral.trainers.algorithms import interface as seam
 from choral.trainers.data.sparse_rows import SparseDataset
+from choral.trainers.local_steps import sparse_kernels, sparse_kernels_numba
 from choral.trainers.local_steps.logistic_regression import ClosedForm
 from choral.trainers.local_steps.resident_model import Resident
 
@@ -129,6 +130,28 @@ def test_compiled_and_plain_loops_agree(name):
         vectors.append(trainer._made_of("north", block, work, weights, random, 1)[0])
     np.testing.assert_allclose(vectors[0], vectors[1], rtol=1e-10, atol=1e-13)
     assert np.abs(vectors[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_compiled_loops_as_plain_python(anchored, uncompiled):
+    """With every index checked: rows that share no column, an empty row, a batch that is not full."""
+    python, random = uncompiled(sparse_kernels_numba), np.random.default_rng(1)
+    assert not hasattr(python.walk, "py_func")
+    dense = random.normal(size=(9, 20)) * (random.random((9, 20)) < 0.2)
+    dense[4] = 0.0
+    rows = sparse.csr_array(dense)
+    labels, order = random.integers(0, 2, 9).astype(float), np.concatenate([random.permutation(9)] * 2)[:17]
+    start, drift, scale = random.normal(size=(3, 20))
+    parts = rows.indptr, rows.indices, rows.data, labels
+    found = python.walk(*parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
+    wanted = sparse_kernels.walk(*parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
+    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
+    duals = np.full(9, 0.25), np.full(9, 0.25)
+    found = python.ascend(*parts, order, start, duals[0], 0.5, 0.9)
+    wanted = sparse_kernels.ascend(*parts, order, start, duals[1], 0.5, 0.9)
+    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(*duals, rtol=1e-10)
+    assert np.abs(duals[0] - 0.25).max() > 1e-3
 
 
 def test_minimise_against_scipy():
