@@ -27,10 +27,10 @@ from choral.trainers.federated.participation import Participation as Participati
 from choral.trainers.federated.virtual_parties import VirtualParties as VirtualParties
 from choral.trainers.local_steps.epochs import Epochs as Epochs
 from choral.trainers.run_folder.export import ExportError as ExportError
-from choral.trainers.run_folder.run import RoundRecord as RoundRecord
+from choral.trainers.run_folder.info import RoundRecord as RoundRecord
+from choral.trainers.run_folder.info import RunFolderError as RunFolderError
+from choral.trainers.run_folder.info import RunInfo as RunInfo
 from choral.trainers.run_folder.run import Run as Run
-from choral.trainers.run_folder.run import RunFolderError as RunFolderError
-from choral.trainers.run_folder.run import RunInfo as RunInfo
 from choral.trainers.run_folder.run import value_bound_for as value_bound_for
 from choral.trainers.task.initial_weights import InitialWeightsError as InitialWeightsError
 from choral.trainers.task.learning_rate import Schedule as Schedule

@@ -18,8 +18,8 @@ from choral.privacy.ledgers.ledger import as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.trainers.local_steps.resident_model import initial_model
+from choral.trainers.run_folder.info import Population, RoundRecord, RunInfo, versions
 from choral.trainers.run_folder.recorder import Recorder
-from choral.trainers.run_folder.run import Population, RoundRecord, RunInfo, versions
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.seeding import seeded

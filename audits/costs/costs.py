@@ -26,7 +26,8 @@ import msgspec
 from choral.audits.costs.prices import Price, Prices
 
 if TYPE_CHECKING:
-    from choral.trainers.run_folder.run import RoundRecord, Run
+    from choral.trainers.run_folder.info import RoundRecord
+    from choral.trainers.run_folder.run import Run
 
 Basis = Literal["measured", "modelled"]
 GB = 1e9

@@ -14,7 +14,7 @@ from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, relation_of,
 from choral.privacy.ledgers.spent import Spent, group_pair
 
 if TYPE_CHECKING:
-    from choral.trainers.run_folder.run import RunInfo
+    from choral.trainers.run_folder.info import RunInfo
 
 _INCOMPLETE = "the run was edited or is incomplete"
 _MEANING = {

@@ -115,7 +115,7 @@ def _nothing_promised(attacks: Sequence[ScoreAudit]) -> str:
 def _books(run: Run, rows: tuple[OwnerBudget, ...]) -> tuple[list[Check], TranscriptAudit | None]:
     """What ``audit`` checks in the run; of a run whose ledgers do not verify, all that does not need them."""
     from choral.privacy import LedgerError
-    from choral.trainers.run_folder.run import RunFolderError
+    from choral.trainers.run_folder.info import RunFolderError
 
     checks = list(budget_checks(run, rows))
     seen: TranscriptAudit | None = None

@@ -200,7 +200,7 @@ def audit_evidence(
 
     Raises: ConfigError without any evidence.
     """
-    from choral.trainers.run_folder.run import versions
+    from choral.trainers.run_folder.info import versions
 
     if not (attacks or probe or inversion):
         raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")

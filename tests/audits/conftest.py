@@ -15,7 +15,8 @@ from choral.audits.findings.evidence import Bound, InversionAudit, NullControl, 
 from choral.audits.lower_bounds.roc import roc
 from choral.audits.lower_bounds.trials import rate_interval
 from choral.privacy.ledgers.spent import Spent
-from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
+from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.run import Run
 
 TOWNS = ("Aarau", "Basel", "Chur", "Davos", "Emmen", "Fribourg", "Glarus", "Horgen", "Ilanz", "Jona")
 PARTIES = {name: 60 + 17 * index for index, name in enumerate(TOWNS)}

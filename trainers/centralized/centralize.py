@@ -17,8 +17,9 @@ from choral.trainers.centralized.data_parallel import own_device, workers_of
 from choral.trainers.local_steps.resident_model import initial_model, resolve_device
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.info import RoundRecord
 from choral.trainers.run_folder.recorder import Recorder
-from choral.trainers.run_folder.run import RoundRecord, Run
+from choral.trainers.run_folder.run import Run
 from choral.trainers.setup import (
     NOTHING,
     OnRound,

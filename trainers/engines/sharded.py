@@ -46,7 +46,8 @@ from choral.trainers.algorithms.interface import (
     Train,
     Work,
 )
-from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
+from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.run import Run
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, TaskError
 

@@ -48,8 +48,9 @@ from choral.trainers.federated.rounds import (
 from choral.trainers.federated.virtual_parties import census_of
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.info import RoundRecord, RunInfo
 from choral.trainers.run_folder.recorder import Recorder
-from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo
+from choral.trainers.run_folder.run import Run
 from choral.trainers.run_folder.transcript import Detail, Transcript
 from choral.trainers.setup import (
     NOTHING,

@@ -32,7 +32,7 @@ from choral.trainers.algorithms.interface import (
 from choral.trainers.federated.codec import Coder
 from choral.trainers.federated.participation import Dropouts, Participation, stream
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, State
-from choral.trainers.run_folder.run import RunFolderError
+from choral.trainers.run_folder.info import RunFolderError
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, Loss, TaskError, raised_by

@@ -15,7 +15,7 @@ import numpy as np
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.trainers.federated.participation import Participation
-from choral.trainers.run_folder.run import Population
+from choral.trainers.run_folder.info import Population
 from choral.trainers.task.task import check_parties, check_party
 
 _PREFIX = "party-"

@@ -25,7 +25,7 @@ from choral.trainers.local_steps import subproblems as gradients
 from choral.trainers.local_steps.corrections import Steps, corrected
 from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
-from choral.trainers.run_folder.run import RunFolderError
+from choral.trainers.run_folder.info import RunFolderError
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.flat_vector import Layout

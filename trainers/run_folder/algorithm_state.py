@@ -15,7 +15,8 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from choral.trainers.run_folder.run import RunFolderError, drop_earlier, read_tensors, write_side_file
+from choral.trainers.run_folder.folder import drop_earlier, read_tensors, write_side_file
+from choral.trainers.run_folder.info import RunFolderError
 
 State = dict[str, torch.Tensor]
 _NAME, _OLD_NAME = "algorithm_state", "memory"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from choral.metrics import is_falling
 
 if TYPE_CHECKING:
-    from choral.trainers.run_folder.run import RoundRecord
+    from choral.trainers.run_folder.info import RoundRecord
 
 
 def best_of(history: Sequence[RoundRecord]) -> int:

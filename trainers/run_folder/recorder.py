@@ -14,10 +14,12 @@ from torch import nn
 
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
-from choral.trainers.run_folder import run as folders
+from choral.trainers.run_folder import folder as folders
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, read_algorithm_state, write_algorithm_state
 from choral.trainers.run_folder.best_round import best_of
-from choral.trainers.run_folder.run import RoundRecord, Run, RunInfo, Sealed
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError, RunInfo, Sealed
+from choral.trainers.run_folder.resume import check_complete, check_same
+from choral.trainers.run_folder.run import Run
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.per_party import PerParty
 from choral.trainers.task.task import EvaluateParty
@@ -59,7 +61,7 @@ class Recorder:
         try:
             if resume and (folder / "model.safetensors").is_file():
                 old = folders.read_info(folder)
-                folders.check_same(old, info)
+                check_same(old, info)
                 if info.rounds > old.rounds:  # what was said of its last round is of an earlier one now
                     old = msgspec.structs.replace(old, rounds=info.rounds, ended="", per_party=None)
                 state, last = folders.read_weights(folder)
@@ -107,13 +109,13 @@ class Recorder:
         path = self._folder / "cohorts.secret"
         if not path.is_file():
             if not self.fresh:
-                raise folders.RunFolderError(
+                raise RunFolderError(
                     f"{path} is missing, from which the cohorts were drawn", hint="restore it, or run in a new folder"
                 )
             folders.replace_file(path, secrets.token_bytes(32), mode=0o600)
         found = path.read_bytes()
         if len(found) != 32:
-            raise folders.RunFolderError(f"{path} is damaged: expected 32 bytes", hint="run again in a new folder")
+            raise RunFolderError(f"{path} is damaged: expected 32 bytes", hint="run again in a new folder")
         return int.from_bytes(found, "little")
 
     def keep(self, ledgers: Mapping[str, Ledger]) -> None:
@@ -127,7 +129,7 @@ class Recorder:
         Raises: ConfigError if a run that is resumed was started with another model or encoding.
         """
         if not self.fresh:
-            folders.check_complete(self._info, info)
+            check_complete(self._info, info)
             info = msgspec.structs.replace(
                 info,
                 spent=self._info.spent,
@@ -165,7 +167,7 @@ class Recorder:
             return {}
         kept = self.algorithm_state().clips
         if self.completed and not kept:
-            raise folders.RunFolderError(
+            raise RunFolderError(
                 f"where the clipping norms were after round {self.completed} is lost",
                 hint=f"restore algorithm_state.{self.completed}.safetensors, or run again in a new folder;"
                 " with AdaptiveClip and several processes there is none, and no resume",

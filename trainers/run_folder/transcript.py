@@ -35,7 +35,7 @@ from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, U
 from choral.protocols.interface import SumSpec
 from choral.protocols.own_vector import is_tensor
 from choral.protocols.tap import Watcher, Way
-from choral.trainers.run_folder.run import RunFolderError, Sealed
+from choral.trainers.run_folder.info import RunFolderError, Sealed
 
 Detail = Literal["digests", "messages", "rehearsal"]
 FORMAT_VERSION = 2  # 1 had no chain

@@ -49,7 +49,7 @@ def attempt(settings: Settings, name: str, out: Path, run: Path, on_round: Calla
     """Attack one arm and keep what came of it. A result that is there already, or a damaged file, is left as it is; an
     attack that failed is tried again. run: as for `one_run`.
     """
-    from choral.trainers.run_folder.run import replace_file
+    from choral.trainers.run_folder.folder import replace_file
 
     file = attempt_file(settings, name, out)
     if file.is_file() and not (isinstance(before := _kept(file), Attempt) and before.failed):

@@ -288,7 +288,7 @@ def _open(settings: Settings, out: Path, resume: bool) -> None:
     More seeds are welcome, and other arms: an arm that is left out keeps its folder, one that is set otherwise is
     trained anew, and its old runs are set aside.
     """
-    from choral.trainers.run_folder.run import check_empty, replace_file
+    from choral.trainers.run_folder.folder import check_empty, replace_file
 
     record = out / "settings.json"
     wanted = to_json(settings)

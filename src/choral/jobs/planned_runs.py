@@ -98,7 +98,7 @@ def train_planned(settings: Settings, planned: PlannedRun, out: Path, resume: bo
 def _train_planned(settings: Settings, planned: PlannedRun, out: Path, resume: bool, tick: Tick) -> None:
     from choral.privacy import LedgerError
     from choral.trainers import Run
-    from choral.trainers.run_folder.run import RunFolderError
+    from choral.trainers.run_folder.info import RunFolderError
 
     def on_round(entry: RoundRecord) -> None:
         for metric in settings.metrics:

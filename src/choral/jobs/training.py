@@ -190,7 +190,7 @@ def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) ->
     Raises: ConfigError for a private arm; what tune does.
     """
     from choral.trainers import tune
-    from choral.trainers.run_folder.run import check_empty, read_info
+    from choral.trainers.run_folder.folder import check_empty, read_info
 
     if not arm.tune.grid:
         return None

@@ -22,7 +22,7 @@ from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip
 from choral.privacy.dpsgd.clipping import settings_of
 from choral.trainers import RunFolderError
-from choral.trainers.run_folder import run as folders
+from choral.trainers.run_folder import folder as folders
 from choral.trainers.run_folder.algorithm_state import read_algorithm_state
 
 
@@ -312,7 +312,7 @@ def test_a_torn_history_line_is_dropped_on_resume(job, tmp_path):
 
 
 def test_two_processes_never_write_to_one_folder(job, tmp_path):
-    from choral.trainers.run_folder.run import lock
+    from choral.trainers.run_folder.folder import lock
 
     with lock(tmp_path / "run"), pytest.raises(RunFolderError, match="another process is writing"):
         federate(**job(), out=tmp_path / "run")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from choral.errors import DataError
-from choral.trainers.run_folder.run import replace_file
+from choral.trainers.run_folder.folder import replace_file
 
 _SECONDS = 60.0
 

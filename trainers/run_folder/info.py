@@ -1,0 +1,144 @@
+"""What a run is: its settings and parties (run.json) and its rounds (history.jsonl), as they are written down."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any, Literal
+
+import msgspec
+
+from choral.errors import ChoralError
+from choral.privacy import Spent
+from choral.trainers.task.per_party import PerParty
+
+FORMAT_VERSION = 1
+_NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
+
+
+class RunFolderError(ChoralError):
+    """A run folder is missing, incomplete, damaged, of another version, or holds another run."""
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of the history. Round 0 is the initial model, before any training.
+
+    metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
+    seconds: wall-clock time of the round, evaluation excluded.
+    survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
+        busiest party in this round, the download of the global model included. epsilon: the worst data holder's
+        spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
+        where they are not clipped. joules: of the machine's meters in this round, None where none could be read.
+    asked: parties that the round began with, None if pooled. failed: why it was given up, its model being the one
+        before and its survivors 0; empty for a round that succeeded. simulated_start, simulated_seconds: of the round
+        in the world that participation describes, None where it has no time.
+    dropped: parties that were there and whose training failed, and how; what raised it is for the log alone.
+    largest: the largest absolute coordinate that a party sent, None where the server does not see it.
+    """
+
+    round: int
+    metrics: dict[str, float]
+    seconds: float
+    survivors: int
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None = None
+    clip: float | None = None
+    joules: float | None = None
+    asked: int | None = None
+    failed: str = ""
+    simulated_start: float | None = None
+    simulated_seconds: float | None = None
+    dropped: dict[str, str] = {}
+    largest: float | None = None
+
+
+class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run records of parties that are too many to list; all of it is declared, not counted.
+
+    parties: how many. examples, largest: of all parties, and of the largest. sampled: parties, evenly spaced, whose
+    declared sizes have these quantiles ("0.5" is the median).
+    """
+
+    parties: int
+    examples: int
+    largest: int
+    sampled: int
+    quantiles: dict[str, float]
+
+
+class Sealed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the transcript went when the latest round was complete. head: of its chain after ``entries`` entries."""
+
+    entries: int
+    head: str
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a run that is not its history or its weights.
+
+    kind: "centralized" (pooled data) or "federated". parties: examples per party; empty, as is raw_bytes, where they
+        are virtual, and population tells of them in sum.
+    privacy: the settings of the promise (epsilon, delta and its own others; "unit" where it is the client) or None.
+    spent: the cost per data holder; one entry, "pooled", for a centralized private run, and one, "clients", for
+        client-level privacy.
+    secure_sum: name and trust statement of the secure sum; None for a centralized run.
+    fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
+    raw_bytes: size of each party's raw examples, which a centralized run has to move once.
+    start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
+    participation: who takes part in a round, None for everybody always.
+    schedule: of the learning rates, None where they stay.
+    algorithm: kind and hyper-parameters of the federated algorithm; releases: what each of its rounds tells.
+    config: the settings that the user typed, as they were typed.
+    tuning: the declared search for this run's settings: its grid, every try with its loss and seconds, the chosen.
+    precision, compile: how the model was computed in training.
+    processes: that trained side by side, each for the seconds of a round; more than one if data-parallel.
+    ended: why the run was closed before its last round; empty otherwise. meters: what counted the rounds' joules.
+    per_party: the final model on the records that each party held out, where that was asked for; without noise.
+    transcript: the head of the transcript's chain; None if none was recorded.
+    dropped: rounds in which a party's training failed, by party.
+    """
+
+    format: Literal["choral-run"] = "choral-run"
+    version: int = FORMAT_VERSION
+    kind: Literal["centralized", "federated"]
+    rounds: int
+    seed: int
+    device: str
+    parties: dict[str, int]
+    population: Population | None = None
+    parameters: int
+    privacy: dict[str, float | int | str] | None = None
+    spent: dict[str, Spent] = {}
+    start: dict[str, str | int] | None = None
+    participation: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    algorithm: dict[str, Any] | None = None
+    releases: tuple[dict[str, Any], ...] = ()
+    secure_sum: dict[str, Any] | None = None
+    fixed_point: dict[str, float | int] | None = None
+    raw_bytes: dict[str, int] = {}
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    tuning: dict[str, Any] | None = None
+    precision: str = "float32"
+    compile: bool = False
+    processes: int = 1
+    ended: str = ""
+    meters: tuple[str, ...] = ()
+    per_party: PerParty | None = None
+    transcript: Sealed | None = None
+    dropped: dict[str, int] = {}
+
+    @property
+    def party_count(self) -> int:
+        return self.population.parties if self.population else len(self.parties)
+
+    @property
+    def total_examples(self) -> int:
+        return self.population.examples if self.population else sum(self.parties.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _NAMED_PACKAGES}
