@@ -23,7 +23,7 @@ from choral import ClientPrivacy, Masked, compare, federate
 from choral.errors import ChoralError
 from choral.trainers import DivergedError, Training
 from choral.trainers.algorithms import DANE, FSVRG, GD, CoCoA, FedAdam, FedAvg
-from choral.trainers.algorithms.interface import Mean, Party, Server, Setup
+from choral.trainers.algorithms.interface import FederationInfo, Mean, Party, Server
 from choral.trainers.data.generators import sparse_posts
 from choral.trainers.data.partition import key_split
 from choral.trainers.data.sets.comments import read_comments
@@ -79,16 +79,16 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
     job = {"build": task.build, "fit": task.fit, "loss": task.loss, "datasets": parties}
     resident = Resident(**job, guards={}, seed=seed, device=cpu)
     trainer, weights = task.engine(resident), resident.layout.read()
-    setup = Setup(
+    federation = FederationInfo(
         parties=len(parties), length=len(weights), examples=sum(examples.values()), largest=1 << 20, value_bound=1e9
     )
-    channels, states, kept = algorithm.channels(setup), {name: {} for name in parties}, {}
+    channels, states, kept = algorithm.channels(federation), {name: {} for name in parties}, {}
 
     def view(name, number):
-        return Party(name=name, examples=examples[name], setup=setup, number=number, state=states[name])
+        return Party(name=name, examples=examples[name], federation=federation, number=number, state=states[name])
 
     for number in range(1, rounds + 1):
-        steps = algorithm.round(Server(setup=setup, number=number, state=kept), weights)
+        steps = algorithm.round(Server(federation=federation, number=number, state=kept), weights)
         ask = next(steps)
         try:
             while True:

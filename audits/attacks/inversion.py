@@ -27,7 +27,7 @@ from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages as wire
 from choral.protocols.tap import watched_by
-from choral.trainers.federated.codec import ClientCoder
+from choral.trainers.federated.codec import ClientCodec
 
 Attack = Callable[[torch.Tensor, int], torch.Tensor]
 """From an update, shape (d,), and the label to the rebuilt input."""
@@ -187,7 +187,7 @@ def _views(updates: Mapping[str, torch.Tensor], promise: ClientPrivacy) -> dict[
     centred = (message.astype(np.int64) + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
     mean, count = coder.decode(total, len(parties))
     guard = ClientGuard(promise, clients=len(parties), length=length, rounds=1, ledger=Ledger(None))
-    noisy, encoded = guard.begin(), ClientCoder(parties, guard).spec
+    noisy, encoded = guard.begin(), ClientCodec(parties, guard).spec
     _, private, _ = _masked(encoded, {party: noisy.encode(update) for party, update in updates.items()}, victim)
     return {
         "plain update": updates[victim],

@@ -24,14 +24,14 @@ from choral.trainers.algorithms.interface import (
     Channel,
     Done,
     Exchange,
+    FederationInfo,
     Party,
     Release,
     Rounds,
     Server,
-    Setup,
     Work,
     check_positive,
-    moved,
+    updated,
 )
 
 
@@ -52,21 +52,21 @@ class CoCoA(Algorithm):
     def __post_init__(self) -> None:
         check_positive(self, "ridge", "passes")
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
-        return {"update": Channel(length=setup.length, weighing="parties")}
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
+        return {"update": Channel(length=federation.length, weighing="parties")}
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         if server.number == 1:
             weights = torch.zeros_like(weights)
         mean = yield Exchange(channel="update", weights=weights)
-        return moved(weights, mean.value * mean.weight)
+        return updated(weights, mean.value * mean.weight)
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Ascend(
             dual=party.state.get("dual", torch.zeros(party.examples, dtype=torch.float64)),
             ridge=self.ridge,
-            examples=party.setup.examples,
-            slack=float(party.setup.parties),
+            examples=party.federation.examples,
+            slack=float(party.federation.parties),
             passes=self.passes,
         )
 

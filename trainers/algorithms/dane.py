@@ -29,18 +29,18 @@ from choral.trainers.algorithms.interface import (
     Algorithm,
     Channel,
     Exchange,
+    FederationInfo,
     Gradient,
     Minimise,
     Party,
     Release,
     Rounds,
     Server,
-    Setup,
     Svrg,
     Work,
     check_not_negative,
     check_positive,
-    moved,
+    updated,
 )
 
 CHANGE = Release(channel="update", what="w_k - w_t, the change by the local minimisation", source="data")
@@ -72,17 +72,17 @@ class DANE(Algorithm):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{self.kind}: {name} is {getattr(self, name)!r}, expected {' or '.join(known)}")
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         return {
-            "gradient": Channel(length=setup.length),
-            "update": Channel(length=setup.length, weighing=self.mean),
+            "gradient": Channel(length=federation.length),
+            "update": Channel(length=federation.length, weighing=self.mean),
         }
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         slope = (yield Exchange(channel="gradient", weights=weights)).value
-        direction = moved(self.eta * self.ridge * weights, self.eta * slope)
+        direction = updated(self.eta * self.ridge * weights, self.eta * slope)
         change = (yield Exchange(channel="update", weights=weights, new={"direction": direction})).value
-        return moved(weights, change)
+        return updated(weights, change)
 
     def work(self, party: Party, ask: Exchange) -> Work:
         if ask.channel == "gradient":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from choral.trainers.algorithms.interface import Algorithm, Exchange, Release, Rounds, Server, moved
+from choral.trainers.algorithms.interface import Algorithm, Exchange, Release, Rounds, Server, updated
 
 UPDATE = Release(channel="update", what="w_k - w_t, the change by the party's training", source="fit")
 
@@ -27,4 +27,4 @@ class FedAvg(Algorithm):
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         mean = yield Exchange(channel="update", weights=weights)
-        return moved(weights, mean.value)
+        return updated(weights, mean.value)

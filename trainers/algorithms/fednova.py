@@ -25,15 +25,15 @@ from choral.trainers.algorithms.interface import (
     Channel,
     Done,
     Exchange,
+    FederationInfo,
     Party,
     Release,
     Rounds,
     Server,
-    Setup,
     Train,
     Work,
     check_positive,
-    moved,
+    updated,
 )
 from choral.trainers.task.task import TaskError
 
@@ -54,13 +54,13 @@ class FedNova(Algorithm):
     def __post_init__(self) -> None:
         check_positive(self, "max_steps", "reference")
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
-        return {"update": Channel(length=setup.length + 1)}
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
+        return {"update": Channel(length=federation.length + 1)}
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         mean = (yield Exchange(channel="update", weights=weights)).value
-        steps = mean[-1] * self.max_steps / server.setup.value_bound
-        return moved(weights, steps / self.reference * mean[:-1])
+        steps = mean[-1] * self.max_steps / server.federation.value_bound
+        return updated(weights, steps / self.reference * mean[:-1])
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Train(counts=True)
@@ -72,7 +72,7 @@ class FedNova(Algorithm):
                 f" plain SGD; expected 1 to {self.max_steps} with torch.optim.SGD, one learning rate, no momentum",
                 hint="use such an optimizer, a larger max_steps, or FedAvg",
             )
-        share = party.setup.value_bound * done.steps / self.max_steps
+        share = party.federation.value_bound * done.steps / self.max_steps
         # float64: the step count must not be rounded to float32 before the fixed point
         scaled = done.vector.double() * (self.reference / done.steps)
         return torch.cat([scaled, done.vector.new_tensor([share], dtype=torch.float64)])

@@ -20,7 +20,7 @@ import torch
 
 from choral.errors import ConfigError
 from choral.trainers.algorithms.fedavg import FedAvg
-from choral.trainers.algorithms.interface import Exchange, Rounds, Server, check_positive, moved
+from choral.trainers.algorithms.interface import Exchange, Rounds, Server, check_positive, updated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class FedAdam(FedAvg):
         first = self.beta1 * first + (1 - self.beta1) * change
         second = self.second(second, change**2)
         server.state.update(first_moment=first, second_moment=second)
-        return moved(weights, self.server_rate * first / (second.sqrt() + self.tau))
+        return updated(weights, self.server_rate * first / (second.sqrt() + self.tau))
 
     def second(self, moment: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         return self.beta2 * moment + (1 - self.beta2) * square

@@ -33,18 +33,18 @@ from choral.trainers.algorithms.interface import (
     Channel,
     Done,
     Exchange,
+    FederationInfo,
     Gradient,
     Party,
     Release,
     Rounds,
     Server,
-    Setup,
     Svrg,
     Touch,
     Work,
     check_not_negative,
     check_positive,
-    moved,
+    updated,
 )
 
 COUNTS = Release(
@@ -86,11 +86,13 @@ class FSVRG(Algorithm):
     def releases(self) -> tuple[Release, ...]:
         return (COUNTS, GRADIENT, CHANGE) if self.scaled else (GRADIENT, CHANGE)
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
-        counts = Channel(length=2 * setup.length + 1, weighing="parties", largest_count=setup.largest, once=True)
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
+        counts = Channel(
+            length=2 * federation.length + 1, weighing="parties", largest_count=federation.largest, once=True
+        )
         return ({"counts": counts} if self.scaled else {}) | {
-            "gradient": Channel(length=setup.length),
-            "update": Channel(length=setup.length, weighing=self.mean),
+            "gradient": Channel(length=federation.length),
+            "update": Channel(length=federation.length, weighing=self.mean),
         }
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
@@ -105,9 +107,9 @@ class FSVRG(Algorithm):
                 server.state["spread"] = torch.where(holders > 0, round(counts.weight) / holders.clamp(min=1), 1.0)
             shares = {"phi": server.state["phi"].to(weights)}
         slope = (yield Exchange(channel="gradient", weights=weights)).value / self.gradient_scale
-        told = {"direction": moved(self.ridge * weights, slope)} | ({} if counted else shares)
+        told = {"direction": updated(self.ridge * weights, slope)} | ({} if counted else shares)
         change = (yield Exchange(channel="update", weights=weights, new=told, kept=shares)).value
-        return moved(weights, change * server.state["spread"] if self.scaled else change)
+        return updated(weights, change * server.state["spread"] if self.scaled else change)
 
     def work(self, party: Party, ask: Exchange) -> Work:
         if ask.channel == "counts":

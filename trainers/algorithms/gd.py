@@ -24,7 +24,7 @@ from choral.trainers.algorithms.interface import (
     Work,
     check_not_negative,
     check_positive,
-    moved,
+    updated,
 )
 
 GRADIENT = Release(channel="gradient", what="grad F_k(w_t), the gradient of the mean loss", source="data")
@@ -46,7 +46,7 @@ class GD(Algorithm):
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         mean = yield Exchange(channel="update", weights=weights)
-        return moved(weights, -self.rate * (mean.value + self.ridge * weights.to(mean.value)))
+        return updated(weights, -self.rate * (mean.value + self.ridge * weights.to(mean.value)))
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Gradient()

@@ -1,4 +1,4 @@
-"""The seam between a federated algorithm, the secure sum, and whoever computes at the parties.
+"""The interface between a federated algorithm, the secure sum, and whoever computes at the parties.
 
 An algorithm is a frozen configuration with three short methods. For each round `round` is a generator at the server:
 it yields an :class:`Exchange` for every secure sum that it wants, is sent the :class:`Mean` of what the parties
@@ -63,7 +63,7 @@ class Channel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class FederationInfo:
     """What all know of a federation before its first round.
 
     parties: how many there are. length: coordinates d of the weights. examples: of all parties together.
@@ -105,7 +105,7 @@ class Exchange:
 class Server:
     """The server's view of one round. state: its own tensors, kept from round to round and in the run's folder."""
 
-    setup: Setup
+    federation: FederationInfo
     number: int
     state: MutableMapping[str, torch.Tensor]
 
@@ -116,7 +116,7 @@ class Party:
 
     name: str
     examples: int
-    setup: Setup
+    federation: FederationInfo
     number: int
     state: MutableMapping[str, torch.Tensor]
 
@@ -256,9 +256,9 @@ class Algorithm:
         """Everything that the exchanges of a round tell, for the ledger."""
         raise NotImplementedError
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         """The kinds of exchange, in the order of a round."""
-        return {"update": Channel(length=setup.length)}
+        return {"update": Channel(length=federation.length)}
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         """The server's part. weights: float32, shape (d,); so is what it returns."""
@@ -277,7 +277,7 @@ class Algorithm:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
-def moved(weights: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def updated(weights: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """weights + change, in the type and on the device of the weights."""
     return weights + change.to(weights.dtype).to(weights.device)
 

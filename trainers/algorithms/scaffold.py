@@ -26,15 +26,15 @@ from choral.trainers.algorithms.interface import (
     Channel,
     Done,
     Exchange,
+    FederationInfo,
     Party,
     Release,
     Rounds,
     Server,
-    Setup,
     Train,
     Work,
     check_positive,
-    moved,
+    updated,
 )
 from choral.trainers.task.task import TaskError
 
@@ -54,15 +54,15 @@ class Scaffold(Algorithm):
     def __post_init__(self) -> None:
         check_positive(self, "server_rate")
 
-    def channels(self, setup: Setup) -> dict[str, Channel]:
-        return {"update": Channel(length=2 * setup.length)}
+    def channels(self, federation: FederationInfo) -> dict[str, Channel]:
+        return {"update": Channel(length=2 * federation.length)}
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         control = server.state.get("control", torch.zeros_like(weights)).to(weights)
         mean = yield Exchange(channel="update", weights=weights, new={"control": control})
         change, variate = mean.value[: len(weights)], mean.value[len(weights) :]
-        server.state["control"] = moved(control, variate * (mean.weight / server.setup.examples))
-        return moved(weights, self.server_rate * change)
+        server.state["control"] = updated(control, variate * (mean.weight / server.federation.examples))
+        return updated(weights, self.server_rate * change)
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Train(shift=ask["control"] - self._variate(party, ask), counts=True)

@@ -27,7 +27,7 @@ MEANS_OF_RECORDS = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_l
 _NUMBERS = 1 << 26  # of all models in a stack and their gradients, 256 MiB
 
 
-class Member(NamedTuple):
+class StackedParty(NamedTuple):
     """One party of a stack."""
 
     party: str
@@ -94,15 +94,15 @@ class Cohort:
         self, chunk: Sequence[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
         """The results of the parties that fit into one stack: those whose optimizer has the first one's settings."""
-        members: list[Member] = []
+        members: list[StackedParty] = []
         for party, work in chunk:
             plan = planned(self.resident, party, work, round_number) if self.stackable else None
             if plan is None or not isinstance(work, Train):
                 continue
             if self.pads is None:
-                self._examine(Member(party, plan, work), weights, round_number)
+                self._examine(StackedParty(party, plan, work), weights, round_number)
             if self.stackable and _alike(plan, members, padded=bool(self.pads) and keeps_all(plan)):
-                members.append(Member(party, plan, work))
+                members.append(StackedParty(party, plan, work))
         if len(members) < 2:
             return
         members.sort(key=lambda member: -member.plan.steps)
@@ -117,7 +117,7 @@ class Cohort:
             done = Done(vector=vector, steps=member.plan.steps, path=path_of(member.plan))
             yield member.party, attempted(partial(_same, done), member.party, round_number)
 
-    def _examine(self, member: Member, weights: torch.Tensor, round_number: int) -> None:
+    def _examine(self, member: StackedParty, weights: torch.Tensor, round_number: int) -> None:
         """See on one batch whether the model can be stacked, and whether records that weigh nothing change nothing."""
         model, layout, plan = self.resident.model, self.resident.layout, member.plan
         layout.write(weights)
@@ -142,7 +142,7 @@ class Cohort:
         self.stackable = not draws and all(slope is not None for slope in slopes)
         self.pads = self._criterion in MEANS_OF_RECORDS and _close(more[: len(rows)], outputs) and _close(part, mean)
 
-    def _train(self, members: list[Member], weights: torch.Tensor, round_number: int) -> torch.Tensor:
+    def _train(self, members: list[StackedParty], weights: torch.Tensor, round_number: int) -> torch.Tensor:
         """The changes of all members' weights, shape (members, d). Members are sorted by falling number of steps."""
         self.resident.model.train()
         index, share, lengths = self._batches(members, round_number)
@@ -179,7 +179,9 @@ class Cohort:
             mine.addcmul_(rates[:active], slope, value=-1.0)
         return now - weights
 
-    def _batches(self, members: list[Member], round_number: int) -> tuple[torch.Tensor, torch.Tensor, list[set[int]]]:
+    def _batches(
+        self, members: list[StackedParty], round_number: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[set[int]]]:
         """Rows of the concatenated records and their share of the mean, both of shape (members, steps, batch).
 
         Also, for each step, the lengths that its batches have.
@@ -215,7 +217,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def _alike(plan: EpochPlan, members: list[Member], *, padded: bool) -> bool:
+def _alike(plan: EpochPlan, members: list[StackedParty], *, padded: bool) -> bool:
     """Whether the party fits into the stack; where nothing may be padded, with batches of the same lengths."""
     if not members:
         return True
@@ -229,7 +231,7 @@ def _alike(plan: EpochPlan, members: list[Member], *, padded: bool) -> bool:
     return shapes_agree and types_agree and settings[0] == settings[1]
 
 
-def _shifts(members: list[Member], weights: torch.Tensor) -> torch.Tensor | None:
+def _shifts(members: list[StackedParty], weights: torch.Tensor) -> torch.Tensor | None:
     if all(member.work.shift is None for member in members):
         return None
     none = torch.zeros_like(weights)

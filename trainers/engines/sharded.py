@@ -65,7 +65,7 @@ class ProcessError(ChoralError):
     """Another process of this run died, or ended with an error of its own."""
 
 
-class Beginning(msgspec.Struct, frozen=True, kw_only=True):
+class RankSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What the other ranks must know before the first round. folder: of the ledgers, if there are any.
 
     clips: of parties whose clipping norm adapts, in a resumed run.
@@ -77,7 +77,7 @@ class Beginning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass
-class Team:
+class RankGroup:
     """The processes of a run, seen from one of them. rank: whose view this is, of `size`."""
 
     rank: int
@@ -86,7 +86,7 @@ class Team:
     _arrived: dict[int, deque[tuple[str, Done | Failed]]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def join(cls) -> Team | None:
+    def join(cls) -> RankGroup | None:
         """The processes that torchrun started with this one, or None if there is only one.
 
         A run has connections of its own, beside those of the caller's or of another run. Raises: ProcessError if the
@@ -107,7 +107,7 @@ class Team:
             ) from None
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
-    def begin(self, beginning: Beginning) -> None:
+    def begin(self, beginning: RankSetup) -> None:
         """Tell the other ranks that rounds are coming."""
         self._tell({"begin": msgspec.to_builtins(beginning)}, {})
 
@@ -116,14 +116,14 @@ class Team:
         places = _balanced(examples, examples.__getitem__, self.size)
         return tuple(party for party, place in places.items() if place == rank)
 
-    def follow(self, make: Callable[[Beginning], LocalTrainer]) -> Run:
+    def follow(self, make: Callable[[RankSetup], LocalTrainer]) -> Run:
         """What ranks other than 0 do: train what they are told to, until there is a run. make: called once."""
         try:
             return self._follow(make)
         finally:
             self.leave()
 
-    def _follow(self, make: Callable[[Beginning], LocalTrainer]) -> Run:
+    def _follow(self, make: Callable[[RankSetup], LocalTrainer]) -> Run:
         trainer: LocalTrainer | None = None
         while True:
             header, tensors = self._receive(0)
@@ -134,7 +134,7 @@ class Team:
                     state=tensors,
                 )
             if "begin" in header:
-                trainer = make(msgspec.convert(header["begin"], Beginning))
+                trainer = make(msgspec.convert(header["begin"], RankSetup))
             elif trainer is not None:
                 self._train(trainer, header, tensors)
 
@@ -233,9 +233,9 @@ class Team:
 class Sharded:
     """Rank 0's trainer: each chunk of a cohort is spread over all ranks, its own share done by `inner`."""
 
-    def __init__(self, team: Team, inner: LocalTrainer, examples: Mapping[str, int], *, sticky: bool) -> None:
-        self._team, self._inner, self._examples = team, inner, examples
-        self._places = _balanced(examples, examples.__getitem__, team.size) if sticky else None
+    def __init__(self, ranks: RankGroup, inner: LocalTrainer, examples: Mapping[str, int], *, sticky: bool) -> None:
+        self._ranks, self._inner, self._examples = ranks, inner, examples
+        self._places = _balanced(examples, examples.__getitem__, ranks.size) if sticky else None
 
     @property
     def length(self) -> int:
@@ -246,19 +246,19 @@ class Sharded:
     ) -> Iterator[tuple[str, Done | Failed]]:
         """See :class:`choral.trainers.algorithms.interface.LocalTrainer`. Raises: ProcessError, too."""
         orders = iter(orders)
-        while chunk := list(islice(orders, _CHUNK * self._team.size)):
+        while chunk := list(islice(orders, _CHUNK * self._ranks.size)):
             yield from self._chunk(chunk, weights, round_number)
 
     def _chunk(
         self, chunk: list[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
         names = [party for party, _ in chunk]
-        places = self._places or _balanced(names, self._examples.__getitem__, self._team.size)
-        for rank in range(1, self._team.size):
+        places = self._places or _balanced(names, self._examples.__getitem__, self._ranks.size)
+        for rank in range(1, self._ranks.size):
             theirs = [(party, work) for party, work in chunk if places[party] == rank]
             if theirs:
                 orders, tensors = _described(theirs)
-                self._team.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
+                self._ranks.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
         own = iter(self._inner.do([(p, w) for p, w in chunk if places[p] == 0], weights, round_number))
         early: deque[tuple[str, Done | Failed]] = deque()
         for party, _ in chunk:
@@ -266,26 +266,26 @@ class Sharded:
                 yield early.popleft() if early else next(own)
             else:
                 # Rather train on than wait for others: each time that a process sleeps it loses its caches.
-                while not self._team.heard(places[party]) and (not early or len(early) < _kept(early[0][1])):
+                while not self._ranks.heard(places[party]) and (not early or len(early) < _kept(early[0][1])):
                     if (made := next(own, None)) is None:
                         break
                     early.append(made)
-                done = self._team.answer(places[party], party, round_number)
+                done = self._ranks.answer(places[party], party, round_number)
                 if isinstance(done, Done):
                     done = dataclasses.replace(done, vector=done.vector.to(weights.device))
                 yield party, done
 
 
 @contextmanager
-def led(team: Team | None) -> Iterator[Callable[[Run], Run]]:
+def led(ranks: RankGroup | None) -> Iterator[Callable[[Run], Run]]:
     """What rank 0 does its work in: it gets what gives the run to the others; in the end they are let go."""
-    if team is None:
+    if ranks is None:
         yield lambda run: run
         return
     try:
-        yield team.share
+        yield ranks.share
     finally:
-        team.leave()
+        ranks.leave()
 
 
 def _balanced(parties: Iterable[str], examples: Callable[[str], int], ranks: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """From vectors to integers and from their sum to the mean: what an exchange does between the parties and the server.
 
-`WeightedCoder` averages by example counts or by parties, without noise of its own (record-level privacy has added its
-noise inside the parties' training). `ClientCoder` clips each party's whole vector and averages with equal weights and
+`WeightedCodec` averages by example counts or by parties, without noise of its own (record-level privacy has added its
+noise inside the parties' training). `ClientCodec` clips each party's whole vector and averages with equal weights and
 client-level noise.
 """
 
@@ -26,7 +26,7 @@ from choral.trainers.algorithms.interface import Channel, Mean
 from choral.trainers.run_folder.recorder import Recorder
 
 
-class Coder(Protocol):
+class Codec(Protocol):
     """One for a run and a channel; `begin` opens a sum, each present party encodes once, the server decodes once."""
 
     @property
@@ -53,7 +53,7 @@ class Coder(Protocol):
         ...
 
     def check(self, session: SumSession) -> None:
-        """Raises: ConfigError if the secure sum may do what this coder's promise excludes."""
+        """Raises: ConfigError if the secure sum may do what this codec's promise excludes."""
         ...
 
     def begin(self, present: tuple[str, ...]) -> None: ...
@@ -71,7 +71,7 @@ class Coder(Protocol):
         ...
 
 
-class WeightedCoder:
+class WeightedCodec:
     """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
 
     Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count. roster:
@@ -105,7 +105,7 @@ class WeightedCoder:
         # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
         cap = cap_of(max(examples.values())) if cap is None else cap
         most = cap if channel.weighing == "examples" else 1
-        self._coder = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
+        self._encoding = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
         self._length, self._guards = channel.length, guards
 
     @property
@@ -113,18 +113,18 @@ class WeightedCoder:
         return SumSpec(
             parties=self._roster,
             length=self._length + 1,
-            bound=self._coder.integer_bound,
-            encoding=repr(self._coder),
+            bound=self._encoding.integer_bound,
+            encoding=repr(self._encoding),
         )
 
     @property
     def fixed_point(self) -> dict[str, float | int]:
-        coder = self._coder
+        codec = self._encoding
         return {
-            "bound": coder.bound,
-            "value_bits": coder.value_bits,
-            "max_weight": coder.max_weight,
-            "error_bound": coder.error_bound,
+            "bound": codec.bound,
+            "value_bits": codec.value_bits,
+            "max_weight": codec.max_weight,
+            "error_bound": codec.error_bound,
         }
 
     def check(self, session: SumSession) -> None:
@@ -141,7 +141,7 @@ class WeightedCoder:
 
     def encode(self, party: str, update: torch.Tensor) -> Any:
         weight = self._weights[party] if self._weights is not None else 1
-        return self._coder.encode(self._within(update, weight) if self._in_clear else update, weight)
+        return self._encoding.encode(self._within(update, weight) if self._in_clear else update, weight)
 
     def _within(self, update: torch.Tensor, weight: int) -> torch.Tensor:
         """The update cut off at the bound; what is beyond it is kept for the mean."""
@@ -149,9 +149,9 @@ class WeightedCoder:
         if not math.isfinite(largest):
             return update  # which is refused
         self._largest = max(self._largest, largest)
-        if largest <= self._coder.bound:
+        if largest <= self._encoding.bound:
             return update
-        inside = update.double().clamp(-self._coder.bound, self._coder.bound)
+        inside = update.double().clamp(-self._encoding.bound, self._encoding.bound)
         beyond = update.double() - inside
         self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
         self._beyond = beyond * weight + (0.0 if self._beyond is None else self._beyond)
@@ -162,14 +162,14 @@ class WeightedCoder:
 
     def decode(self, result: SumResult) -> Mean:
         """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
-        mean, weight = self._coder.decode(result.total, len(result.survivors))
+        mean, weight = self._encoding.decode(result.total, len(result.survivors))
         return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
     def spent(self) -> dict[str, Spent]:
         return {name: guard.spent() for name, guard in self._guards.items()}
 
 
-class ClientCoder:
+class ClientCodec:
     """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientGuard`."""
 
     largest = None
@@ -282,9 +282,9 @@ class Clients:
         paid = rounds if left is None else min(rounds, self._recorder.completed + left // sums)
         return paid, "" if paid == rounds else f"the clients' budget is spent; ended after round {paid}"
 
-    def coder(
+    def codec(
         self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int, *, most: int | None = None
-    ) -> ClientCoder:
+    ) -> ClientCodec:
         """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was.
 
         roster: who takes part in one sum, of so many clients. most: in any sum, by default all.
@@ -300,7 +300,7 @@ class Clients:
             clip=history[-1].clip if history else None,
             most=most,
         )
-        return ClientCoder(roster, guard)
+        return ClientCodec(roster, guard)
 
 
 def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:

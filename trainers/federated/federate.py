@@ -3,7 +3,7 @@
     server:  ask                   weights -> exchange      float32, shape (d,)      Algorithm.round
     party:   local training        exchange -> result       float32, shape (d,)      LocalTrainer.do
     party:   answer                result  -> vector        float32, shape (l,)      Algorithm.answer
-    party:   encode                vector  -> integers      int64, shape (D,)        coders.Coder.encode
+    party:   encode                vector  -> integers      int64, shape (D,)        codec.Codec.encode
     parties: secure sum            integers -> their sum    int64, shape (D,)        protocols.SecureSum
     server:  decode, step          sum -> mean, weights     float64, shape (l,)      Algorithm.round
 
@@ -30,10 +30,10 @@ from choral.protocols.interface import SecureSum, SumSession
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.tap import watched_by
 from choral.trainers.algorithms import algorithm_named
-from choral.trainers.algorithms.interface import Algorithm, LocalTrainer, Setup
+from choral.trainers.algorithms.interface import Algorithm, FederationInfo, LocalTrainer
 from choral.trainers.engines.fastest import Fastest
-from choral.trainers.engines.sharded import Beginning, Sharded, Team, led
-from choral.trainers.federated.codec import Coder, WeightedCoder, cap_of, open_clients
+from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
+from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of, open_clients
 from choral.trainers.federated.participation import Clock, Participation
 from choral.trainers.federated.rounds import (
     Federation,
@@ -215,14 +215,14 @@ def federate(
         )
         return resident, engine(resident) if engine else Fastest(resident)
 
-    team = Team.join()
+    ranks = RankGroup.join()
     records = None if isinstance(privacy, ClientPrivacy) else privacy
-    if team is not None:
-        _check_shared(team, records, out, len(parties))
-        if team.rank:
-            return team.follow(lambda told: trainer_of(_guards_here(team, told, records, examples))[1])
+    if ranks is not None:
+        _check_shared(ranks, records, out, len(parties))
+        if ranks.rank:
+            return ranks.follow(lambda told: trainer_of(_guards_here(ranks, told, records, examples))[1])
     with (
-        led(team) as share,
+        led(ranks) as share,
         Recorder.open(out, info, resume=resume) as recorder,
         Transcript(Path(out) if out else None, transcript, recorder.sealed) as seen,
         watched_by(seen.watcher),
@@ -241,63 +241,63 @@ def federate(
             return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
         resident, trainer = trainer_of(guards)
         resident.check_batches()
-        if team is not None:
+        if ranks is not None:
             folder = recorder.ledger_folder
-            team.begin(Beginning(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))
-            trainer = Sharded(team, trainer, examples, sticky=bool(guards))
-        setup = Setup(
+            ranks.begin(RankSetup(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))
+            trainer = Sharded(ranks, trainer, examples, sticky=bool(guards))
+        federation = FederationInfo(
             parties=len(parties),
             length=resident.layout.length,
             examples=census.total,
             largest=cap_of(census.largest),
             value_bound=value_bound,
         )
-        channels = algorithm.channels(setup)
+        channels = algorithm.channels(federation)
         first = tuple(names[: participation.fewest(len(names))])  # stands for every cohort: no sum is over fewer
         roster = first if census.population else tuple(names)
         if clients:
             sums = sum(not channel.once for channel in channels.values())
             last_round, reason = clients.rounds_paid_for(rounds, sums)
-            coders: dict[str, Coder] = dict.fromkeys(
+            codecs: dict[str, Codec] = dict.fromkeys(
                 channels,
-                clients.coder(roster, setup.parties, setup.length, rounds, sums, most=participation.cohort),
+                clients.codec(roster, federation.parties, federation.length, rounds, sums, most=participation.cohort),
             )
         else:
-            coders = {
-                name: WeightedCoder(
+            codecs = {
+                name: WeightedCodec(
                     examples,
                     channel,
                     bound=value_bound,
                     value_bits=value_bits,
                     guards=guards,
-                    cap=setup.largest,
+                    cap=federation.largest,
                     roster=roster,
                     in_clear=secure_sum.name == "plain" and transcript is None,
                 )
                 for name, channel in channels.items()
             }
-        last = list(coders)[-1]
+        last = list(codecs)[-1]
         if transcript is not None and len(channels) > 1:
             raise ConfigError(
                 f"{algorithm.kind} has several sums in a round, and a transcript is of one",
                 hint="record one of FedAvg; the messages of each sum are alike",
             )
-        opened = partial(open_sessions, secure_sum, coders, seen, parties=len(names), policy=policy)
+        opened = partial(open_sessions, secure_sum, codecs, seen, parties=len(names), policy=policy)
         rooms = opened(roster=None if participation.everybody else first)
         if not participation.everybody and len(first) < (most := participation.expected(len(names))):
             full = opened(roster=tuple(names[:most]))
             check_promises(rooms, len(first), full, most)
         meter = EnergyMeter(on)
-        recorder.begin(_complete(info, resident, secure_sum, rooms[last], coders[last], meter))
+        recorder.begin(_complete(info, resident, secure_sum, rooms[last], codecs[last], meter))
         seen.flush()
         weights = recorder.restore(resident.model, resident.layout)
-        federation = Federation(
+        running = Federation(
             algorithm=algorithm,
             trainer=trainer,
-            setup=setup,
+            federation=federation,
             names=names,
             examples=examples,
-            coders=coders,
+            codecs=codecs,
             sessions=rooms,
             memory=recorder.algorithm_state(),
             participation=participation,
@@ -315,13 +315,13 @@ def federate(
         for number in range(recorder.completed + 1, last_round + 1):
             started, _ = time.perf_counter(), meter.take()
             simulated = _next_start(participation.clock, recorder.history)
-            weights, traffic = federation.round(weights, number, simulated)
+            weights, traffic = running.round(weights, number, simulated)
             if traffic.failed and _failed_in_a_row(recorder.history) >= participation.patience:
                 raise with_reasons(traffic.failed, traffic.errors)
             seen.flush()
             resident.layout.write(weights)
             seconds, joules = time.perf_counter() - started, meter.take()
-            spent = coders[last].spent()
+            spent = codecs[last].spent()
             entry = RoundRecord(
                 round=number,
                 metrics=evaluated(evaluate, resident.model, seed),
@@ -330,21 +330,21 @@ def federate(
                 bytes_up=traffic.bytes_up,
                 bytes_down=traffic.bytes_down,
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
-                clip=coders[last].clip,
+                clip=codecs[last].clip,
                 joules=joules,
                 asked=traffic.asked,
                 failed=str(traffic.failed or ""),
                 dropped=traffic.dropped,
-                largest=coders[last].largest if not traffic.failed else None,
+                largest=codecs[last].largest if not traffic.failed else None,
                 simulated_start=simulated if participation.timed else None,
                 simulated_seconds=traffic.seconds if participation.timed else None,
             )
-            federation.memory.clips = {} if team is not None else clips_of(guards)  # other ranks keep theirs
-            recorder.add(entry, resident.model, spent, algorithm_state=federation.memory, sealed=seen.sealed)
+            running.memory.clips = {} if ranks is not None else clips_of(guards)  # other ranks keep theirs
+            recorder.add(entry, resident.model, spent, algorithm_state=running.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
         if recorder.completed < rounds:
-            return share(recorder.end(reason, coders[last].spent()))
+            return share(recorder.end(reason, codecs[last].spent()))
         return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
 
 
@@ -360,7 +360,7 @@ def _failed_in_a_row(history: Sequence[RoundRecord]) -> int:
     return next(count for count, entry in enumerate(reversed(history)) if not entry.failed)
 
 
-def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
+def _check_shared(ranks: RankGroup, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
     """Raises: ConfigError if ledgers would have to be known to several processes and are not in files, or if a process
     would keep none.
     """
@@ -370,29 +370,31 @@ def _check_shared(team: Team, privacy: Privacy | None, out: str | Path | None, p
         raise ConfigError(
             "several processes keep the ledgers of one run, which must be files then", hint="give out=FOLDER"
         )
-    if parties < team.size:
+    if parties < ranks.size:
         raise ConfigError(
-            f"{team.size} processes for {parties} private parties, each of which stays at one process",
+            f"{ranks.size} processes for {parties} private parties, each of which stays at one process",
             hint=f"start at most {parties}",
         )
 
 
-def _guards_here(team: Team, told: Beginning, privacy: Privacy | None, examples: Mapping[str, int]) -> dict[str, Guard]:
+def _guards_here(
+    ranks: RankGroup, told: RankSetup, privacy: Privacy | None, examples: Mapping[str, int]
+) -> dict[str, Guard]:
     """The guards of the parties that stay at this rank."""
     if privacy is None:
         return {}
-    here = {party: examples[party] for party in team.parties_of(team.rank, examples)}
+    here = {party: examples[party] for party in ranks.parties_of(ranks.rank, examples)}
     return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
 
 
 def _complete(
-    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, coder: Coder, meter: EnergyMeter
+    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, codec: Codec, meter: EnergyMeter
 ) -> RunInfo:
     return msgspec.structs.replace(
         info,
         parameters=resident.layout.length,
         secure_sum={"name": secure_sum.name, **session.statement},
-        fixed_point=coder.fixed_point,
+        fixed_point=codec.fixed_point,
         meters=meter.meters,
     )
 

@@ -22,14 +22,14 @@ from choral.trainers.algorithms.interface import (
     Done,
     Exchange,
     Failed,
+    FederationInfo,
     LocalTrainer,
     Mean,
     Party,
     Server,
-    Setup,
     Work,
 )
-from choral.trainers.federated.codec import Coder
+from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.participation import Dropouts, Participation, stream
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, State
 from choral.trainers.run_folder.info import RunFolderError
@@ -70,10 +70,10 @@ class Federation:
 
     algorithm: Algorithm
     trainer: LocalTrainer
-    setup: Setup
+    federation: FederationInfo
     names: Sequence[str]
     examples: Mapping[str, int]
-    coders: Mapping[str, Coder]
+    codecs: Mapping[str, Codec]
     sessions: Mapping[str, SumSession]
     memory: AlgorithmState
     participation: Participation
@@ -90,7 +90,7 @@ class Federation:
         so do the weights: in a round that has too few parties left they come back as they were, and Traffic says why.
 
         Raises: DivergedError if they are not finite; RunFolderError if the last round's memory is missing; what the
-            parties' training did, if it failed at all of them; what coder and secure sum raise but for too few
+            parties' training did, if it failed at all of them; what codec and secure sum raise but for too few
             survivors.
         """
         self.seen.round = number
@@ -114,7 +114,9 @@ class Federation:
         server = dict(self.memory.server)
         parties = {name: dict(state) for name, state in self.memory.parties.items()}
         rooms = self._rooms(asked.parties)
-        steps = self.algorithm.round(Server(setup=self.setup, number=self.succeeded + 1, state=server), weights)
+        steps = self.algorithm.round(
+            Server(federation=self.federation, number=self.succeeded + 1, state=server), weights
+        )
         try:
             ask = next(steps)
             while True:
@@ -138,9 +140,9 @@ class Federation:
         self, ask: Exchange, rooms: Mapping[str, SumSession], asked: _Asked, states: dict[str, State], number: int
     ) -> Mean:
         """Keys among all who are asked, then each present party's vector, added as it comes, then the sum."""
-        coder, present, traffic = self.coders[ask.channel], asked.sending, asked.traffic
+        codec, present, traffic = self.codecs[ask.channel], asked.sending, asked.traffic
         summing = rooms[ask.channel].begin(asked.lost)
-        coder.begin(present)
+        codec.begin(present)
         working: dict[str, Party] = {}
 
         def orders() -> Iterator[tuple[str, Work]]:
@@ -148,7 +150,7 @@ class Federation:
                 party = Party(
                     name=name,
                     examples=self.examples[name],
-                    setup=self.setup,
+                    federation=self.federation,
                     number=number,
                     state=dict(states.get(name, {})),
                 )
@@ -161,11 +163,11 @@ class Federation:
         with caller_keeps_generators():
             for name, done in self.trainer.do(orders(), ask.weights, number):
                 party = working.pop(name)
-                vector = self._vector(coder, party, ask, done)
+                vector = self._vector(codec, party, ask, done)
                 if isinstance(vector, ChoralError):
                     errors[name] = vector
                     _log.warning("round %d: %s (%s)", number, vector, vector.hint)
-                    if (vector := coder.stand_in(name)) is None:
+                    if (vector := codec.stand_in(name)) is None:
                         continue
                     party.state.clear()
                 self.seen.vector(name, vector)
@@ -187,12 +189,12 @@ class Federation:
                 states[name] = kept[name]
         sent = [*ask.new.values(), *([ask.weights] if not asked.sums else [])]
         traffic.survivors = len(result.survivors)
-        traffic.bytes_up += max(result.bytes_up.values()) + coder.more_bytes
+        traffic.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
         traffic.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in sent)
         asked.sums += 1
-        return coder.decode(result)
+        return codec.decode(result)
 
-    def _vector(self, coder: Coder, party: Party, ask: Exchange, done: Done | Failed) -> Any:
+    def _vector(self, codec: Codec, party: Party, ask: Exchange, done: Done | Failed) -> Any:
         """What the party sends, or the error that makes it drop out."""
         if isinstance(done, Failed):
             return raised_by(done.error, f"training at party {party.name!r}")
@@ -201,7 +203,7 @@ class Federation:
         except (TaskError, DivergedError) as error:
             return error
         try:
-            return coder.encode(party.name, vector)
+            return codec.encode(party.name, vector)
         except EncodingError as error:
             return beyond(error, vector, f"round {party.number}, party {party.name!r}, {ask.channel}", self.shapes)
 
@@ -232,7 +234,7 @@ class Federation:
                 hint="lower participation.least, or let rounds fail with participation.patience",
             )
         rooms = open_sessions(
-            self.secure_sum, self.coders, self.seen, parties=len(self.names), roster=asked, policy=self.policy
+            self.secure_sum, self.codecs, self.seen, parties=len(self.names), roster=asked, policy=self.policy
         )
         check_promises(self.sessions, needed, rooms, len(asked))
         return rooms
@@ -335,7 +337,7 @@ def _reasons(errors: Mapping[str, ChoralError]) -> str:
 
 def open_sessions(
     secure_sum: SecureSum,
-    coders: Mapping[str, Coder],
+    codecs: Mapping[str, Codec],
     seen: Transcript,
     *,
     parties: int,
@@ -345,17 +347,17 @@ def open_sessions(
     """One session per channel; channels whose vectors look alike share one. parties: how many there are in all, whom
     the roster is taken from. roster: by default all parties. seen: is told of each. policy: what the parties accept.
 
-    Raises: what the coders' check does; what the secure sum does for a roster of that size; PolicyError.
+    Raises: what the codecs' check does; what the secure sum does for a roster of that size; PolicyError.
     """
     sessions: dict[str, SumSession] = {}
     by_spec: dict[object, SumSession] = {}
-    for name, coder in coders.items():
-        spec = replace(coder.spec, parties=roster or coder.spec.parties, directory=parties)
+    for name, codec in codecs.items():
+        spec = replace(codec.spec, parties=roster or codec.spec.parties, directory=parties)
         if spec not in by_spec:
             seen.begin(secure_sum.name, spec)
             by_spec[spec] = _opened(secure_sum, spec, policy)
         sessions[name] = by_spec[spec]
-        coder.check(sessions[name])
+        codec.check(sessions[name])
     return sessions
 
 
@@ -379,7 +381,7 @@ def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str,
                 )
 
 
-_PROBE = Setup(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
+_PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
 
 
 def participation_of(
@@ -427,7 +429,7 @@ def check_patience(
     several = len(algorithm.channels(_PROBE)) > 1
     if participation.patience and several and secure_sum != "plain" and not isinstance(privacy, ClientPrivacy):
         raise ConfigError(
-            f"{algorithm.kind} has several sums in a round: one that fails after the first is gone over from the same"
+            f"{algorithm.kind} has several sums in a round: one that fails after the first is retried from the same"
             " weights, and the server sees the same vectors summed over other survivors",
             hint="leave out participation.patience, or use ClientPrivacy, which pays for each sum",
         )

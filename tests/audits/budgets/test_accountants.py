@@ -25,7 +25,7 @@ from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.client_level import client
 from choral.privacy.errors import AccountingError
 from choral.trainers import Run
-from choral.trainers.federated import codec as coders
+from choral.trainers.federated import codec as codecs
 
 MakeRun = Callable[..., Run]
 DELTA = 1e-3
@@ -193,7 +193,7 @@ def test_noise_calibrated_for_all_with_half_of_them_gone_is_caught(
     monkeypatch.setattr(
         client.ClientRound, "decode", lambda self, total, _: decode(self, total, self._guard.clients)
     )  # fmt: skip
-    monkeypatch.setattr(coders.ClientCoder, "begin", lambda self, _: setattr(self, "_round", self._guard.begin()))
+    monkeypatch.setattr(codecs.ClientCodec, "begin", lambda self, _: setattr(self, "_round", self._guard.begin()))
     federate(
         **job, privacy=promise(min_survivors=8), secure_sum=Plain(), dropout_rate=0.5, out=tmp_path / "run", seed=3
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral import Privacy, federate
 from choral.errors import ConfigError
 from choral.trainers import DivergedError, TaskError
-from choral.trainers.algorithms import interface as seam
+from choral.trainers.algorithms import interface
 from choral.trainers.data.sparse_rows import SparseDataset
 from choral.trainers.local_steps import sparse_kernels, sparse_kernels_numba
 from choral.trainers.local_steps.logistic_regression import ClosedForm
@@ -68,18 +68,18 @@ def works(length: int) -> dict[str, Any]:
     random = torch.Generator().manual_seed(1)
     direction, shares = torch.randn(length, generator=random) / 5, torch.rand(length, generator=random)
     return {
-        "train": seam.Train(),
-        "train shifted": seam.Train(shift=direction, pull=0.7),
-        "gradient": seam.Gradient(),
-        "svrg": seam.Svrg(direction=direction, step=0.2, passes=2),
-        "svrg scaled": seam.Svrg(direction=direction, step=0.2, shares=shares, pull=0.3),
-        "minimise": seam.Minimise(direction=direction, pull=0.2),
-        "touch": seam.Touch(),
+        "train": interface.Train(),
+        "train shifted": interface.Train(shift=direction, pull=0.7),
+        "gradient": interface.Gradient(),
+        "svrg": interface.Svrg(direction=direction, step=0.2, passes=2),
+        "svrg scaled": interface.Svrg(direction=direction, step=0.2, shares=shares, pull=0.3),
+        "minimise": interface.Minimise(direction=direction, pull=0.2),
+        "touch": interface.Touch(),
     }
 
 
 def orders(work: Any) -> list[tuple[str, Any]]:
-    if isinstance(work, seam.Ascend):
+    if isinstance(work, interface.Ascend):
         counts = {"north": 23, "south": 7, "one": 1}
         return [(name, replace(work, dual=torch.full((count,), 0.25))) for name, count in counts.items()]
     return [(name, work) for name in ("north", "south", "one")]
@@ -89,7 +89,7 @@ def start(length: int) -> torch.Tensor:
     return torch.linspace(-1, 1, length)
 
 
-ASCEND = seam.Ascend(dual=torch.zeros(0), ridge=0.1, examples=31, slack=3.0, passes=2)
+ASCEND = interface.Ascend(dual=torch.zeros(0), ridge=0.1, examples=31, slack=3.0, passes=2)
 
 
 @pytest.mark.parametrize("name", [*works(1), "ascend"])
@@ -207,7 +207,7 @@ class TestRefusals:
     def test_another_loss(self):
         trainer = closed(resident(loss=lambda model, batch: 2 * loss(model, batch)))
         with pytest.raises(TaskError, match="not the logistic one"):
-            list(trainer.do([("north", seam.Gradient())], start(FEATURES), 1))
+            list(trainer.do([("north", interface.Gradient())], start(FEATURES), 1))
 
     @pytest.mark.parametrize(
         ("told", "says"),
@@ -220,7 +220,7 @@ class TestRefusals:
     )
     def test_numbers_that_are_not_those_of_fit(self, told, says):
         with pytest.raises(TaskError, match=f"the closed form was told {says}"):
-            list(closed(resident(), **told).do(orders(seam.Train()), start(FEATURES), 1))
+            list(closed(resident(), **told).do(orders(interface.Train()), start(FEATURES), 1))
 
     def test_a_fit_that_does_something_else(self):
         def halves(model, optimizer, loader):
@@ -234,7 +234,7 @@ class TestRefusals:
 
         for odd, says in ((halves, "does something else"), (own, "cannot be compared")):
             with pytest.raises(TaskError, match=says):
-                list(closed(resident(fit=odd)).do(orders(seam.Train()), start(FEATURES), 1))
+                list(closed(resident(fit=odd)).do(orders(interface.Train()), start(FEATURES), 1))
 
     @pytest.mark.parametrize(
         ("data", "says"),
@@ -249,7 +249,7 @@ class TestRefusals:
         trainer = closed(of)
         of.datasets["odd"] = data
         with pytest.raises(TaskError, match=says):
-            list(trainer.do([("odd", seam.Gradient())], start(FEATURES), 1))
+            list(trainer.do([("odd", interface.Gradient())], start(FEATURES), 1))
 
     def test_record_level_privacy(self, tmp_path):
         of = resident()
@@ -268,14 +268,14 @@ class TestRefusals:
     def test_divergence_names_the_party(self):
         data = {"north": SparseDataset(np.full((30, FEATURES), 1e30), torch.arange(30) % 2)}
         trainer = closed(resident(datasets=data, loss=None))
-        work = seam.Svrg(direction=torch.ones(FEATURES), step=1e30, pull=1e9)
+        work = interface.Svrg(direction=torch.ones(FEATURES), step=1e30, pull=1e9)
         [(_, made)] = trainer.do([("north", work)], start(FEATURES), 2)
         assert isinstance(made.error, DivergedError)
         assert "'north' diverged in round 2" in str(made.error)
 
     def test_separable_without_pull(self):
         data = {"north": SparseDataset(np.ones((3, FEATURES)), torch.ones(3, dtype=torch.int64))}
-        work = seam.Minimise(direction=torch.full((FEATURES,), -0.6))
+        work = interface.Minimise(direction=torch.full((FEATURES,), -0.6))
         [(_, made)] = closed(resident(datasets=data)).do([("north", work)], start(FEATURES), 1)
         assert isinstance(made.error, TaskError)
         assert "no minimum" in str(made.error)

@@ -9,7 +9,7 @@ import torch
 from choral.privacy import EncodingError
 from choral.protocols import Masked
 from choral.trainers.algorithms.interface import Channel
-from choral.trainers.federated.codec import WeightedCoder
+from choral.trainers.federated.codec import WeightedCodec
 
 NAMES = tuple(f"p{place}" for place in range(10))
 
@@ -17,13 +17,13 @@ NAMES = tuple(f"p{place}" for place in range(10))
 def mean_of(weight: int, value: int, weighing: str = "examples") -> torch.Tensor:
     """Nine honest parties of 100 records and updates of .001; the tenth sends this weight and this integer."""
     channel = Channel(length=3, weighing=weighing)
-    coder = WeightedCoder(dict.fromkeys(NAMES, 100), channel, bound=1.0, value_bits=16, guards={})
-    session = Masked(corrupt=1).open(coder.spec)
+    codec = WeightedCodec(dict.fromkeys(NAMES, 100), channel, bound=1.0, value_bits=16, guards={})
+    session = Masked(corrupt=1).open(codec.spec)
     summing = session.begin()
     for name in NAMES[:-1]:
-        summing.submit(name, coder.encode(name, torch.full((3,), 0.001)))
+        summing.submit(name, codec.encode(name, torch.full((3,), 0.001)))
     summing.submit(NAMES[-1], np.array([value] * 3 + [weight], np.int64))
-    mean: torch.Tensor = coder.decode(summing.finish()).value
+    mean: torch.Tensor = codec.decode(summing.finish()).value
     return mean
 
 
