@@ -67,6 +67,7 @@ def split(
     for position, secret in enumerate(secrets):
         polynomial = coefficients[position * (threshold - 1) : (position + 1) * (threshold - 1)]
         polynomial.append(int.from_bytes(secret, "little"))  # highest power first, the secret last
+        # Shamir 1979, section 2: D_i = q(i) for q(x) = D + a_1 x + ... + a_{t-1} x^{t-1} mod p
         shares.append([evaluate(polynomial, index).to_bytes(SHARE_BYTES, "little") for index in indices])
     return shares
 
@@ -75,7 +76,7 @@ def evaluate(polynomial: Sequence[int], point: int, *, field: int = PRIME) -> in
     """The polynomial's value at ``point`` modulo ``field``; coefficients with the highest power first."""
     value = 0
     limit = field << 512
-    for coefficient in polynomial:
+    for coefficient in polynomial:  # Horner: q(x) = (...(a_{t-1} x + a_{t-2}) x + ...) x + D
         value = value * point + coefficient
         if value > limit:  # points are small: reducing now and then is cheaper than at each step
             value %= field
@@ -128,10 +129,15 @@ class Combiner:
         """The field element at 0 of the polynomial through ``values``. Raises ShareError as :meth:`combine` does."""
         if self._parity:
             self._check_parity(values)
-        return int(sum(map(mul, self._weights, values))) % self._field
+        return int(sum(map(mul, self._weights, values))) % self._field  # f(0) = sum_i w_i f(i)
 
     def _check_parity(self, values: Sequence[int]) -> None:
-        """Syndromes S_k = sum_i v_i i^k y_i for k < m - t vanish exactly on the values of polynomials of degree < t."""
+        """Syndromes S_k = sum_i v_i i^k y_i for k < m - t vanish exactly on the values of polynomials of degree < t.
+
+        For v_i = 1 / prod_{j != i} (i - j), sum_i v_i g(i) is the coefficient of x^{m-1} of the g of degree < m: that
+        is 0 for g(x) = x^k f(x) of degree <= (m - t - 1) + (t - 1) = m - 2. The shares as a Reed-Solomon code: McEliece
+        and Sarwate 1981.
+        """
         field = self._field
         terms = [weight * value % field for weight, value in zip(self._parity, values, strict=True)]
         syndromes = []
@@ -150,10 +156,11 @@ def lagrange_at_zero(indices: Sequence[int], *, field: int = PRIME) -> list[int]
     product = 1
     for index in indices:
         product = product * index % field
+    # w_i = prod_{j != i} (-j) / (i - j) = (-1)^{t-1} prod_j j / (i prod_{j != i} (i - j))
     denominators = [
         index * difference % field for index, difference in zip(indices, _differences(indices, field), strict=True)
     ]
-    sign = -1 if len(indices) % 2 == 0 else 1  # prod_j (-j) / prod_j (i - j), with i's own factor taken out
+    sign = -1 if len(indices) % 2 == 0 else 1  # (-1)^{t-1}
     return [sign * product * inverse % field for inverse in _inverses(denominators, field)]
 
 
@@ -180,7 +187,7 @@ def _differences(indices: Sequence[int], field: int) -> list[int]:
 def _inverses(values: Sequence[int], field: int) -> list[int]:
     """All inverses for one inversion (Montgomery's trick)."""
     prefixes = [1]
-    for value in values:
+    for value in values:  # P_k = v_0 ... v_{k-1}, and from the end v_k^-1 = P_k (v_0 ... v_k)^-1
         prefixes.append(prefixes[-1] * value % field)
     inverse = pow(prefixes[-1], -1, field)
     result = [0] * len(values)
@@ -191,21 +198,26 @@ def _inverses(values: Sequence[int], field: int) -> list[int]:
 
 
 def _locate(syndromes: Sequence[int], indices: Sequence[int], field: int) -> tuple[int, ...]:
-    """The corrupt indices by Berlekamp and Massey, or () when there are more than half as many as syndromes."""
+    """The corrupt indices by Berlekamp and Massey, or () when there are more than half as many as syndromes.
+
+    Massey 1969, the "LFSR synthesis algorithm" in its steps 2 to 6: there C is ``locator``, B ``previous``, L
+    ``length``, x ``shift``, b ``last``, d ``discrepancy``, N ``position``.
+    """
     locator, previous, length, shift, last = [1], [1], 0, 1, 1
     for position, syndrome in enumerate(syndromes):
-        discrepancy = syndrome
+        discrepancy = syndrome  # step 2: d = s_N + sum_{i=1}^{L} c_i s_{N-i}
         for degree in range(1, min(length, len(locator) - 1) + 1):
             discrepancy += locator[degree] * syndromes[position - degree]
         discrepancy %= field
-        if not discrepancy:
+        if not discrepancy:  # step 3
             shift += 1
             continue
+        # steps 4 and 5: C(D) <- C(D) - d b^-1 D^x B(D)
         factor = discrepancy * pow(last, -1, field) % field
         updated = locator + [0] * (len(previous) + shift - len(locator))
         for degree, coefficient in enumerate(previous):
             updated[degree + shift] = (updated[degree + shift] - factor * coefficient) % field
-        if 2 * length <= position:
+        if 2 * length <= position:  # step 5: L <- N + 1 - L, B <- the former C, b <- d, x <- 1
             length, previous, last, shift = position + 1 - length, locator, discrepancy, 1
         else:
             shift += 1

@@ -64,20 +64,21 @@ def _ring(n: int, k: int, seed: bytes) -> list[int] | None:
         raise SpecError(f"no graph has {n} parties with {k} neighbours each: one of the two numbers must be even")
     order = list(range(n))
     words = _words(seed)
-    for last in range(n - 1, 0, -1):
+    for last in range(n - 1, 0, -1):  # Knuth, The Art of Computer Programming 2, section 3.4.2, algorithm P
         chosen = _below(last + 1, words)
         order[last], order[chosen] = order[chosen], order[last]
     return order
 
 
 def _steps(n: int, k: int) -> tuple[int, ...]:
+    # The Harary graph: places i and j are joined if (i - j) mod n is one of -k/2 .. -1, 1 .. k/2; for odd k also n/2.
     half = tuple(step for distance in range(1, k // 2 + 1) for step in (distance, -distance))
     return (*half, n // 2) if k % 2 else half
 
 
 def _below(bound: int, words: Iterator[int]) -> int:
     """Uniform in 0 .. bound - 1."""
-    limit = 2**64 - 2**64 % bound
+    limit = 2**64 - 2**64 % bound  # floor(2^64 / bound) bound: each remainder stands for as many words
     while (word := next(words)) >= limit:
         pass
     return word % bound

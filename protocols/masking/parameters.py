@@ -161,21 +161,25 @@ def harary(
     log_party = log_event - math.log(n)
     log_failure = -correctness_bits * math.log(2) - math.log(n)
     for k in range(2, n - 1, 2):
-        disconnected = _log_disconnected(n, k, corrupt + dropouts)
+        disconnected = _log_disconnected(n, k, corrupt + dropouts)  # (1)
         if disconnected >= log_event:
             continue
-        many_corrupt = _log_tails(n, corrupt, k)  # [j]: log Pr[at least j corrupt neighbours]
+        many_corrupt = _log_tails(n, corrupt, k)  # (2) [j]: log Pr[at least j corrupt neighbours]
         withstood = int(np.argmax(many_corrupt < log_party)) - 1  # more than this many is the bad event
+        # t > c, or against a malicious server 2t > k + c, for c colluding neighbours as many as are withstood
         threshold = max(2, withstood + 1 if server == "semi-honest" else (k + withstood) // 2 + 1)
-        many_gone = _log_tails(n, dropouts, k)
+        many_gone = _log_tails(n, dropouts, k)  # (3): fewer than t of k are left exactly if k - t + 1 or more are gone
         while (
             split and many_gone[k - threshold + 1] < log_failure and _log_split(n, k, threshold, corrupt) >= log_event
         ):
             threshold += 1
         if many_gone[k - threshold + 1] >= log_failure:  # [0] is certain: a threshold of k + 1 fails too
             continue
+        # What reaches it is lost: t colluders alone; against a malicious server 2t - k, which with k - t honest holders
+        # of one answer and as many of the other reach t twice.
         tolerable = threshold if server == "semi-honest" else 2 * threshold - k
         cut = _log_split(n, k, threshold, corrupt) if split else disconnected
+        # The union bound over the cut and n parties: Pr <= Pr[cut] + n Pr[X >= tolerable]
         insecure = np.logaddexp(cut, math.log(n) + many_corrupt[min(tolerable, k + 1)])
         return Parameters(
             parties=n,
@@ -210,6 +214,7 @@ def achieved(
 
 def least_threshold(n: int, corrupt: int, server: Server) -> int:
     """The least t that is safe on the complete graph of n parties; the module says why."""
+    # 2t > n + n_corrupt (Bonawitz et al. 2017, theorem 6.5), t > n_corrupt (theorem 6.3)
     return max(2, (n + corrupt) // 2 + 1 if server == "malicious" else corrupt + 1)
 
 
@@ -279,6 +284,7 @@ def _log_disconnected(n: int, k: int, bad: int) -> float:
     """log of a bound on Pr[removing ``bad`` random nodes cuts the ring in two places, each k/2 nodes wide]."""
     if k > bad:
         return -math.inf
+    # n (n - k - 1) / 2 pairs of gaps, each all bad with C(n - k, bad - k) / C(n, bad) = bad! (n - k)! / n! (bad - k)!
     pairs = math.log(n) + math.log(n - k - 1) - math.log(2)
     return pairs + math.lgamma(bad + 1) + math.lgamma(n - k + 1) - math.lgamma(n + 1) - math.lgamma(bad - k + 1)
 
@@ -289,7 +295,7 @@ def _log_split(n: int, k: int, threshold: int, corrupt: int) -> float:
     The second run's chance is taken as if the first had just enough: the more it has, the fewer are left. For odd k the
     neighbour opposite counts among the t as one that is honest.
     """
-    half = k // 2
+    half = k // 2  # n (n - 2 h + 1) / 2 pairs of runs, each with Pr[X_1 >= t - h] Pr[X_2 >= t - h | X_1 = t - h]
     enough = threshold - (k - half)
     if enough <= 0:
         return 0.0
@@ -306,6 +312,7 @@ def _log_tails(n: int, marked: int, k: int) -> NDArray[np.float64]:
     j = np.arange(k + 1)
     possible = (j <= marked) & (k - j <= n - marked)
     j = j[possible]
+    # Pr[X = j] = C(marked, j) C(n - marked, k - j) / C(n, k)
     log_pmf = np.full(k + 2, -np.inf)
     log_pmf[:-1][possible] = _log_choose(marked, j) + _log_choose(n - marked, k - j) - _log_choose(n, np.asarray(k))
     tails: NDArray[np.float64] = np.logaddexp.accumulate(log_pmf[::-1])[::-1]

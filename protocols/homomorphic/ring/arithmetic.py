@@ -84,7 +84,7 @@ def ring(degree: int, primes: tuple[int, ...]) -> Ring:
     forward = np.array([_powers(degree, prime, _root(degree, prime)) for prime in primes])
     inverse = np.array([_powers(degree, prime, pow(_root(degree, prime), -1, prime)) for prime in primes])
     over = 1.0 / np.array(primes, np.float64)[:, None]
-    last = np.array([balanced(pow(degree, -1, prime), prime) for prime in primes], np.float64)
+    last = np.array([balanced(pow(degree, -1, prime), prime) for prime in primes], np.float64)  # N^-1 mod p
     return Ring(degree, primes, forward, forward * over, inverse, inverse * over, last)
 
 
@@ -116,6 +116,7 @@ def _is_prime(number: int) -> bool:
 def _root(degree: int, prime: int) -> int:
     """A primitive 2N-th root of unity: its N-th power is -1."""
     for base in range(2, prime):
+        # Of psi = g^((p - 1) / 2N) the order divides 2N, and is 2N exactly if psi^N = -1.
         root = pow(base, (prime - 1) // (2 * degree), prime)
         if pow(root, degree, prime) == prime - 1:
             return root
@@ -125,7 +126,7 @@ def _root(degree: int, prime: int) -> int:
 def _powers(degree: int, prime: int, root: int) -> list[float]:
     """root^bitreverse(i) for i below N, balanced."""
     bits = degree.bit_length() - 1
-    powers = [1]
+    powers = [1]  # Longa and Naehrig 2016: the table Psi_rev of algorithm 1, Psi_rev^-1 of algorithm 2
     for _ in range(degree - 1):
         powers.append(powers[-1] * root % prime)
     return [float(balanced(powers[int(f"{i:0{bits}b}"[::-1], 2)], prime)) for i in range(degree)]

@@ -31,6 +31,7 @@ def _thresholds(sigma: Decimal) -> tuple[int, ...]:
     """floor(2^127 P(|x| >= k)) for k = 1, 2, ... as long as that is not 0."""
     with localcontext() as context:
         context.prec = 80
+        # rho(x) = exp(-x^2 / 2 sigma^2); P(|x| >= k) = 2 sum_{x >= k} rho(x) / sum_x rho(x)
         weights = [(-(Decimal(x) ** 2) / (2 * sigma * sigma)).exp() for x in range(int(20 * sigma))]
         total = weights[0] + 2 * sum(weights[1:])
         found = []
@@ -61,7 +62,7 @@ def sample(seed: bytes, count: int, *, offset: int = 0) -> NDArray[np.int8]:
     if ties.any():
         for place in np.flatnonzero(ties):
             magnitudes[place] = _refined(seed, int(words[place]), offset + int(place))
-    sign = (words & np.uint64(1)).astype(np.int8)
+    sign = (words & np.uint64(1)).astype(np.int8)  # b: x = (-1)^b |x|, as (|x| xor -b) + b in two's complement
     sampled: NDArray[np.int8] = (magnitudes ^ -sign) + sign
     return sampled
 
@@ -70,11 +71,12 @@ def _refined(seed: bytes, word: int, place: int) -> int:
     """The magnitude at full precision: 63 bits of the word, then 64 of a second stream."""
     low = expand(hashlib.sha256(b"choral/1/gaussian/low words" + seed).digest(), 1, np.uint64, offset=place)
     value: int = (word >> 1 << 64) | int(low[0])
-    return sum(value < threshold for threshold in THRESHOLDS)
+    return sum(value < threshold for threshold in THRESHOLDS)  # #{k: u < 2^127 P(|x| >= k)}, Peikert 2010, section 4.1
 
 
 def density() -> dict[int, int]:
     """The probabilities that :func:`sample` has, as exact integers over 2^128; for tests and documentation."""
     tails = [1 << _PRECISION, *THRESHOLDS, 0]
+    # P(|x| = k) = P(|x| >= k) - P(|x| >= k + 1), and half of that for either sign
     exact = {k: (tails[k] - tails[k + 1]) * 2 for k in range(len(tails) - 1)}
     return {x: exact[abs(x)] if x == 0 else exact[abs(x)] // 2 for x in range(-TAIL, TAIL + 1)}

@@ -108,11 +108,12 @@ def _reduce(x: Any, prime: float) -> None:
     inverse = 1.0 / prime
     for z in range(x.size):
         value = x[z]
-        x[z] = value - ((value * inverse + _ROUND) - _ROUND) * prime
+        x[z] = value - ((value * inverse + _ROUND) - _ROUND) * prime  # x - round(x / p) p
 
 
 @_compiled
 def _forward(x: Any, roots: Any, quotients: Any, prime: float, lanes: int) -> None:
+    """Longa and Naehrig 2016, algorithm 1: there n is N, m is ``blocks``, t is ``half``, i is ``block``."""
     half = x.size // lanes
     blocks = 1
     stage = 0
@@ -120,11 +121,11 @@ def _forward(x: Any, roots: Any, quotients: Any, prime: float, lanes: int) -> No
         half //= 2
         run = half * lanes
         for block in range(blocks):
-            root = roots[blocks + block]
+            root = roots[blocks + block]  # S = Psi_rev[m + i]
             quotient = quotients[blocks + block]
             low = x[2 * block * run : (2 * block + 1) * run]
             high = x[(2 * block + 1) * run : (2 * block + 2) * run]
-            for z in range(run):
+            for z in range(run):  # Cooley and Tukey's butterfly: (U, V) -> (U + S V, U - S V)
                 value = high[z]
                 product = value * root - ((value * quotient + _ROUND) - _ROUND) * prime
                 kept = low[z]
@@ -132,23 +133,26 @@ def _forward(x: Any, roots: Any, quotients: Any, prime: float, lanes: int) -> No
                 high[z] = kept - product
         blocks *= 2
         stage += 1
-        if stage == REDUCE:
+        if stage == REDUCE:  # (k + 1) 2^50 + 2^30 < 2^53 only for k <= 6: see "Magnitudes" in arithmetic.py
             _reduce(x, prime)
 
 
 @_compiled
 def _backward(x: Any, roots: Any, quotients: Any, prime: float, lanes: int) -> None:
-    """The stages of :func:`_forward` in reverse; without the division by N. Reduces the sums in each stage."""
+    """The stages of :func:`_forward` in reverse; without the division by N. Reduces the sums in each stage.
+
+    Longa and Naehrig 2016, algorithm 2: there h is ``blocks``.
+    """
     inverse = 1.0 / prime
     run = lanes
     blocks = x.size // (2 * lanes)
     while blocks >= 1:
         for block in range(blocks):
-            root = roots[blocks + block]
+            root = roots[blocks + block]  # S = Psi_rev^-1[h + i]
             quotient = quotients[blocks + block]
             low = x[2 * block * run : (2 * block + 1) * run]
             high = x[(2 * block + 1) * run : (2 * block + 2) * run]
-            for z in range(run):
+            for z in range(run):  # Gentleman and Sande's butterfly: (U, V) -> (U + V, (U - V) S)
                 total = low[z] + high[z]
                 value = low[z] - high[z]
                 low[z] = total - ((total * inverse + _ROUND) - _ROUND) * prime
@@ -175,11 +179,11 @@ def _encrypt(
         prime = primes[row]
         for z in range(x.size):
             x[z] = errors[z]
-        for digit in range(digits.shape[0]):
+        for digit in range(digits.shape[0]):  # e + sum_g scale_g digit_g
             _add_scaled(x, digits[digit], scales[row, digit], prime)
         _reduce(x, prime)
         _forward(x, roots[row], quotients[row], prime, lanes)
-        _add_product(x, public[row], key[row], prime, out[row])
+        _add_product(x, public[row], key[row], prime, out[row])  # c = a s + NTT(e + sum_g scale_g digit_g)
 
 
 @_compiled
@@ -208,12 +212,12 @@ def _remove(
         prime = primes[row]
         inverse = 1.0 / prime
         for z in range(x.size):
-            x[z] = np.float64(sums[row, z]) - np.float64(public[row, z]) * np.float64(key[row, z])
+            x[z] = np.float64(sums[row, z]) - np.float64(public[row, z]) * np.float64(key[row, z])  # c - a s
         _reduce(x, prime)
         _backward(x, roots[row], quotients[row], prime, lanes)
         _reduce(x, prime)
         for z in range(x.size):
-            value = x[z] * last[row]
+            value = x[z] * last[row]  # N^-1 of the inverse transform
             value -= ((value * inverse + _ROUND) - _ROUND) * prime
             out[row, z] = np.int32(value + (prime if value < 0.0 else 0.0))
 
@@ -245,7 +249,7 @@ def _magnitudes(words: Any, thresholds: Any, counts: Any, ties: Any) -> None:
             equal[z] = 0
         for threshold in thresholds:
             for z in range(_CHUNK):
-                above[z] += values[z] < threshold
+                above[z] += values[z] < threshold  # the magnitude is #{k: u < P(|x| >= k)}
                 equal[z] |= values[z] == threshold
         for z in range(size):
             counts[first + z] = above[z]
@@ -311,7 +315,11 @@ def _add(words: Any, bits: Any, sums: Any) -> None:
 
 @_compiled
 def _limbs(residues: Any, primes: Any, offsets: Any, inverses: Any, out: Any) -> None:
-    """Garner's algorithm, then Horner's, for _CHUNK coefficients at a time."""
+    """Garner's algorithm, then Horner's, for _CHUNK coefficients at a time.
+
+    Garner: Menezes, van Oorschot and Vanstone, Handbook of Applied Cryptography, algorithm 14.71; with the digits in
+    the mixed radix p_0, p_0 p_1, ... one after another and not through the number itself.
+    """
     rows = primes.size
     digits = np.empty((rows, _CHUNK))
     limbs = np.empty((out.shape[0], _CHUNK))
@@ -322,11 +330,11 @@ def _limbs(residues: Any, primes: Any, offsets: Any, inverses: Any, out: Any) ->
             digit = digits[row]
             for z in range(size):
                 digit[z] = np.float64(residues[row, first + z]) + offsets[row]
-            for earlier in range(row):
+            for earlier in range(row):  # d_i = (...((x_i - d_0) p_0^-1 - d_1) p_1^-1 - ...) mod p_i
                 _times_difference(digit, digits[earlier], inverses[row, earlier], primes[row])
             _to_range(digit, primes[row])
         limbs[:] = 0.0
-        for row in range(rows - 1, -1, -1):
+        for row in range(rows - 1, -1, -1):  # x = d_0 + p_0 (d_1 + p_1 (d_2 + ...))
             carry[:] = digits[row]
             for place in range(limbs.shape[0]):
                 _carry_on(limbs[place], carry, primes[row])

@@ -34,6 +34,7 @@ class TorchKernels:
                 x += _reduced(digit, prime) * scale
             roots, quotients = self._float(ring.roots[row]), self._float(ring.quotients[row])
             x = _forward(_reduced(x, prime).view(-1, lanes), roots, quotients, prime)
+            # c = a s + NTT(e + sum_g scale_g digit_g)
             x += self._float(public[row]).view(-1, lanes) * self._float(key[row])[:, None]
             rows.append(_residues(_reduced(x, prime), prime))
         return np.stack(rows)
@@ -50,9 +51,9 @@ class TorchKernels:
         rows = []
         for row, prime in enumerate(ring.primes):
             x = self._float(public[row]).view(-1, lanes) * self._float(key[row])[:, None]
-            x = _reduced(self._float(sums[row]).view(-1, lanes) - x, prime)
+            x = _reduced(self._float(sums[row]).view(-1, lanes) - x, prime)  # c - a s
             x = _backward(x, self._float(ring.inverse_roots[row]), self._float(ring.inverse_quotients[row]), prime)
-            x = _reduced(_reduced(x, prime) * float(ring.last[row]), prime)
+            x = _reduced(_reduced(x, prime) * float(ring.last[row]), prime)  # N^-1 of the inverse transform
             rows.append(_residues(x, prime))
         return np.stack(rows)
 
@@ -65,7 +66,7 @@ class TorchKernels:
         values = (words >> np.uint64(1)).view(np.int64)
         counts, ties = np.zeros(words.shape, np.int8), np.zeros(words.shape, np.bool_)
         for threshold in thresholds:
-            counts += values < threshold
+            counts += values < threshold  # the magnitude is #{k: u < P(|x| >= k)}
             ties |= values == threshold
         return counts, ties
 
@@ -95,13 +96,16 @@ class TorchKernels:
         sums += _unpack(packed, bits)
 
     def limbs(self, ring: Ring, residues: Any, offset: int) -> NDArray[np.int64]:
+        # Garner's algorithm (Handbook of Applied Cryptography, 14.71), by digits in the mixed radix p_0, p_0 p_1, ...
         digits: list[NDArray[np.int64]] = []
         for row, prime in enumerate(ring.primes):
             digit = (residues[row].astype(np.int64) + offset % prime) % prime
+            # d_i = (...((x_i - d_0) p_0^-1 - d_1) p_1^-1 - ...) mod p_i
             for earlier, other in zip(digits, ring.primes, strict=False):
                 digit = (digit - earlier) * pow(other, -1, prime) % prime
             digits.append(digit)
         limbs = np.zeros((-(-ring.modulus.bit_length() // LIMB) + 1, residues.shape[1]), np.int64)
+        # Horner: x = d_0 + p_0 (d_1 + p_1 (d_2 + ...))
         for carry, prime in zip(reversed(digits), reversed(ring.primes), strict=True):
             for limb in limbs:
                 value = limb * prime + carry
@@ -121,7 +125,7 @@ def _unpack(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
 
 
 def _reduced(x: Tensor, prime: int) -> Tensor:
-    return x - torch.round(x * (1.0 / prime)) * prime
+    return x - torch.round(x * (1.0 / prime)) * prime  # x - round(x / p) p
 
 
 def _residues(balanced: Tensor, prime: int) -> NDArray[np.int32]:
@@ -135,26 +139,28 @@ def _times(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
 
 
 def _forward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
-    """x: shape (N, lanes)."""
+    """x: shape (N, lanes). Longa and Naehrig 2016, algorithm 1, all blocks of a stage at once."""
     degree, lanes = x.shape
     blocks = 1
     stage = 0
     while blocks < degree:
         low, high, factors = _pairs(x, blocks, roots, quotients)
-        product = _times(high, *factors, prime)
+        product = _times(high, *factors, prime)  # Cooley and Tukey's butterfly: (U, V) -> (U + S V, U - S V)
         x = torch.stack((low + product, low - product), dim=1).view(degree, lanes)
         blocks *= 2
         stage += 1
-        if stage == REDUCE:
+        if stage == REDUCE:  # (k + 1) 2^50 + 2^30 < 2^53 only for k <= 6: see "Magnitudes" in arithmetic.py
             x = _reduced(x, prime)
     return x
 
 
 def _backward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor:
+    """Without the division by N. Longa and Naehrig 2016, algorithm 2, all blocks of a stage at once."""
     degree, lanes = x.shape
     blocks = degree // 2
     while blocks >= 1:
         low, high, factors = _pairs(x, blocks, roots, quotients)
+        # Gentleman and Sande's butterfly: (U, V) -> (U + V, (U - V) S)
         x = torch.stack((_reduced(low + high, prime), _times(low - high, *factors, prime)), dim=1).view(degree, lanes)
         blocks //= 2
     return x
@@ -163,5 +169,5 @@ def _backward(x: Tensor, roots: Tensor, quotients: Tensor, prime: int) -> Tensor
 def _pairs(x: Tensor, blocks: int, roots: Tensor, quotients: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The two halves of each block of a stage, shape (blocks, half, lanes), with its root and quotient."""
     pairs = x.view(blocks, 2, -1, x.shape[1])
-    stage = slice(blocks, 2 * blocks)
+    stage = slice(blocks, 2 * blocks)  # S = Psi_rev[m + i] for i below m
     return pairs[:, 0], pairs[:, 1], (roots[stage, None, None], quotients[stage, None, None])

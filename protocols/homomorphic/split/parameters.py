@@ -136,6 +136,7 @@ class SplitParameters:
 
     def error_bound(self, parties: int) -> int:
         """What the sum of so many errors does not pass, but with probability 2^-95 per coefficient."""
+        # Pr[|e_1 + ... + e_m| > T sqrt(m) sigma] <= 2 exp(-T^2 / 2) = 2^-96 for T = 11.6
         return math.ceil(TAIL_SIGMAS * float(SIGMA) * math.sqrt(parties))
 
     def terms(self) -> str:
@@ -170,10 +171,10 @@ def _key_bytes(parameters: SplitParameters) -> float:
 def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
     slot_bits = spec.exact_bits  # a sum that may wrap is added exactly: a carry must not reach the next slot
     noise = TAIL_SIGMAS * float(SIGMA) * math.sqrt(len(spec.parties))
-    scale_bits = math.ceil(math.log2(noise)) + 1 + MARGIN_BITS
+    scale_bits = math.ceil(math.log2(noise)) + 1 + MARGIN_BITS  # 2^scale_bits >= 2^(1 + margin) T sqrt(m) sigma
     for degree in DEGREES:
         for slots in range(1, MODULUS_LIMIT[degree] // slot_bits + 1):
-            needed = slots * slot_bits + scale_bits
+            needed = slots * slot_bits + scale_bits  # q > 2^needed: no sum wraps
             prime_count, prime_bits = _primes(degree, needed)
             if prime_count:
                 found = SplitParameters(
@@ -207,6 +208,7 @@ def _primes(degree: int, needed: int) -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def _words(accepted: float, count: int) -> int:
     words = count
+    # Hoeffding 1963, theorem 1: Pr[accepted of n <= a n] <= exp(-n D(a || b)) for a < b, each accepted with b
     while words * _divergence(count / words, accepted) < 100 * math.log(2):
         words += 16
     return words
