@@ -68,11 +68,11 @@ def main(out: str | None) -> None:
         secure_sum=Masked(min_survivors=33, corrupt=2, dropouts=7, server="semi-honest"),
         out=out,
     )
-    print(" day  asked  survivors  simulated  accuracy")
+    print(" day  selected  survivors  simulated  accuracy")
     for entry in run.history[1:]:
         day, seconds = int((entry.simulated_start or 0) // 86_400) + 1, entry.simulated_seconds
         said = f"failed: {entry.failed}" if entry.failed else f"{entry.metrics['accuracy']:.3f}"
-        print(f"{day:4d}  {entry.asked:5d}  {entry.survivors:9d}  {seconds:7.0f} s  {said}")
+        print(f"{day:4d}  {entry.selected:8d}  {entry.survivors:9d}  {seconds:7.0f} s  {said}")
 
 
 if __name__ == "__main__":

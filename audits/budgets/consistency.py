@@ -90,15 +90,15 @@ def _rates_agree(run: Run) -> list[Check]:
 
 
 def _history_agrees(run: Run) -> Check:
-    """No more survivors than were asked, nor asked than there are; spending that never falls and ends as stated."""
+    """No more survivors than selected, nor selected than there are; spending that never falls and ends as stated."""
     name = "The history is of these parties and adds up"
     found, spent = [], 0.0
     for entry in run.history:
         if run.info.kind == "federated" and entry.round:
-            asked = entry.asked if entry.asked is not None else run.info.party_count
-            if not 0 <= entry.survivors <= asked <= run.info.party_count:
-                found.append(f"round {entry.round} has {entry.survivors} survivors of {asked} asked, and run.json names"
-                             f" {run.info.party_count} parties")  # fmt: skip
+            selected = entry.selected if entry.selected is not None else run.info.party_count
+            if not 0 <= entry.survivors <= selected <= run.info.party_count:
+                found.append(f"round {entry.round} has {entry.survivors} survivors of {selected} selected, and run.json"
+                             f" names {run.info.party_count} parties")  # fmt: skip
         if entry.epsilon is not None and not entry.epsilon >= spent * (1.0 - _EQUAL):
             found.append(f"epsilon falls from {spent:.6g} to {entry.epsilon:.6g} at round {entry.round}")
         spent = entry.epsilon if entry.epsilon is not None else spent

@@ -6,9 +6,8 @@ Rank 0 is the federation: it plays the server and the secure sum, evaluates, and
 train: rank 0 says who trains what, the others send back what was made of it, and `federate` returns the same run on all
 of them. A party's training depends on (seed, round, party) alone, so where it happens changes nothing.
 
-Parties go to the rank with the fewest examples so far. With record-level privacy a party stays at one rank for the
-whole run, which alone writes its ledger; rank 0 reads it. A rank that dies ends the run with :class:`ProcessError` on
-the others; what the folder holds is resumed as after any other interruption.
+Parties go to the rank with the fewest examples so far. With record-level privacy a party stays at one rank, which
+alone writes its ledger; rank 0 reads it. A rank that dies ends the run with :class:`ProcessError` on the others.
 
 Between the processes go safetensors and JSON over gloo, never pickles: they are one user's processes that trust one
 another, and what they send is **not** protected. This is for simulation; parties of different trust need a network.

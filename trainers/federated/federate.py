@@ -161,9 +161,8 @@ def federate(
     out of that round: named in the history, and with its reason on the log "choral.trainers". With ``ClientPrivacy`` it
     sends a change of nothing instead. The run ends where all fail, or too few are left.
 
-    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError (this package), and
-        what privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError.
-        Rounds already completed stay in ``out``.
+    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError; of privacy and protocol
+        BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Completed rounds stay in ``out``.
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
     check_settings(rounds, seed, dropout_rate)
@@ -332,7 +331,7 @@ def federate(
                 epsilon=max((cost.epsilon for cost in spent.values()), default=None),
                 clip=codecs[last].clip,
                 joules=joules,
-                asked=traffic.asked,
+                selected=traffic.asked,
                 failed=str(traffic.failed or ""),
                 dropped=traffic.dropped,
                 largest=codecs[last].largest if not traffic.failed else None,

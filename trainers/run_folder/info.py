@@ -20,7 +20,10 @@ class RunFolderError(ChoralError):
     """A run folder is missing, incomplete, damaged, of another version, or holds another run."""
 
 
-class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+_KEYS = {"selected": "asked"}  # in history.jsonl, since version 1
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_KEYS):
     """One line of the history. Round 0 is the initial model, before any training.
 
     metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
@@ -29,9 +32,9 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         busiest party in this round, the download of the global model included. epsilon: the worst data holder's
         spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
         where they are not clipped. joules: of the machine's meters in this round, None where none could be read.
-    asked: parties that the round began with, None if pooled. failed: why it was given up, its model being the one
-        before and its survivors 0; empty for a round that succeeded. simulated_start, simulated_seconds: of the round
-        in the world that participation describes, None where it has no time.
+    selected: parties that the round began with ("asked" in the file), None if pooled. failed: why it was given up, its
+        model being the one before and its survivors 0; empty for a round that succeeded. simulated_start,
+        simulated_seconds: of the round in the world that participation describes, None where it has no time.
     dropped: parties that were there and whose training failed, and how; what raised it is for the log alone.
     largest: the largest absolute coordinate that a party sent, None where the server does not see it.
     """
@@ -45,7 +48,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     epsilon: float | None = None
     clip: float | None = None
     joules: float | None = None
-    asked: int | None = None
+    selected: int | None = None
     failed: str = ""
     simulated_start: float | None = None
     simulated_seconds: float | None = None

@@ -102,7 +102,7 @@ class Recorder:
 
     def draws(self) -> int:
         """The run's secret from which cohorts are drawn, made by the operating system; kept for as long as its folder,
-        so that a round that is retried after a resume asks those whom it had asked.
+        so that a round that is retried after a resume selects those whom it had selected.
         """
         if self._folder is None:
             return secrets.randbits(256)

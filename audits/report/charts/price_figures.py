@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from choral.audits.costs.costs import CrossoverLine, Workload
+from choral.audits.costs.crossover import CrossoverLine, Workload
 from choral.audits.findings.schema import ArmResult
 from choral.audits.findings.text import amount, score
 from choral.audits.report.charts.axes import Axis

@@ -141,7 +141,7 @@ def test_a_party_that_was_taken_out_leaves_more_survivors_than_parties(honest: d
     (run.folder / "ledger" / "east.jsonl").unlink()
     (check,) = (check for check in books_checks(run) if "history" in check.name)
     assert check.verdict == "violated"
-    assert "3 survivors of 3 asked, and run.json names 2 parties" in check.finding
+    assert "3 survivors of 3 selected, and run.json names 2 parties" in check.finding
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_a_party_that_was_taken_out_leaves_more_survivors_than_parties(honest: d
         (lambda lines: lines[3].update(epsilon=lines[3]["epsilon"] * 0.9999), "it ends at epsilon"),
         (lambda lines: lines[3].update(epsilon=lines[2]["epsilon"] * (1.0 - 1e-6)), "epsilon falls"),
         (lambda lines: lines[2].update(survivors=4), "round 2 has 4 survivors"),
-        (lambda lines: lines[2].update(asked=2), "round 2 has 3 survivors of 2 asked"),
-        (lambda lines: lines[2].update(asked=4), "round 2 has 3 survivors of 4 asked, and run.json names 3"),
+        (lambda lines: lines[2].update(asked=2), "round 2 has 3 survivors of 2 selected"),
+        (lambda lines: lines[2].update(asked=4), "round 2 has 3 survivors of 4 selected, and run.json names 3"),
     ],
 )
 def test_an_edited_history_is_found(honest: dict[str, Path], tmp_path: Path, edit: Edit, said: str) -> None:

@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from choral.audits import Comparison, compare
-from choral.audits.costs.costs import Costs, Workload, bill, costs_of, examples_to_be_cheaper, examples_to_be_faster
+from choral.audits.costs.bills import bill
+from choral.audits.costs.costs import Costs, costs_of
+from choral.audits.costs.crossover import Workload, examples_to_be_cheaper, examples_to_be_faster
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
 from choral.audits.report.charts.price_figures import crossover_figure, log_ticks
 from choral.cli.command_line import main
@@ -123,7 +125,7 @@ def test_weights_to_start_from_are_sent_to_each_party_once(make_run: MakeRun) ->
 def asking(run: Run, *counts: int) -> Run:
     """The rounds ask so many of the parties, in turns."""
     history = [
-        msgspec.structs.replace(entry, asked=counts[entry.round % len(counts)] if entry.round else None)
+        msgspec.structs.replace(entry, selected=counts[entry.round % len(counts)] if entry.round else None)
         for entry in run.history
     ]
     return dataclasses.replace(run, history=tuple(history))
@@ -138,7 +140,7 @@ def test_only_those_who_are_asked_send_and_train(make_run: MakeRun) -> None:
     clock = 20 * 5 * 0.2 + 8 * 20 * 48_600 / 20e6 + 10 * 0.21 / 2 + 10 * 0.21 / 6
     assert made.seconds == pytest.approx(clock)
     assert made.usd == pytest.approx(wire + 4.2 * 30 / 3.6e6 * 0.165 + clock / 3600 * 0.096)
-    assert "that it asked" in made.items[0].how
+    assert "that it selected" in made.items[0].how
     everybody = bill("federated-masked", [asking(make_run("federated-masked"), 10)], PRICES)
     assert everybody == bill("federated-masked", [make_run("federated-masked")], PRICES)
 
@@ -199,7 +201,7 @@ def test_at_the_crossover_both_cost_the_same(parties: float, size: float) -> Non
 
 
 def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
-    some = msgspec.structs.replace(WORK, asked=0.1)
+    some = msgspec.structs.replace(WORK, selected=0.1)
     m = examples_to_be_cheaper(some, PRICES, 1000, 264.0)
     assert m is not None
     assert federation_usd(1000, m, asked=0.1) == pytest.approx(cloud_usd(1000, m, 264.0), rel=1e-9)
@@ -207,7 +209,7 @@ def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
     costs = costs_of(runs, PRICES)
     assert costs is not None
     assert costs.workload is not None
-    assert costs.workload.asked == pytest.approx(0.4)
+    assert costs.workload.selected == pytest.approx(0.4)
     everybody = costs_of({**runs, "federated": [make_run("federated")]}, PRICES)
     assert everybody is not None
     assert everybody.workload is not None

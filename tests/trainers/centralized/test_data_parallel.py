@@ -206,9 +206,9 @@ def test_what_cannot_be_divided_is_refused(job, parties, tmp_path, monkeypatch):
 def test_a_data_parallel_round_costs_its_seconds_in_every_process(job):
     import msgspec
 
-    from choral.audits.costs import costs as price
+    from choral.audits.costs.bills import training_seconds
 
     run = centralize(**job())
     twice = Run(info=msgspec.structs.replace(run.info, processes=2), history=run.history, state=run.state)
-    assert price._compute([twice]) == pytest.approx(2 * price._compute([run]))
+    assert training_seconds([twice]) == pytest.approx(2 * training_seconds([run]))
     assert json.loads(msgspec.json.encode(twice.info))["processes"] == 2

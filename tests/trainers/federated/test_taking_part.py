@@ -161,7 +161,7 @@ class TestWhoIsAsked:
         ]
         assert trained == [f"p{k:02d}" for asked in expected if len(asked) >= 2 for k in asked]
         assert {len(asked) for asked in expected} != {4}
-        assert [entry.asked for entry in run.history[1:]] == [len(asked) for asked in expected]
+        assert [entry.selected for entry in run.history[1:]] == [len(asked) for asked in expected]
         assert run.info.participation["availability"]["peak"] == 0.9
 
     def test_a_million_once_a_day(self, job):
@@ -182,7 +182,7 @@ class TestWhoIsAsked:
         )
         parties = VirtualParties(1_000_000, make, 8)
         run = federate(**job(parties=parties, rounds=4), participation=rule)
-        asked = [entry.asked for entry in run.history[1:]]
+        asked = [entry.selected for entry in run.history[1:]]
         assert len(made) <= sum(asked) + 1
         assert 10 < sum(asked) < 90  # Poisson of mean 40: seven standard deviations
         assert [entry.simulated_start for entry in run.history[1:]] == [2 * 3600 + day * DAY for day in range(4)]
@@ -217,7 +217,7 @@ class TestTime:
     def test_without_time_none_is_recorded(self, many):
         run = federate(**many(rounds=1), participation=repeated(cohort=5))
         assert (run.history[1].simulated_start, run.history[1].simulated_seconds) == (None, None)
-        assert (run.history[1].asked, run.history[1].failed) == (5, "")
+        assert (run.history[1].selected, run.history[1].failed) == (5, "")
 
 
 SUMS = {
@@ -284,13 +284,13 @@ class TestRoundsThatFail:
         failed = [entry for entry in run.history[1:] if entry.failed]
         assert 0 < len(failed) < 12
         for entry in failed:
-            assert entry.asked < 5
+            assert entry.selected < 5
             assert entry.survivors == entry.bytes_up == 0
             assert "parties needed are left" in entry.failed
             assert entry.metrics == run.history[entry.round - 1].metrics
             assert entry.simulated_seconds == 60.0
         for entry in run.history[1:]:
-            assert entry.failed or entry.survivors == entry.asked >= 5
+            assert entry.failed or entry.survivors == entry.selected >= 5
             assert entry.simulated_start == 2 * 3600 + (entry.round - 1) * DAY
         assert Run.load(tmp_path / "run").history == run.history
         report = audit(tmp_path / "run")
@@ -349,7 +349,7 @@ class TestRoundsThatFail:
         hours = Availability(peak=0.75, trough=0.75)
         rule = repeated(cohort=10, least=least, availability=hours, patience=30)
         run = federate(**many(rounds=12), participation=rule, secure_sum=Masked(corrupt=3))
-        failed = {entry.asked for entry in run.history[1:] if entry.failed}
+        failed = {entry.selected for entry in run.history[1:] if entry.failed}
         assert failed
         assert failed <= failing | set(range(7))
         assert all(entry.survivors >= (least or 10) for entry in run.history[1:] if not entry.failed)
