@@ -137,12 +137,12 @@ def federate(
     value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. A party whose
         update is beyond the range drops out; it is never clipped or wrapped. With ``Plain`` and no transcript there is
         no bound: what is beyond is sent as it is. Not used with ``ClientPrivacy``.
-    cohort: how many parties each round asks, drawn anew by the operating system (`Participation.draw`); by default all.
+    cohort: how many parties each round selects, drawn by the operating system (`Participation.draw`); by default all.
         The server sees who they are, so every round is charged as if all took part. A secure sum is opened over the
         cohort alone, and must withstand all its colluders there: see ``Masked.cohort``.
-    dropout_rate: chance, per party and round, to be lost after the key exchange (to rehearse failures).
-    participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are gone
-        over, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
+    dropout_rate: chance, per party and round, to drop out after the key exchange (to rehearse failures).
+    participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are
+        retried, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
     seed: decides initial weights, data order and rehearsed dropouts: torch's, numpy's and Python's generators, and
         those that loader, dataset and functions have of their own, are seeded anew for each round and party. It never
         reaches noise, sampling for privacy, keys or masks.
@@ -151,17 +151,15 @@ def federate(
     compile: compile the model (torch.compile), where the parties take turns. Neither with an algorithm that reads
         gradients of records; not both with record-level privacy. See docs/engines.md.
     out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
-    tuning: the ``record`` of :func:`choral.trainers.centralized.tuning`, if that chose the settings: kept in run.json,
-    and billed.
+    tuning: the ``record`` of :func:`choral.trainers.centralized.tuning`, if that chose the settings.
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called after each completed round.
-
     A party whose training fails (its ``fit`` raises, its weights are not finite, its update is beyond the bound) drops
     out of that round: named in the history, and with its reason on the log "choral.trainers". With ``ClientPrivacy`` it
     sends a change of nothing instead. The run ends where all fail, or too few are left.
 
-    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError; of privacy and protocol
+    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError; of privacy, protocol
         BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Completed rounds stay in ``out``.
     """
     secure_sum = secure_sum if secure_sum is not None else Plain()
