@@ -32,8 +32,6 @@ LONG_FILES: dict[str, int] = {
     "privacy/per_sample/model.py": 430,
     "privacy/record_independence/batch_mixing.py": 423,
     "protocols/masking/in_process.py": 412,
-    "trainers/engines/sharded.py": 404,
-    "trainers/federated/rounds.py": 473,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "audits/attacks/inversion.py:inversion_audit": 65,

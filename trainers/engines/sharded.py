@@ -29,34 +29,30 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 
-from choral.errors import ChoralError, ConfigError, DataError
-from choral.privacy import BudgetExceededError, UnsupportedModelError
-from choral.trainers.algorithms.interface import (
-    Ascend,
-    Done,
-    Failed,
-    Gradient,
-    LocalTrainer,
-    Minimise,
-    Svrg,
-    Touch,
-    Train,
-    Work,
+from choral.errors import ChoralError
+from choral.trainers.algorithms.interface import Done, Failed, LocalTrainer, Work
+from choral.trainers.engines.rank_messages import (
+    Tensors,
+    bytes_of,
+    error_as_message,
+    orders_as_message,
+    packed,
+    results_as_message,
+    results_of,
+    unpacked,
+    work_of,
 )
 from choral.trainers.run_folder.info import RoundRecord, RunInfo
 from choral.trainers.run_folder.run import Run
 from choral.trainers.task.seeding import caller_keeps_generators
-from choral.trainers.task.task import DivergedError, TaskError
+from choral.trainers.task.task import TaskError
 
-_WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
 _PATIENCE = timedelta(days=1)  # a dead process is noticed at once by its closed connection
 _AHEAD = 4  # messages of results that wait at a rank until rank 0 takes them
 _TOGETHER = 0.003  # seconds for which results are gathered into one message: a message costs as much as a small party
 _LARGE = 1 << 20  # bytes of results that are kept back at most
 _CHUNK = 64  # parties per rank that are told of at once
-_Tensors = Mapping[str, torch.Tensor]
 _Sent = tuple[int, list[Any], tuple[torch.Tensor, torch.Tensor]]  # to whom, the sendings, what must live until then
 
 
@@ -137,15 +133,15 @@ class RankGroup:
             elif trainer is not None:
                 self._train(trainer, header, tensors)
 
-    def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: _Tensors) -> None:
-        orders = [(order["party"], _work(order, tensors)) for order in header["orders"]]
+    def _train(self, trainer: LocalTrainer, header: dict[str, Any], tensors: Tensors) -> None:
+        orders = [(order["party"], work_of(order, tensors)) for order in header["orders"]]
         waiting: deque[_Sent] = deque()
         results: list[tuple[str, Done | Failed]] = []
 
         def send() -> None:
             while len(waiting) >= max(_AHEAD, _kept(results[0][1])):
                 _wait(waiting.popleft())
-            waiting.append(self._send_later(0, _packed(*_results(results))))
+            waiting.append(self._send_later(0, packed(*results_as_message(results))))
             results.clear()
 
         try:
@@ -153,7 +149,7 @@ class RankGroup:
             with caller_keeps_generators():
                 for party, done in trainer.do(orders, tensors["weights"].to(_device(trainer)), header["round"]):
                     results.append((party, done))
-                    if time.monotonic() - sent >= _TOGETHER or _bytes(done) * len(results) >= _LARGE:
+                    if time.monotonic() - sent >= _TOGETHER or bytes_of(done) * len(results) >= _LARGE:
                         send()
                         sent = time.monotonic()
             if results:
@@ -161,7 +157,7 @@ class RankGroup:
         except Exception as error:
             if results:
                 send()
-            waiting.append(self._send_later(0, _packed(_said(error), {})))
+            waiting.append(self._send_later(0, packed(error_as_message(error), {})))
         while waiting:
             _wait(waiting.popleft())
 
@@ -176,8 +172,8 @@ class RankGroup:
         dist.destroy_process_group(self.group)
         self.group = None  # they close with the last reference
 
-    def ask(self, rank: int, header: dict[str, Any], tensors: _Tensors) -> None:
-        self._send(rank, _packed(header, tensors))
+    def ask(self, rank: int, header: dict[str, Any], tensors: Tensors) -> None:
+        self._send(rank, packed(header, tensors))
 
     def heard(self, rank: int) -> bool:
         """Whether a result of that rank is here already."""
@@ -189,7 +185,7 @@ class RankGroup:
         if not arrived:
             header, tensors = self._receive(rank, f" in round {round_number}")
             self._refuse_error(rank, header)
-            arrived.extend(_done(header, tensors))
+            arrived.extend(results_of(header, tensors))
         answered, done = arrived.popleft()
         if answered != party:
             raise ProcessError(f"rank {rank} answered for party {answered!r}, expected {party!r}")
@@ -201,8 +197,8 @@ class RankGroup:
             kind, text = (TaskError, header["text"]) if known else (ProcessError, f"rank {rank}: {header['text']}")
             raise kind(text, hint=header["hint"])
 
-    def _tell(self, header: dict[str, Any], tensors: _Tensors) -> None:
-        raw = _packed(header, tensors)
+    def _tell(self, header: dict[str, Any], tensors: Tensors) -> None:
+        raw = packed(header, tensors)
         for rank in range(self.size):
             if rank != self.rank:
                 self._send(rank, raw)
@@ -218,7 +214,7 @@ class RankGroup:
         except RuntimeError:
             raise _lost(rank, "") from None
 
-    def _receive(self, rank: int, when: str = "") -> tuple[dict[str, Any], _Tensors]:
+    def _receive(self, rank: int, when: str = "") -> tuple[dict[str, Any], Tensors]:
         length = torch.zeros(1, dtype=torch.int64)
         try:
             dist.recv(length, rank, group=self.group)
@@ -226,7 +222,7 @@ class RankGroup:
             dist.recv(raw, rank, group=self.group)
         except RuntimeError:
             raise _lost(rank, when) from None
-        return _unpacked(raw)
+        return unpacked(raw)
 
 
 class Sharded:
@@ -256,7 +252,7 @@ class Sharded:
         for rank in range(1, self._ranks.size):
             theirs = [(party, work) for party, work in chunk if places[party] == rank]
             if theirs:
-                orders, tensors = _described(theirs)
+                orders, tensors = orders_as_message(theirs)
                 self._ranks.ask(rank, {"round": round_number, "orders": orders}, {"weights": weights, **tensors})
         own = iter(self._inner.do([(p, w) for p, w in chunk if places[p] == 0], weights, round_number))
         early: deque[tuple[str, Done | Failed]] = deque()
@@ -297,90 +293,9 @@ def _balanced(parties: Iterable[str], examples: Callable[[str], int], ranks: int
     return places
 
 
-def _described(orders: list[tuple[str, Work]]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Orders as JSON and tensors; a tensor that several parties share is there once."""
-    names: dict[int, str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    described = []
-    for party, work in orders:
-        order: dict[str, Any] = {"party": party, "kind": type(work).__name__, "numbers": {}, "tensors": {}}
-        for part in dataclasses.fields(work):
-            value = getattr(work, part.name)
-            if isinstance(value, torch.Tensor):
-                name = names.setdefault(id(value), f"t{len(names)}")
-                tensors[name] = value
-                order["tensors"][part.name] = name
-            else:
-                order["numbers"][part.name] = value
-        described.append(order)
-    return described, tensors
-
-
-def _work(order: dict[str, Any], tensors: _Tensors) -> Work:
-    parts: dict[str, Any] = {name: tensors[key] for name, key in order["tensors"].items()}
-    return _WORKS[order["kind"]](**parts, **order["numbers"])
-
-
-def _bytes(done: Done | Failed) -> int:
-    return done.vector.nbytes if isinstance(done, Done) else 0
-
-
 def _kept(done: Done | Failed) -> int:
     """How many results like this one a rank may have made before they are asked for: 1 MiB, and one at least."""
-    return max(1, _LARGE // max(_bytes(done), 1))
-
-
-def _results(results: list[tuple[str, Done | Failed]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Results as JSON and tensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    said: list[dict[str, Any]] = []
-    for place, (party, done) in enumerate(results):
-        if isinstance(done, Failed):
-            said.append({"party": party, **_said(done.error)})
-            continue
-        parts = {f"vector {place}": done.vector, f"dual {place}": done.dual}
-        tensors |= {name: part for name, part in parts.items() if part is not None}
-        said.append({"party": party, "steps": done.steps, "path": done.path})
-    return {"done": said}, tensors
-
-
-def _said(error: Exception) -> dict[str, str]:
-    """An error for another process of the same user."""
-    kind = type(error).__name__
-    known = isinstance(error, ChoralError)
-    return {"error": kind, "text": str(error) if known else f"{kind}: {error}", "hint": getattr(error, "hint", "")}
-
-
-_ERRORS: dict[str, type[ChoralError]] = {
-    kind.__name__: kind for kind in (DivergedError, ConfigError, DataError, BudgetExceededError, UnsupportedModelError)
-}
-
-
-def _failed(said: Mapping[str, Any]) -> Failed:
-    return Failed(error=_ERRORS.get(said["error"], TaskError)(said["text"], hint=said["hint"]))
-
-
-def _done(header: dict[str, Any], tensors: _Tensors) -> Iterator[tuple[str, Done | Failed]]:
-    for place, said in enumerate(header["done"]):
-        if "error" in said:
-            yield said["party"], _failed(said)
-            continue
-        vector, dual = tensors[f"vector {place}"], tensors.get(f"dual {place}")
-        yield said["party"], Done(vector=vector, steps=said["steps"], path=said["path"], dual=dual)
-
-
-def _packed(header: dict[str, Any], tensors: _Tensors) -> torch.Tensor:
-    """A message as bytes: safetensors, with the header in its metadata."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    raw = save(plain, metadata={"header": msgspec.json.encode(header).decode()})
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-
-
-def _unpacked(raw: torch.Tensor) -> tuple[dict[str, Any], _Tensors]:
-    data = raw.numpy().tobytes()
-    size = int.from_bytes(data[:8], "little")  # safetensors: length of the JSON head, the head, the numbers
-    head = msgspec.json.decode(data[8 : 8 + size])
-    return msgspec.json.decode(head["__metadata__"]["header"]), load(data)
+    return max(1, _LARGE // max(bytes_of(done), 1))
 
 
 def _wait(sent: _Sent) -> None:

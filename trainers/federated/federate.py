@@ -33,18 +33,11 @@ from choral.trainers.algorithms import algorithm_named
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo, LocalTrainer
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
+from choral.trainers.federated.checks import check_fits, check_participation, check_patience, participation_of
 from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of, open_clients
+from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.participation import Clock, Participation
-from choral.trainers.federated.rounds import (
-    Federation,
-    check_fits,
-    check_participation,
-    check_patience,
-    check_promises,
-    open_sessions,
-    participation_of,
-    with_reasons,
-)
+from choral.trainers.federated.rounds import Federation, check_promises, open_sessions
 from choral.trainers.federated.virtual_parties import census_of
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.energy import EnergyMeter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from choral.errors import ChoralError, ConfigError
-from choral.privacy import ClientPrivacy, EncodingError, Privacy
+from choral.privacy import EncodingError
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
 from choral.protocols.interface import STEPS, Losses, SecureSum, Step, SumResult, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy
@@ -30,12 +29,13 @@ from choral.trainers.algorithms.interface import (
     Work,
 )
 from choral.trainers.federated.codec import Codec
-from choral.trainers.federated.participation import Dropouts, Participation, stream
+from choral.trainers.federated.failures import all_failed, beyond, kind_of
+from choral.trainers.federated.participation import Participation, stream
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, State
 from choral.trainers.run_folder.info import RunFolderError
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
-from choral.trainers.task.task import DivergedError, Loss, TaskError, raised_by
+from choral.trainers.task.task import DivergedError, TaskError, raised_by
 
 _log = logging.getLogger("choral.trainers")
 
@@ -58,7 +58,7 @@ class Traffic:
     @property
     def dropped(self) -> dict[str, str]:
         """Whose training failed, and how, in words that hold nothing of data or code."""
-        return {name: _kind_of(error) for name, error in self.errors.items()}
+        return {name: kind_of(error) for name, error in self.errors.items()}
 
 
 @dataclass
@@ -280,61 +280,6 @@ class _Asked:
         return rule.lasted(self.seconds[answered], complete=self.full and bool(answered.all()))
 
 
-def _kind_of(error: ChoralError) -> str:
-    if isinstance(error, DivergedError):
-        return "its training diverged"
-    return "its update cannot be encoded" if isinstance(error, EncodingError) else "its training failed"
-
-
-def beyond(
-    error: EncodingError, vector: torch.Tensor, where: str, shapes: Mapping[str, tuple[int, ...]]
-) -> EncodingError:
-    """The same error with the place of the largest coordinate, and the setting that bounds it."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    place, name = int(vector.abs().nan_to_num(torch.inf).argmax()), "the last number"
-    place %= max(sum(sizes.values()), 1) if len(vector) % max(sum(sizes.values()), 1) == 0 else len(vector)
-    for candidate, size in sizes.items():
-        if place < size:
-            name = repr(candidate)
-            break
-        place -= size
-    return EncodingError(
-        f"{where}: {error} (in {name})",
-        hint="raise secure_sum.value_bound (in Python federate(value_bound=...)), the same for all parties, or lower"
-        " the learning rate; docs/secure-sums.md says how to find a bound on public data",
-    )
-
-
-def all_failed(errors: Mapping[str, ChoralError], number: int) -> ChoralError:
-    """What ends a run of which no party could train: the error that they have in common, with each one's reason.
-
-    Where some diverged and others' updates were too large, that is divergence.
-    """
-    first = next(iter(errors.values()))
-    kinds = {type(error) for error in errors.values()}
-    kind = kinds.pop() if len(kinds) == 1 else TaskError
-    if DivergedError in kinds and kinds <= {DivergedError, EncodingError}:
-        kind = DivergedError
-    made = kind(f"no party could train in round {number}: {_reasons(errors)}", hint=first.hint)
-    made.__cause__ = first.__cause__ or first
-    return made
-
-
-def with_reasons(error: TooFewSurvivorsError, errors: Mapping[str, ChoralError]) -> TooFewSurvivorsError:
-    """The error, and why parties failed that are missing."""
-    if not errors:
-        return error
-    what = f"training failed at {len(errors)} parties ({_reasons(errors)}), so that too few are left"
-    return TooFewSurvivorsError(
-        what, survivors=error.survivors, needed=error.needed, missing=error.missing, hint=error.hint
-    )
-
-
-def _reasons(errors: Mapping[str, ChoralError]) -> str:
-    said = "; ".join(f"{name}: {error}" for name, error in list(errors.items())[:10])
-    return said + (f"; and {len(errors) - 10} more" if len(errors) > 10 else "")
-
-
 def open_sessions(
     secure_sum: SecureSum,
     codecs: Mapping[str, Codec],
@@ -379,97 +324,3 @@ def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str,
                     f" {room.statement[promise]} over {many}",
                     hint=f"give it {promise}={both}, for both",
                 )
-
-
-_PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
-
-
-def participation_of(
-    algorithm: Algorithm, given: Participation | None, cohort: int | None, dropout_rate: float
-) -> Participation:
-    """What was given, or what its two shorthands say. dropout_rate: of a round, spread over its sums.
-
-    Raises: ConfigError if both were given.
-    """
-    if given is not None:
-        if cohort is not None or dropout_rate:
-            raise ConfigError(
-                "cohort and dropout_rate are short for parts of participation, which is given too",
-                hint="Participation(cohort=..., dropouts=Dropouts(vector=...))",
-            )
-        return given
-    sums = sum(not channel.once for channel in algorithm.channels(_PROBE).values())
-    return Participation(cohort=cohort, dropouts=Dropouts(vector=1 - (1 - dropout_rate) ** (1 / sums)))
-
-
-def check_participation(algorithm: Algorithm, participation: Participation, parties: int) -> None:
-    """Raises: ConfigError for a cohort that is no number from 2 to all, or where an algorithm needs everybody."""
-    if participation.everybody:
-        return
-    cohort, least, most = participation.cohort, participation.least, participation.expected(parties)
-    if cohort is not None and not 2 <= cohort <= parties:
-        raise ConfigError(f"expected a cohort of 2 to {parties} parties, got {cohort}", hint="None asks all")
-    if least is not None and not 2 <= least <= most:
-        raise ConfigError(f"expected participation.least of 2 to {most}, got {least}", hint="at most the cohort")
-    if algorithm.keeps or any(channel.once for channel in algorithm.channels(_PROBE).values()):
-        raise ConfigError(
-            f"{algorithm.kind} needs every party: its parties keep state, or are counted once for the whole run",
-            hint="leave out cohort, or use FedAvg, FedProx, FedAdam, FedYogi or FedNova",
-        )
-
-
-def check_patience(
-    algorithm: Algorithm, participation: Participation, privacy: Privacy | ClientPrivacy | None, secure_sum: str
-) -> None:
-    """A round that fails after its first sum has shown that sum, and the next one computes the same vectors for it.
-
-    Over other survivors, so that the difference of the two sums may be one party's vector. Client-level privacy pays
-    for each sum, and a plain sum hides no vector. Raises: ConfigError for several sums in a round, and patience.
-    """
-    several = len(algorithm.channels(_PROBE)) > 1
-    if participation.patience and several and secure_sum != "plain" and not isinstance(privacy, ClientPrivacy):
-        raise ConfigError(
-            f"{algorithm.kind} has several sums in a round: one that fails after the first is retried from the same"
-            " weights, and the server sees the same vectors summed over other survivors",
-            hint="leave out participation.patience, or use ClientPrivacy, which pays for each sum",
-        )
-
-
-def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:
-    """Whether the algorithm's releases are what the promise covers, and the task has what it needs.
-
-    Raises: ConfigError naming the release that would not be charged; TaskError for a missing loss.
-    """
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"algorithm is {algorithm!r}, expected one such as FedAvg()", hint="see docs/algorithms.md")
-    if algorithm.needs_loss and loss is None:
-        raise TaskError(
-            f"{algorithm.kind} needs the gradients of the records, and the task has no loss",
-            hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
-        )
-    if isinstance(privacy, ClientPrivacy):
-        _check_client(algorithm)
-    elif privacy is not None:
-        for release in algorithm.releases:
-            if release.source == "data":
-                raise ConfigError(
-                    f"{algorithm.kind} also releases {release.what}, read from the records outside fit: record-level"
-                    " privacy adds noise to the steps of fit only",
-                    hint="use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova; or ClientPrivacy",
-                )
-
-
-def _check_client(algorithm: Algorithm) -> None:
-    """Client-level privacy clips one vector of the model's length per sum, and knows no state beside it."""
-    for name, channel in algorithm.channels(_PROBE).items():
-        if channel.length != _PROBE.length or channel.largest_count is not None:
-            raise ConfigError(
-                f"{algorithm.kind}: what its {name!r} exchange releases is not one vector like the weights, which"
-                " client-level privacy could clip as a whole",
-                hint=algorithm.client_hint,
-            )
-    if algorithm.keeps:
-        raise ConfigError(
-            f"{algorithm.kind}: its parties keep state that must agree with the sums, and clipping breaks that",
-            hint=algorithm.client_hint,
-        )

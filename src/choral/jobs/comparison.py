@@ -241,7 +241,7 @@ def _check(settings: Settings) -> None:
 
 
 def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
-    from choral.trainers.federated.rounds import check_fits, check_participation, check_patience, participation_of
+    from choral.trainers.federated.checks import check_fits, check_participation, check_patience, participation_of
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     try:

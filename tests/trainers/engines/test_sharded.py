@@ -17,16 +17,15 @@ from safetensors.torch import load_file
 
 from choral.trainers import Run
 from choral.trainers.algorithms.interface import Ascend, Done, Gradient, Svrg, Train
-from choral.trainers.engines.sharded import (
-    _balanced,
-    _described,
-    _done,
-    _kept,
-    _packed,
-    _results,
-    _unpacked,
-    _work,
+from choral.trainers.engines.rank_messages import (
+    orders_as_message,
+    packed,
+    results_as_message,
+    results_of,
+    unpacked,
+    work_of,
 )
+from choral.trainers.engines.sharded import _balanced, _kept
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 
@@ -174,11 +173,11 @@ def test_parties_are_balanced_by_examples() -> None:
     ],
 )
 def test_work_survives_the_way(work: Any) -> None:
-    orders, tensors = _described([("a", work), ("b", work)])
+    orders, tensors = orders_as_message([("a", work), ("b", work)])
     assert len(tensors) == sum(isinstance(part, torch.Tensor) for part in vars(work).values())  # shared ones once
-    header, arrived = _unpacked(_packed({"orders": orders}, tensors))
+    header, arrived = unpacked(packed({"orders": orders}, tensors))
     for order in header["orders"]:
-        again = _work(order, arrived)
+        again = work_of(order, arrived)
         assert type(again) is type(work)
         for name, value in vars(work).items():
             same = torch.equal(getattr(again, name), value) if isinstance(value, torch.Tensor) else None
@@ -191,7 +190,9 @@ def test_results_that_travel_together_stay_apart() -> None:
         ("south", Done(vector=torch.tensor([4.0]), dual=torch.tensor([5.0, 6.0]))),
         ("east", Done(vector=torch.tensor([7.0, 8.0]), steps=2, path=None)),
     ]
-    for (party, done), (expected, wanted) in zip(_done(*_unpacked(_packed(*_results(made)))), made, strict=True):
+    for (party, done), (expected, wanted) in zip(
+        results_of(*unpacked(packed(*results_as_message(made)))), made, strict=True
+    ):
         assert (party, done.steps, done.path) == (expected, wanted.steps, wanted.path)
         assert torch.equal(done.vector, wanted.vector)
         assert (done.dual is None) == (wanted.dual is None)
