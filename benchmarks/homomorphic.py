@@ -41,7 +41,7 @@ from choral.protocols.homomorphic.ring.gaussian import TAIL, sample
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split.parameters import BATCH, SplitParameters, choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 from choral.protocols.masking.mask_addition import masked
 
 Line = dict[str, Any]
@@ -147,15 +147,15 @@ def crossover(repeats: int, length: int) -> Iterator[Line]:
         parameters, chosen = choose(spec), Masked().parameters(n)
         terms, modulus = split_round(parameters), spec.modulus_bits
         pieces, packed = encrypted(vector, terms), masked(vector, modulus, [], [])
-        upload = wire.encode(wire.Upload(bytes(16), 1, wire.to_pieces(packed)))
+        upload = messages.encode(messages.Upload(bytes(16), 1, messages.to_pieces(packed)))
         total = np.zeros(length, integers.accumulator_dtype(modulus))
         key_bits = (2 * n * TAIL).bit_length()
         key = np.zeros(parameters.degree, np.int64)
         seeds = [secrets.token_bytes(32) for _ in range(chosen.neighbours + 1)]
 
         def unpack_and_add(upload: bytes = upload, modulus: int = modulus, total: Any = total) -> None:
-            message = wire.to_server(upload, sender="", limit=wire.limit(wire.Upload, len(upload)))
-            packed = wire.from_pieces(message.vector)
+            message = messages.to_server(upload, sender="", limit=messages.limit(messages.Upload, len(upload)))
+            packed = messages.from_pieces(message.vector)
             np.add(total, integers.unpack(packed, length, modulus), out=total)
 
         times = interleaved(

@@ -26,9 +26,9 @@ from flower_secagg import flower_sum
 
 from choral.protocols.crypto.keys import ed25519_public, ed25519_sign, ed25519_verify
 from choral.protocols.crypto.modular_integers import packed_bytes
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
+from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
+from choral.protocols.masking.party import join
 from choral.protocols.masking.policy import Policy
 from choral.protocols.masking.server import Opening
 from choral.protocols.masking.signing import Signatures
@@ -62,11 +62,11 @@ def dropped(n: int, dropouts: float) -> set[int]:
     return {place * n // count for place in range(count)}
 
 
-def make_setup(n: int, length: int, dropouts: float, graph: str) -> wire.Setup:
+def make_setup(n: int, length: int, dropouts: float, graph: str) -> messages.SumSetup:
     chosen = choose(n, corrupt=0.05, dropouts=max(dropouts, 0.05), server="malicious")
     complete = graph == "complete"
     threshold = (n + chosen.corrupt) // 2 + 1 if complete else chosen.threshold
-    return wire.Setup(
+    return messages.SumSetup(
         session=secrets.token_bytes(16),
         roster=tuple(f"party {place}" for place in range(n)),
         length=length,
@@ -81,7 +81,7 @@ def make_setup(n: int, length: int, dropouts: float, graph: str) -> wire.Setup:
     )
 
 
-def open_session(setup: wire.Setup, *, shared: bool) -> tuple[Any, dict[str, Any]]:
+def open_session(setup: messages.SumSetup, *, shared: bool) -> tuple[Any, dict[str, Any]]:
     """shared: each signature is verified once in the process instead of once by each party."""
     identities = {name: secrets.token_bytes(32) for name in setup.roster}
     directory = {name: ed25519_public(identity) for name, identity in identities.items()}
@@ -90,7 +90,7 @@ def open_session(setup: wire.Setup, *, shared: bool) -> tuple[Any, dict[str, Any
     states = {}
     for name, identity in identities.items():
         policy = Policy(directory=directory, corrupt=setup.corrupt, signatures=common if shared else Signatures())
-        states[name], raw = steps.join(
+        states[name], raw = join(
             opening.invitation, name=name, identity=identity, policy=policy, randomness=secrets.token_bytes
         )
         opening.receive(name, raw)

@@ -25,7 +25,7 @@ from choral.privacy import ClientGuard, ClientPrivacy, FixedPoint, Ledger
 from choral.protocols import Masked
 from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.interface import SumSpec
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 from choral.protocols.tap import watched_by
 from choral.trainers.federated.codec import ClientCodec
 
@@ -207,8 +207,8 @@ def _masked(
     for party, vector in vectors.items():
         with watched_by((lambda _way, _party, raw: uploads.append(raw)) if party == victim else None):
             summing.submit(party, vector)
-    message = wire.to_server(uploads[0], sender=victim, limit=len(uploads[0]))
-    packed = wire.from_pieces(message.vector) if isinstance(message, wire.Upload) else None
+    message = messages.to_server(uploads[0], sender=victim, limit=len(uploads[0]))
+    packed = messages.from_pieces(message.vector) if isinstance(message, messages.Upload) else None
     sent = unpack(packed or b"", spec.length, spec.modulus_bits)
     return sent, summing.finish().total, spec.modulus_bits
 

@@ -18,7 +18,7 @@ from choral.audits.findings.schema import Check
 from choral.audits.findings.text import amount
 
 if TYPE_CHECKING:
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
     from choral.trainers.run_folder.run import Run
     from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, Vector
 
@@ -63,10 +63,10 @@ class _Session:
     unread: int = 0
 
     @property
-    def setup(self) -> wire.Setup | None:
-        from choral.protocols.masking.messages import Setup
+    def setup(self) -> messages.SumSetup | None:
+        from choral.protocols.masking.messages import SumSetup
 
-        return next((message for _, message in self.decoded if isinstance(message, Setup)), None)
+        return next((message for _, message in self.decoded if isinstance(message, SumSetup)), None)
 
     def of(self, kind: type[Any]) -> Iterator[tuple[ObservedMessage, Any]]:
         return ((seen, message) for seen, message in self.decoded if isinstance(message, kind))
@@ -162,7 +162,7 @@ def _decode(session: _Session, recorded: Recorded) -> None:
     from choral.protocols.crypto.modular_integers import unpack
     from choral.protocols.errors import ProtocolError
     from choral.protocols.homomorphic.messages import read_ciphertext
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
     opened, masked_sum = session.opened, session.opened.secure_sum
     roster = set(opened.parties)
@@ -182,9 +182,9 @@ def _decode(session: _Session, recorded: Recorded) -> None:
             if masked_sum == "homomorphic" and seen.way == "up" and raw[2:].startswith(_CIPHERTEXT):
                 message: Any = read_ciphertext(raw, sender=seen.party, body=len(raw))
             elif seen.way == "up":
-                message = wire.to_server(raw, sender=seen.party, limit=len(raw))
+                message = messages.to_server(raw, sender=seen.party, limit=len(raw))
             else:
-                message = wire.to_party(raw, limit=len(raw))
+                message = messages.to_party(raw, limit=len(raw))
         except ProtocolError as error:
             session.strange.append(f"{where}: {error}")
             continue
@@ -194,25 +194,25 @@ def _decode(session: _Session, recorded: Recorded) -> None:
             session.strange.append(f"{where}: {len(raw)} bytes, at most {most} belong to it")
 
 
-def _most(setup: wire.Setup | None, message: Any) -> int | None:
+def _most(setup: messages.SumSetup | None, message: Any) -> int | None:
     """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`."""
     from choral.protocols.crypto.modular_integers import packed_bytes
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
     if setup is None:
         return None
     n, k = len(setup.roster), setup.neighbours
     entries: dict[type[Any], int] = {
-        **dict.fromkeys((wire.Setup, wire.Hellos, wire.Reveals), n),
-        **dict.fromkeys((wire.Roster, wire.Shares, wire.Deliveries, wire.Confirm), k),
-        **dict.fromkeys((wire.Hello, wire.Reveal, wire.Advertise), 0),
-        wire.Upload: packed_bytes(setup.length, setup.modulus_bits),
-        wire.Survivors: -(-n // 8),
-        wire.Confirmations: setup.threshold,
-        wire.Unmask: k + 1,
+        **dict.fromkeys((messages.SumSetup, messages.Hellos, messages.Reveals), n),
+        **dict.fromkeys((messages.Roster, messages.DealtShares, messages.Deliveries, messages.Confirm), k),
+        **dict.fromkeys((messages.Hello, messages.Reveal, messages.Advertise), 0),
+        messages.Upload: packed_bytes(setup.length, setup.modulus_bits),
+        messages.Survivors: -(-n // 8),
+        messages.Confirmations: setup.threshold,
+        messages.Unmask: k + 1,
     }
     kind = type(message)
-    return wire.limit(kind, entries[kind]) if kind in entries else None
+    return messages.limit(kind, entries[kind]) if kind in entries else None
 
 
 def _declared(sessions: Sequence[_Session]) -> list[Check]:
@@ -298,21 +298,21 @@ def _fresh(sessions: Sequence[_Session]) -> Check:
 
 def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
     """(what, where, value) of all that a party must make afresh; keys for one round may be sent for it again."""
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
-    for kind, names in ((wire.Hello, ("commitment",)), (wire.Reveal, ("nonce",))):
+    for kind, names in ((messages.Hello, ("commitment",)), (messages.Reveal, ("nonce",))):
         for seen, message in session.of(kind):
             for attribute in names:
                 yield f"{attribute} of {seen.party}", "opening", getattr(message, attribute)
-    for seen, message in session.of(wire.Shares):
+    for seen, message in session.of(messages.DealtShares):
         where = f"round {message.round}"
         yield f"seed commitment of {seen.party}", where, message.seed_commitment
         for packet in message.packets:
             yield f"seed share of {seen.party} for party {packet.party}", where, packet.seed_hash
             yield f"key share of {seen.party} for party {packet.party}", where, packet.key_hash
     keys: Iterable[tuple[ObservedMessage, Any]] = [
-        *session.of(wire.Advertise),
-        *((seen, m.following) for seen, m in session.of(wire.Unmask) if m.following is not None),
+        *session.of(messages.Advertise),
+        *((seen, m.following) for seen, m in session.of(messages.Unmask) if m.following is not None),
     ]
     for seen, message in keys:
         yield f"mask key of {seen.party}", f"round {message.round}", message.mask
@@ -321,7 +321,7 @@ def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
 
 def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
     """Everybody was told the same survivors, never fewer than agreed on, and as many as the history says."""
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
     name = "Everybody was told the same survivors, and enough of them"
     history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}
@@ -331,7 +331,7 @@ def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
     for index, session in enumerate(sessions):
         setup = session.setup
         sets: dict[int, set[bytes]] = {}
-        for seen, message in session.of(wire.Survivors):
+        for seen, message in session.of(messages.Survivors):
             sets.setdefault(seen.round, set()).add(message.bitmap)
             told += 1
         for number, bitmaps in sorted(sets.items()):

@@ -18,7 +18,7 @@ from choral.audits.transcripts.independence import (
 
 if TYPE_CHECKING:
     from choral.audits.transcripts.transcript_audit import _Session
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
     from choral.trainers.run_folder.transcript import Recorded
 
 SMALLEST = 1e-300
@@ -89,15 +89,15 @@ def _named(
 def _uploads(session: _Session) -> list[_Upload]:
     """All masked vectors of a session that can be read; what is not as it should be was found elsewhere."""
     from choral.protocols.crypto.modular_integers import PackingError, unpack
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
     setup = session.setup
     if setup is None:
         return []
     seeds = _seeds(session, setup)
     found = []
-    for seen, message in session.of(wire.Upload):
-        packed = wire.from_pieces(message.vector)
+    for seen, message in session.of(messages.Upload):
+        packed = messages.from_pieces(message.vector)
         try:
             sent = unpack(packed or b"", setup.length, setup.modulus_bits)
         except PackingError:
@@ -118,13 +118,13 @@ def _peeled(sent: Any, seed: bytes | None) -> Any:
     return left
 
 
-def _seeds(session: _Session, setup: wire.Setup) -> Mapping[tuple[int, int], bytes]:
+def _seeds(session: _Session, setup: messages.SumSetup) -> Mapping[tuple[int, int], bytes]:
     """The self-mask seeds that the server learns, by round and dealer: from the shares in Unmask, as it does."""
     from choral.protocols.crypto.shamir import Combiner, ShareError
-    from choral.protocols.masking import messages as wire
+    from choral.protocols.masking import messages
 
     shares: dict[tuple[int, int], dict[int, bytes]] = {}
-    for seen, message in session.of(wire.Unmask):
+    for seen, message in session.of(messages.Unmask):
         for revealed in message.seeds:
             holder = setup.roster.index(seen.party) + 1
             shares.setdefault((message.round, revealed.party), {})[holder] = revealed.share

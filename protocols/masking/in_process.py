@@ -12,9 +12,7 @@ from choral.protocols import argument_checks as checks
 from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec, check_spec
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
-from choral.protocols.masking import party_round as rounds
+from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import (
     CORRECTNESS_BITS,
     SECURITY_BITS,
@@ -27,8 +25,10 @@ from choral.protocols.masking.parameters import (
     counted,
     least_threshold,
 )
+from choral.protocols.masking.party import Member, join
+from choral.protocols.masking.party_round import Advertised, Uploaded
 from choral.protocols.masking.policy import DRAWS, Policy, check_policy
-from choral.protocols.masking.server import Opening, Session
+from choral.protocols.masking.server import Opening, ServerSession
 from choral.protocols.masking.server_round import Uploading
 from choral.protocols.masking.signing import Signatures
 from choral.protocols.plain import check_submission
@@ -88,7 +88,7 @@ class Masked:
     def __post_init__(self) -> None:
         checks.one_of(self.server, "server", SERVERS)
         checks.one_of(self.cohort, "cohort", DRAWS)
-        smallest = checks.optional(self.min_survivors, "min_survivors", 2, wire.MAX_PARTIES)
+        smallest = checks.optional(self.min_survivors, "min_survivors", 2, messages.MAX_PARTIES)
         object.__setattr__(self, "min_survivors", smallest)
         for name in ("corrupt", "dropouts"):
             if (value := getattr(self, name)) is not None:
@@ -134,7 +134,7 @@ class Masked:
     def _how(self, n: int, population: int) -> Cohort:
         return "everyone" if population == n else self.cohort
 
-    def setup(self, spec: SumSpec, *, session: bytes) -> wire.Setup:
+    def setup(self, spec: SumSpec, *, session: bytes) -> messages.SumSetup:
         """The terms that every party signs. session: 16 fresh random bytes. Raises: SpecError."""
         n = len(spec.parties)
         chosen = self.parameters(n, spec.population)
@@ -152,7 +152,7 @@ class Masked:
                 hint="expect fewer corrupt parties or fewer dropouts",
             )
         whole = spec.population == n
-        return wire.Setup(
+        return messages.SumSetup(
             session=session,
             roster=spec.parties,
             length=spec.length,
@@ -211,7 +211,7 @@ class MaskedSession:
         self._parameters = config.parameters(len(spec.parties), spec.population)
         self._setup = setup
         self.spec = spec
-        self.traffic = Traffic()
+        self.traffic = ByteCounter()
         identities = {party: secrets.token_bytes(32) for party in spec.parties}
         signatures = Signatures()
         # Each party's terms come from the settings, or from whoever runs the rehearsal: never from the setup.
@@ -222,9 +222,9 @@ class MaskedSession:
             directory_size=spec.population if terms.directory_size is None else terms.directory_size,
             signatures=signatures,
         )
-        self.members: dict[str, steps.Member] = {}
-        self.early: dict[str, tuple[int, rounds.Advertised, bytes]] = {}
-        self.following: Mapping[int, wire.Following] = {}
+        self.members: dict[str, Member] = {}
+        self.early: dict[str, tuple[int, Advertised, bytes]] = {}
+        self.following: Mapping[int, messages.Following] = {}
         self.number = 0
         self.server = self._open(identities, signatures)
 
@@ -263,7 +263,7 @@ class MaskedSession:
                 "derivation": "HKDF-SHA-256",
                 "secret sharing": "Shamir over 2^256 + 297",
             },
-            "protocol_version": wire.VERSION,
+            "protocol_version": messages.VERSION,
         }
 
     @property
@@ -281,12 +281,12 @@ class MaskedSession:
         self._policy.signatures.forget()
         return MaskedRound(self, losses)
 
-    def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> Session:
+    def _open(self, identities: Mapping[str, bytes], signatures: Signatures) -> ServerSession:
         opening = Opening(self._setup, self._policy.directory, signatures, wraps_at=self.spec.wraps_at)
         joining = {}
         for party, identity in identities.items():
             self.traffic.down(party, opening.invitation)
-            joining[party], hello = steps.join(
+            joining[party], hello = join(
                 opening.invitation, name=party, identity=identity, policy=self._policy, randomness=secrets.token_bytes
             )
             opening.receive(party, self.traffic.up(party, hello))
@@ -328,7 +328,7 @@ class MaskedRound:
         self._uploading: Uploading
         self._uploading, deliveries = sharing.close()
         self._ready = {party: shared[party].receive(raw) for party, raw in traffic.all_down(deliveries).items()}
-        self._uploaded: dict[str, rounds.Uploaded] = {}
+        self._uploaded: dict[str, Uploaded] = {}
         self._finished = False
 
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
@@ -380,7 +380,7 @@ class MaskedRound:
             raise StateUsedError(f"round {self.number} ended when round {self._session.number} began")
 
 
-class Traffic:
+class ByteCounter:
     """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round.
 
     Every message is shown to whoever watches (:mod:`choral.protocols.tap`).

@@ -11,14 +11,14 @@ Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, se
 
 | message | way | size |
 |---|---|---|
-| Setup | down | ENVELOPE + 1112 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
+| SumSetup | down | ENVELOPE + 1112 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
 | Hello | up | ENVELOPE + 100 |
 | Hellos | down | ENVELOPE + 101 n |
 | Reveal | up | ENVELOPE + 34 |
 | Reveals | down | ENVELOPE + 34 n |
 | Advertise | up | ENVELOPE + 135 |
 | Roster | down | ENVELOPE + 140 m |
-| Shares | up | ENVELOPE + 68 + 158 m |
+| DealtShares | up | ENVELOPE + 68 + 158 m |
 | Deliveries | down | ENVELOPE + 158 m |
 | Upload | up | ENVELOPE + ceil(b d / 8) |
 | Survivors | down | ENVELOPE + ceil(n / 8) |
@@ -67,7 +67,7 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The base of what messages hold lists of."""
 
 
-class Setup(Message, frozen=True):
+class SumSetup(Message, frozen=True):
     """What a session sums, and under which protection. Every party signs its digest (in its Hello).
 
     roster: the parties' names. length: coordinates. bound: largest |value| of one party, weights included.
@@ -173,7 +173,7 @@ class Roster(Message, frozen=True):
 
 
 class Packet(Entry, frozen=True):
-    """Two sealed shares. In Shares ``party`` is whom they are for, in Deliveries whom they are from.
+    """Two sealed shares. In DealtShares ``party`` is whom they are for, in Deliveries whom they are from.
 
     seed_hash, key_hash: commitments to the two shares, by which the server recognises them when they are revealed.
     """
@@ -184,7 +184,7 @@ class Packet(Entry, frozen=True):
     sealed: SealedShares
 
 
-class Shares(Message, frozen=True):
+class DealtShares(Message, frozen=True):
     """A party's shares for each neighbour, and a commitment to the self-mask seed.
 
     own_hash: commitment to the share of the seed that it keeps itself; on a complete graph only.
@@ -263,7 +263,7 @@ class Following(Entry, frozen=True):
 
 
 class Unmask(Message, frozen=True):
-    """Shares of the survivors' self-mask seeds and of the dropped parties' mask keys, each by ascending index."""
+    """DealtShares of the survivors' self-mask seeds and of the dropped parties' mask keys, each by ascending index."""
 
     session: SessionId
     round: RoundNumber
@@ -272,13 +272,13 @@ class Unmask(Message, frozen=True):
     following: Following | None
 
 
-_FIXED = {Setup: 1112, Hello: 100, Reveal: 34, Advertise: 135, Shares: 68, Confirm: 66, Unmask: 143}
+_FIXED = {SumSetup: 1112, Hello: 100, Reveal: 34, Advertise: 135, DealtShares: 68, Confirm: 66, Unmask: 143}
 _EACH = {
-    Setup: 1025,
+    SumSetup: 1025,
     Hellos: 101,
     Reveals: 34,
     Roster: 140,
-    Shares: 158,
+    DealtShares: 158,
     Deliveries: 158,
     Upload: 1,
     Survivors: 1,
@@ -287,8 +287,8 @@ _EACH = {
     Unmask: 41,
 }
 
-ToServer = Hello | Reveal | Advertise | Shares | Upload | Confirm | Unmask
-ToParty = Setup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
+ToServer = Hello | Reveal | Advertise | DealtShares | Upload | Confirm | Unmask
+ToParty = SumSetup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpack.Decoder(ToParty)}

@@ -1,12 +1,12 @@
 """One party of the masked sum: a pure function per step, bytes in, bytes and the next state out.
 
     step       from        takes           gives                 to
-    join       -           Setup           Hello                 Joining
+    join       -           SumSetup        Hello                 Joining
     reveal     Joining     Hellos          Reveal                Revealing
     enter      Revealing   Reveals         -                     Member         (once per session)
     advertise  Member      a round number  Advertise             Member, Advertised
-    share      Advertised  Roster          Shares                Sharing
-    receive    Sharing     Deliveries      -                     Ready
+    share      Advertised  Roster          DealtShares           SharesSent
+    receive    SharesSent     Deliveries      -                     Ready
     upload     Ready       its own vector  Upload                Uploaded
     confirm    Uploaded    Survivors       Confirm               Confirmed
     unmask     Confirmed   Confirmations   Unmask                -
@@ -21,7 +21,7 @@ Over time: masks and packets have fresh keys each round, which no state keeps lo
 past rounds stay closed to whoever takes the machine later; and of two rounds only the one begun last is answered.
 
 Why no double reveal is possible. For each neighbour the state Uploaded holds two shares: of its self-mask seed and of
-its mask key. ``confirm`` turns each pair into *one* :class:`Reveal`, of the kind that the set of survivors decides, and
+its mask key. ``confirm`` turns each pair into *one* ``ChosenShare``, of the kind that the set of survivors decides, and
 drops the other before the signature exists. Confirmed has no place for a second share; and each state is emptied by the
 step that uses it. **A state must not be used twice, copied or stored**: :mod:`choral.protocols.crypto.single_use` sees
 to it.
@@ -37,8 +37,7 @@ from choral.protocols.argument_checks import shown
 from choral.protocols.crypto.keys import ed25519_public, x25519_public
 from choral.protocols.crypto.single_use import Current, Once
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
 from choral.protocols.masking.party_round import Advertised, Keys, Membership, Randomness, expect
 from choral.protocols.masking.policy import Policy, check_policy
@@ -48,7 +47,7 @@ from choral.protocols.masking.policy import Policy, check_policy
 class _Own:
     """What a party knows of itself and of the setup."""
 
-    setup: wire.Setup
+    setup: messages.SumSetup
     setup_digest: bytes
     index: int
     identity: bytes
@@ -63,18 +62,18 @@ def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
     check_policy(policy)
-    message = wire.to_party(setup, limit=wire.limit(wire.Setup, len(policy.directory)))
-    message = expect(message, wire.Setup)
+    message = messages.to_party(setup, limit=messages.limit(messages.SumSetup, len(policy.directory)))
+    message = expect(message, messages.SumSetup)
     policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
-    digest = transcript.setup_digest(setup)
+    digest = signing.setup_digest(setup)
     index = message.roster.index(name)
     nonce = randomness(32)
     own = _Own(message, digest, index, identity, policy, nonce)
-    commitment = transcript.commitment(digest, index, nonce)
-    signature = transcript.sign(identity, transcript.hello(digest, index, commitment))
-    return Joining(own), wire.encode(wire.Hello(message.session, commitment, signature))
+    commitment = signing.commitment(digest, index, nonce)
+    signature = signing.sign(identity, signing.hello(digest, index, commitment))
+    return Joining(own), messages.encode(messages.Hello(message.session, commitment, signature))
 
 
 class Joining(Once[_Own]):
@@ -87,22 +86,22 @@ class Joining(Once[_Own]):
         """
         own = self._take()
         n = len(own.setup.roster)
-        message = expect(wire.to_party(hellos, limit=wire.limit(wire.Hellos, n)), wire.Hellos)
+        message = expect(messages.to_party(hellos, limit=messages.limit(messages.Hellos, n)), messages.Hellos)
         if message.session != own.setup.session:
             raise FaultyServerError("the Hellos are of another session")
         if len(message.hellos) != n:
             raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
-        expected = transcript.commitment(own.setup_digest, own.index, own.nonce)
+        expected = signing.commitment(own.setup_digest, own.index, own.nonce)
         if message.hellos[own.index].commitment != expected:
             raise FaultyServerError("it shows another Hello of this party than it sent")
         for party, (name, entry) in enumerate(zip(own.setup.roster, message.hellos, strict=True)):
-            signed = transcript.hello(own.setup_digest, party, entry.commitment)
+            signed = signing.hello(own.setup_digest, party, entry.commitment)
             if not own.policy.signatures.valid(own.policy.directory[name], signed, entry.signature):
                 raise FaultyServerError(f"the Hello of {name} is not signed by {name}'s pinned identity")
-        return Revealing((own, message)), wire.encode(wire.Reveal(own.setup.session, own.nonce))
+        return Revealing((own, message)), messages.encode(messages.Reveal(own.setup.session, own.nonce))
 
 
-class Revealing(Once[tuple[_Own, wire.Hellos]]):
+class Revealing(Once[tuple[_Own, messages.Hellos]]):
     """Waits for everybody's nonce."""
 
     def enter(self, reveals: bytes) -> Member:
@@ -112,19 +111,19 @@ class Revealing(Once[tuple[_Own, wire.Hellos]]):
         """
         own, hellos = self._take()
         n = len(own.setup.roster)
-        message = expect(wire.to_party(reveals, limit=wire.limit(wire.Reveals, n)), wire.Reveals)
+        message = expect(messages.to_party(reveals, limit=messages.limit(messages.Reveals, n)), messages.Reveals)
         if message.session != own.setup.session:
             raise FaultyServerError("the nonces are of another session")
         if len(message.nonces) != n:
             raise FaultyServerError(f"expected {n} nonces, one per party, got {len(message.nonces)}")
         for party, (entry, nonce) in enumerate(zip(hellos.hellos, message.nonces, strict=True)):
-            if transcript.commitment(own.setup_digest, party, nonce) != entry.commitment:
+            if signing.commitment(own.setup_digest, party, nonce) != entry.commitment:
                 name = own.setup.roster[party]
                 raise FaultyPartyOrServerError(name, "the nonce is not the one that its Hello committed to")
-        session = transcript.session_digest(
+        session = signing.session_digest(
             own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
         )
-        around = neighbours_of(own.index, n, own.setup.neighbours, transcript.graph_seed(session))
+        around = neighbours_of(own.index, n, own.setup.neighbours, signing.graph_seed(session))
         membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, Current())
         return Member((membership, 0))
 
@@ -144,6 +143,6 @@ class Member(Once[tuple[Membership, int]]):
         member, _ = self._take()
         keys = Keys(member, number, randomness(32), randomness(32))
         mask, transport = x25519_public(keys.mask), x25519_public(keys.transport)
-        signed = transcript.advertise(member.session, number, member.index, mask, transport)
-        message = wire.Advertise(member.id, number, mask, transport, transcript.sign(member.identity, signed))
-        return Member((member, number)), Advertised(keys), wire.encode(message)
+        signed = signing.advertise(member.session, number, member.index, mask, transport)
+        message = messages.Advertise(member.id, number, mask, transport, signing.sign(member.identity, signed))
+        return Member((member, number)), Advertised(keys), messages.encode(message)

@@ -16,8 +16,7 @@ from choral.protocols.errors import (
     SpecError,
     TooFewSurvivorsError,
 )
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.masking.policy import Policy
 from choral.protocols.own_vector import checked
@@ -28,14 +27,14 @@ Randomness = Callable[[int], bytes]
 NONCE = bytes(12)
 """Fixed, because a sealing key seals one packet: it is derived for one sender, receiver and round's mask key."""
 
-M = TypeVar("M", bound=wire.Message)
+M = TypeVar("M", bound=messages.Message)
 
 
 @dataclass(frozen=True, repr=False)
 class Membership:
     """What a party keeps for a session: no secret but its identity, so that whoever takes it opens no past round."""
 
-    setup: wire.Setup
+    setup: messages.SumSetup
     session: bytes
     index: int
     identity: bytes
@@ -45,7 +44,7 @@ class Membership:
 
     @property
     def id(self) -> bytes:
-        return self.session[: transcript.SESSION_BYTES]
+        return self.session[: signing.SESSION_BYTES]
 
     def key(self, party: int) -> bytes:
         return self.policy.directory[self.setup.roster[party]]
@@ -106,7 +105,7 @@ class _Waiting:
 
 
 @dataclass(frozen=True, repr=False)
-class Reveal:
+class ChosenShare:
     """What one holder will reveal of one party: its share of the seed if that survived, else of the mask key."""
 
     share: bytes
@@ -119,13 +118,13 @@ class _Agreed:
     number: int
     bitmap: bytes
     survivors: frozenset[int]
-    reveals: Mapping[int, Reveal]
+    reveals: Mapping[int, ChosenShare]
 
 
 class Advertised(Once[Keys]):
     """Has shown its mask key for the round; waits for its neighbours'."""
 
-    def share(self, roster: bytes, *, randomness: Randomness) -> tuple[Sharing, bytes]:
+    def share(self, roster: bytes, *, randomness: Randomness) -> tuple[SharesSent, bytes]:
         """Share the seed of the self-mask and the mask key among the neighbours that take part.
 
         From here on no state of an earlier round answers any more.
@@ -138,10 +137,10 @@ class Advertised(Once[Keys]):
         member = keys.member
         member.current.enter(keys.number)
         setup, me = member.setup, member.index
-        message = _in_round(wire.Roster, roster, member, keys.number, setup.neighbours)
+        message = _in_round(messages.Roster, roster, member, keys.number, setup.neighbours)
         _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
         for entry in message.entries:
-            signed = transcript.advertise(member.session, keys.number, entry.party, entry.mask, entry.transport)
+            signed = signing.advertise(member.session, keys.number, entry.party, entry.mask, entry.transport)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
                 raise FaultyServerError(
                     f"the keys of {setup.roster[entry.party]} are not signed by its pinned identity for this round"
@@ -151,7 +150,7 @@ class Advertised(Once[Keys]):
         masks = {entry.party: entry.mask for entry in message.entries}
         masking, opening = PrivateKey(keys.mask), PrivateKey(keys.transport)  # gone when this step is done
         pairs = {
-            peer: transcript.pair_seed(agree(masking, mask, setup.roster[peer]), member.session, keys.number, me, peer)
+            peer: signing.pair_seed(agree(masking, mask, setup.roster[peer]), member.session, keys.number, me, peer)
             for peer, mask in masks.items()
         }
         channels = {
@@ -171,17 +170,19 @@ class Advertised(Once[Keys]):
             for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=False)
         )
         own_share = seed_shares[-1] if setup.complete else None
-        shares = wire.Shares(
+        shares = messages.DealtShares(
             member.id,
             keys.number,
-            transcript.seed_commitment(member.session, keys.number, me, seed),
-            own_share and transcript.share_hash(member.session, keys.number, "seed", me, me, own_share),
+            signing.seed_commitment(member.session, keys.number, me, seed),
+            own_share and signing.share_hash(member.session, keys.number, "seed", me, me, own_share),
             packets,
         )
-        return Sharing(_Shared(member, keys.number, seed, own_share, pairs, channels, masks)), wire.encode(shares)
+        return SharesSent(_Shared(member, keys.number, seed, own_share, pairs, channels, masks)), messages.encode(
+            shares
+        )
 
 
-class Sharing(Once[_Shared]):
+class SharesSent(Once[_Shared]):
     """Has sent its shares; waits for those that its neighbours made for it."""
 
     def receive(self, deliveries: bytes) -> Ready:
@@ -199,7 +200,7 @@ class Sharing(Once[_Shared]):
         shared = self._take()
         member, number = shared.member, shared.number
         member.current.check(number)
-        message = _in_round(wire.Deliveries, deliveries, member, number, member.setup.neighbours)
+        message = _in_round(messages.Deliveries, deliveries, member, number, member.setup.neighbours)
         _check_order([packet.party for packet in message.packets], shared.masks, "packets")
         _check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
         opened = {packet.party: _open(shared, packet) for packet in message.packets}
@@ -236,10 +237,10 @@ class Ready(Once[_Masking]):
         added = [masking.seed, *(seed for peer, seed in masking.pairs.items() if peer < me)]
         subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
         packed = masked(vector, setup.modulus_bits, added, subtracted)
-        message = wire.Upload(masking.member.id, masking.number, wire.to_pieces(packed))
+        message = messages.Upload(masking.member.id, masking.number, messages.to_pieces(packed))
         partners = frozenset(masking.pairs)
         state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, partners, masking.held))
-        return state, wire.encode(message)
+        return state, messages.encode(message)
 
 
 class Uploaded(Once[_Waiting]):
@@ -256,8 +257,8 @@ class Uploaded(Once[_Waiting]):
         member, number, me = waiting.member, waiting.number, waiting.member.index
         member.current.check(number)
         n = len(member.setup.roster)
-        message = _in_round(wire.Survivors, survivors, member, number, -(-n // 8))
-        alive = wire.from_bitmap(message.bitmap, n)
+        message = _in_round(messages.Survivors, survivors, member, number, -(-n // 8))
+        alive = messages.from_bitmap(message.bitmap, n)
         if alive is None:
             raise FaultyServerError(f"the set of survivors is no set of {n} parties")
         if me not in alive:
@@ -272,18 +273,18 @@ class Uploaded(Once[_Waiting]):
         _check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
         reveals = {peer: _choose(held, survived=peer in alive) for peer, held in waiting.held.items()}
         if waiting.own_share is not None:
-            reveals[me] = Reveal(waiting.own_share, survived=True)
-        signature = transcript.sign(member.identity, transcript.confirm(member.session, number, me, message.bitmap))
+            reveals[me] = ChosenShare(waiting.own_share, survived=True)
+        signature = signing.sign(member.identity, signing.confirm(member.session, number, me, message.bitmap))
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
-        return state, wire.encode(wire.Confirm(member.id, number, signature, unopened))
+        return state, messages.encode(messages.Confirm(member.id, number, signature, unopened))
 
 
 class Confirmed(Once[_Agreed]):
     """Has signed one set of survivors and holds one share per neighbour; waits for the others' signatures."""
 
     def unmask(self, confirmations: bytes, *, following: bytes | None = None) -> bytes:
-        """Reveal those shares, once at least the threshold of this party's holders signed the very same set.
+        """ChosenShare those shares, once at least the threshold of this party's holders signed the very same set.
 
         following: the Advertise of the next round, to ride on this message and save it a trip.
         Raises: FaultyServerError for a signature that is not of this set, round and party; TooFewSurvivorsError;
@@ -292,58 +293,60 @@ class Confirmed(Once[_Agreed]):
         agreed = self._take()
         member, number = agreed.member, agreed.number
         member.current.check(number)
-        message = _in_round(wire.Confirmations, confirmations, member, number, member.setup.neighbours)
+        message = _in_round(messages.Confirmations, confirmations, member, number, member.setup.neighbours)
         signers = [entry.party for entry in message.entries]
         _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
         for entry in message.entries:
-            signed = transcript.confirm(member.session, number, entry.party, agreed.bitmap)
+            signed = signing.confirm(member.session, number, entry.party, agreed.bitmap)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
                 raise FaultyServerError(
                     f"the confirmation of {member.setup.roster[entry.party]} is not on the set shown to this party"
                 )
         _check_holders(member, signers, "to agree on the survivors")
         ordered = sorted(agreed.reveals.items())
-        seeds = tuple(wire.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
-        keys = tuple(wire.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
-        return wire.encode(wire.Unmask(member.id, number, seeds, keys, _riding(following, member, number)))
+        seeds = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
+        keys = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
+        return messages.encode(messages.Unmask(member.id, number, seeds, keys, _riding(following, member, number)))
 
 
-def _choose(held: _Held, *, survived: bool) -> Reveal:
-    return Reveal(held.seed_share if survived else held.key_share, survived)
+def _choose(held: _Held, *, survived: bool) -> ChosenShare:
+    return ChosenShare(held.seed_share if survived else held.key_share, survived)
 
 
-def _riding(following: bytes | None, member: Membership, number: int) -> wire.Following | None:
+def _riding(following: bytes | None, member: Membership, number: int) -> messages.Following | None:
     if following is None:
         return None
-    message = wire.to_server(following, sender=member.setup.roster[member.index], limit=wire.limit(wire.Advertise))
-    if not isinstance(message, wire.Advertise) or message.session != member.id or message.round <= number:
+    message = messages.to_server(
+        following, sender=member.setup.roster[member.index], limit=messages.limit(messages.Advertise)
+    )
+    if not isinstance(message, messages.Advertise) or message.session != member.id or message.round <= number:
         raise SpecError("expected the Advertise of a later round of this session to ride along")
-    return wire.Following(message.round, message.mask, message.transport, message.signature)
+    return messages.Following(message.round, message.mask, message.transport, message.signature)
 
 
 def _packet(
     member: Membership, number: int, channel: bytes, public: bytes, peer: int, seed_share: bytes, key_share: bytes
-) -> wire.Packet:
+) -> messages.Packet:
     session, me = member.session, member.index
-    seed_hash = transcript.share_hash(session, number, "seed", me, peer, seed_share)
-    key_hash = transcript.share_hash(session, number, "key", me, peer, key_share)
-    key = transcript.seal_key(channel, session, number, me, peer, public)
-    data = transcript.seal_data(session, number, me, peer, seed_hash, key_hash)
-    return wire.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
+    seed_hash = signing.share_hash(session, number, "seed", me, peer, seed_share)
+    key_hash = signing.share_hash(session, number, "key", me, peer, key_share)
+    key = signing.seal_key(channel, session, number, me, peer, public)
+    data = signing.seal_data(session, number, me, peer, seed_hash, key_hash)
+    return messages.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
 
 
-def _open(shared: _Shared, packet: wire.Packet) -> _Held | None:
+def _open(shared: _Shared, packet: messages.Packet) -> _Held | None:
     """The two shares, or None unless they are what the packet commits to, sealed by its sender for this party."""
     session, me, peer, number = shared.member.session, shared.member.index, packet.party, shared.number
-    key = transcript.seal_key(shared.channels[peer], session, number, peer, me, shared.masks[peer])
-    data = transcript.seal_data(session, number, peer, me, packet.seed_hash, packet.key_hash)
+    key = signing.seal_key(shared.channels[peer], session, number, peer, me, shared.masks[peer])
+    data = signing.seal_data(session, number, peer, me, packet.seed_hash, packet.key_hash)
     try:
         shares = unseal(key, NONCE, packet.sealed, data)
     except SealError:
         return None
     held = _Held(shares[:33], shares[33:])
-    seed_hash = transcript.share_hash(session, number, "seed", peer, me, held.seed_share)
-    key_hash = transcript.share_hash(session, number, "key", peer, me, held.key_share)
+    seed_hash = signing.share_hash(session, number, "seed", peer, me, held.seed_share)
+    key_hash = signing.share_hash(session, number, "key", peer, me, held.key_share)
     return held if (seed_hash, key_hash) == (packet.seed_hash, packet.key_hash) else None
 
 
@@ -354,7 +357,7 @@ def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
         raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
 
 
-def expect(message: wire.ToParty, kind: type[M]) -> M:
+def expect(message: messages.ToParty, kind: type[M]) -> M:
     if not isinstance(message, kind):
         raise FaultyServerError(f"expected its {kind.__name__}, got its {type(message).__name__}")
     return message
@@ -362,7 +365,7 @@ def expect(message: wire.ToParty, kind: type[M]) -> M:
 
 def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
     """Decode the one message that this state waits for. Raises MessageError; FaultyServerError for any other."""
-    message = expect(wire.to_party(raw, limit=wire.limit(kind, entries)), kind)
+    message = expect(messages.to_party(raw, limit=messages.limit(kind, entries)), kind)
     if message.session != member.id:
         raise FaultyServerError(f"the {kind.__name__} is of another session")
     if message.round != number:

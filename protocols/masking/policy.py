@@ -8,7 +8,7 @@ from typing import Literal
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.errors import PolicyError, SpecError
-from choral.protocols.masking.messages import MAX_PARTIES, Setup
+from choral.protocols.masking.messages import MAX_PARTIES, SumSetup
 from choral.protocols.masking.parameters import SECURITY_BITS, SERVERS, achieved, colluding
 from choral.protocols.masking.signing import Signatures
 
@@ -93,7 +93,7 @@ class Policy:
         """How many parties there are, of whom ``corrupt`` may collude."""
         return len(self.directory) if self.directory_size is None else self.directory_size
 
-    def check(self, setup: Setup, name: str) -> None:
+    def check(self, setup: SumSetup, name: str) -> None:
         """Raises: PolicyError when ``setup`` is inconsistent, or weaker than this policy allows ``name`` to join."""
         check_setup(setup, wraps_at=self.wraps_at)
         strangers = [party for party in setup.roster if party not in self.directory]
@@ -138,7 +138,7 @@ def check_policy(policy: object) -> Policy:
     return policy
 
 
-def check_setup(setup: Setup, *, wraps_at: int | None = None) -> None:
+def check_setup(setup: SumSetup, *, wraps_at: int | None = None) -> None:
     """What holds for any safe setup. wraps_at: as in :class:`Policy`. Raises: PolicyError.
 
     Thresholds, on a complete graph where all n parties hold shares: corrupt < t, and against a malicious server
@@ -188,7 +188,7 @@ def check_roster(roster: Sequence[str]) -> None:
         raise PolicyError(str(error)) from None
 
 
-def _check_sparse(setup: Setup) -> None:
+def _check_sparse(setup: SumSetup) -> None:
     """Compute again what the graph achieves. Raises: PolicyError where that is less than the setup claims."""
     security, correctness = achieved(
         len(setup.roster),

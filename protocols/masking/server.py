@@ -2,9 +2,9 @@
 
     stage        collects     close() sends out            and goes to
     Opening      Hello        Hellos                       Gathering
-    Gathering    Reveal       Reveals                      Session           (once per session)
+    Gathering    Reveal       Reveals                      ServerSession           (once per session)
     Advertising  Advertise    Roster                       Sharing
-    Sharing      Shares       Deliveries                   Uploading
+    Sharing      DealtShares  Deliveries                   Uploading
     Uploading    Upload       Survivors                    Confirming
     Confirming   Confirm      Confirmations                Unmasking
     Unmasking    Unmask       -                            Outcome
@@ -28,24 +28,23 @@ from collections.abc import Mapping, Sequence
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.errors import FaultyPartyError, SpecError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours
 from choral.protocols.masking.policy import check_setup
 from choral.protocols.masking.server_round import Advertising
-from choral.protocols.masking.server_stages import Outbox, Seen, Stage, Terms
+from choral.protocols.masking.server_stages import Outbox, Seen, SessionTerms, Stage
 
 
 class Opening(Stage):
     """The session's parties are invited with ``encode(setup)``; every one of them must answer."""
 
-    kind = wire.Hello
+    kind = messages.Hello
 
     def __init__(
         self,
-        setup: wire.Setup,
+        setup: messages.SumSetup,
         directory: Mapping[str, bytes],
-        signatures: transcript.Signatures,
+        signatures: signing.Signatures,
         *,
         wraps_at: int | None = None,
     ) -> None:
@@ -58,15 +57,15 @@ class Opening(Stage):
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")
         everyone = range(len(setup.roster))
-        super().__init__(setup.roster, setup.session, 0, everyone, wire.limit(wire.Hello), {})
+        super().__init__(setup.roster, setup.session, 0, everyone, messages.limit(messages.Hello), {})
         self._setup = setup
         self._directory = directory
         self._signatures = signatures
-        self.invitation = wire.encode(setup)
-        self._digest = transcript.setup_digest(self.invitation)
+        self.invitation = messages.encode(setup)
+        self._digest = signing.setup_digest(self.invitation)
 
-    def _accept(self, party: int, message: wire.Hello) -> wire.Hello:
-        signed = transcript.hello(self._digest, party, message.commitment)
+    def _accept(self, party: int, message: messages.Hello) -> messages.Hello:
+        signed = signing.hello(self._digest, party, message.commitment)
         name = self._roster[party]
         if not self._signatures.valid(self._directory[name], signed, message.signature):
             raise FaultyPartyError(name, "its Hello is not signed by its pinned identity for this setup")
@@ -75,8 +74,10 @@ class Opening(Stage):
     def close(self) -> tuple[Gathering, Outbox]:
         """Raises TooFewSurvivorsError unless all answered: open again without those it names."""
         self._close(len(self._roster), "a session opens with all its parties or not at all")
-        entries = tuple(wire.HelloEntry(hello.commitment, hello.signature) for _, hello in sorted(self._heard.items()))
-        raw = wire.encode(wire.Hellos(self._setup.session, entries))
+        entries = tuple(
+            messages.HelloEntry(hello.commitment, hello.signature) for _, hello in sorted(self._heard.items())
+        )
+        raw = messages.encode(messages.Hellos(self._setup.session, entries))
         stage = Gathering(self._setup, self._digest, self._directory, self._signatures, entries, self._seen)
         return stage, dict.fromkeys(self._roster, raw)
 
@@ -84,47 +85,49 @@ class Opening(Stage):
 class Gathering(Stage):
     """Waits for the nonces that everyone has committed to."""
 
-    kind = wire.Reveal
+    kind = messages.Reveal
 
     def __init__(
         self,
-        setup: wire.Setup,
+        setup: messages.SumSetup,
         digest: bytes,
         directory: Mapping[str, bytes],
-        signatures: transcript.Signatures,
-        hellos: Sequence[wire.HelloEntry],
+        signatures: signing.Signatures,
+        hellos: Sequence[messages.HelloEntry],
         seen: Seen,
     ) -> None:
-        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), wire.limit(wire.Hello), seen)
+        super().__init__(setup.roster, setup.session, 0, range(len(setup.roster)), messages.limit(messages.Hello), seen)
         self._setup = setup
         self._digest = digest
         self._directory = directory
         self._signatures = signatures
         self._hellos = hellos
 
-    def _accept(self, party: int, message: wire.Reveal) -> bytes:
-        if transcript.commitment(self._digest, party, message.nonce) != self._hellos[party].commitment:
+    def _accept(self, party: int, message: messages.Reveal) -> bytes:
+        if signing.commitment(self._digest, party, message.nonce) != self._hellos[party].commitment:
             raise FaultyPartyError(self._roster[party], "revealed another nonce than it had committed to")
         return message.nonce
 
-    def close(self) -> tuple[Session, Outbox]:
+    def close(self) -> tuple[ServerSession, Outbox]:
         """Raises TooFewSurvivorsError unless all revealed; one that will not could otherwise steer the graph."""
         everyone = self._close(len(self._roster), "a session opens with all its parties or not at all")
         nonces = tuple(self._heard[party] for party in everyone)
-        session = transcript.session_digest(self._digest, [hello.commitment for hello in self._hellos], nonces)
-        graph = neighbours(len(self._roster), self._setup.neighbours, transcript.graph_seed(session))
-        terms = Terms(self._setup, self._directory, self._signatures, session, graph)
-        return Session(terms), dict.fromkeys(self._roster, wire.encode(wire.Reveals(self._setup.session, nonces)))
+        session = signing.session_digest(self._digest, [hello.commitment for hello in self._hellos], nonces)
+        graph = neighbours(len(self._roster), self._setup.neighbours, signing.graph_seed(session))
+        terms = SessionTerms(self._setup, self._directory, self._signatures, session, graph)
+        return ServerSession(terms), dict.fromkeys(
+            self._roster, messages.encode(messages.Reveals(self._setup.session, nonces))
+        )
 
 
-class Session:
+class ServerSession:
     """An open session, between rounds."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: SessionTerms) -> None:
         self.terms = terms
         self._last = 0
 
-    def begin(self, number: int, following: Mapping[int, wire.Following] | None = None) -> Advertising:
+    def begin(self, number: int, following: Mapping[int, messages.Following] | None = None) -> Advertising:
         """Start round ``number``; ``following`` are the keys that rode on an earlier round.
 
         Raises: SpecError unless the number is greater than the last.

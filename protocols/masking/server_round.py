@@ -11,10 +11,8 @@ import numpy as np
 from choral.protocols.crypto.keys import PrivateKey, WeakKeyError
 from choral.protocols.crypto.modular_integers import PackingError, accumulator_dtype, packed_bytes, unpack
 from choral.protocols.errors import FaultyPartyError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
-from choral.protocols.masking import unmasking
-from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, Stage, Terms, fingerprint_of
+from choral.protocols.masking import messages, signing, unmasking
+from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, SessionTerms, Stage, fingerprint_of
 
 _ANY_KEY = PrivateKey(bytes(31) + b"\x40")
 """Known to all, to try public ones with: one of small order gives zero with any (RFC 7748, 6.1)."""
@@ -23,21 +21,21 @@ _ANY_KEY = PrivateKey(bytes(31) + b"\x40")
 class RoundStage(Stage):
     """A stage of a round."""
 
-    def __init__(self, terms: Terms, number: int, expected: Sequence[int], seen: Seen) -> None:
+    def __init__(self, terms: SessionTerms, number: int, expected: Sequence[int], seen: Seen) -> None:
         setup = terms.setup
         size = max(  # of a late vector too, so that it is called that
-            wire.limit(wire.Upload, packed_bytes(setup.length, setup.modulus_bits)),
-            wire.limit(wire.Shares, setup.neighbours),
-            wire.limit(wire.Unmask, setup.holders),
+            messages.limit(messages.Upload, packed_bytes(setup.length, setup.modulus_bits)),
+            messages.limit(messages.DealtShares, setup.neighbours),
+            messages.limit(messages.Unmask, setup.holders),
         )
-        session = terms.session[: transcript.SESSION_BYTES]
+        session = terms.session[: signing.SESSION_BYTES]
         super().__init__(setup.roster, session, number, expected, size, seen)
         self._terms = terms
         self._taken = terms.taken
 
-    def _check_keys(self, party: int, number: int, keys: wire.Advertise | wire.Following, what: str) -> None:
+    def _check_keys(self, party: int, number: int, keys: messages.Advertise | messages.Following, what: str) -> None:
         """Refuse keys that would make every neighbour that is sent them refuse too. Raises FaultyPartyError."""
-        signed = transcript.advertise(self._terms.session, number, party, keys.mask, keys.transport)
+        signed = signing.advertise(self._terms.session, number, party, keys.mask, keys.transport)
         if not self._terms.signed(party, signed, keys.signature):
             raise self._fault(party, f"{what} are not signed by its pinned identity for this round")
         for key in (keys.mask, keys.transport):
@@ -53,27 +51,27 @@ class RoundStage(Stage):
 class Advertising(RoundStage):
     """Waits for mask keys; those that came with an earlier round are there already."""
 
-    kind = wire.Advertise
+    kind = messages.Advertise
 
-    def __init__(self, terms: Terms, number: int, following: Mapping[int, wire.Following]) -> None:
+    def __init__(self, terms: SessionTerms, number: int, following: Mapping[int, messages.Following]) -> None:
         super().__init__(terms, number, range(len(terms.setup.roster)), {})
         for party, early in following.items():
             if early.round == number:
-                self._heard[party] = wire.RosterEntry(party, early.mask, early.transport, early.signature)
-                message = wire.Advertise(self._session, number, early.mask, early.transport, early.signature)
-                self._seen[wire.Advertise.__name__, party] = fingerprint_of(wire.encode(message))
+                self._heard[party] = messages.RosterEntry(party, early.mask, early.transport, early.signature)
+                message = messages.Advertise(self._session, number, early.mask, early.transport, early.signature)
+                self._seen[messages.Advertise.__name__, party] = fingerprint_of(messages.encode(message))
 
-    def _accept(self, party: int, message: wire.Advertise) -> wire.RosterEntry:
+    def _accept(self, party: int, message: messages.Advertise) -> messages.RosterEntry:
         self._check_keys(party, self._number, message, "its keys")
-        return wire.RosterEntry(party, message.mask, message.transport, message.signature)
+        return messages.RosterEntry(party, message.mask, message.transport, message.signature)
 
     def close(self) -> tuple[Sharing, Outbox]:
         present = self._close(self._terms.setup.min_survivors, "too few advertised keys")
         outbox = {}
         for party in present:
             entries = tuple(self._heard[peer] for peer in self._terms.graph[party] if peer in self._heard)
-            message = wire.Roster(self._session, self._number, entries)
-            outbox[self._roster[party]] = wire.encode(message)
+            message = messages.Roster(self._session, self._number, entries)
+            outbox[self._roster[party]] = messages.encode(message)
         keys = {party: entry.mask for party, entry in self._heard.items()}
         return Sharing(self._terms, self._number, keys, self._seen), outbox
 
@@ -81,13 +79,13 @@ class Advertising(RoundStage):
 class Sharing(RoundStage):
     """Waits for sealed shares."""
 
-    kind = wire.Shares
+    kind = messages.DealtShares
 
-    def __init__(self, terms: Terms, number: int, keys: Mapping[int, bytes], seen: Seen) -> None:
+    def __init__(self, terms: SessionTerms, number: int, keys: Mapping[int, bytes], seen: Seen) -> None:
         super().__init__(terms, number, sorted(keys), seen)
         self._keys = keys
 
-    def _accept(self, party: int, message: wire.Shares) -> wire.Shares:
+    def _accept(self, party: int, message: messages.DealtShares) -> messages.DealtShares:
         peers = [peer for peer in self._terms.graph[party] if peer in self._keys]
         if [packet.party for packet in message.packets] != peers:
             raise self._fault(party, "its shares are not one for each neighbour that takes part, in order")
@@ -101,12 +99,12 @@ class Sharing(RoundStage):
         outbox = {}
         for party in sharers:
             received = tuple(
-                wire.Packet(dealer, packet.seed_hash, packet.key_hash, packet.sealed)
+                messages.Packet(dealer, packet.seed_hash, packet.key_hash, packet.sealed)
                 for dealer in self._terms.graph[party]
                 if (packet := packets.get((dealer, party))) is not None
             )
-            outbox[self._roster[party]] = wire.encode(wire.Deliveries(self._session, self._number, received))
-        ledger = unmasking.Ledger(
+            outbox[self._roster[party]] = messages.encode(messages.Deliveries(self._session, self._number, received))
+        bound = unmasking.Commitments(
             keys={party: self._keys[party] for party in sharers},
             seed_commitments={party: self._heard[party].seed_commitment for party in sharers},
             seed_hashes={
@@ -115,22 +113,22 @@ class Sharing(RoundStage):
             },
             key_hashes={edge: packet.key_hash for edge, packet in packets.items()},
         )
-        return Uploading(self._terms, self._number, ledger, self._seen), outbox
+        return Uploading(self._terms, self._number, bound, self._seen), outbox
 
 
 class Uploading(RoundStage):
     """Waits for masked vectors and adds them up as they come."""
 
-    kind = wire.Upload
+    kind = messages.Upload
 
-    def __init__(self, terms: Terms, number: int, ledger: unmasking.Ledger, seen: Seen) -> None:
-        super().__init__(terms, number, sorted(ledger.keys), seen)
-        self._ledger = ledger
+    def __init__(self, terms: SessionTerms, number: int, bound: unmasking.Commitments, seen: Seen) -> None:
+        super().__init__(terms, number, sorted(bound.keys), seen)
+        self._bound = bound
         self._sum = np.zeros(terms.setup.length, accumulator_dtype(terms.setup.modulus_bits))
 
-    def _accept(self, party: int, message: wire.Upload) -> None:
+    def _accept(self, party: int, message: messages.Upload) -> None:
         setup = self._terms.setup
-        packed = wire.from_pieces(message.vector)
+        packed = messages.from_pieces(message.vector)
         if packed is None:
             raise self._fault(party, "its vector is cut into other pieces than agreed")
         try:
@@ -150,10 +148,10 @@ class Uploading(RoundStage):
         Raises TooFewSurvivorsError also when some secret could not be reconstructed by those who are left.
         """
         survivors = self._close(self._terms.setup.min_survivors, "too few sent a vector")
-        tally = unmasking.Tally(self._terms.setup, self._terms.graph, self._terms.session, self._number, self._ledger)
+        tally = unmasking.Tally(self._terms.setup, self._terms.graph, self._terms.session, self._number, self._bound)
         tally.check_reachable(survivors, survivors)
-        bitmap = wire.to_bitmap(survivors, len(self._roster))
-        raw = wire.encode(wire.Survivors(self._session, self._number, bitmap))
+        bitmap = messages.to_bitmap(survivors, len(self._roster))
+        raw = messages.encode(messages.Survivors(self._session, self._number, bitmap))
         stage = Confirming(self._terms, self._number, survivors, bitmap, tally, self._sum, self._seen)
         return stage, {self._roster[party]: raw for party in survivors}
 
@@ -162,7 +160,7 @@ class _AfterUploads(RoundStage):
     """The survivors are fixed: a vector from anyone else is late."""
 
     def __init__(
-        self, terms: Terms, number: int, expected: Sequence[int], survivors: Sequence[int], seen: Seen
+        self, terms: SessionTerms, number: int, expected: Sequence[int], survivors: Sequence[int], seen: Seen
     ) -> None:
         super().__init__(terms, number, expected, seen)
         self._survivors = tuple(survivors)
@@ -175,11 +173,11 @@ class _AfterUploads(RoundStage):
 class Confirming(_AfterUploads):
     """Waits for the survivors' signatures on the set of survivors."""
 
-    kind = wire.Confirm
+    kind = messages.Confirm
 
     def __init__(
         self,
-        terms: Terms,
+        terms: SessionTerms,
         number: int,
         survivors: Sequence[int],
         bitmap: bytes,
@@ -192,8 +190,8 @@ class Confirming(_AfterUploads):
         self._tally = tally
         self._total = total
 
-    def _accept(self, party: int, message: wire.Confirm) -> wire.Confirm:
-        signed = transcript.confirm(self._terms.session, self._number, party, self._bitmap)
+    def _accept(self, party: int, message: messages.Confirm) -> messages.Confirm:
+        signed = signing.confirm(self._terms.session, self._number, party, self._bitmap)
         if not self._terms.signed(party, signed, message.signature):
             raise self._fault(party, "its confirmation is not a signature on the set of survivors it was sent")
         if not set(message.unopened) <= set(self._tally.dealers(party)):
@@ -213,8 +211,8 @@ class Confirming(_AfterUploads):
         outbox = {}
         for party in signers:
             peers = [peer for peer in self._terms.graph[party] if peer in self._heard][:needed]
-            entries = tuple(wire.Confirmation(peer, self._heard[peer].signature) for peer in peers)
-            outbox[self._roster[party]] = wire.encode(wire.Confirmations(self._session, self._number, entries))
+            entries = tuple(messages.Confirmation(peer, self._heard[peer].signature) for peer in peers)
+            outbox[self._roster[party]] = messages.encode(messages.Confirmations(self._session, self._number, entries))
         stage = Unmasking(self._terms, self._number, self._survivors, signers, self._tally, self._total, self._seen)
         return stage, outbox
 
@@ -222,11 +220,11 @@ class Confirming(_AfterUploads):
 class Unmasking(_AfterUploads):
     """Waits for shares of the survivors' seeds and of the dropped parties' keys."""
 
-    kind = wire.Unmask
+    kind = messages.Unmask
 
     def __init__(
         self,
-        terms: Terms,
+        terms: SessionTerms,
         number: int,
         survivors: Sequence[int],
         signers: Sequence[int],
@@ -238,7 +236,7 @@ class Unmasking(_AfterUploads):
         self._tally = tally
         self._total = total
 
-    def _accept(self, party: int, message: wire.Unmask) -> wire.Unmask:
+    def _accept(self, party: int, message: messages.Unmask) -> messages.Unmask:
         self._tally.check(party, message, self._survivors)
         following = message.following
         if following is not None:

@@ -9,8 +9,7 @@ from typing import Any
 from choral.protocols.argument_checks import MAX_NAME
 from choral.protocols.errors import FaultyPartyError, LateVectorError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.interface import IntVector
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 
 Outbox = dict[str, bytes]
 """What to send to whom, by party name."""
@@ -20,15 +19,15 @@ Seen = dict[tuple[str, int], bytes]
 
 
 @dataclass(frozen=True)
-class Terms:
+class SessionTerms:
     """What the server knows of an open session; all of it is public.
 
     graph: each party's neighbours. taken: by round, whose vectors are in a sum, as bits (of party i: 1 << i).
     """
 
-    setup: wire.Setup
+    setup: messages.SumSetup
     directory: Mapping[str, bytes]
-    signatures: transcript.Signatures
+    signatures: signing.Signatures
     session: bytes
     graph: Sequence[tuple[int, ...]]
     taken: dict[int, int] = field(default_factory=dict)
@@ -52,7 +51,7 @@ class Outcome:
 
     total: IntVector
     survivors: tuple[str, ...]
-    following: Mapping[int, wire.Following] = field(default_factory=dict)
+    following: Mapping[int, messages.Following] = field(default_factory=dict)
     disputes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -62,7 +61,7 @@ class Stage:
     seen: fingerprints of what was taken, by kind and party, handed from each stage of a round to the next.
     """
 
-    kind: type[wire.Message]
+    kind: type[messages.Message]
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class Stage:
         if not isinstance(sender, str) or sender not in self._places:
             raise FaultyPartyError(str(sender)[:MAX_NAME], "is not in the roster")
         party = self._places[sender]
-        message: Any = wire.to_server(raw, sender=sender, limit=self._limit)
+        message: Any = messages.to_server(raw, sender=sender, limit=self._limit)
         kind = type(message).__name__
         if message.session != self._session:
             raise FaultyPartyError(sender, f"its {kind} is of another session")
@@ -105,7 +104,7 @@ class Stage:
         before, fingerprint = self._seen.get((kind, party)), fingerprint_of(raw)
         if number == self._number and before == fingerprint:
             return
-        if isinstance(message, wire.Upload) and self._too_late(party, number):
+        if isinstance(message, messages.Upload) and self._too_late(party, number):
             raise LateVectorError(sender)
         if not isinstance(message, self.kind):
             raise FaultyPartyError(sender, f"expected its {self.kind.__name__}, got its {kind}: out of order")
@@ -150,4 +149,4 @@ def fingerprint_of(raw: bytes) -> bytes:
     Two masked vectors that are not the same differ there at once. Whoever makes two that do not gains nothing: the
     first is the one that counts.
     """
-    return transcript.digest("seen", len(raw), raw[:_HEAD])
+    return signing.digest("seen", len(raw), raw[:_HEAD])

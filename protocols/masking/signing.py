@@ -20,7 +20,7 @@ def digest(label: str, *parts: bytes | int) -> bytes:
 
 
 def setup_digest(setup: bytes) -> bytes:
-    """Of the encoded Setup: covers the roster and every parameter."""
+    """Of the encoded SumSetup: covers the roster and every parameter."""
     return digest("setup", setup)
 
 

@@ -18,12 +18,11 @@ from choral.protocols.crypto.modular_integers import lift
 from choral.protocols.crypto.shamir import Combiner, ShareError
 from choral.protocols.errors import DisputedSharesError, FaultyPartyError, TooFewSurvivorsError
 from choral.protocols.interface import IntVector
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 
 
 @dataclass(frozen=True)
-class Ledger:
+class Commitments:
     """What the parties that shared their secrets are bound to. Edges are (dealer, holder); all of it is public.
 
     keys: public mask keys. seed_commitments: to self-mask seeds. seed_hashes, key_hashes: to the shares.
@@ -36,16 +35,21 @@ class Ledger:
 
 
 class Tally:
-    """One round's reconstruction. ``graph`` is each party's neighbours; those in the ledger shared their secrets."""
+    """One round's reconstruction. ``graph`` is each party's neighbours; those with commitments shared their secrets."""
 
     def __init__(
-        self, setup: wire.Setup, graph: Sequence[tuple[int, ...]], session: bytes, number: int, ledger: Ledger
+        self,
+        setup: messages.SumSetup,
+        graph: Sequence[tuple[int, ...]],
+        session: bytes,
+        number: int,
+        bound: Commitments,
     ) -> None:
         self._setup = setup
         self._graph = graph
         self._session = session
         self._number = number
-        self._ledger = ledger
+        self._bound = bound
         self._combiners: dict[tuple[int, ...], Combiner] = {}
         self.unopened: Mapping[int, frozenset[int]] = {}
         """By holder, the dealers whose packet to it did not open, as it says."""
@@ -59,7 +63,7 @@ class Tally:
 
     def dealers(self, holder: int) -> list[int]:
         """The neighbours that shared their secrets with ``holder``, ascending."""
-        return [peer for peer in self._graph[holder] if peer in self._ledger.keys]
+        return [peer for peer in self._graph[holder] if peer in self._bound.keys]
 
     def disputes(self) -> dict[str, tuple[str, ...]]:
         """By dealer, who says that its shares do not open; names."""
@@ -69,7 +73,7 @@ class Tally:
     def _accusers(self, dealer: int) -> tuple[str, ...]:
         return tuple(self._setup.roster[holder] for holder, unopened in self.unopened.items() if dealer in unopened)
 
-    def check(self, party: int, message: wire.Unmask, survivors: Sequence[int]) -> None:
+    def check(self, party: int, message: messages.Unmask, survivors: Sequence[int]) -> None:
         """One holder's answer. Raises FaultyPartyError unless it is exactly the shares asked for, as committed to."""
         alive = set(survivors)
         unopened = self.unopened.get(party, frozenset())
@@ -79,15 +83,15 @@ class Tally:
             raise self._fault(party, "its shares of seeds are not one for each surviving neighbour, in order")
         if [entry.party for entry in message.keys] != [peer for peer in dealers if peer not in alive]:
             raise self._fault(party, "its shares of keys are not one for each dropped neighbour, in order")
-        kinds = (("seed", message.seeds, self._ledger.seed_hashes), ("key", message.keys, self._ledger.key_hashes))
+        kinds = (("seed", message.seeds, self._bound.seed_hashes), ("key", message.keys, self._bound.key_hashes))
         for kind, entries, hashes in kinds:
             for entry in entries:
-                found = transcript.share_hash(self._session, self._number, kind, entry.party, party, entry.share)
+                found = signing.share_hash(self._session, self._number, kind, entry.party, party, entry.share)
                 if found != hashes[entry.party, party]:
                     dealer = self._setup.roster[entry.party]
                     raise self._fault(party, f"its share of {dealer}'s {kind} is not the one that {dealer} gave it")
 
-    def unmask(self, total: Any, survivors: Sequence[int], answers: Mapping[int, wire.Unmask]) -> IntVector:
+    def unmask(self, total: Any, survivors: Sequence[int], answers: Mapping[int, messages.Unmask]) -> IntVector:
         """Take all masks off ``total`` in place; the centred lift. Raises TooFewSurvivorsError, FaultyPartyError."""
         alive = set(survivors)
         seeds = {holder: {entry.party: entry.share for entry in answer.seeds} for holder, answer in answers.items()}
@@ -106,7 +110,7 @@ class Tally:
     def _dropped(self, survivors: Sequence[int]) -> Iterator[int]:
         """Who shared its secrets, sent no vector, and has masks in the sum of those who did."""
         alive = set(survivors)
-        for dealer in self._ledger.keys:
+        for dealer in self._bound.keys:
             if dealer not in alive and alive.intersection(self._graph[dealer]):
                 yield dealer
 
@@ -116,7 +120,7 @@ class Tally:
             peer
             for peer in self._graph[dealer]
             if peer in present
-            and (dealer, peer) in self._ledger.key_hashes
+            and (dealer, peer) in self._bound.key_hashes
             and dealer not in self.unopened.get(peer, ())
         ]
         if survived and self._setup.complete and dealer in present:
@@ -146,14 +150,14 @@ class Tally:
 
     def _seed(self, dealer: int, shares: Mapping[int, Mapping[int, bytes]]) -> bytes:
         seed = self._combine(dealer, shares, survived=True)
-        found = transcript.seed_commitment(self._session, self._number, dealer, seed)
-        if found != self._ledger.seed_commitments[dealer]:
+        found = signing.seed_commitment(self._session, self._number, dealer, seed)
+        if found != self._bound.seed_commitments[dealer]:
             raise self._fault(dealer, "its shares give another self-mask seed than it had committed to")
         return seed
 
     def _key(self, dealer: int, shares: Mapping[int, Mapping[int, bytes]]) -> PrivateKey:
         private = PrivateKey(self._combine(dealer, shares, survived=False))
-        if private.public() != self._ledger.keys[dealer]:
+        if private.public() != self._bound.keys[dealer]:
             raise self._fault(dealer, "its shares give another mask key than it had advertised")
         return private
 
@@ -170,10 +174,10 @@ class Tally:
 
     def _pair(self, private: PrivateKey, dealer: int, peer: int) -> bytes:
         try:
-            shared = private.shared(self._ledger.keys[peer])
+            shared = private.shared(self._bound.keys[peer])
         except WeakKeyError:
             raise self._fault(peer, "signed an unusable key") from None
-        return transcript.pair_seed(shared, self._session, self._number, dealer, peer)
+        return signing.pair_seed(shared, self._session, self._number, dealer, peer)
 
     def _fault(self, party: int, what: str) -> FaultyPartyError:
         return FaultyPartyError(self._setup.roster[party], what)

@@ -12,9 +12,9 @@ import pytest
 
 from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import ProtocolError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
+from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
+from choral.protocols.masking.party import Member, join
 from choral.protocols.masking.policy import Policy
 from choral.protocols.masking.server import Opening
 from choral.protocols.masking.signing import Signatures
@@ -55,7 +55,7 @@ class Network:
         self.refused: dict[str, ProtocolError] = {}
         self.rejected: list[tuple[str, ProtocolError]] = []
         self.sent: list[tuple[str, str, str, bytes]] = []  # way, stage, party, bytes
-        self.members: dict[str, steps.Member] = {}
+        self.members: dict[str, Member] = {}
         self.number = 0
 
     def open(self) -> Network:
@@ -64,7 +64,7 @@ class Network:
             "down",
             "setup",
             dict.fromkeys(self.names, opening.invitation),
-            lambda name, raw: steps.join(
+            lambda name, raw: join(
                 raw, name=name, identity=self.identities[name], policy=self.policy, randomness=self.random[name]
             ),
         )
@@ -156,7 +156,7 @@ def make_setup(
     corrupt: int = 0,
     dropouts: int = 0,
     **changes: Any,
-) -> wire.Setup:
+) -> messages.SumSetup:
     """The parameters that choose() gives, with ``changes`` made after."""
     roster = tuple(names)
     chosen = choose(len(roster), corrupt=corrupt, dropouts=dropouts, server=server)
@@ -173,7 +173,7 @@ def make_setup(
         "dropouts": dropouts,
         "server": server,
     }
-    return wire.Setup(**(fields | changes))
+    return messages.SumSetup(**(fields | changes))
 
 
 @pytest.fixture

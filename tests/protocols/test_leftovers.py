@@ -29,7 +29,7 @@ from choral.protocols.crypto.mask_stream_device import _add_with_torch, _rounds
 from choral.protocols.homomorphic import FloatSpec, FloatSum
 from choral.protocols.homomorphic.ring import kernels as ring_kernels
 from choral.protocols.homomorphic.shared import seal_files
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import signing
 
 SPEC = SumSpec(parties=("north", "south", "east"), length=40, bound=2**40)
 LONG = SumSpec(parties=("north", "south"), length=20_000, bound=2**40)
@@ -74,14 +74,14 @@ class Watched:
         import secrets
 
         self._numbers: dict[str, list[int]] = {}
-        draw, pair, seal = secrets.token_bytes, transcript.pair_seed, transcript.seal_key
+        draw, pair, seal = secrets.token_bytes, signing.pair_seed, signing.seal_key
 
         def drawn(size: int) -> bytes:
             return self.note("drawn", draw(size)) if size >= 16 else draw(size)
 
         monkeypatch.setattr(secrets, "token_bytes", drawn)
-        monkeypatch.setattr(transcript, "pair_seed", lambda *given: self.note("mask seed of a pair", pair(*given)))
-        monkeypatch.setattr(transcript, "seal_key", lambda *given: self.note("key of a packet", seal(*given)))
+        monkeypatch.setattr(signing, "pair_seed", lambda *given: self.note("mask seed of a pair", pair(*given)))
+        monkeypatch.setattr(signing, "seal_key", lambda *given: self.note("key of a packet", seal(*given)))
 
     def note(self, what: str, secret: bytes) -> bytes:
         for start in range(0, min(len(secret), 64), 16):

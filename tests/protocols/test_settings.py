@@ -18,9 +18,9 @@ from choral.protocols.crypto import keys
 from choral.protocols.errors import InputError, PolicyError, SpecError
 from choral.protocols.homomorphic import FloatSpec, FloatSum
 from choral.protocols.homomorphic.shared.setup import SharedPolicy
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
+from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
+from choral.protocols.masking.party import join
 
 KEYS = {"a": bytes(31) + b"\x01", "b": bytes(31) + b"\x02"}
 NFC, NFD = "Z\u00fcrich", "Zu\u0308rich"
@@ -347,11 +347,11 @@ def test_the_steps_of_a_party_give_typed_errors_for_whatever_comes(network: Call
         net = network(3)
         given = {"name": "p0", "identity": net.identities["p0"], "policy": net.policy, "randomness": net.random["p0"]}
         with pytest.raises(ChoralError):
-            steps.join(raw, **given)
+            join(raw, **given)
         for field, value in [("name", 5), ("name", None), ("identity", "x" * 32), ("identity", None), ("policy", {})]:
             with pytest.raises(ChoralError):
-                steps.join(wire.encode(net.setup), **given | {field: value})
-        state, _ = steps.join(wire.encode(net.setup), **given)
+                join(messages.encode(net.setup), **given | {field: value})
+        state, _ = join(messages.encode(net.setup), **given)
         with pytest.raises(ChoralError):
             state.reveal(raw)
         net.open()

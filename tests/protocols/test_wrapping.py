@@ -13,8 +13,7 @@ from msgspec.structs import replace
 from choral.protocols import Homomorphic, Masked, Plain, SumSpec
 from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import InputError, PolicyError, SpecError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
+from choral.protocols.masking import messages
 
 PARTIES = ("a", "b", "c", "d", "e")
 
@@ -76,8 +75,8 @@ def test_a_party_that_did_not_agree_to_wrapping_refuses(network: Callable[..., A
     short = replace(net.setup, modulus_bits=8)
 
     def join(policy: Any) -> Any:
-        raw = wire.encode(short)
-        return steps.join(raw, name="p0", identity=net.identities["p0"], policy=policy, randomness=net.random["p0"])
+        raw = messages.encode(short)
+        return join(raw, name="p0", identity=net.identities["p0"], policy=policy, randomness=net.random["p0"])
 
     from dataclasses import replace as changed
 

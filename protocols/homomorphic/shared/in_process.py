@@ -17,7 +17,7 @@ from choral.protocols.homomorphic.shared.server import Opening, Session
 from choral.protocols.homomorphic.shared.server_round import Adding
 from choral.protocols.homomorphic.shared.setup import Plan, SharedPolicy, plan_of
 from choral.protocols.masking import messages as base
-from choral.protocols.masking.in_process import Traffic
+from choral.protocols.masking.in_process import ByteCounter
 from choral.protocols.masking.signing import Signatures
 
 SECURITY_BITS = 128
@@ -75,7 +75,7 @@ class Parties:
     def __init__(self, setup: wire.KeySetup, policy: SharedPolicy) -> None:
         self.setup = setup
         self.plan = plan_of(setup)
-        self.traffic = Traffic()
+        self.traffic = ByteCounter()
         self.number = 0
         identities = {party: secrets.token_bytes(32) for party in setup.roster}
         directory = {party: ed25519_public(identity) for party, identity in identities.items()}

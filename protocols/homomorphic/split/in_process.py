@@ -12,7 +12,7 @@ from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL
 from choral.protocols.homomorphic.split.parameters import SECURITY_BITS, SplitParameters, choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
 from choral.protocols.interface import IntVector, Step, SumResult, SumSpec
-from choral.protocols.masking.in_process import COHORT_TRUST, Masked, MaskedSession, Traffic
+from choral.protocols.masking.in_process import COHORT_TRUST, ByteCounter, Masked, MaskedSession
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.signing import digest
 
@@ -106,7 +106,7 @@ class SplitSumRound:
             parameters=session.parameters, session=session.masked.digest, number=self._masked.number
         )
         self._collector = Collector(self._terms, self._spec.parties)
-        self._traffic = Traffic()
+        self._traffic = ByteCounter()
 
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Encrypt the vector under a fresh key, send it, then send the key into the masked sum.

@@ -82,7 +82,7 @@ from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.split.decoding import decode
 from choral.protocols.homomorphic.split.parameters import BATCH, SplitParameters
 from choral.protocols.interface import IntVector
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 from choral.protocols.masking.signing import SESSION_BYTES, digest
 from choral.protocols.own_vector import checked, is_tensor
 
@@ -204,7 +204,7 @@ def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes, proce
             digits = bulk.digits(piece, count, chosen.digits, chosen.slot_bits)
             residues = bulk.encrypt(chosen.ring, digits, scales, errors, terms.public(batch), transformed, lanes=lanes)
             packed.append(bulk.pack(residues.reshape(-1), chosen.prime_bits))
-        yield wire.encode(Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
+        yield messages.encode(Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
 
 
 def _scales(chosen: SplitParameters) -> NDArray[np.float64]:

@@ -29,9 +29,8 @@ from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.homomorphic.split import in_process as split_sum
 from choral.protocols.homomorphic.split import party_and_server as split
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party_round, unmasking
-from choral.protocols.masking.in_process import MaskedSession, Traffic
+from choral.protocols.masking import messages, party_round, unmasking
+from choral.protocols.masking.in_process import ByteCounter, MaskedSession
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.tap import show, watched_by
 from choral.trainers import Dropouts, Participation, RunFolderError
@@ -180,10 +179,10 @@ def test_one_update_of_many_sent_unmasked_is_caught_and_named(
         return masked(vector, bits, added, subtracted)
 
     def change(way: str, party: str, raw: bytes) -> bytes:
-        message = wire.to_server(raw, sender=party, limit=len(raw)) if (way, party) == ("up", "p2") else None
-        if not isinstance(message, wire.Upload) or message.round != 2:
+        message = messages.to_server(raw, sender=party, limit=len(raw)) if (way, party) == ("up", "p2") else None
+        if not isinstance(message, messages.Upload) or message.round != 2:
             return raw
-        return wire.encode(wire.Upload(message.session, 2, (plain[-1],)))
+        return messages.encode(messages.Upload(message.session, 2, (plain[-1],)))
 
     monkeypatch.setattr(party_round, "masked", spied)
     tampered(monkeypatch, change)
@@ -230,14 +229,14 @@ def test_masks_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypa
 
 def test_keys_that_are_used_again_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parties' randomness repeats itself: the same keys in each round."""
-    from choral.protocols.masking import party as steps
+    from choral.protocols.masking.party import Member
 
-    advertise = steps.Member.advertise
+    advertise = Member.advertise
 
     def again(self: Any, number: int, *, randomness: Any) -> Any:
         return advertise(self, number, randomness=lambda size: b"7" * size)
 
-    monkeypatch.setattr(steps.Member, "advertise", again)
+    monkeypatch.setattr(Member, "advertise", again)
     report = rehearse(job, tmp_path / "run", transcript="messages")
     verdict, finding = check(report, "nonce, commitment")
     assert verdict == "violated"
@@ -249,24 +248,24 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """With a cohort every round is the first of a session of its own, so that place and party are the same again."""
-    from choral.protocols.masking import party as steps
+    from choral.protocols.masking.party import Member, join
 
     def fixed(name: str) -> Callable[[int], bytes]:
         count = iter(range(9))
         return lambda size: f"{name} {next(count)}".encode().ljust(size, b".")
 
     if what == "key":
-        advertise = steps.Member.advertise
+        advertise = Member.advertise
 
         def again(self: Any, number: int, *, randomness: Any) -> Any:
             (member, _last), *_ = self._content
             return advertise(self, number, randomness=fixed(str(member.index)))
 
-        monkeypatch.setattr(steps.Member, "advertise", again)
+        monkeypatch.setattr(Member, "advertise", again)
     else:
-        join = steps.join
         monkeypatch.setattr(
-            steps, "join", lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])})
+            "choral.protocols.masking.in_process.join",
+            lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])}),
         )
     report = rehearse(job, tmp_path / "run", transcript="messages", cohort=4)
     verdict, finding = check(report, "nonce, commitment")
@@ -277,17 +276,17 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
 def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, str, bytes], bytes]) -> None:
     """What the wire (and so the recorder) sees is changed; the protocol's own copy is not."""
 
-    def up(self: Traffic, party: str, raw: bytes) -> bytes:
+    def up(self: ByteCounter, party: str, raw: bytes) -> bytes:
         self._up[party] += len(raw)
         show("up", party, change("up", party, raw))
         return raw
 
-    def down(self: Traffic, party: str, raw: bytes) -> None:
+    def down(self: ByteCounter, party: str, raw: bytes) -> None:
         self._down[party] += len(raw)
         show("down", party, change("down", party, raw))
 
-    monkeypatch.setattr(Traffic, "up", up)
-    monkeypatch.setattr(Traffic, "down", down)
+    monkeypatch.setattr(ByteCounter, "up", up)
+    monkeypatch.setattr(ByteCounter, "down", down)
 
 
 def test_bytes_that_are_not_declared_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +302,10 @@ def test_a_list_longer_than_the_terms_allow_is_caught(
     """A channel in a message of the right form: accusations of parties that there are not."""
 
     def change(way: str, party: str, raw: bytes) -> bytes:
-        message = wire.to_server(raw, sender=party, limit=len(raw)) if way == "up" else None
-        if not isinstance(message, wire.Confirm):
+        message = messages.to_server(raw, sender=party, limit=len(raw)) if way == "up" else None
+        if not isinstance(message, messages.Confirm):
             return raw
-        return wire.encode(wire.Confirm(message.session, message.round, message.signature, tuple(range(100))))
+        return messages.encode(messages.Confirm(message.session, message.round, message.signature, tuple(range(100))))
 
     tampered(monkeypatch, change)
     report = rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
@@ -343,9 +342,9 @@ def test_survivors_told_differently_or_too_few_are_caught(
     def partial(bitmap: bytes) -> Callable[[str, str, bytes], bytes]:
         def change(way: str, party: str, raw: bytes) -> bytes:
             if way == "down" and (party == "p0" or bitmap == b"\x03"):
-                message = wire.to_party(raw, limit=len(raw))
-                if isinstance(message, wire.Survivors):
-                    return wire.encode(wire.Survivors(message.session, message.round, bitmap))
+                message = messages.to_party(raw, limit=len(raw))
+                if isinstance(message, messages.Survivors):
+                    return messages.encode(messages.Survivors(message.session, message.round, bitmap))
             return raw
 
         return change
@@ -668,4 +667,4 @@ def test_a_session_of_masked_sums_names_its_terms() -> None:
         from choral.protocols.interface import SumSpec
 
         MaskedSession(Masked(), SumSpec(parties=("a", "b", "c"), length=5, bound=9))
-    assert isinstance(wire.to_party(seen[0], limit=len(seen[0])), wire.Setup)
+    assert isinstance(messages.to_party(seen[0], limit=len(seen[0])), messages.SumSetup)

@@ -27,9 +27,7 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party_round as rounds
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, party_round, signing
 from choral.protocols.masking.server import Opening
 
 Make = Callable[..., Any]
@@ -44,12 +42,16 @@ SMALL_ORDER = [
 
 def parse(raw: bytes) -> Any:
     """What is in a message, whoever it is for."""
-    return wire.to_party(raw, limit=1 << 30) if _is_down(raw) else wire.to_server(raw, sender="test", limit=1 << 30)
+    return (
+        messages.to_party(raw, limit=1 << 30)
+        if _is_down(raw)
+        else messages.to_server(raw, sender="test", limit=1 << 30)
+    )
 
 
 def _is_down(raw: bytes) -> bool:
     try:
-        wire.to_party(raw, limit=1 << 30)
+        messages.to_party(raw, limit=1 << 30)
     except MessageError:
         return False
     return True
@@ -63,7 +65,7 @@ def edit(change: Callable[[str, Any], Any], *, only: str | None = None) -> Calla
             return raw
         message = parse(raw)
         changed = change(name, message)
-        return None if changed is None else wire.encode(changed)
+        return None if changed is None else messages.encode(changed)
 
     return hook
 
@@ -112,7 +114,7 @@ def test_a_party_that_confirmed_holds_one_share_per_peer_and_nothing_of_the_othe
         dealt.append(shamir.split(*args, **kwargs))
         return dealt[-1]
 
-    monkeypatch.setattr(rounds, "split", spy)
+    monkeypatch.setattr(party_round, "split", spy)
     net = network(4, corrupt=1).open()
     _, states = net.round(VECTORS, drops={"p3": "upload"}, until="confirm")
     # In the order of sharing p0 .. p3; dealer d's holders are the others ascending, then d itself.
@@ -129,12 +131,12 @@ def test_a_second_request_finds_an_empty_state(network: Make) -> None:
     uploaded = states["p0"]
     _, survivors = stage.close()
     confirmed, _ = uploaded.confirm(survivors["p0"])
-    everyone_else = wire.encode(with_(parse(survivors["p0"]), bitmap=wire.to_bitmap([0, 1, 2, 3], 4)))
+    everyone_else = messages.encode(with_(parse(survivors["p0"]), bitmap=messages.to_bitmap([0, 1, 2, 3], 4)))
     for again in (survivors["p0"], everyone_else):
         with pytest.raises(StateUsedError, match="used already") as caught:
             uploaded.confirm(again)
         assert "server" in caught.value.blame
-    garbage = wire.encode(wire.Confirmations(parse(survivors["p0"]).session, 1, ()))
+    garbage = messages.encode(messages.Confirmations(parse(survivors["p0"]).session, 1, ()))
     with pytest.raises(TooFewSurvivorsError):
         confirmed.unmask(garbage)
     with pytest.raises(StateUsedError):  # a refusal spends the state too
@@ -175,7 +177,7 @@ def test_states_cannot_be_copied_or_shown(network: Make) -> None:
 
 def test_overlapping_sets_of_survivors_and_dropped_in_one_answer(network: Make) -> None:
     def both(name: str, message: Any) -> Any:
-        return with_(message, keys=(wire.Revealed(message.seeds[0].party, message.seeds[0].share), *message.keys))
+        return with_(message, keys=(messages.Revealed(message.seeds[0].party, message.seeds[0].share), *message.keys))
 
     net = network(5, corrupt=1).open()
     net.hooks["up", "unmask"] = edit(both, only="p1")
@@ -186,9 +188,9 @@ def test_overlapping_sets_of_survivors_and_dropped_in_one_answer(network: Make) 
 
 def test_a_server_cannot_ask_for_a_set_that_overlaps_its_complement() -> None:
     # One bit per party: the request has no form that says "survived" and "dropped" of the same one.
-    assert wire.from_bitmap(bytes([0b0101]), 4) == {0, 2}
-    assert wire.from_bitmap(bytes([0b10101]), 4) is None
-    assert wire.from_bitmap(bytes([0b0101, 0]), 4) is None
+    assert messages.from_bitmap(bytes([0b0101]), 4) == {0, 2}
+    assert messages.from_bitmap(bytes([0b10101]), 4) is None
+    assert messages.from_bitmap(bytes([0b0101, 0]), 4) is None
 
 
 # ---------------------------------------------------------------- survivors
@@ -200,7 +202,7 @@ def split_views(net: Any, views: dict[str, list[int]]) -> dict[str, Any]:
     session, n = parse(stage.close()[1]["p0"]).session, len(net.names)
     signatures, confirmed, refused = {}, {}, {}
     for name, view in views.items():
-        raw = wire.encode(wire.Survivors(session, net.number, wire.to_bitmap(view, n)))
+        raw = messages.encode(messages.Survivors(session, net.number, messages.to_bitmap(view, n)))
         try:
             confirmed[name], reply = states[name].confirm(raw)
         except ProtocolError as error:
@@ -209,12 +211,12 @@ def split_views(net: Any, views: dict[str, list[int]]) -> dict[str, Any]:
             signatures[name] = parse(reply).signature
     for name, state in confirmed.items():
         entries = tuple(
-            wire.Confirmation(net.names.index(peer), signature)
+            messages.Confirmation(net.names.index(peer), signature)
             for peer, signature in sorted(signatures.items())
             if peer != name and net.names.index(peer) in views[name]
         )
         try:
-            state.unmask(wire.encode(wire.Confirmations(session, net.number, entries)))
+            state.unmask(messages.encode(messages.Confirmations(session, net.number, entries)))
         except ProtocolError as error:
             refused[name] = error
     return refused
@@ -233,12 +235,12 @@ def test_hiding_the_differing_signatures_leaves_too_few(network: Make) -> None:
     net = network(4, corrupt=1).open()  # t = 3: two and two can never both agree
     stage, states = net.round(VECTORS, until="upload")
     session = parse(stage.close()[1]["p0"]).session
-    raw = wire.encode(wire.Survivors(session, 1, wire.to_bitmap(range(4), 4)))
+    raw = messages.encode(messages.Survivors(session, 1, messages.to_bitmap(range(4), 4)))
     pairs = {name: states[name].confirm(raw) for name in ("p0", "p1")}
     for one, other in (("p0", "p1"), ("p1", "p0")):
-        entry = wire.Confirmation(net.names.index(other), parse(pairs[other][1]).signature)
+        entry = messages.Confirmation(net.names.index(other), parse(pairs[other][1]).signature)
         with pytest.raises(TooFewSurvivorsError, match="agree on the survivors"):
-            pairs[one][0].unmask(wire.encode(wire.Confirmations(session, 1, (entry,))))
+            pairs[one][0].unmask(messages.encode(messages.Confirmations(session, 1, (entry,))))
 
 
 @pytest.mark.parametrize(
@@ -252,14 +254,16 @@ def test_hiding_the_differing_signatures_leaves_too_few(network: Make) -> None:
 )
 def test_survivors_that_a_party_cannot_agree_to(network: Make, view: list[int], error: type[Exception]) -> None:
     net = network(4, corrupt=1).open()
-    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(view, 8)), only="p0")
+    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=messages.to_bitmap(view, 8)), only="p0")
     net.round(VECTORS)
     assert type(net.refused["p0"]) is error
 
 
 def test_a_survivor_that_never_shared(network: Make) -> None:
     net = network(4, corrupt=1).open()
-    net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=wire.to_bitmap(range(4), 4)), only="p0")
+    net.hooks["down", "upload"] = edit(
+        lambda _, message: with_(message, bitmap=messages.to_bitmap(range(4), 4)), only="p0"
+    )
     net.hooks["down", "confirm"] = lambda name, raw: raw
     with pytest.raises(TooFewSurvivorsError):
         net.round(VECTORS, drops={"p3": "share"})
@@ -271,8 +275,8 @@ def test_a_confirmation_of_a_dropped_or_unrelated_party_does_not_count(network: 
     net = network(5).open()
 
     def forge(name: str, message: Any) -> Any:
-        signature = ed25519_sign(net.identities["p4"], transcript.confirm(net.session.terms.session, 1, 4, b"\x0f"))
-        return with_(message, entries=(*message.entries, wire.Confirmation(4, signature)))
+        signature = ed25519_sign(net.identities["p4"], signing.confirm(net.session.terms.session, 1, 4, b"\x0f"))
+        return with_(message, entries=(*message.entries, messages.Confirmation(4, signature)))
 
     net.hooks["down", "confirm"] = edit(forge, only="p0")
     net.round(VECTORS, drops={"p4": "upload"})
@@ -308,7 +312,7 @@ def test_a_mask_key_signed_by_another_identity_on_the_way_up(network: Make) -> N
     net = network(4, corrupt=1).open()
 
     def forge(name: str, message: Any) -> Any:
-        signed = transcript.advertise(net.session.terms.session, 1, 0, message.mask, message.transport)
+        signed = signing.advertise(net.session.terms.session, 1, 0, message.mask, message.transport)
         return with_(message, signature=ed25519_sign(net.identities["p1"], signed))
 
     net.hooks["up", "advertise"] = edit(forge, only="p0")
@@ -335,7 +339,7 @@ def test_a_party_whose_own_hello_was_replaced(network: Make) -> None:
 
     def swap(name: str, message: Any) -> Any:
         mine = with_(message.hellos[0], commitment=b"m" * 32)
-        signed = transcript.hello(transcript.setup_digest(wire.encode(net.setup)), 0, mine.commitment)
+        signed = signing.hello(signing.setup_digest(messages.encode(net.setup)), 0, mine.commitment)
         mine = with_(mine, signature=ed25519_sign(net.identities["p0"], signed))  # its identity was stolen, even
         return with_(message, hellos=replaced(message.hellos, 0, mine))
 
@@ -350,7 +354,7 @@ def test_a_party_whose_own_hello_was_replaced(network: Make) -> None:
 def test_small_order_points_are_refused_and_their_signer_named(network: Make, point: bytes, field: str) -> None:
     def weaken(net: Any, party: int, message: Any) -> Any:
         message = with_(message, **{field: point})
-        signed = transcript.advertise(net.session.terms.session, 1, party, message.mask, message.transport)
+        signed = signing.advertise(net.session.terms.session, 1, party, message.mask, message.transport)
         return with_(message, signature=ed25519_sign(net.identities[f"p{party}"], signed))
 
     net = network(4, corrupt=1).open()
@@ -402,7 +406,7 @@ def test_the_server_replays_its_message_of_another_round(network: Make, stage: s
     def replay(name: str, raw: bytes) -> bytes:
         if name != "p0":
             return raw
-        return wire.encode(with_(parse(old[name]), round=2)) if relabel else old[name]
+        return messages.encode(with_(parse(old[name]), round=2)) if relabel else old[name]
 
     net.hooks["down", stage] = replay
     net.round(VECTORS)
@@ -466,8 +470,8 @@ def test_a_key_that_rides_along_is_checked_by_the_server(network: Make, fault: s
     mask, transport = message.following.mask, message.following.transport
 
     def signed(number: int, mask: bytes, transport: bytes) -> Any:
-        text = transcript.advertise(net.session.terms.session, number, 0, mask, transport)
-        return wire.Following(number, mask, transport, ed25519_sign(net.identities["p0"], text))
+        text = signing.advertise(net.session.terms.session, number, 0, mask, transport)
+        return messages.Following(number, mask, transport, ed25519_sign(net.identities["p0"], text))
 
     following = {
         "mask": with_(message.following, mask=x25519_public(b"m" * 32)),
@@ -478,8 +482,8 @@ def test_a_key_that_rides_along_is_checked_by_the_server(network: Make, fault: s
         "weak transport": signed(2, mask, bytes(32)),
     }[fault]
     with pytest.raises(FaultyPartyError, match="p0: the keys that it sent along"):
-        unmasking.receive("p0", wire.encode(with_(message, following=following)))
-    unmasking.receive("p0", wire.encode(message))
+        unmasking.receive("p0", messages.encode(with_(message, following=following)))
+    unmasking.receive("p0", messages.encode(message))
 
 
 def test_a_message_after_the_round_went_on_without_its_sender(network: Make) -> None:
@@ -488,11 +492,11 @@ def test_a_message_after_the_round_went_on_without_its_sender(network: Make) -> 
     net.hooks["up", "share"] = lambda name, raw: kept.setdefault(name, raw) and None if name == "p3" else raw
     stage, _ = net.round(VECTORS, until="share")
     uploading, _ = stage.close()
-    with pytest.raises(FaultyPartyError, match="p3: its Shares came after the round went on without it"):
+    with pytest.raises(FaultyPartyError, match="p3: its DealtShares came after the round went on without it"):
         stage.receive("p3", kept["p3"])
     with pytest.raises(FaultyPartyError, match="p3: expected its Upload"):
         uploading.receive("p3", kept["p3"])
-    forged = wire.encode(wire.Upload(parse(kept["p3"]).session, 1, (bytes(5),)))
+    forged = messages.encode(messages.Upload(parse(kept["p3"]).session, 1, (bytes(5),)))
     with pytest.raises(FaultyPartyError, match="p3: its Upload came after the round went on without it"):
         uploading.receive("p3", forged)
     with pytest.raises(StateUsedError, match="closed"):
@@ -503,7 +507,7 @@ def test_a_hello_signed_by_somebody_else(network: Make) -> None:
     net = network(3)
 
     def forge(name: str, message: Any) -> Any:
-        signed = transcript.hello(transcript.setup_digest(wire.encode(net.setup)), 0, message.commitment)
+        signed = signing.hello(signing.setup_digest(messages.encode(net.setup)), 0, message.commitment)
         return with_(message, signature=ed25519_sign(net.identities["p1"], signed))
 
     net.hooks["up", "hello"] = edit(forge, only="p0")
@@ -569,7 +573,7 @@ def test_messages_of_another_session_with_the_same_identities(network: Make) -> 
     with pytest.raises(FaultyPartyError, match="another session"):
         stage.receive("p0", old)
     with pytest.raises(FaultyPartyError, match="not signed"):
-        stage.receive("p0", wire.encode(with_(parse(old), session=other.session.terms.session[:16])))
+        stage.receive("p0", messages.encode(with_(parse(old), session=other.session.terms.session[:16])))
 
 
 def test_the_same_survivors_confirmed_in_an_earlier_round(network: Make) -> None:
@@ -577,7 +581,7 @@ def test_the_same_survivors_confirmed_in_an_earlier_round(network: Make) -> None
     net.round(VECTORS)
     old = {name: raw for way, at, name, raw in net.sent if (way, at) == ("down", "confirm")}
     net.hooks["down", "confirm"] = lambda name, raw: (
-        wire.encode(with_(parse(old[name]), round=2)) if name == "p0" else raw
+        messages.encode(with_(parse(old[name]), round=2)) if name == "p0" else raw
     )
     net.round(VECTORS)
     assert "not on the set shown" in str(net.refused["p0"])
@@ -586,13 +590,13 @@ def test_the_same_survivors_confirmed_in_an_earlier_round(network: Make) -> None
 
 def test_a_session_depends_on_everything_that_was_agreed() -> None:
     parts = (b"s" * 32, [b"c" * 32, b"d" * 32], [b"e" * 32, b"f" * 32])
-    digests = {transcript.session_digest(*parts)}
-    digests.add(transcript.session_digest(b"x" * 32, *parts[1:]))
+    digests = {signing.session_digest(*parts)}
+    digests.add(signing.session_digest(b"x" * 32, *parts[1:]))
     for place in (1, 2):
         for party in (0, 1):
             changed = [list(part) if isinstance(part, list) else part for part in parts]
             changed[place][party] = b"x" * 32
-            digests.add(transcript.session_digest(*changed))
+            digests.add(signing.session_digest(*changed))
     assert len(digests) == 6
 
 
@@ -611,7 +615,7 @@ def test_too_few_neighbours_are_refused_before_anything_is_sent(network: Make, s
 def test_survivors_without_enough_of_this_party_s_neighbours(network: Make) -> None:
     net = network(10, neighbours=4, threshold=3, min_survivors=3).open()
     around = net.session.terms.graph[0]
-    view = wire.to_bitmap(set(range(10)) - set(around[:2]), 10)
+    view = messages.to_bitmap(set(range(10)) - set(around[:2]), 10)
     net.hooks["down", "upload"] = edit(lambda _, message: with_(message, bitmap=view), only="p0")
     net.round(VECTORS)
     assert isinstance(net.refused["p0"], TooFewSurvivorsError)
@@ -629,9 +633,9 @@ def test_sybil_neighbours_in_a_round(network: Make) -> None:
     def add(name: str, message: Any) -> Any:
         mask = x25519_public(b"m" * 32)
         signature = ed25519_sign(
-            net.identities[f"p{stranger}"], transcript.advertise(net.session.terms.session, 1, stranger, mask, mask)
+            net.identities[f"p{stranger}"], signing.advertise(net.session.terms.session, 1, stranger, mask, mask)
         )
-        entries = (message.entries[0], wire.RosterEntry(stranger, mask, mask, signature))
+        entries = (message.entries[0], messages.RosterEntry(stranger, mask, mask, signature))
         return with_(message, entries=tuple(sorted(entries, key=lambda entry: entry.party)))
 
     net.hooks["down", "advertise"] = edit(add, only="p0")
@@ -709,8 +713,8 @@ def test_no_nonce_is_shown_before_everybody_committed(network: Make, count: int)
         lambda seeds: (seeds[0], seeds[2], seeds[1]),
         lambda seeds: (seeds[0], seeds[1], seeds[1]),
         lambda seeds: seeds[:2],
-        lambda seeds: (*seeds[:3], wire.Revealed(3, seeds[2].share), seeds[3]),
-        lambda seeds: (*seeds, wire.Revealed(9, seeds[2].share)),
+        lambda seeds: (*seeds[:3], messages.Revealed(3, seeds[2].share), seeds[3]),
+        lambda seeds: (*seeds, messages.Revealed(9, seeds[2].share)),
         lambda seeds: (seeds[0], seeds[1], with_(seeds[2], share=flip(seeds[2].share))),
         lambda seeds: (seeds[0], seeds[1], with_(seeds[2], share=b"\xff" * 33)),
         lambda seeds: (with_(seeds[0], share=flip(seeds[0].share)), *seeds[1:]),
@@ -748,7 +752,7 @@ def test_a_dealer_whose_shares_give_another_secret_is_named(
             secrets = [flip(secrets[0]), secrets[1]] if which == "seed" else [secrets[0], flip(secrets[1], 5)]
         return shamir.split(secrets, **kwargs)
 
-    monkeypatch.setattr(rounds, "split", lie)
+    monkeypatch.setattr(party_round, "split", lie)
     drops = {"p1": "upload"} if which == "key" else {}
     with pytest.raises(FaultyPartyError, match="p1: its shares give another") as caught:
         net.round(VECTORS, drops=drops)
@@ -766,7 +770,7 @@ def test_a_dealer_whose_shares_are_of_no_polynomial_is_named(network: Make, monk
         seeds, keys = shamir.split(secrets, **kwargs)
         return [[b"\xff" * 33 for _ in seeds], keys] if len(turn) == 2 else [seeds, keys]
 
-    monkeypatch.setattr(rounds, "split", lie)
+    monkeypatch.setattr(party_round, "split", lie)
     with pytest.raises(FaultyPartyError, match="p1: the shares that it dealt combine to no secret"):
         net.round(VECTORS)
 
@@ -775,7 +779,7 @@ def test_a_packet_whose_shares_are_not_those_committed_to(network: Make) -> None
     for field in ("seed_share", "key_share"):
         net = network(4, corrupt=1).open()
 
-        def packet(*args: Any, field: str = field, honest: Any = rounds._packet) -> Any:
+        def packet(*args: Any, field: str = field, honest: Any = party_round._packet) -> Any:
             """p1 seals one share and commits to another; the seal itself is right."""
             member, number, channel, public, peer, seed_share, key_share = args
             sealed = honest(*args)
@@ -783,12 +787,14 @@ def test_a_packet_whose_shares_are_not_those_committed_to(network: Make) -> None
                 return sealed
             bad = {"seed_share": seed_share, "key_share": key_share}
             bad[field] = flip(bad[field])
-            key = transcript.seal_key(channel, member.session, number, 1, peer, public)
-            data = transcript.seal_data(member.session, number, 1, peer, sealed.seed_hash, sealed.key_hash)
-            return with_(sealed, sealed=rounds.seal(key, rounds.NONCE, bad["seed_share"] + bad["key_share"], data))
+            key = signing.seal_key(channel, member.session, number, 1, peer, public)
+            data = signing.seal_data(member.session, number, 1, peer, sealed.seed_hash, sealed.key_hash)
+            return with_(
+                sealed, sealed=party_round.seal(key, party_round.NONCE, bad["seed_share"] + bad["key_share"], data)
+            )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rounds, "_packet", packet)
+            patch.setattr(party_round, "_packet", packet)
             with pytest.raises(FaultyPartyError, match="p1: the shares that it dealt do not open, say p0, p2, p3"):
                 net.round(VECTORS)
         assert not net.refused
@@ -889,7 +895,7 @@ def test_a_second_vector_does_not_replace_the_first(network: Make) -> None:
     stage.receive("p0", first)  # the network repeats itself
     np.testing.assert_array_equal(stage._sum, before)
     with pytest.raises(FaultyPartyError, match="p0: sent a second Upload, and not the same"):
-        stage.receive("p0", wire.encode(with_(parse(first), vector=(bytes(len(parse(first).vector[0])),))))
+        stage.receive("p0", messages.encode(with_(parse(first), vector=(bytes(len(parse(first).vector[0])),))))
     np.testing.assert_array_equal(stage._sum, before)
 
 
@@ -926,9 +932,9 @@ TAMPER: dict[str, Callable[[bytes], bytes]] = {
     "of another version": lambda raw: bytes([2]) + raw[1:],
     "garbage": lambda raw: b"\x01" + b"\xc1" * 40,
     "another kind": lambda raw: (
-        wire.encode(wire.Reveal(b"s" * 16, b"n" * 32))
+        messages.encode(messages.Reveal(b"s" * 16, b"n" * 32))
         if not _is_down(raw)
-        else wire.encode(wire.Reveals(b"s" * 16, (b"n" * 32,) * 4))
+        else messages.encode(messages.Reveals(b"s" * 16, (b"n" * 32,) * 4))
     ),
 }
 
@@ -1019,14 +1025,14 @@ def test_a_party_that_signs_two_different_keys_for_one_round(network: Make) -> N
     net = network(3).open()
     stage = net.session.begin(1)
     for mask in (x25519_public(b"a" * 32), x25519_public(b"b" * 32)):
-        signed = transcript.advertise(net.session.terms.session, 1, 0, mask, mask)
+        signed = signing.advertise(net.session.terms.session, 1, 0, mask, mask)
         signature = ed25519_sign(net.identities["p0"], signed)
-        message = wire.Advertise(net.session.terms.session[:16], 1, mask, mask, signature)
+        message = messages.Advertise(net.session.terms.session[:16], 1, mask, mask, signature)
         if mask == x25519_public(b"a" * 32):
-            stage.receive("p0", wire.encode(message))
+            stage.receive("p0", messages.encode(message))
             continue
         with pytest.raises(FaultyPartyError, match="p0: sent a second Advertise, and not the same") as caught:
-            stage.receive("p0", wire.encode(message))
+            stage.receive("p0", messages.encode(message))
         assert caught.value.blame == "p0"
 
 
@@ -1036,11 +1042,11 @@ def test_a_party_that_signs_two_sets_of_survivors(network: Make) -> None:
     confirming, outbox = stage.close()
     _, honest = states["p0"].confirm(outbox["p0"])
     confirming.receive("p0", honest)
-    signed = transcript.confirm(net.session.terms.session, 1, 0, b"\x07")
+    signed = signing.confirm(net.session.terms.session, 1, 0, b"\x07")
     other = with_(parse(honest), signature=ed25519_sign(net.identities["p0"], signed))
     with pytest.raises(FaultyPartyError, match="p0: sent a second Confirm, and not the same"):
-        confirming.receive("p0", wire.encode(other))
-    signed = transcript.confirm(net.session.terms.session, 1, 1, b"\x07")
+        confirming.receive("p0", messages.encode(other))
+    signed = signing.confirm(net.session.terms.session, 1, 1, b"\x07")
     other = with_(parse(honest), signature=ed25519_sign(net.identities["p1"], signed))
     with pytest.raises(FaultyPartyError, match="p1: its confirmation is not a signature on the set"):
-        confirming.receive("p1", wire.encode(other))
+        confirming.receive("p1", messages.encode(other))

@@ -26,19 +26,18 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 
 Make = Callable[..., Any]
 VECTORS = {f"p{place}": [place + 100, -place, 1] for place in range(12)}
 
 
 def up(raw: bytes) -> Any:
-    return wire.to_server(raw, sender="test", limit=1 << 30)
+    return messages.to_server(raw, sender="test", limit=1 << 30)
 
 
 def down(raw: bytes) -> Any:
-    return wire.to_party(raw, limit=1 << 30)
+    return messages.to_party(raw, limit=1 << 30)
 
 
 def with_(message: Any, **changes: Any) -> Any:
@@ -60,11 +59,13 @@ def ask(net: Any, states: Mapping[str, Any], views: Mapping[int, list[int]], col
     Gives the Unmask of each party that answered, and the errors of those that refused, by number.
     """
     n, session = len(net.names), net.session.terms.session
-    bitmaps = {party: wire.to_bitmap(view, n) for party, view in views.items()}
+    bitmaps = {party: messages.to_bitmap(view, n) for party, view in views.items()}
     confirmed, signatures, answers, refused = {}, {}, {}, {}
     for party, bitmap in bitmaps.items():
         try:
-            state, raw = states[f"p{party}"].confirm(wire.encode(wire.Survivors(session[:16], net.number, bitmap)))
+            state, raw = states[f"p{party}"].confirm(
+                messages.encode(messages.Survivors(session[:16], net.number, bitmap))
+            )
         except ProtocolError as error:
             refused[party] = error
         else:
@@ -72,12 +73,14 @@ def ask(net: Any, states: Mapping[str, Any], views: Mapping[int, list[int]], col
     for party, state in confirmed.items():
         signers = {peer: signature for peer, signature in signatures.items() if bitmaps[peer] == bitmaps[party]}
         for peer in colluders:
-            text = transcript.confirm(session, net.number, peer, bitmaps[party])
-            signers[peer] = transcript.sign(net.identities[f"p{peer}"], text)
+            text = signing.confirm(session, net.number, peer, bitmaps[party])
+            signers[peer] = signing.sign(net.identities[f"p{peer}"], text)
         around = [peer for peer in net.session.terms.graph[party] if peer in signers and peer in views[party]]
-        entries = tuple(wire.Confirmation(peer, signers[peer]) for peer in around)
+        entries = tuple(messages.Confirmation(peer, signers[peer]) for peer in around)
         try:
-            answers[party] = up(state.unmask(wire.encode(wire.Confirmations(session[:16], net.number, entries))))
+            answers[party] = up(
+                state.unmask(messages.encode(messages.Confirmations(session[:16], net.number, entries)))
+            )
         except ProtocolError as error:
             refused[party] = error
     return answers, refused
@@ -110,7 +113,7 @@ def unmasked(net: Any, victim: int, seed: bytes, key: bytes) -> Any:
     for name, message in sent_up(net, "advertise").items():
         peer = net.names.index(name)
         if peer in net.session.terms.graph[victim]:
-            pair = transcript.pair_seed(x25519_shared(key, message.mask), session, net.number, victim, peer)
+            pair = signing.pair_seed(x25519_shared(key, message.mask), session, net.number, victim, peer)
             mask = expand(pair, length, vector.dtype)
             vector = vector - mask if peer < victim else vector + mask
     return lift(vector, bits)
@@ -181,7 +184,7 @@ def test_unequal_deliveries(network: Make, changes: dict[str, Any]) -> None:
     def withhold(name: str, raw: bytes) -> bytes:
         message = down(raw)
         packets = tuple(packet for packet in message.packets if packet.party != left_out)
-        return wire.encode(with_(message, packets=packets)) if name == "p0" else raw
+        return messages.encode(with_(message, packets=packets)) if name == "p0" else raw
 
     net.hooks["down", "share"] = withhold
     stage, states = net.round(VECTORS, until="upload")
@@ -200,7 +203,7 @@ def garble(net: Any, dealer: int, victims: tuple[int, ...]) -> None:
         packets = tuple(
             with_(packet, sealed=bytes(82)) if packet.party in victims else packet for packet in message.packets
         )
-        return wire.encode(with_(message, packets=packets)) if name == f"p{dealer}" else raw
+        return messages.encode(with_(message, packets=packets)) if name == f"p{dealer}" else raw
 
     net.hooks["up", "share"] = hook
 
@@ -250,7 +253,7 @@ def test_garbage_that_only_few_accuse_blames_both_sides(network: Make) -> None:
 def test_a_false_form_of_accusation(network: Make, unopened: tuple[int, ...]) -> None:
     net = network(5).open()
     net.hooks["up", "confirm"] = lambda name, raw: (
-        wire.encode(with_(up(raw), unopened=unopened)) if name == "p0" else raw
+        messages.encode(with_(up(raw), unopened=unopened)) if name == "p0" else raw
     )
     net.round(VECTORS, drops={"p3": "share"})
     assert [(name, type(error), error.blame) for name, error in net.rejected] == [("p0", FaultyPartyError, "p0")]
@@ -263,7 +266,9 @@ def test_who_accuses_reveals_no_share_of_the_accused(network: Make) -> None:
     net.round(VECTORS)
     assert [entry.party for entry in sent_up(net, "unmask")["p0"].seeds] == [0, 1, 2, 3]
     net.hooks["up", "unmask"] = lambda name, raw: (
-        wire.encode(with_(up(raw), seeds=(*up(raw).seeds, wire.Revealed(4, bytes(33))))) if name == "p0" else raw
+        messages.encode(with_(up(raw), seeds=(*up(raw).seeds, messages.Revealed(4, bytes(33)))))
+        if name == "p0"
+        else raw
     )
     net.round(VECTORS)
     assert [(name, type(error)) for name, error in net.rejected] == [("p0", FaultyPartyError)]

@@ -17,10 +17,9 @@ from choral import federate
 from choral.protocols import Homomorphic, Masked, Policy, SumSpec
 from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
 from choral.protocols.masking.parameters import InfeasibleError, choose, colluding, counted, least_threshold
+from choral.protocols.masking.party import join
 from choral.protocols.masking.policy import check_setup
 
 Make = Callable[..., Any]
@@ -30,13 +29,13 @@ TERMS = Policy(directory=DIRECTORY, corrupt=0.1)
 """A hundred parties are pinned, of whom ten may collude."""
 
 
-def joins(setup: wire.Setup, policy: Policy = TERMS) -> Any:
-    return steps.join(
-        wire.encode(setup), name="p0", identity=IDENTITIES["p0"], policy=policy, randomness=lambda size: bytes(size)
+def joins(setup: messages.SumSetup, policy: Policy = TERMS) -> Any:
+    return join(
+        messages.encode(setup), name="p0", identity=IDENTITIES["p0"], policy=policy, randomness=lambda size: bytes(size)
     )
 
 
-def setups(n: int) -> Iterator[wire.Setup]:
+def setups(n: int) -> Iterator[messages.SumSetup]:
     """Every setup that a server may make of ``n`` parties on a complete graph, whatever it says of the roster."""
     said: list[dict[str, Any]] = [
         {},
@@ -47,7 +46,7 @@ def setups(n: int) -> Iterator[wire.Setup]:
     ]
     for corrupt, threshold, smallest in product(range(n), range(2, n + 1), range(2, n + 1)):
         for how in said:
-            yield wire.Setup(
+            yield messages.SumSetup(
                 session=bytes(16),
                 roster=tuple(f"p{place}" for place in range(n)),
                 length=1,
@@ -80,7 +79,7 @@ def test_no_roster_of_all_colluders_and_one_honest_party_is_joined(n: int) -> No
 def test_what_is_chosen_for_a_small_roster_of_many_parties_is_refused_where_it_is_made(n: int) -> None:
     roster = tuple(f"p{place}" for place in range(n))
     old = choose(n, corrupt=counted(0.1, n), dropouts=0, server="malicious")  # as if the fraction were of the roster
-    setup = wire.Setup(
+    setup = messages.SumSetup(
         session=bytes(16),
         roster=roster,
         length=1,
@@ -125,18 +124,18 @@ def test_two_views_of_the_survivors_do_not_open_a_vector_of_a_roster_with_all_co
     for view in (range(11, 30), range(30, 50)):  # p0 is in the first, and sees what they see
         honest = [0, *view] if view.start == 11 else list(view)
         survivors = range(50) if view.start == 11 else range(1, 50)
-        bitmap = wire.to_bitmap(survivors, 50)
-        shown = wire.encode(wire.Survivors(session[:16], 1, bitmap))
+        bitmap = messages.to_bitmap(survivors, 50)
+        shown = messages.encode(messages.Survivors(session[:16], 1, bitmap))
         confirmed = {place: states[f"p{place}"].confirm(shown)[0] for place in honest}
         signatures = {
-            place: transcript.sign(net.identities[f"p{place}"], transcript.confirm(session, 1, place, bitmap))
+            place: signing.sign(net.identities[f"p{place}"], signing.confirm(session, 1, place, bitmap))
             for place in sorted([*honest, *colluders])
         }
         assert len(signatures) == 30
         for place in honest:
-            entries = tuple(wire.Confirmation(*entry) for entry in signatures.items() if entry[0] != place)
+            entries = tuple(messages.Confirmation(*entry) for entry in signatures.items() if entry[0] != place)
             with pytest.raises(TooFewSurvivorsError, match="to agree on the survivors: 30 of the 31"):
-                confirmed[place].unmask(wire.encode(wire.Confirmations(session[:16], 1, entries)))
+                confirmed[place].unmask(messages.encode(messages.Confirmations(session[:16], 1, entries)))
 
 
 def test_a_count_is_as_it_is_and_a_fraction_of_all() -> None:
@@ -236,7 +235,7 @@ def test_how_the_cohort_was_made_is_signed() -> None:
         SumSpec(parties=tuple(IDENTITIES)[:40], length=1, bound=1, directory=1000), session=bytes(16)
     )
     digests = {
-        setup_digest(wire.encode(replace(setup, **changes)))
+        setup_digest(messages.encode(replace(setup, **changes)))
         for changes in ({}, {"cohort": "random"}, {"directory": 999}, {"cohort": "everyone", "directory": None})
     }
     assert len(digests) == 4
@@ -267,7 +266,7 @@ class Weakened(Masked):
 
     changes: tuple[tuple[str, Any], ...] = ()
 
-    def setup(self, spec: SumSpec, *, session: bytes) -> wire.Setup:
+    def setup(self, spec: SumSpec, *, session: bytes) -> messages.SumSetup:
         return replace(super().setup(spec, session=session), **dict(self.changes))
 
 

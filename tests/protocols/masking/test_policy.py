@@ -15,35 +15,34 @@ from choral.protocols.crypto.mask_stream import expand
 from choral.protocols.crypto.modular_integers import lift, unpack
 from choral.protocols.crypto.shamir import Combiner
 from choral.protocols.errors import MessageError, PolicyError, SpecError, TooFewSurvivorsError
-from choral.protocols.masking import messages as wire
-from choral.protocols.masking import party as steps
-from choral.protocols.masking import signing as transcript
+from choral.protocols.masking import messages, signing
+from choral.protocols.masking.party import join
 from choral.protocols.masking.policy import Policy, check_setup
 
 Make = Callable[..., Any]
 
 
-def join(net: Any, **changes: Any) -> Any:
-    raw = wire.encode(replace(net.setup, **changes))
-    return steps.join(raw, name="p0", identity=net.identities["p0"], policy=net.policy, randomness=net.random["p0"])
+def joined(net: Any, **changes: Any) -> Any:
+    raw = messages.encode(replace(net.setup, **changes))
+    return join(raw, name="p0", identity=net.identities["p0"], policy=net.policy, randomness=net.random["p0"])
 
 
 def test_a_threshold_of_one_is_no_message_and_two_is_below_the_policy(network: Make) -> None:
     net = network(6, corrupt=1, policy={"minimum_threshold": 4})
-    join(net)
+    joined(net)
     with pytest.raises(MessageError, match="the server"):
-        join(net, threshold=1)
+        joined(net, threshold=1)
     with pytest.raises(PolicyError, match="malicious server asks for 2t") as caught:
-        join(net, threshold=2)
+        joined(net, threshold=2)
     assert caught.value.blame == "the server"
     with pytest.raises(PolicyError, match="threshold of at least 4"):
-        join(network(6, corrupt=0, server="semi-honest", policy={"minimum_threshold": 4, "server": "semi-honest"}))
+        joined(network(6, corrupt=0, server="semi-honest", policy={"minimum_threshold": 4, "server": "semi-honest"}))
 
 
 def test_a_sybil_in_the_roster_and_in_the_directory(network: Make) -> None:
     net = network(4)
     with pytest.raises(PolicyError, match="'sybil', whose key is not pinned"):
-        join(net, roster=("p0", "p1", "p2", "sybil"))
+        joined(net, roster=("p0", "p1", "p2", "sybil"))
     with pytest.raises(SpecError, match="the same key"):
         Policy(directory={**net.directory, "sybil": net.directory["p1"]}, corrupt=0)
 
@@ -77,9 +76,9 @@ def test_terms_that_a_party_refuses(network: Make, changes: dict[str, Any], comp
     if "maximum" in complaint or "bound of" in complaint:
         policy["maximum_modulus_bits"] = 64
     net = network(4, corrupt=1, policy=policy)
-    join(net)
+    joined(net)
     with pytest.raises(PolicyError, match=complaint):
-        join(net, **changes)
+        joined(net, **changes)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +201,19 @@ def test_claims_of_a_setup_are_computed_again() -> None:
 def test_an_odd_graph_whose_halves_and_opposites_make_a_threshold(network: Make) -> None:
     """k = 3: next, next and opposite. With t = 2 two opposite arcs can agree on a set without anyone corrupt."""
     net = network(8, neighbours=3, threshold=3)
-    join(net)
+    joined(net)
     with pytest.raises(PolicyError, match="cut the graph"):
-        join(net, threshold=2)
+        joined(net, threshold=2)
 
 
 def test_parties_that_encode_values_in_another_way_do_not_join(network: Make) -> None:
     net = network(4, encoding="step 1/100", policy={"encoding": "step 1/100"})
-    join(net)
+    joined(net)
     for other in ("step 1/10", ""):
         with pytest.raises(PolicyError, match="another encoding"):
-            join(net, encoding=other)
+            joined(net, encoding=other)
     with pytest.raises(PolicyError, match="another encoding"):
-        join(network(4, encoding="anything"))  # a party that was told of no encoding takes none
+        joined(network(4, encoding="anything"))  # a party that was told of no encoding takes none
 
 
 @pytest.mark.parametrize("n", [65, 100, 333, 1000])
@@ -228,9 +227,7 @@ def test_what_is_chosen_for_the_user_is_accepted(n: int, corrupt: float, server:
 def test_an_identity_that_is_not_the_pinned_one(network: Make) -> None:
     net = network(3)
     with pytest.raises(SpecError, match="not the one"):
-        steps.join(
-            wire.encode(net.setup), name="p0", identity=b"x" * 32, policy=net.policy, randomness=net.random["p0"]
-        )
+        join(messages.encode(net.setup), name="p0", identity=b"x" * 32, policy=net.policy, randomness=net.random["p0"])
     assert ed25519_public(b"x" * 32) not in net.directory.values()
 
 
@@ -249,29 +246,29 @@ def test_a_policy_that_protects_nobody(network: Make) -> None:
 def test_a_cohort_below_the_minimum(network: Make) -> None:
     net = network(6, corrupt=1, policy={"minimum_cohort": 6})
     with pytest.raises(PolicyError, match="smallest sum of at least 6"):
-        join(net)
-    join(net, min_survivors=6)
+        joined(net)
+    joined(net, min_survivors=6)
 
 
 def reveals_of(net: Any, states: dict[str, Any], view: list[int], colluders: set[int]) -> dict[int, Any]:
     """Show ``view`` as the survivors to its honest members, the colluders signing it too: what the honest reveal."""
     session = net.session.terms.session
-    bitmap = wire.to_bitmap(view, len(net.names))
-    raw = wire.encode(wire.Survivors(session[:16], 1, bitmap))
+    bitmap = messages.to_bitmap(view, len(net.names))
+    raw = messages.encode(messages.Survivors(session[:16], 1, bitmap))
     signatures, confirmed = {}, {}
     for party in view:
         name = f"p{party}"
         if party in colluders:
-            signed = transcript.confirm(session, 1, party, bitmap)
-            signatures[party] = transcript.sign(net.identities[name], signed)
+            signed = signing.confirm(session, 1, party, bitmap)
+            signatures[party] = signing.sign(net.identities[name], signed)
         else:
             confirmed[party], confirm = states[name].confirm(raw)
-            signatures[party] = wire.to_server(confirm, sender=name, limit=999).signature
+            signatures[party] = messages.to_server(confirm, sender=name, limit=999).signature
     answers = {}
     for party, state in confirmed.items():
-        entries = tuple(wire.Confirmation(peer, signatures[peer]) for peer in view if peer != party)
-        answer = state.unmask(wire.encode(wire.Confirmations(session[:16], 1, entries)))
-        answers[party] = wire.to_server(answer, sender=f"p{party}", limit=99999)
+        entries = tuple(messages.Confirmation(peer, signatures[peer]) for peer in view if peer != party)
+        answer = state.unmask(messages.encode(messages.Confirmations(session[:16], 1, entries)))
+        answers[party] = messages.to_server(answer, sender=f"p{party}", limit=99999)
     return answers
 
 
@@ -296,13 +293,13 @@ def read_p0(net: Any, colluders: set[int], first: list[int], second: list[int]) 
         chosen = sorted(shares)[:threshold]
         return Combiner(chosen, threshold).combine([shares[index] for index in chosen])
 
-    upload = wire.to_server(sent["upload", "p0"], sender="p0", limit=99999)
+    upload = messages.to_server(sent["upload", "p0"], sender="p0", limit=99999)
     seed, key = combined(seeds), combined(keys)
     vector = unpack(upload.vector[0], net.setup.length, bits)
     vector -= expand(seed, net.setup.length, vector.dtype)
     for peer in range(1, len(net.names)):
-        mask = wire.to_server(sent["advertise", f"p{peer}"], sender=f"p{peer}", limit=999).mask
-        pair = transcript.pair_seed(x25519_shared(key, mask), session, 1, 0, peer)
+        mask = messages.to_server(sent["advertise", f"p{peer}"], sender=f"p{peer}", limit=999).mask
+        pair = signing.pair_seed(x25519_shared(key, mask), session, 1, 0, peer)
         vector += expand(pair, net.setup.length, vector.dtype)
     return lift(vector, bits).tolist()
 
@@ -314,10 +311,10 @@ def test_a_server_that_assumes_fewer_colluders_than_the_party_is_refused(network
         Policy(directory=network(7).directory)  # type: ignore[call-arg]
     for corrupt in (1, 0.1, 0.01):
         with pytest.raises(PolicyError, match="corrupt parties of at least 1, the setup says 0"):
-            join(network(7, policy={"corrupt": corrupt}))
+            joined(network(7, policy={"corrupt": corrupt}))
     with pytest.raises(PolicyError, match="2t > 7 \\+ 1"):  # naming the colluder and keeping the threshold is no better
-        join(network(7, corrupt=1, policy={"corrupt": 0.1}), threshold=4)
-    join(network(7, corrupt=1, policy={"corrupt": 0.1}))
+        joined(network(7, corrupt=1, policy={"corrupt": 0.1}), threshold=4)
+    joined(network(7, corrupt=1, policy={"corrupt": 0.1}))
 
 
 def test_colluders_up_to_the_stated_number_cannot_have_both_shares_and_one_more_can(network: Make) -> None:

@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import chi2
 
 from choral.protocols.crypto.modular_integers import unpack
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 
 FALSE_ALARM = 1e-8
 LENGTH = 40_000
@@ -27,7 +27,7 @@ def uploads(net: Any, vectors: dict[str, Any]) -> dict[str, Any]:
     net.round(vectors)
     return {
         name: unpack(
-            wire.to_server(raw, sender=name, limit=1 << 30).vector[0], net.setup.length, net.setup.modulus_bits
+            messages.to_server(raw, sender=name, limit=1 << 30).vector[0], net.setup.length, net.setup.modulus_bits
         )
         for way, stage, name, raw in net.sent
         if (way, stage) == ("up", "upload")

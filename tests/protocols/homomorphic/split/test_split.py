@@ -30,7 +30,7 @@ from choral.protocols.homomorphic.split import party_and_server as split
 from choral.protocols.homomorphic.split.parameters import BATCH, choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
 from choral.protocols.interface import SumSpec
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 
 SESSION = bytes(range(32))
 
@@ -349,7 +349,7 @@ def test_the_largest_residues_of_the_most_parties_do_not_overflow(prime_bits: in
     body = b"\xff" * (chosen.blocks * chosen.block_bytes)
     names = chosen.spec.parties[: min(200, 3 * collector._most + 2)]
     for name in names:
-        collector.receive(name, wire.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body)))
+        collector.receive(name, messages.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body)))
         collector.include(name)
     prime = chosen.ring.primes[0]
     assert (collector._sums % prime == (((1 << prime_bits) - 1) * len(names)) % prime).all()
@@ -370,7 +370,7 @@ def crafted(terms: SplitRound, errors: Any, key: Any) -> list[bytes]:
         lanes=1,
     )
     body = bulk.pack(residues.reshape(-1), chosen.prime_bits)
-    return [wire.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body))]
+    return [messages.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body))]
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -1,4 +1,4 @@
-"""Attacks on the split-key sum: forged messages, cheating coalitions, and an experiment in telling two inputs apart.
+"""Attacks on the split-key sum: forged raws, cheating coalitions, and an experiment in telling two inputs apart.
 
 The experiment. A coalition of the server and all parties but i and j names two vectors; i encrypts one of them and j
 the other, by a coin. The coalition holds both ciphertexts, all public randomness, T = s_i + s_j and the sums of their
@@ -34,7 +34,7 @@ from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.split import party_and_server as split
 from choral.protocols.homomorphic.split.parameters import choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, Encrypted, SplitRound, encrypt
-from choral.protocols.masking import messages as wire
+from choral.protocols.masking import messages
 
 SESSION = bytes(range(32))
 PARTIES = ("a", "b", "c", "d")
@@ -81,7 +81,7 @@ def parsed(raw: bytes) -> Ciphertext:
 def changed(raw: bytes, **fields: Any) -> bytes:
     message = parsed(raw)
     names = ("session", "round", "key", "index", "body")
-    return wire.encode(Ciphertext(**({name: getattr(message, name) for name in names} | fields)))
+    return messages.encode(Ciphertext(**({name: getattr(message, name) for name in names} | fields)))
 
 
 Forgery = Callable[[bytes], bytes]
@@ -97,7 +97,7 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "a longer message": (lambda raw: raw + b"x", "no Ciphertext"),
     "nothing": (lambda raw: b"", "protocol version"),
     "another version": (lambda raw: bytes([raw[0] + 1]) + raw[1:], "protocol version"),
-    "another kind": (lambda raw: wire.encode(wire.Survivors(bytes(16), 1, b"x")), "no Ciphertext"),
+    "another kind": (lambda raw: messages.encode(messages.Survivors(bytes(16), 1, b"x")), "no Ciphertext"),
     "a huge message": (lambda raw: raw + bytes(1 << 24), "at most"),
 }
 
@@ -106,14 +106,14 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
 def test_a_forged_message_is_refused_and_the_right_one_still_taken(name: str) -> None:
     forge, match = FORGERIES[name]
     server = Server(terms_of()).take("a", "b")
-    key, messages = encrypted(server.terms)
+    key, raws = encrypted(server.terms)
     with pytest.raises((FaultyPartyError, MessageError), match=match) as caught:
-        server.collector.receive("c", forge(messages[0]))
+        server.collector.receive("c", forge(raws[0]))
     assert caught.value.blame == "c"
     assert not server.collector.complete("c")
     with pytest.raises(FaultyPartyError, match="not complete"):
         server.collector.include("c")
-    server.collector.receive("c", messages[0])
+    server.collector.receive("c", raws[0])
     server.collector.include("c")
     server.keys["c"] = key
     assert (server.open() == 3).all()
@@ -124,46 +124,46 @@ def test_a_body_longer_than_any_is_refused() -> None:
     terms = terms_of(length=3_000_000, bound=2**20)
     chosen = terms.parameters
     assert chosen.messages > 1
-    _, messages = encrypted(terms)
-    assert len(messages) == chosen.messages
+    _, raws = encrypted(terms)
+    assert len(raws) == chosen.messages
     collector = Collector(terms, PARTIES)
-    for raw in messages[:-1]:
+    for raw in raws[:-1]:
         collector.receive("a", raw)
     with pytest.raises(FaultyPartyError, match=r"expected [0-9]+ bytes"):
-        collector.receive("a", changed(messages[-1], body=parsed(messages[0]).body))
+        collector.receive("a", changed(raws[-1], body=parsed(raws[0]).body))
     with pytest.raises(FaultyPartyError, match="expected piece"):
-        collector.receive("a", messages[0])
+        collector.receive("a", raws[0])
     assert not collector.complete("a")
-    collector.receive("a", messages[-1])
+    collector.receive("a", raws[-1])
     assert collector.complete("a")
     with pytest.raises(FaultyPartyError, match="expected piece"):
-        collector.receive("a", changed(messages[-1], index=chosen.messages))
+        collector.receive("a", changed(raws[-1], index=chosen.messages))
 
 
 def test_a_message_is_taken_once_and_from_a_party_of_the_round_only() -> None:
     server = Server(terms_of())
-    _, messages = encrypted(server.terms)
-    server.collector.receive("a", messages[0])
+    _, raws = encrypted(server.terms)
+    server.collector.receive("a", raws[0])
     with pytest.raises(FaultyPartyError, match="expected piece 1 of 1"):
-        server.collector.receive("a", messages[0])
+        server.collector.receive("a", raws[0])
     server.collector.include("a")
     with pytest.raises(FaultyPartyError, match="whole ciphertext"):
-        server.collector.receive("a", messages[0])
+        server.collector.receive("a", raws[0])
     with pytest.raises(FaultyPartyError, match="not complete"):
         server.collector.include("a")
     with pytest.raises(FaultyPartyError, match="no party of this round"):
-        server.collector.receive("e", messages[0])
+        server.collector.receive("e", raws[0])
     with pytest.raises(FaultyPartyError, match="not complete"):
         server.collector.include("e")
 
 
 def test_nothing_is_taken_or_opened_after_the_sum_is_open() -> None:
     server = Server(terms_of()).take("a", "b")
-    _, messages = encrypted(server.terms)
-    server.collector.receive("d", messages[0])
+    _, raws = encrypted(server.terms)
+    server.collector.receive("d", raws[0])
     assert (server.open() == 2).all()
     with pytest.raises(LateVectorError):
-        server.collector.receive("c", messages[0])
+        server.collector.receive("c", raws[0])
     with pytest.raises(StateUsedError):
         server.collector.include("d")
     with pytest.raises(StateUsedError):
@@ -204,10 +204,10 @@ def test_a_tampered_body_opens_nothing() -> None:
     """A bit anywhere in a ciphertext changes every coefficient of its block."""
     for place in (0, 1000, -1):
         server = Server(terms_of()).take("a", "b")
-        key, messages = encrypted(server.terms)
-        body = bytearray(parsed(messages[0]).body)
+        key, raws = encrypted(server.terms)
+        body = bytearray(parsed(raws[0]).body)
         body[place] ^= 4
-        server.collector.receive("c", changed(messages[0], body=bytes(body)))
+        server.collector.receive("c", changed(raws[0], body=bytes(body)))
         server.collector.include("c")
         server.keys["c"] = key
         with pytest.raises(GarbledSumError):
@@ -223,11 +223,11 @@ def test_a_replayed_ciphertext_is_refused_and_garbles_if_it_is_forced_in(other: 
     """Of another round, session or other parameters; also when the server relabels it, as a malicious one would."""
     assert other.key != terms_of().key
     server = Server(terms_of()).take("a", "b")
-    key, messages = encrypted(other)
+    key, raws = encrypted(other)
     with pytest.raises(FaultyPartyError):
-        server.collector.receive("c", messages[0])
+        server.collector.receive("c", raws[0])
     fields = {"session": server.terms.id, "round": 1, "key": server.terms.key}
-    server.collector.receive("c", changed(messages[0], **fields))
+    server.collector.receive("c", changed(raws[0], **fields))
     server.collector.include("c")
     server.keys["c"] = key
     if other.public_seed != server.terms.public_seed:
@@ -240,8 +240,8 @@ def test_parties_under_different_public_randomness_garble_the_sum() -> None:
     server = Server(terms_of()).take("a", "b")
     mine = terms_of(session=b"another session, another digest.")
     assert mine.public_seed != server.terms.public_seed
-    key, messages = encrypted(mine)
-    relabelled = changed(messages[0], session=server.terms.id, key=server.terms.key)
+    key, raws = encrypted(mine)
+    relabelled = changed(raws[0], session=server.terms.id, key=server.terms.key)
     server.collector.receive("c", relabelled)
     server.collector.include("c")
     server.keys["c"] = key
@@ -291,11 +291,11 @@ def test_a_copied_ciphertext_gains_nothing() -> None:
 
 def test_errors_name_no_residue_and_no_key() -> None:
     server = Server(terms_of()).take("a", "b")
-    _, messages = encrypted(server.terms)
+    _, raws = encrypted(server.terms)
     for forge, _ in FORGERIES.values():
         with pytest.raises(ProtocolError) as caught:
-            server.collector.receive("c", forge(messages[0]))
-        assert parsed(messages[0]).body[:6].hex() not in str(caught.value)
+            server.collector.receive("c", forge(raws[0]))
+        assert parsed(raws[0]).body[:6].hex() not in str(caught.value)
         assert len(str(caught.value)) < 200
 
 
@@ -517,13 +517,13 @@ def test_in_a_toy_ring_the_coin_is_found_by_trying_all_keys(hidden: bool) -> Non
         coin = int(generator.integers(2))
         public = generator.integers(0, 257, (8, 8))
         key = generator.integers(-1, 2, 8)
-        messages = generator.integers(-3, 4, (2, 8, 8)) * 16
+        raws = generator.integers(-3, 4, (2, 8, 8)) * 16
         errors = generator.integers(-128, 129, (8, 8)) if hidden else generator.integers(-1, 2, (8, 8))
-        ciphertext = np.array([toy_product(a, key) for a in public]) + errors + messages[coin]
+        ciphertext = np.array([toy_product(a, key) for a in public]) + errors + raws[coin]
         matrices = np.array([[toy_product(a, np.eye(8, dtype=np.int64)[i]) for i in range(8)] for a in public])
         products = np.einsum("ki,bij->kbj", candidates, matrices)
         sizes = []
-        for message in messages:
+        for message in raws:
             left = (ciphertext - message - products) % 257
             sizes.append(np.abs(np.where(left > 128, left - 257, left)).max(axis=(1, 2)).min())
         right += int(np.argmin(sizes)) == coin

@@ -197,7 +197,7 @@ def test_a_ciphertext_that_was_cut_off_is_left_out(monkeypatch: pytest.MonkeyPat
         return raw
 
     with monkeypatch.context() as patch:
-        patch.setattr(masked.Traffic, "up", cut)
+        patch.setattr(masked.ByteCounter, "up", cut)
         with pytest.raises(ConnectionError):
             summing.submit("south", np.array(VECTORS["south"]))
     for party in ("north", "east", "west"):
@@ -246,7 +246,7 @@ def test_a_tampered_message_is_refused_before_the_key_is_sent(monkeypatch: pytes
 
     monkeypatch.setattr(masked.MaskedRound, "submit", submit)
     with monkeypatch.context() as patch:
-        patch.setattr(masked.Traffic, "up", lambda self, party, raw: raw[:-1])
+        patch.setattr(masked.ByteCounter, "up", lambda self, party, raw: raw[:-1])
         with pytest.raises(Exception, match="from north"):
             summing.submit("north", np.array(VECTORS["north"]))
     assert sent == []
@@ -258,7 +258,7 @@ def wiretap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[bytes], 
     sent: list[bytes] = []
     keys: list[Any] = []
     seeds: list[bytes] = []
-    up, down, encrypt = masked.Traffic.up, masked.Traffic.down, split.encrypt
+    up, down, encrypt = masked.ByteCounter.up, masked.ByteCounter.down, split.encrypt
 
     def tapped_up(self: Any, party: str, raw: bytes) -> bytes:
         sent.append(bytes(raw))
@@ -277,8 +277,8 @@ def wiretap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[bytes], 
         keys.append(encrypted.key.copy())
         return encrypted
 
-    monkeypatch.setattr(masked.Traffic, "up", tapped_up)
-    monkeypatch.setattr(masked.Traffic, "down", tapped_down)
+    monkeypatch.setattr(masked.ByteCounter, "up", tapped_up)
+    monkeypatch.setattr(masked.ByteCounter, "down", tapped_down)
     monkeypatch.setattr(split_sum, "encrypt", tapped)
     return lambda: (sent, keys, seeds)
 
@@ -399,14 +399,14 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
 
     from msgspec.structs import replace
 
-    from choral.protocols.masking import messages as wire
-    from choral.protocols.masking import party as steps
+    from choral.protocols.masking import messages
+    from choral.protocols.masking.party import join
     from choral.protocols.masking.policy import Policy
 
     policy: Policy = session.masked._policy
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})
-    raw = wire.encode(replace(session.masked._setup))
-    steps.join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
+    raw = messages.encode(replace(session.masked._setup))
+    join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
 
 
 def test_the_statement_says_what_is_trusted_and_what_was_chosen() -> None:
