@@ -1,11 +1,4 @@
-"""The messages of the masked sum: typed, versioned, strictly decoded, bounded in length.
-
-On the wire: one byte VERSION, then a msgpack array ``[kind, field, ...]``. :func:`decode` refuses another version, an
-unknown kind, a missing or extra field, another type, a length out of bounds, trailing bytes, and any encoding that is
-not the one :func:`encode` writes, so that each message has exactly one form.
-
-``session`` is 16 bytes: the session's identifier before it is open, the first half of the session digest after.
-``round`` counts from 1. Parties are named by their place in the roster, from 0.
+"""The messages of the masked sum, in the form of :mod:`choral.protocols.wire_format`.
 
 Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, session, round and all headers:
 
@@ -35,36 +28,23 @@ and 5 bytes up more for each packet that does not open.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
-from choral.protocols.errors import MessageError
+from choral.protocols.wire_format import ENVELOPE as ENVELOPE
+from choral.protocols.wire_format import MAX_NAME as MAX_NAME
+from choral.protocols.wire_format import MAX_PARTIES as MAX_PARTIES
+from choral.protocols.wire_format import VERSION as VERSION
+from choral.protocols.wire_format import Bytes32, Entry, Index, Name, RoundNumber, SessionId, Signature, read
+from choral.protocols.wire_format import Message as Message
+from choral.protocols.wire_format import encode as encode
 
-VERSION = 1
-ENVELOPE = 64
-MAX_PARTIES = 1 << 20
-MAX_NAME = 255
 PIECE = 2**32 - 1
 """Bytes in one piece of a packed vector: the longest byte string of msgpack. 2^31 values of 64 bits are five pieces."""
 
-Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
-RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
-SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
-Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Share = Annotated[bytes, Meta(min_length=33, max_length=33)]
 SealedShares = Annotated[bytes, Meta(min_length=82, max_length=82)]
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-
-
-class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="kind", tag=str.lower):
-    """The base of all messages."""
-
-
-class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The base of what messages hold lists of."""
 
 
 class SumSetup(Message, frozen=True):
@@ -290,9 +270,6 @@ _EACH = {
 ToServer = Hello | Reveal | Advertise | DealtShares | Upload | Confirm | Unmask
 ToParty = SumSetup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
 
-_encoder = msgspec.msgpack.Encoder()
-_decoders = {"server": msgspec.msgpack.Decoder(ToServer), "party": msgspec.msgpack.Decoder(ToParty)}
-
 
 def limit(kind: type[Message], entries: int = 0) -> int:
     """The largest size in bytes of a message with so many entries in its list, or bytes in its vector or bitmap."""
@@ -330,35 +307,13 @@ def from_bitmap(bitmap: bytes, n: int) -> frozenset[int] | None:
     return frozenset(party for party in range(n) if bitmap[party // 8] >> party % 8 & 1)
 
 
-def encode(message: Message) -> bytes:
-    return bytes([VERSION]) + _encoder.encode(message)
-
-
 def to_server(raw: bytes, *, sender: str, limit: int) -> ToServer:
     """A message that ``sender`` sent to the server. Raises MessageError, blaming it, for anything else."""
-    message: ToServer = strictly(_decoders["server"], raw, sender=sender, limit=limit)
+    message: ToServer = read(ToServer, raw, sender=sender, limit=limit)
     return message
 
 
 def to_party(raw: bytes, *, limit: int) -> ToParty:
     """A message from the server. Raises MessageError, blaming the server, for anything else."""
-    message: ToParty = strictly(_decoders["party"], raw, sender="the server", limit=limit)
-    return message
-
-
-def strictly(decoder: Any, raw: bytes, *, sender: str, limit: int) -> Any:
-    """What ``decoder`` reads in ``raw``, provided that :func:`encode` would write just that. Raises MessageError."""
-    if not isinstance(raw, bytes):
-        raise MessageError(sender, f"expected a message as bytes, got a {type(raw).__name__}")
-    if len(raw) > limit:
-        raise MessageError(sender, f"expected a message of at most {limit} bytes, got {len(raw)}")
-    if not raw or raw[0] != VERSION:
-        raise MessageError(sender, f"expected a message of protocol version {VERSION}")
-    try:
-        message = decoder.decode(memoryview(raw)[1:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        # msgspec's own text may quote what the sender wrote.
-        raise MessageError(sender, "these bytes are no message of this protocol") from None
-    if encode(message) != raw:
-        raise MessageError(sender, "a message in another encoding than the canonical one")
+    message: ToParty = read(ToParty, raw, sender="the server", limit=limit)
     return message

@@ -10,6 +10,7 @@ from choral.protocols.argument_checks import MAX_NAME
 from choral.protocols.errors import FaultyPartyError, LateVectorError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.interface import IntVector
 from choral.protocols.masking import messages, signing
+from choral.protocols.wire_format import read
 
 Outbox = dict[str, bytes]
 """What to send to whom, by party name."""
@@ -61,6 +62,7 @@ class Stage:
     seen: fingerprints of what was taken, by kind and party, handed from each stage of a round to the next.
     """
 
+    known: Any = messages.ToServer  # whatever a party may send in this protocol, so that what is out of order is named
     kind: type[messages.Message]
 
     def __init__(
@@ -96,7 +98,7 @@ class Stage:
         if not isinstance(sender, str) or sender not in self._places:
             raise FaultyPartyError(str(sender)[:MAX_NAME], "is not in the roster")
         party = self._places[sender]
-        message: Any = messages.to_server(raw, sender=sender, limit=self._limit)
+        message: Any = read(self.known, raw, sender=sender, limit=self._limit)
         kind = type(message).__name__
         if message.session != self._session:
             raise FaultyPartyError(sender, f"its {kind} is of another session")

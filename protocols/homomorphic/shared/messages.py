@@ -18,14 +18,12 @@ Sizes in bytes, at most :func:`limit`; n: parties.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from choral.protocols.homomorphic.messages import Ciphertext, KeyId
-from choral.protocols.masking.messages import (
+from choral.protocols.wire_format import (
     ENVELOPE,
     MAX_NAME,
     MAX_PARTIES,
@@ -36,8 +34,8 @@ from choral.protocols.masking.messages import (
     RoundNumber,
     SessionId,
     Signature,
-    strictly,
 )
+from choral.protocols.wire_format import read as read
 
 Sealed = Annotated[bytes, Meta(min_length=48, max_length=48)]
 """A seed of 32 bytes and its tag."""
@@ -156,20 +154,7 @@ _EACH: dict[type[Message], int] = {KeySetup: 1025, KeyHellos: 135, KeyDeal: 50, 
 ToServer = KeyHello | KeyDeal | KeyConfirm | Ciphertext | TotalPiece
 ToParty = KeySetup | KeyHellos | KeyDealt | KeyConfirmations | SumPiece
 
-M = TypeVar("M", bound=Message)
-
 
 def limit(kind: type[Message], entries: int = 0) -> int:
     """The largest size in bytes of a message with so many entries; whatever has a body adds that."""
     return ENVELOPE + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * entries
-
-
-def read(kind: type[M], raw: bytes, *, sender: str, limit: int) -> M:
-    """The message of just this kind in ``raw``. Raises MessageError, blaming ``sender``, for anything else."""
-    message: M = strictly(_decoder(kind), raw, sender=sender, limit=limit)
-    return message
-
-
-@cache
-def _decoder(kind: type[Message]) -> Any:
-    return msgspec.msgpack.Decoder(kind)
