@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from choral.privacy import ClientGuard, ClientPrivacy, Ledger
+from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger
 from choral.privacy.client_level.distributed import Scheme, design
 from choral.privacy.noise.gaussian import os_stream
 
@@ -112,23 +112,23 @@ def train(arm: ClientPrivacy | None, parties: int, rounds: int, seed: int, data:
     x, y = x[order], torch.nn.functional.one_hot(y[order], 10).float()
     weights = torch.zeros(x.shape[2], 10)
     length = weights.numel()
-    guard = arm and ClientGuard(arm, clients=parties, length=length, rounds=rounds, ledger=Ledger())
+    privacy_engine = arm and ClientPrivacyEngine(arm, clients=parties, length=length, rounds=rounds, ledger=Ledger())
     for _ in range(rounds):
         updates = local_updates(weights, x, y, steps=8, rate=0.5)
-        if guard is None:
+        if privacy_engine is None:
             mean = (updates * torch.clamp(CLIP / updates.norm(dim=1, keepdim=True), max=1.0)).mean(0)
         else:
-            current = guard.begin()
-            total = np.zeros(guard.scheme.padded, np.int64)
+            current = privacy_engine.begin()
+            total = np.zeros(privacy_engine.scheme.padded, np.int64)
             for update in updates:
                 total += current.encode(update)
-            if guard.scheme.bits:
-                half = 1 << (guard.scheme.bits - 1)
+            if privacy_engine.scheme.bits:
+                half = 1 << (privacy_engine.scheme.bits - 1)
                 total = ((total + half) & (2 * half - 1)) - half
             mean = current.decode(total, parties).float()
         weights = weights + mean.view_as(weights)
-    if guard:
-        assert guard.spent().epsilon <= EPSILON
+    if privacy_engine:
+        assert privacy_engine.spent().epsilon <= EPSILON
     return float((test_x @ weights).argmax(1).eq(test_y).float().mean())
 
 

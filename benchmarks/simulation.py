@@ -70,7 +70,7 @@ def engines(job: str, path: Path, device: torch.device, *, compiled: bool) -> di
             build=made["build"],
             fit=fit,
             datasets=made["parties"],
-            guards={},
+            privacy_engines={},
             seed=0,
             device=device,
             arithmetic=arithmetic,

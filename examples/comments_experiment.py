@@ -77,7 +77,7 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
     examples = {name: len(data) for name, data in parties.items()}
     cpu = torch.device("cpu")
     job = {"build": task.build, "fit": task.fit, "loss": task.loss, "datasets": parties}
-    resident = Resident(**job, guards={}, seed=seed, device=cpu)
+    resident = Resident(**job, privacy_engines={}, seed=seed, device=cpu)
     trainer, weights = task.engine(resident), resident.layout.read()
     federation = FederationInfo(
         parties=len(parties), length=len(weights), examples=sum(examples.values()), largest=1 << 20, value_bound=1e9

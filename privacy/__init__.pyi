@@ -8,14 +8,14 @@ from choral.privacy.accounting.events import Part as Part
 from choral.privacy.accounting.events import Plan as Plan
 from choral.privacy.accounting.events import PoissonSampledGaussian as PoissonSampledGaussian
 from choral.privacy.accounting.events import Search as Search
-from choral.privacy.client_level.client import ClientGuard as ClientGuard
 from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy
+from choral.privacy.client_level.client import ClientPrivacyEngine as ClientPrivacyEngine
 from choral.privacy.client_level.client import ClientRound as ClientRound
 from choral.privacy.correlated.training_loop import CorrelatedPrivacy as CorrelatedPrivacy
 from choral.privacy.dpsgd.clipping import AdaptiveClip as AdaptiveClip
 from choral.privacy.dpsgd.clipping import PerLayerClip as PerLayerClip
-from choral.privacy.dpsgd.engine import Guard as Guard
 from choral.privacy.dpsgd.engine import Privacy as Privacy
+from choral.privacy.dpsgd.engine import PrivacyEngine as PrivacyEngine
 from choral.privacy.dpsgd.private_search import Found as Found
 from choral.privacy.dpsgd.private_search import private_search as private_search
 from choral.privacy.errors import AccountingError as AccountingError

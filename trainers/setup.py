@@ -1,4 +1,4 @@
-"""What both kinds of training do before their rounds: describe the run, open the guards of the data's holders."""
+"""What both kinds of training do before their rounds: describe the run, open the privacy engines of the data owners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Ledger, LedgerError, Privacy, PrivacyEngine
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.privacy.dpsgd.clipping import settings_of as clipping_settings
 from choral.privacy.ledgers.ledger import as_ledger
@@ -120,19 +120,19 @@ def evaluated(evaluate: Evaluate, model: nn.Module, seed: int) -> dict[str, floa
     return metrics
 
 
-def clips_of(guards: Mapping[str, Guard]) -> dict[str, float]:
+def clips_of(privacy_engines: Mapping[str, PrivacyEngine]) -> dict[str, float]:
     """Where each data holder's adaptive clipping norm is; empty where it does not move."""
-    return {name: guard.clip for name, guard in guards.items() if guard.adaptive}
+    return {name: engine.clip for name, engine in privacy_engines.items() if engine.adaptive}
 
 
-def open_guards(
+def open_privacy_engines(
     privacy: Privacy | None,
     examples: Mapping[str, int],
     folder: Path | None,
     rounds_left: int,
     clips: Mapping[str, float],
-) -> dict[str, Guard]:
-    """One guard and one ledger per data holder; empty without privacy. clips: of adaptive clipping, in a resumed run.
+) -> dict[str, PrivacyEngine]:
+    """One privacy engine and one ledger per data owner; empty without privacy. clips: of adaptive clipping, when resumed.
 
     Raises: what check_delta does; LedgerError.
     """
@@ -152,17 +152,17 @@ def open_guards(
     check_delta(privacy, examples)
     if folder is None:
         notice_memory(Ledger(), "out=FOLDER")
-    guards = {}
+    privacy_engines = {}
     for name in examples:
         ledger = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
         passes, planned = max(rounds_left, 1) * privacy.epochs, passes_left(ledger, privacy.epsilon)
-        guards[name] = Guard(
+        privacy_engines[name] = PrivacyEngine(
             privacy, holder=name, ledger=ledger, passes=min(passes, planned or passes), clip=clips.get(name)
         )
-    return guards
+    return privacy_engines
 
 
-def rounds_paid_for(guards: Mapping[str, Guard], recorder: Recorder, rounds: int) -> tuple[int, str]:
+def rounds_paid_for(privacy_engines: Mapping[str, PrivacyEngine], recorder: Recorder, rounds: int) -> tuple[int, str]:
     """How far a run can go, `rounds` or less, and why no further.
 
     A resumed run goes on with the plans on its ledgers. The pass of a round that was cut short is paid for and gone, so
@@ -170,8 +170,8 @@ def rounds_paid_for(guards: Mapping[str, Guard], recorder: Recorder, rounds: int
     Raises: LedgerError if a ledger holds less than the run has recorded.
     """
     last, reason = rounds, ""
-    for name, guard in guards.items():
-        spent, before = guard.spent(), recorder.spent.get(name)
+    for name, privacy_engine in privacy_engines.items():
+        spent, before = privacy_engine.spent(), recorder.spent.get(name)
         if before and spent.steps < before.steps:
             raise LedgerError(
                 f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
@@ -179,11 +179,11 @@ def rounds_paid_for(guards: Mapping[str, Guard], recorder: Recorder, rounds: int
             )
         if not recorder.completed:
             continue
-        left = passes_left(guard.ledger, guard.privacy.epsilon)
-        # Without a plan: guards use a budget to within 0.1 %; what is left below twice that pays for nothing.
-        if left is None and spent.epsilon >= (1 - 2e-3) * guard.privacy.epsilon:
+        left = passes_left(privacy_engine.ledger, privacy_engine.privacy.epsilon)
+        # Without a plan: privacy engines use a budget to within 0.1 %; what is left below twice that pays for nothing.
+        if left is None and spent.epsilon >= (1 - 2e-3) * privacy_engine.privacy.epsilon:
             left = 0
-        if left is not None and (paid := recorder.completed + left // guard.privacy.epochs) < last:
+        if left is not None and (paid := recorder.completed + left // privacy_engine.privacy.epochs) < last:
             last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
     return last, reason
 

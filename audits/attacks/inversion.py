@@ -21,7 +21,7 @@ from torch.func import functional_call
 from choral.audits.attacks.pictures import RECOGNISABLE_PSNR, nearer_p_value, psnr, ssim
 from choral.audits.findings.evidence import InversionAudit, View
 from choral.errors import ConfigError, DataError
-from choral.privacy import ClientGuard, ClientPrivacy, FixedPoint, Ledger
+from choral.privacy import ClientPrivacy, ClientPrivacyEngine, FixedPoint, Ledger
 from choral.protocols import Masked
 from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.interface import SumSpec
@@ -186,8 +186,8 @@ def _views(updates: Mapping[str, torch.Tensor], promise: ClientPrivacy) -> dict[
     message, total, bits = _masked(spec, {party: coder.encode(update, 1) for party, update in updates.items()}, victim)
     centred = (message.astype(np.int64) + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
     mean, count = coder.decode(total, len(parties))
-    guard = ClientGuard(promise, clients=len(parties), length=length, rounds=1, ledger=Ledger(None))
-    noisy, encoded = guard.begin(), ClientCodec(parties, guard).spec
+    privacy_engine = ClientPrivacyEngine(promise, clients=len(parties), length=length, rounds=1, ledger=Ledger(None))
+    noisy, encoded = privacy_engine.begin(), ClientCodec(parties, privacy_engine).spec
     _, private, _ = _masked(encoded, {party: noisy.encode(update) for party, update in updates.items()}, victim)
     return {
         "plain update": updates[victim],

@@ -1,11 +1,11 @@
 """Client-level differential privacy: whole updates are clipped, and the sum of all clients' updates is noisy.
 
-`ClientPrivacy` is the promise; `ClientGuard` keeps it for one federation and its ledger, and makes a `ClientRound` for
-each sum, which every client encodes with and the server decodes with:
+`ClientPrivacy` is the promise; `ClientPrivacyEngine` keeps it for one federation and its ledger, and makes a
+`ClientRound` for each sum, which every client encodes with and the server decodes with:
 
-    guard = ClientGuard(ClientPrivacy(epsilon=8.0, delta=1e-5, min_survivors=80), clients=100, length=d, rounds=20,
-                        ledger=Ledger(path))
-    current = guard.begin()                                  # paid for, on disk
+    privacy = ClientPrivacy(epsilon=8.0, delta=1e-5, min_survivors=80)
+    engine = ClientPrivacyEngine(privacy, clients=100, length=d, rounds=20, ledger=Ledger(path))
+    current = engine.begin()                                  # paid for, on disk
     integers = current.encode(update)                        # each client; int64, to the secure sum
     mean = current.decode(total, survivors=len(survivors))   # the server; float64, shape (d,)
 
@@ -143,7 +143,7 @@ class ClientPrivacy:
         return plain
 
 
-class ClientGuard:
+class ClientPrivacyEngine:
     """The keeper of one promise over the rounds of a federation.
 
     Args:
@@ -275,11 +275,11 @@ class ClientGuard:
 
 
 class ClientRound:
-    """One sum: `encode` for each client, `decode` once. Made by :meth:`ClientGuard.begin`."""
+    """One sum: `encode` for each client, `decode` once. Made by :meth:`ClientPrivacyEngine.begin`."""
 
-    def __init__(self, guard: ClientGuard, signs: Any, source: Source) -> None:
-        self._guard, self._signs, self._source = guard, signs, source
-        self._scheme, self.clip = guard.scheme, guard.clip
+    def __init__(self, engine: ClientPrivacyEngine, signs: Any, source: Source) -> None:
+        self._engine, self._signs, self._source = engine, signs, source
+        self._scheme, self.clip = engine.scheme, engine.clip
         self._decoded = False
 
     def encode(self, update: torch.Tensor | np.ndarray[Any, Any]) -> Int64Array:
@@ -292,13 +292,13 @@ class ClientRound:
 
         if isinstance(update, np.ndarray):
             update = torch.from_numpy(update)
-        if tuple(update.shape) != (self._guard.length,) or not update.is_floating_point():
+        if tuple(update.shape) != (self._engine.length,) or not update.is_floating_point():
             raise EncodingError(
-                f"update has shape {tuple(update.shape)} and type {update.dtype}, expected ({self._guard.length},)"
+                f"update has shape {tuple(update.shape)} and type {update.dtype}, expected ({self._engine.length},)"
                 " floating point"
             )
         vector = update.detach() if update.dtype in (torch.float32, torch.float64) else update.detach().float()
-        clip, adaptive = self.clip, self._guard.adaptive
+        clip, adaptive = self.clip, self._engine.adaptive
         if adaptive:
             norm = norm_of(vector)
             # The zero vector says nothing of its norm: a neighbour that says "longer" would be too far from "shorter".
@@ -319,28 +319,28 @@ class ClientRound:
         """
         import torch
 
-        guard = self._guard
+        engine = self._engine
         if self._decoded:
             raise PrivacyError("this sum has been decoded", hint="A second draw of noise would cost as much again.")
-        if not guard.min_survivors <= survivors <= guard.most:
+        if not engine.min_survivors <= survivors <= engine.most:
             raise TooFewClientsError(
-                f"{survivors} of {guard.most} clients survived, expected at least {guard.min_survivors}",
+                f"{survivors} of {engine.most} clients survived, expected at least {engine.min_survivors}",
                 hint="Its noise was sized for that many; open no smaller sum.",
             )
         self._decoded = True
         if isinstance(self._scheme, CentralScheme):
-            scale = 1.0 if guard.adaptive else self.clip
+            scale = 1.0 if engine.adaptive else self.clip
             sums = self._scheme.decode(total, scale, self._signs, self._source)
         else:
-            sums = self._scheme.decode(total, 1.0 if guard.adaptive else self.clip, self._signs)
-            shares = survivors - guard.privacy.colluders if guard.privacy.noise == "distributed" else 1
-            if shares > guard.holders:
-                guard.append(self._scheme.release(shares, settles=True))
-        if guard.adaptive:
-            share = guard.adaptive.share
+            sums = self._scheme.decode(total, 1.0 if engine.adaptive else self.clip, self._signs)
+            shares = survivors - engine.privacy.colluders if engine.privacy.noise == "distributed" else 1
+            if shares > engine.holders:
+                engine.append(self._scheme.release(shares, settles=True))
+        if engine.adaptive:
+            share = engine.adaptive.share
             within = (sums[-1] / (math.sqrt(share) * survivors) + 1.0) / 2.0
             sums = sums[:-1] * (self.clip / math.sqrt(1.0 - share))
-            guard.clip = guard.adaptive.moved(self.clip, float(within))
+            engine.clip = engine.adaptive.moved(self.clip, float(within))
         return torch.from_numpy(sums / survivors)
 
 

@@ -1,4 +1,4 @@
-"""The promise and its keeper: `Privacy` says what may be spent, `Guard` sees to it for one data holder."""
+"""`Privacy` promises what may be spent, and `PrivacyEngine` keeps the promise for one data owner."""
 
 from __future__ import annotations
 
@@ -109,15 +109,15 @@ class Privacy:
         """
         refuse_several_processes()
         notice_memory(self._open(), "Privacy(ledger=FILE)")
-        guard = Guard(self, holder="data", ledger=self._open(), passes=self.epochs)
-        return guard.wrap(model, optimizer, loader, resume=resume)
+        engine = PrivacyEngine(self, holder="data", ledger=self._open(), passes=self.epochs)
+        return engine.wrap(model, optimizer, loader, resume=resume)
 
     def spent(self) -> Spent:
         """Return what the data has spent so far, in all runs that its ledger knows."""
         return _spent(self._open(), self.delta, self.records_per_person)
 
     def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
-        """Return how a Guard draws batches and makes noise, so that `passes` passes fit into `room`.
+        """Return how a PrivacyEngine draws batches and makes noise, so that `passes` passes fit into `room`.
 
         records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
         Raises: ConfigError, BudgetExceededError.
@@ -206,7 +206,7 @@ def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float)
     return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
 
 
-class Guard:
+class PrivacyEngine:
     """One data holder's private training across many calls of the training loop.
 
     Args:
@@ -387,8 +387,8 @@ class Guard:
             raise UnsupportedLoaderError(
                 f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
                 f"{plan.records} in batches of {plan.batch_size}",
-                hint="Keep one dataset, of one size, and one batch size per Guard. Other records are another training: "
-                "wrap again, on the same ledger.",
+                hint="Keep one dataset, of one size, and one batch size per PrivacyEngine. Other records are another "
+                "training: wrap again, on the same ledger.",
             )
 
     def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
@@ -464,7 +464,7 @@ def refuse_several_processes() -> None:
     """Raise PrivacyError in a process group of more than one: each would sample, and spend, one dataset on its own.
 
     Gradients averaged over processes would have another sample rate, noise and sensitivity than were accounted for. A
-    Guard of its own data is not refused: the parties of a federated run may be processes.
+    PrivacyEngine of its own data is not refused: the parties of a federated run may be processes.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise PrivacyError(

@@ -40,7 +40,7 @@ _ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
 Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
 
 _stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
-_guards: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+_step_refusals: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 class Keeper(Protocol):
@@ -117,9 +117,9 @@ class PrivateOptimizer(OverOptimizer):
         self._warned = False  # that the loop clips gradients, which does nothing
         self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
         self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
-        if (old := _guards.pop(optimizer, None)) is not None:
+        if (old := _step_refusals.pop(optimizer, None)) is not None:
             old.remove()
-        _guards[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
+        _step_refusals[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
 
     def count_zeroed(self) -> None:
         """Count from now on the records whose gradient was not finite, so that :attr:`zeroed` can be read."""
@@ -494,7 +494,7 @@ class PrivateOptimizer(OverOptimizer):
 
 def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *_: Any) -> None:
     wrapped = model()
-    if wrapped is not None and wrapped.guarded and _stepping.get() is not optimizer:
+    if wrapped is not None and wrapped.hides_gradients and _stepping.get() is not optimizer:
         raise PrivacyError(
             "the original optimizer was stepped, whose gradients have no noise",
             hint="Step the optimizer that wrap() returned; choral.privacy.unwrap(model) ends private training.",

@@ -67,7 +67,7 @@ class Ledger:
 
     Args:
         path: the file; the first append makes it, in a folder that exists.
-        holder: whose data this is. Left out, it is read from the file or set by the first Guard that uses it.
+        holder: whose data this is. Left out, it is read from the file or set by the first PrivacyEngine that uses it.
 
     Safe under kill -9 and with several writing processes. Copies are the ledger itself.
     Raises: LedgerError if the file is damaged or belongs to another holder; NoLocksError for a file on a system without

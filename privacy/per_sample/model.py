@@ -55,9 +55,9 @@ class PerSampleModel(LookedAt):
         self._unfollowed: set[nn.Parameter] = set()  # of layers with Opacus' hooks
         self._spared: list[nn.Parameter] = []  # of the layer whose forward runs
         self._anchor = torch.zeros((), requires_grad=True)
-        self._guards: list[RemovableHandle] = []
+        self._gradient_hooks: list[RemovableHandle] = []
         super().__init__(model)
-        self._guards += [self._guard(p) for p in model.parameters() if p.is_floating_point()]
+        self._gradient_hooks += [self._hide_gradient(p) for p in model.parameters() if p.is_floating_point()]
         self.attached.update(p for layer in self.iterate_submodules(model) for p in layer.parameters())
         self._ready = True
         show_losses_to(self)
@@ -216,18 +216,18 @@ class PerSampleModel(LookedAt):
         return self.hooks_enabled and module.training and torch.is_grad_enabled()
 
     @property
-    def guarded(self) -> bool:
+    def hides_gradients(self) -> bool:
         """Whether raw gradients are kept out of `p.grad`: until the wrapper is removed."""
-        return bool(self._guards)
+        return bool(self._gradient_hooks)
 
     def remove_hooks(self) -> None:
         """Remove everything that wrapping attached to the model."""
         super().remove_hooks()
-        while self._guards:
-            self._guards.pop().remove()
+        while self._gradient_hooks:
+            self._gradient_hooks.pop().remove()
         self.averages.clear()
 
-    def _guard(self, p: nn.Parameter) -> RemovableHandle:
+    def _hide_gradient(self, p: nn.Parameter) -> RemovableHandle:
         if getattr(p, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModelError(
                 f"a parameter of shape {tuple(p.shape)} has a hook that runs when its gradient is ready, and would be "
@@ -244,7 +244,7 @@ class PerSampleModel(LookedAt):
 
     def _take_gradient(self, p: nn.Parameter) -> None:
         """Take the raw gradient out of `p.grad`, where any optimizer would find it."""
-        if not self.guarded:
+        if not self.hides_gradients:
             return
         if p not in self.compared and p.grad is not None:
             self.averages[p] = self.averages[p] + p.grad if p in self.averages else p.grad
@@ -304,7 +304,7 @@ class PerSampleModel(LookedAt):
 
     def look_at_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
         """Refuse a loss that is seen not to be a mean over the records of the batch just drawn."""
-        if self.guarded and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
+        if self.hides_gradients and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
             own = {*self._module.parameters(), self._anchor}
             with self._unheard():
                 self._losses.look(losses, self._ends, self.drawn or 0, seeds, own)

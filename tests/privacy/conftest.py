@@ -1,4 +1,4 @@
-"""A small problem, its loop, and guards with little ceremony."""
+"""A small problem, its loop, and engines with little ceremony."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.audits.lower_bounds.trials import Counts, clopper_pearson
-from choral.privacy import Guard, Ledger, Privacy
+from choral.privacy import Ledger, Privacy, PrivacyEngine
 
 torch.set_num_threads(1)
 
@@ -46,8 +46,8 @@ class Problem:
     ) -> tuple[Any, Any, Any]:
         privacy = privacy or Privacy(epsilon=5.0, delta=1e-3)
         model = model or self.model()
-        guard = Guard(privacy, holder="a", ledger=Ledger(), passes=passes)
-        return guard.wrap(model, torch.optim.SGD(model.parameters(), lr=lr), self.loader(**loader))
+        engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=passes)
+        return engine.wrap(model, torch.optim.SGD(model.parameters(), lr=lr), self.loader(**loader))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], epochs: int = 1) -> int:

@@ -17,10 +17,10 @@ from choral.errors import ChoralError
 from choral.privacy import (
     AdaptiveClip,
     CorrelatedPrivacy,
-    Guard,
     Ledger,
     PerLayerClip,
     Privacy,
+    PrivacyEngine,
     private_search,
     replace_layers,
     unwrap,
@@ -97,10 +97,10 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "search by no function": lambda thing: tried(train=thing if not callable(thing) else None),
     "search without a score": lambda thing: tried(train=lambda *_: thing),
     "search by a score": lambda thing: tried(train=lambda *_: (None, thing)),
-    "Guard": lambda thing: Guard(thing, holder="a", ledger=Ledger(), passes=1),
-    "Guard(holder)": lambda thing: Guard(promise(), holder=thing, ledger=Ledger(), passes=1),
-    "Guard(ledger)": lambda thing: Guard(promise(), holder="a", ledger=thing, passes=1),
-    "Guard(passes)": lambda thing: Guard(promise(), holder="a", ledger=Ledger(), passes=thing),
+    "PrivacyEngine": lambda thing: PrivacyEngine(thing, holder="a", ledger=Ledger(), passes=1),
+    "PrivacyEngine(holder)": lambda thing: PrivacyEngine(promise(), holder=thing, ledger=Ledger(), passes=1),
+    "PrivacyEngine(ledger)": lambda thing: PrivacyEngine(promise(), holder="a", ledger=thing, passes=1),
+    "PrivacyEngine(passes)": lambda thing: PrivacyEngine(promise(), holder="a", ledger=Ledger(), passes=thing),
 }
 
 

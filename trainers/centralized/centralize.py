@@ -27,7 +27,7 @@ from choral.trainers.setup import (
     clips_of,
     describe,
     evaluated,
-    open_guards,
+    open_privacy_engines,
     recorded_model,
     rounds_paid_for,
 )
@@ -106,16 +106,16 @@ def centralize(
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
     ):
-        guards = open_guards(
+        privacy_engines = open_privacy_engines(
             privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
         )
-        recorder.keep({name: guard.ledger for name, guard in guards.items()})
-        last_round, reason = rounds_paid_for(guards, recorder, rounds)
+        recorder.keep({name: engine.ledger for name, engine in privacy_engines.items()})
+        last_round, reason = rounds_paid_for(privacy_engines, recorder, rounds)
         if reason and last_round <= recorder.completed:
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)
                 recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
-            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
+            return recorder.end(reason, {name: engine.spent() for name, engine in privacy_engines.items()})
         first = initial_model(build, next(iter(parties.values())), seed, initial)
         with seeded(seed, 0, POOLED):
             reseed(generators_of(build), seed, 0, POOLED)
@@ -142,10 +142,10 @@ def centralize(
             forget_workers(loader)
             with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
                 arguments = (trained, optimizer, loader)
-                if guards:
-                    arguments = guards[POOLED].wrap(trained, optimizer, loader)
+                if privacy_engines:
+                    arguments = privacy_engines[POOLED].wrap(trained, optimizer, loader)
                     trained = arguments[0]
-                with arithmetic.over(trained, POOLED, private=bool(guards)):
+                with arithmetic.over(trained, POOLED, private=bool(privacy_engines)):
                     call(fit, arguments[0], arguments[1], OnDevice.wrap(arguments[2], on), number)
             workers.agree(model)
             groups.check(optimizer, "the pooled data")
@@ -157,18 +157,18 @@ def centralize(
                     hint="lower the learning rate; the last good round is kept",
                 )
             seconds, joules = time.perf_counter() - started, meter.take()
-            spent = {name: guard.spent() for name, guard in guards.items()}
+            spent = {name: engine.spent() for name, engine in privacy_engines.items()}
             entry = RoundRecord(
                 round=number,
                 metrics=evaluated(evaluate, model, seed),
                 epsilon=spent[POOLED].epsilon if spent else None,
                 **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
             )
-            recorder.add(entry, model, spent, optimizer, AlgorithmState(clips=clips_of(guards)))
+            recorder.add(entry, model, spent, optimizer, AlgorithmState(clips=clips_of(privacy_engines)))
             if on_round and workers.first:
                 on_round(entry)
         if recorder.completed < rounds:
-            return recorder.end(reason, {name: guard.spent() for name, guard in guards.items()})
+            return recorder.end(reason, {name: engine.spent() for name, engine in privacy_engines.items()})
         return recorder.finish(per_party_of(held_out, evaluate_party, model, parties))
 
 

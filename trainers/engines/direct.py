@@ -162,7 +162,7 @@ class Step:
 
 def planned(resident: Resident, party: str, work: Work, round_number: int) -> EpochPlan | None:
     """The party's training in tensors, or None where the resident trainer must do it: other work, private parties."""
-    if not isinstance(work, Train) or resident.guards:
+    if not isinstance(work, Train) or resident.privacy_engines:
         return None
     try:
         seat = resident.seat(party)

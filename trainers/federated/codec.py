@@ -14,7 +14,16 @@ from typing import Any, Protocol
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import ClientGuard, ClientPrivacy, ClientRound, FixedPoint, Guard, Ledger, LedgerError, Spent
+from choral.privacy import (
+    ClientPrivacy,
+    ClientPrivacyEngine,
+    ClientRound,
+    FixedPoint,
+    Ledger,
+    LedgerError,
+    PrivacyEngine,
+    Spent,
+)
 from choral.privacy.accounting.client_noise import SLACK
 from choral.privacy.client_level.client import HOLDER, spent_by
 from choral.privacy.ledgers.ledger import as_ledger
@@ -67,7 +76,7 @@ class Codec(Protocol):
     def decode(self, result: SumResult) -> Mean: ...
 
     def spent(self) -> dict[str, Spent]:
-        """What each data holder has spent."""
+        """What each data owner has spent."""
         ...
 
 
@@ -89,7 +98,7 @@ class WeightedCodec:
         *,
         bound: float,
         value_bits: int,
-        guards: Mapping[str, Guard],
+        privacy_engines: Mapping[str, PrivacyEngine],
         cap: int | None = None,
         roster: tuple[str, ...] | None = None,
         in_clear: bool = False,
@@ -106,7 +115,7 @@ class WeightedCodec:
         cap = cap_of(max(examples.values())) if cap is None else cap
         most = cap if channel.weighing == "examples" else 1
         self._encoding = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
-        self._length, self._guards = channel.length, guards
+        self._length, self._privacy_engines = channel.length, privacy_engines
 
     @property
     def spec(self) -> SumSpec:
@@ -166,58 +175,58 @@ class WeightedCodec:
         return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
     def spent(self) -> dict[str, Spent]:
-        return {name: guard.spent() for name, guard in self._guards.items()}
+        return {name: engine.spent() for name, engine in self._privacy_engines.items()}
 
 
 class ClientCodec:
-    """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientGuard`."""
+    """The mean of clipped updates, each party counted alike, with the noise of a :class:`ClientPrivacyEngine`."""
 
     largest = None
     more_bytes = 0
 
-    def __init__(self, parties: tuple[str, ...], guard: ClientGuard) -> None:
-        self._parties, self._guard = parties, guard
+    def __init__(self, parties: tuple[str, ...], privacy_engine: ClientPrivacyEngine) -> None:
+        self._parties, self._privacy_engine = parties, privacy_engine
         self._round: ClientRound | None = None
 
     @property
     def spec(self) -> SumSpec:
-        scheme = self._guard.scheme
+        scheme = self._privacy_engine.scheme
         return SumSpec(
             parties=self._parties,
             length=scheme.padded,
             bound=scheme.bound,
             bits=scheme.bits,
-            encoding=self._guard.encoding,
+            encoding=self._privacy_engine.encoding,
         )
 
     @property
     def fixed_point(self) -> dict[str, float | int]:
-        scheme = self._guard.scheme
+        scheme = self._privacy_engine.scheme
         plain: dict[str, float | int] = {"coordinates": scheme.padded}
         return plain | {"value_bits": scheme.bits} if scheme.bits else plain
 
     @property
     def clip(self) -> float | None:
-        return self._guard.clip
+        return self._privacy_engine.clip
 
     def check(self, session: SumSession) -> None:
         """Noise that is shared out needs a sum that is not opened over fewer clients than it was sized for."""
         opens = session.statement.get("min_survivors")
         hides = session.statement.get("name") != "plain"  # with Plain the server sees single vectors anyway
         if (
-            self._guard.privacy.noise == "distributed"
+            self._privacy_engine.privacy.noise == "distributed"
             and hides
-            and (opens is None or opens < self._guard.min_survivors)
+            and (opens is None or opens < self._privacy_engine.min_survivors)
         ):
             raise ConfigError(
                 f"the secure sum may open sums of {opens} clients, but the noise is sized for"
-                f" {self._guard.min_survivors}",
-                hint=f"give both min_survivors={self._guard.min_survivors}",
+                f" {self._privacy_engine.min_survivors}",
+                hint=f"give both min_survivors={self._privacy_engine.min_survivors}",
             )
 
     def begin(self, present: tuple[str, ...]) -> None:
-        """Raises: TooFewSurvivorsError before anything is paid for or sent; what :meth:`ClientGuard.begin` raises."""
-        needed = self._guard.min_survivors
+        """Raises: TooFewSurvivorsError before anything is paid for or sent; what :meth:`ClientPrivacyEngine.begin` raises."""
+        needed = self._privacy_engine.min_survivors
         if len(present) < needed:
             raise TooFewSurvivorsError(
                 f"{len(present)} of {len(self._parties)} clients are left, expected at least {needed}",
@@ -225,7 +234,7 @@ class ClientCodec:
                 needed=needed,
                 missing=tuple(name for name in self._parties if name not in present),
             )
-        self._round = self._guard.begin()
+        self._round = self._privacy_engine.begin()
 
     def encode(self, party: str, update: torch.Tensor) -> Any:
         del party
@@ -233,14 +242,14 @@ class ClientCodec:
 
     def stand_in(self, party: str) -> Any:
         """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
-        return self.encode(party, torch.zeros(self._guard.length))
+        return self.encode(party, torch.zeros(self._privacy_engine.length))
 
     def decode(self, result: SumResult) -> Mean:
         survivors = len(result.survivors)
         return Mean(self._current.decode(result.total, survivors), survivors)
 
     def spent(self) -> dict[str, Spent]:
-        return {HOLDER: self._guard.spent()}
+        return {HOLDER: self._privacy_engine.spent()}
 
     @property
     def _current(self) -> ClientRound:
@@ -291,7 +300,7 @@ class Clients:
         """
         history = self._recorder.run().history
         paid, _ = self.rounds_paid_for(rounds, sums)
-        guard = ClientGuard(
+        privacy_engine = ClientPrivacyEngine(
             self._privacy,
             clients=clients,
             length=length,
@@ -300,7 +309,7 @@ class Clients:
             clip=history[-1].clip if history else None,
             most=most,
         )
-        return ClientCodec(roster, guard)
+        return ClientCodec(roster, privacy_engine)
 
 
 def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:

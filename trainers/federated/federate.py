@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Guard, Privacy, Spent
+from choral.privacy import ClientPrivacy, Privacy, PrivacyEngine, Spent
 from choral.protocols import Plain
 from choral.protocols.interface import SecureSum, SumSession
 from choral.protocols.masking.policy import Policy, check_policy
@@ -52,7 +52,7 @@ from choral.trainers.setup import (
     clips_of,
     describe,
     evaluated,
-    open_guards,
+    open_privacy_engines,
     recorded_model,
     rounds_paid_for,
 )
@@ -187,12 +187,12 @@ def federate(
         releases=tuple(asdict(release) for release in algorithm.releases),
     )
 
-    def trainer_of(guards: Mapping[str, Guard]) -> tuple[Resident, LocalTrainer]:
+    def trainer_of(privacy_engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:
         resident = Resident(
             build=build,
             fit=fit,
             datasets=census.datasets,
-            guards=guards,
+            privacy_engines=privacy_engines,
             seed=seed,
             device=on,
             loss=loss,
@@ -210,7 +210,7 @@ def federate(
     if ranks is not None:
         _check_shared(ranks, records, out, len(parties))
         if ranks.rank:
-            return ranks.follow(lambda told: trainer_of(_guards_here(ranks, told, records, examples))[1])
+            return ranks.follow(lambda told: trainer_of(_privacy_engines_here(ranks, told, records, examples))[1])
     with (
         led(ranks) as share,
         Recorder.open(out, info, resume=resume) as recorder,
@@ -219,22 +219,22 @@ def federate(
     ):
         clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
         rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
-        guards = open_guards(records, examples, recorder.ledger_folder, rounds_left, clips)
-        recorder.keep({name: guard.ledger for name, guard in guards.items()})
+        privacy_engines = open_privacy_engines(records, examples, recorder.ledger_folder, rounds_left, clips)
+        recorder.keep({name: engine.ledger for name, engine in privacy_engines.items()})
         last_round, reason = (
-            clients.rounds_paid_for(rounds, 1) if clients else rounds_paid_for(guards, recorder, rounds)
+            clients.rounds_paid_for(rounds, 1) if clients else rounds_paid_for(privacy_engines, recorder, rounds)
         )
         if reason and last_round <= recorder.completed:
             if recorder.awaits(evaluate_party):
                 final = recorded_model(recorder, build, parties)
                 recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
-            return share(recorder.end(reason, clients.spent() if clients else _spent(guards)))
-        resident, trainer = trainer_of(guards)
+            return share(recorder.end(reason, clients.spent() if clients else _spent(privacy_engines)))
+        resident, trainer = trainer_of(privacy_engines)
         resident.check_batches()
         if ranks is not None:
             folder = recorder.ledger_folder
             ranks.begin(RankSetup(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))
-            trainer = Sharded(ranks, trainer, examples, sticky=bool(guards))
+            trainer = Sharded(ranks, trainer, examples, sticky=bool(privacy_engines))
         federation = FederationInfo(
             parties=len(parties),
             length=resident.layout.length,
@@ -259,7 +259,7 @@ def federate(
                     channel,
                     bound=value_bound,
                     value_bits=value_bits,
-                    guards=guards,
+                    privacy_engines=privacy_engines,
                     cap=federation.largest,
                     roster=roster,
                     in_clear=secure_sum.name == "plain" and transcript is None,
@@ -329,7 +329,7 @@ def federate(
                 simulated_start=simulated if participation.timed else None,
                 simulated_seconds=traffic.seconds if participation.timed else None,
             )
-            running.memory.clips = {} if ranks is not None else clips_of(guards)  # other ranks keep theirs
+            running.memory.clips = {} if ranks is not None else clips_of(privacy_engines)  # other ranks keep theirs
             recorder.add(entry, resident.model, spent, algorithm_state=running.memory, sealed=seen.sealed)
             if on_round:
                 on_round(entry)
@@ -367,14 +367,14 @@ def _check_shared(ranks: RankGroup, privacy: Privacy | None, out: str | Path | N
         )
 
 
-def _guards_here(
+def _privacy_engines_here(
     ranks: RankGroup, told: RankSetup, privacy: Privacy | None, examples: Mapping[str, int]
-) -> dict[str, Guard]:
-    """The guards of the parties that stay at this rank."""
+) -> dict[str, PrivacyEngine]:
+    """The privacy engines of the parties that stay at this rank."""
     if privacy is None:
         return {}
     here = {party: examples[party] for party in ranks.parties_of(ranks.rank, examples)}
-    return open_guards(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
+    return open_privacy_engines(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
 
 
 def _complete(
@@ -389,5 +389,5 @@ def _complete(
     )
 
 
-def _spent(guards: Mapping[str, Guard]) -> dict[str, Spent]:
-    return {name: guard.spent() for name, guard in guards.items()}
+def _spent(privacy_engines: Mapping[str, PrivacyEngine]) -> dict[str, Spent]:
+    return {name: engine.spent() for name, engine in privacy_engines.items()}

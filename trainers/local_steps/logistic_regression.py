@@ -92,7 +92,7 @@ class ClosedForm:
                 f" {decay}",
                 hint="what the task's fit does",
             )
-        if resident.guards:
+        if resident.privacy_engines:
             raise ConfigError(
                 "the closed form has no gradients of single records to clip and make noisy",
                 hint="leave out engine, or use ClientPrivacy",
@@ -149,7 +149,12 @@ class ClosedForm:
             dataset = TensorDataset(*(tensor[:count] for tensor in dataset.tensors))
         known = self._resident
         twin = Resident(
-            build=known.build, fit=known.fit, datasets={party: dataset}, guards={}, seed=known.seed, device=known.device
+            build=known.build,
+            fit=known.fit,
+            datasets={party: dataset},
+            privacy_engines={},
+            seed=known.seed,
+            device=known.device,
         )
         weights = torch.linspace(-1, 1, self.length) / self.length**0.5
         [(_, made)] = twin.do([(party, Train(counts=True))], weights, 1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from choral.doors import worded
 from choral.errors import ChoralError
-from choral.privacy import Guard, LedgerError
+from choral.privacy import LedgerError, PrivacyEngine
 from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.local_steps import linear_models as linear
 from choral.trainers.local_steps import subproblems as gradients
@@ -66,7 +66,7 @@ class Seat:
 class Resident:
     """The resident model of this process, and the seats of the parties that have had a turn: a LocalTrainer.
 
-    build, fit, loss: the user's functions. datasets: one per party. guards: one per party for record-level
+    build, fit, loss: the user's functions. datasets: one per party. privacy_engines: one per party for record-level
     differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
     start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
     how many parties keep theirs, the last ones that had a turn; by default all.
@@ -79,7 +79,7 @@ class Resident:
         build: Build,
         fit: Fit,
         datasets: Mapping[str, Any],
-        guards: Mapping[str, Guard],
+        privacy_engines: Mapping[str, PrivacyEngine],
         seed: int,
         device: torch.device,
         loss: Loss | None = None,
@@ -91,7 +91,13 @@ class Resident:
         rounds: int = 1,
     ) -> None:
         self.schedule, self.rounds = schedule or Schedule(), rounds
-        self.build, self.fit, self.loss, self.datasets, self.guards = build, fit, loss, datasets, guards
+        self.build, self.fit, self.loss, self.datasets, self.privacy_engines = (
+            build,
+            fit,
+            loss,
+            datasets,
+            privacy_engines,
+        )
         self.seed, self.device = seed, device
         self.arithmetic = arithmetic or Arithmetic(device)
         self.model = initial_model(build, datasets[next(iter(datasets)) if first is None else first], seed, start).to(
@@ -124,11 +130,11 @@ class Resident:
         A party fails with DivergedError if a result is NaN or infinite; TaskError if ``fit`` changed the model's shape,
         its buffers or its frozen parameters, trained something else, or if the work needs what the task or the model
         lacks; and with what the user's functions raise. The model is then put back as it was.
-        Raises: TaskError for a private party without a guard, and what `checked_build` does: another model than the
-            first party's suits nobody.
+        Raises: TaskError for a private party without a privacy engine, and what `checked_build` does: another
+            model than the first party's suits nobody.
         """
         for party, work in orders:
-            self._check_guard(party)
+            self._check_privacy_engine(party)
 
             def make(party: str = party, work: Work = work) -> Done:
                 with seeded(self.seed, round_number, party):
@@ -143,7 +149,7 @@ class Resident:
 
     def _train(self, party: str, work: Train, weights: torch.Tensor, round_number: int) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
-        self._check_guard(party)
+        self._check_privacy_engine(party)
         seat = self.seat(party)
         reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
         forget_workers(seat.loader)
@@ -152,13 +158,13 @@ class Resident:
         seat.groups.begin(seat.optimizer, self.rate_factor(round_number))
         self.model.train()
         model, optimizer, loader = self._training, seat.optimizer, seat.loader
-        if self.guards:
-            model, optimizer, loader = self.guards[party].wrap(model, optimizer, loader)
+        if self.privacy_engines:
+            model, optimizer, loader = self.privacy_engines[party].wrap(model, optimizer, loader)
             self._training = model
-        watched = bool(self.guards) or not self.schedule.constant
+        watched = bool(self.privacy_engines) or not self.schedule.constant
         with (
             corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
-            self.arithmetic.over(model, party, private=bool(self.guards)),
+            self.arithmetic.over(model, party, private=bool(self.privacy_engines)),
         ):
             returned = call(self.fit, model, optimizer, OnDevice.wrap(loader, self.device), round_number)
         check_returned(returned, (model, self.model), party)
@@ -181,11 +187,11 @@ class Resident:
             return Failed(error=raised_by(error, f"build at party {party!r}"))
         return None
 
-    def _check_guard(self, party: str) -> None:
-        """Raises: TaskError where a private party would be trained without a guard; this ends the run."""
-        if self.guards and party not in self.guards:
+    def _check_privacy_engine(self, party: str) -> None:
+        """Raises: TaskError where a private party would be trained without a privacy engine; this ends the run."""
+        if self.privacy_engines and party not in self.privacy_engines:
             raise TaskError(
-                f"party {party!r} has no guard here, and all parties of this run are private",
+                f"party {party!r} has no privacy engine here, and all parties of this run are private",
                 hint="all processes must be given the same parties, in the same order and of the same sizes",
             )
 
@@ -227,8 +233,8 @@ class Resident:
         Raises: UnsupportedLoaderError naming the party; what checked_build does.
         """
         if self.seats is None:
-            for party, guard in self.guards.items():
-                guard.sizes(self.seat(party).loader)
+            for party, privacy_engine in self.privacy_engines.items():
+                privacy_engine.sizes(self.seat(party).loader)
 
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
@@ -259,7 +265,7 @@ class Resident:
             )
         if steps.astray > 0.0 and torch.isfinite(change).all():
             lost = "what the algorithm or the schedule says of each step is not in the change"
-            if self.guards:
+            if self.privacy_engines:
                 lost = "what was changed has no noise"
             elif work.counts and not work.corrects:
                 lost = "the number of steps does not explain the change"

@@ -77,12 +77,12 @@ def test_a_federation_that_clips_too_late_is_caught(monkeypatch: pytest.MonkeyPa
 def test_a_federation_with_too_little_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = client_calibration.calibrate
     monkeypatch.setattr(client_calibration, "calibrate", lambda *given, **named: honest(*given, **named) / 30)
-    monkeypatch.setattr(client.ClientGuard, "begin", _begin_for_nothing)
+    monkeypatch.setattr(client.ClientPrivacyEngine, "begin", _begin_for_nothing)
     _, found = audit_clients(**JOB, privacy=PROMISE, canaries=100)
     assert found.finding == "violated", found.sentence
 
 
-def _begin_for_nothing(self: client.ClientGuard) -> client.ClientRound:
+def _begin_for_nothing(self: client.ClientPrivacyEngine) -> client.ClientRound:
     """The ledger is not asked, so that the cheat comes as far as the model."""
     return client.ClientRound(self, self.scheme.signs(self._source(32)), self._source)
 

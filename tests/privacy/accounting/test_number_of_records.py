@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.audits import audit_scores
-from choral.privacy import CorrelatedPrivacy, Guard, Ledger, Privacy
+from choral.privacy import CorrelatedPrivacy, Ledger, Privacy, PrivacyEngine
 
 RUNS, BATCH, WIDTH, EPSILON, DELTA, ALARM = 100, 10, 5000, 1.0, 1e-5, 1e-6
 EMPTY = torch.zeros(20, WIDTH)
@@ -34,8 +34,8 @@ def deviations(records: torch.Tensor, promise: Privacy) -> tuple[np.ndarray, flo
     found, expected = [], 0.0
     for _ in range(RUNS):
         model = nn.Linear(WIDTH, 2, bias=False)
-        guard = Guard(promise, holder="a", ledger=Ledger(), passes=1)
-        private, optimizer, loader = guard.wrap(
+        engine = PrivacyEngine(promise, holder="a", ledger=Ledger(), passes=1)
+        private, optimizer, loader = engine.wrap(
             model,
             torch.optim.SGD(model.parameters(), lr=0.1),
             DataLoader(TensorDataset(records), batch_size=BATCH, shuffle=True),
@@ -46,8 +46,8 @@ def deviations(records: torch.Tensor, promise: Privacy) -> tuple[np.ndarray, flo
             break
         assert model.weight.grad is not None
         found.append(float(model.weight.grad.std()))
-        assert guard.noise_multiplier is not None
-        expected = guard.noise_multiplier / BATCH
+        assert engine.noise_multiplier is not None
+        expected = engine.noise_multiplier / BATCH
     return np.array(found), expected
 
 

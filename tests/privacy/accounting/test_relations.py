@@ -11,7 +11,7 @@ import torch
 from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
 
 from choral.errors import ConfigError
-from choral.privacy import Guard, Ledger, Privacy
+from choral.privacy import Ledger, Privacy, PrivacyEngine
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import CLIENT_UNIT, PoissonSampledGaussian, relation_of, stated
 from choral.privacy.ledgers.spent import group_pair
@@ -71,9 +71,9 @@ def test_a_client_s_relation_is_no_record_s(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.jsonl")
     ledger.bind("clients", 1e-5, unit=CLIENT_UNIT)
     assert "client" in ledger.neighbours
-    assert Guard(Privacy(epsilon=1.0, delta=1e-5), holder="a", ledger=Ledger(), passes=1).spent().neighbours == (
-        "zero out one record"
-    )
+    assert PrivacyEngine(
+        Privacy(epsilon=1.0, delta=1e-5), holder="a", ledger=Ledger(), passes=1
+    ).spent().neighbours == ("zero out one record")
 
 
 # Several records of one person

@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy import CorrelatedPrivacy, Guard, Ledger, LedgerError, Privacy, Search, private_search
+from choral.privacy import CorrelatedPrivacy, Ledger, LedgerError, Privacy, PrivacyEngine, Search, private_search
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting import record_noise as calibration
 from choral.privacy.accounting.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
@@ -218,10 +218,10 @@ def test_a_promise_for_replaced_records_is_calibrated_charged_and_written_down_s
 
 def noise_for(problem: Any, kind: type[Privacy], neighbours: str) -> float:
     privacy = kind(epsilon=3.0, delta=1e-3, epochs=2, neighbours=neighbours)
-    guard, model = Guard(privacy, holder="a", ledger=Ledger(), passes=2), problem.model()
-    guard.wrap(model, sgd(model), problem.loader())
-    assert guard.noise_multiplier is not None
-    return guard.noise_multiplier
+    engine, model = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=2), problem.model()
+    engine.wrap(model, sgd(model), problem.loader())
+    assert engine.noise_multiplier is not None
+    return engine.noise_multiplier
 
 
 def test_a_ledger_keeps_to_one_relation(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
@@ -238,9 +238,9 @@ def test_a_ledger_keeps_to_one_relation(problem: Any, loop: Callable[..., int], 
 
 def test_two_promises_of_other_relations_may_not_share_a_ledger_that_is_still_empty(problem: Any) -> None:
     ledger = Ledger()
-    Guard(Privacy(epsilon=3.0, delta=1e-3), holder="a", ledger=ledger, passes=1)
+    PrivacyEngine(Privacy(epsilon=3.0, delta=1e-3), holder="a", ledger=ledger, passes=1)
     with pytest.raises(LedgerError, match="for the neighbours"):
-        Guard(Privacy(epsilon=3.0, delta=1e-3, neighbours=REPLACE_ONE), holder="a", ledger=ledger, passes=1)
+        PrivacyEngine(Privacy(epsilon=3.0, delta=1e-3, neighbours=REPLACE_ONE), holder="a", ledger=ledger, passes=1)
 
 
 @pytest.mark.parametrize("words", ["add or remove one record", "zero out", "replace one", "", 3, None])

@@ -17,8 +17,8 @@ from choral.errors import ConfigError
 from choral.privacy import (
     AdaptiveClip,
     BudgetExceededError,
-    ClientGuard,
     ClientPrivacy,
+    ClientPrivacyEngine,
     EncodingError,
     Ledger,
     LedgerError,
@@ -36,14 +36,14 @@ def promise(**changes: Any) -> ClientPrivacy:
     return ClientPrivacy(**({"epsilon": 6.0, "delta": 1e-5, "min_survivors": 12} | changes))
 
 
-def guard(
+def engine(
     privacy: ClientPrivacy | None = None, *, rounds: int = 4, ledger: Ledger | None = None, **changes: Any
 ) -> Any:
     given: dict[str, Any] = {"clients": CLIENTS, "length": LENGTH} | changes
-    return ClientGuard(privacy or promise(), rounds=rounds, ledger=ledger or Ledger(), **given)
+    return ClientPrivacyEngine(privacy or promise(), rounds=rounds, ledger=ledger or Ledger(), **given)
 
 
-def run_round(keeper: ClientGuard, survivors: int, updates: torch.Tensor | None = None) -> torch.Tensor:
+def run_round(keeper: ClientPrivacyEngine, survivors: int, updates: torch.Tensor | None = None) -> torch.Tensor:
     current = keeper.begin()
     updates = torch.zeros(survivors, keeper.length) if updates is None else updates
     return current.decode(sum(current.encode(update) for update in updates[:survivors]), survivors)
@@ -52,7 +52,7 @@ def run_round(keeper: ClientGuard, survivors: int, updates: torch.Tensor | None 
 @pytest.mark.parametrize("noise", ["distributed", "local", "central"])
 @pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam"])
 def test_the_promise_is_kept_to_the_last_round(noise: str, mechanism: str) -> None:
-    keeper = guard(promise(noise=noise, mechanism=mechanism))
+    keeper = engine(promise(noise=noise, mechanism=mechanism))
     for _ in range(4):
         run_round(keeper, 12)
     spent = keeper.spent()
@@ -66,7 +66,7 @@ def test_the_promise_is_kept_to_the_last_round(noise: str, mechanism: str) -> No
 def test_noise_is_where_it_was_said_to_be() -> None:
     """Deviation of the sum of 20 over the clip: z if central, z sqrt(20 / 11) if distributed, z sqrt(20) if local."""
     for noise, factor in (("central", 1.0), ("distributed", math.sqrt(20 / 11)), ("local", math.sqrt(20))):
-        keeper = guard(promise(noise=noise, clip=3.0), length=5000, rounds=2)
+        keeper = engine(promise(noise=noise, clip=3.0), length=5000, rounds=2)
         sums = 20 * run_round(keeper, 20).numpy()
         # 5,000 numbers: the sample deviation is within 6 % with false alarm 2e-9.
         assert sums.std() == pytest.approx(3.0 * keeper.ratio * factor, rel=0.06), noise
@@ -74,21 +74,21 @@ def test_noise_is_where_it_was_said_to_be() -> None:
 
 def test_more_survivors_than_the_least_cost_less_and_the_ledger_says_so() -> None:
     ledger = Ledger()
-    keeper = guard(ledger=ledger)
+    keeper = engine(ledger=ledger)
     run_round(keeper, 12)
     assert len(ledger.releases) == 1  # the least survived: nothing to settle
     run_round(keeper, 18)
     assert [release.shares for release in ledger.releases] == [11, 11, 17]
     assert ledger.releases[-1].settles
     assert keeper.spent().epsilon == ledger.epsilon(1e-5)
-    full = guard()
+    full = engine()
     for _ in range(2):
         run_round(full, 12)
     assert keeper.spent().epsilon < full.spent().epsilon
 
 
 def test_colluders_and_dropouts_size_the_noise() -> None:
-    few, many = guard(promise(colluders=1)), guard(promise(colluders=6))
+    few, many = engine(promise(colluders=1)), engine(promise(colluders=6))
     assert (few.holders, many.holders) == (11, 6)
     assert few.ratio == pytest.approx(many.ratio, rel=0.02)  # of what the adversary does not know
     shares = [keeper.scheme.share_variance / keeper.scheme.scale**2 for keeper in (few, many)]
@@ -103,7 +103,7 @@ def test_a_round_is_paid_for_before_anything_is_drawn(tmp_path: Path) -> None:
         drawn.append(len(Ledger(path).releases) if path.exists() else 0)
         return os_stream(count)
 
-    keeper = guard(ledger=Ledger(path), source=source)
+    keeper = engine(ledger=Ledger(path), source=source)
     current = keeper.begin()
     current.encode(torch.ones(LENGTH))
     assert drawn
@@ -114,8 +114,8 @@ def test_a_killed_round_stays_paid_at_its_worst(tmp_path: Path) -> None:
     path = tmp_path / "clients.jsonl"
     code = f"""
 import os, torch
-from choral.privacy import ClientGuard, ClientPrivacy, Ledger
-keeper = ClientGuard(ClientPrivacy(epsilon=6.0, delta=1e-5, min_survivors=12), clients=20, length=50, rounds=4,
+from choral.privacy import ClientPrivacyEngine, ClientPrivacy, Ledger
+keeper = ClientPrivacyEngine(ClientPrivacy(epsilon=6.0, delta=1e-5, min_survivors=12), clients=20, length=50, rounds=4,
                      ledger=Ledger({str(path)!r}))
 keeper.begin().encode(torch.ones(50))
 os.kill(os.getpid(), 9)
@@ -124,20 +124,20 @@ os.kill(os.getpid(), 9)
     assert ended.returncode == -9
     assert [release.shares for release in Ledger(path).releases] == [11]
     with pytest.raises(BudgetExceededError, match="is spent") as caught:
-        guard(ledger=Ledger(path), rounds=4)
+        engine(ledger=Ledger(path), rounds=4)
     assert "3 more are left" in caught.value.hint
-    again = guard(ledger=Ledger(path), rounds=3)
+    again = engine(ledger=Ledger(path), rounds=3)
     for _ in range(3):
         run_round(again, 12)
     assert Ledger(path).epsilon(1e-5) <= 6.0
-    assert again.ratio == guard(rounds=4).ratio  # the killed round is one of the four that were planned
+    assert again.ratio == engine(rounds=4).ratio  # the killed round is one of the four that were planned
     with pytest.raises(BudgetExceededError, match="is spent"):
-        guard(ledger=Ledger(path))
+        engine(ledger=Ledger(path))
 
 
 def test_a_second_federation_on_the_same_ledger_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "clients.jsonl"
-    first, second = guard(ledger=Ledger(path)), guard(ledger=Ledger(path))
+    first, second = engine(ledger=Ledger(path)), engine(ledger=Ledger(path))
     first.begin()
     with pytest.raises((LedgerError, BudgetExceededError)):
         second.begin()
@@ -146,7 +146,7 @@ def test_a_second_federation_on_the_same_ledger_is_noticed(tmp_path: Path) -> No
 
 def test_ledgers_of_records_and_of_clients_do_not_mix(tmp_path: Path) -> None:
     clients, records = tmp_path / "clients.jsonl", tmp_path / "records.jsonl"
-    guard(ledger=Ledger(clients)).begin()
+    engine(ledger=Ledger(clients)).begin()
     with pytest.raises(LedgerError, match="for each client, not for each record"):
         Privacy(epsilon=1.0, delta=1e-5, ledger=clients).spent()
     ledger = Ledger(records)
@@ -155,7 +155,7 @@ def test_ledgers_of_records_and_of_clients_do_not_mix(tmp_path: Path) -> None:
 
     ledger.append(PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.0, steps=1), after=0)
     with pytest.raises(LedgerError, match="for each record, not for each client"):
-        guard(ledger=Ledger(records))
+        engine(ledger=Ledger(records))
     with pytest.raises(LedgerError, match="for each client, not for each record"):
         Ledger(clients).append(ledger.events[0], after=1)
     mixed = clients.read_bytes().splitlines()[:1] + records.read_bytes().splitlines()[1:]
@@ -165,7 +165,7 @@ def test_ledgers_of_records_and_of_clients_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_too_few_survivors_are_never_decoded() -> None:
-    keeper = guard()
+    keeper = engine()
     current = keeper.begin()
     total = sum(current.encode(torch.zeros(LENGTH)) for _ in range(11))
     for survivors in (11, 21):
@@ -175,7 +175,7 @@ def test_too_few_survivors_are_never_decoded() -> None:
 
 def test_a_sum_is_decoded_once() -> None:
     """Central noise drawn twice on one sum could be averaged away."""
-    current = guard(promise(noise="central")).begin()
+    current = engine(promise(noise="central")).begin()
     total = sum(current.encode(torch.zeros(LENGTH)) for _ in range(12))
     current.decode(total, 12)
     with pytest.raises(PrivacyError, match="has been decoded"):
@@ -192,7 +192,7 @@ def test_the_mean_is_right_when_the_budget_is_large() -> None:
         promise(epsilon=1e4, clip=AdaptiveClip(start=clip, share=0.4), noise="distributed", bits=24),
         promise(epsilon=1e4, clip=AdaptiveClip(start=clip, share=0.4), noise="central"),
     ):
-        mean = run_round(guard(privacy, rounds=1), CLIENTS, updates)
+        mean = run_round(engine(privacy, rounds=1), CLIENTS, updates)
         assert mean.dtype == torch.float64
         assert torch.allclose(mean.float(), clipped.mean(0), atol=0.06 * clip / 20)
 
@@ -201,16 +201,16 @@ def test_the_mean_is_right_when_the_budget_is_large() -> None:
 def test_a_sum_of_few_among_a_million_has_the_noise_of_few(mechanism: str) -> None:
     """With room for a million in the modulus, the rounding alone would cost four times the noise."""
     privacy = promise(delta=1e-7, min_survivors=18, mechanism=mechanism)
-    few, many = (guard(privacy, clients=clients, length=1000, most=20) for clients in (20, 1_000_000))
+    few, many = (engine(privacy, clients=clients, length=1000, most=20) for clients in (20, 1_000_000))
     assert many.scheme == few.scheme
-    assert guard(privacy, clients=1_000_000, length=1000).ratio > 3 * many.ratio
+    assert engine(privacy, clients=1_000_000, length=1000).ratio > 3 * many.ratio
     current = many.begin()
     total = sum(current.encode(torch.zeros(1000)) for _ in range(21))
     with pytest.raises(TooFewClientsError, match="21 of 20 clients"):
         current.decode(total, 21)
     for most in (17, 1_000_001):
         with pytest.raises(ConfigError, match="in one sum at most"):
-            guard(privacy, clients=1_000_000, length=1000, most=most)
+            engine(privacy, clients=1_000_000, length=1000, most=most)
 
 
 @pytest.mark.parametrize("noise", ["distributed", "central"])
@@ -221,7 +221,7 @@ def test_the_clip_finds_the_quantile(noise: str) -> None:
     for start in (0.2, 20.0):
         adaptive = AdaptiveClip(start=start, quantile=0.3, rate=0.5, share=0.1)
         privacy = ClientPrivacy(epsilon=60.0, delta=1e-5, min_survivors=180, noise=noise, clip=adaptive)
-        keeper = ClientGuard(privacy, clients=200, length=LENGTH, rounds=25, ledger=Ledger())
+        keeper = ClientPrivacyEngine(privacy, clients=200, length=LENGTH, rounds=25, ledger=Ledger())
         found = []
         for _ in range(25):
             run_round(keeper, 200, updates)
@@ -232,7 +232,7 @@ def test_the_clip_finds_the_quantile(noise: str) -> None:
 def test_adaptive_clipping_pays_for_its_count() -> None:
     """z^-2 = z_update^-2 + (2 sigma_count)^-2, measured (Andrew et al. 2021, theorem 1): nothing is free."""
     share, length = 0.2, 3000
-    keeper = guard(promise(clip=AdaptiveClip(start=2.0, share=share), noise="central"), length=length, rounds=300)
+    keeper = engine(promise(clip=AdaptiveClip(start=2.0, share=share), noise="central"), length=length, rounds=300)
     noise_of_update, counts = [], []
     for _ in range(300):
         clip = keeper.clip
@@ -259,7 +259,7 @@ def test_the_clip_moves_as_published() -> None:
 
 
 def test_ledgers_and_errors_show_no_update() -> None:
-    keeper = guard()
+    keeper = engine()
     current = keeper.begin()
     for bad in (torch.full((LENGTH,), math.nan), torch.full((LENGTH,), 7.125e300, dtype=torch.float64) * math.inf):
         with pytest.raises(EncodingError) as caught:
@@ -303,25 +303,25 @@ def test_adaptive_clips_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_promises_that_a_federation_cannot_keep() -> None:
     with pytest.raises(ConfigError, match="below 1/n"):
-        guard(promise(delta=0.05))
+        engine(promise(delta=0.05))
     with pytest.raises(ConfigError, match="min_survivors is 12 of 11"):
-        guard(clients=11)
+        engine(clients=11)
     with pytest.raises(ConfigError, match="expected rounds >= 0"):
-        guard(rounds=-1)
+        engine(rounds=-1)
     with pytest.raises(ConfigError, match="4 bits are too few"):
-        guard(promise(bits=4), clients=1000)
+        engine(promise(bits=4), clients=1000)
     with pytest.raises(BudgetExceededError, match="no amount of noise"):
-        guard(promise(bits=10, epsilon=0.5, mechanism="skellam"), length=1 << 18, rounds=50)
-    assert guard(promise(min_survivors=None)).min_survivors == 11
+        engine(promise(bits=10, epsilon=0.5, mechanism="skellam"), length=1 << 18, rounds=50)
+    assert engine(promise(min_survivors=None)).min_survivors == 11
 
 
 def test_where_no_round_is_to_come_none_begins_and_the_encoding_is_that_of_the_plan() -> None:
     """A run that is over is opened again, to be evaluated or read, though no filter would admit one round more."""
     ledger = Ledger()
-    planned = guard(ledger=ledger, rounds=2)
+    planned = engine(ledger=ledger, rounds=2)
     for _ in range(2):
         planned.begin()
-    again = guard(ledger=ledger, rounds=0)
+    again = engine(ledger=ledger, rounds=0)
     assert again.encoding == planned.encoding
     with pytest.raises(BudgetExceededError, match="planned for 0 rounds"):
         again.begin()
@@ -329,6 +329,6 @@ def test_where_no_round_is_to_come_none_begins_and_the_encoding_is_that_of_the_p
 
 
 def test_clients_that_encode_differently_do_not_agree() -> None:
-    texts = {guard(privacy).encoding for privacy in (promise(), promise(bits=16), promise(mechanism="skellam"))}
+    texts = {engine(privacy).encoding for privacy in (promise(), promise(bits=16), promise(mechanism="skellam"))}
     assert len(texts) == 3
     assert all(len(text) <= 255 for text in texts)

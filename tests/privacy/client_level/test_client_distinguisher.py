@@ -2,7 +2,7 @@
 
 Neighbours: one client sends its update or the zero vector. The adversary knows every other update, the rotation and the
 colluders' messages, sees what the mechanism shows to it, and thresholds the projection on the client's update, which is
-the likelihood-ratio test. Everything goes through `ClientGuard`, `encode`, the sum modulo 2^bits and `decode`.
+the likelihood-ratio test. Everything goes through `ClientPrivacyEngine`, `encode`, the sum modulo 2^bits and `decode`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from choral.privacy import AdaptiveClip, ClientGuard, ClientPrivacy, Ledger
+from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine, Ledger
 from choral.privacy.client_level import central, distributed
 from choral.privacy.client_level.client import ClientRound
 
@@ -62,8 +62,8 @@ def test_distributed(
         epsilon=3.0, delta=1e-4, min_survivors=survivors, colluders=colluders, mechanism=mechanism, bits=20
     )
     ledger = Ledger()
-    guard = ClientGuard(privacy, clients=clients, length=length, rounds=1, ledger=ledger)
-    current = guard.begin()
+    engine = ClientPrivacyEngine(privacy, clients=clients, length=length, rounds=1, ledger=ledger)
+    current = engine.begin()
     total = np.zeros(length, np.int64)
     update = torch.zeros(length)
     for k in range(survivors):
@@ -91,35 +91,35 @@ def test_local(
     """The server sees each message by itself."""
     lessen(monkeypatch, cheat)
     privacy = ClientPrivacy(epsilon=1.05, delta=DELTA, noise="local", mechanism=mechanism, bits=20)
-    guard = ClientGuard(privacy, clients=5, length=1, rounds=1, ledger=Ledger())
-    current = guard.begin()
+    engine = ClientPrivacyEngine(privacy, clients=5, length=1, rounds=1, ledger=Ledger())
+    current = engine.begin()
     without, with_it = (
-        np.array([guard.scheme.decode(current.encode(update), 1.0, current._signs)[0] for _ in range(TRIALS)])
+        np.array([engine.scheme.decode(current.encode(update), 1.0, current._signs)[0] for _ in range(TRIALS)])
         for update in (torch.zeros(1), torch.full((1,), 5.0))
     )
-    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), guard.spent().epsilon, cheat)
+    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), engine.spent().epsilon, cheat)
 
 
 @cheats
 def test_central(monkeypatch: pytest.MonkeyPatch, proved_epsilon: Callable[..., float], cheat: int) -> None:
     """Whoever sees the mean, noisy by the server: `TRIALS` first rounds."""
     lessen(monkeypatch, cheat)
-    guard = ClientGuard(
+    engine = ClientPrivacyEngine(
         ClientPrivacy(epsilon=1.05, delta=DELTA, noise="central"), clients=5, length=2, rounds=1, ledger=Ledger()
     )
     others = torch.tensor([[0.3, 0.1], [-9.0, 2.0], [0.0, 0.5]])
-    current = guard.begin()
+    current = engine.begin()
     known = np.sum([current.encode(update) for update in others], axis=0)
 
     def release(update: torch.Tensor) -> float:
-        fresh = ClientRound(guard, None, current._source)  # the same sum again, with other noise
+        fresh = ClientRound(engine, None, current._source)  # the same sum again, with other noise
         mean = fresh.decode(known + fresh.encode(update), 4)
-        return float((4 * mean.numpy() - known * guard.scheme.grid) @ (0.6, 0.8))
+        return float((4 * mean.numpy() - known * engine.scheme.grid) @ (0.6, 0.8))
 
     without, with_it = (
         np.array([release(update) for _ in range(TRIALS)]) for update in (torch.zeros(2), torch.tensor([3.0, 4.0]))
     )
-    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), guard.spent().epsilon, cheat)
+    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), engine.spent().epsilon, cheat)
 
 
 SHARE = 0.95  # of the squared sensitivity, to the count
@@ -133,24 +133,24 @@ def test_the_count_of_adaptive_clipping(
     lessen(monkeypatch, cheat)
     adaptive = AdaptiveClip(start=1.0, share=SHARE, quantile=0.5, rate=0.2)
     privacy = ClientPrivacy(epsilon=1.05, delta=DELTA, noise="central", clip=adaptive)
-    guard = ClientGuard(privacy, clients=9, length=2, rounds=1, ledger=Ledger())
-    current = guard.begin()
+    engine = ClientPrivacyEngine(privacy, clients=9, length=2, rounds=1, ledger=Ledger())
+    current = engine.begin()
     others = torch.tensor(
         [[0.3, 0.1]] * 4 + [[-9.0, 2.0]] * 4
     )  # four shorter, four longer: the noisy share is about 1/2
     known = np.sum([current.encode(update) for update in others], axis=0)
 
     def release(update: torch.Tensor) -> float:
-        guard.clip = adaptive.start
-        fresh = ClientRound(guard, None, current._source)
+        engine.clip = adaptive.start
+        fresh = ClientRound(engine, None, current._source)
         fresh.decode(known + fresh.encode(update), 9)
-        within = adaptive.quantile - math.log(guard.clip / adaptive.start) / adaptive.rate
+        within = adaptive.quantile - math.log(engine.clip / adaptive.start) / adaptive.rate
         return (0.5 - within) * 2 * 9 * math.sqrt(SHARE)  # 0 without the client, sqrt(SHARE) with it
 
     without, with_it = (
         np.array([release(update) for _ in range(TRIALS)]) for update in (torch.zeros(2), torch.tensor([3.0, 4.0]))
     )
-    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), guard.spent().epsilon, cheat)
+    check(proved_epsilon(with_it, without, THRESHOLDS, delta=DELTA, alarm=ALARM), engine.spent().epsilon, cheat)
 
 
 @pytest.mark.parametrize("noise", ["central", "local", "distributed"])
@@ -161,9 +161,9 @@ def test_zeroing_out_an_update_moves_its_message_by_no_more_than_the_sensitivity
     """Adaptive clipping, too: did the zero update say "short", one that says "long" would be too far from it."""
     monkeypatch.setattr(distributed, "table", lambda *_: SimpleNamespace(draw=lambda *_: 0, reach=0))
     privacy = ClientPrivacy(epsilon=8.0, delta=1e-3, noise=noise, clip=AdaptiveClip(start=1.0, share=share))
-    guard = ClientGuard(privacy, clients=20, length=15, rounds=1, ledger=Ledger())
-    current = guard.begin()
-    most = guard.scheme.sensitivity_squared if noise != "central" else guard.scheme.grid**-2
+    engine = ClientPrivacyEngine(privacy, clients=20, length=15, rounds=1, ledger=Ledger())
+    current = engine.begin()
+    most = engine.scheme.sensitivity_squared if noise != "central" else engine.scheme.grid**-2
     zero = current.encode(torch.zeros(15))
     assert not zero.any()
     for norm in (1e-9, 0.5, 0.9999, 1.0001, 50.0):

@@ -28,10 +28,10 @@ from choral.privacy import (
     BudgetExceededError,
     CorrelatedGaussian,
     CorrelatedPrivacy,
-    Guard,
     Ledger,
     LedgerError,
     Privacy,
+    PrivacyEngine,
     PrivacyError,
 )
 from choral.privacy.accounting import record_level as accounting
@@ -153,13 +153,13 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
 
 
 def test_passes_beyond_the_plan_are_refused(problem: Any, loop: Callable[..., int]) -> None:
-    guard = Guard(promised(epochs=9), holder="a", ledger=Ledger(), passes=2)
+    engine = PrivacyEngine(promised(epochs=9), holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
-    wrapped = guard.wrap(model, sgd(model), problem.loader())
+    wrapped = engine.wrap(model, sgd(model), problem.loader())
     loop(*wrapped, epochs=2)
     with pytest.raises(BudgetExceededError, match="planned for 2 passes"):
         loop(*wrapped)
-    assert guard.spent().epsilon <= 3.0
+    assert engine.spent().epsilon <= 3.0
 
 
 def test_an_early_end_pays_for_the_passes_begun(problem: Any, loop: Callable[..., int]) -> None:
@@ -180,12 +180,12 @@ def test_an_early_end_pays_for_the_passes_begun(problem: Any, loop: Callable[...
 
 def test_rounds_go_on_with_the_same_noise(problem: Any, loop: Callable[..., int]) -> None:
     """As federate() does: a wrap for each round, an optimizer for each, one stream."""
-    guard = Guard(promised(epochs=1), holder="a", ledger=Ledger(), passes=5)
+    engine = PrivacyEngine(promised(epochs=1), holder="a", ledger=Ledger(), passes=5)
     model = problem.model()
     for _ in range(5):
-        loop(*guard.wrap(model, sgd(model), problem.loader()))
-    assert [event.number for event in guard.ledger.events] == [1, 2, 3, 4, 5]
-    assert 2.99 < guard.spent().epsilon <= 3.0
+        loop(*engine.wrap(model, sgd(model), problem.loader()))
+    assert [event.number for event in engine.ledger.events] == [1, 2, 3, 4, 5]
+    assert 2.99 < engine.spent().epsilon <= 3.0
 
 
 def test_a_pass_that_was_broken_off_ends_the_correlation(problem: Any, loop: Callable[..., int]) -> None:
@@ -233,9 +233,9 @@ def test_new_noise_owes_nothing_to_the_old() -> None:
 def test_a_resumed_run_has_new_noise_and_what_is_left(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     model = problem.model()
-    first = Guard(promised(epochs=8), holder="a", ledger=Ledger(path), passes=8)
+    first = PrivacyEngine(promised(epochs=8), holder="a", ledger=Ledger(path), passes=8)
     loop(*first.wrap(model, sgd(model), problem.loader()), epochs=3)
-    second = Guard(promised(epochs=5), holder="a", ledger=Ledger(path, holder="a"), passes=5)
+    second = PrivacyEngine(promised(epochs=5), holder="a", ledger=Ledger(path, holder="a"), passes=5)
     loop(*second.wrap(model, sgd(model), problem.loader()), epochs=5)
     events = Ledger(path).events
     assert [event.number for event in events] == [1, 2, 3, 1, 2, 3, 4, 5]
@@ -243,7 +243,7 @@ def test_a_resumed_run_has_new_noise_and_what_is_left(problem: Any, loop: Callab
     assert 2.99 < spent.guarantee <= 3.0  # of the whole plan, one stream of eight passes
     assert 2.8 < spent.epsilon < spent.guarantee  # a stream begun anew is cheaper
     with pytest.raises(BudgetExceededError, match=r"is spent|too little"):
-        Guard(PRIVACY, holder="a", ledger=Ledger(path), passes=1).wrap(model, sgd(model), problem.loader())
+        PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(path), passes=1).wrap(model, sgd(model), problem.loader())
 
 
 def test_the_file_holds_the_strategy_and_no_noise(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
@@ -376,8 +376,8 @@ def test_noise_in_the_sum_of_the_steps_is_what_the_strategy_says(make_problem: A
     for privacy in (promised(), promised(mechanism="tree"), promised(mechanism="banded", bands=3)):
         model = nn.Linear(6, 500, bias=False)
         nn.init.zeros_(model.weight)
-        guard = Guard(privacy, holder="a", ledger=Ledger(), passes=4)
-        private, optimizer, loader = guard.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0), problem.loader())
+        engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=4)
+        private, optimizer, loader = engine.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0), problem.loader())
         at = []
         for _ in range(4):
             for x, _ in loader:
@@ -387,7 +387,7 @@ def test_noise_in_the_sum_of_the_steps_is_what_the_strategy_says(make_problem: A
         strategy = privacy.strategy(10, 4)
         errors = strategy.errors(10, 4)
         for number, total in enumerate(at):
-            scale = guard.noise_multiplier * math.sqrt(errors[10 * number + 9])  # type: ignore[operator]
+            scale = engine.noise_multiplier * math.sqrt(errors[10 * number + 9])  # type: ignore[operator]
             assert stats.chi2.cdf((total**2).sum() / scale**2, len(total)) > ALARM
             assert stats.chi2.cdf((total**2).sum() / (scale * (1 + 2**-10)) ** 2, len(total)) < 1 - ALARM
 
@@ -426,12 +426,12 @@ def test_a_step_without_a_pass_is_refused() -> None:
 
 
 def test_parameters_that_come_or_go_between_rounds_are_refused(problem: Any, loop: Callable[..., int]) -> None:
-    guard = Guard(promised(epochs=1), holder="a", ledger=Ledger(), passes=3)
+    engine = PrivacyEngine(promised(epochs=1), holder="a", ledger=Ledger(), passes=3)
     model = problem.model()
-    loop(*guard.wrap(model, sgd(model), problem.loader()))
+    loop(*engine.wrap(model, sgd(model), problem.loader()))
     larger = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
     with pytest.raises(PrivacyError, match="for 83 parameters, now there are 93"):
-        loop(*guard.wrap(larger, sgd(larger), problem.loader()))
+        loop(*engine.wrap(larger, sgd(larger), problem.loader()))
 
 
 class Stream(IterableDataset[int]):
@@ -451,12 +451,12 @@ def test_loaders_without_fixed_batches_are_refused(problem: Any, make_problem: A
             promised().wrap(model, sgd(model), loader)
 
 
-def test_another_dataset_under_the_same_guard_is_refused(problem: Any, make_problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+def test_another_dataset_under_the_same_engine_is_refused(problem: Any, make_problem: Any) -> None:
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
-    guard.wrap(model, sgd(model), problem.loader())
+    engine.wrap(model, sgd(model), problem.loader())
     with pytest.raises(UnsupportedLoaderError, match="calibrated for"):
-        guard.wrap(model, sgd(model), make_problem(n=201).loader())
+        engine.wrap(model, sgd(model), make_problem(n=201).loader())
 
 
 def test_more_bands_than_steps_in_a_pass_are_refused(problem: Any) -> None:

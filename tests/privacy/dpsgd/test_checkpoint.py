@@ -22,7 +22,7 @@ from choral.privacy import (
 )
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting import record_noise as calibration
-from choral.privacy.dpsgd.engine import Guard
+from choral.privacy.dpsgd.engine import PrivacyEngine
 
 PROMISE = {"epsilon": 3.0, "delta": 1e-3, "epochs": 6, "max_grad_norm": AdaptiveClip(start=2.0)}
 
@@ -152,15 +152,15 @@ def test_a_forged_checkpoint_cannot_spend_more(problem: Any, tmp_path: Path) -> 
 
 def test_a_refused_checkpoint_leaves_no_plan_behind(problem: Any) -> None:
     privacy = Privacy(**{**PROMISE, "epochs": 1})
-    guard = Guard(privacy, holder="a", ledger=Ledger(), passes=1)
+    engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=1)
     model = problem.model()
 
     def wrap(resume: Any) -> Any:
-        return guard.wrap(model, torch.optim.Adam(model.parameters()), problem.loader(), resume=resume)[1]
+        return engine.wrap(model, torch.optim.Adam(model.parameters()), problem.loader(), resume=resume)[1]
 
     state = wrap(None).state_dict()
-    other = Guard(privacy, holder="a", ledger=Ledger(), passes=1)
-    guard = other
+    other = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=1)
+    engine = other
     with pytest.raises(BudgetExceededError):
         wrap({**state, "privacy": {**state["privacy"], "noise_multiplier": 0.1}})
     event = calibration.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)

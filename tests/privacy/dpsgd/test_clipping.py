@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Guard, Ledger, PerLayerClip, Privacy, PrivacyError
+from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Ledger, PerLayerClip, Privacy, PrivacyEngine, PrivacyError
 from choral.privacy.dpsgd.clipping import ClippingNorm, norm_of_all
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import os_stream
@@ -194,12 +194,12 @@ def test_adaptive_clipping_costs_what_flat_does(problem: Any, loop: Any) -> None
 
 
 def test_the_clip_is_kept_from_round_to_round(problem: Any, loop: Any) -> None:
-    guard = Guard(
+    engine = PrivacyEngine(
         Privacy(epsilon=3.0, delta=1e-3, max_grad_norm=AdaptiveClip(start=5.0)), holder="a", ledger=Ledger(), passes=2
     )
     model, norms = problem.model(), []
     for _ in range(2):
-        wrapped = guard.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
+        wrapped = engine.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
         norms.append(wrapped[1].max_grad_norm)
         loop(*wrapped)
     assert norms[0] == 5.0

@@ -2,9 +2,9 @@
 
 Neighbours: one record is in the data or is not. Each of the `RECORDS` records has a gradient of norm far above C along
 a coordinate of its own, so its coordinate of every release is its being sampled (0 or 1) plus noise, independent of all
-others: one training through `Guard.wrap`, with its loader, sampler, clipping and noise, is that many trials with the
-record, and the coordinates that no record has are as many without it. The adversary sees every release, knows the
-sample rate and the noise, and makes the likelihood-ratio test, at thresholds fixed beforehand.
+others: one training through `PrivacyEngine.wrap`, with its loader, sampler, clipping and noise, is that many trials
+with the record, and the coordinates that no record has are as many without it. The adversary sees every release, knows
+the sample rate and the noise, and makes the likelihood-ratio test, at thresholds fixed beforehand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from choral.privacy import Ledger, Privacy
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.dpsgd import poisson_loader as loader
 from choral.privacy.dpsgd import private_optimizer as step
-from choral.privacy.dpsgd.engine import Guard
+from choral.privacy.dpsgd.engine import PrivacyEngine
 
 RECORDS, RATE, PASSES = 2500, 0.2, 4
 DELTA = 0.05  # at which the ledger's cost, 1.29, is held against what is found
@@ -46,9 +46,9 @@ class Directions(Dataset[torch.Tensor]):
 
 def training(ledger: Ledger) -> tuple[np.ndarray, float]:
     """All releases in clipping norms, shape (steps, 2 * RECORDS), and the noise multiplier that is promised."""
-    guard = Guard(Privacy(epsilon=4.0, delta=1e-4, epochs=PASSES), holder="a", ledger=ledger, passes=PASSES)
+    engine = PrivacyEngine(Privacy(epsilon=4.0, delta=1e-4, epochs=PASSES), holder="a", ledger=ledger, passes=PASSES)
     model = nn.Linear(2 * RECORDS, 1, bias=False)
-    private, optimizer, batches = guard.wrap(
+    private, optimizer, batches = engine.wrap(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         DataLoader(Directions(), batch_size=int(RATE * RECORDS), shuffle=True),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from choral.privacy import ClientGuard, ClientPrivacy, Guard, Ledger, LedgerError, Privacy
+from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger, LedgerError, Privacy, PrivacyEngine
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.dpsgd import poisson_loader as loader
 from choral.privacy.dpsgd import private_optimizer as step
@@ -131,19 +131,19 @@ def test_no_noise_is_drawn_and_nobody_is_sampled_for_what_was_not_written(
     monkeypatch.setattr(step, "grid_gaussian", lambda *args: drawn.append("noise") or noise(*args))
     monkeypatch.setattr(loader, "poisson_sample", lambda *args: drawn.append("sample") or sample(*args))
     privacy = Privacy(epsilon=5.0, delta=1e-3, epochs=2)
-    guard = Guard(privacy, holder="a", ledger=Ledger(path), passes=2)
+    engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(path), passes=2)
     model = problem.model()
-    wrapped = guard.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
+    wrapped = engine.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
     for known in (0, 1):
         with room_until((path.stat().st_size if known else 0) + 50), pytest.raises(LedgerError, match="be written"):
             loop(*wrapped)
         assert drawn == []
-        assert len(guard.ledger.events) == known
+        assert len(engine.ledger.events) == known
         loop(*wrapped)
         assert len(Ledger(path).events) == known + 1
         assert {"noise", "sample"} == set(drawn)
         drawn.clear()
-    assert guard.spent().epsilon <= 5.0
+    assert engine.spent().epsilon <= 5.0
 
 
 def test_no_sum_of_clients_is_begun_that_was_not_written(path: Path) -> None:
@@ -154,11 +154,11 @@ def test_no_sum_of_clients_is_begun_that_was_not_written(path: Path) -> None:
         return os_stream(count)
 
     privacy = ClientPrivacy(epsilon=6.0, delta=1e-5, min_survivors=12)
-    guard = ClientGuard(privacy, clients=20, length=5, rounds=1, ledger=Ledger(path), source=source)
+    engine = ClientPrivacyEngine(privacy, clients=20, length=5, rounds=1, ledger=Ledger(path), source=source)
     with room_until(50), pytest.raises(LedgerError, match="cannot be written"):
-        guard.begin()
-    assert (drawn, guard.ledger.releases, path.exists()) == ([], (), False)
-    guard.begin()  # the round that was planned is still to be had
+        engine.begin()
+    assert (drawn, engine.ledger.releases, path.exists()) == ([], (), False)
+    engine.begin()  # the round that was planned is still to be had
     assert len(Ledger(path).releases) == 1
 
 

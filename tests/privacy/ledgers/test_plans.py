@@ -12,13 +12,13 @@ import torch
 from choral.errors import ConfigError
 from choral.privacy import (
     BudgetExceededError,
-    ClientGuard,
     ClientPrivacy,
+    ClientPrivacyEngine,
     CorrelatedPrivacy,
-    Guard,
     Ledger,
     LedgerError,
     Privacy,
+    PrivacyEngine,
     private_search,
 )
 from choral.privacy.accounting import record_level as accounting
@@ -103,7 +103,7 @@ def test_a_second_plan_is_what_the_filter_leaves(problem: Any, loop: Callable[..
 def test_a_new_plan_ends_the_old_one(problem: Any, loop: Callable[..., int]) -> None:
     """Its passes were given up for what the filter left."""
     ledger = Ledger()
-    old = Guard(Privacy(epsilon=1.0, delta=DELTA, epochs=4), holder="data", ledger=ledger, passes=4)
+    old = PrivacyEngine(Privacy(epsilon=1.0, delta=DELTA, epochs=4), holder="data", ledger=ledger, passes=4)
     model = problem.model()
     wrapped = old.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader())
     loop(*wrapped)
@@ -225,10 +225,10 @@ def test_more_survivors_are_printed_and_not_subtracted() -> None:
     ledger = Ledger()
     promise = ClientPrivacy(epsilon=6.0, delta=1e-5, min_survivors=12, ledger=ledger)
 
-    def guard(rounds: int) -> ClientGuard:
-        return ClientGuard(promise, clients=20, length=5, rounds=rounds, ledger=ledger)
+    def engine(rounds: int) -> ClientPrivacyEngine:
+        return ClientPrivacyEngine(promise, clients=20, length=5, rounds=rounds, ledger=ledger)
 
-    first = guard(4)
+    first = engine(4)
     for _ in range(3):
         current = first.begin()
         current.decode(sum(current.encode(np.ones(5)) for _ in range(20)), 20)
@@ -237,8 +237,8 @@ def test_more_survivors_are_printed_and_not_subtracted() -> None:
     assert spent.guarantee == client_epsilon([worst] * 4, 1e-5) > 5.9
     assert spent.epsilon < 4.0
     with pytest.raises(BudgetExceededError, match="is spent"):
-        guard(2)
-    assert guard(1).ratio == first.ratio  # the round that is left of the plan
+        engine(2)
+    assert engine(1).ratio == first.ratio  # the round that is left of the plan
 
 
 def test_a_second_plan_for_clients_counts_who_was_there() -> None:
@@ -247,15 +247,15 @@ def test_a_second_plan_for_clients_counts_who_was_there() -> None:
 
     ledger = Ledger()
 
-    def guard(epsilon: float) -> ClientGuard:
+    def engine(epsilon: float) -> ClientPrivacyEngine:
         promise = ClientPrivacy(epsilon=epsilon, delta=1e-5, min_survivors=12)
-        return ClientGuard(promise, clients=20, length=5, rounds=2, ledger=ledger)
+        return ClientPrivacyEngine(promise, clients=20, length=5, rounds=2, ledger=ledger)
 
-    first = guard(2.0)
+    first = engine(2.0)
     for _ in range(2):
         current = first.begin()
         current.decode(sum(current.encode(np.ones(5)) for _ in range(20)), 20)
-    second = guard(6.0)
+    second = engine(6.0)
     worst = second.scheme.release(second.holders)
     for _ in range(2):
         second.begin()

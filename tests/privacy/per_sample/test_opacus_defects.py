@@ -3,7 +3,7 @@
 Those that are not here are tested where the code is:
 
 - samplers and batch samplers of any class, workers, collate functions: test_loader.test_refused and its neighbours;
-- drop_last, steps per epoch, a dataset smaller than a batch: test_guard.test_rate_and_steps, test_batches_of_more_...;
+- drop_last, steps per epoch, a dataset smaller than a batch: test_engine.test_rate_and_steps, test_batches_of_more_...;
 - adaptive clipping: an empty batch (test_clipping.test_adaptive_clipping_survives_empty_batches), counts over virtual
   batches (test_adaptive_counts_are_kept_over_chunks), what it costs (test_adaptive_clipping_costs_what_flat_does and,
   of the noise itself, test_adaptive_sum_and_count_are_one_vector_no_longer_than_one);
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from choral.privacy import AdaptiveClip, Guard, Ledger, Privacy, UnsupportedLoaderError, UnsupportedModelError
+from choral.privacy import AdaptiveClip, Ledger, Privacy, PrivacyEngine, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting import record_noise as calibration
 from choral.privacy.accounting.events import PoissonSampledGaussian
@@ -91,17 +91,17 @@ def test_noise_does_not_replay_from_the_seed(problem: Any) -> None:
 
 
 def test_spending_is_known_before_the_first_step(problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=1)
-    assert guard.spent().epsilon == 0.0
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=1)
+    assert engine.spent().epsilon == 0.0
 
 
 def test_steps_are_counted_and_not_phases(problem: Any, loop: Callable[..., int]) -> None:
     """Opacus: len(accountant) counts runs of equal settings."""
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
     for _ in range(2):
-        loop(*guard.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
-    assert guard.spent().steps == 20
+        loop(*engine.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
+    assert engine.spent().steps == 20
 
 
 def test_the_count_of_adaptive_clipping_is_accounted_for(problem: Any) -> None:
@@ -112,7 +112,7 @@ def test_the_count_of_adaptive_clipping_is_accounted_for(problem: Any) -> None:
     share = 1.0 / (2 * 0.6) ** 2
     privacy = Privacy(epsilon=3.0, delta=1e-3, max_grad_norm=AdaptiveClip(share=share))
     ledger, model = Ledger(), problem.model()
-    wrapped = Guard(privacy, holder="a", ledger=ledger, passes=1).wrap(
+    wrapped = PrivacyEngine(privacy, holder="a", ledger=ledger, passes=1).wrap(
         model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()
     )
     next(iter(wrapped[2]))
@@ -141,7 +141,7 @@ def test_several_processes_on_one_dataset_are_refused(tmp_path: Path) -> None:
 import sys, torch
 from torch import distributed
 from torch.utils.data import DataLoader, TensorDataset
-from choral.privacy import Guard, Ledger, Privacy, PrivacyError
+from choral.privacy import PrivacyEngine, Ledger, Privacy, PrivacyError
 loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.zeros(40)), batch_size=10)
 model = torch.nn.Linear(6, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -153,7 +153,7 @@ try:
     print("wrapped")
 except PrivacyError as error:
     print(error)
-    Guard(privacy, holder=f"party {{sys.argv[1]}}", ledger=Ledger(), passes=1).wrap(model, optimizer, loader)
+    PrivacyEngine(privacy, holder=f"party {{sys.argv[1]}}", ledger=Ledger(), passes=1).wrap(model, optimizer, loader)
     print("its own data")
 """
     for size, said in ((1, ["wrapped"]), (2, ["torch.distributed runs 2 processes", "its own data"])):
@@ -171,9 +171,9 @@ def test_epsilon_is_of_the_life_of_the_data_not_of_a_round(problem: Any, loop: C
     generous = Privacy(epsilon=30.0, delta=1e-3)
     costs = []
     for _ in range(3):  # a worker that starts afresh each round, with the same data
-        guard = Guard(generous, holder="a", ledger=ledger, passes=3 - len(costs))
-        loop(*guard.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
-        costs.append(guard.spent().epsilon)
+        engine = PrivacyEngine(generous, holder="a", ledger=ledger, passes=3 - len(costs))
+        loop(*engine.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
+        costs.append(engine.spent().epsilon)
     assert costs == sorted(costs)
     assert costs[-1] == accounting.epsilon(ledger.events, 1e-3) > 1.5 * costs[0]
 

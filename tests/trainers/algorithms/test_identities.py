@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run, federate
 from choral.errors import ConfigError
-from choral.privacy import Guard, Ledger
+from choral.privacy import Ledger, PrivacyEngine
 from choral.trainers import DivergedError, Dropouts, Participation, RunFolderError, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
 from choral.trainers.algorithms.interface import Train
@@ -136,12 +136,17 @@ def test_bytes_down_count_what_is_sent_when_it_is_sent(convex):
 def test_corrections_come_after_clipping_and_noise(shards):
     """Gradients are clipped to 1e-4 and their noise is small; a shift by 1 is in each step whole."""
     privacy = Privacy(epsilon=8.0, delta=1e-3, max_grad_norm=1e-4)
-    guard = Guard(privacy, holder="north", ledger=Ledger(None, holder="north"), passes=1)
+    privacy_engine = PrivacyEngine(privacy, holder="north", ledger=Ledger(None, holder="north"), passes=1)
     resident = Resident(
-        build=build, fit=fit, datasets=shards, guards={"north": guard}, seed=0, device=torch.device("cpu")
+        build=build,
+        fit=fit,
+        datasets=shards,
+        privacy_engines={"north": privacy_engine},
+        seed=0,
+        device=torch.device("cpu"),
     )
     ((_, done),) = resident.do([("north", Train(shift=torch.ones(7)))], resident.layout.read(), 1)
-    assert done.steps == guard.spent().steps == 4
+    assert done.steps == privacy_engine.spent().steps == 4
     assert done.path == pytest.approx(4 * RATE)
     torch.testing.assert_close(done.vector, torch.full((7,), -4 * RATE), rtol=0, atol=1e-2)
 

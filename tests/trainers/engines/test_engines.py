@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSa
 
 from choral import Privacy, federate
 from choral.errors import ConfigError
-from choral.privacy import Guard, Ledger
+from choral.privacy import Ledger, PrivacyEngine
 from choral.trainers import DivergedError, Epochs
 from choral.trainers.algorithms.interface import Done, Failed, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
@@ -56,7 +56,7 @@ def resident(
         optimizer = torch.optim.SGD(net.parameters(), **({"lr": 0.1 + len(dataset) / 1000} | options))
         return net, optimizer, DataLoader(dataset, **({"batch_size": 10, "shuffle": True} | (loader or {})))
 
-    return Resident(build=build, fit=fit, datasets=parties, guards={}, seed=3, device=torch.device("cpu"))
+    return Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu"))
 
 
 def results(trainer: Any, work: Any, *, round_number: int = 2) -> dict[str, Done]:
@@ -173,24 +173,26 @@ def test_what_is_not_known_in_full_runs_as_it_is() -> None:
     assert planned(fresh(), "party-0", Gradient(), 1) is None
 
 
-def test_private_parties_are_left_to_their_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_parties_are_left_to_their_privacy_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     known = resident(MODELS["mlp"], Epochs(), sizes=[size for size in SIZES if size >= 10])  # the size of a batch
-    known.guards = {
-        party: Guard(Privacy(epsilon=3.0, delta=1e-3), holder=party, ledger=Ledger(), passes=1)
+    known.privacy_engines = {
+        party: PrivacyEngine(Privacy(epsilon=3.0, delta=1e-3), holder=party, ledger=Ledger(), passes=1)
         for party in known.datasets
     }
     results(Cohort(known), Train())
-    assert known.guards["party-0"].spent().steps == 3  # of its 23 records in batches of 10
-    # A party with less than a batch is refused by its guard, and drops out.
-    paid = {party for party, guard in known.guards.items() if guard.spent().steps}
+    assert known.privacy_engines["party-0"].spent().steps == 3  # of its 23 records in batches of 10
+    # A party with less than a batch is refused by its privacy_engine, and drops out.
+    paid = {party for party, privacy_engine in known.privacy_engines.items() if privacy_engine.spent().steps}
     assert paid == {party for party, dataset in known.datasets.items() if len(dataset) >= 10}
 
 
 @pytest.mark.parametrize("engine", [lambda known: known, Direct, Cohort])
-def test_no_party_of_a_private_run_trains_without_its_guard(engine: Any) -> None:
+def test_no_party_of_a_private_run_trains_without_its_privacy_engine(engine: Any) -> None:
     known = resident(MODELS["mlp"], Epochs())
-    known.guards = {"party-0": Guard(Privacy(epsilon=3.0, delta=1e-3), holder="party-0", ledger=Ledger(), passes=1)}
-    with pytest.raises(TaskError, match="'party-1' has no guard here"):
+    known.privacy_engines = {
+        "party-0": PrivacyEngine(Privacy(epsilon=3.0, delta=1e-3), holder="party-0", ledger=Ledger(), passes=1)
+    }
+    with pytest.raises(TaskError, match="'party-1' has no privacy engine here"):
         results(engine(known), Train())
 
 

@@ -17,7 +17,7 @@ NAMES = tuple(f"p{place}" for place in range(10))
 def mean_of(weight: int, value: int, weighing: str = "examples") -> torch.Tensor:
     """Nine honest parties of 100 records and updates of .001; the tenth sends this weight and this integer."""
     channel = Channel(length=3, weighing=weighing)
-    codec = WeightedCodec(dict.fromkeys(NAMES, 100), channel, bound=1.0, value_bits=16, guards={})
+    codec = WeightedCodec(dict.fromkeys(NAMES, 100), channel, bound=1.0, value_bits=16, privacy_engines={})
     session = Masked(corrupt=1).open(codec.spec)
     summing = session.begin()
     for name in NAMES[:-1]:

@@ -119,7 +119,7 @@ def test_adam_state_is_fresh_for_each_party(job, parties):
     updates = []
     for before in ("north", "south"):
         resident = Resident(
-            build=build, fit=job()["fit"], datasets=parties, guards={}, seed=0, device=torch.device("cpu")
+            build=build, fit=job()["fit"], datasets=parties, privacy_engines={}, seed=0, device=torch.device("cpu")
         )
         weights = resident.layout.read()
         *_, (_, done) = resident.do([(before, Train()), (before, Train()), ("east", Train())], weights, 1)

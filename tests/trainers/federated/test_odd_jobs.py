@@ -168,7 +168,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def results(build: Job, fit: Any, engine: Any, make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]) -> Any:
     generator = torch.Generator().manual_seed(5)
     parties = {f"party-{k}": TensorDataset(*make(n, generator)) for k, n in enumerate(SIZES)}
-    resident = Resident(build=build, fit=fit, datasets=parties, guards={}, seed=3, device=torch.device("cpu"))
+    resident = Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu"))
     trainer = engine(resident)
     weights = resident.layout.read() + 0.05 * torch.linspace(-1, 1, resident.length)
     return trainer, dict(trainer.do([(party, Train()) for party in parties], weights, 2))
@@ -207,7 +207,9 @@ def test_corrections_of_models(model: str) -> None:
     for fit, engine in ((lambda m, o, x: Epochs()(m, o, x), lambda r: r), (Epochs(), Direct), (Epochs(), Cohort)):
         generator = torch.Generator().manual_seed(5)
         parties = {f"party-{k}": TensorDataset(*classes(n, generator)) for k, n in enumerate(SIZES)}
-        resident = Resident(build=build, fit=fit, datasets=parties, guards={}, seed=3, device=torch.device("cpu"))
+        resident = Resident(
+            build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu")
+        )
         weights = resident.layout.read()
         done = engine(resident).do([(party, work) for party in parties], weights, 2)
         found.append(torch.stack([result.vector for _, result in done]))

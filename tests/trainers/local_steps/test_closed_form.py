@@ -56,7 +56,7 @@ def resident(kind: str = "sparse", *, bias: bool = False, **changed: Any) -> Res
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=DECAY)
         return model, optimizer, DataLoader(dataset, batch_size=BATCH, shuffle=True)
 
-    given = {"build": build, "fit": fit, "loss": loss, "datasets": parties(kind), "guards": {}, "seed": 3}
+    given = {"build": build, "fit": fit, "loss": loss, "datasets": parties(kind), "privacy_engines": {}, "seed": 3}
     return Resident(**(given | {"device": torch.device("cpu")} | changed))
 
 

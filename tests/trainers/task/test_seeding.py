@@ -235,14 +235,16 @@ def test_the_seed_reaches_no_noise(job):
 
 
 def test_sources_of_secrets_and_of_this_package_are_left_alone():
-    from choral.privacy import Guard, Ledger
+    from choral.privacy import Ledger, PrivacyEngine
 
-    guard = Guard(Privacy(epsilon=5.0, delta=1e-3, max_grad_norm=1.0), holder="data", ledger=Ledger(None), passes=1)
-    guard.hidden = np.random.default_rng(1)
+    privacy_engine = PrivacyEngine(
+        Privacy(epsilon=5.0, delta=1e-3, max_grad_norm=1.0), holder="data", ledger=Ledger(None), passes=1
+    )
+    privacy_engine.hidden = np.random.default_rng(1)
     secret = random.SystemRandom()
 
     def fit():
-        return guard, secret, np.random.default_rng, torch.default_generator, random.random
+        return privacy_engine, secret, np.random.default_rng, torch.default_generator, random.random
 
     assert generators_of(fit) == []
 

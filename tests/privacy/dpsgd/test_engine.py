@@ -21,11 +21,11 @@ from choral.errors import ConfigError
 from choral.privacy import (
     BudgetExceededError,
     CorrelatedPrivacy,
-    Guard,
     Ledger,
     LedgerError,
     PoissonSampledGaussian,
     Privacy,
+    PrivacyEngine,
     PrivacyError,
     UnsupportedLoaderError,
     UnsupportedModelError,
@@ -79,15 +79,15 @@ def test_passes_beyond_the_plan_are_refused(problem: Any, loop: Callable[..., in
 
 def test_too_many_passes_in_one_call_are_refused_in_the_first_call(problem: Any, loop: Callable[..., int]) -> None:
     """Rounds of one pass each, and a loop that makes two: not to be found out after half of the rounds."""
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=10)
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=10)
     model = problem.model()
-    wrapped = guard.wrap(model, sgd(model), problem.loader())
+    wrapped = engine.wrap(model, sgd(model), problem.loader())
     loop(*wrapped)
     with pytest.raises(BudgetExceededError, match="planned for 1 passes over the data by one call") as caught:
         loop(*wrapped)
     assert "Privacy(epochs=...)" in caught.value.hint
-    assert len(guard.ledger.events) == 1
-    loop(*guard.wrap(model, sgd(model), problem.loader()))  # the next round
+    assert len(engine.ledger.events) == 1
+    loop(*engine.wrap(model, sgd(model), problem.loader()))  # the next round
 
 
 def test_a_batch_that_is_not_stepped_stops_training(problem: Any) -> None:
@@ -136,9 +136,9 @@ def test_after_a_break_before_the_step_there_is_no_next_pass(
     problem: Any, loop: Callable[..., int], again: str
 ) -> None:
     privacy = Privacy(epsilon=5.0, delta=1e-3, epochs=3)
-    guard = Guard(privacy, holder="a", ledger=Ledger(), passes=9)
+    engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(), passes=9)
     model = problem.model()
-    private, optimizer, loader = guard.wrap(model, sgd(model), problem.loader())
+    private, optimizer, loader = engine.wrap(model, sgd(model), problem.loader())
     for x, y in loader:  # a break after the step is fine: the whole pass is paid for
         torch.nn.functional.cross_entropy(private(x), y).backward()
         optimizer.step()
@@ -146,10 +146,10 @@ def test_after_a_break_before_the_step_there_is_no_next_pass(
     for _ in loader:
         break
     if again == "next round":
-        private, optimizer, loader = guard.wrap(model, sgd(model), problem.loader())
+        private, optimizer, loader = engine.wrap(model, sgd(model), problem.loader())
     with pytest.raises(PrivacyError, match="never stepped"):
         loop(private, optimizer, loader)
-    assert len(guard.ledger.events) == 2
+    assert len(engine.ledger.events) == 2
 
 
 class Remembers(torch.nn.Module):
@@ -197,28 +197,28 @@ def test_rounds_with_one_resident_model(problem: Any, make_problem: Any, loop: C
     """Two parties take turns on one model, each with its own optimizer, loader, rate and ledger."""
     model = problem.model()
     parties = {"a": problem, "b": make_problem(n=90, batch_size=30)}
-    guards = {name: Guard(PRIVACY, holder=name, ledger=Ledger(), passes=3) for name in parties}
+    engines = {name: PrivacyEngine(PRIVACY, holder=name, ledger=Ledger(), passes=3) for name in parties}
     for _ in range(3):
         for name, party in parties.items():
-            private, optimizer, loader = guards[name].wrap(model, sgd(model), party.loader())
+            private, optimizer, loader = engines[name].wrap(model, sgd(model), party.loader())
             loop(private, optimizer, loader)
     for name, rate in (("a", 0.1), ("b", 1 / 3)):
-        assert guards[name].ledger.holder == name
-        assert guards[name].spent().sample_rate == pytest.approx(rate)
-        assert 2.99 < guards[name].spent().epsilon <= 3.0
+        assert engines[name].ledger.holder == name
+        assert engines[name].spent().sample_rate == pytest.approx(rate)
+        assert 2.99 < engines[name].spent().epsilon <= 3.0
     with pytest.raises(BudgetExceededError, match="a: the budget was planned"):
-        loop(*guards["a"].wrap(model, sgd(model), problem.loader()))
-    assert Guard.unwrap(private) is model
+        loop(*engines["a"].wrap(model, sgd(model), problem.loader()))
+    assert PrivacyEngine.unwrap(private) is model
 
 
 def test_wrapping_again_is_cheap(problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=100)
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=100)
     model, loader = problem.model(), problem.loader()
-    guard.wrap(model, sgd(model), loader)
+    engine.wrap(model, sgd(model), loader)
     optimizers = [sgd(model) for _ in range(50)]
     started = time.perf_counter()
     for optimizer in optimizers:
-        guard.wrap(model, optimizer, loader)
+        engine.wrap(model, optimizer, loader)
     assert (time.perf_counter() - started) / 50 < 0.002
 
 
@@ -226,14 +226,14 @@ def test_a_resumed_run_gets_what_is_left(problem: Any, loop: Callable[..., int],
     path = tmp_path / "a.jsonl"
     model = problem.model()
     privacy = dataclasses.replace(PRIVACY, epochs=6)
-    first = Guard(privacy, holder="a", ledger=Ledger(path), passes=10)
+    first = PrivacyEngine(privacy, holder="a", ledger=Ledger(path), passes=10)
     loop(*first.wrap(model, sgd(model), problem.loader()), epochs=4)
-    second = Guard(privacy, holder="a", ledger=Ledger(path, holder="a"), passes=6)  # another process, say
+    second = PrivacyEngine(privacy, holder="a", ledger=Ledger(path, holder="a"), passes=6)  # another process, say
     loop(*second.wrap(model, sgd(model), problem.loader()), epochs=6)
     assert 2.99 < second.spent().epsilon <= 3.0
     assert second.noise_multiplier == pytest.approx(first.noise_multiplier, rel=0.01)
     with pytest.raises(BudgetExceededError, match=r"is spent|too little"):
-        Guard(PRIVACY, holder="a", ledger=Ledger(path), passes=1).wrap(model, sgd(model), problem.loader())
+        PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(path), passes=1).wrap(model, sgd(model), problem.loader())
 
 
 def test_the_ledger_is_written_before_the_first_batch(problem: Any, tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ for batch in loader:
     assert [event.steps for event in Ledger(path).events] == [10]
 
 
-def test_two_guards_on_one_ledger_cannot_spend_the_same_budget(problem: Any, loop: Callable[..., int]) -> None:
+def test_two_engines_on_one_ledger_cannot_spend_the_same_budget(problem: Any, loop: Callable[..., int]) -> None:
     ledger = Ledger()
     model = problem.model()
-    guards = [Guard(PRIVACY, holder="a", ledger=ledger, passes=2) for _ in range(2)]
-    wrapped = [guard.wrap(model, sgd(model), problem.loader()) for guard in guards]
+    engines = [PrivacyEngine(PRIVACY, holder="a", ledger=ledger, passes=2) for _ in range(2)]
+    wrapped = [engine.wrap(model, sgd(model), problem.loader()) for engine in engines]
     loop(*wrapped[0])
     with pytest.raises(LedgerError, match="somebody else has spent"):
         loop(*wrapped[1])
@@ -278,14 +278,14 @@ def test_a_foreign_ledger_is_refused(tmp_path: Path) -> None:
     ledger.bind("a", 1e-3)
     ledger.append(PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.0, steps=1), after=0)
     with pytest.raises(LedgerError, match="belongs to 'a'"):
-        Guard(PRIVACY, holder="b", ledger=Ledger(tmp_path / "a.jsonl"), passes=1)
+        PrivacyEngine(PRIVACY, holder="b", ledger=Ledger(tmp_path / "a.jsonl"), passes=1)
 
 
 def test_damage_to_the_ledger_during_training_stops_it(problem: Any, loop: Callable[..., int], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     model = problem.model()
-    guard = Guard(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=Ledger(path), passes=3)
-    wrapped = guard.wrap(model, sgd(model), problem.loader())
+    engine = PrivacyEngine(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=Ledger(path), passes=3)
+    wrapped = engine.wrap(model, sgd(model), problem.loader())
     loop(*wrapped)
     path.write_text(path.read_text().replace('"steps":10', '"steps":1'))
     before = [p.detach().clone() for p in model.parameters()]
@@ -341,8 +341,8 @@ def test_a_dataset_that_grows_or_shrinks_ends_the_training_before_the_next_pass(
             return problem.dataset[i]
 
     records, model, ledger = Growing(), problem.model(), Ledger()
-    guard = Guard(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=ledger, passes=3)
-    wrapped = guard.wrap(model, sgd(model), DataLoader(records, batch_size=20, shuffle=True))
+    engine = PrivacyEngine(dataclasses.replace(PRIVACY, epochs=3), holder="a", ledger=ledger, passes=3)
+    wrapped = engine.wrap(model, sgd(model), DataLoader(records, batch_size=20, shuffle=True))
     loop(*wrapped)
     loop(*wrapped)
     records.size += change
@@ -360,31 +360,31 @@ def test_delta_at_or_above_one_over_n_is_refused(make_problem: Any) -> None:
     problem.wrapped(Privacy(epsilon=1.0, delta=1 / 201))
 
 
-def test_another_dataset_under_the_same_guard_is_refused(problem: Any, make_problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+def test_another_dataset_under_the_same_engine_is_refused(problem: Any, make_problem: Any) -> None:
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
-    guard.wrap(model, sgd(model), problem.loader())
+    engine.wrap(model, sgd(model), problem.loader())
     with pytest.raises(UnsupportedLoaderError, match="calibrated for"):
-        guard.wrap(model, sgd(model), make_problem(n=201).loader())
+        engine.wrap(model, sgd(model), make_problem(n=201).loader())
 
 
 def test_unsuitable_optimizers_are_refused(problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
     with pytest.raises(PrivacyError, match="LBFGS"):
-        guard.wrap(model, torch.optim.LBFGS(model.parameters()), problem.loader())
+        engine.wrap(model, torch.optim.LBFGS(model.parameters()), problem.loader())
     with pytest.raises(UnsupportedModelError, match="not the model's"):
-        guard.wrap(model, sgd(problem.model()), problem.loader())
-    _, optimizer, _ = guard.wrap(model, sgd(model), problem.loader())
+        engine.wrap(model, sgd(problem.model()), problem.loader())
+    _, optimizer, _ = engine.wrap(model, sgd(model), problem.loader())
     with pytest.raises(PrivacyError, match="already private"):
-        guard.wrap(model, optimizer, problem.loader())
+        engine.wrap(model, optimizer, problem.loader())
 
 
 def test_an_optimizer_cannot_step_on_another_wraps_batches(problem: Any) -> None:
-    guard = Guard(PRIVACY, holder="a", ledger=Ledger(), passes=2)
+    engine = PrivacyEngine(PRIVACY, holder="a", ledger=Ledger(), passes=2)
     model = problem.model()
-    private, old, _ = guard.wrap(model, sgd(model), problem.loader())
-    _, _, loader = guard.wrap(model, sgd(model), problem.loader())
+    private, old, _ = engine.wrap(model, sgd(model), problem.loader())
+    _, _, loader = engine.wrap(model, sgd(model), problem.loader())
     x, y = next(iter(loader))
     torch.nn.functional.cross_entropy(private(x), y).backward()
     with pytest.raises(BudgetExceededError, match="without a fresh batch"):
