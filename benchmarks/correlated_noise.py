@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.privacy import Privacy
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_noise
 from choral.privacy.accounting.matrix_strategies import Banded, Strategy, Tree, error
 from choral.privacy.correlated.factorisation import banded, buffered
 from choral.privacy.correlated.noise_streams import stream
@@ -35,9 +35,9 @@ INDEPENDENT = Banded((1.0,))
 
 
 def noise_in_the_model(steps: int, passes: int, epsilon: float, delta: float) -> dict[str, Any]:
-    multiplier = calibration.noise_multiplier(epsilon, delta, 1.0, 1)
+    multiplier = record_noise.noise_multiplier(epsilon, delta, 1.0, 1)
     independent = multiplier * error(INDEPENDENT, steps, passes)
-    sampled = calibration.noise_multiplier(epsilon, delta, 1.0 / steps, steps * passes)
+    sampled = record_noise.noise_multiplier(epsilon, delta, 1.0 / steps, steps * passes)
     kinds: dict[str, Strategy] = {"tree": Tree(), "buffered": buffered(steps, passes)}
     kinds |= {f"banded {b}": banded(steps, passes, b) for b in (4, 16, 32, steps) if b <= steps}
     ratios = {name: multiplier * error(kind, steps, passes) / independent for name, kind in kinds.items()}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger
-from choral.privacy.client_level.distributed import Scheme, design
+from choral.privacy.client_level.distributed import DistributedScheme, design
 from choral.privacy.noise.gaussian import os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
@@ -69,7 +69,7 @@ def speed(repeats: int) -> None:
             )
 
 
-def parts(scheme: Scheme) -> dict[str, Callable[[], object]]:
+def parts(scheme: DistributedScheme) -> dict[str, Callable[[], object]]:
     vector = np.random.default_rng(0).standard_normal(LENGTH).astype(np.float32)
     signs, table = scheme.signs(bytes(32)), scheme.noise
     return {

@@ -33,10 +33,10 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_noise
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import gaussian, os_stream
-from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 MIB = 1 << 20
@@ -190,15 +190,15 @@ def ghost_line(t: int, d: int, p: int, records: int, repeats: int, device: torch
     """Both ways for a linear layer: time of making, norms and weighted sum, and numbers kept until the sum."""
     a, g = torch.randn(records, t, d, device=device), torch.randn(records, t, p, device=device)
     weights = torch.rand(records, dtype=torch.float64)
-    chosen = type(ghost.per_sample(nn.Linear(d, p), a, g)["weight"]).__name__
+    chosen = type(ghost_norms.per_sample(nn.Linear(d, p), a, g)["weight"]).__name__
 
     def dense() -> None:
-        rows = ghost.Dense(torch.bmm(g.mT, a).flatten(1), 1.0)
+        rows = ghost_norms.Dense(torch.bmm(g.mT, a).flatten(1), 1.0)
         rows.norms()
         rows.weighted_sum(weights)
 
     def outer() -> None:
-        factors = ghost.Outer(lambda part: (a[part], g[part]), records, (t, d, p), 1.0)
+        factors = ghost_norms.Outer(lambda part: (a[part], g[part]), records, (t, d, p), 1.0)
         factors.norms()
         factors.weighted_sum(weights)
 
@@ -257,7 +257,7 @@ def main() -> None:
     )
     print(json.dumps({"noise": "M Gaussians/s per core", "rate": ours / 1e6, "over torch.randn": ours / torch_rate}))
     started = time.process_time()
-    calibration.noise_multiplier(3.0, 1e-5, 0.01, 2000, slack=1e-3)
+    record_noise.noise_multiplier(3.0, 1e-5, 0.01, 2000, slack=1e-3)
     print(json.dumps({"calibration": "epsilon 3, q 0.01, 2000 steps", "seconds": time.process_time() - started}))
 
 

@@ -39,7 +39,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from choral import Privacy
-from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
+from choral.privacy import Ledger, PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.privacy.accounting.record_noise import noise_multiplier as noise_that_fits
 from choral.privacy.noise.gaussian import grid_gaussian, noise_grid, os_stream
 
@@ -188,9 +188,9 @@ def private_mean(x: torch.Tensor, recipe: Recipe, ledger: Ledger) -> torch.Tenso
     own = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
     noise = noise_that_fits(EPSILON, DELTA, rate, steps * recipe.epochs, [own], slack=1e-3, fixed=True)
     one_pass = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
-    parts = (Part(event=own, times=1), Part(event=one_pass, times=recipe.epochs))
+    parts = (PlannedEvents(event=own, times=1), PlannedEvents(event=one_pass, times=recipe.epochs))
     ledger.bind("data", DELTA)
-    ledger.append(own, after=0, plan=Plan(epsilon=EPSILON, parts=parts))
+    ledger.append(own, after=0, plan=ReleasePlan(epsilon=EPSILON, parts=parts))
     total = torch.zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(2000):
         factors = (NORM / torch.linalg.vector_norm(part.double(), dim=1)).clamp(max=1.0)

@@ -16,10 +16,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 
 DELTA = 1e-5
 EPSILONS = (1.0, 3.0, 8.0)
@@ -43,18 +42,18 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def row(epsilon: float, rate: float, steps: int) -> dict[str, Any]:
     """Return both noise multipliers for so many steps in all, and what the filter's would cost if fixed in advance."""
-    rule = Filter(epsilon, DELTA)
+    rule = PrivacyFilter(epsilon, DELTA)
 
     def all_of_it(noise: float) -> list[PoissonSampledGaussian]:
         return [PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)]
 
-    fixed = calibration.noise_multiplier(epsilon, DELTA, rate, steps, slack=1e-4)
-    late = calibration.least_noise(lambda noise: rule.cost(all_of_it(noise)), epsilon, slack=1e-4)
+    fixed = record_noise.noise_multiplier(epsilon, DELTA, rate, steps, slack=1e-4)
+    late = record_noise.least_noise(lambda noise: rule.cost(all_of_it(noise)), epsilon, slack=1e-4)
     return {
         "fixed": round(fixed, 4),
         "filter": round(late, 4),
         "more_noise": round(late / fixed, 3),
-        "epsilon_as_fixed": round(accounting.epsilon(all_of_it(late), DELTA), 3),
+        "epsilon_as_fixed": round(record_level.epsilon(all_of_it(late), DELTA), 3),
         "orders": rule.orders,
     }
 

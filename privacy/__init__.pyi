@@ -4,9 +4,9 @@ from choral.privacy.accounting.budget import Budget as Budget
 from choral.privacy.accounting.budget import budget as budget
 from choral.privacy.accounting.events import ClientRelease as ClientRelease
 from choral.privacy.accounting.events import CorrelatedGaussian as CorrelatedGaussian
-from choral.privacy.accounting.events import Part as Part
-from choral.privacy.accounting.events import Plan as Plan
+from choral.privacy.accounting.events import PlannedEvents as PlannedEvents
 from choral.privacy.accounting.events import PoissonSampledGaussian as PoissonSampledGaussian
+from choral.privacy.accounting.events import ReleasePlan as ReleasePlan
 from choral.privacy.accounting.events import Search as Search
 from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy
 from choral.privacy.client_level.client import ClientPrivacyEngine as ClientPrivacyEngine
@@ -16,7 +16,7 @@ from choral.privacy.dpsgd.clipping import AdaptiveClip as AdaptiveClip
 from choral.privacy.dpsgd.clipping import PerLayerClip as PerLayerClip
 from choral.privacy.dpsgd.engine import Privacy as Privacy
 from choral.privacy.dpsgd.engine import PrivacyEngine as PrivacyEngine
-from choral.privacy.dpsgd.private_search import Found as Found
+from choral.privacy.dpsgd.private_search import SearchResult as SearchResult
 from choral.privacy.dpsgd.private_search import private_search as private_search
 from choral.privacy.errors import AccountingError as AccountingError
 from choral.privacy.errors import BudgetExceededError as BudgetExceededError

@@ -14,7 +14,7 @@ class BudgetExceededError(PrivacyError):
 
 
 class LedgerError(PrivacyError):
-    """A ledger is damaged, edited, of another data holder, or cannot be written."""
+    """A ledger is damaged, edited, of another data owner, or cannot be written."""
 
 
 class AccountingError(PrivacyError):

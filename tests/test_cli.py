@@ -240,7 +240,7 @@ def test_help_explains_flags(capsys):
     main(["compare", "--help"])
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert "--privacy.epsilon" in text
-    assert "Budget of each data holder for the whole run" in text
+    assert "Budget of each data owner for the whole run" in text
     assert "Clipping norm of each record's gradient" in text
 
 

@@ -121,7 +121,7 @@ def evaluated(evaluate: Evaluate, model: nn.Module, seed: int) -> dict[str, floa
 
 
 def clips_of(privacy_engines: Mapping[str, PrivacyEngine]) -> dict[str, float]:
-    """Where each data holder's adaptive clipping norm is; empty where it does not move."""
+    """Where each data owner's adaptive clipping norm is; empty where it does not move."""
     return {name: engine.clip for name, engine in privacy_engines.items() if engine.adaptive}
 
 
@@ -132,7 +132,7 @@ def open_privacy_engines(
     rounds_left: int,
     clips: Mapping[str, float],
 ) -> dict[str, PrivacyEngine]:
-    """One privacy engine and one ledger per data owner; empty without privacy. clips: of adaptive clipping, when resumed.
+    """One privacy engine and one ledger per data owner; empty without privacy. clips: of adaptive clipping, resumed.
 
     Raises: what check_delta does; LedgerError.
     """
@@ -145,9 +145,9 @@ def open_privacy_engines(
         )
     if (own := as_ledger(privacy.ledger)).path is not None or own.events:
         raise ConfigError(
-            "Privacy(ledger=...) is one holder's, but here every data holder has a ledger of its own",
+            "Privacy(ledger=...) is one data owner's, but here every one has a ledger of its own",
             hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER. A promise that was spent"
-            " from without a file is one holder's, too: make another one",
+            " from without a file is one data owner's, too: make another one",
         )
     check_delta(privacy, examples)
     if folder is None:

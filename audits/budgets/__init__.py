@@ -1,1 +1,1 @@
-"""Ledgers recomputed by several accountants: what each data holder spent, against what was promised."""
+"""Ledgers recomputed by several accountants: what each data owner spent, against what was promised."""

@@ -1,4 +1,4 @@
-"""Recompute what each data holder has spent, from its ledger, and hold it against what was claimed and promised."""
+"""Recompute what each data owner has spent, from its ledger, and hold it against what was claimed and promised."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Recomputed(NamedTuple):
 
 
 def holder_budgets(run: Run) -> tuple[OwnerBudget, ...]:
-    """One row per data holder; empty for a run without privacy.
+    """One row per data owner; empty for a run without privacy.
 
     Raises: LedgerError if a ledger is damaged, edited or of another holder.
     """
@@ -306,7 +306,7 @@ def _no_other_ledger(run: Run) -> list[Check]:
 
 
 def _all_holders(rows: Sequence[OwnerBudget]) -> Check:
-    name = "Every data holder's budget, recomputed from its ledger"
+    name = "Every data owner's budget, recomputed from its ledger"
     for verdict in ("violated", "unverified"):
         faulty = [row for row in rows if row.verdict == verdict]
         if faulty:
@@ -340,7 +340,7 @@ def _history_agrees(run: Run) -> Check:
 
 def _delta_means_something(run: Run) -> Check:
     """At delta >= 1/n a mechanism may publish one of n records in the clear."""
-    name = "Delta is below 1/n for every data holder"
+    name = "Delta is below 1/n for every data owner"
     delta = float((run.info.privacy or {})["delta"])
     sizes = run.info.parties.values()
     if unit_of(run) == "client":

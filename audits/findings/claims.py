@@ -23,7 +23,7 @@ _MEANING = {
 }
 _PUBLIC = {
     "record": (
-        "how many records each data holder has",
+        "how many records each data owner has",
         "the batch size, and so the sampling rate, the number of steps and the noise",
     ),
     "client": (
@@ -162,7 +162,7 @@ def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
         f" Public on both sides: {'; '.join(public)}. {trust} The budget asked for was"
         f" ε\u00a0=\u00a0{asked:g}; ε is an upper bound by {spent.accountant}"
         + (_EARLY.format(cost(spent.epsilon)) if early else "")
-        + (f", that of the worst of {len(info.spent)} data holders ({holder})." if several else ".")
+        + (f", that of the worst of {len(info.spent)} data owners ({holder})." if several else ".")
         + _of_a_person(spent)
     )
     return Claim(
@@ -187,7 +187,7 @@ _EARLY = (
 
 
 def _guarantee(infos: Sequence[RunInfo]) -> float | None:
-    """The largest guarantee of a data holder; None if one of them has none."""
+    """The largest guarantee of a data owner; None if one of them has none."""
     found = [spent.guarantee for info in infos for spent in info.spent.values()]
     known = [guarantee for guarantee in found if guarantee is not None]
     return max(known) if known and len(known) == len(found) else None

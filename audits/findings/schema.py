@@ -79,7 +79,7 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DataOwner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One data holder's cost, the worst over seeds. examples: how many records it trained on in that run."""
+    """One data owner's cost, the worst over seeds. examples: how many records it trained on in that run."""
 
     name: str
     examples: int | None
@@ -90,7 +90,7 @@ class DataOwner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One quantity over all data holders, each at its worst: extremes, and quartiles that interpolate linearly.
+    """One quantity over all data owners, each at its worst: extremes, and quartiles that interpolate linearly.
 
     name: of a field of :class:`DataOwner`, for whose holders it is.
     """
@@ -106,7 +106,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A promise with everything that is needed to read it.
 
-    sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data holder's spending
+    sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data owner's spending
     (``holder``), at ``delta``, for releases and an end that were fixed in advance. guarantee: what holds whoever chose
     when to stop and what to train next, over all holders; None where no plan was recorded. asked: the epsilon that was
     promised. public: what neighbouring datasets have in common, which the promise does not hide.

@@ -53,7 +53,7 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estim
 
 
 def holders_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
-    """Every data holder with its worst run, the most expensive first."""
+    """Every data owner with its worst run, the most expensive first."""
     worst: dict[str, DataOwner] = {}
     for run in runs:
         for name, spent in run.info.spent.items():
@@ -71,7 +71,7 @@ def holders_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
 
 
 def spreads(holders: Sequence[DataOwner]) -> tuple[Spread, ...]:
-    """How unlike the data holders are in cost, noise, sample rate and size; empty for fewer than two.
+    """How unlike the data owners are in cost, noise, sample rate and size; empty for fewer than two.
 
     A quantity that some holder has no number for is left out.
     """

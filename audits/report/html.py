@@ -133,7 +133,7 @@ def audit_lead(report: Audit) -> str:
     if not report.promised:
         said += " No differential privacy is promised, so there is no budget to break."
     elif report.verdict == "holds" and report.budgets:
-        said += " Recomputed from the ledgers, no data holder has spent more than was claimed or promised."
+        said += " Recomputed from the ledgers, no data owner has spent more than was claimed or promised."
     if report.run and report.run.completed < report.run.rounds:
         said += f" The run was interrupted after round {report.run.completed} of {report.run.rounds}."
     if report.traces:

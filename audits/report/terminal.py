@@ -134,7 +134,7 @@ def legend(report: Comparison) -> str:
     unpaired = any(arm.difference and not arm.difference.paired for arm in report.arms)
     pairing = "not paired where seeds differ (Welch)" if unpaired else "paired by seed"
     units = {arm.claim.unit for arm in report.arms if arm.claim}
-    promise = "the worst data holder's, per record"
+    promise = "the worst data owner's, per record"
     if units - {"record"}:
         promise += " unless marked; other units are not on one scale with it"
     return (
@@ -157,7 +157,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
             known = (row.claimed, row.recomputed, row.guarantee)
             numbers = (cost(value) if value is not None else "-" for value in known)
             rows.append((row.holder, f"{row.promised:g}", *numbers, _MARKS[row.verdict]))
-        _print_table(("data holder", "promised", "claimed", "from ledger", "guaranteed", "verdict"), rows, console)
+        _print_table(("data owner", "promised", "claimed", "from ledger", "guaranteed", "verdict"), rows, console)
     for check in report.checks:
         _print_check(check, console)
     for attack in report.attacks:

@@ -55,7 +55,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         "holds". sentence: the verdict in words, with the largest epsilon that a test here could have detected. Both
         speak of the claim and the checks that were made; ``not_run`` lists what was not.
     claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
-    budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data holders are, as run.json
+    budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data owners are, as run.json
         says. costs: rounds, bytes, energy, money. seen: what the server saw. attacks, probe, inversion: evidence from
         attacks. traces: each metric by round.
     """
@@ -125,7 +125,7 @@ def audit(
 ) -> Audit:
     """Audit a run, or the run in a folder. Nothing is trained.
 
-    Checked are the budgets (each data holder's epsilon is recomputed from the hash-chained ledger by several
+    Checked are the budgets (each data owner's epsilon is recomputed from the hash-chained ledger by several
     accountants and held against run.json and against the promise), participation, the history, and what the server saw
     if that was recorded. ``attacks``, ``probe`` and ``inversion`` are evidence that was gathered before; ``not_run``
     says which was not. A ledger that is missing leaves the claim unverified; one that is damaged or edited raises. The

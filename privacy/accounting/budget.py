@@ -17,8 +17,7 @@ import msgspec
 
 from choral.doors import worded
 from choral.errors import ConfigError
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation
 from choral.privacy.errors import AccountingError, BudgetExceededError
 
@@ -41,7 +40,7 @@ class Budget:
     noise_multiplier: float
     unit: str = UNIT
     neighbours: str = NEIGHBOURS
-    accountant: str = accounting.ACCOUNTANT
+    accountant: str = record_level.ACCOUNTANT
 
     def __str__(self) -> str:
         """The answer in lines. Noise, rate and steps are what was priced, to the last digit; bounds are rounded up."""
@@ -91,12 +90,12 @@ def steps_within(
 
     Raises: ConfigError (a number out of range).
     """
-    accounting.check_target(epsilon, delta)
+    record_level.check_target(epsilon, delta)
     one = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=1)
 
     def fits(steps: int) -> bool:
         event = msgspec.structs.replace(one, steps=steps)
-        return accounting.epsilon([event], delta, neighbours=neighbours) <= epsilon
+        return record_level.epsilon([event], delta, neighbours=neighbours) <= epsilon
 
     if not fits(1):
         return 0
@@ -128,13 +127,13 @@ def sample_rate_within(
     batch size is the rate times the number of records. The rate is right to a relative 1e-6, and never too large.
     Raises: ConfigError (a number out of range, not one of the two), BudgetExceededError (no rate fits).
     """
-    accounting.check_target(epsilon, delta)
+    record_level.check_target(epsilon, delta)
     if (steps is None) == (epochs is None):
         raise ConfigError("expected exactly one of steps and epochs")
 
     def fits(rate: float, count: int) -> bool:
         event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise_multiplier, steps=count)
-        return accounting.epsilon([event], delta, neighbours=neighbours) <= epsilon
+        return record_level.epsilon([event], delta, neighbours=neighbours) <= epsilon
 
     low, high = _SMALLEST_RATE, 1.0
     if steps is None:
@@ -227,7 +226,7 @@ def budget(
     noise = (
         noise_multiplier
         if noise_multiplier is not None
-        else calibration.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
+        else record_noise.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
     )
     if noise_multiplier is None:
         noise = _first(
@@ -239,8 +238,8 @@ def budget(
         )
     event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
     return Budget(
-        epsilon=accounting.epsilon([event], delta, neighbours=neighbours),
-        epsilon_rdp=accounting.epsilon_rdp([event], delta, neighbours=neighbours),
+        epsilon=record_level.epsilon([event], delta, neighbours=neighbours),
+        epsilon_rdp=record_level.epsilon_rdp([event], delta, neighbours=neighbours),
         delta=delta,
         sample_rate=sample_rate,
         steps=count,
@@ -251,7 +250,7 @@ def budget(
 
 def _cost(rate: float, noise: float, steps: int, delta: float, neighbours: str) -> float:
     event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
-    return accounting.epsilon([event], delta, neighbours=neighbours)
+    return record_level.epsilon([event], delta, neighbours=neighbours)
 
 
 def _first(

@@ -3,7 +3,7 @@
 Unit: the client. Neighbour relation: *zero out one client*, whose vector is the zero vector in every round on one side
 and anything of norm at most the clipping norm on the other; who takes part is public and the same on both sides.
 Replacing one client's vector by another is two such steps: the same events cost at most what they would with half the
-noise. Sampling clients does not amplify here (q = 1): whoever runs the rounds knows who was asked.
+noise. Sampling clients does not amplify here (q = 1): whoever runs the rounds knows who was selected.
 
 - *Distributed discrete Gaussian* (Kairouz, Liu, Steinke 2021): the sum of n shares of N_Z(0, v) is no
   discrete Gaussian, but within tau of one, tau = 10 sum_{k=1}^{n-1} exp(-2 pi^2 v k / (k + 1)). One share has tau = 0.
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 from dp_accounting.rdp import rdp_privacy_accountant
 
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
 from choral.privacy.errors import AccountingError
 
@@ -53,7 +53,7 @@ def epsilon(releases: Iterable[ClientRelease], delta: float) -> float:
     Raises: ConfigError (delta); AccountingError (a bound below the continuous Gaussian's; a release that settles
     nothing).
     """
-    accounting.check_target(1.0, delta)
+    record_level.check_target(1.0, delta)
     events = settled(releases)
     if not events:
         return 0.0
@@ -145,4 +145,4 @@ def _continuous(events: Sequence[ClientRelease], delta: float) -> float:
     """The exact cost of continuous Gaussians of the same noise and sensitivity: they compose to a single one."""
     precision = math.fsum(event.steps / event.noise_multiplier**2 for event in events)
     one = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1)
-    return accounting.epsilon([one], delta)
+    return record_level.epsilon([one], delta)

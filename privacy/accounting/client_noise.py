@@ -10,7 +10,7 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy.accounting.client_level import epsilon
 from choral.privacy.accounting.events import ClientRelease
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.accounting.record_level import check_target
 from choral.privacy.errors import BudgetExceededError
 
@@ -36,12 +36,12 @@ def calibrate(
     """
     check_target(target, delta)
 
-    rule = Filter(target, delta)
+    rule = PrivacyFilter(target, delta)
     before = rule.cost(spent)
     if before >= (1.0 - 2.0 * SLACK) * target:
         raise BudgetExceededError(
             f"the budget epsilon={target:g} at delta={delta:g} is spent: {before:.6g} so far",
-            hint="These clients may not be asked again under this promise; a larger epsilon is a weaker promise.",
+            hint="These clients may not be selected again under this promise; a larger epsilon is a weaker promise.",
         )
 
     refused: list[ConfigError] = []

@@ -30,7 +30,7 @@ ROUNDOFF = 2.0**-53  # relative, of one operation in double precision
 _REACH = 10.0  # standard deviations of noise that a step's support covers: all but 1e-23, which counts as infinite
 
 
-class Pair(Protocol):
+class DominatingPair(Protocol):
     """One direction of one step. Hashable: what is computed from it is kept."""
 
     def losses(self) -> tuple[float, float]:
@@ -51,7 +51,7 @@ class SampledGaussian:
     remove: bool
 
     def losses(self) -> tuple[float, float]:
-        """See :meth:`Pair.losses`."""
+        """See :meth:`DominatingPair.losses`."""
         low, high = self._loss(-_REACH * self.noise), self._loss(1.0 + _REACH * self.noise)
         return (low, high) if self.remove else (-high, -low)
 
@@ -60,7 +60,7 @@ class SampledGaussian:
         return float(np.logaddexp(stay, math.log(self.rate) + (x - 0.5) / self.noise**2))
 
     def divergence(self, eps: Floats) -> tuple[Floats, Floats]:
-        """See :meth:`Pair.divergence`.
+        """See :meth:`DominatingPair.divergence`.
 
         With a = +-eps (remove, add) and odds = e^a - 1 + q, l(x) = a at x = s^2 log(odds / q) + 1/2, and there
             remove: H = q Phi((1 - x) / s) - odds Phi(-x / s)                                                      (2)

@@ -224,7 +224,7 @@ class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 Event = RecordEvent | ClientRelease
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PlannedEvents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`times` events like `event`. Of correlated noise: the passes 1 to `times` of one stream."""
 
     event: Event
@@ -258,21 +258,21 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return event == self.event
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="plan"):
+class ReleasePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="plan"):
     """What was fixed before any of it was released: the events that follow, up to the next plan, are among these.
 
     A plan releases nothing and costs nothing by itself. epsilon: of the promise that it was made for.
     """
 
     epsilon: float
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedEvents, ...]
 
     def __post_init__(self) -> None:
         _make_plain(self, ("epsilon",), ())
         if not self.epsilon > 0.0:
             raise ConfigError(f"epsilon is {self.epsilon}, expected a finite number > 0")
-        if not isinstance(self.parts, tuple | list) or not all(isinstance(part, Part) for part in self.parts):
-            raise ConfigError("parts of a plan are a tuple of Part")
+        if not isinstance(self.parts, tuple | list) or not all(isinstance(part, PlannedEvents) for part in self.parts):
+            raise ConfigError("parts of a plan are a tuple of PlannedEvents")
         msgspec.structs.force_setattr(self, "parts", tuple(self.parts))
         if len({isinstance(part.event, ClientRelease) for part in self.parts}) != 1:
             raise ConfigError("a plan has at least one part, and all are of one unit")

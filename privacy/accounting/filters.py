@@ -40,8 +40,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from choral.privacy.accounting import client_level as client_accounting
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.events import NEIGHBOURS, ClientRelease, Event, RecordEvent, Search
 
 FILTER = "a Renyi filter of fixed orders (Feldman and Zrnic 2021; Lecuyer 2021)"
@@ -53,7 +52,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Filter:
+class PrivacyFilter:
     """The filter of one promise. orders: rising, > 1. weights: of the orders; they add to 1."""
 
     epsilon: float
@@ -115,7 +114,7 @@ class Filter:
 @lru_cache(maxsize=256)
 def _mixture(epsilon: float, delta: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Orders around the best one for a single Gaussian that costs `epsilon`, and their weights."""
-    accounting.check_target(epsilon, delta)
+    record_level.check_target(epsilon, delta)
     alpha = np.arange(2.0, _LARGEST_ORDER + 1.0)
     room = epsilon - np.log1p(-1.0 / alpha) + (math.log(delta) + np.log(alpha)) / (alpha - 1.0)
     best = float(alpha[np.argmax(room / alpha)]) - 1.0
@@ -129,8 +128,8 @@ def _mixture(epsilon: float, delta: float) -> tuple[tuple[int, ...], tuple[float
 
 def _divergences(events: tuple[Event, ...], orders: tuple[int, ...], neighbours: str) -> _Floats:
     """The sums of the Renyi divergences of `events` at `orders`, in both directions, shape (orders,)."""
-    releases = client_accounting.settled(event for event in events if isinstance(event, ClientRelease))
-    total = sum((event.steps * client_accounting.renyi(event, orders) for event in releases), np.zeros(len(orders)))
+    releases = client_level.settled(event for event in events if isinstance(event, ClientRelease))
+    total = sum((event.steps * client_level.renyi(event, orders) for event in releases), np.zeros(len(orders)))
     for event, times in _counted(event for event in events if not isinstance(event, ClientRelease)).items():
         total = total + times * _of_one(event, orders, neighbours)
     return np.asarray(total)
@@ -146,8 +145,8 @@ def _counted(events: Iterable[RecordEvent]) -> dict[RecordEvent, int]:
 @lru_cache(maxsize=1024)
 def _of_one(event: RecordEvent, orders: tuple[int, ...], neighbours: str) -> _Floats:
     if not isinstance(event, Search):
-        return accounting.renyi(event, orders, neighbours=neighbours)
-    every = tuple(sorted({*accounting.RENYI_ORDERS, *map(float, orders)}))  # any order may stand in its theorem
-    curve = sum((accounting.renyi(part, every, neighbours=neighbours) for part in event.tries), np.zeros(len(every)))
-    bound = accounting.best_of(event, every, curve)
+        return record_level.renyi(event, orders, neighbours=neighbours)
+    every = tuple(sorted({*record_level.RENYI_ORDERS, *map(float, orders)}))  # any order may stand in its theorem
+    curve = sum((record_level.renyi(part, every, neighbours=neighbours) for part in event.tries), np.zeros(len(every)))
+    bound = record_level.best_of(event, every, curve)
     return np.asarray([bound[every.index(float(order))] for order in orders])

@@ -63,7 +63,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
-from choral.privacy.accounting.dominating_pairs import ROUNDOFF, Floats, Pair, sampled_gaussian
+from choral.privacy.accounting.dominating_pairs import ROUNDOFF, DominatingPair, Floats, sampled_gaussian
 from choral.privacy.accounting.replace_one import ReplacedGaussian
 
 SMALLEST_DELTA = 1e-10
@@ -73,7 +73,7 @@ _TAIL = 1e-12  # of the tilted sum, to either side of the window
 _MISSED = 1e-4  # of delta, given up for the lower bound
 
 
-class Bounds(NamedTuple):
+class EpsilonBounds(NamedTuple):
     """Epsilon lies in [lower, upper]; `grid` is the one that it took, at least the one that was asked for."""
 
     lower: float
@@ -124,7 +124,7 @@ def _log_moment(losses: Floats, probs: Floats, order: float) -> float:
     return most + math.log(float(np.exp(exponents - most).sum()))
 
 
-_kept: dict[tuple[Pair, float], _Loss] = {}
+_kept: dict[tuple[DominatingPair, float], _Loss] = {}
 
 
 def epsilon(steps: Sequence[tuple[float, float, int]], delta: float, grid: float, replace: bool = False) -> float:
@@ -136,14 +136,16 @@ def epsilon(steps: Sequence[tuple[float, float, int]], delta: float, grid: float
     return bounds(steps, delta, grid, replace).upper
 
 
-def bounds(steps: Sequence[tuple[float, float, int]], delta: float, grid: float, replace: bool = False) -> Bounds:
+def bounds(
+    steps: Sequence[tuple[float, float, int]], delta: float, grid: float, replace: bool = False
+) -> EpsilonBounds:
     """Return a lower and an upper bound on epsilon at `delta` of all `steps`, as in :func:`epsilon`."""
     pairs = [(_pairs(rate, noise, replace), count) for rate, noise, count in steps]
     directions = range(len(pairs[0][0]))
     return worst([[(ways[way], count) for ways, count in pairs] for way in directions], delta, grid)
 
 
-def _pairs(rate: float, noise: float, replace: bool) -> tuple[Pair, ...]:
+def _pairs(rate: float, noise: float, replace: bool) -> tuple[DominatingPair, ...]:
     """One for each direction of the relation; replacing is alike in both."""
     return (ReplacedGaussian(rate, noise),) if replace else sampled_gaussian(rate, noise)
 
@@ -161,15 +163,15 @@ def extent(steps: Sequence[tuple[float, float, int]], replace: bool = False) -> 
     return widest, math.sqrt(variance)
 
 
-def worst(directions: Sequence[Sequence[tuple[Pair, int]]], delta: float, grid: float) -> Bounds:
+def worst(directions: Sequence[Sequence[tuple[DominatingPair, int]]], delta: float, grid: float) -> EpsilonBounds:
     """Return the bounds for the worst of several directions, each a sequence of dominating pairs and counts."""
     found = [composed(parts, delta, grid) for parts in directions]
-    return Bounds(
+    return EpsilonBounds(
         max(each.lower for each in found), max(each.upper for each in found), max(each.grid for each in found)
     )
 
 
-def composed(parts: Sequence[tuple[Pair, int]], delta: float, grid: float) -> Bounds:
+def composed(parts: Sequence[tuple[DominatingPair, int]], delta: float, grid: float) -> EpsilonBounds:
     """Return bounds on the epsilon at `delta` of all `parts`: pairs that dominate a step, and how many such steps."""
     room = min(MOST_POINTS, 4 * MOST_POINTS // len(parts))  # of one step
     widest = max(high - low for low, high in (pair.losses() for pair, _ in parts))
@@ -188,7 +190,7 @@ def composed(parts: Sequence[tuple[Pair, int]], delta: float, grid: float) -> Bo
             if upper > max(tried.low * grid, 0.0) or not upper:
                 break  # else the answer lies below the window: tilt less
         if coarser == 1.0:
-            return Bounds(min(lower, upper), upper, grid)
+            return EpsilonBounds(min(lower, upper), upper, grid)
         grid *= coarser
 
 
@@ -197,7 +199,7 @@ def _doublings(points: float, room: int) -> float:
     return 2.0 ** max(math.ceil(math.log2(points / room)), 0)
 
 
-def _discretised(pair: Pair, grid: float) -> _Loss:
+def _discretised(pair: DominatingPair, grid: float) -> _Loss:
     if (pair, grid) not in _kept:
         made = _connect(pair, grid)
         while _kept and sum(len(loss.probs) for loss in _kept.values()) + len(made.probs) > _KEPT_POINTS:
@@ -206,7 +208,7 @@ def _discretised(pair: Pair, grid: float) -> _Loss:
     return _kept[pair, grid]
 
 
-def _connect(pair: Pair, grid: float) -> _Loss:
+def _connect(pair: DominatingPair, grid: float) -> _Loss:
     """Equation (1), from divergences that are raised by their rounding."""
     low, high = pair.losses()
     first, last = math.floor(low / grid), math.ceil(high / grid) + 1

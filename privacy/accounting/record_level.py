@@ -36,8 +36,7 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import pld
-from choral.privacy.accounting import replace_one as replaced
+from choral.privacy.accounting import pld, replace_one
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
     REPLACE_ONE,
@@ -370,7 +369,7 @@ def checked_epsilon(merged: Merged, delta: float, replace: bool) -> float:
     return min(by_pld.upper, by_rdp)  # both are upper bounds; RDP is the lower where no grid fits the memory
 
 
-def settled_on_grid(merged: Merged, delta: float, replace: bool) -> tuple[pld.Bounds, float]:
+def settled_on_grid(merged: Merged, delta: float, replace: bool) -> tuple[pld.EpsilonBounds, float]:
     """PLD on finer and finer grids until it settles: each value is an upper bound, a finer one is only tighter.
 
     Returns the bounds and the grid. The error of connecting the dots is of second order: when a ten times
@@ -390,12 +389,12 @@ def settled_on_grid(merged: Merged, delta: float, replace: bool) -> tuple[pld.Bo
 
 
 @lru_cache(maxsize=4096)
-def discretised(merged: Merged, delta: float, grid: float, replace: bool) -> pld.Bounds:
+def discretised(merged: Merged, delta: float, grid: float, replace: bool) -> pld.EpsilonBounds:
     if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
         precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
         distance = 2.0 if replace else 1.0  # of a record from its replacement, or from zero
         exact = float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / distance, delta))
-        return pld.Bounds(exact * (1.0 - 1e-9), exact, grid)
+        return pld.EpsilonBounds(exact * (1.0 - 1e-9), exact, grid)
     # T steps that take every record are exactly one Gaussian of noise / sqrt(T).
     return pld.bounds(_gaussians_as_one(merged), delta, grid, replace)
 
@@ -479,7 +478,7 @@ def _rdp(merged: Merged, delta: float, orders: tuple[float, ...], replace: bool)
 @lru_cache(maxsize=512)
 def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...], replace: bool) -> npt.NDArray[np.float64]:
     if replace:
-        return replaced.renyi(rate, noise, orders)
+        return replace_one.renyi(rate, noise, orders)
     accountant = RdpAccountant(orders)
     with _quiet():
         return np.asarray(accountant.compose(_dp_event(rate, noise)).rdp)

@@ -16,7 +16,7 @@ from functools import lru_cache
 import dp_accounting
 
 from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledGaussian, RecordEvent, Search
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.accounting.record_level import (
     GRIDS,
     LARGEST_NOISE,
@@ -108,7 +108,7 @@ def _by_filter(
     slack: float,
     neighbours: str,
 ) -> float:
-    rule = Filter(epsilon, delta, neighbours)
+    rule = PrivacyFilter(epsilon, delta, neighbours)
     _refuse_spent(epsilon, delta, rule.cost(before), slack)
     return least_noise(lambda noise: rule.cost((*before, event(noise))), epsilon, slack=slack)
 

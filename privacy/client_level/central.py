@@ -32,8 +32,8 @@ Int64Array = npt.NDArray[np.int64]
 class CentralScheme:
     """Vectors of `length` coordinates, and noise of `ratio` times the clipping norm that the server adds to their sum.
 
-    Has the same methods as :class:`choral.privacy.client_level.distributed.Scheme`. Raises: ConfigError (ratio not >
-    0).
+    Has the same methods as :class:`choral.privacy.client_level.distributed.DistributedScheme`. Raises: ConfigError
+    (ratio not > 0).
     """
 
     length: int

@@ -10,7 +10,7 @@
     mean = current.decode(total, survivors=len(survivors))   # the server; float64, shape (d,)
 
 Record-level :class:`choral.privacy.Privacy` wraps a training loop and is another thing: its clipping norm is of a
-record's gradient, its ledger one data holder's. The two are classes of their own, for hardly a setting means the same.
+record's gradient, its ledger one data owner's. The two are classes of their own, for hardly a setting means the same.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import client_level as client_accounting
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.client_noise import calibrate
-from choral.privacy.accounting.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, Plan
+from choral.privacy.accounting.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, ReleasePlan
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import Int64Array, Scheme, check_bits, design, norm_of
+from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, check_bits, design, norm_of
 from choral.privacy.dpsgd.clipping import AdaptiveClip, check_clip
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
-from choral.privacy.ledgers.plans import Room, guarantee
+from choral.privacy.ledgers.plans import RemainingBudget, guarantee
 from choral.privacy.ledgers.spent import Spent
 from choral.privacy.noise.gaussian import Source, os_stream
 from choral.privacy.noise.integer_tables import Law
@@ -89,7 +88,7 @@ class ClientPrivacy:
     def __post_init__(self) -> None:
         if self.ledger is not None:
             object.__setattr__(self, "ledger", as_ledger(self.ledger))
-        accounting.check_target(self.epsilon, self.delta)
+        record_level.check_target(self.epsilon, self.delta)
         if not isinstance(self.clip, AdaptiveClip):
             check_clip(self.clip)
         check_bits(self.bits)
@@ -144,7 +143,7 @@ class ClientPrivacy:
 
 
 class ClientPrivacyEngine:
-    """The keeper of one promise over the rounds of a federation.
+    """Keeps one promise over the rounds of a federation.
 
     Args:
         privacy: the promise. clients: how many there are. length: coordinates of an update. rounds: sums that are
@@ -184,13 +183,13 @@ class ClientPrivacyEngine:
             raise ConfigError(
                 f"{self.most} of {clients} clients are in one sum at most, expected at least min_survivors,"
                 f" {self.min_survivors}, and at most all",
-                hint="Set min_survivors to what is left of those who are asked.",
+                hint="Set min_survivors to what is left of those who are selected.",
             )
         self._source = source
         self._begun = 0
-        room = Room.on(ledger, privacy.epsilon, privacy.delta)
-        self._known = len(room.standing.before)
-        self.ratio, self._announced = self._planned(room)
+        remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
+        self._known = len(remaining.state.before)
+        self.ratio, self._announced = self._planned(remaining)
         self.scheme = self._scheme(self.ratio)
 
     @property
@@ -220,7 +219,7 @@ class ClientPrivacyEngine:
                 hint="Plan more rounds from the start; each then has more noise.",
             )
         worst = self.scheme.release(self.holders)
-        cost = client_accounting.epsilon([*self.ledger.releases, worst], self.privacy.delta)
+        cost = client_level.epsilon([*self.ledger.releases, worst], self.privacy.delta)
         if not cost <= self.privacy.epsilon:
             raise BudgetExceededError(
                 f"one more round would cost epsilon={cost:.6g} in all, {self.privacy.epsilon:g} were promised",
@@ -231,7 +230,7 @@ class ClientPrivacyEngine:
         self._begun += 1
         return ClientRound(self, self.scheme.signs(self._source(SEED_BYTES)), self._source)
 
-    def append(self, release: ClientRelease, plan: Plan | None = None) -> None:
+    def append(self, release: ClientRelease, plan: ReleasePlan | None = None) -> None:
         """Write one event to the ledger. Raises: LedgerError."""
         self.ledger.append(release, after=self._known, plan=plan)
         self._known += 1
@@ -240,27 +239,27 @@ class ClientPrivacyEngine:
         """Return what these clients have spent so far, earlier runs included."""
         return spent_by(self.ledger, self.privacy.delta)
 
-    def _planned(self, room: Room) -> tuple[float, Plan | None]:
+    def _planned(self, remaining: RemainingBudget) -> tuple[float, ReleasePlan | None]:
         """Return the ratio of the noise, and the plan to announce; None where an earlier process's plan goes on."""
 
         def release(ratio: float) -> ClientRelease:
             return self._scheme(ratio).release(self.holders)
 
         if not self.rounds:  # nothing is to come: no noise is made, and the scheme only names the encoding
-            latest = room.standing.latest
+            latest = remaining.state.latest
             times = latest.parts[0].times if latest else 1
-            earlier = room.before_latest().standing.before if latest else ()
+            earlier = remaining.before_latest().state.before if latest else ()
             before = [event for event in earlier if isinstance(event, ClientRelease)]
             return calibrate(self.privacy.epsilon, self.privacy.delta, release, times, before), None
-        for part, left in room.going_on():
+        for part, left in remaining.unfinished():
             if isinstance(part.event, ClientRelease) and left >= self.rounds:
-                ratio = room.before_latest().client_ratio(release, part.times)
+                ratio = remaining.before_latest().client_ratio(release, part.times)
                 if release(ratio) == part.event:
                     return ratio, None
-        ratio = room.client_ratio(release, self.rounds)
-        return ratio, room.plan(release(ratio), self.rounds)
+        ratio = remaining.client_ratio(release, self.rounds)
+        return ratio, remaining.plan(release(ratio), self.rounds)
 
-    def _scheme(self, ratio: float) -> Scheme | CentralScheme:
+    def _scheme(self, ratio: float) -> DistributedScheme | CentralScheme:
         length = self.length + (1 if self.adaptive else 0)
         if self.privacy.noise == "central":
             return CentralScheme(length=length, ratio=ratio)
@@ -346,13 +345,13 @@ class ClientRound:
 
 def spent_by(ledger: Ledger, delta: float) -> Spent:
     """Return what a ledger of clients says they have spent, at `delta`. Raises: LedgerError, AccountingError."""
-    releases = client_accounting.settled(ledger.releases)
+    releases = client_level.settled(ledger.releases)
     return Spent(
-        epsilon=client_accounting.epsilon(releases, delta),
+        epsilon=client_level.epsilon(releases, delta),
         delta=delta,
         unit=CLIENT_UNIT,
         neighbours=CLIENT_NEIGHBOURS,
-        accountant=client_accounting.accountant_of(releases),
+        accountant=client_level.accountant_of(releases),
         steps=sum(release.steps for release in releases),
         noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
         sample_rate=1.0 if releases else 0.0,

@@ -40,7 +40,7 @@ from choral.privacy.accounting.events import ClientRelease
 from choral.privacy.dpsgd.clipping import check_clip
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import Source
-from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, SMALLEST_VARIANCE, Law, Table, table
+from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, SMALLEST_VARIANCE, CumulativeTable, Law, table
 from choral.privacy.noise.rotation import padded_length, random_signs, rotate, unrotate
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
+class DistributedScheme:
     """How clients' vectors become integers with noise, and how their sum comes back. Made by :func:`design`.
 
     mechanism: the law of the noise. bits: of the modulus. length: coordinates of a client's vector, d. clients: most
@@ -87,7 +87,7 @@ class Scheme:
         return squared_norm_bound(self.scale, self.padded)
 
     @cached_property
-    def noise(self) -> Table:
+    def noise(self) -> CumulativeTable:
         """The table that noise is drawn from."""
         return table(self.mechanism, self.share_variance)
 
@@ -158,7 +158,7 @@ class Scheme:
 
 def design(
     *, mechanism: Law, bits: int, length: int, clients: int, holders: int, ratio: float, deviations: float = TAIL
-) -> Scheme:
+) -> DistributedScheme:
     """Choose scale and noise share such that `holders` shares together have `ratio` times the clipping norm.
 
     s = sqrt(2^(2 bits) - n k^2) / (2 k sqrt(n^2 / d + n sigma^2)), sigma^2 = ratio^2 / holders, n = clients, for a
@@ -190,7 +190,7 @@ def design(
             f"{bits} bits leave a noise share of {math.sqrt(variance):.3g} steps, expected at least 2",
             hint="Use more bits, fewer clients, or Skellam noise, whose shares may be small.",
         )
-    return Scheme(
+    return DistributedScheme(
         mechanism=mechanism, bits=bits, length=length, clients=clients, scale=scale, share_variance=Fraction(variance)
     )
 

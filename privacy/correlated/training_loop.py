@@ -31,9 +31,9 @@ from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Strate
 from choral.privacy.correlated.factorisation import banded, buffered
 from choral.privacy.correlated.noise_streams import Stream, stream
 from choral.privacy.dpsgd.clipping import AdaptiveClip, norm_of_all
-from choral.privacy.dpsgd.engine import CALIBRATION_SLACK, Privacy, Scheme
+from choral.privacy.dpsgd.engine import CALIBRATION_SLACK, ExecutionPlan, Privacy
 from choral.privacy.errors import BudgetExceededError, PrivacyError
-from choral.privacy.ledgers.plans import Room
+from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.noise.gaussian import Source, os_stream
 
 Mechanism = Literal["buffered", "banded", "tree"]
@@ -96,22 +96,26 @@ class CorrelatedPrivacy(Privacy):
             return banded(steps, passes, min(steps, 32) if self.bands is None else self.bands)
         return buffered(steps, passes)
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
-        """See :meth:`Privacy.scheme`."""
+    def execution_plan(
+        self, records: int, batch_size: int, steps: int, passes: int, remaining: RemainingBudget
+    ) -> ExecutionPlan:
+        """See :meth:`Privacy.execution_plan`."""
         strategy = self.strategy(steps, passes)
-        noise = room.noise_multiplier(1.0, 1, slack=CALIBRATION_SLACK) * sensitivity(strategy, steps, passes)
+        noise = remaining.noise_multiplier(1.0, 1, slack=CALIBRATION_SLACK) * sensitivity(strategy, steps, passes)
         return self._fixed_order(strategy, noise, records, batch_size, steps)
 
-    def going_on(self, records: int, batch_size: int, steps: int, event: Event) -> Scheme | None:
-        """See :meth:`Privacy.going_on`. The noise is new, of the same strategy and deviation."""
+    def resumed_plan(self, records: int, batch_size: int, steps: int, event: Event) -> ExecutionPlan | None:
+        """See :meth:`Privacy.resumed_plan`. The noise is new, of the same strategy and deviation."""
         if not isinstance(event, CorrelatedGaussian) or event.steps != steps:
             return None
         if not isinstance(event.strategy, _KINDS[self.mechanism]):
             return None
         return self._fixed_order(event.strategy, event.noise, records, batch_size, steps)
 
-    def _fixed_order(self, strategy: Strategy, noise: float, records: int, batch_size: int, steps: int) -> FixedOrder:
-        return FixedOrder(
+    def _fixed_order(
+        self, strategy: Strategy, noise: float, records: int, batch_size: int, steps: int
+    ) -> FixedOrderPlan:
+        return FixedOrderPlan(
             strategy,
             noise=noise,
             max_grad_norm=norm_of_all(self.max_grad_norm),
@@ -122,8 +126,8 @@ class CorrelatedPrivacy(Privacy):
         )
 
 
-class FixedOrder:
-    """The batches and the noise of one data holder, over all its passes: a :class:`Scheme`.
+class FixedOrderPlan:
+    """The batches and the noise of one data owner, over all its passes: a :class:`ExecutionPlan`.
 
     Args:
         strategy: C. noise: standard deviation of z over `max_grad_norm`. records, batch_size: of the loader.

@@ -1,1 +1,1 @@
-"""DP-SGD for one data holder: the engine, Poisson batches, clipping, the private optimizer, private search."""
+"""DP-SGD for one data owner: the engine, Poisson batches, clipping, the private optimizer, private search."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from choral.privacy.accounting.events import Plan, PoissonSampledGaussian
+from choral.privacy.accounting.events import PoissonSampledGaussian, ReleasePlan
 from choral.privacy.errors import BudgetExceededError, LedgerError, PrivacyError
 from choral.privacy.ledgers.ledger import Ledger
-from choral.privacy.ledgers.plans import Room
+from choral.privacy.ledgers.plans import RemainingBudget
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,16 +56,16 @@ def passes_left(found: Checkpoint, ledger: Ledger) -> int:
     return max(found.passes_left - (len(events) - found.events), 0)
 
 
-def affordable(event: PoissonSampledGaussian, passes: int, room: Room) -> Plan | None:
+def affordable(event: PoissonSampledGaussian, passes: int, remaining: RemainingBudget) -> ReleasePlan | None:
     """Return the plan to announce for so many more passes of `event`; None if they are left of the latest plan.
 
     Raises: BudgetExceededError if they are too much on top of what the ledger holds.
     """
-    if passes == 0 or any(part.covers(event) and left >= passes for part, left in room.going_on()):
+    if passes == 0 or any(part.covers(event) and left >= passes for part, left in remaining.unfinished()):
         return None
-    plan = room.plan(event, passes)
+    plan = remaining.plan(event, passes)
     try:
-        room.check(plan.whole)
+        remaining.check(plan.whole)
     except BudgetExceededError as error:
         raise BudgetExceededError(
             f"{passes} more passes as the checkpoint planned them: {error}",

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from choral.doors import worded
 from choral.errors import ConfigError
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
     Event,
-    Plan,
     PoissonSampledGaussian,
     RecordEvent,
+    ReleasePlan,
     check_relation,
     stated,
 )
@@ -34,7 +34,7 @@ from choral.privacy.dpsgd.private_optimizer import Noise, PrivateOptimizer
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
-from choral.privacy.ledgers.plans import Room, guarantee
+from choral.privacy.ledgers.plans import RemainingBudget, guarantee
 from choral.privacy.ledgers.spent import Spent, group_pair
 from choral.privacy.noise.gaussian import os_stream
 
@@ -81,7 +81,7 @@ class Privacy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", as_ledger(self.ledger))
-        accounting.check_target(self.epsilon, self.delta)
+        record_level.check_target(self.epsilon, self.delta)
         check_norm(self.max_grad_norm)
         check_relation(self.neighbours)
         for name in ("epochs", "max_physical_batch_size", "records_per_person"):
@@ -116,27 +116,29 @@ class Privacy:
         """Return what the data has spent so far, in all runs that its ledger knows."""
         return _spent(self._open(), self.delta, self.records_per_person)
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
-        """Return how a PrivacyEngine draws batches and makes noise, so that `passes` passes fit into `room`.
+    def execution_plan(
+        self, records: int, batch_size: int, steps: int, passes: int, remaining: RemainingBudget
+    ) -> ExecutionPlan:
+        """Return how a PrivacyEngine draws batches and makes noise, so that `passes` passes fit into `remaining`.
 
         records: the dataset's. batch_size: the loader's, expected on average. steps: of a pass.
         Raises: ConfigError, BudgetExceededError.
         """
         rate = Fraction(batch_size, records)
-        noise = room.noise_multiplier(float(rate), steps * passes, slack=CALIBRATION_SLACK)
+        noise = remaining.noise_multiplier(float(rate), steps * passes, slack=CALIBRATION_SLACK)
         return _sampled(records, batch_size, steps, noise)
 
-    def going_on(self, records: int, batch_size: int, steps: int, event: Event) -> Scheme | None:
+    def resumed_plan(self, records: int, batch_size: int, steps: int, event: Event) -> ExecutionPlan | None:
         """Return the same for passes that cost `event` each, as an earlier process planned; None if they are others."""
-        scheme = _sampled(records, batch_size, steps, event.noise_multiplier)
-        return scheme if scheme.event == event else None
+        plan = _sampled(records, batch_size, steps, event.noise_multiplier)
+        return plan if plan.event == event else None
 
     def _open(self) -> Ledger:
         return as_ledger(self.ledger)  # itself, since __post_init__
 
 
-class Scheme(Protocol):
-    """One data holder's batches and noise over all passes, for one number of records and one batch size."""
+class ExecutionPlan(Protocol):
+    """One data owner's batches and noise over all passes, for one number of records and one batch size."""
 
     @property
     def records(self) -> int:
@@ -177,7 +179,7 @@ class Scheme(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
+class PoissonPlan:
     """Poisson batches, independent noise."""
 
     records: int
@@ -200,14 +202,14 @@ class Sampled:
         """Any order will do."""
 
 
-def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> Sampled:
+def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> PoissonPlan:
     rate = Fraction(batch_size, records)
     event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise_multiplier, steps=steps)
-    return Sampled(records=records, batch_size=batch_size, rate=rate, event=event)
+    return PoissonPlan(records=records, batch_size=batch_size, rate=rate, event=event)
 
 
 class PrivacyEngine:
-    """One data holder's private training across many calls of the training loop.
+    """One data owner's private training across many calls of the training loop.
 
     Args:
         privacy: the promise. holder: a name for whose data it is. ledger: what that data has spent before.
@@ -226,8 +228,8 @@ class PrivacyEngine:
         passes = as_integer("passes", passes)
         ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
-        self._plan: Scheme | None = None
-        self._announced: Plan | None = None  # to be written in front of the next pass
+        self._plan: ExecutionPlan | None = None
+        self._announced: ReleasePlan | None = None  # to be written in front of the next pass
         self._short: int | None = None  # passes left of an earlier plan, where more are asked for
         self._clipping = Clipping(privacy.max_grad_norm)
         if clip is not None and self.adaptive:
@@ -308,7 +310,7 @@ class PrivacyEngine:
             before_place=plan.before_place,
             max_physical_batch_size=self.privacy.max_physical_batch_size,
         )
-        private_optimizer.keeper = self
+        private_optimizer.planner = self
         if resume is not None:
             try:
                 private_optimizer.load_state_dict(dict(resume))
@@ -346,13 +348,13 @@ class PrivacyEngine:
         clip = found.max_grad_norm if self.adaptive else self._clipping.norm
         # Correlated noise ended with its process, and wrap() has planned anew; a try of a search has its own plan;
         # within a process the plan goes on.
-        if self._passed or not isinstance(plan, Sampled) or type(self.privacy) is not Privacy:
+        if self._passed or not isinstance(plan, PoissonPlan) or type(self.privacy) is not Privacy:
             return clip, plan.noise_multiplier
         resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
-        room = self._room()
-        self._announced, self._short = affordable(resumed.event, left, room), None
+        remaining = self._remaining()
+        self._announced, self._short = affordable(resumed.event, left, remaining), None
         self._plan = resumed
-        self.passes, self._known = left, len(room.standing.before)
+        self.passes, self._known = left, len(remaining.state.before)
         return clip, resumed.noise_multiplier
 
     def spent(self) -> Spent:
@@ -382,7 +384,7 @@ class PrivacyEngine:
             )
         return records, batch_size
 
-    def _refuse_other_size(self, records: int, batch_size: int, plan: Scheme) -> None:
+    def _refuse_other_size(self, records: int, batch_size: int, plan: ExecutionPlan) -> None:
         if (records, batch_size) != (plan.records, plan.batch_size):
             raise UnsupportedLoaderError(
                 f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
@@ -391,7 +393,7 @@ class PrivacyEngine:
                 "training: wrap again, on the same ledger.",
             )
 
-    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> Scheme:
+    def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> ExecutionPlan:
         records, batch_size = self.sizes(loader)
         if self._plan is not None:
             self._refuse_other_size(records, batch_size, self._plan)
@@ -403,39 +405,41 @@ class PrivacyEngine:
                 hint="At delta >= 1/n publishing a record outright would count as private.",
             )
         steps = records // batch_size if loader.drop_last else math.ceil(records / batch_size)
-        room, entry = self._room(), None if resume is None else resume.get("privacy")
-        self._steps, self._known = steps, len(room.standing.before)
+        remaining, entry = self._remaining(), None if resume is None else resume.get("privacy")
+        self._steps, self._known = steps, len(remaining.state.before)
         if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
             self._plan = _sampled(records, batch_size, steps, checkpoint_of(entry).noise_multiplier)
             return self._plan
-        self._plan = self._gone_on(records, batch_size, room, or_less=entry is not None)
+        self._plan = self._gone_on(records, batch_size, remaining, or_less=entry is not None)
         if self._plan is None:
-            self._plan = self.privacy.scheme(records, batch_size, steps, self.passes, room)
-            self._announced = room.plan(self._plan.event, self.passes)
+            self._plan = self.privacy.execution_plan(records, batch_size, steps, self.passes, remaining)
+            self._announced = remaining.plan(self._plan.event, self.passes)
         return self._plan
 
-    def _gone_on(self, records: int, batch_size: int, room: Room, *, or_less: bool) -> Scheme | None:
-        """Return the scheme of the ledger's latest plan where passes are left of it, None where there are none.
+    def _gone_on(
+        self, records: int, batch_size: int, remaining: RemainingBudget, *, or_less: bool
+    ) -> ExecutionPlan | None:
+        """Return how to go on with the latest plan on the ledger, None where no passes are left of it.
 
         Where there are fewer than are asked for, and no other plan fits in: nothing trains until a checkpoint says how
         many are left. or_less: take those that there are.
         """
-        for part, left in room.going_on():
-            scheme = self.privacy.going_on(records, batch_size, self._steps, part.event)
-            if scheme is None:
+        for part, left in remaining.unfinished():
+            plan = self.privacy.resumed_plan(records, batch_size, self._steps, part.event)
+            if plan is None:
                 continue
             if left < self.passes:
                 try:
-                    self.privacy.scheme(records, batch_size, self._steps, self.passes, room)
+                    self.privacy.execution_plan(records, batch_size, self._steps, self.passes, remaining)
                     continue
                 except BudgetExceededError:
                     self._short = None if or_less else left
                     self.passes = left if or_less else self.passes
-            return scheme
+            return plan
         return None
 
-    def _room(self) -> Room:
-        return Room.on(self.ledger, self.privacy.epsilon, self.privacy.delta)
+    def _remaining(self) -> RemainingBudget:
+        return RemainingBudget.on(self.ledger, self.privacy.epsilon, self.privacy.delta)
 
     def _charge(self) -> None:
         """Pay for one pass, on disk, before its first batch is drawn."""
@@ -474,13 +478,13 @@ def refuse_several_processes() -> None:
         )
 
 
-def _rate(plan: Scheme) -> float:
+def _rate(plan: ExecutionPlan) -> float:
     return plan.batch_size / plan.records
 
 
 def _spent(ledger: Ledger, delta: float, records_per_person: int | None) -> Spent:
     events = ledger.events
-    epsilon = accounting.epsilon(events, delta, neighbours=ledger.neighbours)
+    epsilon = record_level.epsilon(events, delta, neighbours=ledger.neighbours)
     guaranteed = guarantee(ledger)
     one = max(epsilon, guaranteed or 0.0)
     person = (None, None) if records_per_person is None else group_pair(one, delta, records_per_person)
@@ -488,7 +492,7 @@ def _spent(ledger: Ledger, delta: float, records_per_person: int | None) -> Spen
         epsilon=epsilon,
         delta=delta,
         neighbours=stated(ledger.neighbours),
-        accountant=accounting.accountant_of(events),
+        accountant=record_level.accountant_of(events),
         steps=sum(e.steps for e in events),
         noise_multiplier=events[-1].noise_multiplier if events else 0.0,
         sample_rate=events[-1].sample_rate if events else 0.0,

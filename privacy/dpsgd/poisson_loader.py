@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from choral.privacy.errors import UnsupportedLoaderError
 from choral.privacy.noise.gaussian import Source, poisson_sample
-from choral.privacy.record_independence.collation import Unmixed
+from choral.privacy.record_independence.collation import CheckedCollation
 
 # What a subclass may define anew; whatever else DataLoader has, the private loader would replace by its own.
 _HARMLESS = {"__init__", "__setattr__", "__doc__", "__dict__", "__weakref__", "__module__", "__annotations__"}
@@ -75,7 +75,7 @@ class _Fetched(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._fetch = Unmixed(dataset.__getitems__, "the dataset's __getitems__")
+        self._fetch = CheckedCollation(dataset.__getitems__, "the dataset's __getitems__")
 
     def __getattr__(self, name: str) -> Any:
         if name in ("dataset", "_fetch"):  # not there yet, in a copy
@@ -127,7 +127,7 @@ class PrivateLoader(DataLoader[Any]):
             _by_itself(loader.dataset),
             batch_sampler=chunks,
             num_workers=loader.num_workers,
-            collate_fn=collate if collate is default_collate else Unmixed(collate, "collating"),
+            collate_fn=collate if collate is default_collate else CheckedCollation(collate, "collating"),
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,

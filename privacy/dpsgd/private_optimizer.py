@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
-from choral.privacy.dpsgd.optimizer_shell import OverOptimizer
+from choral.privacy.dpsgd.optimizer_wrapper import OptimizerWrapper
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.full_precision import full_precision
 from choral.privacy.noise.gaussian import Source, grid_gaussian, noise_grid
-from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample import ghost_norms
 from choral.privacy.record_independence.unsupported_calls import warn_of_clipping
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
 _step_refusals: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
-class Keeper(Protocol):
+class StepPlanner(Protocol):
     """Who plans and pays for the steps, asked when an optimizer's state is saved or loaded."""
 
     def saved(self, clip: float) -> dict[str, float | int | str]:
@@ -67,7 +67,7 @@ class _Pending:
         raise PrivacyError("clipped gradients without noise may be neither copied nor written to a file")
 
 
-class PrivateOptimizer(OverOptimizer):
+class PrivateOptimizer(OptimizerWrapper):
     """The user's optimizer, fed with noisy gradients; its groups, state and hyper-parameters are the user's own.
 
     Guarantee: each step releases, and hands to the user's optimizer,
@@ -111,7 +111,7 @@ class PrivateOptimizer(OverOptimizer):
         self._last = True  # the batch, or chunk, just drawn completes its batch
         self._pending: _Pending | None = None  # of the chunks so far; secret
         self._planned_noise = noise_multiplier
-        self.keeper: Keeper | None = None  # of the budget, for checkpoints
+        self.planner: StepPlanner | None = None  # of the budget, for checkpoints
         self._process = os.getpid()
         self.stepped = False  # whether the latest step() released something and moved the model
         self._warned = False  # that the loop clips gradients, which does nothing
@@ -306,8 +306,8 @@ class PrivateOptimizer(OverOptimizer):
         passes, and how long the ledger was. Nothing in it is secret; chunks of an unfinished batch are left out.
         """
         state: dict[str, Any] = dict(super().state_dict())
-        if self.keeper is not None:
-            state["privacy"] = self.keeper.saved(self.max_grad_norm if self._pending else self.clipping.norm)
+        if self.planner is not None:
+            state["privacy"] = self.planner.saved(self.max_grad_norm if self._pending else self.clipping.norm)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,9 +325,9 @@ class PrivateOptimizer(OverOptimizer):
                 f"the optimizer's state has no {missing!r}", hint="Give what optimizer.state_dict() returned."
             )
         entry = state.pop("privacy", None)
-        if entry is not None and self.keeper is not None:
+        if entry is not None and self.planner is not None:
             self.refuse_owing()
-            self.clipping.norm, noise = self.keeper.resumed(entry)
+            self.clipping.norm, noise = self.planner.resumed(entry)
             self.max_grad_norm = self.clipping.norm
             self.plan(noise)
         try:
@@ -345,7 +345,7 @@ class PrivateOptimizer(OverOptimizer):
         self._model.uses.clear()
         self.original_optimizer.zero_grad(set_to_none)
 
-    def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost.PerSample:
+    def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost_norms.PerSample:
         """Return the per-sample gradients of `p`, of `drawn` records."""
         parts = self._model.parts(p)
         if not parts and p not in self._model.attached:
@@ -356,7 +356,7 @@ class PrivateOptimizer(OverOptimizer):
                 "ledger.",
             )
         if not parts and self._model.left_out(p):
-            return ghost.Dense(torch.zeros((), device=p.device).expand(drawn, p.numel()))
+            return ghost_norms.Dense(torch.zeros((), device=p.device).expand(drawn, p.numel()))
         if not parts:
             raise UnsupportedModelError(
                 f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
@@ -377,9 +377,9 @@ class PrivateOptimizer(OverOptimizer):
                 hint="Use weights through their layers only: call layer(x), not a function of layer.weight. An L2 term "
                 "is the optimizer's weight_decay; it needs no gradients of the loss.",
             )
-        return ghost.added(parts)
+        return ghost_norms.added(parts)
 
-    def _compare(self, samples: list[ghost.PerSample]) -> None:
+    def _compare(self, samples: list[ghost_norms.PerSample]) -> None:
         """Compare per-sample gradients with autograd, of each parameter until both were there to be compared."""
         model = self._model
         for p, g in zip(self.params, samples, strict=True):
@@ -395,7 +395,7 @@ class PrivateOptimizer(OverOptimizer):
             size = float(torch.linalg.vector_norm(expected))
             difference = float(torch.linalg.vector_norm(average.sub_(expected)))
             few = g.dense(_COMPARED)
-            astray = (ghost.norms(few).to(norms.device) - norms[: len(few)]).abs()
+            astray = (ghost_norms.norms(few).to(norms.device) - norms[: len(few)]).abs()
             scale = float(norms.mean())
             if not (difference <= 1e-3 * scale + 1e-7 and float(astray.max()) <= 1e-3 * scale + 1e-7):
                 raise UnsupportedModelError(
@@ -433,7 +433,7 @@ class PrivateOptimizer(OverOptimizer):
                     hint="Remove the running statistics, or freeze them.",
                 )
 
-    def _clip_factors(self, samples: list[ghost.PerSample]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+    def _clip_factors(self, samples: list[ghost_norms.PerSample]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
         """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64; the sum of the
         records' answers for adaptive clipping, +1 for a norm of at most C, else -1; and which gradients are not finite:
         factor and answer of those records are 0.

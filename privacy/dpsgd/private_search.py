@@ -18,9 +18,9 @@ from typing import Generic, Literal, TypeVar
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.accounting.plain_numbers import as_integer, is_number
-from choral.privacy.dpsgd.engine import Privacy, Sampled, Scheme
+from choral.privacy.dpsgd.engine import ExecutionPlan, PoissonPlan, Privacy
 from choral.privacy.errors import BudgetExceededError, PrivacyError
-from choral.privacy.ledgers.plans import Room
+from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.ledgers.spent import Spent
 
 C = TypeVar("C")
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found(Generic[C, R]):
+class SearchResult(Generic[C, R]):
     """The best try: its candidate, what `train` returned for it, and its score."""
 
     candidate: C
@@ -41,10 +41,12 @@ class Found(Generic[C, R]):
 class _Try(Privacy):
     """The promise of one try: noise as the search was charged for, and one training, no more."""
 
-    planned: Sampled
+    planned: PoissonPlan
 
-    def scheme(self, records: int, batch_size: int, steps: int, passes: int, room: Room) -> Scheme:
-        """See :meth:`Privacy.scheme`. Raises: PrivacyError unless the training is the one that was paid for."""
+    def execution_plan(
+        self, records: int, batch_size: int, steps: int, passes: int, remaining: RemainingBudget
+    ) -> ExecutionPlan:
+        """See :meth:`Privacy.execution_plan`. Raises: PrivacyError unless the training is the one that was paid for."""
         plan = self.planned
         if (records, batch_size, steps, passes) != (plan.records, plan.batch_size, plan.event.steps, self.epochs):
             raise PrivacyError(
@@ -52,7 +54,7 @@ class _Try(Privacy):
                 f"batches of {plan.batch_size}",
                 hint="All tries share dataset, batch size and epochs; candidates may differ in everything else.",
             )
-        if not room.empty:
+        if not remaining.empty:
             raise BudgetExceededError("a try has trained already", hint="Call wrap once in each try.")
         return plan
 
@@ -67,7 +69,7 @@ def private_search(
     mean: float,
     distribution: Literal["negative_binomial", "poisson"] = "negative_binomial",
     shape: float = 1.0,
-) -> Found[C, R] | None:
+) -> SearchResult[C, R] | None:
     """Train a random number of times, each with a random candidate, and return the best try alone.
 
     privacy: the promise for the whole search, what its ledger holds included; `epochs` are those of one try.
@@ -103,11 +105,11 @@ def private_search(
 
     ledger = privacy._open()
     ledger.bind(ledger.holder or "data", privacy.delta, neighbours=privacy.neighbours)
-    room = Room.on(ledger, privacy.epsilon, privacy.delta)
-    event = search(room.search_noise(search))
-    ledger.append(event, after=len(room.standing.before), plan=room.plan(event, 1))
+    remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
+    event = search(remaining.search_noise(search))
+    ledger.append(event, after=len(remaining.state.before), plan=remaining.plan(event, 1))
     one_pass = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=event.noise_multiplier, steps=steps)
-    plan = Sampled(records=records, batch_size=batch_size, rate=rate, event=one_pass)
+    plan = PoissonPlan(records=records, batch_size=batch_size, rate=rate, event=one_pass)
     best: tuple[C, R, float] | None = None
     for _ in range(number_of_tries(event, secrets.randbits(53) / 2**53)):
         candidate = candidates[secrets.randbelow(len(candidates))]
@@ -130,7 +132,7 @@ def private_search(
             best = (candidate, result, score)
     if best is None:
         return None
-    return Found(candidate=best[0], result=best[1], score=best[2], spent=privacy.spent())
+    return SearchResult(candidate=best[0], result=best[1], score=best[2], spent=privacy.spent())
 
 
 def number_of_tries(search: Search, uniform: float) -> int:

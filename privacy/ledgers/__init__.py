@@ -1,1 +1,1 @@
-"""What a data holder has released: ledgers chained by hashes, the plans on them, and what is spent of a promise."""
+"""What a data owner has released: ledgers chained by hashes, the plans on them, and what is spent of a promise."""

@@ -19,7 +19,7 @@ GENESIS = "0" * 64
 Entry = TypeVar("Entry")
 
 
-class Line(msgspec.Struct, Generic[Entry], frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChainedLine(msgspec.Struct, Generic[Entry], frozen=True, forbid_unknown_fields=True, kw_only=True):
     """previous: the digest of the line before. digest: hexadecimal SHA-256 of the JSON of [previous, entry]."""
 
     previous: str
@@ -73,7 +73,7 @@ def lines(head: str, entries: Iterable[Entry]) -> tuple[bytes, str]:
     return b"".join(written), head
 
 
-def follow(content: bytes, decoder: msgspec.json.Decoder[Line[Entry]]) -> Iterator[tuple[Entry, str]]:
+def follow(content: bytes, decoder: msgspec.json.Decoder[ChainedLine[Entry]]) -> Iterator[tuple[Entry, str]]:
     """Yield each entry and its line's digest; ``content`` is whole lines, each exactly as it was written.
 
     Raises: BrokenChainError at the first line that is not.
@@ -108,6 +108,6 @@ def _lists(value: Any) -> Any:
     return [_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _line(previous: str, entry: Entry) -> Line[Entry]:
+def _line(previous: str, entry: Entry) -> ChainedLine[Entry]:
     digest = hashlib.sha256(msgspec.json.encode((previous, entry))).hexdigest()
-    return Line(previous=previous, entry=entry, digest=digest)
+    return ChainedLine(previous=previous, entry=entry, digest=digest)

@@ -1,4 +1,4 @@
-"""The ledger: everything one data holder ever released, written down before it is released.
+"""The ledger: everything one data owner ever released, written down before it is released.
 
 Epsilon belongs to the life of the data, not to a run or a process. A ledger therefore outlives both: it is an
 append-only file of JSON lines, each carrying the SHA-256 of the line before it and its own. An append is
@@ -26,26 +26,25 @@ import msgspec
 
 from choral.errors import ConfigError
 from choral.locks import lock_file, refuse_without_locks, sync_folder
-from choral.privacy.accounting import client_level as client_accounting
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.events import (
     CLIENT_UNIT,
     RELATIONS,
     UNIT,
     ClientRelease,
     Event,
-    Plan,
     RecordEvent,
+    ReleasePlan,
     check_relation,
     relation_of,
     stated,
 )
 from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.errors import LedgerError
-from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, UnreadableError, follow, lines
 
 _FORMAT = "choral ledger 1"
-_ONE_EACH = "Give each data holder a ledger of its own."
+_ONE_EACH = "Give each data owner a ledger of its own."
 _RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
 
 
@@ -57,13 +56,13 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     neighbours: str
 
 
-_DECODER: msgspec.json.Decoder[Line[_Header | Plan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
-    Line[_Header | Plan | RecordEvent | ClientRelease]
+_DECODER: msgspec.json.Decoder[ChainedLine[_Header | ReleasePlan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
+    ChainedLine[_Header | ReleasePlan | RecordEvent | ClientRelease]
 )
 
 
 class Ledger:
-    """The events of one data holder: in memory if `path` is None, else in an append-only file.
+    """The events of one data owner: in memory if `path` is None, else in an append-only file.
 
     Args:
         path: the file; the first append makes it, in a folder that exists.
@@ -83,7 +82,7 @@ class Ledger:
         self._asked_unit = UNIT
         self._asked_neighbours: str | None = None
         self._header: _Header | None = None
-        self._entries: list[Plan | Event] = []
+        self._entries: list[ReleasePlan | Event] = []
         self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
         if self.path is not None:
@@ -138,7 +137,7 @@ class Ledger:
         """
         self._refresh()
         self._check_unit(UNIT)
-        return tuple(event for event in self._entries if not isinstance(event, ClientRelease | Plan))
+        return tuple(event for event in self._entries if not isinstance(event, ClientRelease | ReleasePlan))
 
     @property
     def releases(self) -> tuple[ClientRelease, ...]:
@@ -149,12 +148,12 @@ class Ledger:
         return tuple(event for event in self._entries if isinstance(event, ClientRelease))
 
     @property
-    def segments(self) -> tuple[tuple[Plan | None, tuple[Event, ...]], ...]:
+    def segments(self) -> tuple[tuple[ReleasePlan | None, tuple[Event, ...]], ...]:
         """Each plan with the events that follow it, oldest first; those before the first plan come with None."""
         self._refresh()
-        found: list[tuple[Plan | None, list[Event]]] = []
+        found: list[tuple[ReleasePlan | None, list[Event]]] = []
         for entry in self._entries:
-            if isinstance(entry, Plan):
+            if isinstance(entry, ReleasePlan):
                 found.append((entry, []))
             elif found:
                 found[-1][1].append(entry)
@@ -171,7 +170,7 @@ class Ledger:
     def head_after(self, events: int) -> str:
         """Return what `head` was when the ledger held so many events. Raises: LedgerError if it holds fewer."""
         self._refresh()
-        places = [place for place, entry in enumerate(self._entries, 1) if not isinstance(entry, Plan)]
+        places = [place for place, entry in enumerate(self._entries, 1) if not isinstance(entry, ReleasePlan)]
         if not 0 <= events <= len(places):
             raise LedgerError(f"{self._name} holds {len(places)} events, expected at least {events}", hint=_RESTORE)
         if self._header is None or events == 0:
@@ -191,7 +190,7 @@ class Ledger:
         """
         ledger = cls()
         ledger._header, ledger._entries, ledger._head = _verify(content, f"the ledger of {holder!r}")
-        if all(isinstance(entry, Plan) for entry in ledger._entries):
+        if all(isinstance(entry, ReleasePlan) for entry in ledger._entries):
             raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=_RESTORE)
         if ledger.holder != holder:
             raise LedgerError(f"a ledger that belongs to {ledger.holder!r}, not to {holder!r}", hint=_ONE_EACH)
@@ -200,8 +199,8 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """Return what all events together cost at `delta` (PLD checked by RDP; for clients Renyi DP)."""
         if self.unit == CLIENT_UNIT:
-            return client_accounting.epsilon(self.releases, delta)
-        return accounting.epsilon(self.events, delta, neighbours=self.neighbours)
+            return client_level.epsilon(self.releases, delta)
+        return record_level.epsilon(self.events, delta, neighbours=self.neighbours)
 
     def bind(self, holder: str, delta: float, *, unit: str = UNIT, neighbours: str | None = None) -> None:
         """Declare whose ledger this is, the delta of the budget, its unit and neighbours; the first append writes it.
@@ -215,7 +214,7 @@ class Ledger:
             check_relation(neighbours, unit)
         if not isinstance(holder, str) or not holder:
             raise ConfigError(f"holder is {holder!r:.80}, expected a name")
-        accounting.check_target(1.0, delta := as_float("delta", delta))
+        record_level.check_target(1.0, delta := as_float("delta", delta))
         self._refresh()
         if self.holder not in (None, holder):
             raise LedgerError(f"{self._name} belongs to {self.holder!r}, not to {holder!r}", hint=_ONE_EACH)
@@ -235,7 +234,7 @@ class Ledger:
         self._asked, self._asked_delta, self._asked_unit = holder, delta, unit
         self._asked_neighbours = known or neighbours
 
-    def append(self, event: Event, *, after: int, plan: Plan | None = None) -> None:
+    def append(self, event: Event, *, after: int, plan: ReleasePlan | None = None) -> None:
         """Write one event down for good; on return it is on disk and may be used.
 
         `plan` is written in front of it: what the event, and those that are to follow, were fixed to be. Without one
@@ -301,7 +300,7 @@ class Ledger:
             )
 
     def _count(self) -> int:
-        return sum(not isinstance(entry, Plan) for entry in self._entries)
+        return sum(not isinstance(entry, ReleasePlan) for entry in self._entries)
 
     def _check_count(self, after: int) -> None:
         if self._count() != after:
@@ -343,7 +342,7 @@ class Ledger:
         if seen == self._seen:
             return end
         header, entries, head = _verify(content[:end], self._name)
-        if all(isinstance(entry, Plan) for entry in entries):
+        if all(isinstance(entry, ReleasePlan) for entry in entries):
             raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=_RESTORE)
         if entries[: len(self._entries)] != self._entries:
             raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
@@ -363,8 +362,8 @@ def as_ledger(given: Ledger | str | Path | None) -> Ledger:
     return Ledger(given)
 
 
-def _unit_of(entry: Plan | Event) -> str:
-    event = entry.parts[0].event if isinstance(entry, Plan) else entry
+def _unit_of(entry: ReleasePlan | Event) -> str:
+    event = entry.parts[0].event if isinstance(entry, ReleasePlan) else entry
     return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
 
 
@@ -405,10 +404,10 @@ def _created(path: Path, content: bytes) -> bool:
     return True
 
 
-def _verify(content: bytes, name: str) -> tuple[_Header | None, list[Plan | Event], str]:
+def _verify(content: bytes, name: str) -> tuple[_Header | None, list[ReleasePlan | Event], str]:
     """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
     header: _Header | None = None
-    entries: list[Plan | Event] = []
+    entries: list[ReleasePlan | Event] = []
     head = GENESIS
     try:
         for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):

@@ -1,7 +1,7 @@
 """Plans: what was fixed in advance is priced exactly, and a filter decides on whatever is added to it.
 
-A ledger says what was released, and in front of it (:class:`choral.privacy.accounting.events.Plan`) what had been fixed
-to be released before any of it was seen. Two rules follow, and every promise of this package keeps to them:
+A ledger says what was released, and in front of it (:class:`choral.privacy.accounting.events.ReleasePlan`) what had
+been fixed to be released before any of it was seen. Two rules follow, and every promise of this package keeps to them:
 
 1. **The first plan** on a ledger is priced as a whole, by privacy loss distributions (for clients by Renyi DP): its
    parameters are fixed. Stopping before its end, for whatever reason, is post-processing of the whole plan, and covered
@@ -19,7 +19,7 @@ later plans were made. A filter counts what was released, not what was planned, 
 leaves room for a later one.
 
 Within a plan q, sigma and T are fixed, and everything else may be chosen as one goes: the model, the learning rate, an
-adaptive clipping norm (noise is always sigma times the norm of that step), who is asked. That is what composition
+adaptive clipping norm (noise is always sigma times the norm of that step), who is selected. That is what composition
 allows. Correlated noise that is begun anew within a plan is of Gaussians alone, whose precisions add up whoever chooses
 them (Smith and Thakurta 2022, "Fully adaptive composition for Gaussian differential privacy"), and no pass of a new
 stream costs more than the planned pass that it takes the place of.
@@ -35,30 +35,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from choral.privacy.accounting import client_level as client_accounting
-from choral.privacy.accounting import client_noise as client_calibration
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
-from choral.privacy.accounting.events import NEIGHBOURS, ClientRelease, Event, Part, Plan, RecordEvent, Search
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting import client_level, client_noise, record_level, record_noise
+from choral.privacy.accounting.events import (
+    NEIGHBOURS,
+    ClientRelease,
+    Event,
+    PlannedEvents,
+    RecordEvent,
+    ReleasePlan,
+    Search,
+)
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.errors import BudgetExceededError
 from choral.privacy.ledgers.ledger import Ledger
 
 _SLACK = 1e-3  # the share of a budget that a calibration by the filter may leave unused
 
-Segments = tuple[tuple[Plan | None, tuple[Event, ...]], ...]
+Segments = tuple[tuple[ReleasePlan | None, tuple[Event, ...]], ...]
 
 
 def fixed_cost(events: Sequence[Event], delta: float, neighbours: str = NEIGHBOURS) -> float:
     """Return the epsilon of `events`, all of one unit, if their parameters and their number were fixed in advance."""
     clients = [event for event in events if isinstance(event, ClientRelease)]
     if clients:
-        return client_accounting.epsilon(clients, delta)
+        return client_level.epsilon(clients, delta)
     records = [event for event in events if not isinstance(event, ClientRelease)]
-    return accounting.epsilon(records, delta, neighbours=neighbours)
+    return record_level.epsilon(records, delta, neighbours=neighbours)
 
 
-def left_of(plan: Plan, events: Sequence[Event]) -> list[int] | None:
+def left_of(plan: ReleasePlan, events: Sequence[Event]) -> list[int] | None:
     """Return how many events of each part are still to come; None if `events` are not of this plan alone."""
     left = [part.times for part in plan.parts]
     for event in events:
@@ -74,7 +79,7 @@ def left_of(plan: Plan, events: Sequence[Event]) -> list[int] | None:
 
 
 @dataclass(frozen=True)
-class Standing:
+class LedgerState:
     """What a ledger held at a moment.
 
     before: all releases. first: the first plan in full, or the first event where there is no plan. alone: that nothing
@@ -86,18 +91,18 @@ class Standing:
     before: tuple[Event, ...]
     first: tuple[Event, ...]
     alone: bool
-    latest: Plan | None
+    latest: ReleasePlan | None
     left: tuple[int, ...]
     promised: float
-    earlier: Standing | None
+    earlier: LedgerState | None
 
     @classmethod
-    def of(cls, ledger: Ledger) -> Standing:
+    def of(cls, ledger: Ledger) -> LedgerState:
         """Read it. Raises: LedgerError."""
         return cls._of(ledger.segments)
 
     @classmethod
-    def _of(cls, segments: Segments) -> Standing:
+    def _of(cls, segments: Segments) -> LedgerState:
         before = tuple(event for _, events in segments for event in events)
         if not segments:
             return cls((), (), True, None, (), 0.0, None)
@@ -115,7 +120,7 @@ class Standing:
             earlier=cls._of(segments[:-1]) if latest else None,
         )
 
-    def admits(self, rule: Filter, more: Sequence[Event]) -> bool:
+    def admits(self, rule: PrivacyFilter, more: Sequence[Event]) -> bool:
         """Whether a further plan of the events `more` may be added, by rule 2."""
         return rule.admits(self.first) and rule.admits((*self.before, *more))
 
@@ -127,36 +132,34 @@ def guarantee(ledger: Ledger) -> float | None:
     that promise admits them all, which is computed again here. None where neither is so: events that no plan announced
     are on the ledger, as those of older versions, or more than was planned.
     """
-    standing = Standing.of(ledger)
-    if not standing.before or ledger.delta is None:
+    state = LedgerState.of(ledger)
+    if not state.before or ledger.delta is None:
         return 0.0
-    if standing.alone:
-        return fixed_cost(standing.first, ledger.delta, ledger.neighbours)
-    if standing.latest is None or standing.promised == 0.0:
+    if state.alone:
+        return fixed_cost(state.first, ledger.delta, ledger.neighbours)
+    if state.latest is None or state.promised == 0.0:
         return None
-    return (
-        standing.promised if standing.admits(Filter(standing.promised, ledger.delta, ledger.neighbours), ()) else None
-    )
+    return state.promised if state.admits(PrivacyFilter(state.promised, ledger.delta, ledger.neighbours), ()) else None
 
 
 @dataclass(frozen=True)
-class Room:
+class RemainingBudget:
     """What one more plan may cost under a promise of (epsilon, delta), on top of a ledger as it stood."""
 
     epsilon: float
     delta: float
-    standing: Standing
+    state: LedgerState
     neighbours: str = NEIGHBOURS
 
     @classmethod
-    def on(cls, ledger: Ledger, epsilon: float, delta: float) -> Room:
+    def on(cls, ledger: Ledger, epsilon: float, delta: float) -> RemainingBudget:
         """What is left on `ledger` now, for its neighbours. Raises: LedgerError."""
-        return cls(epsilon, delta, Standing.of(ledger), ledger.neighbours)
+        return cls(epsilon, delta, LedgerState.of(ledger), ledger.neighbours)
 
     @property
-    def rule(self) -> Filter:
+    def rule(self) -> PrivacyFilter:
         """The filter of this promise."""
-        return Filter(self.epsilon, self.delta, self.neighbours)
+        return PrivacyFilter(self.epsilon, self.delta, self.neighbours)
 
     def fixed_cost(self, events: Sequence[Event]) -> float:
         """Return what `events` cost as fixed in advance."""
@@ -165,29 +168,29 @@ class Room:
     @property
     def empty(self) -> bool:
         """Whether nothing was released yet: the plan is the first, and is priced as fixed."""
-        return not self.standing.before
+        return not self.state.before
 
-    def going_on(self) -> tuple[tuple[Part, int], ...]:
+    def unfinished(self) -> tuple[tuple[PlannedEvents, int], ...]:
         """Return the parts of the latest plan that passes are left of, if it was made for this promise, and how many.
 
         Nothing, if that plan, or what is left of it, is not within the promise after all.
         """
-        standing = self.standing
-        if standing.latest is None or standing.latest.epsilon != self.epsilon:
+        state = self.state
+        if state.latest is None or state.latest.epsilon != self.epsilon:
             return ()
-        if standing.alone and not self.fixed_cost(standing.first) <= self.epsilon:
+        if state.alone and not self.fixed_cost(state.first) <= self.epsilon:
             return ()
-        if not standing.alone and not standing.admits(self.rule, self._rest()):
+        if not state.alone and not state.admits(self.rule, self._rest()):
             return ()
-        return tuple((part, left) for part, left in zip(standing.latest.parts, standing.left, strict=True) if left)
+        return tuple((part, left) for part, left in zip(state.latest.parts, state.left, strict=True) if left)
 
-    def before_latest(self) -> Room:
+    def before_latest(self) -> RemainingBudget:
         """What the latest plan was made on: the same ledger without it and what came after."""
-        return Room(self.epsilon, self.delta, self.standing.earlier or self.standing, self.neighbours)
+        return RemainingBudget(self.epsilon, self.delta, self.state.earlier or self.state, self.neighbours)
 
-    def plan(self, event: Event, times: int) -> Plan:
+    def plan(self, event: Event, times: int) -> ReleasePlan:
         """Return the plan of so many of this event, to be written in front of the first."""
-        return Plan(epsilon=self.epsilon, parts=(Part(event=event, times=times),))
+        return ReleasePlan(epsilon=self.epsilon, parts=(PlannedEvents(event=event, times=times),))
 
     def noise_multiplier(self, sample_rate: float, steps: int, *, slack: float = _SLACK) -> float:
         """Return the smallest noise multiplier with which `steps` steps more fit in.
@@ -195,20 +198,20 @@ class Room:
         Raises: ConfigError (a number out of range), BudgetExceededError (nothing does).
         """
         self._refuse_if_full()
-        return calibration.noise_multiplier(
+        return record_noise.noise_multiplier(
             self.epsilon, self.delta, sample_rate, steps, self._records(), slack=slack, neighbours=self.neighbours
         )
 
     def search_noise(self, search: Callable[[float], Search]) -> float:
         """Return the smallest noise multiplier z with which the search `search(z)` fits in. Raises: the same."""
         self._refuse_if_full()
-        return calibration.search_noise(self.epsilon, self.delta, search, self._records(), neighbours=self.neighbours)
+        return record_noise.search_noise(self.epsilon, self.delta, search, self._records(), neighbours=self.neighbours)
 
     def client_ratio(self, release: Callable[[float], ClientRelease], rounds: int) -> float:
-        """Return the smallest ratio z with which `rounds` of `release(z)` fit in; see client_calibration.calibrate."""
+        """Return the smallest ratio z with which `rounds` of `release(z)` fit in; see client_noise.calibrate."""
         self._refuse_if_full()
-        before = [event for event in self.standing.before if isinstance(event, ClientRelease)]
-        return client_calibration.calibrate(self.epsilon, self.delta, release, rounds, before)
+        before = [event for event in self.state.before if isinstance(event, ClientRelease)]
+        return client_noise.calibrate(self.epsilon, self.delta, release, rounds, before)
 
     def check(self, more: Sequence[Event]) -> None:
         """Raise BudgetExceededError unless the events `more`, as one further plan, fit in."""
@@ -216,7 +219,7 @@ class Room:
             total = self.fixed_cost(more)
         else:
             self._refuse_if_full()
-            total = self.rule.cost((*self.standing.before, *more))
+            total = self.rule.cost((*self.state.before, *more))
         if not total <= self.epsilon:
             raise BudgetExceededError(
                 f"these releases would come to epsilon {total:.4g} in all, more than the {self.epsilon:g} promised",
@@ -224,23 +227,23 @@ class Room:
             )
 
     def _rest(self) -> tuple[Event, ...]:
-        latest, left = self.standing.latest, self.standing.left
+        latest, left = self.state.latest, self.state.left
         if latest is None:
             return ()
-        parts = [Part(event=p.event, times=n) for p, n in zip(latest.parts, left, strict=True) if n]
+        parts = [PlannedEvents(event=p.event, times=n) for p, n in zip(latest.parts, left, strict=True) if n]
         return tuple(event for part in parts for event in part.whole)
 
     def _records(self) -> tuple[RecordEvent, ...]:
-        return tuple(event for event in self.standing.before if not isinstance(event, ClientRelease))
+        return tuple(event for event in self.state.before if not isinstance(event, ClientRelease))
 
     def _refuse_if_full(self) -> None:
         """Raise BudgetExceededError if the filter admits no more, however little it costs."""
-        accounting.check_target(self.epsilon, self.delta)
+        record_level.check_target(self.epsilon, self.delta)
         rule = self.rule
-        for what, events in (("the first plan alone", self.standing.first), ("all of it", self.standing.before)):
+        for what, events in (("the first plan alone", self.state.first), ("all of it", self.state.before)):
             counted = rule.cost(events)
             if counted >= (1.0 - 2.0 * _SLACK) * self.epsilon:
-                spent = self.fixed_cost(self.standing.before)
+                spent = self.fixed_cost(self.state.before)
                 raise BudgetExceededError(
                     f"the budget epsilon={self.epsilon:g} at delta={self.delta:g} is spent: {spent:.6g} so far; a "
                     f"filter counts what is chosen after something was seen, and there {what} comes to {counted:.6g}",
@@ -248,7 +251,7 @@ class Room:
                 )
 
     def _hint(self) -> str:
-        latest, left = self.standing.latest, self.standing.left
+        latest, left = self.state.latest, self.state.left
         if latest is not None and any(left) and latest.epsilon == self.epsilon:
             passes = ", ".join(str(number) for number in left if number)
             return (
@@ -263,7 +266,7 @@ class Room:
 
 def passes_left(ledger: Ledger, epsilon: float) -> int | None:
     """Return how many passes are left of the latest plan, if it was made for this epsilon; None without such a plan."""
-    standing = Standing.of(ledger)
-    if standing.latest is None or standing.latest.epsilon != epsilon:
+    state = LedgerState.of(ledger)
+    if state.latest is None or state.latest.epsilon != epsilon:
         return None
-    return sum(standing.left)
+    return sum(state.left)

@@ -1,4 +1,4 @@
-"""What a data holder's promise has cost so far."""
+"""What a data owner's promise has cost so far."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _UNIFORM = 256  # bits of a uniform number, at most
 _CONTEXT = Context(prec=110)  # decimal digits: 365 bits
 
 
-class Table:
+class CumulativeTable:
     """A symmetric law on the integers -reach..reach, ready to be drawn from.
 
     law, variance: what it is; `reach`: the largest absolute value of a draw. The module's docstring says how far the
@@ -70,7 +70,7 @@ class Table:
         self._guide = self._cells()
 
     def __repr__(self) -> str:
-        return f"Table({self.law}, variance={float(self.variance):.6g}, reach={self.reach})"
+        return f"CumulativeTable({self.law}, variance={float(self.variance):.6g}, reach={self.reach})"
 
     def draw(self, count: int, source: Source) -> npt.NDArray[np.int32]:
         """Return `count` independent draws, shape (count,), int32."""
@@ -133,9 +133,9 @@ class Table:
 
 
 @lru_cache(maxsize=4)
-def table(law: Law, variance: Fraction) -> Table:
-    """The :class:`Table` of this law; a second or so for the largest variances, then kept."""
-    return Table(law, variance)
+def table(law: Law, variance: Fraction) -> CumulativeTable:
+    """The :class:`CumulativeTable` of this law; a second or so for the largest variances, then kept."""
+    return CumulativeTable(law, variance)
 
 
 def _gaussian_weights(variance: Fraction) -> list[int]:

@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from choral.errors import ConfigError
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.per_sample.recurrent_layers import Cell, Recurrent
+from choral.privacy.per_sample.recurrent_layers import Recurrent, RecurrentCell
 
 
 def replace_layers(model: nn.Module) -> nn.Module:
@@ -271,7 +271,7 @@ _INSTEAD: dict[type[nn.Module], str] = {
 }
 _SUBSTITUTES: dict[type[nn.Module], Callable[[str, Any], nn.Module]] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), _recurrent),
-    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), lambda _, plain: Cell(plain)),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), lambda _, plain: RecurrentCell(plain)),
     nn.MultiheadAttention: _attention,
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _group_norm),
 }

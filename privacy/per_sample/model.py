@@ -25,10 +25,10 @@ from torch.utils.hooks import RemovableHandle
 
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.full_precision import full_precision
-from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.layer_replacement import refuse_unsupported
-from choral.privacy.record_independence.forward_checks import LookedAt
-from choral.privacy.record_independence.loss_graph import show_losses_to
+from choral.privacy.record_independence.forward_checks import CheckedModule
+from choral.privacy.record_independence.loss_graph import observe_losses
 from choral.privacy.record_independence.unsupported_calls import (
     refuse_anomaly_detection,
     refuse_inputs,
@@ -43,12 +43,12 @@ _BY_OPACUS_RULE = (nn.LayerNorm, nn.GroupNorm)  # whose input is one tensor
 _wrapped: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PerSampleModel]] = weakref.WeakKeyDictionary()
 
 
-class PerSampleModel(LookedAt):
+class PerSampleModel(CheckedModule):
     """The user's model, computing per-sample gradients; attributes, methods and `state_dict` are the model's own."""
 
     def __init__(self, model: nn.Module) -> None:
         self.averages: dict[nn.Parameter, torch.Tensor] = {}  # autograd's gradients, until they are compared
-        self.uses: dict[nn.Parameter, list[Use]] = {}  # of the followed layers' parameters, by backward passes
+        self.uses: dict[nn.Parameter, list[LayerUse]] = {}  # of the followed layers' parameters, by backward passes
         self.astray: set[nn.Parameter] = set()  # those that got a gradient from elsewhere, too
         self.attached: set[nn.Parameter] = set()  # of layers of which something was trained when they were wrapped
         self._ready = False  # attributes may be passed on
@@ -60,7 +60,7 @@ class PerSampleModel(LookedAt):
         self._gradient_hooks += [self._hide_gradient(p) for p in model.parameters() if p.is_floating_point()]
         self.attached.update(p for layer in self.iterate_submodules(model) for p in layer.parameters())
         self._ready = True
-        show_losses_to(self)
+        observe_losses(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -128,7 +128,7 @@ class PerSampleModel(LookedAt):
     def _follows(self, module: nn.Module) -> bool:
         """Return whether the gradients of this layer's parameters are made here, and not by Opacus' hooks."""
         known = type(module) in _BY_OPACUS_RULE or (
-            ghost.follows(module) and self.GRAD_SAMPLERS.get(type(module)) is _OPACUS_RULES[type(module)]
+            ghost_norms.follows(module) and self.GRAD_SAMPLERS.get(type(module)) is _OPACUS_RULES[type(module)]
         )  # a rule that somebody registered instead comes first
         own = {name for name, p in module._parameters.items() if p is not None}
         return known and own <= {"weight", "bias"} and not any(True for _ in module.children())
@@ -197,20 +197,22 @@ class PerSampleModel(LookedAt):
                 f"the input of layer {self.name_of(layer)} was changed in place after the layer had used it",
                 hint="Use the variant that is not in place, or clone before.",
             )
-        found: dict[str, ghost.PerSample]
+        found: dict[str, ghost_norms.PerSample]
         if type(layer) in _BY_OPACUS_RULE:
-            rows = self.GRAD_SAMPLERS[type(layer)](layer, [ghost.single(a)], ghost.single(gradient.detach()))
+            rows = self.GRAD_SAMPLERS[type(layer)](
+                layer, [ghost_norms.single(a)], ghost_norms.single(gradient.detach())
+            )
             found = {
-                name: ghost.Dense(rows[p].flatten(1), float(len(a)))
+                name: ghost_norms.Dense(rows[p].flatten(1), float(len(a)))
                 for name, p in layer.named_parameters()
                 if p in rows
             }
         else:
-            found = ghost.per_sample(layer, a, gradient.detach())
+            found = ghost_norms.per_sample(layer, a, gradient.detach())
         pass_ = torch._C._current_graph_task_id()
         for name, p in layer.named_parameters():
             if any(p is q for q in use.trainable):
-                self.uses.setdefault(p, []).append(Use(found[name], pass_))
+                self.uses.setdefault(p, []).append(LayerUse(found[name], pass_))
 
     def _watches(self, module: nn.Module) -> bool:
         return self.hooks_enabled and module.training and torch.is_grad_enabled()
@@ -302,14 +304,14 @@ class PerSampleModel(LookedAt):
                 hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
             )
 
-    def look_at_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
+    def check_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
         """Refuse a loss that is seen not to be a mean over the records of the batch just drawn."""
         if self.hides_gradients and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
             own = {*self._module.parameters(), self._anchor}
             with self._unheard():
                 self._losses.look(losses, self._ends, self.drawn or 0, seeds, own)
 
-    def parts(self, p: nn.Parameter) -> list[ghost.PerSample]:
+    def parts(self, p: nn.Parameter) -> list[ghost_norms.PerSample]:
         """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""
         uses = self.uses.get(p, [])
         samples = getattr(p, "grad_sample", None)
@@ -322,7 +324,7 @@ class PerSampleModel(LookedAt):
         parts = [use.gradients for use in uses]
         if samples is not None:
             flat = samples.reshape(len(samples), p.numel())
-            parts.append(ghost.Dense(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat))
+            parts.append(ghost_norms.Dense(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat))
         return parts
 
     def left_out(self, p: nn.Parameter) -> bool:
@@ -335,7 +337,7 @@ class PerSampleModel(LookedAt):
 
     def per_sample(self, p: nn.Parameter) -> torch.Tensor:
         """Return the gradients of `p` for each record of the batch, shape (records, *p.shape); not private."""
-        return ghost.added(self.parts(p)).dense().reshape(-1, *p.shape)
+        return ghost_norms.added(self.parts(p)).dense().reshape(-1, *p.shape)
 
     def forget(self) -> None:
         """Drop raw gradients and half-finished backward passes, so that each batch starts clean."""
@@ -368,10 +370,10 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class Use:
+class LayerUse:
     """Gradients of one parameter from one use of its layer, heard in one backward pass."""
 
-    gradients: ghost.PerSample
+    gradients: ghost_norms.PerSample
     backward: int
 
 

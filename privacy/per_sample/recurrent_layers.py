@@ -90,7 +90,7 @@ class Recurrent(nn.Module):
         """Do nothing: there is no fused kernel to prepare for."""
 
 
-class Cell(nn.Module):
+class RecurrentCell(nn.Module):
     """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell` out of Opacus' cell: same parameters, arguments and results."""
 
     def __init__(self, plain: nn.RNNCellBase) -> None:
@@ -151,12 +151,12 @@ def _packed_like(like: PackedSequence, x: torch.Tensor, lengths: torch.Tensor) -
     return like._replace(data=pack_padded_sequence(x, lengths, batch_first=True).data)
 
 
-def _save_plain_names(layer: Recurrent | Cell, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _save_plain_names(layer: Recurrent | RecurrentCell, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for name, place in layer._places.items():
         state[prefix + name] = state.pop(prefix + place)
 
 
-def _load_plain_names(layer: Recurrent | Cell, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _load_plain_names(layer: Recurrent | RecurrentCell, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name, place in layer._places.items():
         if prefix + name in state:
             state[prefix + place] = state.pop(prefix + name)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.record_independence import module_state as keeping
+from choral.privacy.record_independence import module_state
 from choral.privacy.record_independence.forward_probes import Point, moved, reseed, shaken, sketch, watched
 from choral.privacy.record_independence.forward_probes import same_random_numbers as _same_random_numbers
 from choral.privacy.record_independence.unsupported_calls import refuse_bent
@@ -110,7 +110,7 @@ def taken(value: Any, take: torch.Tensor, rows: int) -> Any:
     return changed(value, picked)
 
 
-class Seen(NamedTuple):
+class PointSketch(NamedTuple):
     """Sketches of a point's tensors, side by side, and their shapes, which may follow the longest record."""
 
     sketch: torch.Tensor
@@ -118,7 +118,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckedForward:
     """What is looked at: `forward` of `args` and `kwargs`, with `rows` records, and the trainable `layers` in it."""
 
     model: nn.Module
@@ -130,13 +130,13 @@ class Subject:
     step: bool = False  # `forward` returns a loss
     tell: Callable[[int], None] = lambda _: None  # is told how many records come next
 
-    def look(self, take: torch.Tensor, seed: int | None = None, *, graph: bool = False) -> dict[Point, Seen]:
+    def look(self, take: torch.Tensor, seed: int | None = None, *, graph: bool = False) -> dict[Point, PointSketch]:
         """Return what is compared, for the records `take`; of other random numbers if there is a `seed`."""
-        found: dict[Point, Seen] = {}
+        found: dict[Point, PointSketch] = {}
 
         def see(point: Point, t: torch.Tensor) -> None:
             old, seen = found.get(point), sketch(t, self.rows)
-            found[point] = Seen(
+            found[point] = PointSketch(
                 torch.cat([old.sketch, seen], 1) if old else seen, (*(old.shapes if old else ()), t.shape)
             )
 
@@ -146,10 +146,10 @@ class Subject:
                 reseed(seed, self.model)
             output = run(self.forward, self.args, self.kwargs, take, self.rows, graph=graph)
         for place, t in enumerate(_by_record(output, self.rows)):
-            found["", "out", place, 0] = Seen(sketch(t, self.rows), ())  # which may have no other shape
+            found["", "out", place, 0] = PointSketch(sketch(t, self.rows), ())  # which may have no other shape
         return found
 
-    def moved(self) -> Subject:
+    def moved(self) -> CheckedForward:
         """Return the same with float inputs that are in general position."""
 
         def change(t: torch.Tensor) -> torch.Tensor:
@@ -164,13 +164,13 @@ def same(a: Any, b: Any, rows: int) -> bool:
     return len(x) == len(y) and all(map(_close, x, y))
 
 
-def refuse_mixing(subject: Subject) -> tuple[set[Point], set[Point]]:
+def refuse_mixing(subject: CheckedForward) -> tuple[set[Point], set[Point]]:
     """Raise UnsupportedModelError if a record notices which others are there.
 
     Returns the points at which that could have been seen, and all points that were compared. Both tests, with the
     weights as they are and moved; see above. Random numbers and attributes are left as they were.
     """
-    before = keeping.kept(subject.model)
+    before = module_state.kept(subject.model)
     try:
         could, seen = _refuse_by_value(subject)
         with shaken(subject.model):
@@ -179,20 +179,20 @@ def refuse_mixing(subject: Subject) -> tuple[set[Point], set[Point]]:
             _in_general(subject, _refuse_by_chance)
         return could, seen
     finally:
-        keeping.take_away(subject.model, before)
+        module_state.take_away(subject.model, before)
 
 
-def refuse_again(subject: Subject) -> None:
+def refuse_again(subject: CheckedForward) -> None:
     """Look once more, at some records alone, and by value: raise UnsupportedModelError if they mix by now."""
-    before = keeping.kept(subject.model)
+    before = module_state.kept(subject.model)
     try:
         with shaken(subject.model):
             _refuse_by_chance(subject, _SEEDS // 2)
     finally:
-        keeping.take_away(subject.model, before)
+        module_state.take_away(subject.model, before)
 
 
-def _in_general(subject: Subject, test: Callable[[Subject], _Found]) -> _Found | None:
+def _in_general(subject: CheckedForward, test: Callable[[CheckedForward], _Found]) -> _Found | None:
     """Return what `test` finds of the moved inputs, of a model; nothing where the model does not take them."""
     if subject.step:
         return test(subject)
@@ -204,14 +204,14 @@ def _in_general(subject: Subject, test: Callable[[Subject], _Found]) -> _Found |
         return None
 
 
-def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
+def _refuse_by_value(subject: CheckedForward) -> tuple[set[Point], set[Point]]:
     """Put other records in place of some; raise UnsupportedModelError if the rest notice, or anything is kept."""
     rows, model = subject.rows, subject.model
-    as_it_is, before = torch.arange(rows), keeping.kept(model)
-    whole, after = subject.look(as_it_is), keeping.kept(model)
-    keeping.put_back(before, counts_only=True)
+    as_it_is, before = torch.arange(rows), module_state.kept(model)
+    whole, after = subject.look(as_it_is), module_state.kept(model)
+    module_state.put_back(before, counts_only=True)
     again = subject.look(as_it_is)
-    keeping.take_away(model, before)
+    module_state.take_away(model, before)
     if whole.keys() != again.keys() or not all(_close(whole[point].sketch, again[point].sketch) for point in whole):
         raise UnsupportedModelError(
             "the same batch, with the same random numbers, gives something else the second time: the model keeps "
@@ -222,8 +222,8 @@ def _refuse_by_value(subject: Subject) -> tuple[set[Point], set[Point]]:
     could: set[Point] = set()
     for kept in splits(rows):
         other = subject.look(_replaced(kept))
-        _refuse_followers(after, keeping.kept(model))
-        keeping.take_away(model, before)
+        _refuse_followers(after, module_state.kept(model))
+        module_state.take_away(model, before)
         for point in whole.keys() & other.keys():
             if whole[point].shapes != other[point].shapes:
                 continue
@@ -245,7 +245,7 @@ def _replaced(kept: torch.Tensor) -> torch.Tensor:
     return take
 
 
-def _refuse_by_chance(subject: Subject, seeds: int = _SEEDS) -> None:
+def _refuse_by_chance(subject: CheckedForward, seeds: int = _SEEDS) -> None:
     """Look at some records by value, with a graph as in training, and with other random numbers each time.
 
     A model that mixes by chance (mixup within it) may not do so with the random numbers of one pass. Nothing is found
@@ -254,14 +254,14 @@ def _refuse_by_chance(subject: Subject, seeds: int = _SEEDS) -> None:
     take = few(subject.args, subject.kwargs, subject.rows)
     args, kwargs = taken((subject.args, subject.kwargs), take, subject.rows)
     part, each = replace(subject, args=args, kwargs=kwargs, rows=len(take)), list(splits(len(take)))
-    counts = keeping.kept(subject.model)
+    counts = module_state.kept(subject.model)
     for seed in range(seeds):
         kept = each[seed % len(each)]
         try:
             whole = part.look(torch.arange(len(take)), seed, graph=True)
-            keeping.put_back(counts, counts_only=True)
+            module_state.put_back(counts, counts_only=True)
             other = part.look(_replaced(kept), seed, graph=True)
-            keeping.put_back(counts, counts_only=True)
+            module_state.put_back(counts, counts_only=True)
         except Exception:  # whatever it is: the batch as it is was looked at
             return
         for point in whole.keys() & other.keys():
@@ -271,8 +271,10 @@ def _refuse_by_chance(subject: Subject, seeds: int = _SEEDS) -> None:
                     raise _mixes()
 
 
-def _refuse_followers(after: dict[str, keeping.Kept], after_others: dict[str, keeping.Kept]) -> None:
-    for name in keeping.differing(after, after_others):
+def _refuse_followers(
+    after: dict[str, module_state.SavedAttribute], after_others: dict[str, module_state.SavedAttribute]
+) -> None:
+    for name in module_state.differing(after, after_others):
         raise UnsupportedModelError(
             f"attribute {name} of the model holds something of the records after a forward pass, which other batches "
             "could use, and a copy of the model would publish",
@@ -281,7 +283,7 @@ def _refuse_followers(after: dict[str, keeping.Kept], after_others: dict[str, ke
         )
 
 
-def _refuse_by_few_gradients(subject: Subject) -> None:
+def _refuse_by_few_gradients(subject: CheckedForward) -> None:
     """Look at the gradients of some records, which differ if any do; raise UnsupportedModelError if they mix."""
     take = few(subject.args, subject.kwargs, subject.rows)
     try:
@@ -292,7 +294,7 @@ def _refuse_by_few_gradients(subject: Subject) -> None:
         _refuse_by_gradients(subject, torch.arange(subject.rows))
 
 
-def _refuse_by_gradients(subject: Subject, take: torch.Tensor) -> None:
+def _refuse_by_gradients(subject: CheckedForward, take: torch.Tensor) -> None:
     inputs: list[torch.Tensor] = []
     layers: list[torch.Tensor] = []
 

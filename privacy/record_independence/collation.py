@@ -34,7 +34,7 @@ _DEPTH = 8  # of what is compared
 Make = Callable[[list[Any]], Any]
 
 
-class Unmixed:
+class CheckedCollation:
     """`make`, from records or indices to a batch, held to treating them one by one. `name` says what it is.
 
     Raises, when called: UnsupportedLoaderError.

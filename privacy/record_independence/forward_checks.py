@@ -21,18 +21,16 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.full_precision import full_precision
-from choral.privacy.record_independence import batch_mixing as mixing
-from choral.privacy.record_independence import module_state as keeping
-from choral.privacy.record_independence import shared_inputs as positions
+from choral.privacy.record_independence import batch_mixing, module_state, shared_inputs
 from choral.privacy.record_independence.forward_probes import Point
-from choral.privacy.record_independence.loss_graph import Losses
+from choral.privacy.record_independence.loss_graph import LossGraphCheck
 from choral.privacy.record_independence.separable_loss import refuse_inseparable
 
 _PAIRS = 8  # batches of two records that show as much as one of more
 _TRIES = 3  # times that a point whose rows differ is looked at again, where it shows nothing all the same
 
 
-class LookedAt(GradSampleModule):  # type: ignore[misc]
+class CheckedModule(GradSampleModule):  # type: ignore[misc]
     """A model whose records are looked at; of the gradients its kind takes care."""
 
     forget: Callable[[], None]  # drop the gradients of passes so far
@@ -43,7 +41,9 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self.open: set[Point] = set()  # where it could not be seen yet
         self.looked = False  # it was looked for in the batch that awaits its step
         self.drawn: int | None = None  # records in the batch that awaits its step
-        self.shared: dict[nn.Module, positions.Shared] | None = None  # embeddings of what is the same for all records
+        self.shared: dict[nn.Module, shared_inputs.SharedInput] | None = (
+            None  # embeddings of what is the same for all records
+        )
         self.outside: set[str] = set()  # layers that a loss uses outside the forward pass that is looked at
         self._placed = False  # `shared` is of a batch that was drawn
         self._separable = False  # a training step's loss: found out likewise
@@ -56,7 +56,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._inside = False  # the forward pass that is looked at runs
         self._trying = False  # a whole training step, whose loss is looked at
         self._called = False  # and which calls the model itself
-        self._losses, self._ends = Losses(), set[Any]()  # and the nodes that made what a loss is made of
+        self._losses, self._ends = LossGraphCheck(), set[Any]()  # and the nodes that made what a loss is made of
         self._expanding = False  # outputs of `shared`, although nothing is trained now
         self._records: int | None = None  # in the forward pass that runs
         super().__init__(model, batch_first=True, loss_reduction="mean", strict=True)
@@ -116,7 +116,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._called = True
         if not (self.training and torch.is_grad_enabled()) or self._trying:
             return self._module(*args, **kwargs)
-        self._records = rows = mixing.rows_of((args, kwargs), self.drawn)
+        self._records = rows = batch_mixing.rows_of((args, kwargs), self.drawn)
         self._renew()
         if not self._placed:
             self._find_shared(self._module, args, kwargs, rows)
@@ -128,18 +128,18 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         if rows == self.drawn and self._due:
             self._look_again(self._subject(self._module, args, kwargs, rows))
         self.looked = self.looked or rows == self.drawn
-        before = keeping.marks(self._module)
+        before = module_state.marks(self._module)
         run = partial(self._run, args, kwargs)
-        output, found = mixing.varying(self.open, self._layers(), run, rows) if self.open else (run(), set())
-        after = keeping.marks(self._module)
+        output, found = batch_mixing.varying(self.open, self._layers(), run, rows) if self.open else (run(), set())
+        after = module_state.marks(self._module)
         found |= {(name, "kept", 0, 0) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         if self._wake(found):
             with full_precision():
                 self._look(self._subject(self._module, args, kwargs, rows))
         return output
 
-    def _subject(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> mixing.Subject:
-        return mixing.Subject(
+    def _subject(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> batch_mixing.CheckedForward:
+        return batch_mixing.CheckedForward(
             self._module,
             self._layers(),
             forward,
@@ -156,7 +156,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
             output = self._module(*args, **kwargs)
         finally:
             self._inside = False
-        self._ends.update(t.grad_fn for t in mixing.tensors(output))
+        self._ends.update(t.grad_fn for t in batch_mixing.tensors(output))
         return output
 
     def _layers(self) -> dict[str, nn.Module]:
@@ -172,10 +172,10 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
             self._woken.clear()
         self._mode = mode
 
-    def _look(self, subject: mixing.Subject) -> None:
+    def _look(self, subject: batch_mixing.CheckedForward) -> None:
         """Look for mixing; it is settled where it could have been seen, and in a batch that was drawn."""
         with self._unheard():
-            could, seen = mixing.refuse_mixing(subject)
+            could, seen = batch_mixing.refuse_mixing(subject)
         self._records = subject.rows
         if subject.rows != self.drawn:
             return
@@ -186,10 +186,10 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         self._pairs += subject.rows == 2  # which may be in order by chance, as a model that sorts would put them
         self.unmixed = self.unmixed or (bool(could) and (subject.rows > 2 or self._pairs > _PAIRS))
 
-    def _look_again(self, subject: mixing.Subject) -> None:
+    def _look_again(self, subject: batch_mixing.CheckedForward) -> None:
         """Look whether records are mixed by now, which were not in the batches before."""
         with self._unheard(), full_precision():
-            mixing.refuse_again(subject)
+            batch_mixing.refuse_again(subject)
         self._records = subject.rows
         if not subject.step or not self._called:
             self._latest = self._batch
@@ -223,7 +223,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         """
         if not callable(step):
             raise ConfigError(f"step is a {type(step).__name__}, expected a function of a batch that returns its loss")
-        step, rows = partial(_loss_of, step), mixing.rows_of(batch, self.drawn)
+        step, rows = partial(_loss_of, step), batch_mixing.rows_of(batch, self.drawn)
         drawn, self._called = rows == self.drawn, False
         with full_precision():
             self._renew()
@@ -241,7 +241,7 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
         subject = self._subject(step, (batch,), {}, rows)
         try:
             if not self._separable or self._due:
-                with positions.evaluating(self._module), self._unheard():
+                with shared_inputs.evaluating(self._module), self._unheard():
                     self._separable = (refuse_inseparable(subject) and drawn) or self._separable
             if self.unmixed and self._due:
                 self._look_again(subject)
@@ -254,22 +254,22 @@ class LookedAt(GradSampleModule):  # type: ignore[misc]
             self._trying = False
             self.forget()  # these forward passes have no backward pass
 
-    def _differing(self, subject: mixing.Subject) -> set[Point]:
+    def _differing(self, subject: batch_mixing.CheckedForward) -> set[Point]:
         """Return at which of the points that are still open the records differ in a training step."""
         take = torch.arange(subject.rows)
-        run = partial(mixing.run, subject.forward, subject.args, subject.kwargs, take, subject.rows)
+        run = partial(batch_mixing.run, subject.forward, subject.args, subject.kwargs, take, subject.rows)
         with self._unheard():
-            return mixing.varying(self.open, subject.layers, run, subject.rows)[1] if self.open else set()
+            return batch_mixing.varying(self.open, subject.layers, run, subject.rows)[1] if self.open else set()
 
     def _find_shared(self, forward: Callable[..., Any], args: Any, kwargs: Any, rows: int) -> None:
         """Find the embeddings of what is the same for all records, and refuse a model that needs them to stay so."""
-        self.shared = positions.shared_embeddings(self._module, forward, args, kwargs, rows)
+        self.shared = shared_inputs.shared_embeddings(self._module, forward, args, kwargs, rows)
         self._placed = rows == self.drawn
 
         def mended(yes: bool) -> None:
             self._expanding = yes
 
-        if self.shared and not positions.computes_the_same(self._module, forward, args, kwargs, rows, mended):
+        if self.shared and not shared_inputs.computes_the_same(self._module, forward, args, kwargs, rows, mended):
             names = ", ".join(self.name_of(layer) for layer in self.shared)
             self.shared, self._placed = None, False
             raise UnsupportedModelError(

@@ -50,15 +50,15 @@ _GATHERING = ("IndexBackward0", "MaskedSelectBackward0", "IndexSelectBackward0")
 _MOST = 4096  # nodes of a graph that are looked at
 
 
-class Seer(Protocol):
-    """Who looks at losses before they go backward."""
+class LossObserver(Protocol):
+    """Who checks losses before they go backward."""
 
-    def look_at_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
+    def check_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
         """Raise UnsupportedModelError if these may not. seeds: the gradients that `backward` was given for them."""
         ...
 
 
-_seers: weakref.WeakSet[Any] = weakref.WeakSet()
+_observers: weakref.WeakSet[Any] = weakref.WeakSet()
 _torchs_backward = torch.autograd.backward
 
 
@@ -67,14 +67,14 @@ def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     given = args[0] if args else kwargs.get("grad_tensors")
     seeds = list(given) if isinstance(given, Sequence) else [given] * len(losses)
-    for seer in list(_seers):
-        seer.look_at_loss(losses, seeds)
+    for observer in list(_observers):
+        observer.check_loss(losses, seeds)
     _torchs_backward(tensors, *args, **kwargs)
 
 
-def show_losses_to(seer: Seer) -> None:
-    """Let `seer` look at every loss from now on, before `loss.backward()`, for as long as it lives."""
-    _seers.add(seer)
+def observe_losses(observer: LossObserver) -> None:
+    """Let `observer` check every loss from now on, before `loss.backward()`, for as long as it lives."""
+    _observers.add(observer)
     torch.autograd.backward = _backward  # there is no hook that torch calls before
 
 
@@ -88,7 +88,7 @@ class _Above:
     joined: str = ""  # by what
 
 
-class Losses:
+class LossGraphCheck:
     """The losses of one training: `look` at each. What changed from batch to batch is remembered."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ _LONG = 1 << 12  # parts of a container, without tensors, that is still copied
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedAttribute:
     """One attribute: whose, and what it held."""
 
     owner: dict[str, Any]
@@ -33,20 +33,22 @@ class Kept:
     copy: Any
 
 
-def kept(model: nn.Module) -> dict[str, Kept]:
+def kept(model: nn.Module) -> dict[str, SavedAttribute]:
     """Return what the model's plain attributes hold now, by dotted name."""
-    found: dict[str, Kept] = {}
+    found: dict[str, SavedAttribute] = {}
     for path, module in model.named_modules():
         _collect(found, path, module.__dict__, _NOT_ITS_OWN, {id(module)})
     return found
 
 
-def _collect(found: dict[str, Kept], path: str, owner: dict[str, Any], skipped: set[str], seen: set[int]) -> None:
+def _collect(
+    found: dict[str, SavedAttribute], path: str, owner: dict[str, Any], skipped: set[str], seen: set[int]
+) -> None:
     for name, value in list(owner.items()):
         if name in skipped or isinstance(value, nn.Module | nn.Parameter | type) or id(value) in seen:
             continue
         dotted = f"{path}.{name}" if path else name
-        found[dotted] = Kept(owner, name, value, _copied(value))
+        found[dotted] = SavedAttribute(owner, name, value, _copied(value))
         if _ours(value) and len(seen) < _DEPTH:
             _collect(found, dotted, vars(value), set(), seen | {id(value)})
 
@@ -77,7 +79,7 @@ def marks(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def put_back(before: dict[str, Kept], *, counts_only: bool = False) -> None:
+def put_back(before: dict[str, SavedAttribute], *, counts_only: bool = False) -> None:
     """Let the attributes hold again what they held; `counts_only`: whole numbers alone, such as steps done."""
     for part in before.values():
         if counts_only and not isinstance(part.value, int):
@@ -86,7 +88,7 @@ def put_back(before: dict[str, Kept], *, counts_only: bool = False) -> None:
         part.owner[part.name] = part.value
 
 
-def take_away(model: nn.Module, before: dict[str, Kept]) -> None:
+def take_away(model: nn.Module, before: dict[str, SavedAttribute]) -> None:
     """Remove the attributes that were not there, and put the others back."""
     for name, part in kept(model).items():
         if name not in before:
@@ -94,7 +96,7 @@ def take_away(model: nn.Module, before: dict[str, Kept]) -> None:
     put_back(before)
 
 
-def differing(a: dict[str, Kept], b: dict[str, Kept]) -> list[str]:
+def differing(a: dict[str, SavedAttribute], b: dict[str, SavedAttribute]) -> list[str]:
     """Return the names of attributes whose tensors, but for single numbers, are not the same."""
     names = dict.fromkeys((*a, *b))
     return [n for n in names if not _equal(*(list(_rows(side[n].copy)) if n in side else [] for side in (a, b)))]

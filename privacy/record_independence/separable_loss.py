@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.record_independence import module_state as keeping
-from choral.privacy.record_independence.batch_mixing import Subject, few, run, same_random_numbers, splits, taken
+from choral.privacy.record_independence import module_state
+from choral.privacy.record_independence.batch_mixing import CheckedForward, few, run, same_random_numbers, splits, taken
 from choral.privacy.record_independence.forward_probes import Point, shaken, watched
 
 _RELATIVE = 1e-4  # rounding of a float32 loss
 
 
-def refuse_inseparable(subject: Subject) -> bool:
+def refuse_inseparable(subject: CheckedForward) -> bool:
     """Raise UnsupportedModelError unless the loss of a batch is the mean over its records of a loss of each alone.
 
     subject: a step, which returns a batch's loss, of a model in evaluation mode now. It is looked at with the weights
     as they are and moved away from zero. Returns False if the losses of all records are equal, and so nothing is
     proved; of a loss that is random nothing can be, and True is returned.
     """
-    before = keeping.kept(subject.model)
+    before = module_state.kept(subject.model)
     try:
         could = _refuse_by_losses(subject)
         with shaken(subject.model):
@@ -37,16 +37,16 @@ def refuse_inseparable(subject: Subject) -> bool:
                 _refuse_by_shares(subject)
         return bool(could or moved_could or could is None)
     finally:
-        keeping.take_away(subject.model, before)
+        module_state.take_away(subject.model, before)
 
 
-def _seeded(subject: Subject, batch: Any, seed: int = 0) -> torch.Tensor:
+def _seeded(subject: CheckedForward, batch: Any, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
     loss: torch.Tensor = subject.forward(batch)
     return loss
 
 
-def _refuse_by_losses(subject: Subject) -> bool | None:
+def _refuse_by_losses(subject: CheckedForward) -> bool | None:
     """Compare losses. Returns whether they could have differed; None if they are random."""
     rows, (batch,) = subject.rows, subject.args
 
@@ -70,7 +70,7 @@ def _refuse_by_losses(subject: Subject) -> bool | None:
     return could
 
 
-def _refuse_by_shares(subject: Subject) -> None:
+def _refuse_by_shares(subject: CheckedForward) -> None:
     """Compare the gradients at the layers' outputs of some records' mean loss with those of parts of them."""
     (batch,) = subject.args
     chosen = few(batch, {}, subject.rows)

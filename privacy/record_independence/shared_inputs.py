@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from choral.privacy.record_independence import batch_mixing as mixing
+from choral.privacy.record_independence import batch_mixing
 from choral.privacy.record_independence.forward_probes import shaken
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedInput:
     """How inputs of an embedding that are the same for all records look: `dims`, of which the first is one or not."""
 
     dims: int
@@ -43,22 +43,24 @@ class Shared:
 Forward = Callable[..., Any]
 
 
-def shared_embeddings(model: nn.Module, forward: Forward, args: Any, kwargs: Any, rows: int) -> dict[nn.Module, Shared]:
+def shared_embeddings(
+    model: nn.Module, forward: Forward, args: Any, kwargs: Any, rows: int
+) -> dict[nn.Module, SharedInput]:
     """Return the embeddings of `model` whose inputs stay as they are when `forward` is given one record more.
 
     rows: the records in `args` and `kwargs`. Nothing is found in a model that does not run with one record more.
     """
     layers: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Embedding]
-    if not layers or not any(len(t) == rows for t in mixing.tensors((args, kwargs))):
+    if not layers or not any(len(t) == rows for t in batch_mixing.tensors((args, kwargs))):
         return {}
     take = torch.arange(rows)
     before = _inputs(forward, layers, args, kwargs, take, rows)
     after = _inputs(forward, layers, args, kwargs, torch.cat([take, take[:1]]), rows)
     if before is None or after is None:
         return {}
-    found: dict[nn.Module, Shared] = {}
+    found: dict[nn.Module, SharedInput] = {}
     for layer in layers:
-        kinds = {Shared(len(shape), len(shape) > 1 and shape[0] == 1) for shape in before[layer]}
+        kinds = {SharedInput(len(shape), len(shape) > 1 and shape[0] == 1) for shape in before[layer]}
         if before[layer] == after[layer] and len(kinds) == 1:
             found[layer] = kinds.pop()
     return found
@@ -75,7 +77,7 @@ def _inputs(
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        mixing.run(forward, args, kwargs, take, rows)
+        batch_mixing.run(forward, args, kwargs, take, rows)
     except Exception:  # whatever it is: the model is then looked at as it is, and refused as before
         return None
     finally:
@@ -93,15 +95,15 @@ def computes_the_same(
     """
     take = torch.arange(rows)
     with evaluating(model), shaken(model):  # behind a head that is still zero, anything would be the same
-        plain, again = (mixing.run(forward, args, kwargs, take, rows) for _ in range(2))
+        plain, again = (batch_mixing.run(forward, args, kwargs, take, rows) for _ in range(2))
         mended(True)
         try:
-            other = mixing.run(forward, args, kwargs, take, rows)
+            other = batch_mixing.run(forward, args, kwargs, take, rows)
         except Exception:  # expanded, it does not fit what the model does with it
             return False
         finally:
             mended(False)
-    return not mixing.same(plain, again, rows) or mixing.same(plain, other, rows)
+    return not batch_mixing.same(plain, again, rows) or batch_mixing.same(plain, other, rows)
 
 
 @contextmanager

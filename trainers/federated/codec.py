@@ -225,7 +225,7 @@ class ClientCodec:
             )
 
     def begin(self, present: tuple[str, ...]) -> None:
-        """Raises: TooFewSurvivorsError before anything is paid for or sent; what :meth:`ClientPrivacyEngine.begin` raises."""
+        """Raises: TooFewSurvivorsError before anything is paid or sent; and as :meth:`ClientPrivacyEngine.begin`."""
         needed = self._privacy_engine.min_survivors
         if len(present) < needed:
             raise TooFewSurvivorsError(

@@ -88,7 +88,7 @@ class Recorder:
 
     @property
     def spent(self) -> Mapping[str, Spent]:
-        """The recorded cost per data holder; the ledgers are the truth."""
+        """The recorded cost per data owner; the ledgers are the truth."""
         return self._info.spent
 
     @property
@@ -119,7 +119,7 @@ class Recorder:
         return int.from_bytes(found, "little")
 
     def keep(self, ledgers: Mapping[str, Ledger]) -> None:
-        """Let a run without a folder carry what its ledgers hold, by data holder."""
+        """Let a run without a folder carry what its ledgers hold, by data owner."""
         if self._folder is None:
             self._ledgers |= ledgers
 
@@ -162,7 +162,7 @@ class Recorder:
         )
 
     def clips(self, privacy: object) -> dict[str, float]:
-        """Where record-level adaptive clipping had come to, by data holder. Raises: RunFolderError if that is lost."""
+        """Where record-level adaptive clipping had come to, by data owner. Raises: RunFolderError if that is lost."""
         if not isinstance(privacy, Privacy) or not isinstance(privacy.max_grad_norm, AdaptiveClip) or not self._folder:
             return {}
         kept = self.algorithm_state().clips

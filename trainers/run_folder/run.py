@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Run:
     """A finished or interrupted training. ``state`` is the model's state dict after the last history entry.
 
-    ledgers: of a run without a folder, by data holder: the lines of what would be its ledger files, for audits.
+    ledgers: of a run without a folder, by data owner: the lines of what would be its ledger files, for audits.
     best: the state dict after round `best_round`, the best by the evaluation's first metric; empty where a run of an
         earlier version kept none.
     """
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def spent(self) -> Spent | None:
-        """The worst data holder's cost, or None without privacy."""
+        """The worst data owner's cost, or None without privacy."""
         return max(self.info.spent.values(), key=lambda spent: spent.epsilon, default=None)
 
     def save(self, folder: str | Path) -> Path:

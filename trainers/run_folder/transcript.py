@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from choral.errors import ConfigError
-from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, UnreadableError, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, UnreadableError, follow, lines
 from choral.protocols.interface import SumSpec
 from choral.protocols.own_vector import is_tensor
 from choral.protocols.tap import Watcher, Way
@@ -278,7 +278,7 @@ def _read_index(path: Path) -> _Entries:
 def _chained(path: Path, content: bytes) -> _Entries:
     entries, heads = [], []
     try:
-        for entry, head in follow(content, msgspec.json.Decoder(Line[Entry])):
+        for entry, head in follow(content, msgspec.json.Decoder(ChainedLine[Entry])):
             entries.append(entry)
             heads.append(head)
     except BrokenChainError as error:

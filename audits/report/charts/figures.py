@@ -1,4 +1,4 @@
-"""The report's drawings, each in a wide and a narrow form: rounds, budgets, data holders."""
+"""The report's drawings, each in a wide and a narrow form: rounds, budgets, data owners."""
 
 from __future__ import annotations
 
@@ -153,19 +153,19 @@ def _data(chart: Chart, pixels: float) -> float:
 
 
 def holders_figure(arms: Sequence[ArmResult], colours: Mapping[str, int]) -> Figure:
-    """Each data holder's epsilon against what was asked for."""
+    """Each data owner's epsilon against what was asked for."""
     private = [arm for arm in arms if arm.claim is not None]
     said = "; ".join(
-        f"{arm.name}: {len(arm.holders)} data holder{'s' if len(arm.holders) > 1 else ''}, epsilon from"
+        f"{arm.name}: {len(arm.holders)} data owner{'s' if len(arm.holders) > 1 else ''}, epsilon from"
         f" {cost(arm.holders[-1].epsilon)} to {cost(arm.holders[0].epsilon)}, {arm.claim.asked:g} asked for, per"
         f" {arm.claim.unit}"
         for arm in private
         if arm.claim
     )
     return Figure(
-        wide=_holders(private, colours, wide=True).render("holders-wide", "Epsilon of each data holder", said + "."),
+        wide=_holders(private, colours, wide=True).render("holders-wide", "Epsilon of each data owner", said + "."),
         narrow=_holders(private, colours, wide=False).render(
-            "holders-narrow", "Epsilon of each data holder", said + "."
+            "holders-narrow", "Epsilon of each data owner", said + "."
         ),
     )
 

@@ -199,7 +199,7 @@ def _design(wanted: AuditFlags, stated: Design | None) -> Design:
 
 
 def _claim(wanted: AuditFlags, run: Run | None) -> tuple[float | None, float]:
-    """Epsilon and delta: as given, else those of the run's worst data holder.
+    """Epsilon and delta: as given, else those of the run's worst data owner.
 
     Raises: ConfigError without a delta, or when the canaries stand for another unit than the run's promise.
     """

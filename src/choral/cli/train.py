@@ -129,7 +129,7 @@ def train(words: list[str]) -> int:
     if not quiet:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         spent = run.spent
-        promise = f"; {spent.in_words} (worst data holder)" if spent else ""
+        promise = f"; {spent.in_words} (worst data owner)" if spent else ""
         print(f"{name}: {run.history[-1].round} rounds, {metrics}{promise}")
         if run.info.ended:
             print(f"note: {run.info.ended}")

@@ -29,7 +29,7 @@ class PrivacySettings:
     """The promise: differential privacy for each record in each party, or for each party (client) as a whole."""
 
     epsilon: float | None = None
-    """Budget of each data holder for the whole run, or of each client; None trains without differential privacy."""
+    """Budget of each data owner for the whole run, or of each client; None trains without differential privacy."""
     delta: float = 1e-5
     """Probability outside the promise; must be well below 1 / (records of the smallest party)."""
     max_grad_norm: float = 1.0

@@ -165,7 +165,7 @@ def test_the_page_says_for_whom_each_epsilon_holds(arms: Arms, budgets: Arms, ma
         "5.66 per client",
         "Upper quartile",
         "Sample rate",
-        "federated-dp, 10 data holders",
+        "federated-dp, 10 data owners",
         "asked for: 8 per client",
     ):
         assert needed in words.replace("\u00a0", " "), needed

@@ -281,7 +281,7 @@ def test_a_run_where_records_are_replaced_is_recomputed_and_claimed_so(job, tmp_
     found = audit(run)
     assert found.verdict == "holds"
     assert "“replace one record” (one record is replaced by any other)" in found.claim
-    assert "how many records each data holder has" in found.claim
+    assert "how many records each data owner has" in found.claim
     assert re.search(r"For a person with up to 2 records, it is \(ε\s=\s(5\.9|6\.0)", found.claim)
     assert all(row.recomputed == pytest.approx(row.claimed, rel=1e-3) for row in found.budgets)
     assert run.info.spent["south"].noise_multiplier > 1.05 * zero_out.info.spent["south"].noise_multiplier
@@ -290,7 +290,7 @@ def test_a_run_where_records_are_replaced_is_recomputed_and_claimed_so(job, tmp_
     path = tmp_path / "run" / "run.json"
     written = path.read_text(encoding="utf-8")
     parts = written.split("replace one record")
-    assert len(parts) == 5  # the promise, and the cost of three data holders
+    assert len(parts) == 5  # the promise, and the cost of three data owners
     for place in range(1, len(parts)):  # one of them edited
         halves = ["replace one record".join(each) for each in (parts[:place], parts[place:])]
         path.write_text("zero out one record".join(halves), encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Privacy, audit, centralize
-from choral.privacy import Ledger, Part, Plan, PoissonSampledGaussian
+from choral.privacy import Ledger, PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.privacy.accounting import record_noise as calibration
 from choral.trainers import Run
 
@@ -100,7 +100,7 @@ def test_a_ledger_that_was_trained_on_by_what_was_seen_is_violated(stopped: Path
     before = ledger.events
     noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 20, before, slack=1e-3, fixed=True)
     more = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=20)
-    ledger.append(more, after=len(before), plan=Plan(epsilon=3.0, parts=(Part(event=more, times=1),)))
+    ledger.append(more, after=len(before), plan=ReleasePlan(epsilon=3.0, parts=(PlannedEvents(event=more, times=1),)))
     assert ledger.epsilon(DELTA) <= 3.0
     (row,) = audit(Run.load(stopped)).budgets
     assert row.verdict == "violated"

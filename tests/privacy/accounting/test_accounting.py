@@ -19,12 +19,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import budget as budgeting
-from choral.privacy.accounting import pld
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import budget, pld, record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.errors import AccountingError, BudgetExceededError
 
 DELTA = 1e-5
@@ -46,13 +43,13 @@ GOLDENS = [
 
 @pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp", "by_prv", "by_gdp"), GOLDENS)
 def test_goldens(rate: float, noise: float, steps: int, by_pld: str, by_rdp: str, by_prv: str, by_gdp: str) -> None:
-    low, high = accounting.epsilon_by_prv([event(rate, noise, steps)], DELTA)
+    low, high = record_level.epsilon_by_prv([event(rate, noise, steps)], DELTA)
     assert f"{high:.4f}" == by_prv
     assert low < float(by_pld) < high
-    accounting.check_by_prv((float(by_pld) - 0.01, float(by_pld)), (low, high), DELTA)
+    record_level.check_by_prv((float(by_pld) - 0.01, float(by_pld)), (low, high), DELTA)
     assert f"{pld.epsilon([(rate, noise, steps)], DELTA, 1e-4):.4f}" == by_pld
-    assert f"{accounting.epsilon_rdp([event(rate, noise, steps)], DELTA):.4f}" == by_rdp
-    assert f"{accounting.epsilon([event(rate, noise, steps)], DELTA):.4f}" == by_pld
+    assert f"{record_level.epsilon_rdp([event(rate, noise, steps)], DELTA):.4f}" == by_rdp
+    assert f"{record_level.epsilon([event(rate, noise, steps)], DELTA):.4f}" == by_pld
 
 
 @pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp", "by_prv", "by_gdp"), GOLDENS)
@@ -68,25 +65,25 @@ def test_gdp_is_no_guarantee(
 
 def test_the_bracket_of_prv_holds_mixtures_and_long_runs() -> None:
     for events in ([event(0.1, 2.0, 50), event(0.02, 1.0, 300)], [event(0.001, 0.8, 300_000)], [event(0.5, 30.0)]):
-        accounting.check_by_prv(accounting.bounds(events, DELTA), accounting.epsilon_by_prv(events, DELTA), DELTA)
+        record_level.check_by_prv(record_level.bounds(events, DELTA), record_level.epsilon_by_prv(events, DELTA), DELTA)
 
 
 @pytest.mark.parametrize("wrong", [0.95, 1.05])
 def test_disagreement_with_prv_raises(wrong: float) -> None:
     events = [event(0.01, 1.0, 1000)]
-    lower, upper = accounting.bounds(events, DELTA)
-    bracket = accounting.epsilon_by_prv(events, DELTA)
+    lower, upper = record_level.bounds(events, DELTA)
+    bracket = record_level.epsilon_by_prv(events, DELTA)
     with pytest.raises(AccountingError, match="outside the bracket"):
-        accounting.check_by_prv((wrong * lower, wrong * upper), bracket, DELTA)
+        record_level.check_by_prv((wrong * lower, wrong * upper), bracket, DELTA)
 
 
 def test_goldens_of_one_gaussian() -> None:
-    assert f"{accounting.epsilon([event(1.0, 1.0)], DELTA):.6f}" == "4.377178"
-    assert calibration.noise_multiplier(1.0, DELTA, 1.0, 1) == pytest.approx(3.730632, rel=1e-5)
+    assert f"{record_level.epsilon([event(1.0, 1.0)], DELTA):.6f}" == "4.377178"
+    assert record_noise.noise_multiplier(1.0, DELTA, 1.0, 1) == pytest.approx(3.730632, rel=1e-5)
 
 
 def test_golden_of_calibration() -> None:
-    assert f"{calibration.noise_multiplier(1.0, DELTA, 0.1, 100):.4f}" == "3.9417"
+    assert f"{record_noise.noise_multiplier(1.0, DELTA, 0.1, 100):.4f}" == "3.9417"
 
 
 @pytest.mark.parametrize(("rate", "noise"), [(1.0, 0.8), (1.0, 3.0), (0.3, 1.0), (0.05, 0.7), (0.9, 2.0)])
@@ -100,7 +97,7 @@ def test_one_step_against_quadrature(rate: float, noise: float) -> None:
         return float(h * max(np.maximum(p - math.exp(eps) * q, 0).sum(), np.maximum(q - math.exp(eps) * p, 0).sum()))
 
     exact = brentq(lambda eps: math.log(max(delta_of(eps), 1e-300) / DELTA), 1e-3, 30.0, xtol=1e-6)
-    ours = accounting.epsilon([event(rate, noise)], DELTA)
+    ours = record_level.epsilon([event(rate, noise)], DELTA)
     assert exact - 1e-5 <= ours <= exact * (1 + 1e-4)
 
 
@@ -151,29 +148,29 @@ def test_large_epsilons_agree_with_dp_accounting() -> None:
         expected = oracle.self_compose(steps).get_epsilon_for_delta(DELTA)
         assert 300 < expected < 700
         assert pld.epsilon([(0.1, noise, steps)], DELTA, 1e-2) == pytest.approx(expected, rel=1e-4)
-    noise = calibration.noise_multiplier(600.0, DELTA, 0.1, 50)
-    assert 599.9 < accounting.epsilon([event(0.1, noise, 50)], DELTA) <= 600.0
+    noise = record_noise.noise_multiplier(600.0, DELTA, 0.1, 50)
+    assert 599.9 < record_level.epsilon([event(0.1, noise, 50)], DELTA) <= 600.0
 
 
 def test_tiny_epsilons_are_no_disagreement() -> None:
     """RDP says 0 and PLD, on its grid, a little more: both are right to within rounding."""
     tiny = [event(7.86e-6, 116.0, 29)]
-    assert accounting.epsilon_rdp(tiny, 4.2e-7) == 0.0
-    assert 0.0 <= accounting.epsilon(tiny, 4.2e-7) < 1e-4
-    accounting.check_others(((7.86e-6, 116.0, 29),), 4.2e-7)
+    assert record_level.epsilon_rdp(tiny, 4.2e-7) == 0.0
+    assert 0.0 <= record_level.epsilon(tiny, 4.2e-7) < 1e-4
+    record_level.check_others(((7.86e-6, 116.0, 29),), 4.2e-7)
 
 
 def test_rdp_is_never_below_pld() -> None:
     for rate, noise, steps, *_ in GOLDENS:
         one = [event(rate, noise, steps)]
-        assert accounting.epsilon_rdp(one, DELTA) >= accounting.epsilon(one, DELTA)
+        assert record_level.epsilon_rdp(one, DELTA) >= record_level.epsilon(one, DELTA)
 
 
 def test_many_unlike_steps_are_all_counted_and_none_as_less_than_it_costs() -> None:
     """Thousands of kinds become a few hundred: each step stands in one of no smaller rate and no more noise."""
     kinds = {(0.001 * 1.0005**i, 4.0 / 1.0003**i): 1 + i % 3 for i in range(3000)}
-    merged = accounting._told_apart(kinds)
-    assert len(merged) <= accounting._MOST_PARTS
+    merged = record_level._told_apart(kinds)
+    assert len(merged) <= record_level._MOST_PARTS
     assert sum(steps for *_, steps in merged) == sum(kinds.values())
     dear = sorted(merged, reverse=True)  # in these, more rate comes with less noise
     assert all(a[1] <= b[1] for a, b in pairwise(dear))
@@ -193,99 +190,101 @@ def test_another_accountant_is_asked_where_its_rounding_allows_and_believed_by_a
 ) -> None:
     """Its rounding is of 1e-15 for each step: within a thousandth of delta for 1,000 steps down to 1e-9."""
     asked = []
-    monkeypatch.setattr(accounting, "_by_dp_accounting", lambda merged, *_: asked.append(merged) or math.nan)
+    monkeypatch.setattr(record_level, "_by_dp_accounting", lambda merged, *_: asked.append(merged) or math.nan)
     merged = ((1e-4, 4.0, 1000),)
-    accounting.check_others(merged, 0.9e-9)
+    record_level.check_others(merged, 0.9e-9)
     assert asked == []
     with pytest.raises(AccountingError, match=r"say .* and nan"):
-        accounting.check_others(merged, 1.1e-9)
+        record_level.check_others(merged, 1.1e-9)
     assert asked == [merged]
 
 
 def test_disagreement_of_the_accountants_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pld.bounds
-    monkeypatch.setattr(accounting.pld, "bounds", lambda *a: pld.Bounds(*(1.5 * each for each in real(*a)[:2]), a[2]))
+    monkeypatch.setattr(
+        record_level.pld, "bounds", lambda *a: pld.EpsilonBounds(*(1.5 * each for each in real(*a)[:2]), a[2])
+    )
     with pytest.raises(AccountingError, match="RDP"):
-        accounting.epsilon([event(0.0311, 1.234, 777)], DELTA)
+        record_level.epsilon([event(0.0311, 1.234, 777)], DELTA)
 
 
 def test_calibration_compares_with_dp_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pld.bounds
     monkeypatch.setattr(
-        accounting.pld, "bounds", lambda *a: pld.Bounds(0.0, 0.9 * real(*a).upper, a[2])
+        record_level.pld, "bounds", lambda *a: pld.EpsilonBounds(0.0, 0.9 * real(*a).upper, a[2])
     )  # too low: RDP cannot see it
     with pytest.raises(AccountingError, match="same privacy loss distribution"):
-        calibration.noise_multiplier(2.345, DELTA, 0.0312, 321)
+        record_noise.noise_multiplier(2.345, DELTA, 0.0312, 321)
 
 
 @pytest.mark.parametrize("target", [0.1, 1.0, 3.0, 8.0, 30.0])
 @pytest.mark.parametrize(("rate", "steps"), [(1.0, 40), (0.3, 100), (0.01, 2000), (0.5, 1)])
 def test_calibration_spends_all_and_no_more(target: float, rate: float, steps: int) -> None:
-    noise = calibration.noise_multiplier(target, DELTA, rate, steps)
-    cost = accounting.epsilon([event(rate, noise, steps)], DELTA)
+    noise = record_noise.noise_multiplier(target, DELTA, rate, steps)
+    cost = record_level.epsilon([event(rate, noise, steps)], DELTA)
     assert target * (1 - 1e-4) <= cost <= target
 
 
 def test_calibration_reckons_with_what_was_spent() -> None:
     spent = [event(0.1, 2.5, 100)]
-    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, spent, fixed=True)
-    assert 2.99 < accounting.epsilon([*spent, event(0.1, noise, 100)], DELTA) <= 3.0
-    assert noise > calibration.noise_multiplier(3.0, DELTA, 0.1, 100)
-    late = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, spent)  # by a filter, since it may have been looked at
+    noise = record_noise.noise_multiplier(3.0, DELTA, 0.1, 100, spent, fixed=True)
+    assert 2.99 < record_level.epsilon([*spent, event(0.1, noise, 100)], DELTA) <= 3.0
+    assert noise > record_noise.noise_multiplier(3.0, DELTA, 0.1, 100)
+    late = record_noise.noise_multiplier(3.0, DELTA, 0.1, 100, spent)  # by a filter, since it may have been looked at
     assert noise < late
-    assert 2.99 < Filter(3.0, DELTA).cost([*spent, event(0.1, late, 100)]) <= 3.0
+    assert 2.99 < PrivacyFilter(3.0, DELTA).cost([*spent, event(0.1, late, 100)]) <= 3.0
 
 
 def test_exhausted_budget_has_no_calibration() -> None:
     with pytest.raises(BudgetExceededError, match="is spent"):
-        calibration.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)])
+        record_noise.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)])
     with pytest.raises(BudgetExceededError, match="is spent"):
-        calibration.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)], fixed=True)
+        record_noise.noise_multiplier(1.0, DELTA, 0.1, 1, [event(0.1, 1.0, 100)], fixed=True)
 
 
 def test_many_small_steps() -> None:
-    noise = calibration.noise_multiplier(0.1, 1e-6, 0.001, 100_000)
-    assert 0.0999 < accounting.epsilon([event(0.001, noise, 100_000)], 1e-6) <= 0.1
+    noise = record_noise.noise_multiplier(0.1, 1e-6, 0.001, 100_000)
+    assert 0.0999 < record_level.epsilon([event(0.001, noise, 100_000)], 1e-6) <= 0.1
 
 
 def test_steps_within() -> None:
-    steps = budgeting.steps_within(3.0, DELTA, 0.01, 1.0)
-    assert accounting.epsilon([event(0.01, 1.0, steps)], DELTA) <= 3.0
-    assert accounting.epsilon([event(0.01, 1.0, steps + 1)], DELTA) > 3.0
-    assert budgeting.steps_within(0.1, DELTA, 1.0, 1.0) == 0
+    steps = budget.steps_within(3.0, DELTA, 0.01, 1.0)
+    assert record_level.epsilon([event(0.01, 1.0, steps)], DELTA) <= 3.0
+    assert record_level.epsilon([event(0.01, 1.0, steps + 1)], DELTA) > 3.0
+    assert budget.steps_within(0.1, DELTA, 1.0, 1.0) == 0
 
 
 def test_budget_solves_either_way() -> None:
-    there = budgeting.budget(epsilon=3.0, delta=DELTA, sample_rate=0.01, steps=2000)
-    back = budgeting.budget(noise_multiplier=there.noise_multiplier, delta=DELTA, sample_rate=0.01, steps=2000)
+    there = budget.budget(epsilon=3.0, delta=DELTA, sample_rate=0.01, steps=2000)
+    back = budget.budget(noise_multiplier=there.noise_multiplier, delta=DELTA, sample_rate=0.01, steps=2000)
     assert back.epsilon == there.epsilon <= 3.0 < back.epsilon_rdp
     assert "zero out one record" in str(there)
     with pytest.raises(ConfigError, match="exactly one"):
-        budgeting.budget(delta=DELTA, sample_rate=0.01, steps=2000)
+        budget.budget(delta=DELTA, sample_rate=0.01, steps=2000)
 
 
 def test_budget_solves_for_each_of_the_four() -> None:
     """What one of them is solved for gives back the others, and a little more of it breaks the promise."""
     known = {"epsilon": 3.0, "noise_multiplier": 1.0, "sample_rate": 0.01}
-    steps = budgeting.budget(delta=DELTA, **known)
-    assert steps.steps == budgeting.steps_within(3.0, DELTA, 0.01, 1.0)
-    rate = budgeting.budget(delta=DELTA, epsilon=3.0, noise_multiplier=1.0, steps=2000)
+    steps = budget.budget(delta=DELTA, **known)
+    assert steps.steps == budget.steps_within(3.0, DELTA, 0.01, 1.0)
+    rate = budget.budget(delta=DELTA, epsilon=3.0, noise_multiplier=1.0, steps=2000)
     assert 2.9999 < rate.epsilon <= 3.0
     assert by_dp_accounting(rate.sample_rate * 1.001, 1.0, 2000) > 3.0
-    assert budgeting.budget(delta=DELTA, epsilon=3.0, sample_rate=rate.sample_rate, steps=2000).noise_multiplier == (
+    assert budget.budget(delta=DELTA, epsilon=3.0, sample_rate=rate.sample_rate, steps=2000).noise_multiplier == (
         pytest.approx(1.0, rel=1e-4)
     )
     with pytest.raises(BudgetExceededError, match="nothing fits"):
-        budgeting.budget(delta=DELTA, epsilon=0.1, noise_multiplier=1.0, sample_rate=1.0)
+        budget.budget(delta=DELTA, epsilon=0.1, noise_multiplier=1.0, sample_rate=1.0)
 
 
 def by_dp_accounting(rate: float, noise: float, steps: int) -> float:
-    return accounting.epsilon_by_dp_accounting([event(rate, noise, steps)], DELTA, 1e-4)
+    return record_level.epsilon_by_dp_accounting([event(rate, noise, steps)], DELTA, 1e-4)
 
 
 @pytest.mark.parametrize(("target", "epochs"), [(3.0, 10), (0.5, 10), (3.0, 2.5), (20.0, 1)])
 def test_the_largest_batch_for_these_passes(target: float, epochs: float) -> None:
-    rate, steps = budgeting.sample_rate_within(target, DELTA, 1.0, epochs=epochs)
+    rate, steps = budget.sample_rate_within(target, DELTA, 1.0, epochs=epochs)
     assert steps == math.ceil(epochs / rate - 1e-9)
     assert by_dp_accounting(rate, 1.0, steps) <= target * (1 + 1e-3)  # its grid is the coarser one there
     if rate < 1.0:  # a larger one costs too much, whether it takes as many steps or fewer
@@ -295,26 +294,26 @@ def test_the_largest_batch_for_these_passes(target: float, epochs: float) -> Non
 
 
 def test_batches_grow_with_the_promise_and_shrink_with_the_passes() -> None:
-    rates = [budgeting.sample_rate_within(eps, DELTA, 1.0, epochs=5)[0] for eps in (1.0, 2.0, 4.0)]
+    rates = [budget.sample_rate_within(eps, DELTA, 1.0, epochs=5)[0] for eps in (1.0, 2.0, 4.0)]
     assert rates == sorted(set(rates))
-    rates = [budgeting.sample_rate_within(2.0, DELTA, 1.0, epochs=count)[0] for count in (1, 5, 10)]
+    rates = [budget.sample_rate_within(2.0, DELTA, 1.0, epochs=count)[0] for count in (1, 5, 10)]
     assert rates == sorted(set(rates), reverse=True)
 
 
 @pytest.mark.parametrize("bad", [{}, {"steps": 10, "epochs": 1}, {"epochs": 0.0}, {"epochs": math.nan}, {"steps": 0}])
 def test_bad_lengths(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        budgeting.sample_rate_within(1.0, DELTA, 1.0, **bad)  # type: ignore[arg-type]
+        budget.sample_rate_within(1.0, DELTA, 1.0, **bad)  # type: ignore[arg-type]
 
 
 def test_nothing_costs_nothing() -> None:
-    assert accounting.epsilon([], DELTA) == accounting.epsilon_rdp([], DELTA) == 0.0
+    assert record_level.epsilon([], DELTA) == record_level.epsilon_rdp([], DELTA) == 0.0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_bad_epsilon(bad: float) -> None:
     with pytest.raises(ConfigError, match="epsilon"):
-        calibration.noise_multiplier(bad, DELTA, 0.1, 10)
+        record_noise.noise_multiplier(bad, DELTA, 0.1, 10)
 
 
 def test_rounding_of_ffts_stays_out_of_the_answer() -> None:
@@ -327,7 +326,7 @@ def test_rounding_of_ffts_stays_out_of_the_answer() -> None:
 @pytest.mark.parametrize("bad", [0.0, 1.0, -0.1, math.nan, 1e-12])
 def test_bad_delta(bad: float) -> None:
     with pytest.raises(ConfigError, match="delta"):
-        accounting.epsilon([event(0.1, 1.0)], bad)
+        record_level.epsilon([event(0.1, 1.0)], bad)
 
 
 @pytest.mark.parametrize(
@@ -339,9 +338,9 @@ def test_bad_event(rate: float, noise: float, steps: int) -> None:
 
 
 def test_the_examples_in_the_docstring() -> None:
-    assert doctest.testmod(accounting) == (0, 3)
-    assert doctest.testmod(calibration) == (0, 1)
-    assert doctest.testmod(budgeting) == (0, 1)
+    assert doctest.testmod(record_level) == (0, 3)
+    assert doctest.testmod(record_noise) == (0, 1)
+    assert doctest.testmod(budget) == (0, 1)
 
 
 def test_accounting_imports_no_torch() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from choral.audits.findings import text
 from choral.cli.command_line import main
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.budget import at_least, at_most
 from choral.privacy.accounting.events import PoissonSampledGaussian
 
@@ -31,7 +31,7 @@ def priced(found: dict[str, float]) -> float:
     event = PoissonSampledGaussian(
         sample_rate=found["rate"], noise_multiplier=found["noise"], steps=int(found["steps"])
     )
-    return accounting.epsilon([event], found["delta"])
+    return record_level.epsilon([event], found["delta"])
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,11 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import client_level as client_accounting
-from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.accounting import client_level, client_noise
 from choral.privacy.accounting.client_level import epsilon, renyi, settled, tau
 from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import ClientRelease
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.client_level.distributed import design, squared_norm_bound
 from choral.privacy.errors import AccountingError, BudgetExceededError
 
@@ -39,7 +38,7 @@ def planned(mechanism: Any, bits: int) -> ClientRelease:
 
 
 def test_the_doctest() -> None:
-    assert doctest.testmod(client_accounting).failed == 0
+    assert doctest.testmod(client_level).failed == 0
 
 
 def test_goldens_of_tau_and_of_the_norm() -> None:
@@ -77,7 +76,7 @@ def test_continuous_gaussian_is_exact() -> None:
     event = release("gaussian", sensitivity_squared=1, share_variance=100.0, shares=1, steps=1000)
     exact = dp_accounting.get_epsilon_gaussian(10.0 / math.sqrt(1000), 1e-5)
     assert epsilon([event], 1e-5) == pytest.approx(exact, rel=1e-9)
-    assert client_accounting._by_renyi([event], 1e-5) == pytest.approx(19.05, abs=0.005)  # the facts' RDP value
+    assert client_level._by_renyi([event], 1e-5) == pytest.approx(19.05, abs=0.005)  # the facts' RDP value
 
 
 def sum_of_shares(mechanism: str, shares: int, variance: float) -> np.ndarray:
@@ -154,7 +153,7 @@ def test_mixed_releases_compose() -> None:
 
 
 def test_a_bound_below_the_continuous_gaussian_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_accounting, "_by_renyi", lambda *_: 0.01)
+    monkeypatch.setattr(client_level, "_by_renyi", lambda *_: 0.01)
     with pytest.raises(AccountingError, match="below the continuous"):
         epsilon([release()], 1e-5)
 
@@ -166,8 +165,8 @@ def test_calibration_uses_the_budget_and_not_more() -> None:
     for spent in ([], [event(3.0)] * 4):
         ratio = calibrate(5.0, 1e-5, event, 10, spent)
         together = [*spent, *[event(ratio)] * 10]
-        cost = Filter(5.0, 1e-5).cost(together) if spent else epsilon(together, 1e-5)
-        assert 5.0 * (1 - client_calibration.SLACK) <= cost <= 5.0
+        cost = PrivacyFilter(5.0, 1e-5).cost(together) if spent else epsilon(together, 1e-5)
+        assert 5.0 * (1 - client_noise.SLACK) <= cost <= 5.0
     with pytest.raises(BudgetExceededError, match="is spent"):
         calibrate(1.0, 1e-5, event, 10, [event(2.0)] * 20)
     with pytest.raises(BudgetExceededError, match="no amount of noise"):

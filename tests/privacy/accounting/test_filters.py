@@ -24,21 +24,20 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from choral.privacy import Ledger
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import (
     REPLACE_ONE,
     ZERO_OUT,
     ClientRelease,
     CorrelatedGaussian,
-    Part,
-    Plan,
+    PlannedEvents,
     PoissonSampledGaussian,
+    ReleasePlan,
     Search,
 )
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.accounting.matrix_strategies import Tree
-from choral.privacy.ledgers.plans import Room, fixed_cost
+from choral.privacy.ledgers.plans import RemainingBudget, fixed_cost
 
 EPSILON, DELTA = 3.0, 1e-5
 FIRST = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=1.6, steps=1)
@@ -97,24 +96,24 @@ def delta_of_the_adversary(noises: dict[tuple[float, int], float], epsilon: floa
 def test_who_looks_before_he_chooses_breaks_the_price_for_fixed_parameters() -> None:
     """Each pair alone costs 3.000 at 1e-5 by privacy loss distributions; the best of twelve, chosen late, 2.4e-5."""
     noises = {
-        (q, t): calibration.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4, fixed=True) for q, t in CHOICES
+        (q, t): record_noise.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4, fixed=True) for q, t in CHOICES
     }
     for (q, t), noise in noises.items():
-        assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) <= EPSILON
+        assert record_level.epsilon([FIRST, sampled(q, noise, t)], DELTA) <= EPSILON
     assert delta_of_the_adversary(noises) > 2.3e-5
 
 
 def test_who_looks_before_he_chooses_stays_within_what_a_ledger_admits() -> None:
     ledger = Ledger()
     ledger.bind("data", DELTA)
-    ledger.append(FIRST, after=0, plan=Plan(epsilon=EPSILON, parts=(Part(event=FIRST, times=1),)))
-    room = Room.on(ledger, EPSILON, DELTA)
+    ledger.append(FIRST, after=0, plan=ReleasePlan(epsilon=EPSILON, parts=(PlannedEvents(event=FIRST, times=1),)))
+    room = RemainingBudget.on(ledger, EPSILON, DELTA)
     noises = {(q, t): room.noise_multiplier(q, t, slack=1e-4) for q, t in CHOICES}
     assert delta_of_the_adversary(noises) <= DELTA
     assert delta_of_the_adversary({choice: noise for choice, noise in noises.items() if choice == (1.0, 1)}) > 1e-7
     for (q, t), noise in noises.items():  # each is dearer than as a fixed pair
-        assert accounting.epsilon([FIRST, sampled(q, noise, t)], DELTA) < EPSILON
-        assert calibration.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) == noise
+        assert record_level.epsilon([FIRST, sampled(q, noise, t)], DELTA) < EPSILON
+        assert record_noise.noise_multiplier(EPSILON, DELTA, q, t, [FIRST], slack=1e-4) == noise
 
 
 def test_the_adversary_is_computed_right() -> None:
@@ -137,7 +136,7 @@ def test_the_condition_holds_for_every_loss_at_the_cost_and_fails_below(
     epsilon: float, delta: float, noise: float, count: int
 ) -> None:
     """Against brute force over x, with the Gaussian's divergences alpha / (2 sigma^2)."""
-    rule = Filter(epsilon, delta)
+    rule = PrivacyFilter(epsilon, delta)
     cost = rule.cost([sampled(1.0, noise, count)])
     a = np.asarray(rule.orders, float) - 1.0
     rho = count * (a + 1.0) / (2.0 * noise**2)
@@ -155,31 +154,31 @@ def test_the_condition_holds_for_every_loss_at_the_cost_and_fails_below(
     assert worst(cost * (1.0 + 1e-7) + 1e-9) <= math.log(delta) + 1e-6
     assert worst(cost * (1.0 - 1e-4) - 1e-6) > math.log(delta) - 1e-6
     assert math.isclose(sum(rule.weights), 1.0)
-    assert cost >= accounting.epsilon([sampled(1.0, noise, count)], delta) * (1.0 - 1e-6)  # no looser order beats it
+    assert cost >= record_level.epsilon([sampled(1.0, noise, count)], delta) * (1.0 - 1e-6)  # no looser order beats it
 
 
 def test_orders_and_weights_depend_on_the_promise_alone_and_stay_what_they_are() -> None:
     """A ledger lives for years: its filter may not choose other orders after something was seen."""
-    assert Filter(3.0, 1e-5).orders == (3, 4, 6, 8)
-    assert Filter(3.0, 1e-5).weights == (0.1, 0.2, 0.35, 0.35)
-    assert Filter(1.0, 1e-5).orders == (5, 10, 13, 18)
-    assert Filter(8.0, 1e-5).orders == (2, 3, 4)
-    assert Filter(30.0, 1e-5).orders == (2,)
+    assert PrivacyFilter(3.0, 1e-5).orders == (3, 4, 6, 8)
+    assert PrivacyFilter(3.0, 1e-5).weights == (0.1, 0.2, 0.35, 0.35)
+    assert PrivacyFilter(1.0, 1e-5).orders == (5, 10, 13, 18)
+    assert PrivacyFilter(8.0, 1e-5).orders == (2, 3, 4)
+    assert PrivacyFilter(30.0, 1e-5).orders == (2,)
     for (epsilon, delta), orders in ORDERS.items():
-        assert Filter(epsilon, delta).orders == orders
-        assert math.isclose(sum(Filter(epsilon, delta).weights), 1.0)
+        assert PrivacyFilter(epsilon, delta).orders == orders
+        assert math.isclose(sum(PrivacyFilter(epsilon, delta).weights), 1.0)
 
 
 def test_events_are_admitted_up_to_the_promise_and_no_further() -> None:
     events = [sampled(1.0, 4.0, 3)]
-    cost = Filter(EPSILON, DELTA).cost(events)
+    cost = PrivacyFilter(EPSILON, DELTA).cost(events)
     low, high = 0.1, EPSILON
     for _ in range(60):  # the least promise that admits them; its orders are its own
         middle = (low + high) / 2
-        low, high = (low, middle) if Filter(middle, DELTA).admits(events) else (middle, high)
-    assert Filter(high, DELTA).admits(events)
-    assert not Filter(low, DELTA).admits(events)
-    assert high == pytest.approx(Filter(high, DELTA).cost(events), rel=1e-6)
+        low, high = (low, middle) if PrivacyFilter(middle, DELTA).admits(events) else (middle, high)
+    assert PrivacyFilter(high, DELTA).admits(events)
+    assert not PrivacyFilter(low, DELTA).admits(events)
+    assert high == pytest.approx(PrivacyFilter(high, DELTA).cost(events), rel=1e-6)
     assert cost < EPSILON
 
 
@@ -187,11 +186,11 @@ def test_one_order_is_the_usual_conversion() -> None:
     """At epsilon 30 there is one order, 2: Canonne, Kamath, Steinke 2020, proposition 12."""
     rho = 2 / (2 * 0.4**2)
     usual = rho + math.log1p(-1 / 2) - (math.log(DELTA) + math.log(2.0)) / (2 - 1)
-    assert Filter(30.0, DELTA).cost([sampled(1.0, 0.4)]) == pytest.approx(usual, rel=1e-8)
+    assert PrivacyFilter(30.0, DELTA).cost([sampled(1.0, 0.4)]) == pytest.approx(usual, rel=1e-8)
 
 
 def test_costs_add_over_plans_and_rise_with_each_event() -> None:
-    rule, events = Filter(EPSILON, DELTA), [sampled(0.1, 4.0, 10), sampled(0.01, 1.0, 20), sampled(1.0, 9.0)]
+    rule, events = PrivacyFilter(EPSILON, DELTA), [sampled(0.1, 4.0, 10), sampled(0.01, 1.0, 20), sampled(1.0, 9.0)]
     assert rule.cost([]) == 0.0
     costs = [rule.cost(events[:count]) for count in range(1, 4)]
     assert costs == sorted(costs)
@@ -201,18 +200,20 @@ def test_costs_add_over_plans_and_rise_with_each_event() -> None:
     assert rule.cost(passes) == pytest.approx(rule.cost([sampled(1.0, one)]), rel=1e-6)
     search = Search(tries=(sampled(0.01, 4.0, 100),), mean=10.0)
     assert rule.cost([search]) > rule.cost(search.tries)
-    assert rule.cost([search]) > accounting.epsilon([search], DELTA)
+    assert rule.cost([search]) > record_level.epsilon([search], DELTA)
     skellam = ClientRelease(
         mechanism="skellam", sensitivity_squared=100, share_variance=4e4, shares=3, length=9, steps=2
     )
-    assert fixed_cost([skellam], DELTA) < Filter(EPSILON, DELTA).cost([skellam]) < 2.0
+    assert fixed_cost([skellam], DELTA) < PrivacyFilter(EPSILON, DELTA).cost([skellam]) < 2.0
 
 
 def test_replacing_a_record_costs_more_than_zeroing_it_out() -> None:
     for event in (sampled(0.1, 4.0, 50), sampled(1.0, 6.0)):
-        zeroed, replaced = (Filter(EPSILON, DELTA, relation).cost([event]) for relation in (ZERO_OUT, REPLACE_ONE))
+        zeroed, replaced = (
+            PrivacyFilter(EPSILON, DELTA, relation).cost([event]) for relation in (ZERO_OUT, REPLACE_ONE)
+        )
         assert replaced > zeroed
-        assert replaced > accounting.epsilon([event], DELTA, neighbours=REPLACE_ONE)
+        assert replaced > record_level.epsilon([event], DELTA, neighbours=REPLACE_ONE)
 
 
 def test_the_table_of_the_guide_is_what_its_command_prints() -> None:

@@ -16,9 +16,7 @@ import pytest
 from scipy.special import ndtr
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import dominating_pairs as pairs
-from choral.privacy.accounting import pld
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import dominating_pairs, pld, record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian
 
 Floats = npt.NDArray[np.float64]
@@ -69,8 +67,8 @@ def test_both_bounds_hold_against_an_integral_without_a_grid(
     rate: float, noise: float, steps: int, delta: float, order: float
 ) -> None:
     """The divergence at the upper bound is at most delta, at the lower at least; a few per cent lie between them."""
-    lower, upper = accounting.bounds([event(rate, noise, steps)], delta)
-    settled = accounting.epsilon([event(rate, noise, steps)], delta)
+    lower, upper = record_level.bounds([event(rate, noise, steps)], delta)
+    settled = record_level.epsilon([event(rate, noise, steps)], delta)
     assert upper - lower <= max(0.06 * upper, 0.03)
     assert lower <= settled
 
@@ -85,16 +83,16 @@ def test_both_bounds_hold_against_an_integral_without_a_grid(
 
 def test_many_steps_do_not_multiply_rounding() -> None:
     """At a million steps an FFT of the whole distribution, raised to that power, is off by more than delta."""
-    rare = accounting.epsilon([event(1e-6, 0.5, 10**6)], 1e-10)
+    rare = record_level.epsilon([event(1e-6, 0.5, 10**6)], 1e-10)
     assert 0.945 < rare < 0.96  # Renyi DP says 3.86, powers of a plain FFT 7.44
-    assert 7.176 < accounting.epsilon([event(1e-4, 0.5, 10**6)], 1e-9) < 7.2
+    assert 7.176 < record_level.epsilon([event(1e-4, 0.5, 10**6)], 1e-9) < 7.2
 
 
 @pytest.mark.parametrize("remove", [True, False])
 @pytest.mark.parametrize(("rate", "noise"), [(1e-8, 0.05), (1e-3, 0.5), (0.3, 1.0), (1.0, 1.0), (0.5, 1000.0)])
 def test_divergences_are_within_the_rounding_they_state(rate: float, noise: float, remove: bool) -> None:
     """Against 60 digits; at the best x, moved by what rounding may have moved it, since it is where H is largest."""
-    pair = pairs.SampledGaussian(rate, noise, remove)
+    pair = dominating_pairs.SampledGaussian(rate, noise, remove)
     low, high = pair.losses()
     eps = np.linspace(max(low, -30.0), min(high, 30.0), 41)
     value, error = pair.divergence(eps)
@@ -118,7 +116,7 @@ def test_divergences_are_within_the_rounding_they_state(rate: float, noise: floa
 @pytest.mark.parametrize("grid", [1e-2, 1e-1, 1.0])
 def test_the_discretised_step_dominates_the_true_one(grid: float, remove: bool) -> None:
     """Its divergences are not below, at the grid's points and between them, mass at infinity included."""
-    pair = pairs.SampledGaussian(0.2, 0.8, remove)
+    pair = dominating_pairs.SampledGaussian(0.2, 0.8, remove)
     loss = pld._discretised(pair, grid)
     losses = loss.losses()
     eps = np.linspace(-2.0, 8.0, 301)
@@ -141,7 +139,7 @@ def test_mass_above_the_window_counts_as_an_infinite_loss(monkeypatch: pytest.Mo
 
 def test_mass_at_infinity_is_added_to_delta() -> None:
     """A pair that tells all with probability p costs nothing less than p in delta, and p T in T steps."""
-    loss = pld._discretised(pairs.SampledGaussian(0.1, 1.0, True), 1e-3)
+    loss = pld._discretised(dominating_pairs.SampledGaussian(0.1, 1.0, True), 1e-3)
     leaky = dataclasses.replace(loss, infinity=1e-7)
     with_it = pld._Sum([(leaky, 50)], 1e-5, 1.0).solve()[1]
     without = pld._Sum([(loss, 50)], 1e-5, 1.0).solve()[1]
@@ -152,7 +150,7 @@ def test_mass_at_infinity_is_added_to_delta() -> None:
 
 def test_the_bound_on_rounding_covers_what_another_order_of_arithmetic_gives() -> None:
     """The tilted sum by FFT against the same by exact integer powers of a small distribution in 50 digits."""
-    loss = pld._discretised(pairs.SampledGaussian(0.3, 1.5, True), 0.25)
+    loss = pld._discretised(dominating_pairs.SampledGaussian(0.3, 1.5, True), 0.25)
     tried = pld._Sum([(loss, 40)], 1e-5, 1.0)
     probs, error = tried._convolved()
     with mpmath.workdps(50):
@@ -194,8 +192,8 @@ def test_the_whole_range_is_answered_in_bounded_time_and_memory() -> None:
     """Each in seconds (processor time; they take less than one), all within 500 MB, upper above lower bound."""
     for rate, noise, steps, delta in CORNERS:
         start = time.process_time()
-        settled = accounting.epsilon([event(rate, noise, steps)], delta)
-        lower, upper = accounting.bounds([event(rate, noise, steps)], delta)
+        settled = record_level.epsilon([event(rate, noise, steps)], delta)
+        lower, upper = record_level.bounds([event(rate, noise, steps)], delta)
         assert 0.0 <= lower <= min(upper, settled) < math.inf
         assert time.process_time() - start < 10.0, (rate, noise, steps, delta)
     points = sum(len(loss.probs) for loss in pld._kept.values())
@@ -207,18 +205,18 @@ def test_thousands_of_unlike_steps_are_counted_as_few_that_cost_no_less() -> Non
     generator = random.Random(5)
     events = [event(generator.uniform(0.005, 0.02), generator.uniform(0.9, 3.0), 3) for _ in range(3000)]
     start = time.process_time()
-    together = accounting.epsilon(events, 1e-6)
+    together = record_level.epsilon(events, 1e-6)
     assert time.process_time() - start < 30.0
-    merged = accounting.merge(events)
-    assert len(merged) <= accounting._MOST_PARTS
+    merged = record_level.merge(events)
+    assert len(merged) <= record_level._MOST_PARTS
     assert sum(steps for _, _, steps in merged) == 9000
     few = [event(0.0125, 1.95, 9000)]
     assert (
-        accounting.epsilon([event(0.005, 3.0, 9000)], 1e-6)
+        record_level.epsilon([event(0.005, 3.0, 9000)], 1e-6)
         < together
-        < accounting.epsilon([event(0.02, 0.9, 9000)], 1e-6)
+        < record_level.epsilon([event(0.02, 0.9, 9000)], 1e-6)
     )
-    assert together > 0.5 * accounting.epsilon(few, 1e-6)
+    assert together > 0.5 * record_level.epsilon(few, 1e-6)
     for part in events[:50]:  # each is found again as one of no lower rate and no more noise
         assert any(q >= part.sample_rate and s <= part.noise_multiplier for q, s, _ in merged)
 
@@ -248,7 +246,12 @@ def test_what_is_out_of_range_is_refused_at_once(
     rate: float, noise: float, steps: int, delta: float, words: str
 ) -> None:
     start = time.process_time()
-    for price in (accounting.epsilon, accounting.bounds, accounting.epsilon_rdp, accounting.epsilon_by_dp_accounting):
+    for price in (
+        record_level.epsilon,
+        record_level.bounds,
+        record_level.epsilon_rdp,
+        record_level.epsilon_by_dp_accounting,
+    ):
         with pytest.raises(ConfigError, match=words):
             price([event(rate, noise, steps)], delta)
     assert time.process_time() - start < 1.0

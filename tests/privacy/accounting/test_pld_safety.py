@@ -10,15 +10,14 @@ import mpmath
 import numpy as np
 import pytest
 
-from choral.privacy.accounting import dominating_pairs as pairs
-from choral.privacy.accounting import pld
+from choral.privacy.accounting import dominating_pairs, pld
 
 STEPS, DELTA = 40, 1e-5
 
 
 @pytest.fixture
 def loss() -> pld._Loss:
-    return pld._discretised(pairs.SampledGaussian(0.1, 1.0, True), 1e-2)
+    return pld._discretised(dominating_pairs.SampledGaussian(0.1, 1.0, True), 1e-2)
 
 
 def tried(loss: pld._Loss, **changes: Any) -> pld._Sum:
@@ -80,7 +79,7 @@ def test_rounding_of_exponents_is_paid_for_on_both_sides(whole: pld._Sum) -> Non
 
 
 def test_rounding_of_divergences_and_added_mass_lower_the_lower_bound(loss: pld._Loss) -> None:
-    fine = pld._discretised(pairs.SampledGaussian(0.1, 1.0, True), 1e-3)
+    fine = pld._discretised(dominating_pairs.SampledGaussian(0.1, 1.0, True), 1e-3)
     plain = tried(fine).solve()
     assert 0.0 < plain[0] < plain[1]
     by_error, by_mass = tried(fine, error=1e-6).solve(), tried(fine, added=1e-2).solve()
@@ -110,17 +109,17 @@ def test_the_equation_for_epsilon_is_solved_to_either_side(seed: int) -> None:
 
 def test_divergences_that_rounding_let_rise_are_raised_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A divergence may not grow with eps: the value before is the one that is too low."""
-    pair = pairs.SampledGaussian(0.1, 1.0, True)
+    pair = dominating_pairs.SampledGaussian(0.1, 1.0, True)
     low, _ = pair.losses()
     place = 40
-    real = pairs.SampledGaussian.divergence
+    real = dominating_pairs.SampledGaussian.divergence
 
-    def bumped(self: pairs.SampledGaussian, eps: pld.Floats) -> tuple[pld.Floats, pld.Floats]:
+    def bumped(self: dominating_pairs.SampledGaussian, eps: pld.Floats) -> tuple[pld.Floats, pld.Floats]:
         value, error = real(self, eps)
         value[place] -= 2.0 * (value[place] - value[place + 1])
         return value, error
 
-    monkeypatch.setattr(pairs.SampledGaussian, "divergence", bumped)
+    monkeypatch.setattr(dominating_pairs.SampledGaussian, "divergence", bumped)
     made = pld._connect(pair, 1e-2)
     losses = made.losses()
     first = math.floor(low / 1e-2)

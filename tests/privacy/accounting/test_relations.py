@@ -12,7 +12,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_me
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy, PrivacyEngine
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import CLIENT_UNIT, PoissonSampledGaussian, relation_of, stated
 from choral.privacy.ledgers.spent import group_pair
 
@@ -49,7 +49,7 @@ def test_a_new_ledger_states_that_one_record_is_zeroed_out(tmp_path: Path) -> No
 def test_an_older_ledger_is_read_and_goes_on_without_a_changed_byte(older: Path) -> None:
     ledger = Ledger(older)
     assert (ledger.neighbours, relation_of(ledger.neighbours)) == ("add or remove one record", "zero out one record")
-    assert ledger.epsilon(1e-5) == accounting.epsilon([EVENT, EVENT], 1e-5)
+    assert ledger.epsilon(1e-5) == record_level.epsilon([EVENT, EVENT], 1e-5)
     ledger.bind("data", 1e-5)
     ledger.append(EVENT, after=2)
     assert older.read_text().startswith(OLDER)
@@ -90,7 +90,7 @@ def test_the_pair_of_a_person_is_that_of_a_chain_of_neighbours() -> None:
 @pytest.mark.parametrize("records", [2, 3])
 def test_k_epsilon_at_the_same_delta_is_too_little_for_a_person_and_the_pair_is_not(records: int) -> None:
     """The exact divergence of k records zeroed out at once, each drawn by itself (dp-accounting's mixture)."""
-    one = accounting.epsilon([PoissonSampledGaussian(sample_rate=0.05, noise_multiplier=1.1, steps=100)], 1e-5)
+    one = record_level.epsilon([PoissonSampledGaussian(sample_rate=0.05, noise_multiplier=1.1, steps=100)], 1e-5)
     weights = [math.comb(records, j) * 0.05**j * 0.95 ** (records - j) for j in range(records + 1)]
     loss = from_mixture_gaussian_mechanism(1.1, range(records + 1), weights, value_discretization_interval=1e-3)
     exact = loss.self_compose(100)

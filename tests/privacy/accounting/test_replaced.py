@@ -19,8 +19,7 @@ from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy import CorrelatedPrivacy, Ledger, LedgerError, Privacy, PrivacyEngine, Search, private_search
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
 from choral.privacy.accounting.replace_one import ReplacedGaussian, renyi
 
@@ -40,9 +39,11 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def test_known_values_of_three_relations() -> None:
     events = [event(0.05, 1.1, 400)]
-    zero_out, replaced = (accounting.epsilon(events, DELTA, neighbours=n) for n in (ZERO_OUT, REPLACE_ONE))
+    zero_out, replaced = (record_level.epsilon(events, DELTA, neighbours=n) for n in (ZERO_OUT, REPLACE_ONE))
     assert (round(zero_out, 4), round(replaced, 4)) == (5.5971, 9.2473)
-    assert zero_out == accounting.epsilon(events, DELTA) == accounting.epsilon(events, DELTA, neighbours=ADD_OR_REMOVE)
+    assert (
+        zero_out == record_level.epsilon(events, DELTA) == record_level.epsilon(events, DELTA, neighbours=ADD_OR_REMOVE)
+    )
     assert replaced < 2.0 * zero_out - 1.5  # computed, not doubled
     for relation, ours in [
         (NeighboringRelation.REPLACE_SPECIAL, zero_out),
@@ -67,16 +68,16 @@ def test_known_values_of_three_relations() -> None:
 )
 def test_epsilon_is_that_of_dp_accounting(rate: float, noise: float, steps: int, delta: float) -> None:
     events = [event(rate, noise, steps)]
-    ours = accounting.epsilon(events, delta, neighbours=REPLACE_ONE)
+    ours = record_level.epsilon(events, delta, neighbours=REPLACE_ONE)
     accountant = PLDAccountant(NeighboringRelation.REPLACE_ONE, 1e-4)
     accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
     assert ours == pytest.approx(accountant.get_epsilon(delta), rel=1e-3)
-    assert accounting.epsilon(events, delta) < ours < accounting.epsilon_rdp(events, delta, neighbours=REPLACE_ONE)
+    assert record_level.epsilon(events, delta) < ours < record_level.epsilon_rdp(events, delta, neighbours=REPLACE_ONE)
 
 
 def test_where_every_record_is_taken_the_distance_doubles_exactly() -> None:
-    replaced = accounting.epsilon([event(1.0, 8.0, 10)], DELTA, neighbours=REPLACE_ONE)
-    assert replaced == pytest.approx(accounting.epsilon([event(1.0, 4.0, 10)], DELTA), rel=1e-12)
+    replaced = record_level.epsilon([event(1.0, 8.0, 10)], DELTA, neighbours=REPLACE_ONE)
+    assert replaced == pytest.approx(record_level.epsilon([event(1.0, 4.0, 10)], DELTA), rel=1e-12)
 
 
 @pytest.mark.parametrize(("rate", "noise"), [(0.05, 1.1), (0.4, 0.5), (0.9, 3.0), (1.0, 2.0)])
@@ -170,17 +171,17 @@ def test_renyi_divergence_in_closed_form_and_never_above_it() -> None:
 
 @pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
 def test_calibrated_noise_keeps_the_promise_and_is_more_than_for_zero_out(target: float) -> None:
-    noise = calibration.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3, neighbours=REPLACE_ONE)
-    spent = accounting.epsilon([event(0.02, noise, 500)], DELTA, neighbours=REPLACE_ONE)
+    noise = record_noise.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3, neighbours=REPLACE_ONE)
+    spent = record_level.epsilon([event(0.02, noise, 500)], DELTA, neighbours=REPLACE_ONE)
     assert 0.999 * target <= spent <= target
-    less = calibration.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3)
+    less = record_noise.noise_multiplier(target, DELTA, 0.02, 500, slack=1e-3)
     assert less * 1.02 < noise < less * 2.0
 
 
 def test_a_search_takes_the_curve_of_its_tries() -> None:
     tries = event(0.05, 2.0, 200)
     search = Search(tries=(tries,), mean=5.0)
-    ours = accounting.epsilon([search], DELTA, neighbours=REPLACE_ONE)
+    ours = record_level.epsilon([search], DELTA, neighbours=REPLACE_ONE)
     orders = np.array([*np.arange(1.5, 20, 0.1), *range(20, 64)])
     curve = 200 * renyi(0.05, 2.0, tuple(orders))
     # Papernot and Steinke 2022, theorem 2, for the geometric distribution, written out.
@@ -188,10 +189,10 @@ def test_a_search_takes_the_curve_of_its_tries() -> None:
     bound = curve + 2.0 * best + math.log(5.0) / (orders - 1.0)
     by_hand = bound + np.log1p(-1.0 / orders) - (math.log(DELTA) + np.log(orders)) / (orders - 1.0)
     assert ours == pytest.approx(float(by_hand.min()), rel=2e-3)
-    assert ours > accounting.epsilon([tries], DELTA, neighbours=REPLACE_ONE)
-    assert ours > accounting.epsilon([search], DELTA)
+    assert ours > record_level.epsilon([tries], DELTA, neighbours=REPLACE_ONE)
+    assert ours > record_level.epsilon([search], DELTA)
     with pytest.raises(ConfigError, match="private search"):
-        accounting.epsilon_by_dp_accounting([search], DELTA, neighbours=REPLACE_ONE)
+        record_level.epsilon_by_dp_accounting([search], DELTA, neighbours=REPLACE_ONE)
 
 
 # Promises
@@ -211,7 +212,7 @@ def test_a_promise_for_replaced_records_is_calibrated_charged_and_written_down_s
     assert '"neighbours":"replace one record"' in path.read_text().splitlines()[0]
     again = Ledger(path)
     assert again.neighbours == REPLACE_ONE
-    assert again.epsilon(1e-3) == spent.epsilon == accounting.epsilon(again.events, 1e-3, neighbours=REPLACE_ONE)
+    assert again.epsilon(1e-3) == spent.epsilon == record_level.epsilon(again.events, 1e-3, neighbours=REPLACE_ONE)
     ratio = noise_for(problem, kind, REPLACE_ONE) / noise_for(problem, kind, ZERO_OUT)
     assert ratio == pytest.approx(2.0, rel=2e-3) if kind is CorrelatedPrivacy else 1.05 < ratio < 1.95
 

@@ -26,7 +26,7 @@ from choral.privacy import (
     PrivacyError,
     TooFewClientsError,
 )
-from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.accounting import client_noise
 from choral.privacy.noise.gaussian import os_stream
 
 LENGTH, CLIENTS = 50, 20
@@ -56,7 +56,7 @@ def test_the_promise_is_kept_to_the_last_round(noise: str, mechanism: str) -> No
     for _ in range(4):
         run_round(keeper, 12)
     spent = keeper.spent()
-    assert 6.0 * (1 - client_calibration.SLACK) <= spent.epsilon <= 6.0
+    assert 6.0 * (1 - client_noise.SLACK) <= spent.epsilon <= 6.0
     assert (spent.unit, spent.steps, spent.sample_rate) == ("client", 4, 1.0)
     assert "zero out one client" in spent.neighbours
     with pytest.raises(BudgetExceededError, match="planned for 4 rounds"):

@@ -13,10 +13,10 @@ from scipy import stats
 from scipy.stats import beta
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import client_level as client_accounting
+from choral.privacy.accounting import client_level
 from choral.privacy.client_level import distributed
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import Scheme, design
+from choral.privacy.client_level.distributed import DistributedScheme, design
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import os_stream
 
@@ -25,7 +25,7 @@ MECHANISMS = ["discrete_gaussian", "skellam"]
 SEED = bytes(range(32))
 
 
-def scheme(mechanism: Any = "discrete_gaussian", **changes: Any) -> Scheme:
+def scheme(mechanism: Any = "discrete_gaussian", **changes: Any) -> DistributedScheme:
     given: dict[str, Any] = {"bits": 16, "length": 100, "clients": 20, "holders": 12, "ratio": 1.0}
     return design(mechanism=mechanism, **(given | changes))
 
@@ -135,7 +135,7 @@ def test_distinguisher(mechanism: str, cheat: float) -> None:
     """
     trials, delta, length = 20_000, 0.02, 2
     honest = scheme(mechanism, bits=20, length=length, clients=4, holders=2, ratio=1.2)
-    promised = client_accounting.epsilon([honest.release(2)], delta)
+    promised = client_level.epsilon([honest.release(2)], delta)
     made = replace(honest, share_variance=honest.share_variance * int(cheat * 4) ** 2 / 16)
     signs, vector = made.signs(SEED), np.array([1e3, 1e3])
     direction = honest.encode(vector, 1.0, signs, os_stream, noisy=False)

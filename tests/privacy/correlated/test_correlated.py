@@ -34,14 +34,13 @@ from choral.privacy import (
     PrivacyEngine,
     PrivacyError,
 )
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree, sensitivity
 from choral.privacy.correlated.noise_streams import stream
-from choral.privacy.correlated.training_loop import MECHANISMS, FixedOrder, deal
+from choral.privacy.correlated.training_loop import MECHANISMS, FixedOrderPlan, deal
 from choral.privacy.errors import UnsupportedLoaderError
-from choral.privacy.ledgers.plans import Room
+from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.noise.gaussian import os_stream
 
 ALARM = 1e-7
@@ -148,7 +147,7 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
     # One Gaussian mechanism with the whole sensitivity, by dp-accounting.
     whole = events[0].noise / sensitivity(strategy, 10, 4)
     assert spent.epsilon == pytest.approx(gaussian_epsilon(whole, 1e-3), rel=1e-9)
-    assert accounting.epsilon_by_dp_accounting(events, 1e-3, 1e-4) == pytest.approx(spent.epsilon, rel=1e-3)
+    assert record_level.epsilon_by_dp_accounting(events, 1e-3, 1e-4) == pytest.approx(spent.epsilon, rel=1e-3)
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -212,7 +211,7 @@ def test_new_noise_owes_nothing_to_the_old() -> None:
 
     for mechanism in MECHANISMS:
         loud = True
-        scheme = FixedOrder(
+        scheme = FixedOrderPlan(
             promised(mechanism=mechanism).strategy(8, 3),
             noise=100.0,
             max_grad_norm=1.0,
@@ -285,9 +284,9 @@ def test_passes_compose_to_the_whole_mechanism(strategy: Any) -> None:
     numbers = [1] * 6 if isinstance(strategy, Tree) else range(1, 7)
     events = [CorrelatedGaussian(strategy=strategy, noise=7.0, steps=5, number=i) for i in numbers]
     together = 7.0 / sensitivity(strategy, 5, 6)
-    assert accounting.epsilon(events, 1e-5) == pytest.approx(gaussian_epsilon(together, 1e-5), rel=1e-9)
-    assert accounting.epsilon(events, 1e-5) <= accounting.epsilon_rdp(events, 1e-5)
-    assert accounting.epsilon(events[::-1], 1e-5) == pytest.approx(accounting.epsilon(events, 1e-5), rel=1e-9)
+    assert record_level.epsilon(events, 1e-5) == pytest.approx(gaussian_epsilon(together, 1e-5), rel=1e-9)
+    assert record_level.epsilon(events, 1e-5) <= record_level.epsilon_rdp(events, 1e-5)
+    assert record_level.epsilon(events[::-1], 1e-5) == pytest.approx(record_level.epsilon(events, 1e-5), rel=1e-9)
 
 
 def test_one_ledger_holds_sampled_and_correlated_passes() -> None:
@@ -298,13 +297,13 @@ def test_one_ledger_holds_sampled_and_correlated_passes() -> None:
     for after, event in enumerate((sampled, correlated, sampled)):
         ledger.append(event, after=after)
     assert ledger.events == (sampled, correlated, sampled)
-    both, alone = ledger.epsilon(1e-5), accounting.epsilon([sampled, sampled], 1e-5)
+    both, alone = ledger.epsilon(1e-5), record_level.epsilon([sampled, sampled], 1e-5)
     accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
     accountant.compose(dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0)), 200)
     noise = 7.0 / math.sqrt(float(BLT.costs(5, 3)[2]))
     accountant.compose(dp_accounting.GaussianDpEvent(noise))
     assert alone < both == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
-    assert calibration.noise_multiplier(20.0, 1e-5, 0.1, 100, ledger.events) > 0.5
+    assert record_noise.noise_multiplier(20.0, 1e-5, 0.1, 100, ledger.events) > 0.5
 
 
 def test_events_of_nonsense_are_refused() -> None:
@@ -319,8 +318,8 @@ def test_events_of_nonsense_are_refused() -> None:
 def test_one_band_is_independent_noise_of_the_accounted_deviation(problem: Any) -> None:
     """And C w is white for the others: rows of C times what was released have z's deviation, uncorrelated."""
     for privacy in (promised(mechanism="banded", bands=1), promised(mechanism="banded", bands=4), promised()):
-        scheme = privacy.scheme(100, 10, 10, 4, Room.on(Ledger(), 3.0, 1e-3))
-        assert isinstance(scheme, FixedOrder)
+        scheme = privacy.execution_plan(100, 10, 10, 4, RemainingBudget.on(Ledger(), 3.0, 1e-3))
+        assert isinstance(scheme, FixedOrderPlan)
         count, grid = 5000, 2.0**-8  # coarse: rounding may stretch the sensitivity by 28 %, which is paid for
         rows = []
         for _ in range(4):
@@ -414,8 +413,8 @@ def test_two_passes_at_once_are_refused(problem: Any) -> None:
 
 
 def test_a_step_without_a_pass_is_refused() -> None:
-    scheme = promised().scheme(100, 10, 10, 4, Room.on(Ledger(), 3.0, 1e-3))
-    assert isinstance(scheme, FixedOrder)
+    scheme = promised().execution_plan(100, 10, 10, 4, RemainingBudget.on(Ledger(), 3.0, 1e-3))
+    assert isinstance(scheme, FixedOrderPlan)
     with pytest.raises(BudgetExceededError, match="beyond the pass"):
         scheme.noise(10, 2.0**-10)
     scheme.begin_pass()

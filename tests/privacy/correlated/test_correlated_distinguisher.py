@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import CorrelatedGaussian
 from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree, sensitivity
-from choral.privacy.correlated.training_loop import FixedOrder
+from choral.privacy.correlated.training_loop import FixedOrderPlan
 from choral.privacy.noise.gaussian import noise_grid, os_stream
 
 # Promised are 1.16. Found are 0.72 +- 0.06 (the tree: 0.61 +- 0.06) as promised, 2.2 to 2.5 +- 0.12 with half the
@@ -31,7 +31,7 @@ SIGMA = 1.0  # the noise multiplier of the whole mechanism that is promised
 
 def releases(strategy: Any, noise: float, present: bool) -> np.ndarray:
     """All rows of `TRIALS` runs, shape (STEPS * PASSES, TRIALS): one coordinate each, the record's direction."""
-    scheme = FixedOrder(
+    scheme = FixedOrderPlan(
         strategy,
         noise=noise,
         max_grad_norm=1.0,
@@ -98,7 +98,7 @@ def test_distinguisher(strategy: Any, cheat: str) -> None:
     }[cheat]
     numbers = [1] * PASSES if isinstance(strategy, Tree) else range(1, PASSES + 1)
     events = [CorrelatedGaussian(strategy=strategy, noise=right, steps=STEPS, number=i) for i in numbers]
-    promised = accounting.epsilon(events, DELTA)
+    promised = record_level.epsilon(events, DELTA)
     found = lower_bound(*(statistic(strategy, releases(strategy, noise, present)) for present in (False, True)))
     assert (found > promised) == (cheat != "as promised"), (found, promised)
     if cheat == "as promised":

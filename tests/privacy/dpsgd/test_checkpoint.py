@@ -20,8 +20,7 @@ from choral.privacy import (
     Privacy,
     PrivacyError,
 )
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.dpsgd.engine import PrivacyEngine
 
 PROMISE = {"epsilon": 3.0, "delta": 1e-3, "epochs": 6, "max_grad_norm": AdaptiveClip(start=2.0)}
@@ -135,7 +134,7 @@ if state:
     events = Ledger(ledger).events  # each line verified
     assert [e.steps for e in events] == [10] * 6
     assert {e.noise_multiplier for e in events} == {state["privacy"]["noise_multiplier"]}
-    assert 2.99 < accounting.epsilon(events, 1e-3) <= 3.0
+    assert 2.99 < record_level.epsilon(events, 1e-3) <= 3.0
     end = torch.load(file, weights_only=True)["optimizer"]
     assert (end["privacy"]["events"], end["privacy"]["passes_left"], end["state"][0]["step"]) == (6, 0, 50)
 
@@ -163,7 +162,7 @@ def test_a_refused_checkpoint_leaves_no_plan_behind(problem: Any) -> None:
     engine = other
     with pytest.raises(BudgetExceededError):
         wrap({**state, "privacy": {**state["privacy"], "noise_multiplier": 0.1}})
-    event = calibration.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)
+    event = record_noise.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)
     assert wrap(None).noise_multiplier == event
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import os_stream
@@ -63,6 +63,6 @@ def lower_bound(without: np.ndarray, with_it: np.ndarray) -> float:
 @pytest.mark.parametrize("cheat", [1.0, 0.5], ids=["as promised", "half the noise"])
 def test_distinguisher(cheat: float) -> None:
     noise = 1.0
-    promised = accounting.epsilon([PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise, steps=1)], DELTA)
+    promised = record_level.epsilon([PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=noise, steps=1)], DELTA)
     found = lower_bound(releases(2, cheat * noise) - 2, releases(3, cheat * noise) - 2)
     assert (found > promised) == (cheat < 1.0), (found, promised)

@@ -30,7 +30,7 @@ from choral.privacy import (
     UnsupportedLoaderError,
     UnsupportedModelError,
 )
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 
 PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
 
@@ -50,7 +50,7 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
     assert (spent.steps, spent.sample_rate) == (40, 0.1)
     assert "PLD" in spent.accountant
     event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=spent.noise_multiplier, steps=40)
-    assert spent.epsilon == accounting.epsilon([event], 1e-3)
+    assert spent.epsilon == record_level.epsilon([event], 1e-3)
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert json.loads(msgspec.json.encode(spent.to_json())) == dataclasses.asdict(spent)
 

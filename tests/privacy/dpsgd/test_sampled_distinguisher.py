@@ -18,9 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from choral.privacy import Ledger, Privacy
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.dpsgd import poisson_loader as loader
-from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.accounting import record_level
+from choral.privacy.dpsgd import poisson_loader, private_optimizer
 from choral.privacy.dpsgd.engine import PrivacyEngine
 
 RECORDS, RATE, PASSES = 2500, 0.2, 4
@@ -66,15 +65,15 @@ def training(ledger: Ledger) -> tuple[np.ndarray, float]:
 
 @pytest.mark.parametrize("cheat", ["as promised", "half the noise", "three times the rate"])
 def test_distinguisher(monkeypatch: pytest.MonkeyPatch, proved_epsilon: Callable[..., float], cheat: str) -> None:
-    noise, sample = step.grid_gaussian, loader.poisson_sample
+    noise, sample = private_optimizer.grid_gaussian, poisson_loader.poisson_sample
     if cheat == "half the noise":
-        monkeypatch.setattr(step, "grid_gaussian", lambda *args: noise(*args) / 2)
+        monkeypatch.setattr(private_optimizer, "grid_gaussian", lambda *args: noise(*args) / 2)
     if cheat == "three times the rate":
-        monkeypatch.setattr(loader, "poisson_sample", lambda size, rate, source: sample(size, 3 * rate, source))
+        monkeypatch.setattr(poisson_loader, "poisson_sample", lambda size, rate, source: sample(size, 3 * rate, source))
     ledger = Ledger()
     releases, z = training(ledger)
     assert releases.shape == (PASSES / RATE, 2 * RECORDS)
-    promised = accounting.epsilon(ledger.events, DELTA)
+    promised = record_level.epsilon(ledger.events, DELTA)
     assert 1.2 < promised < 1.4  # the figures above are for this
     statistic = np.log1p(RATE * np.expm1((releases - 0.5) / z**2)).sum(0)
     sides = statistic[:RECORDS], statistic[RECORDS:]

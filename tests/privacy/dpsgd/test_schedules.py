@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from choral.privacy import Privacy, PrivacyError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
-from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -159,11 +159,11 @@ def longest_released(layer: nn.Module, x: torch.Tensor, clip: float, *, step_ins
 
 def test_norms_of_products_are_not_rounded_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many positions whose inputs all round down to 1 in bfloat16: products made so have norms 0.4 % too small."""
-    monkeypatch.setattr(ghost, "_SMALL", 0)
+    monkeypatch.setattr(ghost_norms, "_SMALL", 0)
     torch.manual_seed(0)
     x = torch.full((1, 16, 64), 1.0 + 2.0**-8 - 2.0**-15)
     layer = nn.Linear(64, 64, bias=False)
-    assert type(ghost.per_sample(layer, x, torch.randn(1, 16, 64))["weight"]) is ghost.Outer
+    assert type(ghost_norms.per_sample(layer, x, torch.randn(1, 16, 64))["weight"]) is ghost_norms.Outer
     assert 0.999 < longest_released(layer, x, 1.0, step_inside=True) <= 1.0 + 2.0**-10
 
 

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy, private_search
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.dpsgd.private_search import number_of_tries
 from choral.privacy.errors import AccountingError, BudgetExceededError, PrivacyError
@@ -57,14 +56,14 @@ def test_the_bound_is_that_of_dp_accounting(kind: dict[str, Any]) -> None:
     one = dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(2.0))
     theirs = RdpAccountant()
     theirs.compose(dp_event.RepeatAndSelectDpEvent(dp_accounting.SelfComposedDpEvent(one, 500), mean=10.0, shape=shape))
-    assert accounting.epsilon([event], DELTA) == pytest.approx(theirs.get_epsilon(DELTA), rel=1e-6)
+    assert record_level.epsilon([event], DELTA) == pytest.approx(theirs.get_epsilon(DELTA), rel=1e-6)
 
 
 @kinds
 def test_ledgers_with_a_search_are_recomputed_by_dp_accounting(kind: dict[str, Any]) -> None:
     events = [TRY, search(**kind), TRY]
-    ours = accounting.epsilon(events, DELTA)
-    assert accounting.epsilon_by_dp_accounting(events, DELTA) == pytest.approx(ours, rel=1e-6)
+    ours = record_level.epsilon(events, DELTA)
+    assert record_level.epsilon_by_dp_accounting(events, DELTA) == pytest.approx(ours, rel=1e-6)
 
 
 @kinds
@@ -94,7 +93,7 @@ def test_the_bound_is_above_the_exact_divergence(kind: dict[str, Any], mean: flo
 
     p, q = best(0.0), best(1.0)
     orders = np.array([1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0])
-    bound = accounting.best_of(event, tuple(orders), orders / (2 * noise**2))
+    bound = record_level.best_of(event, tuple(orders), orders / (2 * noise**2))
     for one, other in ((p, q), (q, p)):
         kept = (one > 1e-300) & (other > 1e-300)
         exact = [
@@ -136,7 +135,7 @@ def exact_and_bound(
         through = [1.0, *below[:2]]
         found = [float(weights @ (a**k - b**k)) for a, b in zip(through, below, strict=True)]
         best.append(np.array([*found, weights[0]] if weights[0] else found))
-    return divergences(*best), accounting.best_of(event, tuple(ORDERS), divergences(p, q))
+    return divergences(*best), record_level.best_of(event, tuple(ORDERS), divergences(p, q))
 
 
 @pytest.mark.parametrize(
@@ -173,45 +172,45 @@ def test_pure_privacy_is_lost_as_published(shape: float) -> None:
     Liu and Talwar 2019 (3 epsilon); Papernot and Steinke 2022, whose theorem 2 gives (2 + shape) epsilon.
     """
     orders = (1e6, 1e9)
-    bound = accounting.best_of(search(10.0, shape=shape), orders, np.array([0.3, 0.3]))
+    bound = record_level.best_of(search(10.0, shape=shape), orders, np.array([0.3, 0.3]))
     assert bound[-1] == pytest.approx((2 + shape) * 0.3, rel=1e-6)
 
 
 def test_one_try_costs_as_one() -> None:
-    one = accounting.epsilon_rdp([TRY], DELTA)
-    assert one <= accounting.epsilon([search(1.0, shape=0.0)], DELTA) < 1.7 * one
-    assert accounting.epsilon([search(1.0, distribution="poisson")], DELTA) > one
+    one = record_level.epsilon_rdp([TRY], DELTA)
+    assert one <= record_level.epsilon([search(1.0, shape=0.0)], DELTA) < 1.7 * one
+    assert record_level.epsilon([search(1.0, distribution="poisson")], DELTA) > one
 
 
 @kinds
 def test_more_tries_cost_more_but_less_than_all_composed(kind: dict[str, Any]) -> None:
-    costs = [accounting.epsilon([search(mean, **kind)], DELTA) for mean in (2.0, 8.0, 32.0, 128.0)]
+    costs = [record_level.epsilon([search(mean, **kind)], DELTA) for mean in (2.0, 8.0, 32.0, 128.0)]
     assert costs == sorted(set(costs))
-    assert costs[2] < accounting.epsilon([TRY] * 32, DELTA)
+    assert costs[2] < record_level.epsilon([TRY] * 32, DELTA)
 
 
 def test_searches_compose_with_what_was_spent() -> None:
-    both = accounting.epsilon([TRY, search(), TRY], DELTA)
-    assert max(accounting.epsilon([TRY, TRY], DELTA), accounting.epsilon([search()], DELTA)) < both
-    noise = calibration.noise_multiplier(3.0, DELTA, 0.01, 500, [search()], fixed=True)
-    assert calibration.noise_multiplier(3.0, DELTA, 0.01, 500, [search()]) > noise  # by a filter
+    both = record_level.epsilon([TRY, search(), TRY], DELTA)
+    assert max(record_level.epsilon([TRY, TRY], DELTA), record_level.epsilon([search()], DELTA)) < both
+    noise = record_noise.noise_multiplier(3.0, DELTA, 0.01, 500, [search()], fixed=True)
+    assert record_noise.noise_multiplier(3.0, DELTA, 0.01, 500, [search()]) > noise  # by a filter
     more = PoissonSampledGaussian(sample_rate=0.01, noise_multiplier=noise, steps=500)
-    assert 2.99 < accounting.epsilon([search(), more], DELTA) <= 3.0
+    assert 2.99 < record_level.epsilon([search(), more], DELTA) <= 3.0
     with pytest.raises(BudgetExceededError):
-        calibration.noise_multiplier(1.0, DELTA, 0.01, 500, [search()])
+        record_noise.noise_multiplier(1.0, DELTA, 0.01, 500, [search()])
 
 
 def test_a_bound_below_one_try_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "best_of", lambda event, orders, curve: 0.5 * curve)
+    monkeypatch.setattr(record_level, "best_of", lambda event, orders, curve: 0.5 * curve)
     with pytest.raises(AccountingError, match="of one try"):
-        accounting.epsilon([search()], DELTA)
+        record_level.epsilon([search()], DELTA)
 
 
 def test_privacy_losses_do_not_apply_to_a_search() -> None:
-    assert "PLD does not apply" in accounting.accountant_of([TRY, search()])
-    assert accounting.accountant_of([TRY]) == accounting.ACCOUNTANT
+    assert "PLD does not apply" in record_level.accountant_of([TRY, search()])
+    assert record_level.accountant_of([TRY]) == record_level.ACCOUNTANT
     with pytest.raises(ConfigError, match="private search"):
-        accounting.epsilon_by_prv([search()], DELTA)
+        record_level.epsilon_by_prv([search()], DELTA)
 
 
 @kinds

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, Line, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, follow, lines
 
 
 class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -17,7 +17,7 @@ class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 WORDS = tuple(Word(text=text) for text in ("a", "b", "ü", "d"))
-DECODER = msgspec.json.Decoder(Line[Word])
+DECODER = msgspec.json.Decoder(ChainedLine[Word])
 
 
 def by_hand(texts: list[str]) -> tuple[bytes, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
 from choral.privacy.errors import LedgerError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
@@ -62,7 +62,7 @@ def test_remembers(path: Path) -> None:
     written(path)
     again = Ledger(path)
     assert (again.holder, again.delta, again.events) == ("a", 1e-5, (EVENT,) * 3)
-    assert again.epsilon(1e-5) == accounting.epsilon([EVENT] * 3, 1e-5)
+    assert again.epsilon(1e-5) == record_level.epsilon([EVENT] * 3, 1e-5)
 
 
 def test_in_memory() -> None:

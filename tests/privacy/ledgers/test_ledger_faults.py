@@ -19,8 +19,7 @@ import torch
 
 from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger, LedgerError, Privacy, PrivacyEngine
 from choral.privacy.accounting.events import PoissonSampledGaussian
-from choral.privacy.dpsgd import poisson_loader as loader
-from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.dpsgd import poisson_loader, private_optimizer
 from choral.privacy.noise.gaussian import os_stream
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
@@ -127,9 +126,9 @@ def test_no_noise_is_drawn_and_nobody_is_sampled_for_what_was_not_written(
     problem: Any, loop: Callable[..., int], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    noise, sample = step.grid_gaussian, loader.poisson_sample
-    monkeypatch.setattr(step, "grid_gaussian", lambda *args: drawn.append("noise") or noise(*args))
-    monkeypatch.setattr(loader, "poisson_sample", lambda *args: drawn.append("sample") or sample(*args))
+    noise, sample = private_optimizer.grid_gaussian, poisson_loader.poisson_sample
+    monkeypatch.setattr(private_optimizer, "grid_gaussian", lambda *args: drawn.append("noise") or noise(*args))
+    monkeypatch.setattr(poisson_loader, "poisson_sample", lambda *args: drawn.append("sample") or sample(*args))
     privacy = Privacy(epsilon=5.0, delta=1e-3, epochs=2)
     engine = PrivacyEngine(privacy, holder="a", ledger=Ledger(path), passes=2)
     model = problem.model()

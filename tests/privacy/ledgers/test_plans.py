@@ -21,11 +21,10 @@ from choral.privacy import (
     PrivacyEngine,
     private_search,
 )
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.client_level import epsilon as client_epsilon
-from choral.privacy.accounting.events import ClientRelease, Part, Plan, PoissonSampledGaussian, Search
-from choral.privacy.accounting.filters import Filter
+from choral.privacy.accounting.events import ClientRelease, PlannedEvents, PoissonSampledGaussian, ReleasePlan, Search
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.ledgers.plans import guarantee
 
 DELTA = 1e-3
@@ -43,7 +42,7 @@ def train(promise: Privacy, problem: Any, loop: Callable[..., int], passes: int)
 def planned(path: Path | None = None, *, times: int = 10, epsilon: float = 3.0) -> Ledger:
     ledger = Ledger(path)
     ledger.bind("data", DELTA)
-    ledger.append(EVENT, after=0, plan=Plan(epsilon=epsilon, parts=(Part(event=EVENT, times=times),)))
+    ledger.append(EVENT, after=0, plan=ReleasePlan(epsilon=epsilon, parts=(PlannedEvents(event=EVENT, times=times),)))
     return ledger
 
 
@@ -90,8 +89,8 @@ def test_a_second_plan_is_what_the_filter_leaves(problem: Any, loop: Callable[..
     second = Privacy(epsilon=3.0, delta=DELTA, epochs=4, ledger=path)
     noise = train(second, problem, loop, 4).noise_multiplier
     rest = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=40)
-    assert 2.99 < Filter(3.0, DELTA).cost([*first, rest]) <= 3.0
-    fixed = calibration.noise_multiplier(3.0, DELTA, 0.1, 40, first, slack=1e-3, fixed=True)
+    assert 2.99 < PrivacyFilter(3.0, DELTA).cost([*first, rest]) <= 3.0
+    fixed = record_noise.noise_multiplier(3.0, DELTA, 0.1, 40, first, slack=1e-3, fixed=True)
     assert 1.02 * fixed < noise < 1.3 * fixed  # what choosing late costs
     spent = second.spent()
     assert (spent.guarantee, len(Ledger(path).segments)) == (3.0, 2)
@@ -120,12 +119,12 @@ def test_a_new_plan_ends_the_old_one(problem: Any, loop: Callable[..., int]) -> 
 def test_what_was_fixed_together_is_one_plan(problem: Any, loop: Callable[..., int]) -> None:
     """A private mean and the training after it, whose noise was calibrated before either."""
     mean = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=10.0, steps=1)
-    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 20, [mean], slack=1e-3, fixed=True)
+    noise = record_noise.noise_multiplier(3.0, DELTA, 0.1, 20, [mean], slack=1e-3, fixed=True)
     one_pass = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=10)
     ledger = Ledger()
     ledger.bind("data", DELTA)
-    parts = (Part(event=mean, times=1), Part(event=one_pass, times=2))
-    ledger.append(mean, after=0, plan=Plan(epsilon=3.0, parts=parts))
+    parts = (PlannedEvents(event=mean, times=1), PlannedEvents(event=one_pass, times=2))
+    ledger.append(mean, after=0, plan=ReleasePlan(epsilon=3.0, parts=parts))
     promise = Privacy(epsilon=3.0, delta=DELTA, epochs=2, ledger=ledger)
     assert train(promise, problem, loop, 2).noise_multiplier == noise
     spent = promise.spent()
@@ -136,7 +135,7 @@ def test_what_was_fixed_together_is_one_plan(problem: Any, loop: Callable[..., i
 @pytest.mark.parametrize("what", ["an event too many", "another event", "a second part", "no plan"])
 def test_nothing_is_guaranteed_of_what_was_not_planned(what: str) -> None:
     ledger = planned(times=1)
-    assert guarantee(ledger) == accounting.epsilon([EVENT], DELTA)
+    assert guarantee(ledger) == record_level.epsilon([EVENT], DELTA)
     if what == "no plan":
         ledger = Ledger()
         ledger.bind("data", DELTA)
@@ -155,10 +154,10 @@ def test_nothing_is_guaranteed_of_what_was_not_planned(what: str) -> None:
 def test_a_plan_on_a_ledger_that_the_filter_does_not_admit_is_no_guarantee() -> None:
     """As somebody would write who calibrated by privacy loss distributions on top of what was there."""
     ledger = planned(times=10)
-    fixed = calibration.noise_multiplier(3.0, DELTA, 0.1, 100, [EVENT] * 10, fixed=True)
+    fixed = record_noise.noise_multiplier(3.0, DELTA, 0.1, 100, [EVENT] * 10, fixed=True)
     second = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=fixed, steps=100)
-    assert accounting.epsilon([EVENT] * 10 + [second], DELTA) <= 3.0
-    ledger.append(second, after=1, plan=Plan(epsilon=3.0, parts=(Part(event=second, times=1),)))
+    assert record_level.epsilon([EVENT] * 10 + [second], DELTA) <= 3.0
+    ledger.append(second, after=1, plan=ReleasePlan(epsilon=3.0, parts=(PlannedEvents(event=second, times=1),)))
     assert guarantee(ledger) is None
 
 
@@ -166,7 +165,7 @@ def test_a_plan_beyond_its_promise_is_not_gone_on_with(problem: Any, loop: Calla
     dear = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=0.8, steps=10)
     ledger = Ledger()
     ledger.bind("data", DELTA)
-    ledger.append(dear, after=0, plan=Plan(epsilon=3.0, parts=(Part(event=dear, times=50),)))
+    ledger.append(dear, after=0, plan=ReleasePlan(epsilon=3.0, parts=(PlannedEvents(event=dear, times=50),)))
     with pytest.raises(BudgetExceededError, match="is spent"):
         train(Privacy(epsilon=3.0, delta=DELTA, epochs=2, ledger=ledger), problem, loop, 1)
 
@@ -174,7 +173,9 @@ def test_a_plan_beyond_its_promise_is_not_gone_on_with(problem: Any, loop: Calla
 def test_plans_are_lines_of_the_file_and_part_of_the_chain(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     ledger = planned(path)
-    assert Ledger(path).segments == ((Plan(epsilon=3.0, parts=(Part(event=EVENT, times=10),)), (EVENT,)),)
+    assert Ledger(path).segments == (
+        (ReleasePlan(epsilon=3.0, parts=(PlannedEvents(event=EVENT, times=10),)), (EVENT,)),
+    )
     assert ledger.head == Ledger(path).head == ledger.head_after(1)
     again = Ledger(path)
     again.bind("data", DELTA)
@@ -201,7 +202,7 @@ def test_a_ledger_without_plans_is_read_and_the_filter_decides_on_the_rest(
     promise = Privacy(epsilon=3.0, delta=DELTA, epochs=2, ledger=path)
     assert (promise.spent().steps, promise.spent().guarantee) == (30, None)
     train(promise, problem, loop, 2)
-    assert 2.99 < Filter(3.0, DELTA).cost(Ledger(path).events) <= 3.0
+    assert 2.99 < PrivacyFilter(3.0, DELTA).cost(Ledger(path).events) <= 3.0
     assert promise.spent().guarantee == 3.0
 
 
@@ -211,7 +212,7 @@ def test_a_search_is_a_plan_of_one_and_can_come_second() -> None:
     found = private_search(promise, [0.1], lambda rate, _: (rate, rate), records=200, batch_size=20, mean=5)
     assert found is not None
     assert isinstance(ledger.events[1], Search)
-    assert 3.98 < Filter(4.0, DELTA).cost(ledger.events) <= 4.0
+    assert 3.98 < PrivacyFilter(4.0, DELTA).cost(ledger.events) <= 4.0
     assert found.spent.guarantee == 4.0
     alone = Privacy(epsilon=4.0, delta=DELTA)
     private_search(alone, [0.1], lambda rate, _: (rate, rate), records=200, batch_size=20, mean=5)
@@ -259,25 +260,25 @@ def test_a_second_plan_for_clients_counts_who_was_there() -> None:
     worst = second.scheme.release(second.holders)
     for _ in range(2):
         second.begin()
-    assert 5.98 < Filter(6.0, 1e-5).cost((*ledger.releases[:4], worst, worst)) <= 6.0
+    assert 5.98 < PrivacyFilter(6.0, 1e-5).cost((*ledger.releases[:4], worst, worst)) <= 6.0
     assert second.spent().guarantee == 6.0
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        lambda: Part(event=EVENT, times=0),
-        lambda: Part(event=EVENT, times=True),
-        lambda: Part(event="x", times=1),  # type: ignore[arg-type]
-        lambda: Part(event=Search(tries=(EVENT,), mean=2), times=2),
-        lambda: Plan(epsilon=3.0, parts=()),
-        lambda: Plan(epsilon=0.0, parts=(Part(event=EVENT, times=1),)),
-        lambda: Plan(epsilon=3.0, parts=(EVENT,)),  # type: ignore[arg-type]
-        lambda: Plan(
+        lambda: PlannedEvents(event=EVENT, times=0),
+        lambda: PlannedEvents(event=EVENT, times=True),
+        lambda: PlannedEvents(event="x", times=1),  # type: ignore[arg-type]
+        lambda: PlannedEvents(event=Search(tries=(EVENT,), mean=2), times=2),
+        lambda: ReleasePlan(epsilon=3.0, parts=()),
+        lambda: ReleasePlan(epsilon=0.0, parts=(PlannedEvents(event=EVENT, times=1),)),
+        lambda: ReleasePlan(epsilon=3.0, parts=(EVENT,)),  # type: ignore[arg-type]
+        lambda: ReleasePlan(
             epsilon=3.0,
             parts=(
-                Part(event=EVENT, times=1),
-                Part(
+                PlannedEvents(event=EVENT, times=1),
+                PlannedEvents(
                     event=ClientRelease(
                         mechanism="gaussian", sensitivity_squared=1, share_variance=1.0, shares=1, length=1
                     ),

@@ -18,9 +18,9 @@ from choral.errors import ConfigError
 from choral.privacy import Ledger, LedgerError, Privacy, private_search
 from choral.privacy.accounting.events import ClientRelease, CorrelatedGaussian, Event, PoissonSampledGaussian, Search
 from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree
-from choral.privacy.ledgers.hash_chain import GENESIS, Line, UnreadableError, encoded, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, ChainedLine, UnreadableError, encoded, follow, lines
 
-DECODER = msgspec.json.Decoder(Line[Event])
+DECODER = msgspec.json.Decoder(ChainedLine[Event])
 
 
 def dressed(numbers: st.SearchStrategy[Any], *ways: Callable[[Any], Any]) -> st.SearchStrategy[Any]:

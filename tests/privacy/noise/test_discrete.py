@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from choral.errors import ConfigError
-from choral.privacy.noise import integer as discrete
+from choral.privacy.noise import integer
 from choral.privacy.noise.gaussian import os_stream
-from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, Table, table
+from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, CumulativeTable, table
 
 ALARM = 1e-7
 COUNT = 40_000
@@ -36,7 +36,7 @@ PMF: dict[str, Callable[[Fraction, np.ndarray], np.ndarray]] = {
     "discrete_gaussian": gaussian_pmf,
     "skellam": skellam_pmf,
 }
-EXACT: dict[str, Any] = {"discrete_gaussian": discrete.discrete_gaussian, "skellam": discrete.skellam}
+EXACT: dict[str, Any] = {"discrete_gaussian": integer.discrete_gaussian, "skellam": integer.skellam}
 
 
 def pvalue(draws: np.ndarray, pmf: Callable[[np.ndarray], np.ndarray], width: int = 1) -> float:
@@ -65,7 +65,7 @@ def test_the_exact_sampler_has_exact_probabilities(law: str, variance: Fraction)
 @pytest.mark.parametrize("law", EXACT)
 @pytest.mark.parametrize("variance", [*SMALL, Fraction(10_000), Fraction(1 << 20)], ids=str)
 def test_the_table_has_exact_probabilities(law: str, variance: Fraction) -> None:
-    draws = Table(law, variance).draw(20 * COUNT, os_stream)  # type: ignore[arg-type]
+    draws = CumulativeTable(law, variance).draw(20 * COUNT, os_stream)  # type: ignore[arg-type]
     assert pvalue(draws, lambda ks: PMF[law](variance, ks)) > ALARM
     block = math.ceil(math.sqrt(variance) / 5)
     assert pvalue(draws, lambda ks: PMF[law](variance, ks), block) > ALARM
@@ -76,7 +76,7 @@ def test_the_table_has_exact_probabilities(law: str, variance: Fraction) -> None
 @pytest.mark.parametrize("law", EXACT)
 def test_the_two_samplers_agree(law: str) -> None:
     variance = Fraction(83, 7)
-    ours = Table(law, variance).draw(COUNT, os_stream)  # type: ignore[arg-type]
+    ours = CumulativeTable(law, variance).draw(COUNT, os_stream)  # type: ignore[arg-type]
     exact = EXACT[law](COUNT // 4, variance, os_stream)
     edges = np.arange(-12, 13)
     both = np.array([np.histogram(np.clip(draws, -12, 11), edges)[0] for draws in (ours, exact)])
@@ -87,7 +87,7 @@ def test_the_two_samplers_agree(law: str) -> None:
 @pytest.mark.parametrize("variance", [Fraction(1, 3), Fraction(12), Fraction(83, 2) * 1000])
 def test_the_tables_entries_are_the_cumulative_law(law: str, variance: Fraction) -> None:
     """Every boundary against float sums of the exact mass function, to their rounding."""
-    made = Table(law, variance)  # type: ignore[arg-type]
+    made = CumulativeTable(law, variance)  # type: ignore[arg-type]
     ks = np.arange(-made.reach, made.reach)
     expected = np.cumsum(PMF[law](variance, ks)) if made.reach < 2000 else None
     if expected is None:
@@ -105,7 +105,7 @@ def test_the_tables_entries_are_the_cumulative_law(law: str, variance: Fraction)
 @pytest.mark.parametrize("variance", [Fraction(1, 3), Fraction(83, 7), Fraction(900)], ids=str)
 def test_the_tables_entries_are_right_to_two_hundred_bits(law: str, variance: Fraction) -> None:
     """Against 130 decimal digits by other ways: the exponential of each k, the power series of the Bessel function."""
-    made = Table(law, variance)  # type: ignore[arg-type]
+    made = CumulativeTable(law, variance)  # type: ignore[arg-type]
     with localcontext() as context:
         context.prec = 130
         v = Decimal(variance.numerator) / Decimal(variance.denominator)
@@ -146,7 +146,7 @@ def test_what_the_table_leaves_out_is_below_two_to_the_minus_200(law: str) -> No
 
 def test_every_word_is_decided_as_the_long_way_does() -> None:
     """All cells, and words next to every boundary, against a search among the 256-bit entries."""
-    made = Table("discrete_gaussian", Fraction(5))
+    made = CumulativeTable("discrete_gaussian", Fraction(5))
     entries = list(made._cumulative())
 
     def long_way(word: int, rest: int) -> int:
@@ -175,7 +175,7 @@ def test_sums_of_skellam_are_skellam() -> None:
 
 def test_poisson_has_exact_probabilities() -> None:
     for mean in (Fraction(0), Fraction(1, 7), Fraction(5, 2), Fraction(20)):
-        draws = discrete.poisson(10_000, mean, os_stream)
+        draws = integer.poisson(10_000, mean, os_stream)
         if mean:
             ks = np.arange(0, 80)
             expected = stats.poisson.pmf(ks, float(mean)) * len(draws)
@@ -192,13 +192,13 @@ def test_bernoulli_is_exact_where_a_float_is_not() -> None:
     """A numerator and a denominator that differ beyond double precision: 32 bits at a time, ties go on."""
     numerator, denominator = 2**80 - 1, 2**80
     ones = iter([b"\xff" * 4, b"\xff" * 4, b"\xff" * 4])
-    result = discrete._bernoulli(np.array([numerator], object), np.array([denominator], object), lambda _: next(ones))
+    result = integer._bernoulli(np.array([numerator], object), np.array([denominator], object), lambda _: next(ones))
     assert not result[0]  # all ones: not below 1 - 2^-80
     words = iter([b"\xff" * 4, b"\xff" * 4, b"\x00\x00\xfe\xff"])
-    assert discrete._bernoulli(np.array([numerator], object), np.array([denominator], object), lambda _: next(words))[0]
+    assert integer._bernoulli(np.array([numerator], object), np.array([denominator], object), lambda _: next(words))[0]
 
 
-@pytest.mark.parametrize("draw", [discrete.discrete_gaussian, discrete.skellam], ids=["gaussian", "skellam"])
+@pytest.mark.parametrize("draw", [integer.discrete_gaussian, integer.skellam], ids=["gaussian", "skellam"])
 def test_what_samplers_refuse(draw: Any) -> None:
     for bad in (0, Fraction(-1), Fraction(2) ** 61):
         with pytest.raises(ConfigError):
@@ -213,6 +213,6 @@ def test_what_samplers_refuse(draw: Any) -> None:
 def test_what_tables_refuse() -> None:
     for bad in (0.5, Fraction(1, 1000), Fraction(LARGEST_DEVIATION**2 + 1)):
         with pytest.raises(ConfigError):
-            Table("skellam", bad)  # type: ignore[arg-type]
+            CumulativeTable("skellam", bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
-        Table("skellam", Fraction(1)).draw(-1, os_stream)
+        CumulativeTable("skellam", Fraction(1)).draw(-1, os_stream)

@@ -12,7 +12,7 @@ from torch import nn
 
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
-from choral.privacy.per_sample import ghost_norms as ghost
+from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 
@@ -139,10 +139,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
 def test_clipped_sums_equal_a_loop_over_records(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first step, which torch's gradients accompany, and of later ones, without; clipped, half, and not."""
     if way != "as chosen":
-        monkeypatch.setattr(ghost, "_SMALL", 0 if way == "small memory" else 1 << 22)
-        monkeypatch.setattr(ghost, "_WORK", 30)  # several chunks
-        monkeypatch.setattr(ghost, "_UNFOLDED", 30)
-        monkeypatch.setattr(ghost, "_WIDE", 3)
+        monkeypatch.setattr(ghost_norms, "_SMALL", 0 if way == "small memory" else 1 << 22)
+        monkeypatch.setattr(ghost_norms, "_WORK", 30)  # several chunks
+        monkeypatch.setattr(ghost_norms, "_UNFOLDED", 30)
+        monkeypatch.setattr(ghost_norms, "_WIDE", 3)
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     model, x = make(), inputs()
@@ -158,8 +158,10 @@ def test_clipped_sums_equal_a_loop_over_records(name: str, way: str, monkeypatch
         assert private.checked
 
 
-def outer_of(a: torch.Tensor, g: torch.Tensor) -> ghost.Outer:
-    return ghost.Outer(lambda part: (a[part], g[part]), len(a), (a.shape[1], a.shape[2], g.shape[2]), float(len(a)))
+def outer_of(a: torch.Tensor, g: torch.Tensor) -> ghost_norms.Outer:
+    return ghost_norms.Outer(
+        lambda part: (a[part], g[part]), len(a), (a.shape[1], a.shape[2], g.shape[2]), float(len(a))
+    )
 
 
 @pytest.mark.parametrize(("positions", "d", "p"), [(1, 30, 20), (3, 60, 50), (40, 8, 6)])
@@ -195,7 +197,8 @@ def test_the_same_record_weighs_the_same_in_any_batch() -> None:
     weights = 1.0 / own.norm(dim=1)
     for first in range(0, 200, 40):
         whole, rest = (
-            ghost.Outer(lambda s, f=f: (a[f:][s], g[f:][s]), 200 - f, (1, 30, 20), 1.0) for f in (first, first + 1)
+            ghost_norms.Outer(lambda s, f=f: (a[f:][s], g[f:][s]), 200 - f, (1, 30, 20), 1.0)
+            for f in (first, first + 1)
         )
         moved = whole.weighted_sum(weights[first:]) - rest.weighted_sum(weights[first + 1 :])
         assert float((moved - weights[first] * own[first]).norm()) < 1e-12
@@ -219,15 +222,15 @@ def test_torch_does_not_make_the_gradients_that_are_thrown_away() -> None:
 def test_large_layers_keep_factors_and_small_ones_gradients() -> None:
     def kind(d: int, p: int, positions: int, records: int = 64) -> type:
         a, g = torch.zeros(records, positions, d), torch.zeros(records, positions, p)
-        return type(ghost.per_sample(nn.Linear(d, p), a, g)["weight"])
+        return type(ghost_norms.per_sample(nn.Linear(d, p), a, g)["weight"])
 
-    assert kind(64, 64, 64) is ghost.Dense
-    assert kind(512, 512, 16) is ghost.Outer  # 16 M numbers against 1 M
-    assert kind(64, 256, 8) is ghost.Dense  # faster, and small
-    assert kind(64, 256, 8, records=257) is ghost.Outer  # 4.2 M numbers: the smaller
-    assert kind(256, 256, 16) is kind(64, 256, 4, records=9) is ghost.Outer  # faster, however small
-    assert kind(300, 300, 1000) is ghost.Dense  # 6 M numbers against 38 M
-    assert kind(512, 10, 1) is ghost.Outer
+    assert kind(64, 64, 64) is ghost_norms.Dense
+    assert kind(512, 512, 16) is ghost_norms.Outer  # 16 M numbers against 1 M
+    assert kind(64, 256, 8) is ghost_norms.Dense  # faster, and small
+    assert kind(64, 256, 8, records=257) is ghost_norms.Outer  # 4.2 M numbers: the smaller
+    assert kind(256, 256, 16) is kind(64, 256, 4, records=9) is ghost_norms.Outer  # faster, however small
+    assert kind(300, 300, 1000) is ghost_norms.Dense  # 6 M numbers against 38 M
+    assert kind(512, 10, 1) is ghost_norms.Outer
 
 
 def first_checked(model: nn.Module, x: torch.Tensor) -> tuple[Any, PrivateOptimizer]:
@@ -296,16 +299,16 @@ def test_an_error_in_forward_leaves_parameters_trainable() -> None:
 
 
 def test_wrong_norms_are_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ghost.Outer.norms
-    monkeypatch.setattr(ghost.Outer, "norms", lambda self: right(self) / 2)
+    right = ghost_norms.Outer.norms
+    monkeypatch.setattr(ghost_norms.Outer, "norms", lambda self: right(self) / 2)
     private, optimizer = private_of(nn.Sequential(nn.Linear(4, 2)), 1.0, 6)
     with pytest.raises(UnsupportedModelError, match=r"parameter 0\.weight: its per-sample gradients"):
         stepped(private, optimizer, torch.randn(6, 4))
 
 
 def test_wrong_sums_are_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ghost._convolution
-    monkeypatch.setattr(ghost, "_convolution", lambda layer, a, g, scale: right(layer, a, g.flip(0), scale))
+    right = ghost_norms._convolution
+    monkeypatch.setattr(ghost_norms, "_convolution", lambda layer, a, g, scale: right(layer, a, g.flip(0), scale))
     private, optimizer = private_of(nn.Sequential(nn.Conv2d(1, 2, 2)), 1.0, 6)
     with pytest.raises(UnsupportedModelError, match=r"parameter 0\.weight: its per-sample gradients"):
         stepped(private, optimizer, torch.randn(6, 1, 5, 5))

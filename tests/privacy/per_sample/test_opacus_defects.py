@@ -27,8 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from choral.privacy import AdaptiveClip, Ledger, Privacy, PrivacyEngine, UnsupportedLoaderError, UnsupportedModelError
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.dpsgd.private_optimizer import _Pending
 from choral.privacy.per_sample.model import with_per_sample_gradients
@@ -124,7 +123,7 @@ def test_the_count_of_adaptive_clipping_is_accounted_for(problem: Any) -> None:
         released += [p.grad.reshape(-1) * wrapped[1].expected_batch_size for p in model.parameters()]
     noise = float(torch.cat(released).std())
     assert noise == pytest.approx(charged / math.sqrt(1 - share), rel=0.15)  # false alarms: 1e-9; without, 0.45 off
-    spent = {z: accounting.epsilon([event(z)], 1e-5) for z in (1.0, 1.0 / math.sqrt(1 - share))}
+    spent = {z: record_level.epsilon([event(z)], 1e-5) for z in (1.0, 1.0 / math.sqrt(1 - share))}
     assert list(spent.values()) == pytest.approx([7.05, 2.70], abs=0.02)
 
 
@@ -175,7 +174,7 @@ def test_epsilon_is_of_the_life_of_the_data_not_of_a_round(problem: Any, loop: C
         loop(*engine.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), problem.loader()))
         costs.append(engine.spent().epsilon)
     assert costs == sorted(costs)
-    assert costs[-1] == accounting.epsilon(ledger.events, 1e-3) > 1.5 * costs[0]
+    assert costs[-1] == record_level.epsilon(ledger.events, 1e-3) > 1.5 * costs[0]
 
 
 def test_groups_of_one_value_do_not_erase_features() -> None:
@@ -188,7 +187,7 @@ def test_full_batches_are_not_charged_as_poisson_samples(make_problem: Any) -> N
     """All records in every step: no amplification, and the noise of the plain Gaussian mechanism."""
     problem = make_problem(n=50, batch_size=50)
     _, optimizer, loader = problem.wrapped(Privacy(epsilon=3.0, delta=1e-3), passes=10)
-    assert optimizer.noise_multiplier == pytest.approx(calibration.noise_multiplier(3.0, 1e-3, 1.0, 10), rel=2e-3)
+    assert optimizer.noise_multiplier == pytest.approx(record_noise.noise_multiplier(3.0, 1e-3, 1.0, 10), rel=2e-3)
     assert len(next(iter(loader))[0]) == 50
     assert len(loader) == 1
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDa
 from choral.privacy import Privacy, UnsupportedLoaderError
 from choral.privacy.dpsgd.poisson_loader import PoissonSampler, PrivateLoader, refuse_unsupported
 from choral.privacy.noise.gaussian import os_stream
-from choral.privacy.record_independence.collation import Unmixed
+from choral.privacy.record_independence.collation import CheckedCollation
 
 DATA = TensorDataset(torch.arange(100.0)[:, None] + torch.tensor([0.25, 0.5]), torch.arange(100))
 
@@ -140,7 +140,7 @@ def test_the_random_numbers_are_those_of_a_loop_without_the_check() -> None:
         return [collate(records) for _ in range(8)]
 
     for collate in (cropped, by_own_generators):
-        for want, got in zip(drawn(collate), drawn(Unmixed(collate, "collating")), strict=True):
+        for want, got in zip(drawn(collate), drawn(CheckedCollation(collate, "collating")), strict=True):
             torch.testing.assert_close(got, want)
 
 
@@ -288,7 +288,7 @@ class Uncopied:
 
 def test_records_that_cannot_be_copied_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedLoaderError, match="a Uncopied, cannot be copied"):
-        Unmixed(len, "collating")([Uncopied(), Uncopied()])
+        CheckedCollation(len, "collating")([Uncopied(), Uncopied()])
 
 
 def move(batches: Any) -> Any:

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ChoralError
 from choral.privacy import Privacy
-from choral.privacy.dpsgd import private_optimizer as step
+from choral.privacy.dpsgd import private_optimizer
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.noise import gaussian as noise
+from choral.privacy.noise import gaussian
 
 N, DIM, CLASSES = 12, 6, 3
 Loss = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -72,8 +72,8 @@ def moved(
     backward: Callable[..., Any] = torch.Tensor.backward,
 ) -> float:
     """Return by how many clipping norms one of two records, a rare and a common one, moves what is released."""
-    real = noise.grid_gaussian
-    monkeypatch.setattr(step, "grid_gaussian", lambda *args, **kwargs: real(*args, **kwargs) * 0)
+    real = gaussian.grid_gaussian
+    monkeypatch.setattr(private_optimizer, "grid_gaussian", lambda *args, **kwargs: real(*args, **kwargs) * 0)
     x, y = records()
     everybody = released(make, loss, x, y, backward)
     most = 0.0

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.per_sample.model import with_per_sample_gradients
-from choral.privacy.record_independence import loss_graph as losses
+from choral.privacy.record_independence import loss_graph
 
 WEIGHTS = torch.tensor([1.0, 200.0, 1.0])
 STEPS = 5
@@ -186,7 +186,7 @@ def sensitivity(loss: Any, x: torch.Tensor, y: torch.Tensor) -> float:
         torch.manual_seed(1)
         model = nn.Linear(6, 3)
         private = with_per_sample_gradients(model)
-        losses._seers.discard(private)
+        loss_graph._observers.discard(private)
         optimizer = PrivateOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.0),
             private,

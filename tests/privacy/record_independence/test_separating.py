@@ -10,22 +10,21 @@ import torch
 from torch import nn
 
 from choral.privacy.errors import UnsupportedModelError
-from choral.privacy.record_independence import collation
-from choral.privacy.record_independence import separable_loss as separating
-from choral.privacy.record_independence.batch_mixing import Subject
+from choral.privacy.record_independence import collation, separable_loss
+from choral.privacy.record_independence.batch_mixing import CheckedForward
 
 
-def subject(loss: Any, rows: int) -> Subject:
+def subject(loss: Any, rows: int) -> CheckedForward:
     x = torch.arange(float(2 * rows)).reshape(rows, 2)
-    return Subject(model=nn.Linear(2, 1), layers={}, forward=loss, args=(x,), kwargs={}, rows=rows, step=True)
+    return CheckedForward(model=nn.Linear(2, 1), layers={}, forward=loss, args=(x,), kwargs={}, rows=rows, step=True)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5])
 def test_a_loss_that_is_infinite_for_a_record_alone_is_no_mean(rows: int) -> None:
     """It divides by how far the batch reaches: of two records, every part is one record, and infinite."""
     with pytest.raises(UnsupportedModelError, match="not the mean over its records"):
-        separating._refuse_by_losses(subject(lambda x: 1.0 / (x[:, 0].max() - x[:, 0].min()), rows))
-    assert separating._refuse_by_losses(subject(lambda x: x[:, 0].square().mean(), rows))
+        separable_loss._refuse_by_losses(subject(lambda x: 1.0 / (x[:, 0].max() - x[:, 0].min()), rows))
+    assert separable_loss._refuse_by_losses(subject(lambda x: x[:, 0].square().mean(), rows))
 
 
 @pytest.mark.parametrize(

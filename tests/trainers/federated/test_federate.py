@@ -278,7 +278,7 @@ def _huge_fit(model, optimizer, loader):
         (lambda p: {"build": _half_stranger}, TaskError, "not the model's"),
         (lambda p: {"parties": p | {"x" * 300: p["north"]}}, ConfigError, "too long"),
         (lambda p: {"parties": p | {"\ud800": p["north"]}}, ConfigError, "not printable"),
-        (lambda p: {"privacy": Privacy(epsilon=1.0, delta=1e-3, ledger="x")}, ConfigError, "one holder's"),
+        (lambda p: {"privacy": Privacy(epsilon=1.0, delta=1e-3, ledger="x")}, ConfigError, "one data owner's"),
         (lambda p: {"build": _by_size}, TaskError, "differs from the first party's"),
         (lambda p: {"fit": _nan_fit}, DivergedError, "party 'north' diverged in round 1"),
         (lambda p: {"fit": _huge_fit, "secure_sum": Masked(min_survivors=2)}, EncodingError, "16"),

@@ -100,7 +100,7 @@ class TestAMillion:
         alone = job(parties={f"p{k:02d}": Made()(k) for k in range(20)}, privacy=privacy, **settings)
         assert federate(**alone).info.spent["clients"].noise_multiplier == run.info.spent["clients"].noise_multiplier
         checks = {check.name: check for check in audit(tmp_path / "run").checks}
-        delta = checks["Delta is below 1/n for every data holder"]
+        delta = checks["Delta is below 1/n for every data owner"]
         assert (delta.verdict, "1,000,000 clients" in delta.finding) == ("holds", True)
         loose = ClientPrivacy(epsilon=8.0, delta=1e-5, clip=1.0, min_survivors=12)
         with pytest.raises(ConfigError, match="1000000 clients"):

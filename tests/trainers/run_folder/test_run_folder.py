@@ -81,7 +81,7 @@ def test_resume_keeps_the_budget(job, tmp_path):
 
 @pytest.mark.parametrize("trainer", [federate, centralize])
 def test_an_adaptive_clipping_norm_goes_on_where_it_was(job, tmp_path, trainer):
-    """Of records, by data holder. run.json tells the clipping as data."""
+    """Of records, by data owner. run.json tells the clipping as data."""
     adaptive = AdaptiveClip(start=0.01, rate=1.0)
     privacy = Privacy(epsilon=4.0, delta=1e-3, max_grad_norm=adaptive)
     with pytest.raises(Stop):

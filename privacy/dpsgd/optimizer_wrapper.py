@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 
-class OverOptimizer(Optimizer):
+class OptimizerWrapper(Optimizer):
     """An optimizer over another one, whose groups, state, defaults and `state_dict` it shows and sets.
 
     `Optimizer.__init__` is not called: nothing is held here but what subclasses add.
