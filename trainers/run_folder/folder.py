@@ -6,7 +6,7 @@
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
     DIR/algorithm_state.R.safetensors  what the algorithm's server and parties keep after round R
     DIR/cohorts.secret           from which cohorts are drawn, for the coordinator alone (see participation.py)
-    DIR/ledger/NAME.jsonl   one privacy ledger per data holder
+    DIR/ledger/NAME.jsonl   one privacy ledger per data owner
     DIR/transcript/         what the server saw, if that was to be recorded
     (:mod:`choral.trainers.run_folder.transcript`)
 

@@ -29,7 +29,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     metrics: what the user's ``evaluate`` returned; a bare number is filed under "accuracy".
     seconds: wall-clock time of the round, evaluation excluded.
     survivors: parties whose update is in the new model. bytes_up, bytes_down: bytes sent and received by the
-        busiest party in this round, the download of the global model included. epsilon: the worst data holder's
+        busiest party in this round, the download of the global model included. epsilon: the worst data owner's
         spending after this round, None without privacy. clip: the clipping norm of whole updates after this round, None
         where they are not clipped. joules: of the machine's meters in this round, None where none could be read.
     selected: parties that the round began with ("asked" in the file), None if pooled. failed: why it was given up, its
@@ -83,7 +83,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kind: "centralized" (pooled data) or "federated". parties: examples per party; empty, as is raw_bytes, where they
         are virtual, and population tells of them in sum.
     privacy: the settings of the promise (epsilon, delta and its own others; "unit" where it is the client) or None.
-    spent: the cost per data holder; one entry, "pooled", for a centralized private run, and one, "clients", for
+    spent: the cost per data owner; one entry, "pooled", for a centralized private run, and one, "clients", for
         client-level privacy.
     secure_sum: name and trust statement of the secure sum; None for a centralized run.
     fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
