@@ -6,6 +6,7 @@ from choral.privacy.accounting.events import ClientRelease as ClientRelease
 from choral.privacy.accounting.events import CorrelatedGaussian as CorrelatedGaussian
 from choral.privacy.accounting.events import PlannedEvents as PlannedEvents
 from choral.privacy.accounting.events import PoissonSampledGaussian as PoissonSampledGaussian
+from choral.privacy.accounting.events import PoissonSampledShares as PoissonSampledShares
 from choral.privacy.accounting.events import ReleasePlan as ReleasePlan
 from choral.privacy.accounting.events import Search as Search
 from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy

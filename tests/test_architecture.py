@@ -24,7 +24,6 @@ FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 14, 400, 60
 
 # What is longer, and how long it is. A figure may only fall, and what fits goes from the list.
 LONG_FILES: dict[str, int] = {
-    "audits/budgets/accountants.py": 413,
     "privacy/accounting/record_level.py": 501,
     "privacy/dpsgd/engine.py": 518,
     "privacy/dpsgd/private_optimizer.py": 501,

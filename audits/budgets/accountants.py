@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.budgets.budgets import TOLERANCE, holders_of, ledger_of, unit_of
+from choral.audits.budgets.phases import Phase, phases_of
 from choral.audits.findings.schema import Check, Verdict
 from choral.audits.findings.text import at_least, cost, power
 from choral.errors import ConfigError
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
 
 AGREE = 1e-3  # relative, of two programs on one grid, or for one Gaussian
 ROUNDING = 1e-4  # of epsilon, near zero
-
-
-class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Noisy steps of one kind on a ledger. mechanism: in words. first, last: the events that they stand in, from 1."""
-
-    mechanism: str
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    first: int
-    last: int
 
 
 class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,41 +87,8 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
         claimed = run.info.spent.get(name)
         delta = claimed.delta if claimed else float((run.info.privacy or {})["delta"])
         judge = _of_clients if unit_of(run) == "client" else _of_records
-        rows.append(msgspec.structs.replace(judge(name, ledger, delta), phases=_phases(ledger)))
+        rows.append(msgspec.structs.replace(judge(name, ledger, delta), phases=phases_of(ledger)))
     return tuple(rows)
-
-
-def _phases(ledger: Ledger) -> tuple[Phase, ...]:
-    """The ledger in the order in which it was written, alike events that follow each other taken together."""
-    from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, CorrelatedGaussian, PoissonSampledGaussian
-
-    phases: list[Phase] = []
-    for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
-        if isinstance(event, ClientRelease):
-            words, rate = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares", 1.0
-            words += ", counted anew by who survived" if event.settles else ""
-        elif isinstance(event, CorrelatedGaussian):
-            words, rate = f"correlated Gaussian, pass {event.number}", event.sample_rate
-        elif isinstance(event, PoissonSampledGaussian):
-            words, rate = "Poisson-sampled Gaussian", event.sample_rate
-        else:
-            words, rate = f"search among {event.mean:g} tries in the mean, of each try", event.sample_rate
-        phase = Phase(
-            mechanism=words,
-            noise_multiplier=event.noise_multiplier,
-            sample_rate=rate,
-            steps=event.steps,
-            first=place,
-            last=place,
-        )
-        before = phases[-1] if phases else None
-        if before and msgspec.structs.replace(before, steps=0, first=0, last=0) == msgspec.structs.replace(
-            phase, steps=0, first=0, last=0
-        ):
-            phases[-1] = msgspec.structs.replace(before, steps=before.steps + phase.steps, last=place)
-        else:
-            phases.append(phase)
-    return tuple(phases)
 
 
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:

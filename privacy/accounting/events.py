@@ -9,6 +9,7 @@ therefore not one that this training keeps, and no claim is made for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import msgspec
@@ -16,6 +17,9 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy.accounting.matrix_strategies import Strategy
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
+from choral.privacy.noise.share_rounding import widening
+
+_LEAST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
 
 UNIT = "record"
 ZERO_OUT = "zero out one record"  # one record is replaced by an empty one, which adds zero to every step
@@ -45,6 +49,14 @@ def check_relation(words: str, unit: str = UNIT) -> None:
         if words == ADD_OR_REMOVE:
             hint = "The number of records is public: the noise shows it. Take one of these, word for word."
         raise ConfigError(f"neighbours is {words!r:.80}, expected {' or '.join(map(repr, offered))}", hint=hint)
+
+
+def replaces(neighbours: str) -> bool:
+    """Whether the neighbours differ by a record replaced, not by one zeroed out. Raises: ConfigError."""
+    meant = relation_of(neighbours)
+    if meant not in (ZERO_OUT, REPLACE_ONE):
+        raise ConfigError(f"neighbours is {neighbours!r:.80}, of which no record's cost is known")
+    return meant == REPLACE_ONE
 
 
 def stated(words: str) -> str:
@@ -109,6 +121,57 @@ class CorrelatedGaussian(
     def sample_rate(self) -> float:
         """One: nothing is claimed for sampling."""
         return 1.0
+
+
+class PoissonSampledShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="poisson_shares"):
+    """`steps` opened sums of Poisson-sampled gradients of several parties, each of which added a share of the noise.
+
+    Each step takes every record independently with probability `sample_rate`; each of up to `parties` parties sums its
+    records' contributions of L2 norm at most C, adds N(0, (share * C)^2) to every one of `length` coordinates and
+    rounds to a grid on which that deviation is `deviation` steps; only the sum is opened
+    (:mod:`choral.privacy.noise.share_rounding`). At least `honest` shares in it are unknown to the adversary: the worst
+    case, whoever drops out. stretch: by how much further apart than C neighbours may be. failure: of one step, the
+    probability that it is not so, added to delta: the secure sum's, and of a draw that passed its cap.
+
+    Its cost is that of the Gaussian mechanism of `noise_multiplier` at delta less the failures: the rounding's 2^-100 a
+    step is below what the accountants' double precision can tell.
+    """
+
+    sample_rate: float
+    share: float
+    honest: int
+    parties: int
+    deviation: float
+    length: int
+    stretch: float
+    failure: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _make_plain(
+            self,
+            ("sample_rate", "share", "deviation", "stretch", "failure"),
+            ("honest", "parties", "length", "steps"),
+        )
+        if not 0.0 < self.sample_rate <= 1.0:
+            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
+        if not self.share > 0.0:
+            raise ConfigError(f"share is {self.share}, expected a finite number > 0")
+        if not self.honest <= self.parties:
+            raise ConfigError(f"honest is {self.honest} of {self.parties} parties, expected at most all")
+        if not (0.0 <= self.stretch < 1.0 and 0.0 <= self.failure < 1.0):
+            raise ConfigError(f"stretch is {self.stretch} and failure {self.failure}, expected >= 0 and below 1")
+        if not widening(self.parties, self.deviation, self.length) <= _LEAST_WIDENING:
+            raise ConfigError(
+                f"a share is {self.deviation:g} steps of the grid, too few for {self.parties} parties and"
+                f" {self.length} coordinates to sum up as one Gaussian",
+                hint="Take a finer grid: from 5 steps up there is room for any sum that fits a machine.",
+            )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise that the adversary does not know over the sensitivity."""
+        return self.share * math.sqrt(self.honest) / (1.0 + self.stretch)
 
 
 BaseEvent = PoissonSampledGaussian | CorrelatedGaussian
@@ -181,7 +244,27 @@ def _mean_of(gamma: float, shape: float) -> float:
     return shape * (1.0 - gamma) / (gamma * -math.expm1(shape * math.log(gamma)))
 
 
-RecordEvent = BaseEvent | Search
+Priced = BaseEvent | Search  # what accountants know
+RecordEvent = Priced | PoissonSampledShares
+
+
+def as_gaussians(events: Iterable[RecordEvent], delta: float) -> tuple[tuple[Priced, ...], float]:
+    """Return `events` with a Gaussian mechanism in the place of each sum of shares, and the delta that is left.
+
+    The shares' failures do not depend on the data: unless one comes, what is left is (epsilon, delta - failures)-DP.
+    """
+    found: list[Priced] = []
+    for event in events:
+        if isinstance(event, PoissonSampledShares):
+            delta -= event.steps * event.failure
+            multiplier = event.noise_multiplier
+            event = PoissonSampledGaussian(
+                sample_rate=event.sample_rate, noise_multiplier=multiplier, steps=event.steps
+            )
+        found.append(event)
+    return tuple(found), delta
+
+
 ClientMechanism = Literal["gaussian", "discrete_gaussian", "skellam"]
 
 

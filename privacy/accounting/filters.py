@@ -28,6 +28,12 @@ event S. The same with P and Q exchanged, since the divergences are bounded in b
 The sums rho_j only grow, so (*) at the end implies (*) at every moment before. With a single order, (*) is the
 conversion of Canonne, Kamath and Steinke 2020, proposition 12. Orders and weights are functions of epsilon and delta
 alone, below, and never of a run; whole numbers, so that sampled Gaussians are finite sums and Skellam has a bound.
+
+**Failures** of sums of shares (:class:`choral.privacy.accounting.events.PoissonSampledShares`) are of delta, not of a
+divergence. Where the *first* event is of shares, which is settled before anything is released, (*) is held at
+(1 - RESERVE) delta and the failures of all events may come to RESERVE delta: with (*) for what is released unless one
+comes, P(S) - exp(epsilon) Q(S) <= (1 - RESERVE) delta + RESERVE delta. Where the first event is of something else,
+nothing was set aside, and events of shares cost infinitely much here.
 """
 
 from __future__ import annotations
@@ -41,10 +47,18 @@ import numpy as np
 import numpy.typing as npt
 
 from choral.privacy.accounting import client_level, record_level
-from choral.privacy.accounting.events import NEIGHBOURS, ClientRelease, Event, RecordEvent, Search
+from choral.privacy.accounting.events import (
+    NEIGHBOURS,
+    ClientRelease,
+    Event,
+    PoissonSampledShares,
+    RecordEvent,
+    Search,
+)
 
 FILTER = "a Renyi filter of fixed orders (Feldman and Zrnic 2021; Lecuyer 2021)"
 
+RESERVE = 1.0 / 16.0  # of delta, for the failures of sums of shares
 _STEPS_AND_WEIGHTS = ((-2.0, 0.1), (-1.0, 0.2), (-0.5, 0.35), (0.0, 0.35))  # powers of two of the best order; weights
 _LARGEST_ORDER = 4096
 _LARGEST_EPSILON = 1e6
@@ -72,27 +86,32 @@ class PrivacyFilter:
     def cost(self, events: Sequence[Event]) -> float:
         """Return the least epsilon for which (*) holds, with this promise's orders: `events` are admitted up to it.
 
-        Rounded up by at most 1e-9 of it. Infinite where no order has a bound.
+        Rounded up by at most 1e-9 of it. Infinite where no order has a bound, or failures are more than was set aside.
         """
         rho = _divergences(tuple(events), self.orders, self.neighbours)
         if not events or not np.isfinite(rho).any():
             return math.inf if events else 0.0
+        shares = [event for event in events if isinstance(event, PoissonSampledShares)]
+        failures = math.fsum(event.steps * event.failure for event in shares)
+        if shares and not (isinstance(events[0], PoissonSampledShares) and failures <= RESERVE * self.delta):
+            return math.inf
+        delta = self.delta * (1.0 - RESERVE) if shares else self.delta
         low, high = 0.0, 1.0
-        while not self._holds(rho, high):
+        while not self._holds(rho, high, delta):
             low, high = high, 2.0 * high
             if high > _LARGEST_EPSILON:
                 return math.inf
         while high - low > 1e-9 * high:
             middle = (low + high) / 2.0
-            low, high = (low, middle) if self._holds(rho, middle) else (middle, high)
+            low, high = (low, middle) if self._holds(rho, middle, delta) else (middle, high)
         return high
 
     def admits(self, events: Sequence[Event]) -> bool:
         """Whether all of `events` together, chosen one by one, keep the promise."""
         return self.cost(events) <= self.epsilon
 
-    def _holds(self, rho: _Floats, epsilon: float) -> bool:
-        """Whether (*) holds at `epsilon`.
+    def _holds(self, rho: _Floats, epsilon: float, delta: float) -> bool:
+        """Whether (*) holds at `epsilon` and `delta`.
 
         log(1 - exp(-x)) is concave and the logarithm of the sum convex, so that their difference has one maximum; where
         it is, 1 / (exp(x) - 1) equals a mean of the alpha_j - 1, which brackets x.
@@ -108,7 +127,7 @@ class PrivacyFilter:
             rises = 1.0 / math.expm1(x) - float(shares @ slopes / shares.sum())
             low, high = (x, high) if rises > 0.0 else (low, x)
         highest = math.log(-math.expm1(-x)) - float(terms.max()) - math.log(float(shares.sum()))
-        return highest <= math.log(self.delta) - 1e-12
+        return highest <= math.log(delta) - 1e-12
 
 
 @lru_cache(maxsize=256)

@@ -40,12 +40,14 @@ from choral.privacy.accounting import pld, replace_one
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
     REPLACE_ONE,
-    ZERO_OUT,
     BaseEvent,
     CorrelatedGaussian,
+    PoissonSampledShares,
+    Priced,
     RecordEvent,
     Search,
-    relation_of,
+    as_gaussians,
+    replaces,
 )
 from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.errors import AccountingError
@@ -60,9 +62,8 @@ SMALLEST_RATE, SMALLEST_NOISE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e-2, 1e6, 2**2
 
 GRIDS = tuple(10.0**-place for place in range(2, 10))  # discretisations of the privacy loss, nested
 _MOST_PARTS = 256  # unlike steps that are told apart
-_ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
+RENYI_ORDERS = _ALL_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 _FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
-RENYI_ORDERS = _ALL_ORDERS
 _ROUNDING = 1e-4  # of epsilon: two right answers near zero may differ by this much, by discretisation
 
 _LEAST_WHOLE, _MOST_WHOLE = 1e-6, 1e9  # noise multipliers of one Gaussian whose exact epsilon double precision holds
@@ -78,8 +79,7 @@ def epsilon(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NE
     Guarantee: an upper bound; the releases are (epsilon, delta)-DP for these neighbours.
     Raises: ConfigError (delta), AccountingError (the accountants disagree).
     """
-    _check_delta(delta)
-    known, replace = tuple(events), replaces(neighbours)
+    (known, delta), replace = _priced(events, delta), replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
         return _epsilon_with_search(known, delta, replace)
     merged = merge(without_search(known))
@@ -96,8 +96,8 @@ def bounds(
     memory ends. An epsilon below the lower one is refuted; one below the upper is not.
     Raises: ConfigError (delta; an event out of range; a private search among the events).
     """
-    _check_delta(delta)
-    merged, replace = merge(without_search(events)), replaces(neighbours)
+    (known, delta), replace = _priced(events, delta), replaces(neighbours)
+    merged = merge(without_search(known))
     if not merged:
         return 0.0, 0.0
     lower, upper = 0.0, math.inf
@@ -117,8 +117,7 @@ def accountant_of(events: Iterable[RecordEvent]) -> str:
 
 def epsilon_rdp(events: Iterable[RecordEvent], delta: float, *, neighbours: str = NEIGHBOURS) -> float:
     """Return the epsilon at `delta` of all `events` together, by Renyi DP alone (an upper bound, looser than PLD)."""
-    _check_delta(delta)
-    known = tuple(events)
+    known, delta = _priced(events, delta)
     for event in known:
         merge(event.tries if isinstance(event, Search) else (event,))  # refuses what is out of range
     return _by_renyi(known, delta, _ALL_ORDERS, replaces(neighbours)) if known else 0.0
@@ -135,8 +134,7 @@ def epsilon_by_dp_accounting(
     Raises: ConfigError (delta; a private search where one record is replaced, for which dp-accounting has no bound),
     AccountingError (too many unlike steps).
     """
-    _check_delta(delta)
-    known, replace = tuple(events), replaces(neighbours)
+    (known, delta), replace = _priced(events, delta), replaces(neighbours)
     if any(isinstance(event, Search) for event in known):
         if replace:
             raise ConfigError(f"dp-accounting has no bound for a private search where the neighbours {REPLACE_ONE}")
@@ -152,8 +150,8 @@ def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, 
     Gopi, Lee, Wutschitz 2021, in Opacus' code, for *zero out* alone; the first call imports torch, about two seconds.
     Raises: ConfigError (delta; a private search among the events), AccountingError (no answer there).
     """
-    _check_delta(delta)
-    merged = merge(without_search(events))
+    known, delta = _priced(events, delta)
+    merged = merge(without_search(known))
     if not merged:
         return 0.0, 0.0
     _refuse_many(merged)
@@ -169,8 +167,8 @@ def epsilon_on_grid_of_others(
 
     Raises: ConfigError (delta; a private search among the events).
     """
-    _check_delta(delta)
-    merged, replace = merge(without_search(events)), replaces(neighbours)
+    (known, delta), replace = _priced(events, delta), replaces(neighbours)
+    merged = merge(without_search(known))
     wanted = _grid_of_others(merged, grid, replace)
     found = discretised(merged, delta, wanted, replace)
     return found.upper if found.grid == wanted else None
@@ -220,7 +218,16 @@ def _check_delta(delta: float) -> None:
         )
 
 
-def without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
+def _priced(events: Iterable[RecordEvent], delta: float) -> tuple[tuple[Priced, ...], float]:
+    """What is priced, and at which delta. Raises: ConfigError (delta; too many failures of shares for it)."""
+    _check_delta(delta)
+    known, left = as_gaussians(events, delta)
+    if left < pld.SMALLEST_DELTA:
+        raise ConfigError(f"delta is {delta:g}, and the failures of secure sums use up all of it but {left:g}")
+    return known, left
+
+
+def without_search(events: Iterable[Priced]) -> tuple[BaseEvent, ...]:
     """The events as they are. Raises: ConfigError if one is a private search, which has a Renyi bound alone."""
     known = tuple(events)
     plain = tuple(event for event in known if not isinstance(event, Search))
@@ -231,15 +238,7 @@ def without_search(events: Iterable[RecordEvent]) -> tuple[BaseEvent, ...]:
     return plain
 
 
-def replaces(neighbours: str) -> bool:
-    """Whether the neighbours differ by a record replaced, not by one zeroed out. Raises: ConfigError."""
-    meant = relation_of(neighbours)
-    if meant not in (ZERO_OUT, REPLACE_ONE):
-        raise ConfigError(f"neighbours is {neighbours!r:.80}, of which no record's cost is known")
-    return meant == REPLACE_ONE
-
-
-def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, ...], replace: bool) -> float:
+def _by_renyi(events: Sequence[Priced], delta: float, orders: tuple[float, ...], replace: bool) -> float:
     """Epsilon by Renyi DP of events with searches among them: curves add, a search has that of its theorem."""
     total = np.zeros(len(orders))
     for event in events:
@@ -250,13 +249,15 @@ def _by_renyi(events: Sequence[RecordEvent], delta: float, orders: tuple[float, 
         return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
 
 
-def renyi(event: BaseEvent, orders: Sequence[float], *, neighbours: str = NEIGHBOURS) -> npt.NDArray[np.float64]:
+def renyi(
+    event: BaseEvent | PoissonSampledShares, orders: Sequence[float], *, neighbours: str = NEIGHBOURS
+) -> npt.NDArray[np.float64]:
     """Return an upper bound on the Renyi divergence of each order > 1 between neighbours, in both directions.
 
     Of all steps of `event`, shape (orders,); infinite where no bound is known.
     """
     kept, replace = tuple(map(float, orders)), replaces(neighbours)
-    parts = merge((event,))
+    parts = merge(without_search(as_gaussians((event,), 1.0)[0]))
     return np.asarray(sum((t * _rdp_of_one_step(q, s, kept, replace) for q, s, t in parts), np.zeros(len(kept))))
 
 
@@ -278,7 +279,7 @@ def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float
     return np.minimum.accumulate(bound[::-1])[::-1]  # divergences grow with the order
 
 
-def _epsilon_with_search(events: Sequence[RecordEvent], delta: float, replace: bool) -> float:
+def _epsilon_with_search(events: Sequence[Priced], delta: float, replace: bool) -> float:
     bound = _by_renyi(events, delta, _ALL_ORDERS, replace)
     # Whatever a search may cost, it costs no less than one of its tries: another method, from below.
     once = [part for event in events for part in (event.tries if isinstance(event, Search) else (event,))]
@@ -449,7 +450,7 @@ def _by_dp_accounting(merged: Merged, delta: float, grid: float, replace: bool) 
     return float(accountant.get_epsilon(delta))
 
 
-def _searches_by_dp_accounting(events: Sequence[RecordEvent], delta: float) -> float:
+def _searches_by_dp_accounting(events: Sequence[Priced], delta: float) -> float:
     accountant = RdpAccountant(_ALL_ORDERS)
     with _quiet():
         for event in events:

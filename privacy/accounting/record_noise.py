@@ -15,7 +15,14 @@ from functools import lru_cache
 
 import dp_accounting
 
-from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledGaussian, RecordEvent, Search
+from choral.privacy.accounting.events import (
+    NEIGHBOURS,
+    PoissonSampledGaussian,
+    RecordEvent,
+    Search,
+    as_gaussians,
+    replaces,
+)
 from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.accounting.record_level import (
     GRIDS,
@@ -27,7 +34,6 @@ from choral.privacy.accounting.record_level import (
     checked_epsilon,
     discretised,
     merge,
-    replaces,
     settled_on_grid,
     without_search,
 )
@@ -68,9 +74,10 @@ def noise_multiplier(
             return PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)
 
         return _by_filter(epsilon, delta, event, before, slack, neighbours)
-    if any(isinstance(event, Search) for event in before):
-        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), before, slack, neighbours)
-    return _calibrate(epsilon, delta, float(sample_rate), int(steps), merge(without_search(before)), slack, replace)
+    known, delta = as_gaussians(before, delta)
+    if any(isinstance(event, Search) for event in known):
+        return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), known, slack, neighbours)
+    return _calibrate(epsilon, delta, float(sample_rate), int(steps), merge(without_search(known)), slack, replace)
 
 
 def search_noise(

@@ -1,0 +1,66 @@
+"""A ledger in a few lines: noisy steps of one kind that follow each other, taken together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from choral.privacy import Ledger
+    from choral.privacy.accounting.events import Event
+
+
+class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Noisy steps of one kind on a ledger. mechanism: in words. first, last: the events that they stand in, from 1."""
+
+    mechanism: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    first: int
+    last: int
+
+
+def phases_of(ledger: Ledger) -> tuple[Phase, ...]:
+    """The ledger in the order in which it was written, alike events that follow each other taken together."""
+    from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease
+
+    phases: list[Phase] = []
+    for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
+        phase = Phase(
+            mechanism=_in_words(event),
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=1.0 if isinstance(event, ClientRelease) else event.sample_rate,
+            steps=event.steps,
+            first=place,
+            last=place,
+        )
+        before = phases[-1] if phases else None
+        if before and msgspec.structs.replace(before, steps=0, first=0, last=0) == msgspec.structs.replace(
+            phase, steps=0, first=0, last=0
+        ):
+            phases[-1] = msgspec.structs.replace(before, steps=before.steps + phase.steps, last=place)
+        else:
+            phases.append(phase)
+    return tuple(phases)
+
+
+def _in_words(event: Event) -> str:
+    from choral.privacy.accounting.events import (
+        ClientRelease,
+        CorrelatedGaussian,
+        PoissonSampledGaussian,
+        PoissonSampledShares,
+    )
+
+    if isinstance(event, ClientRelease):
+        words = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares"
+        return words + (", counted anew by who survived" if event.settles else "")
+    if isinstance(event, CorrelatedGaussian):
+        return f"correlated Gaussian, pass {event.number}"
+    if isinstance(event, PoissonSampledGaussian):
+        return "Poisson-sampled Gaussian"
+    if isinstance(event, PoissonSampledShares):
+        return f"Poisson-sampled Gaussian in shares, {event.honest} unknown"
+    return f"search among {event.mean:g} tries in the mean, of each try"
