@@ -25,13 +25,14 @@ import numpy as np
 from choral.errors import ConfigError
 from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.client_noise import calibrate
-from choral.privacy.accounting.events import CLIENT_NEIGHBOURS, CLIENT_UNIT, ClientRelease, ReleasePlan
+from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, ReleasePlan
 from choral.privacy.client_level.central import CentralScheme
 from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, check_bits, design, norm_of
 from choral.privacy.dpsgd.clipping import AdaptiveClip, check_clip
 from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
-from choral.privacy.ledgers.plans import RemainingBudget, guarantee
+from choral.privacy.ledgers.plans import RemainingBudget
+from choral.privacy.ledgers.spending import spent_by_clients
 from choral.privacy.ledgers.spent import Spent
 from choral.privacy.noise.gaussian import Source, os_stream
 from choral.privacy.noise.integer_tables import Law
@@ -237,7 +238,7 @@ class ClientPrivacyEngine:
 
     def spent(self) -> Spent:
         """Return what these clients have spent so far, earlier runs included."""
-        return spent_by(self.ledger, self.privacy.delta)
+        return spent_by_clients(self.ledger, self.privacy.delta)
 
     def _planned(self, remaining: RemainingBudget) -> tuple[float, ReleasePlan | None]:
         """Return the ratio of the noise, and the plan to announce; None where an earlier process's plan goes on."""
@@ -341,22 +342,6 @@ class ClientRound:
             sums = sums[:-1] * (self.clip / math.sqrt(1.0 - share))
             engine.clip = engine.adaptive.moved(self.clip, float(within))
         return torch.from_numpy(sums / survivors)
-
-
-def spent_by(ledger: Ledger, delta: float) -> Spent:
-    """Return what a ledger of clients says they have spent, at `delta`. Raises: LedgerError, AccountingError."""
-    releases = client_level.settled(ledger.releases)
-    return Spent(
-        epsilon=client_level.epsilon(releases, delta),
-        delta=delta,
-        unit=CLIENT_UNIT,
-        neighbours=CLIENT_NEIGHBOURS,
-        accountant=client_level.accountant_of(releases),
-        steps=sum(release.steps for release in releases),
-        noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
-        sample_rate=1.0 if releases else 0.0,
-        guarantee=guarantee(ledger),
-    )
 
 
 def check_client_delta(delta: float, clients: int) -> None:

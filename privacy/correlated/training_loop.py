@@ -31,7 +31,8 @@ from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Strate
 from choral.privacy.correlated.factorisation import banded, buffered
 from choral.privacy.correlated.noise_streams import Stream, stream
 from choral.privacy.dpsgd.clipping import AdaptiveClip, norm_of_all
-from choral.privacy.dpsgd.engine import CALIBRATION_SLACK, ExecutionPlan, Privacy
+from choral.privacy.dpsgd.engine import Privacy
+from choral.privacy.dpsgd.execution_plan import CALIBRATION_SLACK, ExecutionPlan
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.noise.gaussian import Source, os_stream

@@ -7,41 +7,40 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from torch import distributed, nn
-from torch.optim import LBFGS, Optimizer
-from torch.utils.data import DataLoader, Sampler
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
-from choral.privacy.accounting.events import (
-    NEIGHBOURS,
-    Event,
-    PoissonSampledGaussian,
-    RecordEvent,
-    ReleasePlan,
-    check_relation,
-    stated,
-)
+from choral.privacy.accounting.events import NEIGHBOURS, Event, ReleasePlan, check_relation
 from choral.privacy.accounting.plain_numbers import as_integer
 from choral.privacy.dpsgd.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
 from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, check_clip, check_norm
-from choral.privacy.dpsgd.poisson_loader import PoissonSampler, PrivateLoader, refuse_unsupported
-from choral.privacy.dpsgd.private_optimizer import Noise, PrivateOptimizer
-from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
+from choral.privacy.dpsgd.execution_plan import (
+    CALIBRATION_SLACK,
+    ExecutionPlan,
+    PoissonPlan,
+    poisson_plan,
+    refuse_other_sizes,
+)
+from choral.privacy.dpsgd.optimizer_wrapper import refuse_unsupported as refuse_optimizer
+from choral.privacy.dpsgd.poisson_loader import PrivateLoader, sizes_of
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
-from choral.privacy.ledgers.plans import RemainingBudget, guarantee
-from choral.privacy.ledgers.spent import Spent, group_pair
+from choral.privacy.ledgers.plans import RemainingBudget
+from choral.privacy.ledgers.spending import spent_by_records
+from choral.privacy.ledgers.spent import Spent
 from choral.privacy.noise.gaussian import os_stream
 
 if TYPE_CHECKING:
     from choral.privacy.per_sample.model import PerSampleModel
-
-CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Privacy:
 
     def spent(self) -> Spent:
         """Return what the data has spent so far, in all runs that its ledger knows."""
-        return _spent(self._open(), self.delta, self.records_per_person)
+        return spent_by_records(self._open(), self.delta, self.records_per_person)
 
     def execution_plan(
         self, records: int, batch_size: int, steps: int, passes: int, remaining: RemainingBudget
@@ -126,86 +125,15 @@ class Privacy:
         """
         rate = Fraction(batch_size, records)
         noise = remaining.noise_multiplier(float(rate), steps * passes, slack=CALIBRATION_SLACK)
-        return _sampled(records, batch_size, steps, noise)
+        return poisson_plan(records, batch_size, steps, noise)
 
     def resumed_plan(self, records: int, batch_size: int, steps: int, event: Event) -> ExecutionPlan | None:
         """Return the same for passes that cost `event` each, as an earlier process planned; None if they are others."""
-        plan = _sampled(records, batch_size, steps, event.noise_multiplier)
+        plan = poisson_plan(records, batch_size, steps, event.noise_multiplier)
         return plan if plan.event == event else None
 
     def _open(self) -> Ledger:
         return as_ledger(self.ledger)  # itself, since __post_init__
-
-
-class ExecutionPlan(Protocol):
-    """One data owner's batches and noise over all passes, for one number of records and one batch size."""
-
-    @property
-    def records(self) -> int:
-        """How many the dataset has."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """What the loader asked for."""
-        ...
-
-    @property
-    def noise_multiplier(self) -> float:
-        """As calibrated."""
-        ...
-
-    @property
-    def noise(self) -> Noise | None:
-        """What makes the noise of the next step; None for independent noise of this noise multiplier."""
-        ...
-
-    @property
-    def event(self) -> RecordEvent:
-        """What the first pass costs."""
-        ...
-
-    def begin_pass(self) -> RecordEvent:
-        """Prepare for a pass; return what must be paid for it before it draws a batch."""
-        ...
-
-    def sampler(self) -> Sampler[list[int]]:
-        """Return what draws the batches of a pass."""
-        ...
-
-    def before_place(self, place: int) -> None:
-        """Hear that the batch at this place of a pass is next. Raises: PrivacyError (out of order)."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoissonPlan:
-    """Poisson batches, independent noise."""
-
-    records: int
-    batch_size: int
-    rate: Fraction
-    event: PoissonSampledGaussian  # one pass
-    noise: Noise | None = None
-
-    @property
-    def noise_multiplier(self) -> float:
-        return self.event.noise_multiplier
-
-    def begin_pass(self) -> RecordEvent:
-        return self.event
-
-    def sampler(self) -> Sampler[list[int]]:
-        return PoissonSampler(self.records, self.rate, self.event.steps, os_stream)
-
-    def before_place(self, place: int) -> None:
-        """Any order will do."""
-
-
-def _sampled(records: int, batch_size: int, steps: int, noise_multiplier: float) -> PoissonPlan:
-    rate = Fraction(batch_size, records)
-    event = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=noise_multiplier, steps=steps)
-    return PoissonPlan(records=records, batch_size=batch_size, rate=rate, event=event)
 
 
 class PrivacyEngine:
@@ -275,7 +203,7 @@ class PrivacyEngine:
             raise ConfigError(f"resume is a {type(resume).__name__}, expected the state_dict() of a private optimizer")
         plan = self._planned(loader, resume)
         private_model = with_per_sample_gradients(model)
-        _refuse_optimizer(optimizer, private_model)
+        refuse_optimizer(optimizer, private_model._module)
         private_optimizer = PrivateOptimizer(
             optimizer,
             private_model,
@@ -285,31 +213,7 @@ class PrivacyEngine:
             source=os_stream,
             noise=plan.noise,
         )
-        made = 0
-
-        def before_pass() -> None:
-            nonlocal made
-            self._refuse_other_size(len(loader.dataset), plan.batch_size, plan)  # type: ignore[arg-type]
-            if self._latest is not None:
-                self._latest.refuse_owing()
-            private_optimizer.begin_pass()
-            if made >= self.privacy.epochs:
-                raise self._too_many(f"{self.privacy.epochs} passes over the data by one call of the training loop")
-            self._charge()
-            private_optimizer.plan(plan.noise_multiplier if self._plan is None else self._plan.noise_multiplier)
-            made += 1
-            self._latest = private_optimizer
-
-        private_loader = PrivateLoader(
-            loader,
-            plan.sampler(),
-            before_pass=before_pass,
-            before_batch=lambda drawn, first, last: private_optimizer.expect(drawn, first=first, last=last),
-            empty_batch=private_optimizer.step_empty,
-            after_pass=private_optimizer.end_pass,
-            before_place=plan.before_place,
-            max_physical_batch_size=self.privacy.max_physical_batch_size,
-        )
+        private_loader = self._private_loader(loader, plan, private_optimizer)
         private_optimizer.planner = self
         if resume is not None:
             try:
@@ -318,6 +222,36 @@ class PrivacyEngine:
                 self._plan = self._announced = None  # its noise was the checkpoint's, and is not accounted for
                 raise
         return private_model, private_optimizer, private_loader
+
+    def _private_loader(
+        self, loader: DataLoader[Any], plan: ExecutionPlan, optimizer: PrivateOptimizer
+    ) -> PrivateLoader:
+        """Return a loader whose passes are paid for before their first batch, and whose batches `optimizer` expects."""
+        made = 0
+
+        def before_pass() -> None:
+            nonlocal made
+            refuse_other_sizes(plan, self.holder, len(loader.dataset), plan.batch_size)  # type: ignore[arg-type]
+            if self._latest is not None:
+                self._latest.refuse_owing()
+            optimizer.begin_pass()
+            if made >= self.privacy.epochs:
+                raise self._too_many(f"{self.privacy.epochs} passes over the data by one call of the training loop")
+            self._charge()
+            optimizer.plan(plan.noise_multiplier if self._plan is None else self._plan.noise_multiplier)
+            made += 1
+            self._latest = optimizer
+
+        return PrivateLoader(
+            loader,
+            plan.sampler(),
+            before_pass=before_pass,
+            before_batch=lambda drawn, first, last: optimizer.expect(drawn, first=first, last=last),
+            empty_batch=optimizer.step_empty,
+            after_pass=optimizer.end_pass,
+            before_place=plan.before_place,
+            max_physical_batch_size=self.privacy.max_physical_batch_size,
+        )
 
     def saved(self, clip: float) -> dict[str, float | int | str]:
         """Return what a checkpoint must know of the plan; see :meth:`PrivateOptimizer.state_dict`."""
@@ -350,7 +284,7 @@ class PrivacyEngine:
         # within a process the plan goes on.
         if self._passed or not isinstance(plan, PoissonPlan) or type(self.privacy) is not Privacy:
             return clip, plan.noise_multiplier
-        resumed = _sampled(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
+        resumed = poisson_plan(plan.records, plan.batch_size, self._steps, found.noise_multiplier)
         remaining = self._remaining()
         self._announced, self._short = affordable(resumed.event, left, remaining), None
         self._plan = resumed
@@ -359,7 +293,7 @@ class PrivacyEngine:
 
     def spent(self) -> Spent:
         """Return what this holder's data has spent so far, earlier runs included."""
-        return _spent(self.ledger, self.privacy.delta, self.privacy.records_per_person)
+        return spent_by_records(self.ledger, self.privacy.delta, self.privacy.records_per_person)
 
     @staticmethod
     def unwrap(model: nn.Module) -> nn.Module:
@@ -372,31 +306,14 @@ class PrivacyEngine:
         """Return how many records the loader has, and how many a batch takes on average.
 
         Both are public, and what the noise is calibrated for. Raises: UnsupportedLoaderError (a batch of more records
-        than there are, which would be averaged over records that nobody has; what `refuse_unsupported` does).
+        than there are, and others: see :func:`choral.privacy.dpsgd.poisson_loader.sizes_of`).
         """
-        refuse_unsupported(loader)
-        records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
-        if batch_size > records:
-            raise UnsupportedLoaderError(
-                f"{self.holder}: batches of {batch_size} out of {records} records",
-                hint="Take at most as many as there are: batch_size=min(size, len(dataset)), which is all of them in "
-                "every step where there are few.",
-            )
-        return records, batch_size
-
-    def _refuse_other_size(self, records: int, batch_size: int, plan: ExecutionPlan) -> None:
-        if (records, batch_size) != (plan.records, plan.batch_size):
-            raise UnsupportedLoaderError(
-                f"{self.holder}: {records} records in batches of {batch_size}, but the noise was calibrated for "
-                f"{plan.records} in batches of {plan.batch_size}",
-                hint="Keep one dataset, of one size, and one batch size per PrivacyEngine. Other records are another "
-                "training: wrap again, on the same ledger.",
-            )
+        return sizes_of(loader, self.holder)
 
     def _planned(self, loader: DataLoader[Any], resume: Mapping[str, Any] | None) -> ExecutionPlan:
         records, batch_size = self.sizes(loader)
         if self._plan is not None:
-            self._refuse_other_size(records, batch_size, self._plan)
+            refuse_other_sizes(self._plan, self.holder, records, batch_size)
             return self._plan
         if self.privacy.delta >= 1.0 / records:
             raise ConfigError(
@@ -408,7 +325,7 @@ class PrivacyEngine:
         remaining, entry = self._remaining(), None if resume is None else resume.get("privacy")
         self._steps, self._known = steps, len(remaining.state.before)
         if entry is not None and type(self.privacy) is Privacy:  # checked and accounted for in `resumed`
-            self._plan = _sampled(records, batch_size, steps, checkpoint_of(entry).noise_multiplier)
+            self._plan = poisson_plan(records, batch_size, steps, checkpoint_of(entry).noise_multiplier)
             return self._plan
         self._plan = self._gone_on(records, batch_size, remaining, or_less=entry is not None)
         if self._plan is None:
@@ -480,43 +397,3 @@ def refuse_several_processes() -> None:
 
 def _rate(plan: ExecutionPlan) -> float:
     return plan.batch_size / plan.records
-
-
-def _spent(ledger: Ledger, delta: float, records_per_person: int | None) -> Spent:
-    events = ledger.events
-    epsilon = record_level.epsilon(events, delta, neighbours=ledger.neighbours)
-    guaranteed = guarantee(ledger)
-    one = max(epsilon, guaranteed or 0.0)
-    person = (None, None) if records_per_person is None else group_pair(one, delta, records_per_person)
-    return Spent(
-        epsilon=epsilon,
-        delta=delta,
-        neighbours=stated(ledger.neighbours),
-        accountant=record_level.accountant_of(events),
-        steps=sum(e.steps for e in events),
-        noise_multiplier=events[-1].noise_multiplier if events else 0.0,
-        sample_rate=events[-1].sample_rate if events else 0.0,
-        guarantee=guaranteed,
-        records_per_person=records_per_person,
-        person_epsilon=person[0],
-        person_delta=person[1],
-    )
-
-
-def _refuse_optimizer(optimizer: Optimizer, model: PerSampleModel) -> None:
-    if isinstance(optimizer, PrivateOptimizer):
-        raise PrivacyError("the optimizer is already private", hint="Wrap the original optimizer.")
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
-        raise PrivacyError(
-            f"optimizer is a {type(optimizer).__name__}, expected a torch optimizer that needs no closure",
-            hint="SGD, Adam and their kin work.",
-        )
-    known = {id(p) for p in model._module.parameters()}
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if any(id(p) not in known for p in params):
-        raise UnsupportedModelError(
-            "the optimizer holds parameters that are not the model's",
-            hint="Build the optimizer from model.parameters() of the model you wrap, after any copy or move.",
-        )
-    if not params:
-        raise UnsupportedModelError("the optimizer holds no trainable parameter", hint="Check requires_grad.")

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from choral.privacy.errors import PrivacyError, UnsupportedModelError
 
 
 class OptimizerWrapper(Optimizer):
@@ -76,3 +78,26 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return repr(self.original_optimizer)
+
+
+def refuse_unsupported(optimizer: Any, module: nn.Module) -> None:
+    """Refuse what is no optimizer, takes a closure, or holds other parameters than those of `module`.
+
+    Raises: PrivacyError, UnsupportedModelError.
+    """
+    if isinstance(optimizer, OptimizerWrapper):
+        raise PrivacyError("the optimizer is already private", hint="Wrap the original optimizer.")
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
+        raise PrivacyError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch optimizer that needs no closure",
+            hint="SGD, Adam and their kin work.",
+        )
+    known = {id(p) for p in module.parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if any(id(p) not in known for p in params):
+        raise UnsupportedModelError(
+            "the optimizer holds parameters that are not the model's",
+            hint="Build the optimizer from model.parameters() of the model you wrap, after any copy or move.",
+        )
+    if not params:
+        raise UnsupportedModelError("the optimizer holds no trainable parameter", hint="Check requires_grad.")

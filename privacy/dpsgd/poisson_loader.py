@@ -213,3 +213,20 @@ def refuse_unsupported(loader: Any) -> None:
             hint="Use shuffle=True. If classes are uneven, multiply the losses of reduction='none' by public weights "
             "and take .mean(); cross_entropy(weight=...) divides by the batch's weights, which breaks the guarantee.",
         )
+
+
+def sizes_of(loader: DataLoader[Any], holder: str) -> tuple[int, int]:
+    """Return how many records a loader of the data owner `holder` has, and how many a batch takes on average.
+
+    Raises: UnsupportedLoaderError (a batch of more records than there are, which would be averaged over records that
+    nobody has; what `refuse_unsupported` does).
+    """
+    refuse_unsupported(loader)
+    records, batch_size = len(loader.dataset), int(loader.batch_size or 0)  # type: ignore[arg-type]
+    if batch_size > records:
+        raise UnsupportedLoaderError(
+            f"{holder}: batches of {batch_size} out of {records} records",
+            hint="Take at most as many as there are: batch_size=min(size, len(dataset)), which is all of them in "
+            "every step where there are few.",
+        )
+    return records, batch_size

@@ -19,21 +19,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from choral.privacy.dpsgd.clip_factors import clip_factors
 from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.dpsgd.optimizer_wrapper import OptimizerWrapper
+from choral.privacy.dpsgd.unchanged_buffers import UnchangedBuffers
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from choral.privacy.full_precision import full_precision
 from choral.privacy.noise.gaussian import Source, grid_gaussian, noise_grid
 from choral.privacy.per_sample import ghost_norms
+from choral.privacy.per_sample.sample_gradients import compare_with_autograd, gradients_of, parameter_name
 from choral.privacy.record_independence.unsupported_calls import warn_of_clipping
 
 if TYPE_CHECKING:
     from choral.privacy.per_sample.model import PerSampleModel
-
-# Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
-# 2^-24 * ghost.BLOCK / 2 of the norm, inside the sensitivity.
-_MARGIN = 1e-4
-_COMPARED = 4  # records whose norms are compared with those of their gradients, written down
 
 _ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
 
@@ -116,7 +114,7 @@ class PrivateOptimizer(OptimizerWrapper):
         self.stepped = False  # whether the latest step() released something and moved the model
         self._warned = False  # that the loop clips gradients, which does nothing
         self._zeroed: int | None = None  # records whose gradient was not finite, if that is counted; secret
-        self._buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]] | None = None  # itself, its version, its value
+        self._buffers = UnchangedBuffers(model._module)
         if (old := _step_refusals.pop(optimizer, None)) is not None:
             old.remove()
         _step_refusals[optimizer] = optimizer.register_step_pre_hook(partial(_refuse_raw_step, weakref.ref(model)))
@@ -154,8 +152,8 @@ class PrivateOptimizer(OptimizerWrapper):
         self._owing, self._last = True, last
         if first:
             self.max_grad_norm = self.clipping.norm  # of the whole batch
-        if self._buffers is None:
-            self._remember_buffers()
+        if not self._buffers.remembered:
+            self._buffers.remember()
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._process:
@@ -182,7 +180,7 @@ class PrivateOptimizer(OptimizerWrapper):
         """Prepare for a pass over the data. Raises: PrivacyError (a batch had no step; weights are not finite)."""
         self.refuse_owing()
         self._refuse_diverged()
-        self._remember_buffers()
+        self._buffers.remember()
 
     def end_pass(self) -> None:
         """Look back at a pass.
@@ -191,7 +189,7 @@ class PrivateOptimizer(OptimizerWrapper):
         """
         self.refuse_owing()
         self._refuse_diverged()
-        self._refuse_changed_buffers(thorough=True)
+        self._buffers.check(thorough=True)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Make one private step with the gradients of the batch just drawn.
@@ -218,7 +216,7 @@ class PrivateOptimizer(OptimizerWrapper):
     def _accumulate(self, drawn: int) -> None:
         """Add the clipped gradients of the records just drawn to those of earlier chunks of the batch."""
         params = self.params
-        samples = [self._per_sample(p, drawn) for p in params]
+        samples = [gradients_of(self._model, p, drawn) for p in params]
         clip, within, gone = self._clip_factors(samples)
         if drawn > 1 and not (self._model.unmixed or self._model.looked):
             raise UnsupportedModelError(
@@ -233,10 +231,10 @@ class PrivateOptimizer(OptimizerWrapper):
                 hint="Compute the loss from outputs of model(...) alone, and let its forward return what is needed; or "
                 "call model.check_step(step, batch) before, where step(batch) returns the whole loss.",
             )
-        self._refuse_changed_buffers(thorough=not self._model.checked)
+        self._buffers.check(thorough=not self._model.checked)
         finite = not bool(gone.any())
         if finite:  # autograd's mean is NaN otherwise
-            self._compare(samples)
+            compare_with_autograd(self._model, self.params, samples)
         if not finite:
             samples = [g.without(gone) for g in samples]
             if self._zeroed is not None:
@@ -345,120 +343,20 @@ class PrivateOptimizer(OptimizerWrapper):
         self._model.uses.clear()
         self.original_optimizer.zero_grad(set_to_none)
 
-    def _per_sample(self, p: nn.Parameter, drawn: int) -> ghost_norms.PerSample:
-        """Return the per-sample gradients of `p`, of `drawn` records."""
-        parts = self._model.parts(p)
-        if not parts and p not in self._model.attached:
-            raise UnsupportedModelError(
-                f"parameter {self._name(p)} was frozen, with its whole layer, when the model was wrapped, and is "
-                "trained now",
-                hint="Unfreeze it before wrap(), or in mid-training after unwrap(model), and wrap again on the same "
-                "ledger.",
-            )
-        if not parts and self._model.left_out(p):
-            return ghost_norms.Dense(torch.zeros((), device=p.device).expand(drawn, p.numel()))
-        if not parts:
-            raise UnsupportedModelError(
-                f"parameter {self._name(p)} received no per-sample gradient: it took no part in the loss, is used "
-                "outside its own layer's forward, or the model was in eval mode",
-                hint="Call model.train(); freeze unused parameters and leave them out of the optimizer.",
-            )
-        for part in parts:
-            if part.records != drawn:
-                raise UnsupportedModelError(
-                    f"parameter {self._name(p)} has gradients for {part.records} samples, but {drawn} records were "
-                    "drawn",
-                    hint="Each layer's input needs one row per record, in its first dimension (batch_first=True): do "
-                    "not drop, repeat or merge records.",
-                )
-        if p in self._model.astray:
-            raise UnsupportedModelError(
-                f"parameter {self._name(p)} received a gradient from outside its own layer's forward in train mode",
-                hint="Use weights through their layers only: call layer(x), not a function of layer.weight. An L2 term "
-                "is the optimizer's weight_decay; it needs no gradients of the loss.",
-            )
-        return ghost_norms.added(parts)
-
-    def _compare(self, samples: list[ghost_norms.PerSample]) -> None:
-        """Compare per-sample gradients with autograd, of each parameter until both were there to be compared."""
-        model = self._model
-        for p, g in zip(self.params, samples, strict=True):
-            if p in model.compared:
-                continue
-            if p not in model.averages:
-                raise UnsupportedModelError(
-                    f"parameter {self._name(p)} received no gradient from autograd to compare with",
-                    hint="Call loss.backward() on a loss of the wrapped model's own parameters.",
-                )
-            norms, average = g.norms(), g.weighted_sum(torch.full((g.records,), 1.0 / g.records, dtype=torch.float64))
-            expected = model.averages.pop(p).reshape(-1).to(average.device, torch.float64)
-            size = float(torch.linalg.vector_norm(expected))
-            difference = float(torch.linalg.vector_norm(average.sub_(expected)))
-            few = g.dense(_COMPARED)
-            astray = (ghost_norms.norms(few).to(norms.device) - norms[: len(few)]).abs()
-            scale = float(norms.mean())
-            if not (difference <= 1e-3 * scale + 1e-7 and float(astray.max()) <= 1e-3 * scale + 1e-7):
-                raise UnsupportedModelError(
-                    f"parameter {self._name(p)}: its per-sample gradients do not average to autograd's gradient",
-                    hint="The layer is used in a way that per-sample gradients do not follow, such as sharing it "
-                    "across records, a scaled loss, an L2 term in the loss (use the optimizer's weight_decay), or "
-                    "backward() under autocast. Nothing was released.",
-                )
-            if size > 1e-2 * scale and scale > 1e-4:  # or else they agreed for want of anything to differ in
-                model.compared.add(p)
-
     def _refuse_diverged(self) -> None:
         """Refuse trained weights that are not finite. They are released: to stop for them tells nothing more."""
         for p in self.params:
             if not bool(torch.isfinite(p).all()):
                 raise PrivacyError(
-                    f"parameter {self._name(p)} is not finite any more: training has diverged",
+                    f"parameter {parameter_name(self._model, p)} is not finite any more: training has diverged",
                     hint="Lower the learning rate, and begin again from finite weights.",
                 )
 
-    def _remember_buffers(self) -> None:
-        buffers = self._model._module.named_buffers()
-        self._buffers = {name: (b, b._version, b.detach().clone()) for name, b in buffers}
-
-    def _refuse_changed_buffers(self, *, thorough: bool) -> None:
-        """Compare buffers with those at the beginning of the pass; unless `thorough`, those that torch saw change."""
-        known = self._buffers or {}
-        for name, buffer in self._model._module.named_buffers():
-            before, version, value = known.get(name, (None, 0, None))
-            if not thorough and before is not None and buffer is before and before._version == version:
-                continue
-            if value is None or buffer.shape != value.shape or not torch.equal(value.to(buffer.device), buffer):
-                raise UnsupportedModelError(
-                    f"buffer {name} changes during training: it would publish the data without noise",
-                    hint="Remove the running statistics, or freeze them.",
-                )
-
     def _clip_factors(self, samples: list[ghost_norms.PerSample]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
-        """Return each record's factor min(1, C / norm) for each parameter, shape (batch,), float64; the sum of the
-        records' answers for adaptive clipping, +1 for a norm of at most C, else -1; and which gradients are not finite:
-        factor and answer of those records are 0.
-        """
-        found = [g.norms() for g in samples]
-        per_parameter = torch.stack([n.to(found[0].device) for n in found])
-        norms = torch.linalg.vector_norm(per_parameter, dim=0)
-        gone = ~torch.isfinite(norms)
+        """See :func:`choral.privacy.dpsgd.clip_factors.clip_factors`."""
         setting = self.clipping.setting
-        if isinstance(setting, PerLayerClip):
-            return [f.masked_fill(gone, 0.0) for f in self._layer_factors(setting, per_parameter)], 0.0, gone
-        factors = (self.max_grad_norm / (norms * (1.0 + _MARGIN))).clamp(max=1.0).masked_fill(gone, 0.0)
-        answers = torch.where(norms <= self.max_grad_norm, 1.0, -1.0).masked_fill(gone, 0.0).sum()
-        return [factors] * len(found), float(answers) if isinstance(setting, AdaptiveClip) else 0.0, gone
-
-    def _layer_factors(self, setting: PerLayerClip, per_parameter: torch.Tensor) -> list[torch.Tensor]:
-        """Return the same for each parameter, from the norms of its layer, shape (parameters, batch)."""
-        names = [self._name(p) for p in self.params]
-        layers = [setting.layer(name) for name in names]
-        factors = {}
-        for layer, bound in setting.bounds(names).items():
-            mine = [i for i, other in enumerate(layers) if other == layer]
-            norms = torch.linalg.vector_norm(per_parameter[mine], dim=0)
-            factors[layer] = (bound / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
-        return [factors[layer] for layer in layers]
+        names = [parameter_name(self._model, p) for p in self.params] if isinstance(setting, PerLayerClip) else []
+        return clip_factors(setting, self.max_grad_norm, [g.norms() for g in samples], names)
 
     def _release(self, pending: _Pending) -> None:
         """Add noise to the clipped sum and leave the result in `p.grad`; move the clipping norm if it adapts."""
@@ -487,9 +385,6 @@ class PrivateOptimizer(OptimizerWrapper):
                 hint="Leave it alone; noise schedules are not accounted for.",
             )
         return grid_gaussian(count, self.noise_multiplier, self._sensitivity, grid, self._source)
-
-    def _name(self, p: torch.Tensor) -> str:
-        return next((name for name, q in self._model._module.named_parameters() if q is p), "(not in the model)")
 
 
 def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *_: Any) -> None:

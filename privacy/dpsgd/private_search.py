@@ -18,7 +18,8 @@ from typing import Generic, Literal, TypeVar
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.accounting.plain_numbers import as_integer, is_number
-from choral.privacy.dpsgd.engine import ExecutionPlan, PoissonPlan, Privacy
+from choral.privacy.dpsgd.engine import Privacy
+from choral.privacy.dpsgd.execution_plan import ExecutionPlan, PoissonPlan
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.ledgers.spent import Spent

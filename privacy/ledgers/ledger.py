@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
-import msgspec
-
 from choral.errors import ConfigError
-from choral.locks import lock_file, refuse_without_locks, sync_folder
+from choral.locks import lock_file, refuse_without_locks
 from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.events import (
     CLIENT_UNIT,
@@ -41,24 +38,10 @@ from choral.privacy.accounting.events import (
 )
 from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.errors import LedgerError
-from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, UnreadableError, follow, lines
+from choral.privacy.ledgers.hash_chain import GENESIS, UnreadableError, lines
+from choral.privacy.ledgers.ledger_file import FORMAT, RESTORE, Header, created, extend, unit_of, verified
 
-_FORMAT = "choral ledger 1"
 _ONE_EACH = "Give each data owner a ledger of its own."
-_RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
-
-
-class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="header"):
-    format: str
-    holder: str
-    delta: float
-    unit: str
-    neighbours: str
-
-
-_DECODER: msgspec.json.Decoder[ChainedLine[_Header | ReleasePlan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
-    ChainedLine[_Header | ReleasePlan | RecordEvent | ClientRelease]
-)
 
 
 class Ledger:
@@ -81,7 +64,7 @@ class Ledger:
         self._asked_delta: float | None = None
         self._asked_unit = UNIT
         self._asked_neighbours: str | None = None
-        self._header: _Header | None = None
+        self._header: Header | None = None
         self._entries: list[ReleasePlan | Event] = []
         self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
@@ -172,7 +155,7 @@ class Ledger:
         self._refresh()
         places = [place for place, entry in enumerate(self._entries, 1) if not isinstance(entry, ReleasePlan)]
         if not 0 <= events <= len(places):
-            raise LedgerError(f"{self._name} holds {len(places)} events, expected at least {events}", hint=_RESTORE)
+            raise LedgerError(f"{self._name} holds {len(places)} events, expected at least {events}", hint=RESTORE)
         if self._header is None or events == 0:
             return GENESIS
         return lines(GENESIS, (self._header, *self._entries[: places[events - 1]]))[1]
@@ -189,9 +172,9 @@ class Ledger:
         Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
         """
         ledger = cls()
-        ledger._header, ledger._entries, ledger._head = _verify(content, f"the ledger of {holder!r}")
+        ledger._header, ledger._entries, ledger._head = verified(content, f"the ledger of {holder!r}")
         if all(isinstance(entry, ReleasePlan) for entry in ledger._entries):
-            raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=_RESTORE)
+            raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=RESTORE)
         if ledger.holder != holder:
             raise LedgerError(f"a ledger that belongs to {ledger.holder!r}, not to {holder!r}", hint=_ONE_EACH)
         return ledger
@@ -251,11 +234,11 @@ class Ledger:
             )
         entries = (event,) if plan is None else (plan, event)
         for entry in entries:
-            self._check_unit(_unit_of(entry))
+            self._check_unit(unit_of(entry))
         if self._asked is None or self._asked_delta is None:
             raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
-        header = _Header(
-            format=_FORMAT,
+        header = Header(
+            format=FORMAT,
             holder=self._asked,
             delta=self._asked_delta,
             unit=self._asked_unit,
@@ -272,7 +255,7 @@ class Ledger:
             self._entries += entries
             return
         try:
-            if self._header is None and after == 0 and _created(self.path, lines(GENESIS, (header, *entries))[0]):
+            if self._header is None and after == 0 and created(self.path, lines(GENESIS, (header, *entries))[0]):
                 self._refresh()
                 return
             with self._open(write=True) as file:
@@ -280,7 +263,7 @@ class Ledger:
                 self._check_count(after)
                 if self._header != header:
                     raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
-                _extend(file.fileno(), end, lines(self._head, entries)[0])
+                extend(file.fileno(), end, lines(self._head, entries)[0])
                 self._read(file)
         except OSError as error:
             raise LedgerError(
@@ -341,11 +324,11 @@ class Ledger:
         end = content.rfind(b"\n") + 1
         if seen == self._seen:
             return end
-        header, entries, head = _verify(content[:end], self._name)
+        header, entries, head = verified(content[:end], self._name)
         if all(isinstance(entry, ReleasePlan) for entry in entries):
-            raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=_RESTORE)
+            raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=RESTORE)
         if entries[: len(self._entries)] != self._entries:
-            raise LedgerError(f"{self._name} was rewritten while in use", hint=_RESTORE)
+            raise LedgerError(f"{self._name} was rewritten while in use", hint=RESTORE)
         self._header, self._entries, self._head, self._seen = header, entries, head, seen
         return end
 
@@ -360,69 +343,3 @@ def as_ledger(given: Ledger | str | Path | None) -> Ledger:
     if given is not None and not isinstance(given, str | Path):
         raise ConfigError(f"ledger is a {type(given).__name__}, expected a file, a Ledger or None")
     return Ledger(given)
-
-
-def _unit_of(entry: ReleasePlan | Event) -> str:
-    event = entry.parts[0].event if isinstance(entry, ReleasePlan) else entry
-    return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
-
-
-def _extend(file: int, end: int, line: bytes) -> None:
-    """Write `line` at `end`, on disk, or take back what was written of it: an event that was not paid for is not kept.
-
-    A torn tail after `end` goes; its append never returned. Should taking back fail, too, then part of a line is left,
-    which goes with the next append, or all of it, which counts although nothing was released.
-    """
-    os.ftruncate(file, end)
-    try:
-        left, place = memoryview(line), end
-        while left:
-            written = os.pwrite(file, left, place)
-            left, place = left[written:], place + written
-        os.fsync(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(file, end)
-            os.fsync(file)
-        raise
-
-
-def _created(path: Path, content: bytes) -> bool:
-    """Make the file with all of `content`, on disk, or not at all; return False if there is one already."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename, fails if the name is taken
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.absolute().parent)
-    return True
-
-
-def _verify(content: bytes, name: str) -> tuple[_Header | None, list[ReleasePlan | Event], str]:
-    """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
-    header: _Header | None = None
-    entries: list[ReleasePlan | Event] = []
-    head = GENESIS
-    try:
-        for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):
-            if isinstance(entry, _Header) != (number == 1):
-                raise BrokenChainError(number, undecoded=False)
-            if isinstance(entry, _Header):
-                header = entry
-                if header.format != _FORMAT or header.neighbours not in RELATIONS.get(header.unit, ()):
-                    raise LedgerError(f"{name}: of another format, unit or neighbour relation", hint=_RESTORE)
-            elif header is None or header.unit != _unit_of(entry):
-                raise LedgerError(f"{name}, line {number}: an event of another unit than the ledger's", hint=_RESTORE)
-            else:
-                entries.append(entry)
-            head = digest
-    except BrokenChainError as error:
-        what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
-        raise LedgerError(f"{name}, line {error.number}: {what}", hint=_RESTORE) from error
-    return header, entries, head

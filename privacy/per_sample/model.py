@@ -10,8 +10,7 @@ by Opacus or functorch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.full_precision import full_precision
 from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.layer_replacement import refuse_unsupported
+from choral.privacy.per_sample.layer_use import LayerCall, LayerUse, OutputTap, trainable
 from choral.privacy.record_independence.forward_checks import CheckedModule
 from choral.privacy.record_independence.loss_graph import observe_losses
 from choral.privacy.record_independence.unsupported_calls import (
@@ -118,7 +118,7 @@ class PerSampleModel(CheckedModule):
 
         So it is with Hugging Face's heads, which hold their decoder's bias, and with Opacus' recurrent layers.
         """
-        own = {id(p) for p in _trainable(module)}
+        own = {id(p) for p in trainable(module)}
         if own and own <= {id(p) for child in module.children() for p in child.parameters()}:
             for child in module.children():
                 yield from self.iterate_submodules(child)
@@ -137,7 +137,7 @@ class PerSampleModel(CheckedModule):
         """Spare torch the gradients of the layer's parameters, once they have been compared."""
         refuse_reentrant(module)
         if self._watches(module):
-            for p in _trainable(module):
+            for p in trainable(module):
                 if p in self.compared:
                     p.requires_grad_(False)
                     self._spared.append(p)
@@ -156,11 +156,11 @@ class PerSampleModel(CheckedModule):
         if not self._watches(module):
             return result
         self._refuse_single_values(module, a)
-        use = _Forward(module, a.detach(), a._version, _trainable(module), self._batch, self._inside)
+        use = LayerCall(module, a.detach(), a._version, trainable(module), self._batch, self._inside)
         if output.requires_grad:
             output.register_hook(partial(self._hear, use))
         else:
-            result = _Tap.apply(output, self._anchor, partial(self._hear, use))  # type: ignore[no-untyped-call]
+            result = OutputTap.apply(output, self._anchor, partial(self._hear, use))  # type: ignore[no-untyped-call]
         self._ends.add((output if result is None else result).grad_fn)
         return result
 
@@ -176,12 +176,12 @@ class PerSampleModel(CheckedModule):
             )
         return kind.expanded(a, records), kind.expanded(output, records).clone()
 
-    def _hear(self, use: _Forward, gradient: torch.Tensor) -> None:
+    def _hear(self, use: LayerCall, gradient: torch.Tensor) -> None:
         """Take in the gradient of the output of a layer, in a backward pass."""
         with full_precision():
             self._take_in(use, gradient)
 
-    def _take_in(self, use: _Forward, gradient: torch.Tensor) -> None:
+    def _take_in(self, use: LayerCall, gradient: torch.Tensor) -> None:
         if not self.hooks_enabled:
             return
         refuse_anomaly_detection()
@@ -257,7 +257,7 @@ class PerSampleModel(CheckedModule):
     def capture_activations_hook(self, module: nn.Module, forward_input: Any, forward_output: Any) -> None:
         """Keep the layer's input and ask for the gradient of its output."""
         refuse_reentrant(module)
-        if self._watches(module) and _trainable(module):
+        if self._watches(module) and trainable(module):
             refuse_inputs(self.name_of(module), module, forward_input)
         recorded = len(getattr(module, "activations", ()))
         super().capture_activations_hook(module, forward_input, forward_output)
@@ -355,47 +355,6 @@ class PerSampleModel(CheckedModule):
         self.astray.clear()
         self._ends.clear()
         self._records = None
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """One use of a layer in a forward pass."""
-
-    layer: nn.Module
-    a: torch.Tensor
-    version: int  # of `a`, when it was used
-    trainable: list[nn.Parameter]
-    batch: int  # its number
-    inside: bool  # in a forward pass that is looked at
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """Gradients of one parameter from one use of its layer, heard in one backward pass."""
-
-    gradients: ghost_norms.PerSample
-    backward: int
-
-
-class _Tap(torch.autograd.Function):
-    """The output of a layer before which nothing is trained, made part of the graph: else no gradient would come."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, hear: Callable[[torch.Tensor], None]
-    ) -> torch.Tensor:
-        ctx.hear = hear
-        ctx.mark_dirty(output)  # as if changed in place: a view would forbid in-place activations
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.hear(gradient)
-        return None, None, None
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
 
 
 def with_per_sample_gradients(model: nn.Module) -> PerSampleModel:

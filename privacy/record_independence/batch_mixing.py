@@ -17,97 +17,22 @@ point is looked at again once its rows differ. Nothing is said about a dependenc
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.record_independence import module_state
+from choral.privacy.record_independence.batch_rows import changed, few, run, same_random_numbers, splits, taken, tensors
 from choral.privacy.record_independence.forward_probes import Point, moved, reseed, shaken, sketch, watched
-from choral.privacy.record_independence.forward_probes import same_random_numbers as _same_random_numbers
 from choral.privacy.record_independence.unsupported_calls import refuse_bent
 
 _Found = TypeVar("_Found")
 
-_SPLITS = 4
-_FEW = 8  # records whose gradients are looked at
 _SEEDS = 16  # random numbers with which they are looked at
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors with a first dimension in `value`: a tensor, or nested mappings, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim > 0:
-            yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
-        for part in value:
-            yield from tensors(part)
-
-
-def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return `value` with `change` applied to each of its :func:`tensors`."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.ndim > 0 else value
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key, part in value.items():
-            result[key] = changed(part, change)
-        return result
-    if isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
-        parts = [changed(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def rows_of(inputs: Any, drawn: int | None) -> int:
-    """Return the number of records in a model's `inputs`: `drawn` if an input has as many rows, else the first's rows.
-
-    Raises: UnsupportedModelError (no tensor among the inputs, and nothing was drawn).
-    """
-    lengths = [len(t) for t in tensors(inputs)]
-    if drawn is not None and (drawn in lengths or not lengths):
-        return drawn
-    if not lengths:
-        raise UnsupportedModelError(
-            "the model's inputs hold no tensor with one row per record",
-            hint="Pass the batch as tensors, in lists, tuples or mappings if need be.",
-        )
-    return lengths[0]
-
-
-def same_random_numbers(value: Any, model: nn.Module | None = None) -> AbstractContextManager[None]:
-    """Leave random numbers as they were, also on the GPUs that hold the tensors in `value`; see watching."""
-    return _same_random_numbers(sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}), model)
-
-
-def run(
-    forward: Callable[..., Any], args: Any, kwargs: Any, take: torch.Tensor, rows: int, *, graph: bool = False
-) -> Any:
-    """Return what `forward` makes of the records `take`; random numbers stay as they were.
-
-    rows: how many records `args` and `kwargs` hold. graph: with a graph for gradients, as in training.
-    """
-    model = forward if isinstance(forward, nn.Module) else None
-    with same_random_numbers((args, kwargs), model), torch.set_grad_enabled(graph):
-        return forward(*taken(args, take, rows), **taken(kwargs, take, rows))
-
-
-def taken(value: Any, take: torch.Tensor, rows: int) -> Any:
-    """Return copies of the tensors in `value`, of the records `take` where they have one row for each."""
-
-    def picked(t: torch.Tensor) -> torch.Tensor:
-        return t.detach()[take.to(t.device)] if len(t) == rows else t.detach().clone()
-
-    return changed(value, picked)
 
 
 class PointSketch(NamedTuple):
@@ -314,16 +239,6 @@ def _refuse_by_gradients(subject: CheckedForward, take: torch.Tensor) -> None:
     refuse_by_gradient(output, layers, inputs, len(take), layers_only=subject.step)
 
 
-def few(args: Any, kwargs: Any, rows: int) -> torch.Tensor:
-    """Return which records to look at where not all can be: the first, and those that differ from it before others."""
-    differs = torch.zeros(rows, dtype=torch.bool)
-    for t in tensors((args, kwargs)):
-        if len(t) == rows and t.numel() > 0:
-            differs |= (t != t[:1]).reshape(rows, -1).any(1).cpu()
-    order = torch.argsort((~differs[1:]).int(), stable=True) + 1
-    return torch.cat([torch.zeros(1, dtype=torch.int64), order])[:_FEW].sort().values
-
-
 def varying(
     points: set[Point], layers: Mapping[str, nn.Module], forward: Callable[[], Any], rows: int
 ) -> tuple[Any, set[Point]]:
@@ -387,15 +302,6 @@ def refuse_by_gradient(
             if bool(size[~kept.to(size.device)].max() > 1e-6 * size.max()):
                 raise _mixes()
     return True
-
-
-def splits(rows: int) -> Iterator[torch.Tensor]:
-    """Yield which of `rows` records to keep, each split both ways round."""
-    ranks = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    for bit in range(min(_SPLITS, (rows - 1).bit_length())):
-        kept = (ranks >> bit) & 1 == 1
-        yield kept
-        yield ~kept
 
 
 def _by_record(output: Any, rows: int) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from torch import nn
 from choral.errors import ConfigError
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.full_precision import full_precision
-from choral.privacy.record_independence import batch_mixing, module_state, shared_inputs
+from choral.privacy.record_independence import batch_mixing, batch_rows, module_state, shared_inputs
 from choral.privacy.record_independence.forward_probes import Point
 from choral.privacy.record_independence.loss_graph import LossGraphCheck
 from choral.privacy.record_independence.separable_loss import refuse_inseparable
@@ -116,7 +116,7 @@ class CheckedModule(GradSampleModule):  # type: ignore[misc]
         self._called = True
         if not (self.training and torch.is_grad_enabled()) or self._trying:
             return self._module(*args, **kwargs)
-        self._records = rows = batch_mixing.rows_of((args, kwargs), self.drawn)
+        self._records = rows = batch_rows.rows_of((args, kwargs), self.drawn)
         self._renew()
         if not self._placed:
             self._find_shared(self._module, args, kwargs, rows)
@@ -156,7 +156,7 @@ class CheckedModule(GradSampleModule):  # type: ignore[misc]
             output = self._module(*args, **kwargs)
         finally:
             self._inside = False
-        self._ends.update(t.grad_fn for t in batch_mixing.tensors(output))
+        self._ends.update(t.grad_fn for t in batch_rows.tensors(output))
         return output
 
     def _layers(self) -> dict[str, nn.Module]:
@@ -223,7 +223,7 @@ class CheckedModule(GradSampleModule):  # type: ignore[misc]
         """
         if not callable(step):
             raise ConfigError(f"step is a {type(step).__name__}, expected a function of a batch that returns its loss")
-        step, rows = partial(_loss_of, step), batch_mixing.rows_of(batch, self.drawn)
+        step, rows = partial(_loss_of, step), batch_rows.rows_of(batch, self.drawn)
         drawn, self._called = rows == self.drawn, False
         with full_precision():
             self._renew()
@@ -257,7 +257,7 @@ class CheckedModule(GradSampleModule):  # type: ignore[misc]
     def _differing(self, subject: batch_mixing.CheckedForward) -> set[Point]:
         """Return at which of the points that are still open the records differ in a training step."""
         take = torch.arange(subject.rows)
-        run = partial(batch_mixing.run, subject.forward, subject.args, subject.kwargs, take, subject.rows)
+        run = partial(batch_rows.run, subject.forward, subject.args, subject.kwargs, take, subject.rows)
         with self._unheard():
             return batch_mixing.varying(self.open, subject.layers, run, subject.rows)[1] if self.open else set()
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from choral.privacy.record_independence.batch_mixing import splits
+from choral.privacy.record_independence.batch_rows import splits
 
 _BROKEN = {
     *("Relu", "LeakyRelu", "Prelu", "Abs", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "Threshold", "Hardsigmoid"),

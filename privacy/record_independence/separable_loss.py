@@ -15,7 +15,8 @@ import torch
 
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.record_independence import module_state
-from choral.privacy.record_independence.batch_mixing import CheckedForward, few, run, same_random_numbers, splits, taken
+from choral.privacy.record_independence.batch_mixing import CheckedForward
+from choral.privacy.record_independence.batch_rows import few, run, same_random_numbers, splits, taken
 from choral.privacy.record_independence.forward_probes import Point, shaken, watched
 
 _RELATIVE = 1e-4  # rounding of a float32 loss

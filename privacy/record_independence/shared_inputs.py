@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from choral.privacy.record_independence import batch_mixing
+from choral.privacy.record_independence import batch_mixing, batch_rows
 from choral.privacy.record_independence.forward_probes import shaken
 
 
@@ -51,7 +51,7 @@ def shared_embeddings(
     rows: the records in `args` and `kwargs`. Nothing is found in a model that does not run with one record more.
     """
     layers: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Embedding]
-    if not layers or not any(len(t) == rows for t in batch_mixing.tensors((args, kwargs))):
+    if not layers or not any(len(t) == rows for t in batch_rows.tensors((args, kwargs))):
         return {}
     take = torch.arange(rows)
     before = _inputs(forward, layers, args, kwargs, take, rows)
@@ -77,7 +77,7 @@ def _inputs(
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        batch_mixing.run(forward, args, kwargs, take, rows)
+        batch_rows.run(forward, args, kwargs, take, rows)
     except Exception:  # whatever it is: the model is then looked at as it is, and refused as before
         return None
     finally:
@@ -95,10 +95,10 @@ def computes_the_same(
     """
     take = torch.arange(rows)
     with evaluating(model), shaken(model):  # behind a head that is still zero, anything would be the same
-        plain, again = (batch_mixing.run(forward, args, kwargs, take, rows) for _ in range(2))
+        plain, again = (batch_rows.run(forward, args, kwargs, take, rows) for _ in range(2))
         mended(True)
         try:
-            other = batch_mixing.run(forward, args, kwargs, take, rows)
+            other = batch_rows.run(forward, args, kwargs, take, rows)
         except Exception:  # expanded, it does not fit what the model does with it
             return False
         finally:

@@ -25,10 +25,11 @@ from choral.privacy import (
     Spent,
 )
 from choral.privacy.accounting.client_noise import SLACK
-from choral.privacy.client_level.client import HOLDER, spent_by
+from choral.privacy.client_level.client import HOLDER
 from choral.privacy.ledgers.ledger import as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
+from choral.privacy.ledgers.spending import spent_by_clients
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.interface import Channel, Mean
@@ -270,7 +271,7 @@ class Clients:
         self._privacy, self._ledger, self._recorder = privacy, ledger, recorder
 
     def spent(self) -> dict[str, Spent]:
-        return {HOLDER: spent_by(self._ledger, self._privacy.delta)}
+        return {HOLDER: spent_by_clients(self._ledger, self._privacy.delta)}
 
     def rounds_paid_for(self, rounds: int, sums: int) -> tuple[int, str]:
         """How far a run of so many sums a round can go, `rounds` or less, and why no further.

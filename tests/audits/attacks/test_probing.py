@@ -15,7 +15,7 @@ from choral.audits.attacks.probing import FALSE_ALARMS, noise_reuse, probe
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy
 from choral.privacy.accounting.events import PoissonSampledGaussian
-from choral.privacy.dpsgd import engine
+from choral.privacy.dpsgd import execution_plan
 from choral.privacy.dpsgd import private_optimizer as step
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 
@@ -69,19 +69,19 @@ def rate_of_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     def event(*, sample_rate: float, noise_multiplier: float, steps: int) -> PoissonSampledGaussian:
         return PoissonSampledGaussian(sample_rate=1.0 / steps, noise_multiplier=noise_multiplier, steps=steps)
 
-    monkeypatch.setattr(engine, "PoissonSampledGaussian", event)
+    monkeypatch.setattr(execution_plan, "PoissonSampledGaussian", event)
 
 
 def shuffled_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of one size, accounted as if drawn by chance."""
 
-    class Fixed(engine.PoissonSampler):
+    class Fixed(execution_plan.PoissonSampler):
         def __iter__(self) -> Any:
             rng = np.random.default_rng()
             for _ in range(self.steps):
                 yield rng.choice(self.size, int(self.rate * self.size), replace=False).tolist()
 
-    monkeypatch.setattr(engine, "PoissonSampler", Fixed)
+    monkeypatch.setattr(execution_plan, "PoissonSampler", Fixed)
 
 
 BROKEN: dict[Callable[[pytest.MonkeyPatch], None], str] = {
