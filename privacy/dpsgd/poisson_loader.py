@@ -25,6 +25,7 @@ from choral.privacy.record_independence.collation import CheckedCollation
 # What a subclass may define anew; whatever else DataLoader has, the private loader would replace by its own.
 _HARMLESS = {"__init__", "__setattr__", "__doc__", "__dict__", "__weakref__", "__module__", "__annotations__"}
 _HARMLESS |= {"__orig_bases__", "__parameters__", "_DataLoader__initialized"}
+_HARMLESS |= {"__firstlineno__", "__static_attributes__"}  # what Python 3.13 gives every class
 
 
 class PoissonSampler(Sampler[list[int]]):
