@@ -9,10 +9,10 @@ from choral.audits.attacks.membership import logit_gap as logit_gap
 from choral.audits.attacks.membership import loss_threshold as loss_threshold
 from choral.audits.attacks.membership import rmia as rmia
 from choral.audits.attacks.probing import probe as probe
-from choral.audits.attacks.score_audit import TooFewCanariesError as TooFewCanariesError
 from choral.audits.attacks.score_audit import audit_scores as audit_scores
 from choral.audits.attacks.score_audit import audit_training as audit_training
 from choral.audits.attacks.score_audit import canaries_needed as canaries_needed
+from choral.audits.attacks.score_bounds import TooFewCanariesError as TooFewCanariesError
 from choral.audits.attacks.score_files import read_scores as read_scores
 from choral.audits.attacks.shadow_models import train_shadows as train_shadows
 from choral.audits.comparison.comparison import Comparison as Comparison

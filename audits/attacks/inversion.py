@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,8 @@ def inversion_audit(
     _check(inputs, labels, shape, parties, trials)
     rng = np.random.default_rng(seed)
     promise = privacy or ClientPrivacy(epsilon=8.0, delta=1e-5)
-    own: dict[str, list[float]] = {name: [] for name in _SEES}
-    alike: dict[str, list[float]] = {name: [] for name in _SEES}
-    other: dict[str, list[list[float]]] = {name: [] for name in _SEES}
-    shown: dict[str, npt.NDArray[np.float64]] = {}
-    truth = np.zeros(shape)
+    rebuilt = {name: _Rebuilt() for name in _SEES}
+    truth: list[npt.NDArray[np.float64]] = []
     with _evaluated(model) as shared:
         layer = _first_linear(shared, inputs[:1])
         attack = (
@@ -122,53 +119,65 @@ def inversion_audit(
             if layer is not None
             else _optimiser(shared, inputs, learning_rate, iterations)
         )
-        for trial in range(trials):
+        for _ in range(trials):
             drawn = rng.choice(len(inputs), parties + _UNRELATED, replace=False)
-            chosen, unrelated = drawn[:parties], drawn[parties:]
+            chosen, unrelated = drawn[:parties], [_picture(inputs[j], shape) for j in drawn[parties:]]
             updates = {
                 f"party-{i}": _update(shared, inputs[j : j + 1], labels[j : j + 1], learning_rate)
                 for i, j in enumerate(chosen)
             }
-            original = _picture(inputs[chosen[0]], shape)
-            for name, seen in _views(updates, promise).items():
-                image = _picture(attack(seen, int(labels[chosen[0]])), shape)
-                own[name].append(psnr(original, image))
-                alike[name].append(ssim(original, image))
-                other[name].append([psnr(_picture(inputs[j], shape), image) for j in unrelated])
-                if trial == 0:
-                    shown[name], truth = image, original
+            truth.append(_picture(inputs[chosen[0]], shape))
+            for name, view in _views(updates, promise).items():
+                image = _picture(attack(view, int(labels[chosen[0]])), shape)
+                rebuilt[name].add(image, truth[-1], unrelated)
     return InversionAudit(
         method="exact (linear first layer)" if layer is not None else "optimisation",
         shape=shape,
         batch=1,
         trials=trials,
         level=level,
-        truth=tuple(truth.ravel().tolist()),
-        views=tuple(_view(name, shown[name], own[name], alike[name], other[name], level) for name in _SEES),
+        truth=tuple(truth[0].ravel().tolist()),
+        views=tuple(rebuilt[name].view(name, level) for name in _SEES),
         assumptions=_ASSUMPTIONS,
     )
 
 
-def _view(
-    name: str,
-    image: npt.NDArray[np.float64],
-    own: list[float],
-    alike: list[float],
-    other: list[list[float]],
-    level: float,
-) -> View:
-    p_value = nearer_p_value(np.array(own), np.array(other))
-    mean = float(np.mean(own))
-    return View(
-        name=name,
-        sees=_SEES[name],
-        image=tuple(image.ravel().tolist()),
-        psnr=mean,
-        ssim=float(np.mean(alike)),
-        unrelated_psnr=float(np.mean(other)),
-        p_value=p_value,
-        recovered=p_value < level and mean >= RECOGNISABLE_PSNR,
-    )
+@dataclass
+class _Rebuilt:
+    """What the attack made of one view, trial by trial, and how near it came: to the original and to others.
+
+    own, alike: PSNR and SSIM to the original. other: PSNR to each unrelated picture.
+    """
+
+    images: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    alike: list[float] = field(default_factory=list)
+    other: list[list[float]] = field(default_factory=list)
+
+    def add(
+        self,
+        image: npt.NDArray[np.float64],
+        original: npt.NDArray[np.float64],
+        unrelated: list[npt.NDArray[np.float64]],
+    ) -> None:
+        self.images.append(image)
+        self.own.append(psnr(original, image))
+        self.alike.append(ssim(original, image))
+        self.other.append([psnr(picture, image) for picture in unrelated])
+
+    def view(self, name: str, level: float) -> View:
+        p_value = nearer_p_value(np.array(self.own), np.array(self.other))
+        mean = float(np.mean(self.own))
+        return View(
+            name=name,
+            sees=_SEES[name],
+            image=tuple(self.images[0].ravel().tolist()),
+            psnr=mean,
+            ssim=float(np.mean(self.alike)),
+            unrelated_psnr=float(np.mean(self.other)),
+            p_value=p_value,
+            recovered=p_value < level and mean >= RECOGNISABLE_PSNR,
+        )
 
 
 def _update(model: _Global, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> torch.Tensor:

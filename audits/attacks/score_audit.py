@@ -13,42 +13,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from choral.audits.attacks.canaries import flip_coins
+from choral.audits.attacks.score_bounds import (
+    ONE_RUN,
+    TooFewCanariesError,
+    bounds_by_coins,
+    bounds_by_runs,
+    plain_bound,
+)
 from choral.audits.attacks.score_files import Design
 from choral.audits.findings.evidence import Bound, Finding, NullControl, ScoreAudit
 from choral.audits.findings.text import at_least, power
 from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds import trade_off as fdp
-from choral.audits.lower_bounds import trials as bounds
-from choral.audits.lower_bounds.guessing import Bound as BoundOf
-from choral.audits.lower_bounds.guessing import FixedShares, Guessing, GuessingOutcome, SampleSplit, shuffled
-from choral.audits.lower_bounds.roc import Bools, Floats, checked_scores, curve, roc
-from choral.audits.lower_bounds.trials import Counts, rate_interval
+from choral.audits.lower_bounds.guessing import FixedShares, Guessing, SampleSplit
+from choral.audits.lower_bounds.roc import Bools, checked_scores, roc
 from choral.errors import ConfigError, DataError
 
-ONE_RUN, FDP = "one run", "one run, Gaussian f-DP"
-EXACT, GAUSSIAN, JOINT = "Clopper-Pearson", "Gaussian from two rates", "joint beta"
 NULL_DRAWS = 200
-_NULL_LEVEL = 0.99
 _UNFAIR = 1e-6
-_SHARED_COINS = (
-    "Canaries that share a coin: the control flips one for each. Where several entered together, the bound is false far"
-    " more often than it says (twenty to a coin: positive in about half of all audits of a model that leaks nothing)."
-)
-_SHARED_TRAININGS = (
-    "Scores that share a training: the control takes each to be of its own. Where several are of one, they stand or"
-    " fall together, and the bound is false more often than it says."
-)
-_COINS = "Each canary entered by its own fair coin, and nothing but training depends on the coins."
-_TRIALS = "Each score is of a training of its own, independent of the others, with or without the same canary."
-_FDP_REFERENCE = "Mahloujifar, Melis, Chaudhuri 2024, algorithm 3"
-_ONE_RUN_REFERENCE = "Steinke, Nasr, Jagielski 2023, theorem 5.2"
-
-
-class TooFewCanariesError(DataError):
-    """So few canaries could not refute the claim, whatever the scores: the audit would be a formality."""
 
 
 def audit_scores(
@@ -75,39 +57,25 @@ def audit_scores(
     threshold: for "runs", fixed in advance; None chooses it on a random half and judges it on the other.
 
     Raises: DataError for scores that cannot be used (see :func:`choral.audits.lower_bounds.roc.checked_scores`) or
-    coins that were
-        not fair; TooFewCanariesError when not even epsilon = 0 could be refuted; ConfigError for a setting out of
-        range.
+        coins that were not fair; TooFewCanariesError when not even epsilon = 0 could be refuted; ConfigError for a
+        setting out of range.
     """
     values, inside = checked_scores(scores, members)
     check_settings(delta, confidence, claimed, null_draws)
-    if design not in ("coins", "runs", "split"):
-        raise ConfigError(f"design is {design!r}, expected 'coins', 'runs' or 'split'", hint="see docs/audits.md")
-    if (guessing is not None and design != "coins") or (threshold is not None and design != "runs"):
-        raise ConfigError(f"guessing belongs to design='coins' and threshold to 'runs', not to {design!r}")
+    _check_design(design, guessing, threshold)
     beta = 1.0 - confidence
     found: tuple[Bound, ...] = ()
     null = None
     if design == "coins":
         _check_fair(inside)
-        plan = guessing or FixedShares()
-        found = _one_run_bounds(values, inside, plan, delta, beta)
-        null = null_control(lambda coins: _one_run(values, coins, plan, delta, beta).epsilon, values, beta, null_draws)
+        found, null = bounds_by_coins(values, inside, guessing or FixedShares(), delta, beta, null_draws)
     elif design == "runs":
-        found = _two_sided_bounds(values, inside, threshold, delta, beta)
-        null = null_control(
-            lambda coins: bounds.clopper_pearson(_counts(values, coins, threshold, delta), delta=delta, beta=beta),
-            values, beta, null_draws, count=int(inside.sum()),
-        )  # fmt: skip
+        found, null = bounds_by_runs(values, inside, threshold, delta, beta, null_draws)
     decisive = found[0] if found else None
     if decisive and decisive.ceiling == 0.0:
-        raise TooFewCanariesError(
-            f"{len(values)} canaries are too few: not even epsilon = 0 could be refuted",
-            hint=_needed_hint(0.1, delta, beta),
-        )
-    finding: Finding = "no claim"
-    if decisive and claimed is not None:
-        finding = "violated" if decisive.epsilon > claimed else "not violated"
+        said = f"{len(values)} canaries are too few: not even epsilon = 0 could be refuted"
+        raise TooFewCanariesError(said, hint=_needed_hint(0.1, delta, beta))
+    finding = _finding(decisive, claimed)
     return ScoreAudit(
         attack=attack,
         design=design,
@@ -124,6 +92,19 @@ def audit_scores(
         null=null,
         notes=(*_half(inside, design), *_notes(decisive, claimed, null, delta, beta)),
     )
+
+
+def _check_design(design: str, guessing: Guessing | None, threshold: float | None) -> None:
+    if design not in ("coins", "runs", "split"):
+        raise ConfigError(f"design is {design!r}, expected 'coins', 'runs' or 'split'", hint="see docs/audits.md")
+    if (guessing is not None and design != "coins") or (threshold is not None and design != "runs"):
+        raise ConfigError(f"guessing belongs to design='coins' and threshold to 'runs', not to {design!r}")
+
+
+def _finding(decisive: Bound | None, claimed: float | None) -> Finding:
+    if decisive is None or claimed is None:
+        return "no claim"
+    return "violated" if decisive.epsilon > claimed else "not violated"
 
 
 def audit_training(
@@ -151,7 +132,7 @@ def audit_training(
     """
     check_settings(delta, confidence, claimed, null_draws)
     plan, beta = guessing or FixedShares(), 1.0 - confidence
-    reach = plan.ceiling(len(canaries), partial(_plain, delta), beta) if len(canaries) > 3 else 0.0
+    reach = plan.ceiling(len(canaries), partial(plain_bound, delta), beta) if len(canaries) > 3 else 0.0
     if reach <= (claimed or 0.0):
         raise TooFewCanariesError(
             f"{len(canaries)} canaries can refute at most epsilon = {reach:.3g}, and {claimed or 0.0:g} is claimed",
@@ -187,138 +168,12 @@ def canaries_needed(
     return best
 
 
-def null_control(
-    bound: Callable[[Bools], float], scores: Floats, beta: float, draws: int, *, count: int | None = None
-) -> NullControl:
-    """The whole procedure on memberships drawn afresh, which the scores cannot know: how often is the bound positive?
-
-    count: of members, where it is fixed; None flips a coin for each.
-    """
-    rng = np.random.default_rng(shuffled(scores).tolist()[:64])  # of the order of coins that protect nobody
-    positives = 0
-    for _ in range(draws):
-        if count is None:
-            inside = rng.random(len(scores)) < 0.5
-        else:
-            inside = rng.permutation(len(scores)) < count
-        positives += bound(inside) > 0.0
-    rate = rate_interval(positives, draws, _NULL_LEVEL)
-    return NullControl(
-        draws=draws,
-        positives=positives,
-        rate=rate,
-        allowed=beta,
-        holds=rate.low <= beta,
-        blind_to=(_SHARED_COINS if count is None else _SHARED_TRAININGS,),
-    )
-
-
 def check_settings(delta: float, confidence: float, claimed: float | None, null_draws: int) -> None:
     one_run.check_levels(delta, 1.0 - confidence)
     if claimed is not None and not (math.isfinite(claimed) and claimed > 0.0):
         raise ConfigError(f"the claimed epsilon is {claimed}, expected a finite number > 0")
     if null_draws < 1:
         raise ConfigError(f"null_draws is {null_draws}, expected >= 1")
-
-
-def _plain(delta: float, canaries: int, guesses: int, right: int, beta: float) -> float:
-    return one_run.lower_bound(canaries, guesses, right, delta=delta, beta=beta)
-
-
-def _gaussian(delta: float, canaries: int, guesses: int, right: int, beta: float) -> float:
-    return fdp.lower_bound(canaries, guesses, right, delta=delta, beta=beta)
-
-
-def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> GuessingOutcome:
-    return plan.run(scores, members, partial(_plain, delta), beta)
-
-
-def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> tuple[Bound, ...]:
-    def bound(method: str, compute: BoundOf, assumptions: tuple[str, ...], reference: str) -> Bound:
-        made = plan.run(scores, members, compute, beta)
-        return Bound(
-            method=method,
-            epsilon=made.epsilon,
-            delta=delta,
-            confidence=1.0 - beta,
-            kind="confidence",
-            ceiling=plan.ceiling(len(scores), compute, beta),
-            counts={"canaries": made.canaries, "guesses": made.guesses, "right": made.right},
-            thresholds=plan.words,
-            tried=made.tried,
-            assumptions=assumptions,
-            reference=reference,
-        )
-
-    found = [bound(ONE_RUN, partial(_plain, delta), (_COINS,), _ONE_RUN_REFERENCE)]
-    if delta > 0.0:
-        gaussian = "Training is Gaussian-private for some mu: its trade-off curve is that of two shifted normals."
-        found.append(bound(FDP, partial(_gaussian, delta), (_COINS, gaussian), _FDP_REFERENCE))
-    return tuple(found)
-
-
-def _two_sided_bounds(
-    scores: Floats, members: Bools, threshold: float | None, delta: float, beta: float
-) -> tuple[Bound, ...]:
-    counts = _counts(scores, members, threshold, delta)
-    chosen = (
-        f"fixed in advance at {threshold:g}"
-        if threshold is not None
-        else "chosen on a random half of the trials and judged on the other half"
-    )
-    prior = "Jeffreys priors on both error rates; the result is a posterior probability and not a confidence."
-    shape = "The trade-off curve is that of two shifted normals, so that one pair of rates fixes all of it."
-    rows = [
-        (EXACT, "clopper-pearson", bounds.clopper_pearson, (_TRIALS,), "Kairouz et al. 2015; Jagielski et al. 2020"),
-        (JOINT, "joint-beta", bounds.joint_beta, (_TRIALS, prior), "Zanella-Beguelin et al. 2023"),
-    ]
-    if delta > 0.0:
-        rows.append((GAUSSIAN, "gaussian", bounds.gaussian, (_TRIALS, shape), "Nasr et al. 2023"))
-    return tuple(
-        Bound(
-            method=name,
-            epsilon=compute(counts, delta=delta, beta=beta),
-            delta=delta,
-            confidence=1.0 - beta,
-            kind="credible" if name == JOINT else "confidence",
-            ceiling=bounds.ceiling(counts.members, counts.non_members, delta=delta, beta=beta, method=key),
-            counts={field: getattr(counts, field) for field in Counts.__struct_fields__},
-            thresholds=chosen,
-            tried=1,
-            assumptions=assumptions,
-            reference=reference,
-        )
-        for name, key, compute, assumptions, reference in rows
-    )
-
-
-def _counts(scores: Floats, members: Bools, threshold: float | None, delta: float) -> Counts:
-    """At the threshold fixed in advance, or at the best one of one half, counted on the other half."""
-    if threshold is None:
-        mixed = shuffled(scores)
-        first, second = mixed[::2], mixed[1::2]
-        if len({*members[first]}) < 2 or len({*members[second]}) < 2:
-            raise TooFewCanariesError(
-                f"{len(scores)} scores are too few to be halved", hint="fix a threshold in advance, or train more often"
-            )
-        threshold = _best_threshold(scores[first], members[first], delta)
-        scores, members = scores[second], members[second]
-    guessed = scores >= threshold
-    return Counts(
-        true_positives=int((guessed & members).sum()),
-        false_negatives=int((~guessed & members).sum()),
-        false_positives=int((guessed & ~members).sum()),
-        true_negatives=int((~guessed & ~members).sum()),
-    )
-
-
-def _best_threshold(scores: Floats, members: Bools, delta: float) -> float:
-    """The observed score whose rates, with one more error of each kind, give the largest epsilon."""
-    levels = np.unique(scores)[::-1]
-    false, true = (counted[1:] for counted in curve(scores, members))
-    m, n = int(members.sum()), int((~members).sum())
-    fnr, fpr = (m - true + 1.0) / (m + 1.0), (false + 1.0) / (n + 1.0)
-    return float(levels[int(np.argmax(np.maximum((1.0 - fnr - delta) / fpr, (1.0 - fpr - delta) / fnr)))])
 
 
 def _check_fair(members: Bools) -> None:

@@ -1,4 +1,4 @@
-"""The ledger's own audit: every epsilon by several accountants, and who took part against who was planned for.
+"""The ledger's own audit: every epsilon by several accountants.
 
 An accountant that is wrong in one place is seldom wrong in the same way in another: our privacy loss distributions,
 dp-accounting's, Opacus' privacy random variables and Renyi DP are four programs (three papers) over the same events.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,7 +22,7 @@ from choral.audits.findings.text import at_least, cost, power
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
-    from choral.privacy import ClientRelease, Ledger
+    from choral.privacy import Ledger
     from choral.privacy.accounting.events import RecordEvent
     from choral.trainers.run_folder.run import Run
 
@@ -54,24 +53,6 @@ class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     verdict: Verdict
     finding: str
     phases: tuple[Phase, ...] = ()
-
-
-class ParticipationSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who was planned for, and who took part.
-
-    planned: parties times rounds; realised: survivors over all rounds that were completed. claimed_minimum: the fewest
-    parties of a sum that may be opened, by the secure sum and the promise; fewest: the fewest in any round.
-    epsilon_realised: of a client-level ledger, its cost if each sum had as many noise shares as parties survived.
-    """
-
-    rounds: int
-    completed: int
-    parties: int
-    planned: int
-    realised: int
-    fewest: int
-    claimed_minimum: int | None
-    epsilon_realised: float | None = None
 
 
 def accountants_of(run: Run) -> tuple[Accountants, ...]:
@@ -233,138 +214,3 @@ def accountants_check(rows: Sequence[Accountants]) -> list[Check]:
     return [
         Check(name=name, verdict="holds", finding=f"{len(rows)} of {len(rows)}; {widest.holder}: {widest.finding}.")
     ]
-
-
-def participation_of(run: Run) -> ParticipationSummary | None:
-    """None for pooled training, which has no parties that could fail to come. Raises: LedgerError."""
-    rounds = [entry for entry in run.history if entry.round and not entry.failed]  # those opened no sum
-    if run.info.kind != "federated" or not rounds:
-        return None
-    minimum = [(run.info.secure_sum or {}).get("min_survivors"), (run.info.privacy or {}).get("min_survivors")]
-    known = [int(value) for value in minimum if isinstance(value, int)]
-    parties = run.info.party_count
-    return ParticipationSummary(
-        rounds=run.info.rounds,
-        completed=len(rounds),
-        parties=parties,
-        planned=parties * run.info.rounds,
-        realised=sum(entry.survivors for entry in rounds),
-        fewest=min(entry.survivors for entry in rounds),
-        claimed_minimum=max(known, default=None),
-        epsilon_realised=_epsilon_realised(run),
-    )
-
-
-def participation_checks(run: Run, found: ParticipationSummary | None) -> list[Check]:
-    """Whether the survivors ever fell below what is claimed, and whether the noise was counted by who survived."""
-    if found is None:
-        return []
-    checks = []
-    name = "No sum was opened over fewer parties than claimed"
-    if found.claimed_minimum is not None:
-        opened = [entry for entry in run.history if entry.round and not entry.failed]
-        low = [entry for entry in opened if entry.survivors < found.claimed_minimum]
-        said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
-        if failed := sum(bool(entry.failed) for entry in run.history):
-            said += f" {failed} more rounds had too few and opened no sum, as the run records them."
-        if low:
-            said = (
-                f"Round {low[0].round} has {low[0].survivors} of {found.parties} parties, {found.claimed_minimum} are"
-                f" claimed" + (f"; {len(low)} rounds in all." if len(low) > 1 else ".")
-            )
-        checks.append(Check(name=name, verdict="violated" if low else "holds", finding=said))
-    if _releases(run):
-        checks.append(_noise_by_survivors(run, found.epsilon_realised))
-    return checks + _noise_elsewhere(run)
-
-
-def _noise_elsewhere(run: Run) -> list[Check]:
-    """Where run.json says that noise is added somewhere else than the ledger was charged for: the adversary differs.
-
-    Central noise is continuous, the other kinds are of integers; with local noise a client counts on its own share.
-    """
-    where = (run.info.privacy or {}).get("noise")
-    ledger = ledger_of(run, "clients") if unit_of(run) == "client" else None
-    if ledger is None:
-        return []
-    for release in ledger.releases:
-        central = release.mechanism == "gaussian"
-        fits = {"central": central, "distributed": not central, "local": not central and release.shares == 1}
-        if not fits.get(str(where), False):
-            finding = (
-                f"run.json says {where}; the ledger was charged for {release.mechanism.replace('_', ' ')} noise in"
-                f" {release.shares} unknown shares."
-            )
-            return [Check(name="The noise is added where the promise says", verdict="violated", finding=finding)]
-    return []
-
-
-def _releases(run: Run) -> tuple[ClientRelease, ...]:
-    """What each sum was charged with, one release per sum: those that settle stand in the place of what they settle."""
-    if unit_of(run) != "client" or (run.info.privacy or {}).get("noise") != "distributed":
-        return ()
-    ledger = ledger_of(run, "clients")
-    if ledger is None:
-        return ()
-    effective: list[ClientRelease] = []
-    for release in ledger.releases:
-        if release.settles and effective:
-            effective.pop()
-        effective += [msgspec.structs.replace(release, settles=False, steps=1)] * release.steps
-    return tuple(effective)
-
-
-def _shares_survived(run: Run) -> list[int]:
-    """Noise shares that the adversary does not know, by round: those of the survivors that are not colluders."""
-    colluders = int((run.info.privacy or {}).get("colluders", 0))
-    return [entry.survivors - colluders for entry in run.history if entry.round and not entry.failed]
-
-
-def _overcounted(run: Run) -> list[tuple[int, int, int]]:
-    """(place, charged for, survived) of sums that were charged for more shares than survived.
-
-    Sum by sum where the ledger holds just this run's rounds; where it holds more (rounds that were cut short, earlier
-    runs), the sums of many shares may not outnumber the rounds that had as many, plus what is over.
-    """
-    charged, survived = [release.shares for release in _releases(run)], _shares_survived(run)
-    over = len(charged) - len(survived)
-    if over:
-        charged, survived = sorted(charged, reverse=True)[max(over, 0) :], sorted(survived, reverse=True)
-    return [
-        (place, paid, there)
-        for place, (paid, there) in enumerate(zip_longest(charged, survived, fillvalue=0), 1)
-        if paid > there
-    ]
-
-
-def _epsilon_realised(run: Run) -> float | None:
-    """The cost of the ledger with no more shares in any sum than survived; None where some sum had none at all."""
-    from choral.privacy.accounting import client_level as client_accounting
-
-    releases, survived = _releases(run), _shares_survived(run)
-    if not releases:
-        return None
-    if not _overcounted(run):
-        return client_accounting.epsilon(releases, float((run.info.privacy or {})["delta"]))
-    if min(survived) < 1:
-        return None
-    if len(releases) != len(survived):
-        survived = [min(survived)] * len(releases)
-    counted = [
-        msgspec.structs.replace(release, shares=min(release.shares, there))
-        for release, there in zip(releases, survived, strict=True)
-    ]
-    return client_accounting.epsilon(counted, float((run.info.privacy or {})["delta"]))
-
-
-def _noise_by_survivors(run: Run, realised: float | None) -> Check:
-    name = "Noise was counted by who survived"
-    if over := _overcounted(run):
-        place, charged, survived = over[0]
-        finding = f"Sum {place} was charged for {charged} noise shares, {survived} survived ({len(over)} sums in all)."
-        if realised is not None:
-            promised = float((run.info.privacy or {})["epsilon"])
-            finding += f" By who survived, the cost is ε = {cost(realised)}; {promised:g} were promised."
-        return Check(name=name, verdict="violated", finding=finding)
-    finding = f"No sum was charged for more noise shares than parties survived; ε = {cost(realised or 0.0)}."
-    return Check(name=name, verdict="holds", finding=finding)

@@ -21,6 +21,7 @@ from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
     ORDER,
+    ArmAudit,
     ArmResult,
     BudgetCurve,
     Check,
@@ -30,7 +31,7 @@ from choral.audits.findings.schema import (
     WeightsMatch,
 )
 from choral.audits.report.storage import read_report, save_report
-from choral.audits.run.arm_audit import audited, ledger_rows
+from choral.audits.run.arm_audit import Rows, audited, ledger_rows
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -153,49 +154,76 @@ def compare(
     metrics = (metric, *also)
     levels = _references(references or {}, metrics)
     ready = {name: check_runs(name, _as_list(arms[name]), metrics) for name in _ordered(arms)}
-    base = _baseline(ready, baseline)
-    if strange := sorted({*(attacks or {}), *(probes or {}), *(failed or {})} - ready.keys()):
-        raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(ready)}")
-    of_parties = fairness_metric(ready, metrics)
-    books, rows = ledger_rows(), []
-    for name, runs in ready.items():
-        other = ready[base] if name != base else None
-        rows.append(
-            msgspec.structs.replace(
-                arm_of(name, runs, metric, also),
-                difference=difference_of(runs, other, base, metric) if other else None,
-                fairness=fairness_of(name, runs, other, base, of_parties),
-                audit=audited(
-                    runs,
-                    books,
-                    attacks=(attacks or {}).get(name, ()),
-                    probe=(probes or {}).get(name),
-                    failed=(failed or {}).get(name, ""),
-                ),
-            )
-        )
-    curves = budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metric) if budgets else ()
-    matches, verdict = weights_match(ready)
-    checks = comparison_checks(ready, budgets or {}, rows, metric, books) + ((verdict,) if verdict else ())
-    every = [run.info for runs in (*ready.values(), *(budgets or {}).values()) for run in runs]
+    base, books = _baseline(ready, baseline), ledger_rows()
+    audits = _audits(ready, books, attacks or {}, probes or {}, failed or {})
+    found = _compared(ready, budgets or {}, _rows(ready, base, metrics, audits), books, base=base, metrics=metrics)
+    costs = costs_of(ready, prices or read_prices())
+    return msgspec.structs.replace(found, title=title, references=levels, failed=tuple(not_trained), costs=costs)
+
+
+def _audits(
+    arms: Mapping[str, Sequence[Run]],
+    books: Rows,
+    attacks: Mapping[str, Sequence[ScoreAudit]],
+    probes: Mapping[str, Probe],
+    failed: Mapping[str, str],
+) -> dict[str, ArmAudit]:
+    """The audit of each arm. Raises: ConfigError for evidence on what is no arm."""
+    if strange := sorted({*attacks, *probes, *failed} - arms.keys()):
+        raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(arms)}")
+    return {
+        name: audited(runs, books, attacks=attacks.get(name, ()), probe=probes.get(name), failed=failed.get(name, ""))
+        for name, runs in arms.items()
+    }
+
+
+def _compared(
+    arms: Mapping[str, Sequence[Run]],
+    budgets: Mapping[str, Sequence[Run]],
+    rows: Sequence[ArmResult],
+    books: Rows,
+    *,
+    base: str,
+    metrics: Sequence[str],
+) -> Comparison:
+    """What the arms show, each by itself and side by side."""
+    matches, verdict = weights_match(arms)
+    every = [run.info for runs in (*arms.values(), *budgets.values()) for run in runs]
     return Comparison(
-        title=title,
+        title=TITLE,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        metric=metric,
+        metric=metrics[0],
         baseline=base,
-        references=levels,
         arms=tuple(rows),
-        failed=tuple(not_trained),
-        budgets=curves,
-        checks=checks,
+        budgets=budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metrics[0]) if budgets else (),
+        checks=comparison_checks(arms, budgets, rows, metrics[0], books) + ((verdict,) if verdict else ()),
         matches=matches,
-        costs=costs_of(ready, prices or read_prices()),
         not_run=tuple(
             entry for entry in NOT_RUN if all(row.audit is None or entry in row.audit.not_run for row in rows)
         ),
         caveats=caveats(units_of(every), compared=True, metrics=metrics),
         versions=merged_versions(every),
     )
+
+
+def _rows(
+    arms: Mapping[str, Sequence[Run]], base: str, metrics: Sequence[str], audits: Mapping[str, ArmAudit]
+) -> list[ArmResult]:
+    """metrics: the one that arms are judged by, and the others."""
+    metric, *also = metrics
+    of_parties = fairness_metric(arms, metrics)
+    rows = []
+    for name, runs in arms.items():
+        other = arms[base] if name != base else None
+        rows.append(
+            msgspec.structs.replace(
+                arm_of(name, runs, metric, also),
+                difference=difference_of(runs, other, base, metric) if other else None,
+                fairness=fairness_of(name, runs, other, base, of_parties),
+                audit=audits[name],
+            )
+        )
+    return rows
 
 
 def _references(given: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> tuple[Reference, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from choral.audits.budgets.accountants import accountants_check, accountants_of, participation_checks, participation_of
+from choral.audits.budgets.accountants import accountants_check, accountants_of
 from choral.audits.budgets.budgets import budget_checks, holder_budgets, of_run, unverifiable
 from choral.audits.budgets.consistency import books_checks
+from choral.audits.budgets.participation import participation_checks, participation_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.audits.findings.schema import ArmAudit, Check, OwnerBudget
 from choral.audits.findings.text import at_least

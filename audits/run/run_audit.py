@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
-from choral.audits.budgets.accountants import (
-    Accountants,
-    ParticipationSummary,
-    accountants_check,
-    accountants_of,
-    participation_checks,
-    participation_of,
-)
+from choral.audits.budgets.accountants import Accountants, accountants_check, accountants_of
 from choral.audits.budgets.budgets import budget_checks, holder_budgets
 from choral.audits.budgets.consistency import books_checks
+from choral.audits.budgets.participation import ParticipationSummary, participation_checks, participation_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, units_of
@@ -134,13 +128,7 @@ def audit(
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
         DataError for a metric or cost that is not finite; ConfigError for a run without any history.
     """
-    from choral.trainers.run_folder.run import Run
-
-    if not isinstance(run, Run):
-        run = Run.load(run)
-    if not run.history:
-        raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
-    check_costs(run.info, "this run")
+    run = _readable(run)
     budgets = holder_budgets(run)
     accountants, participation, seen = accountants_of(run), participation_of(run), transcript_audit(run)
     checks = (
@@ -171,18 +159,7 @@ def audit(
         seen=seen,
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
-        run=RunFacts(
-            training=info.kind,
-            completed=run.history[-1].round,
-            rounds=info.rounds,
-            seed=info.seed,
-            device=info.device,
-            parameters=info.parameters,
-            examples=dict(info.parties),
-            secure_sum=msgspec.to_builtins(info.secure_sum),
-            privacy=info.privacy,
-            config=msgspec.to_builtins(info.config),
-        ),
+        run=_facts(run),
         not_run=not_run(attacks, probe, inversion, seen),
         caveats=caveats(units_of([info]), compared=False),
         versions=dict(info.versions),
@@ -234,6 +211,34 @@ def audit_evidence(
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _readable(run: Run | str | Path) -> Run:
+    """The run, read if it is in a folder. Raises: as :func:`audit` does of what cannot be audited."""
+    from choral.trainers.run_folder.run import Run
+
+    if not isinstance(run, Run):
+        run = Run.load(run)
+    if not run.history:
+        raise ConfigError("this run has no history: it ended before the initial evaluation", hint="run it again")
+    check_costs(run.info, "this run")
+    return run
+
+
+def _facts(run: Run) -> RunFacts:
+    info = run.info
+    return RunFacts(
+        training=info.kind,
+        completed=run.history[-1].round,
+        rounds=info.rounds,
+        seed=info.seed,
+        device=info.device,
+        parameters=info.parameters,
+        examples=dict(info.parties),
+        secure_sum=msgspec.to_builtins(info.secure_sum),
+        privacy=info.privacy,
+        config=msgspec.to_builtins(info.config),
+    )
 
 
 def _in_words(run: Run, sentence: str) -> str:

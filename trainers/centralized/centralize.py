@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,19 @@ import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.errors import ConfigError, DataError
-from choral.privacy import Privacy
-from choral.trainers.centralized.data_parallel import own_device, workers_of
-from choral.trainers.local_steps.resident_model import initial_model, resolve_device
+from choral.privacy import Privacy, PrivacyEngine
+from choral.trainers.centralized.data_parallel import Workers, own_device, workers_of
+from choral.trainers.local_steps.resident_model import initial_model, recorded_model, resolve_device
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
+from choral.trainers.run_folder.describe import NOTHING, OnRound, check_settings, describe
 from choral.trainers.run_folder.energy import EnergyMeter
-from choral.trainers.run_folder.info import RoundRecord
+from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
-from choral.trainers.setup import (
-    NOTHING,
-    OnRound,
-    check_settings,
-    clips_of,
-    describe,
-    evaluated,
-    open_privacy_engines,
-    recorded_model,
-    rounds_paid_for,
-)
 from choral.trainers.task.arithmetic import Arithmetic, Precision, check_arithmetic
 from choral.trainers.task.device_batches import OnDevice
+from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.initial_weights import Start, Weights
 from choral.trainers.task.learning_rate import Schedule
@@ -45,6 +38,7 @@ from choral.trainers.task.task import (
     EvaluateParty,
     Fit,
     Loss,
+    Task,
     call,
     check_parties,
     checked_build,
@@ -53,6 +47,7 @@ from choral.trainers.task.task import (
 from choral.trainers.task.user_state import Attributes, Groups, Watched
 
 POOLED = "pooled"
+_PLACE = "the pooled data"  # in messages, where a party would be named
 
 
 def centralize(
@@ -98,78 +93,120 @@ def centralize(
     check_arithmetic(precision, compile, private=privacy is not None, reads_records=False)
     on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
-    whole = pool(list(parties.values()))
-    arithmetic = Arithmetic(on, precision, compile=compile)
-    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning)
+    task = Task(
+        build=build, fit=fit, evaluate=evaluate, parties=parties, held_out=held_out, evaluate_party=evaluate_party
+    )
+    job = _Job(
+        task, pool(list(parties.values())), privacy, changing, initial, Arithmetic(on, precision, compile=compile)
+    )
+    info = describe("centralized", parties, examples, rounds, seed, job.arithmetic, privacy, config, initial, tuning)
     info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
         Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
     ):
-        privacy_engines = open_privacy_engines(
-            privacy, {POOLED: len(whole)}, recorder.ledger_folder, rounds - recorder.completed, recorder.clips(privacy)
+        return _train(job, info, recorder, workers, on_round)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained on which data, and how. whole: the pooled data. initial: None where the seed makes the weights."""
+
+    task: Task
+    whole: Any
+    privacy: Privacy | None
+    schedule: Schedule
+    initial: Weights | None
+    arithmetic: Arithmetic
+
+
+def _train(job: _Job, info: RunInfo, recorder: Recorder, workers: Workers, on_round: OnRound | None) -> Run:
+    """All rounds that are left and paid for, each recorded."""
+    task, seed, held = job.task, info.seed, (job.task.held_out, job.task.evaluate_party)
+    left, clips = info.rounds - recorder.completed, recorder.clips(job.privacy)
+    engines = open_privacy_engines(job.privacy, {POOLED: len(job.whole)}, recorder.ledger_folder, left, clips)
+    recorder.keep({name: engine.ledger for name, engine in engines.items()})
+    last_round, reason = rounds_paid_for(engines, recorder, info.rounds)
+    if reason and last_round <= recorder.completed:
+        if recorder.awaits(task.evaluate_party):
+            final = recorded_model(recorder, task.build, task.parties)
+            recorder.finish(per_party_of(*held, final, task.parties))
+        return recorder.end(reason, {name: engine.spent() for name, engine in engines.items()})
+    pooled = _Pooled(job, seed)
+    model, meter = pooled.model, EnergyMeter(job.arithmetic.device)
+    parameters = pooled.layout.length
+    recorder.begin(msgspec.structs.replace(info, parameters=parameters, meters=meter.meters, processes=workers.size))
+    recorder.restore(model, pooled.layout, pooled.optimizer)
+    if recorder.fresh:
+        recorder.add(RoundRecord(round=0, metrics=evaluated(task.evaluate, model, seed), **NOTHING), model)
+    pooled.divide(workers)
+    for number in range(recorder.completed + 1, last_round + 1):
+        started, _ = time.perf_counter(), meter.take()
+        pooled.train(number, job.schedule.factor(number, info.rounds), engines.get(POOLED))
+        seconds, joules = time.perf_counter() - started, meter.take()
+        spent = {name: engine.spent() for name, engine in engines.items()}
+        entry = RoundRecord(
+            round=number,
+            metrics=evaluated(task.evaluate, model, seed),
+            epsilon=spent[POOLED].epsilon if spent else None,
+            **{**NOTHING, "seconds": seconds, "survivors": len(task.parties), "joules": joules},
         )
-        recorder.keep({name: engine.ledger for name, engine in privacy_engines.items()})
-        last_round, reason = rounds_paid_for(privacy_engines, recorder, rounds)
-        if reason and last_round <= recorder.completed:
-            if recorder.awaits(evaluate_party):
-                final = recorded_model(recorder, build, parties)
-                recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
-            return recorder.end(reason, {name: engine.spent() for name, engine in privacy_engines.items()})
-        first = initial_model(build, next(iter(parties.values())), seed, initial)
+        recorder.add(entry, model, spent, pooled.optimizer, AlgorithmState(clips=clips_of(engines)))
+        if on_round and workers.first:
+            on_round(entry)
+    if recorder.completed < info.rounds:
+        return recorder.end(reason, {name: engine.spent() for name, engine in engines.items()})
+    return recorder.finish(per_party_of(*held, model, task.parties))
+
+
+class _Pooled:
+    """The model on the pooled data, with what lives through all rounds: optimizer, loader, and what watches them."""
+
+    def __init__(self, job: _Job, seed: int) -> None:
+        self._job, self._seed, build = job, seed, job.task.build
+        first = initial_model(build, next(iter(job.task.parties.values())), seed, job.initial)
         with seeded(seed, 0, POOLED):
             reseed(generators_of(build), seed, 0, POOLED)
-            model, optimizer, loader = checked_build(build, whole)
-        groups, attributes, watched, told = Groups(optimizer), Attributes(model), Watched(whole, loader), False
-        model.to(on)
-        layout = Layout(model)
-        layout.check(first, "the pooled data")
-        model.load_state_dict(first.state_dict())
-        meter = EnergyMeter(on)
-        recorder.begin(
-            msgspec.structs.replace(info, parameters=layout.length, meters=meter.meters, processes=workers.size)
-        )
-        recorder.restore(model, layout, optimizer)
-        if recorder.fresh:
-            recorder.add(RoundRecord(round=0, metrics=evaluated(evaluate, model, seed), **NOTHING), model)
-        own_generators = generators_of(fit, model, loader, whole)
-        trained, loader = model, workers.split(loader)
-        for number in range(recorder.completed + 1, last_round + 1):
-            started, _ = time.perf_counter(), meter.take()
-            model.train()
-            groups.begin(optimizer, changing.factor(number, rounds))
-            reseed(own_generators, seed, number, POOLED)
-            forget_workers(loader)
-            with seeded(seed, number, POOLED), workers.averaging(layout.parameters):
-                arguments = (trained, optimizer, loader)
-                if privacy_engines:
-                    arguments = privacy_engines[POOLED].wrap(trained, optimizer, loader)
-                    trained = arguments[0]
-                with arithmetic.over(trained, POOLED, private=bool(privacy_engines)):
-                    call(fit, arguments[0], arguments[1], OnDevice.wrap(arguments[2], on), number)
-            workers.agree(model)
-            groups.check(optimizer, "the pooled data")
-            attributes.settle("the pooled data", takes_round=takes_round(fit))
-            told = told or watched.tell("the pooled data")
-            if not torch.isfinite(layout.read()).all():
-                raise DivergedError(
-                    f"training on the pooled data diverged in round {number}: the weights are not finite",
-                    hint="lower the learning rate; the last good round is kept",
-                )
-            seconds, joules = time.perf_counter() - started, meter.take()
-            spent = {name: engine.spent() for name, engine in privacy_engines.items()}
-            entry = RoundRecord(
-                round=number,
-                metrics=evaluated(evaluate, model, seed),
-                epsilon=spent[POOLED].epsilon if spent else None,
-                **{**NOTHING, "seconds": seconds, "survivors": len(parties), "joules": joules},
+            self.model, self.optimizer, self._loader = checked_build(build, job.whole)
+        self._groups, self._attributes = Groups(self.optimizer), Attributes(self.model)
+        self._watched, self._told = Watched(job.whole, self._loader), False
+        self.model.to(job.arithmetic.device)
+        self.layout = Layout(self.model)
+        self.layout.check(first, _PLACE)
+        self.model.load_state_dict(first.state_dict())
+
+    def divide(self, workers: Workers) -> None:
+        """Give each process its share of the batches; to be called once, before the first round."""
+        fit, whole = self._job.task.fit, self._job.whole
+        self._generators = generators_of(fit, self.model, self._loader, whole)
+        self._trained, self._loader, self._workers = self.model, workers.split(self._loader), workers
+
+    def train(self, number: int, factor: float, engine: PrivacyEngine | None) -> None:
+        """One round: one call of ``fit``. factor: of the learning rates.
+
+        Raises: DivergedError if the weights are not finite; TaskError for what ``fit`` must not change.
+        """
+        fit, arithmetic = self._job.task.fit, self._job.arithmetic
+        self.model.train()
+        self._groups.begin(self.optimizer, factor)
+        reseed(self._generators, self._seed, number, POOLED)
+        forget_workers(self._loader)
+        with seeded(self._seed, number, POOLED), self._workers.averaging(self.layout.parameters):
+            arguments = (self._trained, self.optimizer, self._loader)
+            if engine is not None:
+                arguments = engine.wrap(*arguments)
+                self._trained = arguments[0]
+            with arithmetic.over(self._trained, POOLED, private=engine is not None):
+                call(fit, arguments[0], arguments[1], OnDevice.wrap(arguments[2], arithmetic.device), number)
+        self._workers.agree(self.model)
+        self._groups.check(self.optimizer, _PLACE)
+        self._attributes.settle(_PLACE, takes_round=takes_round(fit))
+        self._told = self._told or self._watched.tell(_PLACE)
+        if not torch.isfinite(self.layout.read()).all():
+            raise DivergedError(
+                f"training on {_PLACE} diverged in round {number}: the weights are not finite",
+                hint="lower the learning rate; the last good round is kept",
             )
-            recorder.add(entry, model, spent, optimizer, AlgorithmState(clips=clips_of(privacy_engines)))
-            if on_round and workers.first:
-                on_round(entry)
-        if recorder.completed < rounds:
-            return recorder.end(reason, {name: engine.spent() for name, engine in privacy_engines.items()})
-        return recorder.finish(per_party_of(held_out, evaluate_party, model, parties))
 
 
 def _check_parallel(data_parallel: bool, privacy: Privacy | None, resume: bool) -> None:

@@ -39,24 +39,16 @@ from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.participation import Clock, Participation
 from choral.trainers.federated.rounds import Federation, check_promises, open_sessions
 from choral.trainers.federated.virtual_parties import census_of
-from choral.trainers.local_steps.resident_model import Resident, resolve_device
+from choral.trainers.local_steps.resident_model import Resident, recorded_model, resolve_device
+from choral.trainers.run_folder.describe import NOTHING, OnRound, check_settings, describe
 from choral.trainers.run_folder.energy import EnergyMeter
 from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
 from choral.trainers.run_folder.transcript import Detail, Transcript
-from choral.trainers.setup import (
-    NOTHING,
-    OnRound,
-    check_settings,
-    clips_of,
-    describe,
-    evaluated,
-    open_privacy_engines,
-    recorded_model,
-    rounds_paid_for,
-)
 from choral.trainers.task.arithmetic import Arithmetic, Precision, check_arithmetic
+from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.initial_weights import Start, Weights
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.per_party import check_held_out, per_party_of

@@ -45,22 +45,8 @@ def corrected(
             hint="use SGD or Adam, or FedAvg",
         )
     steps = Steps()
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    anchors, shifts = layout.pieces(start), None if work.shift is None else layout.pieces(work.shift)
+    correction = _Correction(optimizer, layout, work, start)
     watch = _Watch(layout) if watched or work.corrects or work.counts else None
-
-    @torch.no_grad()
-    def correct() -> None:
-        for index, (name, parameter) in enumerate(zip(layout.shapes, layout.parameters, strict=True)):
-            if id(parameter) not in held:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            refuse_sparse(name, parameter.grad)
-            if work.pull:
-                parameter.grad.add_(parameter - anchors[index], alpha=work.pull)
-            if shifts is not None:
-                parameter.grad.add_(shifts[index])
 
     def before(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         steps.count += 1
@@ -72,12 +58,12 @@ def corrected(
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            correct()
+            correction.apply()
             return None
 
         def evaluated() -> Any:
             loss = closure()
-            correct()
+            correction.apply()
             return loss
 
         return args[:1], {**kwargs, "closure": evaluated}
@@ -93,6 +79,28 @@ def corrected(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Correction:
+    """shift + pull (w - start), to be added to the gradients of the parameters that the optimizer holds."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layout: Layout, work: Train, start: torch.Tensor) -> None:
+        self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._layout, self._pull, self._anchors = layout, work.pull, layout.pieces(start)
+        self._shifts = None if work.shift is None else layout.pieces(work.shift)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for index, (name, parameter) in enumerate(zip(self._layout.shapes, self._layout.parameters, strict=True)):
+            if id(parameter) not in self._held:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            refuse_sparse(name, parameter.grad)
+            if self._pull:
+                parameter.grad.add_(parameter - self._anchors[index], alpha=self._pull)
+            if self._shifts is not None:
+                parameter.grad.add_(self._shifts[index])
 
 
 def refuse_sparse(name: str, gradient: torch.Tensor | None) -> None:

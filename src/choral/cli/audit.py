@@ -168,7 +168,8 @@ def _attacks(wanted: AuditFlags, run: Run | None) -> list[ScoreAudit]:
 
 def _refuse_too_few(audit: ScoreAudit) -> None:
     """Raises: TooFewCanariesError where no scores of so few canaries could have refuted the claim, and more could."""
-    from choral.audits.attacks.score_audit import TooFewCanariesError, canaries_needed
+    from choral.audits.attacks.score_audit import canaries_needed
+    from choral.audits.attacks.score_bounds import TooFewCanariesError
 
     bound = next((bound for bound in audit.bounds if bound.method == audit.decisive), None)
     if audit.design != "coins" or bound is None or audit.claimed is None or bound.ceiling > audit.claimed:

@@ -271,7 +271,7 @@ def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
 def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
     from choral.privacy import Privacy
     from choral.privacy.client_level.client import check_client_delta
-    from choral.trainers.setup import check_delta
+    from choral.trainers.run_folder.owner_privacy import check_delta
 
     if isinstance(privacy, Privacy):
         check_delta(privacy, examples)

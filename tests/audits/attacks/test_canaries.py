@@ -15,7 +15,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from choral.audits.attacks.canaries import directions, loss_scores, record_canaries, with_canary_clients
 from choral.audits.attacks.client_canaries import audit_clients
-from choral.audits.attacks.score_audit import TooFewCanariesError, audit_training
+from choral.audits.attacks.score_audit import audit_training
+from choral.audits.attacks.score_bounds import TooFewCanariesError
 from choral.audits.lower_bounds.guessing import FixedShares
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy

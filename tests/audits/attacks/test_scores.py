@@ -14,16 +14,8 @@ import pytest
 from scipy.stats import binom
 
 from choral.audits.attacks.canaries import flip_coins
-from choral.audits.attacks.score_audit import (
-    FDP,
-    ONE_RUN,
-    TooFewCanariesError,
-    _counts,
-    audit_scores,
-    audit_training,
-    canaries_needed,
-    null_control,
-)
+from choral.audits.attacks.score_audit import audit_scores, audit_training, canaries_needed
+from choral.audits.attacks.score_bounds import FDP, ONE_RUN, TooFewCanariesError, _counts, null_control
 from choral.audits.attacks.score_files import read_scores
 from choral.audits.findings.evidence import ScoreAudit
 from choral.audits.lower_bounds import one_run

@@ -1,0 +1,88 @@
+"""What is known of a run before its rounds: its settings, checked, as run.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from choral.errors import ConfigError
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Privacy
+from choral.privacy.accounting.events import NEIGHBOURS
+from choral.privacy.dpsgd.clipping import settings_of as clipping_settings
+from choral.trainers.run_folder.info import Population, RoundRecord, RunInfo, versions
+from choral.trainers.task.arithmetic import Arithmetic
+from choral.trainers.task.initial_weights import Weights
+from choral.trainers.task.task import raw_bytes
+
+OnRound = Callable[[RoundRecord], None]
+NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
+
+
+def describe(
+    kind: Literal["centralized", "federated"],
+    parties: Mapping[str, Any],
+    examples: Mapping[str, int],
+    rounds: int,
+    seed: int,
+    arithmetic: Arithmetic,
+    privacy: Privacy | ClientPrivacy | None,
+    config: Mapping[str, Any] | None,
+    start: Weights | None,
+    tuning: Mapping[str, Any] | None,
+    population: Population | None = None,
+) -> RunInfo:
+    """What is known of a run before its model is built. population: in the place of the parties' own numbers.
+
+    Raises: ConfigError for a private run that was tuned.
+    """
+    if tuning is not None and privacy is not None:
+        raise ConfigError(
+            "tuning with privacy: its tries read the records without noise, which no budget covers",
+            hint="take settings from public data, or choral.privacy.private_search",
+        )
+    return RunInfo(
+        kind=kind,
+        rounds=rounds,
+        seed=seed,
+        device=arithmetic.device.type,
+        parties={} if population else dict(examples),
+        population=population,
+        precision=arithmetic.precision,
+        compile=arithmetic.compile,
+        parameters=0,
+        privacy=_settings_of(privacy, len(parties)),
+        raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
+        config=dict(config or {}),
+        start=start.record() if start else None,
+        tuning=dict(tuning) if tuning is not None else None,
+        versions=versions(),
+    )
+
+
+def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
+    if rounds < 1:
+        raise ConfigError(f"expected rounds >= 1, got {rounds}", hint="20 is a start")
+    if seed < 0:
+        raise ConfigError(f"expected seed >= 0, got {seed}", hint="any whole number from 0")
+    if not 0 <= dropout_rate < 1:
+        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
+
+
+def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
+    if privacy is None:
+        return None
+    if isinstance(privacy, ClientPrivacy):
+        return privacy.settings(clients)
+    settings: dict[str, float | int | str] = {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        **clipping_settings(privacy.max_grad_norm),
+        "epochs": privacy.epochs,
+    }
+    if privacy.neighbours != NEIGHBOURS:  # runs that do not say are of this one
+        settings |= {"neighbours": privacy.neighbours}
+    if privacy.records_per_person is not None:
+        settings |= {"records_per_person": privacy.records_per_person}
+    if isinstance(privacy, CorrelatedPrivacy):
+        settings |= {"mechanism": privacy.mechanism, "bands": privacy.bands or 0}
+    return settings
