@@ -28,16 +28,10 @@ LONG_FILES: dict[str, int] = {
     "protocols/masking/in_process.py": 412,
 }
 LONG_FUNCTIONS: dict[str, int] = {
-    "audits/attacks/inversion.py:inversion_audit": 65,
-    "audits/attacks/score_audit.py:audit_scores": 73,
-    "audits/comparison/comparison.py:compare": 86,
-    "audits/run/run_audit.py:audit": 72,
     "privacy/accounting/budget.py:budget": 64,
     "privacy/dpsgd/private_search.py:private_search": 74,
     "privacy/per_sample/layer_replacement.py:refuse_unsupported": 68,
-    "trainers/centralized/centralize.py:centralize": 115,
     "trainers/federated/federate.py:federate": 274,
-    "trainers/local_steps/corrections.py:corrected": 66,
 }
 
 

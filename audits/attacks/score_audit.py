@@ -25,7 +25,7 @@ from choral.audits.attacks.score_files import Design
 from choral.audits.findings.evidence import Bound, Finding, NullControl, ScoreAudit
 from choral.audits.findings.text import at_least, power
 from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds.guessing import FixedShares, Guessing, SampleSplit
+from choral.audits.lower_bounds.guessing import FixedShares, Guessing
 from choral.audits.lower_bounds.roc import Bools, checked_scores, roc
 from choral.errors import ConfigError, DataError
 
@@ -231,13 +231,3 @@ def _notes(
     if null and not null.holds:
         notes.append(f"The null control failed: {null.positives} of {null.draws} bounds on fresh coins were positive.")
     return tuple(notes)
-
-
-__all__ = [
-    "FixedShares",
-    "SampleSplit",
-    "TooFewCanariesError",
-    "audit_scores",
-    "audit_training",
-    "canaries_needed",
-]

@@ -97,7 +97,8 @@ def train_shadows(
     """Train one model per row of ``members`` on the records that its row names.
 
     build: a fresh model, initial weights by torch's generator, which is seeded with ``seed`` here.
-    inputs, targets: all records, shapes (n, ...) and (n, ...). members: bool, shape (models, n).
+    inputs, targets: all records, shapes (n, ...) and (n, ...). members: bool, shape (models, n), as
+        :func:`coin_members` draws them.
     optimizer: from stacked parameters to SGD, Adam, AdamW, RMSprop or Adagrad, which treat each coordinate for itself.
     device: "auto" takes a GPU when there is one.
 

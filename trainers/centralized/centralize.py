@@ -96,10 +96,9 @@ def centralize(
     task = Task(
         build=build, fit=fit, evaluate=evaluate, parties=parties, held_out=held_out, evaluate_party=evaluate_party
     )
-    job = _Job(
-        task, pool(list(parties.values())), privacy, changing, initial, Arithmetic(on, precision, compile=compile)
-    )
-    info = describe("centralized", parties, examples, rounds, seed, job.arithmetic, privacy, config, initial, tuning)
+    whole, arithmetic = pool(list(parties.values())), Arithmetic(on, precision, compile=compile)
+    job = _Job(task, whole, privacy, changing, initial, arithmetic)
+    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning)
     info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
@@ -110,7 +109,7 @@ def centralize(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is trained on which data, and how. whole: the pooled data. initial: None where the seed makes the weights."""
+    """What is trained, and how. whole: the pooled data. initial: None where the seed makes the weights."""
 
     task: Task
     whole: Any

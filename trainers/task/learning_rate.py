@@ -41,11 +41,6 @@ class Schedule:
     def constant(self) -> bool:
         return self.kind == "constant" and not self.warmup
 
-    @property
-    def by_rounds(self) -> bool:
-        """Whether a factor depends on the number of all rounds."""
-        return self.kind == "cosine"
-
     def factor(self, number: int, rounds: int) -> float:
         """Of round ``number``, from 1, of so many."""
         if number <= self.warmup:
