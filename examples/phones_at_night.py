@@ -1,4 +1,4 @@
-"""A hundred thousand phones, forty of them each night: who can be had at the hour, who is too slow, who is lost.
+"""A hundred thousand phones, forty of them each night: who can be had at the hour, who is too slow, who drops out.
 
     python examples/phones_at_night.py [FOLDER]
 

@@ -190,17 +190,17 @@ def _views(updates: Mapping[str, torch.Tensor], promise: ClientPrivacy) -> dict[
     """What each adversary holds of the first party, as an update, shape (d,): by the protocol itself."""
     parties = tuple(updates)
     victim, length = parties[0], len(updates[parties[0]])
-    coder = FixedPoint(bound=_BOUND, value_bits=_BITS, max_weight=1)
-    spec = SumSpec(parties=parties, length=length + 1, bound=coder.integer_bound, encoding=repr(coder))
-    message, total, bits = _masked(spec, {party: coder.encode(update, 1) for party, update in updates.items()}, victim)
+    codec = FixedPoint(bound=_BOUND, value_bits=_BITS, max_weight=1)
+    spec = SumSpec(parties=parties, length=length + 1, bound=codec.integer_bound, encoding=repr(codec))
+    message, total, bits = _masked(spec, {party: codec.encode(update, 1) for party, update in updates.items()}, victim)
     centred = (message.astype(np.int64) + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
-    mean, count = coder.decode(total, len(parties))
+    mean, count = codec.decode(total, len(parties))
     privacy_engine = ClientPrivacyEngine(promise, clients=len(parties), length=length, rounds=1, ledger=Ledger(None))
     noisy, encoded = privacy_engine.begin(), ClientCodec(parties, privacy_engine).spec
     _, private, _ = _masked(encoded, {party: noisy.encode(update) for party, update in updates.items()}, victim)
     return {
         "plain update": updates[victim],
-        "masked message": torch.from_numpy(centred[:-1] * coder.step).float(),
+        "masked message": torch.from_numpy(centred[:-1] * codec.step).float(),
         "sum": (mean * count).float(),
         "sum with noise": (noisy.decode(private, len(parties)) * len(parties)).float(),
     }

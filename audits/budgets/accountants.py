@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from choral.audits.budgets.budgets import TOLERANCE, holders_of, ledger_of, unit_of
+from choral.audits.budgets.budgets import TOLERANCE, ledger_of, owners_of, unit_of
 from choral.audits.budgets.phases import Phase, phases_of
 from choral.audits.findings.schema import Check, Verdict
 from choral.audits.findings.text import at_least, cost, power
@@ -58,10 +58,10 @@ class Accountants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def accountants_of(run: Run) -> tuple[Accountants, ...]:
     """One row per ledger that is there; empty for a run without privacy.
 
-    Raises: LedgerError if a ledger is damaged, edited or of another holder.
+    Raises: LedgerError if a ledger is damaged, edited or of another data owner.
     """
     rows = []
-    for name in holders_of(run):
+    for name in owners_of(run):
         ledger = ledger_of(run, name)
         if ledger is None:
             continue

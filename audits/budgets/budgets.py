@@ -35,12 +35,12 @@ class Recomputed(NamedTuple):
     event: RecordEvent | None = None  # the latest, of records
 
 
-def holder_budgets(run: Run) -> tuple[OwnerBudget, ...]:
+def owner_budgets(run: Run) -> tuple[OwnerBudget, ...]:
     """One row per data owner; empty for a run without privacy.
 
-    Raises: LedgerError if a ledger is damaged, edited or of another holder.
+    Raises: LedgerError if a ledger is damaged, edited or of another data owner.
     """
-    return tuple(_holder_budget(run, name) for name in holders_of(run))
+    return tuple(_owner_budget(run, name) for name in owners_of(run))
 
 
 def of_run(run: Run, error: Exception) -> str:
@@ -65,18 +65,18 @@ def unverifiable(run: Run, error: Exception) -> OwnerBudget:
     )
 
 
-def holders_of(run: Run) -> list[str]:
+def owners_of(run: Run) -> list[str]:
     """Whoever has, or should have, a ledger; empty for a run without privacy."""
     if run.info.privacy is None:
         return []
     if unit_of(run) == "client":
-        holders = ["clients"]
+        owners = ["clients"]
     else:
-        holders = list(run.info.parties) if run.info.kind == "federated" else ["pooled"]
-    return holders + [name for name in run.info.spent if name not in holders]
+        owners = list(run.info.parties) if run.info.kind == "federated" else ["pooled"]
+    return owners + [name for name in run.info.spent if name not in owners]
 
 
-def _holder_budget(run: Run, name: str) -> OwnerBudget:
+def _owner_budget(run: Run, name: str) -> OwnerBudget:
     privacy = run.info.privacy or {}
     promised, delta = float(privacy["epsilon"]), float(privacy["delta"])
     claimed = run.info.spent.get(name)
@@ -193,9 +193,9 @@ def ledger_path(run: Run, name: str) -> Path | None:
 
 
 def ledger_of(run: Run, name: str) -> Ledger | None:
-    """A holder's ledger: the file in the run's folder, else what a run without one carries; None where there is none.
+    """A data owner's ledger: the file in the run's folder, else what a run without one carries; None without either.
 
-    Raises: LedgerError if it is damaged, edited or of another holder.
+    Raises: LedgerError if it is damaged, edited or of another data owner.
     """
     from choral.privacy import Ledger
 
@@ -232,7 +232,7 @@ def _judge(
     if verdict != "holds":
         return verdict, _ABOVE[verdict].format("was promised")
     if claimed is None:
-        return ("violated" if finished and steps else "unverified"), "run.json claims no cost for this holder"
+        return ("violated" if finished and steps else "unverified"), "run.json claims no cost for this data owner"
     if steps < claimed.steps:
         return "unverified", f"the ledger holds {steps} steps, run.json claims {claimed.steps}: part of it is missing"
     verdict = _within(recomputed, claimed.epsilon)
@@ -289,23 +289,23 @@ def budget_checks(run: Run, rows: Sequence[OwnerBudget]) -> list[Check]:
     """The rows in a sentence each, and whether history, delta and folder agree with them."""
     if run.info.privacy is None:
         return _no_promise(run)
-    return [_all_holders(rows), *_no_other_ledger(run), _history_agrees(run), _delta_means_something(run)]
+    return [_all_owners(rows), *_no_other_ledger(run), _history_agrees(run), _delta_means_something(run)]
 
 
 def _no_other_ledger(run: Run) -> list[Check]:
-    """Where a ledger is in the folder whose holder run.json does not name, what that holder spent is not claimed."""
-    known = {ledger_path(run, name) for name in holders_of(run)}
+    """Where a ledger is in the folder whose data owner run.json does not name, what that one spent is not claimed."""
+    known = {ledger_path(run, name) for name in owners_of(run)}
     stray = sorted(path for path in run.folder.glob("ledger/*.jsonl") if path not in known) if run.folder else []
     if not stray:
         return []
     finding = (
-        f"{len(stray)} in the folder ({stray[0].name}) of holders that run.json does not name: it was edited or mixed"
-        " up."
+        f"{len(stray)} in the folder ({stray[0].name}) of data owners that run.json does not name: it was edited or"
+        " mixed up."
     )
-    return [Check(name="Every ledger is of a holder that run.json names", verdict="unverified", finding=finding)]
+    return [Check(name="Every ledger is of a data owner that run.json names", verdict="unverified", finding=finding)]
 
 
-def _all_holders(rows: Sequence[OwnerBudget]) -> Check:
+def _all_owners(rows: Sequence[OwnerBudget]) -> Check:
     name = "Every data owner's budget, recomputed from its ledger"
     for verdict in ("violated", "unverified"):
         faulty = [row for row in rows if row.verdict == verdict]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from choral.audits.budgets.budgets import holders_of, ledger_of, unit_of
+from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
 from choral.audits.findings.schema import Check, Verdict
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def books_checks(run: Run) -> list[Check]:
 
 
 def _ledgers_agree(run: Run) -> list[Check]:
-    """Steps and delta that run.json states for a holder, against its ledger's; its cost holds noise and rate."""
+    """Steps and delta that run.json states for a data owner, against its ledger's; its cost holds noise and rate."""
     rows = []
-    for name in holders_of(run):
+    for name in owners_of(run):
         ledger, claimed = ledger_of(run, name), run.info.spent.get(name)
         if claimed is not None and ledger is not None:
             rows.append((name, _differences(run, ledger, claimed)))
@@ -61,7 +61,7 @@ def _rates_agree(run: Run) -> list[Check]:
     """Poisson sampling takes each of n records with probability B / n, for a whole number B: the batch size."""
     from choral.privacy.accounting.events import PoissonSampledGaussian
 
-    if unit_of(run) != "record" or not holders_of(run):
+    if unit_of(run) != "record" or not owners_of(run):
         return []
     asked = run.info.config.get("training")
     # Only the tasks that come with Choral are known to batch as the settings say; a task of one's own may do otherwise.
@@ -69,7 +69,7 @@ def _rates_agree(run: Run) -> list[Check]:
     asked = asked.get("batch_size") if isinstance(asked, dict) and ours else None
     searched = run.info.tuning is not None  # the search chose the batch size, which is then not the settings'
     found, counted = [], 0
-    for name in holders_of(run):
+    for name in owners_of(run):
         ledger, records = ledger_of(run, name), run.info.parties.get(name, 0)
         records = run.info.total_examples if run.info.kind == "centralized" else records
         for event in ledger.events if ledger is not None else ():

@@ -11,7 +11,7 @@ import msgspec
 
 from choral.audits.findings.claims import check_costs, claim_of, short_path
 from choral.audits.findings.schema import ArmResult, BudgetCurve, BudgetPoint, Difference, Measure, Point
-from choral.audits.findings.statistics import difference_interval, holders_of, mean_interval, spreads
+from choral.audits.findings.statistics import data_owners_of, difference_interval, mean_interval, spreads
 from choral.audits.findings.text import is_percent
 from choral.doors import worded
 from choral.errors import ConfigError, DataError
@@ -87,7 +87,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
     """One row, without its difference to the baseline. ``runs`` passed :func:`check_runs` for each metric."""
     info = runs[0].info
     federated = info.kind == "federated"
-    holders = holders_of(runs)
+    owners = data_owners_of(runs)
     return ArmResult(
         name=name,
         kind=info.kind,
@@ -98,8 +98,8 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
         parameters=info.parameters,
         metric=mean_interval(values(runs, metric), share=is_percent(metric)),
         claim=claim_of([run.info for run in runs]),
-        holders=holders,
-        spreads=spreads(holders),
+        holders=owners,
+        spreads=spreads(owners),
         bytes_per_party=_bytes_per_party(runs),
         seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),
         survivors=_fewest_survivors(runs) if federated else None,

@@ -34,14 +34,14 @@ def comparison_checks(
 
 def _same_start(arms: Runs, metric: str) -> Check:
     """Identical starting weights show as an identical evaluation of round 0."""
-    name = "Every arm starts from the same weights"
+    name = "Every configuration starts from the same weights"
     starts: dict[int, dict[str, float]] = {}
     for arm, runs in arms.items():
         for run in runs:
             starts.setdefault(run.info.seed, {})[arm] = run.history[0].metrics[metric]
     shared = {seed: scores for seed, scores in starts.items() if len(scores) > 1}
     if not shared:
-        return Check(name=name, verdict="unverified", finding="No two arms share a seed.")
+        return Check(name=name, verdict="unverified", finding="No two configurations share a seed.")
     for seed, scores in sorted(shared.items()):
         if len(set(scores.values())) > 1:
             said = ", ".join(f"{arm} {score:.6g}" for arm, score in scores.items())
@@ -50,21 +50,23 @@ def _same_start(arms: Runs, metric: str) -> Check:
             )
     seeds = ", ".join(map(str, sorted(shared)))
     return Check(
-        name=name, verdict="holds", finding=f"The {metric} before training is equal in all arms (seeds {seeds})."
+        name=name,
+        verdict="holds",
+        finding=f"The {metric} before training is equal in all configurations (seeds {seeds}).",
     )
 
 
 def _same_data(rows: Sequence[ArmResult]) -> Check:
-    name = "Every arm trains on the same number of examples"
+    name = "Every configuration trains on the same number of examples"
     counts = {row.examples for row in rows}
     if len(counts) == 1:
-        return Check(name=name, verdict="holds", finding=f"{rows[0].examples:,} examples in each arm.")
+        return Check(name=name, verdict="holds", finding=f"{rows[0].examples:,} examples in each configuration.")
     said = ", ".join(f"{row.name} {row.examples:,}" for row in rows)
     return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
 
 
 def budget_kept(name: str, runs: Sequence[Run], ledger_rows: Rows) -> Check:
-    """Every holder of every run, recomputed from its ledger where the run has a folder."""
+    """Every data owner of every run, recomputed from its ledger where the run has a folder."""
     rows = [(run.info.seed, row) for run in runs for row in ledger_rows(run)]
     for verdict in ("violated", "unverified"):
         faults = [f"Seed {seed}, {row.holder}: {row.finding}" for seed, row in rows if row.verdict == verdict]

@@ -52,19 +52,19 @@ _CAVEATS_CLIENT = (
 _CAVEATS_MIXED = (
     "An ε per client and an ε per record are different promises, on no common scale. The first hides all that a client"
     " holds, the second one record of it, and k records of one client at k times ε and a δ that grows by e^((k-1) ε)"
-    " only. At equal ε, the arm per client promises more.",
+    " only. At equal ε, the configuration per client promises more.",
 )
 _CAVEATS_GAP = (
     "A gap to the least value of the objective is computed on the training records and published without noise. No ε"
     " here covers that: do it for public data only.",
 )
 _CAVEATS_COMPARED = (
-    "Each interval is at 95 % by itself, without correction for looking at several arms, and takes seeds to be near"
-    " normal, which few seeds cannot show.",
+    "Each interval is at 95 % by itself, without correction for looking at several configurations, and takes seeds to"
+    " be near normal, which few seeds cannot show.",
     "Intervals are over seeds only (initial weights, data order, noise). They say nothing about another split, another"
     " test set or another task.",
-    "Seconds are those of the machine that ran the arms: one party after another, perhaps with other runs beside it."
-    " Parties that work at the same time over a network would take other times.",
+    "Seconds are those of the machine that ran the configurations: one party after another, perhaps with other runs"
+    " beside it. Parties that work at the same time over a network would take other times.",
 )
 
 
@@ -141,7 +141,7 @@ def cohort_trust(secure_sum: Mapping[str, object] | None) -> str:
 
 
 def claim_of(infos: Sequence[RunInfo]) -> Claim | None:
-    """The promise of one or several runs with the same settings: the worst holder over all of them."""
+    """The promise of one or several runs with the same settings: the worst data owner over all of them."""
     info = infos[0]
     if info.privacy is None:
         return None

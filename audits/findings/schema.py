@@ -92,7 +92,7 @@ class DataOwner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One quantity over all data owners, each at its worst: extremes, and quartiles that interpolate linearly.
 
-    name: of a field of :class:`DataOwner`, for whose holders it is.
+    name: of a field of :class:`DataOwner`, for whose data owners it is.
     """
 
     name: Literal["epsilon", "noise_multiplier", "sample_rate", "examples"]
@@ -108,8 +108,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     sentence: the whole of it in words. adversary: who may look at what. epsilon: the worst data owner's spending
     (``holder``), at ``delta``, for releases and an end that were fixed in advance. guarantee: what holds whoever chose
-    when to stop and what to train next, over all holders; None where no plan was recorded. asked: the epsilon that was
-    promised. public: what neighbouring datasets have in common, which the promise does not hide.
+    when to stop and what to train next, over all data owners; None where no plan was recorded. asked: the epsilon that
+    was promised. public: what neighbouring datasets have in common, which the promise does not hide.
     """
 
     sentence: str
@@ -207,8 +207,8 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
-    spreads: how unlike the holders are, where there are several. fairness: None where no numbers per party were asked
-    for. audit: the evidence. curve: of the metric. more: the other metrics.
+    spreads: how unlike the data owners are, where there are several. fairness: None where no numbers per party were
+    asked for. audit: the evidence. curve: of the metric. more: the other metrics.
     """
 
     name: str
@@ -254,7 +254,7 @@ class FailedRuns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class BudgetPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The metric at one budget. asked: the epsilon promised; spent: the worst holder's over all seeds."""
+    """The metric at one budget. asked: the epsilon promised; spent: the worst data owner's over all seeds."""
 
     asked: float
     spent: float
@@ -286,7 +286,7 @@ class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class OwnerBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One holder's budget: promised, claimed in run.json, and recomputed from its ledger (None: it could not be).
+    """One data owner's budget: promised, claimed in run.json, and recomputed from its ledger (None: it could not be).
 
     steps: noisy steps on the ledger. guarantee: what the ledger's plans guarantee whoever chose when to stop and what
     to train next, computed again; None where no plan was recorded in advance. The two before it are for releases,

@@ -52,7 +52,7 @@ def difference_interval(ours: Sequence[float], theirs: Sequence[float]) -> Estim
     return Estimate(mean=mean, low=mean - half, high=mean + half, values=())
 
 
-def holders_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
+def data_owners_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
     """Every data owner with its worst run, the most expensive first."""
     worst: dict[str, DataOwner] = {}
     for run in runs:
@@ -67,20 +67,20 @@ def holders_of(runs: Sequence[Run]) -> tuple[DataOwner, ...]:
                     noise_multiplier=spent.noise_multiplier,
                     sample_rate=spent.sample_rate,
                 )
-    return tuple(sorted(worst.values(), key=lambda holder: (-holder.epsilon, holder.name)))
+    return tuple(sorted(worst.values(), key=lambda owner: (-owner.epsilon, owner.name)))
 
 
-def spreads(holders: Sequence[DataOwner]) -> tuple[Spread, ...]:
+def spreads(owners: Sequence[DataOwner]) -> tuple[Spread, ...]:
     """How unlike the data owners are in cost, noise, sample rate and size; empty for fewer than two.
 
-    A quantity that some holder has no number for is left out.
+    A quantity that some data owner has no number for is left out.
     """
     names: tuple[Literal["epsilon", "noise_multiplier", "sample_rate", "examples"], ...]
     names = ("epsilon", "noise_multiplier", "sample_rate", "examples")
     found = []
     for name in names:
-        values = [float(value) for holder in holders if (value := getattr(holder, name)) is not None]
-        if len(values) == len(holders) > 1:
+        values = [float(value) for owner in owners if (value := getattr(owner, name)) is not None]
+        if len(values) == len(owners) > 1:
             lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
             found.append(
                 Spread(name=name, least=min(values), lower=lower, median=median, upper=upper, greatest=max(values))

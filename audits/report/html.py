@@ -71,7 +71,7 @@ def comparison_page(report: Comparison) -> str:
             if report.budgets
             else None,
             budget_rows=budget_rows(report),
-            holders=figures.holders_figure(report.arms, colours) if private else None,
+            holders=figures.owners_figure(report.arms, colours) if private else None,
         )
     )
 
@@ -360,7 +360,7 @@ def settings(arms: tuple[ArmResult, ...]) -> list[tuple[str, str]]:
             text = _settings_text(first if arm.config == first else _changed(arm.config, first))
             found.setdefault(text, []).append(arm.name)
     if len(found) == 1:
-        return [("all arms", text) for text in found]
+        return [("all configurations", text) for text in found]
     return [
         (", ".join(names) + (", where they differ from the first" if place else ""), text)
         for place, (text, names) in enumerate(found.items())

@@ -73,7 +73,7 @@ def comparison_markdown(report: Comparison) -> str:
     blank = [""] * (len(report.metrics) + 4)
     rows += [(_safe(each.arm), "failed", *blank) for each in report.failed if not each.left]
     costs = (f"against {_safe(report.baseline)}", "ε", "bytes per party", "time", "money")
-    heads = ("arm", *map(_safe, report.metrics), *costs)
+    heads = ("configuration", *map(_safe, report.metrics), *costs)
     seeds = sorted({len(arm.seeds) for arm in report.arms})
     parts = [
         f"## {_safe(report.title)}",
@@ -88,7 +88,7 @@ def comparison_markdown(report: Comparison) -> str:
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
         "### Evidence",
         _evidence(report),
-        "### What was checked between the arms",
+        "### What was checked between the configurations",
         _checks(report.checks),
         _not_run(report.not_run),
         "### Limits",

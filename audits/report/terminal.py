@@ -26,7 +26,7 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
 
     console = console or Console()
     console.print(Text(report.title, style="bold"))
-    headings = ("arm", *report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time")
+    headings = ("configuration", *report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time")
     rows = [(arm.name, *_cells(arm, report.metric)) for arm in report.arms]
     rows += [(each.arm, "failed", *[""] * (len(headings) - 2)) for each in report.failed if not each.left]
     _print_table(headings, rows, console)
@@ -139,7 +139,7 @@ def legend(report: Comparison) -> str:
         promise += " unless marked; other units are not on one scale with it"
     return (
         f"± is a 95 % Student-t interval over {seeds}; differences {pairing}. ε: {promise}."
-        " per party: sent and received by the busiest party; for pooled arms, its raw data, moved once."
+        " per party: sent and received by the busiest party; for pooled configurations, its raw data, moved once."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.budgets.accountants import accountants_check, accountants_of
-from choral.audits.budgets.budgets import budget_checks, holder_budgets, of_run, unverifiable
+from choral.audits.budgets.budgets import budget_checks, of_run, owner_budgets, unverifiable
 from choral.audits.budgets.consistency import books_checks
 from choral.audits.budgets.participation import participation_checks, participation_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
@@ -22,7 +22,7 @@ Rows = Callable[["Run"], tuple[OwnerBudget, ...]]
 
 
 def ledger_rows() -> Rows:
-    """A function from a run to its holders' budgets, which reads and recomputes each run's ledgers once.
+    """A function from a run to its data owners' budgets, which reads and recomputes each run's ledgers once.
 
     Ledgers that do not verify make a row that is violated, instead of an error: the other arms are reported.
     """
@@ -31,7 +31,7 @@ def ledger_rows() -> Rows:
     def rows(run: Run) -> tuple[OwnerBudget, ...]:
         if id(run) not in known:
             try:
-                known[id(run)] = holder_budgets(run)
+                known[id(run)] = owner_budgets(run)
             except Exception as error:  # whatever is wrong with one run's ledgers, the others' are read
                 known[id(run)] = (unverifiable(run, error),)
         return known[id(run)]
@@ -91,7 +91,7 @@ def audited(
         check = Check(name="The audit was carried out", verdict="unverified", finding=f"{said}.")
         return ArmAudit(
             verdict="unverified",
-            sentence="The audit of this arm broke off, so nothing is known of what it claims.",
+            sentence="The audit of this configuration broke off, so nothing is known of what it claims.",
             runs=len(runs),
             checks=(check, *evidence_checks(attacks, probe, None)),
             attacks=tuple(attacks),

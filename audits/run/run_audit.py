@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import msgspec
 
 from choral.audits.budgets.accountants import Accountants, accountants_check, accountants_of
-from choral.audits.budgets.budgets import budget_checks, holder_budgets
+from choral.audits.budgets.budgets import budget_checks, owner_budgets
 from choral.audits.budgets.consistency import books_checks
 from choral.audits.budgets.participation import ParticipationSummary, participation_checks, participation_of
 from choral.audits.costs.costs import Costs, costs_of
@@ -29,7 +29,7 @@ from choral.audits.findings.schema import (
     Trace,
     Verdict,
 )
-from choral.audits.findings.statistics import holders_of, spreads
+from choral.audits.findings.statistics import data_owners_of, spreads
 from choral.audits.findings.text import power
 from choral.audits.findings.verdict import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report.storage import read_report, save_report
@@ -123,13 +123,13 @@ def audit(
     accountants and held against run.json and against the promise), participation, the history, and what the server saw
     if that was recorded. ``attacks``, ``probe`` and ``inversion`` are evidence that was gathered before; ``not_run``
     says which was not. A ledger that is missing leaves the claim unverified; one that is damaged or edited raises. The
-    hash chain cannot bind a holder who rewrites all of its own ledger.
+    hash chain cannot bind a data owner who rewrites all of its own ledger.
 
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
         DataError for a metric or cost that is not finite; ConfigError for a run without any history.
     """
     run = _readable(run)
-    budgets = holder_budgets(run)
+    budgets = owner_budgets(run)
     accountants, participation, seen = accountants_of(run), participation_of(run), transcript_audit(run)
     checks = (
         *budget_checks(run, budgets),
@@ -153,7 +153,7 @@ def audit(
         probe=probe,
         inversion=inversion,
         budgets=budgets,
-        spreads=spreads(holders_of([run])),
+        spreads=spreads(data_owners_of([run])),
         accountants=accountants,
         participation=participation,
         seen=seen,

@@ -83,7 +83,7 @@ def rounds_paid_for(privacy_engines: Mapping[str, PrivacyEngine], recorder: Reco
 
 
 def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:
-    """Raises: ConfigError if delta is not below 1/n for some holder: it would allow one record in the clear."""
+    """Raises: ConfigError if delta is not below 1/n for some data owner: it would allow one record in the clear."""
     for name, count in examples.items():
         if privacy.delta >= 1 / count:
             raise ConfigError(

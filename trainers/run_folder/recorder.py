@@ -168,7 +168,7 @@ class Recorder:
         kept = self.algorithm_state().clips
         if self.completed and not kept:
             raise RunFolderError(
-                f"where the clipping norms were after round {self.completed} is lost",
+                f"where the clipping norms were after round {self.completed} is missing",
                 hint=f"restore algorithm_state.{self.completed}.safetensors, or run again in a new folder;"
                 " with AdaptiveClip and several processes there is none, and no resume",
             )

@@ -14,7 +14,7 @@ from choral.audits.report.charts.axes import Axis
 from choral.audits.report.charts.svg import LABEL_GAP, REFERENCE, Chart, shortened, ticks
 
 MOST_POINTS = 200
-NAMED_HOLDERS = 16
+NAMED_OWNERS = 16
 WIDE, NARROW = 864.0, 360.0
 ROUNDS_HEIGHT = 430.0  # of a wide drawing over rounds
 Lines = Sequence[tuple[str, Sequence[Point], int]]  # name, curve, colour
@@ -39,7 +39,7 @@ def rounds_figure(
     found = [(arm.name, arm.measure(metric), colours[arm.name]) for arm in arms]
     said = "; ".join(f"{name} ends at {score(measure.estimate.mean, metric)}" for name, measure, _ in found)
     levels = "".join(f"; {name}: {score(level, metric)}" for name, level in (references or {}).items())
-    said = f"One line per arm, from round 0 (the initial model): {said}{levels}."
+    said = f"One line per configuration, from round 0 (the initial model): {said}{levels}."
     lines = [(name, measure.curve, colour) for name, measure, colour in found]
     return _both(identity, f"{metric.capitalize()} over rounds", said, lines, metric, references or {})
 
@@ -152,7 +152,7 @@ def _data(chart: Chart, pixels: float) -> float:
     return pixels / (chart.width - chart.left - chart.right) * (chart.x[1] - chart.x[0])
 
 
-def holders_figure(arms: Sequence[ArmResult], colours: Mapping[str, int]) -> Figure:
+def owners_figure(arms: Sequence[ArmResult], colours: Mapping[str, int]) -> Figure:
     """Each data owner's epsilon against what was asked for."""
     private = [arm for arm in arms if arm.claim is not None]
     said = "; ".join(
@@ -163,15 +163,13 @@ def holders_figure(arms: Sequence[ArmResult], colours: Mapping[str, int]) -> Fig
         if arm.claim
     )
     return Figure(
-        wide=_holders(private, colours, wide=True).render("holders-wide", "Epsilon of each data owner", said + "."),
-        narrow=_holders(private, colours, wide=False).render(
-            "holders-narrow", "Epsilon of each data owner", said + "."
-        ),
+        wide=_owners(private, colours, wide=True).render("holders-wide", "Epsilon of each data owner", said + "."),
+        narrow=_owners(private, colours, wide=False).render("holders-narrow", "Epsilon of each data owner", said + "."),
     )
 
 
-def _holders(arms: Sequence[ArmResult], colours: Mapping[str, int], *, wide: bool) -> Chart:
-    tall = {arm.name: 22.0 if len(arm.holders) <= NAMED_HOLDERS else max(1.0, 320 / len(arm.holders)) for arm in arms}
+def _owners(arms: Sequence[ArmResult], colours: Mapping[str, int], *, wide: bool) -> Chart:
+    tall = {arm.name: 22.0 if len(arm.holders) <= NAMED_OWNERS else max(1.0, 320 / len(arm.holders)) for arm in arms}
     height = sum(40 + tall[arm.name] * len(arm.holders) for arm in arms) + 56
     most = max(max(arm.claim.asked, arm.claim.epsilon) for arm in arms if arm.claim)
     marks = ticks(0, most, 8 if wide else 4)

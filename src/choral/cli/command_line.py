@@ -28,8 +28,8 @@ usage: choral COMMAND [options]
 Train PyTorch models on data that may not be seen, and say what that costs.
 
 commands:
-  compare CONFIG --out DIR   train every arm of a TOML file and report accuracy, epsilon, bytes and time side by side
-  train CONFIG --out DIR     train one arm: federated (default), or --centralized on pooled data
+  compare CONFIG --out DIR   train every configuration of a TOML file; accuracy, epsilon, bytes and time side by side
+  train CONFIG --out DIR     train one configuration: federated (default), or --centralized on pooled data
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
                              or a model of your own: --scores FILE, --model FILE.py, --probe
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs

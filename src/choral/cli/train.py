@@ -27,10 +27,10 @@ from choral.trainers import RoundRecord
 
 @dataclass(frozen=True, kw_only=True)
 class CompareFlags:
-    """Train every arm of a comparison for several seeds, audit every run; write report.json and report.html.
+    """Train every configuration of a comparison for several seeds, audit every run; write report.json and report.html.
 
-    Exit code 0: nothing contradicts what the arms claim. 1: a claim is violated or cannot be verified. 2: wrong usage,
-    or an arm could not be trained (the others are reported; --resume tries it again).
+    Exit code 0: nothing contradicts what the configurations claim. 1: a claim is violated or cannot be verified. 2:
+    wrong usage, or a configuration could not be trained (the others are reported; --resume tries it again).
 
     Every key of CONFIG is a flag of the same name below; the flag wins.
     """
@@ -50,7 +50,7 @@ class CompareFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """Train one arm into a run folder: federated, or --centralized; private if privacy.epsilon is set.
+    """Train one configuration into a run folder: federated, or --centralized; private if privacy.epsilon is set.
 
     By several processes: torchrun --standalone --nproc-per-node 2 -m choral train CONFIG --out DIR. Parties, or with
     --centralized each batch, are divided among them.
@@ -63,7 +63,7 @@ class TrainFlags:
     out: Path
     """Run folder; must be new or empty, unless --resume."""
     arm: str | None = None
-    """Train this arm of CONFIG, e.g. cloud."""
+    """Train this configuration of CONFIG, e.g. cloud."""
     centralized: bool = False
     """Pool the data: the cloud baseline."""
     resume: bool = False

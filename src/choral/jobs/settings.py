@@ -90,12 +90,12 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
-    """Attacks that `compare` makes on its arms; that it audits their runs goes without saying."""
+    """Attacks that `compare` makes on its configurations; that it audits their runs goes without saying."""
 
     canaries: int = 0
-    """Canary records in one more training of each arm, each in by a coin, for a lower bound on epsilon; 0 for none."""
+    """Canary records in one more training of each configuration, for a lower bound on epsilon; each in by a coin."""
     probe: bool = False
-    """Also run private arms' trainer on probe records and test its noise, sampling and clipping against its ledger."""
+    """Also run private configurations' trainer on probe records; hold noise, sampling and clipping to its ledger."""
 
     def __post_init__(self) -> None:
         if self.canaries and self.canaries < 20:
@@ -104,7 +104,7 @@ class AuditSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """The tuning budget of an arm: every combination is trained once, the least loss on held-out records is taken."""
+    """What a configuration is tuned over: every combination is trained once, the least held-out loss wins."""
 
     learning_rate: tuple[float, ...] = ()
     """Learning rates to try."""
@@ -127,19 +127,19 @@ class Arm:
     private: bool = False
     """Train with differential privacy, as [privacy] says."""
     unit: Unit | None = None
-    """Unit of a private arm."""
+    """Unit of a private configuration."""
     secure_sum: SumKind | None = None
-    """Secure sum of a federated arm."""
+    """Secure sum of a federated configuration."""
     batch_size: int | None = None
-    """Batch size of this arm."""
+    """Batch size of this configuration."""
     learning_rate: float | None = None
-    """Learning rate of this arm."""
+    """Learning rate of this configuration."""
     reshuffle: bool | None = None
-    """Whether this arm's records are dealt out again, as split.reshuffle says."""
+    """Whether this configuration's records are dealt out again, as split.reshuffle says."""
     tune: Tune = field(default_factory=Tune)
-    """Values to choose from before the arm is trained, without privacy."""
+    """Values to choose from before the configuration is trained, without privacy."""
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
-    """Algorithm of this arm, if it names a kind; otherwise what it sets replaces what the file says."""
+    """Algorithm of this configuration, if it names a kind; otherwise what it sets replaces what the file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Settings:
     """digits, fashion, comments, adult, shakespeare, comments-convex, posts-convex, or a Python file with
     load(split, training, seed) -> Task."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """What of the task's evaluation is compared; the first is what arms are judged by. A "... gap" has a log axis."""
+    """What of the task's evaluation is compared; configurations are judged by the first. A "... gap" has a log axis."""
     data_dir: Path | None = None
     """Folder of the data sets; by default they are fetched, checked by hash, and kept in ~/.cache/choral."""
     seed: int = 0
@@ -168,9 +168,9 @@ class Settings:
     transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
     """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""
     epsilons: tuple[float, ...] = ()
-    """Budgets at which `compare` trains private arms, for the budget-against-accuracy curve.
+    """Budgets at which `compare` trains private configurations, for the budget-against-accuracy curve.
 
-    An arm with another unit than privacy.unit is trained at privacy.epsilon alone: its epsilon is not on that scale."""
+    A configuration with another unit than privacy.unit is trained at privacy.epsilon alone: that is another scale."""
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -182,7 +182,7 @@ class Settings:
     """Price table (TOML) whose entries replace those of the shipped one."""
     price: PriceSettings = field(default_factory=PriceSettings)
     arms: dict[str, Arm] = field(default_factory=dict)
-    """The arms of the comparison, by name."""
+    """The configurations of the comparison, by name."""
 
 
 def read_settings(path: str | Path, kind: type[T]) -> T:

@@ -90,7 +90,7 @@ def test_an_adaptive_clipping_norm_goes_on_where_it_was(job, tmp_path, trainer):
     assert all(clip != 0.01 for clip in halfway.values())
     lost = (tmp_path / "run" / "algorithm_state.2.safetensors").read_bytes()
     (tmp_path / "run" / "algorithm_state.2.safetensors").unlink()
-    with pytest.raises(RunFolderError, match="clipping norms were after round 2 is lost"):
+    with pytest.raises(RunFolderError, match="clipping norms were after round 2 is missing"):
         trainer(**job(rounds=4), privacy=privacy, out=tmp_path / "run", resume=True)
     (tmp_path / "run" / "algorithm_state.2.safetensors").write_bytes(lost)
     starts = []
