@@ -33,7 +33,7 @@ def comparison_checks(
 
 
 def _same_start(arms: Runs, metric: str) -> Check:
-    """Identical starting weights show as an identical evaluation of round 0."""
+    """Identical initial weights show as an identical evaluation of round 0."""
     name = "Every configuration starts from the same weights"
     starts: dict[int, dict[str, float]] = {}
     for arm, runs in arms.items():

@@ -17,7 +17,7 @@ FORMAT = "choral-report"
 FORMAT_VERSION = 2
 ORDER = ("cloud", "cloud-dp", "federated", "federated-masked", "federated-dp")  # these come first, with fixed colours
 RANDOMNESS = (
-    "The seed decides starting weights, data order and rehearsed dropouts. Sampling for privacy, noise, keys and masks"
+    "The seed decides initial weights, data order and rehearsed dropouts. Sampling for privacy, noise, keys and masks"
     " come from the operating system through a cryptographic stream, and are never seeded."
 )
 Verdict = Literal["holds", "violated", "unverified"]

@@ -77,7 +77,7 @@ def centralize(
     """Train the same task as :func:`federate` on the pooled data of all parties: what it is compared with.
 
     A round is one call of ``fit`` on the pooled data, so equal rounds mean equally many passes over each record. The
-    starting weights are those of ``federate`` for the same seed. The optimizer lives through all rounds.
+    initial weights are those of ``federate`` for the same seed. The optimizer lives through all rounds.
     loss: taken so that one job's functions suit both, and not called.
     privacy: record-level DP-SGD on the pooled data, with one ledger; the data itself is seen by the cloud.
     data_parallel: divide every batch among the processes that torchrun started; the run folder is the first one's, and

@@ -341,7 +341,7 @@ def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None = None) -> nn.Module:
-    """The model that ``build`` makes for this seed: the same starting weights for every arm of a comparison.
+    """The model that ``build`` makes for this seed: the same initial weights for every arm of a comparison.
 
     start: weights in the place of those that the seed decides. Raises: what checked_build does; InitialWeightsError.
     """
