@@ -32,3 +32,8 @@ from choral.privacy.ledgers.ledger import Ledger as Ledger
 from choral.privacy.ledgers.spent import Spent as Spent
 from choral.privacy.per_sample.layer_replacement import replace_layers as replace_layers
 from choral.privacy.per_sample.model import unwrap as unwrap
+from choral.privacy.record_shares.party import SharesParty as SharesParty
+from choral.privacy.record_shares.plan import SharesPlan as SharesPlan
+from choral.privacy.record_shares.plan import SharesTerms as SharesTerms
+from choral.privacy.record_shares.plan import plan_shares as plan_shares
+from choral.privacy.record_shares.plan import refuse_weak_sum as refuse_weak_sum

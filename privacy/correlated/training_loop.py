@@ -72,6 +72,11 @@ class CorrelatedPrivacy(Privacy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.noise != "local":
+            raise ConfigError(
+                "correlated noise is one stream of one data owner, of which a party that dropped out would keep a part",
+                hint='Take Privacy(noise="distributed"), whose noise is independent from step to step.',
+            )
         if isinstance(self.max_grad_norm, AdaptiveClip):
             raise ConfigError(
                 "AdaptiveClip moves the clipping norm C, but correlated noise takes back noise of earlier steps",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import distributed, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -27,10 +27,12 @@ from choral.privacy.dpsgd.execution_plan import (
     PoissonPlan,
     poisson_plan,
     refuse_other_sizes,
+    refuse_several_processes,
 )
 from choral.privacy.dpsgd.optimizer_wrapper import refuse_unsupported as refuse_optimizer
 from choral.privacy.dpsgd.poisson_loader import PrivateLoader, sizes_of
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.dpsgd.where_noise import Where, check_noise, refuse_shares
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
@@ -66,6 +68,9 @@ class Privacy:
             moves the model; `optimizer.stepped` tells. None shows each batch whole.
         neighbours: "zero out one record"; or "replace one record", the stronger promise, which takes more noise for
             the same epsilon: computed, and not twice as much where batches are sampled. A ledger keeps to one.
+        noise: "local", each data owner's is enough by itself; or "distributed", in shares that are enough together,
+            under a secure sum (:mod:`choral.privacy.record_shares`): for the parties of a federated training alone, of
+            which up to `colluders`, >= 1, may tell the adversary their shares. `epochs` is not used then.
     """
 
     epsilon: float
@@ -77,12 +82,15 @@ class Privacy:
     max_physical_batch_size: int | None = None
     neighbours: str = NEIGHBOURS
     records_per_person: int | None = None
+    noise: Where = "local"
+    colluders: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", as_ledger(self.ledger))
         record_level.check_target(self.epsilon, self.delta)
         check_norm(self.max_grad_norm)
         check_relation(self.neighbours)
+        check_noise(self.noise, self.colluders, self.max_grad_norm)
         for name in ("epochs", "max_physical_batch_size", "records_per_person"):
             value = getattr(self, name)
             if name != "epochs" and value is None:
@@ -154,6 +162,7 @@ class PrivacyEngine:
             if not isinstance(value, kind):
                 raise ConfigError(f"{name} is a {type(value).__name__}, expected a {kind.__name__}")
         passes = as_integer("passes", passes)
+        refuse_shares(privacy.noise)
         ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.holder, self.ledger, self.passes = privacy, holder, ledger, passes
         self._plan: ExecutionPlan | None = None
@@ -378,20 +387,6 @@ class PrivacyEngine:
             f"{self.holder}: the budget was planned for {planned}, and all are used",
             hint=f"Set {worded(command='training.local_epochs', python='Privacy(epochs=...)')} to the passes that one"
             " call of the training loop makes.",
-        )
-
-
-def refuse_several_processes() -> None:
-    """Raise PrivacyError in a process group of more than one: each would sample, and spend, one dataset on its own.
-
-    Gradients averaged over processes would have another sample rate, noise and sensitivity than were accounted for. A
-    PrivacyEngine of its own data is not refused: the parties of a federated run may be processes.
-    """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise PrivacyError(
-            f"torch.distributed runs {distributed.get_world_size()} processes; several processes on one dataset are "
-            "not accounted for",
-            hint="Train in one process, or make each process a party of federate(), with data of its own.",
         )
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
+from torch import distributed
 from torch.utils.data import Sampler
 
 from choral.privacy.accounting.events import PoissonSampledGaussian, RecordEvent
 from choral.privacy.dpsgd.poisson_loader import PoissonSampler
 from choral.privacy.dpsgd.private_optimizer import Noise
-from choral.privacy.errors import UnsupportedLoaderError
+from choral.privacy.errors import PrivacyError, UnsupportedLoaderError
 from choral.privacy.noise.gaussian import os_stream
 
 CALIBRATION_SLACK = 1e-3  # the share of a budget that calibration may leave unused
@@ -97,4 +98,18 @@ def refuse_other_sizes(plan: ExecutionPlan, holder: str, records: int, batch_siz
             f"{plan.records} in batches of {plan.batch_size}",
             hint="Keep one dataset, of one size, and one batch size per PrivacyEngine. Other records are another "
             "training: wrap again, on the same ledger.",
+        )
+
+
+def refuse_several_processes() -> None:
+    """Raise PrivacyError in a process group of more than one: each would sample, and spend, one dataset on its own.
+
+    Gradients averaged over processes would have another sample rate, noise and sensitivity than were accounted for. A
+    PrivacyEngine of its own data is not refused: the parties of a federated run may be processes.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise PrivacyError(
+            f"torch.distributed runs {distributed.get_world_size()} processes; several processes on one dataset are "
+            "not accounted for",
+            hint="Train in one process, or make each process a party of federate(), with data of its own.",
         )

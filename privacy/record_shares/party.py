@@ -1,0 +1,251 @@
+"""One party of a training with noise in shares: what it draws, computes, pays for and sends.
+
+    party = SharesParty(privacy, plan, holder="north", ledger=Ledger(path))  # refuses a plan that breaks its promise
+    model, optimizer, loader = party.wrap(model, loader)  # once
+
+    model.load_state_dict(weights)  # each step: the server's weights,
+    fit(model, optimizer, loader)  # a training loop over one pass of the loader,
+    vector = party.take()  # int64, shape (length,), for the secure sum
+
+A pass over the loader is one step. It shows one batch, in chunks of at most `max_physical_batch_size` rows; the last
+`optimizer.step()` moves no model but makes the vector: the sum of the drawn records' clipped gradients, and this
+party's share of the noise. The step is paid for, on disk, after training and before the noise is drawn: an attempt that
+failed while it trained costs nothing, since nothing was made that could be sent; one whose vector was made is paid for
+whether it is sent, opened, tried again or lost.
+
+**Nothing depends on how many records were drawn.** No record drawn is a batch like any other: work and noise. With
+`padded` every step has plan.terms.rows rows, of which those that no record fills repeat one with weight zero, so that
+the time of an answer does not tell how many were drawn (docs/noise-in-shares.md says what it would tell). Without,
+answers have to be sent at a fixed time after they were asked for. No loss, accuracy or count of a step may leave the
+party.
+
+A gradient that is not finite counts as zero, as in :class:`choral.privacy.dpsgd.private_optimizer.PrivateOptimizer`,
+whose checks are made here, too: they raise for models and loops that treat records together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+from choral.privacy.accounting.events import PoissonSampledShares
+from choral.privacy.dpsgd.engine import Privacy
+from choral.privacy.dpsgd.poisson_loader import PrivateLoader, refuse_unsupported
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedLoaderError, UnsupportedModelError
+from choral.privacy.ledgers.ledger import Ledger
+from choral.privacy.ledgers.plans import RemainingBudget
+from choral.privacy.noise.gaussian import Source, os_stream, poisson_sample
+from choral.privacy.noise.shares import Int64Array, noisy_share
+from choral.privacy.per_sample.model import PerSampleModel, with_per_sample_gradients
+from choral.privacy.record_shares.plan import SharesPlan, refuse_broken_promise
+
+
+class SharesParty:
+    """One party's half of the plan, over all of its steps.
+
+    Args:
+        privacy: the party's own promise, which the plan is held against. plan: all parties'. holder: whose data it is.
+        ledger: what that data has spent before. padded: whether all steps have equally many rows. source: of draws and
+            noise; other than the operating system's for tests alone.
+    Raises: PrivacyError (a plan that breaks the promise), BudgetExceededError (the ledger has no room for it),
+        LedgerError, ConfigError.
+    """
+
+    def __init__(
+        self,
+        privacy: Privacy,
+        plan: SharesPlan,
+        *,
+        holder: str,
+        ledger: Ledger,
+        padded: bool = True,
+        source: Source = os_stream,
+    ) -> None:
+        refuse_broken_promise(privacy, plan)
+        ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
+        self.privacy, self.plan, self.holder, self.ledger, self.padded = privacy, plan, holder, ledger, padded
+        self._source = source
+        self._vector: Int64Array | None = None
+        remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
+        self._known = len(remaining.state.before)
+        left = next((left for part, left in remaining.unfinished() if part.event == plan.event), None)
+        self.steps_left = plan.terms.steps if left is None else left
+        self._announced = None
+        if left is None:
+            self._refuse_unreserved(remaining)
+            remaining.check([msgspec.structs.replace(plan.event, steps=plan.terms.steps)])
+            self._announced = remaining.plan(plan.event, plan.terms.steps)
+
+    def _refuse_unreserved(self, remaining: RemainingBudget) -> None:
+        before = remaining.state.before
+        if before and not isinstance(before[0], PoissonSampledShares):
+            raise BudgetExceededError(
+                f"{self.holder}: the ledger began with noise of another kind, and so set nothing of delta aside for "
+                "the failures of secure sums",
+                hint="Noise in shares may be added to a ledger that began with it; other kinds may follow it.",
+            )
+
+    def wrap(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[PerSampleModel, ShareOptimizer, PrivateLoader]:
+        """Return private versions of the two, and the optimizer that makes vectors instead of moving the model.
+
+        loader: of this party's records; its batch size is not used. What is trained is what of `model` requires a
+        gradient: `plan.terms.length` numbers.
+        Raises: UnsupportedModelError (another number, what per-sample gradients do not follow), UnsupportedLoaderError
+        (more records than the plan allows for).
+        """
+        terms = self.plan.terms
+        refuse_unsupported(loader)
+        records = len(loader.dataset)  # type: ignore[arg-type]
+        if records > terms.most_records:
+            raise UnsupportedLoaderError(
+                f"{self.holder}: {records} records, and the plan allows for {terms.most_records} of one party",
+                hint="Plan again with most_records as it is; the bound of a step's rows was computed for that.",
+            )
+        private_model = with_per_sample_gradients(model)
+        optimizer = ShareOptimizer(private_model, self.privacy, self.plan, self._make)
+        if optimizer.length != terms.length:
+            raise UnsupportedModelError(
+                f"{optimizer.length} parameters are trained, and the plan is for {terms.length}",
+                hint="Freeze the same layers at all parties, and plan for what is left.",
+            )
+        sampler = _OneStep(records, terms.rate, terms.rows, padded=self.padded, source=self._source)
+
+        def before_pass() -> None:
+            self._vector = None
+            self._refuse_spent()
+            optimizer.begin_pass()
+
+        def before_batch(rows: int, first: bool, last: bool) -> None:
+            optimizer.drawn = sampler.drawn
+            optimizer.expect(rows, first=first, last=last)
+
+        private_loader = PrivateLoader(
+            loader,
+            sampler,
+            before_pass=before_pass,
+            before_batch=before_batch,
+            empty_batch=optimizer.step_empty,
+            after_pass=optimizer.end_pass,
+            max_physical_batch_size=self.privacy.max_physical_batch_size or terms.rows,
+        )
+        return private_model, optimizer, private_loader
+
+    def take(self) -> Int64Array:
+        """Return the vector of the step just made, for the secure sum: once, and never for two sums.
+
+        Shape (length,), int64, each at most plan.bound. Raises: PrivacyError (there is none).
+        """
+        vector, self._vector = self._vector, None
+        if vector is None:
+            raise PrivacyError(
+                "no step was made whose vector was not taken yet",
+                hint="One pass over the wrapped loader makes one; a sum that is tried again needs another step.",
+            )
+        return vector
+
+    def _refuse_spent(self) -> None:
+        if self.steps_left < 1:
+            raise BudgetExceededError(
+                f"{self.holder}: the plan has {self.plan.terms.steps} steps, tried ones included, and all are used",
+                hint="Plan more steps before the first one, with room for those that are tried again.",
+            )
+
+    def _make(self, total: npt.NDArray[np.float64]) -> None:
+        """Pay for the step, and make its vector."""
+        self._refuse_spent()
+        self.ledger.append(self.plan.event, after=self._known, plan=self._announced)
+        self._announced = None
+        self._known += 1
+        self.steps_left -= 1
+        plan = self.plan
+        self._vector = noisy_share(total, plan.clip, plan.share, plan.grid, plan.terms.rows, self._source)
+
+
+class ShareOptimizer(PrivateOptimizer):
+    """Clips and adds up the gradients of a batch, and hands the sum to `make`; the model stays as it is.
+
+    drawn: how many rows of the batch, from the first, are records that were drawn; the others weigh nothing.
+    """
+
+    def __init__(
+        self,
+        model: PerSampleModel,
+        privacy: Privacy,
+        plan: SharesPlan,
+        make: Callable[[npt.NDArray[np.float64]], None],
+    ) -> None:
+        trained = [p for p in model._module.parameters() if p.requires_grad]
+        if not trained:
+            raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
+        self.drawn = 0
+        self._shown = 0  # rows of the batch in chunks so far, this one included
+        self._make = make
+        super().__init__(
+            torch.optim.SGD(trained, lr=1.0),
+            model,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            expected_batch_size=plan.terms.batch_size,
+            source=_no_noise,
+        )
+
+    @property
+    def length(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.params)
+
+    def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
+        """See :meth:`PrivateOptimizer.expect`; here of rows, drawn or not."""
+        super().expect(drawn, first=first, last=last)
+        self._shown = drawn if first else self._shown + drawn
+
+    def _clip_factors(self, samples: Any) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+        factors, within, gone = super()._clip_factors(samples)
+        rows = len(gone)
+        places = torch.arange(self._shown - rows, self._shown, device=gone.device)
+        counts = (places < self.drawn).to(factors[0].dtype)
+        return [factor * counts for factor in factors], within, gone
+
+    def _release(self, pending: Any) -> None:
+        """Let the sum become a vector with noise; nothing of it stays in the parameters."""
+        total = pending.total.detach().cpu().numpy()
+        for p in self.params:
+            p.grad = None
+        self._make(total)
+
+    def _apply(self) -> None:
+        """Nothing is stepped: the server steps, with the opened sum."""
+        self._opt_called = True  # a scheduler that looks at this optimizer need not warn
+
+
+def _no_noise(count: int) -> bytes:
+    raise PrivacyError(f"{count} bytes of noise were asked for where the share alone has noise")
+
+
+class _OneStep(Sampler[list[int]]):
+    """The rows of one step: the records drawn, each with probability `rate`, at most `rows`; then the first record.
+
+    `drawn` says how many were, after the sampler was asked.
+    """
+
+    def __init__(self, size: int, rate: Fraction, rows: int, *, padded: bool, source: Source) -> None:
+        self.size, self.rate, self.rows, self.padded, self.source = size, rate, rows, padded, source
+        self.drawn = 0
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        places = poisson_sample(self.size, self.rate, self.source)[: self.rows].tolist()
+        self.drawn = len(places)
+        filled = self.rows if self.padded else max(self.drawn, 1)
+        yield places + [0] * (filled - self.drawn)
