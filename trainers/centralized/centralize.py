@@ -17,13 +17,15 @@ from choral.privacy import Privacy, PrivacyEngine
 from choral.trainers.centralized.data_parallel import Workers, own_device, workers_of
 from choral.trainers.local_steps.resident_model import initial_model, recorded_model, resolve_device
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
-from choral.trainers.run_folder.describe import NOTHING, OnRound, check_settings, describe
+from choral.trainers.run_folder.describe import NOTHING, check_tuned, describe
 from choral.trainers.run_folder.energy import EnergyMeter
 from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.keep import Keep, OnRound
 from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
-from choral.trainers.task.arithmetic import Arithmetic, Precision, check_arithmetic
+from choral.trainers.task.arguments import whole_number
+from choral.trainers.task.arithmetic import Arithmetic, Compute, Precision, check_arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.flat_vector import Layout
@@ -86,10 +88,11 @@ def centralize(
     """
     del loss
     changing = schedule or Schedule()
-    check_settings(rounds, seed, 0.0)
+    rounds, seed = whole_number(rounds, "rounds", 1, "20 is a start"), Compute(seed=seed).seed
+    keep = Keep(out=out, resume=resume, config=config, tuning=tuning, on_round=on_round)
     examples = check_parties(parties, least=1, min_classes=1)
     check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
-    _check_parallel(data_parallel, privacy, resume)
+    _check_parallel(data_parallel, privacy, keep)
     check_arithmetic(precision, compile, private=privacy is not None, reads_records=False)
     on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
     initial = Weights.read(start) if start is not None else None
@@ -98,7 +101,7 @@ def centralize(
     )
     whole, arithmetic = pool(list(parties.values())), Arithmetic(on, precision, compile=compile)
     job = _Job(task, whole, privacy, changing, initial, arithmetic)
-    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning)
+    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, keep, initial)
     info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
@@ -208,14 +211,15 @@ class _Pooled:
             )
 
 
-def _check_parallel(data_parallel: bool, privacy: Privacy | None, resume: bool) -> None:
+def _check_parallel(data_parallel: bool, privacy: Privacy | None, keep: Keep) -> None:
+    check_tuned(keep.tuning, private=privacy is not None)
     if data_parallel and privacy is not None:
         raise ConfigError(
             "data_parallel with privacy: each process would clip, add noise and keep a ledger by itself, and the sum of"
             " their steps is not what the accounting covers",
             hint="train privately in one process",
         )
-    if data_parallel and resume:
+    if data_parallel and keep.resume:
         raise ConfigError("a data_parallel run cannot be resumed", hint="resume it in one process, without torchrun")
 
 

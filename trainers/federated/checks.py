@@ -1,12 +1,25 @@
-"""Whether algorithm, participation and promise fit each other: refused before anything is trained."""
+"""What a plan is held to: arguments of the right type, and algorithm, participation and promise that fit each other.
+
+Each refusal stands in one line; a plan, and whoever wants to know beforehand, calls the same functions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
+from choral.privacy.client_level.client import check_client_delta
+from choral.protocols import Homomorphic, Masked, Plain
+from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.participation import Dropouts, Participation
-from choral.trainers.task.task import Loss, TaskError
+from choral.trainers.run_folder.owner_privacy import check_delta, check_own_ledger
+from choral.trainers.task import arguments
+from choral.trainers.task.learning_rate import Schedule
+from choral.trainers.task.task import Loss, Task, TaskError
 
 _PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
 
@@ -25,8 +38,85 @@ def participation_of(
                 hint="Participation(cohort=..., dropouts=Dropouts(vector=...))",
             )
         return given
-    sums = sum(not channel.once for channel in algorithm.channels(_PROBE).values())
+    sums = sums_of(algorithm)
     return Participation(cohort=cohort, dropouts=Dropouts(vector=1 - (1 - dropout_rate) ** (1 / sums)))
+
+
+def secure_sum_named(given: Any) -> SecureSum:
+    """The secure sum that is meant: itself, that of a name in settings with its usual terms, or `Plain` for none.
+
+    Raises: ConfigError for an unknown name, a class, or anything that does not open sessions.
+    """
+    if given is None:
+        return Plain()
+    known: dict[str, type[SecureSum]] = {"plain": Plain, "masked": Masked, "homomorphic": Homomorphic}
+    if isinstance(given, str) and given.lower() in known:
+        return known[given.lower()]()
+    if isinstance(given, type) or not callable(getattr(given, "open", None)) or not hasattr(given, "name"):
+        raise ConfigError(
+            f"secure_sum is {arguments.shown(given)}, expected a secure sum, or one of {', '.join(known)}",
+            hint="such as choral.Masked(), with its parentheses",
+        )
+    made: SecureSum = given
+    return made
+
+
+def check_groups(task: Any, participation: Any, groups: Mapping[str, tuple[Any, type]]) -> None:
+    """Raises: ConfigError for arguments of other types. groups: what was given for each, and what it must be."""
+    arguments.instance(task, "task", Task, "Task(build=..., fit=..., evaluate=...)")
+    arguments.instance(participation, "participation", Participation, "Participation(cohort=...)")
+    for name, (value, kind) in groups.items():
+        arguments.instance(value, name, kind, f"{kind.__name__}(...)")
+
+
+def check_privacy_kind(privacy: Any) -> None:
+    """Raises: ConfigError for another promise than those of records and of clients."""
+    if privacy is not None:
+        hint = "Privacy(epsilon=3.0, delta=1e-5, max_grad_norm=1.0, epochs=1), or ClientPrivacy"
+        arguments.instance(privacy, "privacy", (Privacy, ClientPrivacy), hint)
+
+
+def check_privacy(privacy: Privacy | ClientPrivacy | None, examples: Mapping[str, int], parties: int) -> None:
+    """Raises: ConfigError for a promise that so many records or clients cannot be given, or with a ledger of one data
+    owner for all of them.
+    """
+    if isinstance(privacy, Privacy):
+        check_own_ledger(privacy)
+        check_delta(privacy, examples)
+    elif privacy is not None:
+        check_client_delta(privacy.delta, parties)
+        privacy.survivors_of(parties)
+
+
+def check_schedule(algorithm: Algorithm, schedule: Schedule | None) -> None:
+    """Raises: ConfigError for learning rates that change, of an algorithm that has none of fit's."""
+    if schedule is not None and not schedule.constant and algorithm.needs_loss:
+        raise ConfigError(
+            f"the schedule is of the learning rate of fit, which {algorithm.kind} does not call",
+            hint="leave the schedule out, or use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova",
+        )
+
+
+def check_ranks(ranks: int, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
+    """Raises: ConfigError if ledgers would have to be known to several processes and are not in files, or if a process
+    would keep none.
+    """
+    if privacy is None:
+        return
+    if out is None:
+        raise ConfigError(
+            "several processes keep the ledgers of one run, which must be files then", hint="give out=FOLDER"
+        )
+    if parties < ranks:
+        raise ConfigError(
+            f"{ranks} processes for {parties} private parties, each of which stays at one process",
+            hint=f"start at most {parties}",
+        )
+
+
+def sums_of(algorithm: Algorithm) -> int:
+    """How many secure sums each round has, without those that are made once in a run."""
+    return sum(not channel.once for channel in algorithm.channels(_PROBE).values())
 
 
 def check_participation(algorithm: Algorithm, participation: Participation, parties: int) -> None:
@@ -67,8 +157,6 @@ def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, lo
 
     Raises: ConfigError naming the release that would not be charged; TaskError for a missing loss.
     """
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"algorithm is {algorithm!r}, expected one such as FedAvg()", hint="see docs/algorithms.md")
     if algorithm.needs_loss and loss is None:
         raise TaskError(
             f"{algorithm.kind} needs the gradients of the records, and the task has no loss",

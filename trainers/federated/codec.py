@@ -9,31 +9,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 
 from choral.errors import ConfigError
 from choral.privacy import (
-    ClientPrivacy,
     ClientPrivacyEngine,
     ClientRound,
     FixedPoint,
-    Ledger,
-    LedgerError,
     PrivacyEngine,
     Spent,
 )
-from choral.privacy.accounting.client_noise import SLACK
 from choral.privacy.client_level.client import HOLDER
-from choral.privacy.ledgers.ledger import as_ledger
-from choral.privacy.ledgers.memory_notice import notice_memory
-from choral.privacy.ledgers.plans import passes_left
-from choral.privacy.ledgers.spending import spent_by_clients
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
+from choral.protocols.masking.policy import Policy, check_policy
 from choral.trainers.algorithms.interface import Channel, Mean
-from choral.trainers.run_folder.recorder import Recorder
+from choral.trainers.task import arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. A party whose update
+        is beyond the range drops out; it is never clipped or wrapped. With ``Plain`` and no transcript there is no
+        bound: what is beyond is sent as it is. Not used with ``ClientPrivacy``.
+    weights: "examples" counts each party by its records, as the algorithms are published; a party says how many it
+        has. "equal" counts every party alike, for parties that are not trusted: none can weigh more by its word.
+        Client-level privacy always does.
+    policy: what the parties of this rehearsal accept, whatever ``secure_sum`` proposes: ``Policy(corrupt=..., ...)``,
+        as a site has it, so that what would be refused there is refused here. Its directory is filled in, and its
+        encoding too where it has none. By default the parties hold what is proposed against ``secure_sum``'s settings.
+
+    Raises: ConfigError for a value of another type or out of range; SpecError for another policy.
+    """
+
+    value_bound: float = 16.0
+    value_bits: int = 28
+    weights: Literal["examples", "equal"] = "examples"
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        bound = arguments.number(self.value_bound, "value_bound", "the largest coordinate of an update, such as 16")
+        bits = arguments.whole_number(self.value_bits, "value_bits", 2, "bits of a coordinate, such as 28")
+        FixedPoint(bound=bound, value_bits=bits, max_weight=1)  # which refuses what is out of range
+        object.__setattr__(self, "value_bound", bound)
+        object.__setattr__(self, "value_bits", bits)
+        arguments.one_of(self.weights, "weights", ("examples", "equal"))
+        if self.policy is not None:
+            check_policy(self.policy)
 
 
 class Codec(Protocol):
@@ -262,62 +287,3 @@ class ClientCodec:
 def cap_of(largest: int) -> int:
     """A power of two above the largest party's example count."""
     return 1 << largest.bit_length()
-
-
-class Clients:
-    """The one ledger of a federation's clients, and what may still be spent from it."""
-
-    def __init__(self, privacy: ClientPrivacy, ledger: Ledger, recorder: Recorder) -> None:
-        self._privacy, self._ledger, self._recorder = privacy, ledger, recorder
-
-    def spent(self) -> dict[str, Spent]:
-        return {HOLDER: spent_by_clients(self._ledger, self._privacy.delta)}
-
-    def rounds_paid_for(self, rounds: int, sums: int) -> tuple[int, str]:
-        """How far a run of so many sums a round can go, `rounds` or less, and why no further.
-
-        Raises: LedgerError if the ledger holds less than was recorded.
-        """
-        spent, before = self.spent()[HOLDER], self._recorder.spent.get(HOLDER)
-        if before and spent.steps < before.steps:
-            raise LedgerError(
-                f"the clients' ledger holds {spent.steps} rounds, but the run has recorded {before.steps}",
-                hint="put back the ledger file that belongs to this run",
-            )
-        if not self._recorder.completed:
-            return rounds, ""
-        left = passes_left(self._ledger, self._privacy.epsilon)
-        if left is None and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
-            left = 0
-        paid = rounds if left is None else min(rounds, self._recorder.completed + left // sums)
-        return paid, "" if paid == rounds else f"the clients' budget is spent; ended after round {paid}"
-
-    def codec(
-        self, roster: tuple[str, ...], clients: int, length: int, rounds: int, sums: int, *, most: int | None = None
-    ) -> ClientCodec:
-        """For the rounds that are left, of so many sums each; an adaptive clipping norm goes on where it was.
-
-        roster: who takes part in one sum, of so many clients. most: in any sum, by default all.
-        """
-        history = self._recorder.run().history
-        paid, _ = self.rounds_paid_for(rounds, sums)
-        privacy_engine = ClientPrivacyEngine(
-            self._privacy,
-            clients=clients,
-            length=length,
-            rounds=max(paid - self._recorder.completed, 0) * sums,
-            ledger=self._ledger,
-            clip=history[-1].clip if history else None,
-            most=most,
-        )
-        return ClientCodec(roster, privacy_engine)
-
-
-def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
-    """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
-    folder = recorder.ledger_folder
-    own = privacy.ledger is not None
-    ledger = as_ledger(privacy.ledger) if own else Ledger(folder / f"{HOLDER}.jsonl" if folder else None)
-    notice_memory(ledger, "ClientPrivacy(ledger=FILE), or out=FOLDER,")
-    recorder.keep({HOLDER: ledger})
-    return Clients(privacy, ledger, recorder)

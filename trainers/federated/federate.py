@@ -14,45 +14,29 @@ what the noise's encoding pads to.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Privacy, PrivacyEngine, Spent
-from choral.protocols import Plain
-from choral.protocols.interface import SecureSum, SumSession
-from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.tap import watched_by
+from choral.privacy import ClientPrivacy, Privacy
+from choral.protocols.interface import SecureSum
+from choral.protocols.masking.policy import Policy
 from choral.trainers.algorithms import algorithm_named
-from choral.trainers.algorithms.interface import Algorithm, FederationInfo, LocalTrainer
-from choral.trainers.engines.fastest import Fastest
-from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
-from choral.trainers.federated.checks import check_fits, check_participation, check_patience, participation_of
-from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of, open_clients
-from choral.trainers.federated.failures import with_reasons
-from choral.trainers.federated.participation import Clock, Participation
-from choral.trainers.federated.rounds import Federation, check_promises, open_sessions
-from choral.trainers.federated.virtual_parties import census_of
-from choral.trainers.local_steps.resident_model import Resident, recorded_model, resolve_device
-from choral.trainers.run_folder.describe import NOTHING, OnRound, check_settings, describe
-from choral.trainers.run_folder.energy import EnergyMeter
-from choral.trainers.run_folder.info import RoundRecord, RunInfo
-from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
-from choral.trainers.run_folder.recorder import Recorder
+from choral.trainers.algorithms.interface import Algorithm, LocalTrainer
+from choral.trainers.federated.checks import participation_of
+from choral.trainers.federated.codec import Encoding
+from choral.trainers.federated.one_round import one_round
+from choral.trainers.federated.participation import Participation
+from choral.trainers.federated.plan import Plan
+from choral.trainers.federated.session import Session
+from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.run_folder.keep import Keep, OnRound
 from choral.trainers.run_folder.run import Run
-from choral.trainers.run_folder.transcript import Detail, Transcript
-from choral.trainers.task.arithmetic import Arithmetic, Precision, check_arithmetic
-from choral.trainers.task.evaluation import evaluated
-from choral.trainers.task.initial_weights import Start, Weights
+from choral.trainers.run_folder.transcript import Detail
+from choral.trainers.task.arithmetic import Compute, Precision
+from choral.trainers.task.initial_weights import Start
 from choral.trainers.task.learning_rate import Schedule
-from choral.trainers.task.per_party import check_held_out, per_party_of
-from choral.trainers.task.task import Build, Evaluate, EvaluateParty, Fit, Loss
+from choral.trainers.task.task import Build, Evaluate, EvaluateParty, Fit, Loss, Task
 
 Engine = Callable[[Resident], LocalTrainer]
 
@@ -147,239 +131,30 @@ def federate(
     Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError; of privacy, protocol
         BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Completed rounds stay in ``out``.
     """
-    secure_sum = secure_sum if secure_sum is not None else Plain()
-    check_settings(rounds, seed, dropout_rate)
-    if policy is not None:
-        check_policy(policy)
     algorithm = algorithm_named(algorithm)
-    check_fits(algorithm, privacy, loss)
-    participation = participation_of(algorithm, participation, cohort, dropout_rate)
-    census = census_of(parties, participation=participation, privacy=privacy, min_classes=min_classes)
-    examples, names = census.examples, census.names
-    check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
-    on = resolve_device(device)
-    initial = Weights.read(start) if start is not None else None
-    check_arithmetic(precision, compile, private=isinstance(privacy, Privacy), reads_records=algorithm.needs_loss)
-    check_participation(algorithm, participation, len(parties))
-    check_patience(algorithm, participation, privacy, secure_sum.name)
-    if schedule is not None and not schedule.constant and algorithm.needs_loss:
-        raise ConfigError(
-            f"the schedule is of the learning rate of fit, which {algorithm.kind} does not call",
-            hint="leave the schedule out, or use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova",
-        )
-    arithmetic = Arithmetic(on, precision, compile=compile)
-    info = describe(
-        "federated", parties, examples, rounds, seed, arithmetic, privacy, config, initial, tuning, census.population
-    )
-    info = msgspec.structs.replace(
-        info,
-        algorithm=algorithm.record(),
-        participation=participation.record(),
-        schedule=schedule.record() if schedule else None,
-        releases=tuple(asdict(release) for release in algorithm.releases),
-    )
-
-    def trainer_of(privacy_engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:
-        resident = Resident(
+    plan = Plan.of(
+        Task(
             build=build,
             fit=fit,
-            datasets=census.datasets,
-            privacy_engines=privacy_engines,
-            seed=seed,
-            device=on,
+            evaluate=evaluate,
             loss=loss,
-            start=initial,
-            first=names[0],
-            seats=census.seats,
-            arithmetic=arithmetic,
+            start=start,
             schedule=schedule,
-            rounds=rounds,
-        )
-        return resident, engine(resident) if engine else Fastest(resident)
-
-    ranks = RankGroup.join()
-    records = None if isinstance(privacy, ClientPrivacy) else privacy
-    if ranks is not None:
-        _check_shared(ranks, records, out, len(parties))
-        if ranks.rank:
-            return ranks.follow(lambda told: trainer_of(_privacy_engines_here(ranks, told, records, examples))[1])
-    with (
-        led(ranks) as share,
-        Recorder.open(out, info, resume=resume) as recorder,
-        Transcript(Path(out) if out else None, transcript, recorder.sealed) as seen,
-        watched_by(seen.watcher),
-    ):
-        clients = open_clients(privacy, recorder) if isinstance(privacy, ClientPrivacy) else None
-        rounds_left, clips = rounds - recorder.completed, recorder.clips(privacy)
-        privacy_engines = open_privacy_engines(records, examples, recorder.ledger_folder, rounds_left, clips)
-        recorder.keep({name: engine.ledger for name, engine in privacy_engines.items()})
-        last_round, reason = (
-            clients.rounds_paid_for(rounds, 1) if clients else rounds_paid_for(privacy_engines, recorder, rounds)
-        )
-        if reason and last_round <= recorder.completed:
-            if recorder.awaits(evaluate_party):
-                final = recorded_model(recorder, build, parties)
-                recorder.finish(per_party_of(held_out, evaluate_party, final, parties))
-            return share(recorder.end(reason, clients.spent() if clients else _spent(privacy_engines)))
-        resident, trainer = trainer_of(privacy_engines)
-        resident.check_batches()
-        if ranks is not None:
-            folder = recorder.ledger_folder
-            ranks.begin(RankSetup(rounds_left=rounds_left, folder=str(folder) if folder else None, clips=clips))
-            trainer = Sharded(ranks, trainer, examples, sticky=bool(privacy_engines))
-        federation = FederationInfo(
-            parties=len(parties),
-            length=resident.layout.length,
-            examples=census.total,
-            largest=cap_of(census.largest),
-            value_bound=value_bound,
-        )
-        channels = algorithm.channels(federation)
-        first = tuple(names[: participation.fewest(len(names))])  # stands for every cohort: no sum is over fewer
-        roster = first if census.population else tuple(names)
-        if clients:
-            sums = sum(not channel.once for channel in channels.values())
-            last_round, reason = clients.rounds_paid_for(rounds, sums)
-            codecs: dict[str, Codec] = dict.fromkeys(
-                channels,
-                clients.codec(roster, federation.parties, federation.length, rounds, sums, most=participation.cohort),
-            )
-        else:
-            codecs = {
-                name: WeightedCodec(
-                    examples,
-                    channel,
-                    bound=value_bound,
-                    value_bits=value_bits,
-                    privacy_engines=privacy_engines,
-                    cap=federation.largest,
-                    roster=roster,
-                    in_clear=secure_sum.name == "plain" and transcript is None,
-                )
-                for name, channel in channels.items()
-            }
-        last = list(codecs)[-1]
-        if transcript is not None and len(channels) > 1:
-            raise ConfigError(
-                f"{algorithm.kind} has several sums in a round, and a transcript is of one",
-                hint="record one of FedAvg; the messages of each sum are alike",
-            )
-        opened = partial(open_sessions, secure_sum, codecs, seen, parties=len(names), policy=policy)
-        rooms = opened(roster=None if participation.everybody else first)
-        if not participation.everybody and len(first) < (most := participation.expected(len(names))):
-            full = opened(roster=tuple(names[:most]))
-            check_promises(rooms, len(first), full, most)
-        meter = EnergyMeter(on)
-        recorder.begin(_complete(info, resident, secure_sum, rooms[last], codecs[last], meter))
-        seen.flush()
-        weights = recorder.restore(resident.model, resident.layout)
-        running = Federation(
-            algorithm=algorithm,
-            trainer=trainer,
-            federation=federation,
-            names=names,
-            examples=examples,
-            codecs=codecs,
-            sessions=rooms,
-            memory=recorder.algorithm_state(),
-            participation=participation,
-            secure_sum=secure_sum,
-            seed=seed,
-            seen=seen,
-            draws=seed if participation.draw == "seed" or participation.everybody else recorder.draws(),
-            policy=policy,
-            shapes=resident.layout.shapes,
-            succeeded=sum(not entry.failed for entry in recorder.history[1:]),
-        )
-        if recorder.fresh:
-            untrained = RoundRecord(round=0, metrics=evaluated(evaluate, resident.model, seed), **NOTHING)
-            recorder.add(untrained, resident.model, sealed=seen.sealed)
-        for number in range(recorder.completed + 1, last_round + 1):
-            started, _ = time.perf_counter(), meter.take()
-            simulated = _next_start(participation.clock, recorder.history)
-            weights, traffic = running.round(weights, number, simulated)
-            if traffic.failed and _failed_in_a_row(recorder.history) >= participation.patience:
-                raise with_reasons(traffic.failed, traffic.errors)
-            seen.flush()
-            resident.layout.write(weights)
-            seconds, joules = time.perf_counter() - started, meter.take()
-            spent = codecs[last].spent()
-            entry = RoundRecord(
-                round=number,
-                metrics=evaluated(evaluate, resident.model, seed),
-                seconds=seconds,
-                survivors=traffic.survivors,
-                bytes_up=traffic.bytes_up,
-                bytes_down=traffic.bytes_down,
-                epsilon=max((cost.epsilon for cost in spent.values()), default=None),
-                clip=codecs[last].clip,
-                joules=joules,
-                selected=traffic.asked,
-                failed=str(traffic.failed or ""),
-                dropped=traffic.dropped,
-                largest=codecs[last].largest if not traffic.failed else None,
-                simulated_start=simulated if participation.timed else None,
-                simulated_seconds=traffic.seconds if participation.timed else None,
-            )
-            running.memory.clips = {} if ranks is not None else clips_of(privacy_engines)  # other ranks keep theirs
-            recorder.add(entry, resident.model, spent, algorithm_state=running.memory, sealed=seen.sealed)
-            if on_round:
-                on_round(entry)
-        if recorder.completed < rounds:
-            return share(recorder.end(reason, codecs[last].spent()))
-        return share(recorder.finish(per_party_of(held_out, evaluate_party, resident.model, parties)))
-
-
-def _next_start(clock: Clock, history: Sequence[RoundRecord]) -> float:
-    """When the round after these begins, in simulated seconds."""
-    last = history[-1]
-    if last.simulated_start is None or last.simulated_seconds is None:
-        return clock.first
-    return clock.next(last.simulated_start, last.simulated_seconds)
-
-
-def _failed_in_a_row(history: Sequence[RoundRecord]) -> int:
-    return next(count for count, entry in enumerate(reversed(history)) if not entry.failed)
-
-
-def _check_shared(ranks: RankGroup, privacy: Privacy | None, out: str | Path | None, parties: int) -> None:
-    """Raises: ConfigError if ledgers would have to be known to several processes and are not in files, or if a process
-    would keep none.
-    """
-    if privacy is None:
-        return
-    if out is None:
-        raise ConfigError(
-            "several processes keep the ledgers of one run, which must be files then", hint="give out=FOLDER"
-        )
-    if parties < ranks.size:
-        raise ConfigError(
-            f"{ranks.size} processes for {parties} private parties, each of which stays at one process",
-            hint=f"start at most {parties}",
-        )
-
-
-def _privacy_engines_here(
-    ranks: RankGroup, told: RankSetup, privacy: Privacy | None, examples: Mapping[str, int]
-) -> dict[str, PrivacyEngine]:
-    """The privacy engines of the parties that stay at this rank."""
-    if privacy is None:
-        return {}
-    here = {party: examples[party] for party in ranks.parties_of(ranks.rank, examples)}
-    return open_privacy_engines(privacy, here, Path(told.folder) if told.folder else None, told.rounds_left, told.clips)
-
-
-def _complete(
-    info: RunInfo, resident: Resident, secure_sum: SecureSum, session: SumSession, codec: Codec, meter: EnergyMeter
-) -> RunInfo:
-    return msgspec.structs.replace(
-        info,
-        parameters=resident.layout.length,
-        secure_sum={"name": secure_sum.name, **session.statement},
-        fixed_point=codec.fixed_point,
-        meters=meter.meters,
+            min_classes=min_classes,
+            held_out=held_out,
+            evaluate_party=evaluate_party,
+        ),
+        parties,
+        rounds=rounds,
+        algorithm=algorithm,
+        privacy=privacy,
+        secure_sum=secure_sum,
+        participation=participation_of(algorithm, participation, cohort, dropout_rate),
+        encoding=Encoding(value_bound=value_bound, value_bits=value_bits, policy=policy),
+        compute=Compute(seed=seed, device=device, precision=precision, compile=compile, engine=engine),
+        keep=Keep(out=out, resume=resume, config=config, tuning=tuning, transcript=transcript, on_round=on_round),
     )
-
-
-def _spent(privacy_engines: Mapping[str, PrivacyEngine]) -> dict[str, Spent]:
-    return {name: engine.spent() for name, engine in privacy_engines.items()}
+    with Session.open(plan) as session:
+        for number in session.rounds_left():
+            session.keep(one_round(session, number))
+    return session.run

@@ -4,7 +4,7 @@
                                               device=Device(start=20, per_example=0.1, spread=0.5), deadline=120,
                                               clock=ONCE_A_DAY, patience=3))
 
-A round at a simulated time goes: some of those who are available now are asked (:meth:`Participation.ask`), and of
+A round at a simulated time goes: some of those who are available now are asked (:meth:`Participation.select`), and of
 these the ones that answer in time count (:meth:`Participation.late`), less those that vanish at some step
 (:func:`lost_at`). All randomness is numpy's, from a seed: it is for data order and simulation, not for privacy. Only
 who is asked comes from a secret of the run, drawn by the operating system, so that nobody picks a victim beforehand. A
@@ -278,7 +278,7 @@ class Participation:
             return self.least
         return self.cohort or max(2, -(-self.expected(parties) // 2))
 
-    def ask(self, parties: int, start: float, random: Generator, seed: int) -> NDArray[np.int64]:
+    def select(self, parties: int, start: float, random: Generator, seed: int) -> NDArray[np.int64]:
         """The numbers of those who are asked at simulated time ``start``, rising, each set of a size equally likely.
 
         At most 1,000 + 100 cohorts are looked at to fill one.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Privacy
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.privacy.dpsgd.clipping import settings_of as clipping_settings
-from choral.trainers.run_folder.info import Population, RoundRecord, RunInfo, versions
+from choral.trainers.run_folder.info import Population, RunInfo, versions
+from choral.trainers.run_folder.keep import Keep
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.task import raw_bytes
 
-OnRound = Callable[[RoundRecord], None]
 NOTHING: dict[str, Any] = {"seconds": 0.0, "survivors": 0, "bytes_up": 0, "bytes_down": 0}
 
 
@@ -26,20 +26,11 @@ def describe(
     seed: int,
     arithmetic: Arithmetic,
     privacy: Privacy | ClientPrivacy | None,
-    config: Mapping[str, Any] | None,
+    keep: Keep,
     start: Weights | None,
-    tuning: Mapping[str, Any] | None,
     population: Population | None = None,
 ) -> RunInfo:
-    """What is known of a run before its model is built. population: in the place of the parties' own numbers.
-
-    Raises: ConfigError for a private run that was tuned.
-    """
-    if tuning is not None and privacy is not None:
-        raise ConfigError(
-            "tuning with privacy: its tries read the records without noise, which no budget covers",
-            hint="take settings from public data, or choral.privacy.private_search",
-        )
+    """What is known of a run before its model is built. population: in the place of the parties' own numbers."""
     return RunInfo(
         kind=kind,
         rounds=rounds,
@@ -52,20 +43,20 @@ def describe(
         parameters=0,
         privacy=_settings_of(privacy, len(parties)),
         raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
-        config=dict(config or {}),
+        config=dict(keep.config or {}),
         start=start.record() if start else None,
-        tuning=dict(tuning) if tuning is not None else None,
+        tuning=dict(keep.tuning) if keep.tuning is not None else None,
         versions=versions(),
     )
 
 
-def check_settings(rounds: int, seed: int, dropout_rate: float) -> None:
-    if rounds < 1:
-        raise ConfigError(f"expected rounds >= 1, got {rounds}", hint="20 is a start")
-    if seed < 0:
-        raise ConfigError(f"expected seed >= 0, got {seed}", hint="any whole number from 0")
-    if not 0 <= dropout_rate < 1:
-        raise ConfigError(f"expected 0 <= dropout_rate < 1, got {dropout_rate}", hint="0 loses nobody")
+def check_tuned(tuning: object, *, private: bool) -> None:
+    """Raises: ConfigError for a private run that was tuned."""
+    if tuning is not None and private:
+        raise ConfigError(
+            "tuning with privacy: its tries read the records without noise, which no budget covers",
+            hint="take settings from public data, or choral.privacy.private_search",
+        )
 
 
 def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:

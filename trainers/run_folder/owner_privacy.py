@@ -37,12 +37,7 @@ def open_privacy_engines(
             f"privacy is a {type(privacy).__name__}, expected Privacy",
             hint="ClientPrivacy protects the parties of a federation; pooled data has none",
         )
-    if (own := as_ledger(privacy.ledger)).path is not None or own.events:
-        raise ConfigError(
-            "Privacy(ledger=...) is one data owner's, but here every one has a ledger of its own",
-            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER. A promise that was spent"
-            " from without a file is one data owner's, too: make another one",
-        )
+    check_own_ledger(privacy)
     check_delta(privacy, examples)
     if folder is None:
         notice_memory(Ledger(), "out=FOLDER")
@@ -90,3 +85,13 @@ def check_delta(privacy: Privacy, examples: Mapping[str, int]) -> None:
                 f"delta = {privacy.delta:g} is not below 1/n = {1 / count:.3g} for party {name!r} with {count} records",
                 hint="choose a delta well below 1 over the smallest party's record count",
             )
+
+
+def check_own_ledger(privacy: Privacy) -> None:
+    """Raises: ConfigError for a promise with one data owner's ledger, where every data owner has its own."""
+    if (own := as_ledger(privacy.ledger)).path is not None or own.events:
+        raise ConfigError(
+            "Privacy(ledger=...) is one data owner's, but here every one has a ledger of its own",
+            hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER. A promise that was spent"
+            " from without a file is one data owner's, too: make another one",
+        )

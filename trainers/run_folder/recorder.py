@@ -12,7 +12,6 @@ import msgspec
 import torch
 from torch import nn
 
-from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
 from choral.trainers.run_folder import folder as folders
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, read_algorithm_state, write_algorithm_state
@@ -51,8 +50,6 @@ class Recorder:
         if its settings could not be read back; ConfigError if the run that it holds was started with other settings.
         """
         if out is None:
-            if resume:
-                raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
             return cls(None, info, [], {})
         folder, info = Path(out), folders.as_read_back(info)
         if not resume:

@@ -25,12 +25,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
 
-from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, UnreadableError, follow, lines
 from choral.protocols.interface import SumSpec
 from choral.protocols.own_vector import is_tensor
@@ -91,10 +90,6 @@ class Transcript:
     """
 
     def __init__(self, run: Path | None, detail: Detail | None, sealed: Sealed | None = None) -> None:
-        if detail is not None and detail not in get_args(Detail):
-            raise ConfigError(f"transcript is {detail!r}, expected one of {', '.join(get_args(Detail))}")
-        if detail is not None and run is None:
-            raise ConfigError("a transcript is kept in the run's folder", hint="give out=FOLDER")
         self._detail, self._folder = detail, (run or Path()) / FOLDER
         self._entries: list[Entry] = []
         self._kept: list[bytes] = []

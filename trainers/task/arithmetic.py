@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, get_args
 
@@ -19,10 +20,39 @@ import torch
 from torch import nn
 
 from choral.errors import ConfigError
+from choral.trainers.task import arguments
 from choral.trainers.task.device_batches import mapped
 from choral.trainers.task.task import TaskError
 
 Precision = Literal["float32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """seed: decides initial weights, data order and rehearsed dropouts: torch's, numpy's and Python's generators, and
+    those that loader, dataset and functions have of their own, are seeded anew for each round and party. It never
+    reaches noise, sampling for privacy, keys or masks.
+    device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
+    precision: "bf16" computes the model's calls in ``fit`` under torch.autocast; weights and updates stay float32.
+    compile: compile the model (torch.compile), where the parties take turns. Neither with an algorithm that reads
+        gradients of records; not both with record-level privacy. See docs/engines.md.
+    engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
+        ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
+
+    Raises: ConfigError for a value of another type, or a seed below 0.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    precision: Precision = "float32"
+    compile: bool = False
+    engine: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", arguments.whole_number(self.seed, "seed", 0, "any whole number from 0"))
+        arguments.instance(self.device, "device", str, '"cpu", "cuda", "mps" or "auto"')
+        arguments.flag(self.compile, "compile")
+        arguments.optional_function(self.engine, "engine", "resident")
 
 
 class Arithmetic:

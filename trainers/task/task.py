@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,9 @@ from torch import nn
 
 from choral.doors import worded
 from choral.errors import ChoralError, ConfigError, DataError
+from choral.trainers.task import arguments
+from choral.trainers.task.initial_weights import Start
+from choral.trainers.task.learning_rate import Schedule
 
 _LONGEST_NAME = 200
 _LIBRARY = re.compile(
@@ -37,6 +40,10 @@ EvaluateParty = Callable[[nn.Module, Any], "float | Mapping[str, float]"]
 class Task:
     """A training job as its user has it: three functions, and one dataset per party.
 
+    parties: name -> map-style dataset; may be given to the call that trains instead. min_classes: fewest classes among
+        a party's labels, where these can be read cheaply.
+    start: weights to start from, in the place of those that ``build`` and the seed make: a state dict, or the path of a
+        .safetensors file. schedule: of the optimizer's learning rates from round to round.
     fit: ``fit(model, optimizer, loader)``; a parameter ``round``, if it has one, is the number of the round, from 1.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
     held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
@@ -49,12 +56,26 @@ class Task:
     build: Build
     fit: Fit
     evaluate: Evaluate
-    parties: Mapping[str, Any]
+    parties: Mapping[str, Any] = field(default_factory=dict)
     loss: Loss | None = None
+    start: Start | None = None
+    schedule: Schedule | None = None
+    min_classes: int = 2
     held_out: Mapping[str, Any] | None = None
     evaluate_party: EvaluateParty | None = None
     engine: Callable[[Any], Any] | None = None
     references: Callable[[], References] | None = None
+
+
+def parties_of(task: Task, parties: Any) -> Mapping[str, Any]:
+    """The parties that were given, by default the task's own. Raises: ConfigError for anything but a mapping."""
+    found = task.parties if parties is None else parties
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"parties is {arguments.shown(found)}, expected a mapping of names to datasets",
+            hint="parties={'north': dataset, 'south': dataset}",
+        )
+    return found
 
 
 class TaskError(ChoralError):

@@ -286,7 +286,7 @@ def _huge_fit(model, optimizer, loader):
         (lambda p: {"evaluate": lambda m: float("nan")}, TaskError, "finite"),
         (lambda p: {"rounds": 0}, ConfigError, "rounds >= 1"),
         (lambda p: {"seed": -1}, ConfigError, "seed >= 0"),
-        (lambda p: {"dropout_rate": 1.0}, ConfigError, "dropout_rate"),
+        (lambda p: {"dropout_rate": 1.0}, ConfigError, "chances in"),
         (lambda p: {"device": "abacus"}, TaskError, "not available"),
         (lambda p: {"privacy": Privacy(epsilon=1.0, delta=0.04)}, ConfigError, "not below 1/n"),
     ],

@@ -74,7 +74,7 @@ class TestWhoIsAsked:
     def test_over_a_day_the_mean_is_the_cosines_mean(self):
         """24 hours of 2,000 parties: a mean of .5 with a standard error below .0023; false alarm 1e-8 at .013."""
         rule = Participation(availability=Availability(peak=0.8, trough=0.2, hour=3.0))
-        asked = [len(rule.ask(2_000, hour * 3600.0, stream(1, hour, "t"), 1)) / 2_000 for hour in range(24)]
+        asked = [len(rule.select(2_000, hour * 3600.0, stream(1, hour, "t"), 1)) / 2_000 for hour in range(24)]
         assert np.mean(asked) == pytest.approx(0.5, abs=0.013)
         expected = [0.5 + 0.3 * np.cos(2 * np.pi * (hour - 3) / 24) for hour in range(24)]
         assert asked == pytest.approx(expected, abs=0.063)  # 24 of 5.7 standard errors: 3e-7
@@ -83,7 +83,7 @@ class TestWhoIsAsked:
         zones = tuple(float(hour) for hour in range(24))
         rule = Participation(availability=Availability(peak=1.0, trough=0.0, zones=zones))
         for hour in (2.0, 9.0, 14.0):
-            asked = len(rule.ask(4_000, hour * 3600, stream(2, int(hour), "t"), 2)) / 4_000
+            asked = len(rule.select(4_000, hour * 3600, stream(2, int(hour), "t"), 2)) / 4_000
             assert asked == pytest.approx(0.5, abs=0.05)  # six standard errors
 
     def test_a_partys_zone_is_its_own_and_each_equally_likely(self):
@@ -100,7 +100,7 @@ class TestWhoIsAsked:
         counts = dict.fromkeys(itertools.combinations(range(6), 2), 0)
         short = 0
         for number in range(6_000):
-            asked = tuple(rule.ask(6, 0.0, stream(0, number, "t"), 0).tolist())
+            asked = tuple(rule.select(6, 0.0, stream(0, number, "t"), 0).tolist())
             if len(asked) == 2:
                 counts[asked] += 1
             else:
@@ -112,12 +112,12 @@ class TestWhoIsAsked:
     def test_of_many_they_are_drawn_without_a_list_and_uniformly(self):
         """Ten bins of a million parties, 4,000 drawn: chi-square, false alarm 1e-6. None twice in a round."""
         rule = repeated(cohort=40, availability=Availability(peak=0.3, trough=0.3))
-        rounds = [rule.ask(1_000_000, 0.0, stream(4, number, "t"), 4) for number in range(100)]
+        rounds = [rule.select(1_000_000, 0.0, stream(4, number, "t"), 4) for number in range(100)]
         assert all(len(np.unique(asked)) == 40 for asked in rounds)
         bins = np.bincount(np.concatenate(rounds) // 100_000, minlength=10)
         assert stats.chisquare(bins).pvalue > 1e-6
         small = [
-            rule.ask(5_100, 0.0, stream(5, number, "t"), 4) for number in range(200)
+            rule.select(5_100, 0.0, stream(5, number, "t"), 4) for number in range(200)
         ]  # 5,000 at most are looked at
         assert all(len(np.unique(asked)) == 40 for asked in small)
         assert stats.chisquare(np.bincount(np.concatenate(small) // 510, minlength=10)).pvalue > 1e-6
@@ -129,14 +129,14 @@ class TestWhoIsAsked:
             Availability, "zone_of", lambda self, seed, party: (looked.append(party), real(self, seed, party))[1]
         )
         nobody = repeated(cohort=10, availability=Availability(peak=0.0, trough=0.0))
-        assert len(nobody.ask(1_000_000, 0.0, stream(0, 0, "t"), 0)) == 0
+        assert len(nobody.select(1_000_000, 0.0, stream(0, 0, "t"), 0)) == 0
         assert len(looked) == len(set(looked)) < 1_000 + 100 * 10 + 20
 
     def test_poisson_thinned_by_availability(self):
         """All 8 subsets of 3 parties at .6 x .5 against their product law: chi-square, false alarm 1e-6."""
         rule, counts = repeated(rate=0.6, availability=HALF), {}
         for number in range(8_000):
-            key = tuple(rule.ask(3, 0.0, stream(0, number, "t"), 0).tolist())
+            key = tuple(rule.select(3, 0.0, stream(0, number, "t"), 0).tolist())
             counts[key] = counts.get(key, 0) + 1
         subsets = [subset for size in range(4) for subset in itertools.combinations(range(3), size)]
         expected = [8_000 * 0.3 ** len(subset) * 0.7 ** (3 - len(subset)) for subset in subsets]
@@ -157,7 +157,8 @@ class TestWhoIsAsked:
 
         run = federate(**base | {"fit": fit, "rounds": 6}, participation=rule)
         expected = [
-            rule.ask(12, 6 * 3600.0 * (number - 1), stream(0, number, "cohort"), 0).tolist() for number in range(1, 7)
+            rule.select(12, 6 * 3600.0 * (number - 1), stream(0, number, "cohort"), 0).tolist()
+            for number in range(1, 7)
         ]
         assert trained == [f"p{k:02d}" for asked in expected if len(asked) >= 2 for k in asked]
         assert {len(asked) for asked in expected} != {4}
@@ -428,7 +429,7 @@ class TestPrivacy:
         run = federate(
             **base | {"build": build}, privacy=privacy, participation=repeated(cohort=5), out=tmp_path / "run"
         )
-        asked = [repeated(cohort=5).ask(12, 0.0, stream(0, number, "cohort"), 0).tolist() for number in (1, 2, 3)]
+        asked = [repeated(cohort=5).select(12, 0.0, stream(0, number, "cohort"), 0).tolist() for number in (1, 2, 3)]
         for k in range(12):
             times = sum(k in chosen for chosen in asked)
             assert run.info.spent[f"p{k:02d}"].steps == times * -(-(8 + k) // 4)

@@ -1,0 +1,108 @@
+"""One round of any algorithm: its exchanges, each a secure sum over the parties that are still there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from choral.errors import ChoralError
+from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
+from choral.trainers.algorithms.interface import Exchange, Mean, Rounds
+from choral.trainers.federated.failures import kind_of
+from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.run_folder.algorithm_state import State
+from choral.trainers.task.task import DivergedError
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.session import Session
+
+
+@dataclass
+class RoundOutcome:
+    """What came of a round. weights: the next ones, float32, shape (d,); those before it if it failed.
+
+    server, parties: the algorithm's states to keep; None if it failed. selected: parties it began with. survivors: of
+    its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed, without a sum that failed. start,
+    seconds: simulated. failed: why it was given up. errors: of the parties whose training failed, in words for the user
+    alone.
+    """
+
+    number: int
+    weights: torch.Tensor
+    selected: int
+    start: float
+    server: State | None = None
+    parties: dict[str, State] | None = None
+    survivors: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    failed: TooFewSurvivorsError | None = None
+    errors: dict[str, ChoralError] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Whose training failed, and how, in words that hold nothing of data or code."""
+        return {name: kind_of(error) for name, error in self.errors.items()}
+
+
+class Steps:
+    """An algorithm's round at the server, as far as it has come. weights: the next ones, once it asks no more."""
+
+    def __init__(self, steps: Rounds) -> None:
+        self._steps = steps
+        self.weights = torch.empty(0)
+
+    def advance(self, mean: Mean | None) -> Exchange | None:
+        """The next exchange, given the mean of the one before; None once it has asked all that it wants to know."""
+        try:
+            return next(self._steps) if mean is None else self._steps.send(mean)
+        except StopIteration as end:
+            self.weights = end.value
+            return None
+
+
+def one_round(session: Session, number: int) -> RoundOutcome:
+    """What comes of round ``number``. A round that has too few parties left changes nothing, and the outcome says why.
+
+    Raises: DivergedError if the next weights are not finite; RunFolderError if the last round's state is missing; what
+        the parties' training did, if it failed at all of them; what codec and secure sum raise but for too few
+        survivors.
+    """
+    parties = session.select(number)
+    outcome = RoundOutcome(number, session.weights, len(parties.names), session.next_start, errors=parties.errors)
+    try:
+        _exchanges(session, parties, outcome)
+    except DisputedSharesError:
+        raise
+    except TooFewSurvivorsError as error:
+        outcome.failed, outcome.survivors = error, 0
+    finally:
+        outcome.seconds = parties.lasted(session.plan.participation)
+    return outcome
+
+
+def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -> None:
+    sums = session.sums_over(parties.names)
+    server = session.server_view()
+    steps, mean = Steps(session.plan.algorithm.round(server, session.weights)), None
+    while (ask := steps.advance(mean)) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice
+        codec = session.codecs[ask.channel]
+        parties.begin_sum(session.dropouts(parties))
+        summing = sums[ask.channel].begin(parties.lost)
+        session.engine.answer(ask, parties, summing)
+        result = summing.finish()
+        told = [*ask.new.values(), *([ask.weights] if not parties.sums else [])]
+        parties.end_sum(result.survivors)
+        outcome.survivors = len(result.survivors)
+        outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
+        outcome.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in told)
+        mean = codec.decode(result)
+    if not torch.isfinite(steps.weights).all():
+        raise DivergedError(
+            f"the server's step diverged in round {outcome.number}: the weights are not finite",
+            hint="lower the learning rates; the last good round is kept",
+        )
+    outcome.weights, outcome.server, outcome.parties = steps.weights, dict(server.state), parties.states

@@ -1,0 +1,319 @@
+"""A federation as it runs: all that it holds open, and what changes from round to round.
+
+    with Session.open(plan) as session:
+        for number in session.rounds_left():
+            session.keep(one_round(session, number))
+    run = session.run
+
+Rank 0 of several processes is the federation; on the others there are no rounds, and `run` comes from rank 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import msgspec
+import torch
+
+from choral.privacy import PrivacyEngine
+from choral.protocols.interface import Step, SumSession
+from choral.protocols.tap import watched_by
+from choral.trainers.algorithms.interface import Channel, FederationInfo, LocalTrainer, Server
+from choral.trainers.engines.fastest import Fastest
+from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
+from choral.trainers.federated.answers import PartiesHere
+from choral.trainers.federated.checks import check_ranks
+from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of
+from choral.trainers.federated.failures import with_reasons
+from choral.trainers.federated.ledgers import Ledgers, engines_here
+from choral.trainers.federated.one_round import RoundOutcome
+from choral.trainers.federated.participation import stream
+from choral.trainers.federated.plan import Plan
+from choral.trainers.federated.round_parties import RoundParties, select
+from choral.trainers.federated.sums import Sums, check_promises
+from choral.trainers.local_steps.resident_model import Resident, recorded_model
+from choral.trainers.run_folder.algorithm_state import AlgorithmState
+from choral.trainers.run_folder.describe import NOTHING
+from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError
+from choral.trainers.run_folder.owner_privacy import clips_of
+from choral.trainers.run_folder.recorder import Recorder
+from choral.trainers.run_folder.run import Run
+from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.task.evaluation import evaluated
+from choral.trainers.task.per_party import per_party_of
+
+
+class Session:
+    """See the module. run: the finished run, once the session is closed without an error.
+
+    engine: the parties, who answer. codecs, sums: by channel. weights: the global ones, float32, shape (d,).
+    """
+
+    run: Run
+    weights: torch.Tensor
+
+    def __init__(self, plan: Plan, ranks: RankGroup | None, recorder: Recorder, transcript: Transcript) -> None:
+        self.plan, self._ranks, self._recorder, self._transcript = plan, ranks, recorder, transcript
+        self._ledgers = Ledgers.open(plan, recorder)
+        self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, 1)
+        self._over = bool(self._reason) and self._last <= recorder.completed
+        if not self._over:
+            self._prepare()
+
+    @classmethod
+    @contextmanager
+    def open(cls, plan: Plan) -> Iterator[Session]:
+        """All resources, an earlier part of the run included; they are closed in the end, whatever happens.
+
+        Raises: ConfigError for terms that the sums refuse, or for ledgers that several processes cannot keep;
+            RunFolderError, LedgerError, ProcessError; what building the model does.
+        """
+        ranks = RankGroup.join()
+        if ranks is not None:
+            check_ranks(ranks.size, plan.by_record, plan.keep.out, len(plan.parties))
+            if ranks.rank:
+                yield _Follower(plan, ranks)
+                return
+        with (
+            led(ranks) as share,
+            Recorder.open(plan.keep.out, plan.info, resume=plan.keep.resume) as recorder,
+            Transcript(plan.keep.folder, plan.keep.transcript, recorder.sealed) as transcript,
+            watched_by(transcript.watcher),
+        ):
+            session = cls(plan, ranks, recorder, transcript)
+            yield session
+            session.run = share(session._closed())
+
+    def rounds_left(self) -> Iterator[int]:
+        """The numbers of the rounds that are to come, and that are paid for."""
+        if self._over:
+            return
+        for number in range(self._recorder.completed + 1, self._last + 1):
+            self._started, _ = time.perf_counter(), self._meter.take()
+            yield number
+
+    def select(self, number: int) -> RoundParties:
+        """Who is selected for a round. Raises: RunFolderError if what the algorithm kept is missing."""
+        self._transcript.round = number
+        algorithm = self.plan.algorithm
+        if self._succeeded and algorithm.remembers and not self._state:
+            raise RunFolderError(
+                f"what {algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
+                hint=f"restore algorithm_state.{number - 1}.safetensors, or run again in a new folder",
+            )
+        return select(
+            self.plan.participation,
+            self.plan.census.names,
+            self.plan.census.examples,
+            number=number,
+            start=self.next_start,
+            draws=self._draws,
+            seed=self.plan.compute.seed,
+            states=self._state.parties,
+        )
+
+    @property
+    def next_start(self) -> float:
+        """When the next round begins, in simulated seconds."""
+        last, clock = self._recorder.history[-1], self.plan.participation.clock
+        if last.simulated_start is None or last.simulated_seconds is None:
+            return clock.first
+        return clock.next(last.simulated_start, last.simulated_seconds)
+
+    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, SumSession]:
+        """The secure sums over a round's parties, by channel. Raises: as :meth:`Sums.open_for`."""
+        rule = self.plan.participation
+        return self.sums if rule.everybody else self._sums.open_for(selected, rule, self.sums)
+
+    def server_view(self) -> Server:
+        """The server's, with a copy of its state."""
+        return Server(federation=self._federation, number=self._succeeded + 1, state=dict(self._state.server))
+
+    def dropouts(self, parties: RoundParties) -> dict[str, Step]:
+        """Who is to drop out in the round's next sum, and where, as participation rehearses it."""
+        random = stream(self.plan.compute.seed, parties.number, f"dropouts {parties.sums}")
+        return self.plan.participation.dropouts.draw(parties.names, random)
+
+    def keep(self, outcome: RoundOutcome) -> None:
+        """Evaluate and record a round. Raises: TooFewSurvivorsError if it failed and there is no more patience."""
+        rule, codec = self.plan.participation, self._last_codec
+        if outcome.failed and _failed_in_a_row(self._recorder.history) >= rule.patience:
+            raise with_reasons(outcome.failed, outcome.errors)
+        self._transcript.flush()
+        self.weights = outcome.weights
+        if outcome.server is not None and outcome.parties is not None:
+            self._state.server, self._state.parties = outcome.server, outcome.parties
+            self._succeeded += 1
+        self._resident.layout.write(self.weights)
+        seconds, joules = time.perf_counter() - self._started, self._meter.take()
+        spent = codec.spent()
+        entry = RoundRecord(
+            round=outcome.number,
+            metrics=self._evaluated(),
+            seconds=seconds,
+            survivors=outcome.survivors,
+            bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down,
+            epsilon=max((cost.epsilon for cost in spent.values()), default=None),
+            clip=codec.clip,
+            joules=joules,
+            selected=outcome.selected,
+            failed=str(outcome.failed or ""),
+            dropped=outcome.dropped,
+            largest=codec.largest if not outcome.failed else None,
+            simulated_start=outcome.start if rule.timed else None,
+            simulated_seconds=outcome.seconds if rule.timed else None,
+        )
+        self._state.clips = {} if self._ranks is not None else clips_of(self._ledgers.engines)  # others keep theirs
+        self._recorder.add(
+            entry, self._resident.model, spent, algorithm_state=self._state, sealed=self._transcript.sealed
+        )
+        if self.plan.keep.on_round:
+            self.plan.keep.on_round(entry)
+
+    def _prepare(self) -> None:
+        """Build the model, open the sums, record the untrained model."""
+        plan, recorder = self.plan, self._recorder
+        self._resident, trainer = trainer_of(plan, self._ledgers.engines)
+        self._resident.check_batches()
+        if self._ranks is not None:
+            trainer = self._with_ranks(self._ranks, trainer)
+        census, layout = plan.census, self._resident.layout
+        self._federation = FederationInfo(
+            parties=len(plan.parties),
+            length=layout.length,
+            examples=census.total,
+            largest=cap_of(census.largest),
+            value_bound=plan.encoding.value_bound,
+        )
+        self.codecs = self._make_codecs(plan.algorithm.channels(self._federation))
+        self._last_codec = list(self.codecs.values())[-1]
+        self._open_sums()
+        self.engine = PartiesHere(
+            algorithm=plan.algorithm,
+            trainer=trainer,
+            federation=self._federation,
+            examples=census.examples,
+            codecs=self.codecs,
+            transcript=self._transcript,
+            shapes=layout.shapes,
+        )
+        self._begin_record()
+        self._state: AlgorithmState = recorder.algorithm_state()
+        rehearsed = plan.participation.draw == "seed" or plan.participation.everybody
+        self._draws = plan.compute.seed if rehearsed else recorder.draws()
+        self._succeeded = sum(not entry.failed for entry in recorder.history[1:])
+        if recorder.fresh:
+            untrained = RoundRecord(round=0, metrics=self._evaluated(), **NOTHING)
+            recorder.add(untrained, self._resident.model, sealed=self._transcript.sealed)
+
+    def _with_ranks(self, ranks: RankGroup, trainer: LocalTrainer) -> LocalTrainer:
+        folder, left = self._recorder.ledger_folder, self.plan.rounds - self._recorder.completed
+        clips = dict(self._ledgers.clips)
+        ranks.begin(RankSetup(rounds_left=left, folder=str(folder) if folder else None, clips=clips))
+        return Sharded(ranks, trainer, self.plan.census.examples, sticky=bool(self._ledgers.engines))
+
+    def _make_codecs(self, channels: Mapping[str, Channel]) -> dict[str, Codec]:
+        plan, federation = self.plan, self._federation
+        roster = plan.first_parties if plan.census.population else tuple(plan.census.names)
+        if self._ledgers.clients:
+            sums = sum(not channel.once for channel in channels.values())
+            self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, sums)
+            most = plan.participation.cohort
+            codec = self._ledgers.clients.codec(
+                roster, federation.parties, federation.length, plan.rounds, sums, most=most
+            )
+            return dict.fromkeys(channels, codec)
+        return {
+            name: WeightedCodec(
+                plan.census.examples,
+                channel,
+                bound=plan.encoding.value_bound,
+                value_bits=plan.encoding.value_bits,
+                privacy_engines=self._ledgers.engines,
+                cap=federation.largest,
+                roster=roster,
+                in_clear=plan.secure_sum.name == "plain" and plan.keep.transcript is None,
+            )
+            for name, channel in channels.items()
+        }
+
+    def _open_sums(self) -> None:
+        plan = self.plan
+        rule, names, first = plan.participation, plan.census.names, plan.first_parties
+        self._sums = Sums(
+            secure_sum=plan.secure_sum,
+            codecs=self.codecs,
+            transcript=self._transcript,
+            parties=len(names),
+            policy=plan.encoding.policy,
+        )
+        self.sums = self._sums.open(None if rule.everybody else first)
+        if not rule.everybody and len(first) < (most := rule.expected(len(names))):
+            check_promises(self.sums, len(first), self._sums.open(tuple(names[:most])), most)
+
+    def _begin_record(self) -> None:
+        plan, last = self.plan, list(self.codecs)[-1]
+        self._meter = EnergyMeter(plan.arithmetic.device)
+        info = msgspec.structs.replace(
+            plan.info,
+            parameters=self._resident.layout.length,
+            secure_sum={"name": plan.secure_sum.name, **self.sums[last].statement},
+            fixed_point=self._last_codec.fixed_point,
+            meters=self._meter.meters,
+        )
+        self._recorder.begin(info)
+        self._transcript.flush()
+        self.weights = self._recorder.restore(self._resident.model, self._resident.layout)
+
+    def _evaluated(self) -> dict[str, float]:
+        return evaluated(self.plan.task.evaluate, self._resident.model, self.plan.compute.seed)
+
+    def _closed(self) -> Run:
+        """The run as it is recorded in the end."""
+        task, parties = self.plan.task, self.plan.parties
+        if self._over:
+            if self._recorder.awaits(task.evaluate_party):
+                final = recorded_model(self._recorder, task.build, parties)
+                self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, final, parties))
+            return self._recorder.end(self._reason, self._ledgers.spent())
+        if self._recorder.completed < self.plan.rounds:
+            return self._recorder.end(self._reason, self._last_codec.spent())
+        return self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, self._resident.model, parties))
+
+
+class _Follower(Session):
+    """At the ranks other than 0: trains what it is told to, until there is a run."""
+
+    def __init__(self, plan: Plan, ranks: RankGroup) -> None:
+        self.plan, self._over = plan, True
+        self.run = ranks.follow(lambda told: trainer_of(plan, engines_here(plan, ranks, told))[1])
+
+
+def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:
+    """The resident model of this process, and who computes at its parties."""
+    task, compute, census = plan.task, plan.compute, plan.census
+    resident = Resident(
+        build=task.build,
+        fit=task.fit,
+        datasets=census.datasets,
+        privacy_engines=engines,
+        seed=compute.seed,
+        device=plan.arithmetic.device,
+        loss=task.loss,
+        start=plan.initial,
+        first=census.names[0],
+        seats=census.seats,
+        arithmetic=plan.arithmetic,
+        schedule=task.schedule,
+        rounds=plan.rounds,
+    )
+    made: LocalTrainer = compute.engine(resident) if compute.engine else Fastest(resident)
+    return resident, made
+
+
+def _failed_in_a_row(history: Sequence[RoundRecord]) -> int:
+    return next(count for count, entry in enumerate(reversed(history)) if not entry.failed)

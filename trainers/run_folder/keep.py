@@ -1,0 +1,54 @@
+"""What is kept of a run, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from choral.errors import ConfigError
+from choral.trainers.run_folder.info import RoundRecord
+from choral.trainers.run_folder.transcript import Detail
+from choral.trainers.task import arguments
+
+OnRound = Callable[[RoundRecord], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
+    tuning: the ``record`` of :func:`choral.trainers.centralized.tuning`, if that chose the settings: kept in run.json,
+        and billed.
+    transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
+        "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
+    on_round: called with each completed round.
+
+    Raises: ConfigError for a value of another type, and for resume or a transcript without a folder.
+    """
+
+    out: str | Path | None = None
+    resume: bool = False
+    config: Mapping[str, Any] | None = None
+    tuning: Mapping[str, Any] | None = None
+    transcript: Detail | None = None
+    on_round: OnRound | None = None
+
+    def __post_init__(self) -> None:
+        if self.out is not None:
+            arguments.instance(self.out, "out", (str, Path), "the path of a folder")
+        arguments.flag(self.resume, "resume")
+        if self.resume and self.out is None:
+            raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")
+        for name in ("config", "tuning"):
+            if getattr(self, name) is not None:
+                arguments.instance(getattr(self, name), name, Mapping, "a dict of settings")
+        if self.transcript is not None:
+            arguments.one_of(self.transcript, "transcript", get_args(Detail))
+        if self.transcript is not None and self.out is None:
+            raise ConfigError("a transcript is kept in the run's folder", hint="give out=FOLDER")
+        arguments.optional_function(self.on_round, "on_round", "entry")
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.out is None else Path(self.out)
