@@ -24,7 +24,6 @@ FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 14, 400, 60
 
 # What is longer, and how long it is. A figure may only fall, and what fits goes from the list.
 LONG_FILES: dict[str, int] = {
-    "privacy/accounting/record_level.py": 501,
     "protocols/masking/in_process.py": 412,
 }
 LONG_FUNCTIONS: dict[str, int] = {

@@ -73,6 +73,7 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
 
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
+    from choral.privacy.accounting import other_accountants
     from choral.privacy.accounting import record_level as accounting
     from choral.privacy.accounting.events import Search
     from choral.privacy.errors import AccountingError
@@ -95,18 +96,18 @@ def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
             return msgspec.structs.replace(row, verdict=verdict, finding=finding)
         lower, upper = accounting.bounds(events, delta, neighbours=relation)
         row = msgspec.structs.replace(row, pld=ours)
-        if accounting.trusts_others(events, delta):
+        if other_accountants.trusts_others(events, delta):
             bracket = _by_prv(events, delta, relation)
             low, high = bracket or (None, None)
             theirs = _by_dp_accounting(events, delta, relation)
             row = msgspec.structs.replace(row, prv_low=low, prv_high=high, dp_accounting=theirs)
             if bracket:
-                accounting.check_by_prv((lower, min(upper, ours)), bracket, delta)
+                other_accountants.check_by_prv((lower, min(upper, ours)), bracket, delta)
     except AccountingError as error:
         return msgspec.structs.replace(row, verdict="unverified", finding=f"the accountants disagree: {error}")
     except ConfigError as error:
         return msgspec.structs.replace(row, verdict="unverified", finding=f"no accountant takes this ledger: {error}")
-    same = accounting.epsilon_on_grid_of_others(events, delta, neighbours=relation)
+    same = other_accountants.epsilon_on_grid_of_others(events, delta, neighbours=relation)
     if row.dp_accounting is not None and same is not None and not row.dp_accounting <= same * (1 + AGREE) + ROUNDING:
         finding = f"on one grid, dp-accounting says ε = {row.dp_accounting:.6g} and our code {same:.6g}"
         return msgspec.structs.replace(row, verdict="unverified", finding=finding)
@@ -116,28 +117,28 @@ def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
 
 def _by_dp_accounting(events: Sequence[RecordEvent], delta: float, relation: str) -> float | None:
     """None where it has no bound, or takes too long."""
-    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting import other_accountants
     from choral.privacy.accounting.events import REPLACE_ONE, Search, relation_of
     from choral.privacy.errors import AccountingError
 
     if relation_of(relation) == REPLACE_ONE and any(isinstance(event, Search) for event in events):
         return None
     try:
-        return accounting.epsilon_by_dp_accounting(events, delta, neighbours=relation)
+        return other_accountants.epsilon_by_dp_accounting(events, delta, neighbours=relation)
     except AccountingError:
         return None
 
 
 def _by_prv(events: Sequence[RecordEvent], delta: float, relation: str) -> tuple[float, float] | None:
     """None where it has no bound, or takes too long."""
-    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting import other_accountants
     from choral.privacy.accounting.events import REPLACE_ONE, relation_of
     from choral.privacy.errors import AccountingError
 
     if relation_of(relation) == REPLACE_ONE:
         return None
     try:
-        return accounting.epsilon_by_prv(events, delta)
+        return other_accountants.epsilon_by_prv(events, delta)
     except AccountingError:
         return None
 
@@ -168,7 +169,7 @@ def _agreement(row: Accountants, lower: float) -> tuple[Verdict, str]:
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
     """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
     from choral.privacy.accounting import client_level as client_accounting
-    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting import other_accountants
     from choral.privacy.accounting.events import PoissonSampledGaussian
     from choral.privacy.errors import AccountingError
 
@@ -182,7 +183,7 @@ def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
         )  # fmt: skip
     precision = sum(event.steps / event.noise_multiplier**2 for event in events)
     gaussian = (PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1),)
-    floor = accounting.epsilon_by_dp_accounting(gaussian, delta, 1e-4)
+    floor = other_accountants.epsilon_by_dp_accounting(gaussian, delta, 1e-4)
     exact = all(event.mechanism == "gaussian" for event in events)
     near = abs(bound - floor) <= AGREE * floor + ROUNDING if exact else bound >= floor * (1 - AGREE) - ROUNDING
     sound = near and math.isfinite(floor)  # within a share of what is infinite everything would lie

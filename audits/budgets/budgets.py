@@ -164,11 +164,12 @@ def _bracket(events: Sequence[RecordEvent], delta: float, relation: str, limit: 
     """The greatest lower and the least upper bound there are: by our finest grids, and PRV where it is reliable."""
     from choral.privacy.accounting import record_level as accounting
     from choral.privacy.accounting.events import REPLACE_ONE, relation_of
+    from choral.privacy.accounting.other_accountants import epsilon_by_prv, trusts_others
 
     lower, upper = accounting.bounds(events, delta, neighbours=relation, about=limit)
-    if lower <= limit < upper and relation_of(relation) != REPLACE_ONE and accounting.trusts_others(events, delta):
+    if lower <= limit < upper and relation_of(relation) != REPLACE_ONE and trusts_others(events, delta):
         try:
-            low, _ = accounting.epsilon_by_prv(events, delta)
+            low, _ = epsilon_by_prv(events, delta)
         except AccountingError:
             return lower, upper
         lower = max(lower, low) if low <= upper else lower

@@ -46,7 +46,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from choral.privacy.accounting import client_level, record_level
+from choral.privacy.accounting import client_level, record_level, renyi
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
     ClientRelease,
@@ -164,8 +164,8 @@ def _counted(events: Iterable[RecordEvent]) -> dict[RecordEvent, int]:
 @lru_cache(maxsize=1024)
 def _of_one(event: RecordEvent, orders: tuple[int, ...], neighbours: str) -> _Floats:
     if not isinstance(event, Search):
-        return record_level.renyi(event, orders, neighbours=neighbours)
-    every = tuple(sorted({*record_level.RENYI_ORDERS, *map(float, orders)}))  # any order may stand in its theorem
-    curve = sum((record_level.renyi(part, every, neighbours=neighbours) for part in event.tries), np.zeros(len(every)))
-    bound = record_level.best_of(event, every, curve)
+        return renyi.renyi(event, orders, neighbours=neighbours)
+    every = tuple(sorted({*renyi.RENYI_ORDERS, *map(float, orders)}))  # any order may stand in its theorem
+    curve = sum((renyi.renyi(part, every, neighbours=neighbours) for part in event.tries), np.zeros(len(every)))
+    bound = renyi.best_of(event, every, curve)
     return np.asarray([bound[every.index(float(order))] for order in orders])

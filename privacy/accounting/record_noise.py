@@ -24,19 +24,9 @@ from choral.privacy.accounting.events import (
     replaces,
 )
 from choral.privacy.accounting.filters import PrivacyFilter
-from choral.privacy.accounting.record_level import (
-    GRIDS,
-    LARGEST_NOISE,
-    SMALLEST_NOISE,
-    Merged,
-    check_others,
-    check_target,
-    checked_epsilon,
-    discretised,
-    merge,
-    settled_on_grid,
-    without_search,
-)
+from choral.privacy.accounting.merged_steps import LARGEST_NOISE, SMALLEST_NOISE, Merged, merge, without_search
+from choral.privacy.accounting.other_accountants import check_others
+from choral.privacy.accounting.record_level import GRIDS, check_target, checked_epsilon, discretised, settled_on_grid
 from choral.privacy.accounting.record_level import (
     epsilon as _cost_of,  # the parameters below carry the function's name, and hide it
 )

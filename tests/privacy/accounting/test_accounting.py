@@ -19,10 +19,11 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import budget, pld, record_level, record_noise
+from choral.privacy.accounting import budget, merged_steps, other_accountants, record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.errors import AccountingError, BudgetExceededError
+from choral.privacy.loss_distributions import pld
 
 DELTA = 1e-5
 
@@ -43,10 +44,10 @@ GOLDENS = [
 
 @pytest.mark.parametrize(("rate", "noise", "steps", "by_pld", "by_rdp", "by_prv", "by_gdp"), GOLDENS)
 def test_goldens(rate: float, noise: float, steps: int, by_pld: str, by_rdp: str, by_prv: str, by_gdp: str) -> None:
-    low, high = record_level.epsilon_by_prv([event(rate, noise, steps)], DELTA)
+    low, high = other_accountants.epsilon_by_prv([event(rate, noise, steps)], DELTA)
     assert f"{high:.4f}" == by_prv
     assert low < float(by_pld) < high
-    record_level.check_by_prv((float(by_pld) - 0.01, float(by_pld)), (low, high), DELTA)
+    other_accountants.check_by_prv((float(by_pld) - 0.01, float(by_pld)), (low, high), DELTA)
     assert f"{pld.epsilon([(rate, noise, steps)], DELTA, 1e-4):.4f}" == by_pld
     assert f"{record_level.epsilon_rdp([event(rate, noise, steps)], DELTA):.4f}" == by_rdp
     assert f"{record_level.epsilon([event(rate, noise, steps)], DELTA):.4f}" == by_pld
@@ -65,16 +66,18 @@ def test_gdp_is_no_guarantee(
 
 def test_the_bracket_of_prv_holds_mixtures_and_long_runs() -> None:
     for events in ([event(0.1, 2.0, 50), event(0.02, 1.0, 300)], [event(0.001, 0.8, 300_000)], [event(0.5, 30.0)]):
-        record_level.check_by_prv(record_level.bounds(events, DELTA), record_level.epsilon_by_prv(events, DELTA), DELTA)
+        other_accountants.check_by_prv(
+            record_level.bounds(events, DELTA), other_accountants.epsilon_by_prv(events, DELTA), DELTA
+        )
 
 
 @pytest.mark.parametrize("wrong", [0.95, 1.05])
 def test_disagreement_with_prv_raises(wrong: float) -> None:
     events = [event(0.01, 1.0, 1000)]
     lower, upper = record_level.bounds(events, DELTA)
-    bracket = record_level.epsilon_by_prv(events, DELTA)
+    bracket = other_accountants.epsilon_by_prv(events, DELTA)
     with pytest.raises(AccountingError, match="outside the bracket"):
-        record_level.check_by_prv((wrong * lower, wrong * upper), bracket, DELTA)
+        other_accountants.check_by_prv((wrong * lower, wrong * upper), bracket, DELTA)
 
 
 def test_goldens_of_one_gaussian() -> None:
@@ -157,7 +160,7 @@ def test_tiny_epsilons_are_no_disagreement() -> None:
     tiny = [event(7.86e-6, 116.0, 29)]
     assert record_level.epsilon_rdp(tiny, 4.2e-7) == 0.0
     assert 0.0 <= record_level.epsilon(tiny, 4.2e-7) < 1e-4
-    record_level.check_others(((7.86e-6, 116.0, 29),), 4.2e-7)
+    other_accountants.check_others(((7.86e-6, 116.0, 29),), 4.2e-7)
 
 
 def test_rdp_is_never_below_pld() -> None:
@@ -169,8 +172,8 @@ def test_rdp_is_never_below_pld() -> None:
 def test_many_unlike_steps_are_all_counted_and_none_as_less_than_it_costs() -> None:
     """Thousands of kinds become a few hundred: each step stands in one of no smaller rate and no more noise."""
     kinds = {(0.001 * 1.0005**i, 4.0 / 1.0003**i): 1 + i % 3 for i in range(3000)}
-    merged = record_level._told_apart(kinds)
-    assert len(merged) <= record_level._MOST_PARTS
+    merged = merged_steps._told_apart(kinds)
+    assert len(merged) <= merged_steps._MOST_PARTS
     assert sum(steps for *_, steps in merged) == sum(kinds.values())
     dear = sorted(merged, reverse=True)  # in these, more rate comes with less noise
     assert all(a[1] <= b[1] for a, b in pairwise(dear))
@@ -190,12 +193,12 @@ def test_another_accountant_is_asked_where_its_rounding_allows_and_believed_by_a
 ) -> None:
     """Its rounding is of 1e-15 for each step: within a thousandth of delta for 1,000 steps down to 1e-9."""
     asked = []
-    monkeypatch.setattr(record_level, "_by_dp_accounting", lambda merged, *_: asked.append(merged) or math.nan)
+    monkeypatch.setattr(other_accountants, "_by_dp_accounting", lambda merged, *_: asked.append(merged) or math.nan)
     merged = ((1e-4, 4.0, 1000),)
-    record_level.check_others(merged, 0.9e-9)
+    other_accountants.check_others(merged, 0.9e-9)
     assert asked == []
     with pytest.raises(AccountingError, match=r"say .* and nan"):
-        record_level.check_others(merged, 1.1e-9)
+        other_accountants.check_others(merged, 1.1e-9)
     assert asked == [merged]
 
 
@@ -279,7 +282,7 @@ def test_budget_solves_for_each_of_the_four() -> None:
 
 
 def by_dp_accounting(rate: float, noise: float, steps: int) -> float:
-    return record_level.epsilon_by_dp_accounting([event(rate, noise, steps)], DELTA, 1e-4)
+    return other_accountants.epsilon_by_dp_accounting([event(rate, noise, steps)], DELTA, 1e-4)
 
 
 @pytest.mark.parametrize(("target", "epochs"), [(3.0, 10), (0.5, 10), (3.0, 2.5), (20.0, 1)])

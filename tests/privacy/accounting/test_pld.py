@@ -16,8 +16,9 @@ import pytest
 from scipy.special import ndtr
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import dominating_pairs, pld, record_level
+from choral.privacy.accounting import merged_steps, other_accountants, record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.loss_distributions import dominating_pairs, pld
 
 Floats = npt.NDArray[np.float64]
 
@@ -207,8 +208,8 @@ def test_thousands_of_unlike_steps_are_counted_as_few_that_cost_no_less() -> Non
     start = time.process_time()
     together = record_level.epsilon(events, 1e-6)
     assert time.process_time() - start < 30.0
-    merged = record_level.merge(events)
-    assert len(merged) <= record_level._MOST_PARTS
+    merged = merged_steps.merge(events)
+    assert len(merged) <= merged_steps._MOST_PARTS
     assert sum(steps for _, _, steps in merged) == 9000
     few = [event(0.0125, 1.95, 9000)]
     assert (
@@ -250,7 +251,7 @@ def test_what_is_out_of_range_is_refused_at_once(
         record_level.epsilon,
         record_level.bounds,
         record_level.epsilon_rdp,
-        record_level.epsilon_by_dp_accounting,
+        other_accountants.epsilon_by_dp_accounting,
     ):
         with pytest.raises(ConfigError, match=words):
             price([event(rate, noise, steps)], delta)

@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from choral.privacy.accounting import dominating_pairs, pld
+from choral.privacy.loss_distributions import dominating_pairs, pld
 
 STEPS, DELTA = 40, 1e-5
 

@@ -19,9 +19,9 @@ from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy import CorrelatedPrivacy, Ledger, LedgerError, Privacy, PrivacyEngine, Search, private_search
-from choral.privacy.accounting import record_level, record_noise
+from choral.privacy.accounting import other_accountants, record_level, record_noise
 from choral.privacy.accounting.events import ADD_OR_REMOVE, REPLACE_ONE, ZERO_OUT, PoissonSampledGaussian
-from choral.privacy.accounting.replace_one import ReplacedGaussian, renyi
+from choral.privacy.loss_distributions.replace_one import ReplacedGaussian, renyi
 
 DELTA = 1e-5
 
@@ -192,7 +192,7 @@ def test_a_search_takes_the_curve_of_its_tries() -> None:
     assert ours > record_level.epsilon([tries], DELTA, neighbours=REPLACE_ONE)
     assert ours > record_level.epsilon([search], DELTA)
     with pytest.raises(ConfigError, match="private search"):
-        record_level.epsilon_by_dp_accounting([search], DELTA, neighbours=REPLACE_ONE)
+        other_accountants.epsilon_by_dp_accounting([search], DELTA, neighbours=REPLACE_ONE)
 
 
 # Promises

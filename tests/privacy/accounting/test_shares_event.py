@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, PoissonSampledGaussian, PoissonSampledShares
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import other_accountants, record_level, renyi
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, PlannedEvents, ReleasePlan, as_gaussians
 from choral.privacy.accounting.filters import RESERVE, PrivacyFilter
 from choral.privacy.accounting.record_noise import noise_multiplier
@@ -51,39 +51,44 @@ def test_a_share_counts_for_the_unknown_ones_together_and_for_the_stretch() -> N
 def test_every_accountant_prices_it_as_the_gaussian_at_what_is_left_of_delta(relation: str) -> None:
     event = shares(failure=1e-8)
     ideal, left = gaussian(event), DELTA - 300 * 1e-8
-    for cost in (accounting.epsilon, accounting.epsilon_rdp, accounting.epsilon_by_dp_accounting, accounting.bounds):
+    for cost in (
+        record_level.epsilon,
+        record_level.epsilon_rdp,
+        other_accountants.epsilon_by_dp_accounting,
+        record_level.bounds,
+    ):
         found, expected = (cost([e], d, neighbours=relation) for e, d in ((event, DELTA), (ideal, left)))
         assert found == expected
         assert found != cost([ideal], DELTA, neighbours=relation)
-    assert accounting.epsilon_by_prv([event], DELTA) == accounting.epsilon_by_prv([ideal], left)
-    assert accounting.epsilon_on_grid_of_others([event], DELTA) == accounting.epsilon_on_grid_of_others([ideal], left)
-    assert (
-        accounting.renyi(event, [2, 8], neighbours=relation) == accounting.renyi(ideal, [2, 8], neighbours=relation)
-    ).all()
+    assert other_accountants.epsilon_by_prv([event], DELTA) == other_accountants.epsilon_by_prv([ideal], left)
+    assert other_accountants.epsilon_on_grid_of_others([event], DELTA) == other_accountants.epsilon_on_grid_of_others(
+        [ideal], left
+    )
+    assert (renyi.renyi(event, [2, 8], neighbours=relation) == renyi.renyi(ideal, [2, 8], neighbours=relation)).all()
 
 
 def test_renyi_is_above_pld_and_one_step_of_all_records_is_the_gaussian_mechanism() -> None:
-    assert accounting.epsilon([shares()], DELTA) < accounting.epsilon_rdp([shares()], DELTA)
+    assert record_level.epsilon([shares()], DELTA) < record_level.epsilon_rdp([shares()], DELTA)
     once = shares(sample_rate=1.0, steps=1, stretch=0.0)
-    eps, mu = accounting.epsilon([once], DELTA), 1 / (1.06 * math.sqrt(8))
+    eps, mu = record_level.epsilon([once], DELTA), 1 / (1.06 * math.sqrt(8))
     delta = norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu)
     assert delta == pytest.approx(DELTA - 2.0**-40, rel=1e-5)
 
 
 def test_beside_other_events_and_when_something_is_spent_before() -> None:
     local = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=10)
-    both = accounting.epsilon([local, shares()], DELTA)
-    assert both == accounting.epsilon([local, gaussian(shares())], DELTA - 300 * 2.0**-40)
+    both = record_level.epsilon([local, shares()], DELTA)
+    assert both == record_level.epsilon([local, gaussian(shares())], DELTA - 300 * 2.0**-40)
     assert as_gaussians([local], DELTA) == ((local,), DELTA)
     found = noise_multiplier(both + 1, DELTA, 0.1, 10, [shares()], fixed=True)
     after = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=found, steps=10)
-    assert accounting.epsilon([shares(), after], DELTA) <= both + 1
+    assert record_level.epsilon([shares(), after], DELTA) <= both + 1
 
 
 def test_failures_that_use_up_delta_are_refused() -> None:
     with pytest.raises(ConfigError, match="use up"):
-        accounting.epsilon([shares(failure=DELTA / 300)], DELTA)
-    assert math.isfinite(accounting.epsilon([shares(failure=0.9 * DELTA / 300)], DELTA))
+        record_level.epsilon([shares(failure=DELTA / 300)], DELTA)
+    assert math.isfinite(record_level.epsilon([shares(failure=0.9 * DELTA / 300)], DELTA))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +125,8 @@ def test_a_ledger_keeps_it_and_reads_it_back(tmp_path: Path) -> None:
     again = Ledger(tmp_path / "north.jsonl", holder="north")
     assert again.events == (one, one)
     assert b'"type":"poisson_shares"' in (tmp_path / "north.jsonl").read_bytes()
-    assert again.epsilon(DELTA) == accounting.epsilon([shares(steps=2)], DELTA)
-    assert guarantee(again) == accounting.epsilon([shares()], DELTA)
+    assert again.epsilon(DELTA) == record_level.epsilon([shares(steps=2)], DELTA)
+    assert guarantee(again) == record_level.epsilon([shares()], DELTA)
 
 
 def test_a_filter_sets_aside_a_part_of_delta_for_failures() -> None:

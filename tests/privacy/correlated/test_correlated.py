@@ -34,7 +34,7 @@ from choral.privacy import (
     PrivacyEngine,
     PrivacyError,
 )
-from choral.privacy.accounting import record_level, record_noise
+from choral.privacy.accounting import other_accountants, record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Tree, sensitivity
 from choral.privacy.correlated.noise_streams import stream
@@ -147,7 +147,7 @@ def test_an_ordinary_loop_spends_what_was_promised(problem: Any, loop: Callable[
     # One Gaussian mechanism with the whole sensitivity, by dp-accounting.
     whole = events[0].noise / sensitivity(strategy, 10, 4)
     assert spent.epsilon == pytest.approx(gaussian_epsilon(whole, 1e-3), rel=1e-9)
-    assert record_level.epsilon_by_dp_accounting(events, 1e-3, 1e-4) == pytest.approx(spent.epsilon, rel=1e-3)
+    assert other_accountants.epsilon_by_dp_accounting(events, 1e-3, 1e-4) == pytest.approx(spent.epsilon, rel=1e-3)
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy, private_search
-from choral.privacy.accounting import record_level, record_noise
+from choral.privacy.accounting import other_accountants, record_level, record_noise, renyi
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.dpsgd.private_search import number_of_tries
 from choral.privacy.errors import AccountingError, BudgetExceededError, PrivacyError
@@ -63,7 +63,7 @@ def test_the_bound_is_that_of_dp_accounting(kind: dict[str, Any]) -> None:
 def test_ledgers_with_a_search_are_recomputed_by_dp_accounting(kind: dict[str, Any]) -> None:
     events = [TRY, search(**kind), TRY]
     ours = record_level.epsilon(events, DELTA)
-    assert record_level.epsilon_by_dp_accounting(events, DELTA) == pytest.approx(ours, rel=1e-6)
+    assert other_accountants.epsilon_by_dp_accounting(events, DELTA) == pytest.approx(ours, rel=1e-6)
 
 
 @kinds
@@ -93,7 +93,7 @@ def test_the_bound_is_above_the_exact_divergence(kind: dict[str, Any], mean: flo
 
     p, q = best(0.0), best(1.0)
     orders = np.array([1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0])
-    bound = record_level.best_of(event, tuple(orders), orders / (2 * noise**2))
+    bound = renyi.best_of(event, tuple(orders), orders / (2 * noise**2))
     for one, other in ((p, q), (q, p)):
         kept = (one > 1e-300) & (other > 1e-300)
         exact = [
@@ -135,7 +135,7 @@ def exact_and_bound(
         through = [1.0, *below[:2]]
         found = [float(weights @ (a**k - b**k)) for a, b in zip(through, below, strict=True)]
         best.append(np.array([*found, weights[0]] if weights[0] else found))
-    return divergences(*best), record_level.best_of(event, tuple(ORDERS), divergences(p, q))
+    return divergences(*best), renyi.best_of(event, tuple(ORDERS), divergences(p, q))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_pure_privacy_is_lost_as_published(shape: float) -> None:
     Liu and Talwar 2019 (3 epsilon); Papernot and Steinke 2022, whose theorem 2 gives (2 + shape) epsilon.
     """
     orders = (1e6, 1e9)
-    bound = record_level.best_of(search(10.0, shape=shape), orders, np.array([0.3, 0.3]))
+    bound = renyi.best_of(search(10.0, shape=shape), orders, np.array([0.3, 0.3]))
     assert bound[-1] == pytest.approx((2 + shape) * 0.3, rel=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_searches_compose_with_what_was_spent() -> None:
 
 
 def test_a_bound_below_one_try_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_level, "best_of", lambda event, orders, curve: 0.5 * curve)
+    monkeypatch.setattr(renyi, "best_of", lambda event, orders, curve: 0.5 * curve)
     with pytest.raises(AccountingError, match="of one try"):
         record_level.epsilon([search()], DELTA)
 
@@ -210,7 +210,7 @@ def test_privacy_losses_do_not_apply_to_a_search() -> None:
     assert "PLD does not apply" in record_level.accountant_of([TRY, search()])
     assert record_level.accountant_of([TRY]) == record_level.ACCOUNTANT
     with pytest.raises(ConfigError, match="private search"):
-        record_level.epsilon_by_prv([search()], DELTA)
+        other_accountants.epsilon_by_prv([search()], DELTA)
 
 
 @kinds

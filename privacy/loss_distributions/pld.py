@@ -3,7 +3,7 @@
 dp-accounting computes the same in Python loops, a second or so for each number. Training asks after every pass
 and calibration many times over, so the inner loops are written out here; dp-accounting is the oracle of the
 tests and of every calibration. What a step may tell comes as dominating pairs
-(:mod:`choral.privacy.accounting.dominating_pairs`).
+(:mod:`choral.privacy.loss_distributions.dominating_pairs`).
 
 **One step.** From the divergences H at multiples of a grid g, raised by their rounding errors, connecting the dots
 (Doroshenko et al. 2022, algorithm 1) gives a distribution on the grid that dominates the true one: with
@@ -63,8 +63,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
-from choral.privacy.accounting.dominating_pairs import ROUNDOFF, DominatingPair, Floats, sampled_gaussian
-from choral.privacy.accounting.replace_one import ReplacedGaussian
+from choral.privacy.loss_distributions.dominating_pairs import ROUNDOFF, DominatingPair, Floats, sampled_gaussian
+from choral.privacy.loss_distributions.replace_one import ReplacedGaussian
 
 SMALLEST_DELTA = 1e-10
 MOST_POINTS = 1 << 20  # of one step's grid, of the sum's window; and of all steps' grids together, a few times that

@@ -33,7 +33,7 @@ _MOST_POINTS = 1 << 20  # of a quadrature; where it takes more, a bound in close
 
 @dataclass(frozen=True)
 class ReplacedGaussian:
-    """The dominating pair; see :mod:`choral.privacy.accounting.dominating_pairs` for what a pair is."""
+    """The dominating pair; see :mod:`choral.privacy.loss_distributions.dominating_pairs` for what a pair is."""
 
     rate: float
     noise: float
