@@ -287,7 +287,7 @@ def test_settings_are_printed_once_and_then_only_what_differs_without_what_is_no
 
     given = {name: [typed(run) for run in runs] for name, runs in arms.items()}
     assert settings(compare(given).arms) == [
-        ("all arms", '{\n  "rounds": 20,\n  "training": {\n    "batch_size": 16,\n    "rate": 0.5\n  }\n}')
+        ("all configurations", '{\n  "rounds": 20,\n  "training": {\n    "batch_size": 16,\n    "rate": 0.5\n  }\n}')
     ]
     given["cloud-dp"] = [
         typed(run, training={"rate": 0.5, "batch_size": 64, "start": None}) for run in given["cloud-dp"]
