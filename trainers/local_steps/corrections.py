@@ -15,7 +15,7 @@ from choral.trainers.task.task import TaskError
 
 
 @dataclass
-class Steps:
+class OptimizerSteps:
     """What the optimizer of a party did. count: its steps. path: the sum of their learning rates; None if not SGD.
 
     astray: the largest change of a weight outside those steps, where that was watched.
@@ -29,7 +29,7 @@ class Steps:
 @contextmanager
 def corrected(
     optimizer: torch.optim.Optimizer, layout: Layout, work: Train, start: torch.Tensor, *, watched: bool = False
-) -> Iterator[Steps]:
+) -> Iterator[OptimizerSteps]:
     """Count the optimizer's steps, and before each turn its gradient g into g + shift + pull (w - start).
 
     With differential privacy this is the optimizer inside the private one, so that g is noisy already, and what is
@@ -44,7 +44,7 @@ def corrected(
             "the algorithm corrects each step's gradient, and LBFGS computes gradients within its step",
             hint="use SGD or Adam, or FedAvg",
         )
-    steps = Steps()
+    steps = OptimizerSteps()
     correction = _Correction(optimizer, layout, work, start)
     watch = _Watch(layout) if watched or work.corrects or work.counts else None
 

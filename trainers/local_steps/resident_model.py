@@ -22,7 +22,7 @@ from choral.privacy import LedgerError, PrivacyEngine
 from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.local_steps import linear_models as linear
 from choral.trainers.local_steps import subproblems as gradients
-from choral.trainers.local_steps.corrections import Steps, corrected
+from choral.trainers.local_steps.corrections import OptimizerSteps, corrected
 from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
 from choral.trainers.run_folder.info import RunFolderError
@@ -252,7 +252,7 @@ class Resident:
         watched = Watched(dataset, loader)
         return Seat(dataset, optimizer, Groups(optimizer), loader, watched, generators_of(loader, dataset))
 
-    def _check_trained(self, party: str, work: Train, steps: Steps, change: torch.Tensor) -> None:
+    def _check_trained(self, party: str, work: Train, steps: OptimizerSteps, change: torch.Tensor) -> None:
         if self.layout.stale(self.model):
             raise TaskError(
                 f"fit at party {party!r} replaced a parameter of the model by another of the same name and shape",
