@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
+from choral import nested
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.record_independence import forward_probes
 
@@ -19,31 +18,13 @@ _FEW = 8  # records whose gradients are looked at
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors with a first dimension in `value`: a tensor, or nested mappings, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim > 0:
-            yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
-        for part in value:
-            yield from tensors(part)
+    """Yield the tensors with a first dimension in `value`, whatever they are nested in."""
+    yield from (t for t in nested.tensors(value) if t.ndim > 0)
 
 
 def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return `value` with `change` applied to each of its :func:`tensors`."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.ndim > 0 else value
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key, part in value.items():
-            result[key] = changed(part, change)
-        return result
-    if isinstance(value, list | tuple) and not isinstance(value, PackedSequence):
-        parts = [changed(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return nested.map_tensors(value, lambda t: change(t) if t.ndim > 0 else t)
 
 
 def rows_of(inputs: Any, drawn: int | None) -> int:

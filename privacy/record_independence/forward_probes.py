@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from choral import nested
+
 _COLUMNS = 256  # numbers kept of each record at a point
 _CALLS = 4  # of a layer in one pass, which are points of their own; later ones count with the last
 _SHAKE = 0.1  # of a parameter's or an input's size
@@ -35,7 +37,7 @@ def watched(layers: Mapping[str, nn.Module], rows: int, see: See) -> Iterator[No
     calls: collections.Counter[str] = collections.Counter()
 
     def show(name: str, side: str, values: Any) -> None:
-        found = [t for t in _flat(values) if t.ndim > 0 and len(t) == rows and t.numel() > 0]
+        found = [t for t in nested.tensors(values, packed=True) if t.ndim > 0 and len(t) == rows and t.numel() > 0]
         for place, t in enumerate(found):
             see((name, side, place, min(calls[name], _CALLS)), t)
 
@@ -54,16 +56,6 @@ def watched(layers: Mapping[str, nn.Module], rows: int, see: See) -> Iterator[No
             stack.callback(layer.register_forward_pre_hook(before(name), with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after(name)).remove)
         yield
-
-
-def _flat(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        yield from _flat(tuple(values.values()))
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _flat(value)
 
 
 def sketch(t: torch.Tensor, rows: int) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
+
+from choral import nested
 
 
 class OnDevice:
@@ -90,39 +89,12 @@ def moved_to(batch: Any, device: torch.device) -> Any:
 
 def mapped(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """``batch`` with each of its tensors changed, whatever they are nested in."""
-    if isinstance(batch, torch.Tensor):
-        return change(batch)
-    if isinstance(batch, PackedSequence):  # a tuple whose lengths stay on the CPU
-        orders = (None if order is None else change(order) for order in (batch.sorted_indices, batch.unsorted_indices))
-        return type(batch)(change(batch.data), batch.batch_sizes, *orders)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        twin = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            object.__setattr__(twin, field.name, mapped(getattr(batch, field.name), change))
-        return twin
-    if isinstance(batch, MutableMapping):  # of whatever kind: some are objects whose entries are attributes
-        made = copy.copy(batch)
-        for key, value in batch.items():
-            made[key] = mapped(value, change)
-        return made
-    if isinstance(batch, Mapping):
-        return {key: mapped(value, change) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(value, change) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(mapped(value, change) for value in batch)
-    return batch
+    return nested.map_tensors(batch, change, packed=True)
 
 
 def tensors_of(batch: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-
-    def noted(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    mapped(batch, noted)
-    return found
+    """The tensors of ``batch``, whatever they are nested in."""
+    return list(nested.tensors(batch, packed=True))
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

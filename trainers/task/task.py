@@ -16,6 +16,7 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from choral import nested
 from choral.doors import worded
 from choral.errors import ChoralError, ConfigError, DataError
 from choral.trainers.task import arguments
@@ -286,12 +287,10 @@ def raw_bytes(dataset: Any) -> int:
 
 
 def _size(item: Any) -> int:
-    if isinstance(item, Mapping):
-        return sum(_size(value) for value in item.values())
-    if isinstance(item, list | tuple):
-        return sum(_size(value) for value in item)
+    return sum(map(_size_of_leaf, nested.leaves(item, packed=True)))
+
+
+def _size_of_leaf(item: Any) -> int:
     if isinstance(item, str):
         return len(item.encode())
-    if isinstance(item, bytes):
-        return len(item)
-    return int(getattr(item, "nbytes", 8))
+    return len(item) if isinstance(item, bytes) else int(getattr(item, "nbytes", 8))
