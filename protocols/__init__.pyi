@@ -6,6 +6,7 @@ from choral.protocols.errors import FaultyPartyOrServerError as FaultyPartyOrSer
 from choral.protocols.errors import FaultyServerError as FaultyServerError
 from choral.protocols.errors import GarbledSumError as GarbledSumError
 from choral.protocols.errors import InputError as InputError
+from choral.protocols.errors import KeyDisputeError as KeyDisputeError
 from choral.protocols.errors import LateVectorError as LateVectorError
 from choral.protocols.errors import MessageError as MessageError
 from choral.protocols.errors import PolicyError as PolicyError

@@ -14,6 +14,7 @@
 | TooFewSurvivorsError | nobody, or all who are missing |
 | GarbledSumError | some party in the sum, which cannot be told |
 | DisputedSharesError | the dealer that it names, or those who accuse it |
+| KeyDisputeError | the dealer that it names, or the party that confirms another key |
 """
 
 from __future__ import annotations
@@ -146,3 +147,15 @@ class DisputedSharesError(TooFewSurvivorsError):
         self.dealer = dealer
         self.accusers = tuple(accusers)
         self.blame = f"{dealer} or {who}"
+
+
+class KeyDisputeError(ProtocolError):
+    """Two parties hold different keys: the dealer dealt two, or one confirms what it was not dealt."""
+
+    def __init__(self, dealer: str, party: str) -> None:
+        super().__init__(
+            f"{party} confirms another key than was dealt here by {dealer}",
+            hint="nothing was encrypted yet: open the next session without one of them",
+        )
+        self.dealer, self.party = dealer, party
+        self.blame = f"{dealer} or {party}"

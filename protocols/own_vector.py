@@ -42,6 +42,15 @@ def checked(vector: Any, length: int, bound: int) -> Any:
     return vector
 
 
+def checked_floats(vector: Any, length: int, bound: float) -> NDArray[np.float64]:
+    """``vector``, contiguous, when it is float64, shape (length,), every |value| <= bound. Raises: InputError."""
+    if not isinstance(vector, np.ndarray) or vector.dtype != np.float64 or vector.shape != (length,):
+        raise InputError(f"expected a numpy array of float64, shape ({length},)")
+    if not bool(np.all(np.abs(vector) <= bound)):
+        raise InputError(f"expected every |value| <= {bound}: this vector has one outside, or not a number")
+    return np.ascontiguousarray(vector)
+
+
 def _plain_tensor(vector: Any) -> Any:
     """A dense int64 tensor whose values are what its memory holds; on the CPU as a numpy array. Raises: InputError."""
     torch = sys.modules["torch"]

@@ -17,7 +17,6 @@ from choral.protocols import argument_checks as checks
 from choral.protocols.crypto import keys
 from choral.protocols.errors import InputError, PolicyError, SpecError
 from choral.protocols.homomorphic import FloatSpec, FloatSum
-from choral.protocols.homomorphic.shared.setup import SharedPolicy
 from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
 from choral.protocols.masking.party import join
@@ -79,17 +78,6 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]
             *fields("server", "cohort", bad=[*WORDS, "everyone"]),
             *fields("encoding", bad=TEXTS, none=True),
             *fields("signatures", bad=[{}, 1], none=True),
-        ],
-    ),
-    "SharedPolicy": (
-        SharedPolicy,
-        {},
-        [
-            *fields("directory", bad=DIRECTORIES, none=True),
-            *fields("minimum_cohort", bad=[*NUMBERS, 0, 1], none=True),
-            *fields("maximum_bound", "maximum_length", bad=[*NUMBERS, 0], none=True),
-            *fields("encoding", bad=TEXTS, none=True),
-            *fields("signatures", "checked", bad=[1], none=True),
         ],
     ),
     "Masked": (

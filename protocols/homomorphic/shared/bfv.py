@@ -27,7 +27,7 @@ sums. Nothing is added to make values positive. The limit of the encoding is log
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log2
 from typing import Any, ClassVar, Literal
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingParameters, primes_of
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingParameters
 
 MARGIN_BITS = 2
 """No parameters are chosen that leave less."""
@@ -78,6 +78,7 @@ class BfvPlan:
 
     scheme: ClassVar[Literal["bfv"]] = "bfv"
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.int64)
+    error_bound: ClassVar[int] = 0
 
     @property
     def block(self) -> int:
@@ -143,16 +144,11 @@ def choose(parties: int, bound: int, length: int) -> BfvPlan:
 
 
 def _fitting(degree: int, bits: tuple[int, ...], parties: int, bound: int, radix: int) -> BfvPlan | None:
-    primes = primes_of(degree, bits)
-    data, special = (primes[:-1], primes[-1]) if len(primes) > 1 else (primes, 0)
-    modulus = 1
-    for prime in data:
-        modulus *= prime
-    room = min(modulus // ((2 * ERROR_BOUND + 1) * parties << MARGIN_BITS), 2**MAX_PLAIN_BITS - 1)
+    ring = RingParameters.of("bfv", degree, bits)
+    room = min(ring.modulus // ((2 * ERROR_BOUND + 1) * parties << MARGIN_BITS), 2**MAX_PLAIN_BITS - 1)
     count = 0
     while radix ** (count + 1) <= room:
         count += 1
-    if not count or any(radix % prime == 0 for prime in data):
+    if not count or any(radix % prime == 0 for prime in ring.primes):
         return None
-    parameters = RingParameters("bfv", degree, data, special, radix**count)
-    return BfvPlan(parameters, parties, bound, radix, count)
+    return BfvPlan(replace(ring, plain_modulus=radix**count), parties, bound, radix, count)

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared.bfv import RINGS
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, ERROR_VARIANCE, Ring, RingParameters, primes_of
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, ERROR_VARIANCE, Ring, RingParameters
 
 FAILURE_BITS = 64
 """The error is above its bound with probability at most 2^-64 per round, over SEAL's errors."""
@@ -119,9 +119,7 @@ def _fitting(
     scale_bits = ceil(log2(_scaled_error(degree, parties, length) / left))
     if not 0 <= scale_bits <= 60:
         return None
-    primes = primes_of(degree, bits)
-    data, special = (primes[:-1], primes[-1]) if len(primes) > 1 else (primes, 0)
-    parameters = RingParameters("ckks", degree, data, special, 0)
+    parameters = RingParameters.of("ckks", degree, bits)
     largest = parties * (bound * 2.0**scale_bits + ERROR_BOUND + 1)
     if largest * 2.0 ** (GUARD_BITS + 1) > parameters.modulus:
         return None

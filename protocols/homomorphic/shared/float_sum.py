@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols import argument_checks as checks
-from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared import ckks
-from choral.protocols.homomorphic.shared.in_process import Parties, encrypt_and_send, facts_of, make_setup, smallest_sum
-from choral.protocols.homomorphic.shared.party_round import Encrypted, Keyed
-from choral.protocols.homomorphic.shared.server_round import Totalling
-from choral.protocols.homomorphic.shared.setup import SharedPolicy
-from choral.protocols.interface import SumSpec
-from choral.protocols.masking.messages import MAX_PARTIES
+from choral.protocols.homomorphic.shared.secure_sum import SharedKeyParties, SharedKeyRound
+from choral.protocols.homomorphic.shared.setup import Floats
+from choral.protocols.interface import Losses, SumSpec
+from choral.protocols.wire_format import MAX_PARTIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +35,14 @@ class FloatSpec:
     encoding: str = ""
 
     def __post_init__(self) -> None:
-        whole = SumSpec(parties=self.parties, length=self.length, bound=1, encoding=self.encoding)
-        object.__setattr__(self, "length", whole.length)
+        object.__setattr__(self, "length", self.plain.length)
         for name in ("bound", "precision"):
             object.__setattr__(self, name, checks.positive(getattr(self, name), name))
+
+    @property
+    def plain(self) -> SumSpec:
+        """Parties, length and encoding, as of integers."""
+        return SumSpec(parties=self.parties, length=self.length, bound=1, encoding=self.encoding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,93 +83,47 @@ class FloatSum:
         return FloatSession(spec, min_survivors=self.min_survivors)
 
 
-class FloatSession:
+class FloatSession(SharedKeyParties):
     """A sum of floats set up for fixed parties; see :class:`FloatSum`."""
 
     def __init__(self, spec: FloatSpec, *, min_survivors: int | None = None) -> None:
         if not isinstance(spec, FloatSpec):
             raise SpecError(f"expected a FloatSpec, got {checks.shown(spec)}")
-        self.spec = spec
-        n, bound, precision = len(spec.parties), spec.bound, spec.precision
-        self.plan = ckks.choose(n, bound, spec.length, precision)
-        smallest, session = smallest_sum(n, min_survivors), secrets.token_bytes(16)
-        setup = make_setup(
-            spec.parties,
-            spec.length,
-            spec.encoding,
-            self.plan,
-            smallest,
-            session,
-            magnitude=bound,
-            precision=precision,
-        )
-        own = SharedPolicy(minimum_cohort=min_survivors or 2, maximum_length=spec.length, encoding=spec.encoding)
-        self._parties = Parties(setup, own)
+        super().__init__(spec.plain, min_survivors=min_survivors, floats=Floats(spec.bound, spec.precision))
 
     @property
     def statement(self) -> Mapping[str, Any]:
-        facts = {
-            "trust": (
-                "All parties hold one secret key, the server has none and must never see a decrypted sum. The server"
-                " follows the protocol but looks at everything, and colludes with no party: one party that does opens"
-                f" the vectors of all {len(self.spec.parties)}. Each party trusts its pinned directory of identities,"
-                " which in this in-process run was made by the process itself."
-            ),
+        plan: Any = self.plan
+        return {
+            **self.facts,
             "server_learns": "who took part and who dropped out, and no value",
-            "error_bound": self.plan.error_bound,
+            "error_bound": plan.error_bound,
             "error_failure_bits": ckks.FAILURE_BITS,
-            "scale_bits": self.plan.scale_bits,
+            "scale_bits": plan.scale_bits,
         }
-        return {**facts_of(self._parties), **facts}
 
     def begin(self) -> FloatRound:
-        return FloatRound(self._parties, self.plan)
+        return FloatRound(self, Losses(None, self.spec.parties))
 
 
-class FloatRound:
-    """One round. ``submit`` each present party once, then ``finish`` once."""
-
-    def __init__(self, parties: Parties, plan: ckks.CkksPlan) -> None:
-        self._parties = parties
-        self._plan = plan
-        self._number, self._adding = parties.begin()
-        self._keyed: dict[str, Keyed] = {}
-        self._encrypted: dict[str, Encrypted] = {}
-        self._finished = False
-
-    def submit(self, party: str, vector: NDArray[np.float64]) -> None:
-        """vector: float64, shape (length,), every |value| <= bound.
-
-        Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector.
-        """
-        self._parties.check_current(self._number)
-        setup = self._parties.setup
-        if party not in setup.roster:
-            raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
-        if self._finished or party in self._encrypted:
-            raise StateUsedError(f"{party} has submitted its vector of this round, or the round is finished")
-        self._encrypted[party] = encrypt_and_send(self._parties, self._adding, self._keyed, self._number, party, vector)
+class FloatRound(SharedKeyRound):
+    """One round. ``submit`` each present party once (float64, shape (length,), |value| <= bound), then ``finish``."""
 
     def finish(self) -> FloatResult:
         """Every survivor gets the encrypted sum and opens it for itself; they all have the same total.
 
         Raises: TooFewSurvivorsError; GarbledSumError; StateUsedError the second time.
         """
-        self._parties.check_current(self._number)
-        if self._finished:
-            raise StateUsedError("this round is finished")
-        self._finished = True
-        relayed, parties = self._adding.close(), self._parties
+        closed, traffic = self.close(), self.parties.traffic
         total = np.empty(0)
-        for party in relayed.survivors:
-            if isinstance(relayed, Totalling):
-                raise SpecError("a sum of floats was expected")
-            total, _ = self._encrypted[party].read(parties.down(party, relayed.pieces()))
-        up, down = parties.traffic.take(parties.setup.roster)
+        for party in closed.survivors:
+            traffic.down(party, closed.encrypted)
+            total, _ = self.encrypted[party].read(closed.encrypted)
+        up, down = traffic.take(self.parties.spec.parties)
         return FloatResult(
             total=total,
-            error_bound=self._plan.error_bound,
-            survivors=relayed.survivors,
+            error_bound=float(self.parties.plan.error_bound),
+            survivors=closed.survivors,
             bytes_up=up,
             bytes_down=down,
         )

@@ -1,19 +1,22 @@
 """One party of a sum under a shared key: bytes in, bytes and the next state out.
 
-    step      from         takes              gives                    to
-    join      -            KeySetup           KeyHello                 Joining
-    meet      Joining      KeyHellos          KeyDeal, KeyConfirm      Confirming   (the dealer)
-                                              -                        Waiting      (everyone else)
-    receive   Waiting      KeyDealt           KeyConfirm               Confirming
-    enter     Confirming   KeyConfirmations   -                        Holder       (once per session)
-    begin     Holder       a round number     -                        Holder, Keyed
-    encrypt   Keyed        its own vector     Ciphertexts              Encrypted
-    open      Encrypted    SumPieces          TotalPieces              -            (BFV, whoever the server asks)
-    read      Encrypted    SumPieces          -                        -            (CKKS, everyone)
+    step      from                 takes              gives          to
+    join      -                    SumSetup           Hello          masking.party.Joining, KeyAgreement
+    meet      Revealing            Reveals            KeyDeal        Confirming   (the dealer)
+              and KeyAgreement                        -              Waiting      (everyone else)
+    receive   Waiting              KeyDeal            KeyConfirm     Confirming
+    enter     Confirming           KeyConfirmations   -              Holder       (once per session)
+    encrypt   Holder               its own vector     Upload         Holder, Encrypted
+    open      Encrypted            EncryptedSum       OpenedSum      -            (BFV, whoever the server asks)
+    read      Encrypted            EncryptedSum       -              -            (CKKS, everyone)
+
+The session is opened by the masked sum's steps (:mod:`choral.protocols.masking.party`), with its policy and its signed
+commitments; the nonce that a party commits to and reveals is its fresh X25519 public key, which is thereby signed by
+its pinned identity and fixed before anybody's is shown.
 
 Threat model: :mod:`choral.protocols.homomorphic.shared.secure_sum`. While the key is handed out the server may do what
-it likes: public keys are signed by pinned identities, the seed is sealed to them, and nothing is encrypted before every
-party has signed the same commitment to it. After that the server must be honest but curious, and so must the parties.
+it likes: the seed is sealed to those keys, and nothing is encrypted before every party has signed the same commitment
+to it. After that the server must be honest but curious, and so must the parties.
 
 Each round has its own key, from a chain of one-way steps that starts at the dealt seed; a link is forgotten when the
 next is made. So two rounds' ciphertexts cannot be added, and who takes a party's machine later opens no past round.
@@ -23,201 +26,305 @@ before the last that it encrypted for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from choral.protocols.crypto.keys import (
-    SealError,
-    WeakKeyError,
-    ed25519_public,
-    seal,
-    unseal,
-    x25519_public,
-    x25519_shared,
-)
-from choral.protocols.crypto.single_use import Current, Once
+import numpy as np
+import tenseal.sealapi as sealapi
+from numpy.typing import NDArray
+
+from choral.protocols.argument_checks import shown
+from choral.protocols.crypto.keys import SealError, WeakKeyError, seal, unseal, x25519_public, x25519_shared
+from choral.protocols.crypto.modular_integers import pack, wrap
+from choral.protocols.crypto.single_use import Once
 from choral.protocols.errors import (
     SERVER,
     FaultyPartyError,
     FaultyPartyOrServerError,
     FaultyServerError,
+    GarbledSumError,
+    KeyDisputeError,
     SpecError,
+    TooFewSurvivorsError,
 )
-from choral.protocols.homomorphic.shared import messages as wire
+from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
-from choral.protocols.homomorphic.shared.party_round import Chain, Keyed, Own, Round
-from choral.protocols.homomorphic.shared.seal import RingKey
-from choral.protocols.homomorphic.shared.setup import DEALER, KeyDisputeError, SharedPolicy
-from choral.protocols.masking import messages as base
-from choral.protocols.masking.signing import digest, setup_digest, sign
+from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
+from choral.protocols.homomorphic.shared.seal_files import CiphertextError
+from choral.protocols.homomorphic.shared.setup import DEALER, Plan
+from choral.protocols.masking import messages, party
+from choral.protocols.masking.party_round import NONCE, Membership, Randomness, expect
+from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.masking.signing import SESSION_BYTES, sign
+from choral.protocols.own_vector import checked, checked_floats, is_tensor
+from choral.protocols.wire_format import Message, encode, read
 
-Randomness = Callable[[int], bytes]
-"""``randomness(n)``: n secret uniform bytes, never the same twice. ``secrets.token_bytes`` outside tests."""
-
-NONCE = bytes(12)
-"""Fixed, because a sealing key seals one seed: it is derived for one receiver's fresh public key in one session."""
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, repr=False)
-class _Meeting:
-    own: Own
-    session: bytes
+class _Entered:
+    """private: of the X25519 key whose public one this party revealed as its nonce. seed: once it is there."""
+
+    member: Membership
+    plan: Plan
+    private: bytes
     publics: tuple[bytes, ...]
+    seed: bytes = b""
+
+    @property
+    def commitment(self) -> bytes:
+        return terms.key_commitment(self.member.session, self.seed)
+
+    def shared(self, place: int, receiver: int) -> bytes:
+        """Seals the seed to ``receiver``; by the key agreement with the party at ``place``. Raises: WeakKeyError."""
+        return terms.seal_key(x25519_shared(self.private, self.publics[place]), self.member.session, receiver)
+
+    def signature(self) -> bytes:
+        member = self.member
+        return sign(member.identity, terms.confirm(member.session, member.index, self.commitment))
+
+    def signed(self, place: int, commitment: bytes, signature: bytes) -> bool:
+        message = terms.confirm(self.member.session, place, commitment)
+        return self.member.policy.signatures.valid(self.member.key(place), message, signature)
 
 
 @dataclass(frozen=True, repr=False)
-class _Seeded:
-    own: Own
+class Chain:
+    """session: digest of the session and its key. link: the chain's secret before round ``last`` + 1."""
+
+    member: Membership
+    plan: Plan
     session: bytes
-    commitment: bytes
-    seed: bytes
+    link: bytes
+    last: int
+
+    @property
+    def id(self) -> bytes:
+        return self.session[:SESSION_BYTES]
+
+
+@dataclass(frozen=True, repr=False)
+class Round:
+    chain: Chain
+    number: int
+    key: RingKey
 
 
 def join(
-    setup: bytes, *, name: str, identity: bytes, policy: SharedPolicy, randomness: Randomness
-) -> tuple[Joining, bytes]:
-    """Accept the server's terms, or refuse them, having sent nothing.
+    setup: bytes,
+    *,
+    name: str,
+    identity: bytes,
+    policy: Policy,
+    randomness: Randomness,
+    floats: terms.Floats | None = None,
+) -> tuple[party.Joining, KeyAgreement, bytes]:
+    """Accept the server's terms, or refuse them, having sent nothing: :func:`choral.protocols.masking.party.join`.
 
-    identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``.
-    Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
+    floats: what is summed in CKKS, as this party has it from elsewhere than the server; None in BFV.
+    Raises: as there.
     """
-    limit = wire.limit(wire.KeySetup, len(policy.directory))
-    message = wire.read(wire.KeySetup, setup, sender=SERVER, limit=limit)
-    plan = policy.check(message, name)
-    if ed25519_public(identity) != policy.directory[name]:
-        raise SpecError(f"the identity of {name!r} is not the one in its own directory")
-    terms_digest, index = setup_digest(setup), message.roster.index(name)
-    own = Own(message, terms_digest, index, identity, policy, plan, randomness(32), randomness(32))
-    public = x25519_public(own.private)
-    signature = sign(identity, terms.hello(terms_digest, index, public, own.nonce))
-    return Joining(own), base.encode(wire.KeyHello(message.session, public, own.nonce, signature))
+    size = messages.limit(messages.SumSetup, len(check_policy(policy).directory))
+    message = expect(messages.to_party(setup, limit=size), messages.SumSetup)
+    policy, plan = terms.agreed(policy, message, floats)
+    private: list[bytes] = []
+
+    def public(size: int) -> bytes:
+        private.append(randomness(size))
+        return x25519_public(private[0])
+
+    state, hello = party.join(setup, name=name, identity=identity, policy=policy, randomness=public)
+    return state, KeyAgreement((private[0], plan)), hello
 
 
-class Joining(Once[Own]):
-    """Waits for everybody's KeyHello."""
+def _from_server(kind: type[M], raw: bytes, entries: int, session: bytes) -> M:
+    """Raises: MessageError; FaultyServerError for one of another session, or of the same under another key."""
+    message: M = read(kind, raw, sender=SERVER, limit=key_messages.limit(kind, entries))
+    if getattr(message, "session", b"") != session:
+        raise FaultyServerError(f"the {kind.__name__} is of another session, or under another key than this party's")
+    return message
 
-    def meet(self, hellos: bytes, *, randomness: Randomness) -> tuple[Waiting | Confirming, tuple[bytes, ...]]:
-        """Check who is there. The dealer then deals the key, and confirms it like everyone.
 
-        Raises: FaultyServerError when a KeyHello is missing, forged, or this party's own is not what it sent;
+class KeyAgreement(Once[tuple[bytes, Plan]]):
+    """Has a private key for this session; waits for everybody's public one."""
+
+    def meet(
+        self, revealing: party.Revealing, reveals: bytes, *, randomness: Randomness
+    ) -> tuple[Waiting | Confirming, bytes | None]:
+        """Enter the session. The dealer then deals the key, and so confirms it.
+
+        Raises: FaultyPartyOrServerError, FaultyServerError as :meth:`choral.protocols.masking.party.Revealing.enter`;
         FaultyPartyError for a public key of small order.
         """
-        own = self._take()
-        n = len(own.setup.roster)
-        message = wire.read(wire.KeyHellos, hellos, sender=SERVER, limit=wire.limit(wire.KeyHellos, n))
-        if message.session != own.setup.session:
-            raise FaultyServerError("the KeyHellos are of another session")
-        if len(message.entries) != n:
-            raise FaultyServerError(f"expected {n} KeyHellos, one per party, got {len(message.entries)}")
-        mine = message.entries[own.index]
-        if (mine.public, mine.nonce) != (x25519_public(own.private), own.nonce):
-            raise FaultyServerError("it shows another KeyHello of this party than it sent")
-        whole = digest("shared/checked hellos", own.digest, hellos)
-        for party, entry in enumerate(message.entries if whole not in own.policy.checked else ()):
-            if not own.signed(party, terms.hello(own.digest, party, entry.public, entry.nonce), entry.signature):
-                raise FaultyServerError(f"the KeyHello of {own.name(party)} is not signed by its pinned identity")
-        own.policy.checked.add(whole)
-        publics = tuple(entry.public for entry in message.entries)
-        nonces = b"".join(entry.nonce for entry in message.entries)
-        meeting = _Meeting(own, terms.session_digest(own.digest, b"".join(publics), nonces), publics)
-        return _deal(meeting, randomness(32)) if own.index == DEALER else (Waiting(meeting), ())
+        private, plan = self._take()
+        member, _ = revealing.enter(reveals)._take()
+        publics = read(messages.Reveals, reveals, sender=SERVER, limit=len(reveals)).nonces
+        if member.index != DEALER:
+            return Waiting(_Entered(member, plan, private, publics)), None
+        entered = _Entered(member, plan, private, publics, randomness(32))
+        sealed = []
+        for place, name in enumerate(member.setup.roster):
+            if place != DEALER:
+                try:
+                    key = entered.shared(place, place)
+                except WeakKeyError:
+                    raise FaultyPartyError(name, "its public key is of small order") from None
+                data = terms.seal_data(member.session, place, entered.commitment)
+                sealed.append(seal(key, NONCE, entered.seed, data))
+        deal = key_messages.KeyDeal(member.setup.session, entered.commitment, tuple(sealed), entered.signature())
+        return Confirming(entered), encode(deal)
 
 
-def _deal(meeting: _Meeting, seed: bytes) -> tuple[Confirming, tuple[bytes, ...]]:
-    own, session = meeting.own, meeting.session
-    commitment = terms.key_commitment(session, seed)
-    sealed = []
-    for party, public in enumerate(meeting.publics):
-        if party != own.index:
-            try:
-                shared = x25519_shared(own.private, public)
-            except WeakKeyError:
-                raise FaultyPartyError(own.name(party), "its public key is of small order") from None
-            key = terms.seal_key(shared, session, party)
-            sealed.append(seal(key, NONCE, seed, terms.seal_data(session, party, commitment)))
-    signature = sign(own.identity, terms.deal(session, commitment))
-    deal = base.encode(wire.KeyDeal(own.setup.session, commitment, tuple(sealed), signature))
-    state, confirm = _confirm(_Seeded(own, session, commitment, seed))
-    return state, (deal, confirm)
-
-
-def _confirm(seeded: _Seeded) -> tuple[Confirming, bytes]:
-    own = seeded.own
-    signature = sign(own.identity, terms.confirm(seeded.session, own.index, seeded.commitment))
-    return Confirming(seeded), base.encode(wire.KeyConfirm(own.setup.session, seeded.commitment, signature))
-
-
-class Waiting(Once[_Meeting]):
+class Waiting(Once[_Entered]):
     """Waits for the dealer's seed."""
 
-    def receive(self, dealt: bytes) -> tuple[Confirming, bytes]:
+    def receive(self, deal: bytes) -> tuple[Confirming, bytes]:
         """Open the seed and confirm, by signature, which one it is.
 
-        Raises: FaultyPartyOrServerError when the deal is not signed by the dealer for this session, does not open, or
-        the seed is not the one committed to.
+        Raises: FaultyPartyOrServerError when the deal is not signed by the dealer for this session, or does not open;
+        FaultyPartyError when the seed is not the one committed to; FaultyServerError; MessageError.
         """
-        meeting = self._take()
-        own, session = meeting.own, meeting.session
-        message = wire.read(wire.KeyDealt, dealt, sender=SERVER, limit=wire.limit(wire.KeyDealt))
-        dealer = own.name(DEALER)
-        if message.session != own.setup.session:
-            raise FaultyServerError("the key is of another session")
-        if not own.signed(DEALER, terms.deal(session, message.commitment), message.signature):
+        entered = self._take()
+        member = entered.member
+        dealer = member.setup.roster[DEALER]
+        message = _from_server(key_messages.KeyDeal, deal, 1, member.setup.session)
+        if not entered.signed(DEALER, message.commitment, message.signature):
             raise FaultyPartyOrServerError(dealer, "the key is not signed by the dealer's pinned identity")
         try:
-            key = terms.seal_key(x25519_shared(own.private, meeting.publics[DEALER]), session, own.index)
-            seed = unseal(key, NONCE, message.sealed, terms.seal_data(session, own.index, message.commitment))
+            key = entered.shared(DEALER, member.index)
+            data = terms.seal_data(member.session, member.index, message.commitment)
+            entered = replace(entered, seed=unseal(key, NONCE, message.sealed[0], data))
         except (SealError, WeakKeyError):
             raise FaultyPartyOrServerError(dealer, "the sealed key does not open") from None
-        if terms.key_commitment(session, seed) != message.commitment:
+        if entered.commitment != message.commitment:
             raise FaultyPartyError(dealer, "sealed another key than it committed to")
-        return _confirm(_Seeded(own, session, message.commitment, seed))
+        confirm = key_messages.KeyConfirm(member.setup.session, entered.commitment, entered.signature())
+        return Confirming(entered), encode(confirm)
 
 
-class Confirming(Once[_Seeded]):
+class Confirming(Once[_Entered]):
     """Waits to see that everyone holds the same key."""
 
     def enter(self, confirmations: bytes) -> Holder:
         """Raises: KeyDisputeError when somebody holds another key; FaultyServerError for a missing or forged one."""
-        seeded = self._take()
-        own, session = seeded.own, seeded.session
-        n = len(own.setup.roster)
-        limit = wire.limit(wire.KeyConfirmations, n)
-        message = wire.read(wire.KeyConfirmations, confirmations, sender=SERVER, limit=limit)
-        if message.session != own.setup.session:
-            raise FaultyServerError("the confirmations are of another session")
+        entered = self._take()
+        member, n = entered.member, len(entered.member.setup.roster)
+        message = _from_server(key_messages.KeyConfirmations, confirmations, n, member.setup.session)
         if len(message.entries) != n:
             raise FaultyServerError(f"expected {n} confirmations, one per party, got {len(message.entries)}")
-        whole = digest("shared/checked confirmations", session, confirmations)
-        for party, entry in enumerate(message.entries if whole not in own.policy.checked else ()):
-            if not own.signed(party, terms.confirm(session, party, entry.commitment), entry.signature):
-                raise FaultyServerError(f"the confirmation of {own.name(party)} is not signed by its pinned identity")
-        own.policy.checked.add(whole)
-        for party, entry in enumerate(message.entries):
-            if entry.commitment != seeded.commitment:
-                raise KeyDisputeError(own.name(DEALER), own.name(party))
-        link = terms.first_link(session, seeded.seed)
-        return Holder(Chain(own, session, seeded.commitment, link, 0, Current()))
+        for place, entry in enumerate(message.entries):
+            if not entered.signed(place, entry.commitment, entry.signature):
+                raise FaultyServerError(
+                    f"the confirmation of {member.setup.roster[place]} is not signed by its pinned identity"
+                )
+        for place, entry in enumerate(message.entries):
+            if entry.commitment != entered.commitment:
+                raise KeyDisputeError(member.setup.roster[DEALER], member.setup.roster[place])
+        session = terms.keyed_session(member.session, entered.commitment)
+        return Holder(Chain(member, entered.plan, session, terms.first_link(session, entered.seed), 0))
 
 
 class Holder(Once[Chain]):
     """In a session, between rounds; holds the chain's secret for the rounds to come."""
 
-    def begin(self, number: int) -> tuple[Holder, Keyed]:
-        """Make the key of round ``number`` and forget everything that could make it again.
+    def encrypt(self, number: int, vector: Any, begun: bytes = terms.NO_BEGIN) -> tuple[Holder, Encrypted, bytes]:
+        """Make the key of round ``number``, forget everything that could make it again, and encrypt under it.
 
-        Raises: FaultyServerError when that round is not after the last, or too far ahead; the state is not spent then.
+        vector: int64 (BFV; a numpy array or a torch tensor) or float64 (CKKS; a numpy array), shape (length,), every
+        |value| within the bound. begun: digest of the Begin that this party was shown; with one that was shown another
+        it has no sum. From here on no sum of an earlier round is opened any more.
+
+        Raises: FaultyServerError when that round is not after the last, or too far ahead; InputError for another
+        vector. Neither spends the state.
         """
         for chain in tuple(self._content):
-            if not chain.last < number < min(1 << 32, chain.last + terms.MAX_SKIPPED):
-                raise FaultyServerError(f"asked for round {number} after round {chain.last}")
+            most = min(1 << 32, chain.last + terms.MAX_SKIPPED)
+            if isinstance(number, bool) or not isinstance(number, int) or not chain.last < number < most:
+                raise FaultyServerError(f"asked for round {shown(number)} after round {chain.last}")
+            if chain.plan.scheme == "bfv":
+                vector = checked(vector, chain.member.setup.length, chain.plan.bound)
+                vector = np.ascontiguousarray(vector.cpu().numpy() if is_tensor(vector) else vector)
+            else:
+                vector = checked_floats(vector, chain.member.setup.length, chain.plan.bound)
         chain = self._take()
+        chain.member.current.enter(number)
         link = chain.link
         for skipped in range(chain.last + 1, number):
             link = terms.next_link(chain.session, link, skipped)
-        seed = terms.round_seed(chain.session, link, number)
-        after = terms.next_link(chain.session, link, number)
-        later = Chain(chain.own, chain.session, chain.commitment, after, number, chain.current)
-        key = RingKey.from_seed(terms.ring_of(chain.own.plan.parameters), seed)
-        identifier = terms.key_id(chain.session, chain.commitment, number)
-        return Holder(later), Keyed(Round(later, number, identifier, key))
+        ring, plan = ring_of(chain.plan.parameters), chain.plan
+        key = RingKey.from_seed(ring, terms.round_seed(chain.session, link, number, begun))
+        later = replace(chain, link=terms.next_link(chain.session, link, number), last=number)
+        encryptor = key.encryptor()
+        body = b"".join(
+            ring.dump_fresh(encryptor.encrypt_symmetric(plan.encode(ring, vector[start : start + plan.block])))
+            for start in range(0, vector.size, plan.block)
+        )
+        upload = encode(messages.Upload(chain.id, number, messages.to_pieces(body)))
+        return Holder(later), Encrypted(Round(later, number, key)), upload
+
+
+class Encrypted(Once[Round]):
+    """Has sent its vector; may be asked to open the sum, once."""
+
+    def open(self, encrypted: bytes) -> bytes:
+        """Decrypt the exact sum and report it to the server: BFV only.
+
+        Raises: SpecError in CKKS, whose decryptions stay with the parties; StateUsedError when a later round has begun;
+        MessageError, FaultyServerError for another sum than of this round and key, or without this party;
+        TooFewSurvivorsError; GarbledSumError.
+        """
+        for ready in tuple(self._content):
+            if ready.chain.plan.scheme != "bfv":
+                raise SpecError("a sum of floats is for the parties alone: it is never reported to the server")
+        ready = self._take()
+        total, _ = _decrypted(ready, encrypted)
+        bits = ready.chain.member.setup.modulus_bits
+        packed = pack(wrap(total, bits), bits)
+        return encode(key_messages.OpenedSum(ready.chain.id, ready.number, messages.to_pieces(packed)))
+
+    def read(self, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
+        """Decrypt the sum for this party itself: the total, and whose vectors are in it. Raises: see :meth:`open`."""
+        return _decrypted(self._take(), encrypted)
+
+
+def _decrypted(ready: Round, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
+    chain, plan, ring = ready.chain, ready.chain.plan, ready.key.ring
+    chain.member.current.check(ready.number)
+    setup, size = chain.member.setup, plan.parameters.full_bytes
+    blocks = terms.blocks_of(plan, setup.length)
+    most = blocks * size + len(setup.roster) // 8 + 1
+    message = _from_server(key_messages.EncryptedSum, encrypted, most, chain.id)
+    if message.round != ready.number:
+        raise FaultyServerError(f"the sum is of round {message.round}, not {ready.number}")
+    survivors = _survivors(chain.member, message.survivors)
+    body = memoryview(messages.from_pieces(message.ciphertexts) or b"")
+    if len(body) != blocks * size:
+        raise FaultyServerError(f"expected {blocks} ciphertexts of {size} bytes in the sum, got {len(body)} bytes")
+    total, decryptor, plain = np.empty(setup.length, plan.dtype), ready.key.decryptor(), sealapi.Plaintext()
+    for start in range(0, setup.length, plan.block):
+        stop, at = min(start + plan.block, setup.length), start // plan.block * size
+        try:
+            ciphertext = ring.load_sum(body[at : at + size])
+        except CiphertextError as error:
+            raise FaultyServerError(f"the sum is no ciphertext: {error}") from None
+        if plan.margin_bits and int(decryptor.invariant_noise_budget(ciphertext)) < plan.margin_bits:
+            raise GarbledSumError("the sum has more noise than its parties can add: another key or changed bytes")
+        decryptor.decrypt(ciphertext, plain)
+        total[start:stop] = plan.decode(ring, plain, stop - start)
+    largest = len(survivors) * plan.bound + plan.error_bound
+    if not bool(np.all((total >= -largest) & (total <= largest))):
+        raise GarbledSumError(f"the sum of {len(survivors)} vectors has a value outside what they can add up to")
+    return total, survivors
+
+
+def _survivors(member: Membership, bitmap: bytes) -> tuple[str, ...]:
+    setup = member.setup
+    found = messages.from_bitmap(bitmap, len(setup.roster))
+    if found is None:
+        raise FaultyServerError("the survivors are no set of this roster's parties")
+    if len(found) < setup.min_survivors:
+        raise TooFewSurvivorsError("refused to open a sum", survivors=len(found), needed=setup.min_survivors)
+    if member.index not in found:
+        raise FaultyServerError("the sum is said not to have this party's vector, which was sent")
+    return tuple(setup.roster[place] for place in sorted(found))

@@ -21,9 +21,8 @@ and one error show the difference of their messages.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -82,6 +81,12 @@ class RingParameters:
     special: int
     plain_modulus: int
 
+    @classmethod
+    def of(cls, scheme: Literal["bfv", "ckks"], degree: int, bits: tuple[int, ...]) -> RingParameters:
+        """With SEAL's primes of so many bits, the last of several as the special one, and no plain modulus yet."""
+        primes = primes_of(degree, bits)
+        return cls(scheme, degree, primes[:-1] or primes, primes[-1] if len(primes) > 1 else 0, 0)
+
     @property
     def modulus(self) -> int:
         return prod(self.primes)
@@ -114,7 +119,6 @@ class Ring:
         self.context = _context(parameters)
         self.evaluator = sealapi.Evaluator(self.context)
         self._id = struct.pack("<4Q", *self.context.first_parms_id())
-        self._bound = np.repeat(np.array(parameters.primes, np.uint64), parameters.degree)
         self._version = version_of_seal()
 
     def load_fresh(self, body: bytes | memoryview) -> Any:
@@ -215,6 +219,12 @@ class Ring:
         return HEADER.pack(MAGIC, HEADER_BYTES, *self._version, RAW, 0, size)
 
 
+@lru_cache(maxsize=16)
+def ring_of(parameters: RingParameters) -> Ring:
+    """One SEAL context per process and ring, for making one takes longer than a sum in it; it holds no key."""
+    return Ring(parameters)
+
+
 @dataclass(frozen=True, repr=False)
 class RingKey:
     """A secret key, made from a seed of 32 bytes: the same seed gives the same key wherever it is.
@@ -264,7 +274,7 @@ def _secret_key(ring: Ring, coefficients: NDArray[np.int64]) -> Any:
     under another identifier of parameters.
     """
     parameters, modulus = ring.parameters, 3
-    plain_ring = Ring(RingParameters("bfv", parameters.degree, parameters.primes, parameters.special, modulus))
+    plain_ring = ring_of(RingParameters("bfv", parameters.degree, parameters.primes, parameters.special, modulus))
     plain = plain_ring.plaintext(np.where(coefficients < 0, modulus - 1, coefficients).astype(np.uint64))
     plain_ring.evaluator.transform_to_ntt_inplace(plain, plain_ring.context.key_parms_id())
     raw = saved(plain, ring._version)
@@ -300,36 +310,11 @@ def _width(prime: int) -> int:
     return -(-(prime - 1).bit_length() // 8)
 
 
-def _pieces(prime: int) -> Sequence[tuple[str, int]]:
-    """A residue's bytes as little-endian integers that numpy can copy in columns: (type, first byte)."""
-    width, done, pieces = _width(prime), 0, []
-    for size in (8, 4, 2, 1):
-        while width - done >= size:
-            pieces.append((f"<u{size}", done))
-            done += size
-    return pieces
-
-
-@cache
-def _columns(prime: int, itemsize: int) -> np.dtype[Any]:
-    pieces = _pieces(prime)
-    names = [f"at{first}" for _, first in pieces]
-    formats, offsets = [kind for kind, _ in pieces], [first for _, first in pieces]
-    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": itemsize})
-
-
 def _narrow(words: Words, prime: int) -> bytes:
-    narrow = np.empty(words.size, _columns(prime, _width(prime)))
-    wide = np.ascontiguousarray(words).astype("<u8", copy=False).view(_columns(prime, 8))
-    for name in narrow.dtype.names or ():
-        narrow[name] = wide[name]
-    return narrow.tobytes()
+    return words.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, : _width(prime)].tobytes()
 
 
 def _widen(packed: memoryview, prime: int) -> Words:
-    narrow = np.frombuffer(packed, _columns(prime, _width(prime)))
-    wide = np.zeros(narrow.size, "<u8")
-    columns = wide.view(_columns(prime, 8))
-    for name in narrow.dtype.names or ():
-        columns[name] = narrow[name]
-    return wide.astype(np.uint64, copy=False)
+    wide = np.zeros((len(packed) // _width(prime), 8), np.uint8)
+    wide[:, : _width(prime)] = np.frombuffer(packed, np.uint8).reshape(-1, _width(prime))
+    return wide.reshape(-1).view("<u8").astype(np.uint64, copy=False)

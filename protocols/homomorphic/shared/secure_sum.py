@@ -27,80 +27,185 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsError
-from choral.protocols.homomorphic.shared import bfv
-from choral.protocols.homomorphic.shared import messages as wire
-from choral.protocols.homomorphic.shared.in_process import Parties, encrypt_and_send, facts_of, make_setup, smallest_sum
-from choral.protocols.homomorphic.shared.party_round import Encrypted, Keyed
-from choral.protocols.homomorphic.shared.server_round import Totalling
-from choral.protocols.homomorphic.shared.setup import Plan, SharedPolicy, shared_policy
-from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec
-from choral.protocols.masking.policy import Policy
+from choral.protocols import argument_checks as checks
+from choral.protocols.crypto.keys import ed25519_public
+from choral.protocols.errors import StateUsedError, TooFewSurvivorsError
+from choral.protocols.homomorphic.shared import party as steps
+from choral.protocols.homomorphic.shared.server import Dealing, SharedServer, Totalling
+from choral.protocols.homomorphic.shared.setup import Floats, key_setup, plan_of
+from choral.protocols.interface import Losses, Step, SumResult, SumSpec
+from choral.protocols.masking.in_process import ByteCounter, Masked
+from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.masking.server import Opening
+from choral.protocols.masking.signing import Signatures
 from choral.protocols.plain import check_submission
+from choral.protocols.wire_format import VERSION
 
-if TYPE_CHECKING:
-    import torch
-
-
-def key_setup(spec: SumSpec, *, min_survivors: int | None, session: bytes) -> wire.KeySetup:
-    """The terms of an exact sum, which every party signs. session: 16 fresh random bytes. Raises: SpecError."""
-    plan = bfv.choose(len(spec.parties), spec.bound, spec.length)
-    smallest = smallest_sum(len(spec.parties), min_survivors)
-    return make_setup(spec.parties, spec.length, spec.encoding, plan, smallest, session, bound=spec.bound)
+SECURITY_BITS = 128
+"""Of the ring (SEAL's table), X25519, Ed25519, AES-128 and SHA-256."""
 
 
-class SharedSession:
+class SharedKeyParties:
+    """The parties of one session, each in its own state, and their server.
+
+    They agree on ``spec``, and on sums of a majority if not of ``min_survivors``. policy: their own terms, by default
+    what these say, and never what the setup says; its directory is filled in here. floats: of CKKS.
+    Raises: SpecError; PolicyError where the parties refuse.
+    """
+
+    def __init__(
+        self,
+        spec: SumSpec,
+        *,
+        min_survivors: int | None = None,
+        policy: Policy | None = None,
+        floats: Floats | None = None,
+    ) -> None:
+        self.spec, n = spec, len(spec.parties)
+        smallest = n // 2 + 1 if min_survivors is None else checks.whole(min_survivors, "min_survivors", 2, n)
+        self.setup = key_setup(spec, session=secrets.token_bytes(16), min_survivors=smallest, floats=floats)
+        self.plan, self.floats, self.number = plan_of(n, spec, floats), floats, 0
+        self.traffic = ByteCounter()
+        own = Masked(corrupt=0, server="semi-honest", min_survivors=min_survivors).policy(spec)
+        terms = own if policy is None else check_policy(policy)
+        identities = {party: secrets.token_bytes(32) for party in spec.parties}
+        self.policy = replace(
+            terms,
+            directory={party: ed25519_public(identity) for party, identity in identities.items()},
+            directory_size=spec.population if terms.directory_size is None else terms.directory_size,
+            signatures=Signatures(),
+        )
+        self.holders: dict[str, steps.Holder] = {}
+        self.server = self._open(identities)
+        self.policy.signatures.forget()
+
+    def _open(self, identities: Mapping[str, bytes]) -> SharedServer:
+        traffic, policy, draw = self.traffic, self.policy, secrets.token_bytes
+        opening = Opening(self.setup, policy.directory, policy.signatures)
+        joining, agreements, revealing = {}, {}, {}
+        for party, identity in identities.items():
+            traffic.down(party, opening.invitation)
+            joining[party], agreements[party], hello = steps.join(
+                opening.invitation, name=party, identity=identity, policy=policy, randomness=draw, floats=self.floats
+            )
+            opening.receive(party, traffic.up(party, hello))
+        gathering, hellos = opening.close()
+        for party, raw in traffic.all_down(hellos).items():
+            revealing[party], reveal = joining[party].reveal(raw)
+            gathering.receive(party, traffic.up(party, reveal))
+        opened, reveals = gathering.close()
+        dealing, met = Dealing(opened.terms, self.plan), dict[str, Any]()
+        for party, raw in traffic.all_down(reveals).items():
+            met[party], deal = agreements[party].meet(revealing[party], raw, randomness=draw)
+            if deal is not None:
+                dealing.receive(party, traffic.up(party, deal))
+        confirming, deals = dealing.close()
+        for party, raw in traffic.all_down(deals).items():
+            met[party], confirm = met[party].receive(raw)
+            confirming.receive(party, traffic.up(party, confirm))
+        server, confirmations = confirming.close()
+        self.holders = {party: met[party].enter(raw) for party, raw in traffic.all_down(confirmations).items()}
+        return server
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of every sum under a shared key."""
+        setup, plan = self.setup, self.plan
+        unseen = "" if self.floats is None else " and must never see a decrypted sum"
+        return {
+            "name": "homomorphic",
+            "key": "shared",
+            "scheme": plan.scheme,
+            "trust": (
+                f"All parties hold one secret key, the server has none{unseen}. The server follows the protocol but"
+                " looks at everything, and colludes with no party: one party that does opens the vectors of all"
+                f" {len(setup.roster)}. Each party trusts its pinned directory of identities, which in this in-process"
+                " run was made by the process itself."
+            ),
+            "server": "semi-honest",
+            "parties": len(setup.roster),
+            "corrupt": 0,
+            "min_survivors": setup.min_survivors,
+            "dropouts": len(setup.roster) - setup.min_survivors,
+            "security_bits": SECURITY_BITS,
+            "ring_degree": plan.parameters.degree,
+            "coefficient_modulus_bits": plan.parameters.modulus.bit_length(),
+            "bytes_per_value": round(plan.bytes_per_value, 3),
+            "encoding": self.spec.encoding,
+            "ciphers": {
+                "encryption": "ring-LWE, symmetric with seeds (Microsoft SEAL)",
+                "key agreement": "X25519",
+                "signatures": "Ed25519",
+                "sealed key": "ChaCha20-Poly1305",
+                "derivation": "HKDF-SHA-256",
+            },
+            "protocol_version": VERSION,
+        }
+
+
+class SharedKeyRound:
+    """One round, until its sum is encrypted. ``submit`` each present party once, then finish it once."""
+
+    def __init__(self, parties: SharedKeyParties, losses: Losses) -> None:
+        self.parties, self.losses = parties, losses
+        parties.number += 1
+        self.number = parties.number
+        self._adding = parties.server.begin(self.number)
+        self.encrypted: dict[str, steps.Encrypted] = {}
+        self._finished = False
+
+    def submit(self, party: str, vector: Any) -> None:
+        """Encrypt the vector and add it to the server's sum.
+
+        Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
+        InputError for another vector than agreed on, after which the party may submit a right one.
+        """
+        self._check_current()
+        check_submission(party, self.parties.spec, self.encrypted, self.losses, finished=self._finished)
+        holders = self.parties.holders
+        holders[party], self.encrypted[party], upload = holders[party].encrypt(self.number, vector)
+        self._adding.receive(party, self.parties.traffic.up(party, upload))
+
+    def close(self) -> Totalling:
+        """Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time."""
+        self._check_current()
+        if self._finished:
+            raise StateUsedError("this round is finished")
+        self._finished = True
+        return self._adding.close()
+
+    def _check_current(self) -> None:
+        if self.number != self.parties.number:
+            raise StateUsedError(f"round {self.number} ended when round {self.parties.number} began")
+
+
+class SharedSession(SharedKeyParties):
     """See :class:`choral.protocols.interface.SumSession`: exact sums of integers (BFV) under a shared key.
 
     min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority. policy: the parties' own
     terms, by default what spec and ``min_survivors`` say.
 
     Guarantee and trust: see the module. Raises: SpecError when no ring has room for the sum (more than 60 bits), or
-    for ``min_survivors`` out of range.
+    for ``min_survivors`` out of range; PolicyError where the parties refuse.
     """
-
-    def __init__(self, spec: SumSpec, *, min_survivors: int | None = None, policy: Policy | None = None) -> None:
-        self.spec = spec
-        setup = key_setup(spec, min_survivors=min_survivors, session=secrets.token_bytes(16))
-        if policy is None:
-            own = SharedPolicy(
-                minimum_cohort=min_survivors or 2,
-                maximum_bound=spec.bound,
-                maximum_length=spec.length,
-                encoding=spec.encoding,
-            )
-        else:
-            own = shared_policy(policy)
-        self._parties = Parties(setup, own)
-
-    @property
-    def plan(self) -> Plan:
-        return self._parties.plan
 
     @property
     def statement(self) -> Mapping[str, Any]:
         plan = self.plan
-        facts = {
-            "trust": (
-                "All parties hold one secret key, the server has none. The server follows the protocol but looks at"
-                f" everything, and colludes with no party: one party that does opens the vectors of all"
-                f" {len(self.spec.parties)}. Each party trusts its pinned directory of identities, which in this"
-                " in-process run was made by the process itself."
-            ),
+        return {
+            **self.facts,
             "server_learns": (
                 "the sum over the survivors, which a surviving party decrypts and reports, who they are, and who"
                 " dropped out"
             ),
-        }
-        exact = {
             "plaintext_modulus_bits": plan.parameters.plain_modulus.bit_length(),
             "values_per_slot": getattr(plan, "values_per_slot", 1),
             "noise_margin_bits": plan.margin_bits,
             "modulus_bits": self.spec.modulus_bits,
         }
-        return {**facts_of(self._parties), **facts, **exact}
 
     def begin(self, lost: Mapping[str, Step] | None = None) -> SharedRound:
         """A fresh round; an unfinished earlier round is lost.
@@ -108,51 +213,26 @@ class SharedSession:
         lost: as in the seam. A round has no keys or shares of its own, and nobody confirms; "unmasking" is what one
         survivor does, so another is asked where the first is lost.
         """
-        return SharedRound(self._parties, self.spec, Losses(lost, self.spec.parties))
+        return SharedRound(self, Losses(lost, self.spec.parties))
 
 
-class SharedRound:
+class SharedRound(SharedKeyRound):
     """See :class:`choral.protocols.interface.SumRound`. The server holds one encrypted sum, however many parties."""
-
-    def __init__(self, parties: Parties, spec: SumSpec, losses: Losses) -> None:
-        self._parties = parties
-        self._spec, self._losses = spec, losses
-        self._number, self._adding = parties.begin()
-        self._keyed: dict[str, Keyed] = {}
-        self._encrypted: dict[str, Encrypted] = {}
-        self._finished = False
-
-    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
-        """Encrypt the vector and add it to the server's sum.
-
-        Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
-        InputError for another vector than agreed on, after which the party may submit a right one.
-        """
-        self._parties.check_current(self._number)
-        check_submission(party, self._spec, self._encrypted, self._losses, finished=self._finished)
-        self._encrypted[party] = encrypt_and_send(self._parties, self._adding, self._keyed, self._number, party, vector)
 
     def finish(self) -> SumResult:
         """The first survivor that is there opens the sum and reports it.
 
         Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time.
         """
-        self._parties.check_current(self._number)
-        if self._finished:
-            raise StateUsedError("this round is finished")
-        self._finished = True
-        parties = self._parties
-        totalling = self._adding.close()
-        if not isinstance(totalling, Totalling):
-            raise SpecError("an exact sum was expected")
-        there = [party for party in totalling.survivors if self._losses.takes(party, "unmasking")]
+        totalling, traffic = self.close(), self.parties.traffic
+        there = [party for party in totalling.survivors if self.losses.takes(party, "unmasking")]
         if not there:
             raise TooFewSurvivorsError(
                 "nobody is left to open the sum", survivors=0, needed=1, missing=totalling.survivors
             )
-        decryptor, pieces = totalling.ask(there[0])
-        for raw in self._encrypted[decryptor].open(parties.down(decryptor, pieces)):
-            totalling.receive(decryptor, parties.traffic.up(decryptor, raw))
+        decryptor, raw = totalling.ask(there[0])
+        traffic.down(decryptor, raw)
+        totalling.receive(decryptor, traffic.up(decryptor, self.encrypted[decryptor].open(raw)))
         outcome = totalling.close()
-        up, down = parties.traffic.take(self._spec.parties)
+        up, down = traffic.take(self.parties.spec.parties)
         return SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)

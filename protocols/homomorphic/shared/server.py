@@ -1,188 +1,237 @@
 """The server of a sum under a shared key: it hands sealed keys on, and adds ciphertexts; it holds no key.
 
-    stage        collects     close() sends out            and goes to
-    Opening      KeyHello     KeyHellos                    Dealing
-    Dealing      KeyDeal      KeyDealt                     Confirming
-    Confirming   KeyConfirm   KeyConfirmations             Session        (once per session)
-    Adding       Ciphertext   SumPieces                    Totalling (BFV), Relayed (CKKS)
-    Totalling    TotalPiece   -                            Total
+    stage               collects     close() sends out            and goes to
+    masking's Opening   Hello        Hellos                       Gathering
+    masking's Gathering Reveal       Reveals                      its ServerSession, for Dealing
+    Dealing             KeyDeal      KeyDeal, to each its part    Confirming
+    Confirming          KeyConfirm   KeyConfirmations             SharedServer   (once per session)
+    Adding              Upload       EncryptedSum                 Totalling
+    Totalling           OpenedSum    -                            Outcome        (BFV alone)
 
-``receive(sender, raw)`` refuses a message without changing anything; ``sender`` is whom the transport authenticated.
-The stages that hand out the key need everybody. In a round whoever has not sent all of its vector has dropped out: what
-it sent is subtracted again, exactly. Each piece is checked whole before any of it is added.
+Stages and rules are the masked sum's (:mod:`choral.protocols.masking.server`): ``receive(sender, raw)`` refuses a
+message without changing anything, the same bytes again change nothing, a vector that comes after the round went on is
+thrown away. Those that hand out the key need everybody.
 
 In BFV one surviving party, by default the first of the roster, decrypts the sum and reports it; should it not answer,
 ask the next with :meth:`Totalling.ask`. In CKKS every survivor gets the encrypted sum and the server learns no value.
+
+Memory: the encrypted sum, 16 bytes per coefficient and prime; and the message that is being added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from choral.protocols.errors import (
-    FaultyPartyError,
-    SpecError,
-    StateUsedError,
-    TooFewSurvivorsError,
-)
-from choral.protocols.homomorphic.shared import messages as wire
+import numpy as np
+
+from choral.protocols import argument_checks as checks
+from choral.protocols.crypto.modular_integers import PackingError, lift, packed_bytes, unpack
+from choral.protocols.errors import FaultyPartyError, KeyDisputeError, SpecError, StateUsedError
+from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
-from choral.protocols.homomorphic.shared.server_round import Adding, Terms
-from choral.protocols.homomorphic.shared.setup import DEALER, KeyDisputeError
-from choral.protocols.masking import messages as base
-from choral.protocols.masking import signing as transcript
+from choral.protocols.homomorphic.shared.seal import ring_of
+from choral.protocols.homomorphic.shared.seal_files import CiphertextError
+from choral.protocols.homomorphic.shared.setup import DEALER, Plan
+from choral.protocols.interface import IntVector
+from choral.protocols.masking import messages
+from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, SessionTerms, Stage
+from choral.protocols.masking.signing import SESSION_BYTES
+from choral.protocols.wire_format import encode
 
-Outbox = dict[str, bytes]
-"""What to send to whom, by party name."""
-
-M = TypeVar("M", bound=base.Message)
-
-
-class _Stage:
-    """One message of one kind from each of ``expected``."""
-
-    def __init__(self, known: Terms, expected: tuple[int, ...]) -> None:
-        self._terms = known
-        self._expected = expected
-        self._heard: dict[int, Any] = {}
-        self._closed = False
-
-    @property
-    def waiting(self) -> tuple[str, ...]:
-        """Who has not been heard."""
-        return tuple(self._terms.roster[party] for party in self._expected if party not in self._heard)
-
-    def _take(self, kind: type[M], sender: str, raw: bytes) -> tuple[int, M] | None:
-        """The sender's place and message, or None when it repeats itself. Raises: MessageError, FaultyPartyError."""
-        party = self._terms.place(sender)
-        entries = len(self._terms.roster)
-        message = wire.read(kind, raw, sender=sender, limit=wire.limit(kind, entries))
-        if getattr(message, "session", b"") != self._terms.setup.session:
-            raise FaultyPartyError(sender, f"its {kind.__name__} is of another session")
-        if self._heard.get(party) == message:
-            return None
-        if self._closed or party not in self._expected or party in self._heard:
-            raise FaultyPartyError(sender, f"its {kind.__name__} is one too many, or too late")
-        return party, message
-
-    def _close(self) -> list[Any]:
-        """What everyone sent, in roster order. Raises: StateUsedError; TooFewSurvivorsError unless all did."""
-        if self._closed:
-            raise StateUsedError(f"the stage {type(self).__name__} is closed")
-        self._closed = True
-        if self.waiting:
-            raise TooFewSurvivorsError(
-                "a session opens with all its parties or not at all",
-                survivors=len(self._heard),
-                needed=len(self._expected),
-                missing=self.waiting,
-            )
-        return [self._heard[party] for party in self._expected]
+EVERYONE = "a session opens with all its parties or not at all"
 
 
-class Opening(_Stage):
-    """The session's parties are invited with ``invitation``; every one of them must answer."""
+class Known(NamedTuple):
+    """What the server knows of a session. id: what its messages name; once the key is confirmed, that as well."""
 
-    def __init__(self, setup: wire.KeySetup, directory: Mapping[str, bytes], signatures: transcript.Signatures) -> None:
-        """Raises: PolicyError for an inconsistent setup; SpecError for a party that the directory does not have."""
-        plan = terms.check_setup(setup)
-        unknown = [name for name in setup.roster if name not in directory]
-        if unknown:
-            raise SpecError(f"the directory has no key for {unknown[0]!r}")
-        super().__init__(Terms(setup, plan, directory, signatures), tuple(range(len(setup.roster))))
-        self.invitation = base.encode(setup)
-        self._digest = transcript.setup_digest(self.invitation)
+    terms: SessionTerms
+    plan: Plan
+    id: bytes
 
-    def receive(self, sender: str, raw: bytes) -> None:
-        """Raises: MessageError, FaultyPartyError; then nothing has changed."""
-        found = self._take(wire.KeyHello, sender, raw)
-        if found:
-            party, message = found
-            signed = terms.hello(self._digest, party, message.public, message.nonce)
-            if not self._terms.signed(party, signed, message.signature):
-                raise FaultyPartyError(sender, "its KeyHello is not signed by its pinned identity for this setup")
-            self._heard[party] = message
 
-    def close(self) -> tuple[Dealing, Outbox]:
-        """Raises: TooFewSurvivorsError unless all answered: open again without those it names."""
-        hellos, known = self._close(), self._terms
-        entries = tuple(wire.HelloEntry(hello.public, hello.nonce, hello.signature) for hello in hellos)
-        session = terms.session_digest(
-            self._digest, b"".join(hello.public for hello in hellos), b"".join(hello.nonce for hello in hellos)
-        )
-        raw = base.encode(wire.KeyHellos(known.setup.session, entries))
-        fixed = Terms(known.setup, known.plan, known.directory, known.signatures, session)
-        return Dealing(fixed), dict.fromkeys(known.roster, raw)
+class _Stage(Stage):
+    """One of round ``number``, or, in round 0, of those that hand out the key."""
+
+    known = key_messages.ToServer
+
+    def __init__(self, session: Known, number: int, expected: Sequence[int], seen: Seen) -> None:
+        setup, plan = session.terms.setup, session.plan
+        self._bytes = terms.blocks_of(plan, setup.length) * plan.parameters.seeded_bytes
+        size = key_messages.limit(key_messages.KeyDeal, len(setup.roster))
+        if number:
+            total = key_messages.limit(key_messages.OpenedSum, packed_bytes(setup.length, setup.modulus_bits))
+            size = max(messages.limit(messages.Upload, self._bytes), total)
+        super().__init__(setup.roster, session.id, number, expected, size, seen)
+        self._known, self._setup, self._taken = session, setup, session.terms.taken
+
+    def _confirmed(self, place: int, message: Any) -> key_messages.ConfirmEntry:
+        known = self._known.terms
+        if not known.signed(place, terms.confirm(known.session, place, message.commitment), message.signature):
+            what = f"its {type(message).__name__} is not signed by its pinned identity for this session"
+            raise FaultyPartyError(self._roster[place], what)
+        return key_messages.ConfirmEntry(message.commitment, message.signature)
 
 
 class Dealing(_Stage):
-    """Waits for the dealer's sealed seeds."""
+    """Waits for the dealer's sealed seeds, once the masked sum's stages have opened the session."""
 
-    def __init__(self, known: Terms) -> None:
-        super().__init__(known, (DEALER,))
+    kind = key_messages.KeyDeal
 
-    def receive(self, sender: str, raw: bytes) -> None:
-        """Raises: MessageError, FaultyPartyError; then nothing has changed."""
-        found = self._take(wire.KeyDeal, sender, raw)
-        if found:
-            party, message = found
-            known = self._terms
-            if not known.signed(party, terms.deal(known.session, message.commitment), message.signature):
-                raise FaultyPartyError(sender, "its KeyDeal is not signed by its pinned identity for this session")
-            if len(message.sealed) != len(known.roster) - 1:
-                raise FaultyPartyError(sender, f"expected {len(known.roster) - 1} sealed keys")
-            self._heard[party] = message
+    def __init__(self, session: SessionTerms, plan: Plan) -> None:
+        super().__init__(Known(session, plan, session.setup.session), 0, (DEALER,), {})
+
+    def _accept(self, party: int, message: key_messages.KeyDeal) -> key_messages.KeyDeal:
+        self._confirmed(party, message)
+        if len(message.sealed) != len(self._roster) - 1:
+            raise FaultyPartyError(self._roster[party], f"expected {len(self._roster) - 1} sealed keys")
+        return message
 
     def close(self) -> tuple[Confirming, Outbox]:
         """Raises: TooFewSurvivorsError when the dealer has not dealt."""
-        (deal,) = self._close()
-        known = self._terms
-        others = [name for place, name in enumerate(known.roster) if place != DEALER]
+        self._close(1, EVERYONE)
+        deal: key_messages.KeyDeal = self._heard[DEALER]
+        others = [name for place, name in enumerate(self._roster) if place != DEALER]
         outbox = {
-            name: base.encode(wire.KeyDealt(known.setup.session, deal.commitment, sealed, deal.signature))
+            name: encode(key_messages.KeyDeal(self._session, deal.commitment, (sealed,), deal.signature))
             for name, sealed in zip(others, deal.sealed, strict=True)
         }
-        fixed = Terms(known.setup, known.plan, known.directory, known.signatures, known.session, deal.commitment)
-        return Confirming(fixed), outbox
+        return Confirming(self._known, deal, self._seen), outbox
 
 
 class Confirming(_Stage):
-    """Waits until everyone has signed which key it holds."""
+    """Waits until everyone has signed which key it holds. The dealer's signature came with the key."""
 
-    def __init__(self, known: Terms) -> None:
-        super().__init__(known, tuple(range(len(known.roster))))
+    kind = key_messages.KeyConfirm
 
-    def receive(self, sender: str, raw: bytes) -> None:
-        """Raises: MessageError, FaultyPartyError; KeyDisputeError for another key than was dealt."""
-        found = self._take(wire.KeyConfirm, sender, raw)
-        if found:
-            party, message = found
-            known = self._terms
-            signed = terms.confirm(known.session, party, message.commitment)
-            if not known.signed(party, signed, message.signature):
-                raise FaultyPartyError(sender, "its KeyConfirm is not signed by its pinned identity for this session")
-            if message.commitment != known.commitment:
-                raise KeyDisputeError(known.roster[DEALER], sender)
-            self._heard[party] = message
+    def __init__(self, session: Known, deal: key_messages.KeyDeal, seen: Seen) -> None:
+        super().__init__(session, 0, range(len(session.terms.setup.roster)), seen)
+        self._commitment = deal.commitment
+        self._heard[DEALER] = key_messages.ConfirmEntry(deal.commitment, deal.signature)
 
-    def close(self) -> tuple[Session, Outbox]:
+    def _accept(self, party: int, message: key_messages.KeyConfirm) -> key_messages.ConfirmEntry:
+        entry = self._confirmed(party, message)
+        if message.commitment != self._commitment:
+            raise KeyDisputeError(self._roster[DEALER], self._roster[party])
+        return entry
+
+    def close(self) -> tuple[SharedServer, Outbox]:
         """Raises: TooFewSurvivorsError unless all confirmed."""
-        entries = tuple(wire.ConfirmEntry(message.commitment, message.signature) for message in self._close())
-        raw = base.encode(wire.KeyConfirmations(self._terms.setup.session, entries))
-        return Session(self._terms), dict.fromkeys(self._terms.roster, raw)
+        everyone = self._close(len(self._roster), EVERYONE)
+        raw = encode(key_messages.KeyConfirmations(self._session, tuple(self._heard[party] for party in everyone)))
+        session = terms.keyed_session(self._known.terms.session, self._commitment)
+        return SharedServer(self._known._replace(id=session[:SESSION_BYTES])), dict.fromkeys(self._roster, raw)
 
 
-class Session:
+class SharedServer:
     """An open session, between rounds."""
 
-    def __init__(self, known: Terms) -> None:
-        self.terms = known
+    def __init__(self, session: Known) -> None:
+        self.known = session
         self._last = 0
 
     def begin(self, number: int) -> Adding:
         """Raises: SpecError unless the number is greater than the last: parties refuse to run a round twice."""
+        number = checks.whole(number, "the round's number", 1, (1 << 32) - 1)
         if number <= self._last:
             raise SpecError(f"expected a round after {self._last}, got {number}: parties refuse to run one twice")
         self._last = number
-        return Adding(self.terms, number)
+        return Adding(self.known, number)
+
+
+class Adding(_Stage):
+    """Adds ciphertexts as they come."""
+
+    kind = messages.Upload
+
+    def __init__(self, session: Known, number: int) -> None:
+        super().__init__(session, number, range(len(session.terms.setup.roster)), {})
+        self._ring = ring_of(session.plan.parameters)
+        self._sum: list[Any] = [None] * terms.blocks_of(session.plan, self._setup.length)
+
+    @property
+    def _uploads_are_over(self) -> bool:
+        return self._closed
+
+    def _accept(self, party: int, message: messages.Upload) -> None:
+        size, body = self._known.plan.parameters.seeded_bytes, messages.from_pieces(message.vector)
+        if body is None or len(body) != self._bytes:
+            what = f"expected {len(self._sum)} ciphertexts of {size} bytes in its vector"
+            raise FaultyPartyError(self._roster[party], what)
+        pieces = [memoryview(body)[at : at + size] for at in range(0, len(body), size)]
+        first, added = self._sum[0] is None, 0
+        try:
+            for place, piece in enumerate(pieces):
+                ciphertext = self._ring.load_fresh(piece)
+                if first:
+                    self._sum[place] = ciphertext
+                else:
+                    self._ring.evaluator.add_inplace(self._sum[place], ciphertext)
+                added += 1
+        except CiphertextError as error:
+            for place, piece in enumerate(pieces[:added]):
+                if first:
+                    self._sum[place] = None
+                else:  # exactly what was added
+                    self._ring.evaluator.sub_inplace(self._sum[place], self._ring.load_fresh(piece))
+            raise FaultyPartyError(self._roster[party], f"its vector is no ciphertext: {error}") from None
+        self._known.terms.taken[self._number] = self._known.terms.taken.get(self._number, 0) | 1 << party
+
+    def close(self) -> Totalling:
+        """End the round for those who have sent nothing. Raises: StateUsedError; TooFewSurvivorsError."""
+        survivors = self._close(self._setup.min_survivors, "vectors sent")
+        body = b"".join(self._ring.dump_sum(ciphertext) for ciphertext in self._sum)
+        bitmap = messages.to_bitmap(survivors, len(self._roster))
+        raw = encode(key_messages.EncryptedSum(self._session, self._number, bitmap, messages.to_pieces(body)))
+        return Totalling(self._known, self._number, survivors, raw, self._seen)
+
+
+class Totalling(_Stage):
+    """Waits for the sum in clear from one survivor that was asked for it; in CKKS nobody is.
+
+    encrypted: the EncryptedSum, the same for whoever gets it. survivors: names, in roster order.
+    """
+
+    kind = key_messages.OpenedSum
+
+    def __init__(self, session: Known, number: int, survivors: Sequence[int], encrypted: bytes, seen: Seen) -> None:
+        super().__init__(session, number, survivors, seen)
+        self.survivors = tuple(self._roster[party] for party in survivors)
+        self.encrypted = encrypted
+        self._asked: set[str] = set()
+
+    @property
+    def _uploads_are_over(self) -> bool:
+        return True
+
+    def ask(self, decryptor: str | None = None) -> tuple[str, bytes]:
+        """Whom to send the EncryptedSum to, and that: by default the first survivor; again to ask another one.
+
+        Raises: SpecError for who is no survivor, and in CKKS.
+        """
+        name = self.survivors[0] if decryptor is None else decryptor
+        if name not in self.survivors:
+            raise SpecError(f"{name!r} is no survivor of this round: it refuses to open a sum without its vector")
+        if self._known.plan.scheme != "bfv":
+            raise SpecError("a sum of floats is for the parties alone: it is never reported to the server")
+        self._asked.add(name)
+        return name, self.encrypted
+
+    def _accept(self, party: int, message: key_messages.OpenedSum) -> IntVector:
+        name, bits = self._roster[party], self._setup.modulus_bits
+        if name not in self._asked:
+            raise FaultyPartyError(name, "was not asked for the sum")
+        try:
+            total = lift(unpack(messages.from_pieces(message.total) or b"", self._setup.length, bits), bits)
+        except PackingError as error:
+            raise FaultyPartyError(name, f"its sum is not packed as agreed: {error}") from None
+        if int(np.abs(total).max()) > len(self.survivors) * self._setup.bound:
+            raise FaultyPartyError(name, f"its sum has a value that {len(self.survivors)} vectors cannot add up to")
+        return total
+
+    def close(self) -> Outcome:
+        """What the first that answered reported. Raises: StateUsedError unless somebody did."""
+        if not self._heard:
+            raise StateUsedError("the sum was not reported yet", hint="ask another survivor")
+        self._closed = True
+        return Outcome(next(iter(self._heard.values())), self.survivors)

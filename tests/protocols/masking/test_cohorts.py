@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -348,21 +349,22 @@ def test_a_shared_key_and_a_plain_sum_meet_no_policy_that_asks_for_more() -> Non
         Plain().open(SEVEN, policy=Policy(corrupt=0))
 
 
-def test_a_shared_key_setup_that_is_weaker_than_the_settings_is_refused_in_process_too() -> None:
-    from choral.protocols.homomorphic.shared.in_process import Parties
-    from choral.protocols.homomorphic.shared.secure_sum import key_setup
-    from choral.protocols.homomorphic.shared.setup import SharedPolicy
+def test_a_shared_key_setup_that_is_weaker_than_the_settings_is_refused_in_process_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from choral.protocols.homomorphic.shared import secure_sum
+    from choral.protocols.homomorphic.shared.setup import key_setup
 
     setup = key_setup(SEVEN, min_survivors=4, session=bytes(16))
-    own = SharedPolicy(minimum_cohort=4, maximum_bound=10, maximum_length=3, encoding="step 1")
-    Parties(setup, own)
-    for changes in ({"min_survivors": 3}, {"encoding": "step 2"}):
-        with pytest.raises(PolicyError):
-            Parties(replace(setup, **changes), own)
+    shared = Homomorphic(key="shared", min_survivors=4)
+    weaker = [replace(setup, min_survivors=3), replace(setup, encoding="step 2")]
     for spec in ({"bound": 11}, {"length": 4}):
         wider = SumSpec(**{"parties": SEVEN.parties, "length": 3, "bound": 10, "encoding": "step 1"} | spec)  # type: ignore[arg-type]
-        with pytest.raises(PolicyError):
-            Parties(key_setup(wider, min_survivors=4, session=bytes(16)), own)
+        weaker.append(key_setup(wider, min_survivors=4, session=bytes(16)))
+    for proposed in (setup, *weaker):
+        monkeypatch.setattr(secure_sum, "key_setup", lambda *_, proposed=proposed, **__: proposed)
+        with nullcontext() if proposed is setup else pytest.raises(PolicyError):
+            shared.open(SEVEN)
 
 
 def test_federate_takes_the_terms_of_the_sites() -> None:

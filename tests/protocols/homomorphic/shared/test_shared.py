@@ -16,6 +16,7 @@ from choral.protocols.homomorphic.shared import setup as shared_terms
 from choral.protocols.homomorphic.shared.float_sum import FloatSpec, FloatSum
 from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 from choral.protocols.interface import SumSession, SumSpec
+from choral.protocols.masking import messages
 
 
 def names(n: int) -> tuple[str, ...]:
@@ -50,9 +51,10 @@ def test_totals_are_exact_whoever_drops_out(data: st.DataObject) -> None:
 
 
 def test_vectors_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_terms, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(messages, "PIECE", 100_000)  # instead of the longest byte string of msgpack
     summing = session(3, 100_000, 2**19 - 1)
-    assert shared_terms.blocks_of(summing.plan, 100_000) > 3 * shared_terms.fresh_per_piece(summing.plan)
+    size = shared_terms.blocks_of(summing.plan, 100_000) * summing.plan.parameters.seeded_bytes
+    assert 2 * messages.PIECE < size < 5 * messages.PIECE
     vectors = {party: np.random.default_rng(place).integers(-1000, 1000, 100_000) for place, party in enumerate("abc")}
     one = summing.begin()
     for party, vector in zip(names(3), vectors.values(), strict=True):
