@@ -9,21 +9,19 @@ tests together raise a false alarm with a probability of at most ``LEVEL``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import amount
+from choral.audits.transcripts.recorded_sums import RecordedSession, SeenMessage, decode, recorded_sessions
 
 if TYPE_CHECKING:
-    from choral.protocols.masking import messages
     from choral.trainers.run_folder.run import Run
-    from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, Vector
+    from choral.trainers.run_folder.transcript import Recorded
 
 LEVEL = 1e-3
-_CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
 
 
 class TranscriptAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,27 +49,6 @@ class TranscriptAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     head: str | None = None
 
 
-@dataclass
-class _Session:
-    """One opening of the secure sum, with its messages in order, decoded where they can be."""
-
-    opened: Opened
-    seen: list[ObservedMessage] = field(default_factory=list)
-    vectors: list[Vector] = field(default_factory=list)
-    decoded: list[tuple[ObservedMessage, Any]] = field(default_factory=list)
-    strange: list[str] = field(default_factory=list)
-    unread: int = 0
-
-    @property
-    def setup(self) -> messages.SumSetup | None:
-        from choral.protocols.masking.messages import SumSetup
-
-        return next((message for _, message in self.decoded if isinstance(message, SumSetup)), None)
-
-    def of(self, kind: type[Any]) -> Iterator[tuple[ObservedMessage, Any]]:
-        return ((seen, message) for seen, message in self.decoded if isinstance(message, kind))
-
-
 def transcript_audit(run: Run) -> TranscriptAudit | None:
     """None for a run without a transcript in its folder.
 
@@ -85,12 +62,12 @@ def transcript_audit(run: Run) -> TranscriptAudit | None:
     if recorded is None:
         return None
     chained = _chained(run, recorded)
-    sessions = _sessions(recorded)
+    sessions = recorded_sessions(recorded)
     for session in sessions:
         if (run.info.secure_sum or {}).get("key") == "shared":
             session.unread = len(session.seen)  # ciphertexts of SEAL, which nothing here can read
         else:
-            _decode(session, recorded)
+            decode(session, recorded)
     statistics = vector_checks(sessions, recorded, LEVEL)
     checks = [chained, *_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
     every = [seen for session in sessions for seen in session.seen]
@@ -143,79 +120,7 @@ def _chained(run: Run, recorded: Recorded) -> Check:
     return Check(name=CHAINED, verdict="holds", finding=finding)
 
 
-def _sessions(recorded: Recorded) -> list[_Session]:
-    from choral.trainers.run_folder.transcript import ObservedMessage, Opened
-
-    sessions: list[_Session] = []
-    for entry in recorded.entries:
-        if isinstance(entry, Opened):
-            sessions.append(_Session(entry))
-        elif isinstance(entry, ObservedMessage):
-            sessions[-1].seen.append(entry)
-        else:
-            sessions[-1].vectors.append(entry)
-    return sessions
-
-
-def _decode(session: _Session, recorded: Recorded) -> None:
-    """Every message by its protocol's strict decoder; what does not decode is strange."""
-    from choral.protocols.crypto.modular_integers import unpack
-    from choral.protocols.errors import ProtocolError
-    from choral.protocols.homomorphic.messages import read_ciphertext
-    from choral.protocols.masking import messages
-
-    opened, masked_sum = session.opened, session.opened.secure_sum
-    roster = set(opened.parties)
-    for seen in session.seen:
-        raw = recorded.raw(seen)
-        where = f"round {seen.round}, {seen.way}, {seen.party}"
-        if seen.party not in roster:
-            session.strange.append(f"{where}: not a party of this session")
-            continue
-        if raw is None:
-            session.unread += 1
-            continue
-        try:
-            if masked_sum == "plain":
-                unpack(raw, opened.length, opened.modulus_bits)
-                continue
-            if masked_sum == "homomorphic" and seen.way == "up" and raw[2:].startswith(_CIPHERTEXT):
-                message: Any = read_ciphertext(raw, sender=seen.party, body=len(raw))
-            elif seen.way == "up":
-                message = messages.to_server(raw, sender=seen.party, limit=len(raw))
-            else:
-                message = messages.to_party(raw, limit=len(raw))
-        except ProtocolError as error:
-            session.strange.append(f"{where}: {error}")
-            continue
-        session.decoded.append((seen, message))
-        most = _most(session.setup, message)
-        if most is not None and len(raw) > most:
-            session.strange.append(f"{where}: {len(raw)} bytes, at most {most} belong to it")
-
-
-def _most(setup: messages.SumSetup | None, message: Any) -> int | None:
-    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`."""
-    from choral.protocols.crypto.modular_integers import packed_bytes
-    from choral.protocols.masking import messages
-
-    if setup is None:
-        return None
-    n, k = len(setup.roster), setup.neighbours
-    entries: dict[type[Any], int] = {
-        **dict.fromkeys((messages.SumSetup, messages.Hellos, messages.Reveals), n),
-        **dict.fromkeys((messages.Roster, messages.DealtShares, messages.Deliveries, messages.Confirm), k),
-        **dict.fromkeys((messages.Hello, messages.Reveal, messages.Advertise), 0),
-        messages.Upload: packed_bytes(setup.length, setup.modulus_bits),
-        messages.Survivors: -(-n // 8),
-        messages.Confirmations: setup.threshold,
-        messages.Unmask: k + 1,
-    }
-    kind = type(message)
-    return messages.limit(kind, entries[kind]) if kind in entries else None
-
-
-def _declared(sessions: Sequence[_Session]) -> list[Check]:
+def _declared(sessions: Sequence[RecordedSession]) -> list[Check]:
     """No byte on the wire that the protocol does not declare; nothing to say where no message could be read."""
     name = "The messages hold nothing that is not declared"
     strange = [said for session in sessions for said in session.strange]
@@ -229,33 +134,24 @@ def _declared(sessions: Sequence[_Session]) -> list[Check]:
     return [Check(name=name, verdict="holds", finding=finding)]
 
 
-def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
+def _sizes(run: Run, sessions: Sequence[RecordedSession]) -> Check:
     """The bytes that the history counts are those of the messages."""
     name = "The bytes that were counted are those of the messages"
     history = {entry.round: entry for entry in run.history}
-    rounds: dict[int, list[dict[str, dict[str, int]]]] = {}
-    for session in sessions:
-        first = min((seen.round for seen in session.seen if seen.round), default=0)
-        if not first:  # opened, and never used
-            continue
-        totals: dict[int, dict[str, dict[str, int]]] = {}
-        for seen in session.seen:
-            into = totals.setdefault(seen.round or first, {"up": {}, "down": {}})[seen.way]
-            into[seen.party] = into.get(seen.party, 0) + seen.size
-        for number, total in totals.items():
-            rounds.setdefault(number, []).append(total)
+    rounds = _bytes_by_round(sessions, 4 * run.info.parameters)
     compared = 0
     for number, attempts in sorted(rounds.items()):
-        if number not in history or len(attempts) > 1:  # a round that was cut short, and repeated
+        repeated = any(len(each) > 1 for each in attempts.values())
+        if number not in history or repeated:  # a round that was cut short, and repeated
             continue
-        up, down = (max(attempts[0][way].values(), default=0) for way in ("up", "down"))
+        up, down = (sum(each[0][way] for each in attempts.values()) for way in (0, 1))
         before = history.get(number - 1)
         if history[number].failed or (before and before.failed):  # what a sum that failed had cost is counted later
             continue
-        entry, model = history[number], 4 * run.info.parameters
-        if (up, down + model) != (entry.bytes_up, entry.bytes_down):
+        entry = history[number]
+        if (up, down) != (entry.bytes_up, entry.bytes_down):
             finding = (
-                f"Round {number}: the busiest party sent {up:,} and received {down + model:,} bytes, the history says"
+                f"Round {number}: the busiest party sent {up:,} and received {down:,} bytes, the history says"
                 f" {entry.bytes_up:,} and {entry.bytes_down:,}."
             )
             return Check(name=name, verdict="violated", finding=finding)
@@ -272,14 +168,37 @@ def _sizes(run: Run, sessions: Sequence[_Session]) -> Check:
     return Check(name=name, verdict="holds", finding=f"{amount(moved)} in {compared} rounds, to the byte.")
 
 
-def _fresh(sessions: Sequence[_Session]) -> Check:
+def _bytes_by_round(sessions: Sequence[RecordedSession], model: int) -> dict[int, dict[int, list[tuple[int, int]]]]:
+    """What the busiest party sent and received, by round and exchange; several where a round was repeated.
+
+    What opened a session counts to its first sum. model: its bytes, of which an old transcript does not tell.
+    """
+    rounds: dict[int, dict[int, list[tuple[int, int]]]] = {}
+    for session in sessions:
+        sums: dict[int, list[SeenMessage]] = {}
+        for seen in session.seen:
+            sums.setdefault(seen.sum, []).append(seen)
+        opening = sums.pop(0, [])
+        for number, place in enumerate(sorted(sums)):
+            first = sums[place][0]
+            begun = first.begun
+            exchange, told = (begun.exchange, begun.told) if begun else (1, model)
+            sizes: dict[str, dict[str, int]] = {"up": {}, "down": {}}
+            for seen in [*([] if number else opening), *sums[place]]:
+                sizes[seen.way][seen.party] = sizes[seen.way].get(seen.party, 0) + seen.size
+            up, down = (max(sizes[way].values(), default=0) for way in ("up", "down"))
+            rounds.setdefault(first.round, {}).setdefault(exchange, []).append((up, down + told))
+    return rounds
+
+
+def _fresh(sessions: Sequence[RecordedSession]) -> Check:
     """Nothing that must be fresh occurs twice: keys, nonces, commitments, and whole messages."""
     name = "No key, nonce, commitment or message was used twice"
     used: dict[bytes, tuple[str, str, int]] = {}
     count = 0
     for number, session in enumerate(sessions, start=1):
         if session.opened.secure_sum != "plain":
-            values = [(f"message of {s.party}", f"round {s.round}", bytes.fromhex(s.sha256)) for s in session.seen
+            values = [(f"message of {s.party}", s.where, bytes.fromhex(s.message.sha256)) for s in session.seen
                       if s.way == "up"]  # fmt: skip
             for what, where, value in [*values, *_once(session)]:
                 count += 1
@@ -296,7 +215,7 @@ def _fresh(sessions: Sequence[_Session]) -> Check:
     return Check(name=name, verdict="holds", finding=f"{count:,} values, all different.")
 
 
-def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
+def _once(session: RecordedSession) -> Iterator[tuple[str, str, bytes]]:
     """(what, where, value) of all that a party must make afresh; keys for one round may be sent for it again."""
     from choral.protocols.masking import messages
 
@@ -310,7 +229,7 @@ def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
         for packet in message.packets:
             yield f"seed share of {seen.party} for party {packet.party}", where, packet.seed_hash
             yield f"key share of {seen.party} for party {packet.party}", where, packet.key_hash
-    keys: Iterable[tuple[ObservedMessage, Any]] = [
+    keys: Iterable[tuple[SeenMessage, Any]] = [
         *session.of(messages.Advertise),
         *((seen, m.following) for seen, m in session.of(messages.Unmask) if m.following is not None),
     ]
@@ -319,7 +238,7 @@ def _once(session: _Session) -> Iterator[tuple[str, str, bytes]]:
         yield f"transport key of {seen.party}", f"round {message.round}", message.transport
 
 
-def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
+def _survivors(run: Run, sessions: Sequence[RecordedSession]) -> list[Check]:
     """Everybody was told the same survivors, never fewer than agreed on, and as many as the history says."""
     from choral.protocols.masking import messages
 
@@ -327,14 +246,16 @@ def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
     history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}
     claimed = int((run.info.secure_sum or {}).get("min_survivors") or 0)
     fewest, told = None, 0
-    last = {seen.round: index for index, session in enumerate(sessions) for seen in session.seen}
-    for index, session in enumerate(sessions):
+    last: dict[int, int] = {}
+    for seen in (seen for session in sessions for seen in session.seen):
+        last[seen.round] = max(seen.sum, last.get(seen.round, 0))
+    for session in sessions:
         setup = session.setup
-        sets: dict[int, set[bytes]] = {}
+        sets: dict[tuple[int, int], set[bytes]] = {}
         for seen, message in session.of(messages.Survivors):
-            sets.setdefault(seen.round, set()).add(message.bitmap)
+            sets.setdefault((seen.sum, seen.round), set()).add(message.bitmap)
             told += 1
-        for number, bitmaps in sorted(sets.items()):
+        for (place, number), bitmaps in sorted(sets.items()):
             if len(bitmaps) > 1:
                 finding = f"Round {number}: parties were told {len(bitmaps)} different sets of survivors."
                 return [Check(name=name, verdict="violated", finding=finding)]
@@ -343,7 +264,7 @@ def _survivors(run: Run, sessions: Sequence[_Session]) -> list[Check]:
             if count < least:
                 finding = f"Round {number} was opened over {count} parties, at least {least} were agreed on."
                 return [Check(name=name, verdict="violated", finding=finding)]
-            if last[number] == index and history.get(number, count) != count:
+            if last[number] == place and history.get(number, count) != count:
                 finding = f"Round {number}: {count} survivors on the wire, {history[number]} in the history."
                 return [Check(name=name, verdict="violated", finding=finding)]
             fewest = count if fewest is None else min(fewest, count)

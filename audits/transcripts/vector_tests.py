@@ -17,7 +17,7 @@ from choral.audits.transcripts.independence import (
 )
 
 if TYPE_CHECKING:
-    from choral.audits.transcripts.transcript_audit import _Session
+    from choral.audits.transcripts.recorded_sums import RecordedSession
     from choral.protocols.masking import messages
     from choral.trainers.run_folder.transcript import Recorded
 
@@ -35,12 +35,13 @@ class _Upload(NamedTuple):
     """A masked vector as it was sent, and as the server has it once it knows the self-mask (peeled; else None)."""
 
     party: str
-    round: int
+    where: str
+    sum: int
     sent: Any
     peeled: Any
 
 
-def vector_checks(sessions: Sequence[_Session], recorded: Recorded, level: float) -> Statistics:
+def vector_checks(sessions: Sequence[RecordedSession], recorded: Recorded, level: float) -> Statistics:
     """Two checks, of reuse and of correlation, where there is something that they can be made of."""
     if any(session.opened.secure_sum == "plain" for session in sessions):
         return _plain(sessions)
@@ -72,7 +73,7 @@ def vector_checks(sessions: Sequence[_Session], recorded: Recorded, level: float
     return Statistics(uploads, tests, detectable, tuple(checks))
 
 
-def _plain(sessions: Sequence[_Session]) -> Statistics:
+def _plain(sessions: Sequence[RecordedSession]) -> Statistics:
     count = sum(1 for session in sessions for seen in session.seen if seen.way == "up")
     finding = f"All {count:,} do: the plain sum shows each party's vector to the server, and promises nothing else."
     check = Check(name="No message says anything of a single party's vector", verdict="holds", finding=finding)
@@ -83,10 +84,10 @@ def _named(
     found: SmallestPValue, ones: Sequence[_Upload], others: Sequence[_Upload]
 ) -> tuple[SmallestPValue, str, str]:
     one, other = ones[found.one], others[found.other]
-    return found, f"{one.party}, round {one.round}", f"{other.party}, round {other.round}"
+    return found, f"{one.party}, {one.where}", f"{other.party}, {other.where}"
 
 
-def _uploads(session: _Session) -> list[_Upload]:
+def _uploads(session: RecordedSession) -> list[_Upload]:
     """All masked vectors of a session that can be read; what is not as it should be was found elsewhere."""
     from choral.protocols.crypto.modular_integers import PackingError, unpack
     from choral.protocols.masking import messages
@@ -101,10 +102,10 @@ def _uploads(session: _Session) -> list[_Upload]:
         try:
             sent = unpack(packed or b"", setup.length, setup.modulus_bits)
         except PackingError:
-            session.strange.append(f"round {seen.round}, {seen.party}: its masked vector has another length")
+            session.strange.append(f"{seen.where}, {seen.party}: its masked vector has another length")
             continue
         seed = seeds.get((message.round, setup.roster.index(seen.party)))
-        found.append(_Upload(seen.party, seen.round, sent, _peeled(sent, seed)))
+        found.append(_Upload(seen.party, seen.where, seen.sum, sent, _peeled(sent, seed)))
     return found
 
 
@@ -118,7 +119,7 @@ def _peeled(sent: Any, seed: bytes | None) -> Any:
     return left
 
 
-def _seeds(session: _Session, setup: messages.SumSetup) -> Mapping[tuple[int, int], bytes]:
+def _seeds(session: RecordedSession, setup: messages.SumSetup) -> Mapping[tuple[int, int], bytes]:
     """The self-mask seeds that the server learns, by round and dealer: from the shares in Unmask, as it does."""
     from choral.protocols.crypto.shamir import Combiner, ShareError
     from choral.protocols.masking import messages
@@ -144,30 +145,31 @@ def _seeds(session: _Session, setup: messages.SumSetup) -> Mapping[tuple[int, in
 
 
 def _against_vectors(
-    session: _Session, recorded: Recorded, masked: Sequence[_Upload], peeled: Sequence[_Upload], bits: int
+    session: RecordedSession, recorded: Recorded, masked: Sequence[_Upload], peeled: Sequence[_Upload], bits: int
 ) -> list[tuple[SmallestPValue, str, str]]:
-    """Every masked vector, as sent and peeled, against every party's vector of its round."""
+    """Every masked vector, as sent and peeled, against every party's vector of its sum."""
     from choral.audits.transcripts.independence import thinned
 
     vectors: dict[int, dict[str, Any]] = {}
-    for entry in session.vectors:
-        vectors.setdefault(entry.round, {})[entry.party] = thinned(recorded.values(entry))
+    for entry, place, _ in session.vectors:
+        vectors.setdefault(place, {})[entry.party] = thinned(recorded.values(entry))
     found = []
-    for number, known in vectors.items():
+    for place, known in vectors.items():
         names = list(known)
         for chosen, attribute in ((masked, "sent"), (peeled, "peeled")):
-            mine = [upload for upload in chosen if upload.round == number]
+            mine = [upload for upload in chosen if upload.sum == place]
             if mine:
                 rows = phases([getattr(upload, attribute) for upload in mine], bits)
                 result = smallest_of_known(rows, [known[name] for name in names], bits)
                 after = "" if attribute == "sent" else ", its self-mask taken off"
-                found.append(
-                    (result, f"{mine[result.one].party} in round {number}{after}", f"{names[result.other]}'s vector")
-                )
+                one = mine[result.one]
+                found.append((result, f"{one.party} in {one.where}{after}", f"{names[result.other]}'s vector"))
     return found
 
 
-def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tuple[SmallestPValue, str, str]], int]:
+def _against_ciphertexts(
+    session: RecordedSession, recorded: Recorded
+) -> tuple[list[tuple[SmallestPValue, str, str]], int]:
     """Every ciphertext of a split key against what it would be of each party's vector under no key; and how many
     residues were looked at in each."""
     import numpy as np
@@ -182,24 +184,26 @@ def _against_ciphertexts(session: _Session, recorded: Recorded) -> tuple[list[tu
     chosen = choose(SumSpec(parties=opened.parties, length=opened.length, bound=opened.bound))
     prime = chosen.ring.primes[0]
     sent: dict[int, dict[str, list[Any]]] = {}
+    places: dict[int, str] = {}
     for seen, message in session.of(Ciphertext):
         terms = SplitRound(parameters=chosen, session=bytes(32), number=message.round)
-        into = sent.setdefault(seen.round, {}).setdefault(seen.party, [])
+        places[seen.sum] = seen.where
+        into = sent.setdefault(seen.sum, {}).setdefault(seen.party, [])
         into += [turns(part[0], prime) for part in residues(message.body, message.index, terms)]
     bare: dict[int, dict[str, Any]] = {}
-    for entry in session.vectors:
+    for entry, place, _ in session.vectors:
         terms = SplitRound(parameters=chosen, session=bytes(32), number=max(entry.round, 1))
         parts = [turns(part[0], prime) for part in without_key(recorded.values(entry), terms)]
-        bare.setdefault(entry.round, {})[entry.party] = thinned(np.concatenate(parts))
+        bare.setdefault(place, {})[entry.party] = thinned(np.concatenate(parts))
     found, length = [], 0
-    for number, known in bare.items():
-        mine = {party: thinned(np.concatenate(parts)) for party, parts in sent.get(number, {}).items()}
+    for place, known in bare.items():
+        mine = {party: thinned(np.concatenate(parts)) for party, parts in sent.get(place, {}).items()}
         if not mine:
             continue
         senders, names = list(mine), list(known)
         result = smallest_by_difference(np.stack(list(mine.values())), np.stack(list(known.values())))
         length = len(known[names[0]])
-        found.append((result, f"{senders[result.one]} in round {number}", f"{names[result.other]}'s vector"))
+        found.append((result, f"{senders[result.one]} in {places[place]}", f"{names[result.other]}'s vector"))
     return found, length
 
 

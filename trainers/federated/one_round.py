@@ -12,6 +12,7 @@ from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
 from choral.trainers.algorithms.interface import Exchange, Mean, Rounds
 from choral.trainers.federated.failures import kind_of
 from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.federated.sums import told_bytes
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.task.task import DivergedError
 
@@ -91,14 +92,14 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
     while (ask := steps.advance(mean)) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice
         codec = session.codecs[ask.channel]
         parties.begin_sum(session.dropouts(parties))
-        summing = sums[ask.channel].begin(parties.lost)
+        told = told_bytes(ask, parties)
+        summing = sums[ask.channel].begin(ask, parties)
         session.engine.answer(ask, parties, summing)
         result = summing.finish()
-        told = [*ask.new.values(), *([ask.weights] if not parties.sums else [])]
         parties.end_sum(result.survivors)
         outcome.survivors = len(result.survivors)
         outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
-        outcome.bytes_down += max(result.bytes_down.values()) + 4 * sum(tensor.numel() for tensor in told)
+        outcome.bytes_down += max(result.bytes_down.values()) + told
         mean = codec.decode(result)
     if not torch.isfinite(steps.weights).all():
         raise DivergedError(

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from choral.privacy import PrivacyEngine
-from choral.protocols.interface import Step, SumSession
+from choral.protocols.interface import Step
 from choral.protocols.tap import watched_by
 from choral.trainers.algorithms.interface import Channel, FederationInfo, LocalTrainer, Server
 from choral.trainers.engines.fastest import Fastest
@@ -32,7 +32,7 @@ from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.round_parties import RoundParties, select
-from choral.trainers.federated.sums import Sums, check_promises
+from choral.trainers.federated.sums import OpenSum, Sums, check_promises
 from choral.trainers.local_steps.resident_model import Resident, recorded_model
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING
@@ -123,7 +123,7 @@ class Session:
             return clock.first
         return clock.next(last.simulated_start, last.simulated_seconds)
 
-    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, SumSession]:
+    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, OpenSum]:
         """The secure sums over a round's parties, by channel. Raises: as :meth:`Sums.open_for`."""
         rule = self.plan.participation
         return self.sums if rule.everybody else self._sums.open_for(selected, rule, self.sums)
@@ -261,7 +261,7 @@ class Session:
         info = msgspec.structs.replace(
             plan.info,
             parameters=self._resident.layout.length,
-            secure_sum={"name": plan.secure_sum.name, **self.sums[last].statement},
+            secure_sum={"name": plan.secure_sum.name, **self.sums[last].session.statement},
             fixed_point=self._last_codec.fixed_point,
             meters=self._meter.meters,
         )

@@ -7,11 +7,34 @@ from dataclasses import dataclass, replace
 
 from choral.errors import ConfigError
 from choral.protocols.errors import TooFewSurvivorsError
-from choral.protocols.interface import SecureSum, SumSession, SumSpec
+from choral.protocols.interface import SecureSum, SumRound, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy
+from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.participation import Participation
+from choral.trainers.federated.round_parties import RoundParties
 from choral.trainers.run_folder.transcript import Transcript
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSum:
+    """The session of one kind of vector. place: among the sessions that the transcript tells of."""
+
+    session: SumSession
+    place: int
+    transcript: Transcript
+
+    def begin(self, ask: Exchange, parties: RoundParties) -> SumRound:
+        """The round's next sum, among all who were selected, less those who are to drop out. Raises: as the session."""
+        told = told_bytes(ask, parties)
+        self.transcript.begin_sum(parties.sums + 1, ask.channel, session=self.place, told=told)
+        return self.session.begin(parties.lost)
+
+
+def told_bytes(ask: Exchange, parties: RoundParties) -> int:
+    """What each party is told with an exchange: its tensors, and in the round's first sum the model."""
+    told = [*ask.new.values(), *([ask.weights] if not parties.sums else [])]
+    return 4 * sum(tensor.numel() for tensor in told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,25 +47,25 @@ class Sums:
     parties: int
     policy: Policy | None
 
-    def open(self, roster: tuple[str, ...] | None = None) -> dict[str, SumSession]:
+    def open(self, roster: tuple[str, ...] | None = None) -> dict[str, OpenSum]:
         """One session per channel; channels whose vectors look alike share one. roster: by default all parties.
 
         Raises: what the codecs' check does; what the secure sum does for a roster of that size; PolicyError.
         """
-        sessions: dict[str, SumSession] = {}
-        by_spec: dict[object, SumSession] = {}
+        sessions: dict[str, OpenSum] = {}
+        by_spec: dict[object, OpenSum] = {}
         for name, codec in self.codecs.items():
             spec = replace(codec.spec, parties=roster or codec.spec.parties, directory=self.parties)
             if spec not in by_spec:
-                self.transcript.begin(self.secure_sum.name, spec)
-                by_spec[spec] = self._opened(spec)
+                place = self.transcript.open_session(self.secure_sum.name, spec)
+                by_spec[spec] = OpenSum(session=self._opened(spec), place=place, transcript=self.transcript)
             sessions[name] = by_spec[spec]
-            codec.check(sessions[name])
+            codec.check(sessions[name].session)
         return sessions
 
     def open_for(
-        self, selected: tuple[str, ...], rule: Participation, fewest: Mapping[str, SumSession]
-    ) -> Mapping[str, SumSession]:
+        self, selected: tuple[str, ...], rule: Participation, fewest: Mapping[str, OpenSum]
+    ) -> Mapping[str, OpenSum]:
         """The sessions for a round's parties. fewest: those over the fewest that a round begins with.
 
         Raises: TooFewSurvivorsError for fewer than that; ConfigError if more parties are promised less than the fewest,
@@ -67,15 +90,15 @@ class Sums:
         return self.secure_sum.open(spec, policy=policy)
 
 
-def check_promises(fewer: Mapping[str, SumSession], few: int, more: Mapping[str, SumSession], many: int) -> None:
+def check_promises(fewer: Mapping[str, OpenSum], few: int, more: Mapping[str, OpenSum], many: int) -> None:
     """Raises: ConfigError if the sum promises less over many parties than over few, as the run's record tells."""
-    for channel, session in more.items():
-        stated = fewer[channel].statement
+    for channel, summing in more.items():
+        stated, states = fewer[channel].session.statement, summing.session.statement
         for promise, choose in (("min_survivors", max), ("corrupt", min)):
-            if session.statement.get(promise, 0) < stated.get(promise, 0):
-                both = choose(stated[promise], session.statement[promise])
+            if states.get(promise, 0) < stated.get(promise, 0):
+                both = choose(stated[promise], states[promise])
                 raise ConfigError(
                     f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
-                    f" {session.statement[promise]} over {many}",
+                    f" {states[promise]} over {many}",
                     hint=f"give it {promise}={both}, for both",
                 )

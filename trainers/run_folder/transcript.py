@@ -1,6 +1,6 @@
 """What the server of a run saw: every message, recorded as the run goes, for the audit.
 
-    DIR/transcript/index.jsonl   per session an Opened, an ObservedMessage for each message, in rehearsals each Vector
+    DIR/transcript/index.jsonl   Opened per session, SumBegun per sum, then its messages and, in rehearsals, vectors
     DIR/transcript/messages.bin  their bytes, one after another; not with detail "digests"
 
 detail: "digests" keeps size and SHA-256 of each message; "messages" keeps the messages themselves, which is what the
@@ -37,7 +37,7 @@ from choral.protocols.tap import Watcher, Way
 from choral.trainers.run_folder.info import RunFolderError, Sealed
 
 Detail = Literal["digests", "messages", "rehearsal"]
-FORMAT_VERSION = 2  # 1 had no chain
+FORMAT_VERSION = 3  # 1 had no chain, 2 one sum in a round
 FOLDER = "transcript"
 
 
@@ -77,7 +77,22 @@ class Vector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sha256: str | None = None
 
 
-Entry = Opened | ObservedMessage | Vector
+class SumBegun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="is", tag="sum"):
+    """A sum of a round begins: the messages and vectors from here to the next such line, or session, are of it.
+
+    exchange: which sum of the round, from 1. session: which of those opened, from 0. told: bytes of the tensors that
+    each party is told beside the sum's messages, the model among them in the first. None of this in versions 1 and 2,
+    which have one sum in a round, of the session opened last.
+    """
+
+    round: int
+    exchange: int
+    channel: str
+    session: int
+    told: int
+
+
+Entry = Opened | SumBegun | ObservedMessage | Vector
 
 
 class Transcript:
@@ -85,8 +100,7 @@ class Transcript:
 
     What was seen since the last :meth:`flush` is in memory, and is lost if the process is killed.
     sealed: as run.json says, of a run that is resumed: its folder's transcript must hold that, and is gone on with.
-    Raises: ConfigError for another detail, or without a folder; RunFolderError for a transcript that is not whole, is
-        gone, or has no chain.
+    Raises: RunFolderError for a transcript that is not whole, is gone, or has no chain.
     """
 
     def __init__(self, run: Path | None, detail: Detail | None, sealed: Sealed | None = None) -> None:
@@ -95,7 +109,7 @@ class Transcript:
         self._kept: list[bytes] = []
         path = self._folder / "messages.bin"
         self._at = path.stat().st_size if detail is not None and path.is_file() else 0
-        self._sealed = Sealed(entries=0, head=GENESIS) if detail is None else _last(self._folder, sealed)
+        self._sealed, self._sessions = _NOTHING if detail is None else _last(self._folder, sealed)
         self._begun = False
         self.round = 0
 
@@ -109,8 +123,9 @@ class Transcript:
         """How far the transcript on disk goes, for run.json; None if nothing is recorded."""
         return self._sealed if self._detail is not None else None
 
-    def begin(self, name: str, spec: SumSpec) -> None:
-        """A session of the secure sum ``name`` is about to be opened."""
+    def open_session(self, name: str, spec: SumSpec) -> int:
+        """A session of the secure sum ``name`` is about to be opened. Its place among all sessions."""
+        self._sessions += 1
         if self._detail is not None:
             self._entries.append(
                 Opened(
@@ -122,6 +137,13 @@ class Transcript:
                     modulus_bits=spec.modulus_bits,
                 )
             )
+        return self._sessions - 1
+
+    def begin_sum(self, exchange: int, channel: str, *, session: int, told: int) -> None:
+        """A sum of this round is about to begin, in a session that was opened."""
+        if self._detail is not None:
+            entry = SumBegun(round=self.round, exchange=exchange, channel=channel, session=session, told=told)
+            self._entries.append(entry)
 
     def vector(self, party: str, vector: Any) -> None:
         """A party's own vector, int64: written down in a rehearsal only."""
@@ -228,7 +250,7 @@ class Recorded:
     def check_bytes(self) -> None:
         """Raises: RunFolderError if any bytes that were kept, of messages and vectors, are not those of the index."""
         for entry in self.entries:
-            if not isinstance(entry, Opened) and entry.at is not None:
+            if isinstance(entry, ObservedMessage | Vector) and entry.at is not None:
                 self._slice(entry.at, entry.size, entry.sha256)
 
     def raw(self, entry: ObservedMessage) -> bytes | None:
@@ -263,9 +285,9 @@ def _read_index(path: Path) -> _Entries:
     if not entries or not isinstance(entries[0], Opened):
         raise RunFolderError(f"{path} does not begin with a session", hint="the transcript is incomplete")
     for entry in entries:
-        if isinstance(entry, Opened) and entry.version != (FORMAT_VERSION if heads else 1):
+        if isinstance(entry, Opened) and entry.version not in ((FORMAT_VERSION, 2) if heads else (1,)):
             raise RunFolderError(
-                f"{path} is of version {entry.version}; this Choral reads {FORMAT_VERSION}, and 1 without its chain"
+                f"{path} is of version {entry.version}; this Choral reads {FORMAT_VERSION} and 2, and 1 without a chain"
             )
     return entries, heads
 
@@ -310,13 +332,18 @@ def _check_sealed(folder: Path, heads: tuple[str, ...], sealed: Sealed) -> None:
         )
 
 
-def _last(folder: Path, sealed: Sealed | None) -> Sealed:
-    """How far the transcript on disk goes, which a run goes on with; it must hold what run.json tells of."""
+_NOTHING = (Sealed(entries=0, head=GENESIS), 0)
+
+
+def _last(folder: Path, sealed: Sealed | None) -> tuple[Sealed, int]:
+    """How far the transcript on disk goes, which a run goes on with, and how many sessions it has; it must hold what
+    run.json tells of.
+    """
     path = folder / "index.jsonl"
     if not path.is_file() or b"\n" not in path.read_bytes():
         if sealed is not None:
             raise RunFolderError(f"{path} is gone, and run.json tells of {sealed.entries} entries", hint=_RESTORE)
-        return Sealed(entries=0, head=GENESIS)
+        return _NOTHING
     entries, heads = _read_index(path)
     if not heads:
         raise RunFolderError(
@@ -325,4 +352,5 @@ def _last(folder: Path, sealed: Sealed | None) -> Sealed:
         )
     if sealed is not None:
         _check_sealed(folder, heads, sealed)
-    return Sealed(entries=len(entries), head=heads[-1])
+    opened = sum(isinstance(entry, Opened) for entry in entries)
+    return Sealed(entries=len(entries), head=heads[-1]), opened
