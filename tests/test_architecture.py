@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("privacy", "protocols", "trainers", "audits")
+ROOMS = ("privacy", "protocols", "trainers", "network", "audits")
 MAY_IMPORT = {
     "privacy": set(),
     "protocols": set(),
     "trainers": {"privacy", "protocols"},
+    "network": {"trainers", "privacy", "protocols"},
     "audits": {"trainers", "privacy", "protocols"},
 }
 # Small files of the front door that import no room and that every room may import.
@@ -118,6 +119,12 @@ def test_arrows_between_rooms_point_one_way(room: str) -> None:
             assert fits, f"{name} imports {other}"
 
 
+def test_the_transport_carries_bytes_and_knows_no_other_room() -> None:
+    for name, found in graph().items():
+        if name.startswith("choral.network.transport"):
+            assert {other for other in found if not other.startswith("choral.network")} <= LEAVES, name
+
+
 def test_leaves_import_no_room() -> None:
     for leaf in LEAVES:
         assert graph()[leaf] <= LEAVES, leaf
@@ -181,7 +188,7 @@ def test_public_names_are_those_that_are_written_down() -> None:
 def test_errors_are_public() -> None:
     """Whoever calls a room can catch what it raises without knowing its files."""
     base = importlib.import_module("choral.errors").ChoralError
-    for room, files in {"privacy": ["errors"], "protocols": ["errors"]}.items():
+    for room, files in {"privacy": ["errors"], "protocols": ["errors"], "network": ["errors"]}.items():
         facade = importlib.import_module(f"choral.{room}")
         for file in files:
             own = importlib.import_module(f"choral.{room}.{file}")

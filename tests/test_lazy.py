@@ -11,7 +11,7 @@ import pytest
 
 from choral.lazy import homes
 
-PACKAGES = ["choral", "choral.privacy", "choral.protocols", "choral.trainers", "choral.audits"]
+PACKAGES = ["choral", "choral.privacy", "choral.protocols", "choral.trainers", "choral.network", "choral.audits"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,7 +14,7 @@ import pytest
 import choral
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("privacy", "protocols", "trainers", "audits")
+ROOMS = ("privacy", "protocols", "trainers", "network", "audits")
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,8 @@ def test_wheel_imports_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(target)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import choral, choral.privacy, choral.protocols, choral.trainers, choral.audits, choral.cli.command_line\n"
+        "import choral, choral.privacy, choral.protocols, choral.trainers, choral.network, choral.audits\n"
+        "import choral.cli.command_line\n"
         f"assert choral.trainers.__file__.startswith({str(target)!r}), choral.trainers.__file__\n"
         "[getattr(choral, name) for name in choral.__all__]\n"
     )

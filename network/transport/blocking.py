@@ -1,0 +1,103 @@
+"""The hub for code without an event loop: one thread runs it, any thread may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
+
+from choral.network.errors import TransportError
+from choral.network.transport.certificates import Identity
+from choral.network.transport.channel import Buffer
+from choral.network.transport.directory import Directory
+from choral.network.transport.hub import Hub
+from choral.network.transport.limits import Limits
+
+T = TypeVar("T")
+
+
+class BlockingHub:
+    """A `Hub` in a thread of its own; the calls are those of `Hub`, and return when they are done.
+
+    Raises:
+        CertificateError: the identity cannot be used.
+        TransportError: the address cannot be listened at.
+    """
+
+    def __init__(
+        self, identity: Identity, directory: Directory, *, host: str, port: int, limits: Limits | None = None
+    ) -> None:
+        self._hub = Hub(identity, directory, limits=limits)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="choral-hub", daemon=True)
+        self._thread.start()
+        try:
+            self.address: tuple[str, int] = self._run(self._hub.start(host, port))
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> BlockingHub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def connected(self) -> frozenset[str]:
+        return self._hub.connected
+
+    def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]:
+        return self._run(self._hub.wait_for(names, timeout=timeout, count=count))
+
+    def change(self, *, directory: Directory | None = None, identity: Identity | None = None) -> None:
+        self._run(self._hub.change(directory=directory, identity=identity))
+
+    def ask(
+        self,
+        outbox: Mapping[str, Buffer],
+        *,
+        timeout: float,
+        reply_limit: int,
+        identifiers: Mapping[str, bytes] | None = None,
+    ) -> dict[str, memoryview | TransportError]:
+        """Ask all sites of `outbox` at once; return each one's reply, or the error that it had, when all have one.
+
+        timeout, reply_limit, identifiers: as for `Hub.request`, to each site.
+        """
+        return self._run(self._ask(outbox, timeout, reply_limit, identifiers or {}))
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            try:
+                self._run(self._hub.close())
+            finally:
+                self._end()
+
+    async def _ask(
+        self, outbox: Mapping[str, Buffer], timeout: float, reply_limit: int, identifiers: Mapping[str, bytes]
+    ) -> dict[str, memoryview | TransportError]:
+        async def one(name: str, body: Buffer) -> memoryview | TransportError:
+            try:
+                return await self._hub.request(
+                    name, body, timeout=timeout, reply_limit=reply_limit, identifier=identifiers.get(name)
+                )
+            except TransportError as error:
+                return error
+
+        replies = await asyncio.gather(*(one(name, body) for name, body in outbox.items()))
+        return dict(zip(outbox, replies, strict=True))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C, too: what was asked is given up
+            future.cancel()
+            raise
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
