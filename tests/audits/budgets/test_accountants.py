@@ -274,3 +274,21 @@ def test_two_bounds_of_a_search_are_the_same_or_nothing_is_verified(
     ours: float, theirs: float | None, verdict: str
 ) -> None:
     assert accountants._searches_agree(ours, theirs)[0] == verdict
+
+
+def test_sums_of_shares_are_said_to_be_that() -> None:
+    from choral.audits.budgets.phases import phases_of
+    from choral.privacy import Ledger, PoissonSampledShares
+
+    step = PoissonSampledShares(
+        sample_rate=0.05, share=1.06, honest=8, parties=10, deviation=8.5, length=9, stretch=0.0, failure=1e-12, steps=1
+    )  # fmt: skip
+    ledger = Ledger()
+    ledger.bind("north", 1e-5)
+    for place in range(3):
+        ledger.append(step, after=place)
+    (phase,) = phases_of(ledger)
+    assert (phase.mechanism, phase.steps, phase.first, phase.last) == (
+        "Poisson-sampled Gaussian in shares, 8 unknown", 3, 1, 3
+    )  # fmt: skip
+    assert phase.noise_multiplier == step.noise_multiplier
