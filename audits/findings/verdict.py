@@ -112,7 +112,10 @@ def verdict_sentence(verdict: Verdict, checks: Sequence[Check], attacks: Sequenc
 
 
 def not_run(
-    attacks: Sequence[ScoreAudit], probe: Probe | None, inversion: InversionAudit | None, seen: TranscriptAudit | None
+    attacks: Sequence[ScoreAudit],
+    probe: Probe | None,
+    inversion: InversionAudit | None,
+    transcript: TranscriptAudit | None,
 ) -> tuple[NotRun, ...]:
     """What is left of the list once the evidence is taken off it."""
     tried = " ".join(attack.attack.lower() for attack in attacks)
@@ -122,9 +125,9 @@ def not_run(
         "RMIA (robust membership inference)": "rmia" in tried,
         "One-run audit with canaries": probe is not None or any(attack.design == "coins" for attack in attacks),
         "Gradient inversion": inversion is not None,
-        "Transcript audit": seen is not None,
+        "Transcript audit": transcript is not None,
     }
     left = [entry for entry in NOT_RUN if not done[entry.name]]
-    if seen is not None and seen.detectable is None and not seen.plain:
+    if transcript is not None and transcript.detectable is None and not transcript.plain:
         left.append(_PARTLY)
     return tuple(left)

@@ -59,7 +59,7 @@ def arm_audit(
     if failed:
         checks.append(Check(name=FAILED, verdict="unverified", finding=failed))
     verdict = worst(checks)
-    seen = next((each for _, each in found if each is not None), None)
+    transcript = next((each for _, each in found if each is not None), None)
     if runs[0].info.privacy is None and verdict == "holds":
         sentence = _nothing_promised(attacks)
     else:
@@ -71,7 +71,7 @@ def arm_audit(
         checks=tuple(checks),
         attacks=tuple(attacks),
         probe=probe,
-        not_run=not_run(attacks, probe, None, seen),
+        not_run=not_run(attacks, probe, None, transcript),
     )
 
 
@@ -119,13 +119,13 @@ def _books(run: Run, rows: tuple[OwnerBudget, ...]) -> tuple[list[Check], Transc
     from choral.trainers.run_folder.info import RunFolderError
 
     checks = list(budget_checks(run, rows))
-    seen: TranscriptAudit | None = None
+    transcript: TranscriptAudit | None = None
     try:
-        seen = transcript_audit(run)
+        transcript = transcript_audit(run)
     except RunFolderError as error:
         checks.append(Check(name=CHAINED, verdict="violated", finding=f"{of_run(run, error)}."))
     else:
-        checks += transcript_gone(run) if seen is None else seen.checks
+        checks += transcript_gone(run) if transcript is None else transcript.checks
     try:
         checks += books_checks(run)
         checks += accountants_check(accountants_of(run))
@@ -133,7 +133,7 @@ def _books(run: Run, rows: tuple[OwnerBudget, ...]) -> tuple[list[Check], Transc
     except LedgerError:
         if not any(row.verdict == "violated" for row in rows):
             raise
-    return checks, seen
+    return checks, transcript
 
 
 def _merged(found: Sequence[tuple[int, list[Check]]]) -> list[Check]:

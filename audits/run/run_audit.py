@@ -42,7 +42,18 @@ if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
 
 
-class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="audit"):
+_KEYS = {"transcript": "seen"}  # in report.json, since version 1
+
+
+class Audit(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="kind",
+    tag="audit",
+    rename=_KEYS,
+):
     """What an audit found. JSON holds exactly these fields, and HTML and Markdown are drawn from them alone.
 
     verdict: "violated" if any check found a violation, else "unverified" if any could not be carried out, else
@@ -50,8 +61,8 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         speak of the claim and the checks that were made; ``not_run`` lists what was not.
     claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
     budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data owners are, as run.json
-        says. costs: rounds, bytes, energy, money. seen: what the server saw. attacks, probe, inversion: evidence from
-        attacks. traces: each metric by round.
+        says. costs: rounds, bytes, energy, money. transcript: what the server saw ("seen" in JSON). attacks, probe,
+        inversion: evidence from attacks. traces: each metric by round.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -70,7 +81,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     spreads: tuple[Spread, ...] = ()
     accountants: tuple[Accountants, ...] = ()
     participation: ParticipationSummary | None = None
-    seen: TranscriptAudit | None = None
+    transcript: TranscriptAudit | None = None
     costs: Costs | None = None
     traces: tuple[Trace, ...] = ()
     run: RunFacts | None = None
@@ -130,13 +141,13 @@ def audit(
     """
     run = _readable(run)
     budgets = owner_budgets(run)
-    accountants, participation, seen = accountants_of(run), participation_of(run), transcript_audit(run)
+    accountants, participation, transcript = accountants_of(run), participation_of(run), transcript_audit(run)
     checks = (
         *budget_checks(run, budgets),
         *books_checks(run),
         *accountants_check(accountants),
         *participation_checks(run, participation),
-        *(seen.checks if seen else transcript_gone(run)),
+        *(transcript.checks if transcript else transcript_gone(run)),
         *evidence_checks(attacks, probe, inversion),
     )
     info = run.info
@@ -156,11 +167,11 @@ def audit(
         spreads=spreads(data_owners_of([run])),
         accountants=accountants,
         participation=participation,
-        seen=seen,
+        transcript=transcript,
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
         run=_facts(run),
-        not_run=not_run(attacks, probe, inversion, seen),
+        not_run=not_run(attacks, probe, inversion, transcript),
         caveats=caveats(units_of([info]), compared=False),
         versions=dict(info.versions),
     )

@@ -119,7 +119,7 @@ def test_a_finished_run_is_audited_in_seconds_without_training(
     assert time.process_time() - started < 20
     assert "No violation found" in (tmp_path / "card.md").read_text()
     report = Audit.load(folder / "report.json")
-    assert report.seen is not None
+    assert report.transcript is not None
     assert report.costs is not None
 
 

@@ -94,11 +94,11 @@ def test_an_honest_run_leaves_evidence_of_every_sum(
     begun = [entry for entry in Recorded(tmp_path / "run").entries if isinstance(entry, SumBegun)]
     assert [entry.channel for entry in begun] == channels
     assert [entry.exchange for entry in begun if entry.round == 2] == list(range(1, len(begun) // 3 + 1))
-    assert report.seen is not None
-    assert report.seen.vectors == 4 * len(channels)
+    assert report.transcript is not None
+    assert report.transcript.vectors == 4 * len(channels)
     if secure_sum.name == "masked":
-        assert report.seen.uploads == 4 * len(channels)
-        assert report.seen.detectable is not None
+        assert report.transcript.uploads == 4 * len(channels)
+        assert report.transcript.detectable is not None
 
 
 def test_one_vector_sent_unmasked_is_caught_in_the_sum_that_it_is_of(
@@ -213,8 +213,8 @@ def test_a_transcript_of_one_sum_a_round_is_still_read(job: Job, tmp_path: Path)
     rewrite(tmp_path / "run", old)
     report = audit(tmp_path / "run")
     assert {check.verdict for check in report.checks} == {"holds"}
-    assert report.seen is not None
-    assert report.seen.vectors == 12
+    assert report.transcript is not None
+    assert report.transcript.vectors == 12
 
 
 def test_a_sum_of_a_session_that_was_not_opened_is_refused(job: Job, tmp_path: Path) -> None:

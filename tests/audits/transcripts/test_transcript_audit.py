@@ -81,7 +81,7 @@ def test_an_honest_masked_run_holds(job: Job, tmp_path: Path, dropouts: float, s
     report = rehearse(job, tmp_path / "run", dropout_rate=dropouts, secure_sum=Masked(server=server), seed=4)
     assert verdicts(report) == {"holds"}
     assert (report.verdict, report.exit_code) == ("holds", 0)
-    seen = report.seen
+    seen = report.transcript
     assert seen is not None
     present = [entry.survivors for entry in trained_rounds(tmp_path / "run")]
     assert seen.uploads == seen.vectors == sum(present)
@@ -112,9 +112,9 @@ def test_bytes_of_failed_rounds_alone_are_compared_with_nothing(job: Job, tmp_pa
 def test_a_session_per_cohort_is_read_as_such(job: Job, tmp_path: Path) -> None:
     report = rehearse(job, tmp_path / "run", cohort=4, secure_sum=Masked(server="semi-honest"))
     assert verdicts(report) == {"holds"}
-    assert report.seen is not None
-    assert report.seen.sessions == 1 + 3  # the first is opened to see whether there can be one
-    assert report.seen.uploads == 3 * 4
+    assert report.transcript is not None
+    assert report.transcript.sessions == 1 + 3  # the first is opened to see whether there can be one
+    assert report.transcript.uploads == 3 * 4
 
 
 def renamed(entry: Any, old: str, new: str) -> Any:
@@ -374,8 +374,8 @@ def test_digests_say_what_digests_can(job: Job, tmp_path: Path) -> None:
     assert {check.name for check in report.checks} >= {"The bytes that were counted are those of the messages"}
     assert not any("declared" in check.name for check in report.checks)
     assert report.exit_code == 0
-    assert report.seen is not None
-    assert report.seen.unread == report.seen.messages
+    assert report.transcript is not None
+    assert report.transcript.unread == report.transcript.messages
 
 
 def test_a_plain_sum_is_called_what_it_is(job: Job, tmp_path: Path) -> None:
@@ -388,12 +388,12 @@ def test_a_plain_sum_is_called_what_it_is(job: Job, tmp_path: Path) -> None:
 def test_homomorphic_runs_are_read_as_far_as_can_be(job: Job, tmp_path: Path, key: str) -> None:
     report = rehearse(job, tmp_path / "run", rounds=2, secure_sum=Homomorphic(key=key))
     assert verdicts(report) == {"holds"}
-    assert report.seen is not None
-    assert (report.seen.unread > 0) == (key == "shared")
-    assert (report.seen.uploads == 10) == (key == "split")  # the masked sum of the keys
+    assert report.transcript is not None
+    assert (report.transcript.unread > 0) == (key == "shared")
+    assert (report.transcript.uploads == 10) == (key == "split")  # the masked sum of the keys
     tested = [check.name for check in report.checks if "single party's vector" in check.name]
     assert len(tested) == (key == "split")
-    assert (report.seen.detectable is not None) == (key == "split")
+    assert (report.transcript.detectable is not None) == (key == "split")
 
 
 def test_ciphertexts_under_no_key_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,8 +429,8 @@ def test_a_resumed_run_has_two_sessions(job: Job, tmp_path: Path) -> None:
         rehearse(job, tmp_path / "run", on_round=stop)
     assert verdicts(audit(tmp_path / "run")) == {"holds"}
     report = rehearse(job, tmp_path / "run", resume=True)
-    assert report.seen is not None
-    assert report.seen.sessions == 2
+    assert report.transcript is not None
+    assert report.transcript.sessions == 2
     assert verdicts(report) == {"holds"}
     assert "in one chain of hashes" in check(report, "as it was written")[1]
 
@@ -463,8 +463,8 @@ def test_a_round_that_was_killed_leaves_a_half_line_and_is_gone_on_from(job: Job
         file.write(b'{"previous":"')
     report = rehearse(job, tmp_path / "run", resume=True)
     assert verdicts(report) == {"holds"}
-    assert report.seen is not None
-    assert report.seen.sessions == 2
+    assert report.transcript is not None
+    assert report.transcript.sessions == 2
 
 
 @pytest.mark.parametrize(
@@ -527,9 +527,9 @@ def test_a_vector_that_was_changed_is_found_where_no_test_reads_it(job: Job, tmp
 
 def test_a_chain_written_anew_with_its_head_is_not_found_but_by_a_head_kept_elsewhere(job: Job, tmp_path: Path) -> None:
     """What no chain without a key can show, said in the finding."""
-    kept = rehearse(job, tmp_path / "run", transcript="digests").seen
+    kept = rehearse(job, tmp_path / "run", transcript="digests").transcript
     rewrite(tmp_path / "run", lambda entries: entries[:-1])
-    found = audit(tmp_path / "run").seen
+    found = audit(tmp_path / "run").transcript
     assert kept is not None
     assert found is not None
     assert found.checks[0].verdict == "holds"
@@ -568,7 +568,7 @@ def test_a_head_that_is_nowhere_leaves_it_unverified(job: Job, tmp_path: Path) -
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"transcript": head}))
     shutil.rmtree(tmp_path / "run" / "transcript")
     report = audit(tmp_path / "run")
-    assert report.seen is None
+    assert report.transcript is None
     verdict, finding = check(report, "as it was written")
     assert (verdict, report.exit_code) == ("unverified", 1)
     assert "not in the run's folder" in finding

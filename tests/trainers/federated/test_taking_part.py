@@ -505,5 +505,5 @@ def test_a_transcript_of_rounds_that_fail_holds(many, tmp_path, cohort):
     assert "too few helped to unmask" in reasons
     assert any(not entry.failed for entry in run.history[1:])
     report = audit(tmp_path)
-    assert report.seen is not None
+    assert report.transcript is not None
     assert [check for check in report.checks if check.verdict == "violated"] == []

@@ -159,8 +159,11 @@ def test_a_transcript_is_of_each_cohort(job, tmp_path):
     settings = {"cohort": 6, "rounds": 2, "secure_sum": Masked(min_survivors=4, corrupt=1), "transcript": "rehearsal"}
     federate(**job(parties=parties, out=tmp_path, **settings))
     report = audit(tmp_path)
-    assert report.seen is not None
-    assert (report.seen.sessions, report.seen.uploads) == (1 + 2, 2 * 6)  # the first is opened to see whether it can be
+    assert report.transcript is not None
+    assert (report.transcript.sessions, report.transcript.uploads) == (
+        1 + 2,
+        2 * 6,
+    )  # the first is opened to see whether it can be
     assert {check.verdict for check in report.checks} == {"holds"}
 
 
