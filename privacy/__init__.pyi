@@ -2,6 +2,8 @@
 
 from choral.privacy.accounting.budget import Budget as Budget
 from choral.privacy.accounting.budget import budget as budget
+from choral.privacy.accounting.budget import sample_rate_within as sample_rate_within
+from choral.privacy.accounting.budget import steps_within as steps_within
 from choral.privacy.accounting.events import ClientRelease as ClientRelease
 from choral.privacy.accounting.events import CorrelatedGaussian as CorrelatedGaussian
 from choral.privacy.accounting.events import PlannedEvents as PlannedEvents
@@ -9,6 +11,7 @@ from choral.privacy.accounting.events import PoissonSampledGaussian as PoissonSa
 from choral.privacy.accounting.events import PoissonSampledShares as PoissonSampledShares
 from choral.privacy.accounting.events import ReleasePlan as ReleasePlan
 from choral.privacy.accounting.events import Search as Search
+from choral.privacy.accounting.record_noise import noise_multiplier as noise_multiplier
 from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy
 from choral.privacy.client_level.client import ClientPrivacyEngine as ClientPrivacyEngine
 from choral.privacy.client_level.client import ClientRound as ClientRound
@@ -29,6 +32,7 @@ from choral.privacy.errors import UnsupportedLoaderError as UnsupportedLoaderErr
 from choral.privacy.errors import UnsupportedModelError as UnsupportedModelError
 from choral.privacy.fixed_point import FixedPoint as FixedPoint
 from choral.privacy.ledgers.ledger import Ledger as Ledger
+from choral.privacy.ledgers.memory_notice import LedgerInMemoryWarning as LedgerInMemoryWarning
 from choral.privacy.ledgers.spent import Spent as Spent
 from choral.privacy.per_sample.layer_replacement import replace_layers as replace_layers
 from choral.privacy.per_sample.model import unwrap as unwrap

@@ -1,5 +1,9 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
+from choral.protocols.crypto.keys import SealError as SealError
+from choral.protocols.crypto.keys import WeakKeyError as WeakKeyError
+from choral.protocols.crypto.modular_integers import PackingError as PackingError
+from choral.protocols.crypto.shamir import ShareError as ShareError
 from choral.protocols.errors import DisputedSharesError as DisputedSharesError
 from choral.protocols.errors import FaultyPartyError as FaultyPartyError
 from choral.protocols.errors import FaultyPartyOrServerError as FaultyPartyOrServerError
@@ -15,11 +19,13 @@ from choral.protocols.errors import SpecError as SpecError
 from choral.protocols.errors import StateUsedError as StateUsedError
 from choral.protocols.errors import TooFewSurvivorsError as TooFewSurvivorsError
 from choral.protocols.homomorphic import Homomorphic as Homomorphic
+from choral.protocols.homomorphic.shared.seal_files import SealFormatError as SealFormatError
 from choral.protocols.interface import SecureSum as SecureSum
 from choral.protocols.interface import SumResult as SumResult
 from choral.protocols.interface import SumRound as SumRound
 from choral.protocols.interface import SumSession as SumSession
 from choral.protocols.interface import SumSpec as SumSpec
 from choral.protocols.masking.in_process import Masked as Masked
+from choral.protocols.masking.parameters import InfeasibleError as InfeasibleError
 from choral.protocols.masking.policy import Policy as Policy
 from choral.protocols.plain import Plain as Plain

@@ -56,8 +56,6 @@ from choral.privacy.accounting.events import (
     Search,
 )
 
-FILTER = "a Renyi filter of fixed orders (Feldman and Zrnic 2021; Lecuyer 2021)"
-
 RESERVE = 1.0 / 16.0  # of delta, for the failures of sums of shares
 _STEPS_AND_WEIGHTS = ((-2.0, 0.1), (-1.0, 0.2), (-0.5, 0.35), (0.0, 0.35))  # powers of two of the best order; weights
 _LARGEST_ORDER = 4096

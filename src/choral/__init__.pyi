@@ -6,6 +6,7 @@ from choral.audits import compare as compare
 from choral.errors import ChoralError as ChoralError
 from choral.errors import ConfigError as ConfigError
 from choral.errors import DataError as DataError
+from choral.locks import NoLocksError as NoLocksError
 from choral.privacy import AccountingError as AccountingError
 from choral.privacy import AdaptiveClip as AdaptiveClip
 from choral.privacy import BudgetExceededError as BudgetExceededError
