@@ -36,9 +36,6 @@ LONG_FILES: dict[str, int] = {
     "protocols/masking/in_process.py": 412,
 }
 LONG_FUNCTIONS: dict[str, int] = {
-    "privacy/accounting/budget.py:budget": 64,
-    "privacy/dpsgd/private_search.py:private_search": 74,
-    "privacy/per_sample/layer_replacement.py:refuse_unsupported": 68,
     "trainers/federated/federate.py:federate": 117,
 }
 

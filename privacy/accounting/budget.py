@@ -200,17 +200,8 @@ def budget(
     Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits).
     """
     check_relation(neighbours)
-    given = [value is not None for value in (epsilon, noise_multiplier, sample_rate)]
-    lengths = (steps is not None) + (epochs is not None)
-    if lengths > 1 or sum(given) + lengths != 3:
-        raise ConfigError(
-            "expected all but exactly one of epsilon, noise_multiplier, sample_rate and steps (or epochs)",
-            hint="Leave out "
-            + worded(command="--noise-multiplier", python="noise_multiplier")
-            + " to learn the noise, "
-            + worded(command="--epsilon", python="epsilon")
-            + " to learn the cost, and so on.",
-        )
+    _check_one_unknown(epsilon, noise_multiplier, sample_rate, steps, epochs)
+    rate_given = sample_rate is not None
     if sample_rate is None:
         sample_rate, steps = sample_rate_within(
             _number(epsilon), delta, _number(noise_multiplier), steps=steps, epochs=epochs, neighbours=neighbours
@@ -232,7 +223,7 @@ def budget(
         noise = _first(
             noise, at_least, 5, lambda z: _cost(_number(sample_rate), z, count, delta, neighbours), _number(epsilon)
         )
-    elif given[2] is False:
+    elif not rate_given:
         sample_rate = _first(
             sample_rate, at_most, 6, lambda q: _cost(q, noise, count, delta, neighbours), _number(epsilon)
         )
@@ -246,6 +237,27 @@ def budget(
         noise_multiplier=noise,
         neighbours=neighbours,
     )
+
+
+def _check_one_unknown(
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    sample_rate: float | None,
+    steps: int | None,
+    epochs: float | None,
+) -> None:
+    """Raise ConfigError unless all but exactly one are given, and not both of steps and epochs."""
+    given = [value is not None for value in (epsilon, noise_multiplier, sample_rate)]
+    lengths = (steps is not None) + (epochs is not None)
+    if lengths > 1 or sum(given) + lengths != 3:
+        raise ConfigError(
+            "expected all but exactly one of epsilon, noise_multiplier, sample_rate and steps (or epochs)",
+            hint="Leave out "
+            + worded(command="--noise-multiplier", python="noise_multiplier")
+            + " to learn the noise, "
+            + worded(command="--epsilon", python="epsilon")
+            + " to learn the cost, and so on.",
+        )
 
 
 def _cost(rate: float, noise: float, steps: int, delta: float, neighbours: str) -> float:

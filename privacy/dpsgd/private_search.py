@@ -87,17 +87,7 @@ def private_search(
     Raises: ConfigError, BudgetExceededError, LedgerError before anything is spent; PrivacyError (a score that is not
     finite, another training than the one paid for). An error in a try ends the search; its charge stands.
     """
-    if type(privacy) is not Privacy:
-        raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a Privacy with sampled batches")
-    if not isinstance(candidates, Sequence) or not candidates:
-        raise ConfigError("there are no candidates, expected a list of at least one")
-    if not callable(train):
-        raise ConfigError(f"train is a {type(train).__name__}, expected a function of a candidate and its promise")
-    records, batch_size = as_integer("records", records), as_integer("batch_size", batch_size)
-    if batch_size > records:
-        raise ConfigError(f"batch_size is {batch_size}, expected at most the {records} records")
-    if privacy.delta >= 1.0 / records:
-        raise ConfigError(f"delta is {privacy.delta:g}, expected below 1/n = {1 / records:.3g} for {records} records")
+    records, batch_size = _checked(privacy, candidates, train, records, batch_size)
     rate, steps = Fraction(batch_size, records), math.ceil(records / batch_size)
 
     def search(noise: float) -> Search:
@@ -111,8 +101,41 @@ def private_search(
     ledger.append(event, after=len(remaining.state.before), plan=remaining.plan(event, 1))
     one_pass = PoissonSampledGaussian(sample_rate=float(rate), noise_multiplier=event.noise_multiplier, steps=steps)
     plan = PoissonPlan(records=records, batch_size=batch_size, rate=rate, event=one_pass)
+    tries = number_of_tries(event, secrets.randbits(53) / 2**53)
+    best = _best_try(privacy, candidates, train, plan, tries)
+    if best is None:
+        return None
+    return SearchResult(candidate=best[0], result=best[1], score=best[2], spent=privacy.spent())
+
+
+def _checked(
+    privacy: Privacy, candidates: Sequence[C], train: object, records: int, batch_size: int
+) -> tuple[int, int]:
+    """Return the loader's sizes as Python's own numbers. Raises: ConfigError for an argument that does not fit."""
+    if type(privacy) is not Privacy:
+        raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a Privacy with sampled batches")
+    if not isinstance(candidates, Sequence) or not candidates:
+        raise ConfigError("there are no candidates, expected a list of at least one")
+    if not callable(train):
+        raise ConfigError(f"train is a {type(train).__name__}, expected a function of a candidate and its promise")
+    records, batch_size = as_integer("records", records), as_integer("batch_size", batch_size)
+    if batch_size > records:
+        raise ConfigError(f"batch_size is {batch_size}, expected at most the {records} records")
+    if privacy.delta >= 1.0 / records:
+        raise ConfigError(f"delta is {privacy.delta:g}, expected below 1/n = {1 / records:.3g} for {records} records")
+    return records, batch_size
+
+
+def _best_try(
+    privacy: Privacy,
+    candidates: Sequence[C],
+    train: Callable[[C, Privacy], tuple[R, float]],
+    plan: PoissonPlan,
+    tries: int,
+) -> tuple[C, R, float] | None:
+    """Train so many times; return the candidate, result and score of the best try. Raises: PrivacyError."""
     best: tuple[C, R, float] | None = None
-    for _ in range(number_of_tries(event, secrets.randbits(53) / 2**53)):
+    for _ in range(tries):
         candidate = candidates[secrets.randbelow(len(candidates))]
         promise = _Try(
             epsilon=privacy.epsilon,
@@ -131,9 +154,7 @@ def private_search(
             raise PrivacyError("the score of a try is not finite", hint="Return the worst score instead.")
         if best is None or score > best[2]:
             best = (candidate, result, score)
-    if best is None:
-        return None
-    return SearchResult(candidate=best[0], result=best[1], score=best[2], spent=privacy.spent())
+    return best
 
 
 def number_of_tries(search: Search, uniform: float) -> int:

@@ -73,64 +73,71 @@ def refuse_unsupported(model: nn.Module) -> None:
             hint="Wrap the plain model; copy models with choral.privacy.unwrap(model) first.",
         )
     for name, layer in model.named_modules():
-        kind = type(layer).__name__
-        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UnsupportedModelError(
-                f"the model is a {kind}; several processes on one dataset are not accounted for",
-                hint="Wrap the plain model in one process, or make each process a party of federate().",
-            )
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}: it mixes the records of a batch, so no record has a "
-                "gradient of its own, and its running statistics would be published without noise",
-                hint="Call choral.privacy.replace_layers(model) before wrap(), or use nn.GroupNorm; with DP it usually "
-                "costs no accuracy, while small noisy batches make BatchNorm worse.",
-            )
-        if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
-            raise UnsupportedModelError(
-                f"layer {name} is a {kind} with running statistics, which would be published without noise",
-                hint="Set track_running_stats=False.",
-            )
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} with sparse gradients; noise makes every gradient dense",
-                hint="Set sparse=False.",
-            )
-        if any(map(nn.parameter.is_lazy, layer._parameters.values())):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} whose parameters have no shape yet",
-                hint="Call the model on one made-up record before wrap().",
-            )
-        if any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} with torch.nn.utils.weight_norm, whose weight is made "
-                "outside its forward",
-                hint="Use torch.nn.utils.parametrizations.weight_norm.",
-            )
-        validator = ModuleValidator.VALIDATORS.get(type(layer))
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind} with max_norm, which rewrites the rows that a batch uses, "
-                "without noise",
-                hint="Leave max_norm out.",
-            )
-        for unsupported, instead in _INSTEAD.items():
-            if isinstance(layer, unsupported) and any(p.requires_grad for p in layer.parameters()):
-                raise UnsupportedModelError(
-                    f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients", hint=instead
-                )
-        if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
-                hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
-            )
-        for error in validator(layer) if validator else ():
-            raise UnsupportedModelError(
-                f"layer {name or '(the model)'} is a {kind}, which has no per-sample gradients",
-                hint=f"Opacus says: {str(error).splitlines()[0]}",
-            )
+        _refuse_mixing_or_sparse(name or "(the model)", layer)
+        _refuse_without_gradients(name or "(the model)", layer)
     if not any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
+
+
+def _refuse_mixing_or_sparse(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that mixes records, keeps statistics of them, or has no dense parameters of its own."""
+    kind = type(layer).__name__
+    if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UnsupportedModelError(
+            f"the model is a {kind}; several processes on one dataset are not accounted for",
+            hint="Wrap the plain model in one process, or make each process a party of federate().",
+        )
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind}: it mixes the records of a batch, so no record has a "
+            "gradient of its own, and its running statistics would be published without noise",
+            hint="Call choral.privacy.replace_layers(model) before wrap(), or use nn.GroupNorm; with DP it usually "
+            "costs no accuracy, while small noisy batches make BatchNorm worse.",
+        )
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind} with running statistics, which would be published without noise",
+            hint="Set track_running_stats=False.",
+        )
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind} with sparse gradients; noise makes every gradient dense",
+            hint="Set sparse=False.",
+        )
+    if any(nn.parameter.is_lazy(p) for p in layer._parameters.values() if p is not None):
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind} whose parameters have no shape yet",
+            hint="Call the model on one made-up record before wrap().",
+        )
+    if any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()):
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind} with torch.nn.utils.weight_norm, whose weight is made outside its forward",
+            hint="Use torch.nn.utils.parametrizations.weight_norm.",
+        )
+
+
+def _refuse_without_gradients(name: str, layer: nn.Module) -> None:
+    """Refuse a layer that has no per-sample gradients, or rewrites its parameters."""
+    kind = type(layer).__name__
+    validator = ModuleValidator.VALIDATORS.get(type(layer))
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind} with max_norm, which rewrites the rows that a batch uses, without noise",
+            hint="Leave max_norm out.",
+        )
+    for unsupported, instead in _INSTEAD.items():
+        if isinstance(layer, unsupported) and any(p.requires_grad for p in layer.parameters()):
+            raise UnsupportedModelError(f"layer {name} is a {kind}, which has no per-sample gradients", hint=instead)
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind}, which has no per-sample gradients",
+            hint="Call choral.privacy.replace_layers(model) before wrap(): same parameters, same results.",
+        )
+    for error in validator(layer) if validator else ():
+        raise UnsupportedModelError(
+            f"layer {name} is a {kind}, which has no per-sample gradients",
+            hint=f"Opacus says: {str(error).splitlines()[0]}",
+        )
 
 
 class Attention(nn.Module):
