@@ -116,7 +116,7 @@ class PrivacyFilter:
         """
         known = np.isfinite(rho)
         slopes = np.asarray(self.orders, np.float64)[known] - 1.0
-        offsets = np.log(np.asarray(self.weights)[known]) + slopes * (epsilon - rho[known])
+        offsets = np.log(np.asarray(self.weights)[known]) + slopes * (epsilon - rho[known])  # of (*), without x
         low, high = math.log1p(1.0 / slopes.max()), math.log1p(1.0 / slopes.min())
         for _ in range(60):
             x = (low + high) / 2.0
@@ -124,7 +124,7 @@ class PrivacyFilter:
             shares = np.exp(terms - terms.max())
             rises = 1.0 / math.expm1(x) - float(shares @ slopes / shares.sum())
             low, high = (x, high) if rises > 0.0 else (low, x)
-        highest = math.log(-math.expm1(-x)) - float(terms.max()) - math.log(float(shares.sum()))
+        highest = math.log(-math.expm1(-x)) - float(terms.max()) - math.log(float(shares.sum()))  # left over right
         return highest <= math.log(delta) - 1e-12
 
 
@@ -133,6 +133,7 @@ def _mixture(epsilon: float, delta: float) -> tuple[tuple[int, ...], tuple[float
     """Orders around the best one for a single Gaussian that costs `epsilon`, and their weights."""
     record_level.check_target(epsilon, delta)
     alpha = np.arange(2.0, _LARGEST_ORDER + 1.0)
+    # (*) with one order (Canonne, Kamath, Steinke 2020, proposition 12), solved for the rho that there is room for
     room = epsilon - np.log1p(-1.0 / alpha) + (math.log(delta) + np.log(alpha)) / (alpha - 1.0)
     best = float(alpha[np.argmax(room / alpha)]) - 1.0
     found: dict[int, float] = {}

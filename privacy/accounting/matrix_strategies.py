@@ -8,12 +8,22 @@ earlier ones, and the sums over steps, which are the model, get far less of it t
 Participation: every pass visits the same batches in the same order, so a record that is in batch j contributes at
 rows j, j + m, j + 2m, ... for m steps a pass: (k, b)-fixed-epoch participation, b = m. Its contributions have norm at
 most 1 (in units of the clipping norm) and may depend on everything released before. Then the squared L2 sensitivity
-of C x is the largest over j of sum_{i, i'} (C^T C)[j + i m, j + i' m], exactly, because C has no negative entry
-(Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization", equation 5, with equality where all entries of
-C^T C are >= 0). For a Toeplitz C the worst is j = 0, whose columns are cut off last.
+of C x is, exactly, because C has no negative entry,
 
-:meth:`costs` splits that square by pass: the part of pass p is that of the rows which pass p adds. A run that ends or
-dies after pass p has released those rows alone, and pays for those alone.
+    max_j sum_{i, i'} (C^T C)[j + i m, j + i' m]                                                                   (1)
+
+(Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization", equation 5, with equality where all entries of
+C^T C are >= 0). For a Toeplitz C with the first column c the worst is j = 0, whose columns are cut off last, and (1) is
+the squared norm of a sum of shifted columns, of which the rows of pass p are
+
+    cost of pass p = sum_{t < m} (c_t + c_{t + m} + ... + c_{t + (p - 1) m})^2.                                    (2)
+
+:meth:`costs` is (1) split by pass like this. A run that ends or dies after pass p has released those rows alone, and
+pays for those alone.
+
+The sum of the first t steps has noise of the variance, per unit variance of z,
+
+    sum_{s < t} (d_0 + ... + d_s)^2,  d the first column of C^-1.                                                  (3)
 """
 
 from __future__ import annotations
@@ -162,7 +172,7 @@ def error(strategy: Strategy, steps: int, passes: int) -> float:
 @lru_cache(maxsize=64)
 def _costs(strategy: Banded | Buffered, steps: int, passes: int) -> Floats:
     column = strategy.column(steps * passes)
-    costs: Floats = np.square(np.cumsum(column.reshape(passes, steps), axis=0)).sum(axis=1)
+    costs: Floats = np.square(np.cumsum(column.reshape(passes, steps), axis=0)).sum(axis=1)  # (2)
     costs.setflags(write=False)
     return costs
 
@@ -170,7 +180,7 @@ def _costs(strategy: Banded | Buffered, steps: int, passes: int) -> Floats:
 def _errors(strategy: Banded | Buffered, steps: int, passes: int) -> Floats:
     # The first column of A C^-1, whose first t entries are the weights of the noise in the sum of t steps.
     prefix = np.cumsum(strategy.inverse(steps * passes))
-    return np.cumsum(prefix**2)
+    return np.cumsum(prefix**2)  # (3)
 
 
 def _series(above: npt.ArrayLike, below: npt.ArrayLike, count: int) -> Floats:

@@ -2,7 +2,9 @@
 
 Gopi, Lee, Wutschitz 2021, "Numerical composition of differential privacy", in Opacus' code. It shares no program with
 ours or dp-accounting's: the loss is truncated, spread over a grid that keeps its mean, composed by FFT, and theorem 5.5
-bounds what that did to epsilon and delta, from above and from below.
+bounds what that did: with errors e of epsilon and f of delta, the delta~ that is computed and the true one have
+
+    delta(epsilon + e) - f  <=  delta~(epsilon)  <=  delta(epsilon - e) + f.                                       (1)
 
 Opacus imports torch, about two seconds; so this module is loaded where it is used.
 """
@@ -31,7 +33,7 @@ class _Accountant(PRVAccountant):  # type: ignore[misc]
         delta_error = delta * _DELTA_ERROR
         self._error = _ERROR
         composed = self._get_dprv(eps_error=_ERROR, delta_error=delta_error)
-        low, _, high = composed.compute_epsilon(delta, delta_error, self._error)
+        low, _, high = composed.compute_epsilon(delta, delta_error, self._error)  # both ends of (1)
         return max(float(low), 0.0), max(float(high), 0.0)
 
     def _get_domain(self, *, eps_error: float, delta_error: float, **rest: object) -> Domain:

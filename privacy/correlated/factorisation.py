@@ -2,7 +2,18 @@
 
 What is minimised is the mean over all steps of the squared noise in the prefix sums, times the squared sensitivity
 of C under the participation schema of :mod:`choral.privacy.accounting.matrix_strategies`: the usual objective of the
-matrix mechanism (Denisov et al. 2022, equation 6). Gradients are exact; the optimiser is SciPy's L-BFGS-B.
+matrix mechanism (Denisov et al. 2022, equation 6). With n steps in all, c the first column of C,
+d that of C^-1, and p_s = d_0 + ... + d_s, the first column of A C^-1, its logarithm is, but for a constant,
+
+    log E + log S,   E = sum_{s < n} (n - s) / n p_s^2,   S = the squared sensitivity.                            (1)
+
+As power series c(x) d(x) = 1 and p(x) = d(x) / (1 - x), so
+
+    d p(x) / d c_j = -x^j p(x) d(x),                                                                               (2)
+    d E / d c_j = -2 sum_{s >= j} (n - s) / n p_s [p d]_{s - j},                                                   (3)
+    d S / d c_j = 2 sum_{q >= p} (c_t + c_{t + m} + ... + c_{t + q m}),  j = t + p m, t < m steps of a pass.       (4)
+
+Gradients are exact; the optimiser is SciPy's L-BFGS-B.
 
 >>> round(error(Banded((1.0,)), 100, 10) / error(buffered(100, 10), 100, 10), 1)
 5.8
@@ -106,14 +117,13 @@ def _objective(strategy: Banded | Buffered, steps: int, passes: int) -> tuple[fl
     inverse = strategy.inverse(count)
     prefix = np.cumsum(inverse)
     share = (count - np.arange(count)) / count  # entry i of the column of A C^-1 is in the last count - i sums
-    squares = float(share @ prefix**2)
-    # A C^-1 is 1 / ((1 - x) c(x)) as a power series: its derivative in c_j is -x^j (A C^-1)(x) (C^-1)(x).
-    spread = _convolved(prefix, inverse)
-    by_error = -2.0 * _convolved((share * prefix)[::-1], spread)[::-1]
+    squares = float(share @ prefix**2)  # E
+    spread = _convolved(prefix, inverse)  # p d, of (2)
+    by_error = -2.0 * _convolved((share * prefix)[::-1], spread)[::-1]  # (3)
     sums = np.cumsum(strategy.column(count).reshape(passes, steps), axis=0)
-    cost = float((sums**2).sum())
-    by_cost = 2.0 * np.cumsum(sums[::-1], axis=0)[::-1].reshape(-1)
-    return float(np.log(squares) + np.log(cost)), by_error / squares + by_cost / cost
+    cost = float((sums**2).sum())  # S
+    by_cost = 2.0 * np.cumsum(sums[::-1], axis=0)[::-1].reshape(-1)  # (4)
+    return float(np.log(squares) + np.log(cost)), by_error / squares + by_cost / cost  # (1)
 
 
 def _convolved(a: Floats, b: Floats) -> Floats:

@@ -47,6 +47,7 @@ def discrete_gaussian(count: int, variance: Fraction, source: Source) -> Int64Ar
     while len(wanted):
         proposed = _discrete_laplace(len(wanted), t, source)
         distance = np.abs(proposed.astype(object) * (t * b)) - a  # times 1 / (t b)
+        # (|y| t b - a)^2 / (2 t^2 a b) = (|y| - v / t)^2 / (2 v) for v = a / b
         accepted = _bernoulli_exp(distance * distance, 2 * t * t * a * b, source)
         result[wanted[accepted]] = proposed[accepted]
         wanted = wanted[~accepted]

@@ -4,12 +4,26 @@ Clipping needs two things of the per-sample gradients g_i: each norm, and sum_i 
 are. A layer's input `a` and the gradient `g` of its output give both, so the gradients of parameters that torch would
 compute are left out altogether, and the sum is made once, with the clip factors folded in: one forward and one backward
 pass (book-keeping: Bu, Wang, Zha, Karypis 2023, "Differentially private optimization on large model at small cost").
-For a linear layer with T positions, input width d and output width p, per record, there are two ways, as in mixed
-ghost clipping (Bu, Mao, Xu 2022, "Scalable and efficient training of large convolutional neural networks with DP"):
+Of a linear layer with T positions, input width d and output width p, record i has a_i, shape (T, d), and g_i, shape
+(T, p), and the gradients of weight and bias are
 
-- :class:`Dense`: write g_i^T a_i down, T p d multiplications and p d numbers kept;
-- :class:`Outer`: keep a and g, T (p + d) numbers. The norm is that of the product, or comes from the Gram matrices,
-  |g_i^T a_i|^2 = <a_i a_i^T, g_i g_i^T> (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications.
+    G_i = g_i^T a_i = sum_t g_it a_it^T,    b_i = sum_t g_it.                                                      (1)
+
+There are two ways, as in mixed ghost clipping (Bu, Mao, Xu 2022, "Scalable and efficient training of large
+convolutional neural networks with DP"):
+
+- :class:`Dense`: write G_i down, T p d multiplications and p d numbers kept;
+- :class:`Outer`: keep a and g, T (p + d) numbers. The norm is that of the product, or comes from one position, or from
+  the Gram matrices (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications:
+
+    |G_i| = |a_i| |g_i|  where T = 1,                                                                              (2)
+    |G_i|^2 = sum_{t, s} <a_it, a_is> <g_it, g_is> = <a_i a_i^T, g_i g_i^T>,                                       (3)
+    sum_i w_i G_i = [w_1 g_1; w_2 g_2; ...]^T [a_1; a_2; ...].                                                     (4)
+
+A convolution is (1) with what each position of its output sees for a_it; an embedding is (1), transposed, with unit
+vectors for a_it, so that row v of its gradient is
+
+    sum over t with token_it = v of g_it.                                                                          (5)
 
 Measured (`python benchmarks/dp_step.py`, its lines "ghost"): Outer is the faster where it keeps up to an eighth of
 Dense's numbers, 8 T (p + d) <= p d, and Dense beyond, up to 3.5 times; there Outer is taken for memory alone.
@@ -100,7 +114,7 @@ class Outer:
 
     def norms(self) -> torch.Tensor:
         positions, d, p = self.sizes
-        if positions == 1:
+        if positions == 1:  # (2)
             found = [norms(a.flatten(1)) * norms(g.flatten(1)) for a, g in self._chunks(d + p)]
         elif 3 * positions * (d + p) < d * p:  # float64 takes about three times as long
             found = [_gram_norms(a, g) for a, g in self._chunks(2 * positions**2 + positions * (d + p))]
@@ -116,7 +130,7 @@ class Outer:
             if total is None:
                 total = torch.zeros(p, d, dtype=torch.float64, device=a.device)
             w = weights[done : done + len(a)].to(a.device) * self.scale
-            total.addmm_((g * w[:, None, None]).flatten(0, 1).T, a.flatten(0, 1))
+            total.addmm_((g * w[:, None, None]).flatten(0, 1).T, a.flatten(0, 1))  # (4)
             done += len(a)
         if total is None:
             raise PrivacyError("expected the gradients of at least one record")
@@ -124,7 +138,7 @@ class Outer:
 
     def dense(self, first: int | None = None) -> torch.Tensor:
         a, g = self.factors(slice(first))
-        return torch.bmm(g.mT, a).flatten(1) * self.scale
+        return torch.bmm(g.mT, a).flatten(1) * self.scale  # (1)
 
     def without(self, gone: torch.Tensor) -> PerSample:
         def factors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +222,7 @@ def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, 
 def _linear(a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
     a, g = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
     outer = Outer(lambda part: (a[part], g[part]), len(a), (a.shape[1], a.shape[2], g.shape[2]), scale)
-    return {"weight": _cheaper(outer), "bias": Dense(g.sum(1), scale)}
+    return {"weight": _cheaper(outer), "bias": Dense(g.sum(1), scale)}  # (1)
 
 
 def _convolution(layer: Any, a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
@@ -258,7 +272,8 @@ def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale
     place = tokens.reshape(records, -1) + height * torch.arange(records, device=tokens.device)[:, None]
     g = g.reshape(-1, g.shape[-1])
     used, inverse = torch.unique(place, return_inverse=True)
-    values = torch.zeros(len(used), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, inverse.reshape(-1), g)
+    values = torch.zeros(len(used), g.shape[1], dtype=g.dtype, device=g.device)
+    values.index_add_(0, inverse.reshape(-1), g)  # (5)
     if layer.padding_idx is not None:
         real = used % height != layer.padding_idx
         used, values = used[real], values[real]
@@ -288,7 +303,7 @@ def _written(
         a, g = factors(slice(start, start + step))
         if rows is None:
             rows = a.new_empty(records * groups, p, d)
-        torch.bmm(g.mT, a, out=rows[start * groups : (start + step) * groups])
+        torch.bmm(g.mT, a, out=rows[start * groups : (start + step) * groups])  # (1)
     if rows is None:
         raise PrivacyError("expected the gradients of at least one record")
     return Dense(rows.view(records, -1), scale)
@@ -302,7 +317,7 @@ def _gram_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """
     a, g = _wide(a), _wide(g)
     positions, d, p = a.shape[1], a.shape[2], g.shape[2]
-    squares = (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2)).clamp(min=0.0)
+    squares = (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2)).clamp(min=0.0)  # (3)
     longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
     bound: torch.Tensor = (d + p + positions**2 + 4) * 2.0**-53 * longest.square()
     return (squares + bound).sqrt()
@@ -311,7 +326,7 @@ def _gram_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 def _product_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """Return the norms of g_i^T a_i, not below the true ones for all that float32 rounds in the products."""
     longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
-    return norms(torch.bmm(g.mT, a).flatten(1)) + a.shape[1] * 2.0**-24 * _wide(longest)
+    return norms(torch.bmm(g.mT, a).flatten(1)) + a.shape[1] * 2.0**-24 * _wide(longest)  # (1)
 
 
 def norms(rows: torch.Tensor) -> torch.Tensor:
