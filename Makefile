@@ -4,12 +4,14 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SEEDS  ?= 3
 ENGINE_TESTS = tests/test_engine_environments.py tests/protocols/masking/test_masked.py tests/protocols/test_seam.py tests/test_cli.py
+LOWEST_TESTS = tests/test_packaging.py tests/test_cli.py tests/privacy/dpsgd tests/privacy/accounting tests/protocols tests/trainers/federated \
+	tests/trainers/local_steps tests/audits/report
 OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ENGINES = flower nvflare
 
-.PHONY: demo test test-all test-engines check mutants clean
+.PHONY: demo test test-all test-engines test-lowest check coverage mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -28,6 +30,17 @@ check: $(VENV)/.check
 # Engines pin versions that the main environment does not have: each has its own, with Choral beside it.
 test-engines: $(ENGINES:%=.venv-%/.ready)
 	for engine in $(ENGINES); do .venv-$$engine/bin/python -m pytest -q -m "not slow" $(ENGINE_TESTS) || exit 1; done
+
+# The lowest versions that pyproject.toml allows, on Python 3.11; they warn of one another, which is not our concern.
+test-lowest: .venv-lowest/.ready
+	.venv-lowest/bin/python -m pytest -q -n 2 -m "not slow" -W default $(LOWEST_TESTS)
+
+# Lines and branches that `make test` reaches, in the processes that tests start too; the floor is in pyproject.toml.
+coverage: $(VENV)/.check
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n 2 -m "not slow"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 # Which lines does no test miss? 300 changes at random, by a fixed seed; about an hour on one core.
 mutants: $(VENV)/.test
@@ -63,4 +76,10 @@ $(VENV)/.check: pyproject.toml $(VENV)/.torch
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt torch
 	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt -e . $(ENGINE) pytest hypothesis jsonschema
+	touch $@
+
+.venv-lowest/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt torch
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[test]"
 	touch $@

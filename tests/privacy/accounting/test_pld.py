@@ -13,6 +13,7 @@ import mpmath
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.integrate import trapezoid
 from scipy.special import ndtr
 
 from choral.errors import ConfigError
@@ -48,7 +49,7 @@ def contour_delta(rate: float, noise: float, steps: int, eps: float, order: floa
     less = np.array([tilted @ np.expm1(1j * w * loss) for w in line]) / moment
     z = order + 1j * line
     height = np.exp(steps * np.log1p(less) - 1j * line * eps) / (z * (z + 1.0))
-    area = float(np.trapezoid(height.real, line)) / math.pi
+    area = float(trapezoid(height.real, line)) / math.pi
     return math.exp(steps * math.log1p(float(weights @ np.expm1(order * loss))) - order * eps) * area
 
 
