@@ -30,7 +30,7 @@ from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
 from choral.protocols.masking.party import join
 from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.server import Opening
+from choral.protocols.masking.server.opening import Opening
 from choral.protocols.masking.signing import Signatures
 
 VALUE_BITS = 22

@@ -25,7 +25,7 @@ from choral.protocols.interface import SumResult as SumResult
 from choral.protocols.interface import SumRound as SumRound
 from choral.protocols.interface import SumSession as SumSession
 from choral.protocols.interface import SumSpec as SumSpec
-from choral.protocols.masking.in_process import Masked as Masked
+from choral.protocols.masking.masked import Masked as Masked
 from choral.protocols.masking.parameters import InfeasibleError as InfeasibleError
 from choral.protocols.masking.policy import Policy as Policy
 from choral.protocols.plain import Plain as Plain

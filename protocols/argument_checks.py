@@ -19,6 +19,7 @@ from choral.protocols.errors import SpecError
 MAX_NAME = 255
 """Characters of a party's name, or of the text that says how values became integers."""
 KEY_BYTES = 32
+DIGEST_BYTES = 32
 
 
 def whole(value: Any, what: str, low: int, high: int) -> int:
@@ -81,6 +82,12 @@ def text(value: Any, what: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise SpecError(f"{what} {value!a} has a character that no message can carry") from None
+
+
+def digest(value: Any, what: str) -> None:
+    """Raises: SpecError unless it is None or 32 bytes."""
+    if value is not None and not (isinstance(value, bytes) and len(value) == DIGEST_BYTES):
+        raise SpecError(f"expected {what} as a digest of {DIGEST_BYTES} bytes, got {shown(value)}")
 
 
 def names(values: Iterable[Any], what: str) -> None:

@@ -26,6 +26,7 @@ from choral.protocols.errors import SpecError
 if TYPE_CHECKING:
     import torch
 
+    from choral.protocols.driver import RoundTerms
     from choral.protocols.masking.policy import Policy
 
 IntVector = NDArray[np.int64]
@@ -74,6 +75,10 @@ class SumSpec:
         bounds together. A protocol that cannot wrap may add exactly (``exact_bits``) and reduce, or not: whoever asked
         for ``bits`` reduces what it gets. It must never add up single vectors that were reduced as plain integers: how
         often they wrapped is no function of the sum.
+    weight_bound: the largest absolute value of a party's last coordinate, where that is its weight: 1 to ``bound``. A
+        bound of its own, since who sends a weight of the size of a whole value counts for many. None, and it has none.
+    terms: 32 bytes, the digest of the training terms (algorithm, promise asked, code) that the parties sign with the
+        session and that no round may change; None, and each round's Begin says them.
     encoding: how values became integers (scale, clipping, weight cap), as text of at most 255 characters. Part of what
         the parties agree on: one that encodes in another way must not join, as its vector would count for more or less.
 
@@ -86,6 +91,8 @@ class SumSpec:
     bits: int | None = None
     encoding: str = ""
     directory: int | None = None
+    weight_bound: int | None = None
+    terms: bytes | None = None
 
     @cached_property
     def members(self) -> frozenset[str]:
@@ -105,6 +112,8 @@ class SumSpec:
             "bits": checks.optional(self.bits, "bits", 1, 64),
             "directory": checks.optional(self.directory, "directory", len(self.parties), 1 << 40),
         }
+        plain["weight_bound"] = checks.optional(self.weight_bound, "weight_bound", 1, plain["bound"] or 1)
+        checks.digest(self.terms, "the terms")
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.exact_bits > 64:
@@ -176,9 +185,10 @@ class SumSession(Protocol):
         """JSON-able facts for the report: who must be trusted with what, threshold, neighbours, modulus bits."""
         ...
 
-    def begin(self, lost: Mapping[str, Step] | None = None) -> SumRound:
+    def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> SumRound:
         """lost: to rehearse failures, who vanishes and the first step that it no longer takes. Who is lost at its
         vector or before must not be submitted; who is lost after it is in the sum.
+        terms: what the round is computed from, which all parties of it must see alike; None, a sum without training.
 
         Raises: SpecError for a party or step that is none; TooFewSurvivorsError where too few are left to go on.
         """

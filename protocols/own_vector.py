@@ -18,8 +18,10 @@ def is_tensor(vector: object) -> bool:
     return torch is not None and isinstance(vector, torch.Tensor)
 
 
-def checked(vector: Any, length: int, bound: int) -> Any:
+def checked(vector: Any, length: int, bound: int, weight_bound: int | None = None) -> Any:
     """``vector`` itself when it is int64, shape (length,), every |value| <= bound: a numpy array or a torch tensor.
+
+    weight_bound: what the last coordinate's absolute value must not pass; None, and it has no bound of its own.
 
     A tensor on the CPU comes back as the numpy array that shares its memory; one on another device stays there.
 
@@ -39,6 +41,8 @@ def checked(vector: Any, length: int, bound: int) -> Any:
     low, high = int(vector.min()), int(vector.max())
     if low < -bound or high > bound:
         raise InputError(f"expected every |value| <= {bound}: this vector has one outside")
+    if weight_bound is not None and abs(int(vector[-1])) > weight_bound:
+        raise InputError(f"expected a last coordinate, the weight, of at most {weight_bound}: this vector's is larger")
     return vector
 
 

@@ -17,6 +17,7 @@ from choral.protocols.tap import show, watched
 if TYPE_CHECKING:
     import torch
 
+    from choral.protocols.driver import RoundTerms
     from choral.protocols.masking.policy import Policy
 
 
@@ -58,8 +59,9 @@ class PlainSession:
             "modulus_bits": self._spec.modulus_bits,
         }
 
-    def begin(self, lost: Mapping[str, Step] | None = None) -> PlainRound:
+    def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> PlainRound:
         """A vector that was sent is in the sum: there are no steps after it that a party could be lost at."""
+        del terms  # nobody compares them in this sum
         return PlainRound(self._spec, Losses(lost, self._spec.parties))
 
 

@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from choral.protocols.errors import MessageError
 
-VERSION = 1
+VERSION = 2
 ENVELOPE = 64
 MAX_PARTIES = 1 << 20
 MAX_NAME = 255

@@ -32,9 +32,7 @@ LEAVES = {
 FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 14, 400, 60
 
 # What is longer, and how long it is. A figure may only fall, and what fits goes from the list.
-LONG_FILES: dict[str, int] = {
-    "protocols/masking/in_process.py": 412,
-}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "trainers/federated/federate.py:federate": 117,
 }

@@ -68,6 +68,7 @@ class RecordedSession:
     decoded: list[tuple[SeenMessage, Any]] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     unread: int = 0
+    old: int | None = None  # the protocol version of messages of another one
 
     @property
     def setup(self) -> messages.SumSetup | None:
@@ -126,23 +127,29 @@ def decode(session: RecordedSession, recorded: Recorded) -> None:
         if raw is None:
             session.unread += 1
             continue
+        if masked_sum != "plain" and raw and 0 < raw[0] < messages.VERSION:
+            session.old, session.unread = raw[0], session.unread + 1
+            continue
         try:
             if masked_sum == "plain":
                 unpack(raw, opened.length, opened.modulus_bits)
                 continue
             if masked_sum == "homomorphic" and seen.way == "up" and raw[2:].startswith(_CIPHERTEXT):
-                message: Any = read_ciphertext(raw, sender=seen.party, body=len(raw))
+                parts: list[tuple[bytes, Any]] = [(raw, read_ciphertext(raw, sender=seen.party, body=len(raw)))]
             elif seen.way == "up":
-                message = messages.to_server(raw, sender=seen.party, limit=len(raw))
+                parts = [(raw, messages.to_server(raw, sender=seen.party, limit=len(raw)))]
             else:
-                message = messages.to_party(raw, limit=len(raw))
+                bundle = messages.to_party(raw, limit=len(raw))
+                each = bundle.parts if isinstance(bundle, messages.Bundle) else (raw,)
+                parts = [(part, messages.to_party(part, limit=len(part))) for part in each]
         except ProtocolError as error:
             session.strange.append(f"{said}: {error}")
             continue
-        session.decoded.append((seen, message))
-        most = _most(session.setup, message)
-        if most is not None and len(raw) > most:
-            session.strange.append(f"{said}: {len(raw)} bytes, at most {most} belong to it")
+        for part, message in parts:
+            session.decoded.append((seen, message))
+            most = _most(session.setup, message)
+            if most is not None and len(part) > most:
+                session.strange.append(f"{said}: {len(part)} bytes, at most {most} belong to it")
 
 
 def _most(setup: messages.SumSetup | None, message: Any) -> int | None:
@@ -156,7 +163,7 @@ def _most(setup: messages.SumSetup | None, message: Any) -> int | None:
     entries: dict[type[Any], int] = {
         **dict.fromkeys((messages.SumSetup, messages.Hellos, messages.Reveals), n),
         **dict.fromkeys((messages.Roster, messages.DealtShares, messages.Deliveries, messages.Confirm), k),
-        **dict.fromkeys((messages.Hello, messages.Reveal, messages.Advertise), 0),
+        **dict.fromkeys((messages.Hello, messages.Reveal, messages.Begin, messages.Advertise), 0),
         messages.Upload: packed_bytes(setup.length, setup.modulus_bits),
         messages.Survivors: -(-n // 8),
         messages.Confirmations: setup.threshold,

@@ -69,7 +69,8 @@ def transcript_audit(run: Run) -> TranscriptAudit | None:
         else:
             decode(session, recorded)
     statistics = vector_checks(sessions, recorded, LEVEL)
-    checks = [chained, *_declared(sessions), _sizes(run, sessions), _fresh(sessions), *_survivors(run, sessions)]
+    declared, models = _declared(sessions), _models(sessions)
+    checks = [chained, *declared, _sizes(run, sessions), _fresh(sessions), *models, *_survivors(run, sessions)]
     every = [seen for session in sessions for seen in session.seen]
     return TranscriptAudit(
         detail=recorded.detail,
@@ -127,6 +128,11 @@ def _declared(sessions: Sequence[RecordedSession]) -> list[Check]:
     if strange:
         more = f" ({len(strange)} messages in all)" if len(strange) > 1 else ""
         return [Check(name=name, verdict="violated", finding=f"{strange[0]}{more}.")]
+    if old := next((session.old for session in sessions if session.old is not None), None):
+        from choral.protocols.masking.messages import VERSION
+
+        finding = f"They are of protocol version {old}; this Choral reads {VERSION}. Audit them with one of their time."
+        return [Check(name=name, verdict="unverified", finding=finding)]
     if any(session.unread for session in sessions):
         return []
     count = sum(len(session.seen) for session in sessions)
@@ -236,6 +242,23 @@ def _once(session: RecordedSession) -> Iterator[tuple[str, str, bytes]]:
     for seen, message in keys:
         yield f"mask key of {seen.party}", f"round {message.round}", message.mask
         yield f"transport key of {seen.party}", f"round {message.round}", message.transport
+
+
+def _models(sessions: Sequence[RecordedSession]) -> list[Check]:
+    """Every party of a sum was shown the same Begin; nothing to say where none was sent."""
+    from choral.protocols.masking.messages import Begin
+
+    name, sums = "All parties of a sum were shown the same model", 0
+    for session in sessions:
+        shown: dict[int, set[Any]] = {}
+        for _, begin in session.of(Begin):
+            shown.setdefault(begin.round, set()).add(begin)
+        for number, begins in sorted(shown.items()):
+            if len(begins) > 1:
+                finding = f"In sum {number} of a session {len(begins)} different ones were shown, or other terms."
+                return [Check(name=name, verdict="violated", finding=finding)]
+        sums += len(shown)
+    return [Check(name=name, verdict="holds", finding=f"{sums:,} sums, one in each.")] if sums else []
 
 
 def _survivors(run: Run, sessions: Sequence[RecordedSession]) -> list[Check]:

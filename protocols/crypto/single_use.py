@@ -59,24 +59,60 @@ def check_process(process: int, what: str) -> None:
         )
 
 
-class Current:
-    """The last round that a party shared its secrets in; all its states of one session look at the same.
+class Sessions:
+    """Which session of an identity is live: the one that it joined last. The number only grows.
 
-    A round that was given up must stay so: its sum and that of a repetition, over other parties, would together show
-    the difference. So with the next round's shares every step of an earlier round is refused.
+    Of two sessions that are both answered, a server could have the same vectors summed twice, over other parties.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._number = 0
+        self.last = 0
 
-    def enter(self, number: int) -> None:
+    def enter(self, after: int = 0) -> int:
+        """The number of a new session, above ``after``; all before it are dead from here on."""
+        with self._lock:
+            self.last = max(self.last, after) + 1
+            return self.last
+
+    def check(self, session: int) -> None:
+        """Raises: StateUsedError for any but the last session."""
+        if session != self.last:
+            raise StateUsedError(
+                f"session {session} of this identity ended when it joined session {self.last}",
+                hint="an older session is not answered any more: go on with the last",
+            )
+
+
+class Current:
+    """The last round that a party shared its secrets in; all its states of one session look at the same.
+
+    A round that was given up must stay so: its sum and that of a repetition, over other parties, would together show
+    the difference. So with the next round's shares every step of an earlier round is refused; and with a later session
+    of the same identity every step of this one.
+
+    begun: the digest of what the current round was begun with.
+    """
+
+    def __init__(self, sessions: Sessions | None = None, *, after: int = 0) -> None:
+        self._lock = Lock()
+        self._number = 0
+        self.begun = b""
+        self._sessions = Sessions() if sessions is None else sessions
+        self.session = self._sessions.enter(after)
+
+    def enter(self, number: int, begun: bytes = b"") -> None:
         with self._lock:
             self.check(number)
-            self._number = number
+            self._number, self.begun = number, begun
+
+    def check_live(self) -> None:
+        """Raises: StateUsedError when the identity has joined a later session."""
+        self._sessions.check(self.session)
 
     def check(self, number: int) -> None:
-        """Raises: StateUsedError for a round before the current one."""
+        """Raises: StateUsedError for a round before the current one, or in a session before the live one."""
+        self.check_live()
         if number < self._number:
             raise StateUsedError(
                 f"round {number} ended for this party when it took part in round {self._number}",

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from choral.protocols import argument_checks as checks
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSession, SumSpec, check_spec
-from choral.protocols.masking.in_process import Masked
+from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
 
 Key = Literal["split", "shared"]

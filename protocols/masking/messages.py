@@ -4,11 +4,13 @@ Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, se
 
 | message | way | size |
 |---|---|---|
-| SumSetup | down | ENVELOPE + 1112 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
+| SumSetup | down | ENVELOPE + 1155 + 1025 n (names of 255 characters; one of c ASCII characters takes c + 2) |
 | Hello | up | ENVELOPE + 100 |
 | Hellos | down | ENVELOPE + 101 n |
 | Reveal | up | ENVELOPE + 34 |
 | Reveals | down | ENVELOPE + 34 n |
+| Begin | down | ENVELOPE + 73 |
+| Bundle | down | ENVELOPE + its parts |
 | Advertise | up | ENVELOPE + 135 |
 | Roster | down | ENVELOPE + 140 m |
 | DealtShares | up | ENVELOPE + 68 + 158 m |
@@ -21,8 +23,8 @@ Sizes in bytes, at most :func:`limit`; ENVELOPE covers the version, the kind, se
 
 n: parties; b: modulus bits; d: length; m: entries in the message's list, at most k (k + 1 in Unmask on a complete
 graph, where a party also reveals its own share; at most t in Confirmations). So a round whose keys rode on the one
-before costs a party at most ceil(b d / 8) + 199 k + 574 bytes up and 298 k + 72 t + n / 8 + 256 down,
-and 5 bytes up more for each packet that does not open.
+before costs a party at most ceil(b d / 8) + 199 k + 574 bytes up and 298 k + 72 t + n / 8 + 457 down (Begin and Roster
+travel as one Bundle), and 5 bytes up more for each packet that does not open.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class SumSetup(Message, frozen=True):
     security_bits, correctness_bits: what a sparse graph achieves at least, statistically; every party computes it again
         from the other numbers. A complete graph achieves any.
     encoding: how values became integers (scale, clipping, weight cap), as text, so that all parties use the same.
+    weight_bound: largest |value| of one party's last coordinate, where that is less than ``bound``.
+    terms: digest of the training terms, which no Begin of this session may then change.
     """
 
     session: SessionId
@@ -76,6 +80,8 @@ class SumSetup(Message, frozen=True):
     encoding: Annotated[str, Meta(max_length=MAX_NAME)] = ""
     cohort: Literal["everyone", "chosen", "random"] = "everyone"
     directory: Annotated[int, Meta(ge=2, le=1 << 40)] | None = None
+    weight_bound: Annotated[int, Meta(ge=1, lt=1 << 62)] | None = None
+    terms: Bytes32 | None = None
 
     @property
     def population(self) -> int:
@@ -125,6 +131,25 @@ class Reveals(Message, frozen=True):
 
     session: SessionId
     nonces: Annotated[tuple[Bytes32, ...], Meta(max_length=MAX_PARTIES)]
+
+
+class Begin(Message, frozen=True):
+    """The server asks to take part in a round, and says what is trained: RoundTerms of :mod:`choral.protocols.driver`.
+
+    Its digest is part of the masks and of what Confirm signs: two parties that were shown different ones have no sum.
+    """
+
+    session: SessionId
+    round: RoundNumber
+    exchange: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    weights: Bytes32
+    terms: Bytes32
+
+
+class Bundle(Message, frozen=True):
+    """Messages to one party that travel as one. It takes them in this order, and answers the last."""
+
+    parts: Annotated[tuple[bytes, ...], Meta(min_length=2, max_length=3)]
 
 
 class Advertise(Message, frozen=True):
@@ -202,7 +227,7 @@ class Survivors(Message, frozen=True):
 
 
 class Confirm(Message, frozen=True):
-    """A survivor's signature on the set of survivors.
+    """A survivor's signature on the set of survivors and the Begin.
 
     unopened: the neighbours, ascending, whose packets did not open, so that this party holds no share of theirs.
     """
@@ -252,7 +277,7 @@ class Unmask(Message, frozen=True):
     following: Following | None
 
 
-_FIXED = {SumSetup: 1112, Hello: 100, Reveal: 34, Advertise: 135, DealtShares: 68, Confirm: 66, Unmask: 143}
+_FIXED = {SumSetup: 1155, Begin: 73, Hello: 100, Reveal: 34, Advertise: 135, DealtShares: 68, Confirm: 66, Unmask: 143}
 _EACH = {
     SumSetup: 1025,
     Hellos: 101,
@@ -261,6 +286,7 @@ _EACH = {
     DealtShares: 158,
     Deliveries: 158,
     Upload: 1,
+    Bundle: 1,
     Survivors: 1,
     Confirm: 5,
     Confirmations: 72,
@@ -268,7 +294,7 @@ _EACH = {
 }
 
 ToServer = Hello | Reveal | Advertise | DealtShares | Upload | Confirm | Unmask
-ToParty = SumSetup | Hellos | Reveals | Roster | Deliveries | Survivors | Confirmations
+ToParty = Bundle | SumSetup | Hellos | Reveals | Begin | Roster | Deliveries | Survivors | Confirmations
 
 
 def limit(kind: type[Message], entries: int = 0) -> int:

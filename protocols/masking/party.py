@@ -35,11 +35,12 @@ from dataclasses import dataclass
 
 from choral.protocols.argument_checks import shown
 from choral.protocols.crypto.keys import ed25519_public, x25519_public
-from choral.protocols.crypto.single_use import Current, Once
+from choral.protocols.crypto.single_use import Current, Once, Sessions
+from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
-from choral.protocols.masking.party_round import Advertised, Keys, Membership, Randomness, expect
+from choral.protocols.masking.party_round import Advertised, Keys, Membership, expect
 from choral.protocols.masking.policy import Policy, check_policy
 
 
@@ -53,12 +54,22 @@ class _Own:
     identity: bytes
     policy: Policy
     nonce: bytes
+    current: Current
 
 
-def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness: Randomness) -> tuple[Joining, bytes]:
+def join(
+    setup: bytes,
+    *,
+    name: str,
+    identity: bytes,
+    policy: Policy,
+    randomness: Randomness,
+    sessions: Sessions | None = None,
+) -> tuple[Joining, bytes]:
     """Accept the server's terms, or refuse them, having sent nothing.
 
-    identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``.
+    identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``. sessions: those of this
+    identity, of which the one that is joined here is the only live one from now on; None, and there are no others.
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
     check_policy(policy)
@@ -70,7 +81,7 @@ def join(setup: bytes, *, name: str, identity: bytes, policy: Policy, randomness
     digest = signing.setup_digest(setup)
     index = message.roster.index(name)
     nonce = randomness(32)
-    own = _Own(message, digest, index, identity, policy, nonce)
+    own = _Own(message, digest, index, identity, policy, nonce, Current(sessions))
     commitment = signing.commitment(digest, index, nonce)
     signature = signing.sign(identity, signing.hello(digest, index, commitment))
     return Joining(own), messages.encode(messages.Hello(message.session, commitment, signature))
@@ -85,6 +96,7 @@ class Joining(Once[_Own]):
         Raises: FaultyServerError when a Hello is missing, forged, or this party's own is not what it sent.
         """
         own = self._take()
+        own.current.check_live()
         n = len(own.setup.roster)
         message = expect(messages.to_party(hellos, limit=messages.limit(messages.Hellos, n)), messages.Hellos)
         if message.session != own.setup.session:
@@ -110,6 +122,7 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
         Raises: FaultyPartyOrServerError when a nonce is not the one committed to; FaultyServerError.
         """
         own, hellos = self._take()
+        own.current.check_live()
         n = len(own.setup.roster)
         message = expect(messages.to_party(reveals, limit=messages.limit(messages.Reveals, n)), messages.Reveals)
         if message.session != own.setup.session:
@@ -124,7 +137,7 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
             own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
         )
         around = neighbours_of(own.index, n, own.setup.neighbours, signing.graph_seed(session))
-        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, Current())
+        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, own.current)
         return Member((membership, 0))
 
 
@@ -136,8 +149,10 @@ class Member(Once[tuple[Membership, int]]):
 
         Raises: FaultyServerError when that round is not after the last: a round is never run twice. That does not
         spend the state: a party is not out of the session because the server asked for a wrong round once.
+        StateUsedError when the identity has joined a later session.
         """
-        for _, last in tuple(self._content):
+        for member, last in tuple(self._content):
+            member.current.check_live()
             if isinstance(number, bool) or not isinstance(number, int) or not last < number < 1 << 32:
                 raise FaultyServerError(f"asked for round {shown(number)} after round {last}")
         member, _ = self._take()

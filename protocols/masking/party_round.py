@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -10,19 +10,13 @@ from typing import Any, TypeVar
 from choral.protocols.crypto.keys import PrivateKey, SealError, WeakKeyError, seal, unseal
 from choral.protocols.crypto.shamir import split
 from choral.protocols.crypto.single_use import Current, Once
-from choral.protocols.errors import (
-    FaultyPartyError,
-    FaultyServerError,
-    SpecError,
-    TooFewSurvivorsError,
-)
+from choral.protocols.driver import Randomness
+from choral.protocols.errors import FaultyPartyError, FaultyServerError, SpecError, TooFewSurvivorsError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.signing import NO_BEGIN
 from choral.protocols.own_vector import checked
-
-Randomness = Callable[[int], bytes]
-"""``randomness(n)``: n secret uniform bytes, never the same twice. ``secrets.token_bytes`` outside tests."""
 
 NONCE = bytes(12)
 """Fixed, because a sealing key seals one packet: it is derived for one sender, receiver and round's mask key."""
@@ -124,9 +118,10 @@ class _Agreed:
 class Advertised(Once[Keys]):
     """Has shown its mask key for the round; waits for its neighbours'."""
 
-    def share(self, roster: bytes, *, randomness: Randomness) -> tuple[SharesSent, bytes]:
+    def share(self, roster: bytes, *, randomness: Randomness, begun: bytes = NO_BEGIN) -> tuple[SharesSent, bytes]:
         """Share the seed of the self-mask and the mask key among the neighbours that take part.
 
+        begun: digest of the Begin that this party was shown; who was shown another one has other masks with it.
         From here on no state of an earlier round answers any more.
 
         Raises: FaultyServerError for a forged key or one of no neighbour; FaultyPartyError for a key of small order,
@@ -135,7 +130,7 @@ class Advertised(Once[Keys]):
         """
         keys = self._take()
         member = keys.member
-        member.current.enter(keys.number)
+        member.current.enter(keys.number, begun)
         setup, me = member.setup, member.index
         message = _in_round(messages.Roster, roster, member, keys.number, setup.neighbours)
         _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
@@ -149,8 +144,9 @@ class Advertised(Once[Keys]):
         _check_holders(member, peers, "to share a secret")
         masks = {entry.party: entry.mask for entry in message.entries}
         masking, opening = PrivateKey(keys.mask), PrivateKey(keys.transport)  # gone when this step is done
+        around = (member.session, keys.number, me)
         pairs = {
-            peer: signing.pair_seed(agree(masking, mask, setup.roster[peer]), member.session, keys.number, me, peer)
+            peer: signing.pair_seed(agree(masking, mask, setup.roster[peer]), *around, peer, begun)
             for peer, mask in masks.items()
         }
         channels = {
@@ -230,7 +226,8 @@ class Ready(Once[_Masking]):
         StateUsedError when a later round has begun.
         """
         for waiting in tuple(self._content):
-            vector = checked(vector, waiting.member.setup.length, waiting.member.setup.bound)
+            setup = waiting.member.setup
+            vector = checked(vector, setup.length, setup.bound, setup.weight_bound)
         masking = self._take()
         masking.member.current.check(masking.number)
         setup, me = masking.member.setup, masking.member.index
@@ -274,9 +271,10 @@ class Uploaded(Once[_Waiting]):
         reveals = {peer: _choose(held, survived=peer in alive) for peer, held in waiting.held.items()}
         if waiting.own_share is not None:
             reveals[me] = ChosenShare(waiting.own_share, survived=True)
-        signature = signing.sign(member.identity, signing.confirm(member.session, number, me, message.bitmap))
+        signed = signing.confirm(member.session, number, me, message.bitmap, member.current.begun)
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
+        signature = signing.sign(member.identity, signed)
         return state, messages.encode(messages.Confirm(member.id, number, signature, unopened))
 
 
@@ -297,10 +295,12 @@ class Confirmed(Once[_Agreed]):
         signers = [entry.party for entry in message.entries]
         _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
         for entry in message.entries:
-            signed = signing.confirm(member.session, number, entry.party, agreed.bitmap)
+            signed = signing.confirm(member.session, number, entry.party, agreed.bitmap, member.current.begun)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
+                who = member.setup.roster[entry.party]
                 raise FaultyServerError(
-                    f"the confirmation of {member.setup.roster[entry.party]} is not on the set shown to this party"
+                    f"the confirmation of {who} is not on the set shown to this party: the server showed different"
+                    " sets, or different models"
                 )
         _check_holders(member, signers, "to agree on the survivors")
         ordered = sorted(agreed.reveals.items())

@@ -40,6 +40,9 @@ class Policy:
         ``corrupt`` demands.
     maximum_modulus_bits, maximum_bound, maximum_length: of the vector. The bound is of a party's whole value, weight
         included, so it caps the weights of a sum whose scale is known.
+    maximum_weight: of the last coordinate, where that is a party's weight; of a setup that has no bound of its own for
+        it, the bound of all. None takes any.
+    terms: the digest of the training terms that the setup must be signed with; None takes a setup without.
     security_bits: least statistical security of a sparse graph, computed again by this party; 1 to 128. A complete
         graph meets any.
     wraps_at: the modulus bits at which the sum may wrap, as this party agreed to beforehand; None, it may not.
@@ -63,6 +66,8 @@ class Policy:
     server: Literal["semi-honest", "malicious"] = "malicious"
     security_bits: int = SECURITY_BITS
     encoding: str = ""
+    maximum_weight: int | None = None
+    terms: bytes | None = None
     signatures: Signatures = field(default_factory=Signatures, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +75,7 @@ class Policy:
         checks.one_of(self.cohort, "cohort", DRAWS)
         checks.one_of(self.server, "server", SERVERS)
         checks.text(self.encoding, "the encoding")
+        checks.digest(self.terms, "the terms")
         if not isinstance(self.signatures, Signatures):
             raise SpecError(f"expected signatures as Signatures(), got {checks.shown(self.signatures)}")
         plain = {
@@ -82,6 +88,7 @@ class Policy:
             "maximum_modulus_bits": checks.whole(self.maximum_modulus_bits, "maximum_modulus_bits", 1, 64),
             "maximum_bound": checks.whole(self.maximum_bound, "maximum_bound", 1, 2**62),
             "maximum_length": checks.whole(self.maximum_length, "maximum_length", 1, 2**31),
+            "maximum_weight": checks.optional(self.maximum_weight, "maximum_weight", 1, 2**62),
             "wraps_at": checks.optional(self.wraps_at, "wraps_at", 1, 64),
             "security_bits": checks.whole(self.security_bits, "security_bits", 1, 128),
         }
@@ -114,7 +121,9 @@ class Policy:
         _at_least("threshold", setup.threshold, self.minimum_threshold)
         colluders = colluding(self.corrupt, self.pinned, len(setup.roster), setup.cohort)
         _at_least("number of corrupt parties", setup.corrupt, colluders)
-        self.check_vector(setup.length, setup.bound, setup.modulus_bits, setup.encoding)
+        self.check_vector(setup.length, setup.bound, setup.modulus_bits, setup.encoding, setup.weight_bound)
+        if setup.terms != self.terms:
+            raise PolicyError("the setup is for other training terms than this party was told of")
         if not setup.complete:
             _at_least("statistical security in bits", setup.security_bits, self.security_bits)
         if self.server == "malicious" and setup.server != "malicious":
@@ -122,13 +131,17 @@ class Policy:
                 "the setup protects against a semi-honest server only; this party expects a malicious one"
             )
 
-    def check_vector(self, length: int, bound: int, modulus_bits: int, encoding: str) -> None:
+    def check_vector(
+        self, length: int, bound: int, modulus_bits: int, encoding: str, weight_bound: int | None = None
+    ) -> None:
         """What this policy says of the vector itself. Raises: PolicyError."""
         _at_most("modulus bits", modulus_bits, self.maximum_modulus_bits)
         _at_most("bound", bound, self.maximum_bound)
         _at_most("length", length, self.maximum_length)
         if encoding != self.encoding:
             raise PolicyError("the setup has another encoding of values to integers than this party uses")
+        if self.maximum_weight is not None:
+            _at_most("weight", bound if weight_bound is None else weight_bound, self.maximum_weight)
 
 
 def check_policy(policy: object) -> Policy:
@@ -164,6 +177,8 @@ def check_setup(setup: SumSetup, *, wraps_at: int | None = None) -> None:
         )
     if setup.min_survivors > n:
         raise PolicyError(f"a sum of {setup.min_survivors} out of {n} parties can never be made")
+    if setup.weight_bound is not None and setup.weight_bound > setup.bound:
+        raise PolicyError(f"weights up to {setup.weight_bound} pass the bound of {setup.bound} for any coordinate")
     if setup.dropouts >= n:
         raise PolicyError("the setup assumes that nobody is left")
     if setup.modulus_bits != wraps_at and setup.modulus_bits < (2 * n * setup.bound).bit_length():

@@ -23,7 +23,8 @@ Seen = dict[tuple[str, int], bytes]
 class SessionTerms:
     """What the server knows of an open session; all of it is public.
 
-    graph: each party's neighbours. taken: by round, whose vectors are in a sum, as bits (of party i: 1 << i).
+    graph: each party's neighbours. taken: by round, whose vectors are in a sum, as bits (of party i: 1 << i). begun:
+    the digest of each round's Begin.
     """
 
     setup: messages.SumSetup
@@ -32,6 +33,7 @@ class SessionTerms:
     session: bytes
     graph: Sequence[tuple[int, ...]]
     taken: dict[int, int] = field(default_factory=dict)
+    begun: dict[int, bytes] = field(default_factory=dict)
 
     def name(self, party: int) -> str:
         return self.setup.roster[party]
@@ -89,6 +91,11 @@ class Stage:
     def waiting(self) -> tuple[str, ...]:
         """Who has not been heard."""
         return tuple(self._roster[party] for party in sorted(self._expected - self._heard.keys()))
+
+    @property
+    def heard(self) -> int:
+        """How many have been."""
+        return len(self._heard)
 
     def receive(self, sender: str, raw: bytes) -> None:
         """Take one message; ignore it when it repeats one that this round took before.

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
 
 SESSION_BYTES = 16
+NO_BEGIN = bytes(32)
+"""In place of a Begin's digest, in a round that was begun without one."""
 
 
 def digest(label: str, *parts: bytes | int) -> bytes:
     """SHA-256 of the label and the parts, each with its length in front: no two lists of parts collide. 32 bytes."""
     framed: list[bytes] = []
-    for part in (b"choral/1/" + label.encode(), *parts):
+    for part in (b"choral/2/" + label.encode(), *parts):
         raw = part.to_bytes(8, "little") if isinstance(part, int) else part
         framed += len(raw).to_bytes(8, "little"), raw
     return hashlib.sha256(b"".join(framed)).digest()
@@ -50,8 +52,13 @@ def advertise(session: bytes, number: int, party: int, mask: bytes, transport: b
     return digest("advertise", session, number, party, mask, transport)
 
 
-def confirm(session: bytes, number: int, party: int, bitmap: bytes) -> bytes:
-    return digest("confirm", session, number, party, bitmap)
+def begun(begin: bytes) -> bytes:
+    """Of the encoded Begin: what a round is computed from, as this party was shown it."""
+    return digest("begin", begin)
+
+
+def confirm(session: bytes, number: int, party: int, bitmap: bytes, begun: bytes = NO_BEGIN) -> bytes:
+    return digest("confirm", session, number, party, bitmap, begun)
 
 
 def seed_commitment(session: bytes, number: int, party: int, seed: bytes) -> bytes:
@@ -63,9 +70,13 @@ def share_hash(session: bytes, number: int, kind: str, dealer: int, holder: int,
     return digest(f"share/{kind}", session, number, dealer, holder, share)
 
 
-def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int) -> bytes:
-    """The mask seed of two parties in one round, the same for both: HKDF of their X25519 secret."""
-    return hkdf_sha256(shared, salt=session, info=digest("mask", number, min(one, other), max(one, other)), length=32)
+def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int, begun: bytes = NO_BEGIN) -> bytes:
+    """The mask seed of two parties in one round, the same for both: HKDF of their X25519 secret.
+
+    Two that were shown different Begins have different ones: their masks do not cancel, whatever the server does next.
+    """
+    info = digest("mask", number, min(one, other), max(one, other), begun)
+    return hkdf_sha256(shared, salt=session, info=info, length=32)
 
 
 def seal_key(shared: bytes, session: bytes, number: int, sender: int, receiver: int, mask: bytes) -> bytes:

@@ -16,7 +16,7 @@ from choral.protocols.masking import messages
 from choral.protocols.masking.parameters import choose
 from choral.protocols.masking.party import Member, join
 from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.server import Opening
+from choral.protocols.masking.server.opening import Opening
 from choral.protocols.masking.signing import Signatures
 
 STAGES = ("advertise", "share", "upload", "confirm", "unmask")

@@ -40,6 +40,7 @@ DIRECTORIES: list[Any] = [
     "ab",
     7,
 ]
+DIGESTS: list[Any] = [b"", bytes(31), bytes(33), "x" * 32, bytearray(32), 32]
 PARTIES: list[Any] = [
     (1, 2, 3),
     ("a", None),
@@ -77,6 +78,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]
             *fields("directory_size", bad=[*NUMBERS, 0, 1]),
             *fields("server", "cohort", bad=[*WORDS, "everyone"]),
             *fields("encoding", bad=TEXTS, none=True),
+            *fields("maximum_weight", bad=[*NUMBERS, 0, 2**62 + 1]),
+            *fields("terms", bad=DIGESTS),
             *fields("signatures", bad=[{}, 1], none=True),
         ],
     ),
@@ -108,6 +111,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]
             *fields("bits", bad=[*NUMBERS, 0, 65]),
             *fields("directory", bad=[*NUMBERS, 0, 1]),
             *fields("encoding", bad=TEXTS, none=True),
+            *fields("weight_bound", bad=[*NUMBERS, 0, 11]),
+            *fields("terms", bad=DIGESTS),
         ],
     ),
     "FloatSpec": (
@@ -161,6 +166,8 @@ RANGES: list[tuple[Callable[..., Any], dict[str, Any], str, int, int]] = [
     (SumSpec, {"parties": ("a", "b"), "length": 1}, "bound", 1, 2**62 - 1),  # two of them are 64 bits with a sign
     (SumSpec, {"parties": ("a", "b"), "length": 1, "bound": 1}, "bits", 1, 64),
     (SumSpec, {"parties": ("a", "b", "c"), "length": 1, "bound": 1}, "directory", 3, 1 << 40),
+    (SumSpec, {"parties": ("a", "b"), "length": 1, "bound": 9}, "weight_bound", 1, 9),
+    (Policy, {"corrupt": 0}, "maximum_weight", 1, 2**62),
 ]
 
 

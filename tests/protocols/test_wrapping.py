@@ -14,6 +14,7 @@ from choral.protocols import Homomorphic, Masked, Plain, SumSpec
 from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import InputError, PolicyError, SpecError
 from choral.protocols.masking import messages
+from choral.protocols.masking.party import join
 
 PARTIES = ("a", "b", "c", "d", "e")
 
@@ -74,7 +75,7 @@ def test_a_party_that_did_not_agree_to_wrapping_refuses(network: Callable[..., A
     net = network(4, corrupt=1)
     short = replace(net.setup, modulus_bits=8)
 
-    def join(policy: Any) -> Any:
+    def joined(policy: Any) -> Any:
         raw = messages.encode(short)
         return join(raw, name="p0", identity=net.identities["p0"], policy=policy, randomness=net.random["p0"])
 
@@ -82,5 +83,5 @@ def test_a_party_that_did_not_agree_to_wrapping_refuses(network: Callable[..., A
 
     for agreed in (None, 7, 9):
         with pytest.raises(PolicyError, match="can wrap"):
-            join(changed(net.policy, wraps_at=agreed))
-    join(changed(net.policy, wraps_at=8))
+            joined(changed(net.policy, wraps_at=agreed))
+    joined(changed(net.policy, wraps_at=8))

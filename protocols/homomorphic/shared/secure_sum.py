@@ -28,7 +28,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.crypto.keys import ed25519_public
@@ -36,16 +36,20 @@ from choral.protocols.errors import StateUsedError, TooFewSurvivorsError
 from choral.protocols.homomorphic.shared import party as steps
 from choral.protocols.homomorphic.shared.server import Dealing, SharedServer, Totalling
 from choral.protocols.homomorphic.shared.setup import Floats, key_setup, plan_of
+from choral.protocols.in_process import ByteCounter
 from choral.protocols.interface import Losses, Step, SumResult, SumSpec
-from choral.protocols.masking.in_process import ByteCounter, Masked
+from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.masking.server import Opening
+from choral.protocols.masking.server.opening import Opening
 from choral.protocols.masking.signing import Signatures
 from choral.protocols.plain import check_submission
 from choral.protocols.wire_format import VERSION
 
 SECURITY_BITS = 128
 """Of the ring (SEAL's table), X25519, Ed25519, AES-128 and SHA-256."""
+
+if TYPE_CHECKING:
+    from choral.protocols.driver import RoundTerms
 
 
 class SharedKeyParties:
@@ -207,12 +211,13 @@ class SharedSession(SharedKeyParties):
             "modulus_bits": self.spec.modulus_bits,
         }
 
-    def begin(self, lost: Mapping[str, Step] | None = None) -> SharedRound:
+    def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> SharedRound:
         """A fresh round; an unfinished earlier round is lost.
 
         lost: as in the seam. A round has no keys or shares of its own, and nobody confirms; "unmasking" is what one
         survivor does, so another is asked where the first is lost.
         """
+        del terms  # nobody compares them in this sum
         return SharedRound(self, Losses(lost, self.spec.parties))
 
 

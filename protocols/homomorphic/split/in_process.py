@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from choral.protocols.driver import RoundTerms
 from choral.protocols.errors import PolicyError
 from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL
 from choral.protocols.homomorphic.split.parameters import SECURITY_BITS, SplitParameters, choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
+from choral.protocols.in_process import ByteCounter
 from choral.protocols.interface import IntVector, Step, SumResult, SumSpec
-from choral.protocols.masking.in_process import COHORT_TRUST, ByteCounter, Masked, MaskedSession
+from choral.protocols.masking.in_process import MaskedSession
+from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.signing import digest
+from choral.protocols.masking.statement import COHORT_TRUST
 
 if TYPE_CHECKING:
     import torch
@@ -86,22 +90,24 @@ class SplitSession:
             "encoding": chosen.spec.encoding,
         }
 
-    def begin(self, lost: Mapping[str, Step] | None = None) -> SplitSumRound:
+    def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> SplitSumRound:
         """Keys and shares of a fresh round; an unfinished earlier round is lost.
 
         lost: as in the seam; all steps are the masked sum's, and at "vector" neither ciphertext nor key is sent.
         Raises: SpecError; TooFewSurvivorsError when too few advertise or share.
         """
-        return SplitSumRound(self, lost)
+        return SplitSumRound(self, lost, terms)
 
 
 class SplitSumRound:
     """See :class:`choral.protocols.interface.SumRound`. One party's ciphertext at a time is in memory beside the
     sum."""
 
-    def __init__(self, session: SplitSession, lost: Mapping[str, Step] | None = None) -> None:
+    def __init__(
+        self, session: SplitSession, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None
+    ) -> None:
         self._spec = session.parameters.spec
-        self._masked = session.masked.begin(lost)
+        self._masked = session.masked.begin(lost, terms)
         self._terms = SplitRound(
             parameters=session.parameters, session=session.masked.digest, number=self._masked.number
         )

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral import Homomorphic, Masked, Plain, audit, federate
 from choral.audits import Audit
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
+from choral.protocols.in_process import ByteCounter
 from choral.protocols.masking import messages, party_round
-from choral.protocols.masking.in_process import ByteCounter
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.tap import show
 from choral.trainers import DANE, FSVRG, Dropouts, Participation, RunFolderError, Scaffold

@@ -29,9 +29,11 @@ from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.homomorphic.split import in_process as split_sum
 from choral.protocols.homomorphic.split import party_and_server as split
-from choral.protocols.masking import messages, party_round, unmasking
-from choral.protocols.masking.in_process import ByteCounter, MaskedSession
+from choral.protocols.in_process import ByteCounter
+from choral.protocols.masking import messages, party_round
+from choral.protocols.masking.in_process import MaskedSession
 from choral.protocols.masking.mask_addition import masked
+from choral.protocols.masking.server import unmasking
 from choral.protocols.tap import show, watched_by
 from choral.trainers import Dropouts, Participation, RunFolderError
 from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, SumBegun, Transcript, Vector
@@ -264,7 +266,7 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
         monkeypatch.setattr(Member, "advertise", again)
     else:
         monkeypatch.setattr(
-            "choral.protocols.masking.in_process.join",
+            "choral.protocols.masking.party_driver.join",
             lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])}),
         )
     report = rehearse(job, tmp_path / "run", transcript="messages", cohort=4)

@@ -28,7 +28,7 @@ from choral.protocols.errors import (
     TooFewSurvivorsError,
 )
 from choral.protocols.masking import messages, party_round, signing
-from choral.protocols.masking.server import Opening
+from choral.protocols.masking.server.opening import Opening
 
 Make = Callable[..., Any]
 VECTORS = {f"p{place}": [place, -place, 1] for place in range(12)}
@@ -929,8 +929,8 @@ TAMPER: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda raw: raw[:-1],
     "extended": lambda raw: raw + b"\0",
     "oversized": lambda raw: raw + bytes(1 << 20),
-    "of another version": lambda raw: bytes([2]) + raw[1:],
-    "garbage": lambda raw: b"\x01" + b"\xc1" * 40,
+    "of another version": lambda raw: bytes([messages.VERSION - 1]) + raw[1:],
+    "garbage": lambda raw: bytes([messages.VERSION]) + b"\xc1" * 40,
     "another kind": lambda raw: (
         messages.encode(messages.Reveal(b"s" * 16, b"n" * 32))
         if not _is_down(raw)

@@ -21,7 +21,7 @@ import pytest
 from choral.protocols.crypto.single_use import Once
 from choral.protocols.errors import ProtocolError
 from choral.protocols.masking.party import join
-from choral.protocols.masking.server import Opening
+from choral.protocols.masking.server.opening import Opening
 
 TRIALS = int(os.environ.get("CHORAL_FUZZ", "100000"))
 VECTORS = {f"p{place}": [place, -place, 1] for place in range(4)}
@@ -140,7 +140,7 @@ def mutate(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
             other = rng.choice(others)
             return raw[: rng.randrange(len(raw))] + other[rng.randrange(len(other)) :]
         case 6:
-            return b"\x01" + msgspec.msgpack.encode(mutate_field(msgspec.msgpack.decode(raw[1:]), rng))
+            return bytes([raw[0]]) + msgspec.msgpack.encode(mutate_field(msgspec.msgpack.decode(raw[1:]), rng))
         case _:
             return bytes([rng.choice((1, 1, 1, 0, 2))]) + rng.randbytes(rng.randrange(200))
 

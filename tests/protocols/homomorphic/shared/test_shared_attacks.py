@@ -41,7 +41,7 @@ from choral.protocols.homomorphic.shared.setup import Floats
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages
 from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.server import Gathering, Opening
+from choral.protocols.masking.server.opening import Gathering, Opening
 from choral.protocols.masking.signing import Signatures, commitment, hello, session_digest, setup_digest
 from choral.protocols.wire_format import encode, read
 

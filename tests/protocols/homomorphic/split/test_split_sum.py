@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import Homomorphic, SumSpec
+from choral.protocols import Homomorphic, SumSpec, in_process
 from choral.protocols.crypto.modular_integers import pack
 from choral.protocols.errors import (
     FaultyPartyError,
@@ -33,7 +33,6 @@ from choral.protocols.homomorphic.split import decoding
 from choral.protocols.homomorphic.split import in_process as split_sum
 from choral.protocols.homomorphic.split import party_and_server as split
 from choral.protocols.homomorphic.split.in_process import SplitSession, key_spec
-from choral.protocols.masking import in_process as masked
 
 SPEC = SumSpec(parties=("north", "south", "east", "west"), length=5, bound=100)
 VECTORS = {
@@ -162,14 +161,14 @@ def test_too_few_survivors_open_nothing_and_the_session_goes_on() -> None:
 
 def _let_down(monkeypatch: pytest.MonkeyPatch, party: str) -> None:
     """The key of ``party`` is lost between it and the masked sum."""
-    original = masked.MaskedRound.submit
+    original = in_process.DriverRound.submit
 
     def submit(self: Any, name: str, vector: Any) -> None:
         if name == party:
             raise ConnectionError("lost")
         original(self, name, vector)
 
-    monkeypatch.setattr(masked.MaskedRound, "submit", submit)
+    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
 
 
 def test_a_ciphertext_whose_key_never_came_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +196,7 @@ def test_a_ciphertext_that_was_cut_off_is_left_out(monkeypatch: pytest.MonkeyPat
         return raw
 
     with monkeypatch.context() as patch:
-        patch.setattr(masked.ByteCounter, "up", cut)
+        patch.setattr(in_process.ByteCounter, "up", cut)
         with pytest.raises(ConnectionError):
             summing.submit("south", np.array(VECTORS["south"]))
     for party in ("north", "east", "west"):
@@ -207,7 +206,7 @@ def test_a_ciphertext_that_was_cut_off_is_left_out(monkeypatch: pytest.MonkeyPat
 
 def test_a_cheating_key_garbles_the_sum_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A party that gives the masked sum another key than it encrypted under: an error, and no wrong sum."""
-    original = masked.MaskedRound.submit
+    original = in_process.DriverRound.submit
 
     def submit(self: Any, name: str, vector: Any) -> None:
         changed = np.array(vector)
@@ -215,7 +214,7 @@ def test_a_cheating_key_garbles_the_sum_and_is_found(monkeypatch: pytest.MonkeyP
             changed[100] += 1 if changed[100] < TAIL else -1
         original(self, name, changed)
 
-    monkeypatch.setattr(masked.MaskedRound, "submit", submit)
+    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
     session = session_of()
     with pytest.raises(GarbledSumError) as caught:
         run(session, VECTORS)
@@ -238,15 +237,15 @@ def test_the_server_counts_a_key_only_with_its_ciphertext() -> None:
 def test_a_tampered_message_is_refused_before_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     summing = session_of().begin()
     sent: list[str] = []
-    original = masked.MaskedRound.submit
+    original = in_process.DriverRound.submit
 
     def submit(self: Any, name: str, vector: Any) -> None:
         sent.append(name)
         original(self, name, vector)
 
-    monkeypatch.setattr(masked.MaskedRound, "submit", submit)
+    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
     with monkeypatch.context() as patch:
-        patch.setattr(masked.ByteCounter, "up", lambda self, party, raw: raw[:-1])
+        patch.setattr(in_process.ByteCounter, "up", lambda self, party, raw: raw[:-1])
         with pytest.raises(Exception, match="from north"):
             summing.submit("north", np.array(VECTORS["north"]))
     assert sent == []
@@ -258,7 +257,7 @@ def wiretap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[bytes], 
     sent: list[bytes] = []
     keys: list[Any] = []
     seeds: list[bytes] = []
-    up, down, encrypt = masked.ByteCounter.up, masked.ByteCounter.down, split.encrypt
+    up, down, encrypt = in_process.ByteCounter.up, in_process.ByteCounter.down, split.encrypt
 
     def tapped_up(self: Any, party: str, raw: bytes) -> bytes:
         sent.append(bytes(raw))
@@ -277,8 +276,8 @@ def wiretap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[bytes], 
         keys.append(encrypted.key.copy())
         return encrypted
 
-    monkeypatch.setattr(masked.ByteCounter, "up", tapped_up)
-    monkeypatch.setattr(masked.ByteCounter, "down", tapped_down)
+    monkeypatch.setattr(in_process.ByteCounter, "up", tapped_up)
+    monkeypatch.setattr(in_process.ByteCounter, "down", tapped_down)
     monkeypatch.setattr(split_sum, "encrypt", tapped)
     return lambda: (sent, keys, seeds)
 
@@ -386,7 +385,7 @@ def test_the_sum_of_keys_is_bound_to_the_terms_of_the_long_vector() -> None:
     assert len({spec.encoding for spec in names}) == 4
     assert all(spec.bound == TAIL and spec.length == ours.degree for spec in names[:1])
     session = session_of()
-    setup = session.masked._setup
+    setup = session.masked.driver.setup
     assert setup.encoding == key_spec(session.parameters).encoding
     assert setup.length == session.parameters.degree
     with pytest.raises(PolicyError):
@@ -405,7 +404,7 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
 
     policy: Policy = session.masked._policy
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})
-    raw = messages.encode(replace(session.masked._setup))
+    raw = messages.encode(replace(session.masked.driver.setup))
     join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
 
 
@@ -428,7 +427,7 @@ def test_a_submission_that_broke_off_may_be_repeated(monkeypatch: pytest.MonkeyP
     summing = session.begin()
     vector = np.arange(40, dtype=np.int64) % 5
     with monkeypatch.context() as broken:
-        broken.setattr(masked.MaskedRound, "submit", lambda *_: 1 / 0)
+        broken.setattr(in_process.DriverRound, "submit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             summing.submit("north", vector)
     for party in spec.parties:

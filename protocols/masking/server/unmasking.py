@@ -44,12 +44,14 @@ class Tally:
         session: bytes,
         number: int,
         bound: Commitments,
+        begun: bytes,
     ) -> None:
         self._setup = setup
         self._graph = graph
         self._session = session
         self._number = number
         self._bound = bound
+        self._begun = begun
         self._combiners: dict[tuple[int, ...], Combiner] = {}
         self.unopened: Mapping[int, frozenset[int]] = {}
         """By holder, the dealers whose packet to it did not open, as it says."""
@@ -177,7 +179,7 @@ class Tally:
             shared = private.shared(self._bound.keys[peer])
         except WeakKeyError:
             raise self._fault(peer, "signed an unusable key") from None
-        return signing.pair_seed(shared, self._session, self._number, dealer, peer)
+        return signing.pair_seed(shared, self._session, self._number, dealer, peer, self._begun)
 
     def _fault(self, party: int, what: str) -> FaultyPartyError:
         return FaultyPartyError(self._setup.roster[party], what)

@@ -31,7 +31,7 @@ from choral.protocols.errors import FaultyPartyError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours
 from choral.protocols.masking.policy import check_setup
-from choral.protocols.masking.server_round import Advertising
+from choral.protocols.masking.server.round_stages import Advertising
 from choral.protocols.masking.server_stages import Outbox, Seen, SessionTerms, Stage
 
 
@@ -127,8 +127,15 @@ class ServerSession:
         self.terms = terms
         self._last = 0
 
-    def begin(self, number: int, following: Mapping[int, messages.Following] | None = None) -> Advertising:
-        """Start round ``number``; ``following`` are the keys that rode on an earlier round.
+    def begin(
+        self,
+        number: int,
+        following: Mapping[int, messages.Following] | None = None,
+        *,
+        begun: bytes = signing.NO_BEGIN,
+    ) -> Advertising:
+        """Start round ``number``; ``following`` are the keys that rode on an earlier round, ``begun`` the digest of
+        the Begin that the parties are shown.
 
         Raises: SpecError unless the number is greater than the last.
         """
@@ -136,4 +143,5 @@ class ServerSession:
         if number <= self._last:
             raise SpecError(f"expected a round after {self._last}, got {number}: parties refuse to run one twice")
         self._last = number
+        self.terms.begun[number] = begun
         return Advertising(self.terms, number, following or {})

@@ -1,4 +1,4 @@
-"""The server's stages within a round; :mod:`choral.protocols.masking.server` gives the overview."""
+"""The server's stages within a round; :mod:`choral.protocols.masking.server.opening` gives the overview."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from choral.protocols.crypto.keys import PrivateKey, WeakKeyError
 from choral.protocols.crypto.modular_integers import PackingError, accumulator_dtype, packed_bytes, unpack
 from choral.protocols.errors import FaultyPartyError
-from choral.protocols.masking import messages, signing, unmasking
+from choral.protocols.masking import messages, signing
+from choral.protocols.masking.server import unmasking
 from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, SessionTerms, Stage, fingerprint_of
 
 _ANY_KEY = PrivateKey(bytes(31) + b"\x40")
@@ -32,6 +33,7 @@ class RoundStage(Stage):
         super().__init__(setup.roster, session, number, expected, size, seen)
         self._terms = terms
         self._taken = terms.taken
+        self._begun = terms.begun[number]
 
     def _check_keys(self, party: int, number: int, keys: messages.Advertise | messages.Following, what: str) -> None:
         """Refuse keys that would make every neighbour that is sent them refuse too. Raises FaultyPartyError."""
@@ -148,7 +150,8 @@ class Uploading(RoundStage):
         Raises TooFewSurvivorsError also when some secret could not be reconstructed by those who are left.
         """
         survivors = self._close(self._terms.setup.min_survivors, "too few sent a vector")
-        tally = unmasking.Tally(self._terms.setup, self._terms.graph, self._terms.session, self._number, self._bound)
+        terms = self._terms
+        tally = unmasking.Tally(terms.setup, terms.graph, terms.session, self._number, self._bound, self._begun)
         tally.check_reachable(survivors, survivors)
         bitmap = messages.to_bitmap(survivors, len(self._roster))
         raw = messages.encode(messages.Survivors(self._session, self._number, bitmap))
@@ -191,9 +194,11 @@ class Confirming(_AfterUploads):
         self._total = total
 
     def _accept(self, party: int, message: messages.Confirm) -> messages.Confirm:
-        signed = signing.confirm(self._terms.session, self._number, party, self._bitmap)
+        signed = signing.confirm(self._terms.session, self._number, party, self._bitmap, self._begun)
         if not self._terms.signed(party, signed, message.signature):
-            raise self._fault(party, "its confirmation is not a signature on the set of survivors it was sent")
+            raise self._fault(
+                party, "its confirmation is not a signature on the set of survivors and Begin it was sent"
+            )
         if not set(message.unopened) <= set(self._tally.dealers(party)):
             raise self._fault(party, "it accuses a party that dealt it nothing")
         if any(one >= other for one, other in pairwise(message.unopened)):

@@ -1,0 +1,166 @@
+"""Both drivers of a secure sum in a loop: all parties and the server in this process, over no network.
+
+What passes between them is bytes, counted and shown to whoever watches (:mod:`choral.protocols.tap`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from choral.protocols.driver import NeedsVector, PartyDriver, RoundTerms, ServerDriver, Trip
+from choral.protocols.errors import SpecError, StateUsedError
+from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec
+from choral.protocols.plain import check_submission
+from choral.protocols.tap import show
+
+if TYPE_CHECKING:
+    import torch
+
+NO_TRAINING = RoundTerms()
+
+
+class DriverSession:
+    """See :class:`choral.protocols.interface.SumSession`; kinds of sums add what they say of themselves."""
+
+    def __init__(self, spec: SumSpec, parties: Mapping[str, PartyDriver], server: ServerDriver) -> None:
+        """Open the session, of all the parties. Raises: what the parties refuse, and what ends an opening."""
+        self.spec = spec
+        self.counter = ByteCounter()
+        self.number = 0
+        self.parties = dict(parties)
+        self.server = server
+        for trip in server.open():
+            for party, raw in trip.outbox.items():
+                self.deliver(party, raw, trip)
+
+    def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> DriverRound:
+        """Keys and shares of a fresh round; an unfinished earlier round is lost.
+
+        lost: as in the interface. Keys that came with the round before are there whoever is lost at "keys" now.
+        terms: what the round is computed from; None, a sum without training.
+        Raises: SpecError; TooFewSurvivorsError when too few advertise or share.
+        """
+        losses = Losses(lost, self.spec.parties)
+        self.between_rounds()
+        return DriverRound(self, losses, NO_TRAINING if terms is None else terms)
+
+    def between_rounds(self) -> None:
+        """What is of no use in the next round is forgotten here."""
+
+    def deliver(self, party: str, raw: bytes, trip: Trip) -> None:
+        """Hand a message over, and the answer back. Raises: what either side refuses."""
+        self.counter.down(party, raw)
+        answer = self.parties[party].handle(raw)
+        if not isinstance(answer, NeedsVector):
+            self.send(party, answer, trip)
+
+    def send(self, party: str, answer: tuple[bytes, ...], trip: Trip) -> None:
+        """Raises: what the server refuses."""
+        for raw in answer:
+            trip.receive(party, self.counter.up(party, raw))
+            if party in trip.faults:
+                raise trip.faults[party]
+
+
+class DriverRound:
+    """See :class:`choral.protocols.interface.SumRound`. The server holds one vector, whatever the number of parties."""
+
+    def __init__(self, session: DriverSession, losses: Losses, terms: RoundTerms) -> None:
+        self._session, self._losses = session, losses
+        session.number += 1
+        self.number = session.number
+        self._trips: Iterator[Trip] = session.server.round(terms)
+        self._sent: dict[str, bool] = {}
+        self._answers: dict[str, tuple[bytes, ...]] = {}
+        self._finished = False
+        self._uploading = self._until_vectors()
+
+    def _until_vectors(self) -> Trip:
+        for trip in self._trips:
+            if trip.step == "vector":  # who is lost at its vector still hears what it is sent before it
+                for party, raw in trip.outbox.items():
+                    self._session.deliver(party, raw, trip)
+                return trip
+            self._pass(trip)
+        raise SpecError("a round without a trip for vectors")
+
+    def _pass(self, trip: Trip) -> None:
+        """Deliver to whoever is there to take the step that is asked for, and take the answers."""
+        for party, raw in trip.outbox.items():
+            if self._losses.takes(party, trip.step):  # type: ignore[arg-type]
+                self._session.deliver(party, raw, trip)
+
+    def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
+        """Have the party send its vector.
+
+        Raises: SpecError for an unknown party; StateUsedError the second time, or when a later round has begun;
+        InputError for another vector than agreed on, after which the party may submit a right one. One that broke off
+        on its way is sent again as it was.
+        """
+        self.check(party)
+        if party not in self._answers:
+            self._answers[party] = self._session.parties[party].supply(vector)
+        self._session.send(party, self._answers[party], self._uploading)
+        self._answers[party] = ()
+        self._sent[party] = True
+
+    def check(self, party: str) -> None:
+        """Raises: SpecError, StateUsedError: what ``submit`` would raise whatever the vector."""
+        self._check_current()
+        check_submission(party, self._session.spec, self._sent, self._losses, finished=self._finished)
+
+    def finish(self) -> SumResult:
+        """Recover from the dropouts and open the sum.
+
+        Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time.
+        """
+        self._check_current()
+        if self._finished:
+            raise StateUsedError("this round is finished")
+        self._finished = True
+        session = self._session
+        for trip in self._trips:
+            self._pass(trip)
+        if session.server.result is None:
+            raise SpecError("a round without a result")
+        up, down = session.counter.take(session.spec.parties)
+        return replace(session.server.result, bytes_up=up, bytes_down=down)
+
+    def _check_current(self) -> None:
+        if self.number != self._session.number:
+            raise StateUsedError(f"round {self.number} ended when round {self._session.number} began")
+
+
+class ByteCounter:
+    """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round.
+
+    Every message is shown to whoever watches (:mod:`choral.protocols.tap`).
+    """
+
+    def __init__(self) -> None:
+        self._up: Counter[str] = Counter()
+        self._down: Counter[str] = Counter()
+
+    def up(self, party: str, raw: bytes) -> bytes:
+        self._up[party] += len(raw)
+        show("up", party, raw)
+        return raw
+
+    def down(self, party: str, raw: bytes) -> None:
+        self._down[party] += len(raw)
+        show("down", party, raw)
+
+    def all_down(self, outbox: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        for party, raw in outbox.items():
+            self.down(party, raw)
+        return outbox
+
+    def take(self, parties: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
+        """What was counted since the last call, up and down."""
+        up, down = ({party: count[party] for party in parties} for count in (self._up, self._down))
+        self._up.clear()
+        self._down.clear()
+        return up, down

@@ -1,0 +1,359 @@
+"""A party of the masked sum behind one door: every message goes into ``handle``, and out comes what to send back.
+
+    from the server        state before    step         answer                     state after
+    SumSetup               -               join         Hello                      Joining
+    Hellos                 Joining         reveal       Reveal                     Revealing
+    Reveals                Revealing       enter        -                          Member
+    Begin                  Member          advertise    Advertise                  Advertised
+    Roster                 Advertised      share        DealtShares                SharesSent
+    Deliveries             SharesSent      receive      NeedsVector, then Upload   Ready, then Uploaded
+    Survivors              Uploaded        confirm      Confirm                    Confirmed
+    Confirmations          Confirmed       unmask       Unmask                     -
+
+Threat model: that of :mod:`choral.protocols.masking.party`, whose states do all that is secret; the driver decides
+which of them a message may reach. A message of another session, another round, or a kind that is not waited for is
+refused by name and spends no state, so that what a network has delayed, repeated or reordered costs nothing; one that
+is waited for spends its state, whatever is in it. The same bytes get the same answer, from a cache of what was sent,
+and no step is ever run twice.
+
+What is stored, ahead. ``public_state`` (the setup, the digest of the session, how many sessions the identity has
+joined, the last round that may have been answered) is handed to ``store`` *before* any message leaves that depends on
+it. A party that restarts from it has no secret of any round: it answers the next Begin, and none that it may have
+answered before. Nothing that is stored helps who steals it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from choral.protocols.crypto.identity import Identity
+from choral.protocols.crypto.single_use import Current
+from choral.protocols.driver import Answer, NeedsVector, Randomness, Replies, Store, used
+from choral.protocols.errors import FaultyServerError, MessageError, SpecError
+from choral.protocols.masking import messages, signing
+from choral.protocols.masking.graph import neighbours_of
+from choral.protocols.masking.party import Joining, Member, Revealing, join
+from choral.protocols.masking.party_round import (
+    Advertised,
+    Confirmed,
+    Membership,
+    Ready,
+    SharesSent,
+    Uploaded,
+)
+from choral.protocols.masking.policy import Policy, check_policy
+
+STATE_VERSION = 1
+
+
+class PublicState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a party's restart needs. setup: encoded; b"" before a session is open. last: no round up to it is answered.
+
+    sessions: how many the identity has joined for this purpose.
+    """
+
+    version: int
+    sessions: Annotated[int, Meta(ge=0, lt=1 << 63)]
+    setup: bytes = b""
+    session: bytes = b""
+    last: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
+
+
+@dataclass(repr=False)
+class _Round:
+    """The round that was begun last. state: the next step's; None once a step has failed, or all is done."""
+
+    begin: messages.Begin
+    begun: bytes
+    advertise: bytes
+    state: Advertised | SharesSent | Ready | Uploaded | Confirmed | None
+    asked: bytes = b""  # the digest of the message that asked for the vector
+
+
+class MaskedPartyDriver:
+    """See :class:`choral.protocols.driver.PartyDriver`.
+
+    name, policy: whose directory pins ``identity``'s public key under that name. store: is given the public state
+    whenever it changes, ahead of what depends on it. state: such a state, of before a restart. purpose: tells this
+    identity's sums apart (:meth:`Identity.sessions`). repeats: whether the transport may ask twice.
+
+    Raises: SpecError for an identity that is not pinned, or a stored state of something else; PolicyError where the
+    stored setup is weaker than the policy now is.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        identity: Identity,
+        policy: Policy,
+        randomness: Randomness,
+        store: Store | None = None,
+        state: bytes | None = None,
+        purpose: str = "",
+        repeats: bool = True,
+    ) -> None:
+        if not isinstance(identity, Identity):
+            raise SpecError(f"expected an Identity, got a {type(identity).__name__}", hint="Identity(seed)")
+        self.name, self.policy = name, check_policy(policy)
+        if policy.directory.get(name) != identity.public:
+            raise SpecError(f"the identity of {name!r} is not the one in its own directory")
+        self._identity, self._randomness, self._store = identity, randomness, store
+        self._sessions = identity.sessions(purpose)
+        self._replies = Replies(kept=repeats)
+        self._setup: messages.SumSetup | None = None
+        self._raw_setup = b""
+        self._opening: Joining | Revealing | None = None
+        self._membership: Membership | None = None
+        self._member: Member | None = None
+        self._early: tuple[int, Advertised, bytes] | None = None
+        self._round: _Round | None = None
+        self._last = 0
+        if state is not None:
+            self._restore(state)
+
+    # ------------------------------------------------------------------------------------------------- what is stored
+
+    def public_state(self) -> bytes:
+        """What a restarted party goes on from; no secret is in it."""
+        session, setup = b"", b""
+        if self._membership is not None:
+            session, setup = self._membership.session, self._raw_setup
+        return msgspec.msgpack.encode(PublicState(STATE_VERSION, self._sessions.last, setup, session, self._last))
+
+    def _save(self) -> None:
+        if self._store is not None:
+            self._store(self.public_state())
+
+    def _restore(self, raw: bytes) -> None:
+        try:
+            state = msgspec.msgpack.decode(raw, type=PublicState)
+        except (msgspec.MsgspecError, TypeError):
+            raise SpecError("these bytes are no stored state of a party") from None
+        if state.version != STATE_VERSION:
+            raise SpecError(f"the stored state is of version {state.version}; this Choral reads {STATE_VERSION}")
+        current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
+        if state.session:
+            setup = messages.to_party(state.setup, limit=len(state.setup))
+            if not isinstance(setup, messages.SumSetup) or len(state.session) != 32:
+                raise SpecError("these bytes are no stored state of a party")
+            self._policy_for(setup).check(setup, self.name)
+            self._enter(setup, state.setup, state.session, current, state.last)
+        self._save()
+
+    def _enter(self, setup: messages.SumSetup, raw: bytes, session: bytes, current: Current, last: int) -> None:
+        index = setup.roster.index(self.name)
+        around = neighbours_of(index, len(setup.roster), setup.neighbours, signing.graph_seed(session))
+        policy = self._policy_for(setup)
+        membership = Membership(setup, session, index, self._identity.seed, policy, around, current)
+        self._hold(setup, raw)
+        self._membership, self._member, self._last = membership, Member((membership, last)), last
+
+    # ------------------------------------------------------------------------------------------------------- messages
+
+    def handle(self, raw: bytes) -> Answer:
+        """See :class:`choral.protocols.driver.PartyDriver`.
+
+        Raises: MessageError; PolicyError for a setup that is not accepted; FaultyServerError for a message of another
+        session or round, two models in one round, or a round that was answered before; StateUsedError for a step that
+        was taken, or whose session is dead; what the steps raise (:mod:`choral.protocols.masking.party`).
+        """
+        if not isinstance(raw, bytes):
+            raise MessageError("the server", f"expected a message as bytes, got a {type(raw).__name__}")
+        if len(raw) > self._limit():
+            raise MessageError("the server", f"expected a message of at most {self._limit()} bytes, got {len(raw)}")
+        key = Replies.key(raw)
+        if (known := self._replies.get(key)) is not None:
+            self._check_live()
+            return known
+        answer: Answer = ()
+        for part in self._parts(raw):
+            answer = self._take(messages.to_party(part, limit=len(part)), part, key)
+        self._replies.put(key, answer)
+        return answer
+
+    def _parts(self, raw: bytes) -> tuple[bytes, ...]:
+        message = messages.to_party(raw, limit=len(raw))
+        return message.parts if isinstance(message, messages.Bundle) else (raw,)
+
+    def _limit(self) -> int:
+        """No message that this party may be sent is longer."""
+        limit, setup = messages.limit, self._setup
+        most = limit(messages.SumSetup, len(self.policy.directory))
+        if setup is None:
+            return most
+        n, k = len(setup.roster), setup.neighbours
+        parts = limit(messages.Reveals, n) + limit(messages.Begin) + limit(messages.Roster, k)
+        kinds = (messages.Deliveries, messages.Confirmations)
+        return max(most, limit(messages.Bundle, parts), limit(messages.Hellos, n), *(limit(kind, k) for kind in kinds))
+
+    def _take(self, message: messages.ToParty, raw: bytes, key: bytes) -> Answer:
+        """One message, its kind deciding which state it is for."""
+        if isinstance(message, messages.SumSetup):
+            return self._join(message, raw)
+        if isinstance(message, messages.Hellos | messages.Reveals):
+            return self._open(message, raw)
+        if isinstance(message, messages.Bundle):
+            raise MessageError("the server", "a bundle holds no bundle")
+        member = self._in_session(message)
+        if isinstance(message, messages.Begin):
+            return self._begin(message, raw, member)
+        return self._step(self._current_round(message), message, raw, key)
+
+    def _check_live(self) -> None:
+        if self._membership is not None:
+            self._membership.current.check_live()
+
+    def _in_session(self, message: Any) -> Membership:
+        kind = type(message).__name__
+        if self._membership is None:
+            raise FaultyServerError(f"it sent its {kind} before the session was open to this party")
+        if message.session != self._membership.id:
+            raise FaultyServerError(f"the {kind} is of another session")
+        self._membership.current.check_live()
+        return self._membership
+
+    def _current_round(self, message: Any) -> _Round:
+        kind, now = type(message).__name__, self._round
+        if now is None:
+            raise FaultyServerError(f"it sent its {kind} of round {message.round}, which was not begun")
+        if message.round != now.begin.round:
+            raise FaultyServerError(f"the {kind} is of round {message.round}, not {now.begin.round}")
+        return now
+
+    # -------------------------------------------------------------------------------------------------------- opening
+
+    def _policy_for(self, setup: messages.SumSetup) -> Policy:  # noqa: ARG002
+        """What is accepted of this setup; never taken from it."""
+        return self.policy
+
+    def _hold(self, setup: messages.SumSetup, raw: bytes) -> None:
+        self._setup, self._raw_setup = setup, raw
+        self._opening = self._membership = self._member = self._early = self._round = None
+        self._last = 0
+
+    def _join(self, setup: messages.SumSetup, raw: bytes) -> Answer:
+        """A session that is joined ends the one before it, for good."""
+        joining, hello = join(
+            raw,
+            name=self.name,
+            identity=self._identity.seed,
+            policy=self._policy_for(setup),
+            randomness=self._randomness,
+            sessions=self._sessions,
+        )
+        self._replies.forget()
+        self._hold(setup, raw)
+        self._opening = joining
+        self._save()
+        return (hello,)
+
+    def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:
+        kind = type(message).__name__
+        if self._setup is None or message.session != self._setup.session:
+            raise FaultyServerError(f"the {kind} are of another session")
+        opening = self._opening
+        if isinstance(message, messages.Hellos) and isinstance(opening, Joining):
+            self._opening, reveal = opening.reveal(raw)
+            return (reveal,)
+        if isinstance(message, messages.Reveals) and isinstance(opening, Revealing):
+            self._opening = None
+            member = opening.enter(raw)
+            (membership, _), *_ = tuple(member._content)
+            self._membership, self._member = membership, member
+            self._save()
+            return ()
+        if isinstance(message, messages.Reveals) and self._membership is not None:
+            return ()  # until a party is heard in the open session, each Begin brings them along
+        raise used(f"its {kind} were not waited for: that step was taken")
+
+    # -------------------------------------------------------------------------------------------------------- a round
+
+    def _begin(self, begin: messages.Begin, raw: bytes, member: Membership) -> Answer:
+        now, signed = self._round, member.setup.terms
+        if now is not None and begin.round == now.begin.round:
+            if begin != now.begin:
+                raise FaultyServerError(f"it shows two models in round {begin.round}, or other terms")
+            return (now.advertise,)
+        if begin.round <= self._last and (self._early is None or self._early[0] != begin.round):
+            raise FaultyServerError(f"asked for round {begin.round} after round {self._last}")
+        if signed is not None and begin.terms != signed:
+            raise FaultyServerError(
+                f"the training terms of round {begin.round} are not those that the session was signed with",
+                hint="open a session for the new terms, which each party may then refuse",
+            )
+        self._replies.forget()
+        self._round = None
+        advertised, advertise = self._advertise(begin.round)
+        self._early = None
+        self._round = _Round(begin, signing.begun(raw), advertise, advertised)
+        return (advertise,)
+
+    def _advertise(self, number: int) -> tuple[Advertised, bytes]:
+        """This party's keys for a round; once for each. That it may have answered it is stored first."""
+        if self._early is None or self._early[0] != number:
+            if self._member is None:
+                raise used("no session is open to this party")
+            self._last = number
+            self._save()
+            self._member, advertised, raw = self._member.advertise(number, randomness=self._randomness)
+            self._early = number, advertised, raw
+        return self._early[1], self._early[2]
+
+    def _step(self, now: _Round, message: messages.ToParty, raw: bytes, key: bytes) -> Answer:
+        """The state that waits for this kind of message is taken out of the round first: a step that fails is over."""
+        state, begin = now.state, now.begin
+        if isinstance(message, messages.Roster) and isinstance(state, Advertised):
+            now.state = None
+            now.state, answer = state.share(raw, randomness=self._randomness, begun=now.begun)
+            return (answer,)
+        if isinstance(message, messages.Deliveries) and isinstance(state, SharesSent):
+            now.state = None
+            now.state, now.asked = state.receive(raw), key
+            return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
+        if isinstance(message, messages.Survivors) and isinstance(state, Uploaded):
+            now.state = None
+            now.state, answer = state.confirm(raw)
+            return (answer,)
+        if isinstance(message, messages.Confirmations) and isinstance(state, Confirmed):
+            now.state = None
+            _, following = self._advertise(begin.round + 1)
+            return (state.unmask(raw, following=following),)
+        where = "nothing more of it" if state is None else f"another message than that, as {type(state).__name__}"
+        raise used(
+            f"its {type(message).__name__} of round {begin.round} was not waited for: this party expects {where}"
+        )
+
+    def supply(self, vector: Any) -> tuple[bytes, ...]:
+        """See :class:`choral.protocols.driver.PartyDriver`.
+
+        vector: int64, shape (length,), every |value| <= bound; numpy, or a torch tensor (on a GPU it is masked there).
+        Raises: InputError, after which a right one may be supplied; StateUsedError where none is asked for (any more).
+        """
+        now, ready = self._ready()
+        uploaded, upload = ready.upload(vector)
+        return self._supplied(now, uploaded, (upload,))
+
+    def _ready(self) -> tuple[_Round, Ready]:
+        now = self._round
+        if now is None or not isinstance(now.state, Ready):
+            raise used("no vector is asked for")
+        return now, now.state
+
+    def _supplied(self, now: _Round, state: Uploaded, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        now.state = state
+        self._replies.put(now.asked, answer)
+        return answer
+
+    def decline(self) -> None:
+        """Sit out: the party sends no vector in this round, and answers the next one. Raises: StateUsedError."""
+        now, _ = self._ready()
+        now.state = None
+        self._replies.put(now.asked, ())
+
+    def __repr__(self) -> str:
+        return f"<MaskedPartyDriver of {self.name!r}>"
