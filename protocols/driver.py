@@ -151,7 +151,7 @@ class Trip:
         self.patience = patience
         self.faults: dict[str, ProtocolError] = {}
         self._stage = stage
-        self._take = stage.receive if take is None else take
+        self.take = stage.receive if take is None else take
         self._quorum = quorum
 
     @property
@@ -162,7 +162,7 @@ class Trip:
     def receive(self, sender: str, raw: bytes) -> None:
         """Take a message from ``sender``, as whom the transport authenticated it."""
         try:
-            self._take(sender, raw)
+            self.take(sender, raw)
         except ProtocolError as error:
             self.faults[str(sender)[: checks.MAX_NAME]] = error
 

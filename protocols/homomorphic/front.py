@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from choral.protocols import argument_checks as checks
+from choral.protocols.crypto.identity import Identity
+from choral.protocols.driver import PartyDriver, Patience, Randomness, ServerDriver, Store
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSession, SumSpec, check_spec
 from choral.protocols.masking.masked import Masked
@@ -85,3 +89,54 @@ class Homomorphic:
         from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 
         return SharedSession(spec, min_survivors=self.min_survivors, policy=policy)
+
+    def party_driver(
+        self,
+        spec: SumSpec,
+        *,
+        name: str,
+        identity: Identity,
+        policy: Policy,
+        randomness: Randomness = secrets.token_bytes,
+        store: Store | None = None,
+        state: bytes | None = None,
+        purpose: str = "",
+        repeats: bool = True,
+    ) -> PartyDriver:
+        """One party's half: see :meth:`choral.protocols.Masked.party_driver`. spec: as this party knows it."""
+        self._check_split()
+        from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
+
+        return SplitPartyDriver(
+            self._keys(),
+            spec,
+            name=name,
+            identity=identity,
+            policy=policy,
+            randomness=randomness,
+            store=store,
+            state=state,
+            purpose=purpose,
+            repeats=repeats,
+        )
+
+    def server_driver(
+        self,
+        spec: SumSpec,
+        *,
+        directory: Mapping[str, bytes],
+        randomness: Randomness = secrets.token_bytes,
+        patience: Patience = None,
+        quorum: int | None = None,
+    ) -> ServerDriver:
+        """The server's half: see :meth:`choral.protocols.Masked.server_driver`."""
+        self._check_split()
+        from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
+
+        return SplitServerDriver(
+            self._keys(), spec, directory=directory, randomness=randomness, patience=patience, quorum=quorum
+        )
+
+    def _check_split(self) -> None:
+        if self.key != "split":
+            raise SpecError("the sum under a shared key is played in one process only", hint='use key="split"')

@@ -144,7 +144,8 @@ class SplitParameters:
         return (
             f"split 1: degree {self.degree}, {self.prime_count} primes of {self.prime_bits} bits, sigma {SIGMA},"
             f" {self.slots} slots of {self.slot_bits} bits over {self.scale_bits}, {self.message_blocks} blocks each,"
-            f" length {self.spec.length}, bound {self.spec.bound}, encoding {self.spec.encoding}"
+            f" length {self.spec.length}, bound {self.spec.bound}, weight bound {self.spec.weight_bound}, encoding"
+            f" {self.spec.encoding}"
         )
 
 

@@ -152,7 +152,7 @@ def encrypt(vector: Any, terms: SplitRound, *, randomness: Callable[[int], bytes
     Raises: InputError, before anything is drawn.
     """
     spec = terms.parameters.spec
-    vector = checked(vector, spec.length, spec.bound)
+    vector = checked(vector, spec.length, spec.bound, spec.weight_bound)
     seed = randomness(32)
     key = sample(seed, terms.parameters.degree).astype(np.int64)
     return Encrypted(key, _messages(vector, terms, key, seed, os.getpid()))
@@ -232,7 +232,7 @@ class Collector:
         self._opened = False
 
     def receive(self, party: str, raw: bytes) -> None:
-        """Take the next message of a party.
+        """Take the next message of a party; ignore it when it repeats one that is there.
 
         Residues are not checked to be below their primes: any bits are residues, and what a party sends is its own.
 
@@ -250,6 +250,8 @@ class Collector:
             raise FaultyPartyError(party, "its ciphertext is of another session or round")
         if message.key != terms.key:
             raise FaultyPartyError(party, "its ciphertext is for another sum of keys, or has other parameters")
+        if message.index < len(arrived) and message.body == arrived[message.index]:
+            return
         if message.index != len(arrived) or message.index >= chosen.messages:
             raise FaultyPartyError(
                 party, f"expected piece {len(arrived)} of {chosen.messages} of its ciphertext, got {message.index}"
@@ -260,12 +262,6 @@ class Collector:
                 party, f"expected {size} bytes in piece {message.index} of its ciphertext, got {len(message.body)}"
             )
         arrived.append(message.body)
-
-    def restart(self, party: str) -> None:
-        """Forget what a party has sent so far: it begins anew, under a fresh key. Not once its ciphertext is in the
-        sum."""
-        if party in self._arriving:
-            self._arriving[party] = []
 
     def complete(self, party: str) -> bool:
         """Whether all of its messages are there: only then its key may be let into the masked sum."""

@@ -134,11 +134,14 @@ class MaskedServerDriver:
             self._reveals = reveals[roster[0]]
 
     def _terms_for(self, roster: tuple[str, ...]) -> messages.SumSetup:
-        spec, config = self.spec, self._config
-        if roster != spec.parties:  # whoever is there is no draw, whatever the roster was
-            spec = replace(spec, parties=roster, directory=spec.population)
+        config = self._config
+        if roster != self.spec.parties:  # whoever is there is no draw, whatever the roster was
             config = replace(config, cohort="chosen")
-        return config.setup(spec, session=self._randomness(16))
+        return config.setup(self._spec_for(roster), session=self._randomness(16))
+
+    def _spec_for(self, roster: tuple[str, ...]) -> SumSpec:
+        """What is summed over those who are present."""
+        return among(self.spec, roster)
 
     def _present(self, roster: tuple[str, ...], missing: TooFewSurvivorsError) -> tuple[str, ...]:
         """Those who answered. Raises ``missing`` where no session can be opened with them alone."""
@@ -188,6 +191,13 @@ class MaskedServerDriver:
         self._up.clear()
         self._down.clear()
         self.result = SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)
+
+
+def among(spec: SumSpec, roster: tuple[str, ...]) -> SumSpec:
+    """The same sum over a roster that was taken from its parties."""
+    if roster == spec.parties:
+        return spec
+    return replace(spec, parties=roster, directory=spec.population)
 
 
 def _bundle(*parts: bytes) -> bytes:

@@ -30,9 +30,12 @@ from choral.protocols.homomorphic.ring.gaussian import TAIL
 from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split import decoding
-from choral.protocols.homomorphic.split import in_process as split_sum
 from choral.protocols.homomorphic.split import party_and_server as split
-from choral.protocols.homomorphic.split.in_process import SplitSession, key_spec
+from choral.protocols.homomorphic.split import party_driver as split_party
+from choral.protocols.homomorphic.split.in_process import SplitSession
+from choral.protocols.homomorphic.split.party_driver import key_spec
+from choral.protocols.masking.party_round import Ready
+from choral.protocols.masking.policy import Policy
 
 SPEC = SumSpec(parties=("north", "south", "east", "west"), length=5, bound=100)
 VECTORS = {
@@ -159,16 +162,19 @@ def test_too_few_survivors_open_nothing_and_the_session_goes_on() -> None:
     assert run(session, VECTORS).total.tolist() == [-87, 103, 1, 2, 8]
 
 
-def _let_down(monkeypatch: pytest.MonkeyPatch, party: str) -> None:
+UPLOAD = b"\xa6upload"
+
+
+def _let_down(monkeypatch: pytest.MonkeyPatch, party: str, kind: bytes = UPLOAD) -> None:
     """The key of ``party`` is lost between it and the masked sum."""
-    original = in_process.DriverRound.submit
+    original = in_process.ByteCounter.up
 
-    def submit(self: Any, name: str, vector: Any) -> None:
-        if name == party:
+    def up(self: Any, name: str, raw: bytes) -> bytes:
+        if name == party and raw[2:].startswith(kind):
             raise ConnectionError("lost")
-        original(self, name, vector)
+        return original(self, name, raw)
 
-    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
+    monkeypatch.setattr(in_process.ByteCounter, "up", up)
 
 
 def test_a_ciphertext_whose_key_never_came_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,15 +212,15 @@ def test_a_ciphertext_that_was_cut_off_is_left_out(monkeypatch: pytest.MonkeyPat
 
 def test_a_cheating_key_garbles_the_sum_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A party that gives the masked sum another key than it encrypted under: an error, and no wrong sum."""
-    original = in_process.DriverRound.submit
+    original = Ready.upload
 
-    def submit(self: Any, name: str, vector: Any) -> None:
-        changed = np.array(vector)
-        if name == "south":
+    def upload(self: Any, vector: Any) -> Any:
+        changed, (masking, *_) = np.array(vector), tuple(self._content)
+        if masking.member.index == SPEC.parties.index("south"):
             changed[100] += 1 if changed[100] < TAIL else -1
-        original(self, name, changed)
+        return original(self, changed)
 
-    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
+    monkeypatch.setattr(Ready, "upload", upload)
     session = session_of()
     with pytest.raises(GarbledSumError) as caught:
         run(session, VECTORS)
@@ -224,31 +230,31 @@ def test_a_cheating_key_garbles_the_sum_and_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_the_server_counts_a_key_only_with_its_ciphertext() -> None:
-    """Keys over other parties than the ciphertexts: here the server let a key in whose ciphertext it never had."""
+    """Keys over other parties than the ciphertexts: a key whose ciphertext never came is not let in."""
     session = session_of()
     summing = session.begin()
     for party in ("north", "south", "east"):
         summing.submit(party, np.array(VECTORS[party]))
-    summing._masked.submit("west", np.zeros(session.parameters.degree, np.int64))
-    with pytest.raises(StateUsedError, match="other parties"):
-        summing.finish()
+    *_, key = session.parties["west"].supply(np.array(VECTORS["west"]))
+    with pytest.raises(FaultyPartyError, match="west: sent its key before its whole ciphertext"):
+        session.send("west", (key,), summing._uploading)
+    assert summing.finish().survivors == ("north", "south", "east")
 
 
 def test_a_tampered_message_is_refused_before_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     summing = session_of().begin()
-    sent: list[str] = []
-    original = in_process.DriverRound.submit
+    sent: list[bytes] = []
 
-    def submit(self: Any, name: str, vector: Any) -> None:
-        sent.append(name)
-        original(self, name, vector)
+    def up(self: Any, party: str, raw: bytes) -> bytes:
+        sent.append(raw)
+        return raw[:-1]
 
-    monkeypatch.setattr(in_process.DriverRound, "submit", submit)
     with monkeypatch.context() as patch:
-        patch.setattr(in_process.ByteCounter, "up", lambda self, party, raw: raw[:-1])
+        patch.setattr(in_process.ByteCounter, "up", up)
         with pytest.raises(Exception, match="from north"):
             summing.submit("north", np.array(VECTORS["north"]))
-    assert sent == []
+    assert len(sent) == 1
+    assert not sent[0][2:].startswith(UPLOAD)
 
 
 @pytest.fixture
@@ -278,7 +284,7 @@ def wiretap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[bytes], 
 
     monkeypatch.setattr(in_process.ByteCounter, "up", tapped_up)
     monkeypatch.setattr(in_process.ByteCounter, "down", tapped_down)
-    monkeypatch.setattr(split_sum, "encrypt", tapped)
+    monkeypatch.setattr(split_party, "encrypt", tapped)
     return lambda: (sent, keys, seeds)
 
 
@@ -330,7 +336,7 @@ def test_no_key_or_seed_is_sent_shown_or_kept(length: int, wiretap: Any, caplog:
     assert len(keys) == len(seeds) == 3
     assert len(sent) > 20
     shown = [repr(session), repr(summing), repr(result), json.dumps(dict(session.statement)), caplog.text]
-    shown += [repr(session.parameters), repr(summing._terms), repr(summing._collector)]
+    shown += [repr(session.parameters), repr(session.driver), *map(repr, session.parties.values())]
     everything = b"\n".join([*sent, *(text.encode() for text in shown)])
     for key, seed in zip(keys, seeds, strict=True):
         for name, needle in encodings(key, session.parameters).items():
@@ -341,7 +347,11 @@ def test_no_key_or_seed_is_sent_shown_or_kept(length: int, wiretap: Any, caplog:
             assert not finds(needle, everything)
             assert finds(needle, everything + needle)
     # What remains in the objects of the round holds no key either: the parties are played and gone.
-    kept = [value for owner in (summing, summing._collector, summing._terms) for value in vars(owner).values()]
+    kept = [
+        value
+        for owner in (summing, session, session.driver, *session.parties.values())
+        for value in vars(owner).values()
+    ]
     assert not any(isinstance(value, np.ndarray) and value.shape == keys[0].shape for value in kept)
 
 
@@ -354,11 +364,12 @@ def test_every_round_has_fresh_keys_and_public_randomness(wiretap: Any) -> None:
     _, keys, seeds = wiretap()
     assert len(set(seeds)) == len(seeds) == 12
     assert len({key.tobytes() for key in keys}) == 12
-    assert session.masked.digest != again.masked.digest
+    assert session.digest != again.digest
 
 
 def test_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch, wiretap: Any) -> None:
-    summing = session_of().begin()
+    session = session_of()
+    summing = session.begin()
     shown = []
     _let_down(monkeypatch, "east")
     for party, vector in VECTORS.items():
@@ -366,8 +377,9 @@ def test_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch, wiretap: Any) ->
             summing.submit(party, np.array(vector))
         except ConnectionError as error:
             shown.append(repr(error))
+    *_, key = summing._answers["east"]
     with pytest.raises(FaultyPartyError) as caught:
-        summing._collector.include("south")
+        session.send("north", (key,), summing._uploading)
     shown += [str(caught.value), repr(caught.value), caught.value.hint]
     _, keys, seeds = wiretap()
     for text in shown:
@@ -385,7 +397,7 @@ def test_the_sum_of_keys_is_bound_to_the_terms_of_the_long_vector() -> None:
     assert len({spec.encoding for spec in names}) == 4
     assert all(spec.bound == TAIL and spec.length == ours.degree for spec in names[:1])
     session = session_of()
-    setup = session.masked.driver.setup
+    setup = session.driver.setup
     assert setup.encoding == key_spec(session.parameters).encoding
     assert setup.length == session.parameters.degree
     with pytest.raises(PolicyError):
@@ -396,15 +408,12 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
     """One that would encode in another way is shown this session's setup."""
     import secrets
 
-    from msgspec.structs import replace
-
     from choral.protocols.masking import messages
     from choral.protocols.masking.party import join
-    from choral.protocols.masking.policy import Policy
 
-    policy: Policy = session.masked._policy
+    policy: Policy = session._policy
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})
-    raw = messages.encode(replace(session.masked.driver.setup))
+    raw = messages.encode(session.driver.setup)
     join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
 
 
@@ -427,8 +436,8 @@ def test_a_submission_that_broke_off_may_be_repeated(monkeypatch: pytest.MonkeyP
     summing = session.begin()
     vector = np.arange(40, dtype=np.int64) % 5
     with monkeypatch.context() as broken:
-        broken.setattr(in_process.DriverRound, "submit", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        _let_down(broken, "north")
+        with pytest.raises(ConnectionError):
             summing.submit("north", vector)
     for party in spec.parties:
         summing.submit(party, vector)
