@@ -232,7 +232,7 @@ class Collector:
         self._opened = False
 
     def receive(self, party: str, raw: bytes) -> None:
-        """Take the next message of a party; ignore it when it repeats one that is there.
+        """Take the next message of a party.
 
         Residues are not checked to be below their primes: any bits are residues, and what a party sends is its own.
 
@@ -250,8 +250,6 @@ class Collector:
             raise FaultyPartyError(party, "its ciphertext is of another session or round")
         if message.key != terms.key:
             raise FaultyPartyError(party, "its ciphertext is for another sum of keys, or has other parameters")
-        if message.index < len(arrived) and message.body == arrived[message.index]:
-            return
         if message.index != len(arrived) or message.index >= chosen.messages:
             raise FaultyPartyError(
                 party, f"expected piece {len(arrived)} of {chosen.messages} of its ciphertext, got {message.index}"
@@ -262,6 +260,12 @@ class Collector:
                 party, f"expected {size} bytes in piece {message.index} of its ciphertext, got {len(message.body)}"
             )
         arrived.append(message.body)
+
+    def repeats(self, party: str, raw: bytes) -> bool:
+        """Whether a message that was refused is one of this party's that is there already. Raises: MessageError."""
+        chosen, arrived = self._terms.parameters, self._arriving.get(party, [])
+        message = read_ciphertext(raw, sender=party, body=chosen.message_blocks * chosen.block_bytes)
+        return message.index < len(arrived) and message.body == arrived[message.index]
 
     def complete(self, party: str) -> bool:
         """Whether all of its messages are there: only then its key may be let into the masked sum."""

@@ -75,7 +75,11 @@ class SplitServerDriver(MaskedServerDriver):
                     return
                 if trip.step != "vector":
                     raise LateVectorError(sender)
-                collector.receive(sender, raw)
+                try:
+                    collector.receive(sender, raw)
+                except FaultyPartyError:
+                    if not collector.repeats(sender, raw):
+                        raise
                 self._up[sender] += len(raw)
                 return
             asked = trip.step == "vector" and sender in trip.waiting

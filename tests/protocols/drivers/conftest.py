@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,7 @@ class Deployment:
             before, self.late = self.late, []
             for _ in range(tries):
                 for name in [name for name in trip.outbox if name in trip.waiting]:
-                    self.pass_on(
-                        fates, trip, "down", name, lambda to, name=name, trip=trip: self.down(name, to, trip, fates)
-                    )
+                    self.pass_on(fates, trip, "down", name, partial(self.down, name, trip=trip, fates=fates))
                 for arrive in before:
                     arrive(trip)
                 before = []
@@ -114,7 +113,11 @@ class Deployment:
             return
         for part in answer:
             self.sent.append(("up", trip.step, name, part))
-            self.pass_on(fates, to, "up", name, lambda now, part=part: now.receive(name, part))
+            self.pass_on(fates, to, "up", name, partial(_receive, name, part))
+
+
+def _receive(name: str, raw: bytes, trip: Trip) -> None:
+    trip.receive(name, raw)
 
 
 @pytest.fixture
