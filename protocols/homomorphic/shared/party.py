@@ -37,6 +37,7 @@ from choral.protocols.argument_checks import shown
 from choral.protocols.crypto.keys import SealError, WeakKeyError, seal, unseal, x25519_public, x25519_shared
 from choral.protocols.crypto.modular_integers import pack, wrap
 from choral.protocols.crypto.single_use import Once
+from choral.protocols.driver import Randomness
 from choral.protocols.errors import (
     SERVER,
     FaultyPartyError,
@@ -53,7 +54,7 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership, Randomness, expect
+from choral.protocols.masking.party_round import NONCE, Membership, expect
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.signing import SESSION_BYTES, sign
 from choral.protocols.own_vector import checked, checked_floats, is_tensor

@@ -27,8 +27,8 @@ from choral.audits.transcripts import independence
 from choral.audits.transcripts.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
-from choral.protocols.homomorphic.split import in_process as split_sum
 from choral.protocols.homomorphic.split import party_and_server as split
+from choral.protocols.homomorphic.split import party_driver as split_party
 from choral.protocols.in_process import ByteCounter
 from choral.protocols.masking import messages, party_round
 from choral.protocols.masking.in_process import MaskedSession
@@ -405,7 +405,7 @@ def test_ciphertexts_under_no_key_are_caught(job: Job, tmp_path: Path, monkeypat
         key = np.zeros(terms.parameters.degree, np.int64)
         return split.Encrypted(key, split._messages(vector, terms, key, randomness(32), os.getpid()))
 
-    monkeypatch.setattr(split_sum, "encrypt", keyless)
+    monkeypatch.setattr(split_party, "encrypt", keyless)
     report = rehearse(job, tmp_path / "run", rounds=2, secure_sum=Homomorphic())
     verdict, finding = check(report, "single party's vector")
     assert (verdict, report.exit_code) == ("violated", 1)
