@@ -204,5 +204,4 @@ class Answering:
                 await self._fail(stream, "reply")
                 return
             del request  # its message is not held while the reply is sent
-            await self.channel.send(Kind.REPLY, stream, REPLY.pack(len(reply)))
-            await self.channel.send_message(stream, reply)
+            await self.channel.send_message(Kind.REPLY, stream, REPLY.pack(len(reply)), reply)

@@ -103,8 +103,7 @@ class Asking:
 
     async def _send(self, stream: int, pending: _Pending, head: bytes, body: memoryview) -> None:
         try:
-            await self.channel.send(Kind.REQUEST, stream, head)
-            await self.channel.send_message(stream, body)
+            await self.channel.send_message(Kind.REQUEST, stream, head, body)
         except TransportError as error:
             if not pending.answer.done():
                 pending.answer.set_exception(error)

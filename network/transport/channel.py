@@ -48,12 +48,30 @@ class Channel:
         Raises:
             PeerLostError: the connection is gone, or the other end took nothing for too long.
         """
+        await self._write([header(kind, stream, len(payload)), payload])
+
+    async def send_message(self, kind: Kind, stream: int, head: bytes, body: memoryview) -> None:
+        """Write a message: its head, its bytes as DATA. Frames of others may come in between.
+
+        Raises:
+            PeerLostError: as `send`.
+        """
+        first = body[:FRAME_BYTES]
+        parts: list[Buffer] = [header(kind, stream, len(head)), head]
+        if len(first):
+            parts += [header(Kind.DATA, stream, len(first)), first]
+        await self._write(parts)
+        for start in range(FRAME_BYTES, len(body), FRAME_BYTES):
+            await asyncio.sleep(0)  # others have their turn, and an end of the connection is heard of
+            await self.send(Kind.DATA, stream, body[start : start + FRAME_BYTES])
+
+    async def _write(self, parts: list[Buffer]) -> None:
         async with self._lock:
             if self._writer.transport.is_closing():
                 raise PeerLostError("the connection is closed", peer=self.peer)
             try:
                 async with asyncio.timeout(self.limits.silence):
-                    self._writer.writelines([header(kind, stream, len(payload)), payload])
+                    self._writer.writelines(parts)
                     await self._writer.drain()
             except TimeoutError:
                 self.abort()
@@ -61,11 +79,6 @@ class Channel:
                 raise PeerLostError(text, peer=self.peer) from None
             except OSError as error:
                 raise PeerLostError(f"the connection broke ({_said(error)})", peer=self.peer) from None
-
-    async def send_message(self, stream: int, body: memoryview) -> None:
-        """The bytes of a message as DATA frames, of which others' frames may come in between."""
-        for start in range(0, len(body), FRAME_BYTES):
-            await self.send(Kind.DATA, stream, body[start : start + FRAME_BYTES])
 
     async def receive(self) -> Frame:
         """The next frame.

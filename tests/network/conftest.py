@@ -34,6 +34,7 @@ class Raw:
     async def send(self, kind: int, stream: int = 0, payload: bytes = b"") -> None:
         self.writer.write(header(Kind(kind), stream, len(payload)) + payload)
         await self.writer.drain()
+        await asyncio.sleep(0)  # a connection that ended is not known to `drain` before
 
     async def read(self) -> tuple[Kind, int, bytes]:
         kind, _, stream, length = HEADER.unpack(await self.reader.readexactly(HEADER.size))

@@ -19,6 +19,7 @@ from choral.network import (
     ProxyError,
     RefusedError,
     Request,
+    RequestTimeoutError,
 )
 from choral.network.transport.frames import FRAME_BYTES, HEADER, REPLY, REQUEST, SMALL_BYTES, Kind
 
@@ -134,6 +135,9 @@ def test_a_coordinator_that_floods_gets_no_more_than_the_site_grants(ends: Any, 
         return b""
 
     many, heard = asks(*((Kind.REQUEST, stream, request(0, stream)) for stream in range(1, 30)))
+    same, again = asks(
+        (Kind.REQUEST, 1, request(0, 1)), *((Kind.REQUEST, stream, request(9, 1)) for stream in range(2, 31))
+    )
     open_ones, told = asks(*((Kind.REQUEST, stream, request(9, stream)) for stream in range(1, 30)))
 
     async def main() -> None:
@@ -143,6 +147,24 @@ def test_a_coordinator_that_floods_gets_no_more_than_the_site_grants(ends: Any, 
         assert len(called) == 4
         async with ends.raw_hub(open_ones) as address, ends.link("north", address, handler):
             await until(lambda: [payload for kind, _, payload in told if kind is Kind.FAILED] == [b"busy"] * 25)
+        async with ends.raw_hub(same) as address, ends.link("north", address, handler):
+            await until(lambda: [payload for kind, _, payload in again if kind is Kind.FAILED] == [b"busy"] * 25)
+
+    asyncio.run(main())
+
+
+def test_a_site_that_says_no_last_word_is_let_go(ends: Any) -> None:
+    """Requests that were given up are forgotten when the site says so; one that never does may not fill the memory."""
+
+    async def main() -> None:
+        async with ends.hub("north") as (hub, address), ends.raw_site(address):
+            await hub.wait_for(["north"], timeout=10)
+            for _ in range(68):
+                with pytest.raises(RequestTimeoutError):
+                    await hub.request("north", b"x", timeout=0.02, reply_limit=0)
+            with pytest.raises(PeerLostError):
+                await hub.request("north", b"x", timeout=0.2, reply_limit=0)
+            assert not hub.connected
 
     asyncio.run(main())
 

@@ -184,16 +184,20 @@ def test_the_pin_is_looked_up_after_tls(ends: Any, logged: Any) -> None:
     assert "its certificate is not in the directory" in logged.text
 
 
-def test_the_pin_is_looked_up_again_before_a_site_is_taken_in(ends: Any, logged: Any) -> None:
-    """It is removed while the older connection under its name is asked whether it lives."""
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_pin_is_looked_up_again_before_a_site_is_taken_in(ends: Any, tmp_path: Path, rotated: bool) -> None:
+    """It is removed, or rotated, while the older connection under its name is asked whether it lives."""
 
     async def main() -> None:
         async with ends.hub("north") as (hub, address), ends.raw_site(address):
             newer = asyncio.create_task(told(ends, address))
             await asyncio.sleep(0.2)
-            await hub.change(directory=ends.directory("south"))
+            south = ends.directory("south")
+            new = make_identity(tmp_path, "north").certificate
+            await hub.change(directory=south.with_(new) if rotated else south)
             error = await newer
             assert isinstance(error, RefusedError)
+            assert error.code == "unknown"
             assert not hub.connected
 
     asyncio.run(main())
@@ -316,7 +320,8 @@ def test_a_site_is_told_why_in_words_of_its_own(ends: Any, code: bytes, said: st
 
 def test_a_second_connection_under_a_living_name_is_refused(ends: Any, logged: Any) -> None:
     async def main() -> None:
-        async with ends.hub("north") as (hub, address), ends.link("north", address, lambda request: b"first"):
+        rare = ends.limits(beat=1.5)  # so that it is the probe that is answered
+        async with ends.hub("north") as (hub, address), ends.link("north", address, lambda _: b"first", limits=rare):
             await hub.wait_for(["north"], timeout=10)
             error = await told(ends, address)
             assert isinstance(error, RefusedError)
