@@ -73,13 +73,15 @@ def lines(head: str, entries: Iterable[Entry]) -> tuple[bytes, str]:
     return b"".join(written), head
 
 
-def follow(content: bytes, decoder: msgspec.json.Decoder[ChainedLine[Entry]]) -> Iterator[tuple[Entry, str]]:
+def follow(
+    content: bytes, decoder: msgspec.json.Decoder[ChainedLine[Entry]], head: str = GENESIS, first: int = 1
+) -> Iterator[tuple[Entry, str]]:
     """Yield each entry and its line's digest; ``content`` is whole lines, each exactly as it was written.
 
+    head: the digest of the line before; first: the number of the first line of ``content``.
     Raises: BrokenChainError at the first line that is not.
     """
-    head = GENESIS
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+    for number, text in enumerate(content.split(b"\n")[:-1], first):
         try:
             entry = decoder.decode(text).entry
         except (msgspec.MsgspecError, ChoralError) as error:

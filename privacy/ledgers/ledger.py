@@ -39,7 +39,16 @@ from choral.privacy.accounting.events import (
 from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.errors import LedgerError
 from choral.privacy.ledgers.hash_chain import GENESIS, UnreadableError, lines
-from choral.privacy.ledgers.ledger_file import FORMAT, RESTORE, Header, created, extend, unit_of, verified
+from choral.privacy.ledgers.ledger_file import (
+    FORMAT,
+    RESTORE,
+    Header,
+    Verified,
+    created,
+    extend,
+    unit_of,
+    verified,
+)
 
 _ONE_EACH = "Give each data owner a ledger of its own."
 
@@ -68,6 +77,7 @@ class Ledger:
         self._entries: list[ReleasePlan | Event] = []
         self._head = GENESIS
         self._seen: tuple[int, int, int] | None = None  # inode, length and time of the file as last read
+        self._verified = Verified()  # what was read then
         if self.path is not None:
             refuse_without_locks(self._name)  # before anything is written
         self._refresh()
@@ -172,7 +182,8 @@ class Ledger:
         Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
         """
         ledger = cls()
-        ledger._header, ledger._entries, ledger._head = verified(content, f"the ledger of {holder!r}")
+        found = verified(content, f"the ledger of {holder!r}")
+        ledger._header, ledger._entries, ledger._head = found.header, list(found.entries), found.head
         if all(isinstance(entry, ReleasePlan) for entry in ledger._entries):
             raise LedgerError(f"the ledger of {holder!r} holds no event; it was emptied", hint=RESTORE)
         if ledger.holder != holder:
@@ -324,12 +335,14 @@ class Ledger:
         end = content.rfind(b"\n") + 1
         if seen == self._seen:
             return end
-        header, entries, head = verified(content[:end], self._name)
+        found = verified(content[:end], self._name, self._verified)
+        entries = list(found.entries)
         if all(isinstance(entry, ReleasePlan) for entry in entries):
             raise LedgerError(f"{self._name} is there but holds no event; it was emptied", hint=RESTORE)
         if entries[: len(self._entries)] != self._entries:
             raise LedgerError(f"{self._name} was rewritten while in use", hint=RESTORE)
-        self._header, self._entries, self._head, self._seen = header, entries, head, seen
+        self._header, self._entries, self._head, self._seen = found.header, entries, found.head, seen
+        self._verified = found
         return end
 
 

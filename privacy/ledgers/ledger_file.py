@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -84,13 +85,29 @@ def created(path: Path, content: bytes) -> bool:
     return True
 
 
-def verified(content: bytes, name: str) -> tuple[Header | None, list[ReleasePlan | Event], str]:
-    """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written."""
+class Verified(NamedTuple):
+    """Whole lines of a ledger's file, and what they say."""
+
+    content: bytes = b""
     header: Header | None = None
-    entries: list[ReleasePlan | Event] = []
-    head = GENESIS
+    entries: tuple[ReleasePlan | Event, ...] = ()
+    head: str = GENESIS
+
+
+_NOTHING = Verified()
+
+
+def verified(content: bytes, name: str, known: Verified = _NOTHING) -> Verified:
+    """Decode whole lines strictly; raise LedgerError at the first that is not exactly as it was written.
+
+    known: what was verified before. If `content` begins with it, byte for byte, only what follows is decoded.
+    """
+    if not content.startswith(known.content):
+        known = _NOTHING
+    header, entries, head = known.header, list(known.entries), known.head
+    first = known.content.count(b"\n") + 1
     try:
-        for number, (entry, digest) in enumerate(follow(content, _DECODER), 1):
+        for number, (entry, digest) in enumerate(follow(content[len(known.content) :], _DECODER, head, first), first):
             if isinstance(entry, Header) != (number == 1):
                 raise BrokenChainError(number, undecoded=False)
             if isinstance(entry, Header):
@@ -105,4 +122,4 @@ def verified(content: bytes, name: str) -> tuple[Header | None, list[ReleasePlan
     except BrokenChainError as error:
         what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
         raise LedgerError(f"{name}, line {error.number}: {what}", hint=RESTORE) from error
-    return header, entries, head
+    return Verified(content, header, tuple(entries), head)

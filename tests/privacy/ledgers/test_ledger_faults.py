@@ -20,6 +20,7 @@ import torch
 from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger, LedgerError, Privacy, PrivacyEngine
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.dpsgd import poisson_loader, private_optimizer
+from choral.privacy.ledgers import hash_chain, ledger_file
 from choral.privacy.noise.gaussian import os_stream
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
@@ -210,3 +211,28 @@ def test_a_folder_and_a_file_that_may_not_be_written() -> None:
     finally:
         folder.chmod(0o700)
         shutil.rmtree(folder)
+
+
+def test_only_what_follows_is_decoded_and_an_edit_before_it_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.bind("a", 1e-5)
+    event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=1)
+    decoded = []
+
+    def counted(content: bytes, *rest: Any) -> Any:
+        decoded.append(content.count(b"\n"))
+        return hash_chain.follow(content, *rest)
+
+    monkeypatch.setattr(ledger_file, "follow", counted)
+    for place in range(20):
+        ledger.append(event, after=place)
+    assert max(decoded) == 2  # the header and the first event
+    assert sum(decoded) == 21
+    edited = path.read_bytes().replace(b'"steps":1}', b'"steps":2}', 1)
+    path.write_bytes(edited)
+    with pytest.raises(LedgerError, match="line 2"):
+        ledger.append(event, after=20)
+    assert path.read_bytes() == edited
