@@ -61,6 +61,8 @@ def test_least_deviation_for_ten_million_coordinates_and_a_hundred_thousand_step
 
 def test_what_the_theorem_does_not_cover_is_refused_or_infinite() -> None:
     assert widening(10**5, 1.0, 1) == math.inf
+    assert widening(8700, 1.0, 1) == math.inf  # theta_bound is between 1 and 2
+    assert 1.0 < theta_bound(8700, 1.0) < 2.0
     for honest, r in ((0, 2.0), (True, 2.0), (2, 0.9), (2, math.nan), (2, math.inf)):
         with pytest.raises(ConfigError):
             theta_bound(honest, r)
