@@ -57,7 +57,7 @@ class PublicState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     """
 
     version: int
-    sessions: Annotated[int, Meta(ge=0, lt=1 << 63)]
+    sessions: Annotated[int, Meta(ge=0, lt=1 << 53)]
     setup: bytes = b""
     session: bytes = b""
     last: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
