@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -84,6 +84,12 @@ class SharesParty:
             self._refuse_unreserved(remaining)
             remaining.check([msgspec.structs.replace(plan.event, steps=plan.terms.steps)])
             self._announced = remaining.plan(plan.event, plan.terms.steps)
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise PrivacyError(
+            "a party with its vector may be neither copied nor written to a file: a vector is sent once",
+            hint="Make it again, on its ledger: it goes on with the steps that are left.",
+        )
 
     def _refuse_unreserved(self, remaining: RemainingBudget) -> None:
         before = remaining.state.before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -314,6 +316,15 @@ def test_a_vector_is_taken_once_and_one_that_was_not_taken_is_gone_with_the_next
     here.step()
     assert len(here.ledger.events) == 3
     assert here.party.steps_left == 2
+
+
+def test_a_party_is_neither_copied_nor_pickled(problem: Any, loop: Loop) -> None:
+    here = Setup(problem, loop)
+    loop(here.model, here.optimizer, here.loader)
+    for how in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(PrivacyError, match="sent once"):
+            how(here.party)
+    assert "array" not in repr(here.party)
 
 
 def test_no_more_steps_than_planned_and_a_process_that_starts_again_goes_on(

@@ -238,6 +238,8 @@ def test_each_party_holds_the_plan_against_its_own_promise() -> None:
         refuse_broken_promise(promise(colluders=2), less)
     with pytest.raises(ConfigError):
         refuse_broken_promise(Privacy(1.0, DELTA), plan)
+    with pytest.raises(ConfigError, match="below 1/n"):
+        refuse_broken_promise(Privacy(9.0, 1e-3, noise="distributed", colluders=2), plan)
 
 
 def test_sums_that_are_weaker_than_the_plan_are_refused() -> None:
