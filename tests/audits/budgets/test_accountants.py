@@ -292,3 +292,7 @@ def test_sums_of_shares_are_said_to_be_that() -> None:
         "Poisson-sampled Gaussian in shares, 8 unknown", 3, 1, 3
     )  # fmt: skip
     assert phase.noise_multiplier == step.noise_multiplier
+    row = accountants._of_records("north", ledger, 1e-5)
+    assert row.verdict == "holds"
+    assert row.steps == 3
+    assert None not in (row.pld, row.dp_accounting, row.prv_low, row.rdp)
