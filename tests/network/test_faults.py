@@ -281,7 +281,7 @@ def test_a_network_that_stalls_is_noticed_at_both_ends_and_comes_back(ends: Any,
             ends.middle(address) as middle,
             ends.link("north", middle.address, limits=limits) as link,
         ):
-            await hub.wait_for(["north"], timeout=10)
+            await until(lambda: hub.connected and link.connected)
             middle.flowing.clear()
             begun = time.monotonic()
             await until(lambda: not hub.connected and not link.connected)

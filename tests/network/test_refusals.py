@@ -42,7 +42,8 @@ def logged(caplog: pytest.LogCaptureFixture) -> Any:
 async def told(ends: Any, address: tuple[str, int], name: str = "north", **settings: Any) -> TransportError:
     """What a site learns that tries once."""
     with pytest.raises(TransportError) as caught:
-        await ends.make_link(name, address, **settings).run(patience=0.0)
+        async with asyncio.timeout(20):
+            await ends.make_link(name, address, **settings).run(patience=0.0)
     return caught.value
 
 

@@ -92,7 +92,7 @@ def test_a_small_request_passes_a_large_one(ends: Any) -> None:
     asyncio.run(main())
 
 
-def test_beats_go_on_while_a_handler_works(ends: Any) -> None:
+def test_beats_go_on_while_a_handler_works(ends: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A handler has a thread: one that takes longer than the silence that counts as death loses no connection."""
 
     def handler(request: Request) -> bytes:
@@ -109,7 +109,10 @@ def test_beats_go_on_while_a_handler_works(ends: Any) -> None:
             reply = await hub.request("north", b"", timeout=20, reply_limit=100)
             assert bytes(reply).startswith(b"choral-request")
 
-    asyncio.run(main())
+    with caplog.at_level(logging.INFO, "choral.network"):
+        asyncio.run(main())
+    assert "nothing heard" not in caplog.text
+    assert caplog.text.count("north connected from") == 1
 
 
 def test_no_answer_in_time_is_another_error_than_no_site(ends: Any) -> None:
@@ -269,6 +272,27 @@ def test_no_more_requests_at_once_than_either_end_grants(ends: Any) -> None:
             done.set()
             await asyncio.gather(*first)
             await asyncio.gather(third, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_busy_site_says_so_before_the_message_is_sent(ends: Any, until: Any) -> None:
+    done, limits = threading.Event(), ends.limits(outstanding=1)
+
+    async def main() -> None:
+        async with (
+            ends.hub("north") as (hub, address),
+            ends.middle(address) as middle,
+            ends.link("north", middle.address, lambda _: bytes(0 * done.wait(20)), limits=limits) as link,
+        ):
+            first = asyncio.create_task(hub.request("north", b"x", timeout=30, reply_limit=0))
+            await until(lambda: len(link._works) == 1)
+            before = middle.passed
+            with pytest.raises(BusyError):
+                await hub.request("north", bytes(60_000_000), timeout=30, reply_limit=0)
+            assert middle.passed - before < 40_000_000
+            done.set()
+            await first
 
     asyncio.run(main())
 
