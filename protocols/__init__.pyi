@@ -1,9 +1,15 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
+from choral.protocols.crypto.identity import Identity as Identity
 from choral.protocols.crypto.keys import SealError as SealError
 from choral.protocols.crypto.keys import WeakKeyError as WeakKeyError
 from choral.protocols.crypto.modular_integers import PackingError as PackingError
 from choral.protocols.crypto.shamir import ShareError as ShareError
+from choral.protocols.driver import NeedsVector as NeedsVector
+from choral.protocols.driver import PartyDriver as PartyDriver
+from choral.protocols.driver import RoundTerms as RoundTerms
+from choral.protocols.driver import ServerDriver as ServerDriver
+from choral.protocols.driver import Trip as Trip
 from choral.protocols.errors import DisputedSharesError as DisputedSharesError
 from choral.protocols.errors import FaultyPartyError as FaultyPartyError
 from choral.protocols.errors import FaultyPartyOrServerError as FaultyPartyOrServerError

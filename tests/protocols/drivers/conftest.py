@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from choral.protocols import Masked, Policy, SumSpec
-from choral.protocols.crypto.identity import Identity
+from choral.protocols import Identity, Masked, Policy, SumSpec
 from choral.protocols.driver import NeedsVector, RoundTerms, Trip
 from choral.protocols.errors import ProtocolError
 

@@ -482,7 +482,7 @@ def test_a_round_before_the_session_is_open_or_of_no_terms_is_refused(deployed: 
 
 
 def test_whoever_is_not_pinned_has_no_driver(deployed: Any) -> None:
-    from choral.protocols.crypto.identity import Identity
+    from choral.protocols import Identity
 
     net = deployed()
     given = {"name": "p0", "policy": net.policy}

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from choral.protocols import Homomorphic, Masked, SumSpec
-from choral.protocols.crypto.identity import Identity
+from choral.protocols import Homomorphic, Identity, Masked, SumSpec
 from choral.protocols.driver import RoundTerms, Trip
 from choral.protocols.errors import TooFewSurvivorsError
 
@@ -28,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from choral.protocols import Homomorphic, Masked, SumSpec
-from choral.protocols.crypto.identity import Identity
+from choral.protocols import Identity
 from choral.protocols.driver import NeedsVector
 from choral.protocols.errors import ProtocolError
 

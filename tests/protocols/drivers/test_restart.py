@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from choral.protocols import Homomorphic, Masked
-from choral.protocols.crypto.identity import Identity
+from choral.protocols import Homomorphic, Identity, Masked
 from choral.protocols.driver import TRIP_STEPS, RoundTerms
 from choral.protocols.errors import FaultyServerError, PolicyError, SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.masking.party_driver import PublicState
