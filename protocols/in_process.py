@@ -117,17 +117,21 @@ class DriverRound:
 
         Raises: TooFewSurvivorsError, naming the counts and the missing; StateUsedError the second time.
         """
-        self._check_current()
-        if self._finished:
-            raise StateUsedError("this round is finished")
-        self._finished = True
+        self.run_out()
         session = self._session
-        for trip in self._trips:
-            self._pass(trip)
         if session.server.result is None:
             raise SpecError("a round without a result")
         up, down = session.counter.take(session.spec.parties)
         return replace(session.server.result, bytes_up=up, bytes_down=down)
+
+    def run_out(self) -> None:
+        """The trips that are left, once."""
+        self._check_current()
+        if self._finished:
+            raise StateUsedError("this round is finished")
+        self._finished = True
+        for trip in self._trips:
+            self._pass(trip)
 
     def _check_current(self) -> None:
         if self.number != self._session.number:

@@ -80,13 +80,15 @@ def _decoder(kind: Any) -> Any:
 def _canonical(message: Message, raw: bytes) -> bool:
     """Whether ``raw`` is what :func:`encode` writes.
 
-    A long byte string at the end is itself in ``raw``, so it is enough to write what stands before it again: a long
-    vector is not copied and compared once more.
+    A long byte string at the end, alone or as the only one of a tuple, is itself in ``raw``, so it is enough to write
+    what stands before it again: a long vector is not copied and compared once more.
     """
     last = message.__struct_fields__[-1]
-    body = getattr(message, last)
+    found = getattr(message, last)
+    whole = isinstance(found, tuple) and len(found) == 1
+    body, empty = (found[0], (b"",)) if whole else (found, b"")
     if not isinstance(body, bytes) or len(body) < _LONG:
         return encode(message) == raw
     size, kind = (2, 0xC5) if len(body) < 1 << 16 else (4, 0xC6)  # msgpack's bin 16, 32: the shortest that will do
-    head = encode(msgspec.structs.replace(message, **{last: b""}))[:-2]  # without the header of an empty string
+    head = encode(msgspec.structs.replace(message, **{last: empty}))[:-2]  # without the header of an empty string
     return raw[: len(raw) - len(body)] == head + bytes([kind]) + len(body).to_bytes(size, "big")

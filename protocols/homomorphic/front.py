@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.crypto.identity import Identity
@@ -81,11 +81,7 @@ class Homomorphic:
             from choral.protocols.homomorphic.split.in_process import SplitSession
 
             return SplitSession(self._keys(), spec, policy)
-        if self.corrupt or self.dropouts is not None or self.server == "malicious":
-            raise SpecError(
-                "a shared key withstands no corrupt party and no malicious server, and plans for no count of dropouts",
-                hint='use key="split", or leave corrupt, dropouts and server out',
-            )
+        self._check_shared()
         from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 
         return SharedSession(spec, min_survivors=self.min_survivors, policy=policy)
@@ -103,22 +99,29 @@ class Homomorphic:
         purpose: str = "",
         repeats: bool = True,
     ) -> PartyDriver:
-        """One party's half: see :meth:`choral.protocols.Masked.party_driver`. spec: as this party knows it."""
-        self._check_split()
-        from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
+        """One party's half: see :meth:`choral.protocols.Masked.party_driver`. spec: as this party knows it.
 
-        return SplitPartyDriver(
-            self._keys(),
-            spec,
-            name=name,
-            identity=identity,
-            policy=policy,
-            randomness=randomness,
-            store=store,
-            state=state,
-            purpose=purpose,
-            repeats=repeats,
-        )
+        With a shared key a party that restarts has none, and answers again with the next session.
+        """
+        given: dict[str, Any] = {
+            "name": name,
+            "identity": identity,
+            "policy": policy,
+            "randomness": randomness,
+            "store": store,
+            "state": state,
+            "purpose": purpose,
+            "repeats": repeats,
+        }
+        if self.key == "split":
+            from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
+
+            return SplitPartyDriver(self._keys(), spec, **given)
+        self._check_shared()
+        check_spec(spec)
+        from choral.protocols.homomorphic.shared.party_driver import SharedPartyDriver
+
+        return SharedPartyDriver(**given)
 
     def server_driver(
         self,
@@ -130,13 +133,24 @@ class Homomorphic:
         quorum: int | None = None,
     ) -> ServerDriver:
         """The server's half: see :meth:`choral.protocols.Masked.server_driver`."""
-        self._check_split()
-        from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
+        given: dict[str, Any] = {
+            "directory": directory,
+            "randomness": randomness,
+            "patience": patience,
+            "quorum": quorum,
+        }
+        if self.key == "split":
+            from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
 
-        return SplitServerDriver(
-            self._keys(), spec, directory=directory, randomness=randomness, patience=patience, quorum=quorum
-        )
+            return SplitServerDriver(self._keys(), spec, **given)
+        self._check_shared()
+        from choral.protocols.homomorphic.shared.server import SharedKey, SharedServerDriver
 
-    def _check_split(self) -> None:
-        if self.key != "split":
-            raise SpecError("the sum under a shared key is played in one process only", hint='use key="split"')
+        return SharedServerDriver(SharedKey(min_survivors=self.min_survivors), spec, **given)
+
+    def _check_shared(self) -> None:
+        if self.corrupt or self.dropouts is not None or self.server == "malicious":
+            raise SpecError(
+                "a shared key withstands no corrupt party and no malicious server, and plans for no count of dropouts",
+                hint='use key="split", or leave corrupt, dropouts and server out',
+            )

@@ -33,7 +33,7 @@ from msgspec import Meta
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.single_use import Current
 from choral.protocols.driver import Answer, NeedsVector, Randomness, Replies, Store, used
-from choral.protocols.errors import FaultyServerError, MessageError, SpecError
+from choral.protocols.errors import SERVER, FaultyServerError, MessageError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
 from choral.protocols.masking.party import Joining, Member, Revealing, join
@@ -46,6 +46,7 @@ from choral.protocols.masking.party_round import (
     Uploaded,
 )
 from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.wire_format import read
 
 STATE_VERSION = 1
 
@@ -70,7 +71,7 @@ class _Round:
     begin: messages.Begin
     begun: bytes
     advertise: bytes
-    state: Advertised | SharesSent | Ready | Uploaded | Confirmed | None
+    state: Any  # Advertised, SharesSent, Ready, Uploaded or Confirmed, of the masked sum; or None
     asked: bytes = b""  # the digest of the message that asked for the vector
 
 
@@ -84,6 +85,8 @@ class MaskedPartyDriver:
     Raises: SpecError for an identity that is not pinned, or a stored state of something else; PolicyError where the
     stored setup is weaker than the policy now is.
     """
+
+    known: Any = messages.ToParty  # whatever the server may send in this protocol
 
     def __init__(
         self,
@@ -172,12 +175,15 @@ class MaskedPartyDriver:
             return known
         answer: Answer = ()
         for part in self._parts(raw):
-            answer = self._take(messages.to_party(part, limit=len(part)), part, key)
+            answer = self._take(self._read(part), part, key)
         self._replies.put(key, answer)
         return answer
 
+    def _read(self, raw: bytes) -> Any:
+        return read(self.known, raw, sender=SERVER, limit=len(raw))
+
     def _parts(self, raw: bytes) -> tuple[bytes, ...]:
-        message = messages.to_party(raw, limit=len(raw))
+        message = self._read(raw)
         return message.parts if isinstance(message, messages.Bundle) else (raw,)
 
     def _limit(self) -> int:
@@ -236,6 +242,10 @@ class MaskedPartyDriver:
         self._opening = self._membership = self._member = self._early = self._round = None
         self._last = 0
 
+    def _nonce(self, size: int) -> bytes:
+        """What this party puts into the session's digest: fresh, and not to be guessed before it is shown."""
+        return self._randomness(size)
+
     def _join(self, setup: messages.SumSetup, raw: bytes) -> Answer:
         """A session that is joined ends the one before it, for good."""
         joining, hello = join(
@@ -243,7 +253,7 @@ class MaskedPartyDriver:
             name=self.name,
             identity=self._identity.seed,
             policy=self._policy_for(setup),
-            randomness=self._randomness,
+            randomness=self._nonce,
             sessions=self._sessions,
         )
         self._replies.forget()

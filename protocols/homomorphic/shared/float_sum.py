@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from choral.protocols import argument_checks as checks
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared import ckks
-from choral.protocols.homomorphic.shared.secure_sum import SharedKeyParties, SharedKeyRound
+from choral.protocols.homomorphic.shared.secure_sum import SharedKeySession
 from choral.protocols.homomorphic.shared.setup import Floats
+from choral.protocols.in_process import NO_TRAINING, DriverRound
 from choral.protocols.interface import Losses, SumSpec
 from choral.protocols.wire_format import MAX_PARTIES
 
@@ -83,7 +84,7 @@ class FloatSum:
         return FloatSession(spec, min_survivors=self.min_survivors)
 
 
-class FloatSession(SharedKeyParties):
+class FloatSession(SharedKeySession):
     """A sum of floats set up for fixed parties; see :class:`FloatSum`."""
 
     def __init__(self, spec: FloatSpec, *, min_survivors: int | None = None) -> None:
@@ -102,28 +103,32 @@ class FloatSession(SharedKeyParties):
             "scale_bits": plan.scale_bits,
         }
 
-    def begin(self) -> FloatRound:
-        return FloatRound(self, Losses(None, self.spec.parties))
+    def begin(self) -> FloatRound:  # type: ignore[override]
+        self.between_rounds()
+        return FloatRound(self)
 
 
-class FloatRound(SharedKeyRound):
-    """One round. ``submit`` each present party once (float64, shape (length,), |value| <= bound), then ``finish``."""
+class FloatRound:
+    """One round. ``submit`` each present party once, then ``finish`` once."""
+
+    def __init__(self, session: FloatSession) -> None:
+        self._session, losses = session, Losses(None, session.spec.parties)
+        self._round = DriverRound(session, losses, NO_TRAINING)
+
+    def submit(self, party: str, vector: NDArray[np.float64]) -> None:
+        """vector: float64, shape (length,), every |value| <= bound. Raises: as for a sum of integers."""
+        self._round.submit(party, vector)  # type: ignore[arg-type]
 
     def finish(self) -> FloatResult:
         """Every survivor gets the encrypted sum and opens it for itself; they all have the same total.
 
         Raises: TooFewSurvivorsError; GarbledSumError; StateUsedError the second time.
         """
-        closed, traffic = self.close(), self.parties.traffic
-        total = np.empty(0)
-        for party in closed.survivors:
-            traffic.down(party, closed.encrypted)
-            total, _ = self.encrypted[party].read(closed.encrypted)
-        up, down = traffic.take(self.parties.spec.parties)
-        return FloatResult(
-            total=total,
-            error_bound=float(self.parties.plan.error_bound),
-            survivors=closed.survivors,
-            bytes_up=up,
-            bytes_down=down,
-        )
+        session = self._session
+        for party in session.readers:
+            party.total = None
+        self._round.run_out()
+        total, survivors = next(party.total for party in session.readers if party.total is not None)
+        up, down = session.counter.take(session.spec.parties)
+        bound = float(session.plan.error_bound)
+        return FloatResult(total=total, error_bound=bound, survivors=survivors, bytes_up=up, bytes_down=down)

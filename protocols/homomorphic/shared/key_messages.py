@@ -88,6 +88,7 @@ _FIXED: dict[type[Message], int] = {KeyDeal: 100, KeyConfirm: 100, EncryptedSum:
 _EACH: dict[type[Message], int] = {KeyDeal: 50, KeyConfirmations: 101, EncryptedSum: 1, OpenedSum: 1}
 
 ToServer = masked.ToServer | KeyDeal | KeyConfirm | OpenedSum
+ToParty = masked.ToParty | KeyDeal | KeyConfirmations | EncryptedSum
 
 
 def limit(kind: type[Message], entries: int = 0) -> int:

@@ -1,14 +1,4 @@
-"""One party of a sum under a shared key: bytes in, bytes and the next state out.
-
-    step      from                 takes              gives          to
-    join      -                    SumSetup           Hello          masking.party.Joining, KeyAgreement
-    meet      Revealing            Reveals            KeyDeal        Confirming   (the dealer)
-              and KeyAgreement                        -              Waiting      (everyone else)
-    receive   Waiting              KeyDeal            KeyConfirm     Confirming
-    enter     Confirming           KeyConfirmations   -              Holder       (once per session)
-    encrypt   Holder               its own vector     Upload         Holder, Encrypted
-    open      Encrypted            EncryptedSum       OpenedSum      -            (BFV, whoever the server asks)
-    read      Encrypted            EncryptedSum       -              -            (CKKS, everyone)
+"""One party of a sum under a shared key: bytes in, bytes and the next state out; :mod:`.party_driver` has the order.
 
 The session is opened by the masked sum's steps (:mod:`choral.protocols.masking.party`), with its policy and its signed
 commitments; the nonce that a party commits to and reveals is its fresh X25519 public key, which is thereby signed by
@@ -34,7 +24,7 @@ import tenseal.sealapi as sealapi
 from numpy.typing import NDArray
 
 from choral.protocols.argument_checks import shown
-from choral.protocols.crypto.keys import SealError, WeakKeyError, seal, unseal, x25519_public, x25519_shared
+from choral.protocols.crypto.keys import SealError, WeakKeyError, seal, unseal, x25519_shared
 from choral.protocols.crypto.modular_integers import pack, wrap
 from choral.protocols.crypto.single_use import Once
 from choral.protocols.driver import Randomness
@@ -54,9 +44,8 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership, expect
-from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.masking.signing import SESSION_BYTES, sign
+from choral.protocols.masking.party_round import NONCE, Membership
+from choral.protocols.masking.signing import sign
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
 from choral.protocols.wire_format import Message, encode, read
 
@@ -92,17 +81,12 @@ class _Entered:
 
 @dataclass(frozen=True, repr=False)
 class Chain:
-    """session: digest of the session and its key. link: the chain's secret before round ``last`` + 1."""
+    """member: whose session is that of the key, too. link: the chain's secret before round ``last`` + 1."""
 
     member: Membership
     plan: Plan
-    session: bytes
     link: bytes
     last: int
-
-    @property
-    def id(self) -> bytes:
-        return self.session[:SESSION_BYTES]
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,33 +94,6 @@ class Round:
     chain: Chain
     number: int
     key: RingKey
-
-
-def join(
-    setup: bytes,
-    *,
-    name: str,
-    identity: bytes,
-    policy: Policy,
-    randomness: Randomness,
-    floats: terms.Floats | None = None,
-) -> tuple[party.Joining, KeyAgreement, bytes]:
-    """Accept the server's terms, or refuse them, having sent nothing: :func:`choral.protocols.masking.party.join`.
-
-    floats: what is summed in CKKS, as this party has it from elsewhere than the server; None in BFV.
-    Raises: as there.
-    """
-    size = messages.limit(messages.SumSetup, len(check_policy(policy).directory))
-    message = expect(messages.to_party(setup, limit=size), messages.SumSetup)
-    policy, plan = terms.agreed(policy, message, floats)
-    private: list[bytes] = []
-
-    def public(size: int) -> bytes:
-        private.append(randomness(size))
-        return x25519_public(private[0])
-
-    state, hello = party.join(setup, name=name, identity=identity, policy=policy, randomness=public)
-    return state, KeyAgreement((private[0], plan)), hello
 
 
 def _from_server(kind: type[M], raw: bytes, entries: int, session: bytes) -> M:
@@ -223,11 +180,17 @@ class Confirming(Once[_Entered]):
             if entry.commitment != entered.commitment:
                 raise KeyDisputeError(member.setup.roster[DEALER], member.setup.roster[place])
         session = terms.keyed_session(member.session, entered.commitment)
-        return Holder(Chain(member, entered.plan, session, terms.first_link(session, entered.seed), 0))
+        link = terms.first_link(session, entered.seed)
+        return Holder(Chain(replace(member, session=session), entered.plan, link, 0))
 
 
 class Holder(Once[Chain]):
     """In a session, between rounds; holds the chain's secret for the rounds to come."""
+
+    @property
+    def member(self) -> Membership:
+        """Raises: IndexError once used."""
+        return self._content[0].member
 
     def encrypt(self, number: int, vector: Any, begun: bytes = terms.NO_BEGIN) -> tuple[Holder, Encrypted, bytes]:
         """Make the key of round ``number``, forget everything that could make it again, and encrypt under it.
@@ -244,24 +207,25 @@ class Holder(Once[Chain]):
             if isinstance(number, bool) or not isinstance(number, int) or not chain.last < number < most:
                 raise FaultyServerError(f"asked for round {shown(number)} after round {chain.last}")
             if chain.plan.scheme == "bfv":
-                vector = checked(vector, chain.member.setup.length, chain.plan.bound)
+                setup = chain.member.setup
+                vector = checked(vector, setup.length, setup.bound, setup.weight_bound)
                 vector = np.ascontiguousarray(vector.cpu().numpy() if is_tensor(vector) else vector)
             else:
                 vector = checked_floats(vector, chain.member.setup.length, chain.plan.bound)
         chain = self._take()
-        chain.member.current.enter(number)
+        chain.member.current.enter(number, begun)
         link = chain.link
         for skipped in range(chain.last + 1, number):
-            link = terms.next_link(chain.session, link, skipped)
+            link = terms.next_link(chain.member.session, link, skipped)
         ring, plan = ring_of(chain.plan.parameters), chain.plan
-        key = RingKey.from_seed(ring, terms.round_seed(chain.session, link, number, begun))
-        later = replace(chain, link=terms.next_link(chain.session, link, number), last=number)
+        key = RingKey.from_seed(ring, terms.round_seed(chain.member.session, link, number, begun))
+        later = replace(chain, link=terms.next_link(chain.member.session, link, number), last=number)
         encryptor = key.encryptor()
         body = b"".join(
             ring.dump_fresh(encryptor.encrypt_symmetric(plan.encode(ring, vector[start : start + plan.block])))
             for start in range(0, vector.size, plan.block)
         )
-        upload = encode(messages.Upload(chain.id, number, messages.to_pieces(body)))
+        upload = encode(messages.Upload(chain.member.id, number, messages.to_pieces(body)))
         return Holder(later), Encrypted(Round(later, number, key)), upload
 
 
@@ -282,7 +246,7 @@ class Encrypted(Once[Round]):
         total, _ = _decrypted(ready, encrypted)
         bits = ready.chain.member.setup.modulus_bits
         packed = pack(wrap(total, bits), bits)
-        return encode(key_messages.OpenedSum(ready.chain.id, ready.number, messages.to_pieces(packed)))
+        return encode(key_messages.OpenedSum(ready.chain.member.id, ready.number, messages.to_pieces(packed)))
 
     def read(self, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
         """Decrypt the sum for this party itself: the total, and whose vectors are in it. Raises: see :meth:`open`."""
@@ -295,7 +259,7 @@ def _decrypted(ready: Round, encrypted: bytes) -> tuple[NDArray[Any], tuple[str,
     setup, size = chain.member.setup, plan.parameters.full_bytes
     blocks = terms.blocks_of(plan, setup.length)
     most = blocks * size + len(setup.roster) // 8 + 1
-    message = _from_server(key_messages.EncryptedSum, encrypted, most, chain.id)
+    message = _from_server(key_messages.EncryptedSum, encrypted, most, chain.member.id)
     if message.round != ready.number:
         raise FaultyServerError(f"the sum is of round {message.round}, not {ready.number}")
     survivors = _survivors(chain.member, message.survivors)

@@ -1,40 +1,39 @@
-"""The server of a sum under a shared key: it hands sealed keys on, and adds ciphertexts; it holds no key.
+"""The server of a sum under a shared key as trips: it hands sealed keys on, and adds ciphertexts; it holds no key.
 
-    stage               collects     close() sends out            and goes to
-    masking's Opening   Hello        Hellos                       Gathering
-    masking's Gathering Reveal       Reveals                      its ServerSession, for Dealing
-    Dealing             KeyDeal      KeyDeal, to each its part    Confirming
-    Confirming          KeyConfirm   KeyConfirmations             SharedServer   (once per session)
-    Adding              Upload       EncryptedSum                 Totalling
-    Totalling           OpenedSum    -                            Outcome        (BFV alone)
+    trip           asks for     goes to                                                     stage
+    hello, reveal  as in the masked sum                                                     its Opening, Gathering
+    keys           KeyDeal      the roster, with everybody's public key; the dealer answers Dealing
+    confirmation   KeyConfirm   the others, each with its sealed seed                       Confirming
+    vector         Upload       the roster, with a Begin                                    Adding
+    unmasking      OpenedSum    one survivor, then another where it does not answer (BFV);  Totalling
+                                every survivor, and nothing comes back (CKKS)
 
-Stages and rules are the masked sum's (:mod:`choral.protocols.masking.server`): ``receive(sender, raw)`` refuses a
-message without changing anything, the same bytes again change nothing, a vector that comes after the round went on is
-thrown away. Those that hand out the key need everybody.
-
-In BFV one surviving party, by default the first of the roster, decrypts the sum and reports it; should it not answer,
-ask the next with :meth:`Totalling.ask`. In CKKS every survivor gets the encrypted sum and the server learns no value.
-
-Memory: the encrypted sum, 16 bytes per coefficient and prime; and the message that is being added.
+Stages and rules are the masked sum's (:mod:`choral.protocols.masking.server.opening`). Those that hand out the key need
+everybody; the confirmations that end an opening ride on each party's first Begin, until it is heard. Memory: the
+encrypted sum, 16 bytes per coefficient and prime; and the message that is being added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.crypto.modular_integers import PackingError, lift, packed_bytes, unpack
-from choral.protocols.errors import FaultyPartyError, KeyDisputeError, SpecError, StateUsedError
+from choral.protocols.driver import RoundTerms, Trip
+from choral.protocols.errors import FaultyPartyError, KeyDisputeError, SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
 from choral.protocols.homomorphic.shared.seal import ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
-from choral.protocols.homomorphic.shared.setup import DEALER, Plan
-from choral.protocols.interface import IntVector
+from choral.protocols.homomorphic.shared.setup import DEALER, Floats, Plan, key_setup, plan_of
+from choral.protocols.interface import IntVector, SumSpec
 from choral.protocols.masking import messages
+from choral.protocols.masking.masked import Masked
+from choral.protocols.masking.server.driver import NO_TRAINING, MaskedServerDriver
 from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, SessionTerms, Stage
 from choral.protocols.masking.signing import SESSION_BYTES
 from choral.protocols.wire_format import encode
@@ -115,28 +114,12 @@ class Confirming(_Stage):
             raise KeyDisputeError(self._roster[DEALER], self._roster[party])
         return entry
 
-    def close(self) -> tuple[SharedServer, Outbox]:
-        """Raises: TooFewSurvivorsError unless all confirmed."""
+    def close(self) -> tuple[Known, Outbox]:
+        """The session from here on. Raises: TooFewSurvivorsError unless all confirmed."""
         everyone = self._close(len(self._roster), EVERYONE)
         raw = encode(key_messages.KeyConfirmations(self._session, tuple(self._heard[party] for party in everyone)))
         session = terms.keyed_session(self._known.terms.session, self._commitment)
-        return SharedServer(self._known._replace(id=session[:SESSION_BYTES])), dict.fromkeys(self._roster, raw)
-
-
-class SharedServer:
-    """An open session, between rounds."""
-
-    def __init__(self, session: Known) -> None:
-        self.known = session
-        self._last = 0
-
-    def begin(self, number: int) -> Adding:
-        """Raises: SpecError unless the number is greater than the last: parties refuse to run a round twice."""
-        number = checks.whole(number, "the round's number", 1, (1 << 32) - 1)
-        if number <= self._last:
-            raise SpecError(f"expected a round after {self._last}, got {number}: parties refuse to run one twice")
-        self._last = number
-        return Adding(self.known, number)
+        return self._known._replace(id=session[:SESSION_BYTES]), dict.fromkeys(self._roster, raw)
 
 
 class Adding(_Stage):
@@ -181,6 +164,7 @@ class Adding(_Stage):
         """End the round for those who have sent nothing. Raises: StateUsedError; TooFewSurvivorsError."""
         survivors = self._close(self._setup.min_survivors, "vectors sent")
         body = b"".join(self._ring.dump_sum(ciphertext) for ciphertext in self._sum)
+        self._sum = []
         bitmap = messages.to_bitmap(survivors, len(self._roster))
         raw = encode(key_messages.EncryptedSum(self._session, self._number, bitmap, messages.to_pieces(body)))
         return Totalling(self._known, self._number, survivors, raw, self._seen)
@@ -195,7 +179,7 @@ class Totalling(_Stage):
     kind = key_messages.OpenedSum
 
     def __init__(self, session: Known, number: int, survivors: Sequence[int], encrypted: bytes, seen: Seen) -> None:
-        super().__init__(session, number, survivors, seen)
+        super().__init__(session, number, survivors if session.plan.scheme == "bfv" else (), seen)
         self.survivors = tuple(self._roster[party] for party in survivors)
         self.encrypted = encrypted
         self._asked: set[str] = set()
@@ -204,18 +188,14 @@ class Totalling(_Stage):
     def _uploads_are_over(self) -> bool:
         return True
 
-    def ask(self, decryptor: str | None = None) -> tuple[str, bytes]:
-        """Whom to send the EncryptedSum to, and that: by default the first survivor; again to ask another one.
-
-        Raises: SpecError for who is no survivor, and in CKKS.
-        """
-        name = self.survivors[0] if decryptor is None else decryptor
+    def ask(self, name: str) -> dict[str, bytes]:
+        """The EncryptedSum for this survivor; again to ask another. Raises: SpecError for no survivor, and in CKKS."""
         if name not in self.survivors:
             raise SpecError(f"{name!r} is no survivor of this round: it refuses to open a sum without its vector")
         if self._known.plan.scheme != "bfv":
             raise SpecError("a sum of floats is for the parties alone: it is never reported to the server")
         self._asked.add(name)
-        return name, self.encrypted
+        return {name: self.encrypted}
 
     def _accept(self, party: int, message: key_messages.OpenedSum) -> IntVector:
         name, bits = self._roster[party], self._setup.modulus_bits
@@ -235,3 +215,65 @@ class Totalling(_Stage):
             raise StateUsedError("the sum was not reported yet", hint="ask another survivor")
         self._closed = True
         return Outcome(next(iter(self._heard.values())), self.survivors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedKey(Masked):
+    """The settings of a sum under a shared key, for :class:`SharedServerDriver`. floats: what is summed in CKKS."""
+
+    corrupt: int | float | None = 0
+    server: Literal["semi-honest", "malicious"] = "semi-honest"
+    floats: Floats | None = None
+
+    def setup(self, spec: SumSpec, *, session: bytes) -> messages.SumSetup:
+        """The terms that every party signs. session: 16 fresh random bytes. Raises: SpecError."""
+        n, wanted = len(spec.parties), self.min_survivors
+        smallest = n // 2 + 1 if wanted is None else checks.whole(wanted, "min_survivors", 2, n)
+        return key_setup(spec, session=session, min_survivors=smallest, floats=self.floats)
+
+
+class SharedServerDriver(MaskedServerDriver):
+    """See :class:`choral.protocols.driver.ServerDriver`. config: a :class:`SharedKey`. In CKKS no round has a result
+    here: the parties have it. Who vanishes while the key is handed out ends the opening; open again."""
+
+    _config: SharedKey
+    _keyed: Known | None = None
+
+    def open(self) -> Iterator[Trip]:
+        """See :class:`choral.protocols.driver.ServerDriver`. Raises: KeyDisputeError, as a fault of the trip."""
+        self._keyed = None
+        yield from super().open()
+        plan = plan_of(len(self.setup.roster), self.setup, self._config.floats)
+        dealing = Dealing(self.session.terms, plan)
+        yield self._trip("keys", dict.fromkeys(self.setup.roster, self._reveals), dealing, quorum=0)
+        confirming, deals = dealing.close()
+        yield self._trip("confirmation", deals, confirming, quorum=0)
+        self._keyed, confirmations = confirming.close()
+        self._reveals = confirmations[self.setup.roster[0]]
+
+    def round(self, terms: RoundTerms = NO_TRAINING, *, lost: Iterable[str] = ()) -> Iterator[Trip]:
+        """See :class:`choral.protocols.driver.ServerDriver`."""
+        if not isinstance(terms, RoundTerms):
+            raise SpecError(f"expected RoundTerms, got {checks.shown(terms)}")
+        if self._keyed is None:
+            raise StateUsedError("the session is not open", hint="go through the trips of open()")
+        self.number += 1
+        self.result, gone = None, frozenset(lost)
+        begin = messages.Begin(self._keyed.id, self.number, terms.exchange, terms.weights, terms.terms)
+        raw, adding = encode(begin), Adding(self._keyed, self.number)
+        asked = [party for party in self.setup.roster if party not in gone]
+        yield self._trip("vector", {party: self._with_nonces(party, raw) for party in asked}, adding)
+        totalling = adding.close()
+        self._entered.update(totalling.survivors)
+        there = [party for party in totalling.survivors if party not in gone]
+        if self._config.floats is None:
+            yield from self._opened(totalling, there)
+        else:
+            yield self._trip("unmasking", dict.fromkeys(there, totalling.encrypted), totalling, quorum=0)
+
+    def _opened(self, totalling: Totalling, there: list[str]) -> Iterator[Trip]:
+        for party in there:
+            yield self._trip("unmasking", totalling.ask(party), totalling, quorum=0)
+            if totalling.heard:
+                return self._finish(totalling.close())
+        raise TooFewSurvivorsError("nobody is left to open the sum", survivors=0, needed=1, missing=totalling.survivors)

@@ -12,15 +12,13 @@ from choral.protocols.homomorphic.shared.ckks import CkksPlan
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking.messages import SumSetup
 from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.signing import NO_BEGIN as NO_BEGIN
 from choral.protocols.masking.signing import digest
 
 Plan = BfvPlan | CkksPlan
 
 DEALER = 0
 """Place in the roster of the party that makes the key. Any party could read every vector; so nothing rests on which."""
-
-NO_BEGIN = bytes(32)
-"""In place of a Begin's digest, in a round that was begun without one."""
 
 MAX_SKIPPED = 1 << 16
 """Rounds that a party may miss in a row; each costs two hashes to pass."""
@@ -69,6 +67,8 @@ def key_setup(spec: SumSpec, *, session: bytes, min_survivors: int, floats: Floa
         encoding=f"shared-key sum, terms {digest('shared/terms', terms.encode()).hex()}",
         cohort="everyone" if whole else "chosen",
         directory=None if whole else spec.population,
+        weight_bound=spec.weight_bound,
+        terms=spec.terms,
     )
 
 
@@ -92,6 +92,8 @@ def agreed(policy: Policy, setup: SumSetup, floats: Floats | None) -> tuple[Poli
             bound=setup.bound,
             encoding=policy.encoding,
             directory=setup.directory,
+            weight_bound=setup.weight_bound,
+            terms=setup.terms,
         )
         own = key_setup(spec, session=setup.session, min_survivors=setup.min_survivors, floats=floats)
     except SpecError as error:

@@ -99,8 +99,9 @@ class MaskedServerDriver:
         """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
         return self.session.terms.session
 
-    def _trip(self, step: TripStep, outbox: Mapping[str, bytes], stage: Stage) -> Trip:
-        quorum = min(self._quorum or self.setup.min_survivors, len(self.setup.roster))
+    def _trip(self, step: TripStep, outbox: Mapping[str, bytes], stage: Stage, quorum: int | None = None) -> Trip:
+        if quorum is None:
+            quorum = min(self._quorum or self.setup.min_survivors, len(self.setup.roster))
         self._down.update({party: len(raw) for party, raw in outbox.items()})
 
         def take(sender: str, raw: bytes) -> None:

@@ -352,7 +352,7 @@ def test_a_shared_key_and_a_plain_sum_meet_no_policy_that_asks_for_more() -> Non
 def test_a_shared_key_setup_that_is_weaker_than_the_settings_is_refused_in_process_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from choral.protocols.homomorphic.shared import secure_sum
+    from choral.protocols.homomorphic.shared import server
     from choral.protocols.homomorphic.shared.setup import key_setup
 
     setup = key_setup(SEVEN, min_survivors=4, session=bytes(16))
@@ -362,7 +362,7 @@ def test_a_shared_key_setup_that_is_weaker_than_the_settings_is_refused_in_proce
         wider = SumSpec(**{"parties": SEVEN.parties, "length": 3, "bound": 10, "encoding": "step 1"} | spec)  # type: ignore[arg-type]
         weaker.append(key_setup(wider, min_survivors=4, session=bytes(16)))
     for proposed in (setup, *weaker):
-        monkeypatch.setattr(secure_sum, "key_setup", lambda *_, proposed=proposed, **__: proposed)
+        monkeypatch.setattr(server, "key_setup", lambda *_, proposed=proposed, **__: proposed)
         with nullcontext() if proposed is setup else pytest.raises(PolicyError):
             shared.open(SEVEN)
 

@@ -154,8 +154,10 @@ def test_bytes_are_counted() -> None:
     reported = -(-50_000 * summing.spec.modulus_bits // 8)
     assert 0 <= second.bytes_up["p2"] - sent < 100
     assert 0 <= second.bytes_up["p1"] - sent - reported < 200
-    assert 0 <= second.bytes_down["p1"] - blocks * plan.parameters.full_bytes < 200
-    assert (second.bytes_up["p0"], second.bytes_down["p0"], second.bytes_down["p2"]) == (0, 0, 0)
+    assert 0 <= second.bytes_down["p1"] - blocks * plan.parameters.full_bytes < 300
+    assert second.bytes_up["p0"] == 0
+    assert 0 < second.bytes_down["p2"] < 140, "a Begin"
+    assert 0 < second.bytes_down["p0"] < 700, "and, until it is heard, everybody's confirmations"
     assert first.bytes_up["p0"] > 200  # opening the session
 
 

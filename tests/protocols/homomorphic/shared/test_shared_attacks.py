@@ -36,10 +36,10 @@ from choral.protocols.homomorphic.shared import key_messages, seal_files
 from choral.protocols.homomorphic.shared import party as steps
 from choral.protocols.homomorphic.shared import setup as terms
 from choral.protocols.homomorphic.shared.seal import RingKey, ring_of, ternary
-from choral.protocols.homomorphic.shared.server import Confirming, Dealing, SharedServer, Totalling
+from choral.protocols.homomorphic.shared.server import Adding, Confirming, Dealing, Known, Totalling
 from choral.protocols.homomorphic.shared.setup import Floats
 from choral.protocols.interface import SumSpec
-from choral.protocols.masking import messages
+from choral.protocols.masking import messages, party
 from choral.protocols.masking.policy import Policy
 from choral.protocols.masking.server.opening import Gathering, Opening
 from choral.protocols.masking.signing import Signatures, commitment, hello, session_digest, setup_digest
@@ -90,15 +90,18 @@ class Network:
         self.sent.append(raw)
         return raw
 
-    def accept(self, name: str, setup: bytes) -> tuple[Any, Any, bytes]:
-        return steps.join(
-            setup,
-            name=name,
-            identity=self.identities[name],
-            policy=self.policy,
-            randomness=self.random[name],
-            floats=self.floats,
-        )
+    def accept(self, name: str, setup: bytes, identity: str | None = None) -> tuple[Any, Any, bytes]:
+        message = read(messages.SumSetup, setup, sender="", limit=10**6)
+        policy, plan = terms.agreed(self.policy, message, self.floats)
+        private: list[bytes] = []
+
+        def public(size: int) -> bytes:
+            private.append(self.random[name](size))
+            return x25519_public(private[0])
+
+        identity = self.identities[identity or name]
+        state, raw = party.join(setup, name=name, identity=identity, policy=policy, randomness=public)
+        return state, steps.KeyAgreement((private[0], plan)), raw
 
     def join(self) -> tuple[Gathering, dict[str, Any], dict[str, bytes]]:
         """The stage, the parties' states and what each is sent: everybody's Hello."""
@@ -141,7 +144,7 @@ class Network:
         confirm = key_messages.KeyConfirm(deal.session, deal.commitment, deal.signature)
         return confirming, states, dealt, {dealer: encode(confirm)}
 
-    def confirm(self) -> tuple[SharedServer, dict[str, Any], dict[str, bytes]]:
+    def confirm(self) -> tuple[Known, dict[str, Any], dict[str, bytes]]:
         confirming, states, dealt, _ = self.meet()
         for name, raw in dealt.items():
             states[name], confirm = states[name].receive(raw)
@@ -169,7 +172,7 @@ class Network:
     def summed(self, number: int = 1, vectors: Mapping[str, Any] | None = None) -> tuple[Totalling, dict[str, Any]]:
         """A closed round and the parties' states."""
         vectors = vectors or self.vectors()
-        adding = self.session.begin(number)
+        adding = Adding(self.session, number)
         encrypted, uploads = self.encrypt(number, vectors)
         for name, raw in uploads.items():
             adding.receive(name, raw)
@@ -225,7 +228,7 @@ def one_entry(place: int, **changes: Any) -> Callable[[type[Any], bytes], bytes]
 def test_a_session_opens_and_sums() -> None:
     network = Network().open()
     totalling, encrypted = network.summed()
-    name, raw = totalling.ask()
+    ((name, raw),) = totalling.ask("p0").items()
     totalling.receive(name, encrypted[name].open(raw))
     outcome = totalling.close()
     assert np.array_equal(outcome.total, sum(network.vectors().values()))
@@ -551,13 +554,7 @@ def test_parties_join_as_themselves_only() -> None:
     network = Network()
     for name, identity, error in (("p0", "p1", SpecError), ("stranger", "p1", PolicyError)):
         with pytest.raises(error):
-            steps.join(
-                encode(network.setup),
-                name=name,
-                identity=network.identities[identity],
-                policy=network.policy,
-                randomness=network.random["p0"],
-            )
+            network.accept(name, encode(network.setup), identity)
 
 
 def test_policies_are_checked() -> None:
@@ -565,16 +562,14 @@ def test_policies_are_checked() -> None:
     for wrong in ({"minimum_cohort": 1}, {"directory": {"a": key[1:]}}, {"directory": {"a": key, "b": key}}):
         with pytest.raises(SpecError):
             make_policy(**({"directory": {"a": key}} | wrong))
-    with pytest.raises(SpecError, match="expected a Policy"):
-        steps.join(b"", name="p0", identity=key, policy={}, randomness=bytes)  # type: ignore[arg-type]
 
 
 # -- rounds -------------------------------------------------------------------------------------------------------
 
 
 def opened(totalling: Totalling, encrypted: Mapping[str, Any], name: str | None = None) -> list[int]:
-    name, raw = totalling.ask(name)
-    totalling.receive(name, encrypted[name].open(raw))
+    name = name or totalling.survivors[0]
+    totalling.receive(name, encrypted[name].open(totalling.ask(name)[name]))
     return list(totalling.close().total)
 
 
@@ -595,7 +590,7 @@ def body_of(upload: bytes) -> bytes:
 )
 def test_other_ciphertexts_are_refused_and_change_nothing(change: Any, message: str) -> None:
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     vectors = network.vectors()
     encrypted, uploads = network.encrypt(1, vectors)
     for name in network.names:
@@ -615,9 +610,9 @@ def test_other_ciphertexts_are_refused_and_change_nothing(change: Any, message: 
 def test_ciphertexts_name_the_key_that_everybody_confirmed() -> None:
     """Session and key are one name: of the same session under another key, a ciphertext is of another session."""
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     _, uploads = network.encrypt(1, network.vectors())
-    session = network.session.known.terms.session
+    session = network.session.terms.session
     other = terms.keyed_session(session, bytes(32))[:16]
     assert read(messages.Upload, uploads["p1"], sender="", limit=10**6).session != other != session[:16]
     for wrong in (other, session[:16], network.setup.session):
@@ -627,7 +622,7 @@ def test_ciphertexts_name_the_key_that_everybody_confirmed() -> None:
 
 def test_bodies_that_are_no_ciphertexts_are_refused_and_change_nothing() -> None:
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     vectors = network.vectors()
     encrypted, uploads = network.encrypt(1, vectors)
     raw = uploads["p1"]
@@ -650,7 +645,7 @@ def test_bodies_that_are_no_ciphertexts_are_refused_and_change_nothing() -> None
 
 def test_vectors_after_the_close_are_thrown_away() -> None:
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     vectors = network.vectors()
     encrypted, uploads = network.encrypt(1, vectors)
     for name in ("p0", "p3"):
@@ -670,7 +665,7 @@ def test_half_a_vector_leaves_no_trace(wrong_first: bool) -> None:
     """The last of p2's ciphertexts is none: those before are subtracted again, and the noise they brought with them."""
     length = 60_000
     network = Network(length=length).open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     vectors = {name: np.full(length, BOUND if name == "p2" else 5) for name in network.names}
     encrypted, uploads = network.encrypt(1, vectors)
     assert terms.blocks_of(network.plan, length) > 2
@@ -689,10 +684,10 @@ def test_half_a_vector_leaves_no_trace(wrong_first: bool) -> None:
 def test_ciphertexts_of_an_earlier_round_do_not_pass_for_this_one() -> None:
     """Relabelled by a party, which the server cannot see; but they are under another key, and that shows."""
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     _, old = network.encrypt(1, network.vectors())
     adding.receive("p0", old["p0"])
-    adding = network.session.begin(2)
+    adding = Adding(network.session, 2)
     encrypted, uploads = network.encrypt(2, network.vectors())
     with pytest.raises(FaultyPartyError, match="of round 1"):
         adding.receive("p0", old["p0"])
@@ -713,7 +708,7 @@ def test_a_wrong_key_or_changed_bytes_give_no_sum(scheme: str) -> None:
     _, strange = other.encrypt(1, vectors)
     network = Network(scheme=scheme).open()
     for number, kind in enumerate(("wrong key", "changed"), 1):
-        adding = network.session.begin(number)
+        adding = Adding(network.session, number)
         encrypted, uploads = network.encrypt(number, vectors)
         body = bytearray(body_of(strange["p2"] if kind == "wrong key" else uploads["p2"]))
         if kind == "changed":
@@ -731,7 +726,7 @@ def test_parties_that_were_shown_different_models_have_no_sum(scheme: str) -> No
     network = Network(scheme=scheme).open()
     vectors = {name: full(1) if scheme == "bfv" else np.ones(LENGTH) for name in network.names}
     for number, second in enumerate((b"m" * 32, b"n" * 32, terms.NO_BEGIN), 1):
-        adding = network.session.begin(number)
+        adding = Adding(network.session, number)
         encrypted, uploads = network.encrypt(number, {n: v for n, v in vectors.items() if n != "p2"}, b"m" * 32)
         theirs = network.encrypt(number, {"p2": vectors["p2"]}, second)
         encrypted, uploads = encrypted | theirs[0], uploads | theirs[1]
@@ -748,7 +743,7 @@ def test_parties_that_were_shown_different_models_have_no_sum(scheme: str) -> No
 
 def test_a_vector_counted_twice_is_seen_where_it_passes_the_bound() -> None:
     network = Network().open()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     encrypted, uploads = network.encrypt(1, network.vectors(BOUND))
     for name in ("p0", "p1"):
         adding.receive(name, uploads[name])
@@ -775,11 +770,11 @@ def test_a_vector_counted_twice_is_seen_where_it_passes_the_bound() -> None:
 def test_parties_open_no_other_sum(change: Any, error: type[ProtocolError], message: str) -> None:
     network = Network().open()
     totalling, encrypted = network.summed()
-    name, raw = totalling.ask()
+    raw = totalling.ask("p0")["p0"]
     with pytest.raises(error, match=message):
-        encrypted[name].open(edited(key_messages.EncryptedSum, raw, **change))
+        encrypted["p0"].open(edited(key_messages.EncryptedSum, raw, **change))
     with pytest.raises(StateUsedError):
-        encrypted[name].open(totalling.ask()[1])
+        encrypted["p0"].open(raw)
 
 
 def test_parties_open_one_sum_of_a_round_and_none_of_a_round_before() -> None:
@@ -796,7 +791,7 @@ def test_parties_open_one_sum_of_a_round_and_none_of_a_round_before() -> None:
 def test_another_survivor_opens_the_sum_when_the_first_does_not_answer() -> None:
     network = Network().open()
     totalling, encrypted = network.summed()
-    totalling.ask()
+    totalling.ask("p0")
     assert opened(totalling, encrypted, "p2") == list(sum(network.vectors().values()))
 
 
@@ -804,7 +799,7 @@ def test_sums_with_ciphertexts_missing_or_unreduced_are_refused() -> None:
     length = 60_000
     network = Network(length=length).open()
     totalling, encrypted = network.summed(1, {name: np.ones(length, np.int64) for name in network.names})
-    _, raw = totalling.ask()
+    raw = totalling.encrypted
     (body,) = read(key_messages.EncryptedSum, raw, sender="", limit=10**8).ciphertexts
     size = network.plan.parameters.full_bytes
     assert len(body) > 2 * size
@@ -822,8 +817,7 @@ def test_the_server_takes_the_sum_from_whom_it_asked_and_in_range() -> None:
         totalling.close()
     with pytest.raises(SpecError, match="no survivor"):
         totalling.ask("p3")
-    name, sum_of_three = totalling.ask("p1")
-    raw = encrypted[name].open(sum_of_three)
+    raw = encrypted["p1"].open(totalling.ask("p1")["p1"])
     with pytest.raises(FaultyPartyError, match="not asked"):
         totalling.receive("p0", raw)
     (body,) = read(key_messages.OpenedSum, raw, sender="", limit=10**6).total
@@ -849,7 +843,7 @@ def test_sums_of_floats_are_never_reported_to_the_server() -> None:
     network = Network(scheme="ckks").open()
     closed, encrypted = network.summed(1, {name: np.full(LENGTH, 0.5) for name in network.names})
     with pytest.raises(SpecError, match="never reported"):
-        closed.ask()
+        closed.ask("p0")
     with pytest.raises(SpecError, match="never reported"):
         encrypted["p0"].open(closed.encrypted)
     total, survivors = encrypted["p0"].read(closed.encrypted)
@@ -869,8 +863,6 @@ def test_rounds_go_forward_and_missed_ones_do_not_part_the_parties() -> None:
     assert opened(*network.summed(7)) == list(sum(network.vectors().values()))
     with pytest.raises(FaultyServerError, match="round 7 after round 7"):
         network.holders["p1"].encrypt(7, full(1))
-    with pytest.raises(SpecError, match="expected a round after"):
-        network.session.begin(7)
 
 
 def test_a_wrong_vector_leaves_the_key_for_a_right_one() -> None:
@@ -886,7 +878,7 @@ def test_nothing_of_a_past_round_can_be_made_again() -> None:
     """After a round's key is made, a party keeps the next link only; the one before is not in any state of it."""
     network = Network().open()
     (chain,) = network.holders["p0"]._content
-    link, session = chain.link, chain.session
+    link, session = chain.link, chain.member.session
     network.encrypt(1, network.vectors())
     network.states.clear()
     (later,) = network.holders["p0"]._content
@@ -999,7 +991,7 @@ def test_a_server_that_cheats_reads_one_vector() -> None:
     """It hands one party's ciphertext to a party as if it were everybody's sum. No check can see that."""
     network = Network().open()
     vectors = network.vectors()
-    adding = network.session.begin(1)
+    adding = Adding(network.session, 1)
     encrypted, uploads = network.encrypt(1, vectors)
     for name, raw in uploads.items():
         adding.receive(name, raw)

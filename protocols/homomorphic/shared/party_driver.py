@@ -1,0 +1,165 @@
+"""A party of the shared-key sum behind one door: a masked sum's party, until the session is open.
+
+    from the server       state before    step      answer                     state after
+    Reveals               Revealing       meet      KeyDeal, of the dealer     Confirming, or Waiting
+    KeyDeal               Waiting         receive   KeyConfirm                 Confirming
+    KeyConfirmations      Confirming      enter     -                          Holder
+    Begin                 Holder          encrypt   NeedsVector, then Upload   Holder, Encrypted
+    EncryptedSum          Encrypted       open      OpenedSum; in CKKS -       -
+
+Nothing that is stored opens a key: a party that restarts has none, and answers again with the next session.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from choral.protocols.crypto.keys import x25519_public
+from choral.protocols.driver import Answer, NeedsVector, used
+from choral.protocols.errors import FaultyServerError
+from choral.protocols.homomorphic.shared import key_messages
+from choral.protocols.homomorphic.shared import setup as terms
+from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyConfirmations, KeyDeal, limit
+from choral.protocols.homomorphic.shared.party import Confirming, Encrypted, Holder, KeyAgreement, Waiting
+from choral.protocols.masking import messages
+from choral.protocols.masking.party import Revealing
+from choral.protocols.masking.party_driver import STATE_VERSION, MaskedPartyDriver, PublicState
+from choral.protocols.masking.party_round import Membership
+from choral.protocols.masking.policy import Policy
+
+
+class SharedPartyDriver(MaskedPartyDriver):
+    """See :class:`choral.protocols.driver.PartyDriver`. floats: what is summed in CKKS; None, integers.
+
+    total: of floats, the sum of the last round that was opened here, and whose vectors are in it.
+    Raises: SpecError.
+    """
+
+    known = key_messages.ToParty
+
+    def __init__(self, *, floats: terms.Floats | None = None, **given: Any) -> None:
+        """given: as of :class:`~choral.protocols.masking.party_driver.MaskedPartyDriver`."""
+        self._floats, self._private, self._key = floats, b"", b""
+        self._keying: Waiting | Confirming | None = None
+        self._holder: Holder | None = None
+        self._asking: set[bytes] = set()
+        self._sent: tuple[bytes, ...] | None = None
+        self.total: tuple[Any, tuple[str, ...]] | None = None
+        super().__init__(**given)
+
+    def public_state(self) -> bytes:
+        """How many sessions the identity has joined: of a session itself nothing would be of use."""
+        return msgspec.msgpack.encode(PublicState(STATE_VERSION, self._sessions.last))
+
+    def _policy_for(self, setup: messages.SumSetup) -> Policy:
+        return terms.agreed(self.policy, setup, self._floats)[0]
+
+    def _nonce(self, size: int) -> bytes:
+        self._private = self._randomness(size)
+        return x25519_public(self._private)
+
+    def _hold(self, setup: messages.SumSetup, raw: bytes) -> None:
+        super()._hold(setup, raw)
+        self._keying = self._holder = None
+
+    def _limit(self) -> int:
+        setup, most = self._setup, super()._limit()
+        if setup is None:
+            return most
+        n, plan = len(setup.roster), terms.plan_of(len(setup.roster), setup, self._floats)
+        size = terms.blocks_of(plan, setup.length) * plan.parameters.full_bytes + n // 8 + 1
+        parts = limit(KeyConfirmations, n) + messages.limit(messages.Begin)
+        return max(most, limit(EncryptedSum, size), limit(KeyDeal, 1), messages.limit(messages.Bundle, parts))
+
+    def _take(self, message: Any, raw: bytes, key: bytes) -> Answer:
+        if isinstance(message, KeyDeal | KeyConfirmations):
+            return self._hand_out(message, raw)
+        if isinstance(message, messages.Begin):
+            self._key = key
+        return super()._take(message, raw, key)
+
+    def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:
+        opening = self._opening
+        if not (isinstance(message, messages.Reveals) and isinstance(opening, Revealing) and self._setup):
+            return super()._open(message, raw)
+        if message.session != self._setup.session:
+            raise FaultyServerError("the Reveals are of another session")
+        self._opening = None
+        plan = terms.plan_of(len(self._setup.roster), self._setup, self._floats)
+        agreement, self._private = KeyAgreement((self._private, plan)), b""
+        self._keying, deal = agreement.meet(opening, raw, randomness=self._randomness)
+        return () if deal is None else (deal,)
+
+    def _hand_out(self, message: KeyDeal | KeyConfirmations, raw: bytes) -> Answer:
+        kind, keying = type(message).__name__, self._keying
+        if self._setup is None or message.session != self._setup.session:
+            raise FaultyServerError(f"the {kind} is of another session")
+        if isinstance(message, KeyDeal) and isinstance(keying, Waiting):
+            self._keying = None
+            self._keying, confirm = keying.receive(raw)
+            return (confirm,)
+        if isinstance(message, KeyConfirmations) and isinstance(keying, Confirming):
+            self._keying = None
+            self._holder = keying.enter(raw)
+            self._membership = self._holder.member
+            return ()
+        if isinstance(message, KeyConfirmations) and self._holder is not None:
+            return ()  # until a party is heard in the open session, each Begin brings them along
+        raise used(f"its {kind} was not waited for: that step was taken")
+
+    def _begin(self, begin: messages.Begin, raw: bytes, member: Membership) -> Answer:
+        if self._round is None or begin != self._round.begin:
+            super()._begin(begin, raw, member)
+            self._asking, self._sent = set(), None
+        if self._sent is not None:
+            return self._sent
+        self._asking.add(self._key)
+        return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
+
+    def _advertise(self, number: int) -> tuple[Any, bytes]:
+        """A round has no keys to show. That it may have been answered is stored first."""
+        if number - self._last >= terms.MAX_SKIPPED:
+            raise FaultyServerError(f"asked for round {number} after round {self._last}")
+        self._last = number
+        self._save()
+        return None, b""
+
+    def supply(self, vector: Any) -> tuple[bytes, ...]:
+        """See :class:`choral.protocols.driver.PartyDriver`.
+
+        vector: int64, numpy or a torch tensor; of floats float64, numpy; shape (length,), every |value| <= bound.
+        Raises: InputError, after which a right one may be supplied; StateUsedError where none is asked for (any more).
+        """
+        now, holder = self._round, self._holder
+        if now is None or holder is None or self._sent is not None:
+            raise used("no vector is asked for")
+        self._holder, now.state, upload = holder.encrypt(now.begin.round, vector, now.begun)
+        return self._answered((upload,))
+
+    def decline(self) -> None:
+        """Sit out: the party sends no vector in this round, and answers the next one. Raises: StateUsedError."""
+        if self._round is None or self._sent is not None:
+            raise used("no vector is asked for")
+        self._answered(())
+
+    def _answered(self, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """The same Begin, alone or in a bundle, gets this from here on."""
+        self._sent = answer if self._replies.kept else ()
+        for key in self._asking:
+            self._replies.put(key, answer)
+        return answer
+
+    def _step(self, now: Any, message: Any, raw: bytes, key: bytes) -> Answer:
+        state = now.state
+        if not isinstance(message, EncryptedSum) or not isinstance(state, Encrypted):
+            return super()._step(now, message, raw, key)
+        now.state = None
+        if self._floats is None:
+            return (state.open(raw),)
+        self.total = state.read(raw)
+        return ()
+
+    def __repr__(self) -> str:
+        return f"<SharedPartyDriver of {self.name!r}>"
