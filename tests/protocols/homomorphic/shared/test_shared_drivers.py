@@ -330,6 +330,27 @@ def test_messages_out_of_order_cost_nothing() -> None:
     assert deployed.round().survivors == NAMES
 
 
+@pytest.mark.parametrize("kind", ["hellos", "reveals", "keydeal", "keyconfirmations"])
+def test_messages_of_another_session_spend_no_state(kind: str) -> None:
+    deployed = Deployment()
+
+    def stray(way: str, party: str, raw: bytes) -> list[bytes]:
+        if way == "up":
+            return [raw]
+        message = read(key_messages.ToParty, raw, sender="", limit=10**6)
+        first = message.parts[0] if isinstance(message, messages.Bundle) else raw
+        if type(read(key_messages.ToParty, first, sender="", limit=10**6)).__name__.lower() != kind:
+            return [raw]
+        other = read(key_messages.ToParty, first, sender="", limit=10**6)
+        return [encode(msgspec.structs.replace(other, session=bytes(16))), raw]
+
+    deployed.hook = stray
+    deployed.open()
+    assert deployed.round().survivors == NAMES
+    assert len(deployed.refused) >= 3
+    assert all("another session" in str(error) for error in deployed.refused.values())
+
+
 def test_a_dealer_that_deals_two_keys_is_named_and_nothing_is_encrypted() -> None:
     deployed = Deployment()
     deals: dict[str, bytes] = {}
