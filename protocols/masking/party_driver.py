@@ -49,6 +49,8 @@ from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.wire_format import read
 
 STATE_VERSION = 1
+MOST_JOINED = 1024
+"""Setups that a party remembers to have joined: beyond so many, an old one that comes late is joined anew."""
 
 
 class PublicState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -108,6 +110,7 @@ class MaskedPartyDriver:
         self._identity, self._randomness, self._store = identity, randomness, store
         self._sessions = identity.sessions(purpose)
         self._replies = Replies(kept=repeats)
+        self._joined: dict[bytes, None] = {}
         self._setup: messages.SumSetup | None = None
         self._raw_setup = b""
         self._opening: Joining | Revealing | None = None
@@ -146,6 +149,7 @@ class MaskedPartyDriver:
                 raise SpecError("these bytes are no stored state of a party")
             self._policy_for(setup).check(setup, self.name)
             self._enter(setup, state.setup, state.session, current, state.last)
+            self._joined[signing.setup_digest(state.setup)] = None
         self._save()
 
     def _enter(self, setup: messages.SumSetup, raw: bytes, session: bytes, current: Current, last: int) -> None:
@@ -247,7 +251,10 @@ class MaskedPartyDriver:
         return self._randomness(size)
 
     def _join(self, setup: messages.SumSetup, raw: bytes) -> Answer:
-        """A session that is joined ends the one before it, for good."""
+        """A session that is joined ends the one before it, for good; so none is joined twice, whatever comes late."""
+        digest = signing.setup_digest(raw)
+        if digest in self._joined:
+            raise used("this party has joined the session of that setup before, and joins it once")
         joining, hello = join(
             raw,
             name=self.name,
@@ -260,6 +267,9 @@ class MaskedPartyDriver:
         self._hold(setup, raw)
         self._opening = joining
         self._save()
+        self._joined[digest] = None
+        if len(self._joined) > MOST_JOINED:
+            del self._joined[next(iter(self._joined))]
         return (hello,)
 
     def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:

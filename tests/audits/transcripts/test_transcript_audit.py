@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace as replaced
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,6 +28,7 @@ from choral.audits.transcripts import independence
 from choral.audits.transcripts.independence import phases, smallest_of_known, smallest_of_pairs
 from choral.errors import ConfigError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
+from choral.protocols import wire_format
 from choral.protocols.homomorphic.split import party_and_server as split
 from choral.protocols.homomorphic.split import party_driver as split_party
 from choral.protocols.in_process import ByteCounter
@@ -314,6 +316,36 @@ def test_a_list_longer_than_the_terms_allow_is_caught(
     verdict, finding = check(report, "not declared")
     assert verdict == "violated"
     assert "belong to it" in finding
+
+
+def test_two_models_in_one_sum_are_caught(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(way: str, party: str, raw: bytes) -> bytes:
+        message = messages.to_party(raw, limit=len(raw)) if (way, party) == ("down", "p1") else None
+        if not isinstance(message, messages.Bundle):
+            return raw
+        parts = [messages.to_party(part, limit=len(part)) for part in message.parts]
+        shown = [replaced(p, weights=b"x" * 32) if isinstance(p, messages.Begin) else p for p in parts]
+        return messages.encode(messages.Bundle(tuple(map(messages.encode, shown))))
+
+    tampered(monkeypatch, change)
+    report = rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    verdict, finding = check(report, "shown the same model")
+    assert verdict == "violated"
+    assert "2 different ones were shown" in finding
+
+
+def test_a_transcript_of_another_protocol_version_is_said_to_be_one(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier Choral recorded it: not read, and no violation either."""
+    with monkeypatch.context() as then:
+        then.setattr(wire_format, "VERSION", 1)
+        rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    report = audit(tmp_path / "run")
+    verdict, finding = check(report, "not declared")
+    assert verdict == "unverified"
+    assert "of protocol version 1; this Choral reads 2" in finding
+    assert "violated" not in verdicts(report)
 
 
 def test_a_history_with_other_survivors_than_the_wire_is_caught(job: Job, tmp_path: Path) -> None:

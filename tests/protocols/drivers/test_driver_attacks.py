@@ -225,6 +225,17 @@ def test_a_cached_answer_dies_with_its_session(deployed: Any, until: str) -> Non
         net.parties["p0"].handle(trip.outbox["p0"])
 
 
+def test_a_dead_session_does_not_even_repeat_its_keys(deployed: Any) -> None:
+    """The Begin alone, which came in a bundle before, so that no cached answer stands for it."""
+    net = deployed().open()
+    bundle = next(net.server.round(TRAINED)).outbox["p0"]
+    *_, begin = parse(bundle).parts
+    assert net.parties["p0"].handle(bundle) == net.parties["p0"].handle(begin)
+    net.party("p0").handle(next(net.kind.server_driver(net.spec, directory=net.directory).open()).outbox["p0"])
+    with pytest.raises(StateUsedError, match="ended"):
+        net.parties["p0"].handle(messages.encode(messages.Bundle((parse(bundle).parts[0], begin, begin))))
+
+
 def test_sums_of_two_purposes_do_not_end_each_other(deployed: Any) -> None:
     net = deployed().open()
     twin = net.party("p0", purpose="counts")

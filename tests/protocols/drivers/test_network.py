@@ -166,3 +166,49 @@ def test_messages_in_any_order(deployed: Any) -> None:
             assert trip.enough()
         assert net.server.result.survivors == net.names
         assert net.server.result.total.tolist() == sum(net.vectors.values()).tolist()
+
+
+@pytest.mark.parametrize("kind", [Masked(corrupt=1), Homomorphic(corrupt=1)], ids=["masked", "split"])
+def test_everything_that_was_ever_sent_may_come_again(deployed: Any, kind: Any) -> None:
+    """Before each trip of a third round every message of the opening and of all rounds arrives once more, newest first:
+    none changes anything, and what is answered is answered as it was.
+    """
+    net = deployed(4, kind=kind, length=5).open()
+    for number in range(3):
+        net.fresh_vectors(number)
+        for trip in net.server.round():
+            for way, _, name, raw in reversed(list(net.sent)):
+                if way == "down":
+                    again(net, name, raw)
+                else:
+                    trip.receive(name, raw)
+            for name in trip.outbox:
+                net.down(name, trip, trip, {})
+            assert trip.enough()
+        assert net.server.result.survivors == net.names
+        assert net.server.result.total.tolist() == sum(net.vectors.values()).tolist()
+    assert any("joined the session of that setup before" in str(error) for _, error in net.refused)
+
+
+def again(net: Any, name: str, raw: bytes) -> None:
+    """A message that comes once more is refused by name, or answered with bytes that were sent before."""
+    try:
+        answer = net.parties[name].handle(raw)
+    except ProtocolError as error:
+        net.refused.append((name, error))
+    else:
+        assert set(answer) <= {part for way, _, sender, part in net.sent if (way, sender) == ("up", name)}
+
+
+def test_who_was_sent_what_is_counted(deployed: Any) -> None:
+    """By the driver, for whoever has no other count: all messages of a round, those of the opening with the first."""
+    for kind in (Masked(), Homomorphic()):
+        net = deployed(3, kind=kind, length=30).open()
+        for _ in range(2):
+            result = net.round()
+            for way, counted in (("up", result.bytes_up), ("down", result.bytes_down)):
+                sent = {
+                    name: sum(len(raw) for at, _, to, raw in net.sent if (at, to) == (way, name)) for name in net.names
+                }
+                assert counted == sent
+            net.sent.clear()
