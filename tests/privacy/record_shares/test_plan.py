@@ -73,6 +73,14 @@ def test_the_noise_is_that_of_dp_sgd_on_the_pooled_records_but_for_a_thousandth(
     assert 8 <= plan.grid.deviation(plan.share) < 16
 
 
+def test_failures_of_the_sum_and_of_the_cap_are_paid_for_out_of_delta() -> None:
+    plan, failing = plan_shares(promise(), terms()), plan_shares(promise(), terms(failure=1e-8))
+    assert plan.event.failure == 2.0**-40 + 2.0**-60
+    assert failing.noise_multiplier > 1.005 * plan.noise_multiplier
+    assert 0.998 <= failing.epsilon(DELTA) <= 1.0
+    assert failing.epsilon(DELTA - 300 * 1e-8) > 1.0
+
+
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 2.0, 4.0, 8.0])
 def test_digits_take_at_most_eighteen_bits_and_the_sum_cannot_wrap(epsilon: float) -> None:
     for batch in (64, 128):

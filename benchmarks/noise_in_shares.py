@@ -1,0 +1,91 @@
+"""What a step of noise in shares takes, and what it tells: its time by the number of records drawn, padded and not.
+
+One party of 144 records of digits' size (64 features, 2,410 parameters), q = 64 / 1,437; the numbers drawn are set, in
+turn. One JSON line for each: the median of the processor time of a step, and its standard error. Then what a party's
+answers would cost if its counts were known, one draw of them for each size of a party, and the bits of a value.
+
+    python benchmarks/noise_in_shares.py    # the figures of docs/noise-in-shares.md; a minute on one core
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choral.privacy import Ledger, PoissonSampledGaussian, Privacy, SharesParty, SharesPlan, SharesTerms, plan_shares
+from choral.privacy.accounting import record_level
+from choral.privacy.record_shares import party as party_module
+
+DELTA = 1e-5
+DRAWN, STEPS, WARM = (0, 6, 20), 1500, 40
+
+
+def plan_of(epsilon: float, steps: int) -> SharesPlan:
+    """Ten parties, nine of which survive, one of which colludes."""
+    terms = SharesTerms(
+        records=1437, batch_size=64, steps=steps, parties=10, min_survivors=9, length=2410, most_records=144
+    )
+    return plan_shares(Privacy(epsilon, DELTA, noise="distributed"), terms)
+
+
+def times(*, padded: bool) -> dict[str, Any]:
+    """Return the median processor time of a step in milliseconds, and its error, by how many records were drawn."""
+    data = TensorDataset(torch.randn(144, 64), torch.randint(0, 10, (144,)))
+    party = SharesParty(
+        Privacy(1.0, DELTA, noise="distributed"), plan_of(1.0, STEPS), holder="a", ledger=Ledger(), padded=padded
+    )
+    network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model, optimizer, loader = party.wrap(network, DataLoader(data))
+    counts = np.random.default_rng(1).choice(DRAWN, size=STEPS)
+    spent = np.empty(STEPS)
+    for step, count in enumerate(counts):
+        with mock.patch.object(party_module, "poisson_sample", lambda *_, n=count: np.arange(n)):
+            begun = time.process_time()
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            party.take()
+            spent[step] = 1e3 * (time.process_time() - begun)
+    found = {}
+    for n in DRAWN:
+        sorted_times = np.sort(spent[WARM:][counts[WARM:] == n])[20:-20]
+        error = 1.25 * sorted_times.std() / len(sorted_times) ** 0.5
+        found[str(n)] = [round(float(np.median(sorted_times)), 3), round(float(error), 3)]
+    return {"padded": padded, "milliseconds_by_drawn": found}
+
+
+def epsilon_of_known_counts(records: int, steps: int) -> float:
+    """Return what the steps cost a record of a party of so many, if it is known how many each step drew of them."""
+    counts = np.random.default_rng(records).binomial(records, 64 / 1437, steps)
+    noise = plan_of(1.0, steps).event.noise_multiplier
+    events = [
+        PoissonSampledGaussian(sample_rate=count / records, noise_multiplier=noise, steps=int(times))
+        for count, times in zip(*np.unique(counts, return_counts=True), strict=True)
+        if count
+    ]
+    return record_level.epsilon(events, DELTA)
+
+
+def main() -> None:
+    """Print the lines."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for padded in (True, False):
+        print(json.dumps(times(padded=padded)), flush=True)
+    for records in (144, 50, 20, 5, 1):
+        print(json.dumps({"records": records, "epsilon_if_counts_are_known": epsilon_of_known_counts(records, 300)}))
+    for epsilon in (1.0, 2.0, 4.0, 8.0):
+        plan = plan_of(epsilon, 300)
+        print(json.dumps({"epsilon": epsilon, "bits": plan.bits, "rows": plan.terms.rows, "share": plan.share}))
+
+
+if __name__ == "__main__":
+    main()
