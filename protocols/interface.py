@@ -12,7 +12,7 @@ A :class:`SecureSum` is a frozen configuration (``Plain()``, ``Masked(...)``). `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -26,7 +26,8 @@ from choral.protocols.errors import SpecError
 if TYPE_CHECKING:
     import torch
 
-    from choral.protocols.driver import RoundTerms
+    from choral.protocols.crypto.identity import Identity
+    from choral.protocols.driver import PartyDriver, Patience, RoundTerms, ServerDriver
     from choral.protocols.masking.policy import Policy
 
 IntVector = NDArray[np.int64]
@@ -207,4 +208,32 @@ class SecureSum(Protocol):
 
         Raises: SpecError; PolicyError where the parties refuse.
         """
+        ...
+
+    def party_driver(
+        self,
+        spec: SumSpec,
+        *,
+        name: str,
+        identity: Identity,
+        policy: Policy,
+        randomness: Callable[[int], bytes] = ...,
+        store: Callable[[bytes], None] | None = None,
+        state: bytes | None = None,
+        purpose: str = "",
+        repeats: bool = True,
+    ) -> PartyDriver:
+        """One party's half: :mod:`choral.protocols.driver`. Raises: SpecError; PolicyError."""
+        ...
+
+    def server_driver(
+        self,
+        spec: SumSpec,
+        *,
+        directory: Mapping[str, bytes],
+        randomness: Callable[[int], bytes] = ...,
+        patience: Patience = None,
+        quorum: int | None = None,
+    ) -> ServerDriver:
+        """The server's half. Raises: SpecError."""
         ...

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.modular_integers import accumulator_dtype, lift, pack, packed_bytes
+from choral.protocols.driver import PartyDriver, Patience, Randomness, RoundTerms, ServerDriver, Store
 from choral.protocols.errors import PolicyError, SpecError, StateUsedError, TooFewSurvivorsError
 from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec, check_spec
 from choral.protocols.own_vector import checked, is_tensor, words
+from choral.protocols.plain_drivers import PlainPartyDriver, PlainServerDriver
 from choral.protocols.tap import show, watched
 
 if TYPE_CHECKING:
     import torch
 
-    from choral.protocols.driver import RoundTerms
     from choral.protocols.masking.policy import Policy
 
 
@@ -35,12 +38,48 @@ class Plain:
     def open(self, spec: SumSpec, *, policy: Policy | None = None) -> PlainSession:
         """Raises: PolicyError for any policy: there is none that a sum which shows each vector could meet."""
         check_spec(spec)
+        self._refuse(policy)
+        return PlainSession(spec)
+
+    def party_driver(
+        self,
+        spec: SumSpec,
+        *,
+        name: str,
+        identity: Identity | None = None,
+        policy: Policy | None = None,
+        randomness: Randomness = secrets.token_bytes,
+        store: Store | None = None,
+        state: bytes | None = None,
+        purpose: str = "",
+        repeats: bool = True,
+    ) -> PartyDriver:
+        """One party's half. It has no use for an identity, randomness, a store or a purpose. Raises: as ``open``."""
+        del identity, randomness, store, state, purpose
+        check_spec(spec)
+        self._refuse(policy)
+        return PlainPartyDriver(spec, name=name, repeats=repeats)
+
+    def server_driver(
+        self,
+        spec: SumSpec,
+        *,
+        directory: Mapping[str, bytes] | None = None,
+        randomness: Randomness = secrets.token_bytes,
+        patience: Patience = None,
+        quorum: int | None = None,
+    ) -> ServerDriver:
+        """The server's half; it has no use for a directory. Raises: SpecError."""
+        del directory
+        check_spec(spec)
+        return PlainServerDriver(spec, randomness=randomness, patience=patience, quorum=quorum)
+
+    def _refuse(self, policy: Policy | None) -> None:
         if policy is not None:
             raise PolicyError(
                 "a plain sum shows the server every vector, which no policy allows",
                 hint="use Masked or Homomorphic, or leave the policy out",
             )
-        return PlainSession(spec)
 
 
 class PlainSession:
@@ -77,7 +116,7 @@ class PlainRound:
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector."""
         check_submission(party, self._spec, self._bytes_up, self._losses, finished=self._finished)
-        values = checked(vector, self._spec.length, self._spec.bound)
+        values = checked(vector, self._spec.length, self._spec.bound, self._spec.weight_bound)
         if is_tensor(values):
             values = values.cpu().numpy()
         residues = words(values, self._spec.modulus_bits)

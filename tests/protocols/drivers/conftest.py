@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from choral.protocols import Identity, Masked, Policy, SumSpec
+from choral.protocols import Identity, Masked, Plain, Policy, SumSpec
 from choral.protocols.driver import NeedsVector, RoundTerms, Trip
 from choral.protocols.errors import ProtocolError
 
@@ -43,9 +43,11 @@ class Deployment:
         self.vectors: dict[str, Any] = {}
         self.trips = 0
 
-    def policy_of(self, spec: SumSpec) -> Policy:
+    def policy_of(self, spec: SumSpec) -> Policy | None:
         from dataclasses import replace
 
+        if isinstance(self.kind, Plain):
+            return None
         keys = self.kind if isinstance(self.kind, Masked) else self.kind._keys()
         return replace(keys.policy(spec), directory=self.directory, directory_size=spec.population)
 
