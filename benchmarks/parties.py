@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Plain, federate
+from choral import Keep, Masked, Participation, Plain, Task, federate
 from choral.trainers import Epochs, VirtualParties
 
 RECORDS, FEATURES, CLASSES = 50, 100, 10
@@ -44,14 +44,12 @@ def measure(parties: int, cohort: int, rounds: int, secure_sum: str) -> dict[str
     torch.set_num_threads(1)
     started, ends = time.process_time(), []
     federate(
-        build=build,
-        fit=Epochs(),
-        evaluate=lambda model: float(next(model.parameters()).norm()),
-        parties=VirtualParties(parties, make, RECORDS),
-        cohort=cohort,
+        Task(build=build, fit=Epochs(), evaluate=lambda model: float(next(model.parameters()).norm())),
+        VirtualParties(parties, make, RECORDS),
+        participation=Participation(cohort=cohort),
         rounds=rounds,
         secure_sum=Masked(corrupt=cohort // 10) if secure_sum == "masked" else Plain(),
-        on_round=lambda _: ends.append(time.process_time()),
+        keep=Keep(on_round=lambda _: ends.append(time.process_time())),
     )
     seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bare
 from driven import Driven, Spent, timed
 
-from choral import federate
+from choral import Compute, Keep, Task, federate
 from choral.trainers.algorithms.interface import Train
 from choral.trainers.engines import Cohort, Direct
 from choral.trainers.local_steps.epochs import Epochs
@@ -108,13 +108,10 @@ def drained(results: Iterable[Any]) -> None:
 def serve(job: str, path: Path, device: torch.device) -> None:
     """Rounds of ``federate`` as anybody calls it, each when it is asked for."""
     federate(
-        **task(job, path, device),
-        fit=Epochs(),
-        evaluate=lambda _model: 0.0,
-        min_classes=1,
+        Task(**task(job, path, device), fit=Epochs(), evaluate=lambda _model: 0.0, min_classes=1),
         rounds=10**6,
-        device=str(device),
-        on_round=lambda _entry: bare.turn(),
+        compute=Compute(device=str(device)),
+        keep=Keep(on_round=lambda _entry: bare.turn()),
     )
 
 

@@ -15,11 +15,12 @@ import json
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from choral import ClientPrivacy, Masked, compare, federate
+from choral import ClientPrivacy, Compute, Masked, compare, federate
 from choral.errors import ChoralError
 from choral.trainers import DivergedError, Training
 from choral.trainers.algorithms import DANE, FSVRG, GD, CoCoA, FedAdam, FedAvg
@@ -80,7 +81,12 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
     resident = Resident(**job, privacy_engines={}, seed=seed, device=cpu)
     trainer, weights = task.engine(resident), resident.layout.read()
     federation = FederationInfo(
-        parties=len(parties), length=len(weights), examples=sum(examples.values()), largest=1 << 20, value_bound=1e9
+        parties=len(parties),
+        length=len(weights),
+        examples=sum(examples.values()),
+        largest=1 << 20,
+        value_bound=1e9,
+        weight=sum(examples.values()),
     )
     channels, states, kept = algorithm.channels(federation), {name: {} for name in parties}, {}
 
@@ -110,9 +116,9 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
 def run(problem, rounds, seed, parties, algorithm, sgd, **more):
     """A run of federate, to be reported; None where it diverges."""
     task = task_of(problem, parties, sgd)
-    job = {name: getattr(task, name) for name in ("build", "fit", "loss", "evaluate", "parties", "engine")}
+    compute = Compute(seed=seed, engine=task.engine)
     try:
-        return federate(**job, rounds=rounds, seed=seed, algorithm=algorithm, min_classes=1, **more)
+        return federate(replace(task, min_classes=1), rounds=rounds, algorithm=algorithm, compute=compute, **more)
     except ChoralError as error:
         if type(error).__name__ not in ("DivergedError", "EncodingError"):
             raise

@@ -13,7 +13,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Privacy, audit, centralize, compare, federate
+from choral import Keep, Masked, Privacy, Task, audit, centralize, compare, federate
 
 table, diagnosis = load_breast_cancer(return_X_y=True)
 # Rounded typical value and spread of each measurement: constants, written down here and so public. Means and deviations
@@ -50,15 +50,12 @@ def evaluate(model):
 
 def main(out: str) -> None:
     job = {
-        "build": build,
-        "fit": fit,
-        "evaluate": evaluate,
+        "task": Task(build=build, fit=fit, evaluate=evaluate),
         "rounds": 10,
-        "seed": 0,
         "parties": {name: TensorDataset(records[share], labels[share]) for name, share in SIZES.items()},
     }
     privacy = Privacy(epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
-    run = federate(**job, privacy=privacy, secure_sum=Masked(min_survivors=2), out=f"{out}/federated")
+    run = federate(**job, privacy=privacy, secure_sum=Masked(min_survivors=2), keep=Keep(out=f"{out}/federated"))
     print(f"accuracy {run.metrics['accuracy']:.3f}, worst hospital's {run.spent}")
     audit(run).save(f"{out}/audit.html")
     compare({"cloud": centralize(**job), "federated": run}).save(f"{out}/compare.html")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import AdaptiveClip, ClientPrivacy, Masked, Plain, audit, federate
+from choral import AdaptiveClip, ClientPrivacy, Keep, Masked, Participation, Plain, Task, audit, federate
+from choral.trainers import Dropouts
 
 torch.set_num_threads(1)  # of models as small as these, threads only wait for each other
 CLIENTS, RECORDS, FEATURES, CLASSES = 200, 30, 20, 5
@@ -53,13 +54,22 @@ def evaluate(model):
 
 
 def main(out: str) -> None:
-    job = {"build": build, "fit": fit, "evaluate": evaluate, "parties": parties, "rounds": 3, "min_classes": 1}
+    task = Task(build=build, fit=fit, evaluate=evaluate, min_classes=1)
+    lossy = Participation(dropouts=Dropouts(vector=0.02))
     promise = {"epsilon": 4.0, "delta": 1e-5, "clip": AdaptiveClip(start=0.5), "bits": 18}
     # Noise for 170 survivors, of whom 5 may tell the server theirs.
     masked = Masked(min_survivors=170, corrupt=5, dropouts=20, server="semi-honest")
     for noise, secure_sum in (("distributed", masked), ("central", Plain()), ("local", Plain())):
         privacy = ClientPrivacy(**promise, noise=noise, min_survivors=170, colluders=5)
-        run = federate(**job, privacy=privacy, secure_sum=secure_sum, dropout_rate=0.02, out=f"{out}/{noise}")
+        run = federate(
+            task,
+            parties,
+            rounds=3,
+            privacy=privacy,
+            secure_sum=secure_sum,
+            participation=lossy,
+            keep=Keep(out=f"{out}/{noise}"),
+        )
         last = run.history[-1]
         print(
             f"{noise:12} accuracy {run.metrics['accuracy']:.3f}, epsilon {run.spent.epsilon:.2f} for each client,"

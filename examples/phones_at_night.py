@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, federate
+from choral import Keep, Masked, Task, federate
 from choral.trainers import ONCE_A_DAY, Availability, Device, Dropouts, Participation, VirtualParties
 
 torch.set_num_threads(1)
@@ -50,10 +50,8 @@ def evaluate(model: nn.Module) -> float:
 
 def main(out: str | None) -> None:
     run = federate(
-        build=build,
-        fit=fit,
-        evaluate=evaluate,
-        parties=VirtualParties(100_000, phone, 30),
+        Task(build=build, fit=fit, evaluate=evaluate),
+        VirtualParties(100_000, phone, 30),
         rounds=12,
         participation=Participation(
             cohort=40,
@@ -66,7 +64,7 @@ def main(out: str | None) -> None:
             patience=3,
         ),
         secure_sum=Masked(min_survivors=33, corrupt=2, dropouts=7, server="semi-honest"),
-        out=out,
+        keep=Keep(out=out),
     )
     print(" day  selected  survivors  simulated  accuracy")
     for entry in run.history[1:]:

@@ -293,7 +293,7 @@ def test_top_level(capsys):
         (SMALL + "[participation.dropouts]\nvector = 2", "chances in [0, 1)", ""),
         (SMALL + "[participation]\ncohort = 4", "arm 'federated': expected a cohort of 2 to 3", ""),
         (SMALL + '[participation]\ncohort = 2\n[algorithm]\nkind = "scaffold"', "scaffold needs every party", "FedAvg"),
-        ("dropout_rate = 0.1\n" + SMALL + "[participation]\ncohort = 2", "which is given too", ""),
+        ("dropout_rate = 0.1\n" + SMALL, "unknown key dropout_rate", "known keys"),
     ],
 )
 def test_bad_settings_end_with_2_and_one_line(edit, message, hint, tmp_path, capsys):

@@ -47,6 +47,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from choral import Task
+
 torch.manual_seed(0)
 
 def visits_of(records):
@@ -77,7 +79,7 @@ def evaluate(model):
 
 north, south, east = (visits_of(120) for _ in range(3))
 parties = {"north": north, "south": south, "east": east}
-job = dict(build=build, fit=fit, evaluate=evaluate, parties=parties, rounds=2)
+job = dict(task=Task(build=build, fit=fit, evaluate=evaluate), parties=parties, rounds=2)
 model, optimizer, loader = build(north)
 loss_function = nn.functional.cross_entropy
 """
@@ -169,11 +171,11 @@ args = transformers.TrainingArguments("trained", num_train_epochs=3, use_cpu=Tru
 """,
     "docs/report.md": SCORES
     + """
-from choral import Privacy, centralize, federate
-clouds = [centralize(**job, seed=seed) for seed in (0, 1)]
-federateds = [federate(**job, seed=seed) for seed in (0, 1)]
-private_runs = [federate(**job, seed=0, privacy=Privacy(epsilon, 1e-5)) for epsilon in (2.0, 8.0)]
-federate(**job, privacy=Privacy(8.0, 1e-5), out="runs/digits/arms/federated-dp/seed-0-epsilon-8")
+from choral import Compute, Keep, Privacy, centralize, federate
+clouds = [centralize(**job, compute=Compute(seed=seed)) for seed in (0, 1)]
+federateds = [federate(**job, compute=Compute(seed=seed)) for seed in (0, 1)]
+private_runs = [federate(**job, privacy=Privacy(epsilon, 1e-5)) for epsilon in (2.0, 8.0)]
+federate(**job, privacy=Privacy(8.0, 1e-5), keep=Keep(out="runs/digits/arms/federated-dp/seed-0-epsilon-8"))
 Path("mine.py").write_text(mine)
 from choral.cli.command_line import main
 main("train examples/digits.toml --privacy.epsilon 3 --training.rounds 1 --out runs/fed --quiet".split())
@@ -203,9 +205,10 @@ main("train examples/digits.toml --training.rounds 1 --out runs/fed --quiet".spl
 AFTER = {
     "README.md": "assert audit(run).verdict == 'holds'",
     "docs/algorithms.md": """
+from dataclasses import replace
 from choral import federate
 losses = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-run = federate(**job, loss=losses, algorithm=Signs())
+run = federate(replace(job["task"], loss=losses), job["parties"], rounds=2, algorithm=Signs())
 assert run.info.algorithm["kind"] == "signs" and run.history[-1].round == 2
 """,
 }

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import federate
 from choral.audits.costs.prices import read_prices
 from choral.cli.command_line import main
 from choral.errors import ChoralError, ConfigError

@@ -17,6 +17,7 @@ from choral.trainers.centralized.tuning import Tuned as Tuned
 from choral.trainers.centralized.tuning import tune as tune
 from choral.trainers.data.partition import dirichlet_split as dirichlet_split
 from choral.trainers.engines.sharded import ProcessError as ProcessError
+from choral.trainers.federated.codec import Encoding as Encoding
 from choral.trainers.federated.federate import federate as federate
 from choral.trainers.federated.participation import ONCE_A_DAY as ONCE_A_DAY
 from choral.trainers.federated.participation import Availability as Availability
@@ -30,8 +31,10 @@ from choral.trainers.run_folder.export import ExportError as ExportError
 from choral.trainers.run_folder.info import RoundRecord as RoundRecord
 from choral.trainers.run_folder.info import RunFolderError as RunFolderError
 from choral.trainers.run_folder.info import RunInfo as RunInfo
+from choral.trainers.run_folder.keep import Keep as Keep
 from choral.trainers.run_folder.run import Run as Run
 from choral.trainers.run_folder.run import value_bound_for as value_bound_for
+from choral.trainers.task.arithmetic import Compute as Compute
 from choral.trainers.task.initial_weights import InitialWeightsError as InitialWeightsError
 from choral.trainers.task.learning_rate import Schedule as Schedule
 from choral.trainers.task.lora import lora as lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,19 +19,18 @@ if TYPE_CHECKING:
     from choral.audits.lower_bounds.guessing import Guessing
     from choral.privacy import ClientPrivacy
     from choral.trainers.run_folder.run import Run
-    from choral.trainers.task.task import Build, Fit
+    from choral.trainers.task.arithmetic import Compute
+    from choral.trainers.task.task import Task
 
 
 def audit_clients(
-    *,
-    build: Build,
-    fit: Fit,
-    evaluate: Any,
+    task: Task,
     parties: Mapping[str, Any],
+    *,
     rounds: int,
     privacy: ClientPrivacy,
     canaries: int,
-    seed: int = 0,
+    compute: Compute | None = None,
     confidence: float = 0.95,
     guessing: Guessing | None = None,
     **federation: Any,
@@ -44,11 +44,12 @@ def audit_clients(
     Raises: TooFewCanariesError before any training; what ``federate`` and ``audit_scores`` raise.
     """
     from choral.privacy import AdaptiveClip
-    from choral.trainers import federate
+    from choral.trainers import Compute, federate
     from choral.trainers.local_steps.resident_model import initial_model
     from choral.trainers.task.flat_vector import Layout
 
-    model = initial_model(build, next(iter(parties.values())), seed)
+    compute = Compute() if compute is None else compute
+    model = initial_model(task.build, next(iter(parties.values())), compute.seed)
     layout = Layout(model)
     before = layout.read()
     clip = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else privacy.clip
@@ -57,8 +58,9 @@ def audit_clients(
 
     def train(chosen: list[Any]) -> torch.Tensor:
         inside = np.isin(np.arange(canaries), chosen)
-        job = with_canary_clients(build, fit, parties, VISIBLE * float(clip) * updates, inside)
-        runs.append(federate(**job, evaluate=evaluate, rounds=rounds, seed=seed, privacy=privacy, **federation))
+        job = with_canary_clients(task.build, task.fit, parties, VISIBLE * float(clip) * updates, inside)
+        watched = replace(task, build=job["build"], fit=job["fit"])
+        runs.append(federate(watched, job["parties"], rounds=rounds, privacy=privacy, compute=compute, **federation))
         model.load_state_dict(runs[0].state)
         return layout.read() - before
 

@@ -25,8 +25,13 @@ from choral.protocols import Plain as Plain
 from choral.protocols import Policy as Policy
 from choral.protocols import PolicyError as PolicyError
 from choral.protocols import ProtocolError as ProtocolError
+from choral.trainers import Compute as Compute
+from choral.trainers import Encoding as Encoding
+from choral.trainers import Keep as Keep
+from choral.trainers import Participation as Participation
 from choral.trainers import Run as Run
 from choral.trainers import RunFolderError as RunFolderError
+from choral.trainers import Task as Task
 from choral.trainers import TaskError as TaskError
 from choral.trainers import centralize as centralize
 from choral.trainers import federate as federate

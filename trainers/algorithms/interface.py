@@ -68,6 +68,7 @@ class FederationInfo:
 
     parties: how many there are. length: coordinates d of the weights. examples: of all parties together.
     largest: a power of two above the largest party's example count. value_bound: of real coordinates that are sent.
+    weight: of all parties together in a mean by examples; the number of parties where every party counts alike.
     """
 
     parties: int
@@ -75,6 +76,7 @@ class FederationInfo:
     examples: int
     largest: int
     value_bound: float
+    weight: int
 
 
 class Mean(NamedTuple):

@@ -61,7 +61,7 @@ class Scaffold(Algorithm):
         control = server.state.get("control", torch.zeros_like(weights)).to(weights)
         mean = yield Exchange(channel="update", weights=weights, new={"control": control})
         change, variate = mean.value[: len(weights)], mean.value[len(weights) :]
-        server.state["control"] = updated(control, variate * (mean.weight / server.federation.examples))
+        server.state["control"] = updated(control, variate * (mean.weight / server.federation.weight))
         return updated(weights, self.server_rate * change)
 
     def work(self, party: Party, ask: Exchange) -> Work:

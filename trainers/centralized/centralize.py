@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -24,26 +23,22 @@ from choral.trainers.run_folder.keep import Keep, OnRound
 from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
-from choral.trainers.task.arguments import whole_number
-from choral.trainers.task.arithmetic import Arithmetic, Compute, Precision, check_arithmetic
+from choral.trainers.task import arguments
+from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.flat_vector import Layout
-from choral.trainers.task.initial_weights import Start, Weights
+from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.per_party import check_held_out, per_party_of
 from choral.trainers.task.seeding import forget_workers, generators_of, reseed, seeded
 from choral.trainers.task.task import (
-    Build,
     DivergedError,
-    Evaluate,
-    EvaluateParty,
-    Fit,
-    Loss,
     Task,
     call,
     check_parties,
     checked_build,
+    parties_of,
     takes_round,
 )
 from choral.trainers.task.user_state import Attributes, Groups, Watched
@@ -53,61 +48,46 @@ _PLACE = "the pooled data"  # in messages, where a party would be named
 
 
 def centralize(
+    task: Task,
+    parties: Mapping[str, Any] | None = None,
     *,
-    build: Build,
-    fit: Fit,
-    evaluate: Evaluate,
-    parties: Mapping[str, Any],
     rounds: int,
-    seed: int = 0,
-    loss: Loss | None = None,
-    start: Start | None = None,
-    schedule: Schedule | None = None,
-    held_out: Mapping[str, Any] | None = None,
-    evaluate_party: EvaluateParty | None = None,
     privacy: Privacy | None = None,
     data_parallel: bool = False,
-    device: str = "cpu",
-    precision: Precision = "float32",
-    compile: bool = False,
-    out: str | Path | None = None,
-    resume: bool = False,
-    config: Mapping[str, Any] | None = None,
-    tuning: Mapping[str, Any] | None = None,
-    on_round: OnRound | None = None,
+    compute: Compute | None = None,
+    keep: Keep | None = None,
 ) -> Run:
     """Train the same task as :func:`federate` on the pooled data of all parties: what it is compared with.
 
     A round is one call of ``fit`` on the pooled data, so equal rounds mean equally many passes over each record. The
     initial weights are those of ``federate`` for the same seed. The optimizer lives through all rounds.
-    loss: taken so that one job's functions suit both, and not called.
     privacy: record-level DP-SGD on the pooled data, with one ledger; the data itself is seen by the cloud.
     data_parallel: divide every batch among the processes that torchrun started; the run folder is the first one's, and
         every process returns the run. Not with ``privacy``, and not to be resumed. See docs/training.md.
-    The other arguments and errors are those of :func:`federate`.
+    The other arguments and errors are those of :func:`federate`. The engine and ``min_classes`` are of parties, and not
+    used here.
     """
-    del loss
-    changing = schedule or Schedule()
-    rounds, seed = whole_number(rounds, "rounds", 1, "20 is a start"), Compute(seed=seed).seed
-    keep = Keep(out=out, resume=resume, config=config, tuning=tuning, on_round=on_round)
+    compute, keep = Compute() if compute is None else compute, Keep() if keep is None else keep
+    for value, name, kind in ((task, "task", Task), (compute, "compute", Compute), (keep, "keep", Keep)):
+        arguments.instance(value, name, kind, f"{kind.__name__}(...)")
+    parties = parties_of(task, parties)
+    rounds = arguments.whole_number(rounds, "rounds", 1, "20 is a start")
+    changing = task.schedule or Schedule()
     examples = check_parties(parties, least=1, min_classes=1)
-    check_held_out(held_out, evaluate_party, parties, private=privacy is not None)
+    check_held_out(task.held_out, task.evaluate_party, parties, private=privacy is not None)
     _check_parallel(data_parallel, privacy, keep)
-    check_arithmetic(precision, compile, private=privacy is not None, reads_records=False)
-    on = own_device(resolve_device(device)) if data_parallel else resolve_device(device)
-    initial = Weights.read(start) if start is not None else None
-    task = Task(
-        build=build, fit=fit, evaluate=evaluate, parties=parties, held_out=held_out, evaluate_party=evaluate_party
-    )
-    whole, arithmetic = pool(list(parties.values())), Arithmetic(on, precision, compile=compile)
-    job = _Job(task, whole, privacy, changing, initial, arithmetic)
-    info = describe("centralized", parties, examples, rounds, seed, arithmetic, privacy, keep, initial)
+    check_arithmetic(compute.precision, compute.compile, private=privacy is not None, reads_records=False)
+    on = own_device(resolve_device(compute.device)) if data_parallel else resolve_device(compute.device)
+    initial = Weights.read(task.start) if task.start is not None else None
+    whole, arithmetic = pool(list(parties.values())), Arithmetic(on, compute.precision, compile=compute.compile)
+    job = _Job(replace(task, parties=parties), whole, privacy, changing, initial, arithmetic)
+    info = describe("centralized", parties, examples, rounds, compute.seed, arithmetic, privacy, keep, initial)
     info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
-        Recorder.open(out if workers.first else None, info, resume=resume) as recorder,
+        Recorder.open(keep.out if workers.first else None, info, resume=keep.resume) as recorder,
     ):
-        return _train(job, info, recorder, workers, on_round)
+        return _train(job, info, recorder, workers, keep.on_round)
 
 
 @dataclass(frozen=True)
@@ -213,6 +193,9 @@ class _Pooled:
 
 def _check_parallel(data_parallel: bool, privacy: Privacy | None, keep: Keep) -> None:
     check_tuned(keep.tuning, private=privacy is not None)
+    arguments.flag(data_parallel, "data_parallel")
+    if keep.transcript is not None:
+        raise ConfigError("a transcript is of a secure sum, and pooled data has none", hint="leave transcript out")
     if data_parallel and privacy is not None:
         raise ConfigError(
             "data_parallel with privacy: each process would clip, add noise and keep a ledger by itself, and the sum of"

@@ -52,7 +52,7 @@ def tune(
     """Train every combination of the grid once, and choose by the mean loss on held-out records.
 
     make: ``make(**settings)`` gives the task with these settings; it must have a ``loss``. train: trains a task as the
-    run will be, such as ``lambda task: centralize(build=task.build, ...)``; the loss after its last round counts.
+    run will be, such as ``lambda task: centralize(task, rounds=20)``; the loss after its last round counts.
     seed: decides which records are held out: of each party, ``validation_fraction`` of them, but not its only one.
     Raises: ConfigError for an empty grid, a repeated or non-finite value, a fraction outside (0, 1), or a private run;
         TaskError for a task without a loss, or if every try diverged; what ``train`` raises.

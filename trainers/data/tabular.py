@@ -25,7 +25,7 @@ def federation_from_csv(
     delimiter: str = ",",
     min_records: int = 1,
 ) -> dict[str, TensorDataset]:
-    """One party per value of ``key``: ``federate(parties=federation_from_csv("visits.csv", "hospital", "died"), ...)``.
+    """One party per value of ``key``: ``federate(task, federation_from_csv("visits.csv", "hospital", "died"), ...)``.
 
     path: CSV with a header, UTF-8. label: column of finite numbers; whole ones throughout become int64 classes, else
     float32 targets, shape (n,). features: columns of finite numbers, float32, shape (n, columns); by default all but

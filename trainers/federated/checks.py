@@ -15,31 +15,13 @@ from choral.privacy.client_level.client import check_client_delta
 from choral.protocols import Homomorphic, Masked, Plain
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
-from choral.trainers.federated.participation import Dropouts, Participation
+from choral.trainers.federated.participation import Participation
 from choral.trainers.run_folder.owner_privacy import check_delta, check_own_ledger
 from choral.trainers.task import arguments
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.task import Loss, Task, TaskError
 
-_PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0)
-
-
-def participation_of(
-    algorithm: Algorithm, given: Participation | None, cohort: int | None, dropout_rate: float
-) -> Participation:
-    """What was given, or what its two shorthands say. dropout_rate: of a round, spread over its sums.
-
-    Raises: ConfigError if both were given.
-    """
-    if given is not None:
-        if cohort is not None or dropout_rate:
-            raise ConfigError(
-                "cohort and dropout_rate are short for parts of participation, which is given too",
-                hint="Participation(cohort=..., dropouts=Dropouts(vector=...))",
-            )
-        return given
-    sums = sums_of(algorithm)
-    return Participation(cohort=cohort, dropouts=Dropouts(vector=1 - (1 - dropout_rate) ** (1 / sums)))
+_PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0, weight=2)
 
 
 def secure_sum_named(given: Any) -> SecureSum:
@@ -112,11 +94,6 @@ def check_ranks(ranks: int, privacy: Privacy | None, out: str | Path | None, par
             f"{ranks} processes for {parties} private parties, each of which stays at one process",
             hint=f"start at most {parties}",
         )
-
-
-def sums_of(algorithm: Algorithm) -> int:
-    """How many secure sums each round has, without those that are made once in a run."""
-    return sum(not channel.once for channel in algorithm.channels(_PROBE).values())
 
 
 def check_participation(algorithm: Algorithm, participation: Participation, parties: int) -> None:

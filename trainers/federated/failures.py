@@ -34,7 +34,7 @@ def beyond(
         place -= size
     return EncodingError(
         f"{where}: {error} (in {name})",
-        hint="raise secure_sum.value_bound (in Python federate(value_bound=...)), the same for all parties, or lower"
+        hint="raise secure_sum.value_bound (in Python Encoding(value_bound=...)), the same for all parties, or lower"
         " the learning rate; docs/secure-sums.md says how to find a bound on public data",
     )
 

@@ -14,145 +14,72 @@ what the noise's encoding pads to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.interface import SecureSum
-from choral.protocols.masking.policy import Policy
-from choral.trainers.algorithms import algorithm_named
-from choral.trainers.algorithms.interface import Algorithm, LocalTrainer
-from choral.trainers.federated.checks import participation_of
+from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.one_round import one_round
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.session import Session
-from choral.trainers.local_steps.resident_model import Resident
-from choral.trainers.run_folder.keep import Keep, OnRound
+from choral.trainers.run_folder.keep import Keep
 from choral.trainers.run_folder.run import Run
-from choral.trainers.run_folder.transcript import Detail
-from choral.trainers.task.arithmetic import Compute, Precision
-from choral.trainers.task.initial_weights import Start
-from choral.trainers.task.learning_rate import Schedule
-from choral.trainers.task.task import Build, Evaluate, EvaluateParty, Fit, Loss, Task
-
-Engine = Callable[[Resident], LocalTrainer]
+from choral.trainers.task.arithmetic import Compute
+from choral.trainers.task.task import Task
 
 
 def federate(
+    task: Task,
+    parties: Mapping[str, Any] | None = None,
     *,
-    build: Build,
-    fit: Fit,
-    evaluate: Evaluate,
-    parties: Mapping[str, Any],
     rounds: int,
-    seed: int = 0,
-    loss: Loss | None = None,
-    start: Start | None = None,
-    schedule: Schedule | None = None,
-    held_out: Mapping[str, Any] | None = None,
-    evaluate_party: EvaluateParty | None = None,
     algorithm: Algorithm | str | None = None,
-    engine: Engine | None = None,
     privacy: Privacy | ClientPrivacy | None = None,
-    secure_sum: SecureSum | None = None,
-    policy: Policy | None = None,
-    value_bound: float = 16.0,
-    value_bits: int = 28,
-    dropout_rate: float = 0.0,
-    cohort: int | None = None,
+    secure_sum: SecureSum | str | None = None,
     participation: Participation | None = None,
-    min_classes: int = 2,
-    device: str = "cpu",
-    precision: Precision = "float32",
-    compile: bool = False,
-    out: str | Path | None = None,
-    resume: bool = False,
-    config: Mapping[str, Any] | None = None,
-    tuning: Mapping[str, Any] | None = None,
-    transcript: Detail | None = None,
-    on_round: OnRound | None = None,
+    encoding: Encoding | None = None,
+    compute: Compute | None = None,
+    keep: Keep | None = None,
 ) -> Run:
     """Train one model over parties that keep their data.
 
-    build, fit, evaluate: the user's own functions: ``build(dataset) -> (model, optimizer, loader)``,
-        ``fit(model, optimizer, loader)`` trains in place, ``evaluate(model) -> float`` or a dict of floats. A ``fit``
-        with a parameter ``round`` is given the number of the round, from 1.
-    schedule: of the optimizer's learning rates from round to round, as :class:`Schedule` says.
-    parties: name -> map-style dataset; at least two, none empty. A party whose labels can be read cheaply must have
-        ``min_classes`` classes. With a cohort also `VirtualParties`, made on demand: a round then costs what its cohort
-        costs, however many there are.
-    loss: ``loss(model, batch) -> losses``, one per record, shape (n,), for algorithms that need gradients.
-    start: a state dict, or the path of a .safetensors file, to start from in the place of the weights that ``build``
-        and ``seed`` make. Only trainable parameters are trained, sent and summed; see docs/training.md. What the
-        weights tell of the data that they were trained on is not in this run's budget.
-    held_out, evaluate_party: name -> records that the party held back, and ``evaluate_party(model, dataset)``, which
-        returns what ``evaluate`` does. Given both, the model after the last round is evaluated at each party with at
-        least five such records, and run.json names them (``per_party``). These numbers come from held-out records **in
-        the clear: no privacy and no secure sum covers them**. Records that were trained on are refused.
+    task: the user's own functions, ``Task(build=..., fit=..., evaluate=...)``: what is trained, and how it is judged.
+    parties: name -> map-style dataset; at least two, none empty; by default the task's. With a cohort also
+        `VirtualParties`, made on demand.
     algorithm: ``FedAvg()`` (default), another of ``choral.trainers.algorithms``, or its name as in TOML; see
         docs/algorithms.md.
-    engine: who computes at the parties, as a function of the resident trainer: ``Direct``, ``Cohort``, or the default
-        ``Fastest`` of ``choral.trainers.engines``. They differ from the resident trainer only where fit is an `Epochs`.
     privacy: ``Privacy(...)``: record-level differential privacy inside each party, each with its own ledger, sample
         rate and noise. ``ClientPrivacy(...)``: client-level, for each party as a whole: updates are clipped, the mean
         is noisy, all parties weigh the same, and one ledger counts for all. None trains without.
-    secure_sum: ``Plain()`` (default: the server sees each update), ``Masked(...)`` or ``Homomorphic(...)``.
-    policy: what the parties of this rehearsal accept, whatever ``secure_sum`` proposes: ``Policy(corrupt=..., ...)``,
-        as a site has it, so that what would be refused there is refused here. Its directory is filled in, and its
-        encoding too where it has none. By default the parties hold what is proposed against ``secure_sum``'s settings.
-    value_bound, value_bits: the fixed-point range and resolution of an update's coordinates. A party whose
-        update is beyond the range drops out; it is never clipped or wrapped. With ``Plain`` and no transcript there is
-        no bound: what is beyond is sent as it is. Not used with ``ClientPrivacy``.
-    cohort: how many parties each round selects, drawn by the operating system (`Participation.draw`); by default all.
-        The server sees who they are, so every round is charged as if all took part. A secure sum is opened over the
-        cohort alone, and must withstand all its colluders there: see ``Masked.cohort``.
-    dropout_rate: chance, per party and round, to drop out after the key exchange (to rehearse failures).
-    participation: all that, and hours of the day, slow devices, losses at each step, rounds that fail and are
-        retried, in simulated time: `Participation`. ``cohort`` and ``dropout_rate`` are short for two parts of it.
-    seed: decides initial weights, data order and rehearsed dropouts: torch's, numpy's and Python's generators, and
-        those that loader, dataset and functions have of their own, are seeded anew for each round and party. It never
-        reaches noise, sampling for privacy, keys or masks.
-    device: "cpu", "cuda", "mps" or "auto"; the model and the batches that ``fit`` sees are on it.
-    precision: "bf16" computes the model's calls in ``fit`` under torch.autocast; weights and updates stay float32.
-    compile: compile the model (torch.compile), where the parties take turns. Neither with an algorithm that reads
-        gradients of records; not both with record-level privacy. See docs/engines.md.
-    out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
-    tuning: the ``record`` of :func:`choral.trainers.centralized.tuning`, if that chose the settings.
-    transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
-        "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
-    on_round: called after each completed round.
+    secure_sum: ``Plain()`` (default: the server sees each update), ``Masked(...)``, ``Homomorphic(...)``, or a name as
+        in TOML: "plain", "masked", "homomorphic".
+    participation: who takes part in a round, and who drops out: `Participation`. By default everybody, always.
+    encoding: how updates become whole numbers, what a party may count for, and what parties accept: `Encoding`.
+    compute: seed, device, arithmetic, and who computes at the parties: `Compute`.
+    keep: the run's folder, resuming, the transcript, and what is called after each round: `Keep`.
+
     A party whose training fails (its ``fit`` raises, its weights are not finite, its update is beyond the bound) drops
     out of that round: named in the history, and with its reason on the log "choral.trainers". With ``ClientPrivacy`` it
     sends a change of nothing instead. The run ends where all fail, or too few are left.
 
-    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError; of privacy, protocol
-        BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError. Completed rounds stay in ``out``.
+    Raises: ConfigError, DataError, TaskError, InitialWeightsError, DivergedError, RunFolderError (this package), and
+        what privacy and the protocol raise: BudgetExceededError, UnsupportedModelError, EncodingError, ProtocolError.
+        Rounds already completed stay in the run's folder.
     """
-    algorithm = algorithm_named(algorithm)
     plan = Plan.of(
-        Task(
-            build=build,
-            fit=fit,
-            evaluate=evaluate,
-            loss=loss,
-            start=start,
-            schedule=schedule,
-            min_classes=min_classes,
-            held_out=held_out,
-            evaluate_party=evaluate_party,
-        ),
+        task,
         parties,
         rounds=rounds,
         algorithm=algorithm,
         privacy=privacy,
         secure_sum=secure_sum,
-        participation=participation_of(algorithm, participation, cohort, dropout_rate),
-        encoding=Encoding(value_bound=value_bound, value_bits=value_bits, policy=policy),
-        compute=Compute(seed=seed, device=device, precision=precision, compile=compile, engine=engine),
-        keep=Keep(out=out, resume=resume, config=config, tuning=tuning, transcript=transcript, on_round=on_round),
+        participation=participation,
+        encoding=encoding,
+        compute=compute,
+        keep=keep,
     )
     with Session.open(plan) as session:
         for number in session.rounds_left():

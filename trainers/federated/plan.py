@@ -132,6 +132,7 @@ class Plan:
             algorithm=self.algorithm.record(),
             participation=self.participation.record(),
             schedule=schedule.record() if schedule else None,
+            weights=self.encoding.weights,
             releases=tuple(asdict(release) for release in self.algorithm.releases),
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgspec
 import torch
@@ -188,6 +189,7 @@ class Session:
             examples=census.total,
             largest=cap_of(census.largest),
             value_bound=plan.encoding.value_bound,
+            weight=len(plan.parties) if plan.encoding.weights == "equal" else census.total,
         )
         self.codecs = self._make_codecs(plan.algorithm.channels(self._federation))
         self._last_codec = list(self.codecs.values())[-1]
@@ -230,7 +232,7 @@ class Session:
         return {
             name: WeightedCodec(
                 plan.census.examples,
-                channel,
+                replace(channel, weighing="parties") if plan.encoding.weights == "equal" else channel,
                 bound=plan.encoding.value_bound,
                 value_bits=plan.encoding.value_bits,
                 privacy_engines=self._ledgers.engines,

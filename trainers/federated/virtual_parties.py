@@ -24,7 +24,7 @@ _SEATS = 1_024
 
 
 class VirtualParties(Mapping[str, Any]):
-    """A mapping from "party-0000000" on to datasets that are made on demand, for ``federate(..., cohort=n)``.
+    """A mapping from "party-0000000" on to datasets that are made on demand, for `federate` with a cohort.
 
     count: how many parties. make: ``make(number) -> dataset``, number from 0 to count - 1; it must make the same
         records whenever it is called for a number, which is once as long as the party is remembered: the last
@@ -121,7 +121,7 @@ def _whole(number: Any) -> int:
 def _refuse_listing() -> NoReturn:
     raise ConfigError(
         "virtual parties are made on demand, and what was asked for would touch every one of them",
-        hint="use them in federate(..., cohort=n) alone; for anything else give a dict of datasets",
+        hint="use them in federate with Participation(cohort=n) alone; for anything else give a dict of datasets",
     )
 
 

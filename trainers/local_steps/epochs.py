@@ -50,7 +50,7 @@ class Epochs:
                 optimizer.step()
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """One loss per record, shape (n,), for ``federate(loss=...)``.
+        """One loss per record, shape (n,), for ``Task(loss=...)``.
 
         Their mean is what a step descends, unless the criterion weighs or ignores classes.
         """

@@ -1,6 +1,6 @@
 """Logistic regression by formula: a local trainer for one-output linear models, dense or sparse, without autograd.
 
-    federate(..., algorithm=FSVRG(step=10.0, ridge=1e-4), engine=ClosedForm.of(rate=0.1, batch_size=10))
+    federate(..., algorithm=FSVRG(step=10.0), compute=Compute(engine=ClosedForm.of(rate=0.1, batch_size=10)))
 
 A record costs what its nonzero features cost, in any of the kinds of work that algorithms ask for; per-record
 variance-reduced steps through torch take some 700 times as long, and these loops without numba 22 times (150 records
@@ -116,7 +116,7 @@ class ClosedForm:
 
     @classmethod
     def of(cls, **settings: Any) -> Callable[[Resident], Self]:
-        """What ``federate(engine=...)`` takes."""
+        """What ``Compute(engine=...)`` takes."""
         return lambda resident: cls(resident, **settings)
 
     @property

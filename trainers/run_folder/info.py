@@ -100,6 +100,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     per_party: the final model on the records that each party held out, where that was asked for; without noise.
     transcript: the head of the transcript's chain; None if none was recorded.
     dropped: rounds in which a party's training failed, by party.
+    weights: what a party counts for in a mean by examples: its "examples", or "equal" to every other.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -132,6 +133,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     per_party: PerParty | None = None
     transcript: Sealed | None = None
     dropped: dict[str, int] = {}
+    weights: Literal["examples", "equal"] = "examples"
 
     @property
     def party_count(self) -> int:

@@ -39,7 +39,7 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
             new = msgspec.structs.replace(new, config={**new.config, "training": training})
         new = msgspec.structs.replace(new, rounds=old.rounds)
     fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning", "schedule")
-    _compare(old, new, (*fields, *_COMPUTED, "participation"), {*old.config, *new.config} - _SHARED_KEYS)
+    _compare(old, new, (*fields, *_COMPUTED, "participation", "weights"), {*old.config, *new.config} - _SHARED_KEYS)
 
 
 def check_complete(old: RunInfo, new: RunInfo) -> None:

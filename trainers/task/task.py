@@ -49,7 +49,8 @@ class Task:
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
     held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
         dataset, ``evaluate_party(model, dataset)``. Both are used only where numbers per party are asked for.
-    engine: who computes at the parties, as :func:`federate` takes it, where this task knows a faster one.
+    engine: who computes at the parties, as `Compute` takes it, where this task knows a faster one; it is used where
+        settings name the task.
     references: metric -> name -> level to hold the metric against (such as that of always the same answer), computed
         when it is asked for.
     """
@@ -66,6 +67,19 @@ class Task:
     evaluate_party: EvaluateParty | None = None
     engine: Callable[[Any], Any] | None = None
     references: Callable[[], References] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for a function that cannot be called as it will be, and values of other types."""
+        arguments.function(self.build, "build", "dataset")
+        arguments.function(self.fit, "fit", "model, optimizer, loader", optional="round")
+        arguments.function(self.evaluate, "evaluate", "model")
+        arguments.optional_function(self.loss, "loss", "model, batch")
+        arguments.optional_function(self.evaluate_party, "evaluate_party", "model, dataset")
+        arguments.optional_function(self.engine, "engine", "resident")
+        if self.schedule is not None:
+            arguments.instance(self.schedule, "schedule", Schedule, 'Schedule(kind="cosine")')
+        least = arguments.whole_number(self.min_classes, "min_classes", 1, "1 allows parties of a single class")
+        object.__setattr__(self, "min_classes", least)
 
 
 def parties_of(task: Task, parties: Any) -> Mapping[str, Any]:

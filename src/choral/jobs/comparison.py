@@ -22,21 +22,20 @@ from choral.jobs.planned_runs import PlannedRun, Tick, arm_folder, attacks, on_c
 from choral.jobs.settings import Arm, Settings, to_json
 from choral.jobs.side_by_side import train_all
 from choral.jobs.training import (
-    algorithm_of,
     check_per_party,
     check_tuning,
+    compute_of,
+    federation_of,
     forget_tasks,
     load_task,
-    participation_given,
     privacy_of,
-    unit_of,
+    task_of,
     with_overrides,
 )
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
     from choral.audits.findings.schema import FailedRuns
-    from choral.privacy import ClientPrivacy, Privacy
     from choral.trainers import Run, Task
 
 T = TypeVar("T")
@@ -224,62 +223,36 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"arm {next(iter(private))!r} is private, but privacy.epsilon is not set", hint="e.g. epsilon = 8"
         )
-    first = load_task(settings, settings.seed)
-    for name, arm in settings.arms.items():
-        with_overrides(settings, arm)
-        _check_arithmetic(settings, name, arm)
-        if not arm.centralized:
-            _check_algorithm(settings, name, arm, first)
     if not settings.metrics or len(set(settings.metrics)) < len(settings.metrics):
         raise ConfigError(f"expected metrics, each once, got {list(settings.metrics)}", hint='e.g. ["accuracy"]')
     for seed in seeds_of(settings):
         task = load_task(settings, seed)
-        examples = check_parties(task.parties, least=2, min_classes=settings.split.min_classes)
-        check_per_party(settings, task, private=bool(private))
-        for arm in private.values():
-            _check_promise(privacy_of(settings, arm, settings.privacy.epsilon), arm, examples)
+        check_parties(task.parties, least=2, min_classes=task_of(settings, task).min_classes)
+        check_per_party(settings, task)
+        for name, arm in settings.arms.items():
+            try:
+                _check_arm(with_overrides(settings, arm), arm, task, seed)
+            except ChoralError as error:
+                raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
 
 
-def _check_algorithm(settings: Settings, name: str, arm: Arm, task: Task) -> None:
-    from choral.trainers.federated.checks import check_fits, check_participation, check_patience, participation_of
+def _check_arm(settings: Settings, arm: Arm, task: Task, seed: int) -> None:
+    """What an arm's training would refuse before its first round."""
+    from choral.privacy import Privacy
+    from choral.trainers.federated.plan import Plan
+    from choral.trainers.run_folder.owner_privacy import check_delta
+    from choral.trainers.task.arithmetic import check_arithmetic
+    from choral.trainers.task.per_party import check_held_out
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
-    try:
-        algorithm = algorithm_of(settings, arm)
-        check_fits(algorithm, privacy, task.loss)
-        participation = participation_of(algorithm, participation_given(settings), None, settings.dropout_rate)
-        check_participation(algorithm, participation, len(task.parties))
-        check_patience(algorithm, participation, privacy, arm.secure_sum or settings.secure_sum.kind)
-    except ChoralError as error:
-        raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
-
-
-def _check_arithmetic(settings: Settings, name: str, arm: Arm) -> None:
-    from choral.trainers.task.arithmetic import check_arithmetic
-
-    try:
-        check_arithmetic(
-            settings.training.precision,
-            settings.training.compile,
-            private=arm.private and unit_of(settings, arm) == "record",
-            reads_records=not arm.centralized and algorithm_of(settings, arm).needs_loss,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"arm {name!r}: {error}", hint=error.hint) from None
-
-
-def _check_promise(privacy: Privacy | ClientPrivacy, arm: Arm, examples: Mapping[str, int]) -> None:
-    from choral.privacy import Privacy
-    from choral.privacy.client_level.client import check_client_delta
-    from choral.trainers.run_folder.owner_privacy import check_delta
-
+    if not arm.centralized:
+        Plan.of(**federation_of(settings, arm, task, privacy), compute=compute_of(settings, seed))
+        return
+    chosen = task_of(settings, task)
+    check_held_out(chosen.held_out, chosen.evaluate_party, task.parties, private=arm.private)
+    check_arithmetic(settings.training.precision, settings.training.compile, private=arm.private, reads_records=False)
     if isinstance(privacy, Privacy):
-        check_delta(privacy, examples)
-    elif arm.centralized:
-        raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
-    else:
-        check_client_delta(privacy.delta, len(examples))
-        privacy.survivors_of(len(examples))
+        check_delta(privacy, {name: len(records) for name, records in task.parties.items()})
 
 
 def _open(settings: Settings, out: Path, resume: bool) -> None:

@@ -78,6 +78,8 @@ class SumSettings:
     """Largest absolute value of an update's coordinate; a party with a larger one drops out, but for a plain sum."""
     value_bits: int = 28
     """Fixed-point bits per coordinate, before weights and parties are counted in."""
+    weights: Literal["examples", "equal"] = "examples"
+    """What a party counts for: its records, by its own word, or as much as every other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +163,6 @@ class Settings:
     """How many seeds `compare` runs, counting up from the first."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model trains."""
-    dropout_rate: float = 0.0
-    """Chance per party and round to be lost after the key exchange, to rehearse failures; short for a part of
-    participation."""
     participation: Participation = field(default_factory=Participation)
     transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
     """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""

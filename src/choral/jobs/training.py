@@ -18,7 +18,7 @@ from choral.jobs.settings import Arm, Settings, Unit, to_json
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
     from choral.protocols.interface import SecureSum
-    from choral.trainers import Algorithm, Participation, RoundRecord, Run, Task
+    from choral.trainers import Algorithm, Compute, Keep, RoundRecord, Run, Task
 
 
 def load_task(settings: Settings, seed: int) -> Task:
@@ -113,23 +113,17 @@ def train(
     """
     settings, record = tuned(with_overrides(settings, arm), arm, seed, out, resume)
     run, task = trainer_of(settings, arm, seed, epsilon), load_task(settings, seed)
-    per_party = check_per_party(settings, task, private=arm.private)
-    return run(task, **per_party, tuning=record, out=out, resume=resume, on_round=on_round)
+    check_per_party(settings, task)
+    return run(task, tuning=record, out=out, resume=resume, on_round=on_round)
 
 
-def check_per_party(settings: Settings, task: Task, *, private: bool) -> dict[str, Any]:
-    """What ``federate`` and ``centralize`` need to evaluate each party. Raises: ConfigError without it."""
-    from choral.trainers.task.per_party import check_held_out
-
-    if not settings.evaluation.per_party:
-        return {}
-    if task.held_out is None or task.evaluate_party is None:
+def check_per_party(settings: Settings, task: Task) -> None:
+    """Raises: ConfigError for an evaluation at each party of a task that holds out no records by party."""
+    if settings.evaluation.per_party and (task.held_out is None or task.evaluate_party is None):
         raise ConfigError(
             "evaluation.per_party is set, and the task holds out no records by party",
             hint="return Task(..., held_out={party: dataset}, evaluate_party=f) with f(model, dataset) from load",
         )
-    check_held_out(task.held_out, task.evaluate_party, task.parties, private=private)
-    return {"held_out": task.held_out, "evaluate_party": task.evaluate_party}
 
 
 def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -> Callable[..., Run]:
@@ -137,43 +131,75 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
     from choral.privacy import ClientPrivacy
     from choral.trainers import centralize, federate
 
-    privacy = privacy_of(settings, arm, epsilon) if arm.private else None
-    if arm.centralized and isinstance(privacy, ClientPrivacy):
-        raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
-    shared: dict[str, Any] = {
-        "rounds": settings.training.rounds,
-        "seed": seed,
-        "start": settings.training.start,
-        "schedule": settings.training.schedule,
-        "privacy": privacy,
-        "device": settings.device,
-        "precision": settings.training.precision,
-        "compile": settings.training.compile,
-        "config": {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")},
-    }
-    federated: dict[str, Any] = {
-        "algorithm": algorithm_of(settings, arm),
-        "secure_sum": _secure_sum(settings, arm),
-        "value_bound": settings.secure_sum.value_bound,
-        "value_bits": settings.secure_sum.value_bits,
-        "dropout_rate": settings.dropout_rate,
-        "participation": participation_given(settings),
-        "min_classes": settings.split.min_classes,
-    }
-    transcript = None if settings.transcript == "none" else settings.transcript
+    privacy: Any = privacy_of(settings, arm, epsilon) if arm.private else None
     by_record = privacy is not None and not isinstance(privacy, ClientPrivacy)
     in_torch = by_record or settings.training.precision != "float32" or settings.training.compile
 
-    def run(task: Task, *, out: Path | None = None, **options: Any) -> Run:
-        job = {name: getattr(task, name) for name in ("build", "fit", "evaluate", "parties", "loss")}
+    def run(task: Task, **options: Any) -> Run:
+        keep = keep_of(settings, arm, **options)
         if arm.centralized:
             parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets it
-            return centralize(**job, **shared, out=out, data_parallel=parallel, **options)
-        seen = transcript if out is not None else None
+            return centralize(
+                task_of(settings, task),
+                rounds=settings.training.rounds,
+                privacy=privacy,
+                data_parallel=parallel,
+                compute=compute_of(settings, seed),
+                keep=keep,
+            )
         engine = None if in_torch else task.engine  # which knows no noise per record, and computes as it likes
-        return federate(**job, **(shared | federated | options), engine=engine, out=out, transcript=seen)
+        return federate(
+            **federation_of(settings, arm, task, privacy), compute=compute_of(settings, seed, engine), keep=keep
+        )
 
     return run
+
+
+def federation_of(settings: Settings, arm: Arm, task: Task, privacy: Privacy | ClientPrivacy | None) -> dict[str, Any]:
+    """What ``federate``, and its plan, are to be given, but for how it is computed and kept."""
+    from choral.trainers import Encoding
+
+    chosen = settings.secure_sum
+    return {
+        "task": task_of(settings, task),
+        "rounds": settings.training.rounds,
+        "algorithm": algorithm_of(settings, arm),
+        "privacy": privacy,
+        "secure_sum": _secure_sum(settings, arm),
+        "participation": settings.participation,
+        "encoding": Encoding(value_bound=chosen.value_bound, value_bits=chosen.value_bits, weights=chosen.weights),
+    }
+
+
+def task_of(settings: Settings, task: Task) -> Task:
+    """The task with what the settings say of it."""
+    per_party = settings.evaluation.per_party
+    return dataclasses.replace(
+        task,
+        start=settings.training.start,
+        schedule=settings.training.schedule,
+        min_classes=min(task.min_classes, settings.split.min_classes),
+        held_out=task.held_out if per_party else None,
+        evaluate_party=task.evaluate_party if per_party else None,
+    )
+
+
+def compute_of(settings: Settings, seed: int, engine: Callable[[Any], Any] | None = None) -> Compute:
+    from choral.trainers import Compute
+
+    training = settings.training
+    return Compute(
+        seed=seed, device=settings.device, precision=training.precision, compile=training.compile, engine=engine
+    )
+
+
+def keep_of(settings: Settings, arm: Arm, *, out: Path | None = None, **options: Any) -> Keep:
+    """Where and what is kept of an arm. options: further fields of `Keep`."""
+    from choral.trainers import Keep
+
+    config = {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")}
+    seen = None if settings.transcript == "none" or out is None or arm.centralized else settings.transcript
+    return Keep(out=out, config=config, transcript=seen, **options)
 
 
 def tuned(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> tuple[Settings, dict[str, Any] | None]:
@@ -208,12 +234,12 @@ def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) ->
             seed,
         )
 
-    options = {} if arm.centralized else {"min_classes": 1}
-    trainer = trainer_of(settings, arm, seed, None)
+    few = dataclasses.replace(settings, split=dataclasses.replace(settings.split, min_classes=1))
+    trainer = trainer_of(few, arm, seed, None)
     found = tune(
         make,
         arm.tune.grid,
-        lambda task: trainer(task, **options),
+        trainer,
         seed=seed,
         validation_fraction=arm.tune.validation_fraction,
     )
@@ -222,15 +248,11 @@ def _tuning(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) ->
 
 def check_tuning(arm: Arm) -> None:
     from choral.trainers.centralized.tuning import check_grid
+    from choral.trainers.run_folder.describe import check_tuned
 
-    if not arm.tune.grid:
-        return
-    if arm.private:
-        raise ConfigError(
-            "tuning with privacy: its tries read the records without noise, which no budget covers",
-            hint="leave out tune for private arms; choral.privacy.private_search is charged for",
-        )
-    check_grid(arm.tune.grid, arm.tune.validation_fraction)
+    if arm.tune.grid:
+        check_tuned(arm.tune.grid, private=arm.private)
+        check_grid(arm.tune.grid, arm.tune.validation_fraction)
 
 
 def with_overrides(settings: Settings, arm: Arm) -> Settings:
@@ -247,6 +269,8 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
 
     if epsilon is None:
         raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
+    if arm.centralized and unit_of(settings, arm) == "client":
+        raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
     chosen = settings.privacy
     if unit_of(settings, arm) == "record":
         return Privacy(
@@ -307,11 +331,6 @@ def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
     if kind == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
     return Masked(server=chosen.server or "malicious", **terms)
-
-
-def participation_given(settings: Settings) -> Participation | None:
-    """None where nothing is said of it."""
-    return settings.participation if settings.participation.record() else None
 
 
 def unit_of(settings: Settings, arm: Arm) -> Unit:

@@ -23,6 +23,7 @@ from choral.privacy import ClientPrivacy
 from choral.privacy.accounting import client_noise as client_calibration
 from choral.privacy.client_level import central, client
 from choral.protocols import Masked
+from choral.trainers import Task
 
 WIDTH = 1000
 PARTIES = {
@@ -48,12 +49,9 @@ def evaluate(model: nn.Module) -> float:
 
 
 JOB: dict[str, Any] = {
-    "build": build,
-    "fit": fit,
-    "evaluate": evaluate,
+    "task": Task(build=build, fit=fit, evaluate=evaluate, min_classes=1),
     "parties": PARTIES,
     "rounds": 3,
-    "min_classes": 1,
 }
 PROMISE = ClientPrivacy(epsilon=2.0, delta=1e-5, clip=0.5, noise="central")
 

@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Masked, Plain, audit, federate
+from choral import ClientPrivacy, Masked, Plain, audit
 from choral.audits import Audit
 from choral.audits.budgets import accountants
 from choral.audits.budgets.accountants import accountants_of

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 
-from choral import ClientPrivacy, CorrelatedPrivacy, Masked, Privacy, centralize, federate
+from choral import ClientPrivacy, CorrelatedPrivacy, Masked, Privacy
 from choral.audits import audit
 from choral.audits.budgets.consistency import books_checks
 from choral.privacy.accounting.events import PoissonSampledGaussian

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Privacy, audit, centralize, federate
+from choral import Masked, Privacy, audit
 from choral.audits import Comparison, compare
 from choral.audits.report.html import comparison_page
 from choral.audits.report.markdown import comparison_markdown

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from torch.utils.data import TensorDataset
 
-from choral import Masked, federate
+from choral import Masked
 from choral.audits import Audit
 from choral.cli.command_line import main
 from choral.trainers import Run

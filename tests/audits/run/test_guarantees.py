@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import centralize
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Privacy, audit, centralize
+from choral import Privacy, audit
 from choral.privacy import Ledger, PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.privacy.accounting import record_noise as calibration
 from choral.trainers import Run

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Masked, Privacy, Run, audit, centralize, compare, federate
+from choral import ClientPrivacy, Masked, Privacy, Run, audit, compare
 from choral.privacy import Ledger, LedgerError
 
 

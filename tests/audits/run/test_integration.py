@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Privacy, audit, centralize, compare, federate
+from choral import Masked, Privacy, audit, compare
 from choral.audits import Comparison
 from choral.trainers import Run
 

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Homomorphic, Masked, Plain, audit, federate
+from choral import Homomorphic, Masked, Plain, audit
 from choral.audits import Audit
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.in_process import ByteCounter

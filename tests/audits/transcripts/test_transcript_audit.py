@@ -18,11 +18,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from msgspec.structs import replace as replaced
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, audit
 from choral.audits import Audit
 from choral.audits.transcripts import independence
 from choral.audits.transcripts.independence import phases, smallest_of_known, smallest_of_pairs

@@ -496,8 +496,9 @@ def test_bad_promises_are_refused_at_once(bad: dict[str, Any]) -> None:
 
 
 def test_a_federated_run_takes_it_as_it_is(problem: Any, make_problem: Any, tmp_path: Path) -> None:
+    from flat_arguments import federate
+
     from choral import audit
-    from choral.trainers import federate
 
     def build(dataset: Any) -> Any:
         model = nn.Linear(6, 3)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_arguments import federate
 from msgspec.structs import replace
 from scipy import stats
 
-from choral import federate
 from choral.protocols import Homomorphic, Masked, Policy, SumSpec
 from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.errors import PolicyError, SpecError, TooFewSurvivorsError

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 
-from choral import Homomorphic, Masked, Plain, federate
+from choral import Homomorphic, Masked, Plain
 from choral.trainers.algorithms import (
     DANE,
     FSVRG,

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 
-from choral import Privacy, federate
+from choral import Privacy
 from choral.trainers import Epochs, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, FedAvg, FedNova, FedProx, Scaffold
 

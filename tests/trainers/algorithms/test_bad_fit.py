@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Run, federate
+from choral import Run
 from choral.errors import DataError
 from choral.trainers import DivergedError, TaskError
 from choral.trainers.algorithms import DANE, FSVRG, GD, CoCoA, FedAvg, FedNova, Scaffold

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run
 from choral.errors import ConfigError
 from choral.privacy import Ledger, PrivacyEngine
 from choral.trainers import DivergedError, Dropouts, Participation, RunFolderError, TaskError

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_arguments import centralize
 
-from choral import Privacy, Run, centralize
+from choral import Privacy, Run
 from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers.centralized.data_parallel import BatchShares, Workers

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Privacy, Run, centralize, compare, federate
+from choral import Privacy, Run, compare
 from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import Task, TaskError, tune

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from sklearn.linear_model import LogisticRegression
 
-from choral import federate
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, PrivacySettings, Settings, SumSettings
 from choral.jobs.training import trainer_of

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from torch.utils.data import Dataset, TensorDataset
 
-from choral import federate
 from choral.errors import ConfigError, DataError
 from choral.trainers.data import federation_from_csv, federation_from_dataset, read_leaf
 

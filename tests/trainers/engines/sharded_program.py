@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Privacy, federate
+from choral import Masked, Privacy
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from flat_arguments import federate
+
 from choral.trainers import FSVRG, Availability, Dropouts, Epochs, Participation, Run, Scaffold, VirtualParties
 
 RANK = int(os.environ.get("RANK", "0"))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
-from choral import Privacy, federate
+from choral import Privacy
 from choral.errors import ConfigError
 from choral.privacy import Ledger, PrivacyEngine
 from choral.trainers import DivergedError, Epochs

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import AdaptiveClip, ClientPrivacy, Homomorphic, Masked, Plain, audit, centralize, federate
+from choral import AdaptiveClip, ClientPrivacy, Homomorphic, Masked, Plain, audit
 from choral.errors import ConfigError
 from choral.privacy import BudgetExceededError, Ledger, LedgerError
 from choral.protocols.errors import TooFewSurvivorsError

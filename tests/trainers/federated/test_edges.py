@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader
 
-from choral import Run, centralize, federate
+from choral import Run
 from choral.errors import ConfigError
 from choral.trainers import Schedule, TaskError
 from choral.trainers.task.device_batches import moved_to, tensors_of

@@ -6,10 +6,11 @@ import logging
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run
 from choral.privacy import Ledger
 from choral.privacy.errors import EncodingError
 from choral.protocols.errors import TooFewSurvivorsError

@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Homomorphic, Masked, Plain, Privacy, centralize, federate
+from choral import Homomorphic, Masked, Plain, Privacy
 from choral.errors import ConfigError, DataError
 from choral.privacy import BudgetExceededError, EncodingError, UnsupportedLoaderError
 from choral.protocols.errors import ProtocolError

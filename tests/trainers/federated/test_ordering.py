@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader
 
-from choral import federate
 from choral.errors import ChoralError
 from choral.trainers.algorithms import FSVRG, GD, CoCoA, FedAvg
 from choral.trainers.centralized.optimum import Objective

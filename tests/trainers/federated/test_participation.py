@@ -7,9 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from scipy import stats
 
-from choral import ClientPrivacy, Masked, federate
+from choral import ClientPrivacy, Masked
 from choral.errors import ConfigError
 from choral.trainers import RunFolderError
 from choral.trainers.federated.participation import (

@@ -11,10 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy
 from choral.audits import audit
 from choral.errors import ConfigError
 from choral.protocols.errors import TooFewSurvivorsError

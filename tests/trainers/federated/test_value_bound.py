@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Masked, Plain, federate
+from choral import Masked, Plain
 from choral.errors import ConfigError
 from choral.privacy.errors import EncodingError
 from choral.trainers import value_bound_for
@@ -67,7 +68,7 @@ def test_an_update_beyond_the_bound_names_party_round_parameter_and_setting(capl
     with pytest.raises(EncodingError, match=r"bakery: round 1, party 'bakery', update: .* 16 \(in 'bias'\)") as said:
         federate(**_job(), secure_sum=Masked(min_survivors=2))
     assert "secure_sum.value_bound" in said.value.hint
-    assert "federate(value_bound=...)" in said.value.hint
+    assert "Encoding(value_bound=...)" in said.value.hint
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, centralize, federate
+from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy
 from choral.audits import audit
 from choral.errors import ConfigError, DataError
 from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_arguments import federate
 from scipy import sparse
 from scipy.optimize import minimize
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import Privacy, federate
+from choral import Privacy
 from choral.errors import ConfigError
 from choral.trainers import DivergedError, TaskError
 from choral.trainers.algorithms import interface

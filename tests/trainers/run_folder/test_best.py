@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import federate
 
-from choral import federate
 from choral.trainers import Run, RunFolderError
 from choral.trainers.run_folder.best_round import best_of
 from choral.trainers.run_folder.info import RoundRecord

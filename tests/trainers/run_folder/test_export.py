@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 import torch
+from flat_arguments import federate
 from torch import nn
 
-from choral import federate
 from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import InitialWeightsError, lora

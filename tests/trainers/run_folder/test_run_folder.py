@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 
-from choral import Homomorphic, Masked, Privacy, Run, audit, centralize, federate
+from choral import Homomorphic, Masked, Privacy, Run, audit
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip
 from choral.privacy.dpsgd.clipping import settings_of

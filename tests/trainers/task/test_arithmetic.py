@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, Masked, Privacy, centralize, federate
+from choral import ClientPrivacy, Masked, Privacy
 from choral.errors import ConfigError
 from choral.privacy import PrivacyError
 from choral.trainers import FSVRG, GD, Epochs, Run, TaskError

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import centralize, federate
 from choral.errors import ConfigError
 from choral.trainers import Epochs, FedProx, Schedule, TaskError, tune
 from choral.trainers.algorithms import GD

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from choral import Masked, Privacy, Run, audit, centralize, federate
+from choral import Masked, Privacy, Run, audit
 from choral.errors import ConfigError
 from choral.trainers import InitialWeightsError, lora
 from choral.trainers.task.initial_weights import Weights

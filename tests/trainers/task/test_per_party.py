@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from choral import Privacy, centralize, federate
+from choral import Privacy
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy
 from choral.trainers import Run, TaskError, VirtualParties
@@ -101,6 +102,10 @@ def test_results_that_are_no_finite_numbers_are_refused_by_party(job, held_out, 
         federate(**job(), held_out=held_out, evaluate_party=lambda model, dataset: result)
 
 
+def never(dataset):
+    raise AssertionError("nothing is built before the refusal")
+
+
 @pytest.mark.parametrize("train", [federate, centralize])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -126,12 +131,12 @@ def test_results_that_are_no_finite_numbers_are_refused_by_party(job, held_out, 
 def test_what_cannot_be_promised_is_refused_before_training(job, parties, held_out, train, change, message):
     asked = {"held_out": held_out, "evaluate_party": accuracy} | change(held_out, parties)
     with pytest.raises(ConfigError, match=message):
-        train(**job(build=None), privacy=PROMISES[1], **asked)
+        train(**job(build=never), privacy=PROMISES[1], **asked)
 
 
 def test_without_a_promise_training_records_are_refused_for_what_they_tell(job, parties, held_out):
     with pytest.raises(ConfigError, match="learnt by heart"):
-        federate(**job(build=None), held_out=held_out | {"east": parties["east"]}, evaluate_party=accuracy)
+        federate(**job(build=never), held_out=held_out | {"east": parties["east"]}, evaluate_party=accuracy)
 
 
 def test_parts_of_one_dataset_are_told_apart_by_their_indices(job):
@@ -151,7 +156,7 @@ def test_parts_of_one_dataset_are_told_apart_by_their_indices(job):
 
 def test_a_dataset_without_a_length_is_refused(job, held_out):
     with pytest.raises(DataError, match="held_out of party 'east' has no length"):
-        federate(**job(build=None), held_out=held_out | {"east": iter([])}, evaluate_party=accuracy)
+        federate(**job(build=never), held_out=held_out | {"east": iter([])}, evaluate_party=accuracy)
 
 
 def test_records_are_dealt_by_label_in_the_proportions_of_the_shares():
@@ -221,7 +226,7 @@ def test_so_is_a_pooled_run(job, held_out, tmp_path, privacy):
 def test_virtual_parties_have_no_numbers_each(job, parties, held_out):
     many = VirtualParties(1000, lambda number: parties["north"], 60)
     with pytest.raises(ConfigError, match="would touch every one of them"):
-        federate(**job(parties=many, build=None), cohort=3, held_out=held_out, evaluate_party=accuracy)
+        federate(**job(parties=many, build=never), cohort=3, held_out=held_out, evaluate_party=accuracy)
 
 
 def test_the_convex_task_counts_each_authors_errors_on_its_own_later_posts():

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_arguments import centralize, federate
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from choral import ClientPrivacy, Privacy, centralize, federate
+from choral import ClientPrivacy, Privacy
 from choral.protocols import Masked
 from choral.trainers import TaskError
 from choral.trainers.engines import Cohort, Direct
