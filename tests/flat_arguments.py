@@ -29,7 +29,7 @@ def centralize(**flat: Any) -> Run:
 def grouped(**flat: Any) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name, kind in _GROUPS.items():
-        fields = {field.name for field in dataclasses.fields(kind)} - {"parties"}
+        fields = {field.name for field in dataclasses.fields(kind)} - ({"parties", "engine"} if kind is Task else set())
         found[name] = {field: flat.pop(field) for field in fields & set(flat)}
     if "cohort" in flat or "dropout_rate" in flat:
         lost = Dropouts(vector=flat.pop("dropout_rate", 0.0))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import torch
@@ -263,13 +264,19 @@ class Session:
         info = msgspec.structs.replace(
             plan.info,
             parameters=self._resident.layout.length,
-            secure_sum={"name": plan.secure_sum.name, **self.sums[last].session.statement},
+            secure_sum={"name": plan.secure_sum.name, **self._stated(self.sums[last].session.statement)},
             fixed_point=self._last_codec.fixed_point,
             meters=self._meter.meters,
         )
         self._recorder.begin(info)
         self._transcript.flush()
         self.weights = self._recorder.restore(self._resident.model, self._resident.layout)
+
+    def _stated(self, statement: Mapping[str, Any]) -> dict[str, Any]:
+        """What the sum promises, and whether a party may weigh more by its own word."""
+        alike = " Every party counts alike, whatever it says of its records."
+        more = alike if self.plan.encoding.weights == "equal" else ""
+        return {**statement, "trust": f"{statement.get('trust', '')}{more}".strip()}
 
     def _evaluated(self) -> dict[str, float]:
         return evaluated(self.plan.task.evaluate, self._resident.model, self.plan.compute.seed)

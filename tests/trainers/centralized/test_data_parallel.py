@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
-from choral import centralize
+from choral import Compute, Keep, Task, centralize
 torch.set_num_threads(1)
 points = torch.randn(61, 5, generator=torch.Generator().manual_seed(0))
 data = TensorDataset(points, (points[:, 0] > 0).long())
@@ -43,8 +43,8 @@ def fit(model, optimizer, loader):
         MORE
 def evaluate(model):
     return (model(points).argmax(dim=1) == data.tensors[1]).float().mean().item()
-run = centralize(build=build, fit=fit, evaluate=evaluate, parties={"a": data}, rounds=3, seed=2,
-                 data_parallel=len(sys.argv) > 2, out=sys.argv[1])
+run = centralize(Task(build=build, fit=fit, evaluate=evaluate), {"a": data}, rounds=3,
+                 data_parallel=len(sys.argv) > 2, compute=Compute(seed=2), keep=Keep(out=sys.argv[1]))
 print(run.metrics["accuracy"])
 """
 

@@ -195,7 +195,7 @@ def test_a_folder_killed_before_its_first_round_resumes(job, tmp_path):
 SCRIPT = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
-from choral import Privacy, federate
+from choral import Keep, Privacy, Task, federate
 points = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 data = TensorDataset(points, (points[:, 0] > 0).long())
 def build(dataset):
@@ -208,8 +208,8 @@ def fit(model, optimizer, loader):
         optimizer.step()
 def evaluate(model):
     return (model(points).argmax(dim=1) == data.tensors[1]).float().mean().item()
-run = federate(build=build, fit=fit, evaluate=evaluate, parties={"a": data, "b": data}, rounds=ROUNDS,
-               privacy=Privacy(epsilon=4.0, delta=1e-3), out=sys.argv[1], resume=True)
+run = federate(Task(build=build, fit=fit, evaluate=evaluate), {"a": data, "b": data}, rounds=ROUNDS,
+               privacy=Privacy(epsilon=4.0, delta=1e-3), keep=Keep(out=sys.argv[1], resume=True))
 print(run.spent.epsilon)
 """
 
