@@ -262,13 +262,6 @@ class TestLossAtEachStep:
         assert [entry.survivors for entry in run.history[1:]] == expected
         assert min(expected) < 12
 
-    def test_what_short_dropout_rate_says(self, many):
-        """The chance is of a round, whose two sums each lose a share."""
-        dane = {"algorithm": DANE(solver="svrg", mu=1.0)}
-        short = federate(**many(), dropout_rate=0.36, **dane)
-        long = federate(**many(), participation=Participation(dropouts=Dropouts(vector=0.2)), **dane)
-        assert rounds_of(short) == rounds_of(long)
-
 
 class TestRoundsThatFail:
     SUM = Masked(min_survivors=5, corrupt=1, dropouts=0)
@@ -461,8 +454,6 @@ def test_refuses_numbers_that_cannot_be(make, message):
 
 def test_refuses_what_does_not_go_together(many):
     for settings, message in (
-        ({"participation": Participation(), "cohort": 5}, "which is given too"),
-        ({"participation": Participation(), "dropout_rate": 0.1}, "which is given too"),
         ({"participation": repeated(rate=0.5), "algorithm": Scaffold()}, "needs every party"),
         ({"participation": Participation(availability=HALF), "algorithm": CoCoA()}, "needs every party"),
         ({"participation": repeated(cohort=13)}, "cohort of 2 to 12"),
