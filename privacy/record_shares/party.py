@@ -222,11 +222,8 @@ class ShareOptimizer(PrivateOptimizer):
         return [factor * counts for factor in factors], within, gone
 
     def _release(self, pending: Any) -> None:
-        """Let the sum become a vector with noise; nothing of it stays in the parameters."""
-        total = pending.total.detach().cpu().numpy()
-        for p in self.params:
-            p.grad = None
-        self._make(total)
+        """Let the sum become a vector with noise; no gradient is written to the parameters."""
+        self._make(pending.total.detach().cpu().numpy())
 
     def _apply(self) -> None:
         """Nothing is stepped: the server steps, with the opened sum."""
