@@ -206,27 +206,28 @@ def _modules(path: Path) -> Iterator[Path]:
 def nearest_tests(path: Path, wide: bool = False) -> list[str]:
     """Return the test files nearest to a module.
 
-    First those named for it, then those that import it, then those of its room that share a word of its name, or that
-    import a module that imports it; those nearer by name first.
+    First those named for it, then those that import it, or that share a word of its name or import a module that
+    imports it: in the folder that mirrors its own, then elsewhere. Last the others of that folder, and of its room.
     """
-    room, stem = path.relative_to(ROOT).parts[0], path.stem
+    place, stem = path.relative_to(ROOT), path.stem
     modules = [one for folder in TARGETS for one in (ROOT / folder).rglob("*.py") if one.stem != "__init__"]
     users = [_imports(one) for one in modules if one != path and _imports(path).search(_read(one))]
     found: list[tuple[int, int, str]] = []
-    rest: list[str] = []
     for test in sorted((ROOT / "tests").rglob("test_*.py")):
-        text, same = _read(test), test.relative_to(ROOT / "tests").parts[0] == room
+        text, where = _read(test), test.relative_to(ROOT / "tests")
         times, words = len(_imports(path).findall(text)), len(set(stem.split("_")) & set(test.stem.split("_")))
+        score = words + sum(len(one.findall(text)) for one in users)
+        beside = len(where.parts) > 2 and place.is_relative_to(where.parent)
         if test.stem in (f"test_{stem}", f"test_{stem.removesuffix('s')}", f"test_{stem}s"):
             found.append((0, -times, str(test)))
         elif times:
-            found.append((1, -times, str(test)))
-        elif same and (words or any(one.search(text) for one in users)):
-            found.append((2, -words - sum(len(one.findall(text)) for one in users), str(test)))
-        elif same:
-            rest.append(str(test))
+            found.append((1 if beside else 3, -times, str(test)))
+        elif beside:
+            found.append((2 if score else 4, -score, str(test)))
+        elif where.parts[0] == place.parts[0]:
+            found.append((5, -score, str(test)))
     near = [name for _, _, name in sorted(found)]
-    return near + rest if wide else (near + rest)[:6]
+    return near if wide else near[:6]
 
 
 @cache

@@ -187,7 +187,8 @@ def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
     exact = all(event.mechanism == "gaussian" for event in events)
     near = abs(bound - floor) <= AGREE * floor + ROUNDING if exact else bound >= floor * (1 - AGREE) - ROUNDING
     sound = near and math.isfinite(floor)  # within a share of what is infinite everything would lie
-    finding = f"the bound is {bound / floor - 1:.1%} above continuous Gaussian noise of the same size (dp-accounting)"
+    above = f"{bound / floor - 1:.1%}" if floor > 0.0 else f"ε = {bound:.2g}"
+    finding = f"the bound is {above} above continuous Gaussian noise of the same size (dp-accounting)"
     if not sound:
         finding = f"the bound, ε = {bound:.6g}, does not fit continuous Gaussian noise of the same size, {floor:.6g}"
     return Accountants(

@@ -11,7 +11,6 @@ from choral.errors import ConfigError
 from choral.privacy.accounting.client_level import epsilon
 from choral.privacy.accounting.events import ClientRelease
 from choral.privacy.accounting.filters import PrivacyFilter
-from choral.privacy.accounting.record_level import check_target
 from choral.privacy.errors import BudgetExceededError
 
 SLACK = 1e-3  # calibrations use at least 1 - SLACK of the budget, and never more than all of it
@@ -34,8 +33,6 @@ def calibrate(
     Raises: ConfigError (target, delta, or what `release` raises for any noise), BudgetExceededError (what is
         left is too little for any noise).
     """
-    check_target(target, delta)
-
     rule = PrivacyFilter(target, delta)
     before = rule.cost(spent)
     if before >= (1.0 - 2.0 * SLACK) * target:

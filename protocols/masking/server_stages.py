@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ class Outcome:
     disputes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-class Stage:
+class Stage(ABC):
     """Messages of one kind, at most one from each expected party, in any order.
 
     seen: fingerprints of what was taken, by kind and party, handed from each stage of a round to the next.
@@ -135,9 +136,9 @@ class Stage:
         over = number < self._number or (number == self._number and self._uploads_are_over)
         return over and not self._taken.get(number, 0) >> party & 1
 
+    @abstractmethod
     def _accept(self, party: int, message: Any) -> Any:
         """Check a message and give the part to keep. Raises FaultyPartyError."""
-        raise FaultyPartyError(self._roster[party], f"nothing is expected now, got {type(message).__name__}")
 
     def _close(self, needed: int, what: str) -> list[int]:
         """End the stage: who was heard, ascending. Raises StateUsedError; TooFewSurvivorsError below ``needed``."""

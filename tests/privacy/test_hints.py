@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from choral.privacy import PrivacyError, UnsupportedModelError
 from choral.privacy.per_sample.model import with_per_sample_gradients
+from choral.privacy.record_independence.unsupported_calls import warn_of_clipping
 
 
 class Apply(nn.Module):
@@ -140,6 +143,19 @@ def test_clipping_in_the_loop_is_warned_of_once(problem: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         problem.wrapped()
+
+
+@pytest.mark.parametrize(("between", "warned"), [(0, True), (1, True), (2, True), (3, False)])
+def test_clipping_is_warned_of_in_the_loop_and_its_two_callers(between: int, warned: bool) -> None:
+    def stepped(callers: int) -> bool:
+        return stepped(callers - 1) if callers else warn_of_clipping(sys._getframe())
+
+    def clips() -> bool:
+        nn.utils.clip_grad_value_([], 1.0)
+        return stepped(between - 1) if between else warn_of_clipping(sys._getframe())
+
+    with pytest.warns(UserWarning, match="clip_grad_value_ does") if warned else contextlib.nullcontext():
+        assert clips() == warned
 
 
 def test_what_is_set_on_the_wrapped_model_reaches_the_model(problem: Any) -> None:

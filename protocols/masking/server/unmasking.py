@@ -140,7 +140,7 @@ class Tally:
         """Say so when a secret is out of reach only because holders accuse its dealer: one of them did it."""
         accusers = self._accusers(dealer)
         name, needed = self._setup.roster[dealer], self._setup.threshold
-        if not accusers or holders + len(accusers) < needed:
+        if holders + len(accusers) < needed:
             return
         if len(accusers) > self._setup.corrupt:
             who = ", ".join(accusers)

@@ -49,6 +49,20 @@ def test_a_linear_first_layer_gives_the_record_away_and_the_mask_nothing() -> No
     assert not views["sum with noise"].recovered
 
 
+def test_without_masks_the_message_gives_the_record_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That nothing is found in a masked message says something only if it would be found in one without masks."""
+    from choral.protocols.masking import mask_addition
+    from choral.protocols.masking.server import unmasking
+
+    for module in (mask_addition, unmasking):
+        monkeypatch.setattr(module, "add_mask", lambda *_, **__: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    views = {view.name: view for view in inversion_audit(model, *digits(), shape=(8, 8), trials=5).views}
+    assert views["masked message"].recovered
+    assert views["masked message"].psnr > 30  # fixed-point rounding alone
+
+
 def test_a_model_that_is_the_layer_itself_is_attacked_exactly() -> None:
     found = inversion_audit(nn.Linear(64, 10), *digits(), shape=(8, 8), trials=5, iterations=1)
     assert found.method.startswith("exact")

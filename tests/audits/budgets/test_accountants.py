@@ -23,7 +23,7 @@ from choral.audits.budgets.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError
 from choral.privacy.accounting import other_accountants, renyi
 from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting.events import PoissonSampledGaussian, Search
+from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian, Search
 from choral.privacy.client_level import client
 from choral.privacy.errors import AccountingError
 from choral.trainers import Run
@@ -275,6 +275,21 @@ def test_two_bounds_of_a_search_are_the_same_or_nothing_is_verified(
     ours: float, theirs: float | None, verdict: str
 ) -> None:
     assert accountants._searches_agree(ours, theirs)[0] == verdict
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "discrete_gaussian"])
+@pytest.mark.parametrize("deviation", [100, 10**6], ids=["little", "nothing at this delta"])
+def test_a_cost_of_clients_near_nothing_agrees_within_rounding(mechanism: Any, deviation: int) -> None:
+    ledger = Ledger(holder="clients")
+    ledger.bind("clients", DELTA, unit="client")
+    release = ClientRelease(
+        mechanism=mechanism, sensitivity_squared=1, share_variance=float(deviation**2), shares=1, length=1
+    )
+    ledger.append(release, after=0)
+    row = accountants._of_clients("clients", ledger, DELTA)
+    assert row.floor is not None
+    assert row.floor < 0.02
+    assert row.verdict == "holds"
 
 
 def test_sums_of_shares_are_said_to_be_that() -> None:

@@ -224,6 +224,17 @@ def test_roc_matches_scikit_learn_ties_included() -> None:
         assert at.resolved == (len(outside) * at.wanted >= 1)
 
 
+def test_a_thinned_curve_keeps_its_ends_and_what_is_seen_without_a_false_positive() -> None:
+    """Where rates are drawn on a logarithmic axis, what is told at a rate of zero is what matters."""
+    members = np.arange(5000) < 2500
+    scores = np.random.default_rng(3).normal(size=5000) + 2.0 * members
+    points = roc(scores, members).points
+    assert len(points) < 350
+    assert [points[0].true_positive_rate, points[-1].false_positive_rate, points[-1].true_positive_rate] == [0, 1, 1]
+    blind = max(point.true_positive_rate for point in points if point.false_positive_rate == 0)
+    assert blind == np.mean(scores[members] > scores[~members].max()) > 0
+
+
 def test_delong_covers_the_true_area() -> None:
     # 1500 draws, true area Phi(1/sqrt 2) = .7602: a count below .93 or above .97 is a 3.5-sigma event; seed fixed.
     rng = np.random.default_rng(9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import math
 import subprocess
@@ -20,7 +21,7 @@ from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import budget, merged_steps, other_accountants, record_level, record_noise
-from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy.accounting.events import CorrelatedGaussian, PoissonSampledGaussian
 from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.loss_distributions import pld
@@ -78,6 +79,20 @@ def test_disagreement_with_prv_raises(wrong: float) -> None:
     bracket = other_accountants.epsilon_by_prv(events, DELTA)
     with pytest.raises(AccountingError, match="outside the bracket"):
         other_accountants.check_by_prv((wrong * lower, wrong * upper), bracket, DELTA)
+
+
+@pytest.mark.parametrize(
+    ("ours", "excluded"),
+    [
+        ((0.5, 1.0 - 0.9e-4), False),
+        ((0.5, 1.0 - 1.1e-4), True),
+        ((1.2 + 1.1e-4, 2.0), False),  # 1e-4, and 1e-5 of 1.2
+        ((1.2 + 1.2e-4, 2.0), True),
+    ],
+)
+def test_brackets_exclude_each_other_beyond_rounding(ours: tuple[float, float], excluded: bool) -> None:
+    with pytest.raises(AccountingError, match="outside") if excluded else contextlib.nullcontext():
+        other_accountants.check_by_prv(ours, (1.0, 1.2), DELTA)
 
 
 def test_goldens_of_one_gaussian() -> None:
@@ -338,6 +353,16 @@ def test_bad_delta(bad: float) -> None:
 def test_bad_event(rate: float, noise: float, steps: int) -> None:
     with pytest.raises(ConfigError):
         event(rate, noise, steps)
+
+
+def test_only_a_strategy_correlates_noise() -> None:
+    with pytest.raises(ConfigError, match="strategy is a str, expected one of"):
+        CorrelatedGaussian(strategy="tree", noise=1.0, steps=1, number=1)  # type: ignore[arg-type]
+
+
+def test_a_noise_outside_the_bracket_is_taken_from_within() -> None:
+    cases = [(0.0, 4.0), (3.0, math.inf), (2.0, 8.0)]
+    assert [record_noise._between(low, high) for low, high in cases] == [2.0, 6.0, 4.0]
 
 
 def test_the_examples_in_the_docstring() -> None:

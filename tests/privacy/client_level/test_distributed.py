@@ -74,6 +74,15 @@ def test_rounding_is_tried_again_and_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert longest > made.sensitivity_squared
 
 
+def test_rounding_towards_zero_is_within_the_norm_where_every_coordinate_is_whole() -> None:
+    """As long as the clipping norm allows, and along the diagonal, where rounding up lengthens most."""
+    made = scheme(bits=20, length=64, ratio=0.1)
+    factor = made.scale
+    integers = made._round(np.full(64, 1.0 / 8.0), factor, lambda count: b"\xff" * count)
+    assert (integers == math.floor(factor / 8.0 * (1.0 - 2.0**-10))).all()
+    assert (integers**2).sum() <= made.sensitivity_squared
+
+
 def test_rounding_keeps_the_mean() -> None:
     made = scheme(bits=12, length=64, ratio=1.0, mechanism="skellam")
     vector, signs = vectors(1, 64, 0.9)[0], made.signs(SEED)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from choral.errors import ConfigError
 from choral.privacy import (
     AdaptiveClip,
     BudgetExceededError,
@@ -164,6 +165,12 @@ def test_a_refused_checkpoint_leaves_no_plan_behind(problem: Any) -> None:
         wrap({**state, "privacy": {**state["privacy"], "noise_multiplier": 0.1}})
     event = record_noise.noise_multiplier(3.0, 1e-3, 0.1, 10, slack=1e-3)
     assert wrap(None).noise_multiplier == event
+
+
+def test_what_is_no_state_is_refused_before_anything_is_planned(problem: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resume is a PosixPath, expected the state_dict\(\)"):
+        process(problem, tmp_path / "a.jsonl", 1, tmp_path / "state.pt")
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_another_sampling_is_refused(problem: Any, make_problem: Any, tmp_path: Path) -> None:

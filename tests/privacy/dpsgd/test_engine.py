@@ -193,6 +193,18 @@ def test_buffers_are_compared_after_the_first_step_too(
     assert len(done) == steps
 
 
+def test_a_buffer_may_be_set_between_passes(problem: Any, loop: Callable[..., int]) -> None:
+    """As schedules of a temperature are: what the loop does between passes, it does without the batches."""
+    model = torch.nn.Sequential(Remembers(10**9, False), torch.nn.Linear(6, 3))
+    private, optimizer, loader = problem.wrapped(
+        Privacy(epsilon=5.0, delta=1e-3, epochs=2), model, passes=2, batch_size=20
+    )
+    loop(private, optimizer, loader)
+    with torch.no_grad():
+        model[0].memory += 1.0
+    loop(private, optimizer, loader)
+
+
 def test_rounds_with_one_resident_model(problem: Any, make_problem: Any, loop: Callable[..., int]) -> None:
     """Two parties take turns on one model, each with its own optimizer, loader, rate and ledger."""
     model = problem.model()

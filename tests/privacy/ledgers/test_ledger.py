@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -110,9 +111,20 @@ def test_the_file_and_its_name_are_on_disk_when_the_first_append_returns(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append((os.fstat(fd).st_ino, path.exists())), real(fd))[1])
+
+    def noted(file: int) -> None:
+        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size, path.exists()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
     written(path, 1)
-    assert synced == [(path.stat().st_ino, False), (path.parent.stat().st_ino, True)]
+    assert synced[0] == (path.stat().st_ino, path.stat().st_size, False)  # all of it, before it has its name
+    assert [(inode, named) for inode, _, named in synced[1:]] == [(path.parent.stat().st_ino, True)]
+
+
+def test_a_ledger_is_its_owners_to_read(path: Path) -> None:
+    written(path, 1)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_of_two_that_begin_a_file_at_once_one_is_refused_and_nothing_is_lost(path: Path) -> None:

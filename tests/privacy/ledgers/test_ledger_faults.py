@@ -106,6 +106,24 @@ def test_a_full_or_broken_disk(path: Path, monkeypatch: pytest.MonkeyPatch, faul
     usable(ledger, path, 2)
 
 
+def test_what_is_taken_back_is_gone_from_the_disk_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole line whose fsync failed may be on the disk: were the cut not synced, a crash would bring it back."""
+    ledger = written(path)
+    size, synced, real = path.stat().st_size, [], os.fsync
+
+    def first_fails(file: int) -> None:
+        synced.append(os.fstat(file).st_size)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "broken")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", first_fails)
+        refused(ledger, 2)
+    assert synced[0] > size
+    assert synced[1:] == [size]
+
+
 def test_a_torn_line_that_cannot_be_taken_back_is_not_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = written(path)
     size, truncate, calls = path.stat().st_size, os.ftruncate, []

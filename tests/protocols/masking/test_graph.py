@@ -118,6 +118,12 @@ def test_refusals(n: int, k: int, seed: bytes) -> None:
         graph.neighbours_of(0, n, k, seed)
 
 
+def test_two_parties_are_each_other_s_only_neighbour_and_three_need_two_each() -> None:
+    assert graph.neighbours(2, 1, SEED) == [(1,), (0,)]
+    with pytest.raises(SpecError, match="at least 2 neighbours per party, got 1"):
+        graph.neighbours(3, 1, SEED)
+
+
 @pytest.mark.parametrize("party", [-1, 10])
 def test_unknown_parties(party: int) -> None:
     with pytest.raises(SpecError):

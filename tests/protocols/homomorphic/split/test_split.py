@@ -209,6 +209,20 @@ def test_a_ciphertext_is_what_the_page_says(length: int, bound: int) -> None:
         at, seen = at + values.size, seen + size
 
 
+def test_an_auditor_reads_each_batch_of_a_message_as_the_parties_key_does() -> None:
+    """Over three batches in one message: what is left of them without a key."""
+    terms = terms_of(3, 40_000, 2**20)
+    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2)
+    terms = replace(terms, parameters=slim)
+    assert (slim.batches, slim.messages) == (3, 1)
+    encrypted = encrypt(np.arange(40_000), terms, randomness=lambda size: bytes(range(size)))
+    (raw,) = encrypted.messages
+    found = list(split.residues(read_ciphertext(raw, sender="test", body=1 << 24).body, 0, terms))
+    expected = opened(residues_of([raw], terms), terms, np.zeros(slim.degree))
+    assert len(found) == len(expected) == 3
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_every_batch_has_errors_of_its_own() -> None:
     """Over three batches: the errors are the stream's, place after place, and no block's are another's."""
     terms = terms_of(3, 40_000, 2**20)
