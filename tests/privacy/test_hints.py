@@ -150,8 +150,11 @@ def test_clipping_is_warned_of_in_the_loop_and_its_two_callers(between: int, war
     def stepped(callers: int) -> bool:
         return stepped(callers - 1) if callers else warn_of_clipping(sys._getframe())
 
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+
     def clips() -> bool:
-        nn.utils.clip_grad_value_([], 1.0)
+        nn.utils.clip_grad_value_([weight], 1.0)
         return stepped(between - 1) if between else warn_of_clipping(sys._getframe())
 
     with pytest.warns(UserWarning, match="clip_grad_value_ does") if warned else contextlib.nullcontext():
