@@ -166,8 +166,7 @@ class MaskedServerDriver:
         self.result, self.disputes = None, {}
         identifier = session.terms.session[: signing.SESSION_BYTES]
         begin = messages.encode(messages.Begin(identifier, self.number, terms.exchange, terms.weights, terms.terms))
-        following, self._following = self._following, {}
-        advertising = session.begin(self.number, following, begun=signing.begun(begin))
+        advertising = session.begin(self.number, self._following, begun=signing.begun(begin))
         asked = tuple(party for party in advertising.waiting if party not in gone)
         if asked:
             outbox = {party: self._with_nonces(party, begin) for party in asked}

@@ -522,3 +522,12 @@ def test_a_weight_has_a_bound_of_its_own(deployed: Any) -> None:
             stricter.check(setup, "p0")
     with pytest.raises(PolicyError, match="pass the bound"):
         net.policy.check(msgspec.structs.replace(net.server.setup, weight_bound=1001), "p0")
+
+
+def test_those_who_are_present_are_no_draw_whatever_the_roster_was(deployed: Any) -> None:
+    """A server that says who is absent has chosen the rest: all colluders of the directory may be among them."""
+    net = deployed(4, kind=Masked(cohort="random", corrupt=1))
+    net.stopped = {"p3"}
+    net.open()
+    assert (net.server.setup.cohort, net.server.setup.population) == ("chosen", 4)
+    assert net.server.setup.corrupt == 1
