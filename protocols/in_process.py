@@ -50,12 +50,14 @@ class DriverSession:
     def between_rounds(self) -> None:
         """What is of no use in the next round is forgotten here."""
 
-    def deliver(self, party: str, raw: bytes, trip: Trip) -> None:
-        """Hand a message over, and the answer back. Raises: what either side refuses."""
+    def deliver(self, party: str, raw: bytes, trip: Trip) -> NeedsVector | None:
+        """Hand a message over, and the answer back, unless that needs a vector. Raises: what either side refuses."""
         self.counter.down(party, raw)
         answer = self.parties[party].handle(raw)
-        if not isinstance(answer, NeedsVector):
-            self.send(party, answer, trip)
+        if isinstance(answer, NeedsVector):
+            return answer
+        self.send(party, answer, trip)
+        return None
 
     def send(self, party: str, answer: tuple[bytes, ...], trip: Trip) -> None:
         """Raises: what the server refuses."""
@@ -75,6 +77,7 @@ class DriverRound:
         self._trips: Iterator[Trip] = session.server.round(terms)
         self._sent: dict[str, bool] = {}
         self._answers: dict[str, tuple[bytes, ...]] = {}
+        self._needs: dict[str, NeedsVector | None] = {}
         self._finished = False
         self._uploading = self._until_vectors()
 
@@ -82,7 +85,7 @@ class DriverRound:
         for trip in self._trips:
             if trip.step == "vector":  # who is lost at its vector still hears what it is sent before it
                 for party, raw in trip.outbox.items():
-                    self._session.deliver(party, raw, trip)
+                    self._needs[party] = self._session.deliver(party, raw, trip)
                 return trip
             self._pass(trip)
         raise SpecError("a round without a trip for vectors")
@@ -92,6 +95,10 @@ class DriverRound:
         for party, raw in trip.outbox.items():
             if self._losses.takes(party, trip.step):  # type: ignore[arg-type]
                 self._session.deliver(party, raw, trip)
+
+    def needs(self, party: str) -> NeedsVector | None:
+        """What the party was asked to compute its vector from."""
+        return self._needs.get(party)
 
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Have the party send its vector.

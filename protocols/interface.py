@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from choral.protocols.crypto.identity import Identity
-    from choral.protocols.driver import PartyDriver, Patience, RoundTerms, ServerDriver
+    from choral.protocols.driver import NeedsVector, PartyDriver, Patience, RoundTerms, ServerDriver
     from choral.protocols.masking.policy import Policy
 
 IntVector = NDArray[np.int64]
@@ -168,6 +168,10 @@ class SumResult:
 
 class SumRound(Protocol):
     """One round. ``submit`` each present party once, then ``finish`` once; nothing can be used twice."""
+
+    def needs(self, party: str) -> NeedsVector | None:
+        """What the party was asked to compute its vector from, as all parties signed it; None where nobody compares."""
+        ...
 
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """vector: int64, shape (length,), every |value| <= bound: a numpy array, or a torch tensor on any device."""

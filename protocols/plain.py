@@ -113,6 +113,9 @@ class PlainRound:
         self._bytes_up: dict[str, int] = {}
         self._finished = False
 
+    def needs(self, party: str) -> None:
+        """Nobody compares what the parties compute from."""
+
     def submit(self, party: str, vector: IntVector | torch.Tensor) -> None:
         """Raises: SpecError for an unknown party; StateUsedError the second time; InputError for another vector."""
         check_submission(party, self._spec, self._bytes_up, self._losses, finished=self._finished)

@@ -27,9 +27,10 @@ from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, ReleasePlan
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, check_bits, design, norm_of
+from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, check_bits, design
+from choral.privacy.client_level.encoder import ClientEncoder
 from choral.privacy.dpsgd.clipping import AdaptiveClip, check_clip
-from choral.privacy.errors import BudgetExceededError, EncodingError, PrivacyError, TooFewClientsError
+from choral.privacy.errors import BudgetExceededError, PrivacyError, TooFewClientsError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.ledgers.spending import spent_by_clients
@@ -209,9 +210,10 @@ class ClientPrivacyEngine:
             f" variance {float(scheme.share_variance).hex()}, count {self.adaptive.share if self.adaptive else 0}"
         )
 
-    def begin(self) -> ClientRound:
+    def begin(self, seed: bytes | None = None) -> ClientRound:
         """Pay for one sum, on disk, before any of its noise is drawn.
 
+        seed: of the rotation, public and the same for all clients of the sum; None draws one, for all to be told.
         Raises: BudgetExceededError when it was not planned or would cost more than is left; LedgerError.
         """
         if self._begun >= self.rounds:
@@ -229,7 +231,7 @@ class ClientPrivacyEngine:
         self.append(worst, self._announced)
         self._announced = None
         self._begun += 1
-        return ClientRound(self, self.scheme.signs(self._source(SEED_BYTES)), self._source)
+        return ClientRound(self, self._source(SEED_BYTES) if seed is None else seed, self._source)
 
     def append(self, release: ClientRelease, plan: ReleasePlan | None = None) -> None:
         """Write one event to the ledger. Raises: LedgerError."""
@@ -277,39 +279,23 @@ class ClientPrivacyEngine:
 class ClientRound:
     """One sum: `encode` for each client, `decode` once. Made by :meth:`ClientPrivacyEngine.begin`."""
 
-    def __init__(self, engine: ClientPrivacyEngine, signs: Any, source: Source) -> None:
-        self._engine, self._signs, self._source = engine, signs, source
+    def __init__(self, engine: ClientPrivacyEngine, seed: bytes, source: Source) -> None:
+        self._engine, self.seed, self._source = engine, seed, source
+        self._signs: Any = engine.scheme.signs(seed)
         self._scheme, self.clip = engine.scheme, engine.clip
         self._decoded = False
+        self._client = ClientEncoder(
+            length=engine.length,
+            clip=self.clip,
+            adaptive=engine.adaptive,
+            scheme=self._scheme,
+            signs=self._signs,
+            source=source,
+        )
 
     def encode(self, update: torch.Tensor | np.ndarray[Any, Any]) -> Int64Array:
-        """Return one client's update, shape (length,), floating point, as integers for the secure sum.
-
-        int64, shape (scheme.padded,), each at most scheme.bound, with this client's noise unless it is central.
-        Raises: EncodingError (shape, type, NaN or infinity). Nothing is sent then; the client counts as dropped out.
-        """
-        import torch
-
-        if isinstance(update, np.ndarray):
-            update = torch.from_numpy(update)
-        if tuple(update.shape) != (self._engine.length,) or not update.is_floating_point():
-            raise EncodingError(
-                f"update has shape {tuple(update.shape)} and type {update.dtype}, expected ({self._engine.length},)"
-                " floating point"
-            )
-        vector = update.detach() if update.dtype in (torch.float32, torch.float64) else update.detach().float()
-        clip, adaptive = self.clip, self._engine.adaptive
-        if adaptive:
-            norm = norm_of(vector)
-            # The zero vector says nothing of its norm: a neighbour that says "longer" would be too far from "shorter".
-            within = 0.0 if norm == 0.0 else 1.0 if norm <= clip else -1.0
-            factor = math.sqrt(1.0 - adaptive.share) * min(1.0 / clip, 1.0 / norm if norm > 0.0 else math.inf)
-            vector = torch.cat([vector * factor, vector.new_tensor([within * math.sqrt(adaptive.share)])])
-            clip = 1.0
-        signs = self._signs
-        if signs is not None:
-            signs = torch.from_numpy(signs).to(device=vector.device, dtype=vector.dtype)
-        return self._scheme.encode(vector, clip, signs, self._source)
+        """See :meth:`ClientEncoder.encode`."""
+        return self._client.encode(update)
 
     def decode(self, total: Int64Array, survivors: int) -> torch.Tensor:
         """Return the noisy mean of the survivors' clipped updates, float64, shape (length,), and move the clip.

@@ -1,5 +1,8 @@
 """From vectors to integers and from their sum to the mean: what an exchange does between the parties and the server.
 
+Each has two halves. `Codec` is the server's: what is summed, and what the sum decodes to. `PartyCodec` is one party's:
+what the parties have agreed on, its own weight, its own noise, and nothing of any other party.
+
 `WeightedCodec` averages by example counts or by parties, without noise of its own (record-level privacy has added its
 noise inside the parties' training). `ClientCodec` clips each party's whole vector and averages with equal weights and
 client-level noise.
@@ -8,21 +11,14 @@ client-level noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import (
-    ClientPrivacyEngine,
-    ClientRound,
-    FixedPoint,
-    PrivacyEngine,
-    Spent,
-)
-from choral.privacy.client_level.client import HOLDER
+from choral.privacy import ClientPrivacyEngine, ClientRound, FixedPoint
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy, check_policy
@@ -61,8 +57,37 @@ class Encoding:
             check_policy(self.policy)
 
 
+class Encoded(NamedTuple):
+    """What a party sends. vector: int64. beyond: what the bound cut off, times the weight, where it is sent beside the
+    integers. largest: absolute coordinate, where the server sees each vector anyway.
+    """
+
+    vector: Any
+    beyond: torch.Tensor | None = None
+    largest: float | None = None
+
+
+class PartyCodec(Protocol):
+    """One party's half, for one kind of vector."""
+
+    def pay(self) -> None:
+        """Before anything is trained: what the exchange costs is written down, on disk, where that is its matter.
+
+        Raises: BudgetExceededError, LedgerError.
+        """
+        ...
+
+    def encode(self, update: torch.Tensor) -> Encoded:
+        """Raises: EncodingError for what does not fit what was agreed on; nothing is sent then."""
+        ...
+
+    def stand_in(self) -> Encoded | None:
+        """What is sent where training failed; None where nothing is, and so the party is seen to drop out."""
+        ...
+
+
 class Codec(Protocol):
-    """One for a run and a channel; `begin` opens a sum, each present party encodes once, the server decodes once."""
+    """The server's half, one for a run and a channel; `begin` opens a sum, `decode` ends it."""
 
     @property
     def spec(self) -> SumSpec: ...
@@ -93,55 +118,77 @@ class Codec(Protocol):
 
     def begin(self, present: tuple[str, ...]) -> None: ...
 
-    def encode(self, party: str, update: torch.Tensor) -> Any: ...
+    def party(self, examples: int) -> PartyCodec:
+        """The half of a party with so many records that this process plays, from what the parties agreed on."""
+        ...
 
-    def stand_in(self, party: str) -> Any:
-        """What is sent for a party whose training failed; None where it sends nothing, and so is seen to drop out."""
+    def take(self, encoded: Encoded) -> None:
+        """What a party sent beside its integers."""
         ...
 
     def decode(self, result: SumResult) -> Mean: ...
 
-    def spent(self) -> dict[str, Spent]:
-        """What each data owner has spent."""
-        ...
+
+def fixed_point_of(channel: Channel, encoding: Encoding, cap: int) -> FixedPoint:
+    """The encoding of one channel's vectors, from what all agree on. cap: no party weighs more."""
+    bound, value_bits = encoding.value_bound, encoding.value_bits
+    if channel.largest_count is not None:
+        value_bits = max(channel.largest_count.bit_length(), 1) + 1
+        bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
+    return FixedPoint(bound=bound, value_bits=value_bits, max_weight=cap if by_examples(channel, encoding) else 1)
+
+
+def by_examples(channel: Channel, encoding: Encoding) -> bool:
+    """Whether the mean's weights are example counts; else each party weighs 1."""
+    return channel.weighing == "examples" and encoding.weights == "examples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedPartyCodec:
+    """A party's half of the weighted mean. weight: its own. in_clear: the server sees each vector; then what a
+    coordinate has beyond the bound is sent beside the integers, as floating-point numbers.
+    """
+
+    encoding: FixedPoint
+    weight: int
+    in_clear: bool = False
+
+    def pay(self) -> None:
+        """Without noise here there is nothing to pay for."""
+
+    def encode(self, update: torch.Tensor) -> Encoded:
+        largest = float(torch.linalg.vector_norm(update, torch.inf)) if self.in_clear else math.inf
+        if not math.isfinite(largest):
+            return Encoded(self.encoding.encode(update, self.weight))  # which refuses what is not finite
+        if largest <= self.encoding.bound:
+            return Encoded(self.encoding.encode(update, self.weight), None, largest)
+        inside = update.double().clamp(-self.encoding.bound, self.encoding.bound)
+        beyond = update.double() - inside
+        return Encoded(self.encoding.encode(inside, self.weight), beyond * self.weight, largest)
+
+    def stand_in(self) -> None:
+        """It sends nothing."""
 
 
 class WeightedCodec:
     """The weighted mean of one channel in fixed point; the weights' sum travels as one more coordinate.
 
-    Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count. roster:
-    who takes part in one sum; both by default of all whose ``examples`` are given. in_clear: the server sees each
-    vector; then what a coordinate has beyond the bound is sent beside the integers, as floating-point numbers.
+    Whole numbers are encoded as they are, so their sum is exact. cap: a power of two above every example count, which
+    no party's weight may pass. roster: who takes part in one sum. in_clear: as the parties' half has it.
     """
 
     clip = None
     more_bytes = 0
 
     def __init__(
-        self,
-        examples: Mapping[str, int],
-        channel: Channel,
-        *,
-        bound: float,
-        value_bits: int,
-        privacy_engines: Mapping[str, PrivacyEngine],
-        cap: int | None = None,
-        roster: tuple[str, ...] | None = None,
-        in_clear: bool = False,
+        self, channel: Channel, encoding: Encoding, *, cap: int, roster: tuple[str, ...], in_clear: bool = False
     ) -> None:
         self._in_clear = in_clear and channel.largest_count is None
         self._beyond: torch.Tensor | None = None  # of all who sent any, weighted
         self._largest = 0.0
-        if channel.largest_count is not None:
-            value_bits = max(channel.largest_count.bit_length(), 1) + 1
-            bound = float((1 << (value_bits - 1)) - 1)  # so that the step is 1
-        self._weights = examples if channel.weighing == "examples" else None
-        self._roster = tuple(examples) if roster is None else roster
-        # The cap is a public setup parameter, so it is a power of two rather than the largest party's exact count.
-        cap = cap_of(max(examples.values())) if cap is None else cap
-        most = cap if channel.weighing == "examples" else 1
-        self._encoding = FixedPoint(bound=bound, value_bits=value_bits, max_weight=most)
-        self._length, self._privacy_engines = channel.length, privacy_engines
+        self._by_examples = by_examples(channel, encoding)
+        self._roster, self._length = roster, channel.length
+        self._encoding = fixed_point_of(channel, encoding, cap)
 
     @property
     def spec(self) -> SumSpec:
@@ -150,6 +197,7 @@ class WeightedCodec:
             length=self._length + 1,
             bound=self._encoding.integer_bound,
             encoding=repr(self._encoding),
+            weight_bound=self._encoding.max_weight,
         )
 
     @property
@@ -174,34 +222,44 @@ class WeightedCodec:
         del present
         self._beyond, self._largest, self.more_bytes = None, 0.0, 0
 
-    def encode(self, party: str, update: torch.Tensor) -> Any:
-        weight = self._weights[party] if self._weights is not None else 1
-        return self._encoding.encode(self._within(update, weight) if self._in_clear else update, weight)
+    def party(self, examples: int) -> WeightedPartyCodec:
+        weight = examples if self._by_examples else 1
+        return WeightedPartyCodec(encoding=self._encoding, weight=weight, in_clear=self._in_clear)
 
-    def _within(self, update: torch.Tensor, weight: int) -> torch.Tensor:
-        """The update cut off at the bound; what is beyond it is kept for the mean."""
-        largest = float(torch.linalg.vector_norm(update, torch.inf))
-        if not math.isfinite(largest):
-            return update  # which is refused
-        self._largest = max(self._largest, largest)
-        if largest <= self._encoding.bound:
-            return update
-        inside = update.double().clamp(-self._encoding.bound, self._encoding.bound)
-        beyond = update.double() - inside
-        self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
-        self._beyond = beyond * weight + (0.0 if self._beyond is None else self._beyond)
-        return inside
-
-    def stand_in(self, party: str) -> None:
-        """It sends nothing."""
+    def take(self, encoded: Encoded) -> None:
+        if encoded.largest is not None:
+            self._largest = max(self._largest, encoded.largest)
+        if (beyond := encoded.beyond) is not None:
+            self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
+            self._beyond = beyond + (0.0 if self._beyond is None else self._beyond)
 
     def decode(self, result: SumResult) -> Mean:
         """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
         mean, weight = self._encoding.decode(result.total, len(result.survivors))
         return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
-    def spent(self) -> dict[str, Spent]:
-        return {name: engine.spent() for name, engine in self._privacy_engines.items()}
+
+@dataclass(frozen=True)
+class ClientPartyCodec:
+    """A party's half of a sum with client-level privacy: it clips, and adds its own noise.
+
+    begun: pays for the sum, once however often it is asked, and says what all its clients are told. Where one process
+    plays all clients, that is the sum's; a party of its own has an engine with a ledger of its own:
+    ``ClientPrivacyEngine(...).begin(seed)``, the seed as it was told.
+    """
+
+    begun: Callable[[], ClientRound]
+    length: int
+
+    def pay(self) -> None:
+        self.begun()
+
+    def encode(self, update: torch.Tensor) -> Encoded:
+        return Encoded(self.begun().encode(update))
+
+    def stand_in(self) -> Encoded:
+        """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
+        return self.encode(torch.zeros(self.length))
 
 
 class ClientCodec:
@@ -262,20 +320,16 @@ class ClientCodec:
             )
         self._round = self._privacy_engine.begin()
 
-    def encode(self, party: str, update: torch.Tensor) -> Any:
-        del party
-        return self._current.encode(update)
+    def party(self, examples: int) -> ClientPartyCodec:
+        del examples  # all weigh alike
+        return ClientPartyCodec(lambda: self._current, self._privacy_engine.length)
 
-    def stand_in(self, party: str) -> Any:
-        """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
-        return self.encode(party, torch.zeros(self._privacy_engine.length))
+    def take(self, encoded: Encoded) -> None:
+        """There is nothing beside the integers."""
 
     def decode(self, result: SumResult) -> Mean:
         survivors = len(result.survivors)
         return Mean(self._current.decode(result.total, survivors), survivors)
-
-    def spent(self) -> dict[str, Spent]:
-        return {HOLDER: self._privacy_engine.spent()}
 
     @property
     def _current(self) -> ClientRound:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from choral.errors import ChoralError
 from choral.protocols.interface import STEPS, Losses, Step
+from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.participation import Participation, stream
 from choral.trainers.run_folder.algorithm_state import State
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.party import TrainingParty
 
 
 @dataclass
 class RoundParties:
     """names: who was selected. seconds: until each answers, simulated. full: as many as were to be selected.
 
-    lost: who dropped out, at a step of the sum at hand. sums: made so far. errors: of those whose training failed.
+    lost: who dropped out, at a step of the sum at hand. sums: made so far. told: the exchange of the sum at hand.
+    errors: of those whose training failed. answered: who sent a vector into the sum at hand.
     states: each party's own, as it would be kept if the round ended here.
     """
 
@@ -29,8 +35,9 @@ class RoundParties:
     lost: dict[str, Step]
     states: dict[str, State]
     sums: int = 0
+    told: Told | None = None
     errors: dict[str, ChoralError] = field(default_factory=dict)
-    answered: dict[str, State | None] = field(default_factory=dict)  # in the sum at hand, with its new state
+    answered: dict[str, TrainingParty] = field(default_factory=dict)
 
     def begin_sum(self, losses: Mapping[str, Step]) -> None:
         """Who drops out in it, beside those who did before and do not come at all.
@@ -51,8 +58,11 @@ class RoundParties:
     def end_sum(self, survivors: Sequence[str]) -> None:
         """A party's own state counts only if it survived."""
         for name in survivors:
-            if (state := self.answered.get(name)) is not None:
-                self.states[name] = state
+            if (party := self.answered.get(name)) is not None:
+                party.settle(survived=True)
+                if party.state is not None:
+                    self.states[name] = party.state
+        self.answered = {}
         self.sums += 1
 
     @property

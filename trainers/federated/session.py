@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -25,21 +24,21 @@ from choral.protocols.tap import watched_by
 from choral.trainers.algorithms.interface import Channel, FederationInfo, LocalTrainer, Server
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
-from choral.trainers.federated.answers import PartiesHere
 from choral.trainers.federated.checks import check_ranks
 from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of
 from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
+from choral.trainers.federated.party import PartiesHere, TrainingTerms
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.round_parties import RoundParties, select
 from choral.trainers.federated.sums import OpenSum, Sums, check_promises
 from choral.trainers.local_steps.resident_model import Resident, recorded_model
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
-from choral.trainers.run_folder.describe import NOTHING
+from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
-from choral.trainers.run_folder.info import RoundRecord, RunFolderError
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError, versions
 from choral.trainers.run_folder.owner_privacy import clips_of
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
@@ -51,7 +50,8 @@ from choral.trainers.task.per_party import per_party_of
 class Session:
     """See the module. run: the finished run, once the session is closed without an error.
 
-    engine: the parties, who answer. codecs, sums: by channel. weights: the global ones, float32, shape (d,).
+    engine: the parties, who answer. terms: what they agree to. codecs, sums: by channel. weights: the global ones,
+    float32, shape (d,).
     """
 
     run: Run
@@ -151,7 +151,7 @@ class Session:
             self._succeeded += 1
         self._resident.layout.write(self.weights)
         seconds, joules = time.perf_counter() - self._started, self._meter.take()
-        spent = codec.spent()
+        spent = self._ledgers.spent()
         entry = RoundRecord(
             round=outcome.number,
             metrics=self._evaluated(),
@@ -192,17 +192,25 @@ class Session:
             value_bound=plan.encoding.value_bound,
             weight=len(plan.parties) if plan.encoding.weights == "equal" else census.total,
         )
+        self.terms = TrainingTerms(
+            algorithm=plan.algorithm,
+            federation=self._federation,
+            encoding=plan.encoding,
+            privacy=settings_of(plan.privacy, len(plan.parties)),
+            shapes=layout.shapes,
+            rounds=plan.rounds,
+            code=f"choral {versions()['choral']}",
+        )
         self.codecs = self._make_codecs(plan.algorithm.channels(self._federation))
         self._last_codec = list(self.codecs.values())[-1]
         self._open_sums()
         self.engine = PartiesHere(
-            algorithm=plan.algorithm,
+            terms=self.terms,
             trainer=trainer,
-            federation=self._federation,
             examples=census.examples,
+            ledgers={name: engine.ledger for name, engine in self._ledgers.engines.items()},
             codecs=self.codecs,
             transcript=self._transcript,
-            shapes=layout.shapes,
         )
         self._begin_record()
         self._state: AlgorithmState = recorder.algorithm_state()
@@ -232,11 +240,8 @@ class Session:
             return dict.fromkeys(channels, codec)
         return {
             name: WeightedCodec(
-                plan.census.examples,
-                replace(channel, weighing="parties") if plan.encoding.weights == "equal" else channel,
-                bound=plan.encoding.value_bound,
-                value_bits=plan.encoding.value_bits,
-                privacy_engines=self._ledgers.engines,
+                channel,
+                plan.encoding,
                 cap=federation.largest,
                 roster=roster,
                 in_clear=plan.secure_sum.name == "plain" and plan.keep.transcript is None,
@@ -253,6 +258,7 @@ class Session:
             transcript=self._transcript,
             parties=len(names),
             policy=plan.encoding.policy,
+            terms=self.terms.digest,
         )
         self.sums = self._sums.open(None if rule.everybody else first)
         if not rule.everybody and len(first) < (most := rule.expected(len(names))):
@@ -290,7 +296,7 @@ class Session:
                 self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, final, parties))
             return self._recorder.end(self._reason, self._ledgers.spent())
         if self._recorder.completed < self.plan.rounds:
-            return self._recorder.end(self._reason, self._last_codec.spent())
+            return self._recorder.end(self._reason, self._ledgers.spent())
         return self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, self._resident.model, parties))
 
 

@@ -10,6 +10,7 @@ from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SecureSum, SumRound, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy
 from choral.trainers.algorithms.interface import Exchange
+from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.round_parties import RoundParties
@@ -18,17 +19,25 @@ from choral.trainers.run_folder.transcript import Transcript
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSum:
-    """The session of one kind of vector. place: among the sessions that the transcript tells of."""
+    """The session of one kind of vector. place: among the sessions that the transcript tells of. terms: the digest of
+    the training terms.
+    """
 
     session: SumSession
     place: int
     transcript: Transcript
+    terms: bytes
 
     def begin(self, ask: Exchange, parties: RoundParties) -> SumRound:
-        """The round's next sum, among all who were selected, less those who are to drop out. Raises: as the session."""
+        """The round's next sum, among all who were selected, less those who are to drop out.
+
+        What the parties are told is hashed here, once for all of them: they sign that they see the same.
+        Raises: as the session.
+        """
         told = told_bytes(ask, parties)
         self.transcript.begin_sum(parties.sums + 1, ask.channel, session=self.place, told=told)
-        return self.session.begin(parties.lost)
+        parties.told = Told.of(ask, parties.number, parties.sums)
+        return self.session.begin(parties.lost, parties.told.terms(self.terms))
 
 
 def told_bytes(ask: Exchange, parties: RoundParties) -> int:
@@ -39,13 +48,17 @@ def told_bytes(ask: Exchange, parties: RoundParties) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What opens sessions. parties: how many there are in all, whom rosters are from. policy: what they accept."""
+    """What opens sessions. parties: how many there are in all, whom rosters are from. policy: what they accept.
+
+    terms: the digest of the training terms, which the parties sign with each session.
+    """
 
     secure_sum: SecureSum
     codecs: Mapping[str, Codec]
     transcript: Transcript
     parties: int
     policy: Policy | None
+    terms: bytes
 
     def open(self, roster: tuple[str, ...] | None = None) -> dict[str, OpenSum]:
         """One session per channel; channels whose vectors look alike share one. roster: by default all parties.
@@ -55,10 +68,12 @@ class Sums:
         sessions: dict[str, OpenSum] = {}
         by_spec: dict[object, OpenSum] = {}
         for name, codec in self.codecs.items():
-            spec = replace(codec.spec, parties=roster or codec.spec.parties, directory=self.parties)
+            spec = replace(codec.spec, parties=roster or codec.spec.parties, directory=self.parties, terms=self.terms)
             if spec not in by_spec:
                 place = self.transcript.open_session(self.secure_sum.name, spec)
-                by_spec[spec] = OpenSum(session=self._opened(spec), place=place, transcript=self.transcript)
+                by_spec[spec] = OpenSum(
+                    session=self._opened(spec), place=place, transcript=self.transcript, terms=self.terms
+                )
             sessions[name] = by_spec[spec]
             codec.check(sessions[name].session)
         return sessions
@@ -86,7 +101,8 @@ class Sums:
     def _opened(self, spec: SumSpec) -> SumSession:
         if self.policy is None:
             return self.secure_sum.open(spec)
-        policy = replace(self.policy, encoding=self.policy.encoding or spec.encoding)
+        own = self.policy
+        policy = replace(own, encoding=own.encoding or spec.encoding, terms=own.terms or spec.terms)
         return self.secure_sum.open(spec, policy=policy)
 
 

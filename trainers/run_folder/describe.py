@@ -41,7 +41,7 @@ def describe(
         precision=arithmetic.precision,
         compile=arithmetic.compile,
         parameters=0,
-        privacy=_settings_of(privacy, len(parties)),
+        privacy=settings_of(privacy, len(parties)),
         raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(keep.config or {}),
         start=start.record() if start else None,
@@ -59,7 +59,8 @@ def check_tuned(tuning: object, *, private: bool) -> None:
         )
 
 
-def _settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
+def settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[str, float | int | str] | None:
+    """The promise as plain data; None without."""
     if privacy is None:
         return None
     if isinstance(privacy, ClientPrivacy):

@@ -129,7 +129,7 @@ def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
     assert said("unready")[0].startswith("ProcessError: rank 1 has gone")
     assert said("unready")[1].startswith("RuntimeError: no model here")
     # Rank 1 was given parties of other sizes, so it keeps the ledgers of others than rank 0 asks it to train.
-    assert said("strangers")[0].startswith("TaskError: party 'party-2' has no privacy_engine here")
+    assert said("strangers")[0].startswith("TaskError: party 'party-2' has no privacy engine here")
     # The next federation of the same processes works, and rank 1 goes ahead of rank 0.
     for name, tensor in states(alone, "masked").items():
         assert torch.equal(states(tmp_path, "masked")[name], tensor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from choral.privacy import EncodingError
 from choral.protocols import Masked, Plain
 from choral.trainers.algorithms import Scaffold
 from choral.trainers.algorithms.interface import Channel
-from choral.trainers.federated.codec import WeightedCodec
+from choral.trainers.federated.codec import Encoding, WeightedCodec
 from choral.trainers.local_steps.resident_model import initial_model
 from choral.trainers.run_folder.algorithm_state import read_algorithm_state
 
@@ -23,11 +25,12 @@ NAMES = tuple(f"p{place}" for place in range(10))
 def mean_of(weight: int, value: int, weighing: str = "examples") -> torch.Tensor:
     """Nine honest parties of 100 records and updates of .001; the tenth sends this weight and this integer."""
     channel = Channel(length=3, weighing=weighing)
-    codec = WeightedCodec(dict.fromkeys(NAMES, 100), channel, bound=1.0, value_bits=16, privacy_engines={})
-    session = Masked(corrupt=1).open(codec.spec)
+    codec = WeightedCodec(channel, Encoding(value_bound=1.0, value_bits=16), cap=128, roster=NAMES)
+    spec = replace(codec.spec, weight_bound=None)  # the tenth party does not look at its own weight
+    session, honest = Masked(corrupt=1).open(spec), codec.party(100)
     summing = session.begin()
     for name in NAMES[:-1]:
-        summing.submit(name, codec.encode(name, torch.full((3,), 0.001)))
+        summing.submit(name, honest.encode(torch.full((3,), 0.001)).vector)
     summing.submit(NAMES[-1], np.array([value] * 3 + [weight], np.int64))
     mean: torch.Tensor = codec.decode(summing.finish()).value
     return mean

@@ -1,0 +1,329 @@
+"""A party, one object: its records' promise, its trainer, its half of the codec and of the sum, what it remembers.
+
+    from the server             at the party                                                 what leaves
+    the exchange (weights)      hear      its digest, of what was really received            -
+    messages of the sum         handle    the driver's                                       keys, shares
+    Begin, signed by all        check     model and training terms are those it was told     nothing, if they are not
+                                order     1. pay: what the exchange costs is on disk         -
+                                train     2. the promise's engine pays for each pass         -
+                                              before its first batch is drawn
+                                answer    3. what is sent, encoded; refused if unpaid        -
+                                send      4. the vector, masked or encrypted                 the upload
+
+**Append, fsync, train, send**: a party that dies anywhere on that way has told nothing that its ledger does not hold.
+What was paid for and not sent stays paid for: nobody can know that it was not seen. A failure of its training is its
+dropout, and what failed stays here.
+
+The same object runs in one process with all others (:class:`PartiesHere`, which hands the orders of many to one
+trainer, that may train them together or at other ranks) and in a process of its own (:meth:`TrainingParty.handle`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import torch
+
+from choral.errors import ChoralError
+from choral.privacy import EncodingError, Ledger
+from choral.protocols.driver import NeedsVector, PartyDriver
+from choral.protocols.errors import FaultyServerError, InputError, MessageError
+from choral.protocols.interface import SumRound
+from choral.trainers.algorithms.interface import (
+    Algorithm,
+    Done,
+    Exchange,
+    Failed,
+    FederationInfo,
+    LocalTrainer,
+    Party,
+    Train,
+    Work,
+)
+from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated.codec import Codec, Encoded, Encoding, PartyCodec
+from choral.trainers.federated.failures import all_failed, beyond
+from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.run_folder.algorithm_state import State
+from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.task.seeding import caller_keeps_generators
+from choral.trainers.task.task import DivergedError, TaskError, raised_by
+
+_log = logging.getLogger("choral.trainers")
+_PURPOSE = b"choral training terms 1"
+_MOST_KEPT = 16  # tensors that a server may have a party keep from round to round
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTerms:
+    """What a training is, as every party must hold it alike; its digest is signed with the sum's session.
+
+    federation, encoding: with the bounds and the cap of weights, which are agreed on, not read off anybody's counts.
+    privacy: the promise asked, as a run's record has it. shapes: of the model's parameters. rounds: at most. code: what
+    is run, by version or digest.
+    """
+
+    algorithm: Algorithm
+    federation: FederationInfo
+    encoding: Encoding
+    privacy: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]]
+    rounds: int
+    code: str
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: what a party is asked to agree to. What it accepts of a sum (its policy) is its own matter."""
+        encoding = self.encoding
+        return {
+            "algorithm": self.algorithm.record(),
+            "releases": [asdict(release) for release in self.algorithm.releases],
+            "federation": asdict(self.federation),
+            "encoding": {
+                "value_bound": encoding.value_bound,
+                "value_bits": encoding.value_bits,
+                "weights": encoding.weights,
+            },
+            "privacy": dict(self.privacy) if self.privacy is not None else None,
+            "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
+            "rounds": self.rounds,
+            "code": self.code,
+        }
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the record, its keys in order; 32 bytes."""
+        return hashlib.sha256(_PURPOSE + msgspec.json.encode(self.record(), order="deterministic")).digest()
+
+
+class TrainingParty:
+    """See the module. Not for several threads at once.
+
+    codecs: its half for each channel. examples: how many records it has, and so its weight. ledger: of its records'
+    promise; None, and its training is not private by record. state: what the algorithm has it remember. trainer,
+    driver: of a party in a process of its own.
+    """
+
+    error: ChoralError | None = None
+    """Why its latest exchange failed, for its owner alone; None if it did not."""
+
+    def __init__(
+        self,
+        name: str,
+        terms: TrainingTerms,
+        codecs: Mapping[str, PartyCodec],
+        *,
+        examples: int,
+        ledger: Ledger | None = None,
+        state: State | None = None,
+        trainer: LocalTrainer | None = None,
+        driver: PartyDriver | None = None,
+    ) -> None:
+        self.name, self.terms, self.examples, self.state = name, terms, examples, state
+        self._codecs, self._ledger, self._trainer, self._driver = codecs, ledger, trainer, driver
+        self._told: Told | None = None
+        self._kept: dict[str, torch.Tensor] = {}
+        self._before: State | None = state  # the round
+        self._pending: State | None = None
+        self._unpaid: Callable[[], bool] = lambda: False
+
+    # ------------------------------------------------------------------------------------------- one exchange, in order
+
+    def check(self, needs: NeedsVector, told: Told) -> None:
+        """Whether it is to train on what it was told, under its own terms. Before, nothing is paid and nothing trained.
+
+        Raises: FaultyServerError.
+        """
+        if needs.terms != self.terms.digest:
+            raise FaultyServerError(
+                f"the training terms that the parties sign are not those of {self.name!r}",
+                hint="algorithm, promise, encoding, rounds, model and code must be the same at all parties",
+            )
+        if (needs.exchange, needs.weights) != (told.exchange, told.digest):
+            raise FaultyServerError(
+                f"{self.name!r} was told other weights, tensors or another exchange than the parties sign",
+                hint="the server may show parties different models; nothing was trained",
+            )
+
+    def order(self, told: Told) -> Work:
+        """1. Pay for the exchange; then what is to be computed. Raises: BudgetExceededError, LedgerError."""
+        self._told, self.error, self._pending = told, None, None
+        if told.exchange == 0:
+            self._before = self.state
+        self._codecs[told.ask.channel].pay()
+        self._view = Party(
+            name=self.name,
+            examples=self.examples,
+            federation=self.terms.federation,
+            number=told.number,
+            state=dict(self.state or {}),
+        )
+        work = self.terms.algorithm.work(self._view, told.ask)
+        if (ledger := self._ledger) is not None and isinstance(work, Train):
+            paid = len(ledger.events)
+            self._unpaid = lambda: len(ledger.events) <= paid
+        return work
+
+    def answer(self, done: Done | Failed) -> Encoded | None:
+        """3. What it sends of what was trained, encoded; None if it drops out, and `error` says why."""
+        told = self._heard()
+        codec = self._codecs[told.ask.channel]
+        if isinstance(done, Failed):
+            self.error = raised_by(done.error, f"training at party {self.name!r}")
+        else:
+            try:
+                encoded = self._encoded(done, codec, told)
+                self._pending = dict(self._view.state) if self._view.state or self.state is not None else None
+                return encoded
+            except (TaskError, DivergedError, EncodingError) as error:
+                self.error = error
+        _log.warning("round %d: %s (%s)", told.number, self.error, self.error.hint)
+        return codec.stand_in()
+
+    def settle(self, *, survived: bool) -> None:
+        """The sum is over: what the algorithm has the party remember counts only if its vector is in it."""
+        if survived and self._pending is not None:
+            self.state = self._pending
+        self._pending = None
+
+    def undo(self) -> None:
+        """The round failed: remember what was before its first exchange."""
+        self.state, self._pending = self._before, None
+
+    def _encoded(self, done: Done, codec: PartyCodec, told: Told) -> Encoded:
+        if self._unpaid():
+            raise TaskError(
+                f"training at party {self.name!r} went by its ledger: nothing was paid for, so nothing is sent",
+                hint="train with the model, optimizer and loader that fit is given",
+            )
+        vector = self.terms.algorithm.answer(self._view, told.ask, done)
+        try:
+            return codec.encode(vector)
+        except EncodingError as error:
+            where = f"round {told.number}, party {self.name!r}, {told.ask.channel}"
+            raise beyond(error, vector, where, self.terms.shapes) from None
+
+    def _heard(self) -> Told:
+        if self._told is None:
+            raise FaultyServerError("it asked for a vector, and told no exchange that it would be of")
+        return self._told
+
+    # ------------------------------------------------------------------------------------------ in a process of its own
+
+    def hear(self, raw: bytes) -> None:
+        """The exchange that comes next, as the server tells it. Raises: MessageError."""
+        told = Told.read(raw, length=self.terms.federation.length, kept=self._kept)
+        if told.ask.channel not in self._codecs:
+            raise MessageError("the server", f"the algorithm has no channel {told.ask.channel!r}")
+        self._told = told
+
+    def handle(self, raw: bytes) -> tuple[bytes, ...]:
+        """Take one message of the sum; what to send back. Where a vector is asked for, the party trains first.
+
+        An empty answer to that is its dropout: `error` has the reason.
+        Raises: what the driver and `check` do, LedgerError, BudgetExceededError; it is then out of this round.
+        """
+        if self._driver is None or self._trainer is None:
+            raise TaskError("this party has no trainer and driver of its own", hint="give both")
+        needs = self._driver.handle(raw)
+        if not isinstance(needs, NeedsVector):
+            return needs
+        try:
+            encoded = self._trained(needs, self._trainer)
+        except BaseException:
+            self._driver.decline()
+            raise
+        if encoded is None:
+            self._driver.decline()
+            return ()
+        try:
+            return self._driver.supply(encoded.vector)  # 4.
+        except InputError:
+            self._driver.decline()
+            raise
+
+    def _trained(self, needs: NeedsVector, trainer: LocalTrainer) -> Encoded | None:
+        told = self._heard()
+        self.check(needs, told)
+        self._kept = dict(list((self._kept | dict(told.ask.new)).items())[-_MOST_KEPT:])
+        with caller_keeps_generators():
+            made = list(trainer.do([(self.name, self.order(told))], told.ask.weights, told.number))  # 1., 2.
+        if [name for name, _ in made] != [self.name]:
+            raise _nothing_made(trainer, self.name)
+        return self.answer(made[0][1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartiesHere:
+    """The parties that this process plays, made when they are selected and let go when they have sent.
+
+    ledgers: by party, for promises of records. codecs: the server's halves, which make the parties' here.
+    """
+
+    terms: TrainingTerms
+    trainer: LocalTrainer
+    examples: Mapping[str, int]
+    ledgers: Mapping[str, Ledger]
+    codecs: Mapping[str, Codec]
+    transcript: Transcript
+
+    def answer(self, ask: Exchange, parties: RoundParties, summing: SumRound) -> None:
+        """Every present party's vector, added as it comes. Who fails is noted in ``parties``, and so is each state.
+
+        Raises: what the training did, if it failed at all parties; TaskError if the trainer left a party out; what
+            codec and sum raise.
+        """
+        told, codec, present = parties.told, self.codecs[ask.channel], parties.sending
+        if told is None or told.ask is not ask:
+            raise TaskError("this exchange was not begun")
+        codec.begin(present)
+        working: dict[str, TrainingParty] = {}
+        errors: dict[str, ChoralError] = {}
+
+        def orders() -> Iterator[tuple[str, Work]]:
+            for name in present:
+                party = working[name] = self._party(name, ask, codec, parties)
+                if (needs := summing.needs(name)) is not None:
+                    party.check(needs, told)
+                yield name, party.order(told)
+
+        with caller_keeps_generators():
+            for name, done in self.trainer.do(orders(), ask.weights, parties.number):
+                party = working.pop(name)
+                encoded = party.answer(done)
+                if party.error is not None:
+                    errors[name] = party.error
+                if encoded is None:
+                    continue
+                self.transcript.vector(name, encoded.vector)
+                summing.submit(name, encoded.vector)
+                codec.take(encoded)
+                parties.answered[name] = party
+        if missing := [name for name in present if name not in parties.answered and name not in errors]:
+            raise _nothing_made(self.trainer, missing[0])
+        parties.fail({name: error for name, error in errors.items() if name not in parties.answered})
+        if errors and len(errors) == len(present):
+            raise all_failed(errors, parties.number)
+
+    def _party(self, name: str, ask: Exchange, codec: Codec, parties: RoundParties) -> TrainingParty:
+        examples = self.examples[name]
+        return TrainingParty(
+            name,
+            self.terms,
+            {ask.channel: codec.party(examples)},
+            examples=examples,
+            ledger=self.ledgers.get(name),
+            state=parties.states.get(name),
+        )
+
+
+def _nothing_made(trainer: LocalTrainer, name: str) -> TaskError:
+    return TaskError(
+        f"the engine {type(trainer).__name__} made nothing of the work of party {name!r}",
+        hint="LocalTrainer.do yields one result per order",
+    )
