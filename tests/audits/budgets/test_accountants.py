@@ -290,6 +290,7 @@ def test_a_cost_of_clients_near_nothing_agrees_within_rounding(mechanism: Any, d
     assert row.floor is not None
     assert row.floor < 0.02
     assert row.verdict == "holds"
+    assert ("%" in row.finding) == (row.floor > 0.0) == (deviation == 100)  # nothing has no share
 
 
 def test_sums_of_shares_are_said_to_be_that() -> None:

@@ -15,7 +15,7 @@ import pytest
 from choral.audits import Comparison, compare
 from choral.audits.costs.bills import bill
 from choral.audits.costs.costs import Costs, costs_of
-from choral.audits.costs.crossover import Workload, examples_to_be_cheaper, examples_to_be_faster
+from choral.audits.costs.crossover import Workload, examples_to_be_cheaper, examples_to_be_faster, workload
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
 from choral.audits.report.charts.price_figures import crossover_figure, log_ticks
 from choral.cli.command_line import main
@@ -214,6 +214,14 @@ def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
     assert everybody is not None
     assert everybody.workload is not None
     assert costs.workload.device_seconds == pytest.approx(everybody.workload.device_seconds / 0.4)
+
+
+def test_the_work_is_that_of_all_rounds(make_run: MakeRun) -> None:
+    found = workload("f", [make_run("federated", seed) for seed in (0, 1)], "c", [make_run("cloud")], PRICES)
+    assert found is not None
+    assert found.rounds == 20
+    assert found.up_bytes == 20_900  # of each round
+    assert found.examples * found.parties == sum(make_run().info.parties.values())
 
 
 def test_distribution_may_never_pay() -> None:

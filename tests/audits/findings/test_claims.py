@@ -1,13 +1,17 @@
-"""The sentence of a promise: whom it holds off, and who has to be trusted, by who adds the noise."""
+"""The sentence of a promise: whom it holds off, who has to be trusted, and that its numbers are numbers."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from choral.audits.findings.claims import sentence_parts
+from choral.audits.findings.claims import check_costs, sentence_parts
+from choral.errors import DataError
 from choral.trainers.run_folder.run import Run
 
 MakeRun = Callable[..., Run]
@@ -54,3 +58,34 @@ def test_of_clients_by_where_the_noise_is_added(
 
 def test_one_colluder_is_one(make_client_run: MakeRun) -> None:
     assert "with 1 colluder, and" in sentence_parts(make_client_run().info)[1]
+
+
+@pytest.mark.parametrize(
+    ("promised", "spent", "said"),
+    [
+        ({}, {}, ""),
+        ({"epsilon": 0.0}, {}, "promises epsilon = 0"),
+        ({"epsilon": math.inf}, {}, "promises epsilon = inf"),
+        ({"epsilon": 0.5}, {"epsilon": 0.0}, ""),
+        ({"delta": 0.0}, {}, "promises delta = 0"),
+        ({"delta": 1.0}, {}, "promises delta = 1"),
+        ({"delta": math.nan}, {}, "promises delta = nan"),
+        ({}, {"epsilon": -1e-9}, "epsilon spent by pooled is -1e-09"),
+        ({}, {"epsilon": math.inf}, "epsilon spent by pooled is inf"),
+        ({}, {"epsilon": math.nan}, "epsilon spent by pooled is nan"),
+        ({}, {"delta": 0.0}, ""),
+        ({}, {"delta": 1.0}, "delta spent by pooled is 1"),
+    ],
+)
+def test_a_promise_and_a_cost_are_numbers_in_range(
+    promised: dict[str, float], spent: dict[str, float], said: str, make_run: MakeRun
+) -> None:
+    info: Any = make_run("cloud-dp").info
+    costs = {"pooled": dataclasses.replace(info.spent["pooled"], **spent)}
+    run = make_run("cloud-dp", privacy={**info.privacy, **promised}, spent=costs)
+    with pytest.raises(DataError, match=said) if said else contextlib.nullcontext():
+        check_costs(run.info, "run")
+
+
+def test_a_run_that_promises_nothing_has_no_number_to_check(make_run: MakeRun) -> None:
+    check_costs(make_run("cloud").info, "run")

@@ -224,6 +224,16 @@ def test_roc_matches_scikit_learn_ties_included() -> None:
         assert at.resolved == (len(outside) * at.wanted >= 1)
 
 
+def test_a_rate_that_is_reached_to_the_last_non_member_counts() -> None:
+    """Of 1,000 non-members, ten are a hundredth, and one a thousandth."""
+    scores = np.concatenate([np.arange(1000.0), np.arange(1000.0) + 0.5])
+    at = {found.wanted: found for found in roc(scores, np.arange(2000) >= 1000).at}
+    assert (at[0.01].false_positive_rate.value, at[0.01].true_positive_rate.value) == (0.01, 0.011)
+    assert (at[0.001].false_positive_rate.value, at[0.001].true_positive_rate.value) == (0.001, 0.002)
+    assert at[0.01].resolved
+    assert at[0.001].resolved
+
+
 def test_a_thinned_curve_keeps_its_ends_and_what_is_seen_without_a_false_positive() -> None:
     """Where rates are drawn on a logarithmic axis, what is told at a rate of zero is what matters."""
     members = np.arange(5000) < 2500

@@ -162,6 +162,14 @@ def test_adaptive_clipping_finds_the_quantile(problem: Any) -> None:
     assert float(low) * 0.9 < optimizer.clipping.norm < float(high) * 1.1
 
 
+@pytest.mark.parametrize(("within", "counted"), [(-0.7, 0.0), (0.25, 0.25), (1.6, 1.0)])
+def test_a_noisy_share_beyond_all_or_none_counts_as_that(within: float, counted: float) -> None:
+    adaptive = AdaptiveClip(start=2.0, quantile=0.5, rate=0.2)
+    assert adaptive.moved(3.0, within) == pytest.approx(3.0 * math.exp(-0.2 * (counted - 0.5)))
+    assert adaptive.moved(1e-9, 0.0) == 2e-6
+    assert adaptive.moved(1e9, 1.0) == 2e6
+
+
 def test_adaptive_clipping_survives_empty_batches(problem: Any) -> None:
     """Opacus: division by zero records. Here noise alone, of a share around one half, moves the norm a little."""
     _, optimizer = private_of(problem, AdaptiveClip(start=1.0), source=os_stream)

@@ -27,6 +27,30 @@ def test_a_loss_that_is_infinite_for_a_record_alone_is_no_mean(rows: int) -> Non
     assert separable_loss._refuse_by_losses(subject(lambda x: x[:, 0].square().mean(), rows))
 
 
+def test_a_loss_that_is_zero_for_all_neither_passes_nor_fails() -> None:
+    """It could not have differed: nothing was seen, and the loss is looked at again."""
+    assert separable_loss._refuse_by_losses(subject(lambda x: 0.0 * x.sum(), 3)) is False
+
+
+def of_model(weight: Any) -> CheckedForward:
+    """A random loss: each record's output times weight(its row), and noise that is the same for all."""
+    model = nn.Linear(2, 1)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (model(x)[:, 0] * weight(x)).mean() + torch.rand(())
+
+    x = torch.arange(8.0).reshape(4, 2)
+    return CheckedForward(model=model, layers={"": model}, forward=loss, args=(x,), kwargs={}, rows=4, step=True)
+
+
+def test_a_random_loss_is_judged_by_the_gradients_of_its_parts() -> None:
+    honest, mixing = of_model(lambda x: x[:, 0] + 1.0), of_model(lambda x: x[:, 0] / x[:, 0].sum())
+    assert separable_loss._refuse_by_losses(honest) is None
+    separable_loss._refuse_by_shares(honest)
+    with pytest.raises(UnsupportedModelError, match="not the mean over its records"):
+        separable_loss._refuse_by_shares(mixing)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "same"),
     [
