@@ -531,3 +531,29 @@ def test_those_who_are_present_are_no_draw_whatever_the_roster_was(deployed: Any
     net.open()
     assert (net.server.setup.cohort, net.server.setup.population) == ("chosen", 4)
     assert net.server.setup.corrupt == 1
+
+
+def test_pieces_of_a_ciphertext_that_come_again_are_no_fault_and_late_ones_are_late(deployed: Any) -> None:
+    """Some of p3's ciphertext is lost, so that its key is not let in; what comes after the survivors is late."""
+    net = deployed(4, kind=Homomorphic(corrupt=1), length=40).open()
+    net.fresh_vectors(0)
+    pieces: dict[str, tuple[bytes, ...]] = {}
+    for trip in net.server.round(TRAINED):
+        for name in trip.outbox:
+            if trip.step == "vector":
+                net.parties[name].handle(trip.outbox[name])
+                pieces[name] = net.parties[name].supply(net.vectors[name])
+                for part in pieces[name][name == "p3" :]:
+                    trip.receive(name, part)
+                    trip.receive(name, part)
+            else:
+                net.down(name, trip, trip, {})
+        if trip.step == "vector":
+            assert {name: str(error) for name, error in trip.faults.items()} == {
+                "p3": "p3: sent its key before its whole ciphertext"
+            }
+        if trip.step == "confirmation":
+            for name in net.names:
+                trip.receive(name, pieces[name][0])
+            assert {name: type(error) for name, error in trip.faults.items()} == {"p3": LateVectorError}
+    assert net.server.result.survivors == net.names[:3]
