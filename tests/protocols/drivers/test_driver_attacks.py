@@ -23,6 +23,7 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
+from choral.protocols.homomorphic.messages import Ciphertext
 from choral.protocols.masking import messages, signing
 
 OTHER = RoundTerms(0, b"W" * 32, b"t" * 32)
@@ -234,6 +235,15 @@ def test_a_dead_session_does_not_even_repeat_its_keys(deployed: Any) -> None:
     net.party("p0").handle(next(net.kind.server_driver(net.spec, directory=net.directory).open()).outbox["p0"])
     with pytest.raises(StateUsedError, match="ended"):
         net.parties["p0"].handle(messages.encode(messages.Bundle((parse(bundle).parts[0], begin, begin))))
+
+
+def test_no_vector_is_sent_into_a_dead_session(deployed: Any) -> None:
+    """It was asked for before the later session was joined, and is ready only after."""
+    net = deployed().open()
+    needing(net)
+    net.party("p0").handle(next(net.kind.server_driver(net.spec, directory=net.directory).open()).outbox["p0"])
+    with pytest.raises(StateUsedError, match="ended when it joined"):
+        net.parties["p0"].supply(np.array([1, 2, 3]))
 
 
 def test_sums_of_two_purposes_do_not_end_each_other(deployed: Any) -> None:
@@ -541,6 +551,9 @@ def test_pieces_of_a_ciphertext_that_come_again_are_no_fault_and_late_ones_are_l
     for trip in net.server.round(TRAINED):
         for name in trip.outbox:
             if trip.step == "vector":
+                wrong = messages.encode(Ciphertext(net.server.digest[:16], 9, b"k" * 16, 0, b"body"))
+                trip.receive(name, wrong)
+                assert isinstance(trip.faults.pop(name), FaultyPartyError)
                 net.parties[name].handle(trip.outbox[name])
                 pieces[name] = net.parties[name].supply(net.vectors[name])
                 for part in pieces[name][name == "p3" :]:
