@@ -246,6 +246,18 @@ def test_no_vector_is_sent_into_a_dead_session(deployed: Any) -> None:
         net.parties["p0"].supply(np.array([1, 2, 3]))
 
 
+def test_a_server_that_asks_in_ever_new_forms_fills_no_memory(deployed: Any) -> None:
+    """The nonces are of no use once the session is open, so that each change of them is another message to remember."""
+    net = deployed().open()
+    reveals, begin = parse(next(net.server.round(TRAINED)).outbox["p0"]).parts
+    driver = net.parties["p0"]
+    answer = driver.handle(messages.encode(messages.Bundle((reveals, begin))))
+    for number in range(50):
+        other = msgspec.structs.replace(parse(reveals), nonces=(bytes([number]) * 32,))
+        assert driver.handle(messages.encode(messages.Bundle((messages.encode(other), begin)))) == answer
+    assert len(driver._replies._answers) <= 16
+
+
 def test_sums_of_two_purposes_do_not_end_each_other(deployed: Any) -> None:
     net = deployed().open()
     twin = net.party("p0", purpose="counts")
