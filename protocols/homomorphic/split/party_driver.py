@@ -15,7 +15,7 @@ from choral.protocols.homomorphic.split.party_and_server import SplitRound, encr
 from choral.protocols.interface import SumSpec, check_spec
 from choral.protocols.masking import messages
 from choral.protocols.masking.party_driver import MaskedPartyDriver
-from choral.protocols.masking.policy import Policy, check_policy, check_roster
+from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.signing import digest
 
 if TYPE_CHECKING:
@@ -97,7 +97,6 @@ class SplitPartyDriver(MaskedPartyDriver):
     def _parameters(self, roster: tuple[str, ...]) -> SplitParameters:
         if roster == self._spec.parties:
             return chosen(self._spec)
-        check_roster(roster)
         try:
             return chosen(replace(self._spec, parties=roster, directory=self._spec.population))
         except SpecError as error:
