@@ -9,7 +9,8 @@ that a test could see, and count as *equivalent*. Exit code 0: none survived or 
 All tests are collected once. Each mutant inside a function is put into a fork of that process, in place of the
 function's code; one outside functions (a default, a constant) is imported changed, in a fork of a process that has
 imported the libraries alone. Nothing is written to the working tree. Limits count processor time, so that the load of
-the machine changes no result. Processes that tests start for themselves see the module unchanged.
+the machine changes no result. What a test loads once more, as a compiled module without its compiler, is changed too;
+processes that tests start for themselves see the module unchanged.
 
 `--part 0/2` and `--part 1/2` share the work between two processes; `--at protocols/crypto/keys.py:120` tries all
 mutants of one line or several; `--wide` asks all test files of the room, not the nearest alone.
@@ -21,6 +22,7 @@ import argparse
 import ast
 import hashlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -311,15 +313,25 @@ class Tests:
                 continue
             left -= usual
             limit = min(self.seconds, 5.0 + 3.0 * usual)
-            result = outcome(_forked(lambda: _against(changed, mine, wanted)), limit)  # noqa: B023
+            result = outcome(_forked(lambda: _against(mutant, changed, mine, wanted)), limit)  # noqa: B023
             if result != "survived":
                 break
         return result
 
 
-def _against(changed: dict[CodeType, CodeType], functions: Sequence[FunctionType], items: Sequence[Any]) -> int:
+def _against(
+    mutant: Mutant, changed: dict[CodeType, CodeType], functions: Sequence[FunctionType], items: Sequence[Any]
+) -> int:
     for function in functions:
         function.__code__ = changed.get(function.__code__, function.__code__)
+    honest = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(loader: importlib.machinery.SourceFileLoader, name: str) -> CodeType | None:  # what loads it again
+        if _real(loader.path) == str(mutant.path):
+            return compile(mutant.source(), loader.path, "exec", dont_inherit=True)
+        return honest(loader, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
     return _run(items)
 
 

@@ -51,8 +51,14 @@ def rounded(value: int) -> int:
 
 def unused(value: int) -> bool:
     return value > 7
+
+
+def loaded_again(value: int) -> int:
+    return value * 2
 """
 TEST = """
+import importlib.util
+from choral.privacy import little
 from choral.privacy.little import rounded, within
 
 def test_within():
@@ -61,6 +67,12 @@ def test_within():
 
 def test_rounded():
     assert rounded(12) == 10
+
+def test_loaded_again():
+    spec = importlib.util.spec_from_file_location("another", little.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another.loaded_again(3) == 6
 """
 
 
@@ -115,10 +127,12 @@ def test_what_no_test_misses_is_told_from_what_is_killed(little: Path) -> None:
         ("value = value - 1", "1", "2"): "survived",
         ("return value + 0", "+", "-"): "equivalent",
         ("return value + 0", "0", "1"): "killed",
+        ("return value * 2", "*", "/"): "killed",
+        ("return value * 2", "2", "3"): "killed",
         ("return value > 7", ">", ">="): "not run",
         ("return value > 7", "7", "8"): "not run",
     }
-    assert lines[-1] == {"seed": 20261128, "killed": 6, "survived": 1, "timeout": 1, "not run": 2, "equivalent": 1}
+    assert lines[-1] == {"seed": 20261128, "killed": 8, "survived": 1, "timeout": 1, "not run": 2, "equivalent": 1}
     assert told.returncode == 1
 
 

@@ -132,11 +132,14 @@ def _at(false: npt.NDArray[np.int64], true: npt.NDArray[np.int64], wanted: float
 
 
 def _thinned(false: npt.NDArray[np.int64], true: npt.NDArray[np.int64]) -> tuple[RocPoint, ...]:
-    """Corners only, spaced evenly along a logarithmic axis of false positives where there are too many."""
+    """Corners only, spaced evenly along a logarithmic axis of false positives where there are too many.
+
+    The ends are kept, and the last corner without a false positive.
+    """
     keep = np.arange(len(false))
     if len(keep) > _DRAWN:
-        grid = np.geomspace(1.0, false[-1] + 1.0, _DRAWN) - 1.0
-        keep = np.unique(np.append(np.searchsorted(false, grid, side="right") - 1, [0, len(false) - 1]))
+        spaced = np.searchsorted(false, np.geomspace(1.0, false[-1], _DRAWN))
+        keep = np.unique([0, int(np.flatnonzero(false == 0)[-1]), *spaced, len(false) - 1])
     return tuple(
         RocPoint(false_positive_rate=float(false[i] / false[-1]), true_positive_rate=float(true[i] / true[-1]))
         for i in keep

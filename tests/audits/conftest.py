@@ -114,10 +114,10 @@ def fake_run(
         "config": {"data": "digits", "rounds": rounds, "alpha": 0.5, "batch_size": 16},
         "versions": VERSIONS,
     }
-    history_override = changes.pop("history", None)
+    recorded: Any = changes.pop("history", history)
     state = changes.pop("state", state)
     fields.update(changes)
-    return Run(info=RunInfo(**fields), history=tuple(history_override or history), state=state)
+    return Run(info=RunInfo(**fields), history=tuple(recorded), state=state)
 
 
 def fake_client_run(seed: int = 0) -> Run:

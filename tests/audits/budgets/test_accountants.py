@@ -21,7 +21,7 @@ from choral.audits import Audit
 from choral.audits.budgets import accountants
 from choral.audits.budgets.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError
-from choral.privacy.accounting import other_accountants, renyi
+from choral.privacy.accounting import client_level, other_accountants, renyi
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian, Search
 from choral.privacy.client_level import client
@@ -277,16 +277,42 @@ def test_two_bounds_of_a_search_are_the_same_or_nothing_is_verified(
     assert accountants._searches_agree(ours, theirs)[0] == verdict
 
 
+def clients_with(mechanism: Any, deviation: float) -> Ledger:
+    """One sum of clients' vectors, its noise so many clipping norms."""
+    ledger = Ledger(holder="clients")
+    ledger.bind("clients", DELTA, unit="client")
+    variance = float(deviation**2)
+    ledger.append(
+        ClientRelease(mechanism=mechanism, sensitivity_squared=1, share_variance=variance, shares=1, length=1), after=0
+    )
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "above", "verdict"),
+    [
+        *(("gaussian", above, "holds") for above in (-1.05e-3, 0.0, 1.05e-3)),  # a thousandth, and 1e-4 of about 1
+        *(("gaussian", above, "unverified") for above in (-1.15e-3, 1.15e-3, math.inf)),
+        *(("skellam", above, "holds") for above in (-1.05e-3, 0.5)),
+        *(("skellam", above, "unverified") for above in (-1.15e-3, math.nan)),
+    ],
+)
+def test_a_bound_of_clients_below_the_exact_cost_or_beside_it_is_found(
+    monkeypatch: pytest.MonkeyPatch, mechanism: Any, above: float, verdict: str
+) -> None:
+    """The exact cost of Gaussian noise is known; integer noise may cost more, and not less."""
+    ledger = clients_with(mechanism, 2.6)
+    floor = accountants._of_clients("clients", ledger, DELTA).floor
+    assert floor is not None
+    assert 0.9 < floor < 1.1
+    monkeypatch.setattr(client_level, "epsilon", lambda *_: floor * (1.0 + above))
+    assert accountants._of_clients("clients", ledger, DELTA).verdict == verdict
+
+
 @pytest.mark.parametrize("mechanism", ["gaussian", "discrete_gaussian"])
 @pytest.mark.parametrize("deviation", [100, 10**6], ids=["little", "nothing at this delta"])
 def test_a_cost_of_clients_near_nothing_agrees_within_rounding(mechanism: Any, deviation: int) -> None:
-    ledger = Ledger(holder="clients")
-    ledger.bind("clients", DELTA, unit="client")
-    release = ClientRelease(
-        mechanism=mechanism, sensitivity_squared=1, share_variance=float(deviation**2), shares=1, length=1
-    )
-    ledger.append(release, after=0)
-    row = accountants._of_clients("clients", ledger, DELTA)
+    row = accountants._of_clients("clients", clients_with(mechanism, deviation), DELTA)
     assert row.floor is not None
     assert row.floor < 0.02
     assert row.verdict == "holds"

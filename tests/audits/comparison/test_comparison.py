@@ -158,8 +158,25 @@ def test_weights_that_differ(nudge: float, verdict: str, arms: Arms, make_run: M
     arms["federated-masked"][1] = make_run("federated-masked", 1, state=state)
     report = compare(arms)
     assert check(report, "equals").verdict == verdict
+    assert "identical" not in check(report, "equals").finding  # as two of three seeds are
     found = report.matches[1].difference
     assert found == pytest.approx(nudge, rel=1e-6) if math.isfinite(nudge) else found is None
+
+
+@pytest.mark.parametrize(("nudge", "verdict"), [(0.25, "holds"), (0.3, "violated")])
+def test_weights_may_differ_by_the_fixed_point_bound(nudge: float, verdict: str, make_run: MakeRun) -> None:
+    coarse = {"fixed_point": {"bound": 16.0, "error_bound": 0.25}}
+    weights = {"bias": torch.zeros(3)}
+    plain = make_run("federated", state=weights, **coarse)
+    masked = make_run("federated-masked", state={"bias": weights["bias"] + nudge}, **coarse)
+    assert check(compare({"plain": [plain], "masked": [masked]}), "equals").verdict == verdict
+
+
+def test_one_seed_that_cannot_be_compared_leaves_all_unverified(arms: Arms, make_run: MakeRun) -> None:
+    arms["federated-masked"][1] = make_run("federated-masked", 1, fixed_point=None)
+    report = compare(arms)
+    assert len(report.matches) == 2
+    assert check(report, "equals").verdict == "unverified"
 
 
 @pytest.mark.parametrize("change", ["a tensor is missing", "a shape that would broadcast"])
@@ -329,8 +346,9 @@ def test_an_interrupted_run_is_named(arms: Arms, make_run: MakeRun) -> None:
     with pytest.raises(ConfigError, match="arm 'federated', seed 2: interrupted after round 7 of 20") as caught:
         compare(arms)
     assert "resume=True" in caught.value.hint
-    with pytest.raises(ConfigError, match="interrupted after round 0"):
-        compare({"cloud": make_run(history=[make_run().history[0]])})
+    for history in ([make_run().history[0]], []):
+        with pytest.raises(ConfigError, match="interrupted after round 0"):
+            compare({"cloud": make_run(history=history)})
 
 
 def test_a_history_with_a_gap_is_refused(make_run: MakeRun) -> None:
