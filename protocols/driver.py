@@ -40,6 +40,9 @@ TripStep = Literal["hello", "reveal"] | Step
 """What the parties are asked for: the first two while a session opens."""
 TRIP_STEPS: tuple[TripStep, ...] = ("hello", "reveal", *get_args(Step))
 
+LONGEST = 10
+"""Times its patience that a trip lasts at most, for a quorum to be there."""
+
 NONE = bytes(checks.DIGEST_BYTES)
 
 
@@ -133,7 +136,7 @@ class Trip:
 
     step: what they are asked for. outbox: the bytes by party; to send again to those in ``waiting`` does no harm.
     faults: by party, why its last message was refused; a refused message changes nothing. patience: seconds that it is
-    worth to wait for all of them; None, without end.
+    worth to wait for all of them; None, without end, whoever is silent.
     """
 
     def __init__(
@@ -167,10 +170,15 @@ class Trip:
             self.faults[str(sender)[: checks.MAX_NAME]] = error
 
     def enough(self, waited: float = 0.0) -> bool:
-        """Whether to go on: all have answered; or, after ``waited`` seconds, patience is over and a quorum is there."""
+        """Whether to go on: all have answered; or, after ``waited`` seconds, patience is over and a quorum is there.
+
+        Where no quorum comes, LONGEST times the patience is the end: with a patience, nobody waits for ever.
+        """
         if not self.waiting:
             return True
-        return self.patience is not None and waited >= self.patience and self._stage.heard >= self._quorum
+        if self.patience is None or waited < self.patience:
+            return False
+        return self._stage.heard >= self._quorum or waited >= LONGEST * self.patience
 
 
 class Stage(Protocol):
@@ -222,7 +230,8 @@ class Replies:
         return self._answers.get(key)
 
     def put(self, key: bytes, answer: Answer) -> None:
-        if self.kept and len(self._answers) < _MOST_REPLIES:
+        """What was put under the same key is replaced, however many there are: a NeedsVector by what was supplied."""
+        if self.kept and (key in self._answers or len(self._answers) < _MOST_REPLIES):
             self._answers[key] = answer
 
     def forget(self) -> None:

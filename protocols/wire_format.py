@@ -24,9 +24,10 @@ VERSION = 2
 ENVELOPE = 64
 MAX_PARTIES = 1 << 20
 MAX_NAME = 255
+LAST_ROUND = (1 << 32) - 1
 
 Index = Annotated[int, Meta(ge=0, lt=MAX_PARTIES)]
-RoundNumber = Annotated[int, Meta(ge=1, lt=1 << 32)]
+RoundNumber = Annotated[int, Meta(ge=1, le=LAST_ROUND)]
 SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]

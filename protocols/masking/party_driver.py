@@ -25,10 +25,7 @@ answered before. Nothing that is stored helps who steals it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import msgspec
-from msgspec import Meta
+from typing import Any
 
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.single_use import Current
@@ -46,24 +43,11 @@ from choral.protocols.masking.party_round import (
     Uploaded,
 )
 from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.wire_format import read
+from choral.protocols.stored_state import NO_STATE, PublicState, read_stored, stored
+from choral.protocols.wire_format import LAST_ROUND, read
 
-STATE_VERSION = 1
 MOST_JOINED = 1024
 """Setups that a party remembers to have joined: beyond so many, an old one that comes late is joined anew."""
-
-
-class PublicState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a party's restart needs. setup: encoded; b"" before a session is open. last: no round up to it is answered.
-
-    sessions: how many the identity has joined for this purpose.
-    """
-
-    version: int
-    sessions: Annotated[int, Meta(ge=0, lt=1 << 53)]
-    setup: bytes = b""
-    session: bytes = b""
-    last: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
 
 
 @dataclass(repr=False)
@@ -108,7 +92,7 @@ class MaskedPartyDriver:
         if policy.directory.get(name) != identity.public:
             raise SpecError(f"the identity of {name!r} is not the one in its own directory")
         self._identity, self._randomness, self._store = identity, randomness, store
-        self._sessions = identity.sessions(purpose)
+        self._purpose, self._sessions = purpose, identity.sessions(purpose)
         self._replies = Replies(kept=repeats)
         self._joined: dict[bytes, None] = {}
         self._setup: messages.SumSetup | None = None
@@ -129,25 +113,20 @@ class MaskedPartyDriver:
         session, setup = b"", b""
         if self._membership is not None:
             session, setup = self._membership.session, self._raw_setup
-        return msgspec.msgpack.encode(PublicState(STATE_VERSION, self._sessions.last, setup, session, self._last))
+        return stored(self.name, self._purpose, self._sessions.last, setup, session, self._last)
 
     def _save(self) -> None:
         if self._store is not None:
             self._store(self.public_state())
 
     def _restore(self, raw: bytes) -> None:
-        try:
-            state = msgspec.msgpack.decode(raw, type=PublicState)
-        except (msgspec.MsgspecError, TypeError):
-            raise SpecError("these bytes are no stored state of a party") from None
-        if state.version != STATE_VERSION:
-            raise SpecError(f"the stored state is of version {state.version}; this Choral reads {STATE_VERSION}")
-        current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
+        """All of it is checked before any session of the identity ends."""
+        state, setup = read_stored(raw, self.name, self._purpose), None
         if state.session:
-            setup = messages.to_party(state.setup, limit=len(state.setup))
-            if not isinstance(setup, messages.SumSetup) or len(state.session) != 32:
-                raise SpecError("these bytes are no stored state of a party")
+            setup = _setup_of(state)
             self._policy_for(setup).check(setup, self.name)
+        current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
+        if setup is not None:
             self._enter(setup, state.setup, state.session, current, state.last)
             self._joined[signing.setup_digest(state.setup)] = None
         self._save()
@@ -341,7 +320,7 @@ class MaskedPartyDriver:
             return (answer,)
         if isinstance(message, messages.Confirmations) and isinstance(state, Confirmed):
             now.state = None
-            _, following = self._advertise(begin.round + 1)
+            following = self._advertise(begin.round + 1)[1] if begin.round < LAST_ROUND else None
             return (state.unmask(raw, following=following),)
         where = "nothing more of it" if state is None else f"another message than that, as {type(state).__name__}"
         raise used(
@@ -377,3 +356,16 @@ class MaskedPartyDriver:
 
     def __repr__(self) -> str:
         return f"<MaskedPartyDriver of {self.name!r}>"
+
+
+def _setup_of(state: PublicState) -> messages.SumSetup:
+    """Raises: SpecError."""
+    try:
+        setup = messages.to_party(state.setup, limit=len(state.setup))
+    except MessageError:
+        raise SpecError(
+            NO_STATE, hint="its setup is no message of this protocol's version: join a new session"
+        ) from None
+    if not isinstance(setup, messages.SumSetup) or len(state.session) != 32:
+        raise SpecError(NO_STATE)
+    return setup

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from choral.protocols.crypto.keys import x25519_public
 from choral.protocols.driver import Answer, NeedsVector, used
 from choral.protocols.errors import FaultyServerError
@@ -25,9 +23,10 @@ from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyCo
 from choral.protocols.homomorphic.shared.party import Confirming, Encrypted, Holder, KeyAgreement, Waiting
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
-from choral.protocols.masking.party_driver import STATE_VERSION, MaskedPartyDriver, PublicState
+from choral.protocols.masking.party_driver import MaskedPartyDriver
 from choral.protocols.masking.party_round import Membership
 from choral.protocols.masking.policy import Policy
+from choral.protocols.stored_state import stored
 
 
 class SharedPartyDriver(MaskedPartyDriver):
@@ -51,7 +50,7 @@ class SharedPartyDriver(MaskedPartyDriver):
 
     def public_state(self) -> bytes:
         """How many sessions the identity has joined: of a session itself nothing would be of use."""
-        return msgspec.msgpack.encode(PublicState(STATE_VERSION, self._sessions.last))
+        return stored(self.name, self._purpose, self._sessions.last)
 
     def _policy_for(self, setup: messages.SumSetup) -> Policy:
         return terms.agreed(self.policy, setup, self._floats)[0]

@@ -47,8 +47,9 @@ NO_TRAINING = RoundTerms()
 class MaskedServerDriver:
     """See :class:`choral.protocols.driver.ServerDriver`.
 
-    directory: the parties' public keys. patience: seconds that each trip is worth, or by its step; None waits for all.
-    quorum: with how many answers a trip has enough when patience is over; by default the smallest sum.
+    directory: the parties' public keys. patience: seconds that each trip is worth, or by its step; None waits for all,
+    for ever. quorum: with how many answers a trip has enough when patience is over; by default the smallest sum.
+    Without a quorum a trip lasts LONGEST times its patience.
 
     result, disputes: of the last round that succeeded. setup: of the open session, whose roster is those who were
     present.

@@ -477,7 +477,8 @@ def test_patience_and_quorum_say_when_a_trip_has_enough(deployed: Any) -> None:
     net.server = net.kind.server_driver(net.spec, directory=net.directory, patience={"keys": 5.0}, quorum=3)
     net.open()
     trip = next(net.server.round(TRAINED))
-    assert not trip.enough(100.0)
+    assert not trip.enough(49.9)
+    assert trip.enough(50.0)
     for count, name in enumerate(trip.outbox, start=1):
         net.down(name, trip, trip, {})
         assert trip.enough(5.0) == (count >= 3)
@@ -488,6 +489,52 @@ def test_patience_and_quorum_say_when_a_trip_has_enough(deployed: Any) -> None:
     for wrong in (0, 5, 1.5):
         with pytest.raises(SpecError):
             net.kind.server_driver(net.spec, directory=net.directory, quorum=wrong)
+
+
+@pytest.mark.parametrize("silent", [1, 2, 4])
+def test_a_loop_of_patience_ends_whoever_is_silent(deployed: Any, silent: int) -> None:
+    """On a clock of the test's own: without a quorum by name, after ten times the patience."""
+    net = deployed(4, kind=Masked(corrupt=1))
+    net.server = net.kind.server_driver(net.spec, directory=net.directory, patience=1.0)
+    net.open().fresh_vectors(0)
+    lasted = []
+
+    def play() -> None:
+        for trip in net.server.round(TRAINED):
+            for name in net.names[silent:]:
+                net.down(name, trip, trip, {})
+            lasted.append(next(half for half in range(100) if trip.enough(half / 2)) / 2)
+
+    if silent == 1:
+        play()
+        assert net.server.result.survivors == net.names[1:]
+        assert lasted == [1.0, 0.0, 0.0, 0.0, 0.0]
+        return
+    with pytest.raises(TooFewSurvivorsError, match="advertised keys"):
+        play()
+    assert lasted == [10.0]
+
+
+def test_requests_in_many_forms_do_not_have_a_party_train_twice(deployed: Any) -> None:
+    """A cache that is full of them still says what was supplied, and holds no more than a few."""
+    net = deployed().open()
+    net.fresh_vectors(0)
+    for trip in net.server.round(TRAINED):
+        for name, raw in trip.outbox.items():
+            party = net.parties[name]
+            if name == "p0" and trip.step == "vector":
+                for place in range(1000):
+                    party.handle(messages.encode(messages.Reveals(net.server.setup.session, (place.to_bytes(32),))))
+                    if len(party._replies._answers) == 15:
+                        break
+                assert isinstance(party.handle(raw), NeedsVector)
+                first = party.supply(net.vectors[name])
+                assert party.handle(raw) == first
+                for place in range(1000):
+                    party.handle(messages.encode(messages.Reveals(net.server.setup.session, (place.to_bytes(33)[1:],))))
+                assert len(party._replies._answers) <= 16
+            net.down(name, trip, trip, {})
+    assert net.server.result.survivors == net.names
 
 
 def test_who_is_known_to_be_lost_is_not_asked_in_a_round_and_asked_in_the_next(deployed: Any) -> None:
