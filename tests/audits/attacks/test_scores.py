@@ -16,7 +16,7 @@ from scipy.stats import binom
 from choral.audits.attacks.canaries import flip_coins
 from choral.audits.attacks.score_audit import audit_scores, audit_training, canaries_needed
 from choral.audits.attacks.score_bounds import FDP, ONE_RUN, TooFewCanariesError, _counts, null_control
-from choral.audits.attacks.score_files import read_scores
+from choral.audits.attacks.score_files import read_score_file, read_scores
 from choral.audits.findings.evidence import ScoreAudit
 from choral.audits.lower_bounds import one_run
 from choral.audits.lower_bounds import trade_off as fdp
@@ -268,9 +268,24 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     assert read_scores(csv) == read_scores(jsons) == ([0.25, -300.0], [1, 0])
 
 
+@pytest.mark.parametrize("design", ["coins", "runs", "split", None])
+def test_a_file_may_state_its_design(tmp_path: Path, design: str | None) -> None:
+    csv, jsons = tmp_path / "a.csv", tmp_path / "a.json"
+    csv.write_text((f"# design: {design}\n" if design else "") + "score,member\n0.5,1\n")
+    jsons.write_text(json.dumps({"scores": [0.5], "members": [1], "design": design}))
+    assert read_score_file(csv) == read_score_file(jsons) == ([0.5], [1], design)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        (
+            "a.csv",
+            b"# design: halves\nscore,member\n",
+            "line 1: design is 'halves', expected one of coins",
+        ),
+        ("a.csv", b"# design: runs\nscore,member\n0.5\n", "line 3, has 1 fields"),
+        ("a.json", b'{"scores": [1], "members": [1], "design": "halves"}', "cannot be read"),
         ("a.csv", b"", "begins with"),
         ("a.csv", b"0.5,1\n", "begins with"),
         ("a.csv", b"score,member\n0.5,1,3\n", "line 2, has 3 fields"),

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from choral.audits import Comparison, compare
-from choral.audits.costs.bills import bill
+from choral.audits.costs.bills import accelerator_seconds, bill, training_seconds
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.crossover import Workload, examples_to_be_cheaper, examples_to_be_faster, workload
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
@@ -221,7 +221,18 @@ def test_the_work_is_that_of_all_rounds(make_run: MakeRun) -> None:
     assert found is not None
     assert found.rounds == 20
     assert found.up_bytes == 20_900  # of each round
+    busy, _ = accelerator_seconds([make_run("cloud")], training_seconds([make_run("cloud")]), PRICES)
+    assert found.accelerator_seconds == pytest.approx(busy / (20 * sum(make_run().info.parties.values())))
     assert found.examples * found.parties == sum(make_run().info.parties.values())
+
+
+@pytest.mark.parametrize("missing", ["rounds", "sizes", "examples", "passes in the cloud"])
+def test_what_was_not_recorded_leaves_no_work_to_compare(missing: str, make_run: MakeRun) -> None:
+    first = {"history": [make_run("federated").history[0]]}
+    nobody = {"parties": dict.fromkeys(make_run().info.parties, 0), "raw_bytes": {"a": 1}}
+    change = {"rounds": first, "sizes": {"raw_bytes": {}}, "examples": nobody}.get(missing, {})
+    cloud = make_run("cloud", **(first if missing == "passes in the cloud" else {}))
+    assert workload("f", [make_run("federated", **change)], "c", [cloud], PRICES) is None
 
 
 def test_distribution_may_never_pay() -> None:

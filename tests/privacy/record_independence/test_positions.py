@@ -120,6 +120,21 @@ def test_evaluation_and_the_shapes_of_outputs_are_the_plain_models() -> None:
     assert all(m.training is False for m in model.modules())
 
 
+def test_the_check_of_a_step_finds_positions_that_it_uses_by_parts() -> None:
+    model = Reader(flat)
+    private, optimizer = wrapped(model)
+
+    def by_parts(t: torch.Tensor) -> torch.Tensor:
+        scores = model.head(torch.tanh(model.norm(flat(model, t))))
+        return nn.functional.cross_entropy(scores.flatten(0, 1), t.flatten())
+
+    optimizer.expect(4)
+    private.check_step(by_parts, tokens(4))
+    by_parts(tokens(4)).backward()
+    assert private.per_sample(model.wpe.weight).shape == (4, STEPS + 1, WIDTH)
+    optimizer.step()
+
+
 def test_dropout_on_positions_passes() -> None:
     """With its own mask for each record, where the plain model has one for all."""
     model = Reader(dropped, dropout=0.5)
