@@ -27,9 +27,10 @@ def test_a_loss_that_is_infinite_for_a_record_alone_is_no_mean(rows: int) -> Non
     assert separable_loss._refuse_by_losses(subject(lambda x: x[:, 0].square().mean(), rows))
 
 
-def test_a_loss_that_is_zero_for_all_neither_passes_nor_fails() -> None:
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, math.inf])
+def test_a_loss_that_is_the_same_for_all_neither_passes_nor_fails(value: float) -> None:
     """It could not have differed: nothing was seen, and the loss is looked at again."""
-    assert separable_loss._refuse_by_losses(subject(lambda x: 0.0 * x.sum(), 3)) is False
+    assert separable_loss._refuse_by_losses(subject(lambda x: torch.tensor(value), 3)) is False
 
 
 def of_model(weight: Any) -> CheckedForward:
@@ -47,6 +48,7 @@ def test_a_random_loss_is_judged_by_the_gradients_of_its_parts() -> None:
     honest, mixing = of_model(lambda x: x[:, 0] + 1.0), of_model(lambda x: x[:, 0] / x[:, 0].sum())
     assert separable_loss._refuse_by_losses(honest) is None
     separable_loss._refuse_by_shares(honest)
+    separable_loss._refuse_by_shares(of_model(lambda x: 0.0 * x[:, 0]))
     with pytest.raises(UnsupportedModelError, match="not the mean over its records"):
         separable_loss._refuse_by_shares(mixing)
 
