@@ -14,31 +14,29 @@
 What was paid for and not sent stays paid for: nobody can know that it was not seen. A failure of its training is its
 dropout, and what failed stays here.
 
-The same object runs in one process with all others (:class:`PartiesHere`, which hands the orders of many to one
-trainer, that may train them together or at other ranks) and in a process of its own (:meth:`TrainingParty.handle`).
+The same object runs in one process with all others, whose orders go to one trainer that may train them together or at
+other ranks (:class:`~choral.trainers.federated.round_parties.PartiesHere`), and in a process of its own (`own_party`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import msgspec
 import torch
 
-from choral.errors import ChoralError
-from choral.privacy import EncodingError, Ledger
+from choral.errors import ChoralError, ConfigError
+from choral.privacy import EncodingError, Ledger, Privacy, PrivacyEngine
 from choral.protocols.driver import NeedsVector, PartyDriver
-from choral.protocols.errors import FaultyServerError, InputError, MessageError
-from choral.protocols.interface import SumRound
+from choral.protocols.errors import FaultyServerError, MessageError
 from choral.trainers.algorithms.interface import (
     Algorithm,
     Done,
-    Exchange,
     Failed,
     FederationInfo,
     LocalTrainer,
@@ -47,13 +45,17 @@ from choral.trainers.algorithms.interface import (
     Work,
 )
 from choral.trainers.engines.exchange_messages import Told
-from choral.trainers.federated.codec import Codec, Encoded, Encoding, PartyCodec
-from choral.trainers.federated.failures import all_failed, beyond
-from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.engines.fastest import Fastest
+from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
+from choral.trainers.federated.failures import beyond
+from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.algorithm_state import State
-from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.run_folder.describe import settings_of
+from choral.trainers.run_folder.info import versions
+from choral.trainers.run_folder.owner_privacy import check_delta, engine_for
+from choral.trainers.task.arithmetic import Arithmetic, Compute
 from choral.trainers.task.seeding import caller_keeps_generators
-from choral.trainers.task.task import DivergedError, TaskError, raised_by
+from choral.trainers.task.task import DivergedError, Task, TaskError, check_party, raised_by
 
 _log = logging.getLogger("choral.trainers")
 _PURPOSE = b"choral training terms 1"
@@ -95,6 +97,11 @@ class TrainingTerms:
             "code": self.code,
         }
 
+    def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec:
+        """Both halves of the weighted mean of a channel, from what was agreed on alone. roster: of a sum."""
+        made = self.algorithm.channels(self.federation)[channel]
+        return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the record, its keys in order; 32 bytes."""
@@ -106,7 +113,8 @@ class TrainingParty:
 
     codecs: its half for each channel. examples: how many records it has, and so its weight. ledger: of its records'
     promise; None, and its training is not private by record. state: what the algorithm has it remember. trainer,
-    driver: of a party in a process of its own.
+    drivers: of a party in a process of its own (:func:`own_party`); a driver for each channel,
+    the same one where channels share a session.
     """
 
     error: ChoralError | None = None
@@ -122,10 +130,10 @@ class TrainingParty:
         ledger: Ledger | None = None,
         state: State | None = None,
         trainer: LocalTrainer | None = None,
-        driver: PartyDriver | None = None,
+        drivers: Mapping[str, PartyDriver] | None = None,
     ) -> None:
         self.name, self.terms, self.examples, self.state = name, terms, examples, state
-        self._codecs, self._ledger, self._trainer, self._driver = codecs, ledger, trainer, driver
+        self._codecs, self._ledger, self._trainer, self._drivers = codecs, ledger, trainer, drivers or {}
         self._told: Told | None = None
         self._kept: dict[str, torch.Tensor] = {}
         self._before: State | None = state  # the round
@@ -218,111 +226,111 @@ class TrainingParty:
     def hear(self, raw: bytes) -> None:
         """The exchange that comes next, as the server tells it. Raises: MessageError."""
         told = Told.read(raw, length=self.terms.federation.length, kept=self._kept)
-        if told.ask.channel not in self._codecs:
+        if told.ask.channel not in self._codecs or told.ask.channel not in self._drivers:
             raise MessageError("the server", f"the algorithm has no channel {told.ask.channel!r}")
         self._told = told
 
-    def handle(self, raw: bytes) -> tuple[bytes, ...]:
-        """Take one message of the sum; what to send back. Where a vector is asked for, the party trains first.
+    def handle(self, channel: str, raw: bytes) -> tuple[bytes, ...]:
+        """Take one message of the sum of that channel; what to send back. Where a vector is asked for, train first.
 
-        An empty answer to that is its dropout: `error` has the reason.
+        An empty answer to that is the party's dropout: `error` has the reason.
         Raises: what the driver and `check` do, LedgerError, BudgetExceededError; it is then out of this round.
         """
-        if self._driver is None or self._trainer is None:
-            raise TaskError("this party has no trainer and driver of its own", hint="give both")
-        needs = self._driver.handle(raw)
+        driver, trainer = self._drivers.get(channel), self._trainer
+        if driver is None or trainer is None:
+            raise MessageError("the server", f"this party takes part in no sum of channel {channel!r:.80}")
+        needs = driver.handle(raw)
         if not isinstance(needs, NeedsVector):
             return needs
         try:
-            encoded = self._trained(needs, self._trainer)
+            encoded = self._trained(needs, driver, trainer)
+            if encoded is not None:
+                return driver.supply(encoded.vector)  # 4.
         except BaseException:
-            self._driver.decline()
+            driver.decline()
             raise
-        if encoded is None:
-            self._driver.decline()
-            return ()
-        try:
-            return self._driver.supply(encoded.vector)  # 4.
-        except InputError:
-            self._driver.decline()
-            raise
+        driver.decline()
+        return ()
 
-    def _trained(self, needs: NeedsVector, trainer: LocalTrainer) -> Encoded | None:
+    def _trained(self, needs: NeedsVector, driver: PartyDriver, trainer: LocalTrainer) -> Encoded | None:
         told = self._heard()
         self.check(needs, told)
+        if self._drivers[told.ask.channel] is not driver:
+            raise FaultyServerError(f"{self.name!r} was told an exchange of another sum than it is asked a vector for")
         self._kept = dict(list((self._kept | dict(told.ask.new)).items())[-_MOST_KEPT:])
         with caller_keeps_generators():
             made = list(trainer.do([(self.name, self.order(told))], told.ask.weights, told.number))  # 1., 2.
         if [name for name, _ in made] != [self.name]:
-            raise _nothing_made(trainer, self.name)
+            raise nothing_made(trainer, self.name)
         return self.answer(made[0][1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartiesHere:
-    """The parties that this process plays, made when they are selected and let go when they have sent.
+def own_party(
+    name: str,
+    dataset: Any,
+    task: Task,
+    terms: TrainingTerms,
+    drivers: Callable[[TrainingTerms], Mapping[str, PartyDriver]],
+    *,
+    privacy: Privacy | None = None,
+    ledger: Ledger | None = None,
+    compute: Compute | None = None,
+    state: State | None = None,
+) -> TrainingParty:
+    """A party in a process of its own: nothing of any other is here, and nothing is taken on a server's word.
 
-    ledgers: by party, for promises of records. codecs: the server's halves, which make the parties' here.
+    terms: what was agreed to; promise, model and code are this party's own, whatever they say, and so is the digest
+    that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
+    records, and what remembers that it was spent; both or none.
+
+    Raises: ConfigError (one of the two, delta not below 1/n, more records than the cap of weights), DataError,
+        LedgerError, TaskError (a model that the terms are not for); what ``build`` does.
     """
-
-    terms: TrainingTerms
-    trainer: LocalTrainer
-    examples: Mapping[str, int]
-    ledgers: Mapping[str, Ledger]
-    codecs: Mapping[str, Codec]
-    transcript: Transcript
-
-    def answer(self, ask: Exchange, parties: RoundParties, summing: SumRound) -> None:
-        """Every present party's vector, added as it comes. Who fails is noted in ``parties``, and so is each state.
-
-        Raises: what the training did, if it failed at all parties; TaskError if the trainer left a party out; what
-            codec and sum raise.
-        """
-        told, codec, present = parties.told, self.codecs[ask.channel], parties.sending
-        if told is None or told.ask is not ask:
-            raise TaskError("this exchange was not begun")
-        codec.begin(present)
-        working: dict[str, TrainingParty] = {}
-        errors: dict[str, ChoralError] = {}
-
-        def orders() -> Iterator[tuple[str, Work]]:
-            for name in present:
-                party = working[name] = self._party(name, ask, codec, parties)
-                if (needs := summing.needs(name)) is not None:
-                    party.check(needs, told)
-                yield name, party.order(told)
-
-        with caller_keeps_generators():
-            for name, done in self.trainer.do(orders(), ask.weights, parties.number):
-                party = working.pop(name)
-                encoded = party.answer(done)
-                if party.error is not None:
-                    errors[name] = party.error
-                if encoded is None:
-                    continue
-                self.transcript.vector(name, encoded.vector)
-                summing.submit(name, encoded.vector)
-                codec.take(encoded)
-                parties.answered[name] = party
-        if missing := [name for name in present if name not in parties.answered and name not in errors]:
-            raise _nothing_made(self.trainer, missing[0])
-        parties.fail({name: error for name, error in errors.items() if name not in parties.answered})
-        if errors and len(errors) == len(present):
-            raise all_failed(errors, parties.number)
-
-    def _party(self, name: str, ask: Exchange, codec: Codec, parties: RoundParties) -> TrainingParty:
-        examples = self.examples[name]
-        return TrainingParty(
-            name,
-            self.terms,
-            {ask.channel: codec.party(examples)},
-            examples=examples,
-            ledger=self.ledgers.get(name),
-            state=parties.states.get(name),
+    if (privacy is None) != (ledger is None):
+        raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
+    examples, compute = check_party(name, dataset, task.min_classes), compute or Compute()
+    if examples > terms.federation.largest:
+        raise ConfigError(
+            f"{examples} records weigh more than the cap of {terms.federation.largest} that was agreed on"
         )
+    engines: dict[str, PrivacyEngine] = {}
+    if privacy is not None and ledger is not None:
+        check_delta(privacy, {name: examples})
+        engines = {name: engine_for(privacy, name, ledger, terms.rounds)}
+    device = resolve_device(compute.device)
+    resident = Resident(
+        build=task.build,
+        fit=task.fit,
+        datasets={name: dataset},
+        privacy_engines=engines,
+        seed=compute.seed,
+        device=device,
+        loss=task.loss,
+        arithmetic=Arithmetic(device, compute.precision, compile=compute.compile),
+        schedule=task.schedule,
+        rounds=terms.rounds,
+    )
+    resident.check_batches()
+    own = replace(
+        terms,
+        privacy=settings_of(privacy, terms.federation.parties),
+        shapes=resident.layout.shapes,
+        code=code_here(),
+    )
+    channels = own.algorithm.channels(own.federation)
+    codecs = {channel: own.codec(channel).party(examples) for channel in channels}
+    trainer = compute.engine(resident) if compute.engine else Fastest(resident)
+    return TrainingParty(
+        name, own, codecs, examples=examples, ledger=ledger, state=state, trainer=trainer, drivers=drivers(own)
+    )
 
 
-def _nothing_made(trainer: LocalTrainer, name: str) -> TaskError:
+def code_here() -> str:
+    """What is run here, for the terms."""
+    return f"choral {versions()['choral']}"
+
+
+def nothing_made(trainer: LocalTrainer, name: str) -> TaskError:
     return TaskError(
         f"the engine {type(trainer).__name__} made nothing of the work of party {name!r}",
         hint="LocalTrainer.do yields one result per order",

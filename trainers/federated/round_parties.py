@@ -1,22 +1,29 @@
-"""The parties of one round as it goes on: who was selected, who dropped out and when, whose training failed."""
+"""The parties of one round as it goes on: who was selected, who dropped out and when, whose training failed.
+
+`PartiesHere` are those that this process plays: all of them, where a federation is one process or led by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from choral.errors import ChoralError
-from choral.protocols.interface import STEPS, Losses, Step
+from choral.privacy import Ledger
+from choral.protocols.interface import STEPS, Losses, Step, SumRound
+from choral.trainers.algorithms.interface import Exchange, LocalTrainer, Work
 from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated.codec import Codec
+from choral.trainers.federated.failures import all_failed
 from choral.trainers.federated.participation import Participation, stream
+from choral.trainers.federated.party import TrainingParty, TrainingTerms, nothing_made
 from choral.trainers.run_folder.algorithm_state import State
-
-if TYPE_CHECKING:
-    from choral.trainers.federated.party import TrainingParty
+from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.task.seeding import caller_keeps_generators
+from choral.trainers.task.task import TaskError
 
 
 @dataclass
@@ -104,3 +111,67 @@ def select(
         lost={name: "vector" for name, late in zip(selected, rule.late(seconds), strict=True) if late},
         states={name: dict(state) for name, state in states.items()},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartiesHere:
+    """The parties that this process plays, made when they are selected and let go when they have sent.
+
+    ledgers: by party, for promises of records. codecs: the server's halves, which make the parties' here.
+    """
+
+    terms: TrainingTerms
+    trainer: LocalTrainer
+    examples: Mapping[str, int]
+    ledgers: Mapping[str, Ledger]
+    codecs: Mapping[str, Codec]
+    transcript: Transcript
+
+    def answer(self, ask: Exchange, parties: RoundParties, summing: SumRound) -> None:
+        """Every present party's vector, added as it comes. Who fails is noted in ``parties``, and so is each state.
+
+        Raises: what the training did, if it failed at all parties; TaskError if the trainer left a party out; what
+            codec and sum raise.
+        """
+        told, codec, present = parties.told, self.codecs[ask.channel], parties.sending
+        if told is None or told.ask is not ask:
+            raise TaskError("this exchange was not begun")
+        codec.begin(present)
+        working: dict[str, TrainingParty] = {}
+        errors: dict[str, ChoralError] = {}
+
+        def orders() -> Iterator[tuple[str, Work]]:
+            for name in present:
+                party = working[name] = self._party(name, ask, codec, parties)
+                if (needs := summing.needs(name)) is not None:
+                    party.check(needs, told)
+                yield name, party.order(told)
+
+        with caller_keeps_generators():
+            for name, done in self.trainer.do(orders(), ask.weights, parties.number):
+                party = working.pop(name)
+                encoded = party.answer(done)
+                if party.error is not None:
+                    errors[name] = party.error
+                if encoded is None:
+                    continue
+                self.transcript.vector(name, encoded.vector)
+                summing.submit(name, encoded.vector)
+                codec.take(encoded)
+                parties.answered[name] = party
+        if missing := [name for name in present if name not in parties.answered and name not in errors]:
+            raise nothing_made(self.trainer, missing[0])
+        parties.fail({name: error for name, error in errors.items() if name not in parties.answered})
+        if errors and len(errors) == len(present):
+            raise all_failed(errors, parties.number)
+
+    def _party(self, name: str, ask: Exchange, codec: Codec, parties: RoundParties) -> TrainingParty:
+        examples = self.examples[name]
+        return TrainingParty(
+            name,
+            self.terms,
+            {ask.channel: codec.party(examples)},
+            examples=examples,
+            ledger=self.ledgers.get(name),
+            state=parties.states.get(name),
+        )

@@ -30,15 +30,15 @@ from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
-from choral.trainers.federated.party import PartiesHere, TrainingTerms
+from choral.trainers.federated.party import TrainingTerms, code_here
 from choral.trainers.federated.plan import Plan
-from choral.trainers.federated.round_parties import RoundParties, select
+from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import OpenSum, Sums, check_promises
 from choral.trainers.local_steps.resident_model import Resident, recorded_model
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
-from choral.trainers.run_folder.info import RoundRecord, RunFolderError, versions
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError
 from choral.trainers.run_folder.owner_privacy import clips_of
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
@@ -199,7 +199,7 @@ class Session:
             privacy=settings_of(plan.privacy, len(plan.parties)),
             shapes=layout.shapes,
             rounds=plan.rounds,
-            code=f"choral {versions()['choral']}",
+            code=code_here(),
         )
         self.codecs = self._make_codecs(plan.algorithm.channels(self._federation))
         self._last_codec = list(self.codecs.values())[-1]

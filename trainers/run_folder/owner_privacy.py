@@ -44,11 +44,16 @@ def open_privacy_engines(
     privacy_engines = {}
     for name in examples:
         ledger = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
-        passes, planned = max(rounds_left, 1) * privacy.epochs, passes_left(ledger, privacy.epsilon)
-        privacy_engines[name] = PrivacyEngine(
-            privacy, holder=name, ledger=ledger, passes=min(passes, planned or passes), clip=clips.get(name)
-        )
+        privacy_engines[name] = engine_for(privacy, name, ledger, rounds_left, clips.get(name))
     return privacy_engines
+
+
+def engine_for(
+    privacy: Privacy, holder: str, ledger: Ledger, rounds_left: int, clip: float | None = None
+) -> PrivacyEngine:
+    """One data owner's, for the rounds that are left, going on with its ledger's plan. Raises: LedgerError."""
+    passes, planned = max(rounds_left, 1) * privacy.epochs, passes_left(ledger, privacy.epsilon)
+    return PrivacyEngine(privacy, holder=holder, ledger=ledger, passes=min(passes, planned or passes), clip=clip)
 
 
 def rounds_paid_for(privacy_engines: Mapping[str, PrivacyEngine], recorder: Recorder, rounds: int) -> tuple[int, str]:

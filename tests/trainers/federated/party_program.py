@@ -1,0 +1,245 @@
+"""A federation whose parties are given bytes and answer with bytes: what test_party.py runs in processes and in one.
+
+A frame to a party is a letter and what follows: T, the exchange that comes next; M, a message of a sum, after its
+channel and a zero byte; S, whether its vector is in the sum. Its answer is any number of frames, and an empty one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choral.privacy import Ledger, Privacy
+from choral.protocols import Masked, SumSpec
+from choral.protocols.crypto.identity import Identity
+from choral.protocols.driver import PartyDriver, ServerDriver
+from choral.protocols.errors import ProtocolError
+from choral.trainers import DANE, Compute, Encoding, Epochs, FedAvg, Scaffold, Task
+from choral.trainers.algorithms.interface import FederationInfo, Server
+from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated.codec import cap_of
+from choral.trainers.federated.one_round import Steps
+from choral.trainers.federated.party import TrainingParty, TrainingTerms, code_here, own_party
+from choral.trainers.run_folder.describe import settings_of
+
+SIZES = {"north": 40, "south": 25, "east": 21}
+NAMES = tuple(SIZES)
+ALGORITHMS = {"fedavg": FedAvg(), "private": FedAvg(), "scaffold": Scaffold(), "dane": DANE(mu=0.1)}
+PRIVACY = Privacy(epsilon=4.0, delta=1e-3)
+IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
+ROUNDS, SEED = 2, 4
+EPOCHS = Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)
+
+
+def dataset_of(name: str) -> TensorDataset:
+    generator = torch.Generator().manual_seed(SIZES[name])
+    points = torch.randn(SIZES[name], 6, generator=generator)
+    return TensorDataset(points, (points @ torch.tensor([1.0, -2.0, 0.5, 0.0, 1.0, 0.3]) > 0).float())
+
+
+def build(dataset: Any) -> Any:
+    model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(dataset, batch_size=8, shuffle=True)
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    for points, labels in loader:
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(points), labels).backward()
+        optimizer.step()
+
+
+TASK = Task(build=build, fit=fit, evaluate=lambda model: float(next(model.parameters()).sum()), loss=EPOCHS.loss)
+
+
+def privacy_of(kind: str) -> Privacy | None:
+    return PRIVACY if kind == "private" else None
+
+
+def terms_of(kind: str) -> TrainingTerms:
+    info = FederationInfo(
+        parties=len(NAMES),
+        length=7,
+        examples=sum(SIZES.values()),
+        largest=cap_of(max(SIZES.values())),
+        value_bound=16.0,
+        weight=sum(SIZES.values()),
+    )
+    return TrainingTerms(
+        algorithm=ALGORITHMS[kind],
+        federation=info,
+        encoding=Encoding(),
+        privacy=settings_of(privacy_of(kind), len(NAMES)),
+        shapes={"0.weight": (1, 6), "0.bias": (1,)},
+        rounds=ROUNDS,
+        code=code_here(),
+    )
+
+
+def specs_of(terms: TrainingTerms, signed: bytes | None) -> dict[str, SumSpec]:
+    channels = terms.algorithm.channels(terms.federation)
+    return {name: replace(terms.codec(name, NAMES).spec, directory=len(NAMES), terms=signed) for name in channels}
+
+
+class Site:
+    """One party with its driver of each sum, whose public states are kept in a folder."""
+
+    def __init__(self, name: str, kind: str, folder: Path, *, signed: bool = True, **changed: Any) -> None:
+        self.name, self.folder, self.signed = name, folder, signed
+        privacy = privacy_of(kind)
+        self.refused: list[str] = []
+        self.party: TrainingParty = own_party(
+            name,
+            dataset_of(name),
+            TASK,
+            replace(terms_of(kind), **changed),
+            self._drivers,
+            privacy=privacy,
+            ledger=Ledger(folder / f"{name}.jsonl", holder=name) if privacy else None,
+            compute=Compute(seed=SEED),
+        )
+
+    def _drivers(self, terms: TrainingTerms) -> dict[str, PartyDriver]:
+        drivers: dict[SumSpec, PartyDriver] = {}
+        found = {}
+        for channel, spec in specs_of(terms, terms.digest if self.signed else None).items():
+            if spec not in drivers:
+                drivers[spec] = self._driver(spec, f"sum {len(drivers)}")
+            found[channel] = drivers[spec]
+        return found
+
+    def _driver(self, spec: SumSpec, purpose: str) -> PartyDriver:
+        path = self.folder / f"{self.name} {purpose}"
+
+        def store(raw: bytes) -> None:
+            with path.with_suffix(".fresh").open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            path.with_suffix(".fresh").replace(path)
+
+        masked = Masked()
+        policy = replace(masked.policy(spec), directory={name: IDENTITIES[name].public for name in NAMES})
+        return masked.party_driver(
+            spec,
+            name=self.name,
+            identity=IDENTITIES[self.name],
+            policy=policy,
+            store=store,
+            state=path.read_bytes() if path.exists() else None,
+            purpose=purpose,
+        )
+
+    def answer(self, frame: bytes) -> tuple[bytes, ...]:
+        kind, body = frame[:1], frame[1:]
+        try:
+            if kind == b"T":
+                self.party.hear(body)
+            elif kind == b"S":
+                self.party.settle(survived=body == b"yes")
+            else:
+                channel, _, raw = body.partition(b"\0")
+                return self.party.handle(channel.decode(), raw)
+        except ProtocolError as error:
+            self.refused.append(f"{type(error).__name__}: {error}")
+        return ()
+
+
+def serve(pipe: Connection, raw: bytes) -> None:
+    """A party's process. told["dies"]: the place where it is killed, as by a power cut."""
+    torch.set_num_threads(1)
+    told = json.loads(raw)
+    folder, dies = Path(told["folder"]), told["dies"]
+    arm(dies)
+    site = Site(told["name"], told["kind"], folder)
+    trained: list[int] = []
+    answer = TrainingParty.answer
+
+    def noticed(self: TrainingParty, done: Any) -> Any:
+        encoded = answer(self, done)
+        trained.append(1)
+        if dies == "before it is sent":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encoded
+
+    TrainingParty.answer = noticed  # type: ignore[method-assign]
+    while frame := pipe.recv_bytes():
+        for part in site.answer(frame):
+            pipe.send_bytes(part)
+        if trained and dies == "after it is sent":
+            os.kill(os.getpid(), signal.SIGKILL)
+        pipe.send_bytes(b"")
+    pipe.close()
+
+
+def arm(dies: str) -> None:
+    append = Ledger.append
+
+    def killed(self: Ledger, *args: Any, **kwargs: Any) -> None:
+        if dies == "before it is written down":
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, *args, **kwargs)
+        if dies == "before it trains":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Ledger.append = killed  # type: ignore[method-assign]
+
+
+class Ways(Protocol):
+    """How frames reach a party."""
+
+    def ask(self, name: str, frame: bytes) -> list[bytes]: ...
+
+
+class Coordinator:
+    """The server: it holds the weights, what the algorithm has it remember, and a driver of each sum."""
+
+    def __init__(self, ways: Ways, kind: str, weights: torch.Tensor, *, signed: bool = True) -> None:
+        self.ways, self.terms, self.weights = ways, terms_of(kind), weights
+        self.state: dict[str, torch.Tensor] = {}
+        self.survivors: list[tuple[str, ...]] = []
+        self.sums: dict[str, ServerDriver] = {}
+        drivers: dict[SumSpec, ServerDriver] = {}
+        directory = {name: identity.public for name, identity in IDENTITIES.items()}
+        for channel, spec in specs_of(self.terms, self.terms.digest if signed else None).items():
+            if spec not in drivers:
+                drivers[spec] = Masked().server_driver(spec, directory=directory)
+                self.pass_on(channel, drivers[spec].open())
+            self.sums[channel] = drivers[spec]
+
+    def pass_on(self, channel: str, trips: Iterator[Any]) -> None:
+        for trip in trips:
+            for name, raw in trip.outbox.items():
+                for part in self.ways.ask(name, b"M" + channel.encode() + b"\0" + raw):
+                    trip.receive(name, part)
+            assert not trip.faults, trip.faults
+
+    def round(self, number: int, shown: Mapping[str, torch.Tensor] | None = None) -> None:
+        """shown: to some parties, other weights than to the rest."""
+        server = Server(federation=self.terms.federation, number=number, state=dict(self.state))
+        steps, mean, exchange = Steps(self.terms.algorithm.round(server, self.weights)), None, 0
+        while (ask := steps.advance(mean)) is not None:
+            told = Told.of(ask, number, exchange)
+            for name in NAMES:
+                other = (shown or {}).get(name)
+                mine = told if other is None else Told.of(dataclasses.replace(ask, weights=other), number, exchange)
+                self.ways.ask(name, b"T" + mine.message())
+            driver = self.sums[ask.channel]
+            self.pass_on(ask.channel, driver.round(told.terms(self.terms.digest)))
+            assert driver.result is not None
+            self.survivors.append(driver.result.survivors)
+            for name in NAMES:
+                self.ways.ask(name, b"S" + (b"yes" if name in driver.result.survivors else b"no"))
+            mean, exchange = self.terms.codec(ask.channel).decode(driver.result), exchange + 1
+        self.weights, self.state = steps.weights, dict(server.state)

@@ -1,0 +1,328 @@
+"""A party as one object: in processes of their own, killed on the way, shown other models, asked under other terms."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import party_program as program
+from party_program import NAMES, Coordinator, Site
+
+from choral import Keep, Masked, federate
+from choral.privacy import EncodingError, Ledger
+from choral.protocols.errors import FaultyServerError, MessageError
+from choral.trainers import Compute, Encoding, FedProx
+from choral.trainers.algorithms.interface import Done, Exchange
+from choral.trainers.engines.exchange_messages import Told, digest_of
+from choral.trainers.federated.party import own_party
+from choral.trainers.local_steps.resident_model import initial_model
+from choral.trainers.task.flat_vector import Layout
+
+PATIENCE = 60.0  # seconds for one answer, on a busy machine
+PRELOADED = ["choral.trainers.federated.federate", "choral.privacy.per_sample.model", "choral.protocols.masking.masked"]
+"""What every party's process would take seconds to import: once, in the process that they are forked from."""
+
+
+class Processes:
+    """Each party in a process of its own; between them and this one go bytes."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+        self.pipes: dict[str, Any] = {}
+        self.running: dict[str, Any] = {}
+
+    def start(self, name: str, dies: str = "") -> None:
+        ours, theirs = self.context.Pipe()
+        told = json.dumps({"name": name, "kind": self.kind, "folder": str(self.folder), "dies": dies}).encode()
+        self.running[name] = self.context.Process(target=program.serve, args=(theirs, told), daemon=True)
+        self.running[name].start()
+        theirs.close()
+        self.pipes[name] = ours
+
+    def ask(self, name: str, frame: bytes) -> list[bytes]:
+        """Its answers; those that came before it died, if it does."""
+        pipe, answers = self.pipes.get(name), []
+        try:
+            if pipe is not None:
+                pipe.send_bytes(frame)
+                assert pipe.poll(PATIENCE), f"{name} does not answer"
+                while part := pipe.recv_bytes():
+                    answers.append(part)
+                    assert pipe.poll(PATIENCE), f"{name} does not answer"
+        except (EOFError, OSError):
+            self.pipes.pop(name).close()
+        return answers
+
+    def stop(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send_bytes(b"")
+            pipe.close()
+        for process in self.running.values():
+            process.join(PATIENCE)
+            process.close()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Callable[[str], Processes]]:
+    made: list[Processes] = []
+
+    def make(kind: str) -> Processes:
+        folder = tmp_path / kind
+        folder.mkdir()
+        made.append(Processes(kind, folder))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+class Here:
+    """The same parties in this process."""
+
+    def __init__(self, kind: str, folder: Path, changed: dict[str, dict[str, Any]] | None = None, **same: Any) -> None:
+        self.sites = {name: Site(name, kind, folder, **same, **(changed or {}).get(name, {})) for name in NAMES}
+
+    def ask(self, name: str, frame: bytes) -> list[bytes]:
+        return list(self.sites[name].answer(frame))
+
+
+def first_weights() -> torch.Tensor:
+    return Layout(initial_model(program.build, program.dataset_of(NAMES[0]), program.SEED)).read()
+
+
+def paid(folder: Path, name: str) -> int:
+    path = folder / f"{name}.jsonl"
+    return len(Ledger(path).events) if path.exists() else 0
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "dane", "scaffold", "private"])
+def test_parties_and_server_in_processes_of_their_own(
+    kind: str, processes: Callable[[str], Processes], tmp_path: Path
+) -> None:
+    """The weights of `federate` bit by bit where no noise is in them; the ledgers byte by byte where it is."""
+    run = federate(
+        program.TASK,
+        {name: program.dataset_of(name) for name in NAMES},
+        rounds=program.ROUNDS,
+        algorithm=program.ALGORITHMS[kind],
+        privacy=program.privacy_of(kind),
+        secure_sum=Masked(),
+        compute=Compute(seed=program.SEED),
+        keep=Keep(out=tmp_path / "run"),
+    )
+    apart = processes(kind)
+    for name in NAMES:
+        apart.start(name)
+    server = Coordinator(apart, kind, first_weights())
+    for number in range(1, program.ROUNDS + 1):
+        server.round(number)
+    assert set(server.survivors) == {NAMES}
+    whole = torch.cat([run.state[name].reshape(-1) for name in server.terms.shapes])
+    if kind == "private":
+        for name in NAMES:
+            in_one = (tmp_path / "run" / "ledger" / f"{name}.jsonl").read_bytes()
+            assert (apart.folder / f"{name}.jsonl").read_bytes() == in_one
+        assert not torch.equal(server.weights, first_weights())
+    else:
+        assert torch.equal(server.weights, whole)
+
+
+@pytest.mark.parametrize(
+    ("dies", "charged", "seen"),
+    [
+        ("before it is written down", 0, False),
+        ("before it trains", 1, False),
+        ("before it is sent", 1, False),
+        ("after it is sent", 1, True),
+    ],
+)
+def test_a_party_that_is_killed_has_told_nothing_that_its_ledger_does_not_hold(
+    dies: str, charged: int, seen: bool, processes: Callable[[str], Processes]
+) -> None:
+    apart = processes("private")
+    for name in NAMES:
+        apart.start(name, dies if name == "east" else "")
+    server = Coordinator(apart, "private", first_weights())
+    server.round(1)
+    assert ("east" in server.survivors[0]) == seen
+    assert paid(apart.folder, "east") == charged
+    assert [paid(apart.folder, name) for name in ("north", "south")] == [1, 1]
+    apart.running["east"].join(PATIENCE)
+    apart.start("east")  # from its ledger and its public state
+    server.round(2)
+    assert server.survivors[1] == NAMES
+    assert paid(apart.folder, "east") == charged + 1
+
+
+def test_a_party_that_is_shown_another_model_refuses_before_it_has_paid(tmp_path: Path) -> None:
+    here = Here("private", tmp_path)
+    server = Coordinator(here, "private", first_weights())
+    server.round(1, shown={"south": first_weights() + 0.5})
+    assert server.survivors == [("north", "east")]
+    assert [paid(tmp_path, name) for name in NAMES] == [1, 0, 1]
+    assert "was told other weights, tensors or another exchange" in here.sites["south"].refused[0]
+    server.round(2)
+    assert server.survivors[1] == NAMES
+    assert [paid(tmp_path, name) for name in NAMES] == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "signed", "refusal"),
+    [
+        ({"algorithm": FedProx(mu=0.3)}, False, "the training terms that the parties sign are not those of 'south'"),
+        ({"rounds": 3}, False, "the training terms that the parties sign are not those of 'south'"),
+        ({"encoding": Encoding(weights="equal")}, False, "accepts modulus bits of at most 30"),
+        ({"rounds": 3}, True, "other training terms than this party was told of"),
+    ],
+)
+def test_a_party_with_other_terms_refuses_before_it_has_paid(
+    changed: dict[str, Any], signed: bool, refusal: str, tmp_path: Path
+) -> None:
+    """At the opening where they are signed with it, or are of the sum; else at Begin."""
+    here = Here("private", tmp_path, {"south": changed}, signed=signed)
+    server = Coordinator(here, "private", first_weights(), signed=signed)
+    server.round(1)
+    assert server.survivors == [("north", "east")]
+    assert refusal in here.sites["south"].refused[0]
+    assert [paid(tmp_path, name) for name in NAMES] == [1, 0, 1]
+
+
+def test_the_promise_in_the_terms_is_the_partys_own(tmp_path: Path) -> None:
+    """A server that asks for a weaker promise gets no digest that fits it."""
+    asked = replace(program.terms_of("private"), privacy={"epsilon": 400.0})
+    party = own_party(
+        "north",
+        program.dataset_of("north"),
+        program.TASK,
+        asked,
+        lambda _: {},
+        privacy=program.PRIVACY,
+        ledger=Ledger(tmp_path / "north.jsonl"),
+    )
+    assert party.terms.digest == program.terms_of("private").digest != asked.digest
+
+
+def test_training_that_goes_by_the_ledger_is_not_sent(tmp_path: Path) -> None:
+    class Careless:
+        length = 7
+
+        def do(self, orders: Any, weights: torch.Tensor, number: int) -> Any:
+            for name, _ in orders:
+                yield name, Done(vector=torch.full((7,), 0.25), steps=1)
+
+    here = Here("private", tmp_path)
+    here.sites["south"].party._trainer = Careless()
+    server = Coordinator(here, "private", first_weights())
+    server.round(1)
+    assert server.survivors == [("north", "east")]
+    assert "went by its ledger" in str(here.sites["south"].party.error)
+
+
+def test_a_failure_is_a_dropout_and_what_the_party_remembers_counts_only_if_it_survived(tmp_path: Path) -> None:
+    here = Here("scaffold", tmp_path)
+    server = Coordinator(here, "scaffold", first_weights())
+    south = here.sites["south"].party
+    codecs, south._codecs = south._codecs, {"update": Beyond()}
+    server.round(1)
+    assert server.survivors == [("north", "east")]
+    assert isinstance(south.error, EncodingError)
+    assert south.state is None
+    assert here.sites["north"].party.state is not None
+    south._codecs = codecs
+    server.round(2)
+    assert south.error is None
+    assert south.state is not None
+    before = here.sites["north"].party.state["variate"].clone()
+    server.round(3)
+    assert not torch.equal(here.sites["north"].party.state["variate"], before)
+    here.sites["north"].party.undo()
+    assert torch.equal(here.sites["north"].party.state["variate"], before)
+
+
+class Beyond:
+    def pay(self) -> None: ...
+
+    def encode(self, update: torch.Tensor) -> Any:
+        raise EncodingError("the largest coordinate is 17, expected at most the bound 16")
+
+    def stand_in(self) -> None: ...
+
+
+def test_in_one_process_too_each_party_compares_what_it_is_told_with_what_is_signed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from choral.protocols.in_process import DriverRound
+
+    needs = DriverRound.needs
+    monkeypatch.setattr(DriverRound, "needs", lambda self, name: replace(needs(self, name), weights=bytes(32)))
+    with pytest.raises(FaultyServerError, match="told other weights"):
+        federate(
+            program.TASK,
+            {name: program.dataset_of(name) for name in NAMES},
+            rounds=1,
+            privacy=program.PRIVACY,
+            secure_sum=Masked(),
+            keep=Keep(out=tmp_path / "run"),
+        )
+    assert not list((tmp_path / "run" / "ledger").glob("*.jsonl"))
+
+
+def test_the_digest_is_of_all_that_a_party_computes_from() -> None:
+    weights = torch.arange(4.0)
+    ask = Exchange(channel="update", weights=weights, new={"a": torch.ones(2)}, kept={"b": torch.zeros(2)})
+    others = [
+        (replace(ask, weights=weights + 1e-7), 1),
+        (replace(ask, channel="gradient"), 1),
+        (replace(ask, new={"a": torch.ones(2, dtype=torch.float64)}), 1),
+        (replace(ask, new={"a": torch.ones(1, 2)}), 1),
+        (replace(ask, new={"c": torch.ones(2)}), 1),
+        (replace(ask, kept={"b": torch.full((2,), -0.0)}), 1),
+        (ask, 2),
+    ]
+    digests = {digest_of(other, number) for other, number in others}
+    assert len(digests | {digest_of(ask, 1)}) == len(others) + 1
+    same = replace(ask, new={"a": torch.ones(2), "b": torch.zeros(2)}, kept={})  # wherever it has them from
+    assert digest_of(same, 1) == digest_of(ask, 1)
+
+
+def test_an_exchange_as_bytes_is_what_it_was_or_is_refused() -> None:
+    ask = Exchange(channel="update", weights=torch.arange(7.0), new={"a": torch.ones(2)}, kept={"b": torch.zeros(2)})
+    told = Told.of(ask, 3, 1)
+    raw, kept = told.message(), {"b": torch.zeros(2), "c": torch.ones(1)}
+    read = Told.read(raw, length=7, kept=kept)
+    assert (read.number, read.exchange, read.digest) == (3, 1, told.digest)
+    assert Told.read(raw, length=7, kept={"b": torch.ones(2)}).digest != told.digest
+    with pytest.raises(MessageError, match="goes on from 'b'"):
+        Told.read(raw, length=7, kept={})
+    with pytest.raises(MessageError, match="shape"):
+        Told.read(raw, length=8, kept=kept)
+    with pytest.raises(MessageError, match="at most"):
+        Told.read(raw + bytes(1 << 20), length=7, kept=kept)
+    for cut in (b"", raw[:4], raw[:40], raw[:-1], bytes(64), b"\xff" * 200):
+        with pytest.raises(MessageError):
+            Told.read(cut, length=7, kept=kept)
+    for change in (b"exchange", b"number", b"weights", b"new a"):
+        assert change in raw
+        with pytest.raises(MessageError):
+            Told.read(raw.replace(change, b"x" * len(change)), length=7, kept=kept)
+
+
+def test_a_channel_that_was_not_agreed_on_is_refused(tmp_path: Path) -> None:
+    site = Site("north", "fedavg", tmp_path)
+    strange = Exchange(channel="gradient", weights=torch.zeros(7))
+    with pytest.raises(MessageError, match="no channel 'gradient'"):
+        site.party.hear(Told.of(strange, 1, 0).message())
+    with pytest.raises(MessageError, match="no sum of channel 'gradient'"):
+        site.party.handle("gradient", b"")
