@@ -9,6 +9,7 @@ from choral.trainers.algorithms import FedAdam as FedAdam
 from choral.trainers.algorithms import FedAvg as FedAvg
 from choral.trainers.algorithms import FedNova as FedNova
 from choral.trainers.algorithms import FedProx as FedProx
+from choral.trainers.algorithms import FedSGD as FedSGD
 from choral.trainers.algorithms import FedYogi as FedYogi
 from choral.trainers.algorithms import Scaffold as Scaffold
 from choral.trainers.centralized.centralize import centralize as centralize

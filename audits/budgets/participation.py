@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from choral.audits.budgets.budgets import ledger_of, unit_of
+from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import cost
 
@@ -74,7 +74,7 @@ def participation_checks(run: Run, found: ParticipationSummary | None) -> list[C
         checks.append(Check(name=name, verdict="violated" if low else "holds", finding=said))
     if _releases(run):
         checks.append(_noise_by_survivors(run, found.epsilon_realised))
-    return checks + _noise_elsewhere(run)
+    return checks + _noise_elsewhere(run) + _shares_as_charged(run)
 
 
 def _noise_elsewhere(run: Run) -> list[Check]:
@@ -96,6 +96,53 @@ def _noise_elsewhere(run: Run) -> list[Check]:
             )
             return [Check(name="The noise is added where the promise says", verdict="violated", finding=finding)]
     return []
+
+
+def _shares_as_charged(run: Run) -> list[Check]:
+    """Records' noise in shares: what run.json says of it, and so its claim, against ledgers and secure sum."""
+    from choral.privacy.accounting.events import PoissonSampledShares
+
+    promise = run.info.privacy or {}
+    said = unit_of(run) == "record" and promise.get("noise") == "distributed"
+    honest = int(promise.get("min_survivors", 0)) - int(promise.get("colluders", 0))
+    found, counted = _beyond_sum(run) if said else [], 0
+    for name in owners_of(run) if unit_of(run) == "record" else ():
+        ledger = ledger_of(run, name)
+        for event in ledger.events if ledger is not None else ():
+            if not isinstance(event, PoissonSampledShares):
+                found += [f"{name}: run.json says shares, the ledger was charged for noise of another kind"] * said
+            elif not said:
+                found.append(f"{name}: the ledger was charged for noise in shares, and run.json does not say so")
+            elif event.honest != honest:
+                found.append(f"{name}: charged for {event.honest} unknown shares, and {honest} are promised")
+            elif event.parties < run.info.party_count:
+                found.append(f"{name}: charged for sums of {event.parties} parties, of {run.info.party_count}")
+            counted += isinstance(event, PoissonSampledShares)
+    if not (said or found):
+        return []
+    distinct = list(dict.fromkeys(found))
+    more = f"; and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    finding = f"{'; '.join(distinct[:3])}{more}." if found else f"{counted} steps, each for {honest} unknown shares."
+    return [
+        Check(
+            name="Noise in shares is counted for the honest survivors that are promised",
+            verdict="violated" if found else "holds",
+            finding=finding,
+        )
+    ]
+
+
+def _beyond_sum(run: Run) -> list[str]:
+    """Where more is promised of survivors or colluders than the secure sum states; of a plain one nothing is."""
+    promise, stated = run.info.privacy or {}, run.info.secure_sum or {}
+    if stated.get("name") == "plain":
+        return []
+    found = []
+    for ours, theirs in (("min_survivors", "min_survivors"), ("colluders", "corrupt")):
+        promised, withstood = int(promise.get(ours, 0)), int(stated.get(theirs, 0))
+        if promised > withstood:
+            found.append(f"{ours} = {promised} is promised, and the secure sum has {theirs} = {withstood}")
+    return found
 
 
 def _releases(run: Run) -> tuple[ClientRelease, ...]:

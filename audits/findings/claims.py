@@ -88,12 +88,40 @@ def sentence_parts(info: RunInfo) -> tuple[str, str]:
             "The cloud itself holds the raw data and has to be trusted with it.",
         )
     unit = next((spent.unit for spent in info.spent.values()), "record")
+    if unit == "record" and (info.privacy or {}).get("noise") == "distributed":
+        return _shares_parts(info)
     if unit == "record":
         return (
             "anyone who sees every message and every model of the training, the server and all other parties included",
             "Each party adds its own noise before anything leaves it.",
         )
     return _client_parts(info)
+
+
+def _shares_parts(info: RunInfo) -> tuple[str, str]:
+    """The same for records and noise in shares: the worst case, whose sums alone the adversary sees."""
+    promise, secure_sum = info.privacy or {}, info.secure_sum or {}
+    known, fewest = int(promise.get("colluders", 0)), int(promise.get("min_survivors", 0))
+    others = f"up to {known} of the other parties, who {'knows its' if known == 1 else 'know their'} own noise"
+    shares = (
+        f"In each step every party adds a share of the noise to the sum of its clipped gradients; it is sized for the"
+        f" worst case, a sum opened over {fewest} parties of which {fewest - known} are honest, whoever dropped out. A"
+        " step that was tried again is counted again."
+    )
+    if secure_sum.get("name") == "plain":
+        return (
+            f"outsiders, who see every model of the training, together with {others}; the server is not among them",
+            f"{shares} The server sees each party's gradients with a share of the noise alone, and has to be trusted"
+            f" with them and to use no sum of fewer than {fewest} parties.",
+        )
+    return (
+        "anyone who sees every opened sum and every model of the training, the server included, together with"
+        f" {others}",
+        f"{shares} That the server sees sums only, and never one party's vector, rests on the secure sum: on the"
+        " computational assumptions that it states, and on 2^-40 for each sum, which is within δ. It also rests on the"
+        " time of a party's answers, which must not tell how many records it drew: all steps are computed on equally"
+        " many rows.",
+    )
 
 
 def _client_parts(info: RunInfo) -> tuple[str, str]:

@@ -11,13 +11,14 @@ from choral.trainers.algorithms.fedavg import FedAvg
 from choral.trainers.algorithms.fednova import FedNova
 from choral.trainers.algorithms.fedopt import FedAdam, FedYogi
 from choral.trainers.algorithms.fedprox import FedProx
+from choral.trainers.algorithms.fedsgd import FedSGD
 from choral.trainers.algorithms.fsvrg import FSVRG
 from choral.trainers.algorithms.gd import GD
 from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.algorithms.scaffold import Scaffold
 
 KINDS: dict[str, type[Algorithm]] = {
-    kind.kind: kind for kind in (FedAvg, FedProx, Scaffold, FedAdam, FedYogi, FedNova, FSVRG, DANE, GD, CoCoA)
+    kind.kind: kind for kind in (FedAvg, FedProx, Scaffold, FedAdam, FedYogi, FedNova, FedSGD, FSVRG, DANE, GD, CoCoA)
 }
 
 
@@ -53,6 +54,7 @@ __all__ = [
     "FedAvg",
     "FedNova",
     "FedProx",
+    "FedSGD",
     "FedYogi",
     "Scaffold",
     "algorithm_named",

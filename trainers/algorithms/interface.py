@@ -53,13 +53,14 @@ class Channel:
     length: coordinates. weighing: the mean's weights, the parties' example counts or 1 each.
     largest_count: None for real numbers within the run's value_bound; else whole numbers from 0 to this, whose sum is
         exact.
-    once: not part of every round.
+    once: not part of every round. sums: exchanges of this kind in a round.
     """
 
     length: int
     weighing: Literal["examples", "parties"] = "examples"
     largest_count: int | None = None
     once: bool = False
+    sums: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,8 @@ class Mean(NamedTuple):
 class Exchange:
     """One secure sum: what the parties are told, and on which channel they answer.
 
-    weights: the global weights, shape (d,), told once in a round. new: other tensors that are sent with it.
+    weights: the global weights, shape (d,), told once in a round, and again where they `moved` since. new: other
+        tensors that are sent with it.
     kept: tensors that the parties have from an earlier round, so that they cost no bytes now.
     """
 
@@ -98,6 +100,7 @@ class Exchange:
     weights: torch.Tensor
     new: Mapping[str, torch.Tensor] = field(default_factory=dict)
     kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    moved: bool = False
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.new[name] if name in self.new else self.kept[name]
@@ -188,15 +191,27 @@ class Ascend:
     passes: int = 1
 
 
-Work = Train | Gradient | Svrg | Minimise | Touch | Ascend
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The gradients at the exchange's weights of a Poisson batch, each record drawn with probability `rate`.
+
+    Their sum over `rate` n_k; or, where the party adds noise in shares, the vector of its next step, int64: there the
+    draw is the operating system's, and `rate` and `step` are not used. step: of the round, so that each draws anew.
+    """
+
+    rate: float
+    step: int
+
+
+Work = Train | Gradient | Batch | Svrg | Minimise | Touch | Ascend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """What a trainer made of one work.
 
-    vector: shape (d,): Train, Svrg, Minimise: w_k - w_t. Gradient: the gradient. Touch: the counts. Ascend: the change
-        of the primal weights that the block's change brings.
+    vector: shape (d,): Train, Svrg, Minimise: w_k - w_t. Gradient, Batch: the gradient. Touch: the counts. Ascend: the
+        change of the primal weights that the block's change brings.
     steps: of the user's optimizer (Train). path: the sum of their learning rates if it is plain SGD with one rate, so
         that w_t - w_k is path times a mean of gradients; else None. dual: the block after Ascend, shape (n_k,).
     """
@@ -244,11 +259,14 @@ class Algorithm:
     """What server and parties do with updates. Subclasses are frozen dataclasses of hyper-parameters.
 
     kind: the name in settings and in run.json. needs_loss: uses the gradients of single records or of all, so the
-    task must have a `loss`. remembers: server or parties keep tensors between rounds. keeps: parties do.
+    task must have a `loss`. in_shares: all that is released is sums of single records' gradients at weights that were
+    told, one step at a time, so that noise may be added in shares. remembers: server or parties keep tensors between
+    rounds. keeps: parties do.
     """
 
     kind: ClassVar[str]
     needs_loss: ClassVar[bool] = False
+    in_shares: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     client_hint: ClassVar[str] = "use FedAvg, FedProx, FedAdam or FedYogi"

@@ -16,6 +16,7 @@ from choral.protocols import Homomorphic, Masked, Plain
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.participation import Participation
+from choral.trainers.federated.record_shares.checks import check_algorithm, in_shares
 from choral.trainers.run_folder.owner_privacy import check_delta, check_own_ledger
 from choral.trainers.task import arguments
 from choral.trainers.task.learning_rate import Schedule
@@ -117,16 +118,22 @@ def check_patience(
 ) -> None:
     """A round that fails after its first sum has shown that sum, and the next one computes the same vectors for it.
 
-    Over other survivors, so that the difference of the two sums may be one party's vector. Client-level privacy pays
-    for each sum, and a plain sum hides no vector. Raises: ConfigError for several sums in a round, and patience.
+    Over other survivors, so that the difference of the two sums may be one party's vector. Client-level privacy and
+    noise in shares pay for each sum, and a plain sum hides no vector. Raises: ConfigError for several sums in a round,
+    and patience.
     """
-    several = len(algorithm.channels(_PROBE)) > 1
-    if participation.patience and several and secure_sum != "plain" and not isinstance(privacy, ClientPrivacy):
+    paid = isinstance(privacy, ClientPrivacy) or in_shares(privacy)
+    if participation.patience and sums_of(algorithm) > 1 and secure_sum != "plain" and not paid:
         raise ConfigError(
             f"{algorithm.kind} has several sums in a round: one that fails after the first is retried from the same"
             " weights, and the server sees the same vectors summed over other survivors",
             hint="leave out participation.patience, or use ClientPrivacy, which pays for each sum",
         )
+
+
+def sums_of(algorithm: Algorithm) -> int:
+    """Secure sums in a round, those of the first round alone included."""
+    return sum(channel.sums for channel in algorithm.channels(_PROBE).values())
 
 
 def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, loss: Loss | None) -> None:
@@ -141,13 +148,17 @@ def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, lo
         )
     if isinstance(privacy, ClientPrivacy):
         _check_client(algorithm)
+    elif in_shares(privacy):
+        check_algorithm(algorithm)
     elif privacy is not None:
         for release in algorithm.releases:
             if release.source == "data":
                 raise ConfigError(
                     f"{algorithm.kind} also releases {release.what}, read from the records outside fit: record-level"
                     " privacy adds noise to the steps of fit only",
-                    hint="use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova; or ClientPrivacy",
+                    hint='give Privacy(noise="distributed"), which adds noise to them in shares, under a secure sum'
+                    if algorithm.in_shares
+                    else "use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova; or ClientPrivacy",
                 )
 
 

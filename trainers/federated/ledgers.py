@@ -16,6 +16,7 @@ from choral.privacy.ledgers.spending import spent_by_clients
 from choral.trainers.engines.sharded import RankGroup, RankSetup
 from choral.trainers.federated.codec import ClientCodec
 from choral.trainers.federated.plan import Plan
+from choral.trainers.federated.record_shares.ledgers import ShareLedgers
 from choral.trainers.run_folder.owner_privacy import open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 
@@ -81,12 +82,13 @@ def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledgers:
-    """engines: of the parties, for promises of records. clients: of all together. clips: where adaptive clipping of
-    records had come to, in a resumed run.
+    """engines: of the parties, for promises of records. clients: of all together. shares: of parties
+    that add noise in shares. clips: where adaptive clipping of records had come to, in a resumed run.
     """
 
     engines: Mapping[str, PrivacyEngine]
     clients: Clients | None
+    shares: ShareLedgers | None
     clips: Mapping[str, float]
     recorder: Recorder
 
@@ -97,17 +99,28 @@ class Ledgers:
         left, clips = plan.rounds - recorder.completed, recorder.clips(plan.privacy)
         engines = open_privacy_engines(plan.by_record, plan.census.examples, recorder.ledger_folder, left, clips)
         recorder.keep({name: engine.ledger for name, engine in engines.items()})
-        return cls(engines=engines, clients=clients, clips=clips, recorder=recorder)
+        shares = ShareLedgers.open(plan, recorder)
+        return cls(engines=engines, clients=clients, shares=shares, clips=clips, recorder=recorder)
 
     def rounds_paid_for(self, rounds: int, sums: int) -> tuple[int, str]:
         """How far a run of so many sums a round can go, `rounds` or less, and why no further. Raises: LedgerError."""
         if self.clients:
             return self.clients.rounds_paid_for(rounds, sums)
+        if self.shares:
+            return self.shares.rounds_paid_for(rounds)
         return rounds_paid_for(self.engines, self.recorder, rounds)
+
+    @property
+    def by_party(self) -> Mapping[str, Ledger]:
+        """Of promises of records."""
+        engines = {name: engine.ledger for name, engine in self.engines.items()}
+        return self.shares.ledgers if self.shares else engines
 
     def spent(self) -> dict[str, Spent]:
         if self.clients:
             return self.clients.spent()
+        if self.shares:
+            return self.shares.spent()
         return {name: engine.spent() for name, engine in self.engines.items()}
 
 

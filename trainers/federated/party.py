@@ -36,6 +36,7 @@ from choral.protocols.driver import NeedsVector, PartyDriver
 from choral.protocols.errors import FaultyServerError, MessageError
 from choral.trainers.algorithms.interface import (
     Algorithm,
+    Batch,
     Done,
     Failed,
     FederationInfo,
@@ -172,7 +173,7 @@ class TrainingParty:
             state=dict(self.state or {}),
         )
         work = self.terms.algorithm.work(self._view, told.ask)
-        if (ledger := self._ledger) is not None and isinstance(work, Train):
+        if (ledger := self._ledger) is not None and isinstance(work, Train | Batch):
             paid = len(ledger.events)
             self._unpaid = lambda: len(ledger.events) <= paid
         return work

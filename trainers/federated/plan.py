@@ -20,6 +20,7 @@ from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.federated import checks
 from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.participation import Participation
+from choral.trainers.federated.record_shares import checks as shares
 from choral.trainers.federated.virtual_parties import Census, census_of
 from choral.trainers.local_steps.resident_model import resolve_device
 from choral.trainers.run_folder.describe import check_tuned, describe
@@ -94,6 +95,8 @@ class Plan:
         checks.check_schedule(algorithm, task.schedule)
         check_tuned(keep.tuning, private=privacy is not None)
         checks.check_privacy(privacy, census.examples, len(parties))
+        if shares.in_shares(privacy):
+            shares.check_shares(privacy, secure_sum, participation, census.names)
         arithmetic = Arithmetic(device, compute.precision, compile=compute.compile)
         return cls(
             task=task,
@@ -126,9 +129,13 @@ class Plan:
             self.initial,
             self.census.population,
         )
-        schedule = self.task.schedule
+        schedule, privacy = self.task.schedule, info.privacy
+        if privacy and shares.in_shares(self.privacy):
+            fewest = shares.fewest_survivors(self.secure_sum, self.participation, self.census.names)
+            privacy |= {"min_survivors": fewest}
         return msgspec.structs.replace(
             info,
+            privacy=privacy,
             algorithm=self.algorithm.record(),
             participation=self.participation.record(),
             schedule=schedule.record() if schedule else None,
@@ -139,7 +146,7 @@ class Plan:
     @property
     def by_record(self) -> Privacy | None:
         """The promise of each record, kept by every party for itself."""
-        return None if isinstance(self.privacy, ClientPrivacy) else self.privacy
+        return None if isinstance(self.privacy, ClientPrivacy) or shares.in_shares(self.privacy) else self.privacy
 
     @property
     def first_parties(self) -> tuple[str, ...]:

@@ -32,8 +32,10 @@ from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
 from choral.trainers.federated.party import TrainingTerms, code_here
 from choral.trainers.federated.plan import Plan
+from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import OpenSum, Sums, check_promises
+from choral.trainers.local_steps.batch_gradients import ShareSteps
 from choral.trainers.local_steps.resident_model import Resident, recorded_model
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
@@ -75,6 +77,7 @@ class Session:
         """
         ranks = RankGroup.join()
         if ranks is not None:
+            check_processes(plan.privacy)
             check_ranks(ranks.size, plan.by_record, plan.keep.out, len(plan.parties))
             if ranks.rank:
                 yield _Follower(plan, ranks)
@@ -208,7 +211,7 @@ class Session:
             terms=self.terms,
             trainer=trainer,
             examples=census.examples,
-            ledgers={name: engine.ledger for name, engine in self._ledgers.engines.items()},
+            ledgers=self._ledgers.by_party,
             codecs=self.codecs,
             transcript=self._transcript,
         )
@@ -231,13 +234,17 @@ class Session:
         plan, federation = self.plan, self._federation
         roster = plan.first_parties if plan.census.population else tuple(plan.census.names)
         if self._ledgers.clients:
-            sums = sum(not channel.once for channel in channels.values())
+            sums = sum(channel.sums for channel in channels.values() if not channel.once)
             self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, sums)
             most = plan.participation.cohort
             codec = self._ledgers.clients.codec(
                 roster, federation.parties, federation.length, plan.rounds, sums, most=most
             )
             return dict.fromkeys(channels, codec)
+        if self._ledgers.shares:
+            in_shares, parties = self._ledgers.shares.begin(federation.length)
+            self._resident.shares = {name: ShareSteps(party) for name, party in parties.items()}
+            return dict.fromkeys(channels, in_shares)
         return {
             name: WeightedCodec(
                 channel,

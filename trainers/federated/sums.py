@@ -41,8 +41,8 @@ class OpenSum:
 
 
 def told_bytes(ask: Exchange, parties: RoundParties) -> int:
-    """What each party is told with an exchange: its tensors, and in the round's first sum the model."""
-    told = [*ask.new.values(), *([ask.weights] if not parties.sums else [])]
+    """What each party is told with an exchange: its tensors, and the model where it is the round's first or moved."""
+    told = [*ask.new.values(), *([ask.weights] if not parties.sums or ask.moved else [])]
     return 4 * sum(tensor.numel() for tensor in told)
 
 

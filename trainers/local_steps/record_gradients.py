@@ -13,7 +13,7 @@ from choral.trainers.task.device_batches import moved_to
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.task import Loss, TaskError
 
-_BATCH = 256
+BATCH = 256
 
 
 class Records:
@@ -46,8 +46,8 @@ class Records:
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """All records in order, with how many there are in each batch."""
-        for first in range(0, len(self), _BATCH):
-            indices = range(first, min(first + _BATCH, len(self)))
+        for first in range(0, len(self), BATCH):
+            indices = range(first, min(first + BATCH, len(self)))
             yield self.batch(indices), len(indices)
 
     def losses(self, batch: Any, count: int) -> torch.Tensor:

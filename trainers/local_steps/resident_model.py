@@ -19,9 +19,21 @@ from torch import nn
 from choral.doors import worded
 from choral.errors import ChoralError
 from choral.privacy import LedgerError, PrivacyEngine
-from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.algorithms.interface import (
+    Ascend,
+    Batch,
+    Done,
+    Failed,
+    Gradient,
+    Minimise,
+    Svrg,
+    Touch,
+    Train,
+    Work,
+)
 from choral.trainers.local_steps import linear_models as linear
 from choral.trainers.local_steps import subproblems as gradients
+from choral.trainers.local_steps.batch_gradients import ShareSteps, batch_of
 from choral.trainers.local_steps.corrections import OptimizerSteps, corrected
 from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
@@ -111,6 +123,9 @@ class Resident:
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
         self.seats = seats
+        self.shares: Mapping[
+            str, ShareSteps
+        ] = {}  # by party, where noise is added in shares; set before the first step
         self._building = generators_of(build)
         self.own_generators = generators_of(fit, loss, self.model)
 
@@ -204,6 +219,8 @@ class Resident:
                 hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
         seat = self.seat(party)
+        if isinstance(work, Batch):
+            return Done(vector=batch_of(self, party, seat, self.loss, work, weights, round_number))
         reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
         records = Records(self.model, self.layout, seat.dataset, seat.loader, self.loss, self.device, party)
         match work:

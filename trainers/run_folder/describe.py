@@ -69,8 +69,11 @@ def settings_of(privacy: Privacy | ClientPrivacy | None, clients: int) -> dict[s
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         **clipping_settings(privacy.max_grad_norm),
-        "epochs": privacy.epochs,
     }
+    if privacy.noise == "distributed":
+        settings |= {"noise": privacy.noise, "colluders": privacy.colluders}
+    else:
+        settings |= {"epochs": privacy.epochs}
     if privacy.neighbours != NEIGHBOURS:  # runs that do not say are of this one
         settings |= {"neighbours": privacy.neighbours}
     if privacy.records_per_person is not None:

@@ -73,7 +73,9 @@ class Training:
             raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")
 
 
-Kind = Literal["fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fsvrg", "dane", "gd", "cocoa"]
+Kind = Literal[
+    "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fedsgd", "fsvrg", "dane", "gd", "cocoa"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,22 @@ class AlgorithmSettings:
     """fedprox, dane: weight of the proximal term."""
     server_rate: float | None = None
     """scaffold, fedadam, fedyogi: step size of the server."""
+    batch_size: int | None = None
+    """fedsgd: records that a step draws on average, at all parties together."""
+    steps_per_round: int | None = None
+    """fedsgd: secure sums in a round, each with a step of the server."""
+    learning_rate: float | None = None
+    """fedsgd: step size of the server."""
+    optimizer: Literal["sgd", "adam"] | None = None
+    """fedsgd: what the server steps with."""
+    momentum: float | None = None
+    """fedsgd: of the server's sgd."""
     beta1: float | None = None
-    """fedadam, fedyogi: decay of the first moment."""
+    """fedadam, fedyogi, fedsgd: decay of the first moment."""
     beta2: float | None = None
-    """fedadam, fedyogi: decay of the second moment."""
+    """fedadam, fedyogi, fedsgd: decay of the second moment."""
     tau: float | None = None
-    """fedadam, fedyogi: how adaptive the server is; smaller is more."""
+    """fedadam, fedyogi, fedsgd: how adaptive the server is; smaller is more."""
     max_steps: int | None = None
     """fednova: the most local steps in a round."""
     reference: int | None = None

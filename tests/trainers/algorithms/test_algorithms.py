@@ -18,9 +18,11 @@ from choral.trainers.algorithms import (
     FedAvg,
     FedNova,
     FedProx,
+    FedSGD,
     FedYogi,
     Scaffold,
 )
+from choral.trainers.task.seeding import seed_of
 
 ROUNDS = 4
 RIDGE = 0.02
@@ -137,6 +139,21 @@ def cocoa(o):
     return w
 
 
+def fedsgd(o, batch, steps, rate, momentum):
+    """Draws are the trainer's, each step's its own; the sum over those drawn, divided by B."""
+    w, m = o.start, np.zeros_like(o.start)
+    for number in range(1, ROUNDS + 1):
+        for step in range(steps):
+            total = np.zeros_like(w)
+            for name in o.data:
+                draws = torch.Generator().manual_seed(seed_of(o.seed, number, f"{name}|step {step}, draw"))
+                rows = (torch.rand(o.counts[name], generator=draws, dtype=torch.float64) < batch / o.total).numpy()
+                total += o.gradient(name, w, rows) * rows.sum() if rows.any() else 0.0
+            m = momentum * m + total / batch
+            w = w - rate * m
+    return w
+
+
 CASES = {
     "fedavg": (FedAvg(), fedavg),
     "fedprox": (FedProx(mu=0.3), lambda o: fedavg(o, mu=0.3)),
@@ -144,6 +161,10 @@ CASES = {
     "fedadam": (FedAdam(server_rate=0.05, tau=0.01), lambda o: fedopt(o, yogi=False)),
     "fedyogi": (FedYogi(server_rate=0.05, tau=0.01), lambda o: fedopt(o, yogi=True)),
     "fednova": (FedNova(), fednova),
+    "fedsgd": (
+        FedSGD(batch_size=20, steps_per_round=3, learning_rate=0.6, momentum=0.5),
+        lambda o: fedsgd(o, 20, 3, 0.6, 0.5),
+    ),
     "gd": (GD(rate=0.5, ridge=RIDGE), gd),
     "fsvrg": (FSVRG(step=1.5, ridge=RIDGE), lambda o: fsvrg(o, 1.5, scaled=True)),
     "fsvrg-naive": (

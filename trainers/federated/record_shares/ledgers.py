@@ -1,0 +1,103 @@
+"""Each party's ledger of a run with noise in shares, the plan that all parties keep to, and how far it reaches.
+
+A step is charged by the party, on disk, before its noise is drawn, and whether or not its sum is opened. So a round
+that was cut short, by dropouts or a kill, has paid for the steps whose vectors were made; it is made anew from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from choral.privacy import Ledger, LedgerError, Privacy, SharesParty, SharesPlan, SharesTerms, Spent, plan_shares
+from choral.privacy.ledgers.memory_notice import notice_memory
+from choral.privacy.ledgers.plans import passes_left
+from choral.privacy.ledgers.spending import spent_by_records
+from choral.trainers.algorithms.fedsgd import FedSGD
+from choral.trainers.federated.record_shares.checks import check_algorithm, fewest_survivors, in_shares
+from choral.trainers.federated.record_shares.codec import SharesCodec
+from choral.trainers.run_folder.recorder import Recorder
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareLedgers:
+    """By party. job: what the run was planned as."""
+
+    job: Plan
+    privacy: Privacy
+    algorithm: FedSGD
+    ledgers: Mapping[str, Ledger]
+    recorder: Recorder
+
+    @classmethod
+    def open(cls, job: Plan, recorder: Recorder) -> ShareLedgers | None:
+        """None for a promise of another kind. Raises: LedgerError; ConfigError."""
+        privacy = job.privacy
+        if not in_shares(privacy):
+            return None
+        algorithm = check_algorithm(job.algorithm)
+        folder = recorder.ledger_folder
+        if folder is None:
+            notice_memory(Ledger(), "out=FOLDER")
+        ledgers = {}
+        for name in job.census.names:
+            ledgers[name] = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
+            ledgers[name].bind(name, privacy.delta, neighbours=privacy.neighbours)
+        recorder.keep(ledgers)
+        return cls(job=job, privacy=privacy, algorithm=algorithm, ledgers=ledgers, recorder=recorder)
+
+    def spent(self) -> dict[str, Spent]:
+        """What each party's data has spent."""
+        delta, person = self.privacy.delta, self.privacy.records_per_person
+        return {name: spent_by_records(ledger, delta, person) for name, ledger in self.ledgers.items()}
+
+    def rounds_paid_for(self, rounds: int) -> tuple[int, str]:
+        """How far the run can go, `rounds` or less, and why no further: a step that was tried again is one less.
+
+        Raises: LedgerError if a ledger holds less than the run has recorded.
+        """
+        last, reason = rounds, ""
+        completed, known = self.recorder.completed, self.recorder.spent
+        for name, ledger in self.ledgers.items():
+            steps = sum(event.steps for event in ledger.events)
+            if name in known and steps < known[name].steps:
+                raise LedgerError(
+                    f"the ledger of {name!r} holds {steps} noisy steps, but the run has recorded {known[name].steps}",
+                    hint="put back the ledger file that belongs to this run",
+                )
+            left = passes_left(ledger, self.privacy.epsilon) if steps else None
+            paid = completed + (left or 0) // self.algorithm.steps_per_round
+            if steps and paid < last:
+                last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
+        return last, reason
+
+    def plan(self, length: int) -> SharesPlan:
+        """From the public constants of the job. length: of a gradient. Raises: as :func:`plan_shares`."""
+        census = self.job.census
+        self.algorithm.rate_of(census.total)
+        terms = SharesTerms(
+            records=census.total,
+            batch_size=self.algorithm.batch_size,
+            steps=self.job.rounds * self.algorithm.steps_per_round,
+            parties=len(census.names),
+            min_survivors=fewest_survivors(self.job.secure_sum, self.job.participation, census.names),
+            length=length,
+            most_records=census.largest,
+        )
+        return plan_shares(self.privacy, terms)
+
+    def begin(self, length: int) -> tuple[SharesCodec, dict[str, SharesParty]]:
+        """What the server holds, and every party, each of which computes the plan's cost anew for its own ledger.
+
+        Raises: as :func:`plan_shares`; BudgetExceededError.
+        """
+        plan = self.plan(length)
+        parties = {
+            name: SharesParty(self.privacy, plan, holder=name, ledger=ledger) for name, ledger in self.ledgers.items()
+        }
+        return SharesCodec(tuple(self.job.census.names), plan), parties
