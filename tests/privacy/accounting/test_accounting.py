@@ -355,6 +355,27 @@ def test_bad_event(rate: float, noise: float, steps: int) -> None:
         event(rate, noise, steps)
 
 
+@pytest.mark.parametrize(
+    ("last", "beyond", "said"),
+    [
+        ((1e-9, 1.0, 1), (0.9e-9, 1.0, 1), "sample_rate is 9e-10"),
+        ((0.5, 0.01, 1), (0.5, 0.0099, 1), "noise_multiplier is 0.0099"),
+        ((0.5, 1e6, 1), (0.5, 1.1e6, 1), r"noise_multiplier is 1.1e\+06"),
+        ((0.5, 1.0, 2**24), (0.5, 1.0, 2**24 + 1), "16777217 sampled steps"),
+        ((1.0, 1e-6, 1), (1.0, 0.9e-6, 1), "full batches have noise multipliers 9e-07"),
+        ((1.0, 2e-6, 4), (1.0, 1.9e-6, 4), "full batches have noise multipliers 1.9e-06"),
+        ((1.0, 1e9, 2**24 + 1), (1.0, 1.1e9, 1), r"to 1.1e\+09"),
+    ],
+)
+def test_the_last_that_is_accounted_for_and_the_next_that_is_refused(
+    last: tuple[float, float, int], beyond: tuple[float, float, int], said: str
+) -> None:
+    kept = event(1.0, 1.0)
+    assert last in merged_steps.merge([kept, event(*last)])
+    with pytest.raises(ConfigError, match=said):
+        merged_steps.merge([kept, event(*beyond)])
+
+
 def test_only_a_strategy_correlates_noise() -> None:
     with pytest.raises(ConfigError, match="strategy is a str, expected one of"):
         CorrelatedGaussian(strategy="tree", noise=1.0, steps=1, number=1)  # type: ignore[arg-type]

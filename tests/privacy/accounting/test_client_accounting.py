@@ -132,11 +132,11 @@ def test_skellam_by_hand() -> None:
 
 
 def test_discrete_gaussian_by_hand() -> None:
-    """D^2 = 4 in 64 coordinates, so D1 = 4, and variance 1 in all: each branch of the minimum in turn."""
-    made, distance = release(sensitivity_squared=4, share_variance=0.5, shares=2), 10.0 * math.exp(-(math.pi**2) / 2)
-    grown = 3 / 2 * (4 + 2 * 4 * distance + 64 * distance**2)
+    """D^2 = 4 in 64 coordinates, so D1 = 4, and variance 1.2 in all: each branch of the minimum in turn."""
+    made, distance = release(sensitivity_squared=4, share_variance=0.6, shares=2), 10.0 * math.exp(-0.6 * math.pi**2)
+    grown = 3 / 2 * (4 / 1.2 + 2 * 4 * distance / math.sqrt(1.2) + 64 * distance**2)
     assert float(renyi(made, [3.0])[0]) == pytest.approx(grown, rel=1e-12)
-    assert float(renyi(made, [50.0])[0]) == pytest.approx(50 * 4 / 2 + 64 * distance, rel=1e-12)
+    assert float(renyi(made, [50.0])[0]) == pytest.approx(50 * 4 / 2.4 + 64 * distance, rel=1e-12)
 
 
 def test_skellam_is_bounded_at_integer_orders_only() -> None:
