@@ -217,6 +217,16 @@ def test_another_accountant_is_asked_where_its_rounding_allows_and_believed_by_a
     assert asked == [merged]
 
 
+@pytest.mark.parametrize(
+    ("steps", "delta", "trusted"), [(9_999, 1e-9, True), (10_001, 1e-9, False), (10**6, 1.1e-7, True)]
+)
+def test_others_are_trusted_where_their_rounding_is_a_hundredth_of_delta(
+    steps: int, delta: float, trusted: bool
+) -> None:
+    halves = [event(0.1, 1.0, steps // 2), event(0.1, 2.0, steps - steps // 2)]
+    assert other_accountants.trusts_others(halves, delta) is trusted
+
+
 def test_disagreement_of_the_accountants_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pld.bounds
     monkeypatch.setattr(
