@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -97,6 +98,31 @@ def test_another_delta_is_refused(path: Path) -> None:
     written(path)
     with pytest.raises(LedgerError, match="delta"):
         Ledger(path).bind("a", 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ({"holder": ""}, "holder is ''"),
+        ({"holder": 5}, "holder is 5"),
+        ({"unit": "house"}, "unit is 'house', expected one of record, client"),
+        ({"neighbours": "add or remove one record"}, "neighbours is 'add or remove"),
+        ({"delta": 0.0}, "delta is 0"),
+    ],
+)
+def test_what_a_ledger_is_not_bound_to(bound: dict[str, Any], said: str) -> None:
+    ledger = Ledger()
+    with pytest.raises(ConfigError, match=said):
+        ledger.bind(**{"holder": "a", "delta": 1e-5, **bound})
+    with pytest.raises(LedgerError, match="no holder"):
+        ledger.append(EVENT, after=0)
+
+
+def test_a_ledger_is_sent_to_another_process_as_its_file_or_not_at_all(path: Path) -> None:
+    with pytest.raises(LedgerError, match="a ledger in memory cannot be pickled"):
+        pickle.dumps(Ledger())
+    written(path)
+    assert pickle.loads(pickle.dumps(Ledger(path))).events == Ledger(path).events  # noqa: S301
 
 
 def test_each_line_is_synced_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
