@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from choral.errors import ConfigError
 from choral.protocols.interface import STEPS, Step
+from choral.trainers.task import arguments
 
 DAY = 24 * 3600.0
 
@@ -84,6 +85,10 @@ class Availability:
     """Time zones, in hours ahead; each party lives in one of them, with equal chances, for the whole run."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Availability")
+        arguments.instance(self.zones, "zones", (tuple, list), "hours, such as (-8, 0, 5.5)")
+        zones = tuple(arguments.number(zone, "a zone", "hours, such as 5.5") for zone in self.zones)
+        object.__setattr__(self, "zones", zones)
         if not 0 <= self.trough <= self.peak <= 1 or not 0 <= self.hour < 24:
             raise ConfigError(
                 f"expected 0 <= trough <= peak <= 1 and 0 <= hour < 24; got {self.trough:g}, {self.peak:g},"
@@ -140,6 +145,7 @@ class Clock:
     """Seconds from one round's start to the next, at least; 86400 is once a day. 0: each begins when the last ends."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Clock")
         if not (0 <= self.first < np.inf and 0 <= self.period < np.inf):
             raise ConfigError(f"expected first, period >= 0 seconds, got {self.first:g}, {self.period:g}")
 
@@ -167,6 +173,7 @@ class Device:
     """Standard deviation of the logarithm: 0 makes all alike, with 1 the slowest in twenty take five times as long."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Device")
         if not all(0 <= value < np.inf for value in (self.start, self.per_example, self.spread)):
             raise ConfigError(
                 f"expected start, per_example and spread >= 0, got {self.start:g}, {self.per_example:g},"
@@ -201,6 +208,7 @@ class Dropouts:
     """Before it helps to unmask the sum."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Dropouts")
         if not all(0 <= chance < 1 for chance in self.chances):
             raise ConfigError(f"expected chances in [0, 1) of being lost, got {self.chances}", hint="0 loses nobody")
 
@@ -244,6 +252,14 @@ class Participation:
     """Rounds in a row that may fail for too few survivors; each counts as a round, and leaves the model as it was."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Participation")
+        for name, kind in (
+            ("availability", Availability),
+            ("device", Device),
+            ("dropouts", Dropouts),
+            ("clock", Clock),
+        ):
+            arguments.instance(getattr(self, name), f"participation.{name}", kind, f"{kind.__name__}(...)")
         if self.draw not in ("system", "seed"):
             raise ConfigError(f"expected participation.draw 'system' or 'seed', got {self.draw!r}", hint="system")
         if self.cohort is not None and self.rate is not None:

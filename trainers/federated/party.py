@@ -140,6 +140,7 @@ class TrainingParty:
         self._before: State | None = state  # the round
         self._pending: State | None = None
         self._unpaid: Callable[[], bool] = lambda: False
+        self._trained_for = (0, 0)  # the round, and the exchange in it
 
     # ------------------------------------------------------------------------------------------- one exchange, in order
 
@@ -158,10 +159,20 @@ class TrainingParty:
                 f"{self.name!r} was told other weights, tensors or another exchange than the parties sign",
                 hint="the server may show parties different models; nothing was trained",
             )
+        if told.number > self.terms.rounds:
+            raise FaultyServerError(
+                f"it asks {self.name!r} for round {told.number} of the {self.terms.rounds} that were agreed on"
+            )
+        if (told.number, told.exchange) <= self._trained_for:
+            raise FaultyServerError(
+                f"{self.name!r} has trained for exchange {told.exchange} of round {told.number} or a later one before",
+                hint="nothing is trained twice: a round that failed is left, and the next one begun",
+            )
 
     def order(self, told: Told) -> Work:
         """1. Pay for the exchange; then what is to be computed. Raises: BudgetExceededError, LedgerError."""
         self._told, self.error, self._pending = told, None, None
+        self._trained_for = told.number, told.exchange
         if told.exchange == 0:
             self._before = self.state
         self._codecs[told.ask.channel].pay()

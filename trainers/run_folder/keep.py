@@ -37,6 +37,8 @@ class Keep:
     def __post_init__(self) -> None:
         if self.out is not None:
             arguments.instance(self.out, "out", (str, Path), "the path of a folder")
+            if self.out == "":
+                raise ConfigError("out is empty, expected the path of a folder", hint="None keeps the run in memory")
         arguments.flag(self.resume, "resume")
         if self.resume and self.out is None:
             raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")

@@ -25,6 +25,8 @@ _SHARED_KEYS = {
     "price",
 }  # of the job, or compared elsewhere
 _COMPUTED = ("precision", "compile")
+_PROMISES = ("server", "corrupt", "min_survivors", "cohort")
+"""Of a secure sum: who is withstood, and how few are ever summed."""
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
@@ -48,6 +50,12 @@ def check_complete(old: RunInfo, new: RunInfo) -> None:
     before, now = old.secure_sum or {}, new.secure_sum or {}
     if any(before.get(key) != now.get(key) for key in ("name", "key")):
         raise ConfigError("cannot resume with another secure sum", hint=_same())
+    if changed := [key for key in _PROMISES if key in before and before[key] != now.get(key)]:
+        raise ConfigError(  # what is recorded is said of all rounds
+            f"cannot resume with a secure sum of other terms: {changed[0]} was {before[changed[0]]}, now it is"
+            f" {now.get(changed[0])}",
+            hint=_same(),
+        )
 
 
 def _compare(old: RunInfo, new: RunInfo, fields: tuple[str, ...], settings: Iterable[str] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,15 @@ import numpy as np
 from choral.errors import ConfigError
 
 
-def whole_number(value: Any, name: str, least: int, hint: str) -> int:
-    """``value`` as an int, numpy's whole numbers included; a bool is none. Raises: ConfigError."""
+def whole_number(value: Any, name: str, least: int | None, hint: str) -> int:
+    """``value`` as an int, numpy's whole numbers included; a bool is none. least: None, any. Raises: ConfigError."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
         raise ConfigError(f"{name} is {shown(value)}, expected a whole number", hint=hint)
-    if number < least:
+    if least is not None and number < least:
         raise ConfigError(f"expected {name} >= {least}, got {number}", hint=hint)
     return number
 
@@ -30,6 +31,21 @@ def number(value: Any, name: str, hint: str) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise ConfigError(f"{name} is {shown(value)}, expected a number", hint=hint)
     return float(value)
+
+
+def own_numbers(made: Any, what: str) -> None:
+    """Hold every field of a dataclass that is declared as a number to that, and keep it as Python's own.
+
+    made: just made, maybe frozen; its annotations are text (``int``, ``float``, and either with ``| None``).
+    what: stands before the field's name. Raises: ConfigError.
+    """
+    for name, kind, *optional in ((one.name, *str(one.type).split(" | ")) for one in fields(made)):
+        value = getattr(made, name)
+        if kind not in ("int", "float") or (value is None and optional == ["None"]):
+            continue
+        hint = f"{what}({name}=...), {'a whole number' if kind == 'int' else 'a number'}"
+        own = whole_number(value, name, None, hint) if kind == "int" else number(value, name, hint)
+        object.__setattr__(made, name, own)
 
 
 def flag(value: Any, name: str) -> None:

@@ -38,7 +38,7 @@ NAMES = tuple(SIZES)
 ALGORITHMS = {"fedavg": FedAvg(), "private": FedAvg(), "scaffold": Scaffold(), "dane": DANE(mu=0.1)}
 PRIVACY = Privacy(epsilon=4.0, delta=1e-3)
 IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
-ROUNDS, SEED = 2, 4
+ROUNDS, SEED = 3, 4
 EPOCHS = Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)
 
 

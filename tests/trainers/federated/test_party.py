@@ -19,7 +19,7 @@ from party_program import NAMES, Coordinator, Site
 
 from choral import Keep, Masked, federate
 from choral.privacy import EncodingError, Ledger
-from choral.protocols.errors import FaultyServerError, MessageError
+from choral.protocols.errors import FaultyServerError, MessageError, TooFewSurvivorsError
 from choral.trainers import Compute, Encoding, FedProx
 from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
@@ -178,13 +178,31 @@ def test_a_party_that_is_shown_another_model_refuses_before_it_has_paid(tmp_path
     assert [paid(tmp_path, name) for name in NAMES] == [2, 1, 2]
 
 
+def test_a_server_that_has_a_party_train_twice_or_for_ever_is_refused_before_it_has_paid(tmp_path: Path) -> None:
+    """Its sums of one exchange over other survivors would differ by one party's vector; each costs budget besides."""
+    here = Here("private", tmp_path)
+    server = Coordinator(here, "private", first_weights())
+    server.round(2)
+    for again, why in (
+        (2, "has trained for exchange 0 of round 2 or a later one"),
+        (1, "or a later one"),
+        (4, "of the 3"),
+    ):
+        with pytest.raises(TooFewSurvivorsError):
+            server.round(again)
+        assert all(why in site.refused[-1] for site in here.sites.values())
+        assert [paid(tmp_path, name) for name in NAMES] == [1, 1, 1]
+    server.round(3)
+    assert server.survivors[-1] == NAMES
+
+
 @pytest.mark.parametrize(
     ("changed", "signed", "refusal"),
     [
         ({"algorithm": FedProx(mu=0.3)}, False, "the training terms that the parties sign are not those of 'south'"),
-        ({"rounds": 3}, False, "the training terms that the parties sign are not those of 'south'"),
+        ({"rounds": 4}, False, "the training terms that the parties sign are not those of 'south'"),
         ({"encoding": Encoding(weights="equal")}, False, "accepts modulus bits of at most 30"),
-        ({"rounds": 3}, True, "other training terms than this party was told of"),
+        ({"rounds": 4}, True, "other training terms than this party was told of"),
     ],
 )
 def test_a_party_with_other_terms_refuses_before_it_has_paid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from choral.errors import ChoralError, ConfigError, DataError
 from choral.protocols import SpecError
 from choral.trainers import DANE, FSVRG, Schedule, TaskError, VirtualParties
 from choral.trainers.algorithms import FedAvg, Scaffold
+from choral.trainers.federated.participation import Availability, Clock, Device, Dropouts
 from choral.trainers.federated.plan import Plan
 from choral.trainers.task.initial_weights import InitialWeightsError
 
@@ -172,6 +174,20 @@ REFUSALS: list[tuple[Callable[[], Any], type[ChoralError], str]] = [
     (lambda: Compute(device=0), ConfigError, "device is 0, expected str"),  # type: ignore[arg-type]
     (lambda: Compute(compile="yes"), ConfigError, "compile is 'yes', expected True or False"),  # type: ignore[arg-type]
     (lambda: Compute(engine="direct"), ConfigError, "engine is 'direct', expected a function"),  # type: ignore[arg-type]
+    (lambda: Participation(cohort="2"), ConfigError, "cohort is '2', expected a whole number"),  # type: ignore[arg-type]
+    (lambda: Participation(least=True), ConfigError, "least is True, expected a whole number"),
+    (lambda: Participation(patience=math.inf), ConfigError, "patience is inf, expected a whole number"),  # type: ignore[arg-type]
+    (lambda: Participation(rate=True), ConfigError, "rate is True, expected a number"),
+    (lambda: Participation(deadline="5"), ConfigError, "deadline is '5', expected a number"),  # type: ignore[arg-type]
+    (lambda: Participation(dropouts=0.1), ConfigError, "participation.dropouts is 0.1"),  # type: ignore[arg-type]
+    (lambda: Participation(clock=Clock), ConfigError, "participation.clock is the class Clock"),  # type: ignore[arg-type]
+    (lambda: Dropouts(keys="0"), ConfigError, "keys is '0', expected a number"),  # type: ignore[arg-type]
+    (lambda: Device(start=True), ConfigError, "start is True, expected a number"),
+    (lambda: Availability(peak="1"), ConfigError, "peak is '1', expected a number"),  # type: ignore[arg-type]
+    (lambda: Availability(zones="0"), ConfigError, "zones is '0', expected tuple or list"),  # type: ignore[arg-type]
+    (lambda: Availability(zones=("0",)), ConfigError, "a zone is '0', expected a number"),  # type: ignore[arg-type]
+    (lambda: Clock(first=None), ConfigError, "first is None, expected a number"),  # type: ignore[arg-type]
+    (lambda: Keep(out=""), ConfigError, "out is empty"),
     (lambda: Keep(out=3), ConfigError, "out is 3, expected str or Path"),  # type: ignore[arg-type]
     (lambda: Keep(resume=1), ConfigError, "resume is 1, expected True or False"),  # type: ignore[arg-type]
     (lambda: Keep(resume=True), ConfigError, "resume needs the folder of the run"),
@@ -232,6 +248,8 @@ def test_types_that_are_as_good_are_taken() -> None:
     )
     assert (made.rounds, type(made.rounds), made.compute.seed) == (3, int, 4)
     assert (made.algorithm.kind, made.secure_sum.name, made.encoding.value_bits) == ("fedprox", "masked", 20)
+    taken = Participation(cohort=np.int64(2), deadline=np.float32(5), availability=Availability(zones=[1, 2.5]))  # type: ignore[arg-type]
+    assert (type(taken.cohort), type(taken.deadline), taken.availability.zones) == (int, float, (1.0, 2.5))
     assert plan(secure_sum="homomorphic").secure_sum.name == "homomorphic"
     assert plan(secure_sum="plain").secure_sum == plan().secure_sum == Plain()
 

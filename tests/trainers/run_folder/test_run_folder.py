@@ -251,6 +251,24 @@ def test_other_settings_are_refused_on_resume(job, tmp_path):
         federate(**job(), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Masked(corrupt=0, min_survivors=2), "server was semi-honest, now it is malicious"),
+        (Masked(corrupt=0, min_survivors=3, server="semi-honest", dropouts=0), "min_survivors was 2, now it is 3"),
+        (Masked(corrupt=1, min_survivors=3, server="semi-honest", dropouts=0), "corrupt was 0, now it is 1"),
+    ],
+)
+def test_what_run_json_says_of_all_rounds_is_said_of_none_by_a_resume(job, tmp_path, other, words):
+    """A last round under better terms would lend them to those before it."""
+    weak = Masked(corrupt=0, min_survivors=2, server="semi-honest")
+    federate(**job(), secure_sum=weak, out=tmp_path / "run")
+    more = job()["rounds"] + 1
+    with pytest.raises(ConfigError, match=words):
+        federate(**job(rounds=more), secure_sum=other, out=tmp_path / "run", resume=True)
+    assert federate(**job(rounds=more), secure_sum=weak, out=tmp_path / "run", resume=True).history[-1].round == more
+
+
 def test_a_used_folder_is_never_overwritten(job, tmp_path):
     federate(**job(), out=tmp_path / "run")
     before = (tmp_path / "run" / "run.json").read_bytes()
