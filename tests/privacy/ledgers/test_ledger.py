@@ -18,7 +18,7 @@ import pytest
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
-from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
+from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, ClientRelease, PoissonSampledGaussian
 from choral.privacy.errors import LedgerError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
@@ -116,6 +116,32 @@ def test_what_a_ledger_is_not_bound_to(bound: dict[str, Any], said: str) -> None
         ledger.bind(**{"holder": "a", "delta": 1e-5, **bound})
     with pytest.raises(LedgerError, match="no holder"):
         ledger.append(EVENT, after=0)
+
+
+def test_one_relation_for_the_life_of_the_data(path: Path) -> None:
+    written(path)
+    for ledger in (Ledger(path), Ledger()):
+        ledger.bind("a", 1e-5, neighbours=ZERO_OUT)
+        ledger.bind("a", 1e-5)
+        with pytest.raises(LedgerError, match="is for the neighbours 'zero out one record', not 'replace one record'"):
+            ledger.bind("a", 1e-5, neighbours=REPLACE_ONE)
+
+
+def test_a_file_that_another_holder_began_meanwhile_is_not_written_to(path: Path) -> None:
+    first, second = Ledger(path), Ledger(path)
+    first.bind("a", 1e-5)
+    second.bind("b", 1e-5)
+    first.append(EVENT, after=0)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="was begun for another holder or delta meanwhile"):
+        second.append(EVENT, after=1)
+    assert path.read_bytes() == before
+
+
+def test_only_an_event_is_appended(path: Path) -> None:
+    ledger = written(path)
+    with pytest.raises(LedgerError, match="a str is no event of a ledger"):
+        ledger.append("event", after=len(ledger.events))  # type: ignore[arg-type]
 
 
 def test_a_ledger_is_sent_to_another_process_as_its_file_or_not_at_all(path: Path) -> None:
