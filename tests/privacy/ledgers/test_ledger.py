@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
@@ -22,6 +23,7 @@ from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, ClientReleas
 from choral.privacy.errors import LedgerError
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
+from choral.privacy.ledgers.ledger_file import FORMAT, Header
 
 EVENT = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.5, steps=10)
 WRITER = """
@@ -218,9 +220,9 @@ def test_a_ledger_that_was_carried_is_of_its_holder_and_not_empty(path: Path) ->
 
 @pytest.mark.parametrize("given", [7, b"ledger.jsonl", ["ledger.jsonl"]])
 def test_what_is_no_place_for_a_ledger_is_refused_by_its_type(given: Any) -> None:
-    with pytest.raises(ConfigError, match=f"is a {type(given).__name__}"):
+    with pytest.raises(ConfigError, match=f"ledger is a {type(given).__name__}"):
         as_ledger(given)
-    with pytest.raises(ConfigError, match=f"is a {type(given).__name__}"):
+    with pytest.raises(ConfigError, match=f"path is a {type(given).__name__}"):
         Ledger(given)
 
 
@@ -299,6 +301,30 @@ def test_forgeries_are_refused(path: Path, forge: str) -> None:
     with pytest.raises(LedgerError) as caught:
         Ledger(path)
     assert "Nothing was spent" in caught.value.hint
+
+
+HEADER = Header(format=FORMAT, holder="a", delta=1e-5, unit="record", neighbours=ZERO_OUT)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ((HEADER, EVENT, replace(HEADER, holder="b")), "line 3: the chain of hashes is broken"),
+        ((EVENT, EVENT), "line 1: the chain of hashes is broken"),
+        ((replace(HEADER, format="choral ledger 2"), EVENT), "of another format"),
+        ((replace(HEADER, neighbours="none"), EVENT), "of another format"),
+        ((replace(HEADER, unit="client"), EVENT), "of another format"),
+        ((replace(HEADER, unit="house"), EVENT), "of another format"),
+    ],
+)
+def test_lines_that_are_chained_rightly_and_make_no_ledger_are_refused(
+    entries: tuple[Any, ...], said: str, path: Path
+) -> None:
+    path.write_bytes(lines(GENESIS, (HEADER, EVENT))[0])
+    assert Ledger(path).holder == "a"
+    path.write_bytes(lines(GENESIS, entries)[0])
+    with pytest.raises(LedgerError, match=said):
+        Ledger(path)
 
 
 def test_a_foreign_file_is_refused_and_left_alone(path: Path) -> None:
