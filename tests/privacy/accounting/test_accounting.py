@@ -21,8 +21,17 @@ from scipy.stats import norm
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import budget, merged_steps, other_accountants, record_level, record_noise
-from choral.privacy.accounting.events import CorrelatedGaussian, PoissonSampledGaussian
+from choral.privacy.accounting.events import (
+    ADD_OR_REMOVE,
+    REPLACE_ONE,
+    ZERO_OUT,
+    CorrelatedGaussian,
+    PoissonSampledGaussian,
+    check_relation,
+    replaces,
+)
 from choral.privacy.accounting.filters import PrivacyFilter
+from choral.privacy.accounting.matrix_strategies import Tree
 from choral.privacy.errors import AccountingError, BudgetExceededError
 from choral.privacy.loss_distributions import pld
 
@@ -386,9 +395,36 @@ def test_the_last_that_is_accounted_for_and_the_next_that_is_refused(
         merged_steps.merge([kept, event(*beyond)])
 
 
-def test_only_a_strategy_correlates_noise() -> None:
-    with pytest.raises(ConfigError, match="strategy is a str, expected one of"):
-        CorrelatedGaussian(strategy="tree", noise=1.0, steps=1, number=1)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"strategy": "tree"}, "strategy is a str, expected one of"),
+        ({"noise": 0.0}, "noise is 0"),
+        ({"noise": math.nan}, "noise is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"number": 0}, "number is 0"),
+    ],
+)
+def test_an_event_of_correlated_noise_has_a_strategy_and_noise(bad: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CorrelatedGaussian(**{"strategy": Tree(), "noise": 1.0, "steps": 1, "number": 1, **bad})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [(ADD_OR_REMOVE, "The number of records is public"), ("any", "word for word"), ("", "")]
+)
+def test_a_promise_states_one_of_two_relations_word_for_word(words: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match="expected 'zero out one record' or 'replace one record'") as caught:
+        check_relation(words)
+    assert hint in caught.value.hint
+    for offered in (ZERO_OUT, REPLACE_ONE):
+        check_relation(offered)
+
+
+def test_no_other_relation_has_a_cost() -> None:
+    assert [replaces(words) for words in (ZERO_OUT, ADD_OR_REMOVE, REPLACE_ONE)] == [False, False, True]
+    with pytest.raises(ConfigError, match="neighbours is 'any', of which no record's cost is known"):
+        record_level.epsilon([event(0.1, 1.0)], DELTA, neighbours="any")
 
 
 def test_a_noise_outside_the_bracket_is_taken_from_within() -> None:

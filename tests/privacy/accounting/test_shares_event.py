@@ -116,6 +116,12 @@ def test_what_it_may_not_hold(changes: dict[str, Any]) -> None:
         shares(**changes)
 
 
+@pytest.mark.parametrize("changes", [{"sample_rate": 1.0}, {"honest": 10}, {"stretch": 0.0, "failure": 0.0}])
+def test_the_last_that_it_may_hold(changes: dict[str, Any]) -> None:
+    made = shares(**changes)
+    assert all(getattr(made, name) == value for name, value in changes.items())
+
+
 def test_a_ledger_keeps_it_and_reads_it_back(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "north.jsonl")
     ledger.bind("north", DELTA)
