@@ -231,7 +231,7 @@ class Replies:
 
     def put(self, key: bytes, answer: Answer) -> None:
         """What was put under the same key is replaced, however many there are: a NeedsVector by what was supplied."""
-        if self.kept and (key in self._answers or len(self._answers) < _MOST_REPLIES):
+        if self.kept and (key in self._answers or len(self._answers) < MOST_REPLIES):
             self._answers[key] = answer
 
     def forget(self) -> None:
@@ -239,7 +239,7 @@ class Replies:
         self._answers.clear()
 
 
-_MOST_REPLIES = 16
+MOST_REPLIES = 16
 """A round has five; so many may be asked for in one more form, by a server that does as it likes."""
 
 

@@ -91,6 +91,9 @@ class ClientPrivacy:
         if self.ledger is not None:
             object.__setattr__(self, "ledger", as_ledger(self.ledger))
         record_level.check_target(self.epsilon, self.delta)
+        for name in ("epsilon", "delta"):  # Python's own, which can be written down
+            if not isinstance(value := getattr(self, name), int | float):
+                object.__setattr__(self, name, float(value))
         if not isinstance(self.clip, AdaptiveClip):
             check_clip(self.clip)
         check_bits(self.bits)

@@ -88,6 +88,9 @@ class Privacy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", as_ledger(self.ledger))
         record_level.check_target(self.epsilon, self.delta)
+        for name in ("epsilon", "delta"):  # Python's own, which can be written down
+            if not isinstance(value := getattr(self, name), int | float):
+                object.__setattr__(self, name, float(value))
         check_norm(self.max_grad_norm)
         check_relation(self.neighbours)
         check_noise(self.noise, self.colluders, self.max_grad_norm)

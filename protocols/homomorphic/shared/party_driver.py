@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from choral.protocols.crypto.keys import x25519_public
-from choral.protocols.driver import Answer, NeedsVector, used
+from choral.protocols.driver import MOST_REPLIES, Answer, NeedsVector, used
 from choral.protocols.errors import FaultyServerError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
@@ -114,7 +114,8 @@ class SharedPartyDriver(MaskedPartyDriver):
             self._asking, self._sent = set(), None
         if self._sent is not None:
             return self._sent
-        self._asking.add(self._key)
+        if len(self._asking) < MOST_REPLIES:  # as many as any reply is kept for
+            self._asking.add(self._key)
         return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
 
     def _advertise(self, number: int) -> tuple[Any, bytes]:

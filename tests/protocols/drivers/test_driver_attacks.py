@@ -629,3 +629,52 @@ def test_pieces_of_a_ciphertext_that_come_again_are_no_fault_and_late_ones_are_l
                 trip.receive(name, pieces[name][0])
             assert {name: type(error) for name, error in trip.faults.items()} == {"p3": LateVectorError}
     assert net.server.result.survivors == net.names[:3]
+
+
+@pytest.mark.parametrize("smallest", [None, 6])
+def test_a_server_that_says_that_most_are_absent_gets_down_to_what_the_policy_allows(
+    deployed: Any, smallest: int | None
+) -> None:
+    """Of 10 parties three may collude: two honest ones beside them are the fewest that any policy is content with."""
+    net = deployed(10)
+    if smallest is not None:
+        net.policy = replace(net.policy, minimum_cohort=smallest)
+        net.parties = {name: net.party(name) for name in net.names}
+    for present in (4, 5):
+        roster = net.names[:present]
+        left = SumSpec(parties=roster, length=3, bound=1000, directory=10)
+        if present == 4:
+            with pytest.raises(SpecError):
+                Masked(corrupt=3, dropouts=0).setup(left, session=bytes(16))
+            continue
+        setup = Masked(corrupt=3, dropouts=0).setup(left, session=bytes(16))
+        assert setup.min_survivors == 5
+        if smallest is None:
+            assert len(net.parties["p0"].handle(messages.encode(setup))) == 1
+        else:
+            with pytest.raises(PolicyError, match="smallest sum of at least 6, the setup says 5"):
+                net.parties["p0"].handle(messages.encode(setup))
+        for fewer in ({"corrupt": 0}, {"min_survivors": 4}, {"directory": 5}, {"cohort": "random"}):
+            weaker = msgspec.structs.replace(setup, session=b"w" * 16, **fewer)
+            with pytest.raises(PolicyError):
+                net.parties["p1"].handle(messages.encode(weaker))
+
+
+def test_rounds_that_are_left_once_the_vectors_are_there_open_nothing(deployed: Any) -> None:
+    """A server that collects vectors under ever other weights, and finishes no round: each is masked by itself."""
+    net = deployed(4, kind=Masked(corrupt=1)).open()
+    net.fresh_vectors(0)
+    survivors = []
+    for weights in (b"a", b"b", b"c"):
+        for trip in net.server.round(RoundTerms(0, weights * 32, b"t" * 32)):
+            if trip.step == "confirmation":
+                survivors.append(dict(trip.outbox))
+                break
+            for name in trip.outbox:
+                net.down(name, trip, trip, {})
+    for number, outbox in enumerate(survivors[:2], start=1):
+        for name, raw in outbox.items():
+            with pytest.raises(FaultyServerError, match=f"the Survivors is of round {number}, not 3"):
+                net.parties[name].handle(raw)
+    assert len(net.asked) == 12
+    assert net.round().survivors == net.names

@@ -250,6 +250,11 @@ def test_types_that_are_as_good_are_taken() -> None:
     assert (made.algorithm.kind, made.secure_sum.name, made.encoding.value_bits) == ("fedprox", "masked", 20)
     taken = Participation(cohort=np.int64(2), deadline=np.float32(5), availability=Availability(zones=[1, 2.5]))  # type: ignore[arg-type]
     assert (type(taken.cohort), type(taken.deadline), taken.availability.zones) == (int, float, (1.0, 2.5))
+    for promise in (
+        Privacy(epsilon=np.float32(3), delta=np.float32(1e-3), max_grad_norm=1.0, epochs=1),
+        ClientPrivacy(epsilon=np.float32(3), delta=np.float32(1e-3), clip=1.0),
+    ):
+        assert (promise.epsilon, type(promise.epsilon), type(promise.delta)) == (3.0, float, float)
     assert plan(secure_sum="homomorphic").secure_sum.name == "homomorphic"
     assert plan(secure_sum="plain").secure_sum == plan().secure_sum == Plain()
 
