@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from itertools import pairwise
+from typing import Any
 
 import dp_accounting
 import numpy as np
@@ -27,6 +28,7 @@ from choral.privacy.accounting.events import (
     ZERO_OUT,
     CorrelatedGaussian,
     PoissonSampledGaussian,
+    Search,
     check_relation,
     replaces,
 )
@@ -419,6 +421,12 @@ def test_a_promise_states_one_of_two_relations_word_for_word(words: str, hint: s
     assert hint in caught.value.hint
     for offered in (ZERO_OUT, REPLACE_ONE):
         check_relation(offered)
+
+
+@pytest.mark.parametrize("tries", [(event(0.1, 1.0), "training"), "training", ()])
+def test_the_tries_of_a_search_are_events_of_training(tries: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tries of a search are|no events for its tries"):
+        Search(tries=tries, mean=2.0)
 
 
 def test_no_other_relation_has_a_cost() -> None:

@@ -116,7 +116,9 @@ def test_what_it_may_not_hold(changes: dict[str, Any]) -> None:
         shares(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"sample_rate": 1.0}, {"honest": 10}, {"stretch": 0.0, "failure": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"sample_rate": 1.0}, {"honest": 10}, {"share": 0.5}, {"stretch": 0.0, "failure": 0.0}]
+)
 def test_the_last_that_it_may_hold(changes: dict[str, Any]) -> None:
     made = shares(**changes)
     assert all(getattr(made, name) == value for name, value in changes.items())
