@@ -35,7 +35,7 @@ test-engines: $(ENGINES:%=.venv-%/.ready)
 test-lowest: .venv-lowest/.ready
 	.venv-lowest/bin/python -m pytest -q -n 2 -m "not slow" -W default $(LOWEST_TESTS)
 
-# Lines and branches that `make test` reaches, in the processes that tests start too; the floor is in pyproject.toml.
+# Lines and branches that `make test` reaches, in the processes that tests start too.
 coverage: $(VENV)/.check
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -n 2 -m "not slow"

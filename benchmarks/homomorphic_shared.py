@@ -26,7 +26,7 @@ import tenseal as ts
 import tenseal.sealapi as sealapi
 
 from choral.protocols.homomorphic.shared import bfv, ckks
-from choral.protocols.homomorphic.shared.seal import Ring, RingKey
+from choral.protocols.homomorphic.shared.seal import RingKey, SealRing
 from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 from choral.protocols.interface import SumSpec
 
@@ -71,7 +71,7 @@ class Ours:
 
     def __init__(self, plan: bfv.BfvPlan | ckks.CkksPlan, values: Any) -> None:
         self.plan: Any = plan
-        self.ring = Ring(plan.parameters)
+        self.ring = SealRing(plan.parameters)
         key = RingKey.from_seed(self.ring, bytes(range(32)))
         self.encryptor, self.decryptor = key.encryptor(), key.decryptor()
         self.values = values.reshape(-1, plan.block)

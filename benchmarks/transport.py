@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from choral.network import Directory, Hub, Identity, Limits, Link, Request, make_identity, read_certificate
+from choral.network import CertifiedIdentity, Directory, Hub, Limits, Link, Request, make_identity, read_certificate
 from choral.network.transport.directory import tls_context
 
 LIMITS = Limits(bytes_a_minute=1 << 40, frames_a_minute=1 << 30)
@@ -56,7 +56,7 @@ async def bare_read(reader: asyncio.StreamReader, size: int) -> bytearray:
 
 
 async def site(folder: Path, port: int, bare_port: int) -> None:
-    identity, directory = Identity.load(folder, "site"), Directory([read_certificate(folder / "hub.crt")])
+    identity, directory = CertifiedIdentity.load(folder, "site"), Directory([read_certificate(folder / "hub.crt")])
 
     async def bare() -> None:
         context = tls_context(identity, directory, server=False)

@@ -15,7 +15,7 @@ from choral.network.errors import WrongPeerError as WrongPeerError
 from choral.network.transport.answering import Request as Request
 from choral.network.transport.blocking import BlockingHub as BlockingHub
 from choral.network.transport.certificates import Certificate as Certificate
-from choral.network.transport.certificates import Identity as Identity
+from choral.network.transport.certificates import CertifiedIdentity as CertifiedIdentity
 from choral.network.transport.certificates import make_identity as make_identity
 from choral.network.transport.certificates import read_certificate as read_certificate
 from choral.network.transport.directory import Directory as Directory

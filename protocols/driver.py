@@ -143,7 +143,7 @@ class Trip:
         self,
         step: TripStep,
         outbox: Mapping[str, bytes],
-        stage: Stage,
+        stage: CollectingStage,
         *,
         take: Callable[[str, bytes], None] | None = None,
         patience: float | None = None,
@@ -181,7 +181,7 @@ class Trip:
         return self._stage.heard >= self._quorum or waited >= LONGEST * self.patience
 
 
-class Stage(Protocol):
+class CollectingStage(Protocol):
     """What a server collects in one trip."""
 
     @property

@@ -201,3 +201,12 @@ def test_errors_are_public() -> None:
     for name in ("ChoralError", "ConfigError", "DataError", "PrivacyError", "BudgetExceededError", "ProtocolError"):
         assert issubclass(getattr(front, name), base)
         assert name in front.__all__
+
+
+def test_no_class_name_stands_for_two_things() -> None:
+    places: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from choral.errors import ChoralError
 from choral.network.errors import FrameError, PeerFailedError, TransportError
-from choral.network.transport.channel import Buffer, Channel, named
-from choral.network.transport.frames import REPLY, REQUEST, Frame, Kind, Message, unpack
+from choral.network.transport.channel import Buffer, FrameChannel, named
+from choral.network.transport.frames import REPLY, REQUEST, ArrivingMessage, Frame, Kind, unpack
 from choral.network.transport.limits import Limits
 
 log = logging.getLogger("choral.network")
@@ -99,12 +99,12 @@ class Works:
 class Answering:
     """`run` takes requests until the connection ends. request_limit: bytes of a request, asked for at each one."""
 
-    def __init__(self, channel: Channel, works: Works, request_limit: Callable[[], int]) -> None:
+    def __init__(self, channel: FrameChannel, works: Works, request_limit: Callable[[], int]) -> None:
         self.channel = channel
         self._works, self._request_limit = works, request_limit
         self._last = 0
-        self._incoming: dict[int, tuple[Message, bytes, int]] = {}
-        self._refused: dict[int, Message] = {}
+        self._incoming: dict[int, tuple[ArrivingMessage, bytes, int]] = {}
+        self._refused: dict[int, ArrivingMessage] = {}
         self._answers: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -155,14 +155,14 @@ class Answering:
         elif len(self._incoming) >= most:
             await self._refuse(frame.stream, size, "busy")
         elif size:
-            self._incoming[frame.stream] = Message(size), identifier, reply_limit
+            self._incoming[frame.stream] = ArrivingMessage(size), identifier, reply_limit
         else:
             self._start(frame.stream, Request(identifier, memoryview(b""), reply_limit, self.channel.peer))
 
     async def _refuse(self, stream: int, size: int, code: str) -> None:
         """Say no. The bytes of the message may be on their way: they are counted, and none is kept."""
         if size:
-            self._refused[stream] = Message(size, discard=True)
+            self._refused[stream] = ArrivingMessage(size, discard=True)
         await self._fail(stream, code)
 
     async def _fail(self, stream: int, code: str) -> None:

@@ -14,26 +14,26 @@ from choral.network.errors import (
     PeerLostError,
     TransportError,
 )
-from choral.network.transport.channel import Channel, named
-from choral.network.transport.frames import REPLY, REQUEST, Frame, Kind, Message, unpack
+from choral.network.transport.channel import FrameChannel, named
+from choral.network.transport.frames import REPLY, REQUEST, ArrivingMessage, Frame, Kind, unpack
 
 _UNANSWERED = 64  # requests given up that the other end still owes a word on
 
 
 @dataclass(eq=False)
-class _Pending:
+class _OpenRequest:
     limit: int
     answer: asyncio.Future[memoryview]
-    message: Message | None = None
+    message: ArrivingMessage | None = None
     cancelled: bool = False
 
 
 class Asking:
     """`run` reads until the connection ends; `ask` works while it runs."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: FrameChannel) -> None:
         self.channel = channel
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, _OpenRequest] = {}
         self._last = 0
         self._gone: TransportError | None = None
         self._cancels: set[asyncio.Task[None]] = set()
@@ -55,7 +55,7 @@ class Asking:
             self.channel.abort()
             raise PeerLostError(f"more than {_UNANSWERED} requests that were given up got no last word", peer=peer)
         self._last += 1
-        stream, pending = self._last, _Pending(reply_limit, asyncio.get_running_loop().create_future())
+        stream, pending = self._last, _OpenRequest(reply_limit, asyncio.get_running_loop().create_future())
         self._pending[stream] = pending
         sending = asyncio.create_task(
             self._send(stream, pending, REQUEST.pack(identifier, len(body), reply_limit), body)
@@ -101,7 +101,7 @@ class Asking:
                 pending.answer.set_exception(error)
         self._pending.clear()
 
-    async def _send(self, stream: int, pending: _Pending, head: bytes, body: memoryview) -> None:
+    async def _send(self, stream: int, pending: _OpenRequest, head: bytes, body: memoryview) -> None:
         try:
             await self.channel.send_message(Kind.REQUEST, stream, head, body)
         except TransportError as error:
@@ -130,7 +130,7 @@ class Asking:
                 raise MessageTooLargeError(
                     f"announced a reply of {size} bytes; at most {pending.limit} were asked for", peer=peer
                 )
-            pending.message = Message(size, discard=pending.answer.done())
+            pending.message = ArrivingMessage(size, discard=pending.answer.done())
         elif frame.kind is Kind.DATA and pending.message is not None:
             pending.message.add(frame.payload)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from choral.network.errors import TransportError
-from choral.network.transport.certificates import Identity
+from choral.network.transport.certificates import CertifiedIdentity
 from choral.network.transport.channel import Buffer
 from choral.network.transport.directory import Directory
 from choral.network.transport.hub import Hub
@@ -26,7 +26,7 @@ class BlockingHub:
     """
 
     def __init__(
-        self, identity: Identity, directory: Directory, *, host: str, port: int, limits: Limits | None = None
+        self, identity: CertifiedIdentity, directory: Directory, *, host: str, port: int, limits: Limits | None = None
     ) -> None:
         self._hub = Hub(identity, directory, limits=limits)
         self._loop = asyncio.new_event_loop()
@@ -51,7 +51,7 @@ class BlockingHub:
     def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]:
         return self._run(self._hub.wait_for(names, timeout=timeout, count=count))
 
-    def change(self, *, directory: Directory | None = None, identity: Identity | None = None) -> None:
+    def change(self, *, directory: Directory | None = None, identity: CertifiedIdentity | None = None) -> None:
         self._run(self._hub.change(directory=directory, identity=identity))
 
     def ask(

@@ -52,7 +52,7 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Identity:
+class CertifiedIdentity:
     """Who this process is: its certificate, and where its private key lies. The key is read by OpenSSL alone."""
 
     certificate: Certificate
@@ -64,7 +64,7 @@ class Identity:
         return self.certificate.name
 
     @staticmethod
-    def load(folder: str | Path, name: str) -> Identity:
+    def load(folder: str | Path, name: str) -> CertifiedIdentity:
         """Read NAME.crt and find NAME.key in `folder`.
 
         Raises:
@@ -81,7 +81,7 @@ class Identity:
                 hint="make a new one and give it to those who hold the old one",
             )
         _check_key(key_path, certificate)
-        return Identity(certificate, certificate_path, key_path)
+        return CertifiedIdentity(certificate, certificate_path, key_path)
 
 
 def check_name(name: str) -> str:
@@ -98,7 +98,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def make_identity(folder: str | Path, name: str, *, days: int = 3650) -> Identity:
+def make_identity(folder: str | Path, name: str, *, days: int = 3650) -> CertifiedIdentity:
     """Make a key and a certificate for `name`, as NAME.key (readable by this user alone) and NAME.crt.
 
     Raises:
@@ -120,7 +120,7 @@ def make_identity(folder: str | Path, name: str, *, days: int = 3650) -> Identit
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write_new(key_path, key.export_key(format="PEM", use_pkcs8=True) + "\n", 0o600)
     _write_new(certificate_path, ssl.DER_cert_to_PEM_cert(der), 0o644)
-    return Identity.load(folder, name)
+    return CertifiedIdentity.load(folder, name)
 
 
 def self_signed(name: str, key: ECC.EccKey, *, not_before: datetime, not_after: datetime) -> bytes:

@@ -26,7 +26,7 @@ REASONS = {
 }
 
 
-class Channel:
+class FrameChannel:
     """Frames over a stream. Only one task may `receive`; any may `send`.
 
     heard: a count of the frames taken so far, for whoever waits for a sign of life.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 from choral.network.errors import CertificateError, UnknownPeerError, WrongPeerError
-from choral.network.transport.certificates import Certificate, Identity, read_certificate
+from choral.network.transport.certificates import Certificate, CertifiedIdentity, read_certificate
 
 
 class Directory:
@@ -73,7 +73,7 @@ class Directory:
         return found.name
 
 
-def tls_context(identity: Identity, peers: Iterable[Certificate], *, server: bool) -> ssl.SSLContext:
+def tls_context(identity: CertifiedIdentity, peers: Iterable[Certificate], *, server: bool) -> ssl.SSLContext:
     """TLS 1.3 and nothing older; both ends show a certificate, and only the peers' are taken.
 
     OpenSSL holds each certificate against the list and against the clock; the caller then looks its pin up in the

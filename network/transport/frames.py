@@ -122,7 +122,7 @@ def unpack_names(payload: bytes) -> tuple[int, list[str]]:
     return VERSION, names
 
 
-class Message:
+class ArrivingMessage:
     """A message that is being put together, in memory of its own size; taken is what has come.
 
     discard: count the bytes and keep none.

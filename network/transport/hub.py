@@ -32,8 +32,8 @@ from choral.network.errors import (
     WrongPeerError,
 )
 from choral.network.transport.asking import Asking
-from choral.network.transport.certificates import Certificate, Identity
-from choral.network.transport.channel import Buffer, Channel
+from choral.network.transport.certificates import Certificate, CertifiedIdentity
+from choral.network.transport.channel import Buffer, FrameChannel
 from choral.network.transport.directory import Directory, refusal, tls_context
 from choral.network.transport.frames import ID_BYTES, Kind, unpack_names
 from choral.network.transport.limits import Door, Limits, Meter
@@ -50,7 +50,7 @@ class Hub:
     identity: this end's. directory: the sites that may connect. limits: what this end grants them.
     """
 
-    def __init__(self, identity: Identity, directory: Directory, *, limits: Limits | None = None) -> None:
+    def __init__(self, identity: CertifiedIdentity, directory: Directory, *, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._identity, self._directory = identity, directory
         self._context = tls_context(identity, directory, server=True)
@@ -96,7 +96,7 @@ class Hub:
         if self._server is not None:
             await self._server.wait_closed()
 
-    async def change(self, *, directory: Directory | None = None, identity: Identity | None = None) -> None:
+    async def change(self, *, directory: Directory | None = None, identity: CertifiedIdentity | None = None) -> None:
         """Go on with another directory, or another certificate of this end.
 
         Sites that are no longer in the directory, or are there with another certificate, are told and disconnected;
@@ -212,14 +212,14 @@ class Hub:
 
     async def _greet(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, where: str
-    ) -> tuple[Channel, bytes] | None:
+    ) -> tuple[FrameChannel, bytes] | None:
         """TLS, certificate, HELLO: the channel and the certificate of a site, or None for whoever was refused."""
         limits, channel = self.limits, None
         try:
             async with asyncio.timeout(limits.handshake):
                 await writer.start_tls(self._context, ssl_handshake_timeout=limits.handshake + 1)
                 shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-                channel = Channel(reader, writer, limits, where)
+                channel = FrameChannel(reader, writer, limits, where)
                 channel.peer = name = self._directory.name_of(shown)
                 hello = await channel.receive()
                 if hello.kind is not Kind.HELLO:
@@ -249,7 +249,7 @@ class Hub:
             return None
         return channel, shown
 
-    async def _serve(self, channel: Channel, shown: bytes, where: str) -> None:
+    async def _serve(self, channel: FrameChannel, shown: bytes, where: str) -> None:
         """Admit a site whose certificate is known, and stay with it until its connection ends."""
         session, name = Asking(channel), channel.peer
         async with self._admitting[name]:

@@ -24,8 +24,8 @@ from choral.network.errors import (
     WrongPeerError,
 )
 from choral.network.transport.answering import Answering, Handler, Works
-from choral.network.transport.certificates import Identity
-from choral.network.transport.channel import Channel, refused
+from choral.network.transport.certificates import CertifiedIdentity
+from choral.network.transport.channel import FrameChannel, refused
 from choral.network.transport.directory import Directory, refusal, tls_context
 from choral.network.transport.frames import Kind, pack_names
 from choral.network.transport.limits import Limits
@@ -49,7 +49,7 @@ class Link:
 
     def __init__(
         self,
-        identity: Identity,
+        identity: CertifiedIdentity,
         directory: Directory,
         handler: Handler,
         *,
@@ -81,7 +81,7 @@ class Link:
         """Say good-bye, and let `run` return. From any thread."""
         self._in_loop(self._stop.set)
 
-    def change(self, *, identity: Identity | None = None, directory: Directory | None = None) -> None:
+    def change(self, *, identity: CertifiedIdentity | None = None, directory: Directory | None = None) -> None:
         """Go on with another certificate, or another directory: the connection is made anew. From any thread.
 
         Raises:
@@ -183,7 +183,7 @@ class Link:
             beat.cancel()
             channel.abort()
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FrameChannel:
         try:
             try:
                 await writer.start_tls(self._context, ssl_handshake_timeout=self.limits.handshake + 1)
@@ -194,7 +194,7 @@ class Link:
             shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             if (name := self._directory.name_of(shown)) != self.hub:
                 raise WrongPeerError(f"shows the certificate of {name}", peer=self.hub)
-            channel = Channel(reader, writer, self.limits, self.hub)
+            channel = FrameChannel(reader, writer, self.limits, self.hub)
             try:
                 await channel.send(Kind.HELLO, payload=pack_names(self._identity.name, self.hub))
                 frame = await channel.receive()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from choral.network import Directory, Hub, Identity, Limits, Link, Request, make_identity
+from choral.network import CertifiedIdentity, Directory, Hub, Limits, Link, Request, make_identity
 from choral.network.transport.directory import tls_context
 from choral.network.transport.frames import HEADER, Kind, header, pack_names
 
@@ -122,7 +122,7 @@ class Middle:
 @dataclass
 class Ends:
     folder: Path
-    identities: dict[str, Identity]
+    identities: dict[str, CertifiedIdentity]
 
     def directory(self, *names: str) -> Directory:
         return Directory(self.identities[name].certificate for name in names)

@@ -10,7 +10,7 @@ import resource
 import sys
 from pathlib import Path
 
-from choral.network import Directory, Hub, Identity, Limits, Link, Request, TransportError, read_certificate
+from choral.network import CertifiedIdentity, Directory, Hub, Limits, Link, Request, TransportError, read_certificate
 
 LIMITS = Limits(beat=0.3, silence=2.0, handshake=5.0, probe=0.4, backoff=(0.02, 0.2))
 calls = 0
@@ -39,7 +39,7 @@ def handler(request: Request) -> bytes:
 async def hub(folder: Path, port: int) -> None:
     """Asks north again and again, and prints what it says."""
     directory = Directory([read_certificate(folder / "north.crt")])
-    async with Hub(Identity.load(folder, "coordinator"), directory, limits=LIMITS) as here:
+    async with Hub(CertifiedIdentity.load(folder, "coordinator"), directory, limits=LIMITS) as here:
         address = await here.start("127.0.0.1", port)
         print(json.dumps({"port": address[1]}), flush=True)
         while True:
@@ -54,7 +54,7 @@ async def hub(folder: Path, port: int) -> None:
 async def receive_and_send(folder: Path, size: int) -> None:
     """A hub that sends a large message, then takes one; prints how much memory each needed, and at the site."""
     directory = Directory([read_certificate(folder / "north.crt")])
-    async with Hub(Identity.load(folder, "coordinator"), directory, limits=LIMITS) as here:
+    async with Hub(CertifiedIdentity.load(folder, "coordinator"), directory, limits=LIMITS) as here:
         address = await here.start("127.0.0.1", 0)
         print(json.dumps({"port": address[1]}), flush=True)
         before = peak(), json.loads(bytes(await here.request("north", b"peak", timeout=60, reply_limit=1000)))["peak"]
@@ -75,7 +75,10 @@ def main(folder: Path, role: str, number: int) -> None:
     elif role == "memory":
         asyncio.run(receive_and_send(folder, number))
     else:
-        identity, directory = Identity.load(folder, role), Directory([read_certificate(folder / "coordinator.crt")])
+        identity, directory = (
+            CertifiedIdentity.load(folder, role),
+            Directory([read_certificate(folder / "coordinator.crt")]),
+        )
         address = ("127.0.0.1", number)
         link = Link(
             identity, directory, handler, hub="coordinator", address=address, request_limit=1 << 28, limits=LIMITS

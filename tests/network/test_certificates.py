@@ -20,8 +20,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from choral.network import (
     Certificate,
     CertificateError,
+    CertifiedIdentity,
     Directory,
-    Identity,
     UnknownPeerError,
     WrongPeerError,
     make_identity,
@@ -67,7 +67,7 @@ def test_times_beyond_2049_have_four_digits() -> None:
 def test_files_are_private_and_never_overwritten(tmp_path: Path) -> None:
     made = make_identity(tmp_path, "north")
     assert made.key_path.stat().st_mode & 0o777 == 0o600
-    assert Identity.load(tmp_path, "north") == made
+    assert CertifiedIdentity.load(tmp_path, "north") == made
     assert "PRIVATE" not in repr(made)
     before = made.key_path.read_bytes()
     with pytest.raises(CertificateError, match="there already"):
@@ -90,7 +90,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
     made = make_identity(tmp_path, "north")
     made.key_path.chmod(0o640)
     with pytest.raises(CertificateError, match=r"may be read by other users \(mode 640\)") as caught:
-        Identity.load(tmp_path, "north")
+        CertifiedIdentity.load(tmp_path, "north")
     assert "chmod 600" in caught.value.hint
 
 
@@ -98,25 +98,25 @@ def test_identities_that_cannot_be_used(tmp_path: Path) -> None:
     north, south = make_identity(tmp_path, "north"), make_identity(tmp_path, "south")
     (tmp_path / "west.crt").write_text(north.certificate.pem)
     with pytest.raises(CertificateError, match="is the certificate of north, not of west"):
-        Identity.load(tmp_path, "west")
+        CertifiedIdentity.load(tmp_path, "west")
     with pytest.raises(CertificateError, match="cannot be read as a certificate"):
-        Identity.load(tmp_path, "east")
+        CertifiedIdentity.load(tmp_path, "east")
     north.key_path.write_bytes(south.key_path.read_bytes())
     with pytest.raises(CertificateError, match="is not the key of the certificate"):
-        Identity.load(tmp_path, "north")
+        CertifiedIdentity.load(tmp_path, "north")
     north.key_path.write_text("nothing")
     with pytest.raises(CertificateError, match="expected an Ed25519 private key"):
-        Identity.load(tmp_path, "north")
+        CertifiedIdentity.load(tmp_path, "north")
     key = ECC.generate(curve="Ed25519")
     north.key_path.write_text(
         key.export_key(format="PEM", passphrase="x" * 3, protection="PBKDF2WithHMAC-SHA512AndAES256-CBC")
     )
     with pytest.raises(CertificateError, match="not encrypted"):
-        Identity.load(tmp_path, "north")
+        CertifiedIdentity.load(tmp_path, "north")
     old = self_signed("south", ECC.import_key(south.key_path.read_text()), not_before=NOW, not_after=NOW)
     south.certificate_path.write_text(ssl.DER_cert_to_PEM_cert(old))
     with pytest.raises(CertificateError, match="expired on 2026-01-01"):
-        Identity.load(tmp_path, "south")
+        CertifiedIdentity.load(tmp_path, "south")
 
 
 def others(*, name: str = "north", issuer: str = "north", alternative: str = "north", ca: bool = False) -> bytes:
@@ -184,7 +184,7 @@ def test_files_that_hold_no_certificate(tmp_path: Path, ends: Any) -> None:
         read_certificate(tmp_path / "x.crt")
 
 
-def with_key_of(name: str, identity: Identity) -> Certificate:
+def with_key_of(name: str, identity: CertifiedIdentity) -> Certificate:
     key = ECC.import_key(identity.key_path.read_text())
     return parse_certificate(self_signed(name, key, not_before=NOW, not_after=NOW + timedelta(days=1)))
 

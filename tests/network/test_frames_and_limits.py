@@ -15,9 +15,9 @@ from choral.network.transport.frames import (
     HEADER,
     REQUEST,
     SMALL_BYTES,
+    ArrivingMessage,
     Frame,
     Kind,
-    Message,
     header,
     pack_names,
     read_header,
@@ -73,17 +73,17 @@ def test_names_of_another_version_are_not_read() -> None:
 
 
 def test_a_message_takes_what_was_announced_and_no_byte_more() -> None:
-    message = Message(5)
+    message = ArrivingMessage(5)
     message.add(b"abc")
     assert not message.whole
     with pytest.raises(FrameError, match="more DATA than the 5 bytes"):
         message.add(b"def")
     message.add(b"de")
     assert (message.whole, bytes(message.view)) == (True, b"abcde")
-    dropped = Message(1 << 60, discard=True)
+    dropped = ArrivingMessage(1 << 60, discard=True)
     dropped.add(b"abc")
     assert (dropped.taken, bytes(dropped.view)) == (3, b"")
-    assert Message(0).whole
+    assert ArrivingMessage(0).whole
 
 
 class Clock:

@@ -20,8 +20,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from choral.errors import ConfigError
 from choral.network import (
+    CertifiedIdentity,
     Directory,
-    Identity,
     PeerLostError,
     RefusedError,
     TransportError,
@@ -71,12 +71,12 @@ async def ended(reader: asyncio.StreamReader) -> bool:
     return True
 
 
-def saved(folder: Path, name: str, key: ECC.EccKey, der: bytes) -> Identity:
+def saved(folder: Path, name: str, key: ECC.EccKey, der: bytes) -> CertifiedIdentity:
     """An identity without the checks of `load`."""
     (folder / f"{name}.key").write_text(key.export_key(format="PEM"))
     (folder / f"{name}.crt").write_text(ssl.DER_cert_to_PEM_cert(der))
     certificate = Certificate(name, der, "", b"", datetime.now(UTC), datetime.now(UTC))
-    return Identity(certificate, folder / f"{name}.crt", folder / f"{name}.key")
+    return CertifiedIdentity(certificate, folder / f"{name}.crt", folder / f"{name}.key")
 
 
 def test_a_certificate_that_is_not_in_the_directory(ends: Any, logged: Any) -> None:

@@ -247,10 +247,10 @@ def test_a_shared_key_round_leaves_no_secret_in_memory_or_in_seals_files(
 
 
 def test_a_party_that_made_a_key_and_dropped_out_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from choral.protocols.homomorphic.shared.seal import Ring, RingKey, RingParameters, primes_of
+    from choral.protocols.homomorphic.shared.seal import RingKey, RingParameters, SealRing, primes_of
 
     primes = primes_of(2048, (54,))
-    key = RingKey.from_seed(Ring(RingParameters("bfv", 2048, primes, 0, 65537)), bytes(range(32)))
+    key = RingKey.from_seed(SealRing(RingParameters("bfv", 2048, primes, 0, 65537)), bytes(range(32)))
     assert not any(scratch_of_seal())
     del key
 

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingParameters
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, RingParameters, SealRing
 
 MARGIN_BITS = 2
 """No parameters are chosen that leave less."""
@@ -100,7 +100,7 @@ class BfvPlan:
         """What the value of a sum needs itself: log2(2 n bound + 1) bits. No ciphertext of it is shorter."""
         return log2(self.radix) / 8
 
-    def encode(self, ring: Ring, values: NDArray[np.int64]) -> Any:
+    def encode(self, ring: SealRing, values: NDArray[np.int64]) -> Any:
         """values: int64, shape (at most ``block``,), within the bound; value j degree + i is digit j of slot i."""
         degree, modulus = self.parameters.degree, self.parameters.plain_modulus
         if values.size < self.block:
@@ -113,7 +113,7 @@ class BfvPlan:
         packed += (packed >> 63) & modulus  # where negative
         return ring.plaintext(packed.view(np.uint64))
 
-    def decode(self, ring: Ring, plaintext: Any, count: int) -> NDArray[np.int64]:
+    def decode(self, ring: SealRing, plaintext: Any, count: int) -> NDArray[np.int64]:
         """The first ``count`` values of the block, lifted centred: int64."""
         modulus, half = self.parameters.plain_modulus, (self.radix - 1) // 2
         rest = ring.coefficients(plaintext).view(np.int64)

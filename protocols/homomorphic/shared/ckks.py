@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared.bfv import RINGS
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, ERROR_VARIANCE, Ring, RingParameters
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, ERROR_VARIANCE, RingParameters, SealRing
 
 FAILURE_BITS = 64
 """The error is above its bound with probability at most 2^-64 per round, over SEAL's errors."""
@@ -80,13 +80,13 @@ class CkksPlan:
         scaled = _scaled_error(degree, self.parties, self.length) / 2.0**self.scale_bits
         return scaled + _float_error(degree, self.parties, self.bound)
 
-    def encode(self, ring: Ring, values: NDArray[np.float64]) -> Any:
+    def encode(self, ring: SealRing, values: NDArray[np.float64]) -> Any:
         """values: float64, shape (at most ``block``,), within the bound."""
         plain = sealapi.Plaintext()
         sealapi.CKKSEncoder(ring.context).encode(values.tolist(), 2.0**self.scale_bits, plain)
         return plain
 
-    def decode(self, ring: Ring, plaintext: Any, count: int) -> NDArray[np.float64]:
+    def decode(self, ring: SealRing, plaintext: Any, count: int) -> NDArray[np.float64]:
         """The first ``count`` values. Ciphertexts carry the scale 1, so that what SEAL decodes is still scaled."""
         scaled = sealapi.CKKSEncoder(ring.context).decode_double(plaintext)
         return np.array(scaled[:count], np.float64) / 2.0**self.scale_bits

@@ -90,7 +90,7 @@ class Chain:
 
 
 @dataclass(frozen=True, repr=False)
-class Round:
+class KeyedRound:
     chain: Chain
     number: int
     key: RingKey
@@ -109,7 +109,7 @@ class KeyAgreement(Once[tuple[bytes, Plan]]):
 
     def meet(
         self, revealing: party.Revealing, reveals: bytes, *, randomness: Randomness
-    ) -> tuple[Waiting | Confirming, bytes | None]:
+    ) -> tuple[Waiting | ConfirmingKey, bytes | None]:
         """Enter the session. The dealer then deals the key, and so confirms it.
 
         Raises: FaultyPartyOrServerError, FaultyServerError as :meth:`choral.protocols.masking.party.Revealing.enter`;
@@ -131,13 +131,13 @@ class KeyAgreement(Once[tuple[bytes, Plan]]):
                 data = terms.seal_data(member.session, place, entered.commitment)
                 sealed.append(seal(key, NONCE, entered.seed, data))
         deal = key_messages.KeyDeal(member.setup.session, entered.commitment, tuple(sealed), entered.signature())
-        return Confirming(entered), encode(deal)
+        return ConfirmingKey(entered), encode(deal)
 
 
 class Waiting(Once[_Entered]):
     """Waits for the dealer's seed."""
 
-    def receive(self, deal: bytes) -> tuple[Confirming, bytes]:
+    def receive(self, deal: bytes) -> tuple[ConfirmingKey, bytes]:
         """Open the seed and confirm, by signature, which one it is.
 
         Raises: FaultyPartyOrServerError when the deal is not signed by the dealer for this session, or does not open;
@@ -158,10 +158,10 @@ class Waiting(Once[_Entered]):
         if entered.commitment != message.commitment:
             raise FaultyPartyError(dealer, "sealed another key than it committed to")
         confirm = key_messages.KeyConfirm(member.setup.session, entered.commitment, entered.signature())
-        return Confirming(entered), encode(confirm)
+        return ConfirmingKey(entered), encode(confirm)
 
 
-class Confirming(Once[_Entered]):
+class ConfirmingKey(Once[_Entered]):
     """Waits to see that everyone holds the same key."""
 
     def enter(self, confirmations: bytes) -> Holder:
@@ -192,7 +192,7 @@ class Holder(Once[Chain]):
         """Raises: IndexError once used."""
         return self._content[0].member
 
-    def encrypt(self, number: int, vector: Any, begun: bytes = terms.NO_BEGIN) -> tuple[Holder, Encrypted, bytes]:
+    def encrypt(self, number: int, vector: Any, begun: bytes = terms.NO_BEGIN) -> tuple[Holder, EncryptedVector, bytes]:
         """Make the key of round ``number``, forget everything that could make it again, and encrypt under it.
 
         vector: int64 (BFV; a numpy array or a torch tensor) or float64 (CKKS; a numpy array), shape (length,), every
@@ -226,10 +226,10 @@ class Holder(Once[Chain]):
             for start in range(0, vector.size, plan.block)
         )
         upload = encode(messages.Upload(chain.member.id, number, messages.to_pieces(body)))
-        return Holder(later), Encrypted(Round(later, number, key)), upload
+        return Holder(later), EncryptedVector(KeyedRound(later, number, key)), upload
 
 
-class Encrypted(Once[Round]):
+class EncryptedVector(Once[KeyedRound]):
     """Has sent its vector; may be asked to open the sum, once."""
 
     def open(self, encrypted: bytes) -> bytes:
@@ -253,7 +253,7 @@ class Encrypted(Once[Round]):
         return _decrypted(self._take(), encrypted)
 
 
-def _decrypted(ready: Round, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _decrypted(ready: KeyedRound, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
     chain, plan, ring = ready.chain, ready.chain.plan, ready.key.ring
     chain.member.current.check(ready.number)
     setup, size = chain.member.setup, plan.parameters.full_bytes

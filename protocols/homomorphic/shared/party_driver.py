@@ -1,11 +1,11 @@
 """A party of the shared-key sum behind one door: a masked sum's party, until the session is open.
 
     from the server       state before    step      answer                     state after
-    Reveals               Revealing       meet      KeyDeal, of the dealer     Confirming, or Waiting
-    KeyDeal               Waiting         receive   KeyConfirm                 Confirming
-    KeyConfirmations      Confirming      enter     -                          Holder
-    Begin                 Holder          encrypt   NeedsVector, then Upload   Holder, Encrypted
-    EncryptedSum          Encrypted       open      OpenedSum; in CKKS -       -
+    Reveals               Revealing       meet      KeyDeal, of the dealer     ConfirmingKey, or Waiting
+    KeyDeal               Waiting         receive   KeyConfirm                 ConfirmingKey
+    KeyConfirmations      ConfirmingKey      enter     -                          Holder
+    Begin                 Holder          encrypt   NeedsVector, then Upload   Holder, EncryptedVector
+    EncryptedSum          EncryptedVector       open      OpenedSum; in CKKS -       -
 
 Nothing that is stored opens a key: a party that restarts has none, and answers again with the next session.
 """
@@ -20,7 +20,7 @@ from choral.protocols.errors import FaultyServerError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
 from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyConfirmations, KeyDeal, limit
-from choral.protocols.homomorphic.shared.party import Confirming, Encrypted, Holder, KeyAgreement, Waiting
+from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, KeyAgreement, Waiting
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
 from choral.protocols.masking.party_driver import MaskedPartyDriver
@@ -41,7 +41,7 @@ class SharedPartyDriver(MaskedPartyDriver):
     def __init__(self, *, floats: terms.Floats | None = None, **given: Any) -> None:
         """given: as of :class:`~choral.protocols.masking.party_driver.MaskedPartyDriver`."""
         self._floats, self._private, self._key = floats, b"", b""
-        self._keying: Waiting | Confirming | None = None
+        self._keying: Waiting | ConfirmingKey | None = None
         self._holder: Holder | None = None
         self._asking: set[bytes] = set()
         self._sent: tuple[bytes, ...] | None = None
@@ -99,7 +99,7 @@ class SharedPartyDriver(MaskedPartyDriver):
             self._keying = None
             self._keying, confirm = keying.receive(raw)
             return (confirm,)
-        if isinstance(message, KeyConfirmations) and isinstance(keying, Confirming):
+        if isinstance(message, KeyConfirmations) and isinstance(keying, ConfirmingKey):
             self._keying = None
             self._holder = keying.enter(raw)
             self._membership = self._holder.member
@@ -153,7 +153,7 @@ class SharedPartyDriver(MaskedPartyDriver):
 
     def _step(self, now: Any, message: Any, raw: bytes, key: bytes) -> Answer:
         state = now.state
-        if not isinstance(message, EncryptedSum) or not isinstance(state, Encrypted):
+        if not isinstance(message, EncryptedSum) or not isinstance(state, EncryptedVector):
             return super()._step(now, message, raw, key)
         now.state = None
         if self._floats is None:

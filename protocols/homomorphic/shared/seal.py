@@ -7,8 +7,8 @@ a uniform c1 = a, so 64 bytes of seed stand for it, and on the wire a fresh ciph
 
 and a sum, whose c1 has no seed any more, is c0 | c1. Nothing else travels: no parameters, no compression, no structure.
 SEAL's own loader takes more than a party should send (three polynomials for two, no seed, compressed streams); here it
-is only given bytes that were laid out by :class:`Ring`, after their length and the range of every residue were checked.
-Files in memory (:mod:`.seal_files`) carry them to SEAL and back.
+is only given bytes that were laid out by :class:`SealRing`, after their length and the range of every residue were
+checked. Files in memory (:mod:`.seal_files`) carry them to SEAL and back.
 
 What SEAL wrote must be, byte for byte in everything but the payload, what this module expects of its format: else
 SealFormatError.
@@ -108,7 +108,7 @@ def primes_of(degree: int, bits: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(prime.value()) for prime in sealapi.CoeffModulus.Create(degree, list(bits)))
 
 
-class Ring:
+class SealRing:
     """A SEAL context: public parameters, no key. The server has this and nothing more.
 
     Raises: SpecError for parameters that SEAL refuses or that are below the 128-bit level; SealFormatError.
@@ -220,9 +220,9 @@ class Ring:
 
 
 @lru_cache(maxsize=16)
-def ring_of(parameters: RingParameters) -> Ring:
+def ring_of(parameters: RingParameters) -> SealRing:
     """One SEAL context per process and ring, for making one takes longer than a sum in it; it holds no key."""
-    return Ring(parameters)
+    return SealRing(parameters)
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,11 +235,11 @@ class RingKey:
     be copied, pickled or printed, and leaves this object only as SEAL's key in memory.
     """
 
-    ring: Ring
+    ring: SealRing
     _secret: Any = field(repr=False)
 
     @classmethod
-    def from_seed(cls, ring: Ring, seed: bytes) -> RingKey:
+    def from_seed(cls, ring: SealRing, seed: bytes) -> RingKey:
         """Raises: SpecError unless the seed has 32 bytes."""
         if len(seed) != KEY_SEED_BYTES:
             raise SpecError(f"expected a key seed of {KEY_SEED_BYTES} bytes, got {len(seed)}")
@@ -267,7 +267,7 @@ def ternary(seed: bytes, count: int) -> NDArray[np.int64]:
     return (taken[:count] % 3).astype(np.int64) - 1
 
 
-def _secret_key(ring: Ring, coefficients: NDArray[np.int64]) -> Any:
+def _secret_key(ring: SealRing, coefficients: NDArray[np.int64]) -> Any:
     """SEAL's key, in the transform domain modulo every prime, by way of a BFV plaintext with the same coefficients.
 
     SEAL lifts a plaintext coefficient t - 1 to -1 modulo each prime before it transforms. A CKKS key is the same key

@@ -3,7 +3,7 @@
     trip           asks for     goes to                                                     stage
     hello, reveal  as in the masked sum                                                     its Opening, Gathering
     keys           KeyDeal      the roster, with everybody's public key; the dealer answers Dealing
-    confirmation   KeyConfirm   the others, each with its sealed seed                       Confirming
+    confirmation   KeyConfirm   the others, each with its sealed seed                       CollectingConfirmations
     vector         Upload       the roster, with a Begin                                    Adding
     unmasking      OpenedSum    one survivor, then another where it does not answer (BFV);  Totalling
                                 every survivor, and nothing comes back (CKKS)
@@ -86,7 +86,7 @@ class Dealing(_Stage):
             raise FaultyPartyError(self._roster[party], f"expected {len(self._roster) - 1} sealed keys")
         return message
 
-    def close(self) -> tuple[Confirming, Outbox]:
+    def close(self) -> tuple[CollectingConfirmations, Outbox]:
         """Raises: TooFewSurvivorsError when the dealer has not dealt."""
         self._close(1, EVERYONE)
         deal: key_messages.KeyDeal = self._heard[DEALER]
@@ -95,10 +95,10 @@ class Dealing(_Stage):
             name: encode(key_messages.KeyDeal(self._session, deal.commitment, (sealed,), deal.signature))
             for name, sealed in zip(others, deal.sealed, strict=True)
         }
-        return Confirming(self._known, deal, self._seen), outbox
+        return CollectingConfirmations(self._known, deal, self._seen), outbox
 
 
-class Confirming(_Stage):
+class CollectingConfirmations(_Stage):
     """Waits until everyone has signed which key it holds. The dealer's signature came with the key."""
 
     kind = key_messages.KeyConfirm

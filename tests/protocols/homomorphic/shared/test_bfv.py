@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared import bfv
 from choral.protocols.homomorphic.shared.bfv import MARGIN_BITS, RINGS, BfvPlan, choose
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingKey, primes_of, ternary
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, RingKey, SealRing, primes_of, ternary
 
 SEED = bytes(range(32))
 STANDARD = {1024: 27, 2048: 54, 4096: 109}
@@ -41,7 +41,7 @@ class Machine:
 
     def __init__(self, plan: BfvPlan) -> None:
         self.plan = plan
-        self.ring = Ring(plan.parameters)
+        self.ring = SealRing(plan.parameters)
         self.key = RingKey.from_seed(self.ring, SEED)
         self.encryptor = self.key.encryptor()
         self.decryptor = self.key.decryptor()

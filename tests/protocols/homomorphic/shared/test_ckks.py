@@ -12,14 +12,14 @@ import tenseal.sealapi as sealapi
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared.ckks import CkksPlan, choose
-from choral.protocols.homomorphic.shared.seal import Ring, RingKey
+from choral.protocols.homomorphic.shared.seal import RingKey, SealRing
 
 SEED = bytes(range(32))
 CASES = [(2, 1.0, 1e-6), (10, 1.0, 1e-6), (10, 8.0, 1e-3), (40, 0.01, 1e-9), (3, 1e6, 1e-2), (30, 1.0, 1e-10)]
 
 
 def summed(plan: CkksPlan, vectors: Any) -> Any:
-    ring = Ring(plan.parameters)
+    ring = SealRing(plan.parameters)
     key = RingKey.from_seed(ring, SEED)
     encryptor, total = key.encryptor(), None
     for vector in vectors:

@@ -15,7 +15,7 @@ from Crypto.Cipher import AES
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared import seal_files
-from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, Ring, RingKey, RingParameters, primes_of, ternary
+from choral.protocols.homomorphic.shared.seal import ERROR_BOUND, RingKey, RingParameters, SealRing, primes_of, ternary
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError, SealFormatError
 
 SEED = bytes(range(32))
@@ -28,7 +28,7 @@ def parameters(degree: int, bits: tuple[int, ...], plain: int) -> RingParameters
     return RingParameters("bfv", degree, data, special, plain)
 
 
-def residues(body: bytes | memoryview, ring: Ring) -> list[Any]:
+def residues(body: bytes | memoryview, ring: SealRing) -> list[Any]:
     """The polynomials in packed bytes, one array of Python-sized integers per prime: read byte by byte."""
     out, done = [], 0
     while done < len(body):
@@ -40,7 +40,7 @@ def residues(body: bytes | memoryview, ring: Ring) -> list[Any]:
     return out
 
 
-def packed(polynomials: list[Any], ring: Ring) -> bytes:
+def packed(polynomials: list[Any], ring: SealRing) -> bytes:
     parts = []
     for place, values in enumerate(polynomials):
         width = ((ring.parameters.primes[place % len(ring.parameters.primes)] - 1).bit_length() + 7) // 8
@@ -73,7 +73,7 @@ def decrypted(key: RingKey, ciphertext: Any) -> Any:
 
 @pytest.fixture(params=SHAPES, ids=str)
 def key(request: pytest.FixtureRequest) -> RingKey:
-    return RingKey.from_seed(Ring(parameters(*request.param)), SEED)
+    return RingKey.from_seed(SealRing(parameters(*request.param)), SEED)
 
 
 def test_ciphertexts_come_back_exact(key: RingKey) -> None:
@@ -129,7 +129,7 @@ def test_a_ciphertext_is_message_and_small_error_in_our_own_ring() -> None:
     Of 50 x 2048 errors the variance has a standard deviation of 0.05: 10.2 to 10.8 is passed six times in a thousand
     million. All errors would be smaller than 6 standard deviations by chance too, so the bound itself is SEAL's source.
     """
-    ring = Ring(parameters(2048, (48,), 2**30 + 3))
+    ring = SealRing(parameters(2048, (48,), 2**30 + 3))
     key = RingKey.from_seed(ring, SEED)
     (prime,), plain = ring.parameters.primes, ring.parameters.plain_modulus
     rng, errors = np.random.default_rng(2), []
@@ -146,7 +146,7 @@ def test_a_ciphertext_is_message_and_small_error_in_our_own_ring() -> None:
 
 
 def test_two_encryptions_share_no_randomness() -> None:
-    key = RingKey.from_seed(Ring(parameters(1024, (24,), 1000)), SEED)
+    key = RingKey.from_seed(SealRing(parameters(1024, (24,), 1000)), SEED)
     message = np.zeros(1024, np.uint64)
     bodies = [encrypted(key, message) for _ in range(100)]
     assert len({body[:64] for body in bodies}) == 100
@@ -162,20 +162,20 @@ def test_why_encryption_randomness_is_not_an_argument() -> None:
     encryption.set_plain_modulus(1000)
     encryption.set_random_generator(sealapi.Blake2xbPRNGFactory([1, 2, 3, 4, 5, 6, 7, 8]))
     context = sealapi.SEALContext(encryption, True, sealapi.SEC_LEVEL_TYPE.TC128)
-    ring = Ring(RingParameters("bfv", 1024, primes, 0, 1000))
+    ring = SealRing(RingParameters("bfv", 1024, primes, 0, 1000))
     encryptor = sealapi.Encryptor(context, RingKey.from_seed(ring, SEED)._secret)
     plain = ring.plaintext(np.ones(1024, np.uint64))
     assert ring.dump_fresh(encryptor.encrypt_symmetric(plain)) == ring.dump_fresh(encryptor.encrypt_symmetric(plain))
 
 
 def test_keys_of_other_seeds_do_not_open() -> None:
-    ring = Ring(parameters(2048, (48,), 2**20))
+    ring = SealRing(parameters(2048, (48,), 2**20))
     message = np.arange(2048, dtype=np.uint64)
     ciphertext = ring.load_fresh(encrypted(RingKey.from_seed(ring, SEED), message))
     other = RingKey.from_seed(ring, bytes(32))
     assert other.decryptor().invariant_noise_budget(ciphertext) == 0
     assert not np.array_equal(decrypted(other, ciphertext), message)
-    again = RingKey.from_seed(Ring(ring.parameters), SEED)
+    again = RingKey.from_seed(SealRing(ring.parameters), SEED)
     assert np.array_equal(decrypted(again, ciphertext), message)
 
 
@@ -184,15 +184,15 @@ def test_keys_of_other_seeds_do_not_open() -> None:
 )
 def test_rings_below_128_bits_are_refused(degree: int, bits: tuple[int, ...]) -> None:
     with pytest.raises(SpecError, match="SEAL refuses"):
-        Ring(parameters(degree, bits, 257))
+        SealRing(parameters(degree, bits, 257))
 
 
 def test_rings_need_a_special_prime_where_there_are_several() -> None:
     one, two = primes_of(4096, (40, 32))
     with pytest.raises(SpecError, match="special"):
-        Ring(RingParameters("bfv", 4096, (one, two), 0, 257))
+        SealRing(RingParameters("bfv", 4096, (one, two), 0, 257))
     with pytest.raises(SpecError, match="special"):
-        Ring(RingParameters("bfv", 4096, (one,), two, 257))
+        SealRing(RingParameters("bfv", 4096, (one,), two, 257))
 
 
 def test_bytes_of_another_length_are_refused(key: RingKey) -> None:
@@ -233,7 +233,7 @@ def test_hostile_bytes_never_reach_seal_but_as_residues(key: RingKey) -> None:
 
 def test_what_seal_writes_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of SEAL with another layout must not be sent from."""
-    key = RingKey.from_seed(Ring(parameters(1024, (24,), 1000)), SEED)
+    key = RingKey.from_seed(SealRing(parameters(1024, (24,), 1000)), SEED)
     seeded = key.encryptor().encrypt_symmetric(key.ring.plaintext(np.ones(1024, np.uint64)))
     right = seal_files.saved(seeded, key.ring._version)
     head = len(right) - 8 * 1024 - 81
@@ -254,7 +254,7 @@ def test_a_build_that_hides_its_zstd_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(seal_files, "_zstd", lambda: None)
     key = RingKey.from_seed  # making a key reads what SEAL wrote too
     with pytest.raises(SealFormatError) as found:
-        key(Ring(parameters(1024, (24,), 1000)), SEED)
+        key(SealRing(parameters(1024, (24,), 1000)), SEED)
     assert "tenseal" in found.value.hint
 
 
@@ -265,7 +265,7 @@ def test_a_system_without_files_in_memory_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_files_are_in_memory_and_hold_no_key_afterwards() -> None:
-    RingKey.from_seed(Ring(parameters(2048, (48,), 2**20)), SEED)
+    RingKey.from_seed(SealRing(parameters(2048, (48,), 2**20)), SEED)
     path = seal_files.scratch()._path
     assert os.readlink(path).startswith("/memfd:")
     assert os.path.getsize(path) == 0
@@ -289,7 +289,7 @@ def test_a_child_process_gets_its_own_file(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_secret_keys_are_not_copied_printed_or_serialised() -> None:
-    key = RingKey.from_seed(Ring(parameters(1024, (24,), 1000)), SEED)
+    key = RingKey.from_seed(SealRing(parameters(1024, (24,), 1000)), SEED)
     for serialise in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(SpecError, match="never serialised"):
             serialise(key)

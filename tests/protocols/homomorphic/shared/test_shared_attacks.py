@@ -36,7 +36,7 @@ from choral.protocols.homomorphic.shared import key_messages, seal_files
 from choral.protocols.homomorphic.shared import party as steps
 from choral.protocols.homomorphic.shared import setup as terms
 from choral.protocols.homomorphic.shared.seal import RingKey, ring_of, ternary
-from choral.protocols.homomorphic.shared.server import Adding, Confirming, Dealing, Known, Totalling
+from choral.protocols.homomorphic.shared.server import Adding, CollectingConfirmations, Dealing, Known, Totalling
 from choral.protocols.homomorphic.shared.setup import Floats
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages, party
@@ -127,7 +127,7 @@ class Network:
         raws = {name: self.pass_on("down", "reveals", name, raw) for name, raw in reveals.items()}
         return Dealing(session.terms, self.plan), revealing, raws
 
-    def meet(self) -> tuple[Confirming, dict[str, Any], dict[str, bytes], dict[str, bytes]]:
+    def meet(self) -> tuple[CollectingConfirmations, dict[str, Any], dict[str, bytes], dict[str, bytes]]:
         """The stage, the parties' states, what was dealt to each, and the dealer's confirmation, as its signature."""
         dealing, revealing, reveals = self.reveal()
         states: dict[str, Any] = {}
