@@ -123,6 +123,10 @@ batch_size = 64
 hidden = 0
 [privacy]
 epsilon = 2
+[secure_sum]
+corrupt = 1
+dropouts = 0
+min_survivors = 3
 [audit]
 canaries = 60
 probe = true
@@ -130,6 +134,9 @@ probe = true
 centralized = true
 [arms.federated-dp]
 private = true
+[arms.federated-dp-shares]
+private = true
+algorithm = {kind = "fedsgd", batch_size = 256, steps_per_round = 2}
 [arms.federated-client]
 private = true
 unit = "client"
@@ -142,9 +149,10 @@ def test_compare_attacks_its_arms_once_and_finds_an_edited_ledger(tmp_path, caps
     words = ["compare", str(config), "--out", str(out), "--workers", "1"]
     assert main(words) == 0
     assert "canary records against the final model" in " ".join(capsys.readouterr().out.split())
-    audits = {arm["name"]: arm["audit"] for arm in json.loads((out / "report.json").read_text())["arms"]}
+    report = json.loads((out / "report.json").read_text())
+    audits = {arm["name"]: arm["audit"] for arm in report["arms"]}
     assert {name: len(each["attacks"]) for name, each in audits.items()} == {
-        "cloud": 1, "federated-dp": 1, "federated-client": 0
+        "cloud": 1, "federated-dp": 1, "federated-dp-shares": 1, "federated-client": 0
     }  # fmt: skip
     attack = audits["federated-dp"]["attacks"][0]
     assert attack["scores"] == 60
@@ -154,10 +162,15 @@ def test_compare_attacks_its_arms_once_and_finds_an_edited_ledger(tmp_path, caps
     assert audits["cloud"]["attacks"][0]["claimed"] is None
     assert audits["federated-dp"]["probe"]["violated"] is False
     assert {name: each["probe"] is None for name, each in audits.items()} == {
-        "cloud": True, "federated-dp": False, "federated-client": True
+        "cloud": True, "federated-dp": False, "federated-dp-shares": True, "federated-client": True
     }  # fmt: skip
+    shares = json.loads(next((out / "arms" / "federated-dp-shares").glob("*/run.json")).read_bytes())
+    assert shares["privacy"].items() >= {"noise": "distributed", "colluders": 1, "min_survivors": 3}.items()
+    assert "noise" not in json.loads(next((out / "arms" / "federated-dp").glob("*/run.json")).read_bytes())["privacy"]
+    claim = next(arm for arm in report["arms"] if arm["name"] == "federated-dp-shares")["claim"]
+    assert "a share of the noise" in claim["sentence"]
     kept = {path: path.read_bytes() for path in (out / "evidence").iterdir()}
-    assert len(kept) == 2
+    assert len(kept) == 3
     ledger = next((out / "arms" / "federated-dp").glob("*/ledger/*.jsonl"))
     ledger.write_bytes(ledger.read_bytes().replace(b'"steps":', b'"steps":1', 1))
     for workers in ("1", "2"):

@@ -141,8 +141,8 @@ def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe
         if not (settings.audit.probe and arm.private):
             continue
         promise = privacy_of(settings, arm, settings.privacy.epsilon)
-        if not isinstance(promise, Privacy):
-            continue
+        if not isinstance(promise, Privacy) or promise.noise != "local":
+            continue  # the probe is of one trainer with all of its own noise
         key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs)
         if key not in made:
             try:

@@ -41,7 +41,8 @@ class PrivacySettings:
     records_per_person: int | None = None
     """The most records that one person holds, if known: what they are promised together is then printed."""
     noise: Literal["distributed", "local", "central"] = "distributed"
-    """Who adds client-level noise: each client a share, each client all of it, or the server."""
+    """Who adds the noise: of clients, each a share, each all of it, or the server. Of records, each party a share with
+    algorithm fedsgd, which takes no other; with other algorithms each party all of its own, whatever is said here."""
     clip: float = 1.0
     """Clipping norm of a client's whole update; where it starts with quantile."""
     quantile: float | None = None
@@ -51,9 +52,10 @@ class PrivacySettings:
     bits: int = 20
     """Bits of a coordinate of the sum with client-level noise."""
     min_survivors: int | None = None
-    """Clients that distributed noise is sized for; by default as for the secure sum, or a majority."""
+    """Clients that distributed noise is sized for; by default as for the secure sum, or a majority. Of records, as for
+    the secure sum."""
     colluders: int = 1
-    """Clients whose share of the noise the adversary may know."""
+    """Clients, or parties, whose share of the noise the adversary may know."""
 
 
 @dataclass(frozen=True, kw_only=True)

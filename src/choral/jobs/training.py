@@ -273,6 +273,7 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
         raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
     chosen = settings.privacy
     if unit_of(settings, arm) == "record":
+        in_shares = chosen.noise == "distributed" and not arm.centralized and algorithm_of(settings, arm).in_shares
         return Privacy(
             epsilon=epsilon,
             delta=chosen.delta,
@@ -280,6 +281,8 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
             epochs=settings.training.local_epochs,
             neighbours=chosen.neighbours,
             records_per_person=chosen.records_per_person,
+            noise="distributed" if in_shares else "local",
+            colluders=chosen.colluders,
         )
     if chosen.neighbours != NEIGHBOURS:
         raise ConfigError(
