@@ -94,10 +94,10 @@ class ShareLedgers:
     def begin(self, length: int) -> tuple[SharesCodec, dict[str, SharesParty]]:
         """What the server holds, and every party, each of which computes the plan's cost anew for its own ledger.
 
+        No party where all rounds are done: its steps are used, and without one nothing can be sent.
         Raises: as :func:`plan_shares`; BudgetExceededError.
         """
         plan = self.plan(length)
-        parties = {
-            name: SharesParty(self.privacy, plan, holder=name, ledger=ledger) for name, ledger in self.ledgers.items()
-        }
+        to_come = self.ledgers.items() if self.recorder.completed < self.job.rounds else ()
+        parties = {name: SharesParty(self.privacy, plan, holder=name, ledger=ledger) for name, ledger in to_come}
         return SharesCodec(tuple(self.job.census.names), plan), parties

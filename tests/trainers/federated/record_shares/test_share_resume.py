@@ -133,6 +133,9 @@ def test_a_run_that_was_stopped_between_rounds_goes_on_to_its_end(task: Make, tm
     assert run.history[-1].round == 3
     assert not run.info.ended
     assert set(steps_of(folder).values()) == {12}
+    again = resumed(task(), folder)  # of a finished run nothing is left to do, and nothing is spent
+    assert again.history == run.history
+    assert set(steps_of(folder).values()) == {12}
     assert audit(folder).verdict == "holds"
 
 
