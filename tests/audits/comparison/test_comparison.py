@@ -146,6 +146,7 @@ def test_a_masked_sum_that_changes_nothing_holds(arms: Arms) -> None:
         ("federated-masked", "federated", seed, 0.0) for seed in range(3)
     ]
     assert check(report, "equals").verdict == "holds"
+    assert "identical, to the last bit, at each of 3 seeds" in check(report, "equals").finding
 
 
 @pytest.mark.parametrize(
