@@ -98,7 +98,10 @@ class PartyDriver(Protocol):
         ...
 
     def supply(self, vector: IntVector | torch.Tensor) -> tuple[bytes, ...]:
-        """The vector that was asked for. Raises: InputError, after which a right one may follow; StateUsedError."""
+        """The vector that was asked for last; who trains beside ``handle`` must drop one that a later Begin overtook.
+
+        Raises: InputError, after which a right one may follow; StateUsedError.
+        """
         ...
 
     def decline(self) -> None:

@@ -678,3 +678,15 @@ def test_rounds_that_are_left_once_the_vectors_are_there_open_nothing(deployed: 
                 net.parties[name].handle(raw)
     assert len(net.asked) == 12
     assert net.round().survivors == net.names
+
+
+def test_a_setup_that_was_never_seen_ends_a_session_however_late_and_no_longer_than_to_the_next(deployed: Any) -> None:
+    """A party cannot tell it from a new one. Nothing is summed twice for it: the session before is dead."""
+    net = deployed(4, kind=Masked(corrupt=1))
+    late = next(net.kind.server_driver(net.spec, directory=net.directory).open()).outbox["p0"]
+    net.open()
+    assert net.round().survivors == net.names
+    net.parties["p0"].handle(late)
+    assert net.round().survivors == net.names[1:]
+    assert "before the session was open" in str(net.refused[-1][1])
+    assert net.open().round().survivors == net.names
