@@ -36,17 +36,16 @@ from choral.protocols.driver import NeedsVector, PartyDriver
 from choral.protocols.errors import FaultyServerError, MessageError
 from choral.trainers.algorithms.interface import (
     Algorithm,
-    Batch,
     Done,
     Failed,
     FederationInfo,
     LocalTrainer,
     Party,
-    Train,
     Work,
 )
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.engines.fastest import Fastest
+from choral.trainers.federated.checks import check_fits
 from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
 from choral.trainers.federated.failures import beyond
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
@@ -184,9 +183,9 @@ class TrainingParty:
             state=dict(self.state or {}),
         )
         work = self.terms.algorithm.work(self._view, told.ask)
-        if (ledger := self._ledger) is not None and isinstance(work, Train | Batch):
-            paid = len(ledger.events)
-            self._unpaid = lambda: len(ledger.events) <= paid
+        if (ledger := self._ledger) is not None:
+            before = written(ledger)
+            self._unpaid = lambda: written(ledger) <= before
         return work
 
     def answer(self, done: Done | Failed) -> Encoded | None:
@@ -295,8 +294,8 @@ def own_party(
     that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
     records, and what remembers that it was spent; both or none.
 
-    Raises: ConfigError (one of the two, delta not below 1/n, more records than the cap of weights), DataError,
-        LedgerError, TaskError (a model that the terms are not for); what ``build`` does.
+    Raises: ConfigError (one of the two, an algorithm that releases what the promise does not cover, delta not below
+        1/n, more records than the cap of weights), DataError, LedgerError; what ``build`` does.
     """
     if (privacy is None) != (ledger is None):
         raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
@@ -305,6 +304,7 @@ def own_party(
         raise ConfigError(
             f"{examples} records weigh more than the cap of {terms.federation.largest} that was agreed on"
         )
+    check_fits(terms.algorithm, privacy, task.loss)
     engines: dict[str, PrivacyEngine] = {}
     if privacy is not None and ledger is not None:
         check_delta(privacy, {name: examples})
@@ -335,6 +335,13 @@ def own_party(
     return TrainingParty(
         name, own, codecs, examples=examples, ledger=ledger, state=state, trainer=trainer, drivers=drivers(own)
     )
+
+
+def written(ledger: Ledger) -> int:
+    """How much is written in a ledger, which only grows: of a file its bytes, which need not be read for that."""
+    if ledger.path is None:
+        return len(ledger.events)
+    return ledger.path.stat().st_size if ledger.path.exists() else 0
 
 
 def code_here() -> str:

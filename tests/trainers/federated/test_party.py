@@ -18,12 +18,13 @@ import party_program as program
 from party_program import NAMES, Coordinator, Site
 
 from choral import Keep, Masked, federate
-from choral.privacy import EncodingError, Ledger
+from choral.errors import ConfigError
+from choral.privacy import EncodingError, Ledger, Privacy
 from choral.protocols.errors import FaultyServerError, MessageError, TooFewSurvivorsError
 from choral.trainers import Compute, Encoding, FedProx
 from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
-from choral.trainers.federated.party import own_party
+from choral.trainers.federated.party import TrainingParty, own_party
 from choral.trainers.local_steps.resident_model import initial_model
 from choral.trainers.task.flat_vector import Layout
 
@@ -220,16 +221,29 @@ def test_a_party_with_other_terms_refuses_before_it_has_paid(
 def test_the_promise_in_the_terms_is_the_partys_own(tmp_path: Path) -> None:
     """A server that asks for a weaker promise gets no digest that fits it."""
     asked = replace(program.terms_of("private"), privacy={"epsilon": 400.0})
-    party = own_party(
-        "north",
-        program.dataset_of("north"),
-        program.TASK,
-        asked,
-        lambda _: {},
-        privacy=program.PRIVACY,
-        ledger=Ledger(tmp_path / "north.jsonl"),
-    )
+    party = own(tmp_path, terms=asked)
     assert party.terms.digest == program.terms_of("private").digest != asked.digest
+
+
+def own(tmp_path: Path, **changed: Any) -> TrainingParty:
+    """What north makes of terms, by itself."""
+    given: dict[str, Any] = {"privacy": program.PRIVACY, "ledger": Ledger(tmp_path / "north.jsonl")}
+    asked = changed.pop("terms", program.terms_of("private"))
+    given |= changed
+    return own_party("north", program.dataset_of("north"), program.TASK, asked, lambda _: {}, **given)
+
+
+def test_a_party_refuses_at_its_own_door_what_its_promise_does_not_cover(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="read from the records outside fit"):
+        own(tmp_path, terms=program.terms_of("dane"))
+    with pytest.raises(ConfigError, match="go together"):
+        own(tmp_path, ledger=None)
+    with pytest.raises(ConfigError, match="not below 1/n"):
+        own(tmp_path, privacy=Privacy(epsilon=1.0, delta=0.1))
+    small = replace(program.terms_of("private").federation, largest=32)
+    with pytest.raises(ConfigError, match="40 records weigh more than the cap that was agreed on, 32"):
+        own(tmp_path, terms=replace(program.terms_of("private"), federation=small))
+    assert not (tmp_path / "north.jsonl").exists()
 
 
 def test_training_that_goes_by_the_ledger_is_not_sent(tmp_path: Path) -> None:
