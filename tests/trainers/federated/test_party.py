@@ -241,7 +241,7 @@ def test_a_party_refuses_at_its_own_door_what_its_promise_does_not_cover(tmp_pat
     with pytest.raises(ConfigError, match="not below 1/n"):
         own(tmp_path, privacy=Privacy(epsilon=1.0, delta=0.1))
     small = replace(program.terms_of("private").federation, largest=32)
-    with pytest.raises(ConfigError, match="40 records weigh more than the cap that was agreed on, 32"):
+    with pytest.raises(ConfigError, match="40 records weigh more than the cap of 32 that was agreed on"):
         own(tmp_path, terms=replace(program.terms_of("private"), federation=small))
     assert not (tmp_path / "north.jsonl").exists()
 
