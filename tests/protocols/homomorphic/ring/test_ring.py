@@ -113,7 +113,7 @@ def seal_products(degree: int, prime: int, polynomials: Any, factor: Any) -> Any
     SEAL reads a plaintext's coefficient above half its modulus as negative, so the factor is centred as ours is.
     """
     plain = 2 * int(np.abs(factor).max()) + 3
-    theirs = seal.Ring(seal.RingParameters("bfv", degree, (prime,), 0, plain))
+    theirs = seal.SealRing(seal.RingParameters("bfv", degree, (prime,), 0, plain))
     width = -(-prime.bit_length() // 8)
     body = b"".join(int(v).to_bytes(width, "little") for v in np.concatenate(polynomials))
     ciphertext = theirs.load_sum(body)
