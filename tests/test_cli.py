@@ -306,7 +306,7 @@ def test_top_level(capsys):
         (SMALL + "[participation.dropouts]\nvector = 2", "chances in [0, 1)", ""),
         (SMALL + "[participation]\ncohort = 4", "arm 'federated': expected a cohort of 2 to 3", ""),
         (SMALL + '[participation]\ncohort = 2\n[algorithm]\nkind = "scaffold"', "scaffold needs every party", "FedAvg"),
-        ("dropout_rate = 0.1\n" + SMALL, "unknown key dropout_rate", "known keys"),
+        ("dropout_rate = 0.1\n" + SMALL, "unknown key dropout_rate", "did you mean participation.dropouts.vector?"),
     ],
 )
 def test_bad_settings_end_with_2_and_one_line(edit, message, hint, tmp_path, capsys):
@@ -416,7 +416,7 @@ def _replace(**parts: str) -> str:
             [],
             "diverged in round 1",
         ),
-        (_replace(), ["--dropout-rate", "0.99"], "needed"),
+        (_replace(), ["--participation.dropouts.vector", "0.99"], "needed"),
         (_replace(), ["--privacy.delta", "0.01"], "not below 1/n"),
         (_replace(), ["--privacy.epsilon", "0"], "epsilon"),
         (_replace(), ["--secure-sum.min-survivors", "9"], "min_survivors"),
@@ -444,7 +444,7 @@ def test_bad_tasks_and_flags_name_the_fault_and_hint(body, flags, message, tmp_p
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_errors_of_a_worker_reach_the_user(workers, config, tmp_path, capsys):
-    words = ["compare", config, "--out", str(tmp_path / "out"), "--quiet", "--dropout-rate", "0.99"]
+    words = ["compare", config, "--out", str(tmp_path / "out"), "--quiet", "--participation.dropouts.vector", "0.99"]
     assert main([*words, "--workers", workers]) == 2
     error = capsys.readouterr().err
     assert re.search("needed|submitted", error)

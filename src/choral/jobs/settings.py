@@ -219,6 +219,10 @@ def to_json(settings: Any) -> dict[str, Any]:
     return plain
 
 
+FORMER = {"dropout_rate": "participation.dropouts.vector"}
+"""Keys that settings had, and what says the same now."""
+
+
 def _check_table(table: Mapping[str, Any], kind: Any, path: str, prefix: str) -> None:
     if not dataclasses.is_dataclass(kind):
         if get_args(kind) and get_args(kind)[-1] is Arm:
@@ -229,7 +233,7 @@ def _check_table(table: Mapping[str, Any], kind: Any, path: str, prefix: str) ->
     hints = get_type_hints(kind)
     for key, value in table.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
+            near = [FORMER[prefix + key]] if prefix + key in FORMER else difflib.get_close_matches(key, hints, n=1)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(hints)}"
             raise ConfigError(f"{path}: unknown key {prefix}{key}", hint=known)
         if isinstance(value, Mapping):
