@@ -150,7 +150,7 @@ def test_words_of_settings_are_listed_with_the_nearest(
     [
         ("--epsilon", "--privacy.epsilon?"),
         ("--rounds", "--training.rounds?"),
-        ("--batch_size=3", "--training.batch-size?"),
+        ("--batch_size=3", "--training.batch-size or --algorithm.batch-size?"),
         ("--alpha", "--split.alpha?"),
     ],
 )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from choral.privacy import SharesParty
 from choral.trainers.algorithms.interface import Batch
 from choral.trainers.local_steps.record_gradients import BATCH, Records
 from choral.trainers.task.device_batches import OnDevice
@@ -19,6 +18,7 @@ from choral.trainers.task.seeding import reseed, seed_of, seeded
 from choral.trainers.task.task import Loss, TaskError
 
 if TYPE_CHECKING:
+    from choral.privacy import SharesParty
     from choral.trainers.local_steps.resident_model import Resident, Seat
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from choral.privacy import Ledger, LedgerError, Privacy, SharesParty, SharesPlan, SharesTerms, Spent, plan_shares
+from choral.privacy import Ledger, LedgerError, Privacy, SharesPlan, SharesTerms, Spent, plan_shares
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.privacy.ledgers.spending import spent_by_records
@@ -21,6 +21,7 @@ from choral.trainers.federated.record_shares.codec import SharesCodec
 from choral.trainers.run_folder.recorder import Recorder
 
 if TYPE_CHECKING:
+    from choral.privacy import SharesParty
     from choral.trainers.federated.plan import Plan
 
 
@@ -97,6 +98,8 @@ class ShareLedgers:
         No party where all rounds are done: its steps are used, and without one nothing can be sent.
         Raises: as :func:`plan_shares`; BudgetExceededError.
         """
+        from choral.privacy import SharesParty  # which loads per-sample gradients
+
         plan = self.plan(length)
         to_come = self.ledgers.items() if self.recorder.completed < self.job.rounds else ()
         parties = {name: SharesParty(self.privacy, plan, holder=name, ledger=ledger) for name, ledger in to_come}

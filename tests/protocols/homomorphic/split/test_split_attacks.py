@@ -93,11 +93,11 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "a huge index": (lambda raw: changed(raw, index=(1 << 32) - 1), "expected piece 0 of 1"),
     "a short body": (lambda raw: changed(raw, body=parsed(raw).body[:-4]), "expected [0-9]+ bytes"),
     "a single byte": (lambda raw: changed(raw, body=b"x"), "expected [0-9]+ bytes"),
-    "a truncated message": (lambda raw: raw[:-1], "no message of this protocol"),
-    "a longer message": (lambda raw: raw + b"x", "no message of this protocol"),
+    "a truncated message": (lambda raw: raw[:-1], "are no message"),
+    "a longer message": (lambda raw: raw + b"x", "are no message"),
     "nothing": (lambda raw: b"", "protocol version"),
     "another version": (lambda raw: bytes([raw[0] + 1]) + raw[1:], "protocol version"),
-    "another kind": (lambda raw: messages.encode(messages.Survivors(bytes(16), 1, b"x")), "no message of this protocol"),
+    "another kind": (lambda raw: messages.encode(messages.Survivors(bytes(16), 1, b"x")), "are no message"),
     "a huge message": (lambda raw: raw + bytes(1 << 24), "at most"),
 }
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
+import choral.privacy
 from choral import Homomorphic, Masked, Participation, Plain, Privacy, federate
 from choral.privacy.noise import shares as noise_shares
 from choral.privacy.record_shares import party as party_module
 from choral.trainers import FedSGD, Run, Task
-from choral.trainers.federated.record_shares import ledgers as ledgers_module
 from choral.trainers.federated.record_shares.codec import SharesCodec
 
 PROMISE = Privacy(4.0, 1e-4, noise="distributed", max_grad_norm=0.5)
@@ -49,7 +49,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(*args: Any, holder: str, **rest: Any) -> Any:
         return real(*args, holder=holder, source=Stream(sum(holder.encode())), **rest)
 
-    monkeypatch.setattr(ledgers_module, "SharesParty", made)
+    monkeypatch.setattr(choral.privacy, "SharesParty", made)
 
 
 @pytest.fixture
