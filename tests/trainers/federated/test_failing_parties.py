@@ -204,7 +204,8 @@ def test_too_few_left_is_a_failed_round_that_patience_covers():
 
 def test_a_private_party_that_fails_has_paid_and_others_go_on(tmp_path):
     privacy = Privacy(epsilon=8.0, delta=1e-3, max_grad_norm=1.0)
-    run = federate(**_job(), privacy=privacy, out=tmp_path / "run")
+    odd = TensorDataset(torch.full((30, 5), BAD), torch.arange(30) % 2)  # whichever records are drawn
+    run = federate(**_job(parties=PARTIES | {"fox": odd}), privacy=privacy, out=tmp_path / "run")
     assert run.history[-1].dropped == {"fox": "its training failed"}
     paid = [len(Ledger(tmp_path / "run" / "ledger" / f"{name}.jsonl").events) for name in ("fox", "ant")]
     assert paid[0] >= 1
