@@ -105,19 +105,6 @@ def widening(honest: int, deviation: float, values: int) -> float:
     return -values * math.log1p(-found) if found < 1.0 else math.inf
 
 
-def least_deviation(honest: int, values: int, most: float) -> float:
-    """Return the least r at which `values` integers of `honest` parties widen by at most `most`, by (3), from 1 up.
-
-    Raises: ConfigError (a number out of range).
-    """
-    if values < 1 or not 0.0 < most < math.inf:
-        raise ConfigError(f"values are {values} and most is {most}, expected >= 1 and a finite number > 0")
-    _check(honest, LEAST_DEVIATION, LEAST_DEVIATION)
-    per_value = math.log1p(-math.expm1(-most / values))
-    found = math.sqrt(max(math.log(2.0001 * honest / per_value) / math.pi**2, 0.0)) * (1.0 + 1e-12)
-    return max(found, LEAST_DEVIATION)
-
-
 def _check(honest: int, deviation: float, least: float) -> None:
     if isinstance(honest, bool) or not isinstance(honest, int) or honest < 1:
         raise ConfigError(f"there are {honest} honest parties, expected an integer >= 1")
