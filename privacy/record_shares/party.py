@@ -117,12 +117,14 @@ class SharesParty:
                 hint="Plan again with most_records as it is; the bound of a step's rows was computed for that.",
             )
         private_model = with_per_sample_gradients(model)
-        optimizer = ShareOptimizer(private_model, self.privacy, self.plan, self._make)
-        if optimizer.length != terms.length:
+        trained = [p for p in private_model._module.parameters() if p.requires_grad]
+        length = sum(p.numel() for p in trained)
+        if length != terms.length:
             raise UnsupportedModelError(
-                f"{optimizer.length} parameters are trained, and the plan is for {terms.length}",
+                f"{length} parameters are trained, and the plan is for {terms.length}",
                 hint="Freeze the same layers at all parties, and plan for what is left.",
             )
+        optimizer = ShareOptimizer(private_model, trained, self.privacy, self.plan, self._make)
         sampler = _OneStep(records, terms.rate, terms.rows, padded=self.padded, source=self._source)
 
         def before_pass() -> None:
@@ -185,13 +187,11 @@ class ShareOptimizer(PrivateOptimizer):
     def __init__(
         self,
         model: PerSampleModel,
+        trained: list[nn.Parameter],
         privacy: Privacy,
         plan: SharesPlan,
         make: Callable[[npt.NDArray[np.float64]], None],
     ) -> None:
-        trained = [p for p in model._module.parameters() if p.requires_grad]
-        if not trained:
-            raise UnsupportedModelError("the model has no trainable parameter", hint="Check requires_grad.")
         self.drawn = 0
         self._shown = 0  # rows of the batch in chunks so far, this one included
         self._make = make
@@ -203,11 +203,6 @@ class ShareOptimizer(PrivateOptimizer):
             expected_batch_size=plan.terms.batch_size,
             source=_no_noise,
         )
-
-    @property
-    def length(self) -> int:
-        """How many numbers are trained."""
-        return sum(p.numel() for p in self.params)
 
     def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
         """See :meth:`PrivateOptimizer.expect`; here of rows, drawn or not."""

@@ -377,6 +377,10 @@ def test_plans_models_and_data_that_do_not_fit_are_refused(problem: Any, loop: L
     party = SharesParty(promise(), planned(), holder="a", ledger=Ledger())
     with pytest.raises(UnsupportedModelError, match="no trainable"):
         party.wrap(nn.Linear(2, 2).requires_grad_(False), DataLoader(Subset(problem.dataset, range(50))))
+    frozen = problem.model()
+    _known = with_per_sample_gradients(frozen)  # before it was frozen
+    with pytest.raises(UnsupportedModelError, match="^0 parameters are trained"):
+        party.wrap(frozen.requires_grad_(False), DataLoader(Subset(problem.dataset, range(50))))
 
 
 def test_one_data_owner_alone_cannot_train_on_a_promise_of_shares(problem: Any) -> None:
