@@ -118,6 +118,16 @@ def check_delta(delta: float) -> None:
         )
 
 
+def refuse_large_delta(delta: float, records: int, holder: str = "") -> None:
+    """Raise ConfigError unless delta is below 1/n for the n records of the data owner `holder`, if one is named."""
+    if delta >= 1.0 / records:
+        whose = f"{holder}: " if holder else ""
+        raise ConfigError(
+            f"{whose}delta is {delta:g}, expected below 1/n = {1 / records:.3g} for {records} records",
+            hint="At delta >= 1/n publishing a record outright would count as private.",
+        )
+
+
 def priced(events: Iterable[RecordEvent], delta: float) -> tuple[tuple[Priced, ...], float]:
     """Return what is priced, and at which delta. Raises: ConfigError (delta; too many failures of shares for it)."""
     check_delta(delta)

@@ -71,6 +71,8 @@ class Privacy:
         noise: "local", each data owner's is enough by itself; or "distributed", in shares that are enough together,
             under a secure sum (:mod:`choral.privacy.record_shares`): for the parties of a federated training alone, of
             which up to `colluders`, >= 1, may tell the adversary their shares. `epochs` is not used then.
+        records_per_person: the most that one person holds, if that is known; `spent` then says what holds for all
+            records of a person together.
     """
 
     epsilon: float
@@ -327,12 +329,7 @@ class PrivacyEngine:
         if self._plan is not None:
             refuse_other_sizes(self._plan, self.holder, records, batch_size)
             return self._plan
-        if self.privacy.delta >= 1.0 / records:
-            raise ConfigError(
-                f"{self.holder}: delta is {self.privacy.delta:g}, expected below 1/n = {1 / records:.3g} "
-                f"for {records} records",
-                hint="At delta >= 1/n publishing a record outright would count as private.",
-            )
+        record_level.refuse_large_delta(self.privacy.delta, records, self.holder)
         steps = records // batch_size if loader.drop_last else math.ceil(records / batch_size)
         remaining, entry = self._remaining(), None if resume is None else resume.get("privacy")
         self._steps, self._known = steps, len(remaining.state.before)

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Generic, Literal, TypeVar
 
 from choral.errors import ConfigError
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.accounting.plain_numbers import as_integer, is_number
 from choral.privacy.dpsgd.engine import Privacy
@@ -121,8 +122,7 @@ def _checked(
     records, batch_size = as_integer("records", records), as_integer("batch_size", batch_size)
     if batch_size > records:
         raise ConfigError(f"batch_size is {batch_size}, expected at most the {records} records")
-    if privacy.delta >= 1.0 / records:
-        raise ConfigError(f"delta is {privacy.delta:g}, expected below 1/n = {1 / records:.3g} for {records} records")
+    record_level.refuse_large_delta(privacy.delta, records)
     return records, batch_size
 
 

@@ -270,7 +270,7 @@ def plan_shares(privacy: Privacy, terms: SharesTerms) -> SharesPlan:
     Raises: ConfigError (a promise of another kind of noise; delta), BudgetExceededError (no noise is enough).
     """
     refuse_other_promise(privacy)
-    _refuse_large_delta(privacy.delta, terms.records)
+    record_level.refuse_large_delta(privacy.delta, terms.records)
     failures = terms.steps * (terms.failure + CAP_FAILURE)
     if failures > privacy.delta / 2.0:
         raise ConfigError(
@@ -295,14 +295,6 @@ def plan_shares(privacy: Privacy, terms: SharesTerms) -> SharesPlan:
     return plan
 
 
-def _refuse_large_delta(delta: float, records: int) -> None:
-    if delta >= 1.0 / records:
-        raise ConfigError(
-            f"delta is {delta:g}, expected below 1/n = {1 / records:.3g} for {records} records",
-            hint="At delta >= 1/n publishing a record outright would count as private.",
-        )
-
-
 def refuse_other_promise(privacy: Privacy) -> None:
     """Raise ConfigError unless the promise is one of noise in shares."""
     if privacy.noise != "distributed":
@@ -320,7 +312,7 @@ def refuse_broken_promise(privacy: Privacy, plan: SharesPlan) -> None:
     each how many others add theirs.
     """
     refuse_other_promise(privacy)
-    _refuse_large_delta(privacy.delta, plan.terms.records)
+    record_level.refuse_large_delta(privacy.delta, plan.terms.records)
     hint = "The party's own settings decide; no server may weaken them."
     if plan.clip != norm_of_all(privacy.max_grad_norm):
         raise PrivacyError(
