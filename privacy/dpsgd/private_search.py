@@ -21,6 +21,7 @@ from choral.privacy.accounting.events import PoissonSampledGaussian, Search
 from choral.privacy.accounting.plain_numbers import as_integer, is_number
 from choral.privacy.dpsgd.engine import Privacy
 from choral.privacy.dpsgd.execution_plan import ExecutionPlan, PoissonPlan
+from choral.privacy.dpsgd.where_noise import refuse_shares
 from choral.privacy.errors import BudgetExceededError, PrivacyError
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.ledgers.spent import Spent
@@ -115,6 +116,7 @@ def _checked(
     """Return the loader's sizes as Python's own numbers. Raises: ConfigError for an argument that does not fit."""
     if type(privacy) is not Privacy:
         raise ConfigError(f"privacy is a {type(privacy).__name__}, expected a Privacy with sampled batches")
+    refuse_shares(privacy.noise)
     if not isinstance(candidates, Sequence) or not candidates:
         raise ConfigError("there are no candidates, expected a list of at least one")
     if not callable(train):

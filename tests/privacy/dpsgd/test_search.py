@@ -308,6 +308,13 @@ def test_bad_input_spends_nothing(bad: dict[str, Any]) -> None:
     assert privacy.spent().epsilon == 0.0
 
 
+def test_a_promise_of_noise_in_shares_is_not_searched_with_other_noise() -> None:
+    privacy = Privacy(epsilon=4.0, delta=1e-3, noise="distributed")
+    with pytest.raises(ConfigError, match="a share of the noise protects nothing"):
+        private_search(privacy, [0.1], train, **options())
+    assert privacy.spent().epsilon == 0.0
+
+
 @pytest.mark.parametrize(
     ("field", "last", "refused"),
     [("mean", 1.0, 0.99), ("mean", 500.0, 500.1), ("shape", 0.0, -0.01), ("shape", 100.0, 100.1)],
