@@ -19,10 +19,8 @@ from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation
+from choral.privacy.accounting.merged_steps import MOST_STEPS, SMALLEST_RATE
 from choral.privacy.errors import AccountingError, BudgetExceededError
-
-_SMALLEST_RATE = 1e-9
-_MOST_STEPS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +133,7 @@ def sample_rate_within(
         event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise_multiplier, steps=count)
         return record_level.epsilon([event], delta, neighbours=neighbours) <= epsilon
 
-    low, high = _SMALLEST_RATE, 1.0
+    low, high = SMALLEST_RATE, 1.0
     if steps is None:
         passes = _check_epochs(epochs)
         steps = _fewest(lambda count: fits(passes / count, count), math.ceil(passes), epsilon)
@@ -158,9 +156,9 @@ def _fewest(fits: Callable[[int], bool], least: int, epsilon: float) -> int:
     low, high = least, 2 * least
     while not fits(high):
         low, high = high, 2 * high
-        if high > _MOST_STEPS:
+        if high > MOST_STEPS:
             raise BudgetExceededError(
-                f"no sample rate fits these passes into epsilon={epsilon:g}, not even in {_MOST_STEPS} steps",
+                f"no sample rate fits these passes into epsilon={epsilon:g}, not even in {MOST_STEPS} steps",
                 hint="Take more noise or fewer passes.",
             )
     while high - low > 1:
@@ -170,8 +168,8 @@ def _fewest(fits: Callable[[int], bool], least: int, epsilon: float) -> int:
 
 
 def _check_epochs(epochs: float | None) -> float:
-    if epochs is None or not (math.isfinite(epochs) and 0.0 < epochs <= _MOST_STEPS):
-        raise ConfigError(f"epochs is {epochs}, expected a number > 0 and at most {_MOST_STEPS}")
+    if epochs is None or not (math.isfinite(epochs) and 0.0 < epochs <= MOST_STEPS):
+        raise ConfigError(f"epochs is {epochs}, expected a number > 0 and at most {MOST_STEPS}")
     return float(epochs)
 
 
