@@ -1,8 +1,9 @@
 """What releases cost: epsilon at a delta, of records' releases. Imports no torch.
 
-Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`) or the matrix
-mechanism (:class:`CorrelatedGaussian`, which is one Gaussian mechanism), and an adversary who sees every noisy sum but
-neither the noise nor who was sampled. Two neighbour relations: *zero out one record* (dp-accounting's REPLACE_SPECIAL,
+Every number here is for the Poisson-sampled Gaussian mechanism (:class:`PoissonSampledGaussian`; sums of shares,
+:class:`PoissonSampledShares`, are priced as one, at delta less their failures) or the matrix mechanism
+(:class:`CorrelatedGaussian`, which is one Gaussian mechanism), and an adversary who sees every noisy sum but neither
+the noise nor who was sampled. Two neighbour relations: *zero out one record* (dp-accounting's REPLACE_SPECIAL,
 of the same cost as its ADD_OR_REMOVE_ONE), and *replace one record* (its REPLACE_ONE;
 :mod:`choral.privacy.loss_distributions.replace_one`).
 

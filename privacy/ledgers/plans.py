@@ -8,9 +8,8 @@ been fixed to be released before any of it was seen. Two rules follow, and every
    by the whole plan's cost. What was really spent is printed beside, and is a bound for whoever had fixed in advance
    that he would stop there. A process that starts again goes on with the plan, as long as passes of it are left.
 2. **A further plan** is admitted if a filter (:mod:`choral.privacy.accounting.filters`) admits the first plan *in
-full*, whether
-   or not it came to its end, and all that was released together with the whole of the new plan. The new plan ends
-   those before it.
+   full*, whether or not it came to its end, and all that was released together with the whole of the new plan. The new
+   plan ends those before it.
 
 Why this is right: whether the filter admits the whole first plan is settled before anything is released. If it does
 not, nothing is ever added, and everything is (epsilon, delta)-DP by rule 1. If it does, everything on the ledger is

@@ -2,8 +2,8 @@
 
 The grid u = C 2^-k is that of the opened sum; the share's deviation r = s C / u lies in [8, 16), so that rounding adds
 at most 1 / (12 * 64), .13 per cent, to the variance of the noise, and theta is below 10^-268 for up to a million
-parties (:mod:`choral.privacy.noise.share_rounding`). The value is rounded to a finer grid v = u 2^-m, the noise too, and the
-two are added as integers. Then the sum is rounded to u by a shift,
+parties (:mod:`choral.privacy.noise.share_rounding`). The value is rounded to a finer grid v = u 2^-m, the noise too,
+and the two are added as integers. Then the sum is rounded to u by a shift,
 
     (value + noise + 2^(m-1)) >> m,                                                                                (1)
 
