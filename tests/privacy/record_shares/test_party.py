@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 from choral.errors import ConfigError
 from choral.privacy import (
@@ -346,6 +346,26 @@ def test_no_more_steps_than_planned_and_a_process_that_starts_again_goes_on(
         Setup(problem, loop, ledger=Ledger(path), plan=plan)  # another whole plan is no part of the promise
 
 
+def test_two_wraps_of_one_party_share_its_steps_and_a_spent_plan_draws_nothing(
+    problem: Any, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass was begun while a step was left; the second vector is not made."""
+    here = Setup(problem, loop, plan=planned(steps=1))
+    model, optimizer, loader = here.party.wrap(problem.model(), DataLoader(here.data))
+    batches = iter(loader)
+    x, y = next(batches)
+    here.step()
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(BudgetExceededError, match="1 steps"):
+        optimizer.step()
+    with pytest.raises(PrivacyError, match="no step"):
+        here.party.take()
+    assert len(here.ledger.events) == 1
+    monkeypatch.setattr(party_module, "poisson_sample", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(BudgetExceededError, match="1 steps"):
+        here.step()
+
+
 def test_another_process_that_spent_is_noticed(problem: Any, loop: Loop, tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     plan = planned()
@@ -379,7 +399,10 @@ def test_plans_models_and_data_that_do_not_fit_are_refused(problem: Any, loop: L
         party.wrap(nn.Linear(2, 2).requires_grad_(False), DataLoader(Subset(problem.dataset, range(50))))
     frozen = problem.model()
     _known = with_per_sample_gradients(frozen)  # before it was frozen
-    with pytest.raises(UnsupportedModelError, match="^0 parameters are trained"):
+    weighted = DataLoader(Subset(problem.dataset, range(50)), sampler=WeightedRandomSampler([1.0] * 50, 50))
+    with pytest.raises(UnsupportedLoaderError, match="WeightedRandomSampler"):
+        party.wrap(problem.model(), weighted)
+    with pytest.raises(UnsupportedModelError, match=r"^0 parameters are trained"):
         party.wrap(frozen.requires_grad_(False), DataLoader(Subset(problem.dataset, range(50))))
 
 
