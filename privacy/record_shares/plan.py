@@ -201,11 +201,6 @@ class SharesPlan:
         whole = msgspec.structs.replace(self.event, steps=self.terms.steps)
         return record_level.epsilon([whole], delta, neighbours=neighbours)
 
-    def epsilon_rdp(self, delta: float, *, neighbours: str = NEIGHBOURS) -> float:
-        """Return the same by Renyi DP, the looser bound, computed independently."""
-        whole = msgspec.structs.replace(self.event, steps=self.terms.steps)
-        return record_level.epsilon_rdp([whole], delta, neighbours=neighbours)
-
     def realised(self, survivors: Sequence[int], delta: float, *, neighbours: str = NEIGHBOURS) -> float:
         """Return what sums over so many `survivors` each would have cost: **true only on the condition** of REALISED.
 

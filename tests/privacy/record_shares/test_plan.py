@@ -17,6 +17,8 @@ from choral.privacy import AdaptiveClip, PerLayerClip, PoissonSampledGaussian, P
 from choral.privacy.accounting import other_accountants
 from choral.privacy.accounting import record_level as accounting
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT
+from choral.privacy.errors import AccountingError
+from choral.privacy.record_shares import plan as plan_module
 from choral.privacy.record_shares.plan import (
     ALSO_ADD_OR_REMOVE,
     CAP_FAILURE,
@@ -54,7 +56,8 @@ def test_the_plan_costs_what_is_promised_and_no_less_than_a_thousandth_of_it(rel
     plan = plan_shares(promise(neighbours=relation), terms())
     cost = plan.epsilon(DELTA, neighbours=relation)
     assert 0.998 <= cost <= 1.0
-    assert cost <= plan.epsilon_rdp(DELTA, neighbours=relation)
+    whole = msgspec.structs.replace(plan.event, steps=300)
+    assert cost <= accounting.epsilon_rdp([whole], DELTA, neighbours=relation)
     # From the figures alone: dp-accounting's own code, at delta less the failures.
     rate, sigma = 64 / 1437, plan.noise_multiplier / (1 + plan.event.stretch)
     ideal = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=sigma, steps=300)
@@ -226,6 +229,16 @@ def test_a_plan_of_numbers_that_do_not_fit() -> None:
     for clip in (0.0, math.nan, True):
         with pytest.raises(ConfigError):
             dataclasses.replace(plan, clip=clip)
+    with pytest.raises(ConfigError, match="does not fit 63 bits"):
+        dataclasses.replace(plan, terms=terms(parties=2**54))
+
+
+def test_a_plan_of_less_noise_than_was_solved_for_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own cost decides, whatever calibration says."""
+    solved = plan_module.noise_multiplier
+    monkeypatch.setattr(plan_module, "noise_multiplier", lambda *args, **kw: 0.99 * solved(*args, **kw))
+    with pytest.raises(AccountingError, match="costs more than it was calibrated for"):
+        plan_shares(promise(), terms())
 
 
 def test_each_party_holds_the_plan_against_its_own_promise() -> None:
