@@ -429,12 +429,6 @@ def test_the_tries_of_a_search_are_events_of_training(tries: Any) -> None:
         Search(tries=tries, mean=2.0)
 
 
-def test_a_poisson_number_of_tries_has_no_shape() -> None:
-    assert Search(tries=(event(0.1, 1.0),), mean=2.0, distribution="poisson").shape == 1.0
-    with pytest.raises(ConfigError, match=r"shape is 2\.0, but the distribution is poisson"):
-        Search(tries=(event(0.1, 1.0),), mean=2.0, distribution="poisson", shape=2.0)
-
-
 def test_no_other_relation_has_a_cost() -> None:
     assert [replaces(words) for words in (ZERO_OUT, ADD_OR_REMOVE, REPLACE_ONE)] == [False, False, True]
     with pytest.raises(ConfigError, match="neighbours is 'any', of which no record's cost is known"):
