@@ -1,4 +1,4 @@
-"""The errors of this room. Each says what was refused; nothing is spent and nothing released by a refusal."""
+"""The errors of private training. Each says what was refused; nothing is spent and nothing released by a refusal."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from choral.privacy.accounting.matrix_strategies import Strategy
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
 from choral.privacy.noise.share_rounding import widening
 
-_LEAST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
+_MOST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
 
 UNIT = "record"
 ZERO_OUT = "zero out one record"  # one record is replaced by an empty one, which adds zero to every step
@@ -161,7 +161,7 @@ class PoissonSampledShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
             raise ConfigError(f"honest is {self.honest} of {self.parties} parties, expected at most all")
         if not (0.0 <= self.stretch < 1.0 and 0.0 <= self.failure < 1.0):
             raise ConfigError(f"stretch is {self.stretch} and failure {self.failure}, expected >= 0 and below 1")
-        if not widening(self.parties, self.deviation, self.length) <= _LEAST_WIDENING:
+        if not widening(self.parties, self.deviation, self.length) <= _MOST_WIDENING:
             raise ConfigError(
                 f"a share is {self.deviation:g} steps of the grid, too few for {self.parties} parties and"
                 f" {self.length} coordinates to sum up as one Gaussian",

@@ -44,7 +44,7 @@ def rows_of(inputs: Any, drawn: int | None) -> int:
 
 
 def same_random_numbers(value: Any, model: nn.Module | None = None) -> AbstractContextManager[None]:
-    """Leave random numbers as they were, also on the GPUs that hold the tensors in `value`; see :mod:`forward_probes`."""
+    """Leave random numbers as they were, also on the GPUs that hold the tensors in `value`; see forward_probes."""
     return forward_probes.same_random_numbers(
         sorted({t.device.index for t in tensors(value) if t.device.type == "cuda"}), model
     )
