@@ -230,31 +230,6 @@ class SharesPlan:
             )
         return np.asarray(total * (math.ldexp(self.clip, -self.grid.coarse) / self.terms.batch_size))
 
-    def settings(self) -> dict[str, float | int | str | bool]:
-        """The plan as plain data, for what parties sign and for a run's record."""
-        terms = self.terms
-        return {
-            "noise": "distributed",
-            "records": terms.records,
-            "batch_size": terms.batch_size,
-            "steps": terms.steps,
-            "parties": terms.parties,
-            "min_survivors": terms.min_survivors,
-            "colluders": self.colluders,
-            "honest": self.honest,
-            "length": terms.length,
-            "most_records": terms.most_records,
-            "declared": terms.declared,
-            "failure": terms.failure,
-            "max_grad_norm": self.clip,
-            "noise_multiplier": self.noise_multiplier,
-            "share": self.share,
-            "coarse": self.grid.coarse,
-            "fine": self.grid.fine,
-            "rows": terms.rows,
-            "bits": self.bits,
-        }
-
 
 def plan_shares(privacy: Privacy, terms: SharesTerms) -> SharesPlan:
     """Return the plan with the least noise that keeps the promise, on ledgers where nothing was spent.
