@@ -137,6 +137,10 @@ class PrivateOptimizer(OptimizerWrapper):
             )
         return self._zeroed
 
+    def _note_zeroed(self, gone: torch.Tensor) -> None:
+        if self._zeroed is not None:
+            self._zeroed += int(gone.sum())
+
     def expect(self, drawn: int, *, first: bool = True, last: bool = True) -> None:
         """Prepare for the step of a batch, or of its `first` to `last` chunk, of `drawn` records.
 
@@ -237,8 +241,7 @@ class PrivateOptimizer(OptimizerWrapper):
             compare_with_autograd(self._model, self.params, samples)
         if not finite:
             samples = [g.without(gone) for g in samples]
-            if self._zeroed is not None:
-                self._zeroed += int(gone.sum())
+            self._note_zeroed(gone)
         sums = [g.weighted_sum(w) for g, w in zip(samples, clip, strict=True)]
         del samples
         self._model.forget()  # what is not private does not outlive the step

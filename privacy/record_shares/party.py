@@ -211,10 +211,15 @@ class ShareOptimizer(PrivateOptimizer):
 
     def _clip_factors(self, samples: Any) -> tuple[list[torch.Tensor], float, torch.Tensor]:
         factors, within, gone = super()._clip_factors(samples)
-        rows = len(gone)
-        places = torch.arange(self._shown - rows, self._shown, device=gone.device)
-        counts = (places < self.drawn).to(factors[0].dtype)
+        counts = self._are_drawn(gone).to(factors[0].dtype)
         return [factor * counts for factor in factors], within, gone
+
+    def _note_zeroed(self, gone: torch.Tensor) -> None:
+        super()._note_zeroed(gone & self._are_drawn(gone))
+
+    def _are_drawn(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of the rows of this chunk are records that were drawn; a tensor of the same shape and device."""
+        return torch.arange(self._shown - len(rows), self._shown, device=rows.device) < self.drawn
 
     def _release(self, pending: Any) -> None:
         """Let the sum become a vector with noise; no gradient is written to the parameters."""

@@ -243,9 +243,11 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_nothing_raises(
     problem.x[0] = math.inf  # the record that pads
     for places, kept in (([3], []), ([0, 3, 5, 6], [5, 6]), ([], []), ([5], [5])):
         here = Setup(problem, loop)
+        here.optimizer.count_zeroed()
         with monkeypatch.context() as patch:
             quiet(patch, places)
             vector = here.step()
+        assert here.optimizer.zeroed == len(places) - len(kept)
         step = 0.5 * 2.0**-here.plan.grid.coarse
         sums = here.plan.mean(vector) * 20
         assert np.abs(sums - clipped_sum(problem, kept, 0.5)).max() <= step / 2 + 1e-3
