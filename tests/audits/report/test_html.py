@@ -303,3 +303,12 @@ def test_no_template_is_left_unfilled(arms: Arms, budgets: dict[str, list[Run]])
     page = comparison_page(compare(arms, budgets=budgets))
     assert "{{" not in page
     assert "every ε is per record;" in page
+
+
+@pytest.mark.parametrize(("tiles", "columns"), [(3, 3), (6, 6), (7, 4), (8, 4), (13, 5)])
+def test_no_tile_is_left_alone_in_its_row(
+    report: Comparison, monkeypatch: pytest.MonkeyPatch, tiles: int, columns: int
+) -> None:
+    tile = {"label": "Privacy", "value": "none", "note": "", "interval": ""}
+    monkeypatch.setattr("choral.audits.report.html.cards", lambda _: [tile] * tiles)
+    assert f'<div class="cards" style="--columns: {columns}">' in comparison_page(report)

@@ -24,7 +24,7 @@ from choral.audits.report.html import comparison_page
 from choral.audits.report.markdown import comparison_markdown
 from choral.errors import ConfigError
 from choral.privacy import Ledger, LedgerError
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.trainers import Run
 
@@ -207,7 +207,7 @@ def test_attacks_and_probes_stand_by_their_arm(real: Arms, evidence: SimpleNames
     assert "One-run audit with canaries" not in names
     assert "Gradient inversion" in names
     page = comparison_page(report)
-    assert "canaries were put to 2 of 2 arms" in page
+    assert "canaries attacked 2 of 2 configurations" in page
     assert "≥ 0.40" in page
     assert "This report holds no attack" not in page
 
@@ -216,7 +216,7 @@ def test_an_attack_on_some_arms_leaves_the_others_listed_as_not_tried(real: Arms
     report = compare(real, attacks={"federated-dp": [evidence.attack()]})
     assert "One-run audit with canaries" in [entry.name for entry in found_on(report, "cloud").not_run]
     assert "not tried" in comparison_page(report)
-    assert "canaries were put to 1 of 2 arms" in comparison_page(report)
+    assert "canaries attacked 1 of 2 configurations" in comparison_page(report)
 
 
 @pytest.mark.parametrize(
@@ -299,4 +299,4 @@ def test_a_run_where_records_are_replaced_is_recomputed_and_claimed_so(job, tmp_
 
 
 def zero_out_cost(ledger: Path) -> float:
-    return accounting.epsilon(Ledger(ledger).events, 1e-4)
+    return record_level.epsilon(Ledger(ledger).events, 1e-4)
