@@ -52,20 +52,22 @@ def record_canaries(count: int, shape: Sequence[int], classes: int) -> list[tupl
 def loss_scores(
     model: nn.Module, canaries: Sequence[tuple[torch.Tensor, torch.Tensor]], batch: int = 1024
 ) -> npt.NDArray[np.float64]:
-    """Minus the cross-entropy of each canary, shape (m,): high for what the model knows by heart."""
+    """Minus the cross-entropy of each canary, shape (m,): high for what the model knows by heart.
+
+    The model is in evaluation mode meanwhile, and each of its parts in its own mode again afterwards.
+    """
     import torch
 
-    training = model.training
-    model.eval()
+    from choral.privacy.record_independence.shared_inputs import evaluating
+
     device = next(model.parameters()).device
     found = []
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(canaries), batch):
             part = canaries[start : start + batch]
             inputs = torch.stack([x for x, _ in part]).to(device)
             labels = torch.stack([torch.as_tensor(y) for _, y in part]).to(device)
             found.append(-torch.nn.functional.cross_entropy(model(inputs), labels, reduction="none").double().cpu())
-    model.train(training)
     return torch.cat(found).numpy()
 
 

@@ -22,6 +22,7 @@ from choral.audits.attacks.pictures import RECOGNISABLE_PSNR, nearer_p_value, ps
 from choral.audits.findings.evidence import InversionAudit, View
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy, ClientPrivacyEngine, FixedPoint, Ledger
+from choral.privacy.record_independence.shared_inputs import evaluating
 from choral.protocols import Masked
 from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.interface import SumSpec
@@ -69,17 +70,12 @@ class _Global:
 @contextlib.contextmanager
 def _evaluated(module: nn.Module) -> Iterator[_Global]:
     """The model in eval mode, and each of its parts in its own mode again afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
     named = {
         name: value.detach().cpu().clone() for name, value in [*module.named_parameters(), *module.named_buffers()]
     }
     trained = {name: named.pop(name).requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
-    module.eval()
-    try:
+    with evaluating(module):
         yield _Global(module, trained, named)
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def inversion_audit(

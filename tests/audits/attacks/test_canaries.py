@@ -20,7 +20,7 @@ from choral.audits.attacks.score_bounds import TooFewCanariesError
 from choral.audits.lower_bounds.guessing import FixedShares
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy
-from choral.privacy.accounting import client_noise as client_calibration
+from choral.privacy.accounting import client_noise
 from choral.privacy.client_level import central, client
 from choral.protocols import Masked
 from choral.trainers import Task
@@ -74,8 +74,8 @@ def test_a_federation_that_clips_too_late_is_caught(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_federation_with_too_little_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client_calibration.calibrate
-    monkeypatch.setattr(client_calibration, "calibrate", lambda *given, **named: honest(*given, **named) / 30)
+    honest = client_noise.calibrate
+    monkeypatch.setattr(client_noise, "calibrate", lambda *given, **named: honest(*given, **named) / 30)
     monkeypatch.setattr(client.ClientPrivacyEngine, "begin", _begin_for_nothing)
     _, found = audit_clients(**JOB, privacy=PROMISE, canaries=100)
     assert found.finding == "violated", found.sentence
@@ -175,3 +175,31 @@ def test_directions_tell_more_than_crafted_samples() -> None:
     assert direction["other_canaries"] < 0.2 * fresh["other_canaries"]
     # Means of 60 draws err by .006 (measured): the gap of .08 is more than ten times that.
     assert direction["auc"][0] > max(fresh["auc"][0], stale["auc"][0]) + 0.03
+
+
+class Stopping(nn.Module):
+    """A frozen norm among layers that train, which counts its batches and fails at the one that is said."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.norm, self.last, self.at = nn.BatchNorm1d(4), nn.Linear(4, 3), at
+        self.modes: list[bool] = []
+        self.train()
+        self.norm.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.modes.append(self.training)
+        if len(self.modes) == self.at:
+            raise ValueError("stopped")
+        return self.last(self.norm(x))
+
+
+def test_scores_leave_each_layer_in_its_mode_whatever_happens() -> None:
+    canaries = record_canaries(6, (4,), 3)
+    model = Stopping(at=3)
+    assert loss_scores(model, canaries, batch=3).shape == (6,)
+    assert (model.training, model.last.training, model.norm.training) == (True, True, False)
+    with pytest.raises(ValueError, match="stopped"):
+        loss_scores(model, canaries, batch=3)
+    assert (model.training, model.last.training, model.norm.training) == (True, True, False)
+    assert model.modes == [False, False, False]

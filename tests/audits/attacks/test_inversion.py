@@ -110,6 +110,20 @@ def test_the_users_model_is_neither_copied_nor_changed() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_users_model_keeps_its_modes_where_the_attack_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Uncopied().train()
+    model.norm.eval()
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        assert not model.drop.training
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(model, "hidden", fails)
+    with pytest.raises(ValueError, match="stopped"):
+        inversion_audit(model, *digits(), shape=(8, 8), trials=5)
+    assert [part.training for part in (model, model.drop, model.norm)] == [True, True, False]
+
+
 def test_ssim_matches_windows_written_down() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.random((10, 12)), rng.random((10, 12))
