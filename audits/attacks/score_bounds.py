@@ -8,11 +8,8 @@ from functools import partial
 import numpy as np
 
 from choral.audits.findings.evidence import Bound, NullControl
-from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds import trade_off as fdp
-from choral.audits.lower_bounds import trials as bounds
-from choral.audits.lower_bounds.guessing import Bound as BoundOf
-from choral.audits.lower_bounds.guessing import Guessing, GuessingOutcome, shuffled
+from choral.audits.lower_bounds import one_run, trade_off, trials
+from choral.audits.lower_bounds.guessing import Guessing, GuessingOutcome, LowerBound, shuffled, stream_of
 from choral.audits.lower_bounds.roc import Bools, Floats, curve
 from choral.audits.lower_bounds.trials import Counts, rate_interval
 from choral.errors import DataError
@@ -20,6 +17,7 @@ from choral.errors import DataError
 ONE_RUN, FDP = "one run", "one run, Gaussian f-DP"
 EXACT, GAUSSIAN, JOINT = "Clopper-Pearson", "Gaussian from two rates", "joint beta"
 _NULL_LEVEL = 0.99
+_NULL_STREAM = 1  # of random numbers, apart from that of the shuffles
 _SHARED_COINS = (
     "Canaries that share a coin: the control flips one for each. Where several entered together, the bound is false far"
     " more often than it says (twenty to a coin: positive in about half of all audits of a model that leaks nothing)."
@@ -52,7 +50,7 @@ def bounds_by_runs(
 ) -> _Bounded:
     found = _two_sided_bounds(values, inside, threshold, delta, beta)
     null = null_control(
-        lambda coins: bounds.clopper_pearson(_counts(values, coins, threshold, delta), delta=delta, beta=beta),
+        lambda coins: trials.clopper_pearson(_counts(values, coins, threshold, delta), delta=delta, beta=beta),
         values, beta, null_draws, count=int(inside.sum()),
     )  # fmt: skip
     return found, null
@@ -65,7 +63,7 @@ def null_control(
 
     count: of members, where it is fixed; None flips a coin for each.
     """
-    rng = np.random.default_rng(shuffled(scores).tolist()[:64])  # of the order of coins that protect nobody
+    rng = stream_of(scores, _NULL_STREAM)
     positives = 0
     for _ in range(draws):
         if count is None:
@@ -89,7 +87,7 @@ def plain_bound(delta: float, canaries: int, guesses: int, right: int, beta: flo
 
 
 def _gaussian(delta: float, canaries: int, guesses: int, right: int, beta: float) -> float:
-    return fdp.lower_bound(canaries, guesses, right, delta=delta, beta=beta)
+    return trade_off.lower_bound(canaries, guesses, right, delta=delta, beta=beta)
 
 
 def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> GuessingOutcome:
@@ -97,7 +95,7 @@ def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta:
 
 
 def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> tuple[Bound, ...]:
-    def bound(method: str, compute: BoundOf, assumptions: tuple[str, ...], reference: str) -> Bound:
+    def bound(method: str, compute: LowerBound, assumptions: tuple[str, ...], reference: str) -> Bound:
         made = plan.run(scores, members, compute, beta)
         return Bound(
             method=method,
@@ -132,11 +130,11 @@ def _two_sided_bounds(
     prior = "Jeffreys priors on both error rates; the result is a posterior probability and not a confidence."
     shape = "The trade-off curve is that of two shifted normals, so that one pair of rates fixes all of it."
     rows = [
-        (EXACT, "clopper-pearson", bounds.clopper_pearson, (_TRIALS,), "Kairouz et al. 2015; Jagielski et al. 2020"),
-        (JOINT, "joint-beta", bounds.joint_beta, (_TRIALS, prior), "Zanella-Beguelin et al. 2023"),
+        (EXACT, "clopper-pearson", trials.clopper_pearson, (_TRIALS,), "Kairouz et al. 2015; Jagielski et al. 2020"),
+        (JOINT, "joint-beta", trials.joint_beta, (_TRIALS, prior), "Zanella-Beguelin et al. 2023"),
     ]
     if delta > 0.0:
-        rows.append((GAUSSIAN, "gaussian", bounds.gaussian, (_TRIALS, shape), "Nasr et al. 2023"))
+        rows.append((GAUSSIAN, "gaussian", trials.gaussian, (_TRIALS, shape), "Nasr et al. 2023"))
     return tuple(
         Bound(
             method=name,
@@ -144,7 +142,7 @@ def _two_sided_bounds(
             delta=delta,
             confidence=1.0 - beta,
             kind="credible" if name == JOINT else "confidence",
-            ceiling=bounds.ceiling(counts.members, counts.non_members, delta=delta, beta=beta, method=key),
+            ceiling=trials.ceiling(counts.members, counts.non_members, delta=delta, beta=beta, method=key),
             counts={field: getattr(counts, field) for field in Counts.__struct_fields__},
             thresholds=chosen,
             tried=1,

@@ -17,7 +17,7 @@ from choral.audits.lower_bounds import one_run
 from choral.audits.lower_bounds.roc import Bools, Floats
 from choral.errors import ConfigError
 
-Bound = Callable[[int, int, int, float], float]
+LowerBound = Callable[[int, int, int, float], float]
 """From (canaries, guesses, right, beta) to a lower bound."""
 
 DEFAULT_SHARES = (0.02, 0.1, 0.4, 1.0)
@@ -58,7 +58,7 @@ class FixedShares:
     def counts(self, canaries: int) -> tuple[int, ...]:
         return tuple(sorted({one_run.guesses_of(canaries, share) for share in self.shares}))
 
-    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> GuessingOutcome:
+    def run(self, scores: Floats, members: Bools, bound: LowerBound, beta: float) -> GuessingOutcome:
         ordered = members[ranking(scores)]
         counts = self.counts(len(ordered))
         part = beta / len(counts)
@@ -66,7 +66,7 @@ class FixedShares:
         best, guesses = max(found)
         return GuessingOutcome(best, len(ordered), -guesses, right(ordered, -guesses), len(counts))
 
-    def ceiling(self, canaries: int, bound: Bound, beta: float) -> float:
+    def ceiling(self, canaries: int, bound: LowerBound, beta: float) -> float:
         counts = self.counts(canaries)
         return max(bound(canaries, r, r, beta / len(counts)) for r in counts)
 
@@ -81,7 +81,7 @@ class SampleSplit:
     def words(self) -> str:
         return "the share guessed was chosen on one half of the canaries and judged on the other half"
 
-    def run(self, scores: Floats, members: Bools, bound: Bound, beta: float) -> GuessingOutcome:
+    def run(self, scores: Floats, members: Bools, bound: LowerBound, beta: float) -> GuessingOutcome:
         mixed = shuffled(scores)
         first, second = mixed[::2], mixed[1::2]
         trial = members[first][ranking(scores[first])]
@@ -89,7 +89,7 @@ class SampleSplit:
         best = int(np.argmax([bound(len(trial), r, right(trial, r), beta) for r in counts]))
         return FixedShares((self.grid[best],)).run(scores[second], members[second], bound, beta)
 
-    def ceiling(self, canaries: int, bound: Bound, beta: float) -> float:
+    def ceiling(self, canaries: int, bound: LowerBound, beta: float) -> float:
         return max(FixedShares((share,)).ceiling(canaries // 2, bound, beta) for share in self.grid)
 
 
@@ -104,9 +104,17 @@ def ranking(scores: Floats) -> npt.NDArray[np.int64]:
 
 
 def shuffled(scores: Floats) -> npt.NDArray[np.int64]:
-    """A permutation that depends on the scores alone, so that a report can be computed again to the digit."""
+    """A permutation that depends on the scores alone."""
+    return stream_of(scores).permutation(len(scores))
+
+
+def stream_of(scores: Floats, *key: int) -> np.random.Generator:
+    """Random numbers that depend on the scores alone, so that a report can be computed again to the digit.
+
+    Nobody is protected by them. key: of a stream of its own, independent of those of other keys.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(scores, dtype="<f8").tobytes()).digest()
-    return np.random.default_rng(int.from_bytes(digest)).permutation(len(scores))
+    return np.random.default_rng(np.random.SeedSequence(int.from_bytes(digest), spawn_key=key))
 
 
 def right(ordered: Bools, guesses: int) -> int:

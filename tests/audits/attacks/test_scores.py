@@ -18,10 +18,9 @@ from choral.audits.attacks.score_audit import audit_scores, audit_training, cana
 from choral.audits.attacks.score_bounds import FDP, ONE_RUN, TooFewCanariesError, _counts, null_control
 from choral.audits.attacks.score_files import read_score_file, read_scores
 from choral.audits.findings.evidence import ScoreAudit
-from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds import trade_off as fdp
-from choral.audits.lower_bounds import trials as bounds
-from choral.audits.lower_bounds.guessing import FixedShares, SampleSplit, ranking, right
+from choral.audits.lower_bounds import one_run, trade_off, trials
+from choral.audits.lower_bounds.guessing import FixedShares, SampleSplit, ranking, right, stream_of
+from choral.audits.lower_bounds.roc import Bools
 from choral.errors import ChoralError, ConfigError, DataError
 
 
@@ -79,9 +78,9 @@ def test_split_records_give_no_bound() -> None:
 def test_independent_runs_give_two_sided_bounds() -> None:
     scores, inside = shifted(2000, 3.0)
     found = audit_scores(scores, inside, design="runs", delta=1e-5, claimed=1.0, threshold=1.5)
-    counts = bounds.Counts(**found.bounds[0].counts)
+    counts = trials.Counts(**found.bounds[0].counts)
     assert counts.true_positives == int((inside & (scores >= 1.5)).sum())
-    assert found.bounds[0].epsilon == bounds.clopper_pearson(counts, delta=1e-5)
+    assert found.bounds[0].epsilon == trials.clopper_pearson(counts, delta=1e-5)
     assert [bound.kind for bound in found.bounds] == ["confidence", "credible", "confidence"]
     halved = audit_scores(scores, inside, design="runs", delta=1e-5, claimed=1.0)
     assert sum(halved.bounds[0].counts.values()) == 1000
@@ -101,8 +100,8 @@ PROCEDURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     ),
     "one run, split": lambda s, c: SampleSplit().run(s, c, lambda m, r, v, b: _one_run(m, r, v, b), 0.05).epsilon,
     "f-DP, four shares": lambda s, c: FixedShares().run(s, c, _fdp, 0.05).epsilon,
-    "Clopper-Pearson, split": lambda s, c: bounds.clopper_pearson(_counts(s, c, None, DELTA), delta=DELTA),
-    "Clopper-Pearson, fixed": lambda s, c: bounds.clopper_pearson(_counts(s, c, 0.7, DELTA), delta=DELTA),
+    "Clopper-Pearson, split": lambda s, c: trials.clopper_pearson(_counts(s, c, None, DELTA), delta=DELTA),
+    "Clopper-Pearson, fixed": lambda s, c: trials.clopper_pearson(_counts(s, c, 0.7, DELTA), delta=DELTA),
 }
 
 
@@ -111,7 +110,7 @@ def _one_run(m: int, r: int, v: int, beta: float) -> float:
 
 
 def _fdp(m: int, r: int, v: int, beta: float) -> float:
-    return fdp.lower_bound_mu(m, r, v, beta=beta)
+    return trade_off.lower_bound_mu(m, r, v, beta=beta)
 
 
 @pytest.mark.parametrize("name", PROCEDURES)
@@ -119,7 +118,7 @@ def test_null_calibration(name: str, capsys: pytest.CaptureFixture[str]) -> None
     # 500 draws of scores that know nothing of the coins. If the true rate is 5 %, more than 41 positives have
     # probability 1e-3: that is the false-alarm rate here. The uncorrected maximum over thresholds has 30 to 60 %.
     positives, draws = _null_rate(PROCEDURES[name], 500, 240)
-    interval = bounds.rate_interval(positives, draws)
+    interval = trials.rate_interval(positives, draws)
     with capsys.disabled():
         print(f"\nnull, {name}: {positives} of {draws} positive, [{interval.low:.3f}, {interval.high:.3f}]")
     assert positives <= binom.ppf(0.999, draws, 0.05)
@@ -134,12 +133,12 @@ def test_the_joint_beta_bound_is_credible_only() -> None:
     found = []
     for _ in range(250):
         fn, fp = (int(x) for x in rng.binomial(120, flip, size=2))
-        counts = bounds.Counts(true_positives=120 - fn, false_negatives=fn, false_positives=fp, true_negatives=120 - fp)
-        found.append(bounds.region_mass(counts, 1.0, 0.0) < 0.05)
+        counts = trials.Counts(true_positives=120 - fn, false_negatives=fn, false_positives=fp, true_negatives=120 - fp)
+        found.append(trials.region_mass(counts, 1.0, 0.0) < 0.05)
     assert 15 < sum(found) < 50
-    none = bounds.Counts(true_positives=60, false_negatives=60, false_positives=60, true_negatives=60)
-    assert 0.0 < bounds.joint_beta(none, delta=0.0) < 0.1
-    assert bounds.clopper_pearson(none, delta=0.0) == 0.0
+    none = trials.Counts(true_positives=60, false_negatives=60, false_positives=60, true_negatives=60)
+    assert 0.0 < trials.joint_beta(none, delta=0.0) < 0.1
+    assert trials.clopper_pearson(none, delta=0.0) == 0.0
 
 
 def test_the_uncorrected_maximum_over_thresholds_would_be_found_out() -> None:
@@ -185,6 +184,21 @@ def test_ties_are_not_broken_by_the_order_of_the_file() -> None:
     ordered = inside[ranking(scores)]
     assert abs(right(ordered, 300) - 150) < 45  # 5 sigma
     assert audit_scores(scores, inside, design="coins", delta=0.0).bounds[0].epsilon == 0.0
+
+
+def test_random_numbers_of_scores_are_theirs_and_of_one_use_alone() -> None:
+    scores, other = np.arange(64.0), np.arange(64.0) + 1.0
+    drawn = [tuple(stream_of(of, *key).random(4)) for of, key in ((scores, ()), (scores, (1,)), (other, (1,)))]
+    assert len(set(drawn)) == 3
+    assert drawn[1] == tuple(stream_of(scores, 1).random(4))
+    coins: list[Bools] = []
+
+    def bound(inside: Bools) -> float:
+        coins.append(inside)
+        return 0.0
+
+    null_control(bound, scores, 0.05, 1)
+    assert not np.array_equal(coins[0], stream_of(scores).random(64) < 0.5)  # equal by chance: 2^-64
 
 
 def test_coins_are_fair_and_fresh() -> None:

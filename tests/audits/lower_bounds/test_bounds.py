@@ -12,13 +12,11 @@ from scipy.integrate import trapezoid
 from scipy.special import ndtri
 from sklearn.metrics import roc_auc_score
 
-from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds import trade_off as fdp
-from choral.audits.lower_bounds import trials as bounds
+from choral.audits.lower_bounds import one_run, trade_off, trials
 from choral.audits.lower_bounds.roc import area, checked_scores, roc
 from choral.audits.lower_bounds.trials import Counts
 from choral.errors import ConfigError, DataError
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian
 
 # (m, r, v, delta) -> one-run bound, f-DP bound; beta = .05. The first two one-run values are printed in Steinke et al.
@@ -36,7 +34,7 @@ GOLDENS = [
 @pytest.mark.parametrize(("m", "r", "v", "delta", "plain", "gaussian"), GOLDENS)
 def test_one_run_goldens(m: int, r: int, v: int, delta: float, plain: float, gaussian: float) -> None:
     assert one_run.lower_bound(m, r, v, delta=delta) == pytest.approx(plain, abs=5e-6)
-    assert fdp.lower_bound(m, r, v, delta=delta) == pytest.approx(gaussian, abs=1e-5)
+    assert trade_off.lower_bound(m, r, v, delta=delta) == pytest.approx(gaussian, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,7 @@ def test_goldens_of_shifted_scores(shift: float, plain: float, gaussian: float) 
     beta = 0.05 / len(hull)
     best = max(hull[1:], key=lambda p: one_run.lower_bound(2 * n, sum(p), p[1], delta=1e-6, beta=beta) if p[1] else 0.0)
     assert one_run.lower_bound(2 * n, sum(best), best[1], delta=1e-6, beta=beta) == pytest.approx(plain, abs=1e-5)
-    found = max(fdp.lower_bound(2 * n, sum(p), p[1], delta=1e-6, beta=beta) for p in hull[1 : len(hull) // 3 : 5])
+    found = max(trade_off.lower_bound(2 * n, sum(p), p[1], delta=1e-6, beta=beta) for p in hull[1 : len(hull) // 3 : 5])
     assert found == pytest.approx(gaussian, rel=2e-2)
     assert found <= gaussian + 1e-5
 
@@ -98,7 +96,7 @@ def test_fdp_recursion_matches_a_plain_one() -> None:
         return bool(r + h > c / m)
 
     for m, c, right in ((60, 30, 22), (500, 40, 40), (80, 80, 55)):
-        found = fdp.lower_bound_mu(m, c, right)
+        found = trade_off.lower_bound_mu(m, c, right)
         assert refuted(0.999 * found, m, c, right, 0.05)
         assert not refuted(1.001 * found, m, c, right, 0.05)
 
@@ -106,33 +104,33 @@ def test_fdp_recursion_matches_a_plain_one() -> None:
 def test_the_gaussian_of_mu_costs_what_the_accountant_says() -> None:
     for mu, delta in ((0.5, 1e-5), (1.0, 1e-5), (3.0, 1e-6)):
         event = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=1.0 / mu, steps=1)
-        assert fdp.epsilon_of_mu(mu, delta) == pytest.approx(accounting.epsilon([event], delta), rel=2e-3)
-    assert fdp.epsilon_of_mu(1.0, 1e-5) == pytest.approx(4.38, abs=5e-3)
-    assert fdp.epsilon_of_mu(0.0, 1e-5) == 0.0
+        assert trade_off.epsilon_of_mu(mu, delta) == pytest.approx(record_level.epsilon([event], delta), rel=2e-3)
+    assert trade_off.epsilon_of_mu(1.0, 1e-5) == pytest.approx(4.38, abs=5e-3)
+    assert trade_off.epsilon_of_mu(0.0, 1e-5) == 0.0
 
 
 def test_two_sided_goldens() -> None:
     counts = Counts(true_positives=300, false_negatives=200, false_positives=100, true_negatives=400)
-    assert bounds.upper_rate(200, 500, 0.025) == pytest.approx(0.44443, abs=5e-6)
-    assert bounds.upper_rate(100, 500, 0.025) == pytest.approx(0.23779, abs=5e-6)
-    assert bounds.clopper_pearson(counts, delta=1e-5) == pytest.approx(0.84858, abs=5e-6)
-    assert bounds.gaussian(counts, delta=1e-5) == pytest.approx(3.646, abs=5e-4)
+    assert trials.upper_rate(200, 500, 0.025) == pytest.approx(0.44443, abs=5e-6)
+    assert trials.upper_rate(100, 500, 0.025) == pytest.approx(0.23779, abs=5e-6)
+    assert trials.clopper_pearson(counts, delta=1e-5) == pytest.approx(0.84858, abs=5e-6)
+    assert trials.gaussian(counts, delta=1e-5) == pytest.approx(3.646, abs=5e-4)
     few = Counts(true_positives=50, false_negatives=450, false_positives=0, true_negatives=500)
-    assert bounds.clopper_pearson(few, delta=1e-5) == pytest.approx(2.324, abs=5e-4)
+    assert trials.clopper_pearson(few, delta=1e-5) == pytest.approx(2.324, abs=5e-4)
 
 
-@pytest.mark.parametrize(("count", "trials"), [(0, 7), (3, 7), (7, 7), (100, 500)])
-def test_rates_match_scipys_exact_interval(count: int, trials: int) -> None:
-    found = bounds.rate_interval(count, trials, 0.9)
-    oracle = stats.binomtest(count, trials).proportion_ci(confidence_level=0.9, method="exact")
+@pytest.mark.parametrize(("count", "tried"), [(0, 7), (3, 7), (7, 7), (100, 500)])
+def test_rates_match_scipys_exact_interval(count: int, tried: int) -> None:
+    found = trials.rate_interval(count, tried, 0.9)
+    oracle = stats.binomtest(count, tried).proportion_ci(confidence_level=0.9, method="exact")
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
 
 
 def test_a_bound_may_come_from_either_direction() -> None:
     rare = Counts(true_positives=20, false_negatives=480, false_positives=0, true_negatives=500)
     turned = Counts(true_positives=500, false_negatives=0, false_positives=480, true_negatives=20)
-    assert bounds.clopper_pearson(rare, delta=1e-5) == pytest.approx(bounds.clopper_pearson(turned, delta=1e-5))
-    assert bounds.joint_beta(rare, delta=1e-5) == pytest.approx(bounds.joint_beta(turned, delta=1e-5), rel=1e-4)
+    assert trials.clopper_pearson(rare, delta=1e-5) == pytest.approx(trials.clopper_pearson(turned, delta=1e-5))
+    assert trials.joint_beta(rare, delta=1e-5) == pytest.approx(trials.joint_beta(turned, delta=1e-5), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +138,7 @@ def test_a_bound_may_come_from_either_direction() -> None:
 )
 def test_joint_beta_matches_draws_from_the_posterior(counts: tuple[int, int, int, int]) -> None:
     tp, fn, fp, tn = counts
-    found = bounds.joint_beta(
+    found = trials.joint_beta(
         Counts(true_positives=tp, false_negatives=fn, false_positives=fp, true_negatives=tn), delta=1e-3
     )
     rng = np.random.default_rng(11)
@@ -160,7 +158,7 @@ def test_ceilings_are_what_perfect_guesses_give_and_need_so_many_canaries() -> N
         assert one_run.ceiling(fewer, one_run.guesses_of(fewer, guessed), delta=1e-5) < epsilon
     with pytest.raises(ConfigError, match="no number of canaries"):
         one_run.canaries_needed(8.0, guessed=0.2, delta=1e-5)
-    assert bounds.ceiling(500, 500, delta=1e-5) == pytest.approx(
+    assert trials.ceiling(500, 500, delta=1e-5) == pytest.approx(
         math.log(500) - math.log(math.log(40)) - 0.004, abs=1e-2
     )
 
@@ -197,7 +195,7 @@ def test_bad_counts_and_levels(counts: tuple[int, int, int], delta: float, beta:
     with pytest.raises(error, match="expected"):
         one_run.lower_bound(*counts, delta=delta, beta=beta)
     with pytest.raises(error, match="expected"):
-        fdp.lower_bound(*counts, delta=delta or 1e-5, beta=beta)
+        trade_off.lower_bound(*counts, delta=delta or 1e-5, beta=beta)
 
 
 def test_bad_two_sided_counts() -> None:
