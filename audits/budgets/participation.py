@@ -99,7 +99,10 @@ def _noise_elsewhere(run: Run) -> list[Check]:
 
 
 def _shares_as_charged(run: Run) -> list[Check]:
-    """Records' noise in shares: what run.json says of it, and so its claim, against ledgers and secure sum."""
+    """Records' noise in shares: what run.json says of it, and so its claim, against ledgers and secure sum.
+
+    Nothing to say where no ledger holds a step: a ledger that is missing is found elsewhere.
+    """
     from choral.privacy.accounting.events import PoissonSampledShares
 
     promise = run.info.privacy or {}
@@ -117,8 +120,8 @@ def _shares_as_charged(run: Run) -> list[Check]:
                 found.append(f"{name}: charged for {event.honest} unknown shares, and {honest} are promised")
             elif event.parties < run.info.party_count:
                 found.append(f"{name}: charged for sums of {event.parties} parties, of {run.info.party_count}")
-            counted += isinstance(event, PoissonSampledShares)
-    if not (said or found):
+            counted += event.steps if isinstance(event, PoissonSampledShares) else 0
+    if not (counted or found):
         return []
     distinct = list(dict.fromkeys(found))
     more = f"; and {len(distinct) - 3} more" if len(distinct) > 3 else ""
@@ -185,13 +188,13 @@ def _overcounted(run: Run) -> list[tuple[int, int, int]]:
 
 def _epsilon_realised(run: Run) -> float | None:
     """The cost of the ledger with no more shares in any sum than survived; None where some sum had none at all."""
-    from choral.privacy.accounting import client_level as client_accounting
+    from choral.privacy.accounting import client_level
 
     releases, survived = _releases(run), _shares_survived(run)
     if not releases:
         return None
     if not _overcounted(run):
-        return client_accounting.epsilon(releases, float((run.info.privacy or {})["delta"]))
+        return client_level.epsilon(releases, float((run.info.privacy or {})["delta"]))
     if min(survived) < 1:
         return None
     if len(releases) != len(survived):
@@ -200,7 +203,7 @@ def _epsilon_realised(run: Run) -> float | None:
         msgspec.structs.replace(release, shares=min(release.shares, there))
         for release, there in zip(releases, survived, strict=True)
     ]
-    return client_accounting.epsilon(counted, float((run.info.privacy or {})["delta"]))
+    return client_level.epsilon(counted, float((run.info.privacy or {})["delta"]))
 
 
 def _noise_by_survivors(run: Run, realised: float | None) -> Check:

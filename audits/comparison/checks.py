@@ -60,7 +60,8 @@ def _same_data(rows: Sequence[ArmResult]) -> Check:
     name = "Every configuration trains on the same number of examples"
     counts = {row.examples for row in rows}
     if len(counts) == 1:
-        return Check(name=name, verdict="holds", finding=f"{rows[0].examples:,} examples in each configuration.")
+        finding = f"{rows[0].examples:,} examples in each configuration."
+        return Check(name=name, verdict="holds", finding=finding, refutable=len(rows) > 1)
     said = ", ".join(f"{row.name} {row.examples:,}" for row in rows)
     return Check(name=name, verdict="violated", finding=f"They differ: {said}.")
 

@@ -217,7 +217,7 @@ def _fresh(sessions: Sequence[RecordedSession]) -> Check:
                     )
                     return Check(name=name, verdict="violated", finding=finding)
     if not count:
-        return Check(name=name, verdict="holds", finding="The plain sum has no keys.")
+        return Check(name=name, verdict="holds", finding="The plain sum has no keys.", refutable=False)
     return Check(name=name, verdict="holds", finding=f"{count:,} values, all different.")
 
 
@@ -245,19 +245,19 @@ def _once(session: RecordedSession) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _models(sessions: Sequence[RecordedSession]) -> list[Check]:
-    """Every party of a sum was shown the same Begin; nothing to say where none was sent."""
+    """Every party of a sum was shown the same Begin; nothing to say where none was sent, or to one party alone."""
     from choral.protocols.masking.messages import Begin
 
     name, sums = "All parties of a sum were shown the same model", 0
     for session in sessions:
-        shown: dict[int, set[Any]] = {}
+        shown: dict[int, list[Begin]] = {}
         for _, begin in session.of(Begin):
-            shown.setdefault(begin.round, set()).add(begin)
+            shown.setdefault(begin.round, []).append(begin)
         for number, begins in sorted(shown.items()):
-            if len(begins) > 1:
-                finding = f"In sum {number} of a session {len(begins)} different ones were shown, or other terms."
+            if (different := len(set(begins))) > 1:
+                finding = f"In sum {number} of a session {different} different ones were shown, or other terms."
                 return [Check(name=name, verdict="violated", finding=finding)]
-        sums += len(shown)
+            sums += len(begins) > 1
     return [Check(name=name, verdict="holds", finding=f"{sums:,} sums, one in each.")] if sums else []
 
 

@@ -248,7 +248,9 @@ def test_other_starting_weights_are_found(arms: Arms, make_run: MakeRun) -> None
 
 
 def test_other_data_is_found(arms: Arms, make_run: MakeRun) -> None:
-    assert check(compare(arms), "examples").verdict == "holds"
+    found = check(compare(arms), "examples")
+    assert (found.verdict, found.refutable) == ("holds", True)
+    assert not check(compare({"cloud": arms["cloud"]}), "examples").refutable  # nothing beside it
     arms["cloud"] = [make_run("cloud", seed, parties={"a": 100}) for seed in range(3)]
     assert check(compare(arms), "examples").verdict == "violated"
 

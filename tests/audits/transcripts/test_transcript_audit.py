@@ -414,9 +414,25 @@ def test_digests_say_what_digests_can(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_plain_sum_is_called_what_it_is(job: Job, tmp_path: Path) -> None:
-    verdict, finding = check(rehearse(job, tmp_path / "run", secure_sum=Plain()), "single party's vector")
+    report = rehearse(job, tmp_path / "run", secure_sum=Plain())
+    verdict, finding = check(report, "single party's vector")
     assert verdict == "holds"
     assert "All 15 do" in finding
+    idle = {check.name.partition(" ")[2] for check in report.checks if not check.refutable}
+    assert idle == {
+        "message says anything of a single party's vector",
+        "key, nonce, commitment or message was used twice",
+    }
+    assert not any("shown the same model" in check.name for check in report.checks)
+
+
+def test_a_model_shown_to_one_party_alone_was_compared_with_nothing(job: Job, tmp_path: Path) -> None:
+    rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    rewrite(
+        tmp_path / "run",
+        lambda entries: [e for e in entries if not isinstance(e, ObservedMessage) or e.party in ("p0", "")],
+    )
+    assert not any("shown the same model" in check.name for check in audit(tmp_path / "run").checks)
 
 
 @pytest.mark.parametrize("key", ["split", "shared"])

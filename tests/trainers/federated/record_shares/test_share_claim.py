@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def test_the_claim_names_record_neighbours_adversary_worst_case_and_what_it_rest
     assert any(check.finding == "30 steps, each for 3 unknown shares." for check in found.checks)
 
 
+def test_without_ledgers_nothing_is_said_of_how_shares_were_counted(task: Make, tmp_path: Path) -> None:
+    shutil.rmtree(trained(task(), tmp_path / "run") / "ledger")
+    found = audit(tmp_path / "run")
+    assert found.verdict == "unverified"
+    assert not any("Noise in shares" in check.name for check in found.checks)
+
+
 def test_a_plain_sum_claims_for_outsiders_only(task: Make, tmp_path: Path) -> None:
     found = audit(trained(task(), tmp_path / "run", Plain()))
     assert found.verdict == "holds"
@@ -100,6 +108,16 @@ def test_a_claim_of_more_than_was_charged_for_is_found(
     found = edited(trained(task(), tmp_path / "run"), **changes)
     assert found.verdict == "violated"
     assert any(words in check.finding for check in found.checks if check.verdict == "violated")
+
+
+def test_sums_of_more_parties_than_were_charged_for_are_found(task: Make, tmp_path: Path) -> None:
+    """Each party's rounding is in the price: a sixth one's was not paid for."""
+    out = trained(task(), tmp_path / "run")
+    info = json.loads((out / "run.json").read_bytes())
+    info["parties"]["sixth"] = 20
+    (out / "run.json").write_text(json.dumps(info))
+    found = audit(out)
+    assert any("charged for sums of 5 parties, of 6" in check.finding for check in found.checks)
 
 
 def test_shares_said_of_noise_that_was_none_are_found(task: Make, tmp_path: Path) -> None:
