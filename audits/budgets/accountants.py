@@ -73,8 +73,7 @@ def accountants_of(run: Run) -> tuple[Accountants, ...]:
 
 
 def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
-    from choral.privacy.accounting import other_accountants
-    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting import other_accountants, record_level
     from choral.privacy.accounting.events import Search
     from choral.privacy.errors import AccountingError
 
@@ -88,13 +87,13 @@ def _of_records(name: str, ledger: Ledger, delta: float) -> Accountants:
         finding="",
     )
     try:
-        row = msgspec.structs.replace(row, rdp=accounting.epsilon_rdp(events, delta, neighbours=relation))
-        ours = accounting.epsilon(events, delta, neighbours=relation)
+        row = msgspec.structs.replace(row, rdp=record_level.epsilon_rdp(events, delta, neighbours=relation))
+        ours = record_level.epsilon(events, delta, neighbours=relation)
         if any(isinstance(event, Search) for event in events):
             row = msgspec.structs.replace(row, dp_accounting=_by_dp_accounting(events, delta, relation))
             verdict, finding = _searches_agree(ours, row.dp_accounting)
             return msgspec.structs.replace(row, verdict=verdict, finding=finding)
-        lower, upper = accounting.bounds(events, delta, neighbours=relation)
+        lower, upper = record_level.bounds(events, delta, neighbours=relation)
         row = msgspec.structs.replace(row, pld=ours)
         if other_accountants.trusts_others(events, delta):
             bracket = _by_prv(events, delta, relation)
@@ -168,14 +167,13 @@ def _agreement(row: Accountants, lower: float) -> tuple[Verdict, str]:
 
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
     """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
-    from choral.privacy.accounting import client_level as client_accounting
-    from choral.privacy.accounting import other_accountants
+    from choral.privacy.accounting import client_level, other_accountants
     from choral.privacy.accounting.events import PoissonSampledGaussian
     from choral.privacy.errors import AccountingError
 
     try:
-        events = client_accounting.settled(ledger.releases)
-        bound = client_accounting.epsilon(events, delta)
+        events = client_level.settled(ledger.releases)
+        bound = client_level.epsilon(events, delta)
     except AccountingError as error:
         return Accountants(
             holder=name, delta=delta, steps=len(ledger.releases), head=ledger.head, verdict="unverified",

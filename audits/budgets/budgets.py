@@ -162,11 +162,11 @@ def _from_ledger(run: Run, name: str, delta: float) -> tuple[int, Recomputed | s
 
 def _bracket(events: Sequence[RecordEvent], delta: float, relation: str, limit: float) -> tuple[float, float]:
     """The greatest lower and the least upper bound there are: by our finest grids, and PRV where it is reliable."""
-    from choral.privacy.accounting import record_level as accounting
+    from choral.privacy.accounting import record_level
     from choral.privacy.accounting.events import REPLACE_ONE, relation_of
     from choral.privacy.accounting.other_accountants import epsilon_by_prv, trusts_others
 
-    lower, upper = accounting.bounds(events, delta, neighbours=relation, about=limit)
+    lower, upper = record_level.bounds(events, delta, neighbours=relation, about=limit)
     if lower <= limit < upper and relation_of(relation) != REPLACE_ONE and trusts_others(events, delta):
         try:
             low, _ = epsilon_by_prv(events, delta)

@@ -21,8 +21,7 @@ from choral.audits import Audit
 from choral.audits.budgets import accountants
 from choral.audits.budgets.accountants import accountants_of
 from choral.privacy import Ledger, LedgerError
-from choral.privacy.accounting import client_level, other_accountants, renyi
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import client_level, other_accountants, record_level, renyi
 from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian, Search
 from choral.privacy.client_level import client
 from choral.privacy.errors import AccountingError
@@ -91,7 +90,7 @@ def test_record_level_ledgers_by_three_accountants(tmp_path: Path, make_run: Mak
 def record_run(tmp_path: Path, make_run: MakeRun) -> Run:
     event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=1.0, steps=30)
     sizes = {"a": 90, "b": 120}
-    cost = accounting.epsilon([event], DELTA)
+    cost = record_level.epsilon([event], DELTA)
     folder = tmp_path / "run"
     run = make_run("federated-dp", parties=sizes, epsilon=cost, rounds=3)
     spent = {
@@ -129,7 +128,7 @@ def test_an_accountant_that_disagrees_is_found(
             raise AccountingError("one is wrong")
         return value
 
-    monkeypatch.setattr(accounting if hasattr(accounting, broken) else other_accountants, broken, wrong)
+    monkeypatch.setattr(record_level if hasattr(record_level, broken) else other_accountants, broken, wrong)
     assert {row.verdict for row in accountants_of(run)} == {"unverified"}
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Privacy, audit
 from choral.privacy import Ledger, PlannedEvents, PoissonSampledGaussian, ReleasePlan
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_noise
 from choral.trainers import Run
 
 DELTA = 1e-3
@@ -99,7 +99,7 @@ def test_a_ledger_that_was_trained_on_by_what_was_seen_is_violated(stopped: Path
     ledger = Ledger(path)
     ledger.bind("pooled", DELTA)
     before = ledger.events
-    noise = calibration.noise_multiplier(3.0, DELTA, 0.1, 20, before, slack=1e-3, fixed=True)
+    noise = record_noise.noise_multiplier(3.0, DELTA, 0.1, 20, before, slack=1e-3, fixed=True)
     more = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=20)
     ledger.append(more, after=len(before), plan=ReleasePlan(epsilon=3.0, parts=(PlannedEvents(event=more, times=1),)))
     assert ledger.epsilon(DELTA) <= 3.0

@@ -18,8 +18,7 @@ import pytest
 from choral import audit
 from choral.audits import Audit
 from choral.privacy import Ledger
-from choral.privacy.accounting import record_level as accounting
-from choral.privacy.accounting import record_noise as calibration
+from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.ledgers.spent import Spent
 from choral.trainers import Run
@@ -42,10 +41,10 @@ def drawn(count: int, seed: int) -> Iterator[Setting]:
 def made(make_run: MakeRun, folder: Path, setting: Setting) -> tuple[Run, PoissonSampledGaussian]:
     epsilon, delta, records, batch, steps = setting
     rate = batch / records
-    noise = calibration.noise_multiplier(epsilon, delta, rate, steps, slack=1e-3)
+    noise = record_noise.noise_multiplier(epsilon, delta, rate, steps, slack=1e-3)
     event = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps)
     spent = Spent(
-        epsilon=accounting.epsilon([event], delta), delta=delta, accountant=accounting.ACCOUNTANT, steps=steps,
+        epsilon=record_level.epsilon([event], delta), delta=delta, accountant=record_level.ACCOUNTANT, steps=steps,
         noise_multiplier=noise, sample_rate=rate,
     )  # fmt: skip
     run = kept(make_run, folder, setting, spent, event)
