@@ -30,7 +30,7 @@ class DriverSession:
         self.spec = spec
         self.counter = ByteCounter()
         self.number = 0
-        self.parties = dict(parties)
+        self.parties: Mapping[str, PartyDriver] = dict(parties)
         self.server = server
         for trip in server.open():
             for party, raw in trip.outbox.items():

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Literal, get_args
 
 from choral.protocols import argument_checks as checks
-from choral.protocols.crypto.identity import Identity
-from choral.protocols.driver import PartyDriver, Patience, Randomness, ServerDriver, Store
+from choral.protocols.driver import PartyDriver, ServerDriver
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSession, SumSpec, check_spec
-from choral.protocols.masking.masked import Masked
+from choral.protocols.masking.masked import DriverFactory, Masked
+from choral.protocols.masking.party_driver import PartyContext
 from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.server.driver import ServerContext
 
 Key = Literal["split", "shared"]
 KEYS: tuple[Key, ...] = get_args(Key)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Homomorphic:
+class Homomorphic(DriverFactory):
     """The server adds ciphertexts that it cannot read, and learns their sum; exact (BFV).
 
     key: who holds it.
@@ -32,7 +33,8 @@ class Homomorphic:
             Guarantee and argument: :mod:`choral.protocols.homomorphic.split.party_and_server`.
         "shared": all parties hold one secret key, made afresh for each session; the server has none. Trust: the server
             follows the protocol and colludes with no party. **One party that gives the key away opens everybody's
-            vectors.** Built on SEAL by way of TenSEAL. :mod:`choral.protocols.homomorphic.shared.secure_sum`.
+            vectors.** A party that restarts has none, and answers again with the next session. Built on SEAL by way of
+            TenSEAL. :mod:`choral.protocols.homomorphic.shared.secure_sum`.
 
     min_survivors: fewer vectors than this are never summed; by default a majority.
     corrupt, dropouts, server, cohort: as in :class:`~choral.protocols.Masked`; for a split key only.
@@ -86,67 +88,25 @@ class Homomorphic:
 
         return SharedSession(spec, min_survivors=self.min_survivors, policy=policy)
 
-    def party_driver(
-        self,
-        spec: SumSpec,
-        *,
-        name: str,
-        identity: Identity,
-        policy: Policy,
-        randomness: Randomness = secrets.token_bytes,
-        store: Store | None = None,
-        state: bytes | None = None,
-        purpose: str = "",
-        repeats: bool = True,
-    ) -> PartyDriver:
-        """One party's half: see :meth:`choral.protocols.Masked.party_driver`. spec: as this party knows it.
-
-        With a shared key a party that restarts has none, and answers again with the next session.
-        """
-        given: dict[str, Any] = {
-            "name": name,
-            "identity": identity,
-            "policy": policy,
-            "randomness": randomness,
-            "store": store,
-            "state": state,
-            "purpose": purpose,
-            "repeats": repeats,
-        }
+    def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:
         if self.key == "split":
             from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
 
-            return SplitPartyDriver(self._keys(), spec, **given)
+            return partial(SplitPartyDriver, self._keys(), spec)
         self._check_shared()
-        check_spec(spec)
         from choral.protocols.homomorphic.shared.party_driver import SharedPartyDriver
 
-        return SharedPartyDriver(**given)
+        return SharedPartyDriver
 
-    def server_driver(
-        self,
-        spec: SumSpec,
-        *,
-        directory: Mapping[str, bytes],
-        randomness: Randomness = secrets.token_bytes,
-        patience: Patience = None,
-        quorum: int | None = None,
-    ) -> ServerDriver:
-        """The server's half: see :meth:`choral.protocols.Masked.server_driver`."""
-        given: dict[str, Any] = {
-            "directory": directory,
-            "randomness": randomness,
-            "patience": patience,
-            "quorum": quorum,
-        }
+    def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
         if self.key == "split":
             from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
 
-            return SplitServerDriver(self._keys(), spec, **given)
+            return partial(SplitServerDriver, self._keys(), spec)
         self._check_shared()
         from choral.protocols.homomorphic.shared.server import SharedKey, SharedServerDriver
 
-        return SharedServerDriver(SharedKey(min_survivors=self.min_survivors), spec, **given)
+        return partial(SharedServerDriver, SharedKey(min_survivors=self.min_survivors), spec)
 
     def _check_shared(self) -> None:
         if self.corrupt or self.dropouts is not None or self.server == "malicious":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.in_process import DriverSession
 from choral.protocols.interface import SumSpec, check_spec
-from choral.protocols.masking.party_driver import MaskedPartyDriver
+from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
 from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.masking.server.driver import MaskedServerDriver
+from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
 from choral.protocols.masking.signing import Signatures
 from choral.protocols.masking.statement import statement_of
 
@@ -20,60 +21,59 @@ if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked
 
 
-class MaskedSession(DriverSession):
-    """See :class:`choral.protocols.interface.SumSession`.
+class RehearsedSession(DriverSession):
+    """Parties under one policy and their server, as which drivers the kind of sum says.
 
-    Identities are made here and live as long as the session; every round has fresh secrets, and the keys of the next
-    round ride on the last message of this one.
+    Identities are made here and live as long as the session; every round has fresh secrets.
     """
 
-    def __init__(self, config: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
+    server: MaskedServerDriver
+
+    def __init__(
+        self,
+        config: Masked,
+        spec: SumSpec,
+        policy: Policy | None,
+        *,
+        party: Callable[[PartyContext], MaskedPartyDriver],
+        server: Callable[[ServerContext], MaskedServerDriver],
+    ) -> None:
+        """config: whose policy all have if none is given; the sum of the keys', where they are what is masked."""
         check_spec(spec)
-        self._config = config
-        self._signatures = Signatures()
-        identities = {party: Identity(secrets.token_bytes(32)) for party in spec.parties}
+        draw = secrets.token_bytes
+        self._config, self._signatures = config, Signatures()
+        identities = {name: Identity(draw(32)) for name in spec.parties}
         # Each party's terms come from the settings, or from whoever runs the rehearsal: never from the setup.
-        self._policy = rehearsed(config, spec, policy, identities, self._signatures)
-        self.driver = MaskedServerDriver(
-            config,
-            spec,
-            directory=self._policy.directory,
-            randomness=secrets.token_bytes,
+        terms = config.policy(spec) if policy is None else check_policy(policy)
+        self._policy = own = replace(
+            terms,
+            directory={name: identity.public for name, identity in identities.items()},
+            directory_size=spec.population if terms.directory_size is None else terms.directory_size,
             signatures=self._signatures,
         )
         parties = {
-            name: MaskedPartyDriver(
-                name=name, identity=identity, policy=self._policy, randomness=secrets.token_bytes, repeats=False
-            )
+            name: party(PartyContext(name=name, identity=identity, policy=own, randomness=draw, repeats=False))
             for name, identity in identities.items()
         }
-        super().__init__(spec, parties, self.driver)
+        context = ServerContext(directory=own.directory, randomness=draw, signatures=self._signatures)
+        super().__init__(spec, parties, server(context))
 
     @property
     def statement(self) -> Mapping[str, Any]:
-        return statement_of(self.driver.setup, self._config.parameters(len(self.spec.parties), self.spec.population))
+        return statement_of(self.server.setup, self._config.parameters(len(self.spec.parties), self.spec.population))
 
     @property
     def digest(self) -> bytes:
         """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
-        return self.driver.digest
+        return self.server.digest
 
     def between_rounds(self) -> None:
         self._signatures.forget()
 
 
-def rehearsed(
-    config: Masked,
-    spec: SumSpec,
-    policy: Policy | None,
-    identities: Mapping[str, Identity],
-    signatures: Signatures,
-) -> Policy:
-    """The policy that all parties of one process have: what was given, or the settings say, and their public keys."""
-    terms = check_policy(policy) if policy is not None else config.policy(spec)
-    return replace(
-        terms,
-        directory={party: identity.public for party, identity in identities.items()},
-        directory_size=spec.population if terms.directory_size is None else terms.directory_size,
-        signatures=signatures,
-    )
+class MaskedSession(RehearsedSession):
+    """See :class:`choral.protocols.interface.SumSession`. The keys of a round ride on the last message before it."""
+
+    def __init__(self, config: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
+        server = partial(MaskedServerDriver, config, spec)
+        super().__init__(config, spec, policy, party=MaskedPartyDriver, server=server)

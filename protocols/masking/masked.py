@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from choral.protocols import argument_checks as checks
@@ -26,13 +28,77 @@ from choral.protocols.masking.parameters import (
     counted,
     least_threshold,
 )
-from choral.protocols.masking.party_driver import MaskedPartyDriver
+from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
 from choral.protocols.masking.policy import DRAWS, Policy
-from choral.protocols.masking.server.driver import MaskedServerDriver
+from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
+
+
+class DriverFactory(ABC):
+    """The two halves of a sum whose parties are pinned; kinds of sums say which drivers they have."""
+
+    @abstractmethod
+    def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:
+        """Raises: SpecError for settings that this kind does not have."""
+
+    @abstractmethod
+    def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
+        """Raises: SpecError for settings that this kind does not have."""
+
+    def party_driver(
+        self,
+        spec: SumSpec,
+        *,
+        name: str,
+        identity: Identity,
+        policy: Policy,
+        randomness: Randomness = secrets.token_bytes,
+        store: Store | None = None,
+        state: bytes | None = None,
+        purpose: str = "",
+        repeats: bool = True,
+    ) -> PartyDriver:
+        """One party's half. policy: what it accepts, its pinned directory included. spec: as this party knows it, which
+        masks need not: all that is signed is held against the policy.
+
+        store: is given the public state whenever it changes, ahead of what depends on it; state: such a state, to go on
+        from after a restart. purpose: in the party's own words, where one identity takes part in several sums at a
+        time, which must not be of the same vectors. repeats: whether the transport may ask for an answer twice.
+        Raises: SpecError; PolicyError.
+        """
+        check_spec(spec)
+        driver = self._party(spec)
+        return driver(
+            PartyContext(
+                name=name,
+                identity=identity,
+                policy=policy,
+                randomness=randomness,
+                store=store,
+                state=state,
+                purpose=purpose,
+                repeats=repeats,
+            )
+        )
+
+    def server_driver(
+        self,
+        spec: SumSpec,
+        *,
+        directory: Mapping[str, bytes],
+        randomness: Randomness = secrets.token_bytes,
+        patience: Patience = None,
+        quorum: int | None = None,
+    ) -> ServerDriver:
+        """The server's half. directory: the parties' public keys. patience: seconds that a trip is worth, or by its
+        step; quorum: with how many answers it has enough when patience is over. Raises: SpecError.
+        """
+        check_spec(spec)
+        driver = self._server(spec)
+        return driver(ServerContext(directory=directory, randomness=randomness, patience=patience, quorum=quorum))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masked:
+class Masked(DriverFactory):
     """The server learns the sum over the survivors and no single vector (Bonawitz et al. 2017, Bell et al. 2020).
 
     min_survivors: fewer vectors than this are never summed; 2 to n. Default: a majority of the parties, so that no
@@ -180,50 +246,8 @@ class Masked:
         """
         return MaskedSession(self, spec, policy)
 
-    def party_driver(
-        self,
-        spec: SumSpec,
-        *,
-        name: str,
-        identity: Identity,
-        policy: Policy,
-        randomness: Randomness = secrets.token_bytes,
-        store: Store | None = None,
-        state: bytes | None = None,
-        purpose: str = "",
-        repeats: bool = True,
-    ) -> PartyDriver:
-        """One party's half. policy: what it accepts, its pinned directory included; nothing is taken from ``spec``.
+    def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:  # noqa: ARG002
+        return MaskedPartyDriver
 
-        store: is given the public state whenever it changes, ahead of what depends on it; state: such a state, to go on
-        from after a restart. purpose: in the party's own words, where one identity takes part in several sums at a
-        time, which must not be of the same vectors. repeats: whether the transport may ask for an answer twice.
-        Raises: SpecError; PolicyError.
-        """
-        check_spec(spec)
-        return MaskedPartyDriver(
-            name=name,
-            identity=identity,
-            policy=policy,
-            randomness=randomness,
-            store=store,
-            state=state,
-            purpose=purpose,
-            repeats=repeats,
-        )
-
-    def server_driver(
-        self,
-        spec: SumSpec,
-        *,
-        directory: Mapping[str, bytes],
-        randomness: Randomness = secrets.token_bytes,
-        patience: Patience = None,
-        quorum: int | None = None,
-    ) -> ServerDriver:
-        """The server's half. directory: the parties' public keys. patience: seconds that a trip is worth, or by its
-        step; quorum: with how many answers it has enough when patience is over. Raises: SpecError.
-        """
-        return MaskedServerDriver(
-            self, spec, directory=directory, randomness=randomness, patience=patience, quorum=quorum
-        )
+    def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
+        return partial(MaskedServerDriver, self, spec)

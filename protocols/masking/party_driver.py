@@ -61,39 +61,48 @@ class _Round:
     asked: bytes = b""  # the digest of the message that asked for the vector
 
 
-class MaskedPartyDriver:
-    """See :class:`choral.protocols.driver.PartyDriver`.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PartyContext:
+    """What a party brings along, whichever sum it takes part in.
 
     name, policy: whose directory pins ``identity``'s public key under that name. store: is given the public state
     whenever it changes, ahead of what depends on it. state: such a state, of before a restart. purpose: tells this
     identity's sums apart (:meth:`Identity.sessions`). repeats: whether the transport may ask twice.
 
-    Raises: SpecError for an identity that is not pinned, or a stored state of something else; PolicyError where the
-    stored setup is weaker than the policy now is.
+    Raises: SpecError for an identity that is not pinned, and for anything else than an identity and a policy.
+    """
+
+    name: str
+    identity: Identity
+    policy: Policy
+    randomness: Randomness
+    store: Store | None = None
+    state: bytes | None = None
+    purpose: str = ""
+    repeats: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.identity, Identity):
+            raise SpecError(f"expected an Identity, got a {type(self.identity).__name__}", hint="Identity(seed)")
+        if check_policy(self.policy).directory.get(self.name) != self.identity.public:
+            raise SpecError(f"the identity of {self.name!r} is not the one in its own directory")
+
+
+class MaskedPartyDriver:
+    """See :class:`choral.protocols.driver.PartyDriver`.
+
+    Raises: SpecError for a stored state of something else; PolicyError where the stored setup is weaker than the policy
+    now is.
     """
 
     known: Any = messages.ToParty  # whatever the server may send in this protocol
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        identity: Identity,
-        policy: Policy,
-        randomness: Randomness,
-        store: Store | None = None,
-        state: bytes | None = None,
-        purpose: str = "",
-        repeats: bool = True,
-    ) -> None:
-        if not isinstance(identity, Identity):
-            raise SpecError(f"expected an Identity, got a {type(identity).__name__}", hint="Identity(seed)")
-        self.name, self.policy = name, check_policy(policy)
-        if policy.directory.get(name) != identity.public:
-            raise SpecError(f"the identity of {name!r} is not the one in its own directory")
-        self._identity, self._randomness, self._store = identity, randomness, store
-        self._purpose, self._sessions = purpose, identity.sessions(purpose)
-        self._replies = Replies(kept=repeats)
+    def __init__(self, context: PartyContext) -> None:
+        identity, self._purpose = context.identity, context.purpose
+        self.name, self.policy = context.name, context.policy
+        self._identity, self._randomness, self._store = identity, context.randomness, context.store
+        self._sessions = identity.sessions(context.purpose)
+        self._replies = Replies(kept=context.repeats)
         self._joined: dict[bytes, None] = {}
         self._setup: messages.SumSetup | None = None
         self._raw_setup = b""
@@ -103,8 +112,8 @@ class MaskedPartyDriver:
         self._early: tuple[int, Advertised, bytes] | None = None
         self._round: _Round | None = None
         self._last = 0
-        if state is not None:
-            self._restore(state)
+        if context.state is not None:
+            self._restore(context.state)
 
     # ------------------------------------------------------------------------------------------------- what is stored
 

@@ -125,10 +125,10 @@ class FloatRound:
         Raises: TooFewSurvivorsError; GarbledSumError; StateUsedError the second time.
         """
         session = self._session
-        for party in session.readers:
+        for party in session.parties.values():
             party.total = None
         self._round.run_out()
-        total, survivors = next(party.total for party in session.readers if party.total is not None)
+        total, survivors = next(party.total for party in session.parties.values() if party.total is not None)
         up, down = session.counter.take(session.spec.parties)
         bound = float(session.plan.error_bound)
         return FloatResult(total=total, error_bound=bound, survivors=survivors, bytes_up=up, bytes_down=down)

@@ -23,7 +23,7 @@ from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyCo
 from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, KeyAgreement, Waiting
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
-from choral.protocols.masking.party_driver import MaskedPartyDriver
+from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
 from choral.protocols.masking.party_round import Membership
 from choral.protocols.masking.policy import Policy
 from choral.protocols.stored_state import stored
@@ -38,15 +38,14 @@ class SharedPartyDriver(MaskedPartyDriver):
 
     known = key_messages.ToParty
 
-    def __init__(self, *, floats: terms.Floats | None = None, **given: Any) -> None:
-        """given: as of :class:`~choral.protocols.masking.party_driver.MaskedPartyDriver`."""
+    def __init__(self, context: PartyContext, *, floats: terms.Floats | None = None) -> None:
         self._floats, self._private, self._key = floats, b"", b""
         self._keying: Waiting | ConfirmingKey | None = None
         self._holder: Holder | None = None
         self._asking: set[bytes] = set()
         self._sent: tuple[bytes, ...] | None = None
         self.total: tuple[Any, tuple[str, ...]] | None = None
-        super().__init__(**given)
+        super().__init__(context)
 
     def public_state(self) -> bytes:
         """How many sessions the identity has joined: of a session itself nothing would be of use."""

@@ -25,26 +25,23 @@ say); the model of NVFlare, at a tenth of its bytes. Unit: one vector of one rou
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from choral.protocols.crypto.identity import Identity
 from choral.protocols.homomorphic.shared.party_driver import SharedPartyDriver
 from choral.protocols.homomorphic.shared.server import SharedKey, SharedServerDriver
 from choral.protocols.homomorphic.shared.setup import Floats, plan_of
-from choral.protocols.in_process import DriverSession
 from choral.protocols.interface import SumSpec, check_spec
-from choral.protocols.masking.in_process import rehearsed
+from choral.protocols.masking.in_process import RehearsedSession
 from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.signing import Signatures
 from choral.protocols.wire_format import VERSION
 
 SECURITY_BITS = 128
 """Of the ring (SEAL's table), X25519, Ed25519, AES-128 and SHA-256."""
 
 
-class SharedKeySession(DriverSession):
+class SharedKeySession(RehearsedSession):
     """All parties of one session, and their server, each behind its driver. floats: of CKKS.
 
     min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority. policy: the parties' own
@@ -53,6 +50,8 @@ class SharedKeySession(DriverSession):
     Raises: SpecError when no ring has room for the sum (more than 60 bits), or for ``min_survivors`` out of range;
     PolicyError where the parties refuse.
     """
+
+    parties: Mapping[str, SharedPartyDriver]
 
     def __init__(
         self,
@@ -63,28 +62,15 @@ class SharedKeySession(DriverSession):
         floats: Floats | None = None,
     ) -> None:
         check_spec(spec)
-        config, draw = SharedKey(min_survivors=min_survivors, floats=floats), secrets.token_bytes
-        self.plan, self._signatures = plan_of(len(spec.parties), spec, floats), Signatures()
-        identities = {party: Identity(draw(32)) for party in spec.parties}
-        own = rehearsed(config, spec, policy, identities, self._signatures)
-        server = SharedServerDriver(config, spec, directory=own.directory, randomness=draw, signatures=self._signatures)
-        parties = {
-            name: SharedPartyDriver(
-                name=name, identity=identity, policy=own, randomness=draw, floats=floats, repeats=False
-            )
-            for name, identity in identities.items()
-        }
-        self.readers = tuple(parties.values())
-        self.driver, self._floats = server, floats
-        super().__init__(spec, parties, server)
-
-    def between_rounds(self) -> None:
-        self._signatures.forget()
+        self.plan, self._floats = plan_of(len(spec.parties), spec, floats), floats
+        config = SharedKey(min_survivors=min_survivors, floats=floats)
+        party, server = partial(SharedPartyDriver, floats=floats), partial(SharedServerDriver, config, spec)
+        super().__init__(config, spec, policy, party=party, server=server)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What is said of every sum under a shared key."""
-        setup, plan = self.driver.setup, self.plan
+        setup, plan = self.server.setup, self.plan
         unseen = "" if self._floats is None else " and must never see a decrypted sum"
         return {
             "name": "homomorphic",

@@ -2,74 +2,40 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from choral.protocols.crypto.identity import Identity
 from choral.protocols.homomorphic.ring.gaussian import SIGMA
 from choral.protocols.homomorphic.split.parameters import SECURITY_BITS, SplitParameters
 from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
 from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
-from choral.protocols.in_process import DriverSession
-from choral.protocols.interface import SumSpec, check_spec
-from choral.protocols.masking.in_process import rehearsed
+from choral.protocols.interface import SumSpec
+from choral.protocols.masking.in_process import RehearsedSession
 from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.signing import Signatures
-from choral.protocols.masking.statement import COHORT_TRUST, statement_of
+from choral.protocols.masking.statement import COHORT_TRUST
 
 if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked
 
 
-class SplitSession(DriverSession):
+class SplitSession(RehearsedSession):
     """See :class:`choral.protocols.interface.SumSession`. keys: the masked sum's thresholds and trust."""
 
+    server: SplitServerDriver
+
     def __init__(self, keys: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
-        check_spec(spec)
-        self._keys = keys
-        self._signatures = Signatures()
-        identities = {party: Identity(secrets.token_bytes(32)) for party in spec.parties}
-        self._policy = rehearsed(keys, spec, policy, identities, self._signatures)
-        self.driver = SplitServerDriver(
-            keys,
-            spec,
-            directory=self._policy.directory,
-            randomness=secrets.token_bytes,
-            signatures=self._signatures,
-        )
-        parties = {
-            name: SplitPartyDriver(
-                keys,
-                spec,
-                name=name,
-                identity=identity,
-                policy=self._policy,
-                randomness=secrets.token_bytes,
-                repeats=False,
-            )
-            for name, identity in identities.items()
-        }
-        super().__init__(spec, parties, self.driver)
+        party, server = partial(SplitPartyDriver, keys, spec), partial(SplitServerDriver, keys, spec)
+        super().__init__(keys, spec, policy, party=party, server=server)
 
     @property
     def parameters(self) -> SplitParameters:
-        return self.driver.parameters
-
-    @property
-    def digest(self) -> bytes:
-        """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
-        return self.driver.digest
-
-    def between_rounds(self) -> None:
-        self._signatures.forget()
+        return self.server.parameters
 
     @property
     def statement(self) -> Mapping[str, Any]:
         chosen = self.parameters
-        masked = dict(
-            statement_of(self.driver.setup, self._keys.parameters(len(self.spec.parties), self.spec.population))
-        )
+        masked = super().statement
         server = "may do whatever it likes" if masked["server"] == "malicious" else "follows the protocol"
         trust = (
             f"Nobody holds a decryption key. The server {server} and may collude with up to {masked['corrupt']} of"

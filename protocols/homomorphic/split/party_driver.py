@@ -6,16 +6,15 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from choral.protocols.crypto.identity import Identity
-from choral.protocols.driver import Randomness, Store, used
+from choral.protocols.driver import used
 from choral.protocols.errors import PolicyError, SpecError
 from choral.protocols.homomorphic.ring.gaussian import TAIL
 from choral.protocols.homomorphic.split.parameters import SplitParameters, choose
 from choral.protocols.homomorphic.split.party_and_server import SplitRound, encrypt
 from choral.protocols.interface import SumSpec, check_spec
 from choral.protocols.masking import messages
-from choral.protocols.masking.party_driver import MaskedPartyDriver
-from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
+from choral.protocols.masking.policy import Policy
 from choral.protocols.masking.signing import digest
 
 if TYPE_CHECKING:
@@ -66,33 +65,11 @@ class SplitPartyDriver(MaskedPartyDriver):
     Raises: SpecError, PolicyError.
     """
 
-    def __init__(
-        self,
-        keys: Masked,
-        spec: SumSpec,
-        *,
-        name: str,
-        identity: Identity,
-        policy: Policy,
-        randomness: Randomness,
-        store: Store | None = None,
-        state: bytes | None = None,
-        purpose: str = "",
-        repeats: bool = True,
-    ) -> None:
+    def __init__(self, keys: Masked, spec: SumSpec, context: PartyContext) -> None:
         check_spec(spec)
         self._keys, self._spec = keys, spec
-        key_policy(keys, chosen(spec), check_policy(policy))
-        super().__init__(
-            name=name,
-            identity=identity,
-            policy=policy,
-            randomness=randomness,
-            store=store,
-            state=state,
-            purpose=purpose,
-            repeats=repeats,
-        )
+        key_policy(keys, chosen(spec), context.policy)
+        super().__init__(context)
 
     def _parameters(self, roster: tuple[str, ...]) -> SplitParameters:
         if roster == self._spec.parties:

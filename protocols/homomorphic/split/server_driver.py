@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from choral.protocols.driver import Patience, Randomness, RoundTerms, Trip
+from choral.protocols.driver import RoundTerms, Trip
 from choral.protocols.errors import FaultyPartyError, LateVectorError
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound
 from choral.protocols.homomorphic.split.party_driver import chosen, key_spec
 from choral.protocols.interface import SumSpec, check_spec
-from choral.protocols.masking.server.driver import NO_TRAINING, MaskedServerDriver, among
-from choral.protocols.masking.signing import Signatures
+from choral.protocols.masking.server.driver import NO_TRAINING, MaskedServerDriver, ServerContext, among
 
 if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked
@@ -24,29 +23,11 @@ _CIPHERTEXT, _UPLOAD = b"\xaaciphertext", b"\xa6upload"
 class SplitServerDriver(MaskedServerDriver):
     """See :class:`choral.protocols.driver.ServerDriver`. A party's key is let in only after its whole ciphertext."""
 
-    def __init__(
-        self,
-        keys: Masked,
-        spec: SumSpec,
-        *,
-        directory: Mapping[str, bytes],
-        randomness: Randomness,
-        patience: Patience = None,
-        quorum: int | None = None,
-        signatures: Signatures | None = None,
-    ) -> None:
+    def __init__(self, keys: Masked, spec: SumSpec, context: ServerContext) -> None:
         check_spec(spec)
         self._long = spec
         self.parameters = chosen(spec)
-        super().__init__(
-            keys,
-            key_spec(self.parameters),
-            directory=directory,
-            randomness=randomness,
-            patience=patience,
-            quorum=quorum,
-            signatures=signatures,
-        )
+        super().__init__(keys, key_spec(self.parameters), context)
 
     def _spec_for(self, roster: tuple[str, ...]) -> SumSpec:
         self.parameters = chosen(among(self._long, roster))

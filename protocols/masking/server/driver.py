@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from choral.protocols import argument_checks as checks
@@ -44,40 +44,46 @@ if TYPE_CHECKING:
 NO_TRAINING = RoundTerms()
 
 
-class MaskedServerDriver:
-    """See :class:`choral.protocols.driver.ServerDriver`.
+@dataclass(frozen=True, kw_only=True)
+class ServerContext:
+    """What a server brings along, whichever sum it makes.
 
     directory: the parties' public keys. patience: seconds that each trip is worth, or by its step; None waits for all,
     for ever. quorum: with how many answers a trip has enough when patience is over; by default the smallest sum.
     Without a quorum a trip lasts LONGEST times its patience.
 
+    Raises: SpecError for values of another type or out of range.
+    """
+
+    directory: Mapping[str, bytes]
+    randomness: Randomness
+    patience: Patience = None
+    quorum: int | None = None
+    signatures: Signatures = field(default_factory=Signatures, repr=False)
+
+    def __post_init__(self) -> None:
+        checks.directory(self.directory)
+        check_patience(self.patience)
+
+
+class MaskedServerDriver:
+    """See :class:`choral.protocols.driver.ServerDriver`.
+
     result, disputes: of the last round that succeeded. setup: of the open session, whose roster is those who were
     present.
     """
 
-    def __init__(
-        self,
-        config: Masked,
-        spec: SumSpec,
-        *,
-        directory: Mapping[str, bytes],
-        randomness: Randomness,
-        patience: Patience = None,
-        quorum: int | None = None,
-        signatures: Signatures | None = None,
-    ) -> None:
+    def __init__(self, config: Masked, spec: SumSpec, context: ServerContext) -> None:
         """Raises: SpecError."""
         check_spec(spec)
-        checks.directory(directory)
         self._config, self.spec = config, spec
         self.setup = config.setup(spec, session=bytes(16))  # each opening has an identifier of its own
-        unknown = [name for name in spec.parties if name not in directory]
+        unknown = [name for name in spec.parties if name not in context.directory]
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")
-        self._directory, self._randomness = dict(directory), randomness
-        self._patience = check_patience(patience)
-        self._quorum = checks.optional(quorum, "quorum", 1, len(spec.parties))
-        self._signatures = Signatures() if signatures is None else signatures
+        self._directory, self._randomness = dict(context.directory), context.randomness
+        self._patience, self._signatures = context.patience, context.signatures
+        self._quorum = checks.optional(context.quorum, "quorum", 1, len(spec.parties))
         self._session: ServerSession | None = None
         self._reveals = b""
         self._entered: set[str] = set()

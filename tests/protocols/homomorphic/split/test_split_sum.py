@@ -336,7 +336,7 @@ def test_no_key_or_seed_is_sent_shown_or_kept(length: int, wiretap: Any, caplog:
     assert len(keys) == len(seeds) == 3
     assert len(sent) > 20
     shown = [repr(session), repr(summing), repr(result), json.dumps(dict(session.statement)), caplog.text]
-    shown += [repr(session.parameters), repr(session.driver), *map(repr, session.parties.values())]
+    shown += [repr(session.parameters), repr(session.server), *map(repr, session.parties.values())]
     everything = b"\n".join([*sent, *(text.encode() for text in shown)])
     for key, seed in zip(keys, seeds, strict=True):
         for name, needle in encodings(key, session.parameters).items():
@@ -349,7 +349,7 @@ def test_no_key_or_seed_is_sent_shown_or_kept(length: int, wiretap: Any, caplog:
     # What remains in the objects of the round holds no key either: the parties are played and gone.
     kept = [
         value
-        for owner in (summing, session, session.driver, *session.parties.values())
+        for owner in (summing, session, session.server, *session.parties.values())
         for value in vars(owner).values()
     ]
     assert not any(isinstance(value, np.ndarray) and value.shape == keys[0].shape for value in kept)
@@ -397,7 +397,7 @@ def test_the_sum_of_keys_is_bound_to_the_terms_of_the_long_vector() -> None:
     assert len({spec.encoding for spec in names}) == 4
     assert all(spec.bound == TAIL and spec.length == ours.degree for spec in names[:1])
     session = session_of()
-    setup = session.driver.setup
+    setup = session.server.setup
     assert setup.encoding == key_spec(session.parameters).encoding
     assert setup.length == session.parameters.degree
     with pytest.raises(PolicyError):
@@ -413,7 +413,7 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
 
     policy: Policy = session._policy
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})
-    raw = messages.encode(session.driver.setup)
+    raw = messages.encode(session.server.setup)
     join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
 
 
