@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from choral.protocols.crypto.keys import x25519_public
-from choral.protocols.driver import MOST_REPLIES, Answer, NeedsVector, used
+from choral.protocols.driver import Answer, NeedsVector, used
 from choral.protocols.errors import FaultyServerError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
@@ -39,10 +39,9 @@ class SharedPartyDriver(MaskedPartyDriver):
     known = key_messages.ToParty
 
     def __init__(self, context: PartyContext, *, floats: terms.Floats | None = None) -> None:
-        self._floats, self._private, self._key = floats, b"", b""
+        self._floats, self._private = floats, b""
         self._keying: Waiting | ConfirmingKey | None = None
         self._holder: Holder | None = None
-        self._asking: set[bytes] = set()
         self._sent: tuple[bytes, ...] | None = None
         self.total: tuple[Any, tuple[str, ...]] | None = None
         super().__init__(context)
@@ -74,8 +73,6 @@ class SharedPartyDriver(MaskedPartyDriver):
     def _take(self, message: Any, raw: bytes, key: bytes) -> Answer:
         if isinstance(message, KeyDeal | KeyConfirmations):
             return self._hand_out(message, raw)
-        if isinstance(message, messages.Begin):
-            self._key = key
         return super()._take(message, raw, key)
 
     def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:
@@ -110,11 +107,9 @@ class SharedPartyDriver(MaskedPartyDriver):
     def _begin(self, begin: messages.Begin, raw: bytes, member: Membership) -> Answer:
         if self._round is None or begin != self._round.begin:
             super()._begin(begin, raw, member)
-            self._asking, self._sent = set(), None
+            self._sent = None
         if self._sent is not None:
             return self._sent
-        if len(self._asking) < MOST_REPLIES:  # as many as any reply is kept for
-            self._asking.add(self._key)
         return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
 
     def _advertise(self, number: int) -> tuple[Any, bytes]:
@@ -144,10 +139,9 @@ class SharedPartyDriver(MaskedPartyDriver):
         self._answered(())
 
     def _answered(self, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """The same Begin, alone or in a bundle, gets this from here on."""
+        """The same Begin, alone or in a bundle, gets this from here on, not what it was answered before."""
         self._sent = answer if self._replies.kept else ()
-        for key in self._asking:
-            self._replies.put(key, answer)
+        self._replies.forget()
         return answer
 
     def _step(self, now: Any, message: Any, raw: bytes, key: bytes) -> Answer:
