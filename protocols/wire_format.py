@@ -73,6 +73,17 @@ def read(kind: Any, raw: bytes, *, sender: str, limit: int) -> Any:
     return message
 
 
+def claims_to_be(kind: type[Message], raw: object) -> bool:
+    """Whether these bytes begin as every message of this kind does; whether they are one, :func:`read` says."""
+    return isinstance(raw, bytes) and raw.startswith(_beginning(kind))
+
+
+@cache
+def _beginning(kind: type[Message]) -> bytes:
+    fields = [None] * len(kind.__struct_fields__)  # of a byte each
+    return bytes([VERSION]) + _encoder.encode([kind.__struct_config__.tag, *fields])[: -len(fields)]
+
+
 @cache
 def _decoder(kind: Any) -> Any:
     return msgspec.msgpack.Decoder(kind)

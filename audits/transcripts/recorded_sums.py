@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from choral.protocols.tap import Way
     from choral.trainers.run_folder.transcript import ObservedMessage, Opened, Recorded, SumBegun, Vector
 
-_CIPHERTEXT = b"\xaaciphertext"  # msgpack's form of the kind, which is the first field
-
 
 class SeenMessage(NamedTuple):
     """A message, and the sum that it is of. sum: its place among all sums of the transcript, 0 while a session opens.
@@ -113,8 +111,9 @@ def decode(session: RecordedSession, recorded: Recorded) -> None:
     """Every message by its protocol's strict decoder; what does not decode is strange."""
     from choral.protocols.crypto.modular_integers import unpack
     from choral.protocols.errors import ProtocolError
-    from choral.protocols.homomorphic.messages import read_ciphertext
+    from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
     from choral.protocols.masking import messages
+    from choral.protocols.wire_format import claims_to_be
 
     opened, masked_sum = session.opened, session.opened.secure_sum
     roster = set(opened.parties)
@@ -134,7 +133,7 @@ def decode(session: RecordedSession, recorded: Recorded) -> None:
             if masked_sum == "plain":
                 unpack(raw, opened.length, opened.modulus_bits)
                 continue
-            if masked_sum == "homomorphic" and seen.way == "up" and raw[2:].startswith(_CIPHERTEXT):
+            if masked_sum == "homomorphic" and seen.way == "up" and claims_to_be(Ciphertext, raw):
                 parts: list[tuple[bytes, Any]] = [(raw, read_ciphertext(raw, sender=seen.party, body=len(raw)))]
             elif seen.way == "up":
                 parts = [(raw, messages.to_server(raw, sender=seen.party, limit=len(raw)))]

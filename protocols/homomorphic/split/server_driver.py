@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from choral.protocols.driver import RoundTerms, Trip
 from choral.protocols.errors import FaultyPartyError, LateVectorError
+from choral.protocols.homomorphic.messages import Ciphertext
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound
 from choral.protocols.homomorphic.split.party_driver import chosen, key_spec
 from choral.protocols.interface import SumSpec, check_spec
+from choral.protocols.masking.messages import Upload
 from choral.protocols.masking.server.driver import NO_TRAINING, MaskedServerDriver, ServerContext, among
+from choral.protocols.wire_format import claims_to_be
 
 if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked
-
-# msgpack's form of the kind, which is the first field.
-_CIPHERTEXT, _UPLOAD = b"\xaaciphertext", b"\xa6upload"
 
 
 class SplitServerDriver(MaskedServerDriver):
@@ -50,8 +50,7 @@ class SplitServerDriver(MaskedServerDriver):
         take_key = trip.take
 
         def take(sender: str, raw: bytes) -> None:
-            kind = raw[2:16] if isinstance(raw, bytes) else b""
-            if kind.startswith(_CIPHERTEXT):
+            if claims_to_be(Ciphertext, raw):
                 if sender in included:
                     return
                 if trip.step != "vector":
@@ -64,7 +63,7 @@ class SplitServerDriver(MaskedServerDriver):
                 self._up[sender] += len(raw)
                 return
             asked = trip.step == "vector" and sender in trip.waiting
-            if asked and kind.startswith(_UPLOAD) and not collector.complete(sender):
+            if asked and claims_to_be(Upload, raw) and not collector.complete(sender):
                 raise FaultyPartyError(sender, "sent its key before its whole ciphertext")
             take_key(sender, raw)
             if asked and sender not in trip.waiting:

@@ -14,6 +14,7 @@ from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import MessageError
 from choral.protocols.masking import messages
+from choral.protocols.wire_format import claims_to_be
 
 VERSION = bytes([messages.VERSION])
 ID, H, SIG = b"s" * 16, b"h" * 32, b"g" * 64
@@ -61,6 +62,14 @@ def test_round_trip_version_and_direction(kind: str) -> None:
     other = "SumSetup" if kind in UP else "Hello"
     with pytest.raises(MessageError):
         decode(other, raw)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_message_claims_to_be_of_its_kind_and_of_no_other(kind: str) -> None:
+    raw = messages.encode(SAMPLES[kind])
+    assert [name for name, sample in SAMPLES.items() if claims_to_be(type(sample), raw)] == [kind]
+    assert not claims_to_be(type(SAMPLES[kind]), raw[1:])
+    assert not claims_to_be(type(SAMPLES[kind]), None)
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
