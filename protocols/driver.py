@@ -19,6 +19,7 @@ the same bytes get the same answer, and a party that drops out is asked again at
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -182,6 +183,28 @@ class Trip:
         if self.patience is None or waited < self.patience:
             return False
         return self._stage.heard >= self._quorum or waited >= LONGEST * self.patience
+
+
+class Traffic:
+    """Bytes on the wire per party and way, since they were taken last."""
+
+    def __init__(self) -> None:
+        self._up: Counter[str] = Counter()
+        self._down: Counter[str] = Counter()
+
+    def up(self, party: str, raw: bytes) -> bytes:
+        self._up[party] += len(raw)
+        return raw
+
+    def down(self, party: str, raw: bytes) -> None:
+        self._down[party] += len(raw)
+
+    def take(self, parties: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Up and down."""
+        up, down = ({party: count[party] for party in parties} for count in (self._up, self._down))
+        self._up.clear()
+        self._down.clear()
+        return up, down
 
 
 class CollectingStage(Protocol):

@@ -5,12 +5,11 @@ What passes between them is bytes, counted and shown to whoever watches (:mod:`c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from choral.protocols.driver import NeedsVector, PartyDriver, RoundTerms, ServerDriver, Trip
+from choral.protocols.driver import NeedsVector, PartyDriver, RoundTerms, ServerDriver, Traffic, Trip
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec
 from choral.protocols.plain import check_submission
@@ -145,33 +144,13 @@ class DriverRound:
             raise StateUsedError(f"round {self.number} ended when round {self._session.number} began")
 
 
-class ByteCounter:
-    """Bytes on the wire per party, counted as messages pass; those that opened the session are in the first round.
-
-    Every message is shown to whoever watches (:mod:`choral.protocols.tap`).
-    """
-
-    def __init__(self) -> None:
-        self._up: Counter[str] = Counter()
-        self._down: Counter[str] = Counter()
+class ByteCounter(Traffic):
+    """Counts what passes, refused or not, and shows it to whoever watches (:mod:`choral.protocols.tap`)."""
 
     def up(self, party: str, raw: bytes) -> bytes:
-        self._up[party] += len(raw)
         show("up", party, raw)
-        return raw
+        return super().up(party, raw)
 
     def down(self, party: str, raw: bytes) -> None:
-        self._down[party] += len(raw)
         show("down", party, raw)
-
-    def all_down(self, outbox: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        for party, raw in outbox.items():
-            self.down(party, raw)
-        return outbox
-
-    def take(self, parties: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
-        """What was counted since the last call, up and down."""
-        up, down = ({party: count[party] for party in parties} for count in (self._up, self._down))
-        self._up.clear()
-        self._down.clear()
-        return up, down
+        super().down(party, raw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from choral.protocols.driver import (
     Randomness,
     Replies,
     RoundTerms,
+    Traffic,
     Trip,
     check_patience,
     patience_at,
@@ -144,8 +144,7 @@ class PlainServerDriver:
         self._randomness, self._patience = randomness, check_patience(patience)
         self._quorum = checks.optional(quorum, "quorum", 1, len(spec.parties)) or 1
         self._session, self.number = b"", 0
-        self._up: Counter[str] = Counter()
-        self._down: Counter[str] = Counter()
+        self._traffic = Traffic()
         self.result: SumResult | None = None
         self.disputes: Mapping[str, tuple[str, ...]] = {}
 
@@ -165,19 +164,18 @@ class PlainServerDriver:
         begin = messages.Begin(self._session, self.number, terms.exchange, terms.weights, terms.terms)
         outbox = dict.fromkeys((party for party in self.spec.parties if party not in gone), messages.encode(begin))
         stage = _Vectors(self.spec, self._session, self.number)
-        self._down.update({party: len(raw) for party, raw in outbox.items()})
+        for party, raw in outbox.items():
+            self._traffic.down(party, raw)
 
         def take(sender: str, raw: bytes) -> None:
             stage.receive(sender, raw)
-            self._up[sender] += len(raw)
+            self._traffic.up(sender, raw)
 
         patience = patience_at(self._patience, "vector")
         yield Trip("vector", outbox, stage, take=take, patience=patience, quorum=self._quorum)
         if not stage.senders:
             raise TooFewSurvivorsError("nobody sent a vector", survivors=0, needed=1, missing=self.spec.parties)
-        up, down = ({party: count[party] for party in self.spec.parties} for count in (self._up, self._down))
-        self._up.clear()
-        self._down.clear()
+        up, down = self._traffic.take(self.spec.parties)
         self.result = SumResult(
             total=lift(stage.total, self.spec.modulus_bits),
             survivors=tuple(party for party in self.spec.parties if party in stage.senders),

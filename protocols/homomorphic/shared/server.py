@@ -253,14 +253,10 @@ class SharedServerDriver(MaskedServerDriver):
 
     def round(self, terms: RoundTerms = NO_TRAINING, *, lost: Iterable[str] = ()) -> Iterator[Trip]:
         """See :class:`choral.protocols.driver.ServerDriver`."""
-        if not isinstance(terms, RoundTerms):
-            raise SpecError(f"expected RoundTerms, got {checks.shown(terms)}")
         if self._keyed is None:
             raise StateUsedError("the session is not open", hint="go through the trips of open()")
-        self.number += 1
-        self.result, gone = None, frozenset(lost)
-        begin = messages.Begin(self._keyed.id, self.number, terms.exchange, terms.weights, terms.terms)
-        raw, adding = encode(begin), Adding(self._keyed, self.number)
+        raw, gone = self._next(terms, self._keyed.id), frozenset(lost)
+        adding = Adding(self._keyed, self.number)
         asked = [party for party in self.setup.roster if party not in gone]
         yield self._trip("vector", {party: self._with_nonces(party, raw) for party in asked}, adding)
         totalling = adding.close()

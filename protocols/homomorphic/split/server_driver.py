@@ -60,7 +60,7 @@ class SplitServerDriver(MaskedServerDriver):
                 except FaultyPartyError:
                     if not collector.repeats(sender, raw):
                         raise
-                self._up[sender] += len(raw)
+                self._traffic.up(sender, raw)
                 return
             asked = trip.step == "vector" and sender in trip.waiting
             if asked and claims_to_be(Upload, raw) and not collector.complete(sender):

@@ -16,7 +16,6 @@ nonces as long as nothing was heard from it in this session.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from choral.protocols.driver import (
     Patience,
     Randomness,
     RoundTerms,
+    Traffic,
     Trip,
     TripStep,
     check_patience,
@@ -88,8 +88,7 @@ class MaskedServerDriver:
         self._reveals = b""
         self._entered: set[str] = set()
         self._following: Mapping[int, messages.Following] = {}
-        self._up: Counter[str] = Counter()
-        self._down: Counter[str] = Counter()
+        self._traffic = Traffic()
         self.number = 0
         self.result: SumResult | None = None
         self.disputes: Mapping[str, tuple[str, ...]] = {}
@@ -109,11 +108,12 @@ class MaskedServerDriver:
     def _trip(self, step: TripStep, outbox: Mapping[str, bytes], stage: Stage, quorum: int | None = None) -> Trip:
         if quorum is None:
             quorum = min(self._quorum or self.setup.min_survivors, len(self.setup.roster))
-        self._down.update({party: len(raw) for party, raw in outbox.items()})
+        for party, raw in outbox.items():
+            self._traffic.down(party, raw)
 
         def take(sender: str, raw: bytes) -> None:
             stage.receive(sender, raw)
-            self._up[sender] += len(raw)
+            self._traffic.up(sender, raw)
 
         return Trip(step, outbox, stage, take=take, patience=patience_at(self._patience, step), quorum=quorum)
 
@@ -166,13 +166,8 @@ class MaskedServerDriver:
 
     def round(self, terms: RoundTerms = NO_TRAINING, *, lost: Iterable[str] = ()) -> Iterator[Trip]:
         """See :class:`choral.protocols.driver.ServerDriver`."""
-        if not isinstance(terms, RoundTerms):
-            raise SpecError(f"expected RoundTerms, got {checks.shown(terms)}")
         gone, session = frozenset(lost), self.session
-        self.number += 1
-        self.result, self.disputes = None, {}
-        identifier = session.terms.session[: signing.SESSION_BYTES]
-        begin = messages.encode(messages.Begin(identifier, self.number, terms.exchange, terms.weights, terms.terms))
+        begin = self._next(terms, session.terms.session[: signing.SESSION_BYTES])
         advertising = session.begin(self.number, self._following, begun=signing.begun(begin))
         asked = tuple(party for party in advertising.waiting if party not in gone)
         if asked:
@@ -189,14 +184,20 @@ class MaskedServerDriver:
                 stage, outbox = stage.close()
         self._finish(stage.close())
 
+    def _next(self, terms: RoundTerms, session: bytes) -> bytes:
+        """The Begin of the next round. Raises: SpecError for other terms than RoundTerms."""
+        if not isinstance(terms, RoundTerms):
+            raise SpecError(f"expected RoundTerms, got {checks.shown(terms)}")
+        self.number += 1
+        self.result, self.disputes = None, {}
+        return messages.encode(messages.Begin(session, self.number, terms.exchange, terms.weights, terms.terms))
+
     def _with_nonces(self, party: str, begin: bytes) -> bytes:
         return begin if party in self._entered else _bundle(self._reveals, begin)
 
     def _finish(self, outcome: Outcome) -> None:
         self._following, self.disputes = outcome.following, outcome.disputes
-        up, down = ({party: count[party] for party in self.setup.roster} for count in (self._up, self._down))
-        self._up.clear()
-        self._down.clear()
+        up, down = self._traffic.take(self.setup.roster)
         self.result = SumResult(total=outcome.total, survivors=outcome.survivors, bytes_up=up, bytes_down=down)
 
 
