@@ -246,6 +246,28 @@ def test_no_vector_is_sent_into_a_dead_session(deployed: Any) -> None:
         net.parties["p0"].supply(np.array([1, 2, 3]))
 
 
+def test_an_opening_is_dead_once_the_identity_has_joined_another(deployed: Any) -> None:
+    """No nonce is shown for it, and it is not entered."""
+    net = deployed()
+    trips = net.server.open()
+    for name, raw in (trip := next(trips)).outbox.items():
+        trip.receive(name, *net.parties[name].handle(raw))
+    hellos = next(trips).outbox["p0"]
+    join_another(net)
+    with pytest.raises(StateUsedError, match="ended when it joined"):
+        net.parties["p0"].handle(hellos)
+    net.open()
+    reveals, _ = parse(next(net.server.round(TRAINED)).outbox["p0"]).parts
+    join_another(net)
+    with pytest.raises(StateUsedError, match="ended when it joined"):
+        net.parties["p0"].handle(reveals)
+
+
+def join_another(net: Any) -> None:
+    """By another driver of p0's identity."""
+    net.party("p0").handle(next(net.kind.server_driver(net.spec, directory=net.directory).open()).outbox["p0"])
+
+
 def test_a_server_that_asks_in_ever_new_forms_fills_no_memory(deployed: Any) -> None:
     """The nonces are of no use once the session is open, so that each change of them is another message to remember."""
     net = deployed().open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from choral.protocols import Homomorphic, SumSpec, in_process
+from choral.protocols import Homomorphic, Identity, SumSpec, in_process
 from choral.protocols.crypto.modular_integers import pack
 from choral.protocols.errors import (
     FaultyPartyError,
@@ -415,6 +416,26 @@ def split_sum_party_with_other_terms(session: SplitSession) -> None:
     other = Policy(**{**vars(policy), "encoding": "split-key sum, terms of mine"})
     raw = messages.encode(session.server.setup)
     join(raw, name="north", identity=secrets.token_bytes(32), policy=other, randomness=secrets.token_bytes)
+
+
+@pytest.mark.parametrize(
+    "stricter",
+    [
+        {"maximum_length": 4},
+        {"maximum_bound": 99},
+        {"maximum_modulus_bits": 9},
+        {"maximum_weight": 99},
+        {"encoding": "another"},
+        {"wraps_at": 9},
+    ],
+)
+def test_a_party_has_no_driver_for_another_vector_than_its_policy_allows(stricter: dict[str, Any]) -> None:
+    """The setup that it signs is of the sum of keys, so that the policy's words on the long vector are held here."""
+    identity = Identity(bytes(32))
+    policy = replace(Homomorphic()._keys().policy(SPEC), directory={"north": identity.public})
+    Homomorphic().party_driver(SPEC, name="north", identity=identity, policy=policy)
+    with pytest.raises(PolicyError):
+        Homomorphic().party_driver(SPEC, name="north", identity=identity, policy=replace(policy, **stricter))
 
 
 def test_the_statement_says_what_is_trusted_and_what_was_chosen() -> None:
