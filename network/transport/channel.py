@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 
 from choral.network.errors import FrameError, PeerLostError, RefusedError, TransportError
+from choral.network.transport.directory import in_words
 from choral.network.transport.frames import FRAME_BYTES, HEADER, Frame, Kind, header, read_header
 from choral.network.transport.limits import Limits, Meter
 
@@ -78,7 +78,7 @@ class FrameChannel:
                 text = f"took no bytes for {self.limits.silence:g} s"
                 raise PeerLostError(text, peer=self.peer) from None
             except OSError as error:
-                raise PeerLostError(f"the connection broke ({_said(error)})", peer=self.peer) from None
+                raise PeerLostError(f"the connection broke ({in_words(error)})", peer=self.peer) from None
 
     async def receive(self) -> Frame:
         """The next frame.
@@ -97,7 +97,7 @@ class FrameChannel:
             where = "in the middle of a frame" if error.partial or error.expected != HEADER.size else ""
             raise PeerLostError(f"hung up {where}".strip(), peer=self.peer) from None
         except OSError as error:
-            raise PeerLostError(f"the connection broke ({_said(error)})", peer=self.peer) from None
+            raise PeerLostError(f"the connection broke ({in_words(error)})", peer=self.peer) from None
         self.heard += 1
         wait = self._bytes.take(length + _OVERHEAD)
         if kind is not Kind.DATA:
@@ -172,9 +172,3 @@ def refused(frame: Frame, peer: str) -> RefusedError:
         peer=peer,
         code=code if known else "",
     )
-
-
-def _said(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or "TLS failed").lower().replace("_", " ")
-    return error.strerror or type(error).__name__

@@ -93,7 +93,7 @@ def tls_context(identity: CertifiedIdentity, peers: Iterable[Certificate], *, se
     try:
         context.load_cert_chain(identity.certificate_path, identity.key_path, password=lambda: "")
     except (OSError, ValueError) as error:
-        raise CertificateError(f"the certificate or key of {identity.name} cannot be used: {_openssl(error)}") from None
+        raise CertificateError(f"the certificate or key of {identity.name} cannot be used: {in_words(error)}") from None
     pems = "".join(peer.pem for peer in peers)
     if pems:
         context.load_verify_locations(cadata=pems)
@@ -114,7 +114,7 @@ def refusal(error: BaseException) -> str:
         }.get(error.verify_code, "its certificate was refused")
         return f"{said} ({error.verify_message})"
     if isinstance(error, ssl.SSLError):
-        said = (error.reason or "TLS failed").lower().replace("_", " ")
+        said = in_words(error)
         known = {
             "unsupported protocol": "it speaks no TLS 1.3",
             "peer did not return a certificate": "it showed no certificate",
@@ -127,7 +127,8 @@ def refusal(error: BaseException) -> str:
     return "it hung up before it greeted"
 
 
-def _openssl(error: OSError | ValueError) -> str:
+def in_words(error: OSError | ValueError) -> str:
+    """What OpenSSL or the system calls it; without what it may quote."""
     if isinstance(error, ssl.SSLError):
         return (error.reason or "TLS failed").lower().replace("_", " ")
     return str(getattr(error, "strerror", None) or type(error).__name__)
