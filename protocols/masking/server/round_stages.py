@@ -256,7 +256,7 @@ class Unmasking(_AfterUploads):
         Time: a mask expansion for each survivor, and one for each pair of a dropped and a surviving neighbour.
         Raises: TooFewSurvivorsError; FaultyPartyError for a party whose shares give another secret than it claimed.
         Either way this sum is lost: each vector in it is masked with the secret that is missing. The round can only be
-        repeated without that party, and the parties then refuse to answer this one (states.Current).
+        repeated without that party, and the parties then refuse to answer this one (``single_use.Current``).
         """
         self._close(self._terms.setup.threshold, "too few helped to unmask")
         total = self._tally.unmask(self._total, self._survivors, self._heard)
