@@ -6,7 +6,7 @@
     enter      Revealing   Reveals         -                     Member         (once per session)
     advertise  Member      a round number  Advertise             Member, Advertised
     share      Advertised  Roster          DealtShares           SharesSent
-    receive    SharesSent     Deliveries      -                     Ready
+    receive    SharesSent  Deliveries      -                     Ready
     upload     Ready       its own vector  Upload                Uploaded
     confirm    Uploaded    Survivors       Confirm               Confirmed
     unmask     Confirmed   Confirmations   Unmask                -

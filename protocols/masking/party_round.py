@@ -282,7 +282,7 @@ class Confirmed(Once[_Agreed]):
     """Has signed one set of survivors and holds one share per neighbour; waits for the others' signatures."""
 
     def unmask(self, confirmations: bytes, *, following: bytes | None = None) -> bytes:
-        """ChosenShare those shares, once at least the threshold of this party's holders signed the very same set.
+        """Reveal those shares, once at least the threshold of this party's holders signed the very same set.
 
         following: the Advertise of the next round, to ride on this message and save it a trip.
         Raises: FaultyServerError for a signature that is not of this set, round and party; TooFewSurvivorsError;

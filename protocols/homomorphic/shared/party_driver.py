@@ -1,11 +1,11 @@
 """A party of the shared-key sum behind one door: a masked sum's party, until the session is open.
 
-    from the server       state before    step      answer                     state after
-    Reveals               Revealing       meet      KeyDeal, of the dealer     ConfirmingKey, or Waiting
-    KeyDeal               Waiting         receive   KeyConfirm                 ConfirmingKey
-    KeyConfirmations      ConfirmingKey      enter     -                          Holder
-    Begin                 Holder          encrypt   NeedsVector, then Upload   Holder, EncryptedVector
-    EncryptedSum          EncryptedVector       open      OpenedSum; in CKKS -       -
+    from the server    state before     step      answer                     state after
+    Reveals            Revealing        meet      KeyDeal, of the dealer     ConfirmingKey, or Waiting
+    KeyDeal            Waiting          receive   KeyConfirm                 ConfirmingKey
+    KeyConfirmations   ConfirmingKey    enter     -                          Holder
+    Begin              Holder           encrypt   NeedsVector, then Upload   Holder, EncryptedVector
+    EncryptedSum       EncryptedVector  open      OpenedSum; in CKKS -       -
 
 Nothing that is stored opens a key: a party that restarts has none, and answers again with the next session.
 """
