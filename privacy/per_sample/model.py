@@ -10,7 +10,7 @@ by Opacus or functorch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from choral.privacy.per_sample import ghost_norms
 from choral.privacy.per_sample.layer_replacement import refuse_unsupported
 from choral.privacy.per_sample.layer_use import LayerCall, LayerUse, OutputTap, trainable
 from choral.privacy.record_independence.forward_checks import CheckedModule
-from choral.privacy.record_independence.loss_graph import observe_losses
+from choral.privacy.record_independence.loss_observers import observe_losses
 from choral.privacy.record_independence.unsupported_calls import (
     refuse_anomaly_detection,
     refuse_inputs,
@@ -304,12 +304,17 @@ class PerSampleModel(CheckedModule):
                 hint="Use fewer groups, or nn.LayerNorm for features without a spatial dimension.",
             )
 
+    @property
+    def loss_ends(self) -> Set[Any]:
+        """The nodes that made the outputs of model and layers, where a loss of them is to be looked at."""
+        looks = self.hides_gradients and self.hooks_enabled and (self.drawn or 0) > 1 and not self._separable
+        return self._ends if looks else frozenset()
+
     def check_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
         """Refuse a loss that is seen not to be a mean over the records of the batch just drawn."""
-        if self.hides_gradients and self.hooks_enabled and (self.drawn or 0) > 1 and self._ends and not self._separable:
-            own = {*self._module.parameters(), self._anchor}
-            with self._unheard():
-                self._losses.look(losses, self._ends, self.drawn or 0, seeds, own)
+        own = {*self._module.parameters(), self._anchor}
+        with self._unheard():
+            self._losses.look(losses, self._ends, self.drawn or 0, seeds, own)
 
     def parts(self, p: nn.Parameter) -> list[ghost_norms.PerSample]:
         """Return the per-sample gradients of `p` from each of its uses. Raises: PrivacyError (two backward passes)."""

@@ -19,15 +19,15 @@ tries the loss itself.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.record_independence.joined_records import breaks, crosses
+from choral.privacy.record_independence.loss_observers import MOST, nodes_below
 from choral.privacy.record_independence.unwrapped_parameters import LEAF as _LEAF
 from choral.privacy.record_independence.unwrapped_parameters import refuse_stranger, refuse_strangers
 
@@ -47,35 +47,6 @@ _OVER_ALL = {
     *("Median", "Topk", "Sort", "Prod", "Cumsum", "Softmax", "LogSoftmax", "Kthvalue", "Aminmax"),
 }
 _GATHERING = ("IndexBackward0", "MaskedSelectBackward0", "IndexSelectBackward0")
-_MOST = 4096  # nodes of a graph that are looked at
-
-
-class LossObserver(Protocol):
-    """Who checks losses before they go backward."""
-
-    def check_loss(self, losses: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor | None]) -> None:
-        """Raise UnsupportedModelError if these may not. seeds: the gradients that `backward` was given for them."""
-        ...
-
-
-_observers: weakref.WeakSet[Any] = weakref.WeakSet()
-_torchs_backward = torch.autograd.backward
-
-
-@functools.wraps(_torchs_backward)
-def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    given = args[0] if args else kwargs.get("grad_tensors")
-    seeds = list(given) if isinstance(given, Sequence) else [given] * len(losses)
-    for observer in list(_observers):
-        observer.check_loss(losses, seeds)
-    _torchs_backward(tensors, *args, **kwargs)
-
-
-def observe_losses(observer: LossObserver) -> None:
-    """Let `observer` check every loss from now on, before `loss.backward()`, for as long as it lives."""
-    _observers.add(observer)
-    torch.autograd.backward = _backward  # there is no hook that torch calls before
 
 
 @dataclass(frozen=True)
@@ -114,13 +85,13 @@ class LossGraphCheck:
         pairs = [
             (loss, seed)
             for loss, seed in zip(losses, seeds or [None] * len(losses), strict=False)
-            if _reaches(loss.grad_fn, ends)
+            if any(node in ends for node in nodes_below(loss.grad_fn))
         ]
         seen: set[Any] = set()
         edges: dict[tuple[Any, int], None] = {}  # in the order in which they are found
         waiting: list[tuple[Any, int, _Above]]
         waiting = [(loss.grad_fn, loss.output_nr, self._seeded(loss, seed, rows)) for loss, seed in pairs]
-        while waiting and len(seen) < _MOST:
+        while waiting and len(seen) < MOST:
             node, output, above = waiting.pop()
             if node in ends and node is not None:
                 edges[node, output] = None
@@ -234,20 +205,6 @@ class LossGraphCheck:
         counts = _picked(node, plain, rows)
         if counts is not None and int(counts.min()) != int(counts.max()):
             raise _refused("a mean over parts of the records, of which some have more than others")
-
-
-def _reaches(node: Any, ends: set[Any]) -> bool:
-    """Return whether a loss is made of any of `ends`."""
-    seen: set[Any] = set()
-    waiting = [node]
-    while waiting and len(seen) < _MOST:
-        node = waiting.pop()
-        if node in ends and node is not None:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += _children(node)
-    return False
 
 
 def _between(node: Any, plain: str, rows: int) -> bool:

@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.per_sample.model import with_per_sample_gradients
-from choral.privacy.record_independence import loss_graph
+from choral.privacy.record_independence import loss_observers
+from choral.privacy.record_independence.loss_graph import LossGraphCheck
 
 WEIGHTS = torch.tensor([1.0, 200.0, 1.0])
 STEPS = 5
@@ -189,7 +190,7 @@ def sensitivity(loss: Any, x: torch.Tensor, y: torch.Tensor) -> float:
         torch.manual_seed(1)
         model = nn.Linear(6, 3)
         private = with_per_sample_gradients(model)
-        loss_graph._observers.discard(private)
+        loss_observers._observers.discard(private)
         optimizer = PrivateOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.0),
             private,
@@ -203,6 +204,23 @@ def sensitivity(loss: Any, x: torch.Tensor, y: torch.Tensor) -> float:
         optimizer.step()
         sums.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
     return float((sums[0] - sums[1]).norm())
+
+
+def test_a_loss_is_shown_to_the_models_alone_that_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may hold many wrapped models; each backward pass of another one must not wait for all of them."""
+    shown: list[LossGraphCheck] = []
+    monkeypatch.setattr(LossGraphCheck, "look", lambda self, *_: shown.append(self))
+    x, models = torch.randn(4, 6), [with_per_sample_gradients(nn.Linear(6, 3)) for _ in range(3)]
+    for model in models:
+        model.drawn = 4
+    first, second, third = (model(x) for model in models)
+    nn.Linear(6, 3)(x).mean().backward()
+    assert shown == []
+    first.mean().backward()
+    assert shown == [models[0]._losses]
+    (second.mean() + third.mean()).backward()
+    assert {id(one) for one in shown[1:]} == {id(model._losses) for model in models[1:]}
+    assert len(shown) == 3
 
 
 def test_what_is_refused_would_exceed_the_clipping_norm_many_times() -> None:
