@@ -1,7 +1,8 @@
 """The jobs that frameworks are compared on, and a bare loop that does their arithmetic and nothing else.
 
-Imports torch alone, so that the environment of each framework can import it. The bare loop: one resident model, batches
-sliced from tensors, fused updates, a running sum; batches of 10, learning rate 0.1, one local epoch.
+Imports torch and safetensors alone, so that the environment of each framework can import it. The bare loop: one
+resident model, batches sliced from tensors, fused updates, a running sum; batches of 10, learning rate 0.1, one local
+epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,13 +59,13 @@ def write_parties(job: Job, scale: float, path: Path) -> None:
     count, generator = max(4, round(job.parties * scale)), torch.Generator().manual_seed(0)
     inputs = torch.randn(count, job.records, *job.shape, generator=generator)
     targets = torch.randint(job.classes, (count, job.records), generator=generator)
-    torch.save({"inputs": inputs, "targets": targets}, path)
+    save_file({"inputs": inputs, "targets": targets}, path)
 
 
 @cache
 def read_parties(path: str | Path) -> Parties:
     """Once in a process: a worker that is handed this function by name has it from its own import."""
-    kept = torch.load(path, mmap=True, weights_only=True)
+    kept = load_file(path)
     return list(zip(kept["inputs"], kept["targets"], strict=True))
 
 

@@ -1,8 +1,8 @@
 """Other frameworks on the jobs of bare.py: a process for each, which does a round whenever simulation.py says so.
 
 Not to be started by hand: ``python benchmarks/simulation.py --peer-python PEERS/bin/python`` starts it with the
-interpreter of an environment that has torch and the peers (``pip install pfl "flwr[simulation]"``). This project
-depends on none of them. One thread each; Flower gets one core, and so one actor.
+interpreter of an environment that has torch, safetensors and the peers (``pip install pfl "flwr[simulation]"``). This
+project depends on none of the peers. One thread each; Flower gets one core, and so one actor.
 
     PEERS/bin/python benchmarks/peers.py pfl|flwr JOB FILE
 """

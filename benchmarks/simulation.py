@@ -116,7 +116,7 @@ def serve(job: str, path: Path, device: torch.device) -> None:
 
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> None:
-    path, device = folder / f"{name}.pt", torch.device(arguments.device)
+    path, device = folder / f"{name}.safetensors", torch.device(arguments.device)
     bare.write_parties(bare.JOBS[name], arguments.scale, path)
     jobs: dict[str, Callable[[], Spent]] = {
         engine: lambda work=work: timed(lambda: finished(work, device))  # type: ignore[misc]
