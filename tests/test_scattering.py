@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from choral.jobs.training import load_module
+
 
 @pytest.fixture(scope="module")
 def scattering() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "scattering.py"
-    spec = importlib.util.spec_from_file_location("scattering", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).resolve().parent.parent / "benchmarks" / "scattering.py", "the benchmark")
 
 
 # ScatteringTorch2D(J=2, L=8, shape=(28, 28)) of kymatio 0.3.0: channel, its value at (3, 3), its value at (0, 6).

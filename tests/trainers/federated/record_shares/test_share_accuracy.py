@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 
+from choral.jobs.training import load_module
+
 EXAMPLE = Path(__file__).resolve().parents[4] / "examples" / "noise_in_shares.py"
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("noise_in_shares", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -27,7 +18,7 @@ def test_shares_are_near_the_cloud_and_above_each_partys_own_noise() -> None:
 
     Noise is the operating system's. Measured: shares within a point of the cloud, each party's own noise 8 below it.
     """
-    trained = example().trained
+    trained = load_module(EXAMPLE, "the example").trained
     scores = {
         arm: mean(100 * trained(arm, 4.0, 0.5, seed).metrics["accuracy"] for seed in range(3))
         for arm in ("cloud", "shares", "own")
