@@ -87,7 +87,7 @@ def rounds_to_go(settings: Settings, out: Path) -> int:
 
 
 def train_planned(settings: Settings, planned: PlannedRun, out: Path, resume: bool, tick: Tick) -> Failure | None:
-    """Train one run, or make one attack. Whatever stops it is returned: the other cells do not depend on it."""
+    """Train one run, or make one attack. Whatever stops it is returned: the other runs do not depend on it."""
     try:
         _train_planned(settings, planned, out, resume, tick)
     except (Exception, SystemExit) as error:  # of the user's code, too, which may end its process

@@ -60,7 +60,10 @@ class PrivacySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SumSettings:
-    """The secure sum between the parties. All but ``value_bound`` and ``value_bits`` is for sums that hide vectors."""
+    """The secure sum between the parties.
+
+    All but ``value_bound``, ``value_bits`` and ``weights`` is for sums that hide vectors.
+    """
 
     kind: SumKind = "masked"
     """plain: the server sees each update; masked, homomorphic: only the sum."""

@@ -54,7 +54,7 @@ def _pool(
     tick: Tick,
     failed: dict[PlannedRun, Failure],
 ) -> list[PlannedRun]:
-    """Train in fresh processes and note what failed; returns the cells that are left where one process died."""
+    """Train in fresh processes and note what failed; returns the runs that are left where one process died."""
     context = multiprocessing.get_context("spawn")
     ticks: queue.Queue[tuple[str, RoundRecord]] = context.Queue()  # type: ignore[assignment]
     threads = max(1, (os.cpu_count() or 1) // workers)
