@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
@@ -12,10 +12,10 @@ from safetensors.torch import load, save
 
 from choral.errors import ChoralError, ConfigError, DataError
 from choral.privacy import BudgetExceededError, UnsupportedModelError
-from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient, Minimise, Svrg, Touch, Train, Work
+from choral.trainers.algorithms.interface import Done, Failed, Work
 from choral.trainers.task.task import DivergedError, TaskError
 
-_WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in (Train, Gradient, Svrg, Minimise, Touch, Ascend)}
+_WORKS: dict[str, type[Work]] = {kind.__name__: kind for kind in get_args(Work)}
 Tensors = Mapping[str, torch.Tensor]
 
 

@@ -19,7 +19,7 @@ from choral import Masked, Privacy
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from flat_arguments import federate
 
-from choral.trainers import FSVRG, Availability, Dropouts, Epochs, Participation, Run, Scaffold, VirtualParties
+from choral.trainers import FSVRG, Availability, Dropouts, Epochs, FedSGD, Participation, Run, Scaffold, VirtualParties
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -75,6 +75,8 @@ def main(kind: str, folder: Path) -> None:
     if kind == "all":
         keep("scaffold", federate(**job, algorithm=Scaffold(), out=folder / "scaffold"))
         keep("fsvrg", federate(**job, algorithm=FSVRG(step=0.5), out=folder / "fsvrg"))
+        steps = FedSGD(batch_size=40, steps_per_round=2)
+        keep("fedsgd", federate(**job, algorithm=steps, out=folder / "fedsgd"))
         known = job | {"fit": Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)}
         keep("epochs", federate(**known))
         many = VirtualParties(

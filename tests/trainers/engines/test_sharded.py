@@ -9,14 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from choral.trainers import Run
-from choral.trainers.algorithms.interface import Ascend, Done, Gradient, Svrg, Train
+from choral.trainers.algorithms.interface import Ascend, Batch, Done, Gradient, Minimise, Svrg, Touch, Train, Work
 from choral.trainers.engines.rank_messages import (
     orders_as_message,
     packed,
@@ -71,7 +70,7 @@ def states(folder: Path, kind: str) -> Mapping[str, torch.Tensor]:
 
 def test_two_processes_give_what_one_gives(alone: Path, tmp_path: Path) -> None:
     finished(start("all", tmp_path, 2), codes=(0, 0))
-    for kind in ("masked", "scaffold", "fsvrg", "virtual", "world"):
+    for kind in ("masked", "scaffold", "fsvrg", "fedsgd", "virtual", "world"):
         for name, tensor in states(alone, kind).items():
             assert torch.equal(states(tmp_path, kind)[name], tensor), (kind, name)
             # and every rank has the run
@@ -168,11 +167,14 @@ def test_parties_are_balanced_by_examples() -> None:
     [
         Train(shift=torch.arange(3.0), pull=0.5),
         Gradient(),
+        Batch(rate=0.25, step=3),
+        Minimise(direction=torch.ones(3), pull=0.5),
+        Touch(),
         Svrg(direction=torch.ones(3), step=0.1, shares=torch.rand(3), passes=2),
         Ascend(dual=torch.rand(5, dtype=torch.float64), ridge=0.1, examples=7, slack=2.0),
     ],
 )
-def test_work_survives_the_way(work: Any) -> None:
+def test_work_survives_the_way(work: Work) -> None:
     orders, tensors = orders_as_message([("a", work), ("b", work)])
     assert len(tensors) == sum(isinstance(part, torch.Tensor) for part in vars(work).values())  # shared ones once
     header, arrived = unpacked(packed({"orders": orders}, tensors))
