@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy, PrivacyEngine
 from choral.trainers.centralized.data_parallel import Workers, own_device, workers_of
-from choral.trainers.local_steps.resident_model import initial_model, recorded_model, resolve_device
+from choral.trainers.local_steps.resident_model import initial_model, resolve_device
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, check_tuned, describe
 from choral.trainers.run_folder.energy import EnergyMeter
@@ -110,9 +110,6 @@ def _train(job: _Job, info: RunInfo, recorder: Recorder, workers: Workers, on_ro
     recorder.keep({name: engine.ledger for name, engine in engines.items()})
     last_round, reason = rounds_paid_for(engines, recorder, info.rounds)
     if reason and last_round <= recorder.completed:
-        if recorder.awaits(task.evaluate_party):
-            final = recorded_model(recorder, task.build, task.parties)
-            recorder.finish(per_party_of(*held, final, task.parties))
         return recorder.end(reason, {name: engine.spent() for name, engine in engines.items()})
     pooled = _Pooled(job, seed)
     model, meter = pooled.model, EnergyMeter(job.arithmetic.device)

@@ -36,7 +36,7 @@ from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import OpenSum, Sums, check_promises
 from choral.trainers.local_steps.batch_gradients import ShareSteps
-from choral.trainers.local_steps.resident_model import Resident, recorded_model
+from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
@@ -297,11 +297,6 @@ class Session:
     def _closed(self) -> Run:
         """The run as it is recorded in the end."""
         task, parties = self.plan.task, self.plan.parties
-        if self._over:
-            if self._recorder.awaits(task.evaluate_party):
-                final = recorded_model(self._recorder, task.build, parties)
-                self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, final, parties))
-            return self._recorder.end(self._reason, self._ledgers.spent())
         if self._recorder.completed < self.plan.rounds:
             return self._recorder.end(self._reason, self._ledgers.spent())
         return self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, self._resident.model, parties))

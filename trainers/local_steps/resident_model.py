@@ -38,7 +38,6 @@ from choral.trainers.local_steps.corrections import OptimizerSteps, corrected
 from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
 from choral.trainers.run_folder.info import RunFolderError
-from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.flat_vector import Layout
@@ -367,13 +366,6 @@ def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None =
         model = checked_build(build, dataset)[0]
     if start:
         start.load_into(model)
-    return model
-
-
-def recorded_model(recorder: Recorder, build: Build, parties: Mapping[str, Any]) -> nn.Module:
-    """The model with the weights that were recorded last, on the CPU."""
-    model = initial_model(build, next(iter(parties.values())), 0)
-    model.load_state_dict(recorder.run().state)
     return model
 
 

@@ -21,7 +21,6 @@ from choral.trainers.run_folder.resume import check_complete, check_same
 from choral.trainers.run_folder.run import Run
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.per_party import PerParty
-from choral.trainers.task.task import EvaluateParty
 
 
 class Recorder:
@@ -216,15 +215,10 @@ class Recorder:
 
     def end(self, reason: str, spent: Mapping[str, Spent]) -> Run:
         """Close the run at its last complete round. spent: by the ledgers, the round that was cut short included."""
-        if self.completed < self._info.rounds:
-            self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
-            if self._folder:
-                folders.write_info(self._folder, self._info)
+        self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
+        if self._folder:
+            folders.write_info(self._folder, self._info)
         return self.run()
-
-    def awaits(self, evaluate_party: EvaluateParty | None) -> bool:
-        """Whether all rounds are done and the evaluation at each party is not, as a killed process leaves it."""
-        return evaluate_party is not None and self.completed == self._info.rounds and self._info.per_party is None
 
     def finish(self, per_party: PerParty | None) -> Run:
         """Record what the model after the last round is worth at each party, where that was asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count as counter
 
 import numpy as np
 import pytest
@@ -94,6 +95,36 @@ def test_a_run_killed_before_the_evaluation_is_evaluated_when_it_is_resumed(job,
     assert resumed.info.spent == whole.info.spent
     kept = federate(**job(), out=tmp_path / "run", **again, privacy=privacy, resume=True)
     assert kept.info.per_party == whole.info.per_party
+
+
+@pytest.mark.parametrize("privacy", PROMISES)
+def test_pooled_training_killed_before_the_evaluation_is_evaluated_too(job, held_out, tmp_path, privacy):
+    asked = {"held_out": held_out, "evaluate_party": accuracy, "out": tmp_path / "run", "privacy": privacy}
+    whole = centralize(**job(), **asked)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"per_party": None}))
+    resumed = centralize(**job(), **asked, resume=True)
+    assert resumed.info.per_party == whole.info.per_party is not None
+    assert (resumed.history, resumed.info.spent, resumed.info.ended) == (whole.history, whole.info.spent, "")
+
+
+@pytest.mark.parametrize("train", [federate, centralize])
+def test_a_run_that_its_budget_ended_early_stays_so_and_is_not_evaluated(job, held_out, tmp_path, train):
+    """Its last round was cut short and is paid for: however often it is resumed, nothing is left to be done."""
+    calls, fit = counter(), job()["fit"]
+
+    def stops(model, optimizer, loader):
+        fit(model, optimizer, loader)
+        if next(calls) == (7 if train is federate else 2):
+            raise KeyboardInterrupt
+
+    asked = {"held_out": held_out, "evaluate_party": accuracy, "out": tmp_path / "run", "privacy": PROMISES[1]}
+    with pytest.raises(KeyboardInterrupt):
+        train(**job(rounds=3, fit=stops), **asked)
+    ended, again = (train(**job(rounds=3, fit=stops), **asked, resume=True) for _ in range(2))
+    assert "is spent; ended after round 2" in ended.info.ended
+    assert (ended.history[-1].round, ended.info.per_party, ended.finished) == (2, None, True)
+    assert (again.history, again.info) == (ended.history, ended.info)
 
 
 @pytest.mark.parametrize("result", [float("nan"), "good"])
