@@ -135,7 +135,7 @@ class Session:
 
     def server_view(self) -> Server:
         """The server's, with a copy of its state."""
-        return Server(federation=self._federation, number=self._succeeded + 1, state=dict(self._state.server))
+        return Server(federation=self.terms.federation, number=self._succeeded + 1, state=dict(self._state.server))
 
     def dropouts(self, parties: RoundParties) -> dict[str, Step]:
         """Who is to drop out in the round's next sum, and where, as participation rehearses it."""
@@ -187,7 +187,7 @@ class Session:
         if self._ranks is not None:
             trainer = self._with_ranks(self._ranks, trainer)
         census, layout = plan.census, self._resident.layout
-        self._federation = FederationInfo(
+        federation = FederationInfo(
             parties=len(plan.parties),
             length=layout.length,
             examples=census.total,
@@ -197,15 +197,14 @@ class Session:
         )
         self.terms = TrainingTerms(
             algorithm=plan.algorithm,
-            federation=self._federation,
+            federation=federation,
             encoding=plan.encoding,
             privacy=settings_of(plan.privacy, len(plan.parties)),
             shapes=layout.shapes,
             rounds=plan.rounds,
             code=code_here(),
         )
-        self.codecs = self._make_codecs(plan.algorithm.channels(self._federation))
-        self._last_codec = list(self.codecs.values())[-1]
+        self.codecs = self._make_codecs(plan.algorithm.channels(federation))
         self._open_sums()
         self.engine = PartiesHere(
             terms=self.terms,
@@ -231,7 +230,7 @@ class Session:
         return Sharded(ranks, trainer, self.plan.census.examples, sticky=bool(self._ledgers.engines))
 
     def _make_codecs(self, channels: Mapping[str, Channel]) -> dict[str, Codec]:
-        plan, federation = self.plan, self._federation
+        plan, federation = self.plan, self.terms.federation
         roster = plan.first_parties if plan.census.population else tuple(plan.census.names)
         if self._ledgers.clients:
             sums = sum(channel.sums for channel in channels.values() if not channel.once)
@@ -284,6 +283,11 @@ class Session:
         self._recorder.begin(info)
         self._transcript.flush()
         self.weights = self._recorder.restore(self._resident.model, self._resident.layout)
+
+    @property
+    def _last_codec(self) -> Codec:
+        """Of the round's last exchange, which the run's record tells of."""
+        return list(self.codecs.values())[-1]
 
     def _stated(self, statement: Mapping[str, Any]) -> dict[str, Any]:
         """What the sum promises, and whether a party may weigh more by its own word."""
