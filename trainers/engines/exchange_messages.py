@@ -48,6 +48,12 @@ class Told:
     def of(cls, ask: Exchange, number: int, exchange: int) -> Told:
         return cls(number, exchange, ask, digest_of(ask, number))
 
+    @property
+    def bytes_down(self) -> int:
+        """What each party must be told: the exchange's tensors, and the model where this is the first, or it moved."""
+        told = [*self.ask.new.values(), *([self.ask.weights] if not self.exchange or self.ask.moved else [])]
+        return 4 * sum(tensor.numel() for tensor in told)
+
     def terms(self, training: bytes) -> RoundTerms:
         """What the parties sign before they train. training: the digest of the training terms."""
         return RoundTerms(self.exchange, self.digest, training)

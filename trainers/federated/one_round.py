@@ -10,9 +10,9 @@ import torch
 from choral.errors import ChoralError
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
 from choral.trainers.algorithms.interface import Exchange, Mean, Rounds
+from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.failures import kind_of
 from choral.trainers.federated.round_parties import RoundParties
-from choral.trainers.federated.sums import told_bytes
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.task.task import DivergedError
 
@@ -92,14 +92,14 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
     while (ask := steps.advance(mean)) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice
         codec = session.codecs[ask.channel]
         parties.begin_sum(session.dropouts(parties))
-        told = told_bytes(ask, parties)
-        summing = sums[ask.channel].begin(ask, parties)
-        session.engine.answer(ask, parties, summing)
+        told = Told.of(ask, parties.number, parties.sums)
+        summing = sums[ask.channel].begin(told, parties)
+        session.engine.answer(told, parties, summing)
         result = summing.finish()
         parties.end_sum(result.survivors)
         outcome.survivors = len(result.survivors)
         outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
-        outcome.bytes_down += max(result.bytes_down.values()) + told
+        outcome.bytes_down += max(result.bytes_down.values()) + told.bytes_down
         mean = codec.decode(result)
     if not torch.isfinite(steps.weights).all():
         raise DivergedError(

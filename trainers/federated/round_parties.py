@@ -23,16 +23,15 @@ from choral.trainers.federated.party import TrainingParty, TrainingTerms, nothin
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
-from choral.trainers.task.task import TaskError
 
 
 @dataclass
 class RoundParties:
     """names: who was selected. seconds: until each answers, simulated. full: as many as were to be selected.
 
-    lost: who dropped out, at a step of the sum at hand. sums: made so far. told: the exchange of the sum at hand.
-    errors: of those whose training failed. answered: who sent a vector into the sum at hand.
-    states: each party's own, as it would be kept if the round ended here.
+    lost: who dropped out, at a step of the sum at hand. sums: made so far. errors: of those whose training failed.
+    answered: who sent a vector into the sum at hand. states: each party's own, as it would be kept if the round ended
+    here.
     """
 
     number: int
@@ -42,7 +41,6 @@ class RoundParties:
     lost: dict[str, Step]
     states: dict[str, State]
     sums: int = 0
-    told: Told | None = None
     errors: dict[str, ChoralError] = field(default_factory=dict)
     answered: dict[str, TrainingParty] = field(default_factory=dict)
 
@@ -127,15 +125,14 @@ class PartiesHere:
     codecs: Mapping[str, Codec]
     transcript: Transcript
 
-    def answer(self, ask: Exchange, parties: RoundParties, summing: SumRound) -> None:
+    def answer(self, told: Told, parties: RoundParties, summing: SumRound) -> None:
         """Every present party's vector, added as it comes. Who fails is noted in ``parties``, and so is each state.
 
         Raises: what the training did, if it failed at all parties; TaskError if the trainer left a party out; what
             codec and sum raise.
         """
-        told, codec, present = parties.told, self.codecs[ask.channel], parties.sending
-        if told is None or told.ask is not ask:
-            raise TaskError("this exchange was not begun")
+        ask, present = told.ask, parties.sending
+        codec = self.codecs[ask.channel]
         codec.begin(present)
         working: dict[str, TrainingParty] = {}
         errors: dict[str, ChoralError] = {}

@@ -9,7 +9,6 @@ from choral.errors import ConfigError
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SecureSum, SumRound, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy
-from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.participation import Participation
@@ -28,22 +27,13 @@ class OpenSum:
     transcript: Transcript
     terms: bytes
 
-    def begin(self, ask: Exchange, parties: RoundParties) -> SumRound:
+    def begin(self, told: Told, parties: RoundParties) -> SumRound:
         """The round's next sum, among all who were selected, less those who are to drop out.
 
-        What the parties are told is hashed here, once for all of them: they sign that they see the same.
-        Raises: as the session.
+        They sign the digest of what they are told: that they see the same. Raises: as the session.
         """
-        told = told_bytes(ask, parties)
-        self.transcript.begin_sum(parties.sums + 1, ask.channel, session=self.place, told=told)
-        parties.told = Told.of(ask, parties.number, parties.sums)
-        return self.session.begin(parties.lost, parties.told.terms(self.terms))
-
-
-def told_bytes(ask: Exchange, parties: RoundParties) -> int:
-    """What each party is told with an exchange: its tensors, and the model where it is the round's first or moved."""
-    told = [*ask.new.values(), *([ask.weights] if not parties.sums or ask.moved else [])]
-    return 4 * sum(tensor.numel() for tensor in told)
+        self.transcript.begin_sum(told.exchange + 1, told.ask.channel, session=self.place, told=told.bytes_down)
+        return self.session.begin(parties.lost, told.terms(self.terms))
 
 
 @dataclass(frozen=True, kw_only=True)
