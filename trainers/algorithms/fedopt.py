@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from choral.errors import ConfigError
 from choral.trainers.algorithms.fedavg import FedAvg
-from choral.trainers.algorithms.interface import Exchange, Rounds, Server, check_positive, updated
+from choral.trainers.algorithms.interface import Exchange, Rounds, Server, check_below_one, check_positive, updated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,7 @@ class FedAdam(FedAvg):
 
     def __post_init__(self) -> None:
         check_positive(self, "server_rate", "tau")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{self.kind}: {name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+        check_below_one(self, "beta1", "beta2")
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         change = (yield Exchange(channel="update", weights=weights)).value

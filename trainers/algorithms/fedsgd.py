@@ -38,6 +38,7 @@ from choral.trainers.algorithms.interface import (
     Rounds,
     Server,
     Work,
+    check_below_one,
     check_positive,
     updated,
 )
@@ -72,9 +73,7 @@ class FedSGD(Algorithm):
         arguments.one_of(self.optimizer, "optimizer", ("sgd", "adam"))
         for name in ("batch_size", "steps_per_round"):
             arguments.whole_number(getattr(self, name), f"{self.kind}: {name}", 1, "such as 64, and 10 steps")
-        for name in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{self.kind}: {name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+        check_below_one(self, "momentum", "beta1", "beta2")
 
     def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         return {"update": Channel(length=federation.length, sums=self.steps_per_round)}

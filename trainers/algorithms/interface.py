@@ -320,3 +320,10 @@ def check_not_negative(algorithm: Algorithm, *names: str) -> None:
                 f"{algorithm.kind}: {name} is {getattr(algorithm, name)}, expected a finite number >= 0",
                 hint="see docs/algorithms.md for what each is",
             )
+
+
+def check_below_one(algorithm: Algorithm, *names: str) -> None:
+    """Raises: ConfigError unless these hyper-parameters, such as the decay of a moment, are in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(algorithm, name) < 1:
+            raise ConfigError(f"{algorithm.kind}: {name} is {getattr(algorithm, name)}, expected 0 <= {name} < 1")
