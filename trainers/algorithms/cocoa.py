@@ -46,6 +46,7 @@ class CoCoA(Algorithm):
     needs_loss = True
     remembers = True
     keeps = True
+    by_records = True  # a sum over the party's block
     ridge: float = 0.01
     passes: int = 1
 

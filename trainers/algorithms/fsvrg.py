@@ -83,6 +83,11 @@ class FSVRG(Algorithm):
             raise ConfigError(f"{self.kind}: mean is {self.mean!r}, expected 'examples' or 'parties'")
 
     @property
+    def by_records(self) -> bool:
+        """The counts are of records."""
+        return self.scaled
+
+    @property
     def releases(self) -> tuple[Release, ...]:
         return (COUNTS, GRADIENT, CHANGE) if self.scaled else (GRADIENT, CHANGE)
 

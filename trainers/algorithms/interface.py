@@ -276,6 +276,11 @@ class Algorithm:
         """Everything that the exchanges of a round tell, for the ledger."""
         raise NotImplementedError
 
+    @property
+    def by_records(self) -> bool:
+        """Whether what a party sends tells of its number of records, so that no weights of the mean make all alike."""
+        return False
+
     def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         """The kinds of exchange, in the order of a round."""
         return {"update": Channel(length=federation.length)}

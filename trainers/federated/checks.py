@@ -162,6 +162,24 @@ def check_fits(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, lo
                 )
 
 
+def check_weights(algorithm: Algorithm, privacy: Privacy | ClientPrivacy | None, weights: str) -> None:
+    """Raises: ConfigError where parties are to count alike, and one with more records would count for more."""
+    if weights != "equal":
+        return
+    if in_shares(privacy):
+        raise ConfigError(
+            'weights="equal" with noise="distributed" of records: a step sums the records that were drawn, and a party'
+            " with more of them counts for more",
+            hint="leave weights out",
+        )
+    if algorithm.by_records:
+        raise ConfigError(
+            f'{algorithm.kind} with weights="equal": what a party sends grows with the records that it says it has,'
+            " whatever the weights of the mean",
+            hint="leave weights out, or use another algorithm, such as FedAvg, DANE or FSVRG(scaled=False)",
+        )
+
+
 def _check_client(algorithm: Algorithm) -> None:
     """Client-level privacy clips one vector of the model's length per sum, and knows no state beside it."""
     for name, channel in algorithm.channels(_PROBE).items():

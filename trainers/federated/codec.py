@@ -33,7 +33,8 @@ class Encoding:
         bound: what is beyond is sent as it is. Not used with ``ClientPrivacy``.
     weights: "examples" counts each party by its records, as the algorithms are published; a party says how many it
         has. "equal" counts every party alike, for parties that are not trusted: none can weigh more by its word.
-        Client-level privacy always does.
+        Client-level privacy always does. Refused where what is sent grows with the records: CoCoA+, FSVRG with its
+        counts, noise in shares.
     policy: what the parties of this rehearsal accept, whatever ``secure_sum`` proposes: ``Policy(corrupt=..., ...)``,
         as a site has it, so that what would be refused there is refused here. Its directory is filled in, and its
         encoding too where it has none. By default the parties hold what is proposed against ``secure_sum``'s settings.

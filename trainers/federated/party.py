@@ -45,7 +45,7 @@ from choral.trainers.algorithms.interface import (
 )
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.engines.fastest import Fastest
-from choral.trainers.federated.checks import check_fits
+from choral.trainers.federated.checks import check_fits, check_weights
 from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
 from choral.trainers.federated.failures import beyond
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
@@ -294,17 +294,17 @@ def own_party(
     that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
     records, and what remembers that it was spent; both or none.
 
-    Raises: ConfigError (one of the two, an algorithm that releases what the promise does not cover, delta not below
-        1/n, more records than the cap of weights), DataError, LedgerError; what ``build`` does.
+    Raises: ConfigError (one of the two, an algorithm that releases what the promise does not cover, or by which
+        parties do not count alike though the terms say so, delta not below 1/n, more records than the cap of weights),
+        DataError, LedgerError; what ``build`` does.
     """
     if (privacy is None) != (ledger is None):
         raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
     examples, compute = check_party(name, dataset, task.min_classes), compute or Compute()
-    if examples > terms.federation.largest:
-        raise ConfigError(
-            f"{examples} records weigh more than the cap of {terms.federation.largest} that was agreed on"
-        )
+    if examples > (cap := terms.federation.largest):
+        raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
     check_fits(terms.algorithm, privacy, task.loss)
+    check_weights(terms.algorithm, privacy, terms.encoding.weights)
     engines: dict[str, PrivacyEngine] = {}
     if privacy is not None and ledger is not None:
         check_delta(privacy, {name: examples})

@@ -84,6 +84,7 @@ class Plan:
         algorithm, secure_sum = algorithm_named(algorithm), checks.secure_sum_named(secure_sum)
         checks.check_privacy_kind(privacy)
         checks.check_fits(algorithm, privacy, task.loss)
+        checks.check_weights(algorithm, privacy, encoding.weights)
         census = census_of(parties, participation=participation, privacy=privacy, min_classes=task.min_classes)
         check_held_out(task.held_out, task.evaluate_party, parties, private=privacy is not None)
         by_record = isinstance(privacy, Privacy)

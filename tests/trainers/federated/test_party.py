@@ -21,7 +21,7 @@ from choral import Keep, Masked, federate
 from choral.errors import ConfigError
 from choral.privacy import EncodingError, Ledger, Privacy
 from choral.protocols.errors import FaultyServerError, MessageError, TooFewSurvivorsError
-from choral.trainers import Compute, Encoding, FedProx
+from choral.trainers import CoCoA, Compute, Encoding, FedProx
 from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
 from choral.trainers.federated.party import TrainingParty, own_party
@@ -243,6 +243,9 @@ def test_a_party_refuses_at_its_own_door_what_its_promise_does_not_cover(tmp_pat
     small = replace(program.terms_of("private").federation, largest=32)
     with pytest.raises(ConfigError, match="40 records weigh more than the cap of 32 that was agreed on"):
         own(tmp_path, terms=replace(program.terms_of("private"), federation=small))
+    alike = replace(program.terms_of("dane"), algorithm=CoCoA(), encoding=Encoding(weights="equal"))
+    with pytest.raises(ConfigError, match='cocoa with weights="equal"'):
+        own(tmp_path, terms=alike, privacy=None, ledger=None)
     assert not (tmp_path / "north.jsonl").exists()
 
 

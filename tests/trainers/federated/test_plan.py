@@ -31,7 +31,7 @@ from choral import (
 from choral.errors import ChoralError, ConfigError, DataError
 from choral.protocols import SpecError
 from choral.trainers import DANE, FSVRG, Schedule, TaskError, VirtualParties
-from choral.trainers.algorithms import FedAvg, Scaffold
+from choral.trainers.algorithms import FedAvg, FedSGD, Scaffold
 from choral.trainers.federated.participation import Availability, Clock, Device, Dropouts
 from choral.trainers.federated.plan import Plan
 from choral.trainers.task.initial_weights import InitialWeightsError
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PARTIES = {name: TensorDataset(torch.zeros(8, 2), torch.arange(8) % 2) for name in ("north", "south", "east")}
 RECORD = Privacy(epsilon=3.0, delta=1e-3, max_grad_norm=1.0, epochs=1)
 CLIENT = ClientPrivacy(epsilon=3.0, delta=1e-3, clip=1.0)
+SHARES = Privacy(epsilon=3.0, delta=1e-3, noise="distributed")
 HELD = {name: TensorDataset(torch.ones(8, 2), torch.arange(8) % 2) for name in PARTIES}
 
 
@@ -102,6 +103,21 @@ REFUSALS: list[tuple[Callable[[], Any], type[ChoralError], str]] = [
     (lambda: plan(task=NEEDS, algorithm="gd", privacy=RECORD), ConfigError, "gd also releases grad F_k(w_t)"),
     (lambda: plan(task=NEEDS, algorithm=FSVRG(), privacy=CLIENT), ConfigError, "'counts' exchange releases is not one"),
     (lambda: plan(task=NEEDS, algorithm="cocoa", privacy=CLIENT), ConfigError, "clipping breaks that"),
+    (
+        lambda: plan(task=NEEDS, algorithm="cocoa", encoding=Encoding(weights="equal")),
+        ConfigError,
+        'cocoa with weights="equal": what a party sends grows with the records',
+    ),
+    (
+        lambda: plan(task=NEEDS, algorithm=FSVRG(), encoding=Encoding(weights="equal")),
+        ConfigError,
+        'fsvrg with weights="equal": what a party sends grows with the records',
+    ),
+    (
+        lambda: plan(task=NEEDS, algorithm=FedSGD(), privacy=SHARES, encoding=Encoding(weights="equal")),
+        ConfigError,
+        "a step sums the records that were drawn, and a party with more of them counts for more",
+    ),
     (lambda: plan(parties=FEW), ConfigError, "expected at least 2 parties, got 1"),
     (lambda: plan(parties={"": PARTIES["north"], **FEW}), ConfigError, "party names must be non-empty strings"),
     (lambda: plan(parties={"a\n": PARTIES["north"], **FEW}), ConfigError, "is too long or not printable"),
