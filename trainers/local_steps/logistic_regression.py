@@ -67,8 +67,9 @@ class Block:
 
 
 class ClosedForm:
-    """A LocalTrainer. rate, batch_size, epochs, decay: what the task's ``fit`` does, which is not called: passes of SGD
-    with weight decay, batches in the order of a shuffling DataLoader, the last one smaller.
+    """A LocalTrainer. rate, batch_size, epochs, decay: what the task's ``fit`` does, which is called once, on a few
+    records, to be compared with it: passes of SGD with weight decay, batches in the order of a shuffling DataLoader,
+    the last one smaller.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
     DIR/run.json            RunInfo: settings, parties, versions, budgets spent
     DIR/history.jsonl       one RoundRecord per line, appended when the round is complete
     DIR/model.safetensors   the latest complete round's weights; its number stands in the metadata
+    DIR/best.safetensors    the weights of the best round, by the evaluation's first metric
     DIR/optimizer.R.safetensors  the optimizer after round R, where it lives through all rounds (centralized)
     DIR/algorithm_state.R.safetensors  what the algorithm's server and parties keep after round R
     DIR/cohorts.secret           from which cohorts are drawn, for the coordinator alone (see participation.py)

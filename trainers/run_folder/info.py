@@ -86,7 +86,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     spent: the cost per data owner; one entry, "pooled", for a centralized private run, and one, "clients", for
         client-level privacy.
     secure_sum: name and trust statement of the secure sum; None for a centralized run.
-    fixed_point: bound, value_bits, step and error_bound (per coordinate of the weighted mean) of the encoding.
+    fixed_point: what the kind of encoding has of bound, value_bits, max_weight, step, coordinates and error_bound (per
+        coordinate of the mean).
     raw_bytes: size of each party's raw examples, which a centralized run has to move once.
     start: source, sha256 and bytes of the weights that it started from; None where the seed made them.
     participation: who takes part in a round, None for everybody always.
