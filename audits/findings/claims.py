@@ -119,8 +119,18 @@ def _shares_parts(info: RunInfo) -> tuple[str, str]:
         f" {others}",
         f"{shares} That the server sees sums only, and never one party's vector, rests on the secure sum: on the"
         " computational assumptions that it states, and on 2^-40 for each sum, which is within δ. It also rests on the"
-        " time of a party's answers, which must not tell how many records it drew: all steps are computed on equally"
-        " many rows.",
+        f" time of a party's answers, which must not tell how many records it drew: {_answers(info)}.",
+    )
+
+
+def _answers(info: RunInfo) -> str:
+    """What keeps the time of a step's answer from telling how many records were drawn, as the run has recorded it."""
+    rows = (info.fixed_point or {}).get("rows")
+    if rows is None:
+        return "nothing here says how that was kept from it"
+    return (
+        f"no answer waits for a fixed time; every step of every party is padded to {int(rows)} rows, the most that one"
+        " may draw"
     )
 
 

@@ -31,7 +31,7 @@ import msgspec
 import torch
 
 from choral.errors import ChoralError, ConfigError
-from choral.privacy import EncodingError, Ledger, Privacy, PrivacyEngine
+from choral.privacy import EncodingError, Ledger, Privacy, PrivacyEngine, SharesPlan
 from choral.protocols.driver import NeedsVector, PartyDriver
 from choral.protocols.errors import FaultyServerError, MessageError
 from choral.trainers.algorithms.interface import (
@@ -48,6 +48,9 @@ from choral.trainers.engines.fastest import Fastest
 from choral.trainers.federated.checks import check_fits, check_weights
 from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
 from choral.trainers.federated.failures import beyond
+from choral.trainers.federated.record_shares.checks import in_shares
+from choral.trainers.federated.record_shares.codec import SharesCodec
+from choral.trainers.federated.record_shares.own_process import check_drivers, own_plan
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.describe import settings_of
@@ -68,7 +71,7 @@ class TrainingTerms:
 
     federation, encoding: with the bounds and the cap of weights, which are agreed on, not read off anybody's counts.
     privacy: the promise asked, as a run's record has it. shapes: of the model's parameters. rounds: at most. code: what
-    is run, by version or digest.
+    is run, by version or digest. shares: the plan of noise in shares, where the promise is of it.
     """
 
     algorithm: Algorithm
@@ -78,11 +81,13 @@ class TrainingTerms:
     shapes: Mapping[str, tuple[int, ...]]
     rounds: int
     code: str
+    shares: SharesPlan | None = None
 
     def record(self) -> dict[str, Any]:
         """As JSON: what a party is asked to agree to. What it accepts of a sum (its policy) is its own matter."""
         encoding = self.encoding
-        return {
+        in_shares = {} if self.shares is None else {"shares": asdict(self.shares)}
+        return in_shares | {
             "algorithm": self.algorithm.record(),
             "releases": [asdict(release) for release in self.algorithm.releases],
             "federation": asdict(self.federation),
@@ -97,8 +102,10 @@ class TrainingTerms:
             "code": self.code,
         }
 
-    def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec:
-        """Both halves of the weighted mean of a channel, from what was agreed on alone. roster: of a sum."""
+    def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec | SharesCodec:
+        """Both halves of the mean of a channel, from what was agreed on alone. roster: of a sum."""
+        if self.shares is not None:
+            return SharesCodec(roster, self.shares)
         made = self.algorithm.channels(self.federation)[channel]
         return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
 
@@ -294,9 +301,13 @@ def own_party(
     that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
     records, and what remembers that it was spent; both or none.
 
+    With noise in shares the terms have its plan, which is computed anew; every step is computed on equally many rows,
+    so that the time of an answer does not tell how many records were drawn.
+
     Raises: ConfigError (one of the two, an algorithm that releases what the promise does not cover, or by which
-        parties do not count alike though the terms say so, delta not below 1/n, more records than the cap of weights),
-        DataError, LedgerError; what ``build`` does.
+        parties do not count alike though the terms say so, delta not below 1/n, more records than the cap of weights, a
+        plan of other terms), PrivacyError (a plan, or a sum of which this party demands too little, that breaks the
+        promise), DataError, LedgerError; what ``build`` does.
     """
     if (privacy is None) != (ledger is None):
         raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
@@ -305,9 +316,37 @@ def own_party(
         raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
     check_fits(terms.algorithm, privacy, task.loss)
     check_weights(terms.algorithm, privacy, terms.encoding.weights)
-    engines: dict[str, PrivacyEngine] = {}
-    if privacy is not None and ledger is not None:
+    if privacy is not None:
         check_delta(privacy, {name: examples})
+    resident = _own_resident(name, dataset, task, terms, privacy, ledger, compute)
+    plan = own_plan(resident, name, privacy, ledger, terms)
+    own = replace(
+        terms,
+        shares=plan,
+        privacy=settings_of(privacy, terms.federation.parties),
+        shapes=resident.layout.shapes,
+        code=code_here(),
+    )
+    channels = own.algorithm.channels(own.federation)
+    codecs = {channel: own.codec(channel).party(examples) for channel in channels}
+    trainer = compute.engine(resident) if compute.engine else Fastest(resident)
+    check_drivers(plan, sums := drivers(own))
+    return TrainingParty(
+        name, own, codecs, examples=examples, ledger=ledger, state=state, trainer=trainer, drivers=sums
+    )
+
+
+def _own_resident(
+    name: str,
+    dataset: Any,
+    task: Task,
+    terms: TrainingTerms,
+    privacy: Privacy | None,
+    ledger: Ledger | None,
+    compute: Compute,
+) -> Resident:
+    engines: dict[str, PrivacyEngine] = {}
+    if privacy is not None and ledger is not None and not in_shares(privacy):
         engines = {name: engine_for(privacy, name, ledger, terms.rounds)}
     device = resolve_device(compute.device)
     resident = Resident(
@@ -323,18 +362,7 @@ def own_party(
         rounds=terms.rounds,
     )
     resident.check_batches()
-    own = replace(
-        terms,
-        privacy=settings_of(privacy, terms.federation.parties),
-        shapes=resident.layout.shapes,
-        code=code_here(),
-    )
-    channels = own.algorithm.channels(own.federation)
-    codecs = {channel: own.codec(channel).party(examples) for channel in channels}
-    trainer = compute.engine(resident) if compute.engine else Fastest(resident)
-    return TrainingParty(
-        name, own, codecs, examples=examples, ledger=ledger, state=state, trainer=trainer, drivers=drivers(own)
-    )
+    return resident
 
 
 def written(ledger: Ledger) -> int:

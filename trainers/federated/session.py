@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -242,6 +243,7 @@ class Session:
             return dict.fromkeys(channels, codec)
         if self._ledgers.shares:
             in_shares, parties = self._ledgers.shares.begin(federation.length)
+            self.terms = replace(self.terms, shares=in_shares.plan)
             self._resident.shares = {name: ShareSteps(party) for name, party in parties.items()}
             return dict.fromkeys(channels, in_shares)
         return {

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import Ledger, Privacy
+from choral.privacy import Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import PartyDriver, ServerDriver
 from choral.protocols.errors import ProtocolError
-from choral.trainers import DANE, Compute, Encoding, Epochs, FedAvg, Scaffold, Task
+from choral.trainers import DANE, Compute, Encoding, Epochs, FedAvg, FedSGD, Scaffold, Task
 from choral.trainers.algorithms.interface import FederationInfo, Server
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import cap_of
@@ -35,8 +35,16 @@ from choral.trainers.run_folder.describe import settings_of
 
 SIZES = {"north": 40, "south": 25, "east": 21}
 NAMES = tuple(SIZES)
-ALGORITHMS = {"fedavg": FedAvg(), "private": FedAvg(), "scaffold": Scaffold(), "dane": DANE(mu=0.1)}
+STEPS = FedSGD(batch_size=16, steps_per_round=2)
+ALGORITHMS = {
+    "fedavg": FedAvg(),
+    "private": FedAvg(),
+    "scaffold": Scaffold(),
+    "dane": DANE(mu=0.1),
+    "shares": STEPS,
+}
 PRIVACY = Privacy(epsilon=4.0, delta=1e-3)
+IN_SHARES = Privacy(epsilon=4.0, delta=1e-3, noise="distributed")
 IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
 ROUNDS, SEED = 3, 4
 EPOCHS = Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)
@@ -64,7 +72,18 @@ TASK = Task(build=build, fit=fit, evaluate=lambda model: float(next(model.parame
 
 
 def privacy_of(kind: str) -> Privacy | None:
-    return PRIVACY if kind == "private" else None
+    return {"private": PRIVACY, "shares": IN_SHARES}.get(kind)
+
+
+def sum_of(kind: str) -> Masked:
+    return Masked(corrupt=1, dropouts=0, min_survivors=3) if kind == "shares" else Masked()
+
+
+def plan_of(**changed: Any) -> SharesPlan:
+    """Of the noise in shares: two honest parties of three."""
+    numbers = {"records": sum(SIZES.values()), "most_records": cap_of(max(SIZES.values())), "length": 7}
+    terms = SharesTerms(batch_size=16, steps=ROUNDS * 2, parties=3, min_survivors=3, **numbers)
+    return plan_shares(replace(IN_SHARES, **changed), terms)
 
 
 def terms_of(kind: str) -> TrainingTerms:
@@ -84,6 +103,7 @@ def terms_of(kind: str) -> TrainingTerms:
         shapes={"0.weight": (1, 6), "0.bias": (1,)},
         rounds=ROUNDS,
         code=code_here(),
+        shares=plan_of() if kind == "shares" else None,
     )
 
 
@@ -97,6 +117,7 @@ class Site:
 
     def __init__(self, name: str, kind: str, folder: Path, *, signed: bool = True, **changed: Any) -> None:
         self.name, self.folder, self.signed = name, folder, signed
+        self.sum = sum_of(kind)
         privacy = privacy_of(kind)
         self.refused: list[str] = []
         self.party: TrainingParty = own_party(
@@ -129,9 +150,8 @@ class Site:
                 os.fsync(file.fileno())
             path.with_suffix(".fresh").replace(path)
 
-        masked = Masked()
-        policy = replace(masked.policy(spec), directory={name: IDENTITIES[name].public for name in NAMES})
-        return masked.party_driver(
+        policy = replace(self.sum.policy(spec), directory={name: IDENTITIES[name].public for name in NAMES})
+        return self.sum.party_driver(
             spec,
             name=self.name,
             identity=IDENTITIES[self.name],
@@ -214,7 +234,7 @@ class Coordinator:
         directory = {name: identity.public for name, identity in IDENTITIES.items()}
         for channel, spec in specs_of(self.terms, self.terms.digest if signed else None).items():
             if spec not in drivers:
-                drivers[spec] = Masked().server_driver(spec, directory=directory)
+                drivers[spec] = sum_of(kind).server_driver(spec, directory=directory)
                 self.pass_on(channel, drivers[spec].open())
             self.sums[channel] = drivers[spec]
 

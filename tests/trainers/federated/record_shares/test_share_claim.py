@@ -52,6 +52,7 @@ def test_the_claim_names_record_neighbours_adversary_worst_case_and_what_it_rest
         "rests on the secure sum: on the computational assumptions that it states, and on 2^-40 for each sum, which is"
         " within δ",
         "the time of a party's answers",
+        "no answer waits for a fixed time; every step of every party is padded to",
     ):
         assert words in found.claim
     assert "adds its own noise before anything leaves" not in found.claim
@@ -61,7 +62,16 @@ def test_the_claim_names_record_neighbours_adversary_worst_case_and_what_it_rest
     assert "epochs" not in info["privacy"]
     assert info["algorithm"]["batch_size"] == 40
     assert info["fixed_point"]["noise_multiplier"] > 0
+    assert f"padded to {info['fixed_point']['rows']} rows, the most that one may draw" in found.claim
     assert any(check.finding == "30 steps, each for 3 unknown shares." for check in found.checks)
+
+
+def test_a_run_that_does_not_say_how_many_rows_its_steps_had_claims_none(task: Make, tmp_path: Path) -> None:
+    out = trained(task(), tmp_path / "run")
+    info = json.loads((out / "run.json").read_bytes())
+    del info["fixed_point"]["rows"]
+    (out / "run.json").write_text(json.dumps(info))
+    assert "nothing here says how that was kept from it" in audit(out).claim
 
 
 def test_without_ledgers_nothing_is_said_of_how_shares_were_counted(task: Make, tmp_path: Path) -> None:

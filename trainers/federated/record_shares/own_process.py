@@ -1,0 +1,82 @@
+"""Noise in shares at a party in a process of its own: what it is told is held against what it promised its records.
+
+The plan comes with the training terms, which all parties sign. This party computes its cost anew
+(:class:`~choral.privacy.SharesParty`), compares its public constants with the terms, and joins only a sum whose own
+policy, not the server's word, demands the survivors and withstands the colluders that the noise is sized for.
+
+Every step is computed on equally many rows, plan.terms.rows, of which those that no record fills repeat one with weight
+zero: whoever sees when a process answers does not learn from it how many records it drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from choral.errors import ConfigError
+from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan, refuse_weak_sum
+from choral.protocols.driver import PartyDriver
+from choral.protocols.masking.parameters import colluding
+from choral.protocols.masking.policy import Policy
+from choral.trainers.federated.record_shares.checks import check_algorithm, in_shares
+from choral.trainers.local_steps.batch_gradients import ShareSteps
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.party import TrainingTerms
+    from choral.trainers.local_steps.resident_model import Resident
+
+
+def own_plan(
+    resident: Resident, name: str, privacy: Privacy | None, ledger: Ledger | None, terms: TrainingTerms
+) -> SharesPlan | None:
+    """The plan in the terms, of which the resident trainer then makes the steps; None for a promise of another kind.
+
+    Raises: ConfigError for no plan, or one of other constants than the terms; PrivacyError for one that breaks the
+    promise; BudgetExceededError, LedgerError.
+    """
+    if not in_shares(privacy) or ledger is None:
+        return None
+    if (plan := terms.shares) is None:
+        raise ConfigError(
+            'noise="distributed" without a plan in the training terms',
+            hint="TrainingTerms(shares=plan_shares(privacy, SharesTerms(...))), the same at all parties",
+        )
+    steps, federation = check_algorithm(terms.algorithm), terms.federation
+    agreed = {
+        "records": federation.examples,
+        "parties": federation.parties,
+        "most_records": federation.largest,
+        "length": resident.length,
+        "batch_size": steps.batch_size,
+        "steps": terms.rounds * steps.steps_per_round,
+    }
+    for key, value in agreed.items():
+        if getattr(plan.terms, key) != value:
+            raise ConfigError(
+                f"the plan of the noise has {key} = {getattr(plan.terms, key)}, and the training terms {value}",
+                hint="plan again, from the terms that the parties agreed on",
+            )
+    resident.shares = {name: ShareSteps(SharesParty(privacy, plan, holder=name, ledger=ledger, padded=True))}
+    return plan
+
+
+def check_drivers(plan: SharesPlan | None, drivers: Mapping[str, PartyDriver]) -> None:
+    """Of noise in shares: is each sum such a one that a vector with a share of the noise alone may go into it?
+
+    Raises: PrivacyError where this party itself does not demand what the noise is sized for; ConfigError where it
+    demands nothing: under a plain sum the server sees every vector.
+    """
+    if plan is None:
+        return
+    for driver in drivers.values():
+        policy = getattr(driver, "policy", None)
+        if not isinstance(policy, Policy):
+            raise ConfigError(
+                f"{type(driver).__name__} has no policy that this party holds the server to, and a party in a process"
+                " of its own adds a share of the noise only where it has",
+                hint="use Masked(...), or Homomorphic(...) with its split key",
+            )
+        pinned = policy.pinned
+        corrupt = colluding(policy.corrupt, pinned, pinned, "everyone")
+        least = max(policy.minimum_cohort, corrupt + 2)  # which a masked setup is always held to
+        refuse_weak_sum(plan, parties=pinned, min_survivors=least, corrupt=corrupt)
