@@ -13,9 +13,14 @@
 | BusyError | more requests at once than agreed |
 | PeerFailedError | the other end's handler stopped with an error, which it keeps for itself |
 | ProxyError | the proxy did not open the way |
+| SiteError | a file of a site cannot be used as it is: its settings, directory, log or their permissions |
+| OfferError | what a coordinator sent is no offer of a job |
+| OfferRefusedError | a site does not agree to a job. Why is for the site's own log |
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from choral.errors import ChoralError
 
@@ -74,3 +79,19 @@ class PeerFailedError(TransportError):
 
 class ProxyError(TransportError):
     """The proxy did not open the way to the coordinator."""
+
+
+class SiteError(ChoralError):
+    """A file of a site cannot be used as it is: its settings, its directory, its log, or their permissions."""
+
+
+class OfferError(ChoralError):
+    """What a coordinator sent is no offer of a job."""
+
+
+class OfferRefusedError(ChoralError):
+    """A site does not agree to a job. reasons: each, for the site's own log and screen; a coordinator gets none."""
+
+    def __init__(self, reasons: Sequence[str], *, hint: str = "") -> None:
+        super().__init__("; ".join(reasons), hint=hint)
+        self.reasons = tuple(reasons)

@@ -28,6 +28,7 @@ LEAVES = {
     "choral.locks",
     "choral.metrics",
     "choral.nested",
+    "choral.toml_files",
 }
 FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 14, 400, 60
 

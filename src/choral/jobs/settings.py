@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from choral.audits.costs.prices import PriceSettings
 from choral.errors import ConfigError
+from choral.toml_files import read_toml
 from choral.trainers.federated.participation import Participation
 from choral.trainers.task.settings import AlgorithmSettings, Split, Training
 
@@ -194,26 +190,13 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
 
     Raises: ConfigError naming the file and the key: missing file, not TOML, unknown key, wrong type, bad value.
     """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte-order mark
-    except FileNotFoundError:
-        raise ConfigError(f"no such file: {path}", hint="examples/digits.toml is one to start from") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8", hint="CONFIG is a TOML file: save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="CONFIG is a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"{path} is not valid TOML: {error}", hint="examples/digits.toml is one to compare with"
-        ) from None
-    _check_table(table, kind, str(path), "")
-    try:
-        return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"{path}: {_cause(error)}", hint="`choral compare --help` lists every key with its type"
-        ) from None
+    return read_toml(
+        path,
+        kind,
+        example="examples/digits.toml",
+        keys="`choral compare --help` lists every key with its type",
+        former=FORMER,
+    )
 
 
 def to_json(settings: Any) -> dict[str, Any]:
@@ -224,40 +207,3 @@ def to_json(settings: Any) -> dict[str, Any]:
 
 FORMER = {"dropout_rate": "participation.dropouts.vector"}
 """Keys that settings had, and what says the same now."""
-
-
-def _check_table(table: Mapping[str, Any], kind: Any, path: str, prefix: str) -> None:
-    if not dataclasses.is_dataclass(kind):
-        if get_args(kind) and get_args(kind)[-1] is Arm:
-            for name, arm in table.items():
-                if isinstance(arm, Mapping):
-                    _check_table(arm, Arm, path, f"{prefix}{name}.")
-        return
-    hints = get_type_hints(kind)
-    for key, value in table.items():
-        if key not in hints:
-            near = [FORMER[prefix + key]] if prefix + key in FORMER else difflib.get_close_matches(key, hints, n=1)
-            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(hints)}"
-            raise ConfigError(f"{path}: unknown key {prefix}{key}", hint=known)
-        if isinstance(value, Mapping):
-            _check_table(value, hints[key], path, f"{prefix}{key}.")
-        elif isinstance(value, str) and (choices := _choices(hints[key])) and value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1)
-            raise ConfigError(
-                f"{path}: {prefix}{key} is {value!r}, expected one of {', '.join(choices)}",
-                hint=f"did you mean {near[0]!r}?" if near else "one of these words, in quotation marks",
-            )
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The words that a setting may have, if it has words."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    parts = [part for part in get_args(kind) if part is not type(None)]
-    return _choices(parts[0]) if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else ()
-
-
-def _cause(error: msgspec.ValidationError) -> str:
-    """msgspec's message with its `$.a.b` path written as our dotted key."""
-    message, _, key = str(error).partition(" - at `$.")
-    return f"{key.rstrip('`')}: {message[0].lower()}{message[1:]}" if key else message

@@ -1,0 +1,1 @@
+"""What a site owns: its settings, its pinned keys, its approvals, and what it agrees to."""

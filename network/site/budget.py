@@ -1,0 +1,97 @@
+"""What a job would spend of a data set's promise: its ledger as it is, with the job on top.
+
+The epsilon of a job is what all jobs on the data set together may have come to when it ends: a promise is for the life
+of the data. The noise is made for what is left under it, so a second job that asks for no more than was spent finds
+nothing left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from choral.errors import ChoralError
+from choral.network.site.settings import DataSet, ledger_of
+from choral.privacy import ClientPrivacy, Ledger, Privacy
+from choral.privacy.accounting.events import CLIENT_UNIT
+from choral.privacy.client_level.client import HOLDER
+from choral.privacy.ledgers.plans import RemainingBudget, guarantee
+
+if TYPE_CHECKING:
+    from choral.network.site.folder import SiteFolder
+
+
+def open_ledger(folder: SiteFolder, name: str, privacy: Privacy | ClientPrivacy | None) -> Ledger:
+    """The ledger of the data set `name`, for the unit of that promise. Raises: LedgerError."""
+    path = folder.path / ledger_of(name, folder.settings.data[name])
+    return Ledger(path, holder=HOLDER if isinstance(privacy, ClientPrivacy) else folder.settings.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBudget:
+    """Of one data set, at a delta. promised: None where it takes jobs without privacy. spent: by the filter's promise
+    where there are several plans, so as much as anybody may count. asked: see the module; None without privacy.
+    noise: the noise multiplier of each step that fits, where the job says what is needed to compute it. goes_on: the
+    passes that are left of an earlier plan, if the job goes on with that.
+    """
+
+    promised: float | None
+    spent: float
+    asked: float | None
+    noise: float | None = None
+    goes_on: int | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Of the promise when the job has ended."""
+        return None if self.promised is None else max(0.0, self.promised - max(self.asked or 0.0, self.spent))
+
+
+def budget_of(
+    data: DataSet, ledger: Ledger, privacy: Privacy | ClientPrivacy | None, rounds: int, settings: Mapping[str, Any]
+) -> DataBudget:
+    """settings: of the offer, whose training has the batch size.
+
+    Raises: BudgetExceededError if the job does not fit; LedgerError for a ledger of another delta, unit or holder, or
+        one that is damaged; ConfigError for a batch size that is none.
+    """
+    promised = data.promise.epsilon if data.promise is not None else None
+    spent = max(guarantee(ledger) or 0.0, ledger.epsilon(ledger.delta) if ledger.delta else 0.0)
+    if privacy is None:
+        return DataBudget(promised=promised, spent=spent, asked=None)
+    by_client = isinstance(privacy, ClientPrivacy)
+    ledger.bind(
+        HOLDER if by_client else str(ledger.holder),
+        privacy.delta,
+        unit=CLIENT_UNIT if by_client else "record",
+        neighbours=None if isinstance(privacy, ClientPrivacy) else privacy.neighbours,
+    )
+    remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
+    asked, noise, goes_on = privacy.epsilon, None, None
+    if left := [times for _, times in remaining.unfinished()]:
+        goes_on = sum(left)
+    elif isinstance(privacy, Privacy) and privacy.noise == "local" and (batch := _batch(settings, data.records)):
+        steps = math.ceil(data.records / batch) * privacy.epochs * rounds
+        noise = remaining.noise_multiplier(batch / data.records, steps)
+    elif not remaining.empty:
+        remaining.check(())  # what a step costs is not known here: only that something is left
+    return DataBudget(promised=promised, spent=spent, asked=asked, noise=noise, goes_on=goes_on)
+
+
+def _batch(settings: Mapping[str, Any], records: int) -> int | None:
+    training = settings.get("training")
+    batch = training.get("batch_size") if isinstance(training, dict) else None
+    return min(batch, records) if type(batch) is int and batch >= 1 else None
+
+
+def budget_objection(
+    folder: SiteFolder, name: str, privacy: Privacy | ClientPrivacy | None, rounds: int, settings: Mapping[str, Any]
+) -> str:
+    """Why the data set's budget does not admit the job; "" if it does."""
+    try:
+        budget_of(folder.settings.data[name], open_ledger(folder, name, privacy), privacy, rounds, settings)
+    except ChoralError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,87 @@
+"""TOML files read into dataclasses: a key that is misspelt, of the wrong type or no word is named, never dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from choral.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(
+    path: str | Path, kind: type[T], *, example: str, keys: str, former: Mapping[str, str] | None = None
+) -> T:
+    """The file as an object of a dataclass.
+
+    example: what a missing or broken file is to be compared with, for the hint. keys: where every key is listed.
+    former: keys that the file had once, and what says the same now.
+    Raises: ConfigError naming the file and the key: missing file, not TOML, unknown key, wrong type, bad value.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte-order mark
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}", hint=f"{example} is one to start from") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8", hint="it is a TOML file: save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint="expected a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint=f"{example} is one to compare with") from None
+    check_keys(table, kind, str(path), former=former)
+    try:
+        return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_cause(error)}", hint=keys) from None
+
+
+def check_keys(
+    table: Mapping[str, Any], kind: Any, path: str, prefix: str = "", *, former: Mapping[str, str] | None = None
+) -> None:
+    """Raises: ConfigError for a key that `kind` does not have, or a word that none of its settings has."""
+    if not dataclasses.is_dataclass(kind):
+        each = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), None)
+        if each is not None and get_origin(kind) is dict:
+            for name, part in table.items():
+                if isinstance(part, Mapping):
+                    check_keys(part, each, path, f"{prefix}{name}.", former=former)
+        elif each is not None:
+            check_keys(table, each, path, prefix, former=former)
+        return
+    hints, was = get_type_hints(kind), former or {}
+    for key, value in table.items():
+        if key not in hints:
+            near = [was[prefix + key]] if prefix + key in was else difflib.get_close_matches(key, hints, n=1)
+            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(hints)}"
+            raise ConfigError(f"{path}: unknown key {prefix}{key}", hint=known)
+        if isinstance(value, Mapping):
+            check_keys(value, hints[key], path, f"{prefix}{key}.", former=former)
+        elif isinstance(value, str) and (choices := _choices(hints[key])) and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            raise ConfigError(
+                f"{path}: {prefix}{key} is {value!r}, expected one of {', '.join(choices)}",
+                hint=f"did you mean {near[0]!r}?" if near else "one of these words, in quotation marks",
+            )
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a setting may have, if it has words."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    return _choices(parts[0]) if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else ()
+
+
+def _cause(error: msgspec.ValidationError) -> str:
+    """msgspec's message with its `$.a.b` path written as our dotted key."""
+    message, _, key = str(error).partition(" - at `$.")
+    return f"{key.rstrip('`')}: {message[0].lower()}{message[1:]}" if key else message
