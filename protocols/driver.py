@@ -87,6 +87,25 @@ class NeedsVector:
 Answer = tuple[bytes, ...] | NeedsVector
 
 
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What a party saw of its latest round, for its receipt: public bytes, nothing of any vector.
+
+    begin: the round's Begin as it was sent. setup, session: the digests that every party signed, roster: the parties in
+    their order; empty in a sum that nobody signs. survivors: whose vectors are in the sum; None where it did not
+    come so far that enough parties signed the set. keys, signatures: of those whose confirmation of just this set,
+    round and Begin was verified here, by name.
+    """
+
+    begin: bytes
+    setup: bytes = b""
+    session: bytes = b""
+    roster: tuple[str, ...] = ()
+    survivors: tuple[str, ...] | None = None
+    keys: Mapping[str, bytes] = field(default_factory=dict)
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
+
+
 class PartyDriver(Protocol):
     """A party's half. Not for several threads at once; its secrets stay in the process that made it."""
 
@@ -111,6 +130,10 @@ class PartyDriver(Protocol):
 
     def public_state(self) -> bytes:
         """What a restarted party goes on from; no secret is in it."""
+        ...
+
+    def agreed(self) -> Agreed | None:
+        """What its latest round came to, as it was seen here; None before the first."""
         ...
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from choral.protocols.driver import NeedsVector, PartyDriver, RoundTerms, ServerDriver, Traffic, Trip
+from choral.protocols.driver import Agreed, NeedsVector, PartyDriver, RoundTerms, ServerDriver, Traffic, Trip
 from choral.protocols.errors import SpecError, StateUsedError
 from choral.protocols.interface import IntVector, Losses, Step, SumResult, SumSpec
 from choral.protocols.plain import check_submission
@@ -45,6 +45,10 @@ class DriverSession:
         losses = Losses(lost, self.spec.parties)
         self.between_rounds()
         return DriverRound(self, losses, NO_TRAINING if terms is None else terms)
+
+    def agreed(self, party: str) -> Agreed | None:
+        """What a party saw of its latest round, which may be an earlier one than the session's."""
+        return self.parties[party].agreed()
 
     def between_rounds(self) -> None:
         """What is of no use in the next round is forgotten here."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from choral.protocols.crypto.identity import Identity
-    from choral.protocols.driver import NeedsVector, PartyDriver, Patience, RoundTerms, ServerDriver
+    from choral.protocols.driver import Agreed, NeedsVector, PartyDriver, Patience, RoundTerms, ServerDriver
     from choral.protocols.masking.policy import Policy
 
 IntVector = NDArray[np.int64]
@@ -197,6 +197,10 @@ class SumSession(Protocol):
 
         Raises: SpecError for a party or step that is none; TooFewSurvivorsError where too few are left to go on.
         """
+        ...
+
+    def agreed(self, party: str) -> Agreed | None:
+        """What a party saw of its latest round; None where nothing is signed, or for one that was in none."""
         ...
 
 

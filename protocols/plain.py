@@ -103,6 +103,9 @@ class PlainSession:
         del terms  # nobody compares them in this sum
         return PlainRound(self._spec, Losses(lost, self._spec.parties))
 
+    def agreed(self, party: str) -> None:
+        """Nobody signs anything in this sum."""
+
 
 class PlainRound:
     """See :class:`choral.protocols.interface.SumRound`. Memory: one vector, whatever the number of parties."""

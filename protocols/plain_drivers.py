@@ -10,6 +10,7 @@ import numpy as np
 from choral.protocols import argument_checks as checks
 from choral.protocols.crypto.modular_integers import PackingError, accumulator_dtype, lift, pack, packed_bytes, unpack
 from choral.protocols.driver import (
+    Agreed,
     Answer,
     NeedsVector,
     Patience,
@@ -96,6 +97,10 @@ class PlainPartyDriver:
     def public_state(self) -> bytes:
         """Nothing is agreed on that a restart could forget."""
         return b""
+
+    def agreed(self) -> Agreed | None:
+        """Its Begin; nobody signs it, and no party is told who survived."""
+        return None if self._begin is None else Agreed(begin=messages.encode(self._begin))
 
 
 class _Vectors:

@@ -28,6 +28,7 @@ from choral.trainers.federated.participation import Dropouts as Dropouts
 from choral.trainers.federated.participation import Participation as Participation
 from choral.trainers.federated.virtual_parties import VirtualParties as VirtualParties
 from choral.trainers.local_steps.epochs import Epochs as Epochs
+from choral.trainers.run_folder.evidence.signed_lines import EvidenceError as EvidenceError
 from choral.trainers.run_folder.export import ExportError as ExportError
 from choral.trainers.run_folder.info import RoundRecord as RoundRecord
 from choral.trainers.run_folder.info import RunFolderError as RunFolderError

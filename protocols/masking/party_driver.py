@@ -29,7 +29,7 @@ from typing import Any
 
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.single_use import Current
-from choral.protocols.driver import Answer, NeedsVector, Randomness, Replies, Store, used
+from choral.protocols.driver import Agreed, Answer, NeedsVector, Randomness, Replies, Store, used
 from choral.protocols.errors import SERVER, FaultyServerError, MessageError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
@@ -43,6 +43,7 @@ from choral.protocols.masking.party_round import (
     Uploaded,
 )
 from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.masking.statement import agreed_of
 from choral.protocols.stored_state import NO_STATE, PublicState, read_stored, stored
 from choral.protocols.wire_format import LAST_ROUND, read
 
@@ -59,6 +60,8 @@ class _Round:
     advertise: bytes
     state: Any  # Advertised, SharesSent, Ready, Uploaded or Confirmed, of the masked sum; or None
     asked: bytes = b""  # the digest of the message that asked for the vector
+    bitmap: bytes = b""  # the set of survivors that was shown here
+    confirmed: tuple[messages.Confirmation, ...] = ()  # by others, of just that set; verified
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -326,11 +329,14 @@ class MaskedPartyDriver:
         if isinstance(message, messages.Survivors) and isinstance(state, Uploaded):
             now.state = None
             now.state, answer = state.confirm(raw)
+            now.bitmap = message.bitmap
             return (answer,)
         if isinstance(message, messages.Confirmations) and isinstance(state, Confirmed):
             now.state = None
             following = self._advertise(begin.round + 1)[1] if begin.round < LAST_ROUND else None
-            return (state.unmask(raw, following=following),)
+            unmask = state.unmask(raw, following=following)
+            now.confirmed = message.entries
+            return (unmask,)
         where = "nothing more of it" if state is None else f"another message than that, as {type(state).__name__}"
         raise used(
             f"its {type(message).__name__} of round {begin.round} was not waited for: this party expects {where}"
@@ -362,6 +368,13 @@ class MaskedPartyDriver:
         now, _ = self._ready()
         now.state = None
         self._replies.put(now.asked, ())
+
+    def agreed(self) -> Agreed | None:
+        """See :class:`choral.protocols.driver.PartyDriver`."""
+        now, member = self._round, self._membership
+        if now is None or member is None:
+            return None
+        return agreed_of(member, messages.encode(now.begin), now.bitmap, now.confirmed, self._raw_setup)
 
     def __repr__(self) -> str:
         return f"<MaskedPartyDriver of {self.name!r}>"

@@ -1,12 +1,14 @@
-"""What a masked sum says of itself: who must be trusted with what, in words and figures, for reports."""
+"""What a masked sum says of itself, for reports; and what a party saw of a round, for its receipt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from choral.protocols.masking import messages
+from choral.protocols.driver import Agreed
+from choral.protocols.masking import messages, signing
 from choral.protocols.masking.parameters import Parameters
+from choral.protocols.masking.party_round import Membership
 
 CIPHER_BITS = 128
 """Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
@@ -58,3 +60,20 @@ def statement_of(setup: messages.SumSetup, chosen: Parameters) -> Mapping[str, A
         },
         "protocol_version": messages.VERSION,
     }
+
+
+def agreed_of(
+    member: Membership, begin: bytes, bitmap: bytes, confirmed: Sequence[messages.Confirmation], setup: bytes
+) -> Agreed:
+    """What a party may put into its receipt. confirmed: what it verified of the set in `bitmap`. setup: encoded."""
+    roster = member.setup.roster
+    alive = messages.from_bitmap(bitmap, len(roster)) if confirmed else None
+    return Agreed(
+        begin=begin,
+        setup=signing.setup_digest(setup),
+        session=member.session,
+        roster=roster,
+        survivors=None if alive is None else tuple(roster[place] for place in sorted(alive)),
+        keys={roster[entry.party]: member.key(entry.party) for entry in confirmed},
+        signatures={roster[entry.party]: entry.signature for entry in confirmed},
+    )

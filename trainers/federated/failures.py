@@ -10,6 +10,7 @@ import torch
 from choral.errors import ChoralError
 from choral.privacy import EncodingError
 from choral.protocols.errors import TooFewSurvivorsError
+from choral.trainers.algorithms.interface import LocalTrainer
 from choral.trainers.task.task import DivergedError, TaskError
 
 
@@ -67,3 +68,10 @@ def with_reasons(error: TooFewSurvivorsError, errors: Mapping[str, ChoralError])
 def _reasons(errors: Mapping[str, ChoralError]) -> str:
     said = "; ".join(f"{name}: {error}" for name, error in list(errors.items())[:10])
     return said + (f"; and {len(errors) - 10} more" if len(errors) > 10 else "")
+
+
+def nothing_made(trainer: LocalTrainer, name: str) -> TaskError:
+    return TaskError(
+        f"the engine {type(trainer).__name__} made nothing of the work of party {name!r}",
+        hint="LocalTrainer.do yields one result per order",
+    )

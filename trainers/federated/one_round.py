@@ -14,6 +14,7 @@ from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.failures import kind_of
 from choral.trainers.federated.round_parties import RoundParties
 from choral.trainers.run_folder.algorithm_state import State
+from choral.trainers.run_folder.evidence.receipts import Asked, Summed
 from choral.trainers.task.task import DivergedError
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
         summing = sums[ask.channel].begin(told, parties)
         session.engine.answer(told, parties, summing)
         result = summing.finish()
+        if session.receipts:
+            asked, summed = Asked(told.exchange, ask.channel, told.digest), Summed(parties.names, result.survivors)
+            session.receipts.add(asked, sums[ask.channel].session, summed, parties.sending)
         parties.end_sum(result.survivors)
         outcome.survivors = len(result.survivors)
         outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes

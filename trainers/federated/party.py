@@ -47,15 +47,17 @@ from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.federated.checks import check_fits, check_weights
 from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
-from choral.trainers.federated.failures import beyond
+from choral.trainers.federated.failures import beyond, nothing_made
 from choral.trainers.federated.record_shares.checks import in_shares
 from choral.trainers.federated.record_shares.codec import SharesCodec
 from choral.trainers.federated.record_shares.own_process import check_drivers, own_plan
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.describe import settings_of
+from choral.trainers.run_folder.evidence.party_receipts import PartyReceipts, Receipted, open_receipts
+from choral.trainers.run_folder.evidence.receipts import Asked
 from choral.trainers.run_folder.info import versions
-from choral.trainers.run_folder.owner_privacy import check_delta, engine_for
+from choral.trainers.run_folder.owner_privacy import check_delta, engine_for, written
 from choral.trainers.task.arithmetic import Arithmetic, Compute
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, Task, TaskError, check_party, raised_by
@@ -110,9 +112,14 @@ class TrainingTerms:
         return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
 
     @cached_property
+    def text(self) -> bytes:
+        """The record as it is hashed: JSON, its keys in order."""
+        return msgspec.json.encode(self.record(), order="deterministic")
+
+    @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the record, its keys in order; 32 bytes."""
-        return hashlib.sha256(_PURPOSE + msgspec.json.encode(self.record(), order="deterministic")).digest()
+        """SHA-256 of a word of what it is, and that text; 32 bytes."""
+        return hashlib.sha256(_PURPOSE + self.text).digest()
 
 
 class TrainingParty:
@@ -138,8 +145,10 @@ class TrainingParty:
         state: State | None = None,
         trainer: LocalTrainer | None = None,
         drivers: Mapping[str, PartyDriver] | None = None,
+        receipts: PartyReceipts | None = None,
     ) -> None:
         self.name, self.terms, self.examples, self.state = name, terms, examples, state
+        self._receipts = receipts or PartyReceipts(None, None)
         self._codecs, self._ledger, self._trainer, self._drivers = codecs, ledger, trainer, drivers or {}
         self._told: Told | None = None
         self._kept: dict[str, torch.Tensor] = {}
@@ -213,12 +222,15 @@ class TrainingParty:
 
     def settle(self, *, survived: bool) -> None:
         """The sum is over: what the algorithm has the party remember counts only if its vector is in it."""
+        driver = self._drivers.get(self._told.ask.channel) if self._told else None
+        self._receipts.settle(driver.agreed() if driver else None, survived=survived)
         if survived and self._pending is not None:
             self.state = self._pending
         self._pending = None
 
     def undo(self) -> None:
         """The round failed: remember what was before its first exchange."""
+        self._receipts.give_up("given up")
         self.state, self._pending = self._before, None
 
     def _encoded(self, done: Done, codec: PartyCodec, told: Told) -> Encoded:
@@ -247,6 +259,11 @@ class TrainingParty:
         if told.ask.channel not in self._codecs or told.ask.channel not in self._drivers:
             raise MessageError("the server", f"the algorithm has no channel {told.ask.channel!r}")
         self._told = told
+        self._receipts.hear(told.number, Asked(told.exchange, told.ask.channel, told.digest), told.ask.weights)
+
+    def leave(self, weights: torch.Tensor | None = None) -> None:
+        """No round is to come: the last one's receipt is written. weights: the model that came of it, if told."""
+        self._receipts.close(weights)
 
     def handle(self, channel: str, raw: bytes) -> tuple[bytes, ...]:
         """Take one message of the sum of that channel; what to send back. Where a vector is asked for, train first.
@@ -259,11 +276,11 @@ class TrainingParty:
             raise MessageError("the server", f"this party takes part in no sum of channel {channel!r:.80}")
         needs = driver.handle(raw)
         if not isinstance(needs, NeedsVector):
-            return needs
+            return self._receipts.send(needs)
         try:
             encoded = self._trained(needs, driver, trainer)
             if encoded is not None:
-                return driver.supply(encoded.vector)  # 4.
+                return self._receipts.send(driver.supply(encoded.vector), vector=True)  # 4.
         except BaseException:
             driver.decline()
             raise
@@ -294,12 +311,13 @@ def own_party(
     ledger: Ledger | None = None,
     compute: Compute | None = None,
     state: State | None = None,
+    receipts: Receipted | None = None,
 ) -> TrainingParty:
     """A party in a process of its own: nothing of any other is here, and nothing is taken on a server's word.
 
     terms: what was agreed to; promise, model and code are this party's own, whatever they say, and so is the digest
     that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
-    records, and what remembers that it was spent; both or none.
+    records, and what remembers that it was spent; both or none. receipts: where it keeps them, and as whom it signs.
 
     With noise in shares the terms have its plan, which is computed anew; every step is computed on equally many rows,
     so that the time of an answer does not tell how many records were drawn.
@@ -332,7 +350,15 @@ def own_party(
     trainer = compute.engine(resident) if compute.engine else Fastest(resident)
     check_drivers(plan, sums := drivers(own))
     return TrainingParty(
-        name, own, codecs, examples=examples, ledger=ledger, state=state, trainer=trainer, drivers=sums
+        name,
+        own,
+        codecs,
+        examples=examples,
+        ledger=ledger,
+        state=state,
+        trainer=trainer,
+        drivers=sums,
+        receipts=open_receipts(receipts, name, own.text, own.digest, ledger) if receipts else None,
     )
 
 
@@ -365,20 +391,6 @@ def _own_resident(
     return resident
 
 
-def written(ledger: Ledger) -> int:
-    """How much is written in a ledger, which only grows: of a file its bytes, which need not be read for that."""
-    if ledger.path is None:
-        return len(ledger.events)
-    return ledger.path.stat().st_size if ledger.path.exists() else 0
-
-
 def code_here() -> str:
     """What is run here, for the terms."""
     return f"choral {versions()['choral']}"
-
-
-def nothing_made(trainer: LocalTrainer, name: str) -> TaskError:
-    return TaskError(
-        f"the engine {type(trainer).__name__} made nothing of the work of party {name!r}",
-        hint="LocalTrainer.do yields one result per order",
-    )

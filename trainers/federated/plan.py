@@ -24,6 +24,7 @@ from choral.trainers.federated.record_shares import checks as shares
 from choral.trainers.federated.virtual_parties import Census, census_of
 from choral.trainers.local_steps.resident_model import resolve_device
 from choral.trainers.run_folder.describe import check_tuned, describe
+from choral.trainers.run_folder.evidence.rehearsal import MOST_PARTIES
 from choral.trainers.run_folder.info import RunInfo
 from choral.trainers.run_folder.keep import Keep
 from choral.trainers.task import arguments
@@ -143,6 +144,11 @@ class Plan:
             weights=self.encoding.weights,
             releases=tuple(asdict(release) for release in self.algorithm.releases),
         )
+
+    @property
+    def has_receipts(self) -> bool:
+        """Whether the parties that this process plays leave receipts in the run's folder."""
+        return self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
 
     @property
     def by_record(self) -> Privacy | None:

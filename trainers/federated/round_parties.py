@@ -17,9 +17,9 @@ from choral.protocols.interface import STEPS, Losses, Step, SumRound
 from choral.trainers.algorithms.interface import Exchange, LocalTrainer, Work
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
-from choral.trainers.federated.failures import all_failed
+from choral.trainers.federated.failures import all_failed, nothing_made
 from choral.trainers.federated.participation import Participation, stream
-from choral.trainers.federated.party import TrainingParty, TrainingTerms, nothing_made
+from choral.trainers.federated.party import TrainingParty, TrainingTerms
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators

@@ -41,6 +41,7 @@ from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.evidence.rehearsal import Rehearsal, SentMessages
 from choral.trainers.run_folder.info import RoundRecord, RunFolderError
 from choral.trainers.run_folder.owner_privacy import clips_of
 from choral.trainers.run_folder.recorder import Recorder
@@ -54,14 +55,18 @@ class Session:
     """See the module. run: the finished run, once the session is closed without an error.
 
     engine: the parties, who answer. terms: what they agree to. codecs, sums: by channel. weights: the global ones,
-    float32, shape (d,).
+    float32, shape (d,). receipts: of the parties, where they are kept.
     """
 
     run: Run
     weights: torch.Tensor
+    receipts: Rehearsal | None = None
 
-    def __init__(self, plan: Plan, ranks: RankGroup | None, recorder: Recorder, transcript: Transcript) -> None:
+    def __init__(
+        self, plan: Plan, ranks: RankGroup | None, recorder: Recorder, transcript: Transcript, sent: SentMessages
+    ) -> None:
         self.plan, self._ranks, self._recorder, self._transcript = plan, ranks, recorder, transcript
+        self._sent = sent
         self._ledgers = Ledgers.open(plan, recorder)
         self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, 1)
         self._over = bool(self._reason) and self._last <= recorder.completed
@@ -87,9 +92,9 @@ class Session:
             led(ranks) as share,
             Recorder.open(plan.keep.out, plan.info, resume=plan.keep.resume) as recorder,
             Transcript(plan.keep.folder, plan.keep.transcript, recorder.sealed) as transcript,
-            watched_by(transcript.watcher),
+            watched_by((sent := SentMessages(transcript.watcher, heard=plan.has_receipts)).watcher),
         ):
-            session = cls(plan, ranks, recorder, transcript)
+            session = cls(plan, ranks, recorder, transcript, sent)
             yield session
             session.run = share(session._closed())
 
@@ -110,7 +115,7 @@ class Session:
                 f"what {algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
                 hint=f"restore algorithm_state.{number - 1}.safetensors, or run again in a new folder",
             )
-        return select(
+        found = select(
             self.plan.participation,
             self.plan.census.names,
             self.plan.census.examples,
@@ -120,6 +125,9 @@ class Session:
             seed=self.plan.compute.seed,
             states=self._state.parties,
         )
+        if self.receipts:
+            self.receipts.begin(number, found.names, self.weights)
+        return found
 
     @property
     def next_start(self) -> float:
@@ -177,6 +185,8 @@ class Session:
         self._recorder.add(
             entry, self._resident.model, spent, algorithm_state=self._state, sealed=self._transcript.sealed
         )
+        if self.receipts:
+            self.receipts.end(self.weights, entry.failed, spent)
         if self.plan.keep.on_round:
             self.plan.keep.on_round(entry)
 
@@ -216,6 +226,7 @@ class Session:
             transcript=self._transcript,
         )
         self._begin_record()
+        self.receipts = self._open_receipts()
         self._state: AlgorithmState = recorder.algorithm_state()
         rehearsed = plan.participation.draw == "seed" or plan.participation.everybody
         self._draws = plan.compute.seed if rehearsed else recorder.draws()
@@ -290,6 +301,19 @@ class Session:
     def _last_codec(self) -> Codec:
         """Of the round's last exchange, which the run's record tells of."""
         return list(self.codecs.values())[-1]
+
+    def _open_receipts(self) -> Rehearsal | None:
+        folder, terms = self.plan.keep.folder, self.terms
+        if folder is None or not self.plan.has_receipts:
+            return None
+        return Rehearsal(
+            folder,
+            self.plan.census.names,
+            self._sent,
+            terms=terms.digest.hex(),
+            text=terms.text.decode(),
+            ledgers=self._ledgers.by_party,
+        )
 
     def _stated(self, statement: Mapping[str, Any]) -> dict[str, Any]:
         """What the sum promises, and whether a party may weigh more by its own word."""

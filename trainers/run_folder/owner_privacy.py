@@ -100,3 +100,10 @@ def check_own_ledger(privacy: Privacy) -> None:
             hint="leave it out; the ledgers are kept in the run's folder, so give out=FOLDER. A promise that was spent"
             " from without a file is one data owner's, too: make another one",
         )
+
+
+def written(ledger: Ledger) -> int:
+    """How much is written in a ledger, which only grows: of a file its bytes, which need not be read for that."""
+    if ledger.path is None:
+        return len(ledger.events)
+    return ledger.path.stat().st_size if ledger.path.exists() else 0

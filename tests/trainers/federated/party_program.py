@@ -32,6 +32,7 @@ from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.one_round import Steps
 from choral.trainers.federated.party import TrainingParty, TrainingTerms, code_here, own_party
 from choral.trainers.run_folder.describe import settings_of
+from choral.trainers.run_folder.evidence.party_receipts import Receipted
 
 SIZES = {"north": 40, "south": 25, "east": 21}
 NAMES = tuple(SIZES)
@@ -129,6 +130,7 @@ class Site:
             privacy=privacy,
             ledger=Ledger(folder / f"{name}.jsonl", holder=name) if privacy else None,
             compute=Compute(seed=SEED),
+            receipts=Receipted(path=folder / "receipts" / f"{name}.jsonl", identity=IDENTITIES[name], run="a run"),
         )
 
     def _drivers(self, terms: TrainingTerms) -> dict[str, PartyDriver]:

@@ -26,6 +26,7 @@ from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
 from choral.trainers.federated.party import TrainingParty, own_party
 from choral.trainers.local_steps.resident_model import initial_model
+from choral.trainers.run_folder.evidence.receipts import model_digest, read
 from choral.trainers.task.flat_vector import Layout
 
 PATIENCE = 60.0  # seconds for one answer, on a busy machine
@@ -177,6 +178,55 @@ def test_a_party_that_is_shown_another_model_refuses_before_it_has_paid(tmp_path
     server.round(2)
     assert server.survivors[1] == NAMES
     assert [paid(tmp_path, name) for name in NAMES] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["private", "dane"])
+def test_each_party_keeps_receipts_under_the_identity_that_the_others_have_pinned(kind: str, tmp_path: Path) -> None:
+    """One for each round, with what came of it; every sum of it, with the signatures of the others on the survivors."""
+    here = Here(kind, tmp_path)
+    server = Coordinator(here, kind, first_weights())
+    server.round(1)
+    server.round(2)
+    for name in NAMES:
+        here.sites[name].party.leave(server.weights)
+        here.sites[name].party.leave(server.weights)  # and nothing more
+    found = {name: [content for content, _ in read(tmp_path / "receipts" / f"{name}.jsonl")] for name in NAMES}
+    for name, (terms, first, second) in found.items():
+        assert terms["text"] == server.terms.text.decode()
+        assert (first["round"], second["round"], first["came"]) == (1, 2, second["given"])
+        assert second["came"] == model_digest(server.weights)
+        assert first["given"] == model_digest(first_weights())
+        assert all(line["key"] == program.IDENTITIES[name].public.hex() for line in (terms, first, second))
+        assert [each["channel"] for each in first["sums"]] == list(server.sums)
+        for each in (*first["sums"], *second["sums"]):
+            assert each["vector"]
+            assert each["in_sum"]
+            assert each["dropped"] == []
+            assert set(each["signatures"]) < set(NAMES) - {name} or len(each["signatures"]) == 2
+            assert each["keys"] == {other: program.IDENTITIES[other].public.hex() for other in each["signatures"]}
+        if kind == "private":
+            ledger = Ledger(tmp_path / f"{name}.jsonl")
+            assert first["ledger"]["after"] == second["ledger"]["before"] == ledger.head_after(1)
+            assert second["ledger"]["after"] == ledger.head
+            assert second["ledger"]["epsilon"] == pytest.approx(ledger.epsilon(1e-3))
+    assert len({json.dumps([each["session"] for each in lines[1]["sums"]]) for lines in found.values()}) == 1
+
+
+def test_a_party_that_was_shown_another_model_has_that_in_its_receipt(tmp_path: Path) -> None:
+    here = Here("private", tmp_path)
+    server = Coordinator(here, "private", first_weights())
+    server.round(1, shown={"south": first_weights() + 0.5})
+    for name in NAMES:
+        here.sites[name].party.leave()
+    (_, north), (_, south) = (
+        [content for content, _ in read(tmp_path / "receipts" / f"{name}.jsonl")] for name in ("north", "south")
+    )
+    assert (north["given"], south["given"]) == (model_digest(first_weights()), model_digest(first_weights() + 0.5))
+    assert north["sums"][0]["told"] != south["sums"][0]["told"]
+    assert north["sums"][0]["dropped"] == ["south"]
+    assert not south["sums"][0]["vector"]
+    assert south["sums"][0]["in_sum"] is False
+    assert south["came"] is None
 
 
 def test_a_server_that_has_a_party_train_twice_or_for_ever_is_refused_before_it_has_paid(tmp_path: Path) -> None:
