@@ -10,6 +10,10 @@ from types import ModuleType
 
 import pytest
 
+# Before torch and numpy are imported, and for the processes that tests start: workers of pytest share the cores, and
+# threads of a pool that wait for one another spin. A test of small matrices took twenty times its own time so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

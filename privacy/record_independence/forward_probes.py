@@ -114,7 +114,9 @@ def _away_from_zero(like: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 def reseed(seed: int, model: nn.Module) -> None:
     """Let random numbers, of the same generators as below, go on from `seed`."""
-    torch.manual_seed(seed)
+    # torch.manual_seed also notes the stack, for good, for each kind of accelerator that is not there: most of a look.
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    (torch.manual_seed if accelerated else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
     np.random.seed(seed)
     for value in (value for m in model.modules() for value in m.__dict__.values()):
