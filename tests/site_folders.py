@@ -16,7 +16,8 @@ from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols import Masked
 from choral.trainers import Encoding, FedAvg
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
-from choral.trainers.federated.party import TrainingTerms, code_here
+from choral.trainers.federated.terms.task_code import version_here
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.describe import settings_of
 
 NAMES = ("north", "south", "east", "west")
@@ -59,7 +60,7 @@ def terms(**changed: Any) -> TrainingTerms:
         "parties": len(NAMES), "length": 7, "examples": 800, "largest": 256, "value_bound": encoding.value_bound,
         "weight": 800,
     } | changed.pop("federation", {})  # fmt: skip
-    given: dict[str, Any] = {"shapes": {"w": (1, 6), "b": (1,)}, "rounds": 20, "code": code_here()} | changed
+    given: dict[str, Any] = {"shapes": {"w": (1, 6), "b": (1,)}, "rounds": 20, "code": version_here()} | changed
     return TrainingTerms(
         algorithm=algorithm,
         federation=FederationInfo(**federation),

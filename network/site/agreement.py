@@ -18,7 +18,7 @@ from choral.network.site.terms import promise_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Ledger, Privacy
 from choral.protocols.interface import SecureSum, SumSpec
 from choral.protocols.masking.policy import Policy
-from choral.trainers.federated.party import TrainingTerms
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 
 if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder

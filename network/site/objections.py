@@ -21,7 +21,8 @@ from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
-from choral.trainers.federated.party import TrainingTerms, code_here
+from choral.trainers.federated.terms.task_code import version_here
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 
 if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
@@ -76,8 +77,8 @@ def _code(folder: SiteFolder, offer: Offer) -> Iterator[str]:
     if offer.embedded:
         if offer.task not in TASKS:
             yield f"Choral has no task {offer.task!a}"
-        elif offer.code != code_here():
-            yield f"its training code is of {offer.code}, and {code_here()} runs here"
+        elif offer.code != version_here():
+            yield f"its training code is of {offer.code}, and {version_here()} runs here"
         elif data is not None and not data.part:
             yield f"the data of a task of Choral is a part of its own, and {offer.task!a} has a path here"
     elif not path.is_file():
@@ -102,8 +103,8 @@ def _consistent(terms: TrainingTerms, offer: Offer) -> Iterator[str]:
         yield f"its terms are of {federation.length} parameters, and the shapes say otherwise"
     if federation.value_bound != terms.encoding.value_bound:
         yield "its terms have two bounds of an update's coordinate"
-    if terms.code != code_here():
-        yield f"the coordinator runs {terms.code!a:.60}, and {code_here()} runs here"
+    if terms.code.partition(",")[0] != version_here():  # the task's source is compared when the party is made
+        yield f"the coordinator runs {terms.code!a:.60}, and {version_here()} runs here"
 
 
 def _job(folder: SiteFolder, terms: TrainingTerms) -> Iterator[str]:

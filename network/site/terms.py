@@ -24,7 +24,7 @@ from choral.protocols.plain import Plain
 from choral.trainers.algorithms import KINDS
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.codec import Encoding
-from choral.trainers.federated.party import TrainingTerms
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.describe import settings_of
 
 MOST_ROUNDS = 1 << 31

@@ -155,7 +155,7 @@ class ClientPrivacyEngine:
             still to come; the noise is calibrated for them, on top of what the ledger holds. 0 opens what is over.
         ledger: what these clients have spent before. clip: the present clipping norm of an adaptive promise that is
             resumed. source: of noise and rounding. most: of the clients in one sum, by default all; the modulus has
-            room for so many, and no sum of more is decoded.
+            room for so many, and no sum of more is decoded. holder: whose ledger it is, where one client keeps its own.
     Raises: ConfigError (delta >= 1/n, too few survivors or bits), BudgetExceededError, LedgerError.
     """
 
@@ -170,13 +170,14 @@ class ClientPrivacyEngine:
         clip: float | None = None,
         source: Source = os_stream,
         most: int | None = None,
+        holder: str = HOLDER,
     ) -> None:
         if rounds < 0 or clients < 2 or length < 1:
             raise ConfigError(
                 f"expected rounds >= 0, clients >= 2 and length >= 1, got {rounds}, {clients} and {length}"
             )
         check_client_delta(privacy.delta, clients)
-        ledger.bind(HOLDER, privacy.delta, unit=CLIENT_UNIT)
+        ledger.bind(holder, privacy.delta, unit=CLIENT_UNIT)
         self.privacy, self.clients, self.length, self.rounds, self.ledger = privacy, clients, length, rounds, ledger
         self.adaptive = privacy.clip if isinstance(privacy.clip, AdaptiveClip) else None
         start = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else float(privacy.clip)

@@ -10,6 +10,7 @@ client-level noise.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,9 +72,10 @@ class Encoded(NamedTuple):
 class PartyCodec(Protocol):
     """One party's half, for one kind of vector."""
 
-    def pay(self) -> None:
+    def pay(self, exchange: bytes) -> None:
         """Before anything is trained: what the exchange costs is written down, on disk, where that is its matter.
 
+        exchange: the digest of what the party was told.
         Raises: BudgetExceededError, LedgerError.
         """
         ...
@@ -117,7 +119,9 @@ class Codec(Protocol):
         """Raises: ConfigError if the secure sum may do what this codec's promise excludes."""
         ...
 
-    def begin(self, present: tuple[str, ...]) -> None: ...
+    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
+        """exchange: the digest of what every party was told."""
+        ...
 
     def party(self, examples: int) -> PartyCodec:
         """The half of a party with so many records that this process plays, from what the parties agreed on."""
@@ -154,7 +158,7 @@ class WeightedPartyCodec:
     weight: int
     in_clear: bool = False
 
-    def pay(self) -> None:
+    def pay(self, exchange: bytes) -> None:
         """Without noise here there is nothing to pay for."""
 
     def encode(self, update: torch.Tensor) -> Encoded:
@@ -218,9 +222,9 @@ class WeightedCodec:
     def largest(self) -> float | None:
         return self._largest if self._in_clear else None
 
-    def begin(self, present: tuple[str, ...]) -> None:
+    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
         """Nothing is paid for here, whoever is present."""
-        del present
+        del present, exchange
         self._beyond, self._largest, self.more_bytes = None, 0.0, 0
 
     def party(self, examples: int) -> WeightedPartyCodec:
@@ -240,27 +244,50 @@ class WeightedCodec:
         return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
 
-@dataclass(frozen=True)
 class ClientPartyCodec:
     """A party's half of a sum with client-level privacy: it clips, and adds its own noise.
 
-    begun: pays for the sum, once however often it is asked, and says what all its clients are told. Where one process
-    plays all clients, that is the sum's; a party of its own has an engine with a ledger of its own:
-    ``ClientPrivacyEngine(...).begin(seed)``, the seed as it was told.
+    begin: pays for the sum of the exchange with that digest, and says what all its clients are told. Where one process
+    plays all clients, that was done for all of them when the sum was begun.
     """
 
-    begun: Callable[[], ClientRound]
-    length: int
+    def __init__(self, begin: Callable[[bytes], ClientRound], length: int) -> None:
+        self._begin, self._length = begin, length
+        self._round: ClientRound | None = None
 
-    def pay(self) -> None:
-        self.begun()
+    def pay(self, exchange: bytes) -> None:
+        self._round = self._begin(exchange)
 
     def encode(self, update: torch.Tensor) -> Encoded:
-        return Encoded(self.begun().encode(update))
+        """Raises: ConfigError where nothing was paid for: each payment is for one vector."""
+        vector = begun(self._round).encode(update)
+        self._round = None
+        return Encoded(vector)
 
     def stand_in(self) -> Encoded:
         """A change of nothing, with its share of the noise: who failed is what the promise hides, too."""
-        return self.encode(torch.zeros(self.length))
+        return self.encode(torch.zeros(self._length))
+
+
+def own_codec(privacy_engine: ClientPrivacyEngine) -> ClientPartyCodec:
+    """The half of a party in a process of its own, whose ledger its engine has.
+
+    The rotation is of the exchange's digest, so that all parties have one without being told another number; it is
+    public, and the promise holds whatever it is.
+    """
+    return ClientPartyCodec(lambda exchange: privacy_engine.begin(rotation_seed(exchange)), privacy_engine.length)
+
+
+def rotation_seed(exchange: bytes) -> bytes:
+    """Of one sum's rotation; SEED_BYTES. exchange: the digest of what every party was told."""
+    return hashlib.sha256(b"choral rotation 1" + exchange).digest()
+
+
+def begun(found: ClientRound | None) -> ClientRound:
+    """Raises: ConfigError."""
+    if found is None:
+        raise ConfigError("no round was begun")
+    return found
 
 
 class ClientCodec:
@@ -309,7 +336,7 @@ class ClientCodec:
                 hint=f"give both min_survivors={self._privacy_engine.min_survivors}",
             )
 
-    def begin(self, present: tuple[str, ...]) -> None:
+    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
         """Raises: TooFewSurvivorsError before anything is paid or sent; and as :meth:`ClientPrivacyEngine.begin`."""
         needed = self._privacy_engine.min_survivors
         if len(present) < needed:
@@ -319,24 +346,18 @@ class ClientCodec:
                 needed=needed,
                 missing=tuple(name for name in self._parties if name not in present),
             )
-        self._round = self._privacy_engine.begin()
+        self._round = self._privacy_engine.begin(rotation_seed(exchange))
 
     def party(self, examples: int) -> ClientPartyCodec:
         del examples  # all weigh alike
-        return ClientPartyCodec(lambda: self._current, self._privacy_engine.length)
+        return ClientPartyCodec(lambda _: begun(self._round), self._privacy_engine.length)
 
     def take(self, encoded: Encoded) -> None:
         """There is nothing beside the integers."""
 
     def decode(self, result: SumResult) -> Mean:
         survivors = len(result.survivors)
-        return Mean(self._current.decode(result.total, survivors), survivors)
-
-    @property
-    def _current(self) -> ClientRound:
-        if self._round is None:
-            raise ConfigError("no round was begun")
-        return self._round
+        return Mean(begun(self._round).decode(result.total, survivors), survivors)
 
 
 def cap_of(largest: int) -> int:

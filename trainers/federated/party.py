@@ -4,7 +4,8 @@
     the exchange (weights)      hear      its digest, of what was really received            -
     messages of the sum         handle    the driver's                                       keys, shares
     Begin, signed by all        check     model and training terms are those it was told     nothing, if they are not
-                                order     1. pay: what the exchange costs is on disk         -
+                                order     1. that it trains for this exchange is on disk,
+                                             and what the exchange costs                     -
                                 train     2. the promise's engine pays for each pass         -
                                               before its first batch is drawn
                                 answer    3. what is sent, encoded; refused if unpaid        -
@@ -20,25 +21,20 @@ other ranks (:class:`~choral.trainers.federated.round_parties.PartiesHere`), and
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-import msgspec
 import torch
 
 from choral.errors import ChoralError, ConfigError
-from choral.privacy import EncodingError, Ledger, Privacy, PrivacyEngine, SharesPlan
+from choral.privacy import ClientPrivacy, EncodingError, Ledger, Privacy, PrivacyEngine
 from choral.protocols.driver import NeedsVector, PartyDriver
 from choral.protocols.errors import FaultyServerError, MessageError
 from choral.trainers.algorithms.interface import (
-    Algorithm,
     Done,
     Failed,
-    FederationInfo,
     LocalTrainer,
     Party,
     Work,
@@ -46,80 +42,26 @@ from choral.trainers.algorithms.interface import (
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.engines.fastest import Fastest
 from choral.trainers.federated.checks import check_fits, check_weights
-from choral.trainers.federated.codec import Encoded, Encoding, PartyCodec, WeightedCodec
+from choral.trainers.federated.codec import Encoded, PartyCodec
 from choral.trainers.federated.failures import beyond, nothing_made
 from choral.trainers.federated.record_shares.checks import in_shares
-from choral.trainers.federated.record_shares.codec import SharesCodec
 from choral.trainers.federated.record_shares.own_process import check_drivers, own_plan
+from choral.trainers.federated.terms.clients import check_sums, clients_of
+from choral.trainers.federated.terms.task_code import code_of
+from choral.trainers.federated.terms.trained_for import PartyMemory, TrainedFor
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.describe import settings_of
 from choral.trainers.run_folder.evidence.party_receipts import PartyReceipts, Receipted, open_receipts
 from choral.trainers.run_folder.evidence.receipts import Asked
-from choral.trainers.run_folder.info import versions
 from choral.trainers.run_folder.owner_privacy import check_delta, engine_for, written
 from choral.trainers.task.arithmetic import Arithmetic, Compute
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, Task, TaskError, check_party, raised_by
 
 _log = logging.getLogger("choral.trainers")
-_PURPOSE = b"choral training terms 1"
 _MOST_KEPT = 16  # tensors that a server may have a party keep from round to round
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingTerms:
-    """What a training is, as every party must hold it alike; its digest is signed with the sum's session.
-
-    federation, encoding: with the bounds and the cap of weights, which are agreed on, not read off anybody's counts.
-    privacy: the promise asked, as a run's record has it. shapes: of the model's parameters. rounds: at most. code: what
-    is run, by version or digest. shares: the plan of noise in shares, where the promise is of it.
-    """
-
-    algorithm: Algorithm
-    federation: FederationInfo
-    encoding: Encoding
-    privacy: Mapping[str, Any] | None
-    shapes: Mapping[str, tuple[int, ...]]
-    rounds: int
-    code: str
-    shares: SharesPlan | None = None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON: what a party is asked to agree to. What it accepts of a sum (its policy) is its own matter."""
-        encoding = self.encoding
-        in_shares = {} if self.shares is None else {"shares": asdict(self.shares)}
-        return in_shares | {
-            "algorithm": self.algorithm.record(),
-            "releases": [asdict(release) for release in self.algorithm.releases],
-            "federation": asdict(self.federation),
-            "encoding": {
-                "value_bound": encoding.value_bound,
-                "value_bits": encoding.value_bits,
-                "weights": encoding.weights,
-            },
-            "privacy": dict(self.privacy) if self.privacy is not None else None,
-            "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
-            "rounds": self.rounds,
-            "code": self.code,
-        }
-
-    def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec | SharesCodec:
-        """Both halves of the mean of a channel, from what was agreed on alone. roster: of a sum."""
-        if self.shares is not None:
-            return SharesCodec(roster, self.shares)
-        made = self.algorithm.channels(self.federation)[channel]
-        return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
-
-    @cached_property
-    def text(self) -> bytes:
-        """The record as it is hashed: JSON, its keys in order."""
-        return msgspec.json.encode(self.record(), order="deterministic")
-
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 of a word of what it is, and that text; 32 bytes."""
-        return hashlib.sha256(_PURPOSE + self.text).digest()
 
 
 class TrainingParty:
@@ -128,7 +70,7 @@ class TrainingParty:
     codecs: its half for each channel. examples: how many records it has, and so its weight. ledger: of its records'
     promise; None, and its training is not private by record. state: what the algorithm has it remember. trainer,
     drivers: of a party in a process of its own (:func:`own_party`); a driver for each channel,
-    the same one where channels share a session.
+    the same one where channels share a session. trained_for: where it had come to, before a restart.
     """
 
     error: ChoralError | None = None
@@ -146,6 +88,7 @@ class TrainingParty:
         trainer: LocalTrainer | None = None,
         drivers: Mapping[str, PartyDriver] | None = None,
         receipts: PartyReceipts | None = None,
+        trained_for: TrainedFor | None = None,
     ) -> None:
         self.name, self.terms, self.examples, self.state = name, terms, examples, state
         self._receipts = receipts or PartyReceipts(None, None)
@@ -155,7 +98,7 @@ class TrainingParty:
         self._before: State | None = state  # the round
         self._pending: State | None = None
         self._unpaid: Callable[[], bool] = lambda: False
-        self._trained_for = (0, 0)  # the round, and the exchange in it
+        self._trained_for = trained_for or TrainedFor()
 
     # ------------------------------------------------------------------------------------------- one exchange, in order
 
@@ -178,7 +121,7 @@ class TrainingParty:
             raise FaultyServerError(
                 f"it asks {self.name!r} for round {told.number} of the {self.terms.rounds} that were agreed on"
             )
-        if (told.number, told.exchange) <= self._trained_for:
+        if self._trained_for.covers(told.number, told.exchange):
             raise FaultyServerError(
                 f"{self.name!r} has trained for exchange {told.exchange} of round {told.number} or a later one before",
                 hint="nothing is trained twice: a round that failed is left, and the next one begun",
@@ -187,10 +130,10 @@ class TrainingParty:
     def order(self, told: Told) -> Work:
         """1. Pay for the exchange; then what is to be computed. Raises: BudgetExceededError, LedgerError."""
         self._told, self.error, self._pending = told, None, None
-        self._trained_for = told.number, told.exchange
+        self._trained_for.write(told.number, told.exchange)
         if told.exchange == 0:
             self._before = self.state
-        self._codecs[told.ask.channel].pay()
+        self._codecs[told.ask.channel].pay(told.digest)
         self._view = Party(
             name=self.name,
             examples=self.examples,
@@ -307,58 +250,59 @@ def own_party(
     terms: TrainingTerms,
     drivers: Callable[[TrainingTerms], Mapping[str, PartyDriver]],
     *,
-    privacy: Privacy | None = None,
+    privacy: Privacy | ClientPrivacy | None = None,
     ledger: Ledger | None = None,
     compute: Compute | None = None,
-    state: State | None = None,
+    memory: PartyMemory | None = None,
     receipts: Receipted | None = None,
 ) -> TrainingParty:
     """A party in a process of its own: nothing of any other is here, and nothing is taken on a server's word.
 
     terms: what was agreed to; promise, model and code are this party's own, whatever they say, and so is the digest
     that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
-    records, and what remembers that it was spent; both or none. receipts: where it keeps them, and as whom it signs.
+    records, or to it as a client, and what remembers that it was spent; both or none. memory: of before a restart; by
+    default it forgets with the process. receipts: where it keeps them, and as whom it signs.
 
     With noise in shares the terms have its plan, which is computed anew; every step is computed on equally many rows,
-    so that the time of an answer does not tell how many records were drawn.
+    so that the time of an answer does not tell how many records were drawn. The noise of a client is its own share, or
+    "local"; "central" noise is the server's, which is trusted with it: the party clips.
 
-    Raises: ConfigError (one of the two, an algorithm that releases what the promise does not cover, or by which
-        parties do not count alike though the terms say so, delta not below 1/n, more records than the cap of weights, a
-        plan of other terms), PrivacyError (a plan, or a sum of which this party demands too little, that breaks the
-        promise), DataError, LedgerError; what ``build`` does.
+    Raises: ConfigError for what does not fit the promise (one of the two alone, an algorithm, weights, delta not below
+        1/n, a sum that does not hide noise), more records than the cap, or a plan of other terms; PrivacyError for a
+        plan, or a sum of which it demands too little, that breaks it; DataError, LedgerError; what ``build`` does.
     """
     if (privacy is None) != (ledger is None):
         raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
-    examples, compute = check_party(name, dataset, task.min_classes), compute or Compute()
+    examples = check_party(name, dataset, task.min_classes)
+    compute, memory = compute or Compute(), memory or PartyMemory()
     if examples > (cap := terms.federation.largest):
         raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
     check_fits(terms.algorithm, privacy, task.loss)
     check_weights(terms.algorithm, privacy, terms.encoding.weights)
-    if privacy is not None:
+    if isinstance(privacy, Privacy):
         check_delta(privacy, {name: examples})
     resident = _own_resident(name, dataset, task, terms, privacy, ledger, compute)
-    plan = own_plan(resident, name, privacy, ledger, terms)
     own = replace(
         terms,
-        shares=plan,
+        shares=own_plan(resident, name, privacy, ledger, terms),
         privacy=settings_of(privacy, terms.federation.parties),
         shapes=resident.layout.shapes,
-        code=code_here(),
+        code=code_of(task),
+        clients=clients_of(terms, privacy, ledger, name),
     )
-    channels = own.algorithm.channels(own.federation)
-    codecs = {channel: own.codec(channel).party(examples) for channel in channels}
-    trainer = compute.engine(resident) if compute.engine else Fastest(resident)
-    check_drivers(plan, sums := drivers(own))
+    check_drivers(own.shares, sums := drivers(own))
+    check_sums(own.clients, sums)
     return TrainingParty(
         name,
         own,
-        codecs,
+        {channel: own.party_codec(channel, examples) for channel in own.algorithm.channels(own.federation)},
         examples=examples,
-        ledger=ledger,
-        state=state,
-        trainer=trainer,
+        ledger=None if own.clients else ledger,
+        state=memory.state,
+        trainer=compute.engine(resident) if compute.engine else Fastest(resident),
         drivers=sums,
         receipts=open_receipts(receipts, name, own.text, own.digest, ledger) if receipts else None,
+        trained_for=memory.trained_for.bound(name, own.digest),
     )
 
 
@@ -367,12 +311,12 @@ def _own_resident(
     dataset: Any,
     task: Task,
     terms: TrainingTerms,
-    privacy: Privacy | None,
+    privacy: Privacy | ClientPrivacy | None,
     ledger: Ledger | None,
     compute: Compute,
 ) -> Resident:
     engines: dict[str, PrivacyEngine] = {}
-    if privacy is not None and ledger is not None and not in_shares(privacy):
+    if isinstance(privacy, Privacy) and ledger is not None and not in_shares(privacy):
         engines = {name: engine_for(privacy, name, ledger, terms.rounds)}
     device = resolve_device(compute.device)
     resident = Resident(
@@ -389,8 +333,3 @@ def _own_resident(
     )
     resident.check_batches()
     return resident
-
-
-def code_here() -> str:
-    """What is run here, for the terms."""
-    return f"choral {versions()['choral']}"

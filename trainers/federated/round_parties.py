@@ -19,7 +19,8 @@ from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.failures import all_failed, nothing_made
 from choral.trainers.federated.participation import Participation, stream
-from choral.trainers.federated.party import TrainingParty, TrainingTerms
+from choral.trainers.federated.party import TrainingParty
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
@@ -133,7 +134,7 @@ class PartiesHere:
         """
         ask, present = told.ask, parties.sending
         codec = self.codecs[ask.channel]
-        codec.begin(present)
+        codec.begin(present, told.digest)
         working: dict[str, TrainingParty] = {}
         errors: dict[str, ChoralError] = {}
 

@@ -31,11 +31,12 @@ from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
-from choral.trainers.federated.party import TrainingTerms, code_here
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import OpenSum, Sums, check_promises
+from choral.trainers.federated.terms.task_code import code_of
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.local_steps.batch_gradients import ShareSteps
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
@@ -213,7 +214,7 @@ class Session:
             privacy=settings_of(plan.privacy, len(plan.parties)),
             shapes=layout.shapes,
             rounds=plan.rounds,
-            code=code_here(),
+            code=code_of(plan.task),
         )
         self.codecs = self._make_codecs(plan.algorithm.channels(federation))
         self._open_sums()

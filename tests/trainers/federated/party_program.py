@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
+from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import PartyDriver, ServerDriver
@@ -30,7 +30,11 @@ from choral.trainers.algorithms.interface import FederationInfo, Server
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.one_round import Steps
-from choral.trainers.federated.party import TrainingParty, TrainingTerms, code_here, own_party
+from choral.trainers.federated.party import TrainingParty, own_party
+from choral.trainers.federated.terms.clients import clients_of
+from choral.trainers.federated.terms.task_code import code_of
+from choral.trainers.federated.terms.trained_for import PartyMemory, TrainedFor
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.describe import settings_of
 from choral.trainers.run_folder.evidence.party_receipts import Receipted
 
@@ -43,9 +47,13 @@ ALGORITHMS = {
     "scaffold": Scaffold(),
     "dane": DANE(mu=0.1),
     "shares": STEPS,
+    "clients": FedAvg(),
+    "central": FedAvg(),
 }
 PRIVACY = Privacy(epsilon=4.0, delta=1e-3)
 IN_SHARES = Privacy(epsilon=4.0, delta=1e-3, noise="distributed")
+CLIENTS = ClientPrivacy(epsilon=1e6, delta=1e-3, clip=0.05, min_survivors=2, colluders=0)  # hardly any noise
+PROMISES = {"private": PRIVACY, "shares": IN_SHARES, "clients": CLIENTS, "central": replace(CLIENTS, noise="central")}
 IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
 ROUNDS, SEED = 3, 4
 EPOCHS = Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)
@@ -72,8 +80,8 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None
 TASK = Task(build=build, fit=fit, evaluate=lambda model: float(next(model.parameters()).sum()), loss=EPOCHS.loss)
 
 
-def privacy_of(kind: str) -> Privacy | None:
-    return {"private": PRIVACY, "shares": IN_SHARES}.get(kind)
+def privacy_of(kind: str) -> Privacy | ClientPrivacy | None:
+    return PROMISES.get(kind)
 
 
 def sum_of(kind: str) -> Masked:
@@ -103,7 +111,7 @@ def terms_of(kind: str) -> TrainingTerms:
         privacy=settings_of(privacy_of(kind), len(NAMES)),
         shapes={"0.weight": (1, 6), "0.bias": (1,)},
         rounds=ROUNDS,
-        code=code_here(),
+        code=code_of(TASK),
         shares=plan_of() if kind == "shares" else None,
     )
 
@@ -131,6 +139,7 @@ class Site:
             ledger=Ledger(folder / f"{name}.jsonl", holder=name) if privacy else None,
             compute=Compute(seed=SEED),
             receipts=Receipted(path=folder / "receipts" / f"{name}.jsonl", identity=IDENTITIES[name], run="a run"),
+            memory=PartyMemory(trained_for=TrainedFor(self._store("trained for"), self._stored("trained for"))),
         )
 
     def _drivers(self, terms: TrainingTerms) -> dict[str, PartyDriver]:
@@ -142,8 +151,11 @@ class Site:
             found[channel] = drivers[spec]
         return found
 
-    def _driver(self, spec: SumSpec, purpose: str) -> PartyDriver:
-        path = self.folder / f"{self.name} {purpose}"
+    def _path(self, what: str) -> Path:
+        return self.folder / f"{self.name} {what}"
+
+    def _store(self, what: str) -> Callable[[bytes], None]:
+        path = self._path(what)
 
         def store(raw: bytes) -> None:
             with path.with_suffix(".fresh").open("wb") as file:
@@ -152,14 +164,20 @@ class Site:
                 os.fsync(file.fileno())
             path.with_suffix(".fresh").replace(path)
 
+        return store
+
+    def _stored(self, what: str) -> bytes | None:
+        return self._path(what).read_bytes() if self._path(what).exists() else None
+
+    def _driver(self, spec: SumSpec, purpose: str) -> PartyDriver:
         policy = replace(self.sum.policy(spec), directory={name: IDENTITIES[name].public for name in NAMES})
         return self.sum.party_driver(
             spec,
             name=self.name,
             identity=IDENTITIES[self.name],
             policy=policy,
-            store=store,
-            state=path.read_bytes() if path.exists() else None,
+            store=self._store(purpose),
+            state=self._stored(purpose),
             purpose=purpose,
         )
 
@@ -229,6 +247,8 @@ class Coordinator:
 
     def __init__(self, ways: Ways, kind: str, weights: torch.Tensor, *, signed: bool = True) -> None:
         self.ways, self.terms, self.weights = ways, terms_of(kind), weights
+        if isinstance(privacy := privacy_of(kind), ClientPrivacy):
+            self.terms = replace(self.terms, clients=clients_of(self.terms, privacy, Ledger(), "clients"))
         self.state: dict[str, torch.Tensor] = {}
         self.survivors: list[tuple[str, ...]] = []
         self.sums: dict[str, ServerDriver] = {}
@@ -258,10 +278,12 @@ class Coordinator:
                 mine = told if other is None else Told.of(dataclasses.replace(ask, weights=other), number, exchange)
                 self.ways.ask(name, b"T" + mine.message())
             driver = self.sums[ask.channel]
+            codec = self.terms.codec(ask.channel, NAMES)
+            codec.begin(NAMES, told.digest)
             self.pass_on(ask.channel, driver.round(told.terms(self.terms.digest)))
             assert driver.result is not None
             self.survivors.append(driver.result.survivors)
             for name in NAMES:
                 self.ways.ask(name, b"S" + (b"yes" if name in driver.result.survivors else b"no"))
-            mean, exchange = self.terms.codec(ask.channel).decode(driver.result), exchange + 1
+            mean, exchange = codec.decode(driver.result), exchange + 1
         self.weights, self.state = steps.weights, dict(server.state)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
+import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,12 +22,16 @@ from party_program import NAMES, Coordinator, Site
 
 from choral import Keep, Masked, federate
 from choral.errors import ConfigError
-from choral.privacy import EncodingError, Ledger, Privacy
+from choral.privacy import AdaptiveClip, ClientPrivacy, EncodingError, Ledger, Privacy
+from choral.privacy.accounting.events import CLIENT_UNIT
+from choral.protocols import Plain
 from choral.protocols.errors import FaultyServerError, MessageError, TooFewSurvivorsError
-from choral.trainers import CoCoA, Compute, Encoding, FedProx
+from choral.trainers import CoCoA, Compute, Encoding, Epochs, FedProx, Task
 from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
 from choral.trainers.federated.party import TrainingParty, own_party
+from choral.trainers.federated.terms.task_code import code_of
+from choral.trainers.federated.terms.trained_for import TrainedFor
 from choral.trainers.local_steps.resident_model import initial_model
 from choral.trainers.run_folder.evidence.receipts import model_digest, read
 from choral.trainers.task.flat_vector import Layout
@@ -106,7 +113,10 @@ def first_weights() -> torch.Tensor:
 
 def paid(folder: Path, name: str) -> int:
     path = folder / f"{name}.jsonl"
-    return len(Ledger(path).events) if path.exists() else 0
+    if not path.exists():
+        return 0
+    ledger = Ledger(path)
+    return len(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events)
 
 
 @pytest.mark.parametrize("kind", ["fedavg", "dane", "scaffold", "private"])
@@ -337,7 +347,7 @@ def test_a_failure_is_a_dropout_and_what_the_party_remembers_counts_only_if_it_s
 
 
 class Beyond:
-    def pay(self) -> None: ...
+    def pay(self, exchange: bytes) -> None: ...
 
     def encode(self, update: torch.Tensor) -> Any:
         raise EncodingError("the largest coordinate is 17, expected at most the bound 16")
@@ -411,3 +421,193 @@ def test_a_channel_that_was_not_agreed_on_is_refused(tmp_path: Path) -> None:
         site.party.hear(Told.of(strange, 1, 0).message())
     with pytest.raises(MessageError, match="no sum of channel 'gradient'"):
         site.party.handle("gradient", b"")
+
+
+# ------------------------------------------------------------------------------------------- trained for, over restarts
+
+
+def test_a_party_that_restarts_in_mid_round_does_not_train_twice_for_one_exchange(
+    processes: Callable[[str], Processes],
+) -> None:
+    """Killed when it has paid, or sent: the same round again, under whichever number of the sum, costs it nothing."""
+    apart = processes("private")
+    for name in NAMES:
+        apart.start(name, "before it trains" if name == "east" else "")
+    server = Coordinator(apart, "private", first_weights())
+    server.round(1)
+    assert server.survivors == [("north", "south")]
+    apart.running["east"].join(PATIENCE)
+    apart.start("east")
+    with pytest.raises(TooFewSurvivorsError):
+        server.round(1)
+    assert [paid(apart.folder, name) for name in NAMES] == [1, 1, 1]
+    server.round(2)
+    assert server.survivors[-1] == NAMES
+    assert [paid(apart.folder, name) for name in NAMES] == [2, 2, 2]
+
+
+def test_what_was_trained_for_is_stored_before_anything_is_paid_for(tmp_path: Path) -> None:
+    here = Here("private", tmp_path)
+    server = Coordinator(here, "private", first_weights())
+    east = here.sites["east"]
+
+    def full(raw: bytes) -> None:
+        raise OSError("no space left on device")
+
+    keeps, east.party._trained_for._store = east.party._trained_for._store, full
+    with pytest.raises(OSError, match="no space"):
+        server.round(1)
+    assert [paid(tmp_path, name) for name in NAMES] == [1, 1, 0]
+    east.party._trained_for._store = keeps
+    server.round(2)
+    assert server.survivors == [NAMES]
+
+
+def test_what_was_trained_for_is_of_one_party_and_of_one_training() -> None:
+    kept: list[bytes] = []
+    first = TrainedFor(kept.append).bound("north", b"t" * 32)
+    first.write(2, 1)
+    again = TrainedFor(kept.append, kept[-1]).bound("north", b"t" * 32)
+    covered = [again.covers(*at) for at in ((1, 9), (2, 0), (2, 1), (2, 2), (3, 0))]
+    assert covered == [True, True, True, False, False]
+    for name, terms, state in (
+        ("south", b"t" * 32, kept[-1]),
+        ("north", b"u" * 32, kept[-1]),
+        ("north", b"t" * 32, b""),
+        ("north", b"t" * 32, kept[-1][:-1]),
+        ("north", b"t" * 32, kept[-1].replace(b"\x95\x01", b"\x95\x02")),
+    ):
+        with pytest.raises(ConfigError, match="of another party or training"):
+            TrainedFor(None, state).bound(name, terms)
+
+
+# ------------------------------------------------------------------------------------------ promises to clients apart
+
+
+@pytest.mark.parametrize("kind", ["clients", "central"])
+def test_each_client_adds_its_share_of_the_noise_where_it_stands(
+    kind: str, processes: Callable[[str], Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hardly any noise the mean is that of the clipped updates, found without privacy and clipped here."""
+    apart = processes(kind)
+    for name in NAMES:
+        apart.start(name, "before it is sent" if name == "east" else "")
+    server = Coordinator(apart, kind, first_weights())
+    server.round(1)
+    assert server.survivors == [("north", "south")]
+    assert [paid(apart.folder, name) for name in NAMES] == [1, 1, 1]
+    change = server.weights - first_weights()
+    federate(
+        program.TASK,
+        {name: program.dataset_of(name) for name in NAMES},
+        rounds=1,
+        compute=Compute(seed=program.SEED, engine=lambda resident: Noted(resident)),
+    )
+    clipped = [Noted.seen[name] * (0.05 / Noted.seen[name].norm()) for name in ("north", "south")]
+    assert all(Noted.seen[name].norm() > 0.05 for name in NAMES)
+    assert torch.allclose(change.double(), sum(clipped).double() / 2, atol=0.02 * 0.05)  # 16 deviations of the noise
+    apart.running["east"].join(PATIENCE)
+    apart.start("east")  # its ledger has a plan, which it goes on with, and not one of more noise
+    server.round(2)
+    assert server.survivors[-1] == NAMES
+    assert [paid(apart.folder, name) for name in NAMES] == [2, 2, 2]
+
+
+class Noted:
+    """The resident trainer, noting what each party sent."""
+
+    seen: dict[str, torch.Tensor] = {}  # noqa: RUF012 - of the class
+
+    def __init__(self, resident: Any) -> None:
+        from choral.trainers.engines.fastest import Fastest
+
+        self._trainer, self.length = Fastest(resident), resident.layout.length
+
+    def do(self, orders: Any, weights: torch.Tensor, number: int) -> Any:
+        for name, done in self._trainer.do(orders, weights, number):
+            self.seen[name] = done.vector.clone()
+            yield name, done
+
+
+def test_a_client_whose_training_fails_sends_its_noise_all_the_same(tmp_path: Path) -> None:
+    here = Here("clients", tmp_path)
+    server = Coordinator(here, "clients", first_weights())
+
+    class Failing:
+        length = 7
+
+        def do(self, orders: Any, weights: torch.Tensor, number: int) -> Any:
+            for name, _ in orders:
+                yield name, Done(vector=torch.full((7,), torch.nan), steps=1)
+
+    here.sites["south"].party._trainer = Failing()
+    server.round(1)
+    assert server.survivors == [NAMES]
+    assert here.sites["south"].party.error is not None
+
+
+def test_a_share_of_noise_needs_a_sum_that_hides_it(tmp_path: Path) -> None:
+    """What the party's own terms of the sum do not keep up is refused before anything is trained."""
+    spec = program.specs_of(program.terms_of("fedavg"), None)["update"]
+
+    def driver(**policy: Any) -> Any:
+        held = replace(Masked(corrupt=1).policy(spec), directory={n: program.IDENTITIES[n].public for n in NAMES})
+        return Masked(corrupt=1).party_driver(
+            spec, name="north", identity=program.IDENTITIES["north"], policy=replace(held, **policy)
+        )
+
+    def client(promise: ClientPrivacy, driver: Any) -> TrainingParty:
+        return own_party(
+            "north",
+            program.dataset_of("north"),
+            program.TASK,
+            program.terms_of("clients"),
+            lambda _: {"update": driver},
+            privacy=promise,
+            ledger=Ledger(),
+        )
+
+    plain = Plain().party_driver(spec, name="north", identity=program.IDENTITIES["north"], policy=None)
+    with pytest.raises(ConfigError, match="no policy that this party holds the server to"):
+        client(program.CLIENTS, plain)
+    with pytest.raises(ConfigError, match="takes part in sums of 2, but the noise is sized for 3"):
+        client(replace(program.CLIENTS, min_survivors=3), driver(corrupt=0))
+    with pytest.raises(ConfigError, match="expects 0 corrupt parties, and the noise 1"):
+        client(replace(program.CLIENTS, colluders=1), driver(corrupt=0))
+    with pytest.raises(ConfigError, match="follows the sums"):
+        client(replace(program.CLIENTS, clip=AdaptiveClip()), driver())
+    for noise in ("local", "central"):
+        client(replace(program.CLIENTS, noise=noise), plain)
+    client(replace(program.CLIENTS, colluders=1), driver())
+
+
+# ----------------------------------------------------------------------------------------------- the code that is run
+
+
+def test_the_code_in_the_terms_is_that_of_the_tasks_files(tmp_path: Path) -> None:
+    """The same file anywhere gives the same text; a line more in it, or another function of it, another."""
+    source = "def build(dataset): ...\ndef fit(model, optimizer, loader): ...\ndef loss(model, batch): ...\n"
+
+    def task(text: str, folder: str, **more: Any) -> Task:
+        path = tmp_path / folder / "job.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        found = runpy.run_path(str(path))
+        return Task(build=found["build"], fit=found["fit"], evaluate=lambda _: 0.0, **more)
+
+    here = code_of(task(source, "a"))
+    assert here == code_of(task(source, "b"))
+    assert re.fullmatch(r"choral \S+, task sha256:[0-9a-f]{64}", here)
+    assert here != code_of(task(source + "RATE = 0.1\n", "c"))
+    given = task(source, "d")
+    assert here != code_of(replace(given, build=lambda _: given.build(_)))
+    assert here == code_of(replace(given, fit=functools.partial(given.fit)))
+    assert here != code_of(replace(given, fit=program.fit))
+    assert code_of(replace(given, fit=program.EPOCHS)) == code_of(replace(given, fit=Epochs(criterion=print)))
+    typed = eval(compile("lambda model, optimizer, loader: None", "<typed at a prompt>", "eval"))  # noqa: S307
+    assert code_of(replace(given, fit=typed)).endswith("task of unknown source")
+
+
+def test_parties_that_run_other_code_are_found_when_the_session_is_signed(tmp_path: Path) -> None:
+    party = own(tmp_path, terms=replace(program.terms_of("private"), code="whatever the server says"))
+    assert party.terms.code == code_of(program.TASK) == program.terms_of("private").code

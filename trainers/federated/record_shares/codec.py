@@ -28,7 +28,7 @@ class SharesPartyCodec:
 
     length: int
 
-    def pay(self) -> None:
+    def pay(self, exchange: bytes) -> None:
         """A step is paid for where its vector is made, before the noise is drawn."""
 
     def encode(self, update: torch.Tensor) -> Encoded:
@@ -101,8 +101,9 @@ class SharesCodec:
             corrupt=int(stated.get("corrupt", 0)),
         )
 
-    def begin(self, present: tuple[str, ...]) -> None:
+    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
         """Raises: TooFewSurvivorsError before anything is computed, paid for or sent."""
+        del exchange
         self._refuse_few(present)
 
     def party(self, examples: int) -> SharesPartyCodec:

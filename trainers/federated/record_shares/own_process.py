@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from choral.errors import ConfigError
-from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan, refuse_weak_sum
+from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesParty, SharesPlan, refuse_weak_sum
 from choral.protocols.driver import PartyDriver
 from choral.protocols.masking.parameters import colluding
 from choral.protocols.masking.policy import Policy
@@ -22,12 +22,12 @@ from choral.trainers.federated.record_shares.checks import check_algorithm, in_s
 from choral.trainers.local_steps.batch_gradients import ShareSteps
 
 if TYPE_CHECKING:
-    from choral.trainers.federated.party import TrainingTerms
+    from choral.trainers.federated.terms.training_terms import TrainingTerms
     from choral.trainers.local_steps.resident_model import Resident
 
 
 def own_plan(
-    resident: Resident, name: str, privacy: Privacy | None, ledger: Ledger | None, terms: TrainingTerms
+    resident: Resident, name: str, privacy: Privacy | ClientPrivacy | None, ledger: Ledger | None, terms: TrainingTerms
 ) -> SharesPlan | None:
     """The plan in the terms, of which the resident trainer then makes the steps; None for a promise of another kind.
 
@@ -69,14 +69,22 @@ def check_drivers(plan: SharesPlan | None, drivers: Mapping[str, PartyDriver]) -
     if plan is None:
         return
     for driver in drivers.values():
-        policy = getattr(driver, "policy", None)
-        if not isinstance(policy, Policy):
-            raise ConfigError(
-                f"{type(driver).__name__} has no policy that this party holds the server to, and a party in a process"
-                " of its own adds a share of the noise only where it has",
-                hint="use Masked(...), or Homomorphic(...) with its split key",
-            )
-        pinned = policy.pinned
-        corrupt = colluding(policy.corrupt, pinned, pinned, "everyone")
-        least = max(policy.minimum_cohort, corrupt + 2)  # which a masked setup is always held to
+        pinned, least, corrupt = demanded_of(driver)
         refuse_weak_sum(plan, parties=pinned, min_survivors=least, corrupt=corrupt)
+
+
+def demanded_of(driver: PartyDriver) -> tuple[int, int, int]:
+    """By a party's own policy of its sum: how many parties there are, the fewest in a sum, how many may collude.
+
+    Raises: ConfigError where it has none.
+    """
+    policy = getattr(driver, "policy", None)
+    if not isinstance(policy, Policy):
+        raise ConfigError(
+            f"{type(driver).__name__} has no policy that this party holds the server to, and a party in a process"
+            " of its own adds a share of the noise only where it has",
+            hint="use Masked(...), or Homomorphic(...) with its split key",
+        )
+    pinned = policy.pinned
+    corrupt = colluding(policy.corrupt, pinned, pinned, "everyone")
+    return pinned, max(policy.minimum_cohort, corrupt + 2), corrupt  # which a masked setup is always held to

@@ -1,0 +1,84 @@
+"""What a training is, as every party must hold it alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from choral.privacy import ClientPrivacyEngine, SharesPlan
+from choral.trainers.algorithms.interface import Algorithm, FederationInfo
+from choral.trainers.federated.codec import ClientCodec, Encoding, PartyCodec, WeightedCodec, own_codec
+from choral.trainers.federated.record_shares.codec import SharesCodec
+
+_PURPOSE = b"choral training terms 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTerms:
+    """What a training is, as every party must hold it alike; its digest is signed with the sum's session.
+
+    federation, encoding: with the bounds and the cap of weights, which are agreed on, not read off anybody's counts.
+    privacy: the promise asked, as a run's record has it. shapes: of the model's parameters. rounds: at most. code: what
+    is run (:func:`~choral.trainers.federated.terms.task_code.code_of`). shares: the plan of noise in shares, where the
+    promise is of it. clients: of a promise to clients, what keeps it on this side, with a ledger of its own; no part of
+    what is agreed on.
+    """
+
+    algorithm: Algorithm
+    federation: FederationInfo
+    encoding: Encoding
+    privacy: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]]
+    rounds: int
+    code: str
+    shares: SharesPlan | None = None
+    clients: ClientPrivacyEngine | None = field(default=None, repr=False, compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: what a party is asked to agree to. What it accepts of a sum (its policy) is its own matter."""
+        encoding = self.encoding
+        in_shares = {} if self.shares is None else {"shares": asdict(self.shares)}
+        return in_shares | {
+            "algorithm": self.algorithm.record(),
+            "releases": [asdict(release) for release in self.algorithm.releases],
+            "federation": asdict(self.federation),
+            "encoding": {
+                "value_bound": encoding.value_bound,
+                "value_bits": encoding.value_bits,
+                "weights": encoding.weights,
+            },
+            "privacy": dict(self.privacy) if self.privacy is not None else None,
+            "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
+            "rounds": self.rounds,
+            "code": self.code,
+        }
+
+    def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec | SharesCodec | ClientCodec:
+        """Both halves of the mean of a channel, from what was agreed on alone. roster: of a sum."""
+        if self.clients is not None:
+            return ClientCodec(roster, self.clients)
+        if self.shares is not None:
+            return SharesCodec(roster, self.shares)
+        made = self.algorithm.channels(self.federation)[channel]
+        return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
+
+    def party_codec(self, channel: str, examples: int) -> PartyCodec:
+        """The half of a party in a process of its own, with so many records."""
+        if self.clients is not None:
+            return own_codec(self.clients)
+        return self.codec(channel).party(examples)
+
+    @cached_property
+    def text(self) -> bytes:
+        """The record as it is hashed: JSON, its keys in order."""
+        return msgspec.json.encode(self.record(), order="deterministic")
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of a word of what it is, and that text; 32 bytes."""
+        return hashlib.sha256(_PURPOSE + self.text).digest()
