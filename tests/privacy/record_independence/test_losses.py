@@ -221,6 +221,8 @@ def test_a_loss_is_shown_to_the_models_alone_that_it_is_made_of(monkeypatch: pyt
     (second.mean() + third.mean()).backward()
     assert {id(one) for one in shown[1:]} == {id(model._losses) for model in models[1:]}
     assert len(shown) == 3
+    torch.autograd.backward([nn.Linear(6, 3)(x).mean(), models[0](x).mean()])  # each of several losses counts
+    assert shown[3:] == [models[0]._losses]
 
 
 def test_what_is_refused_would_exceed_the_clipping_norm_many_times() -> None:

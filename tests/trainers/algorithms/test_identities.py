@@ -16,7 +16,19 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain, Privacy, Run
 from choral.errors import ConfigError
 from choral.privacy import Ledger, PrivacyEngine
 from choral.trainers import DivergedError, Dropouts, Participation, RunFolderError, TaskError
-from choral.trainers.algorithms import DANE, FSVRG, GD, KINDS, CoCoA, FedAdam, FedAvg, FedNova, FedProx, Scaffold
+from choral.trainers.algorithms import (
+    DANE,
+    FSVRG,
+    GD,
+    KINDS,
+    CoCoA,
+    FedAdam,
+    FedAvg,
+    FedNova,
+    FedProx,
+    FedSGD,
+    Scaffold,
+)
 from choral.trainers.algorithms.interface import Train
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import read_algorithm_state
@@ -132,6 +144,15 @@ def test_bytes_down_count_what_is_sent_when_it_is_sent(convex):
     history = federate(**convex(rounds=3), algorithm=FSVRG()).history
     assert [entry.bytes_down for entry in history[1:]] == [3 * 28, 2 * 28, 2 * 28]
     assert history[1].bytes_up > history[2].bytes_up == history[3].bytes_up
+
+
+def test_weights_that_move_within_a_round_are_told_again(convex):
+    """Before each of FedSGD's steps, beside what a step is told itself."""
+    one, three = (
+        federate(**convex(rounds=2), algorithm=FedSGD(batch_size=8, steps_per_round=steps)).history for steps in (1, 3)
+    )
+    assert [entry.bytes_down for entry in three[1:]] == [3 * entry.bytes_down for entry in one[1:]]
+    assert one[1].bytes_down >= 28
 
 
 def test_corrections_come_after_clipping_and_noise(shards):
