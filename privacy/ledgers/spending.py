@@ -9,6 +9,11 @@ from choral.privacy.ledgers.plans import guarantee
 from choral.privacy.ledgers.spent import Spent, group_pair
 
 
+def spent_on(ledger: Ledger, delta: float) -> Spent:
+    """Return what a ledger says was spent by whatever it counts for. Raises: LedgerError, AccountingError."""
+    return spent_by_clients(ledger, delta) if ledger.unit == CLIENT_UNIT else spent_by_records(ledger, delta)
+
+
 def spent_by_records(ledger: Ledger, delta: float, records_per_person: int | None = None) -> Spent:
     """Return what a ledger of records says they have spent, at `delta`. Raises: LedgerError, AccountingError."""
     events = ledger.events

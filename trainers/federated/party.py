@@ -258,14 +258,14 @@ def own_party(
 ) -> TrainingParty:
     """A party in a process of its own: nothing of any other is here, and nothing is taken on a server's word.
 
-    terms: what was agreed to; promise, model and code are this party's own, whatever they say, and so is the digest
-    that it demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its
-    records, or to it as a client, and what remembers that it was spent; both or none. memory: of before a restart; by
-    default it forgets with the process. receipts: where it keeps them, and as whom it signs.
+    terms: agreed to; promise, model and code are this party's own, whatever they say, and so is the digest that it
+    demands. drivers: its half of each channel's sum, given those terms. privacy, ledger: the promise to its records, or
+    to it as a client, and what remembers that it was spent; both or none. memory: of before a restart; by default it
+    forgets with the process. receipts: where it keeps them, and as whom it signs.
 
-    With noise in shares the terms have its plan, which is computed anew; every step is computed on equally many rows,
-    so that the time of an answer does not tell how many records were drawn. The noise of a client is its own share, or
-    "local"; "central" noise is the server's, which is trusted with it: the party clips.
+    Noise in shares: the terms have its plan, which is computed anew; every step is computed on equally many rows, so
+    that the time of an answer does not tell how many records were drawn. The noise of a client is its own share, or
+    "local"; "central" is the server's, which is trusted with it: the party clips.
 
     Raises: ConfigError for what does not fit the promise (one of the two alone, an algorithm, weights, delta not below
         1/n, a sum that does not hide noise), more records than the cap, or a plan of other terms; PrivacyError for a
@@ -273,8 +273,7 @@ def own_party(
     """
     if (privacy is None) != (ledger is None):
         raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
-    examples = check_party(name, dataset, task.min_classes)
-    compute, memory = compute or Compute(), memory or PartyMemory()
+    examples, compute = check_party(name, dataset, task.min_classes), compute or Compute()
     if examples > (cap := terms.federation.largest):
         raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
     check_fits(terms.algorithm, privacy, task.loss)
@@ -298,11 +297,11 @@ def own_party(
         {channel: own.party_codec(channel, examples) for channel in own.algorithm.channels(own.federation)},
         examples=examples,
         ledger=None if own.clients else ledger,
-        state=memory.state,
+        state=memory.state if memory else None,
         trainer=compute.engine(resident) if compute.engine else Fastest(resident),
         drivers=sums,
         receipts=open_receipts(receipts, name, own.text, own.digest, ledger) if receipts else None,
-        trained_for=memory.trained_for.bound(name, own.digest),
+        trained_for=(memory or PartyMemory()).trained_for.bound(name, own.digest),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from choral.privacy import Ledger
-from choral.privacy.ledgers.spending import spent_by_records
+from choral.privacy.ledgers.spending import spent_on
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import Agreed
 from choral.trainers.run_folder.evidence.receipts import (
@@ -82,7 +82,7 @@ class PartyReceipts:
         if self._file is None or self._notes is None:
             return
         ledger, came = self._ledger, None if weights is None else model_digest(weights)
-        cost = spent_by_records(ledger, ledger.delta) if ledger is not None and ledger.delta else None
+        cost = spent_on(ledger, ledger.delta) if ledger is not None and ledger.delta else None
         end = RoundEnd(
             came=came,
             failed=self._failed,
