@@ -33,7 +33,7 @@ minimum_threshold = 2
 value_bits = 28
 maximum_weight = 256
 [job]
-algorithms = ["fedavg", "fedprox", "fsvrg"]
+algorithms = ["fedavg", "fedprox", "fsvrg", "fedsgd"]
 [maxima]
 rounds = 20
 parameters = 7

@@ -12,21 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from choral.errors import ChoralError
 from choral.network.site.settings import DataSet, ledger_of
 from choral.privacy import ClientPrivacy, Ledger, Privacy
-from choral.privacy.accounting.events import CLIENT_UNIT
-from choral.privacy.client_level.client import HOLDER
+from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, Event
 from choral.privacy.ledgers.plans import RemainingBudget, guarantee
+from choral.trainers.federated.terms.clients import clients_of
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 
 if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
 
 
-def open_ledger(folder: SiteFolder, name: str, privacy: Privacy | ClientPrivacy | None) -> Ledger:
-    """The ledger of the data set `name`, for the unit of that promise. Raises: LedgerError."""
-    path = folder.path / ledger_of(name, folder.settings.data[name])
-    return Ledger(path, holder=HOLDER if isinstance(privacy, ClientPrivacy) else folder.settings.name)
+def open_ledger(folder: SiteFolder, name: str) -> Ledger:
+    """The ledger of the data set `name`. Raises: LedgerError."""
+    return Ledger(folder.path / ledger_of(name, folder.settings.data[name]), holder=folder.settings.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,11 @@ class DataBudget:
 
 
 def budget_of(
-    data: DataSet, ledger: Ledger, privacy: Privacy | ClientPrivacy | None, rounds: int, settings: Mapping[str, Any]
+    data: DataSet,
+    ledger: Ledger,
+    privacy: Privacy | ClientPrivacy | None,
+    terms: TrainingTerms,
+    settings: Mapping[str, Any],
 ) -> DataBudget:
     """settings: of the offer, whose training has the batch size.
 
@@ -63,21 +69,38 @@ def budget_of(
         return DataBudget(promised=promised, spent=spent, asked=None)
     by_client = isinstance(privacy, ClientPrivacy)
     ledger.bind(
-        HOLDER if by_client else str(ledger.holder),
+        str(ledger.holder),
         privacy.delta,
         unit=CLIENT_UNIT if by_client else "record",
         neighbours=None if isinstance(privacy, ClientPrivacy) else privacy.neighbours,
     )
     remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
-    asked, noise, goes_on = privacy.epsilon, None, None
-    if left := [times for _, times in remaining.unfinished()]:
-        goes_on = sum(left)
-    elif isinstance(privacy, Privacy) and privacy.noise == "local" and (batch := _batch(settings, data.records)):
-        steps = math.ceil(data.records / batch) * privacy.epochs * rounds
+    noise, unfinished = None, remaining.unfinished()
+    goes_on = sum(left for part, left in unfinished if _is_of(part.event, data, terms, settings)) or None
+    if isinstance(privacy, ClientPrivacy):
+        if (engine := clients_of(terms, privacy, ledger, str(ledger.holder))) is not None:
+            noise = engine.ratio
+    elif goes_on is not None:
+        pass  # with the noise and the price of then
+    elif (plan := terms.shares) is not None:
+        remaining.check([msgspec.structs.replace(plan.event, steps=plan.terms.steps)])
+        noise = plan.noise_multiplier
+    elif batch := _batch(settings, data.records):
+        steps = math.ceil(data.records / batch) * privacy.epochs * terms.rounds
         noise = remaining.noise_multiplier(batch / data.records, steps)
     elif not remaining.empty:
         remaining.check(())  # what a step costs is not known here: only that something is left
-    return DataBudget(promised=promised, spent=spent, asked=asked, noise=noise, goes_on=goes_on)
+    return DataBudget(promised=promised, spent=spent, asked=privacy.epsilon, noise=noise, goes_on=goes_on)
+
+
+def _is_of(event: Event, data: DataSet, terms: TrainingTerms, settings: Mapping[str, Any]) -> bool:
+    """Whether an earlier plan's event is what this job would make, so that it goes on with that plan."""
+    if isinstance(event, ClientRelease):
+        return True  # its engine says how far
+    if terms.shares is not None:
+        return event == terms.shares.event
+    batch = _batch(settings, data.records)
+    return batch is not None and event.sample_rate == batch / data.records
 
 
 def _batch(settings: Mapping[str, Any], records: int) -> int | None:
@@ -87,11 +110,15 @@ def _batch(settings: Mapping[str, Any], records: int) -> int | None:
 
 
 def budget_objection(
-    folder: SiteFolder, name: str, privacy: Privacy | ClientPrivacy | None, rounds: int, settings: Mapping[str, Any]
+    folder: SiteFolder,
+    name: str,
+    privacy: Privacy | ClientPrivacy | None,
+    terms: TrainingTerms,
+    settings: Mapping[str, Any],
 ) -> str:
     """Why the data set's budget does not admit the job; "" if it does."""
     try:
-        budget_of(folder.settings.data[name], open_ledger(folder, name, privacy), privacy, rounds, settings)
+        budget_of(folder.settings.data[name], open_ledger(folder, name), privacy, terms, settings)
     except ChoralError as error:
         return str(error)
     return ""

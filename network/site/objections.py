@@ -46,7 +46,7 @@ def objections(folder: SiteFolder, offer: Offer) -> list[str]:
         found += [*weaker, *_records(data, terms)]
         if not weaker:
             asked = promise_of(terms.privacy, parties)
-            found += filter(None, [budget_objection(folder, task.data, asked, terms.rounds, offer.settings)])
+            found += filter(None, [budget_objection(folder, task.data, asked, terms, offer.settings)])
     return found
 
 
@@ -103,6 +103,9 @@ def _consistent(terms: TrainingTerms, offer: Offer) -> Iterator[str]:
         yield f"its terms are of {federation.length} parameters, and the shapes say otherwise"
     if federation.value_bound != terms.encoding.value_bound:
         yield "its terms have two bounds of an update's coordinate"
+    asked = terms.privacy or {}
+    if (terms.shares is not None) != (asked.get("noise") == "distributed" and asked.get("unit") != CLIENT):
+        yield "its terms have a plan of noise in shares and no promise of it, or the other way round"
     if terms.code.partition(",")[0] != version_here():  # the task's source is compared when the party is made
         yield f"the coordinator runs {terms.code!a:.60}, and {version_here()} runs here"
 
@@ -111,7 +114,12 @@ def _job(folder: SiteFolder, terms: TrainingTerms) -> Iterator[str]:
     settings = folder.settings
     if terms.algorithm.kind not in settings.job.algorithms:
         yield f"the algorithm {terms.algorithm.kind} is not among {', '.join(settings.job.algorithms)}"
-    beyond = [release for release in terms.algorithm.releases if release.source not in settings.job.releases]
+    noisy = terms.shares is not None or (terms.privacy or {}).get("unit") == CLIENT  # all that is summed
+    beyond = (
+        []
+        if noisy
+        else [release for release in terms.algorithm.releases if release.source not in settings.job.releases]
+    )
     if beyond:
         what = ", ".join(f"{release.what!r} ({release.source})" for release in beyond)
         yield f"it releases {what}; this site allows what is of {', '.join(settings.job.releases) or 'nothing'}"

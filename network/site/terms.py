@@ -15,7 +15,7 @@ import msgspec
 from choral.errors import ChoralError
 from choral.network.errors import OfferError
 from choral.network.site.offer import alike
-from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
+from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum
@@ -38,7 +38,7 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
 
     Raises: OfferError for a key or value that is not as `TrainingTerms.record` writes it.
     """
-    if set(record) != _KEYS:
+    if set(record) - {"shares"} != _KEYS:
         raise OfferError(f"its terms have the keys {sorted(record)!s:.300}, expected {sorted(_KEYS)}")
     rounds, code, shapes = record["rounds"], record["code"], record["shapes"]
     if type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS or not isinstance(code, str):
@@ -51,12 +51,13 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
         shapes=_shapes_of(shapes),
         rounds=rounds,
         code=code,
+        shares=_shares_of(record["shares"]) if "shares" in record else None,
     )
     _check_federation(terms.federation)
     promise_of(terms.privacy, terms.federation.parties)
     said = msgspec.json.decode(msgspec.json.encode(terms.record()))
-    for key in ("algorithm", "releases", "federation", "encoding", "shapes"):
-        if not alike(record[key], said[key]):
+    for key in ("algorithm", "releases", "federation", "encoding", "shapes", "shares"):
+        if not alike(record.get(key), said.get(key)):
             raise OfferError(f"its terms say other {key} than they are here: {record[key]!s:.200}")
     return terms
 
@@ -137,10 +138,17 @@ def _client(record: Mapping[str, Any]) -> ClientPrivacy:
 def _made(what: str, kind: Callable[..., T], fields: Any) -> T:
     """An object of a dataclass from its fields, each of the right type first: a class may compare before it checks."""
     try:
-        msgspec.convert(fields, kind)
+        msgspec.convert(msgspec.to_builtins(fields), kind)
         return kind(**fields)
     except (ChoralError, TypeError, ValueError) as error:  # msgspec's are ValueErrors
         raise OfferError(f"its {what} cannot be read: {error!s:.200}") from None
+
+
+def _shares_of(record: Any) -> SharesPlan:
+    """The plan of noise in shares; what it costs is computed anew by the party that keeps to it."""
+    terms = record.get("terms") if isinstance(record, dict) else None
+    made = _made("plan of noise in shares", SharesTerms, terms)
+    return _made("plan of noise in shares", SharesPlan, {**record, "terms": made})
 
 
 def _shapes_of(listed: Any) -> dict[str, tuple[int, ...]]:

@@ -14,10 +14,10 @@ from choral.network import OfferRefusedError
 from choral.network.site.agreement import MOST_REFUSALS
 from choral.network.site.approvals import revoke
 from choral.network.site.objections import objections, policy_of
-from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
+from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.protocols import Homomorphic, Masked, Plain
-from choral.trainers import FSVRG, FedProx, Scaffold
+from choral.trainers import FSVRG, FedProx, FedSGD, Scaffold
 
 
 def test_a_fair_offer_is_agreed_to_and_brings_what_the_site_chose(sites: Sites) -> None:
@@ -55,6 +55,16 @@ def private(**changed: Any) -> dict[str, Any]:
     return {"terms": terms(privacy=Privacy(**{"epsilon": 1.0, "delta": 1e-5, **changed}))}
 
 
+def in_shares() -> tuple[FedSGD, Privacy, SharesPlan]:
+    privacy = Privacy(1.0, 1e-5, noise="distributed")
+    constants = SharesTerms(
+        records=800, batch_size=40, steps=40, parties=4, min_survivors=3, length=7, most_records=256
+    )
+    return FedSGD(batch_size=40, steps_per_round=2), privacy, plan_shares(privacy, constants)
+
+
+STEPS, SHARED, PLAN = in_shares()
+PLANLESS = "its terms have a plan of noise in shares and no promise of it, or the other way round"
 RELEASES = [{"channel": "update", "what": "the update", "source": "fit", "once": False}]
 WEAKER: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": (private(epsilon=3.01), "epsilon 3.01, at most 3"),
@@ -64,7 +74,10 @@ WEAKER: dict[str, tuple[dict[str, Any], str]] = {
     "unit": ({"terms": terms(privacy=ClientPrivacy(1.0, 1e-5))}, "its privacy is of each client, and the data's of"),
     "neighbours": (private(neighbours="replace one record"), "neighbours 'replace one record', and the data's are"),
     "clip": (private(max_grad_norm=1.5), "a clipping norm of 1.5, at most 1"),
-    "noise": (private(noise="distributed"), "distributed noise, which is not among local"),
+    "noise": (
+        {"terms": terms(algorithm=STEPS, privacy=SHARED, shares=PLAN)},
+        "distributed noise, which is not",
+    ),
     "colluders": ({"summing": Masked(corrupt=0, min_survivors=3)}, "number of corrupt parties of at least 1"),
     "min_survivors": (
         {"summing": Masked(corrupt=0, min_survivors=2, dropouts=2, server="semi-honest")},
@@ -97,7 +110,10 @@ WEAKER: dict[str, tuple[dict[str, Any], str]] = {
         {"terms": terms(federation={"value_bound": 8.0})},
         "its terms have two bounds of an update's coordinate",
     ),
-    "algorithm": ({"terms": terms(algorithm=Scaffold())}, "the algorithm scaffold is not among fedavg, fedprox, fsvrg"),
+    "algorithm": (
+        {"terms": terms(algorithm=Scaffold())},
+        "the algorithm scaffold is not among fedavg,",
+    ),
     "releases of data": ({"terms": terms(algorithm=FSVRG(step=0.1))}, "this site allows what is of fit, derived"),
     "releases": ({"record": {"releases": RELEASES}}, "its terms say other releases than they are here"),
     "a setting that it has not": ({"record": {"algorithm": {"kind": "fedavg", "mu": 1}}}, "its algorithm cannot be"),
@@ -164,6 +180,20 @@ def test_noise_in_shares_must_withstand_as_many_colluders(sites: Sites) -> None:
     assert objections(north, offer(terms=terms(privacy=ClientPrivacy(1.0, 1e-5, colluders=2)))) == []
     moving = ClientPrivacy(1.0, 1e-5, colluders=2, clip=AdaptiveClip(start=0.1, quantile=0.5))
     assert objections(north, offer(terms=terms(privacy=moving))) == ["a clipping norm of inf, at most 1"]
+
+
+def test_a_plan_of_noise_in_shares_is_priced_at_the_site(sites: Sites) -> None:
+    """The coordinator's plan says how much noise; what that costs is computed here, on the ledger as it is."""
+    edited = ("max_grad_norm = 1.0", "max_grad_norm = 1.0\nnoise = ['distributed']")
+    north = sites.settings(edited)
+    steps, privacy, plan = STEPS, SHARED, PLAN
+    fair = offer(terms=terms(algorithm=steps, privacy=privacy, shares=plan))
+    assert objections(north, fair) == []
+    weak = replace(plan, noise_multiplier=plan.noise_multiplier / 2)
+    (found,) = objections(north, offer(terms=terms(algorithm=steps, privacy=privacy, shares=weak)))
+    assert found.startswith("these releases would come to epsilon")
+    for none in (terms(algorithm=steps, privacy=privacy), terms(algorithm=steps, shares=plan)):
+        assert PLANLESS in objections(north, offer(terms=none))
 
 
 def test_a_fraction_of_corrupt_sites_is_of_all_that_are_pinned(sites: Sites) -> None:
