@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesParty, SharesPlan, refuse_weak_sum
+from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesPlan, refuse_weak_sum
 from choral.protocols.driver import PartyDriver
 from choral.protocols.masking.parameters import colluding
 from choral.protocols.masking.policy import Policy
@@ -56,6 +56,8 @@ def own_plan(
                 f"the plan of the noise has {key} = {getattr(plan.terms, key)}, and the training terms {value}",
                 hint="plan again, from the terms that the parties agreed on",
             )
+    from choral.privacy import SharesParty  # which loads per-sample gradients
+
     resident.shares = {name: ShareSteps(SharesParty(privacy, plan, holder=name, ledger=ledger, padded=True))}
     return plan
 
