@@ -9,6 +9,7 @@ from choral.audits.attacks.membership import logit_gap as logit_gap
 from choral.audits.attacks.membership import loss_threshold as loss_threshold
 from choral.audits.attacks.membership import rmia as rmia
 from choral.audits.attacks.probing import probe as probe
+from choral.audits.attacks.probing_shares import probe_shares as probe_shares
 from choral.audits.attacks.score_audit import audit_scores as audit_scores
 from choral.audits.attacks.score_audit import audit_training as audit_training
 from choral.audits.attacks.score_audit import canaries_needed as canaries_needed

@@ -11,8 +11,9 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from choral.jobs import attacks
 from choral.jobs import training as jobs
 from choral.jobs.attacks import attempt_file, evidence_of, one_run
-from choral.jobs.settings import Arm, AuditSettings, Settings, Tune
-from choral.trainers.task.settings import Split, Training
+from choral.jobs.settings import Arm, AuditSettings, PrivacySettings, Settings, SumSettings, Tune
+from choral.privacy.record_shares import party as party_module
+from choral.trainers.task.settings import AlgorithmSettings, Split, Training
 
 SETTINGS = Settings(
     device="cpu",
@@ -113,3 +114,24 @@ def test_an_attempt_that_says_nothing_is_not_taken_for_none(tmp_path, content):
     assert found["failed"] == dict.fromkeys(arms[:-1], "The records are texts.")
     file.unlink()
     assert evidence_of(SETTINGS, arms, tmp_path)["failed"][arms[-1]] == "It was not made."
+
+
+@pytest.mark.parametrize(("dropouts", "honest"), [(0, 3), (1, 2)])
+def test_noise_in_shares_is_probed_over_as_few_honest_parties_as_its_sum_may_have(dropouts, honest, monkeypatch):
+    """One line of the steps made wrong is found: a share as if all four parties' noise were unknown and there."""
+    shares = Arm(private=True, secure_sum="masked", algorithm=AlgorithmSettings(kind="fedsgd", batch_size=64))
+    settings = dataclasses.replace(
+        SETTINGS,
+        arms={"shares": shares},
+        audit=AuditSettings(probe=True),
+        privacy=PrivacySettings(epsilon=4.0),
+        secure_sum=SumSettings(corrupt=1, dropouts=dropouts, min_survivors=4 - dropouts),
+    )
+    found, failed = attacks.probes_of(settings, ["shares"])
+    assert (failed, found["shares"].checks[0].violated) == ({}, False)
+    full = party_module.noisy_share
+    part = (honest / 4) ** 0.5
+    monkeypatch.setattr(party_module, "noisy_share", lambda x, clip, share, *rest: full(x, clip, part * share, *rest))
+    noise = attacks.probes_of(settings, ["shares"])[0]["shares"].checks[0]
+    assert noise.violated
+    assert (noise.observed / noise.expected) ** 2 == pytest.approx(honest / 4, rel=0.05)

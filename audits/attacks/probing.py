@@ -37,16 +37,16 @@ Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, 
 FALSE_ALARMS = 1e-6
 """Of each check on an honest trainer; the canaries have 1 - confidence."""
 _LOUD = 1000.0  # clipping norms in a canary's gradient
-_QUIET = 1000  # coordinates that no record touches
+QUIET = 1000  # coordinates that no record touches
 _RECORDS, _RATE = 1000, 0.4  # five batches do not fill two passes: 1/len(loader) is not the sample rate
 _CANARIES, _MOST_CANARIES = 500, 2000
 _PASSES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class Seen:
     """One training. released: of each step, shape (steps, width), times batch size over clipping norm. drawn: records
-    per step, shape (steps,). inside: the coins. spent: what the ledger says."""
+    per step, shape (steps,). inside: the coins of the first coordinates. spent: what the ledger says."""
 
     released: Floats
     drawn: npt.NDArray[np.int64]
@@ -55,11 +55,21 @@ class _Seen:
     records: int
 
 
-class _ProbeRecords(Dataset[torch.Tensor]):
-    """Record i is a long vector along coordinate i if its coin says so, and zero otherwise."""
+class ProbeRecords(Dataset[torch.Tensor]):
+    """Record i is a vector of _LOUD clipping norms along coordinate first + stride i if its coin says so, else zero."""
 
-    def __init__(self, records: int, width: int, inside: npt.NDArray[np.bool_], length: float) -> None:
-        self.records, self.width, self.inside, self.length = records, width, inside, length
+    def __init__(
+        self,
+        records: int,
+        width: int,
+        inside: npt.NDArray[np.bool_],
+        clip: float,
+        *,
+        first: int = 0,
+        stride: int = 1,
+    ) -> None:
+        self.records, self.width, self.inside, self.length = records, width, inside, _LOUD * clip
+        self.first, self.stride = first, stride
 
     def __len__(self) -> int:
         return self.records
@@ -67,7 +77,7 @@ class _ProbeRecords(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         x = torch.zeros(self.width)
         if index < len(self.inside) and self.inside[index]:
-            x[index] = self.length
+            x[self.first + self.stride * index] = self.length
         return x
 
 
@@ -88,9 +98,15 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     """
     if type(privacy) is not Privacy:
         raise ConfigError(f"the probe is for Privacy, whose noise is independent, not for {type(privacy).__name__}")
-    canaries = _canary_count(privacy, confidence)
+    canaries = canary_count(privacy.epsilon, privacy.delta, confidence)
     with no_notice():
         first, second = (_train(privacy, wrap, canaries) for _ in range(2))
+    return judged(first, second, privacy.delta, confidence)
+
+
+def judged(first: Seen, second: Seen, delta: float, confidence: float) -> Probe:
+    """What two trainings on probe records show, of which the first coordinates are the canaries'."""
+    canaries = len(first.inside)
     quiet = np.concatenate([seen.released[:, canaries:] for seen in (first, second)])
     drawn = np.concatenate([first.drawn, second.drawn])
     checks = (
@@ -100,7 +116,7 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
         _sample_spread(drawn, first.records, first.spent.sample_rate),
         _clipping(np.concatenate([s.released[:, :canaries] for s in (first, second)]), first.spent.noise_multiplier),
     )
-    audit = _canary_audit(first, privacy.delta, confidence, canaries)
+    audit = _canary_audit(first, delta, confidence)
     faults = [check.finding for check in checks if check.violated]
     if audit.finding == "violated":
         faults.append(audit.sentence)
@@ -142,15 +158,16 @@ def noise_reuse(released: Floats) -> ProbeCheck:
     )
 
 
-def _canary_count(privacy: Privacy, confidence: float) -> int:
+def canary_count(epsilon: float, delta: float, confidence: float) -> int:
+    """How many canaries can refute the promise, up to a number that is soon trained."""
     try:
-        needed = 2 * canaries_needed(privacy.epsilon, delta=privacy.delta, confidence=confidence)
+        needed = 2 * canaries_needed(epsilon, delta=delta, confidence=confidence)
     except ConfigError:
         needed = _MOST_CANARIES
     return min(max(needed, _CANARIES), _MOST_CANARIES)
 
 
-def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int) -> _Seen:
+def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int) -> Seen:
     """One run of the trainer on fresh coins."""
     clip, kept, still = norm_of_all(privacy.max_grad_norm), 1.0, privacy.max_grad_norm
     if isinstance(still, AdaptiveClip):  # a norm that moves would hide the scale of the noise
@@ -158,12 +175,12 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
     own = dataclasses.replace(
         privacy, ledger=None, epochs=_PASSES, max_grad_norm=clip if isinstance(still, PerLayerClip) else still
     )
-    width, records = canaries + _QUIET, max(_RECORDS, 2 * canaries)
+    width, records = canaries + QUIET, max(_RECORDS, 2 * canaries)
     batch = int(_RATE * records)
     inside = flip_coins(canaries)
     model = nn.Linear(width, 1, bias=False)
     nn.init.zeros_(model.weight)
-    data = _ProbeRecords(records, width, inside, _LOUD * clip)
+    data = ProbeRecords(records, width, inside, clip)
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
     released: list[Floats] = []
     plain.register_step_post_hook(lambda *_: released.append(_gradient(model)))
@@ -186,7 +203,7 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
         )
     drawn += [0] * (len(released) - len(drawn))  # empty batches are stepped out of sight
     scale = kept * batch / clip  # vector and count of adaptive clipping together have the claimed noise
-    return _Seen(scale * np.stack(released), np.array(drawn), inside, spent, records)
+    return Seen(scale * np.stack(released), np.array(drawn), inside, spent, records)
 
 
 def _gradient(model: nn.Linear) -> Floats:
@@ -270,9 +287,9 @@ def _clipping(loud: Floats, noise: float) -> ProbeCheck:
     )
 
 
-def _canary_audit(seen: _Seen, delta: float, confidence: float, canaries: int) -> ScoreAudit:
+def _canary_audit(seen: Seen, delta: float, confidence: float) -> ScoreAudit:
     return audit_scores(
-        seen.released[:, :canaries].sum(axis=0),
+        seen.released[:, : len(seen.inside)].sum(axis=0),
         seen.inside,
         design="coins",
         delta=delta,

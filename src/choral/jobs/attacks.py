@@ -15,11 +15,12 @@ from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.errors import ConfigError
 from choral.failures import failure_of
 from choral.jobs.settings import Arm, Settings
-from choral.jobs.training import load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
+from choral.jobs.training import federation_of, load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
 
 if TYPE_CHECKING:
     import torch
 
+    from choral.privacy import Privacy
     from choral.trainers import RoundRecord, Task
 
 
@@ -130,7 +131,6 @@ def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe
 
     Arms with the same promise share one.
     """
-    from choral.audits.attacks.probing import probe
     from choral.privacy import Privacy
 
     made: dict[Any, Probe | str] = {}
@@ -141,12 +141,13 @@ def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe
         if not (settings.audit.probe and arm.private):
             continue
         promise = privacy_of(settings, arm, settings.privacy.epsilon)
-        if not isinstance(promise, Privacy) or promise.noise != "local":
-            continue  # the probe is of one trainer with all of its own noise
-        key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs)
+        if not isinstance(promise, Privacy):
+            continue  # the probe is of promises for each record
+        whose = name if promise.noise == "distributed" else ""  # another sum, other survivors
+        key = (promise.epsilon, promise.delta, promise.max_grad_norm, promise.epochs, whose)
         if key not in made:
             try:
-                made[key] = probe(promise)
+                made[key] = _probe(settings, arm, promise)
             except Exception as error:  # the arm is unverified then, and the others are reported
                 made[key] = f"Probe: {failure_of(error).reason}."
         if isinstance(one := made[key], str):
@@ -154,6 +155,21 @@ def probes_of(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Probe
         else:
             found[name] = one
     return found, failed
+
+
+def _probe(settings: Settings, arm: Arm, promise: Privacy) -> Probe:
+    """Of one trainer with all of its own noise; of noise in shares, of as many parties as a sum is opened over."""
+    from choral.audits.attacks.probing import probe
+    from choral.audits.attacks.probing_shares import probe_shares
+    from choral.trainers.federated.record_shares.checks import fewest_survivors
+
+    if promise.noise == "local":
+        return probe(promise)
+    own = with_overrides(settings, arm)
+    job = federation_of(own, arm, load_task(own, settings.seed), promise)
+    names = list(job["task"].parties)
+    fewest = fewest_survivors(job["secure_sum"], job["participation"], names)
+    return probe_shares(promise, parties=len(names), min_survivors=fewest)
 
 
 def _kind_of_records(task: Task) -> tuple[tuple[int, ...], int]:

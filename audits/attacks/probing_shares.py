@@ -1,0 +1,106 @@
+"""Probe noise in shares: do the parties' steps do what their ledgers say, and the sum what its plan promises?
+
+The records are those of :mod:`choral.audits.attacks.probing`, dealt out among as many parties as a sum is opened over at
+least. In each step every party makes its vector, and the sum of all is opened. The adversary is as strong as the
+promise supposes: it knows the vectors of `colluders` parties and **subtracts them**, so that what it looks at is the sum
+of the honest ones', in the worst case. The variance of that in coordinates which no record touches is the noise that
+the theorem counts on; a sum sized for all parties, one without a margin for the colluders, and one to which a party
+adds nothing are each below it by a known part (1 - h/n, 1/(h + 1), 1/h).
+
+A distinguisher finds none of these: bounds on epsilon by canaries are far below the promise, and stay below it. They
+are made all the same, on the opened sums themselves (white box), against whatever is wrong by more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader
+
+from choral.audits.attacks.canaries import flip_coins
+from choral.audits.attacks.probing import QUIET, ProbeRecords, Seen, canary_count, judged
+from choral.audits.findings.evidence import Probe
+from choral.errors import ConfigError
+from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan, SharesTerms, plan_shares
+from choral.privacy.ledgers.memory_notice import no_notice
+from choral.privacy.ledgers.spending import spent_by_records
+
+MakeParty = Callable[[Privacy, SharesPlan, str, Ledger], SharesParty]
+_RATE, _STEPS, _LEAST = 0.4, 12, 1000
+
+
+def probe_shares(
+    privacy: Privacy,
+    *,
+    parties: int,
+    min_survivors: int,
+    make: MakeParty | None = None,
+    confidence: float = 0.95,
+) -> Probe:
+    """Run the steps of `min_survivors` of `parties` parties twice on probe records, and test what is opened.
+
+    privacy: the promise to be tested, ``Privacy(noise="distributed")``. make: a party, of its promise, plan, name and
+        ledger; by default :class:`choral.privacy.SharesParty`, padded.
+    Finds: noise of the honest parties that is smaller than the ledgers say, whoever it is that adds too little; noise
+        used twice; more records drawn than the sample rate, or batches of fixed size; records beyond the clipping norm,
+        or counted though they only fill a step up; and, by the canaries, whatever makes the whole cost more.
+    Does not find: what the secure sum shows beside the sum, and what a step does on other data alone.
+    Raises: ConfigError for a promise of another kind, or numbers that leave no honest party; what the parties raise.
+    """
+    if privacy.noise != "distributed":
+        raise ConfigError(
+            f'the promise is Privacy(noise="{privacy.noise}"), of noise that each party adds for itself',
+            hint="choral.audits.probe is for that",
+        )
+    canaries = canary_count(privacy.epsilon, privacy.delta, confidence)
+    with no_notice():
+        seen = [_opened(privacy, parties, min_survivors, make or _party, canaries) for _ in range(2)]
+    return judged(seen[0], seen[1], privacy.delta, confidence)
+
+
+def _party(privacy: Privacy, plan: SharesPlan, name: str, ledger: Ledger) -> SharesParty:
+    return SharesParty(privacy, plan, holder=name, ledger=ledger)
+
+
+def _opened(privacy: Privacy, parties: int, survivors: int, make: MakeParty, canaries: int) -> Seen:
+    """One training on fresh coins: the sums, without what colluders sent; shape (steps, width), in clipping norms."""
+    width, each = canaries + QUIET, -(-max(_LEAST, 2 * canaries) // survivors)
+    honest = survivors - privacy.colluders
+    inside = flip_coins(canaries)
+    terms = SharesTerms(
+        records=parties * each,
+        batch_size=int(_RATE * parties * each),
+        steps=_STEPS,
+        parties=parties,
+        min_survivors=survivors,
+        length=width,
+        most_records=each,
+    )
+    plan = plan_shares(privacy, terms)
+    ledgers = [Ledger() for _ in range(survivors)]
+    wrapped = []
+    for place, ledger in enumerate(ledgers):
+        model = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        coins = inside[place::survivors] if place < honest else inside[:0]
+        records = ProbeRecords(each, width, coins, plan.clip, first=place, stride=survivors)
+        party = make(privacy, plan, f"probe {place}", ledger)
+        wrapped.append((party, *party.wrap(model, DataLoader(records))))
+    released, drawn = np.zeros((_STEPS, width)), np.zeros(_STEPS, dtype=np.int64)
+    for step in range(_STEPS):
+        vectors = []
+        for place, (party, model, optimizer, loader) in enumerate(wrapped):
+            for x in loader:
+                optimizer.zero_grad()
+                model(x).mean().backward()
+                optimizer.step()
+                drawn[step] += optimizer.drawn if place < honest else 0
+            vectors.append(party.take())
+        opened, known = np.sum(vectors, axis=0), np.sum(vectors[honest:], axis=0)
+        released[step] = (opened - known) * 2.0**-plan.grid.coarse
+    spent = spent_by_records(ledgers[0], privacy.delta)
+    shown = np.array([place % survivors < honest for place in range(canaries)])
+    order = np.concatenate([np.flatnonzero(shown), np.arange(canaries, width)])
+    return Seen(released[:, order], drawn, inside[shown], spent, honest * each)
