@@ -1,11 +1,11 @@
 """Probe noise in shares: do the parties' steps do what their ledgers say, and the sum what its plan promises?
 
-The records are those of :mod:`choral.audits.attacks.probing`, dealt out among as many parties as a sum is opened over at
-least. In each step every party makes its vector, and the sum of all is opened. The adversary is as strong as the
-promise supposes: it knows the vectors of `colluders` parties and **subtracts them**, so that what it looks at is the sum
-of the honest ones', in the worst case. The variance of that in coordinates which no record touches is the noise that
-the theorem counts on; a sum sized for all parties, one without a margin for the colluders, and one to which a party
-adds nothing are each below it by a known part (1 - h/n, 1/(h + 1), 1/h).
+The records are those of :mod:`choral.audits.attacks.probing`, dealt out among as many parties as a sum is opened over
+at least. In each step every party makes its vector, and the sum of all is opened. The adversary is as strong as the
+promise supposes: it knows the vectors of `colluders` parties and **subtracts them**, so that what it looks at is the
+sum of the honest ones', in the worst case. Its variance in coordinates that no record touches is the noise that the
+theorem counts on. A sum sized for all parties, one without a margin for the colluders, and one to which a party adds
+nothing are each below it by a known part (1 - h/n, 1/(h + 1), 1/h).
 
 A distinguisher finds none of these: bounds on epsilon by canaries are far below the promise, and stay below it. They
 are made all the same, on the opened sums themselves (white box), against whatever is wrong by more.
