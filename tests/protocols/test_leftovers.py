@@ -35,6 +35,9 @@ SPEC = SumSpec(parties=("north", "south", "east"), length=40, bound=2**40)
 LONG = SumSpec(parties=("north", "south"), length=20_000, bound=2**40)
 
 
+HOLDING = (bytes, bytearray, np.ndarray, memoryview, ctypes.Array, torch.Tensor)
+
+
 def contents(value: Any) -> bytes | None:
     """The bytes of an object that holds any."""
     kind = type(value)  # not isinstance, which asks proxies for what they stand for
@@ -55,16 +58,19 @@ def contents(value: Any) -> bytes | None:
 
 
 def everything() -> Iterator[Any]:
+    """All objects of kinds that hold bytes, among millions: a layer of referents at a time, each in few calls of C."""
     gc.collect()
-    found = gc.get_objects()
-    seen = {id(found)}
-    while found:
-        value = found.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        yield value
-        found.extend(one for one in gc.get_referents(value) if id(one) not in seen)
+    layers = [gc.get_objects()]  # all kept to the end, so that no number of an object comes twice
+    seen: set[int] = set()
+    seen |= {id(layers), id(seen)}
+    while layers[-1]:
+        layer = layers[-1]
+        seen.update(map(id, layer))
+        kinds = {kind for kind in set(map(type, layer)) if issubclass(kind, HOLDING)}
+        yield from [value for value in layer if type(value) in kinds]
+        referents = gc.get_referents(*layer)
+        numbered = dict(zip(map(id, referents), referents, strict=True))
+        layers.append([numbered[number] for number in numbered.keys() - seen])
 
 
 class Watched:

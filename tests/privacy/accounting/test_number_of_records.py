@@ -7,7 +7,7 @@ relation under which no training of this kind is private: the first test refutes
 *zero out one record*, both datasets have the same N, and the same distinguisher has no advantage.
 
 False alarms: ALARM bounds the probability that the distinguisher accuses two experiments that cannot be told apart. The
-first test fails by chance only if a standard deviation errs by seven of its own deviations, in 200 tries: below 1e-9.
+first test fails by chance only if a standard deviation errs by seven of its own deviations, in 120 tries: below 1e-9.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral.audits import audit_scores
 from choral.privacy import CorrelatedPrivacy, Ledger, Privacy, PrivacyEngine
 
-RUNS, BATCH, WIDTH, EPSILON, DELTA, ALARM = 100, 10, 5000, 1.0, 1e-5, 1e-6
+RUNS, BATCH, WIDTH, EPSILON, DELTA, ALARM = 60, 10, 5000, 1.0, 1e-5, 1e-6
 EMPTY = torch.zeros(20, WIDTH)
 ONE_MORE = torch.zeros(21, WIDTH)
 ONE_RECORD = EMPTY.index_fill(0, torch.tensor([0]), 1.0)  # its gradient is far longer than C = 1
