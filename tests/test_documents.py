@@ -317,10 +317,18 @@ def run_console(block: Block, space: dict[str, Any]) -> None:
             if words[0] == "make":
                 subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
             elif words[0] == "choral":
-                run_choral(words[1:], where)
+                ran = space.setdefault("ran", [])
+                if not (trains(words[1:]) and words in ran):  # a page may say it twice
+                    run_choral(words[1:], where)
+                ran.append(words)
             else:
                 assert words[0] == "torchrun", where
                 run_choral([*words[words.index("choral") + 1 :], "--help"], where)  # tests of data_parallel start it
+
+
+def trains(words: list[str]) -> bool:
+    """Whether the command trains as a reader does who begins."""
+    return words[0] in SMALLER and "--out" in words and "--resume" not in words
 
 
 def run_choral(words: list[str], where: str) -> None:
@@ -328,8 +336,8 @@ def run_choral(words: list[str], where: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main([*words, "--help"]) == 0, where
         return
-    if "--out" in words and words[0] in SMALLER and "--resume" not in words:
-        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # as a reader who begins
+    if trains(words):
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
     smaller = SMALLER.get(words[0], "").split()
     assert main([*words, *smaller]) == 0, where
 
