@@ -50,13 +50,13 @@ class SealError(ChoralError):
 class Backend:
     """One library's primitives, unchecked: the public functions of this module do the checks for both.
 
-    ``x25519`` loads a private key; what it returns agrees with public ones, and may raise ValueError or return 32 zero
-    bytes on a small-order point. ``verify`` is only called with a
+    ``x25519`` loads a private key, for its public key and to agree with others', which may raise ValueError or give 32
+    zero bytes on a small-order point. ``verify`` is only called with a
     canonical key that is not of small order and with S < L. ``unseal`` raises ValueError when the tag does not fit.
     """
 
     name: str
-    x25519: Callable[[bytes], Callable[[bytes], bytes]]
+    x25519: Callable[[bytes], tuple[Callable[[], bytes], Callable[[bytes], bytes]]]
     ed25519_public: Callable[[bytes], bytes]
     sign: Callable[[bytes, bytes], bytes]
     verify: Callable[[bytes, bytes, bytes], bool]
@@ -72,11 +72,11 @@ class PrivateKey:
     length.
     """
 
-    __slots__ = ("_agree",)
+    __slots__ = ("_agree", "_public")
 
     def __init__(self, private: bytes) -> None:
         _expect(private, KEY_BYTES, "an X25519 private key")
-        self._agree = _backend.x25519(private)
+        self._public, self._agree = _backend.x25519(private)
 
     def __repr__(self) -> str:
         return "<PrivateKey>"
@@ -86,7 +86,7 @@ class PrivateKey:
 
     def public(self) -> bytes:
         """The 32-byte public key."""
-        return self._agree(_BASE_POINT)
+        return self._public()
 
     def shared(self, public: bytes) -> bytes:
         """The 32-byte shared secret of RFC 7748. It is not uniform: pass it through :func:`hkdf_sha256` before use.
@@ -96,14 +96,23 @@ class PrivateKey:
         Raises: WeakKeyError when the public key is not 32 bytes, or when the shared secret is zero (the public key is a
         point of small order, on the curve or on its twist).
         """
-        if not isinstance(public, bytes) or len(public) != KEY_BYTES:
-            raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {_size(public)}")
-        if int.from_bytes(public, "little") % _SIGN_BIT % _FIELD in _SMALL_ORDER_X:
-            raise WeakKeyError("the X25519 public key is a point of small order")
+        check_x25519_public(public)
         shared = self._agree(public)
         if hmac.compare_digest(shared, bytes(KEY_BYTES)):
             raise WeakKeyError("the X25519 shared secret is zero")
         return shared
+
+
+def check_x25519_public(public: bytes) -> None:
+    """Whether an agreement with it would be refused, without one: private keys are multiples of 8, so that the shared
+    secret is zero for points of small order, on the curve or on its twist, and for no others.
+
+    Raises: WeakKeyError.
+    """
+    if not isinstance(public, bytes) or len(public) != KEY_BYTES:
+        raise WeakKeyError(f"expected an X25519 public key of {KEY_BYTES} bytes, got {_size(public)}")
+    if int.from_bytes(public, "little") % _SIGN_BIT % _FIELD in _SMALL_ORDER_X:
+        raise WeakKeyError("the X25519 public key is a point of small order")
 
 
 def x25519_public(private: bytes) -> bytes:
@@ -218,14 +227,14 @@ def _is_acceptable_point(encoded: bytes) -> bool:
 
 
 def _pycryptodome() -> Backend:
-    def x25519(private: bytes) -> Callable[[bytes], bytes]:
+    def x25519(private: bytes) -> tuple[Callable[[], bytes], Callable[[bytes], bytes]]:
         scalar = import_x25519_private_key(private).d
 
         def agree(public: bytes) -> bytes:
             point = import_x25519_public_key(public).pointQ * scalar
             return int(point.x).to_bytes(KEY_BYTES, "little")
 
-        return agree
+        return lambda: agree(_BASE_POINT), agree
 
     def verify(public: bytes, message: bytes, signature: bytes) -> bool:
         # pycryptodome's own verifier multiplies by the cofactor; see the module's docstring for why that will not do.
@@ -281,9 +290,10 @@ def _openssl() -> Backend:
         except InvalidTag:
             raise ValueError("tag") from None
 
-    def x25519(private: bytes) -> Callable[[bytes], bytes]:
+    def x25519(private: bytes) -> tuple[Callable[[], bytes], Callable[[bytes], bytes]]:
         key = X25519PrivateKey.from_private_bytes(private)  # which computes the public key, too
-        return lambda public: key.exchange(X25519PublicKey.from_public_bytes(public))
+        public_key = key.public_key().public_bytes_raw
+        return public_key, lambda public: key.exchange(X25519PublicKey.from_public_bytes(public))
 
     return Backend(
         name="openssl",

@@ -34,7 +34,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from choral.protocols.argument_checks import shown
-from choral.protocols.crypto.keys import ed25519_public, x25519_public
+from choral.protocols.crypto.keys import PrivateKey, ed25519_public
 from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
@@ -156,8 +156,9 @@ class Member(Once[tuple[Membership, int]]):
             if isinstance(number, bool) or not isinstance(number, int) or not last < number < 1 << 32:
                 raise FaultyServerError(f"asked for round {shown(number)} after round {last}")
         member, _ = self._take()
-        keys = Keys(member, number, randomness(32), randomness(32))
-        mask, transport = x25519_public(keys.mask), x25519_public(keys.transport)
+        secret = randomness(32)
+        keys = Keys(member, number, secret, PrivateKey(secret), PrivateKey(randomness(32)))
+        mask, transport = keys.masking.public(), keys.transport.public()
         signed = signing.advertise(member.session, number, member.index, mask, transport)
         message = messages.Advertise(member.id, number, mask, transport, signing.sign(member.identity, signed))
         return Member((member, number)), Advertised(keys), messages.encode(message)

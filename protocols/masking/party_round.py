@@ -46,12 +46,14 @@ class Membership:
 
 @dataclass(frozen=True, repr=False)
 class Keys:
-    """Private keys of one round. mask is shared out; transport opens packets, and is gone when they are open."""
+    """Private keys of one round. mask is shared out; transport opens packets, and is gone when they are open. masking:
+    the former, loaded."""
 
     member: Membership
     number: int
     mask: bytes
-    transport: bytes
+    masking: PrivateKey
+    transport: PrivateKey
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,7 +145,7 @@ class Advertised(Once[Keys]):
         peers = [entry.party for entry in message.entries]
         _check_holders(member, peers, "to share a secret")
         masks = {entry.party: entry.mask for entry in message.entries}
-        masking, opening = PrivateKey(keys.mask), PrivateKey(keys.transport)  # gone when this step is done
+        masking, opening = keys.masking, keys.transport  # gone when this step is done
         around = (member.session, keys.number, me)
         pairs = {
             peer: signing.pair_seed(agree(masking, mask, setup.roster[peer]), *around, peer, begun)

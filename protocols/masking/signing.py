@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 
 from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
 
@@ -14,11 +15,18 @@ NO_BEGIN = bytes(32)
 
 def digest(label: str, *parts: bytes | int) -> bytes:
     """SHA-256 of the label and the parts, each with its length in front: no two lists of parts collide. 32 bytes."""
-    framed: list[bytes] = []
-    for part in (b"choral/2/" + label.encode(), *parts):
+    framed = [_framed(label)]
+    for part in parts:
         raw = part.to_bytes(8, "little") if isinstance(part, int) else part
         framed += len(raw).to_bytes(8, "little"), raw
     return hashlib.sha256(b"".join(framed)).digest()
+
+
+@cache
+def _framed(label: str) -> bytes:
+    """What every digest of this kind begins with; labels are of this package, and few."""
+    raw = b"choral/2/" + label.encode()
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def setup_digest(setup: bytes) -> bytes:
@@ -102,10 +110,11 @@ class Signatures:
 
     def __init__(self) -> None:
         self._accepted: set[bytes] = set()
+        self._before: set[bytes] = set()
 
     def valid(self, public: bytes, message: bytes, signature: bytes) -> bool:
         key = digest("accepted", public, message, signature)
-        if key in self._accepted:
+        if key in self._accepted or key in self._before:
             return True
         if not ed25519_verify(public, message, signature):
             return False
@@ -115,8 +124,8 @@ class Signatures:
         return True
 
     def forget(self) -> None:
-        """Start over; a round's signatures are of no use in the next."""
-        self._accepted.clear()
+        """Keep those that were accepted since this was last called: a round's keys come with the round before."""
+        self._before, self._accepted = self._accepted, set()
 
 
 def sign(identity: bytes, message: bytes) -> bytes:

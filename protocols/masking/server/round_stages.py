@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from choral.protocols.crypto.keys import PrivateKey, WeakKeyError
+from choral.protocols.crypto.keys import WeakKeyError, check_x25519_public
 from choral.protocols.crypto.modular_integers import PackingError, accumulator_dtype, packed_bytes, unpack
 from choral.protocols.errors import FaultyPartyError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.server import unmasking
 from choral.protocols.masking.server_stages import Outbox, Outcome, Seen, SessionTerms, Stage, fingerprint_of
-
-_ANY_KEY = PrivateKey(bytes(31) + b"\x40")
-"""Known to all, to try public ones with: one of small order gives zero with any (RFC 7748, 6.1)."""
 
 
 class RoundStage(Stage):
@@ -42,7 +39,7 @@ class RoundStage(Stage):
             raise self._fault(party, f"{what} are not signed by its pinned identity for this round")
         for key in (keys.mask, keys.transport):
             try:
-                _ANY_KEY.shared(key)
+                check_x25519_public(key)
             except WeakKeyError as error:
                 raise self._fault(party, f"{what} are unusable: {error}") from None
 

@@ -110,8 +110,9 @@ def test_both_backends_are_the_ladder(private: bytes, public: bytes) -> None:
     expected = ladder(private, public)
     assume(any(expected))  # small orders have tests of their own
     for found in keys.BACKENDS.values():
-        assert found.x25519(private)(public) == expected
-        assert found.x25519(private)((9).to_bytes(32, "little")) == ladder(private, (9).to_bytes(32, "little"))
+        own, agree = found.x25519(private)
+        assert agree(public) == expected
+        assert own() == agree((9).to_bytes(32, "little")) == ladder(private, (9).to_bytes(32, "little"))
 
 
 def small_order_encodings() -> list[bytes]:
@@ -132,10 +133,25 @@ def test_small_order_points_are_refused(backend: str) -> None:
         assert ladder(bytes(range(32)), public) == bytes(32)
         with pytest.raises(keys.WeakKeyError):
             keys.x25519_shared(bytes(range(32)), public)
+        with pytest.raises(keys.WeakKeyError, match="small order"):
+            keys.check_x25519_public(public)
+
+
+@given(private=st.binary(min_size=32, max_size=32), public=st.binary(min_size=32, max_size=32))
+def test_a_key_is_checked_without_an_agreement_as_with_one(private: bytes, public: bytes) -> None:
+    if any(ladder(private, public)):
+        keys.check_x25519_public(public)
+    else:
+        with pytest.raises(keys.WeakKeyError, match="small order"):
+            keys.check_x25519_public(public)
+    with pytest.raises(keys.WeakKeyError, match="32 bytes"):
+        keys.check_x25519_public(public[:31])
 
 
 def test_a_zero_shared_secret_is_refused_however_it_came_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "_backend", dataclasses.replace(keys._backend, x25519=lambda _: lambda _: bytes(32)))
+    monkeypatch.setattr(
+        keys, "_backend", dataclasses.replace(keys._backend, x25519=lambda _: (bytes, lambda _: bytes(32)))
+    )
     with pytest.raises(keys.WeakKeyError):
         keys.x25519_shared(bytes(range(32)), bytes(range(32)))
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from choral.protocols import Masked, SumSpec
+from choral.protocols.crypto.keys import ed25519_public
 from choral.protocols.crypto.mask_stream import expand
+from choral.protocols.masking import signing
 from choral.protocols.masking.mask_addition import masked, masked_on_device
 from choral.protocols.own_vector import checked
 
@@ -104,3 +106,37 @@ def test_a_sum_is_over_a_majority_unless_asked_otherwise(n: int, least: int) -> 
     spec = SumSpec(parties=tuple(f"p{place}" for place in range(n)), length=1, bound=1)
     terms = Masked(server="semi-honest", corrupt=1, dropouts=1).setup(spec, session=bytes(16))
     assert (terms.min_survivors, terms.threshold < least) == (least, True)
+
+
+def test_each_signature_of_a_round_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all parties together, which share one memory here; keys in the round that they came with, and not again."""
+    verified: list[bytes] = []
+    honest = signing.ed25519_verify
+
+    def counted(public: bytes, message: bytes, signature: bytes) -> bool:
+        verified.append(signature)
+        return honest(public, message, signature)
+
+    monkeypatch.setattr(signing, "ed25519_verify", counted)
+    names = ("a", "b", "c", "d")
+    session = Masked(corrupt=1, dropouts=0).open(SumSpec(parties=names, length=3, bound=5))
+    for number in range(4):
+        verified.clear()
+        summing = session.begin()
+        for name in names:
+            summing.submit(name, np.ones(3, dtype=np.int64))
+        assert summing.finish().total.tolist() == [4, 4, 4]
+        assert len(verified) == len(set(verified)) == (12 if number == 0 else 8)  # at first the first keys, too
+
+
+def test_what_was_accepted_two_rounds_ago_is_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    public, signature = ed25519_public(bytes(range(32))), signing.sign(bytes(range(32)), b"x")
+    accepted = signing.Signatures()
+    assert accepted.valid(public, b"x", signature)
+    assert not accepted.valid(public, b"y", signature)
+    monkeypatch.setattr(signing, "ed25519_verify", lambda *_: False)
+    accepted.forget()
+    assert accepted.valid(public, b"x", signature)
+    assert not accepted.valid(public, b"y", signature)
+    accepted.forget()
+    assert not accepted.valid(public, b"x", signature)
