@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from choral.protocols.errors import SpecError
+from choral.protocols.errors import MessageError, SpecError
+from choral.protocols.masking import messages
 from choral.protocols.wire_format import LAST_ROUND
 
 STATE_VERSION = 1
@@ -48,3 +49,16 @@ def read_stored(raw: bytes, name: str, purpose: str) -> PublicState:
             hint=f"give {name!r} what its own store was handed last for this purpose",
         )
     return state
+
+
+def setup_of(state: PublicState) -> messages.SumSetup:
+    """The setup of its session. Raises: SpecError."""
+    try:
+        setup = messages.to_party(state.setup, limit=len(state.setup))
+    except MessageError:
+        raise SpecError(
+            NO_STATE, hint="its setup is no message of this protocol's version: join a new session"
+        ) from None
+    if not isinstance(setup, messages.SumSetup) or len(state.session) != 32:
+        raise SpecError(NO_STATE)
+    return setup

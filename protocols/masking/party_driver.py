@@ -44,7 +44,7 @@ from choral.protocols.masking.party_round import (
 )
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.statement import agreed_of
-from choral.protocols.stored_state import NO_STATE, PublicState, read_stored, stored
+from choral.protocols.stored_state import read_stored, setup_of, stored
 from choral.protocols.wire_format import LAST_ROUND, read
 
 MOST_JOINED = 1024
@@ -53,12 +53,15 @@ MOST_JOINED = 1024
 
 @dataclass(repr=False)
 class _Round:
-    """The round that was begun last. state: the next step's; None once a step has failed, or all is done."""
+    """The round that was begun last. state: the next step's; None once a step has failed, or all is done.
+
+    answer: to its Begin, whenever it comes.
+    """
 
     begin: messages.Begin
     begun: bytes
-    advertise: bytes
     state: Any  # Advertised, SharesSent, Ready, Uploaded or Confirmed, of the masked sum; or None
+    answer: Answer
     asked: bytes = b""  # the digest of the message that asked for the vector
     bitmap: bytes = b""  # the set of survivors that was shown here
     confirmed: tuple[messages.Confirmation, ...] = ()  # by others, of just that set; verified
@@ -99,6 +102,7 @@ class MaskedPartyDriver:
     """
 
     known: Any = messages.ToParty  # whatever the server may send in this protocol
+    waits: Any = Ready  # the state that takes a vector
 
     def __init__(self, context: PartyContext) -> None:
         identity, self._purpose = context.identity, context.purpose
@@ -135,7 +139,7 @@ class MaskedPartyDriver:
         """All of it is checked before any session of the identity ends."""
         state, setup = read_stored(raw, self.name, self._purpose), None
         if state.session:
-            setup = _setup_of(state)
+            setup = setup_of(state)
             self._policy_for(setup).check(setup, self.name)
         current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
         if setup is not None:
@@ -273,14 +277,18 @@ class MaskedPartyDriver:
             return (reveal,)
         if isinstance(message, messages.Reveals) and isinstance(opening, Revealing):
             self._opening = None
-            member = opening.enter(raw)
-            (membership, _), *_ = tuple(member._content)
-            self._membership, self._member = membership, member
-            self._save()
-            return ()
+            return self._revealed(self._setup, opening, raw)
         if isinstance(message, messages.Reveals) and self._membership is not None:
             return ()  # until a party is heard in the open session, each Begin brings them along
         raise used(f"its {kind} were not waited for: that step was taken")
+
+    def _revealed(self, setup: messages.SumSetup, opening: Revealing, raw: bytes) -> Answer:  # noqa: ARG002
+        """Everybody's nonces are there."""
+        member = opening.enter(raw)
+        (membership, _), *_ = tuple(member._content)
+        self._membership, self._member = membership, member
+        self._save()
+        return ()
 
     # -------------------------------------------------------------------------------------------------------- a round
 
@@ -289,7 +297,7 @@ class MaskedPartyDriver:
         if now is not None and begin.round == now.begin.round:
             if begin != now.begin:
                 raise FaultyServerError(f"it shows two models in round {begin.round}, or other terms")
-            return (now.advertise,)
+            return now.answer
         if begin.round <= self._last and (self._early is None or self._early[0] != begin.round):
             raise FaultyServerError(f"asked for round {begin.round} after round {self._last}")
         if signed is not None and begin.terms != signed:
@@ -299,10 +307,15 @@ class MaskedPartyDriver:
             )
         self._replies.forget()
         self._round = None
-        advertised, advertise = self._advertise(begin.round)
+        state, answer = self._answer(begin)
         self._early = None
-        self._round = _Round(begin, signing.begun(raw), advertise, advertised)
-        return (advertise,)
+        self._round = _Round(begin, signing.begun(raw), state, answer)
+        return answer
+
+    def _answer(self, begin: messages.Begin) -> tuple[Any, Answer]:
+        """What a new Begin leads to: the round's first state, and what is answered."""
+        advertised, advertise = self._advertise(begin.round)
+        return advertised, (advertise,)
 
     def _advertise(self, number: int) -> tuple[Advertised, bytes]:
         """This party's keys for a round; once for each. That it may have answered it is stored first."""
@@ -325,7 +338,7 @@ class MaskedPartyDriver:
         if isinstance(message, messages.Deliveries) and isinstance(state, SharesSent):
             now.state = None
             now.state, now.asked = state.receive(raw), key
-            return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
+            return needed(begin)
         if isinstance(message, messages.Survivors) and isinstance(state, Uploaded):
             now.state = None
             now.state, answer = state.confirm(raw)
@@ -352,13 +365,13 @@ class MaskedPartyDriver:
         uploaded, upload = ready.upload(vector)
         return self._supplied(now, uploaded, (upload,))
 
-    def _ready(self) -> tuple[_Round, Ready]:
+    def _ready(self) -> tuple[_Round, Any]:
         now = self._round
-        if now is None or not isinstance(now.state, Ready):
+        if now is None or not isinstance(now.state, self.waits):
             raise used("no vector is asked for")
         return now, now.state
 
-    def _supplied(self, now: _Round, state: Uploaded, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    def _supplied(self, now: _Round, state: Any, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
         now.state = state
         self._replies.put(now.asked, answer)
         return answer
@@ -366,8 +379,7 @@ class MaskedPartyDriver:
     def decline(self) -> None:
         """Sit out: the party sends no vector in this round, and answers the next one. Raises: StateUsedError."""
         now, _ = self._ready()
-        now.state = None
-        self._replies.put(now.asked, ())
+        self._supplied(now, None, ())
 
     def agreed(self) -> Agreed | None:
         """See :class:`choral.protocols.driver.PartyDriver`."""
@@ -380,14 +392,6 @@ class MaskedPartyDriver:
         return f"<MaskedPartyDriver of {self.name!r}>"
 
 
-def _setup_of(state: PublicState) -> messages.SumSetup:
-    """Raises: SpecError."""
-    try:
-        setup = messages.to_party(state.setup, limit=len(state.setup))
-    except MessageError:
-        raise SpecError(
-            NO_STATE, hint="its setup is no message of this protocol's version: join a new session"
-        ) from None
-    if not isinstance(setup, messages.SumSetup) or len(state.session) != 32:
-        raise SpecError(NO_STATE)
-    return setup
+def needed(begin: messages.Begin) -> NeedsVector:
+    """The vector of that round."""
+    return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)

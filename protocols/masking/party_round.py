@@ -255,17 +255,8 @@ class Uploaded(Once[_Waiting]):
         waiting = self._take()
         member, number, me = waiting.member, waiting.number, waiting.member.index
         member.current.check(number)
-        n = len(member.setup.roster)
-        message = _in_round(messages.Survivors, survivors, member, number, -(-n // 8))
-        alive = messages.from_bitmap(message.bitmap, n)
-        if alive is None:
-            raise FaultyServerError(f"the set of survivors is no set of {n} parties")
-        if me not in alive:
-            raise FaultyServerError("it says that this party dropped out, and still asks it to unmask")
-        if len(alive) < member.setup.min_survivors:
-            raise TooFewSurvivorsError(
-                "the sum would be over too few", survivors=len(alive), needed=member.setup.min_survivors
-            )
+        message = _in_round(messages.Survivors, survivors, member, number, -(-len(member.setup.roster) // 8))
+        alive = survivors_of(member, message.bitmap)
         for peer in member.neighbours:
             if peer in alive and peer not in waiting.partners:
                 raise FaultyServerError(f"{member.setup.roster[peer]} survives but never shared its secrets with us")
@@ -278,6 +269,19 @@ class Uploaded(Once[_Waiting]):
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
         signature = signing.sign(member.identity, signed)
         return state, messages.encode(messages.Confirm(member.id, number, signature, unopened))
+
+
+def survivors_of(member: Membership, bitmap: bytes) -> frozenset[int]:
+    """Whose vectors the server says are in the sum. Raises: FaultyServerError; TooFewSurvivorsError."""
+    n, needed = len(member.setup.roster), member.setup.min_survivors
+    alive = messages.from_bitmap(bitmap, n)
+    if alive is None:
+        raise FaultyServerError(f"the set of survivors is no set of {n} parties")
+    if member.index not in alive:
+        raise FaultyServerError("it says that this party dropped out, and still asks it to help to open the sum")
+    if len(alive) < needed:
+        raise TooFewSurvivorsError("the sum would be over too few", survivors=len(alive), needed=needed)
+    return alive
 
 
 class Confirmed(Once[_Agreed]):

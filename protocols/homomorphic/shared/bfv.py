@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import log2
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -94,11 +93,6 @@ class BfvPlan:
     def bytes_per_value(self) -> float:
         """On the wire, up, where the last block is full."""
         return self.parameters.seeded_bytes / self.block
-
-    @property
-    def limit_bytes_per_value(self) -> float:
-        """What the value of a sum needs itself: log2(2 n bound + 1) bits. No ciphertext of it is shorter."""
-        return log2(self.radix) / 8
 
     def encode(self, ring: SealRing, values: NDArray[np.int64]) -> Any:
         """values: int64, shape (at most ``block``,), within the bound; value j degree + i is digit j of slot i."""

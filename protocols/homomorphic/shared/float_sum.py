@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from choral.protocols import argument_checks as checks
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.shared import ckks
-from choral.protocols.homomorphic.shared.secure_sum import SharedKeySession
+from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 from choral.protocols.homomorphic.shared.setup import Floats
 from choral.protocols.in_process import NO_TRAINING, DriverRound
 from choral.protocols.interface import Losses, SumSpec
@@ -84,7 +84,7 @@ class FloatSum:
         return FloatSession(spec, min_survivors=self.min_survivors)
 
 
-class FloatSession(SharedKeySession):
+class FloatSession(SharedSession):
     """A sum of floats set up for fixed parties; see :class:`FloatSum`."""
 
     def __init__(self, spec: FloatSpec, *, min_survivors: int | None = None) -> None:
@@ -105,21 +105,15 @@ class FloatSession(SharedKeySession):
 
     def begin(self) -> FloatRound:  # type: ignore[override]
         self.between_rounds()
-        return FloatRound(self)
+        return FloatRound(self, Losses(None, self.spec.parties), NO_TRAINING)
 
 
-class FloatRound:
-    """One round. ``submit`` each present party once, then ``finish`` once."""
+class FloatRound(DriverRound):
+    """One round. ``submit`` each present party's float64 vector once, then ``finish`` once."""
 
-    def __init__(self, session: FloatSession) -> None:
-        self._session, losses = session, Losses(None, session.spec.parties)
-        self._round = DriverRound(session, losses, NO_TRAINING)
+    _session: FloatSession
 
-    def submit(self, party: str, vector: NDArray[np.float64]) -> None:
-        """vector: float64, shape (length,), every |value| <= bound. Raises: as for a sum of integers."""
-        self._round.submit(party, vector)  # type: ignore[arg-type]
-
-    def finish(self) -> FloatResult:
+    def finish(self) -> FloatResult:  # type: ignore[override]
         """Every survivor gets the encrypted sum and opens it for itself; they all have the same total.
 
         Raises: TooFewSurvivorsError; GarbledSumError; StateUsedError the second time.
@@ -127,7 +121,7 @@ class FloatRound:
         session = self._session
         for party in session.parties.values():
             party.total = None
-        self._round.run_out()
+        self.run_out()
         total, survivors = next(party.total for party in session.parties.values() if party.total is not None)
         up, down = session.counter.take(session.spec.parties)
         bound = float(session.plan.error_bound)

@@ -36,7 +36,6 @@ from choral.protocols.errors import (
     GarbledSumError,
     KeyDisputeError,
     SpecError,
-    TooFewSurvivorsError,
 )
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
@@ -44,7 +43,7 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership
+from choral.protocols.masking.party_round import NONCE, Membership, survivors_of
 from choral.protocols.masking.signing import sign
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
 from choral.protocols.wire_format import Message, encode, read
@@ -81,19 +80,12 @@ class _Entered:
 
 @dataclass(frozen=True, repr=False)
 class Chain:
-    """member: whose session is that of the key, too. link: the chain's secret before round ``last`` + 1."""
+    """member: whose session is that of the key, too. link: the chain's secret after round ``last``."""
 
     member: Membership
     plan: Plan
     link: bytes
     last: int
-
-
-@dataclass(frozen=True, repr=False)
-class KeyedRound:
-    chain: Chain
-    number: int
-    key: RingKey
 
 
 def _from_server(kind: type[M], raw: bytes, entries: int, session: bytes) -> M:
@@ -180,7 +172,7 @@ class ConfirmingKey(Once[_Entered]):
             if entry.commitment != entered.commitment:
                 raise KeyDisputeError(member.setup.roster[DEALER], member.setup.roster[place])
         session = terms.keyed_session(member.session, entered.commitment)
-        link = terms.first_link(session, entered.seed)
+        link = terms.next_link(session, entered.seed, 0)
         return Holder(Chain(replace(member, session=session), entered.plan, link, 0))
 
 
@@ -226,10 +218,10 @@ class Holder(Once[Chain]):
             for start in range(0, vector.size, plan.block)
         )
         upload = encode(messages.Upload(chain.member.id, number, messages.to_pieces(body)))
-        return Holder(later), EncryptedVector(KeyedRound(later, number, key)), upload
+        return Holder(later), EncryptedVector((later, key)), upload
 
 
-class EncryptedVector(Once[KeyedRound]):
+class EncryptedVector(Once[tuple[Chain, RingKey]]):
     """Has sent its vector; may be asked to open the sum, once."""
 
     def open(self, encrypted: bytes) -> bytes:
@@ -239,57 +231,46 @@ class EncryptedVector(Once[KeyedRound]):
         MessageError, FaultyServerError for another sum than of this round and key, or without this party;
         TooFewSurvivorsError; GarbledSumError.
         """
-        for ready in tuple(self._content):
-            if ready.chain.plan.scheme != "bfv":
+        for chain, _ in tuple(self._content):
+            if chain.plan.scheme != "bfv":
                 raise SpecError("a sum of floats is for the parties alone: it is never reported to the server")
-        ready = self._take()
-        total, _ = _decrypted(ready, encrypted)
-        bits = ready.chain.member.setup.modulus_bits
+        chain, key = self._take()
+        total, _ = _decrypted(chain, key, encrypted)
+        bits = chain.member.setup.modulus_bits
         packed = pack(wrap(total, bits), bits)
-        return encode(key_messages.OpenedSum(ready.chain.member.id, ready.number, messages.to_pieces(packed)))
+        return encode(key_messages.OpenedSum(chain.member.id, chain.last, messages.to_pieces(packed)))
 
     def read(self, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
         """Decrypt the sum for this party itself: the total, and whose vectors are in it. Raises: see :meth:`open`."""
-        return _decrypted(self._take(), encrypted)
+        return _decrypted(*self._take(), encrypted)
 
 
-def _decrypted(ready: KeyedRound, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
-    chain, plan, ring = ready.chain, ready.chain.plan, ready.key.ring
-    chain.member.current.check(ready.number)
+def _decrypted(chain: Chain, key: RingKey, encrypted: bytes) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Of the round that is the chain's last."""
+    plan, number = chain.plan, chain.last
+    chain.member.current.check(number)
     setup, size = chain.member.setup, plan.parameters.full_bytes
     blocks = terms.blocks_of(plan, setup.length)
     most = blocks * size + len(setup.roster) // 8 + 1
     message = _from_server(key_messages.EncryptedSum, encrypted, most, chain.member.id)
-    if message.round != ready.number:
-        raise FaultyServerError(f"the sum is of round {message.round}, not {ready.number}")
-    survivors = _survivors(chain.member, message.survivors)
+    if message.round != number:
+        raise FaultyServerError(f"the sum is of round {message.round}, not {number}")
+    survivors = survivors_of(chain.member, message.survivors)
     body = memoryview(messages.from_pieces(message.ciphertexts) or b"")
     if len(body) != blocks * size:
         raise FaultyServerError(f"expected {blocks} ciphertexts of {size} bytes in the sum, got {len(body)} bytes")
-    total, decryptor, plain = np.empty(setup.length, plan.dtype), ready.key.decryptor(), sealapi.Plaintext()
+    total, decryptor, plain = np.empty(setup.length, plan.dtype), key.decryptor(), sealapi.Plaintext()
     for start in range(0, setup.length, plan.block):
         stop, at = min(start + plan.block, setup.length), start // plan.block * size
         try:
-            ciphertext = ring.load_sum(body[at : at + size])
+            ciphertext = key.ring.load_sum(body[at : at + size])
         except CiphertextError as error:
             raise FaultyServerError(f"the sum is no ciphertext: {error}") from None
         if plan.margin_bits and int(decryptor.invariant_noise_budget(ciphertext)) < plan.margin_bits:
             raise GarbledSumError("the sum has more noise than its parties can add: another key or changed bytes")
         decryptor.decrypt(ciphertext, plain)
-        total[start:stop] = plan.decode(ring, plain, stop - start)
+        total[start:stop] = plan.decode(key.ring, plain, stop - start)
     largest = len(survivors) * plan.bound + plan.error_bound
     if not bool(np.all((total >= -largest) & (total <= largest))):
         raise GarbledSumError(f"the sum of {len(survivors)} vectors has a value outside what they can add up to")
-    return total, survivors
-
-
-def _survivors(member: Membership, bitmap: bytes) -> tuple[str, ...]:
-    setup = member.setup
-    found = messages.from_bitmap(bitmap, len(setup.roster))
-    if found is None:
-        raise FaultyServerError("the survivors are no set of this roster's parties")
-    if len(found) < setup.min_survivors:
-        raise TooFewSurvivorsError("refused to open a sum", survivors=len(found), needed=setup.min_survivors)
-    if member.index not in found:
-        raise FaultyServerError("the sum is said not to have this party's vector, which was sent")
-    return tuple(setup.roster[place] for place in sorted(found))
+    return total, tuple(setup.roster[place] for place in sorted(survivors))

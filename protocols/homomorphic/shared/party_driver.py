@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from choral.protocols.crypto.keys import x25519_public
-from choral.protocols.driver import Answer, NeedsVector, used
+from choral.protocols.driver import Answer, used
 from choral.protocols.errors import FaultyServerError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
@@ -23,8 +23,7 @@ from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyCo
 from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, KeyAgreement, Waiting
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
-from choral.protocols.masking.party_round import Membership
+from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, needed
 from choral.protocols.masking.policy import Policy
 from choral.protocols.stored_state import stored
 
@@ -37,12 +36,12 @@ class SharedPartyDriver(MaskedPartyDriver):
     """
 
     known = key_messages.ToParty
+    waits = Holder
 
     def __init__(self, context: PartyContext, *, floats: terms.Floats | None = None) -> None:
         self._floats, self._private = floats, b""
         self._keying: Waiting | ConfirmingKey | None = None
         self._holder: Holder | None = None
-        self._sent: tuple[bytes, ...] | None = None
         self.total: tuple[Any, tuple[str, ...]] | None = None
         super().__init__(context)
 
@@ -75,15 +74,10 @@ class SharedPartyDriver(MaskedPartyDriver):
             return self._hand_out(message, raw)
         return super()._take(message, raw, key)
 
-    def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:
-        opening = self._opening
-        if not (isinstance(message, messages.Reveals) and isinstance(opening, Revealing) and self._setup):
-            return super()._open(message, raw)
-        if message.session != self._setup.session:
-            raise FaultyServerError("the Reveals are of another session")
-        self._opening = None
-        plan = terms.plan_of(len(self._setup.roster), self._setup, self._floats)
-        agreement, self._private = KeyAgreement((self._private, plan)), b""
+    def _revealed(self, setup: messages.SumSetup, opening: Revealing, raw: bytes) -> Answer:
+        """The session is open once the key is handed out."""
+        agreement = KeyAgreement((self._private, terms.plan_of(len(setup.roster), setup, self._floats)))
+        self._private = b""
         self._keying, deal = agreement.meet(opening, raw, randomness=self._randomness)
         return () if deal is None else (deal,)
 
@@ -104,21 +98,13 @@ class SharedPartyDriver(MaskedPartyDriver):
             return ()  # until a party is heard in the open session, each Begin brings them along
         raise used(f"its {kind} was not waited for: that step was taken")
 
-    def _begin(self, begin: messages.Begin, raw: bytes, member: Membership) -> Answer:
-        if self._round is None or begin != self._round.begin:
-            super()._begin(begin, raw, member)
-            self._sent = None
-        if self._sent is not None:
-            return self._sent
-        return NeedsVector(begin.session, begin.round, begin.exchange, begin.weights, begin.terms)
-
-    def _advertise(self, number: int) -> tuple[Any, bytes]:
-        """A round has no keys to show. That it may have been answered is stored first."""
-        if number - self._last >= terms.MAX_SKIPPED:
-            raise FaultyServerError(f"asked for round {number} after round {self._last}")
-        self._last = number
+    def _answer(self, begin: messages.Begin) -> tuple[Any, Answer]:
+        """A round has no keys to show: a vector is asked for. That it may have been answered is stored first."""
+        if begin.round - self._last >= terms.MAX_SKIPPED:
+            raise FaultyServerError(f"asked for round {begin.round} after round {self._last}")
+        self._last = begin.round
         self._save()
-        return None, b""
+        return self._holder, needed(begin)
 
     def supply(self, vector: Any) -> tuple[bytes, ...]:
         """See :class:`choral.protocols.driver.PartyDriver`.
@@ -126,21 +112,13 @@ class SharedPartyDriver(MaskedPartyDriver):
         vector: int64, numpy or a torch tensor; of floats float64, numpy; shape (length,), every |value| <= bound.
         Raises: InputError, after which a right one may be supplied; StateUsedError where none is asked for (any more).
         """
-        now, holder = self._round, self._holder
-        if now is None or holder is None or self._sent is not None:
-            raise used("no vector is asked for")
-        self._holder, now.state, upload = holder.encrypt(now.begin.round, vector, now.begun)
-        return self._answered((upload,))
+        now, holder = self._ready()
+        self._holder, encrypted, upload = holder.encrypt(now.begin.round, vector, now.begun)
+        return self._supplied(now, encrypted, (upload,))
 
-    def decline(self) -> None:
-        """Sit out: the party sends no vector in this round, and answers the next one. Raises: StateUsedError."""
-        if self._round is None or self._sent is not None:
-            raise used("no vector is asked for")
-        self._answered(())
-
-    def _answered(self, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    def _supplied(self, now: Any, state: Any, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """The same Begin, alone or in a bundle, gets this from here on, not what it was answered before."""
-        self._sent = answer if self._replies.kept else ()
+        now.state, now.answer = state, answer if self._replies.kept else ()
         self._replies.forget()
         return answer
 

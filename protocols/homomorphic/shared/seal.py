@@ -126,8 +126,7 @@ class SealRing:
         if len(body) != self.parameters.seeded_bytes:
             raise CiphertextError(f"expected a ciphertext of {self.parameters.seeded_bytes} bytes, got {len(body)}")
         words = self._words(memoryview(body)[SEED_BYTES:], 1)
-        seed_size = _SEED.size
-        seed = _SEED.pack(self._header(seed_size), _BLAKE2XB, bytes(body[:SEED_BYTES]))
+        seed = _SEED.pack(self._header(_SEED.size), _BLAKE2XB, bytes(body[:SEED_BYTES]))
         return self._load(words, seed)
 
     def load_sum(self, body: bytes | memoryview) -> Any:

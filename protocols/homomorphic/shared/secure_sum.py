@@ -41,8 +41,11 @@ SECURITY_BITS = 128
 """Of the ring (SEAL's table), X25519, Ed25519, AES-128 and SHA-256."""
 
 
-class SharedKeySession(RehearsedSession):
-    """All parties of one session, and their server, each behind its driver. floats: of CKKS.
+class SharedSession(RehearsedSession):
+    """See :class:`choral.protocols.interface.SumSession`: exact sums of integers (BFV), or sums of ``floats`` (CKKS).
+
+    A round has no keys or shares of its own, and nobody confirms; "unmasking" is what one survivor does, so another is
+    asked where the first is lost.
 
     min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority. policy: the parties' own
     terms, by default what spec and ``min_survivors`` say, and never what the setup says.
@@ -101,14 +104,6 @@ class SharedKeySession(RehearsedSession):
             },
             "protocol_version": VERSION,
         }
-
-
-class SharedSession(SharedKeySession):
-    """See :class:`choral.protocols.interface.SumSession`: exact sums of integers (BFV) under a shared key.
-
-    Guarantee and trust: see the module. A round has no keys or shares of its own, and nobody confirms; "unmasking" is
-    what one survivor does, so another is asked where the first is lost.
-    """
 
     @property
     def statement(self) -> Mapping[str, Any]:

@@ -134,12 +134,11 @@ def keyed_session(session: bytes, commitment: bytes) -> bytes:
     return digest("shared/session", session, commitment)
 
 
-def first_link(session: bytes, seed: bytes) -> bytes:
-    return hkdf_sha256(seed, salt=session, info=digest("shared/chain", 0), length=32)
-
-
 def next_link(session: bytes, link: bytes, number: int) -> bytes:
-    """The chain's secret after round ``number``; that of the round cannot be computed from it."""
+    """The chain's secret after round ``number``, from the one before; the first, after 0, from the dealt seed.
+
+    The one before cannot be computed from it.
+    """
     return hkdf_sha256(link, salt=session, info=digest("shared/chain", number), length=32)
 
 

@@ -293,7 +293,7 @@ def test_a_begin_that_is_replayed_is_refused(deployed: Any) -> None:
     net.round()
     begins = [raw for way, step, name, raw in net.sent if (way, step, name) == ("down", "keys", "p0")]
     assert len(begins) == 1
-    assert net.parties["p0"].handle(begins[0]) == (net.parties["p0"]._round.advertise,)
+    assert net.parties["p0"].handle(begins[0]) == net.parties["p0"]._round.answer
     net.round()
     for raw in [raw for way, _, name, raw in net.sent if (way, name) == ("down", "p0")][2:6]:
         with pytest.raises((FaultyServerError, StateUsedError)) as caught:

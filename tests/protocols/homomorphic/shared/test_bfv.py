@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log2
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_plans_are_secure_and_have_room(size: tuple[int, int, int]) -> None:
     assert chosen.plain_modulus == plan.radix**plan.values_per_slot < 2**60
     assert plan.radix == 2 * plan.parties * plan.bound + 1
     assert 2 * ERROR_BOUND * chosen.plain_modulus * plan.parties * 2**plan.margin_bits < chosen.modulus
-    assert plan.bytes_per_value > plan.limit_bytes_per_value
+    assert plan.bytes_per_value > log2(plan.radix) / 8
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
