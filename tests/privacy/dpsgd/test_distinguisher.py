@@ -20,9 +20,9 @@ from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import os_stream
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
-# At this size half the noise is caught, and the promised noise passes, with five standard deviations to spare on both
+# At this size half the noise is caught, and the promised noise passes, with six standard deviations to spare on both
 # error rates: a false alarm or a miss has probability below 1e-9.
-TRIALS = 2000
+TRIALS = 1500
 DELTA = 0.1
 
 

@@ -121,6 +121,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert one.history[-1].metrics["accuracy"] > one.history[0].metrics["accuracy"]
 
 
+@pytest.mark.slow  # torchrun is also that of the command line, below, and the script's processes those above
 def test_under_torchrun(tmp_path):
     path = script(tmp_path)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, str(tmp_path / "two"), "p"]

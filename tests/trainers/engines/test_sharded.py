@@ -110,13 +110,6 @@ def test_a_party_that_fails_at_any_rank_drops_out(tmp_path: Path) -> None:
         assert torch.equal(states(tmp_path / "2", "masked")[name], tensor)
 
 
-def test_what_fails_at_all_ranks_is_the_runs_error(tmp_path: Path) -> None:
-    outputs = finished(start("diverges", tmp_path, 2), codes=(1, 1))
-    assert "DivergedError: no party could train in round 1: party-0: training at party 'party-0' div" in outputs[0]
-    assert "party-1: training at party 'party-1' diverged in round 1" in outputs[0]
-    assert "ProcessError: rank 0 has gone" in outputs[1]
-
-
 def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
     finished(start("trials", tmp_path, 2), codes=(0, 0))
 
@@ -134,9 +127,10 @@ def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
         assert torch.equal(states(tmp_path, "masked")[name], tensor)
 
 
-def test_an_error_at_one_of_three_ranks_ends_all(tmp_path: Path) -> None:
+def test_what_fails_at_all_of_three_ranks_is_the_runs_error_and_ends_all(tmp_path: Path) -> None:
     outputs = finished(start("diverges", tmp_path, 3), codes=(1, 1, 1))
-    assert "DivergedError: no party could train in round 1" in outputs[0]
+    assert "DivergedError: no party could train in round 1: party-0: training at party 'party-0' div" in outputs[0]
+    assert "party-1: training at party 'party-1' diverged in round 1" in outputs[0]
     assert all("ProcessError: rank 0 has gone" in output for output in outputs[1:])
 
 
