@@ -237,9 +237,8 @@ class Ready(Once[_Masking]):
         subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
         packed = masked(vector, setup.modulus_bits, added, subtracted)
         message = messages.Upload(masking.member.id, masking.number, messages.to_pieces(packed))
-        partners = frozenset(masking.pairs)
-        state = Uploaded(_Waiting(masking.member, masking.number, masking.own_share, partners, masking.held))
-        return state, messages.encode(message)
+        sent = _Waiting(masking.member, masking.number, masking.own_share, frozenset(masking.pairs), masking.held)
+        return Uploaded(sent), messages.encode(message)
 
 
 class Uploaded(Once[_Waiting]):
@@ -273,10 +272,9 @@ class Uploaded(Once[_Waiting]):
 
 def survivors_of(member: Membership, bitmap: bytes) -> frozenset[int]:
     """Whose vectors the server says are in the sum. Raises: FaultyServerError; TooFewSurvivorsError."""
-    n, needed = len(member.setup.roster), member.setup.min_survivors
-    alive = messages.from_bitmap(bitmap, n)
+    needed, alive = member.setup.min_survivors, messages.from_bitmap(bitmap, len(member.setup.roster))
     if alive is None:
-        raise FaultyServerError(f"the set of survivors is no set of {n} parties")
+        raise FaultyServerError("the set of survivors is no set of the roster's parties")
     if member.index not in alive:
         raise FaultyServerError("it says that this party dropped out, and still asks it to help to open the sum")
     if len(alive) < needed:
