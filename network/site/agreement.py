@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from choral.network.errors import OfferRefusedError
 from choral.network.site.approvals import approvals
 from choral.network.site.budget import open_ledger
-from choral.network.site.log import AGREED, REFUSED, SiteLine
+from choral.network.site.files.log import AGREED, REFUSED, SiteLine
+from choral.network.site.files.settings import DataSet, Maxima
 from choral.network.site.objections import objections, policy_of
 from choral.network.site.offer import Offer
-from choral.network.site.settings import DataSet, Maxima
 from choral.network.site.terms import promise_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Ledger, Privacy
 from choral.protocols.interface import SecureSum, SumSpec

@@ -1,7 +1,7 @@
 """Offers that a site keeps, and which of them a person has approved: until when, or no longer.
 
-Approvals and revocations are lines of the site's log (:mod:`choral.network.site.log`) and nowhere else: whoever changes
-one would have to sign. An approval is of an offer's digest, so of every word of it, code included.
+Approvals and revocations are lines of the site's log (:mod:`choral.network.site.files.log`) and nowhere else: whoever
+changes one would have to sign. An approval is of an offer's digest, so of every word of it, code included.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from choral.network.errors import OfferError, OfferRefusedError, SiteError
-from choral.network.site.log import APPROVED, REVOKED, SiteLine
+from choral.network.site.files.log import APPROVED, REVOKED, SiteLine
+from choral.network.site.files.private import write_private
 from choral.network.site.offer import LARGEST_OFFER, Offer
-from choral.network.site.private_files import write_private
 
 if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
@@ -160,9 +160,10 @@ def approve(folder: SiteFolder, offer: Offer, until: date, *, by: str, now: date
 
 
 def revoke(folder: SiteFolder, digest: str, *, by: str, now: datetime | None = None) -> Approval:
-    """Revoke the approval of the digest. Raises: SiteError if there is none that holds or will hold."""
-    found = [approval for approval in approvals(folder.log.read().entries).values() if approval.digest == digest]
-    if not found or found[0].revoked:
-        raise SiteError(f"no approval of {digest!a:.80} to revoke", hint="`choral site log` lists them")
-    folder.log.append(REVOKED, {"digest": digest, "job": found[0].job, "by": by}, now)
+    """Revoke what was approved. digest: or its beginning. Raises: SiteError if that is none, or more than one."""
+    standing = [approval for approval in approvals(folder.log.read().entries).values() if not approval.revoked]
+    found = [approval for approval in standing if approval.digest.startswith(digest)]
+    if len(found) != 1:
+        raise SiteError(f"{len(found)} approvals of {digest!a:.80} to revoke", hint="`choral site log` lists them")
+    folder.log.append(REVOKED, {"digest": found[0].digest, "job": found[0].job, "by": by}, now)
     return found[0]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from choral.errors import ChoralError
-from choral.network.site.settings import DataSet, ledger_of
+from choral.network.site.files.settings import DataSet, ledger_of
 from choral.privacy import ClientPrivacy, Ledger, Privacy
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, Event
 from choral.privacy.ledgers.plans import RemainingBudget, guarantee
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 def open_ledger(folder: SiteFolder, name: str) -> Ledger:
     """The ledger of the data set `name`. Raises: LedgerError."""
     return Ledger(folder.path / ledger_of(name, folder.settings.data[name]), holder=folder.settings.name)
+
+
+def spent_of(ledger: Ledger) -> float:
+    """The epsilon that was spent so far, at the ledger's delta, as much as anybody may count. Raises: LedgerError."""
+    if ledger.delta is None:
+        return 0.0
+    return max(guarantee(ledger) or 0.0, ledger.epsilon(ledger.delta))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ def budget_of(
         one that is damaged; ConfigError for a batch size that is none.
     """
     promised = data.promise.epsilon if data.promise is not None else None
-    spent = max(guarantee(ledger) or 0.0, ledger.epsilon(ledger.delta) if ledger.delta else 0.0)
+    spent = spent_of(ledger)
     if privacy is None:
         return DataBudget(promised=promised, spent=spent, asked=None)
     by_client = isinstance(privacy, ClientPrivacy)

@@ -26,12 +26,12 @@ from choral.errors import ConfigError
 from choral.locks import lock_file
 from choral.network.errors import OfferRefusedError, SiteError
 from choral.network.site.approvals import KeptOffers
-from choral.network.site.directory_file import Pinned
-from choral.network.site.log import Fact, SiteLog
+from choral.network.site.files.directory import Pinned
+from choral.network.site.files.log import Fact, SiteLog
+from choral.network.site.files.private import check_private, write_private
+from choral.network.site.files.settings import SiteSettings, read_site
+from choral.network.site.files.template import SITE_TOML
 from choral.network.site.offer import Offer
-from choral.network.site.private_files import check_private, write_private
-from choral.network.site.settings import SiteSettings, read_site
-from choral.network.site.template import SITE_TOML
 from choral.network.transport.certificates import CertifiedIdentity, check_name, make_identity
 from choral.network.transport.directory import Directory
 from choral.protocols.crypto.identity import Identity

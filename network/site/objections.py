@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from choral.errors import ChoralError
 from choral.network.site.approvals import code_of
 from choral.network.site.budget import budget_objection
+from choral.network.site.files.settings import DataSet
 from choral.network.site.offer import Offer
-from choral.network.site.settings import DataSet
 from choral.network.site.terms import masks_of, promise_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic

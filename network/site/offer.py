@@ -19,6 +19,7 @@ import msgspec
 
 from choral.errors import ConfigError
 from choral.network.errors import OfferError
+from choral.network.site.files.settings import FILE
 from choral.network.transport.certificates import NAME
 
 LARGEST_OFFER = 1 << 20  # bytes; most of it are the names and shapes of the model's parameters
@@ -26,7 +27,6 @@ MOST_PARTIES = 10_000
 IN_THE_CLEAR = "in the clear, no epsilon"
 METRICS = ("none", IN_THE_CLEAR)
 """What becomes known of the sites' own evaluations: nothing; or their sums, which no promise covers."""
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _PURPOSE = b"choral offer 1\n"
 
@@ -145,7 +145,7 @@ def alike(given: Any, read: Any) -> bool:
     if isinstance(given, list | tuple) and isinstance(read, list):
         return len(given) == len(read) and all(map(alike, given, read))
     if isinstance(given, dict) and isinstance(read, dict):
-        return list(given) == list(read) and all(alike(given[key], read[key]) for key in given)
+        return given.keys() == read.keys() and all(alike(given[key], read[key]) for key in given)
     return type(given) is type(read) and given == read
 
 

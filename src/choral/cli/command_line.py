@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | export | budget``.
+"""The command line: ``choral compare | train | audit | export | budget | site``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
@@ -34,6 +34,7 @@ commands:
                              or a model of your own: --scores FILE, --model FILE.py, --probe
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
+  site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
 
 Start here:  choral compare examples/digits.toml --out runs/digits
 Details:     choral COMMAND --help
@@ -154,10 +155,17 @@ def _budget(words: list[str]) -> int:
     return 0
 
 
+def _site(words: list[str]) -> int:
+    from choral.cli.site import site
+
+    return site(words)
+
+
 _COMMANDS: dict[str, Command] = {
     "compare": _compare,
     "train": _train,
     "audit": _audit,
     "export": _export,
     "budget": _budget,
+    "site": _site,
 }

@@ -14,7 +14,6 @@ from typing import Literal
 
 from choral.errors import ConfigError
 from choral.network.errors import SiteError
-from choral.network.site.offer import FILE
 from choral.network.transport.certificates import check_name
 from choral.protocols.argument_checks import share
 from choral.toml_files import read_toml
@@ -24,6 +23,8 @@ Algorithm = Literal[
     "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fedsgd", "fsvrg", "dane", "gd", "cocoa"
 ]
 Noise = Literal["local", "distributed", "central"]
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""A file in tasks/, or the name of a data set: no path, nothing hidden."""
 PART = re.compile(r"party ([1-9][0-9]{0,4}) of ([1-9][0-9]{0,4})")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from choral.network.errors import CertificateError, SiteError
-from choral.network.site.private_files import write_private
+from choral.network.site.files.private import write_private
 from choral.network.transport.certificates import Certificate, read_certificate
 from choral.network.transport.directory import Directory
 from choral.toml_files import read_toml

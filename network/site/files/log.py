@@ -122,7 +122,7 @@ class SiteLog:
         file.seek(0)
         content = file.read()
         content = content[: content.rfind(b"\n") + 1]
-        if content != self._known.content:
+        if not content or content != self._known.content:
             self._known = self._verified(content)
         return self._known
 

@@ -1,0 +1,180 @@
+"""What a person sees before they approve an offer: what would run, what would become known, and what it would cost.
+
+All of a coordinator's words, and the code, are printed with every character that a terminal would not show as it is
+(escape sequences, characters that change the direction of writing) spelt out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from choral.errors import ChoralError
+from choral.network.site.approvals import Approval, approvals
+from choral.network.site.budget import DataBudget, budget_of, open_ledger
+from choral.network.site.objections import objections
+from choral.network.site.offer import Offer
+from choral.network.site.terms import promise_of, terms_of
+from choral.privacy import ClientPrivacy, Privacy
+from choral.privacy.accounting.budget import at_least, at_most, shown
+from choral.trainers.federated.terms.training_terms import TrainingTerms
+
+if TYPE_CHECKING:
+    from choral.network.site.folder import SiteFolder
+
+LONGEST_DIFF = 2000  # lines
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """rows: what and its words, in order. against: why the site would refuse it whoever approved it. diff: lines of a
+    unified diff of the training code against what was approved last for the same task.
+    """
+
+    rows: Sequence[Row]
+    against: Sequence[str]
+    diff: Sequence[str]
+
+
+def review(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Review:
+    """Raises: SiteError for a log that cannot be read; LedgerError for a ledger that cannot."""
+    lines = folder.log.read().entries
+    found = approvals(lines)
+    before = [approval for approval in found.values() if approval.task == offer.task]
+    words, diff = _code(folder, offer, before)
+    rows = [
+        ("job", f"{offer.job}, by coordinator {offer.coordinator}"),
+        ("digest", offer.digest),
+        ("approval", _standing(found.get(offer.digest), now or datetime.now(UTC))),
+        ("code", words),
+    ]
+    against = objections(folder, offer)
+    try:
+        rows += _of_terms(folder, offer, terms_of(offer.terms))
+    except ChoralError as error:
+        rows.append(("terms", f"cannot be shown: {error}"))
+    rows += [
+        ("secure sum", ", ".join(f"{key} {plainly(value)}" for key, value in offer.secure_sum.items())),
+        ("sites", ", ".join(offer.parties)),
+        ("evaluation", "nothing of it becomes known" if offer.metrics == "none" else f"summed, {offer.metrics}"),
+        ("settings", plainly(json.dumps(dict(offer.settings), sort_keys=True))),
+    ]
+    return Review(
+        rows=[(what, visible(text)) for what, text in rows],
+        against=[visible(reason) for reason in against],
+        diff=[visible(line) for line in diff],
+    )
+
+
+def _standing(approval: Approval | None, now: datetime) -> str:
+    if approval is None:
+        return "none"
+    until = f"by {approval.by} on {approval.at:%Y-%m-%d}, until {approval.until}"
+    return f"{until}: {why}" if (why := approval.refusal(now)) else until
+
+
+def _code(folder: SiteFolder, offer: Offer, before: Sequence[Approval]) -> tuple[str, list[str]]:
+    """In a line, and as a diff against what was approved last for this task."""
+    if offer.embedded:
+        approved = f"; approved last: {before[-1].code}" if before else ""
+        return f"the task {offer.task} of {offer.code}{approved}", []
+    path = folder.path / "tasks" / offer.task
+    if not path.is_file():
+        return f"tasks/{offer.task} is not installed here; its SHA-256 is to be {offer.code}", []
+    new = path.read_bytes()
+    words = f"tasks/{offer.task}, {len(new)} bytes, SHA-256 {offer.code}"
+    if not before:
+        return f"{words}; nothing was approved for this task before: read all of it", _diff("", _text(new), "nothing")
+    last = before[-1]
+    when = f"approved on {last.at:%Y-%m-%d}"
+    if last.code == offer.code:
+        return f"{words}; unchanged since it was {when}", []
+    kept = folder.path / "approved" / f"{last.code}.py"
+    old = kept.read_bytes() if kept.is_file() else b""
+    if hashlib.sha256(old).hexdigest() != last.code:
+        return f"{words}; the copy of the code {when} is gone or changed: read all of it", _diff("", _text(new), "gone")
+    return f"{words}; changed since the code {when}", _diff(_text(old), _text(new), when)
+
+
+def _diff(old: str, new: str, when: str) -> list[str]:
+    found = list(difflib.unified_diff(old.split("\n"), new.split("\n"), when, "installed here", lineterm=""))
+    if len(found) > LONGEST_DIFF:
+        return [*found[:LONGEST_DIFF], f"... and {len(found) - LONGEST_DIFF} lines more: read the file itself"]
+    return found
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterator[Row]:
+    record = terms.algorithm.record()
+    settings = ", ".join(f"{key} {plainly(value)}" for key, value in record.items() if key != "kind")
+    yield "algorithm", f"{record['kind']}{f' ({settings})' if settings else ''}, {terms.rounds} rounds at most"
+    for release in terms.algorithm.releases:
+        how_often = "once" if release.once else "every round"
+        yield "releases", f"{release.what} ({release.source}), {how_often}"
+    yield "model", f"{terms.federation.length} parameters in {len(terms.shapes)} tensors"
+    encoding, largest = terms.encoding, terms.federation.largest
+    weight = f"as many as its records, at most {largest}" if encoding.weights == "examples" else "as much as any other"
+    yield "values", f"up to {encoding.value_bound:g} in {encoding.value_bits} bits; a site counts for {weight}"
+    task = folder.settings.tasks.get(offer.task)
+    if task is None:
+        yield "data", "none: this training code may read no data set here"
+        return
+    data = folder.settings.data[task.data]
+    yield "data", f"{task.data}: {data.path or data.part}, {data.records} records"
+    asked = promise_of(terms.privacy, terms.federation.parties)
+    try:
+        budget = budget_of(data, open_ledger(folder, task.data), asked, terms, offer.settings)
+    except ChoralError as error:
+        yield "privacy", f"it does not fit: {error}"
+        return
+    yield "privacy", _promise(asked)
+    yield from _spending(budget)
+
+
+def _promise(asked: Privacy | ClientPrivacy | None) -> str:
+    if asked is None:
+        return "none is promised"
+    noise = {"local": "this site's own", "distributed": "each site's share", "central": "added by the coordinator"}
+    unit = "site" if isinstance(asked, ClientPrivacy) else "record"
+    clip = asked.clip if isinstance(asked, ClientPrivacy) else asked.max_grad_norm
+    relation = f", {asked.neighbours}" if isinstance(asked, Privacy) else ""
+    return (
+        f"epsilon {shown(asked.epsilon)} at delta {shown(asked.delta)} for each {unit}{relation}; "
+        f"clipping norm {clip}; noise is {noise[asked.noise]}"
+    )
+
+
+def _spending(budget: DataBudget) -> Iterator[Row]:
+    promised = "no promise was made" if budget.promised is None else f"{shown(budget.promised)} promised in all"
+    yield "budget", f"{at_least(budget.spent)} spent so far, {promised}"
+    if budget.asked is None:
+        return
+    left = "" if budget.left is None else f", and {at_most(budget.left)} is left"
+    yield "", f"when this job ends, all jobs on the data may have come to {shown(budget.asked)}{left}"
+    if budget.goes_on is not None:
+        yield "", f"it goes on with an earlier plan, of which {budget.goes_on} passes are left"
+    elif budget.noise is not None:
+        yield "", f"noise multiplier {budget.noise:.4g}"
+
+
+def plainly(value: Any) -> str:
+    """A value of an offer in few words."""
+    return "by default" if value is None else str(value)
+
+
+def visible(text: str) -> str:
+    """Every character as it can be seen: what is not printable is spelt out, as \\x1b or \\u202e."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign == "\t" else sign.encode("unicode_escape").decode() for sign in text
+    )
