@@ -1,13 +1,13 @@
 """Noise inside the secure sum: how fast it is made, and what it costs in accuracy against noise added by the server.
 
-    python benchmarks/distributed_dp.py [speed|accuracy] [--seeds 5] [--rounds 20] [--parties 100 1000]
+    python benchmarks/distributed_dp.py [speed|accuracy|cohorts] [--seeds 5] [--rounds 20] [--parties 100 1000]
 
 JSON lines. *speed*: coordinates per second on one core for one client's whole encoding (clip, rotate, round, noise),
 against the arithmetic it cannot do without, measured in the same run: a copy of the vector, and the random bytes that
 it draws, in seconds of the processor. *accuracy*: Fashion-MNIST, pooled to 14 x 14 pixels and a softmax regression,
 split evenly among the parties, all of which take part in every round, at epsilon = 8, delta = 1e-5 for each client;
 arms differ only in where the noise is added and in the bits. Sums are taken modulo 2^bits, as the secure sums do. Seeds
-decide the split, never noise.
+decide the split, never noise. *cohorts*: the noise of a trusted server, in clips, whose cohorts are secret or not.
 """
 
 from __future__ import annotations
@@ -158,9 +158,17 @@ def accuracy(parties: int, rounds: int, seeds: int, every: bool) -> None:
         )
 
 
+def cohorts() -> None:
+    """5,000 clients, 100 rounds, epsilon 2, delta 1e-6: everybody in each, and one in fifty, drawn in secret."""
+    for rate in (None, 0.02):
+        promise = ClientPrivacy(2.0, 1e-6, noise="central", sample_rate=rate)
+        engine = ClientPrivacyEngine(promise, clients=5000, length=3, rounds=100, ledger=Ledger())
+        say(sample_rate=rate, noise_in_clips=round(engine.ratio, 3))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["speed", "accuracy", "all"], default="all")
+    parser.add_argument("what", nargs="?", choices=["speed", "accuracy", "cohorts", "all"], default="all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--parties", type=int, nargs="+", default=[100, 1000])
@@ -170,6 +178,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if wanted.what in ("speed", "all"):
         speed(wanted.repeats)
+    if wanted.what in ("cohorts", "all"):
+        cohorts()
     if wanted.what in ("accuracy", "all"):
         for parties in wanted.parties:
             accuracy(parties, wanted.rounds, wanted.seeds, wanted.skellam)

@@ -168,7 +168,6 @@ def _agreement(row: Accountants, lower: float) -> tuple[Verdict, str]:
 def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
     """There is one bound for integer noise; what can be held against it is the continuous noise below it."""
     from choral.privacy.accounting import client_level, other_accountants
-    from choral.privacy.accounting.events import PoissonSampledGaussian
     from choral.privacy.errors import AccountingError
 
     try:
@@ -179,8 +178,7 @@ def _of_clients(name: str, ledger: Ledger, delta: float) -> Accountants:
             holder=name, delta=delta, steps=len(ledger.releases), head=ledger.head, verdict="unverified",
             finding=str(error),
         )  # fmt: skip
-    precision = sum(event.steps / event.noise_multiplier**2 for event in events)
-    gaussian = (PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1),)
+    gaussian = client_level.as_record_events(events)
     floor = other_accountants.epsilon_by_dp_accounting(gaussian, delta, 1e-4)
     exact = all(event.mechanism == "gaussian" for event in events)
     near = abs(bound - floor) <= AGREE * floor + ROUNDING if exact else bound >= floor * (1 - AGREE) - ROUNDING

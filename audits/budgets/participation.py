@@ -82,20 +82,26 @@ def _noise_elsewhere(run: Run) -> list[Check]:
 
     Central noise is continuous, the other kinds are of integers; with local noise a client counts on its own share.
     """
-    where = (run.info.privacy or {}).get("noise")
+    where, rate = ((run.info.privacy or {}).get(key) for key in ("noise", "sample_rate"))
     ledger = ledger_of(run, "clients") if unit_of(run) == "client" else None
     if ledger is None:
         return []
     for release in ledger.releases:
-        central = release.mechanism == "gaussian"
+        central = release.mechanism == "gaussian" and rate == getattr(release, "sample_rate", None)
         fits = {"central": central, "distributed": not central, "local": not central and release.shares == 1}
         if not fits.get(str(where), False):
             finding = (
                 f"run.json says {where}; the ledger was charged for {release.mechanism.replace('_', ' ')} noise in"
-                f" {release.shares} unknown shares."
+                f" {release.shares} unknown shares{_of_cohorts(rate, release)}."
             )
             return [Check(name="The noise is added where the promise says", verdict="violated", finding=finding)]
     return []
+
+
+def _of_cohorts(rate: object, release: ClientRelease) -> str:
+    """Where the rate at which secret cohorts are drawn is another than was charged."""
+    charged = getattr(release, "sample_rate", None)
+    return "" if rate == charged else f", of cohorts drawn at the rate {charged or 1:g}, of which run.json says {rate}"
 
 
 def _shares_as_charged(run: Run) -> list[Check]:

@@ -24,14 +24,14 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def phases_of(ledger: Ledger) -> tuple[Phase, ...]:
     """The ledger in the order in which it was written, alike events that follow each other taken together."""
-    from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease
+    from choral.privacy.accounting.events import CLIENT_UNIT
 
     phases: list[Phase] = []
     for place, event in enumerate(ledger.releases if ledger.unit == CLIENT_UNIT else ledger.events, 1):
         phase = Phase(
             mechanism=_in_words(event),
             noise_multiplier=event.noise_multiplier,
-            sample_rate=1.0 if isinstance(event, ClientRelease) else event.sample_rate,
+            sample_rate=getattr(event, "sample_rate", 1.0),  # of clients, one has it whose cohorts are secret
             steps=event.steps,
             first=place,
             last=place,
@@ -52,8 +52,11 @@ def _in_words(event: Event) -> str:
         CorrelatedGaussian,
         PoissonSampledGaussian,
         PoissonSampledShares,
+        SampledClientRelease,
     )
 
+    if isinstance(event, SampledClientRelease):
+        return "Gaussian, of secret cohorts"
     if isinstance(event, ClientRelease):
         words = f"{event.mechanism.replace('_', ' ')}, {event.shares} unknown shares"
         return words + (", counted anew by who survived" if event.settles else "")

@@ -21,6 +21,7 @@ _MEANING = {
     ZERO_OUT: " (one record is replaced by an empty one, which adds zero to every step)",
     REPLACE_ONE: " (one record is replaced by any other)",
 }
+_SURVIVORS = "which of them survive each round"
 _PUBLIC = {
     "record": (
         "how many records each data owner has",
@@ -28,7 +29,7 @@ _PUBLIC = {
     ),
     "client": (
         "who the clients are, and so how many",
-        "which of them survive each round",
+        _SURVIVORS,
         "how many records each has, where the run lists it",
     ),
 }
@@ -143,6 +144,8 @@ def _client_parts(info: RunInfo) -> tuple[str, str]:
             "anyone who sees every message and every model of the training, the server and all other clients included",
             "Each client adds all of the noise before anything leaves it.",
         )
+    if noise == "central" and promise.get("sample_rate") is not None:
+        return _secret_cohorts(float(promise["sample_rate"]))
     if noise == "central":
         return (
             "anyone who sees the model after any round",
@@ -160,6 +163,18 @@ def _client_parts(info: RunInfo) -> tuple[str, str]:
         return (sees, f"{trust} The server sees each client's update with its share of the noise alone.")
     rests = "That the server sees sums only rests on the secure sum."
     return (f"{sees}, the server included", f"{trust} {rests}{cohort_trust(info.secure_sum)}")
+
+
+def _secret_cohorts(rate: float) -> tuple[str, str]:
+    """The same where a trusted server keeps its cohorts secret."""
+    return (
+        "anyone who sees the model after any round, and nothing else of a round: neither who was selected nor how many",
+        f"The server draws each client for a round with probability {rate:g}, from the operating system's randomness,"
+        " and tells nobody whom it drew: the budget counts on that. It divides by the number that was to be expected,"
+        " adds the noise, sees each client's clipped update, and has to be trusted with all of it. The run's folder"
+        " and its reports, the times and the traffic of rounds are the server's own: they show how many were selected,"
+        " and no guarantee holds against those who see them.",
+    )
 
 
 def cohort_trust(secure_sum: Mapping[str, object] | None) -> str:
@@ -247,7 +262,9 @@ def _public(info: RunInfo, unit: str) -> tuple[str, ...]:
     """What neighbouring datasets have in common, and the promise does not hide."""
     parties = ("who the parties are, and which of them take part in each round",)
     federated = parties if unit == "record" and info.kind == "federated" else ()
-    return (*_PUBLIC.get(unit, ()), *federated, "all settings")
+    secret = (info.privacy or {}).get("sample_rate") is not None
+    known = [what for what in _PUBLIC.get(unit, ()) if not (secret and what == _SURVIVORS)]
+    return (*known, *federated, "all settings")
 
 
 def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:

@@ -3,13 +3,14 @@
 Unit: the client. Neighbour relation: *zero out one client*, whose vector is the zero vector in every round on one side
 and anything of norm at most the clipping norm on the other; who takes part is public and the same on both sides.
 Replacing one client's vector by another is two such steps: the same events cost at most what they would with half the
-noise. Sampling clients does not amplify here (q = 1): whoever runs the rounds knows who was selected.
+noise. Sampling clients does not amplify (q = 1) where whoever runs the rounds is to be held off, who knows who was
+selected: it does where a trusted server keeps that secret (:class:`SampledClientRelease`).
 
 - *Distributed discrete Gaussian* (Kairouz, Liu, Steinke 2021): the sum of n shares of N_Z(0, v) is no
   discrete Gaussian, but within tau of one, tau = 10 sum_{k=1}^{n-1} exp(-2 pi^2 v k / (k + 1)). One share has tau = 0.
 - *Skellam* (Agarwal, Kairouz, Liu 2021, theorem 3.5): shares add up exactly; integer orders only.
 - *Gaussian*, where the server adds the noise: the exact trade-off of Balle and Wang 2018, or its Renyi curve when it is
-  composed with the others.
+  composed with the others. With secret cohorts, the PLD of the Poisson-sampled Gaussian mechanism, as for records.
 
 Both distributed bounds hold for integer vectors in any number of coordinates, whatever the rounding that made them
 integer. Renyi curves add over rounds (Mironov 2017) and convert by Canonne, Kamath, Steinke 2020, proposition 12, in
@@ -35,11 +36,13 @@ import numpy.typing as npt
 from dp_accounting.rdp import rdp_privacy_accountant
 
 from choral.privacy.accounting import record_level
-from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian
+from choral.privacy.accounting import renyi as record_renyi
+from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian, SampledClientRelease
 from choral.privacy.errors import AccountingError
 
 ACCOUNTANT = f"Renyi DP of integer noise, converted by dp-accounting {version('dp-accounting')}"
 CENTRAL_ACCOUNTANT = "the exact Gaussian mechanism (Balle and Wang 2018)"
+SAMPLED_ACCOUNTANT = "PLD of the Poisson-sampled Gaussian mechanism"
 
 _ORDERS = (*range(2, 257), 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 _BETWEEN = tuple(1.0 + 0.02 * 1.02**i for i in range(400))  # the discrete Gaussian and Gaussian have them too
@@ -98,6 +101,10 @@ def settled(releases: Iterable[ClientRelease]) -> tuple[ClientRelease, ...]:
 
 def accountant_of(releases: Iterable[ClientRelease]) -> str:
     """The method that :func:`epsilon` uses for these."""
+    releases = tuple(releases)
+    exact = all(event.mechanism == "gaussian" for event in releases)
+    if exact and any(isinstance(event, SampledClientRelease) for event in releases):
+        return SAMPLED_ACCOUNTANT
     return CENTRAL_ACCOUNTANT if all(event.mechanism == "gaussian" for event in releases) else ACCOUNTANT
 
 
@@ -106,6 +113,8 @@ def renyi(release: ClientRelease, orders: Sequence[float]) -> _Floats:
 
     Infinite where no bound is known: Skellam at orders that are no integers.
     """
+    if isinstance(release, SampledClientRelease):
+        return np.asarray(record_renyi.renyi(_sampled(release, steps=1), orders))
     alpha = np.asarray(orders, dtype=np.float64)
     total = release.shares * release.share_variance
     squared = float(release.sensitivity_squared)
@@ -139,7 +148,20 @@ def _by_renyi(events: Sequence[ClientRelease], delta: float) -> float:
 
 
 def _continuous(events: Sequence[ClientRelease], delta: float) -> float:
-    """The exact cost of continuous Gaussians of the same noise and sensitivity: they compose to a single one."""
-    precision = math.fsum(event.steps / event.noise_multiplier**2 for event in events)
-    one = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1)
-    return record_level.epsilon([one], delta)
+    """The cost of continuous Gaussians of the same noise and sensitivity: exact; by PLD where cohorts were secret."""
+    return record_level.epsilon(as_record_events(events), delta)
+
+
+def as_record_events(events: Sequence[ClientRelease]) -> tuple[PoissonSampledGaussian, ...]:
+    """Continuous Gaussians of the same noise and sensitivity, those of everybody composed to a single one."""
+    sampled = [event for event in events if isinstance(event, SampledClientRelease)]
+    whole = [event for event in events if not isinstance(event, SampledClientRelease)]
+    found = [_sampled(event, steps=event.steps) for event in sampled]
+    if whole:
+        precision = math.fsum(event.steps / event.noise_multiplier**2 for event in whole)
+        found.append(PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=precision**-0.5, steps=1))
+    return tuple(found)
+
+
+def _sampled(event: SampledClientRelease, *, steps: int) -> PoissonSampledGaussian:
+    return PoissonSampledGaussian(sample_rate=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=steps)

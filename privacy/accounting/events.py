@@ -304,7 +304,26 @@ class ClientRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return math.sqrt(self.shares * self.share_variance / self.sensitivity_squared)
 
 
-Event = RecordEvent | ClientRelease
+class SampledClientRelease(ClientRelease, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sampled_clients"):
+    """`steps` sums of the vectors of cohorts, with Gaussian noise; all that is seen of a sum is what is computed of it.
+
+    Each cohort takes every client independently with probability `sample_rate`, from randomness that nobody else knows,
+    and neither who was taken nor how many is ever seen: the sum is not divided by their number. Its cost is that of the
+    Poisson-sampled Gaussian mechanism of `noise_multiplier`.
+    """
+
+    sample_rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _make_plain(self, ("sample_rate",), ())
+        if not 0.0 < self.sample_rate <= 1.0:
+            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
+        if self.mechanism != "gaussian" or self.shares != 1 or self.settles:
+            raise ConfigError("secret cohorts have Gaussian noise, all of it the server's")
+
+
+Event = RecordEvent | ClientRelease | SampledClientRelease
 
 
 class PlannedEvents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

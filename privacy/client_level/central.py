@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from choral.errors import ConfigError
-from choral.privacy.accounting.events import ClientRelease
+from choral.privacy.accounting.events import ClientRelease, SampledClientRelease
 from choral.privacy.client_level.distributed import clipping_factor
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import Source, grid_gaussian, noise_grid
@@ -32,12 +33,14 @@ Int64Array = npt.NDArray[np.int64]
 class CentralScheme:
     """Vectors of `length` coordinates, and noise of `ratio` times the clipping norm that the server adds to their sum.
 
+    sample_rate: of the clients, whose cohorts are secret; None, and who is in a sum is known.
     Has the same methods as :class:`choral.privacy.client_level.distributed.DistributedScheme`. Raises: ConfigError
     (ratio not > 0).
     """
 
     length: int
     ratio: float
+    sample_rate: float | None = None
 
     bits = None  # the sum is exact
 
@@ -68,7 +71,7 @@ class CentralScheme:
     def release(self, shares: int, *, settles: bool = False) -> ClientRelease:
         """One sum with the server's noise, as an event; `shares` does not matter."""
         del shares
-        return ClientRelease(
+        release = ClientRelease(
             mechanism="gaussian",
             sensitivity_squared=1,
             share_variance=self.ratio**2,
@@ -76,6 +79,9 @@ class CentralScheme:
             length=self.length,
             settles=settles,
         )
+        if self.sample_rate is None:
+            return release
+        return SampledClientRelease(**msgspec.structs.asdict(release), sample_rate=self.sample_rate)
 
     def encode(self, vector: npt.NDArray[Any] | torch.Tensor, clip: float, signs: None, source: Source) -> Int64Array:
         """Clip `vector` to norm `clip` and return it as integers, int64, shape (length,). No noise yet.

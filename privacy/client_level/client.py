@@ -52,7 +52,7 @@ class ClientPrivacy:
 
     Unit: the client, with all its records and its whole training. Neighbour relation: zero out one client, that is, its
     update is the zero vector in every round; who takes part and who drops out is public and must not depend on data.
-    Amplification by sampling clients is not claimed (q = 1).
+    Amplification by sampling clients is claimed with a `sample_rate` alone.
 
     Adversary, by `noise`:
         "distributed": whoever sees the sums, so the server too when the secure sum hides the rest from it, together
@@ -60,7 +60,9 @@ class ClientPrivacy:
             secure sum makes it open sums of at least `min_survivors` clients only (`Masked(server="malicious")`).
         "local": the server sees each noisy update; anyone, whatever the server and all other clients do.
         "central": whoever sees the models. The server, or whoever opens the sum, sees it without noise and is trusted
-            to add the noise and to keep the sum to itself.
+            to add the noise and to keep the sum to itself. With a `sample_rate`: whoever sees the models and nothing
+            else of a round. The server is trusted besides to draw each client with that probability from secret
+            randomness, and to tell nobody whom it drew, nor how many: sums are divided by the number expected.
 
     Args:
         epsilon, delta: the most that may be spent; delta in (0, 1), below 1/n for n clients.
@@ -71,6 +73,7 @@ class ClientPrivacy:
             single other client knows its own share, so the default is 1.
         mechanism: of integer noise, "discrete_gaussian" or "skellam" (whose shares add up exactly). bits: of a
             coordinate of the sum, 4 to 24; 16 to 20 are usual. Neither matters to central noise.
+        sample_rate: of central noise alone: the chance of each client to be in a round's cohort, which is secret.
         ledger: what remembers what these clients have spent, a file or a :class:`Ledger`; None keeps it in the run's
             folder, or where there is none in memory for as long as the run.
     Raises: ConfigError for a value out of range.
@@ -85,6 +88,7 @@ class ClientPrivacy:
     colluders: int = 1
     mechanism: Law = "discrete_gaussian"
     bits: int = 20
+    sample_rate: float | None = None
     ledger: Ledger | str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,11 +109,29 @@ class ClientPrivacy:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if isinstance(self.colluders, bool) or not isinstance(self.colluders, int) or self.colluders < 0:
             raise ConfigError(f"colluders is {self.colluders}, expected an integer >= 0")
+        self._check_cohorts()
         least = self.min_survivors
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least <= self.colluders):
             raise ConfigError(
                 f"min_survivors is {least}, expected an integer above the {self.colluders} colluders",
                 hint="At least one client's noise must be unknown to the adversary; more make each share smaller.",
+            )
+
+    def _check_cohorts(self) -> None:
+        rate = self.sample_rate
+        if rate is None:
+            return
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 < rate < 1.0:
+            raise ConfigError(f"sample_rate is {rate!r}, expected a number between 0 and 1, or None")
+        if self.noise != "central":
+            raise ConfigError(
+                f'sample_rate with noise="{self.noise}": whoever runs the rounds knows who was selected',
+                hint='noise="central" trusts the server with it, and holds off whoever sees the models',
+            )
+        if isinstance(self.clip, AdaptiveClip) or self.min_survivors is not None:
+            raise ConfigError(
+                "sample_rate with an adaptive clip or min_survivors: they go by how many were selected, a secret",
+                hint="leave them out: the sum is divided by the number expected",
             )
 
     def survivors_of(self, clients: int) -> int:
@@ -142,6 +164,8 @@ class ClientPrivacy:
             plain |= {"quantile": adaptive.quantile, "clip_rate": adaptive.rate, "clip_share": adaptive.share}
         if self.noise != "central":
             plain |= {"mechanism": self.mechanism, "bits": self.bits}
+        if self.sample_rate is not None:
+            plain |= {"sample_rate": float(self.sample_rate)}
         if self.noise == "distributed":
             plain |= {"min_survivors": self.survivors_of(clients), "colluders": self.colluders}
         return plain
@@ -202,6 +226,11 @@ class ClientPrivacyEngine:
     def holders(self) -> int:
         """Noise shares that no sum that is opened has fewer of, without those of the colluders."""
         return self.min_survivors - self.privacy.colluders if self.privacy.noise == "distributed" else 1
+
+    def divisor(self, survivors: int) -> float:
+        """What a sum over so many is divided by: their number, or where that is secret, the one to be expected."""
+        rate = self.privacy.sample_rate
+        return survivors if rate is None else rate * self.clients
 
     @property
     def encoding(self) -> str:
@@ -269,7 +298,7 @@ class ClientPrivacyEngine:
     def _scheme(self, ratio: float) -> DistributedScheme | CentralScheme:
         length = self.length + (1 if self.adaptive else 0)
         if self.privacy.noise == "central":
-            return CentralScheme(length=length, ratio=ratio)
+            return CentralScheme(length=length, ratio=ratio, sample_rate=self.privacy.sample_rate)
         return design(
             mechanism=self.privacy.mechanism,
             bits=self.privacy.bits,
@@ -304,8 +333,9 @@ class ClientRound:
     def decode(self, total: Int64Array, survivors: int) -> torch.Tensor:
         """Return the noisy mean of the survivors' clipped updates, float64, shape (length,), and move the clip.
 
-        The divisor is the public number of survivors. Raises: TooFewClientsError (fewer than min_survivors),
-        PrivacyError (a second time), EncodingError (another shape or type), LedgerError.
+        The divisor is the public number of survivors; of secret cohorts the number expected.
+        Raises: TooFewClientsError (fewer than min_survivors), PrivacyError (a second time), EncodingError (another
+        shape or type), LedgerError.
         """
         import torch
 
@@ -331,7 +361,7 @@ class ClientRound:
             within = (sums[-1] / (math.sqrt(share) * survivors) + 1.0) / 2.0
             sums = sums[:-1] * (self.clip / math.sqrt(1.0 - share))
             engine.clip = engine.adaptive.moved(self.clip, float(within))
-        return torch.from_numpy(sums / survivors)
+        return torch.from_numpy(sums / engine.divisor(survivors))
 
 
 def check_client_delta(delta: float, clients: int) -> None:

@@ -17,7 +17,6 @@ from choral.privacy.accounting.events import (
     UNIT,
     ClientRelease,
     Event,
-    RecordEvent,
     ReleasePlan,
 )
 from choral.privacy.errors import LedgerError
@@ -37,8 +36,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     neighbours: str
 
 
-_DECODER: msgspec.json.Decoder[ChainedLine[Header | ReleasePlan | RecordEvent | ClientRelease]] = msgspec.json.Decoder(
-    ChainedLine[Header | ReleasePlan | RecordEvent | ClientRelease]
+_DECODER: msgspec.json.Decoder[ChainedLine[Header | ReleasePlan | Event]] = msgspec.json.Decoder(
+    ChainedLine[Header | ReleasePlan | Event]
 )
 
 

@@ -47,6 +47,6 @@ def spent_by_clients(ledger: Ledger, delta: float) -> Spent:
         accountant=client_level.accountant_of(releases),
         steps=sum(release.steps for release in releases),
         noise_multiplier=releases[-1].noise_multiplier if releases else 0.0,
-        sample_rate=1.0 if releases else 0.0,
+        sample_rate=getattr(releases[-1], "sample_rate", 1.0) if releases else 0.0,
         guarantee=guarantee(ledger),
     )

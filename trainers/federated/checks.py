@@ -5,9 +5,12 @@ Each refusal stands in one line; a plan, and whoever wants to know beforehand, c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
@@ -17,11 +20,13 @@ from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.record_shares.checks import check_algorithm, in_shares
+from choral.trainers.run_folder.keep import Keep
 from choral.trainers.run_folder.owner_privacy import check_delta, check_own_ledger
 from choral.trainers.task import arguments
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.task import Loss, Task, TaskError
 
+FAILS = 2.0**-100  # of a round with secret cohorts, for want of clients: less than double precision can tell of delta
 _PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0, weight=2)
 
 
@@ -193,4 +198,72 @@ def _check_client(algorithm: Algorithm) -> None:
         raise ConfigError(
             f"{algorithm.kind}: its parties keep state that must agree with the sums, and clipping breaks that",
             hint=algorithm.client_hint,
+        )
+
+
+def check_secret_cohorts(
+    privacy: Privacy | ClientPrivacy | None,
+    participation: Participation,
+    secure_sum: SecureSum,
+    keep: Keep,
+    *,
+    clients: int,
+    sums: int,
+) -> None:
+    """Nothing without a `sample_rate` in the promise. clients: how many there are. sums: in one round.
+
+    What the promise rests on: with probability q a client is in a cohort, by itself, and whoever is held off sees no
+    more of a round than its model. Cohorts can be known where they are drawn from a public seed, of a fixed size, taken
+    among those who happened to be available, or told to their own members, as the roster of a secure sum is. A round
+    that fails tells that few were drawn: none may, but for a chance far below delta.
+
+    Raises: ConfigError for cohorts that are not as the promise says, or not secret.
+    """
+    if not isinstance(privacy, ClientPrivacy) or privacy.sample_rate is None:
+        return
+    rate = privacy.sample_rate
+    if participation.rate != rate:
+        raise ConfigError(
+            f"the promise has sample_rate = {rate:g}, and participation.rate is {participation.rate}",
+            hint=f"give Participation(rate={rate:g}): each client is drawn by itself, never a cohort of fixed size",
+        )
+    if participation.draw != "system":
+        raise ConfigError(
+            'participation.draw = "seed" with a sample_rate in the promise: cohorts that are drawn from a public seed'
+            " are known to everybody",
+            hint='leave draw out: "system" draws them from the operating system\'s randomness',
+        )
+    if not participation.availability.always or participation.deadline is not None or participation.patience:
+        raise ConfigError(
+            "availability, a deadline or patience with a sample_rate in the promise: who is there, in time, or there"
+            " again would decide with the draw who is in a sum",
+            hint="leave them out; dropouts may be given",
+        )
+    if secure_sum.name != "plain":
+        raise ConfigError(
+            f"a sample_rate with the secure sum {secure_sum.name!r}: members of a cohort are told who else is in it",
+            hint="use Plain(): the server is trusted with the updates, the cohorts and the noise; or leave it out",
+        )
+    if keep.transcript is not None:
+        raise ConfigError(
+            "a transcript with a sample_rate in the promise: it shows who was selected",
+            hint="leave the transcript out, or the sample_rate",
+        )
+    if sums != 1:
+        raise ConfigError(
+            f"a sample_rate with an algorithm of {sums} sums in a round: they are of one cohort, drawn once",
+            hint="use FedAvg, FedProx, FedAdam, FedYogi or FedNova",
+        )
+    _check_size(participation, rate, clients)
+
+
+def _check_size(participation: Participation, rate: float, clients: int) -> None:
+    """Raises: ConfigError where a round may have too few clients, which would be seen."""
+    there = rate * math.prod(1.0 - chance for chance in participation.dropouts.chances)
+    least = participation.fewest(clients)
+    if float(stats.binom.cdf(least - 1, clients - 1, there)) > FAILS:
+        raise ConfigError(
+            f"of {clients} clients, each drawn with probability {rate:g}, fewer than the {least} of"
+            " participation.least may be there: a round that fails would tell that few were drawn",
+            hint="give least=2, and a rate with which some 75 clients or more are expected",
         )

@@ -357,7 +357,8 @@ class ClientCodec:
 
     def decode(self, result: SumResult) -> Mean:
         survivors = len(result.survivors)
-        return Mean(begun(self._round).decode(result.total, survivors), survivors)
+        mean = begun(self._round).decode(result.total, survivors)
+        return Mean(mean, self._privacy_engine.divisor(survivors))
 
 
 def cap_of(largest: int) -> int:

@@ -97,6 +97,9 @@ class Plan:
         checks.check_schedule(algorithm, task.schedule)
         check_tuned(keep.tuning, private=privacy is not None)
         checks.check_privacy(privacy, census.examples, len(parties))
+        checks.check_secret_cohorts(
+            privacy, participation, secure_sum, keep, clients=len(parties), sums=checks.sums_of(algorithm)
+        )
         if shares.in_shares(privacy):
             shares.check_shares(privacy, secure_sum, participation, census.names)
         arithmetic = Arithmetic(device, compute.precision, compile=compute.compile)

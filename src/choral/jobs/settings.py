@@ -52,6 +52,8 @@ class PrivacySettings:
     the secure sum."""
     colluders: int = 1
     """Clients, or parties, whose share of the noise the adversary may know."""
+    sample_rate: float | None = None
+    """Of central noise for clients: the chance of each to be in a cohort, which a trusted server keeps secret."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -296,8 +296,11 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
         noise=chosen.noise,
         mechanism=chosen.mechanism,
         bits=chosen.bits,
-        min_survivors=chosen.min_survivors or settings.secure_sum.min_survivors,
+        min_survivors=None
+        if chosen.sample_rate is not None
+        else chosen.min_survivors or settings.secure_sum.min_survivors,
         colluders=chosen.colluders,
+        sample_rate=chosen.sample_rate,
     )
 
 
