@@ -38,7 +38,7 @@ class DriverSession:
     def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> DriverRound:
         """Keys and shares of a fresh round; an unfinished earlier round is lost.
 
-        lost: as in the interface. Keys that came with the round before are there whoever is lost at "keys" now.
+        lost: as in the interface. Keys that came with the round before are there whoever drops out at "keys" now.
         terms: what the round is computed from; None, a sum without training.
         Raises: SpecError; TooFewSurvivorsError when too few advertise or share.
         """
@@ -86,7 +86,7 @@ class DriverRound:
 
     def _until_vectors(self) -> Trip:
         for trip in self._trips:
-            if trip.step == "vector":  # who is lost at its vector still hears what it is sent before it
+            if trip.step == "vector":  # who drops out at its vector still hears what it is sent before it
                 for party, raw in trip.outbox.items():
                     self._needs[party] = self._session.deliver(party, raw, trip)
                 return trip

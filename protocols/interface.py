@@ -1,4 +1,4 @@
-"""The seam between trainers and secure sums: integer vectors in, their sum out.
+"""The interface between trainers and secure sums: integer vectors in, their sum out.
 
 A :class:`SecureSum` is a frozen configuration (``Plain()``, ``Masked(...)``). ``open`` turns it into a
 :class:`SumSession` for fixed parties and a fixed vector; each training round is one :class:`SumRound`:
@@ -46,7 +46,7 @@ class Losses:
 
     def __init__(self, lost: Mapping[str, Step] | None, parties: tuple[str, ...]) -> None:
         if lost is not None and not isinstance(lost, Mapping):
-            raise SpecError(f"expected who is lost as a mapping from parties to steps, got {checks.shown(lost)}")
+            raise SpecError(f"expected who drops out as a mapping from parties to steps, got {checks.shown(lost)}")
         self._lost = {party: STEPS.index(step) for party, step in (lost or {}).items() if step in STEPS}
         for party, step in (lost or {}).items():
             if party not in parties or step not in STEPS:

@@ -155,7 +155,7 @@ def check_submission(
     if not isinstance(party, str) or party not in spec.members:
         raise SpecError(f"unknown party {party!r}", hint="parties are fixed when the session is opened")
     if not losses.takes(party, "vector"):
-        raise SpecError(f"party {party!r} is lost in this round, before it sends a vector", hint="do not submit it")
+        raise SpecError(f"party {party!r} drops out of this round before it sends a vector", hint="do not submit it")
     if finished:
         raise StateUsedError("this round is finished")
     if party in submitted:

@@ -6,7 +6,7 @@ For ridge-regularised binary logistic regression, of which party k owns the bloc
 
 A round: each party improves its block by passes of dual coordinate ascent on the local problem with sigma' = K and
 sends X_k da_k / (ridge n); the server adds them all up (gamma = 1). a = 0 and w = 0 at first, whatever the model starts
-from. If a party is lost, its block stays, so w remains what the dual variables say.
+from. If a party drops out, its block stays, so w remains what the dual variables say.
 
 What a round releases: the plain sum of X_k da_k / (ridge n), read from the records outside the training loop, so
 record-level privacy refuses it; and client-level privacy too, as a clipped change would not belong to the block.

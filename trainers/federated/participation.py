@@ -124,7 +124,7 @@ def available(chances: NDArray[np.float64], random: Generator) -> NDArray[np.boo
 def lost_at(parties: int, chances: Sequence[float], random: Generator) -> NDArray[np.int64]:
     """The step at which each of some parties vanishes, ``len(chances)`` for those that stay; shape (parties,).
 
-    chances: per step of the round, of a party that is still there. A party that is lost stays lost in that round.
+    chances: per step of the round, of a party that is still there. One that drops out is gone for that round.
     Raises: ConfigError for a chance outside [0, 1].
     """
     if not all(0 <= chance <= 1 for chance in chances):
@@ -218,7 +218,7 @@ class Dropouts:
         return [getattr(self, step) for step in STEPS]
 
     def draw(self, parties: Sequence[str], random: Generator) -> dict[str, Step]:
-        """Who is lost in one sum, and the first step that it does not take."""
+        """Who drops out in one sum, and the first step that it does not take."""
         places = lost_at(len(parties), self.chances, random)
         return {
             party: STEPS[place] for party, place in zip(parties, places.tolist(), strict=True) if place < len(STEPS)

@@ -1,4 +1,4 @@
-"""`federate` with a `Participation`: who is asked, who answers in time, who is lost at which step, what is recorded."""
+"""`federate` with a `Participation`: who is selected, who answers in time, who drops out where, what is recorded."""
 
 from __future__ import annotations
 

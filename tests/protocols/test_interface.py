@@ -68,7 +68,7 @@ def test_a_party_may_be_lost_at_any_step(kind: Any) -> None:
 def test_who_is_lost_before_its_vector_is_refused(kind: Any) -> None:
     for step in STEPS[:3]:
         summing = kind.open(SPEC).begin({"east": step})
-        with pytest.raises(SpecError, match="'east' is lost in this round"):
+        with pytest.raises(SpecError, match="'east' drops out of this round"):
             summing.submit("east", np.array(VECTORS["east"]))
     for lost in ({"west": "keys"}, {"east": "later"}):
         with pytest.raises(SpecError, match="cannot be lost"):
