@@ -157,6 +157,10 @@ class ServerDriver(Protocol):
         """
         ...
 
+    def forget(self, party: str) -> bool:
+        """A party was started anew, between two rounds. Whether it takes part in the next one of the open session."""
+        ...
+
 
 class Trip:
     """A message to each of some parties, and their answers to it.

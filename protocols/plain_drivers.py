@@ -153,6 +153,10 @@ class PlainServerDriver:
         self.result: SumResult | None = None
         self.disputes: Mapping[str, tuple[str, ...]] = {}
 
+    def forget(self, party: str) -> bool:
+        """There is nothing that it could have lost."""
+        return party in self.spec.members
+
     def open(self) -> Iterator[Trip]:
         """No trips: there is nothing to agree on."""
         self._session, self.number, self.result = self._randomness(16), 0, None

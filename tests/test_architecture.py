@@ -180,7 +180,11 @@ def test_public_names_are_those_that_are_written_down() -> None:
 
 
 # Errors that a caller never sees: those who call what raises them raise another.
-CAUGHT = {"CiphertextError": "FaultyPartyError", "UnreadableError": "LedgerError, RunFolderError"}
+CAUGHT = {
+    "CiphertextError": "FaultyPartyError",
+    "NotToldError": "MessageError",
+    "UnreadableError": "LedgerError, RunFolderError",
+}
 
 
 def test_errors_are_public() -> None:

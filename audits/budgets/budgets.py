@@ -72,7 +72,7 @@ def owners_of(run: Run) -> list[str]:
     if unit_of(run) == "client":
         owners = ["clients"]
     else:
-        owners = list(run.info.parties) if run.info.kind == "federated" else ["pooled"]
+        owners = [*run.info.parties, *run.info.sites] if run.info.kind == "federated" else ["pooled"]
     return owners + [name for name in run.info.spent if name not in owners]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from choral.network.errors import TransportError
@@ -15,6 +15,7 @@ from choral.network.transport.hub import Hub
 from choral.network.transport.limits import Limits
 
 T = TypeVar("T")
+_SAY_WAITING = 10.0  # seconds
 
 
 class BlockingHub:
@@ -48,6 +49,9 @@ class BlockingHub:
     def connected(self) -> frozenset[str]:
         return self._hub.connected
 
+    def calls(self, name: str) -> int:
+        return self._hub.calls(name)
+
     def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]:
         return self._run(self._hub.wait_for(names, timeout=timeout, count=count))
 
@@ -61,12 +65,15 @@ class BlockingHub:
         timeout: float,
         reply_limit: int,
         identifiers: Mapping[str, bytes] | None = None,
+        away: float | None = None,
+        waiting: Callable[[tuple[str, ...]], None] | None = None,
     ) -> dict[str, memoryview | TransportError]:
         """Ask all sites of `outbox` at once; return each one's reply, or the error that it had, when all have one.
 
-        timeout, reply_limit, identifiers: as for `Hub.request`, to each site.
+        timeout, reply_limit, identifiers, away: as for `Hub.request`, to each site. waiting: called every ten seconds,
+        in the hub's thread, with the names of those that have neither.
         """
-        return self._run(self._ask(outbox, timeout, reply_limit, identifiers or {}))
+        return self._run(self._ask(outbox, timeout, reply_limit, identifiers or {}, away, waiting))
 
     def close(self) -> None:
         if not self._loop.is_closed():
@@ -76,18 +83,38 @@ class BlockingHub:
                 self._end()
 
     async def _ask(
-        self, outbox: Mapping[str, Buffer], timeout: float, reply_limit: int, identifiers: Mapping[str, bytes]
+        self,
+        outbox: Mapping[str, Buffer],
+        timeout: float,
+        reply_limit: int,
+        identifiers: Mapping[str, bytes],
+        away: float | None,
+        waiting: Callable[[tuple[str, ...]], None] | None,
     ) -> dict[str, memoryview | TransportError]:
         async def one(name: str, body: Buffer) -> memoryview | TransportError:
             try:
                 return await self._hub.request(
-                    name, body, timeout=timeout, reply_limit=reply_limit, identifier=identifiers.get(name)
+                    name,
+                    body,
+                    timeout=timeout,
+                    reply_limit=reply_limit,
+                    identifier=identifiers.get(name),
+                    away=away,
                 )
             except TransportError as error:
                 return error
 
-        replies = await asyncio.gather(*(one(name, body) for name, body in outbox.items()))
-        return dict(zip(outbox, replies, strict=True))
+        tasks = {name: asyncio.create_task(one(name, body)) for name, body in outbox.items()}
+        try:
+            left = set(tasks.values())
+            while left:
+                _, left = await asyncio.wait(left, timeout=_SAY_WAITING)
+                if left and waiting is not None:
+                    waiting(tuple(name for name, task in tasks.items() if task in left))
+            return {name: task.result() for name, task in tasks.items()}
+        finally:
+            for task in tasks.values():
+                task.cancel()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
@@ -56,6 +56,7 @@ class Hub:
         self._context = tls_context(identity, directory, server=True)
         self._door = Door(self.limits)
         self._sessions: dict[str, tuple[Asking, Certificate]] = {}
+        self._calls: Counter[str] = Counter()
         self._admitting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._change = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,6 +123,10 @@ class Hub:
         """The names of the sites that are connected now."""
         return frozenset(self._sessions)
 
+    def calls(self, name: str) -> int:
+        """How often a site of that name has connected: one that is there again may have been started anew."""
+        return self._calls[name]
+
     async def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]:
         """Wait until `count` of these sites (all, if not said) are connected, or the time is over; return who is."""
         wanted = frozenset(names)
@@ -132,7 +137,14 @@ class Hub:
         return wanted & self.connected
 
     async def request(
-        self, name: str, body: Buffer, *, timeout: float, reply_limit: int, identifier: bytes | None = None
+        self,
+        name: str,
+        body: Buffer,
+        *,
+        timeout: float,
+        reply_limit: int,
+        identifier: bytes | None = None,
+        away: float | None = None,
     ) -> memoryview:
         """Ask a site, and return its reply.
 
@@ -141,12 +153,14 @@ class Hub:
         coordinator that was started anew can have the old one's id by `identifier`.
 
         timeout: seconds for all of it. reply_limit: bytes; a larger reply is refused before it is read.
-        identifier: 16 bytes; random, if not given.
+        identifier: 16 bytes; random, if not given. away: seconds that a site may be without a connection, each time;
+        as long as `timeout` has left, if not given.
 
         Raises:
             ConfigError: a limit, the time or the id cannot be used.
             UnknownPeerError: the name is not in the directory, or was removed from it meanwhile.
-            PeerLostError: it was not connected when the time was over, or the hub was closed.
+            PeerLostError: it was not connected when the time was over, or for longer than `away`; or the hub was
+                closed.
             RequestTimeoutError: it was connected and did not answer in time.
             BusyError: more than `limits.outstanding` requests at once, here or there.
             MessageTooLargeError: the site takes no request of this size, or has a reply beyond `reply_limit`.
@@ -159,7 +173,7 @@ class Hub:
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    session, asked = await self._session(name), True
+                    session, asked = await self._session_within(name, away), True
                     try:
                         return await session.ask(identifier, view, reply_limit)
                     except PeerLostError as error:
@@ -170,6 +184,13 @@ class Hub:
                 raise RequestTimeoutError(f"no answer within {timeout:g} s", peer=name) from None
             lost = "the connection ended and was not made again" if asked else "was not connected"
             raise PeerLostError(f"{lost} within {timeout:g} s", peer=name) from None
+
+    async def _session_within(self, name: str, away: float | None) -> Asking:
+        try:
+            async with asyncio.timeout(away):
+                return await self._session(name)
+        except TimeoutError:
+            raise PeerLostError(f"was away for {away:g} s", peer=name) from None
 
     async def _session(self, name: str) -> Asking:
         while True:
@@ -267,6 +288,7 @@ class Hub:
             if older is not None:
                 older[0].channel.abort()
             self._sessions[name] = session, certificate
+            self._calls[name] += 1
         beat = asyncio.create_task(channel.beat())
         try:
             welcome = asyncio.create_task(channel.send(Kind.WELCOME))

@@ -28,6 +28,10 @@ _HEAD = 1 << 16
 _WEIGHTS, _NEW = "weights", "new "
 
 
+class NotToldError(MessageError):
+    """An exchange goes on from tensors that this party was never told."""
+
+
 class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: Annotated[int, Meta(ge=1, lt=1 << 32)]
     exchange: Annotated[int, Meta(ge=0, lt=1 << 32)]
@@ -58,9 +62,12 @@ class Told:
         """What the parties sign before they train. training: the digest of the training terms."""
         return RoundTerms(self.exchange, self.digest, training)
 
-    def message(self) -> bytes:
-        head = _Head(self.number, self.exchange, self.ask.channel, tuple(self.ask.kept))
-        tensors = {_WEIGHTS: self.ask.weights} | {_NEW + name: tensor for name, tensor in self.ask.new.items()}
+    def message(self, *, whole: bool = False) -> bytes:
+        """whole: with the tensors that parties have from earlier, for one that has them no longer."""
+        kept = {} if whole else self.ask.kept
+        new = {**self.ask.kept, **self.ask.new} if whole else self.ask.new
+        head = _Head(self.number, self.exchange, self.ask.channel, tuple(kept))
+        tensors = {_WEIGHTS: self.ask.weights} | {_NEW + name: tensor for name, tensor in new.items()}
         raw: bytes = packed(msgspec.to_builtins(head), tensors).numpy().tobytes()
         return raw
 
@@ -68,9 +75,10 @@ class Told:
     def read(cls, raw: bytes, *, length: int, kept: Mapping[str, torch.Tensor]) -> Told:
         """What a party was told. length: of the weights. kept: the tensors that it was told before.
 
-        Raises: MessageError for anything else than an exchange over such weights.
+        Raises: MessageError for anything else than an exchange over such weights; NotToldError if one of `kept` is
+            missing, as after a restart.
         """
-        if len(raw) > (most := 8 * _MOST_TENSORS * (length + 1) + _HEAD):
+        if len(raw) > (most := largest_told(length)):
             raise _refused(f"expected at most {most} bytes, got {len(raw)}")
         try:
             said, tensors = unpacked(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
@@ -83,7 +91,7 @@ class Told:
         if strange := [name for name in tensors if name != _WEIGHTS and not name.startswith(_NEW)]:
             raise _refused(f"it holds a tensor {strange[0]!r:.80} that is no part of an exchange")
         if missing := [name for name in head.kept if name not in kept]:
-            raise _refused(f"it goes on from {missing[0]!r:.80}, which this party was never told")
+            raise NotToldError("the server", f"it goes on from {missing[0]!r:.80}, which this party was never told")
         ask = Exchange(
             channel=head.channel,
             weights=weights,
@@ -91,6 +99,11 @@ class Told:
             kept={name: kept[name] for name in head.kept},
         )
         return cls.of(ask, head.number, head.exchange)
+
+
+def largest_told(length: int) -> int:
+    """Bytes of a message over so many weights, at most."""
+    return 8 * _MOST_TENSORS * (length + 1) + _HEAD
 
 
 def digest_of(ask: Exchange, number: int) -> bytes:

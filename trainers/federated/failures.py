@@ -55,9 +55,9 @@ def all_failed(errors: Mapping[str, ChoralError], number: int) -> ChoralError:
     return made
 
 
-def with_reasons(error: TooFewSurvivorsError, errors: Mapping[str, ChoralError]) -> TooFewSurvivorsError:
+def with_reasons(error: ChoralError, errors: Mapping[str, ChoralError]) -> ChoralError:
     """The error, and why parties failed that are missing."""
-    if not errors:
+    if not errors or not isinstance(error, TooFewSurvivorsError):
         return error
     what = f"training failed at {len(errors)} parties ({_reasons(errors)}), so that too few are left"
     return TooFewSurvivorsError(

@@ -17,6 +17,7 @@ from choral.trainers.engines.sharded import RankGroup, RankSetup
 from choral.trainers.federated.codec import ClientCodec
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.record_shares.ledgers import ShareLedgers
+from choral.trainers.federated.virtual_parties import DistantParties
 from choral.trainers.run_folder.owner_privacy import open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 
@@ -96,6 +97,9 @@ class Ledgers:
     def open(cls, plan: Plan, recorder: Recorder) -> Ledgers:
         """Raises: LedgerError; RunFolderError if a resumed run's clipping norms are lost."""
         clients = open_clients(plan.privacy, recorder) if isinstance(plan.privacy, ClientPrivacy) else None
+        if isinstance(plan.parties, DistantParties):  # each of which keeps its own
+            shares = ShareLedgers.elsewhere(plan, recorder)
+            return cls(engines={}, clients=clients, shares=shares, clips={}, recorder=recorder)
         left, clips = plan.rounds - recorder.completed, recorder.clips(plan.privacy)
         engines = open_privacy_engines(plan.by_record, plan.census.examples, recorder.ledger_folder, left, clips)
         recorder.keep({name: engine.ledger for name, engine in engines.items()})

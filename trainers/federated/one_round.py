@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +29,7 @@ class RoundOutcome:
     server, parties: the algorithm's states to keep; None if it failed. selected: parties it began with. survivors: of
     its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed, without a sum that failed. start,
     seconds: simulated. failed: why it was given up. errors: of the parties whose training failed, in words for the user
-    alone.
+    alone. silent: who sent no vector, of parties elsewhere. interrupted: whether it failed as the server was stopped.
     """
 
     number: int
@@ -41,13 +42,16 @@ class RoundOutcome:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    failed: TooFewSurvivorsError | None = None
+    failed: ChoralError | None = None
     errors: dict[str, ChoralError] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    interrupted: bool = False
 
     @property
     def dropped(self) -> dict[str, str]:
         """Whose training failed, and how, in words that hold nothing of data or code."""
-        return {name: kind_of(error) for name, error in self.errors.items()}
+        silent = dict.fromkeys(sorted(self.silent), "no vector came from it")
+        return silent | {name: kind_of(error) for name, error in self.errors.items()}
 
 
 class Steps:
@@ -75,6 +79,7 @@ def one_round(session: Session, number: int) -> RoundOutcome:
     """
     parties = session.select(number)
     outcome = RoundOutcome(number, session.weights, len(parties.names), session.next_start, errors=parties.errors)
+    outcome.silent = parties.silent
     try:
         _exchanges(session, parties, outcome)
     except DisputedSharesError:
@@ -87,7 +92,7 @@ def one_round(session: Session, number: int) -> RoundOutcome:
 
 
 def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -> None:
-    sums = session.sums_over(parties.names)
+    sums: Mapping[str, Any] = session.sums_over(parties.names)
     server = session.server_view()
     steps, mean = Steps(session.plan.algorithm.round(server, session.weights)), None
     while (ask := steps.advance(mean)) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,18 @@ _log = logging.getLogger("choral.trainers")
 _MOST_KEPT = 16  # tensors that a server may have a party keep from round to round
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartyStates:
+    """What the algorithm has a party remember.
+
+    pending: what it will be if the latest vector is in the sum. before: what it was before the round.
+    """
+
+    now: State | None = None
+    pending: State | None = None
+    before: State | None = None
+
+
 class TrainingParty:
     """See the module. Not for several threads at once.
 
@@ -75,6 +87,8 @@ class TrainingParty:
 
     error: ChoralError | None = None
     """Why its latest exchange failed, for its owner alone; None if it did not."""
+    store: Callable[[PartyStates], None] | None = None
+    """Keeps its states where a restart finds them, before what depends on them is sent. None: there is no restart."""
 
     def __init__(
         self,
@@ -176,6 +190,20 @@ class TrainingParty:
         self._receipts.give_up("given up")
         self.state, self._pending = self._before, None
 
+    @property
+    def trained_for(self) -> tuple[int, int]:
+        """The latest round that it trained for, and the exchange in it."""
+        return self._trained_for.last
+
+    @property
+    def states(self) -> PartyStates:
+        """What a restart goes on from. It is the party's own matter, and never sent."""
+        return PartyStates(now=self.state, pending=self._pending, before=self._before)
+
+    @states.setter
+    def states(self, found: PartyStates) -> None:
+        self.state, self._pending, self._before = found.now, found.pending, found.before
+
     def _encoded(self, done: Done, codec: PartyCodec, told: Told) -> Encoded:
         if self._unpaid():
             raise TaskError(
@@ -223,6 +251,8 @@ class TrainingParty:
         try:
             encoded = self._trained(needs, driver, trainer)
             if encoded is not None:
+                if self.store is not None:
+                    self.store(self.states)
                 return self._receipts.send(driver.supply(encoded.vector), vector=True)  # 4.
         except BaseException:
             driver.decline()

@@ -21,7 +21,7 @@ from choral.trainers.federated import checks
 from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.record_shares import checks as shares
-from choral.trainers.federated.virtual_parties import Census, census_of
+from choral.trainers.federated.virtual_parties import Census, DistantParties, census_of
 from choral.trainers.local_steps.resident_model import resolve_device
 from choral.trainers.run_folder.describe import check_tuned, describe
 from choral.trainers.run_folder.evidence.rehearsal import MOST_PARTIES
@@ -146,12 +146,14 @@ class Plan:
             schedule=schedule.record() if schedule else None,
             weights=self.encoding.weights,
             releases=tuple(asdict(release) for release in self.algorithm.releases),
+            sites=self.parties.names if isinstance(self.parties, DistantParties) else (),
         )
 
     @property
     def has_receipts(self) -> bool:
         """Whether the parties that this process plays leave receipts in the run's folder."""
-        return self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
+        here = not isinstance(self.parties, DistantParties)
+        return here and self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
 
     @property
     def by_record(self) -> Privacy | None:

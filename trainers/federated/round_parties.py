@@ -31,8 +31,8 @@ class RoundParties:
     """names: who was selected. seconds: until each answers, simulated. full: as many as were to be selected.
 
     lost: who dropped out, at a step of the sum at hand. sums: made so far. errors: of those whose training failed.
-    answered: who sent a vector into the sum at hand. states: each party's own, as it would be kept if the round ended
-    here.
+    silent: of those elsewhere, who sent no vector; why, nobody here knows. answered: who sent a vector into the sum at
+    hand. states: each party's own, as it would be kept if the round ended here.
     """
 
     number: int
@@ -43,6 +43,7 @@ class RoundParties:
     states: dict[str, State]
     sums: int = 0
     errors: dict[str, ChoralError] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     answered: dict[str, TrainingParty] = field(default_factory=dict)
 
     def begin_sum(self, losses: Mapping[str, Step]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
+from choral.errors import ConfigError
 from choral.privacy import PrivacyEngine
 from choral.protocols.interface import Step
 from choral.protocols.tap import watched_by
@@ -27,6 +28,12 @@ from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
 from choral.trainers.federated.checks import check_ranks
 from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of
+from choral.trainers.federated.distant.elsewhere import (
+    Elsewhere,
+    Engine,
+    OpenChannel,
+    check_distant,
+)
 from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
@@ -34,9 +41,10 @@ from choral.trainers.federated.participation import stream
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
-from choral.trainers.federated.sums import OpenSum, Sums, check_promises
+from choral.trainers.federated.sums import Sums, check_promises
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
+from choral.trainers.federated.virtual_parties import DistantParties
 from choral.trainers.local_steps.batch_gradients import ShareSteps
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
@@ -64,10 +72,16 @@ class Session:
     receipts: Rehearsal | None = None
 
     def __init__(
-        self, plan: Plan, ranks: RankGroup | None, recorder: Recorder, transcript: Transcript, sent: SentMessages
+        self,
+        plan: Plan,
+        ranks: RankGroup | None,
+        recorder: Recorder,
+        transcript: Transcript,
+        sent: SentMessages,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        self.plan, self._ranks, self._recorder, self._transcript = plan, ranks, recorder, transcript
-        self._sent = sent
+        self.plan, self._ranks, self._recorder, self.transcript = plan, ranks, recorder, transcript
+        self._sent, self._elsewhere = sent, elsewhere
         self._ledgers = Ledgers.open(plan, recorder)
         self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, 1)
         self._over = bool(self._reason) and self._last <= recorder.completed
@@ -76,13 +90,18 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, plan: Plan) -> Iterator[Session]:
+    def open(cls, plan: Plan, elsewhere: Elsewhere | None = None) -> Iterator[Session]:
         """All resources, an earlier part of the run included; they are closed in the end, whatever happens.
 
+        elsewhere: where the parties of the plan are `DistantParties`, who has them answer.
         Raises: ConfigError for terms that the sums refuse, or for ledgers that several processes cannot keep;
             RunFolderError, LedgerError, ProcessError; what building the model does.
         """
-        ranks = RankGroup.join()
+        if (elsewhere is None) is isinstance(plan.parties, DistantParties):
+            raise ConfigError("parties that are elsewhere go with what reaches them, and only they do")
+        if elsewhere is not None:
+            check_distant(plan)
+        ranks = RankGroup.join() if elsewhere is None else None
         if ranks is not None:
             check_processes(plan.privacy)
             check_ranks(ranks.size, plan.by_record, plan.keep.out, len(plan.parties))
@@ -95,7 +114,7 @@ class Session:
             Transcript(plan.keep.folder, plan.keep.transcript, recorder.sealed) as transcript,
             watched_by((sent := SentMessages(transcript.watcher, heard=plan.has_receipts)).watcher),
         ):
-            session = cls(plan, ranks, recorder, transcript, sent)
+            session = cls(plan, ranks, recorder, transcript, sent, elsewhere)
             yield session
             session.run = share(session._closed())
 
@@ -109,9 +128,9 @@ class Session:
 
     def select(self, number: int) -> RoundParties:
         """Who is selected for a round. Raises: RunFolderError if what the algorithm kept is missing."""
-        self._transcript.round = number
+        self.transcript.round = number
         algorithm = self.plan.algorithm
-        if self._succeeded and algorithm.remembers and not self._state:
+        if self._succeeded and algorithm.remembers and not self._state and self._elsewhere is None:
             raise RunFolderError(
                 f"what {algorithm.kind} kept after round {number - 1} is missing, without which it cannot go on",
                 hint=f"restore algorithm_state.{number - 1}.safetensors, or run again in a new folder",
@@ -138,8 +157,10 @@ class Session:
             return clock.first
         return clock.next(last.simulated_start, last.simulated_seconds)
 
-    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, OpenSum]:
+    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, OpenChannel]:
         """The secure sums over a round's parties, by channel. Raises: as :meth:`Sums.open_for`."""
+        if self._distant is not None:
+            return self._distant.sums_over(selected)
         rule = self.plan.participation
         return self.sums if rule.everybody else self._sums.open_for(selected, rule, self.sums)
 
@@ -155,9 +176,9 @@ class Session:
     def keep(self, outcome: RoundOutcome) -> None:
         """Evaluate and record a round. Raises: TooFewSurvivorsError if it failed and there is no more patience."""
         rule, codec = self.plan.participation, self._last_codec
-        if outcome.failed and _failed_in_a_row(self._recorder.history) >= rule.patience:
+        if outcome.failed and not outcome.interrupted and _failed_in_a_row(self._recorder.history) >= rule.patience:
             raise with_reasons(outcome.failed, outcome.errors)
-        self._transcript.flush()
+        self.transcript.flush()
         self.weights = outcome.weights
         if outcome.server is not None and outcome.parties is not None:
             self._state.server, self._state.parties = outcome.server, outcome.parties
@@ -184,7 +205,7 @@ class Session:
         )
         self._state.clips = {} if self._ranks is not None else clips_of(self._ledgers.engines)  # others keep theirs
         self._recorder.add(
-            entry, self._resident.model, spent, algorithm_state=self._state, sealed=self._transcript.sealed
+            entry, self._resident.model, spent, algorithm_state=self._state, sealed=self.transcript.sealed
         )
         if self.receipts:
             self.receipts.end(self.weights, entry.failed, spent)
@@ -218,13 +239,14 @@ class Session:
         )
         self.codecs = self._make_codecs(plan.algorithm.channels(federation))
         self._open_sums()
-        self.engine = PartiesHere(
+        self._distant = self._elsewhere.engine(self) if self._elsewhere is not None else None
+        self.engine: Engine = self._distant or PartiesHere(
             terms=self.terms,
             trainer=trainer,
             examples=census.examples,
             ledgers=self._ledgers.by_party,
             codecs=self.codecs,
-            transcript=self._transcript,
+            transcript=self.transcript,
         )
         self._begin_record()
         self.receipts = self._open_receipts()
@@ -234,7 +256,7 @@ class Session:
         self._succeeded = sum(not entry.failed for entry in recorder.history[1:])
         if recorder.fresh:
             untrained = RoundRecord(round=0, metrics=self._evaluated(), **NOTHING)
-            recorder.add(untrained, self._resident.model, sealed=self._transcript.sealed)
+            recorder.add(untrained, self._resident.model, sealed=self.transcript.sealed)
 
     def _with_ranks(self, ranks: RankGroup, trainer: LocalTrainer) -> LocalTrainer:
         folder, left = self._recorder.ledger_folder, self.plan.rounds - self._recorder.completed
@@ -244,7 +266,8 @@ class Session:
 
     def _make_codecs(self, channels: Mapping[str, Channel]) -> dict[str, Codec]:
         plan, federation = self.plan, self.terms.federation
-        roster = plan.first_parties if plan.census.population else tuple(plan.census.names)
+        listed = not plan.census.population or plan.participation.everybody
+        roster = tuple(plan.census.names) if listed else plan.first_parties
         if self._ledgers.clients:
             sums = sum(channel.sums for channel in channels.values() if not channel.once)
             self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, sums)
@@ -264,7 +287,7 @@ class Session:
                 plan.encoding,
                 cap=federation.largest,
                 roster=roster,
-                in_clear=plan.secure_sum.name == "plain" and plan.keep.transcript is None,
+                in_clear=plan.secure_sum.name == "plain" and not plan.keep.transcript and self._elsewhere is None,
             )
             for name, channel in channels.items()
         }
@@ -275,12 +298,14 @@ class Session:
         self._sums = Sums(
             secure_sum=plan.secure_sum,
             codecs=self.codecs,
-            transcript=self._transcript,
+            transcript=self.transcript if self._elsewhere is None else Transcript(None, None),
             parties=len(names),
             policy=plan.encoding.policy,
             terms=self.terms.digest,
         )
-        self.sums = self._sums.open(None if rule.everybody else first)
+        # Of parties elsewhere this is a rehearsal, for what the sum states; their own sessions are the engine's.
+        with watched_by(self.transcript.watcher if self._elsewhere is None else None):
+            self.sums = self._sums.open(None if rule.everybody else first)
         if not rule.everybody and len(first) < (most := rule.expected(len(names))):
             check_promises(self.sums, len(first), self._sums.open(tuple(names[:most])), most)
 
@@ -295,7 +320,7 @@ class Session:
             meters=self._meter.meters,
         )
         self._recorder.begin(info)
-        self._transcript.flush()
+        self.transcript.flush()
         self.weights = self._recorder.restore(self._resident.model, self._resident.layout)
 
     @property

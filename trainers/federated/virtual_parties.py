@@ -1,13 +1,15 @@
-"""More parties than can be held or listed: each is made when it is first asked, and forgotten after a while.
+"""Parties that cannot be held: too many to list, each made when it is first asked; or at places of their own.
 
 What is known of all of them together (how many, their records in total, the most that one has) is declared, since
-nobody looks; each party is checked against it, and as any party is, when it is made.
+nobody looks. A virtual party is checked against it, and as any party is, when it is made; one that is elsewhere checks
+itself.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, overload
 
 import numpy as np
@@ -16,6 +18,7 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.trainers.federated.participation import Participation
 from choral.trainers.run_folder.info import Population
+from choral.trainers.task import arguments
 from choral.trainers.task.task import check_parties, check_party
 
 _PREFIX = "party-"
@@ -182,6 +185,43 @@ class _Checked(Mapping[str, Any]):
         _refuse_listing()
 
 
+@dataclass(frozen=True, eq=False)
+class DistantParties(Mapping[str, Any]):
+    """Their names; for each of them, the example that the server builds the model from.
+
+    records: of all parties together; largest: that one of them may have. Both are agreed on, and never counted.
+    example: a data set of the parties' kind without a record of theirs, such as a public one.
+
+    Raises: ConfigError for numbers that cannot be.
+    """
+
+    names: tuple[str, ...]
+    records: int
+    largest: int
+    example: Any
+
+    def __post_init__(self) -> None:
+        for name in ("records", "largest"):
+            number = arguments.whole_number(getattr(self, name), name, 1, "as was agreed on, whatever a party has")
+            object.__setattr__(self, name, number)
+        if len(self.names) < 2 or not len(self.names) <= self.records <= len(self.names) * self.largest:
+            raise ConfigError(
+                f"{len(self.names)} parties of at most {self.largest} records with {self.records} in total cannot be",
+                hint="at least 2 parties, each of at least one record",
+            )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.example
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 class Census(NamedTuple):
     """What a federation knows of its parties before the first round.
 
@@ -198,6 +238,15 @@ class Census(NamedTuple):
     seats: int | None = None
 
 
+def _distant(parties: DistantParties) -> Census:
+    """Of parties elsewhere: as was agreed on."""
+    declared = Population(
+        parties=len(parties), examples=parties.records, largest=parties.largest, sampled=0, quantiles={}
+    )
+    most = dict.fromkeys(parties.names, parties.largest)
+    return Census(parties.names, most, parties, parties.records, parties.largest, declared)
+
+
 def census_of(
     parties: Mapping[str, Any],
     *,
@@ -209,6 +258,8 @@ def census_of(
 
     Raises: what check_parties does; ConfigError for virtual parties without a cohort or with record-level privacy.
     """
+    if isinstance(parties, DistantParties):
+        return _distant(parties)
     if not isinstance(parties, VirtualParties):
         examples = check_parties(parties, least=2, min_classes=min_classes)
         return Census(tuple(parties), examples, parties, sum(examples.values()), max(examples.values()))

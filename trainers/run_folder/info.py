@@ -81,7 +81,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Everything about a run that is not its history or its weights.
 
     kind: "centralized" (pooled data) or "federated". parties: examples per party; empty, as is raw_bytes, where they
-        are virtual, and population tells of them in sum.
+        are virtual or at sites of their own, and population tells of them in sum. sites: the names of the latter, whose
+        records nobody counted, and whose ledgers are theirs.
     privacy: the settings of the promise (epsilon, delta and its own others; "unit" where it is the client) or None.
     spent: the cost per data owner; one entry, "pooled", for a centralized private run, and one, "clients", for
         client-level privacy.
@@ -112,6 +113,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str
     parties: dict[str, int]
     population: Population | None = None
+    sites: tuple[str, ...] = ()
     parameters: int
     privacy: dict[str, float | int | str] | None = None
     spent: dict[str, Spent] = {}

@@ -40,7 +40,19 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
             training = {**planned, "rounds": (old.config.get("training") or {}).get("rounds")}
             new = msgspec.structs.replace(new, config={**new.config, "training": training})
         new = msgspec.structs.replace(new, rounds=old.rounds)
-    fields = ("kind", "rounds", "seed", "parties", "population", "privacy", "algorithm", "start", "tuning", "schedule")
+    fields = (
+        "kind",
+        "rounds",
+        "seed",
+        "parties",
+        "population",
+        "privacy",
+        "algorithm",
+        "start",
+        "tuning",
+        "schedule",
+        "sites",
+    )
     _compare(old, new, (*fields, *_COMPUTED, "participation", "weights"), {*old.config, *new.config} - _SHARED_KEYS)
 
 

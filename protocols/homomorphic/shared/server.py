@@ -239,6 +239,10 @@ class SharedServerDriver(MaskedServerDriver):
     _config: SharedKey
     _keyed: Known | None = None
 
+    def forget(self, party: str) -> bool:  # noqa: ARG002
+        """The key that all share is with those who were there: who was started anew has none, and needs a session."""
+        return False
+
     def open(self) -> Iterator[Trip]:
         """See :class:`choral.protocols.driver.ServerDriver`. Raises: KeyDisputeError, as a fault of the trip."""
         self._keyed = None

@@ -184,6 +184,17 @@ class MaskedServerDriver:
                 stage, outbox = stage.close()
         self._finish(stage.close())
 
+    def forget(self, party: str) -> bool:
+        """See :class:`choral.protocols.driver.ServerDriver`. The keys that it sent ahead are lost, and it answers no
+        round for which it sent some: the number of the next is left out, for which all others send keys anew.
+        """
+        if party not in self.setup.roster or self._session is None:
+            return False
+        if self.setup.roster.index(party) in self._following:
+            self.number, self._following = self.number + 1, {}
+        self._entered.discard(party)
+        return True
+
     def _next(self, terms: RoundTerms, session: bytes) -> bytes:
         """The Begin of the next round. Raises: SpecError for other terms than RoundTerms."""
         if not isinstance(terms, RoundTerms):

@@ -20,7 +20,7 @@ from choral.failures import failure_of, place_of
 
 Command = Callable[[list[str]], int]
 
-_TRAIN = ("compare", "train")
+_TRAIN = ("compare", "train", "serve")
 
 _HELP = """\
 usage: choral COMMAND [options]
@@ -32,6 +32,9 @@ commands:
   train CONFIG --out DIR     train one configuration: federated (default), or --centralized on pooled data
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
                              or a model of your own: --scores FILE, --model FILE.py, --probe
+  serve CONFIG --directory FILE --out DIR
+                             train with sites at their own machines: be their coordinator
+  join SITE                  be a site: connect to a coordinator, and train what was approved here
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
   site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
@@ -138,6 +141,18 @@ def _export(words: list[str]) -> int:
     return export(words)
 
 
+def _serve(words: list[str]) -> int:
+    from choral.cli.serve import serve
+
+    return serve(words)
+
+
+def _join(words: list[str]) -> int:
+    from choral.cli.serve import join
+
+    return join(words)
+
+
 def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, BudgetFlags)
     from choral.privacy.accounting.budget import budget
@@ -166,6 +181,8 @@ _COMMANDS: dict[str, Command] = {
     "train": _train,
     "audit": _audit,
     "export": _export,
+    "serve": _serve,
+    "join": _join,
     "budget": _budget,
     "site": _site,
 }

@@ -108,6 +108,42 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SitesSettings:
+    """What is agreed on of parties at sites of their own, and never counted. For `choral serve` alone."""
+
+    records: int | None = None
+    """Records of all sites together; what a site counts for, and what noise is sized by, follows from it."""
+    largest: int | None = None
+    """The most records that one site may have."""
+    metrics: Literal["none", "in the clear, no epsilon"] = "none"
+    """Whether the sum of the sites' own evaluations is published, which no promise covers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """The coordinator of `choral serve`: where it listens, and how many seconds it waits for whom."""
+
+    job: str = ""
+    """Name of the job, as sites approve it; by default the settings file's."""
+    identity: Path | None = None
+    """The coordinator's certificate, NAME.crt, with its key NAME.key beside it."""
+    host: str = ""
+    """Address to listen at; by default all of the machine's."""
+    port: int = 8443
+    """Port to listen at; 0 takes one that is free, and prints it."""
+    wait: float = 600.0
+    """For all sites to come and take the job, and, in a later round, for as many as the secure sum needs."""
+    quorum: int | None = None
+    """With how many sites to begin when that time is over; by default with none fewer than all."""
+    training: float = 3600.0
+    """For the sites' vectors: they train before they answer."""
+    step: float = 60.0
+    """For every other answer."""
+    away: float = 20.0
+    """For a site whose connection broke to come back; the round goes on without it then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tune:
     """What a configuration is tuned over: every combination is trained once, the least held-out loss wins."""
 
@@ -180,6 +216,8 @@ class Settings:
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)
+    sites: SitesSettings = field(default_factory=SitesSettings)
+    serve: ServeSettings = field(default_factory=ServeSettings)
     prices: Path | None = None
     """Price table (TOML) whose entries replace those of the shipped one."""
     price: PriceSettings = field(default_factory=PriceSettings)

@@ -165,7 +165,7 @@ def federation_of(settings: Settings, arm: Arm, task: Task, privacy: Privacy | C
         "rounds": settings.training.rounds,
         "algorithm": algorithm_of(settings, arm),
         "privacy": privacy,
-        "secure_sum": _secure_sum(settings, arm),
+        "secure_sum": secure_sum_of(settings, arm),
         "participation": settings.participation,
         "encoding": Encoding(value_bound=chosen.value_bound, value_bits=chosen.value_bits, weights=chosen.weights),
     }
@@ -326,7 +326,7 @@ def algorithm_of(settings: Settings, arm: Arm) -> Algorithm:
     return kind(**chosen)
 
 
-def _secure_sum(settings: Settings, arm: Arm) -> SecureSum:
+def secure_sum_of(settings: Settings, arm: Arm) -> SecureSum:
     from choral.protocols import Homomorphic, Masked, Plain
 
     chosen = settings.secure_sum

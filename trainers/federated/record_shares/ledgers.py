@@ -16,8 +16,10 @@ from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.privacy.ledgers.spending import spent_by_records
 from choral.trainers.algorithms.fedsgd import FedSGD
+from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.record_shares.checks import check_algorithm, fewest_survivors, in_shares
 from choral.trainers.federated.record_shares.codec import SharesCodec
+from choral.trainers.federated.virtual_parties import DistantParties
 from choral.trainers.run_folder.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -51,6 +53,14 @@ class ShareLedgers:
             ledgers[name].bind(name, privacy.delta, neighbours=privacy.neighbours)
         recorder.keep(ledgers)
         return cls(job=job, privacy=privacy, algorithm=algorithm, ledgers=ledgers, recorder=recorder)
+
+    @classmethod
+    def elsewhere(cls, job: Plan, recorder: Recorder) -> ShareLedgers | None:
+        """Of parties that keep their own ledgers, where nothing is known of them here. Raises: ConfigError."""
+        if not in_shares(job.privacy):
+            return None
+        algorithm = check_algorithm(job.algorithm)
+        return cls(job=job, privacy=job.privacy, algorithm=algorithm, ledgers={}, recorder=recorder)
 
     def spent(self) -> dict[str, Spent]:
         """What each party's data has spent."""
@@ -88,7 +98,7 @@ class ShareLedgers:
             parties=len(census.names),
             min_survivors=fewest_survivors(self.job.secure_sum, self.job.participation, census.names),
             length=length,
-            most_records=census.largest,
+            most_records=cap_of(census.largest) if isinstance(self.job.parties, DistantParties) else census.largest,
         )
         return plan_shares(self.privacy, terms)
 

@@ -59,6 +59,11 @@ class TrainedFor:
         self._last = found.number, found.exchange
         return self
 
+    @property
+    def last(self) -> tuple[int, int]:
+        """The latest round, and the exchange in it."""
+        return self._last
+
     def covers(self, number: int, exchange: int) -> bool:
         """Whether that exchange, or a later one, was trained for."""
         return (number, exchange) <= self._last

@@ -1,0 +1,187 @@
+"""The parties of a session at their own sites: the engine that has them answer, and the secure sums with them.
+
+A round is :func:`~choral.trainers.federated.one_round.one_round`, unchanged. Here is what it asks for:
+
+    sums_over     who is there; sessions of the sums, opened anew where somebody has come who is in none
+    begin         the exchange is told and the trips up to the vectors are made
+    answer        the vectors: each site checks what it was told against what all sign, pays, trains, sends
+    finish        the trips after them; the sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from choral.errors import ConfigError
+from choral.network.coordinator.sites import Carrier, Say, Sites, Waits
+from choral.network.host.messages import ExchangeEnded
+from choral.network.site.offer import Offer
+from choral.protocols.driver import NeedsVector, ServerDriver, Trip
+from choral.protocols.interface import SumResult, SumSpec
+from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated.codec import Codec
+from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.federated.terms.training_terms import TrainingTerms
+from choral.trainers.run_folder.transcript import Transcript
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.session import Session
+
+
+class RemoteSites:
+    """What a session is given for parties that are at sites (`Elsewhere`).
+
+    propose: the offer, given the terms of the training. keys: the sites' public keys, by name. say: as in `Sites`.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        propose: Callable[[TrainingTerms], Offer],
+        *,
+        keys: Mapping[str, bytes],
+        waits: Waits,
+        say: Say,
+    ) -> None:
+        self._carrier, self._propose, self.keys = carrier, propose, keys
+        self._waits, self._say = waits, say
+        self.sites: Sites | None = None
+
+    def engine(self, session: Session) -> RemoteEngine:
+        length = max(codec.spec.length for codec in session.codecs.values())
+        offer = self._propose(session.terms)
+        self.sites = Sites(self._carrier, offer, self._waits, self._say, length=length)
+        return RemoteEngine(self.sites, self.keys, session)
+
+
+class RemoteEngine:
+    """See the module, and :class:`~choral.trainers.federated.distant.elsewhere.DistantEngine`."""
+
+    def __init__(self, sites: Sites, keys: Mapping[str, bytes], session: Session) -> None:
+        self._sites, self._begun = sites, False
+        plan, terms = session.plan, session.terms
+        sums: dict[SumSpec, RemoteSum] = {}
+        self._channels: dict[str, RemoteChannel] = {}
+        for channel, codec in session.codecs.items():
+            spec = replace(codec.spec, directory=len(plan.parties), terms=terms.digest)
+            if spec not in sums:
+                driver = plan.secure_sum.server_driver(spec, directory=keys)
+                sums[spec] = RemoteSum(sites, driver, spec, session.transcript, plan.secure_sum.name, channel)
+            self._channels[channel] = RemoteChannel(channel, sums[spec], codec, terms.digest)
+        self._sums = tuple(sums.values())
+        stated = [session.sums[channel].session.statement for channel in session.codecs]
+        self._fewest = max(int(each.get("min_survivors", 2)) for each in stated)
+
+    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, RemoteChannel]:
+        """Raises: TooFewSurvivorsError."""
+        del selected  # all are
+        self._sites.begin_round(fewest=self._fewest, all_of_them=not self._begun)
+        self._begun = True
+        for summing in self._sums:
+            summing.open()
+        self._sites.strange.clear()
+        self._sites.restarted.clear()
+        return self._channels
+
+    def answer(self, told: Told, parties: RoundParties, summing: RemoteRound) -> None:
+        """Raises: what the driver does."""
+        del told  # which the round has
+        summing.collect()
+        present = self._sites.present
+        parties.lost |= {name: "vector" for name in parties.names if name not in present}
+        parties.silent |= {name for name in parties.names if name not in summing.sent}
+
+
+class RemoteSum:
+    """A session of one kind of vector with the sites. channels that look alike share it."""
+
+    def __init__(
+        self, sites: Sites, driver: ServerDriver, spec: SumSpec, transcript: Transcript, name: str, channel: str
+    ) -> None:
+        self.sites, self.driver, self._spec, self.transcript = sites, driver, spec, transcript
+        self._name, self._channel = name, channel
+        self._members: frozenset[str] = frozenset()
+        self.place = 0
+
+    def open(self) -> None:
+        """Open a session, unless one is open that everybody who is there is in, and can go on with.
+
+        Raises: TooFewSurvivorsError.
+        """
+        present = self.sites.present
+        fits = self._members.issuperset(present) and not self.sites.strange & set(present)
+        if fits and all(self.driver.forget(name) for name in sorted(self.sites.restarted & set(present))):
+            return
+        self.place = self.transcript.open_session(self._name, self._spec)
+        self._members = frozenset()
+        for trip in self.driver.open():
+            self.sites.pass_on(self._channel, trip)
+        setup = getattr(self.driver, "setup", None)
+        self._members = frozenset(self._spec.parties if setup is None else setup.roster)
+
+
+class RemoteChannel:
+    """One channel's exchanges in a session (`OpenChannel`)."""
+
+    def __init__(self, name: str, summing: RemoteSum, codec: Codec, terms: bytes) -> None:
+        self._name, self.summing, self._codec, self._terms = name, summing, codec, terms
+
+    def begin(self, told: Told, parties: RoundParties) -> RemoteRound:
+        """Raises: TooFewSurvivorsError; what begins to pay for the sum."""
+        summing, sites = self.summing, self.summing.sites
+        self._codec.begin(sites.present, told.digest)
+        summing.transcript.begin_sum(told.exchange + 1, self._name, session=summing.place, told=told.bytes_down)
+        return RemoteRound(self._name, summing, told, self._terms, lost=set(parties.names) - set(sites.present))
+
+
+class RemoteRound:
+    """One sum with the sites, as far as it has come. sent: whose vectors came."""
+
+    def __init__(self, channel: str, summing: RemoteSum, told: Told, terms: bytes, *, lost: set[str]) -> None:
+        self._channel, self._sites, self._driver, self._told = channel, summing.sites, summing.driver, told
+        self._fresh = set(self._sites.names)
+        self.sent: tuple[str, ...] = ()
+        self._asked: tuple[str, ...] = ()
+        self._trips: Iterator[Trip] = self._driver.round(told.terms(terms), lost=lost)
+        self._vectors: Trip | None = None
+        for trip in self._trips:
+            if trip.step == "vector":
+                self._vectors = trip
+                return
+            self._pass(trip)
+
+    def collect(self) -> None:
+        """Have the sites train and send their vectors. Raises: ConfigError for a sum without vectors."""
+        if self._vectors is None:
+            raise ConfigError("a sum without a trip for vectors")
+        self._asked = tuple(name for name in self._vectors.outbox if name in self._sites.present)
+        self._pass(self._vectors)
+        self._end(())  # as long as nothing else is known
+        waiting = set(self._vectors.waiting)
+        self.sent = tuple(name for name in self._asked if name not in waiting)
+
+    def finish(self) -> SumResult:
+        """Raises: TooFewSurvivorsError, and what else ends a sum."""
+        for trip in self._trips:
+            self._pass(trip)
+        if self._driver.result is None:
+            raise ConfigError("a sum without a result")
+        self._end(self._driver.result.survivors)
+        return self._driver.result
+
+    def _end(self, survivors: tuple[str, ...]) -> None:
+        told = self._told
+        for name in self._asked:
+            self._sites.past[name] = ExchangeEnded(told.number, told.exchange, name in survivors, False)
+
+    def _pass(self, trip: Trip) -> None:
+        self._sites.pass_on(self._channel, trip, self._told, self._fresh)
+
+    def needs(self, party: str) -> NeedsVector | None:
+        """The sites compare, each for itself."""
+
+    def submit(self, party: str, vector: Any) -> None:  # noqa: ARG002
+        """Raises: ConfigError: sites send their vectors themselves."""
+        raise ConfigError(f"the vector of {party!r} comes from its site")

@@ -1,0 +1,159 @@
+"""``choral serve`` and ``choral join``: a coordinator, and the process of a site."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from choral.cli.arguments import parse
+from choral.errors import ConfigError
+from choral.jobs.settings import Settings, read_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags:
+    """Train with sites at their own machines: wait for them, offer the job, sum what they send, keep the run.
+
+    The sites are those of --directory, by the names of their certificates. Nothing of a site is known here but the
+    sums. A run is the same folder as of `choral train`: audit it, export it, go on with --resume.
+
+    Every key of CONFIG is a flag of the same name below; the flag wins.
+    """
+
+    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
+    """TOML file with the settings."""
+    directory: Path
+    """The sites' pinned certificates, as `choral site directory` writes it."""
+    out: Path
+    """Run folder; must be new or empty, unless --resume."""
+    resume: bool = False
+    """Continue the run that the folder holds."""
+    quiet: bool = False
+    """No progress and no summary, only errors."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinFlags:
+    """Be a site: connect outward to the coordinator, agree to what was approved, train, and send into secure sums.
+
+    It runs until it is stopped, and connects again whenever the connection is lost. What it refuses and why stands in
+    the site's own log; the coordinator learns that it was refused.
+    """
+
+    site: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SITE")]
+    """The site's folder, or its site.toml."""
+    coordinator: str = ""
+    """Which coordinator of site.toml, where it has several."""
+    patience: float | None = None
+    """Give up after so many seconds in a row without a connection; by default never."""
+    quiet: bool = False
+    """Only what is refused, and errors."""
+
+
+def serve(words: list[str]) -> int:
+    given = read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
+    default = ServeFlags(config=tyro.MISSING, directory=tyro.MISSING, out=tyro.MISSING, settings=given)
+    wanted = parse("serve", words, ServeFlags, default)
+    settings = wanted.settings
+    if not settings.serve.job:
+        named = dataclasses.replace(settings.serve, job=wanted.config.stem)
+        settings = dataclasses.replace(settings, serve=named)
+    from choral.jobs import serving
+    from choral.network import BlockingHub, CertifiedIdentity
+    from choral.network.site.files.directory import Pinned
+
+    chosen = settings.serve
+    if chosen.identity is None:
+        raise ConfigError(
+            "serve.identity is not set: the coordinator's certificate, which sites pin",
+            hint="choral.network.make_identity(FOLDER, NAME) makes one; then --serve.identity FOLDER/NAME.crt",
+        )
+    identity = CertifiedIdentity.load(chosen.identity.parent, chosen.identity.stem)
+    sites = Pinned.read(wanted.directory).sites
+    keys = {certificate.name: certificate.public_key for certificate in sites}
+
+    def say(text: str) -> None:
+        if not wanted.quiet:
+            print(f"choral: {text}", file=sys.stderr, flush=True)
+
+    with BlockingHub(identity, sites, host=chosen.host, port=chosen.port) as hub:
+        say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
+        run = serving.serve(
+            settings,
+            hub,
+            keys,
+            coordinator=identity.name,
+            out=wanted.out,
+            resume=wanted.resume,
+            say=say,
+            on_round=lambda entry: say(_line(entry.round, entry.metrics, entry.survivors, entry.failed)),
+        )
+    if not wanted.quiet:
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
+        print(f"{run.history[-1].round} rounds with {len(keys)} sites, {metrics}")
+        if run.info.ended:
+            print(f"note: {run.info.ended}")
+        print(f"run folder: {wanted.out}   next: choral audit {shlex.quote(str(wanted.out))}")
+    return 0
+
+
+def _line(number: int, metrics: dict[str, float], survivors: int, failed: str) -> str:
+    if failed:
+        return f"round {number} came to nothing: {failed}"
+    name, value = next(iter(metrics.items()))
+    return f"round {number}: {name} {value:.4f}" + (f", {survivors} sites in the sum" if number else "")
+
+
+def join(words: list[str]) -> int:
+    wanted = parse("join", words, JoinFlags)
+    os.umask(0o077)  # what a site writes is for its user alone
+    level = logging.WARNING if wanted.quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", stream=sys.stderr)
+    from choral.network import Link, Request, SiteFolder
+    from choral.network.host.host import SiteHost
+
+    folder = SiteFolder.open(wanted.site, coordinator=wanted.coordinator)
+    if not folder.coordinator:
+        raise ConfigError(
+            "site.toml names no coordinator, or several", hint="set [coordinators.NAME], or give --coordinator NAME"
+        )
+    asked, host = folder.settings.coordinators[folder.coordinator], SiteHost(folder)
+
+    def handler(request: Request) -> bytes:
+        reply = host.handle(request.body, sender=request.sender)
+        link.request_limit = host.request_limit
+        return reply
+
+    link = Link(
+        folder.identity,
+        folder.hub_directory,
+        handler,
+        hub=folder.coordinator,
+        address=_address(asked.address),
+        request_limit=host.request_limit,
+        proxy=asked.proxy or None,
+    )
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: link.stop())
+    asyncio.run(link.run(patience=wanted.patience))
+    return 0
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Raises: ConfigError for anything else than HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"the coordinator's address is {text!a:.80}, expected the like of fl.example.org:8443")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,143 @@
+"""A job with sites: what `choral serve` makes of the settings, the plan and the offer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from choral.errors import ConfigError
+from choral.jobs.settings import Arm, Settings, to_json
+from choral.jobs.training import compute_of, federation_of, keep_of, privacy_of
+
+if TYPE_CHECKING:
+    from choral.network.coordinator.remote import RemoteSites
+    from choral.network.coordinator.sites import Carrier, Waits
+    from choral.network.site.offer import Offer
+    from choral.trainers import RoundRecord, Run, Task
+    from choral.trainers.federated.plan import Plan
+    from choral.trainers.federated.terms.training_terms import TrainingTerms
+
+OFFERED = ("seed", "split", "training", "algorithm", "privacy", "participation")
+"""What of the settings is offered; the rest is the coordinator's own matter."""
+
+
+def serve(
+    settings: Settings,
+    carrier: Carrier,
+    keys: Mapping[str, bytes],
+    *,
+    coordinator: str,
+    out: Path | None,
+    resume: bool = False,
+    say: Callable[[str], None],
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> Run:
+    """Train with the sites of the directory. keys: their public keys, by name. say: is told who is missing.
+
+    Raises: ConfigError; as `federate`.
+    """
+    from choral.network.coordinator.serve import serve
+
+    task, example, code = coordinators_task(settings)
+    plan = plan_of(settings, task, example, tuple(keys), out=out, resume=resume, on_round=on_round)
+    remote = remote_of(settings, carrier, keys, coordinator=coordinator, code=code, say=say)
+    return serve(plan, remote)
+
+
+def remote_of(
+    settings: Settings,
+    carrier: Carrier,
+    keys: Mapping[str, bytes],
+    *,
+    coordinator: str,
+    code: str,
+    say: Callable[[str], None],
+) -> RemoteSites:
+    """Who has the sites answer. Raises: ConfigError."""
+    from choral.network.coordinator.remote import RemoteSites
+
+    names = tuple(keys)
+
+    def propose(terms: TrainingTerms) -> Offer:
+        return offer_of(settings, terms, names, coordinator=coordinator, code=code)
+
+    return RemoteSites(carrier, propose, keys=keys, waits=waits_of(settings), say=say)
+
+
+def waits_of(settings: Settings) -> Waits:
+    from choral.network.coordinator.sites import Waits
+
+    chosen = settings.serve
+    return Waits(sites=chosen.wait, quorum=chosen.quorum, training=chosen.training, step=chosen.step, away=chosen.away)
+
+
+def coordinators_task(settings: Settings) -> tuple[Task, Any, str]:
+    """The task, an example of its data, and what code it is. Raises: ConfigError."""
+    from choral.network.host.training_code import check_example, coordinator_task, embedded_example
+    from choral.trainers.data import TASKS
+    from choral.trainers.federated.terms.task_code import version_here
+
+    if settings.task in TASKS:
+        task, example = embedded_example(settings.task, settings.split, settings.training, settings.seed)
+        return task, example, version_here()
+    (task, example), digest = coordinator_task(Path(settings.task), settings.training, settings.seed)
+    check_example(example)
+    return task, example, digest
+
+
+def plan_of(
+    settings: Settings,
+    task: Task,
+    example: Any,
+    names: tuple[str, ...],
+    *,
+    out: Path | None,
+    resume: bool,
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> Plan:
+    """The plan of the federation, whose parties are elsewhere. Raises: ConfigError, as `Plan.of`."""
+    from choral.trainers.federated.plan import Plan
+    from choral.trainers.federated.virtual_parties import DistantParties
+
+    sites = settings.sites
+    if sites.records is None or sites.largest is None:
+        raise ConfigError(
+            "sites.records and sites.largest are not set: what sites count for is agreed on, and never counted",
+            hint="[sites] records = 1200, largest = 400: of all sites together, and the most that one may have",
+        )
+    if settings.sites.metrics != "none":
+        raise ConfigError("sites.metrics: sums of the sites' own evaluations are not made by this version")
+    if settings.evaluation.per_party:
+        raise ConfigError("evaluation.per_party needs each party's records, which stay at its site")
+    arm = Arm(private=settings.privacy.epsilon is not None)
+    privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
+    given = federation_of(settings, arm, task, privacy)
+    given["task"] = dataclasses.replace(given["task"], parties={})
+    return Plan.of(
+        parties=DistantParties(names, sites.records, sites.largest, example),
+        compute=compute_of(settings, settings.seed),
+        keep=keep_of(settings, arm, out=out, resume=resume, on_round=on_round),
+        **given,
+    )
+
+
+def offer_of(settings: Settings, terms: TrainingTerms, names: tuple[str, ...], *, coordinator: str, code: str) -> Offer:
+    """What the sites are asked to agree to. Raises: OfferError."""
+    from choral.jobs.training import secure_sum_of
+    from choral.network.site.offer import Offer
+    from choral.network.site.terms import sum_record
+
+    plain = to_json(settings)
+    return Offer(
+        job=settings.serve.job or Path(settings.task).stem,
+        coordinator=coordinator,
+        task=Path(settings.task).name,
+        code=code,
+        settings={name: plain[name] for name in OFFERED},
+        terms=terms.record(),
+        secure_sum=sum_record(secure_sum_of(settings, Arm())),
+        parties=names,
+        metrics=settings.sites.metrics,
+    )

@@ -1,0 +1,79 @@
+"""Parties that this process does not play: what the server knows of them, and who stands in for them in a session.
+
+What is different from parties that are here is in one place, whoever carries the messages: no data set of a party is
+known, nor how many records it has; what was agreed on beforehand stands in for that. Its ledgers, its trainer and its
+half of the sum are at the party; the server has the algorithm, its half of the sum, and the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from choral.errors import ConfigError
+from choral.privacy import AdaptiveClip
+from choral.protocols.interface import SumRound
+from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated.participation import Participation
+from choral.trainers.federated.round_parties import RoundParties
+
+if TYPE_CHECKING:
+    from choral.trainers.federated.plan import Plan
+    from choral.trainers.federated.session import Session
+
+
+class OpenChannel(Protocol):
+    """A sum of one channel, as a round begins it."""
+
+    def begin(self, told: Told, parties: RoundParties) -> SumRound: ...
+
+
+class Engine(Protocol):
+    """Who has the parties answer."""
+
+    def answer(self, told: Told, parties: RoundParties, summing: Any) -> None:
+        """Every present party's vector into the sum. Who fails is noted in ``parties``."""
+        ...
+
+
+class DistantEngine(Engine, Protocol):
+    """Has parties answer that are elsewhere."""
+
+    def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, OpenChannel]:
+        """The sums of a round by channel, among those who are there. Raises: TooFewSurvivorsError."""
+        ...
+
+
+class Elsewhere(Protocol):
+    """What a session is given for its parties if they are elsewhere."""
+
+    def engine(self, session: Session) -> DistantEngine:
+        """Called once, when the session has its terms, its codecs and its model."""
+        ...
+
+
+def check_distant(plan: Plan) -> None:
+    """Raises: ConfigError for what can only be rehearsed, and for what needs the parties' records here."""
+    rule = plan.participation
+    simulated = {"availability", "device", "deadline", "dropouts", "clock"}
+    usual = Participation()
+    if given := sorted(name for name in simulated if getattr(rule, name) != getattr(usual, name)):
+        raise ConfigError(
+            f"participation.{given[0]} rehearses what happens by itself where parties are elsewhere",
+            hint="leave it out; [serve] says how long is waited for whom",
+        )
+    if not rule.everybody:
+        raise ConfigError(
+            "a cohort or a rate, with parties that are elsewhere: all of them are asked in every round",
+            hint="leave out participation.cohort and rate; a round goes on without those who are away",
+        )
+    if isinstance(clip := getattr(plan.privacy, "clip", getattr(plan.privacy, "max_grad_norm", None)), AdaptiveClip):
+        raise ConfigError(
+            f"a clipping norm that adapts ({clip!r:.80}) follows what a party elsewhere does not see, or forgets",
+            hint="give a fixed one",
+        )
+    if plan.keep.transcript == "rehearsal":
+        raise ConfigError(
+            "a transcript of a rehearsal holds each party's vector, which a server of parties elsewhere never sees",
+            hint='"messages" records all that it sees',
+        )
