@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from choral.network.errors import OfferRefusedError
 from choral.network.site.approvals import approvals
-from choral.network.site.budget import open_ledger
-from choral.network.site.files.log import AGREED, REFUSED, SiteLine
+from choral.network.site.budget import ledger_facts, open_ledger
+from choral.network.site.files.log import AGREED, LONGEST_FACT, REFUSED, Fact, SiteLine
 from choral.network.site.files.settings import DataSet, Maxima
 from choral.network.site.objections import objections, policy_of
 from choral.network.site.offer import Offer
@@ -32,8 +32,8 @@ class Agreement:
     """What a site agreed to, and what it brings along. None of it was chosen by the coordinator beyond the offer.
 
     terms, secure_sum: of the offer, read strictly. policy: what the site accepts of a setup, keys filled in; by
-    `policy_for` for one sum. privacy, ledger: both, or none. data: the data set; path: where it lies, None for a
-    part of a task of Choral's own data. code: the file of the training code, None for a task of Choral.
+    `policy_for` for one sum. privacy, ledger: both, or none. name, data: of the data set; path: where it lies, None for
+    a part of a task of Choral's own data. code: the file of the training code, None for a task of Choral.
     """
 
     offer: Offer
@@ -42,10 +42,18 @@ class Agreement:
     policy: Policy
     privacy: Privacy | ClientPrivacy | None
     ledger: Ledger | None
+    name: str
     data: DataSet
     path: Path | None
     code: Path | None
     maxima: Maxima
+
+    def books(self) -> dict[str, Fact]:
+        """How far the data set's ledger has come, for a line of the site's log; the next job is held against it.
+
+        Raises: LedgerError.
+        """
+        return {} if self.ledger is None else ledger_facts(self.name, self.ledger)
 
     def policy_for(self, spec: SumSpec) -> Policy:
         """The policy of the sum that this site expects, `spec` being what it computed from the terms by itself."""
@@ -67,71 +75,80 @@ def agree(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Agre
     Raises: OfferRefusedError with every reason; SiteError for a log that cannot be read or written.
     """
     now = now or datetime.now(UTC)
-    lines = folder.log.read().entries
     try:
         folder.offers.keep(offer)
-        reasons = [*_clock(lines, now), *objections(folder, offer), *_approval(lines, offer, now)]
-        reasons += [] if reasons else _too_often(folder, lines, now)
+        standing(folder.log.read().entries, folder, offer, now)
+        if against := objections(folder, offer):
+            raise OfferRefusedError(against)
+        return _agreed(folder, offer, now)
     except OfferRefusedError as error:
-        reasons = list(error.reasons)
-    if reasons:
-        _refuse(folder, lines, offer, reasons, now)
+        cheap = objections(folder, offer, budget=False)  # which a coordinator may have computed as often as it likes
+        reasons = list(dict.fromkeys([*error.reasons, *cheap]))
+        _refuse(folder, offer, reasons, now)
+        raise OfferRefusedError(reasons, hint=f"`choral site review {offer.digest[:16]}` shows the offer") from None
+
+
+def _agreed(folder: SiteFolder, offer: Offer, now: datetime) -> Agreement:
+    """What it brings along, once the line is written that says so; approvals are looked at under the log's lock."""
     terms = terms_of(offer.terms)
     privacy = promise_of(terms.privacy, terms.federation.parties)
     task = folder.settings.tasks[offer.task]
-    data = folder.settings.data[task.data]
+    data, ledger = folder.settings.data[task.data], open_ledger(folder, task.data)
     agreement = Agreement(
         offer=offer,
         terms=terms,
         secure_sum=sum_of(offer.secure_sum),
         policy=policy_of(folder, offer),
         privacy=privacy,
-        ledger=None if privacy is None else open_ledger(folder, task.data),
+        ledger=None if privacy is None else ledger,
+        name=task.data,
         data=data,
         path=None if data.path is None else folder.path / data.path,
         code=None if offer.embedded else folder.path / "tasks" / offer.task,
         maxima=folder.settings.maxima,
     )
+    facts = {"digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator}
     folder.log.append(
-        AGREED, {"digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator, "data": task.data}, now
+        AGREED,
+        {**facts, **ledger_facts(task.data, ledger)},
+        now,
+        check=lambda lines: standing(lines, folder, offer, now),
     )
     return agreement
 
 
-def _clock(lines: tuple[SiteLine, ...], now: datetime) -> list[str]:
-    """A clock that was put back would let approvals live again that are over."""
-    last = lines[-1].when
-    if now < last - CLOCK_SLACK:
-        return [f"it is {now:%Y-%m-%d %H:%M} UTC here, before the last line of the log ({last:%Y-%m-%d %H:%M})"]
-    return []
+def standing(lines: tuple[SiteLine, ...], folder: SiteFolder, offer: Offer, now: datetime) -> None:
+    """Whether a person's approval holds now, by the lines of the log, and whether the day has room for the job.
 
-
-def _approval(lines: tuple[SiteLine, ...], offer: Offer, now: datetime) -> list[str]:
+    A clock that was put back would let approvals live again that are over: none holds before a line that came after it.
+    Raises: OfferRefusedError.
+    """
     found = approvals(lines)
-    if (approval := found.get(offer.digest)) is not None:
-        return [why] if (why := approval.refusal(now)) else []
-    others = [approval for approval in found.values() if approval.job == offer.job and not approval.refusal(now)]
-    if others:
-        return [f"nobody approved it: job {offer.job!r} was approved as {others[-1].digest[:16]}, and this is another"]
-    return ["nobody approved it"]
-
-
-def _too_often(folder: SiteFolder, lines: tuple[SiteLine, ...], now: datetime) -> list[str]:
+    approval = found.get(offer.digest)
+    if approval is None:
+        others = [other for other in found.values() if other.job == offer.job and not other.refusal(now)]
+        more = f": job {offer.job!r} was approved as {others[-1].digest[:16]}, and this is another" if others else ""
+        raise OfferRefusedError([f"nobody approved it{more}"])
+    if why := approval.refusal(now):
+        raise OfferRefusedError([why])
+    if now < (latest := max(line.when for line in lines[approval.line :])) - CLOCK_SLACK:
+        raise OfferRefusedError(
+            [
+                f"it is {now:%Y-%m-%d %H:%M} UTC here, and there are lines of {latest:%Y-%m-%d %H:%M} in the log: "
+                "set the clock; if it is right now, approve the job again"
+            ]
+        )
     most, today = folder.settings.maxima.jobs_a_day, now.astimezone(UTC).date()
     if sum(line.event == AGREED and line.when.date() == today for line in lines) >= most:
-        return [f"training was agreed to {most} times today already"]
-    return []
+        raise OfferRefusedError([f"training was agreed to {most} times today already"])
 
 
-def _refuse(folder: SiteFolder, lines: tuple[SiteLine, ...], offer: Offer, reasons: list[str], now: datetime) -> None:
-    """Write the refusal down, once a day for the same reasons and 200 times in all, and raise it."""
-    today = now.astimezone(UTC).date()
-    said = [line for line in lines if line.event == REFUSED and line.when.date() == today]
-    facts = {"digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator, "reasons": "; ".join(reasons)}
-    if len(said) < MOST_REFUSALS and not any(
-        (line.facts["digest"], line.facts["reasons"]) == (facts["digest"], facts["reasons"]) for line in said
-    ):
-        folder.log.append(REFUSED, dict(facts), now)
-    raise OfferRefusedError(
-        reasons, hint=f"`choral site review {offer.digest[:16]}` shows the offer; nothing was sent but the word refused"
-    )
+def _refuse(folder: SiteFolder, offer: Offer, reasons: list[str], now: datetime) -> None:
+    """Write the refusal down, once a day for the same reasons and 200 times in all."""
+    facts: dict[str, Fact] = {
+        "digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator, "reasons": "; ".join(reasons)
+    }  # fmt: skip
+    cut, today = str(facts["reasons"])[:LONGEST_FACT], f"{now.astimezone(UTC):%Y-%m-%d}"
+    said = [line.facts for line in folder.log.read().entries if line.event == REFUSED and line.at[:10] == today]
+    if len(said) < MOST_REFUSALS and not any((was["digest"], was["reasons"]) == (offer.digest, cut) for was in said):
+        folder.log.append(REFUSED, facts, now)

@@ -27,7 +27,9 @@ LONGEST_APPROVAL = timedelta(days=3660)
 
 @dataclass(frozen=True, kw_only=True)
 class Approval:
-    """What was approved. until: the last day on which it holds, UTC. by: who, as their system knows them."""
+    """What was approved. until: the last day on which it holds, UTC. by: who, as their system knows them. line: of the
+    log, from 0.
+    """
 
     digest: str
     job: str
@@ -36,6 +38,7 @@ class Approval:
     until: date
     by: str
     at: datetime
+    line: int
     revoked: bool = False
 
     def refusal(self, now: datetime) -> str:
@@ -50,7 +53,7 @@ class Approval:
 def approvals(entries: Sequence[SiteLine]) -> dict[str, Approval]:
     """The latest approval of each digest, in the order of those. entries: of a verified log."""
     found: dict[str, Approval] = {}
-    for entry in entries:
+    for line, entry in enumerate(entries):
         facts = entry.facts
         if entry.event not in (APPROVED, REVOKED):
             continue
@@ -65,6 +68,7 @@ def approvals(entries: Sequence[SiteLine]) -> dict[str, Approval]:
                 until=date.fromisoformat(str(facts["until"])),
                 by=str(facts["by"]),
                 at=entry.when,
+                line=line,
             )
         elif (before := found.get(digest)) is not None:
             found[digest] = Approval(**{**vars(before), "revoked": True})

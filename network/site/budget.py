@@ -8,16 +8,18 @@ nothing left.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from choral.errors import ChoralError
+from choral.network.site.files.log import Fact, SiteLine
 from choral.network.site.files.settings import DataSet, ledger_of
-from choral.privacy import ClientPrivacy, Ledger, Privacy
+from choral.privacy import ClientPrivacy, Ledger, LedgerError, Privacy
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, Event
+from choral.privacy.ledgers.ledger_file import RESTORE
 from choral.privacy.ledgers.plans import RemainingBudget, guarantee
 from choral.trainers.federated.terms.clients import clients_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
@@ -29,6 +31,25 @@ if TYPE_CHECKING:
 def open_ledger(folder: SiteFolder, name: str) -> Ledger:
     """The ledger of the data set `name`. Raises: LedgerError."""
     return Ledger(folder.path / ledger_of(name, folder.settings.data[name]), holder=folder.settings.name)
+
+
+def ledger_facts(name: str, ledger: Ledger) -> dict[str, Fact]:
+    """For a line of the site's log: how far the data set's ledger had come. Raises: LedgerError."""
+    count = sum(len(events) for _, events in ledger.segments)
+    return {"data": name, "ledger_events": count, "ledger_head": ledger.head_after(count)}
+
+
+def check_ledger(name: str, ledger: Ledger, lines: Sequence[SiteLine]) -> None:
+    """Whether the ledger still holds what the site's log says it held: one that was put back forgets what was spent.
+
+    Raises: LedgerError.
+    """
+    for line in reversed(lines):
+        count, head = line.facts.get("ledger_events"), line.facts.get("ledger_head")
+        if line.facts.get("data") == name and isinstance(count, int) and isinstance(head, str):
+            if ledger.head_after(count) != head:
+                raise LedgerError(f"the ledger of {name!r} is not the one that the site's log tells of", hint=RESTORE)
+            return
 
 
 def spent_of(ledger: Ledger) -> float:
@@ -125,7 +146,9 @@ def budget_objection(
 ) -> str:
     """Why the data set's budget does not admit the job; "" if it does."""
     try:
-        budget_of(folder.settings.data[name], open_ledger(folder, name), privacy, terms, settings)
+        ledger = open_ledger(folder, name)
+        check_ledger(name, ledger, folder.log.read().entries)
+        budget_of(folder.settings.data[name], ledger, privacy, terms, settings)
     except ChoralError as error:
         return str(error)
     return ""

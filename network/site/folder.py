@@ -27,7 +27,7 @@ from choral.locks import lock_file
 from choral.network.errors import OfferRefusedError, SiteError
 from choral.network.site.approvals import KeptOffers
 from choral.network.site.files.directory import Pinned
-from choral.network.site.files.log import Fact, SiteLog
+from choral.network.site.files.log import AGREED, APPROVED, BEGUN, REFUSED, REVOKED, Fact, SiteLog
 from choral.network.site.files.private import check_private, write_private
 from choral.network.site.files.settings import SiteSettings, read_site
 from choral.network.site.files.template import SITE_TOML
@@ -132,7 +132,9 @@ class SiteFolder:
         return agree(self, offer, now)
 
     def note(self, event: str, **facts: Fact) -> None:
-        """Write a line into the log: a round, a drop-out, an error. Raises: SiteError, and then it did not happen."""
+        """Write a line into the log: a round, a drop-out, an error. Raises: SiteError, and then it must not happen."""
+        if event in (BEGUN, AGREED, REFUSED, APPROVED, REVOKED):
+            raise SiteError(f"{event!r} is said by who agrees, refuses or approves, not noted")
         self.log.append(event, facts)
 
     def pin(self, pinned: Pinned, event: str, **facts: Fact) -> SiteFolder:
@@ -149,15 +151,18 @@ class SiteFolder:
         """
         today, most = f"{(now or datetime.now(UTC)).astimezone(UTC):%Y-%m-%d}", self.settings.maxima.bytes_a_day
         path = self.path / "state" / "bytes-today"
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
-            lock_file(file)
-            day, _, counted = file.read().decode("ascii", "replace").partition(" ")
-            if day and not counted.strip().isdigit():
-                raise SiteError(f"{path} cannot be read", hint="remove it: the day's bytes are then counted anew")
-            total = (int(counted) if day == today else 0) + size
-            if total > most:
-                raise OfferRefusedError([f"more than {most} bytes on {today}"])
-            os.pwrite(file.fileno(), f"{today} {total:020d}\n".encode(), 0)
+        try:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+                lock_file(file)
+                day, _, counted = file.read().decode("ascii", "replace").partition(" ")
+                if day and not counted.strip().isdigit():
+                    raise SiteError(f"{path} cannot be read", hint="remove it: the day's bytes are then counted anew")
+                total = (int(counted) if day == today else 0) + size
+                if total > most:
+                    raise OfferRefusedError([f"more than {most} bytes on {today}"])
+                os.pwrite(file.fileno(), f"{today} {total:020d}\n".encode(), 0)
+        except OSError as error:
+            raise SiteError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
 
 
 def _check_own(settings: SiteSettings, identity: CertifiedIdentity, pinned: Pinned) -> None:

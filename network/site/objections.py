@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 CLIENT = "client"
 
 
-def objections(folder: SiteFolder, offer: Offer) -> list[str]:
-    """All that is wrong with the offer by the site's settings; empty if nothing is."""
+def objections(folder: SiteFolder, offer: Offer, *, budget: bool = True) -> list[str]:
+    """All that is wrong with the offer by the site's settings; empty if nothing is.
+
+    budget: look at the ledger, too, if nothing else is wrong: it is what takes time.
+    """
     found = [*_people(folder, offer), *_code(folder, offer), *_metrics(folder, offer)]
     try:
         terms = terms_of(offer.terms)
@@ -42,9 +45,8 @@ def objections(folder: SiteFolder, offer: Offer) -> list[str]:
     task = folder.settings.tasks.get(offer.task)
     if task is not None:
         data, parties = folder.settings.data[task.data], terms.federation.parties
-        weaker = [*_privacy(data, terms, parties)]
-        found += [*weaker, *_records(data, terms)]
-        if not weaker:
+        found += [*_privacy(data, terms, parties), *_records(data, terms)]
+        if budget and not found:
             asked = promise_of(terms.privacy, parties)
             found += filter(None, [budget_objection(folder, task.data, asked, terms, offer.settings)])
     return found

@@ -64,7 +64,7 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
 
 def algorithm_of(record: Any) -> Algorithm:
     """Raises: OfferError for an algorithm that is not known, or a setting that it does not have or refuses."""
-    kind = KINDS.get(record.get("kind", "")) if isinstance(record, dict) else None
+    kind = KINDS.get(str(record.get("kind"))) if isinstance(record, dict) else None
     if kind is None:
         raise OfferError(f"its terms have no algorithm that is known here: {record!s:.80}")
     return _made("algorithm", kind, {name: value for name, value in record.items() if name != "kind"})

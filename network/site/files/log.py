@@ -12,7 +12,7 @@ in an append that never returned; it goes with the next one. Any other irregular
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify
 
 Fact = str | int | float | bool | None
 BEGUN, AGREED, REFUSED, APPROVED, REVOKED = "begun", "agreed", "refused", "approved", "revoked"
+MOST_LINES = 50_000  # on one day, for a coordinator makes lines come to be
 LONGEST_FACT = 2000  # characters; a coordinator's words are in some of them
 _PURPOSE = b"choral site log 1\n"
 _RESTORE = "restore it from a backup that is not older, and compare the head that was noted last"
@@ -84,11 +85,26 @@ class SiteLog:
         with self._open(write=False) as file:
             return self._read(file)
 
-    def append(self, event: str, facts: dict[str, Fact], now: datetime | None = None) -> SiteLine:
-        """Sign a line and write it; on return it is on disk. Texts are cut at 2000 characters. Raises: SiteError."""
+    def append(
+        self,
+        event: str,
+        facts: dict[str, Fact],
+        now: datetime | None = None,
+        *,
+        check: Callable[[tuple[SiteLine, ...]], None] | None = None,
+    ) -> SiteLine:
+        """Sign a line and write it; on return it is on disk. Texts are cut at 2000 characters.
+
+        check: is given all lines before it while no other process can write one, and raises if it must not be written.
+        Raises: SiteError; what `check` does.
+        """
         with self._open(write=True) as file:
             known = self._read(file)
+            if check is not None:
+                check(known.entries)
             line = self._signed(known.head, event, facts, now)
+            if sum(other.at[:10] == line.at[:10] for other in known.entries) >= MOST_LINES:
+                raise SiteError(f"{self.path} has {MOST_LINES} lines of {line.at[:10]}, and takes no more")
             try:
                 extend(file.fileno(), len(known.content), lines(known.head, [line])[0])
             except UnreadableError as error:

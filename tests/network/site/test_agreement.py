@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from site_folders import CODE, NAMES, NOW, Sites, offer, terms
 
-from choral.network import OfferRefusedError
+from choral.network import Offer, OfferRefusedError, SiteError, SiteFolder
 from choral.network.site.agreement import MOST_REFUSALS
 from choral.network.site.approvals import revoke
+from choral.network.site.budget import ledger_facts
 from choral.network.site.objections import objections, policy_of
-from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms, plan_shares
-from choral.privacy.accounting.events import PoissonSampledGaussian
+from choral.privacy import AdaptiveClip, ClientPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
+from choral.privacy.accounting.events import PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.protocols import Homomorphic, Masked, Plain
 from choral.trainers import FSVRG, FedProx, FedSGD, Scaffold
 
@@ -224,10 +225,18 @@ def test_an_approval_holds_to_the_end_of_its_last_day_and_no_longer(sites: Sites
 
 
 def test_a_clock_that_was_put_back_brings_no_approval_back_to_life(sites: Sites) -> None:
+    """However often it is tried: a refusal is no line that makes it true. A person who approves anew looks at it."""
     sites.approve(offer(), until=date(2026, 11, 30))
+    sites.north.note("round")  # it is later than that
     sites.north.log.append("round", {}, NOW + timedelta(days=30))
-    with pytest.raises(OfferRefusedError, match=r"it is 2026-11-29 12:00 UTC here, before the last line of the log"):
+    for _ in range(3):
+        with pytest.raises(OfferRefusedError, match=r"it is 2026-11-29 12:00 UTC here, and there are lines"):
+            sites.north.agree(offer(), now=NOW)
+    sites.approve(offer(job="other"))
+    with pytest.raises(OfferRefusedError, match="set the clock"):
         sites.north.agree(offer(), now=NOW)
+    sites.approve(offer())
+    sites.north.agree(offer(), now=NOW - timedelta(minutes=4))
 
 
 def test_a_revoked_approval_does_not_hold_and_a_new_one_does(sites: Sites) -> None:
@@ -237,6 +246,80 @@ def test_a_revoked_approval_does_not_hold_and_a_new_one_does(sites: Sites) -> No
         sites.north.agree(offer(), now=NOW)
     sites.approve(offer())
     sites.north.agree(offer(), now=NOW)
+
+
+def test_an_approval_that_is_revoked_meanwhile_does_not_hold(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first look and the line that says agreed, another process revokes."""
+    sites.approve(offer())
+    other = SiteFolder.open(sites.path)
+
+    def slow(folder: SiteFolder, given: Offer, *, budget: bool = True) -> list[str]:
+        if budget:
+            revoke(other, given.digest, by="officer", now=NOW)
+        return []
+
+    monkeypatch.setattr("choral.network.site.agreement.objections", slow)
+    with pytest.raises(OfferRefusedError, match="its approval was revoked"):
+        sites.north.agree(offer(), now=NOW)
+    assert [line.event for line in sites.north.log.read().entries] == ["begun", "approved", "revoked", "refused"]
+
+
+def test_nobody_has_budgets_computed_without_an_approval(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, and a coordinator can make up offers without end."""
+    monkeypatch.setattr("choral.network.site.objections.budget_objection", lambda *_: pytest.fail("computed"))
+    with pytest.raises(OfferRefusedError) as refused:
+        sites.north.agree(offer(terms=terms(rounds=21)), now=NOW)
+    assert refused.value.reasons == ("nobody approved it", "21 rounds, at most 20")
+    assert objections(sites.north, offer(terms=terms(rounds=21))) == ["21 rounds, at most 20"]
+
+
+def test_what_is_agreed_is_not_noted_by_others(sites: Sites) -> None:
+    for event in ("begun", "approved", "revoked", "agreed", "refused"):
+        with pytest.raises(SiteError, match="not noted"):
+            sites.north.note(event)
+
+
+def test_a_day_has_an_end_to_its_lines(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step that a coordinator asks for may make one."""
+    monkeypatch.setattr("choral.network.site.files.log.MOST_LINES", 3)
+    for _ in range(3):
+        sites.north.log.append("out", {}, NOW + timedelta(days=400))
+    with pytest.raises(SiteError, match="has 3 lines of 2028-01-03, and takes no more"):
+        sites.north.log.append("out", {}, NOW + timedelta(days=400))
+    sites.north.log.append("out", {}, NOW + timedelta(days=401))
+
+
+@pytest.mark.parametrize("what", ["removed", "cut"])
+def test_a_ledger_that_was_put_back_is_found(sites: Sites, what: str) -> None:
+    """Its file alone cannot show that its end is missing; the site's log remembers how far it had come."""
+    sites.approve(offer())
+    agreed = sites.north.agree(offer(), now=NOW)
+    assert agreed.ledger is not None
+    agreed.ledger.bind("north", 1e-5)
+    event = PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=30.0, steps=10)
+    plan = ReleasePlan(epsilon=1.0, parts=(PlannedEvents(event=event, times=4),))
+    agreed.ledger.append(event, after=0, plan=plan)
+    before = agreed.ledger.path.read_bytes() if agreed.ledger.path else b""
+    agreed.ledger.append(event, after=1)
+    assert agreed.books()["ledger_events"] == 2
+    sites.north.note("trained", **agreed.books())
+    assert objections(sites.north, offer()) == []
+    path = sites.path / "ledgers/visits.jsonl"
+    path.unlink() if what == "removed" else path.write_bytes(before)
+    (found,) = objections(sites.north, offer())
+    assert f"holds {0 if what == 'removed' else 1} events, expected at least 2" in found
+
+
+def test_a_ledger_that_was_made_anew_is_found(sites: Sites) -> None:
+    path = sites.path / "ledgers/visits.jsonl"
+    for noise in (30.0, 40.0):
+        path.unlink(missing_ok=True)
+        ledger = Ledger(path, holder="north")
+        ledger.bind("north", 1e-5)
+        ledger.append(PoissonSampledGaussian(sample_rate=0.1, noise_multiplier=noise, steps=10), after=0)
+        if noise == 30.0:
+            sites.north.note("trained", **ledger_facts("visits", ledger))
+    assert objections(sites.north, offer()) == ["the ledger of 'visits' is not the one that the site's log tells of"]
 
 
 def test_code_that_changed_since_it_was_approved_does_not_run(sites: Sites) -> None:
