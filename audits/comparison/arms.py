@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from choral.audits.comparison.shares_trust import shares_trust
 from choral.audits.findings.claims import check_costs, claim_of, short_path
 from choral.audits.findings.schema import ArmResult, BudgetCurve, BudgetPoint, Difference, Measure, Point
 from choral.audits.findings.statistics import data_owners_of, difference_interval, mean_interval, spreads
@@ -99,6 +100,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
         metric=mean_interval(values(runs, metric), share=is_percent(metric)),
         claim=claim_of([run.info for run in runs]),
         holders=owners,
+        shares=shares_trust(runs),
         spreads=spreads(owners),
         bytes_per_party=_bytes_per_party(runs),
         seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),

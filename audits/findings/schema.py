@@ -201,14 +201,29 @@ class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     not_run: tuple[NotRun, ...]
 
 
+class SharesTrust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """In what worst case noise in shares keeps its promise: a sum opened over `min_survivors` parties of which
+    `colluders` collude, so that `honest` are left. secure_sum: its name; of "plain", against outsiders alone.
+
+    realised: epsilon of as much noise as survived, true if who drops out does not depend on what was released; None
+    where no ledger says.
+    """
+
+    honest: int
+    colluders: int
+    min_survivors: int
+    secure_sum: str
+    realised: float | None = None
+
+
 class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way of training, over its seeds.
 
     examples: records over all parties. metric: after the last round. bytes_per_party: sent and received by the busiest
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
-    spreads: how unlike the data owners are, where there are several. fairness: None where no numbers per party were
-    asked for. audit: the evidence. curve: of the metric. more: the other metrics.
+    shares: where its noise is in shares. spreads: how unlike the data owners are, where there are several. fairness:
+    None where no numbers per party were asked for. audit: the evidence. curve: of the metric. more: the other metrics.
     """
 
     name: str
@@ -222,6 +237,7 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     difference: Difference | None = None
     claim: Claim | None = None
     holders: tuple[DataOwner, ...] = ()
+    shares: SharesTrust | None = None
     spreads: tuple[Spread, ...] = ()
     bytes_per_party: float | None = None
     seconds: Estimate

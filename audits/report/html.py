@@ -18,6 +18,7 @@ from choral.audits.findings.tally import beyond_attack, every_check, tally
 from choral.audits.findings.verdict import FAILED
 from choral.audits.report.charts import evidence_figures, figures, price_figures
 from choral.audits.report.charts.svg import arm_classes
+from choral.audits.report.shares_gain import shares_gain
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
@@ -212,7 +213,8 @@ def lead(report: Comparison) -> str:
     """The result in a few sentences."""
     base = next(arm for arm in report.arms if arm.name == report.baseline)
     metric = report.metric
-    said = [f"Trained on {_where(base)} ({base.name}), the model reaches {_reached(base, metric)}."]
+    said = [gain] if (gain := shares_gain(report)) else []
+    said.append(f"Trained on {_where(base)} ({base.name}), the model reaches {_reached(base, metric)}.")
     spread = _plain_federated(report)
     if spread and spread is not base:
         said.append(f"With {_where(spread)} ({spread.name}), it reaches {score_of(spread, metric)}.")

@@ -20,6 +20,7 @@ from choral.audits.findings.text import (
     width,
 )
 from choral.audits.findings.verdict import said
+from choral.audits.report.shares_gain import shares_gain
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
@@ -77,6 +78,7 @@ def comparison_markdown(report: Comparison) -> str:
     seeds = sorted({len(arm.seeds) for arm in report.arms})
     parts = [
         f"## {_safe(report.title)}",
+        _safe(shares_gain(report)),
         _table(heads, rows),
         f"± is a 95 % Student-t interval over {' or '.join(map(str, seeds))} seeds. Money is modelled with list prices"
         " and assumptions.",

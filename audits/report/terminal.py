@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
 from choral.audits.findings.verdict import said
+from choral.audits.report.shares_gain import shares_gain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,8 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
 
     console = console or Console()
     console.print(Text(report.title, style="bold"))
+    if gain := shares_gain(report):
+        console.print(Text(gain))
     headings = ("configuration", *report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time")
     rows = [(arm.name, *_cells(arm, report.metric)) for arm in report.arms]
     rows += [(each.arm, "failed", *[""] * (len(headings) - 2)) for each in report.failed if not each.left]

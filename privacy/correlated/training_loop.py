@@ -42,6 +42,14 @@ MECHANISMS: tuple[Mechanism, ...] = ("buffered", "banded", "tree")
 _KINDS = {"buffered": Buffered | Banded, "banded": Banded, "tree": Tree}
 
 
+_UNPROVED = "nothing is proved of it where a record takes part several times and a party may drop out in between"
+_NO_SHARES = {
+    "banded": "it is not built, and a party that drops out leaves noise that later steps do not take back",
+    "buffered": _UNPROVED,
+    "tree": _UNPROVED,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorrelatedPrivacy(Privacy):
     """A promise: training is (epsilon, delta)-differentially private, without sampling.
@@ -72,11 +80,6 @@ class CorrelatedPrivacy(Privacy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise != "local":
-            raise ConfigError(
-                "correlated noise is one stream of one data owner, of which a party that dropped out would keep a part",
-                hint='Take Privacy(noise="distributed"), whose noise is independent from step to step.',
-            )
         if isinstance(self.max_grad_norm, AdaptiveClip):
             raise ConfigError(
                 "AdaptiveClip moves the clipping norm C, but correlated noise takes back noise of earlier steps",
@@ -84,6 +87,11 @@ class CorrelatedPrivacy(Privacy):
             )
         if not isinstance(self.mechanism, str) or self.mechanism not in MECHANISMS:
             raise ConfigError(f"mechanism is {self.mechanism!r}, expected one of {', '.join(MECHANISMS)}")
+        if self.noise != "local":
+            raise ConfigError(
+                f'{self.mechanism} correlated noise with noise="distributed": {_NO_SHARES[self.mechanism]}',
+                hint='Take Privacy(noise="distributed"), whose noise is independent from step to step.',
+            )
         if self.bands is None:
             return
         if self.mechanism != "banded":

@@ -194,7 +194,7 @@ def test_noise_calibrated_for_all_with_half_of_them_gone_is_caught(
     monkeypatch.setattr(
         client.ClientRound, "decode", lambda self, total, _: decode(self, total, self._engine.clients)
     )  # fmt: skip
-    monkeypatch.setattr(codecs.ClientCodec, "begin", lambda it, _: setattr(it, "_round", it._privacy_engine.begin()))
+    monkeypatch.setattr(codecs.ClientCodec, "begin", lambda it, *_: setattr(it, "_round", it._privacy_engine.begin()))
     federate(
         **job, privacy=promise(min_survivors=8), secure_sum=Plain(), dropout_rate=0.5, out=tmp_path / "run", seed=3
     )  # fmt: skip

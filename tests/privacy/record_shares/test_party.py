@@ -414,8 +414,15 @@ def test_one_data_owner_alone_cannot_train_on_a_promise_of_shares(problem: Any) 
         promise().wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.1), problem.loader())
     with pytest.raises(ConfigError, match="protects nothing"):
         PrivacyEngine(promise(), holder="a", ledger=Ledger(), passes=1)
-    with pytest.raises(ConfigError, match="one stream"):
-        CorrelatedPrivacy(1.0, 1e-4, noise="distributed")
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "reason"),
+    [("banded", "leaves noise that later steps"), ("buffered", "nothing is proved"), ("tree", "nothing is proved")],
+)
+def test_correlated_noise_in_shares_is_refused_by_name(mechanism: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f'{mechanism} correlated noise with noise="distributed": .*{reason}'):
+        CorrelatedPrivacy(1.0, 1e-4, noise="distributed", mechanism=mechanism)
 
 
 def digits_step(adds: list[float], colluder: int, share: float, seed: int) -> float:
