@@ -32,6 +32,7 @@ from choral.network.host.messages import (
     read_request,
     written,
 )
+from choral.network.site.files.log import Fact
 from choral.network.site.offer import Offer
 from choral.trainers.engines.exchange_messages import largest_told
 
@@ -102,7 +103,8 @@ class SiteHost:
         if (now := job.party.trained_for) != before:
             failed = job.party.error
             said = {} if failed is None else {"reason": f"{type(failed).__name__}: {failed}"}
-            self._folder.note("trained", digest=job.digest, round=now[0], exchange=now[1], sent=failed is None, **said)
+            facts: dict[str, Fact] = {"digest": job.digest, "round": now[0], "exchange": now[1], "sent": failed is None}
+            self._folder.note("trained", **(facts | said | job.books()))
         return taken
 
     def _end(self, job: SiteJob, asked: EndJob) -> FromSite:

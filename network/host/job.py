@@ -26,6 +26,7 @@ from choral.errors import ChoralError
 from choral.network.errors import OfferRefusedError, SiteError
 from choral.network.host.messages import ExchangeEnded, StepTaken, TakeStep, TellAgain
 from choral.network.host.training_code import Loaded, embedded_part, site_task
+from choral.network.site.files.log import Fact
 from choral.network.site.files.private import write_private
 from choral.network.site.files.settings import PART
 from choral.privacy import ClientPrivacy
@@ -114,6 +115,10 @@ class SiteJob:
         if (path := self._state / "states").is_file():
             self.party.states = _states_of(path)
 
+    def books(self) -> dict[str, Fact]:
+        """How far the data's ledger has come, for the site's log. Raises: LedgerError."""
+        return self._agreement.books()
+
     @property
     def coordinator(self) -> str:
         return self._agreement.offer.coordinator
@@ -121,9 +126,11 @@ class SiteJob:
     def step(self, asked: TakeStep) -> StepTaken | TellAgain:
         """One message of a sum, and before it the exchange that it is of.
 
-        Raises: what the party does: ProtocolError, BudgetExceededError, LedgerError. It is then out of this round.
+        Raises: OfferRefusedError if the approval was revoked or is over; what the party does: ProtocolError,
+            BudgetExceededError, LedgerError. It is then out of this round.
         """
         with self._lock:
+            self._agreement.check(self._folder)
             self._ended(asked.past)
             if asked.told:
                 try:

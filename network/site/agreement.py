@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,6 +49,13 @@ class Agreement:
     code: Path | None
     maxima: Maxima
 
+    def check(self, folder: SiteFolder, now: datetime | None = None) -> None:
+        """Whether the approval still holds, while the job runs: it may have been revoked, or be over.
+
+        Raises: OfferRefusedError; SiteError for a log that cannot be read.
+        """
+        approved(folder.log.read().entries, self.offer, now or datetime.now(UTC))
+
     def books(self) -> dict[str, Fact]:
         """How far the data set's ledger has come, for a line of the site's log; the next job is held against it.
 
@@ -77,7 +85,7 @@ def agree(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Agre
     now = now or datetime.now(UTC)
     try:
         folder.offers.keep(offer)
-        standing(folder.log.read().entries, folder, offer, now)
+        _may_begin(folder.log.read().entries, folder, offer, now)
         if against := objections(folder, offer):
             raise OfferRefusedError(against)
         return _agreed(folder, offer, now)
@@ -112,13 +120,13 @@ def _agreed(folder: SiteFolder, offer: Offer, now: datetime) -> Agreement:
         AGREED,
         {**facts, **ledger_facts(task.data, ledger)},
         now,
-        check=lambda lines: standing(lines, folder, offer, now),
+        check=lambda lines: _may_begin(lines, folder, offer, now),
     )
     return agreement
 
 
-def standing(lines: tuple[SiteLine, ...], folder: SiteFolder, offer: Offer, now: datetime) -> None:
-    """Whether a person's approval holds now, by the lines of the log, and whether the day has room for the job.
+def approved(lines: Sequence[SiteLine], offer: Offer, now: datetime) -> None:
+    """Whether a person's approval holds now, by the lines of the log.
 
     A clock that was put back would let approvals live again that are over: none holds before a line that came after it.
     Raises: OfferRefusedError.
@@ -138,6 +146,11 @@ def standing(lines: tuple[SiteLine, ...], folder: SiteFolder, offer: Offer, now:
                 "set the clock; if it is right now, approve the job again"
             ]
         )
+
+
+def _may_begin(lines: Sequence[SiteLine], folder: SiteFolder, offer: Offer, now: datetime) -> None:
+    """Approved, and the day has room for it. Raises: OfferRefusedError."""
+    approved(lines, offer, now)
     most, today = folder.settings.maxima.jobs_a_day, now.astimezone(UTC).date()
     if sum(line.event == AGREED and line.when.date() == today for line in lines) >= most:
         raise OfferRefusedError([f"training was agreed to {most} times today already"])
