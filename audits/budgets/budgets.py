@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from choral.audits.findings.claims import short_path
 from choral.audits.findings.schema import Check, OwnerBudget, Verdict
@@ -190,7 +189,9 @@ def _of_unit(claimed: Spent, unit: str, relation: str) -> bool:
 
 
 def ledger_path(run: Run, name: str) -> Path | None:
-    return run.folder / "ledger" / f"{quote(name, safe='')}.jsonl" if run.folder else None
+    from choral.trainers.run_folder.folder import ledger_file
+
+    return ledger_file(run.folder / "ledger", name) if run.folder else None
 
 
 def ledger_of(run: Run, name: str) -> Ledger | None:

@@ -32,6 +32,7 @@ from choral.audits.findings.schema import (
 )
 from choral.audits.report.storage import read_report, save_report
 from choral.audits.run.arm_audit import Rows, audited, ledger_rows
+from choral.audits.run.signed_checks import UNBOUND, cited_manifest
 from choral.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ def _compared(
         checks=comparison_checks(arms, budgets, rows, metrics[0], books) + ((verdict,) if verdict else ()),
         matches=matches,
         not_run=tuple(
-            entry for entry in NOT_RUN if all(row.audit is None or entry in row.audit.not_run for row in rows)
+            entry
+            for entry in (*NOT_RUN, UNBOUND)
+            if all(row.audit is None or entry in row.audit.not_run for row in rows)
         ),
         caveats=caveats(units_of(every), compared=True, metrics=metrics),
         versions=merged_versions(every),
@@ -221,6 +224,7 @@ def _rows(
                 difference=difference_of(runs, other, base, metric) if other else None,
                 fairness=fairness_of(name, runs, other, base, of_parties),
                 audit=audits[name],
+                manifests=tuple(cited for run in runs if (cited := cited_manifest(run)) is not None),
             )
         )
     return rows

@@ -184,6 +184,19 @@ class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     would_show: str
 
 
+class CitedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run's manifest, as a report cites it. sha256: of its file. signed: how many have signed it, its writer among
+    them; gone: parties that have not. rehearsal: one process made all the keys, so that signatures say only that the
+    files belong together.
+    """
+
+    sha256: str
+    run: str
+    signed: int
+    gone: tuple[str, ...] = ()
+    rehearsal: bool
+
+
 class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The evidence for one arm: what :func:`choral.audits.audit` finds in its runs, nothing trained, and attacks.
 
@@ -223,7 +236,8 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     party in the whole run; for a centralized arm the largest party's raw data, which is uploaded once; None if not
     recorded. seconds: training time of the whole run, evaluation excluded. survivors: the fewest parties in any round.
     shares: where its noise is in shares. spreads: how unlike the data owners are, where there are several. fairness:
-    None where no numbers per party were asked for. audit: the evidence. curve: of the metric. more: the other metrics.
+    None where no numbers per party were asked for. audit: the evidence. manifests: of its runs, by seed, those that
+    have one. curve: of the metric. more: the other metrics.
     """
 
     name: str
@@ -245,6 +259,7 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     secure_sum: dict[str, Any] | None = None
     fairness: Fairness | None = None
     audit: ArmAudit | None = None
+    manifests: tuple[CitedManifest, ...] = ()
     curve: tuple[Point, ...]
     more: tuple[Measure, ...] = ()
     devices: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from choral.audits.findings.verdict import FAILED
 from choral.audits.report.charts import evidence_figures, figures, price_figures
 from choral.audits.report.charts.svg import arm_classes
 from choral.audits.report.shares_gain import shares_gain
+from choral.audits.report.storage import as_json
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
@@ -192,6 +194,7 @@ def _environment() -> Environment:
     )
     environment.filters["plain"] = _plain
     environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
+    environment.filters["json_digest"] = lambda report: sha256(as_json(report)).hexdigest()
     environment.filters["words"] = lambda key: str(key).replace("_", " ")
     return environment
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
+from choral import verify
 from choral.audits.findings.schema import ReportError, check_version
 from choral.errors import ConfigError
 
@@ -28,7 +29,7 @@ def save_report(
     """
     path = Path(path)
     if path.suffix == ".json":
-        content = msgspec.json.format(_readable(report), indent=1) + b"\n"
+        content = as_json(report)
     elif path.suffix == ".html":
         content = page(report).encode()
     elif path.suffix == ".md":
@@ -41,6 +42,20 @@ def save_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_bytes(content)
+    os.replace(draft, path)
+    return path
+
+
+def as_json(report: msgspec.Struct) -> bytes:
+    """The report as its JSON file. Raises: ReportError."""
+    return msgspec.json.format(_readable(report), indent=1) + b"\n"
+
+
+def put_verifier(folder: Path) -> Path:
+    """Copy verify.py beside a report, for readers who have no Choral."""
+    path = folder / "verify.py"
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(Path(verify.__file__).read_bytes())
     os.replace(draft, path)
     return path
 

@@ -13,6 +13,7 @@ from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.audits.findings.schema import ArmAudit, Check, OwnerBudget
 from choral.audits.findings.text import at_least
 from choral.audits.findings.verdict import FAILED, evidence_checks, not_run, verdict_sentence, worst
+from choral.audits.run.signed_checks import UNBOUND, cited_manifest, signed_checks
 from choral.audits.transcripts.transcript_audit import CHAINED, TranscriptAudit, transcript_audit, transcript_gone
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ def arm_audit(
         checks=tuple(checks),
         attacks=tuple(attacks),
         probe=probe,
-        not_run=not_run(attacks, probe, None, transcript),
+        not_run=(
+            *not_run(attacks, probe, None, transcript),
+            *([] if all(cited_manifest(run) for run in runs) else [UNBOUND]),
+        ),
     )
 
 
@@ -128,6 +132,7 @@ def _books(run: Run, rows: tuple[OwnerBudget, ...]) -> tuple[list[Check], Transc
         checks += transcript_gone(run) if transcript is None else transcript.checks
     try:
         checks += books_checks(run)
+        checks += signed_checks(run)
         checks += accountants_check(accountants_of(run))
         checks += participation_checks(run, participation_of(run))
     except LedgerError:

@@ -22,6 +22,7 @@ from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
     Check,
+    CitedManifest,
     NotRun,
     OwnerBudget,
     RunFacts,
@@ -33,6 +34,7 @@ from choral.audits.findings.statistics import data_owners_of, spreads
 from choral.audits.findings.text import power
 from choral.audits.findings.verdict import evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.report.storage import read_report, save_report
+from choral.audits.run.signed_checks import UNBOUND, cited_manifest, signed_checks
 from choral.audits.transcripts.transcript_audit import TranscriptAudit, transcript_audit, transcript_gone
 from choral.errors import ConfigError, DataError
 
@@ -62,7 +64,8 @@ class Audit(
     claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
     budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data owners are, as run.json
         says. costs: rounds, bytes, energy, money. transcript: what the server saw ("seen" in JSON). attacks, probe,
-        inversion: evidence from attacks. traces: each metric by round.
+        inversion: evidence from attacks. traces: each metric by round. manifest: of the run, which
+    binds all its files; None without.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -85,6 +88,7 @@ class Audit(
     costs: Costs | None = None
     traces: tuple[Trace, ...] = ()
     run: RunFacts | None = None
+    manifest: CitedManifest | None = None
     not_run: tuple[NotRun, ...] = NOT_RUN
     caveats: tuple[str, ...]
     versions: dict[str, str]
@@ -142,9 +146,11 @@ def audit(
     run = _readable(run)
     budgets = owner_budgets(run)
     accountants, participation, transcript = accountants_of(run), participation_of(run), transcript_audit(run)
+    manifest = cited_manifest(run)
     checks = (
         *budget_checks(run, budgets),
         *books_checks(run),
+        *signed_checks(run),
         *accountants_check(accountants),
         *participation_checks(run, participation),
         *(transcript.checks if transcript else transcript_gone(run)),
@@ -171,7 +177,8 @@ def audit(
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
         traces=_traces(run),
         run=_facts(run),
-        not_run=not_run(attacks, probe, inversion, transcript),
+        manifest=manifest,
+        not_run=(*not_run(attacks, probe, inversion, transcript), *([] if manifest else [UNBOUND])),
         caveats=caveats(units_of([info]), compared=False),
         versions=dict(info.versions),
     )

@@ -18,6 +18,7 @@ from choral.trainers.local_steps.resident_model import initial_model, resolve_de
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, check_tuned, describe
 from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.evidence.sealing import seal
 from choral.trainers.run_folder.info import RoundRecord, RunInfo
 from choral.trainers.run_folder.keep import Keep, OnRound
 from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
@@ -87,7 +88,9 @@ def centralize(
         workers_of(data_parallel, on) as workers,
         Recorder.open(keep.out if workers.first else None, info, resume=keep.resume) as recorder,
     ):
-        return _train(job, info, recorder, workers, keep.on_round)
+        run = _train(job, info, recorder, workers, keep.on_round)
+        seal(run)
+        return run
 
 
 @dataclass(frozen=True)

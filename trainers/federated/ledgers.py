@@ -18,6 +18,7 @@ from choral.trainers.federated.codec import ClientCodec
 from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.record_shares.ledgers import ShareLedgers
 from choral.trainers.federated.virtual_parties import DistantParties
+from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.run_folder.owner_privacy import open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
 
@@ -75,7 +76,7 @@ def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
     """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
     folder = recorder.ledger_folder
     own = privacy.ledger is not None
-    ledger = as_ledger(privacy.ledger) if own else Ledger(folder / f"{HOLDER}.jsonl" if folder else None)
+    ledger = as_ledger(privacy.ledger) if own else Ledger(ledger_file(folder, HOLDER) if folder else None)
     notice_memory(ledger, "ClientPrivacy(ledger=FILE), or out=FOLDER,")
     recorder.keep({HOLDER: ledger})
     return Clients(privacy, ledger, recorder)

@@ -50,7 +50,9 @@ from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.evidence.manifest import NAME
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal, SentMessages
+from choral.trainers.run_folder.evidence.sealing import seal
 from choral.trainers.run_folder.info import RoundRecord, RunFolderError
 from choral.trainers.run_folder.owner_privacy import clips_of
 from choral.trainers.run_folder.recorder import Recorder
@@ -116,7 +118,7 @@ class Session:
         ):
             session = cls(plan, ranks, recorder, transcript, sent, elsewhere)
             yield session
-            session.run = share(session._closed())
+            session.run = share(session._sealed())
 
     def rounds_left(self) -> Iterator[int]:
         """The numbers of the rounds that are to come, and that are paid for."""
@@ -330,7 +332,8 @@ class Session:
 
     def _open_receipts(self) -> Rehearsal | None:
         folder, terms = self.plan.keep.folder, self.terms
-        if folder is None or not self.plan.has_receipts:
+        over = self._last <= self._recorder.completed and folder is not None and (folder / NAME).is_file()
+        if folder is None or not self.plan.has_receipts or over:
             return None
         return Rehearsal(
             folder,
@@ -356,6 +359,11 @@ class Session:
         if self._recorder.completed < self.plan.rounds:
             return self._recorder.end(self._reason, self._ledgers.spent())
         return self._recorder.finish(per_party_of(task.held_out, task.evaluate_party, self._resident.model, parties))
+
+    def _sealed(self) -> Run:
+        """The same, with its manifest."""
+        seal(run := self._closed(), self.receipts)
+        return run
 
 
 class _Follower(Session):

@@ -8,6 +8,7 @@
     DIR/algorithm_state.R.safetensors  what the algorithm's server and parties keep after round R
     DIR/cohorts.secret           from which cohorts are drawn, for the coordinator alone (see participation.py)
     DIR/ledger/NAME.jsonl   one privacy ledger per data owner
+    DIR/receipts/NAME.jsonl, DIR/manifest.json  what the parties signed (:mod:`choral.trainers.run_folder.evidence`)
     DIR/transcript/         what the server saw, if that was to be recorded
     (:mod:`choral.trainers.run_folder.transcript`)
 
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import msgspec
 import torch
@@ -37,6 +39,11 @@ from choral.trainers.run_folder.info import FORMAT_VERSION, RoundRecord, RunFold
 LAST, BEST = "model.safetensors", "best.safetensors"
 _LOCK = ".lock"
 _SETTINGS = "use finite numbers, texts, lists and dicts in config and in the settings of the algorithm"
+
+
+def ledger_file(folder: Path, holder: str) -> Path:
+    """Where a data owner's ledger is in a folder of ledgers."""
+    return folder / f"{quote(holder, safe='')}.jsonl"
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from choral.errors import ConfigError
 from choral.privacy import Ledger, LedgerError, Privacy, PrivacyEngine
 from choral.privacy.ledgers.ledger import as_ledger
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
+from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.run_folder.recorder import Recorder
 
 
@@ -43,7 +43,7 @@ def open_privacy_engines(
         notice_memory(Ledger(), "out=FOLDER")
     privacy_engines = {}
     for name in examples:
-        ledger = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
+        ledger = Ledger(ledger_file(folder, name) if folder else None, holder=name)
         privacy_engines[name] = engine_for(privacy, name, ledger, rounds_left, clips.get(name))
     return privacy_engines
 

@@ -138,6 +138,8 @@ class Recorder:
             self._info = info = folders.as_read_back(info)
             folders.write_info(self._folder, info)
             (self._folder / "ledger").mkdir(exist_ok=True)
+            if self.completed < info.rounds:  # what was signed is of fewer rounds than are to come
+                (self._folder / "manifest.json").unlink(missing_ok=True)
             folders.replace_file(self._folder / "history.jsonl", folders.history_lines(self._history))
 
     def restore(self, model: nn.Module, layout: Layout, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:

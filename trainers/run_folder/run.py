@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
-from urllib.parse import quote
 
 import msgspec
 import torch
@@ -21,6 +20,7 @@ from choral.trainers.run_folder.folder import (
     as_read_back,
     checked_json,
     history_lines,
+    ledger_file,
     read_best,
     read_history,
     read_info,
@@ -87,7 +87,7 @@ class Run:
             replace_file(folder / BEST, weights_bytes(self.best, self.best_round))
         for name, content in self.ledgers.items():
             (folder / "ledger").mkdir(exist_ok=True)
-            replace_file(folder / "ledger" / f"{quote(name, safe='')}.jsonl", content)
+            replace_file(ledger_file(folder / "ledger", name), content)
         replace_file(folder / "run.json", msgspec.json.format(info, indent=1))
         return folder
 

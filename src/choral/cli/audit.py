@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from choral.audits.costs.prices import PriceSettings, read_prices
+from choral.audits.report.storage import put_verifier
 from choral.cli.arguments import parse
 from choral.errors import ConfigError
 
@@ -108,6 +109,7 @@ def audit(words: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         result.save(folder / "report.json")
         result.save(folder / "report.html")
+        put_verifier(folder)
         if not wanted.quiet:
             print(f"report: {folder / 'report.html'}")
     if wanted.markdown is not None:

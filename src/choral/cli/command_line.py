@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | export | budget | site``.
+"""The command line: ``choral compare | train | audit | verify | export | budget | site``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
@@ -35,6 +35,7 @@ commands:
   serve CONFIG --directory FILE --out DIR
                              train with sites at their own machines: be their coordinator
   join SITE                  be a site: connect to a coordinator, and train what was approved here
+  verify FILE...             hold receipts, manifests, reports and run folders against what was signed of them
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
   site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
@@ -176,10 +177,20 @@ def _site(words: list[str]) -> int:
     return site(words)
 
 
+def _verify(words: list[str]) -> int:
+    from choral.verify import main as verify  # which needs nothing else of Choral
+
+    try:
+        return verify(words)
+    except SystemExit as stop:  # of its own parser, which has said everything
+        return int(stop.code or 0)
+
+
 _COMMANDS: dict[str, Command] = {
     "compare": _compare,
     "train": _train,
     "audit": _audit,
+    "verify": _verify,
     "export": _export,
     "serve": _serve,
     "join": _join,

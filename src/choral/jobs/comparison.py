@@ -79,6 +79,7 @@ def run_comparison(
         ChoralError if no arm at all could be trained.
     """
     from choral.audits import compare, read_prices
+    from choral.audits.report.storage import put_verifier
 
     forget_tasks()
     _check(settings)
@@ -109,6 +110,7 @@ def run_comparison(
     )
     for name in ("report.json", "report.html"):
         _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]
+    _tried(lambda: put_verifier(out), None, troubles)
     return ComparisonOutcome(comparison, {planned.label: failure for planned, failure in failed.items()}, troubles)
 
 

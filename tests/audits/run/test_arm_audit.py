@@ -264,6 +264,8 @@ def test_a_run_in_older_words_holds_and_its_claim_reads_as_zero_out(real: Arms, 
         reworded(ledger)
     written = (folder / "run.json").read_text(encoding="utf-8").replace("zero out one", "add or remove one")
     (folder / "run.json").write_text(written, encoding="utf-8")
+    (folder / "manifest.json").unlink(missing_ok=True)  # as then
+    shutil.rmtree(folder / "receipts", ignore_errors=True)
     found = audit(Run.load(folder))
     assert found.verdict == "holds"
     assert "zero out one record (in older words: add or remove one record)" in found.claim

@@ -6,6 +6,7 @@ False alarms: six honest masked runs are audited here, each with a probability o
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,8 @@ def test_a_transcript_of_one_sum_a_round_is_still_read(job: Job, tmp_path: Path)
 
     rehearse(job, tmp_path / "run")
     rewrite(tmp_path / "run", old)
+    (tmp_path / "run" / "manifest.json").unlink()  # as then
+    shutil.rmtree(tmp_path / "run" / "receipts")
     report = audit(tmp_path / "run")
     assert {check.verdict for check in report.checks} == {"holds"}
     assert report.transcript is not None

@@ -342,6 +342,8 @@ def test_a_transcript_of_another_protocol_version_is_said_to_be_one(
     with monkeypatch.context() as then:
         then.setattr(wire_format, "VERSION", 1)
         rehearse(job, tmp_path / "run", rounds=1, transcript="messages")
+    shutil.rmtree(tmp_path / "run" / "receipts")  # which no earlier Choral kept
+    (tmp_path / "run" / "manifest.json").unlink()
     report = audit(tmp_path / "run")
     verdict, finding = check(report, "not declared")
     assert verdict == "unverified"

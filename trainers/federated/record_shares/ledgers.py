@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from choral.privacy import Ledger, LedgerError, Privacy, SharesPlan, SharesTerms, Spent, plan_shares
 from choral.privacy.ledgers.memory_notice import notice_memory
@@ -20,6 +19,7 @@ from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.record_shares.checks import check_algorithm, fewest_survivors, in_shares
 from choral.trainers.federated.record_shares.codec import SharesCodec
 from choral.trainers.federated.virtual_parties import DistantParties
+from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.run_folder.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ShareLedgers:
             notice_memory(Ledger(), "out=FOLDER")
         ledgers = {}
         for name in job.census.names:
-            ledgers[name] = Ledger(folder / f"{quote(name, safe='')}.jsonl" if folder else None, holder=name)
+            ledgers[name] = Ledger(ledger_file(folder, name) if folder else None, holder=name)
             ledgers[name].bind(name, privacy.delta, neighbours=privacy.neighbours)
         recorder.keep(ledgers)
         return cls(job=job, privacy=privacy, algorithm=algorithm, ledgers=ledgers, recorder=recorder)

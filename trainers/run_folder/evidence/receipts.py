@@ -175,6 +175,8 @@ class Receipts:
     def __init__(self, path: Path, who: Signatory, *, fsync: bool = True) -> None:
         self.path, self.who, self._fsync = path, who, fsync
         self.count, self.head, terms = 0, START, ""
+        self.keys: dict[str, None] = {}  # that signed, in their order
+        self.latest = (0, "", "")  # round, the model that came of it, terms
         if path.is_file():
             with path.open("r+b") as file:
                 file.truncate(_whole(path.read_bytes()))  # a line that a killed process left half written
@@ -182,6 +184,7 @@ class Receipts:
             if (content["party"], content["run"]) != (who.party, who.run):
                 raise EvidenceError(f"{path} holds receipts of another party or run", hint="keep one folder for each")
             self.count, self.head, terms = self.count + 1, head, content["terms"] + content["key"]
+            self._remember(content)
         if terms != who.terms + who.identity.public.hex():
             self._append({"kind": "terms", "terms": who.terms, "text": who.text})
 
@@ -209,6 +212,11 @@ class Receipts:
                 file.flush()
                 os.fsync(file.fileno())
         self.count, self.head = self.count + 1, digest(line)
+        self._remember({**self.who.head, **said})
+
+    def _remember(self, content: Mapping[str, Any]) -> None:
+        self.keys[content["key"]] = None
+        self.latest = max(self.latest, (content.get("round", 0), content.get("came") or "", content["terms"]))
 
 
 def receipts_path(folder: Path, party: str) -> Path:

@@ -78,7 +78,7 @@ class Rehearsal:
         text: str,
         ledgers: Mapping[str, Ledger],
     ) -> None:
-        self._sent, self._ledgers = sent, ledgers
+        self._sent, self.ledgers = sent, ledgers
         self.run = run_of(folder) or secrets.token_hex(16)
         self.identities = {name: Identity(secrets.token_bytes(32)) for name in names}
         self.receipts = {
@@ -94,7 +94,7 @@ class Rehearsal:
     def begin(self, number: int, selected: Sequence[str], weights: torch.Tensor) -> None:
         """A round begins, with the model that its parties are given."""
         given = model_digest(weights)
-        self._notes = {name: RoundNotes(name, number, given, at(self._ledgers.get(name))) for name in selected}
+        self._notes = {name: RoundNotes(name, number, given, at(self.ledgers.get(name))) for name in selected}
         for name in selected:
             self._sent.take(name)
 
@@ -111,7 +111,7 @@ class Rehearsal:
             end = RoundEnd(
                 came=came,
                 failed=failed,
-                ledger=at(self._ledgers.get(name)),
+                ledger=at(self.ledgers.get(name)),
                 epsilon=cost.epsilon if cost else None,
                 delta=cost.delta if cost else None,
             )

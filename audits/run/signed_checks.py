@@ -1,0 +1,161 @@
+"""A run held against what its parties signed: receipts of each round, and the manifest that names all files.
+
+Signatures, chains and views are checked by the code that others run (:mod:`choral.verify`), with a faster verification
+of signatures; here comes what needs the run itself: files, ledgers, history, and the weights in the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from choral.audits.budgets.budgets import ledger_of
+from choral.audits.findings.schema import Check, CitedManifest, NotRun, Verdict
+from choral.verify import Evidence
+
+if TYPE_CHECKING:
+    from choral.trainers.run_folder.run import Run
+
+UNBOUND = NotRun(
+    name="Manifest",
+    would_show="whether model, history, settings and ledgers are those that the run ended with: without one nothing"
+    " binds them to each other, or to what was audited",
+)
+_SIGNED, _FILES = "What the parties signed is whole, and of one view", "The files are those of the manifest"
+_SAME, _THERE = "Receipts, ledgers, history and model tell the same", "The manifest is there"
+
+
+def cited_manifest(run: Run) -> CitedManifest | None:
+    """The manifest of a run, to be cited; None if there is none, or none that can be read."""
+    from choral.trainers.run_folder.evidence.manifest import Manifest
+    from choral.trainers.run_folder.evidence.signed_lines import EvidenceError
+
+    try:
+        found = Manifest.read(run.folder) if run.folder is not None else None
+    except EvidenceError:  # which the checks say
+        return None
+    return None if found is None else _cited(found.sha256, found.said)
+
+
+def signed_checks(run: Run) -> list[Check]:
+    """The checks that apply to this run; none where nothing is signed."""
+    from choral.trainers.run_folder.evidence.manifest import NAME, digests
+
+    evidence = evidence_of(run)
+    if run.folder is None or not (evidence.heads or evidence.manifests or evidence.problems):
+        return []
+    checks = [_check(_SIGNED, evidence.problems, _told(evidence))]
+    manifest = next(iter(evidence.manifests.values()), None)
+    if manifest is None:
+        if run.finished and not (run.folder / NAME).exists():
+            finding = "There are receipts, and no manifest: it was taken away, or the process ended before it was made."
+            checks.append(Check(name=_THERE, verdict="unverified", finding=finding))
+        return checks
+    found, named = digests(run.folder), manifest["files"]
+    unlike = [f"{name} is another" for name in sorted(named.keys() & found.keys()) if named[name] != found[name]]
+    unlike += [f"{name} is missing" for name in sorted(named.keys() - found.keys())]
+    unlike += [f"{name} was added" for name in sorted(found.keys() - named.keys())]
+    checks.append(_check(_FILES, unlike, f"{len(named)} files, each of the SHA-256 that was signed."))
+    same = [*_of_manifest(run, manifest), *_of_receipts(run, evidence)]
+    checks.append(_check(_SAME, same, "Every figure that stands in two of them is the same in both."))
+    return checks
+
+
+def evidence_of(run: Run) -> Evidence:
+    """All that is signed in a run's folder, compared with each other."""
+    from choral.protocols.crypto.keys import ed25519_verify
+    from choral.trainers.run_folder.evidence.manifest import NAME
+    from choral.trainers.run_folder.evidence.receipts import FOLDER
+
+    evidence = Evidence(verify=ed25519_verify)
+    if run.folder is not None:
+        for path in (*sorted(run.folder.glob(f"{FOLDER}/*.jsonl")), *run.folder.glob(NAME)):
+            evidence.take(path.name, path.read_bytes())
+        evidence.compare(whole=False)
+        evidence.problems = [each for each in evidence.problems if not each.startswith("no receipt and no manifest")]
+    for manifest in evidence.manifests.values():
+        for party, about in manifest["parties"].items():
+            if about["receipts"] and (manifest["run"], party) not in evidence.heads:
+                evidence.wrong(f"the receipts of {party}, which the manifest names, are missing")
+    return evidence
+
+
+def _cited(sha256: str, said: dict[str, Any]) -> CitedManifest:
+    signed = 1 + len(set(said["parties"]) - set(said["gone"]))
+    return CitedManifest(
+        sha256=sha256, run=said["run"], signed=signed, gone=tuple(said["gone"]), rehearsal=said["rehearsal"]
+    )
+
+
+def _told(evidence: Evidence) -> str:
+    cited = next((_cited(*each) for each in evidence.manifests.items()), None)
+    parties, receipts = len({party for _, party in evidence.heads}), len(evidence.rounds)
+    said = f"{receipts} receipts of {parties} parties" if receipts else "No receipts"
+    if cited is not None:
+        gone = f", without {', '.join(cited.gone)}" if cited.gone else ""
+        said += f"; a manifest that {cited.signed} signed{gone} (SHA-256 {cited.sha256[:16]}…)"
+    rehearsed = cited.rehearsal if cited else any(each["rehearsal"] for each in evidence.rounds)
+    return said + ("; a rehearsal, whose keys one process made." if rehearsed else ".")
+
+
+def _of_manifest(run: Run, manifest: dict[str, Any]) -> list[str]:
+    found, history = [], run.history[-1]
+    if manifest["completed"] != history.round or manifest["metrics"] != history.metrics:
+        found.append("the manifest has another last round than the history")
+    sealed = run.info.transcript
+    if manifest["transcript"] != (None if sealed is None else [sealed.entries, sealed.head]):
+        found.append("the manifest has another transcript than run.json")
+    for name, cost in run.info.spent.items():
+        about, ledger = manifest["ledgers"].get(name), ledger_of(run, name)
+        if about is None or (about["epsilon"], about["delta"]) != (cost.epsilon, cost.delta):
+            found.append(f"the manifest has another cost of {name} than run.json")
+        elif ledger is None or _head(ledger, about["events"]) != about["head"]:
+            found.append(f"the ledger of {name} is not the one whose head was signed: an older copy, cut, or another")
+    return found
+
+
+def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
+    found: list[str] = []
+    ledgers = {name: ledger_of(run, name) for name in run.info.spent}
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for said in evidence.rounds:
+        rounds.setdefault(said["round"], []).append(said)
+        led, ledger = said["ledger"], ledgers.get(said["party"])
+        if led and (ledger is None or _head(ledger, led["events"][1]) != led["after"]):
+            found.append(f"the ledger of {said['party']} is not the one of its receipt of round {said['round']}")
+    for entry in run.history[1:]:
+        here = rounds.get(entry.round, [])
+        survived = sum(bool(said["sums"]) and said["sums"][-1]["in_sum"] for said in here)
+        if here and (len(here), survived) != (entry.selected, entry.survivors):
+            found.append(f"round {entry.round} has {entry.survivors} survivors in the history, {survived} by receipts")
+    last = max(rounds, default=0)
+    if last == run.history[-1].round and last:
+        said = rounds[last][0]
+        terms = evidence.texts.get(said["terms"])
+        if terms and said["came"] != _model(run, [name for name, _ in terms["shapes"]]):
+            found.append(f"the model is not the one that came of round {last} by receipts")
+    return found
+
+
+def _model(run: Run, names: list[str]) -> str:
+    import torch
+
+    from choral.trainers.run_folder.evidence.receipts import model_digest
+
+    if missing := [name for name in names if name not in run.state]:
+        return f"without {missing[0]}"
+    return model_digest(torch.cat([run.state[name].reshape(-1).float() for name in names]))
+
+
+def _head(ledger: Any, events: int) -> str:
+    from choral.privacy import LedgerError
+
+    try:
+        return str(ledger.head_after(events))
+    except LedgerError:  # it holds fewer
+        return ""
+
+
+def _check(name: str, found: list[str], same: str) -> Check:
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    verdict: Verdict = "violated" if found else "holds"
+    return Check(name=name, verdict=verdict, finding=f"{'; '.join(found[:3])}{more}." if found else same)

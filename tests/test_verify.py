@@ -1,0 +1,325 @@
+"""verify.py by itself: its Ed25519 against the standard's vectors and our own, what it imports, what it says of lies.
+
+The edits of whole run folders that it and `choral audit` must find are in tests/audits/run/test_edits.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from choral.cli import main
+from choral.protocols.crypto import keys
+from choral.protocols.crypto.identity import Identity
+from choral.protocols.driver import Agreed
+from choral.protocols.masking import messages, signing
+from choral.trainers.run_folder.evidence.receipts import (
+    Asked,
+    LedgerAt,
+    Receipts,
+    RoundEnd,
+    RoundNotes,
+    Signatory,
+    Summed,
+)
+from choral.verify import Evidence, ed25519, pinned_keys
+
+SOURCE = Path(sys.modules["choral.verify"].__file__ or "")
+NAMES = ("north", "south", "east")
+IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
+TEXT = json.dumps({"algorithm": {"kind": "fedavg"}, "privacy": {"epsilon": 2.0, "delta": 1e-5}})
+TERMS = hashlib.sha256(b"choral training terms 1" + TEXT.encode()).hexdigest()
+
+
+def test_rfc8032_vectors_and_no_neighbour_of_any(vectors: Path) -> None:
+    """The 1,024 of the reference implementation that RFC 8032 names; every 16th, for an edit costs as much."""
+    lines = gzip.decompress((vectors / "rfc-nist" / "Ed25519_sign.input.gz").read_bytes()).decode().splitlines()
+    for number, line in enumerate(lines[::16]):
+        secret, public, message, signed = (bytes.fromhex(part) for part in line.split(":")[:4])
+        signature = signed[:64]
+        assert secret[32:] == public
+        assert ed25519(public, message, signature)
+        bit = bytes([1 << number % 8])
+        place = number % 64
+        edited = signature[:place] + bytes([signature[place] ^ bit[0]]) + signature[place + 1 :]
+        assert not ed25519(public, message, edited)
+        assert not ed25519(public, message + b"x", signature)
+
+
+def test_wycheproof(vectors: Path) -> None:
+    found = json.loads((vectors / "wycheproof" / "ed25519_test.json").read_bytes())
+    for group in found["testGroups"]:
+        public = bytes.fromhex((group.get("publicKey") or group["key"])["pk"])
+        for case in group["tests"]:
+            message, signature = bytes.fromhex(case["msg"]), bytes.fromhex(case["sig"])
+            assert ed25519(public, message, signature) == (case["result"] == "valid"), case["comment"]
+
+
+def test_it_accepts_just_what_choral_accepts() -> None:
+    """Keys of small order, S + L, and y beyond p among random ones: with another rule two readers would disagree."""
+    draws, order = random.Random(5), 2**252 + 27742317777372353535851937790883648493
+    small = [bytes(32), bytes([1]) + bytes(31), bytes([0xEC]) + bytes([0xFF]) * 30 + bytes([0x7F])]
+    small.append(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"))
+    beyond = (2**255 - 19 + 3).to_bytes(32, "little")
+    for number in range(12):
+        seed, message = draws.randbytes(32), draws.randbytes(number)
+        public, signature = keys.ed25519_public(seed), keys.ed25519_sign(seed, message)
+        later = (int.from_bytes(signature[32:], "little") + order).to_bytes(32, "little")
+        cases = [(public, signature), (public, signature[:32] + later), (beyond, signature)]
+        cases += [(key, signature) for key in small] + [(key, key + bytes(32)) for key in small]
+        cases += [(public, signature[:63]), (public[:31], signature)]
+        for key, signed in cases:
+            fits = len(key) == 32 and len(signed) == 64 and keys.ed25519_verify(key, message, signed)
+            assert ed25519(key, message, signed) == fits
+
+
+def test_it_is_one_short_file_that_needs_python_alone(tmp_path: Path) -> None:
+    source = SOURCE.read_text("utf-8")
+    assert len(source.splitlines()) <= 300
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(source))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported <= sys.stdlib_module_names
+    Signed(tmp_path).written()
+    alone = tmp_path / "alone.py"
+    alone.write_text(source, "utf-8")
+    command = [sys.executable, "-I", "-S", str(alone), str(tmp_path / "north.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Holds" in done.stdout
+
+
+class Signed:
+    """Receipts of two rounds of three parties, with the signatures that parties make; whatever is told can be bent.
+
+    told: by party and round, digest of what Begin holds. models: by party, those given in rounds 1, 2, and the last.
+    """
+
+    def __init__(self, folder: Path, *, rehearsal: bool = False) -> None:
+        self.folder, self.rehearsal = folder, rehearsal
+        self.models = {name: ["a" * 64, "b" * 64, "c" * 64] for name in NAMES}
+        self.session = dict.fromkeys(NAMES, b"s" * 32)
+        self.terms = dict.fromkeys(NAMES, TERMS)
+        self.dropped: dict[str, tuple[str, ...]] = dict.fromkeys(NAMES, ())
+        self.runs = dict.fromkeys(NAMES, "a run")
+        self.vector = dict.fromkeys(NAMES, True)
+        self.identities = dict(IDENTITIES)
+        self.roster = NAMES
+        self.came = ""  # of round 1, if not what is given in round 2
+
+    def agreed(self, name: str, number: int, told: bytes) -> Agreed:
+        begin = messages.encode(
+            messages.Begin(self.session[name][:16], number, 0, told, bytes.fromhex(self.terms[name]))
+        )
+        alive = [each for each in self.roster if each not in self.dropped[name]]
+        bitmap = messages.to_bitmap([self.roster.index(each) for each in alive], len(self.roster))
+        signatures = {}
+        for other in alive:
+            if other != name:
+                place = self.roster.index(other)
+                said = signing.confirm(self.session[name], number, place, bitmap, signing.begun(begin))
+                signatures[other] = signing.sign(self.identities[other].seed, said)
+        return Agreed(
+            begin=begin,
+            setup=b"t" * 32,
+            session=self.session[name],
+            roster=self.roster,
+            survivors=tuple(alive),
+            keys={other: self.identities[other].public for other in signatures},
+            signatures=signatures,
+        )
+
+    def written(self) -> list[Path]:
+        paths = []
+        for name in NAMES:
+            path = self.folder / f"{name}.jsonl"
+            who = Signatory(
+                party=name,
+                identity=self.identities[name],
+                run=self.runs[name],
+                rehearsal=self.rehearsal,
+                terms=self.terms[name],
+                text=TEXT,
+            )
+            file = Receipts(path, who)
+            for number in (1, 2):
+                told = bytes.fromhex(self.models[name][number - 1])
+                notes = RoundNotes(name, number, told.hex(), LedgerAt("0" * 64, number - 1))
+                summed = Summed(survivors=(name,) if name not in self.dropped[name] else ())
+                agreed = self.agreed(name, number, told)
+                notes.add(Asked(0, "update", told), ["d" * 64], agreed, vector=self.vector[name], summed=summed)
+                after = LedgerAt("e" * 64, number)
+                came = (self.came if number == 1 else "") or self.models[name][number]
+                file.write(notes, RoundEnd(came=came, ledger=after, epsilon=0.5, delta=1e-5))
+            paths.append(path)
+        return paths
+
+
+def problems(paths: list[Path], pinned: dict[str, str] | None = None) -> list[str]:
+    evidence = Evidence(pinned, verify=keys.ed25519_verify)
+    for path in paths:
+        evidence.take(path.name, path.read_bytes())
+    evidence.compare(whole=False)
+    return evidence.problems
+
+
+PINNED = {name: identity.public.hex() for name, identity in IDENTITIES.items()}
+
+
+def test_honest_receipts_hold_and_are_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = Signed(tmp_path).written()
+    assert problems(paths, PINNED) == []
+    pins = tmp_path / "keys.toml"
+    pins.write_text("\n".join(f'{name} = "{key}"' for name, key in PINNED.items()))
+    assert main(["verify", *map(str, paths), "--keys", str(pins)]) == 0
+    said = capsys.readouterr().out
+    assert "south, round 2: took part in fedavg, as 2 other survivors signed; epsilon 2 at delta 1e-05 promised" in said
+    assert "events [1, 2], epsilon 0.5 in all" in said
+    assert "that others added the noise that they promised" in said
+    assert "rehearsal: one process" not in said
+
+
+def test_from_any_two_receipts_of_a_round_two_views_are_found(tmp_path: Path) -> None:
+    for first in NAMES:
+        for second in set(NAMES) - {first}:
+            folder = tmp_path / f"{first}-{second}"
+            folder.mkdir()
+            lied = Signed(folder)
+            lied.models[second] = ["f" * 64, "b" * 64, "c" * 64]
+            lied.written()
+            lines = [
+                next(line for line in (folder / f"{name}.jsonl").read_bytes().splitlines() if b'"round":1,' in line)
+                for name in (first, second)
+            ]
+            assert lines
+            evidence = Evidence(PINNED, verify=keys.ed25519_verify)
+            for name, line in zip((first, second), lines, strict=True):
+                evidence.take(f"{name}.json", line)
+            evidence.compare(whole=False)
+            assert any("two views were shown: different given in round 1" in each for each in evidence.problems)
+
+
+def bend_session(lied: Signed) -> None:
+    lied.session["south"] = b"q" * 32
+
+
+def bend_terms(lied: Signed) -> None:
+    lied.terms["south"] = "77" * 32
+
+
+def bend_survivors(lied: Signed) -> None:
+    lied.dropped["north"] = ("east",)
+
+
+def bend_end(lied: Signed) -> None:
+    lied.models["east"] = ["a" * 64, "b" * 64, "9" * 64]
+
+
+def bend_chain(lied: Signed) -> None:
+    lied.came = "b" * 64
+    lied.models = {key: ["a" * 64, "8" * 64, "c" * 64] for key in NAMES}
+
+
+def bend_vector(lied: Signed) -> None:
+    lied.vector["east"] = False
+
+
+def bend_run(lied: Signed) -> None:
+    lied.runs["east"] = "another"
+
+
+def bend_key(lied: Signed) -> None:
+    lied.identities["east"] = Identity(b"x" * 32)
+
+
+@pytest.mark.parametrize(
+    ("bend", "found"),
+    [
+        (bend_session, "two views were shown: different session"),
+        (bend_terms, "two views were shown: different terms"),
+        (bend_survivors, "two views were shown: different dropped"),
+        (bend_survivors, "opposite things were said of whether east is in"),
+        (bend_end, "two views were shown: different came in round 2"),
+        (bend_chain, "round 2 did not go on from the model that came of round 1"),
+        (bend_vector, "east is said to be in a sum that it has sent nothing to"),
+        (bend_run, "of 2 runs, and were not compared"),
+        (bend_key, "the key of east"),
+    ],
+)
+def test_a_coordinator_that_lies_to_some_is_found(bend: Callable[[Signed], None], found: str, tmp_path: Path) -> None:
+    lied = Signed(tmp_path)
+    bend(lied)
+    said = problems(lied.written(), PINNED)
+    assert any(found in each for each in said), said
+
+
+@pytest.mark.parametrize("field", ["session", "begin", "roster", "dropped", "told", "keys", "signatures"])
+def test_survivors_signatures_do_not_fit_what_the_coordinator_made_up(field: str, tmp_path: Path) -> None:
+    """A party whose key the coordinator has signs whatever it likes of the sum: the others' signatures do not fit."""
+    Signed(tmp_path).written()
+    path, made = tmp_path / "north.jsonl", tmp_path / "made.jsonl"
+    for line in path.read_bytes().splitlines():
+        said = json.loads(line)["receipt"]
+        if said["kind"] == "round" and said["round"] == 1:
+            (each,) = said["sums"]
+            each[field] = {
+                "session": "73" * 16 + "00" * 16,
+                "begin": each["begin"][:-66] + "c420" + "11" * 31 + "22",
+                "roster": ["south", "north", "east"],
+                "dropped": ["east"],
+                "told": "11" * 32,
+                "keys": each["keys"] | {"south": IDENTITIES["east"].public.hex()},
+                "signatures": {"south": each["signatures"]["east"]},
+            }[field]
+            made.write_bytes(signed_anew(said))
+    assert problems([made], PINNED)
+
+
+def signed_anew(said: dict[str, Any]) -> bytes:
+    from choral.trainers.run_folder.evidence.signed_lines import body_of, line_of
+
+    return line_of(body_of(said), IDENTITIES["north"])
+
+
+def test_a_rehearsals_signatures_are_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *map(str, Signed(tmp_path, rehearsal=True).written())]) == 0
+    assert "A rehearsal: one process played all parties and made their keys itself." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [([], 2), (["--help"], 0), (["no such file"], 2), (["{text}"], 1), (["{empty}"], 1)]
+)
+def test_exit_codes(words: list[str], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that nothing signs for is no pass."""
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    places = {"text": tmp_path / "text", "empty": tmp_path / "empty"}
+    assert main(["verify", *(word.format(**places) for word in words)]) == code
+    capsys.readouterr()
+
+
+def test_the_keys_of_a_sites_directory_are_those_in_its_certificates(tmp_path: Path) -> None:
+    from choral.network import make_identity
+
+    certificate = make_identity(tmp_path / "north", "north").certificate
+    path = tmp_path / "directory.toml"
+    path.write_text(f'[sites.north]\npin = "{certificate.pin}"\ncertificate = """\n{certificate.pem}"""\n')
+    assert pinned_keys(path) == {"north": certificate.public_key.hex()}
