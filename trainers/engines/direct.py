@@ -7,6 +7,8 @@ known criterion the gradient is written down instead of differentiated, and equa
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -178,7 +180,8 @@ def planned(resident: Resident, party: str, work: Work, round_number: int) -> Ep
 
 def path_of(plan: EpochPlan) -> float | None:
     """The sum of the learning rates of all steps; None with momentum. See :class:`Done`."""
-    return None if plan.momentum else sum([plan.learning_rate] * plan.steps, 0.0)
+    # Added one by one, as the optimizer's steps are: from Python 3.12 on, sum() of floats rounds once only.
+    return None if plan.momentum else functools.reduce(operator.add, [plan.learning_rate] * plan.steps, 0.0)
 
 
 def linear_layer(model: nn.Module) -> nn.Linear | None:

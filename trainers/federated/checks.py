@@ -206,7 +206,6 @@ def check_secret_cohorts(
     participation: Participation,
     secure_sum: SecureSum,
     keep: Keep,
-    *,
     clients: int,
     sums: int,
 ) -> None:

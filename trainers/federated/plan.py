@@ -89,7 +89,7 @@ class Plan:
         census = census_of(parties, participation=participation, privacy=privacy, min_classes=task.min_classes)
         check_held_out(task.held_out, task.evaluate_party, parties, private=privacy is not None)
         by_record = isinstance(privacy, Privacy)
-        device = resolve_device(compute.device)
+        arithmetic = Arithmetic(resolve_device(compute.device), compute.precision, compile=compute.compile)
         initial = Weights.read(task.start) if task.start is not None else None
         check_arithmetic(compute.precision, compute.compile, private=by_record, reads_records=algorithm.needs_loss)
         checks.check_participation(algorithm, participation, len(parties))
@@ -97,12 +97,10 @@ class Plan:
         checks.check_schedule(algorithm, task.schedule)
         check_tuned(keep.tuning, private=privacy is not None)
         checks.check_privacy(privacy, census.examples, len(parties))
-        checks.check_secret_cohorts(
-            privacy, participation, secure_sum, keep, clients=len(parties), sums=checks.sums_of(algorithm)
-        )
+        sums = checks.sums_of(algorithm)
+        checks.check_secret_cohorts(privacy, participation, secure_sum, keep, len(parties), sums)
         if shares.in_shares(privacy):
             shares.check_shares(privacy, secure_sum, participation, census.names)
-        arithmetic = Arithmetic(device, compute.precision, compile=compute.compile)
         return cls(
             task=task,
             parties=parties,
