@@ -185,10 +185,8 @@ class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class CitedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run's manifest, as a report cites it. sha256: of its file. signed: how many have signed it, its writer among
-    them; gone: parties that have not. rehearsal: one process made all the keys, so that signatures say only that the
-    files belong together.
-    """
+    """A run's manifest, as a report cites it. sha256: of its file. signed: by how many, its writer among them; gone:
+    parties that did not. rehearsal: one process made all keys; signatures say just that the files belong together."""
 
     sha256: str
     run: str

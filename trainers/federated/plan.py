@@ -97,8 +97,7 @@ class Plan:
         checks.check_schedule(algorithm, task.schedule)
         check_tuned(keep.tuning, private=privacy is not None)
         checks.check_privacy(privacy, census.examples, len(parties))
-        sums = checks.sums_of(algorithm)
-        checks.check_secret_cohorts(privacy, participation, secure_sum, keep, len(parties), sums)
+        checks.check_secret_cohorts(privacy, participation, secure_sum, keep, len(parties), checks.sums_of(algorithm))
         if shares.in_shares(privacy):
             shares.check_shares(privacy, secure_sum, participation, census.names)
         return cls(
