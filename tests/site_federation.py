@@ -98,6 +98,15 @@ PROMISE
 data = "points"
 """
 NO_PROMISE = "without_privacy = true"
+PROMISE = """
+[data.points.promise]
+epsilon = 8.0
+delta = 1e-3
+max_grad_norm = 1.0
+unit = "UNIT"
+noise = ["local", "distributed", "central"]
+colluders = 0
+"""
 
 
 def records_of(name: str) -> np.ndarray[Any, Any]:
@@ -174,6 +183,11 @@ class Federation:
         return Settings(**{**given, **changed})
 
 
+def private_sites(path: Path, unit: str) -> Federation:
+    """Sites whose data may be used with a promise only."""
+    return Federation(path, promise=PROMISE.replace("UNIT", unit))
+
+
 def algorithm(kind: str, **settings: Any) -> AlgorithmSettings:
     return AlgorithmSettings(kind=kind, **settings)  # type: ignore[arg-type]
 
@@ -182,8 +196,8 @@ def algorithm(kind: str, **settings: Any) -> AlgorithmSettings:
 class Direct:
     """Carries requests to sites in this process. approving: whether an officer approves whatever is offered.
 
-    before, after: called with a site's name and the count of its requests, before it answers and with what it answered;
-    what they raise is what became of it.
+    before, after: called with a site's name and a request, before it answers, and with what it answered; what they
+    raise is what became of it.
     """
 
     federation: Federation
@@ -255,7 +269,7 @@ class Direct:
 
 
 def rehearsed(
-    federation: Federation, settings: Settings, *, without: Mapping[int, str] | None = None, **options: Any
+    federation: Federation, settings: Settings, *, without: Mapping[int, Iterable[str]] | None = None, **options: Any
 ) -> Run:
     """The same job by `federate`, in this process. without: whose training fails, by round."""
     from choral.jobs.training import compute_of, federation_of, privacy_of
@@ -264,10 +278,11 @@ def rehearsed(
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
     (task, _), _ = coordinator_task(Path(settings.task), settings.training, settings.seed)
     parties = {name: dataset_of(name) for name in federation.names}
-    fit, missing = task.fit, {number: len(parties[name]) for number, name in (without or {}).items()}
+    fit = task.fit
+    missing = {number: [len(parties[name]) for name in names] for number, names in (without or {}).items()}
 
     def failing(model: Any, optimizer: Any, loader: Any, round: int) -> None:
-        if missing.get(round) == len(loader.dataset):
+        if len(loader.dataset) in missing.get(round, ()):
             raise RuntimeError("away")
         fit(model, optimizer, loader, round)
 

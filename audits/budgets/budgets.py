@@ -81,6 +81,8 @@ def _owner_budget(run: Run, name: str) -> OwnerBudget:
     claimed = run.info.spent.get(name)
     events, recomputed, relation = _from_ledger(run, name, claimed.delta if claimed else delta)
     verdict, finding = _judge(promised, delta, claimed, events, recomputed, finished=run.finished)
+    if recomputed is None and name in run.info.sites:
+        finding = "its ledger is at its own site, which alone can recompute it"
     if claimed and not _of_unit(claimed, unit_of(run), relation):  # the same epsilon for more than the ledger is about
         verdict, finding = "violated", f"the cost is stated for each {claimed.unit} ({claimed.neighbours})"
     elif relation and unit_of(run) == "record" and relation_of(relation) != privacy.get("neighbours", ZERO_OUT):
@@ -329,6 +331,8 @@ def _history_agrees(run: Run) -> Check:
     """The running epsilon in the history may not pass the promise, nor end above the claim."""
     name = "The history stays within the promise"
     promised = float((run.info.privacy or {})["epsilon"])
+    if run.info.sites and all(entry.epsilon is None for entry in run.history):
+        return Check(name=name, verdict="unverified", finding="No round says a cost: the ledgers are at the sites.")
     claimed = run.spent.epsilon if run.spent else promised
     for entry in run.history:
         # An earlier cost may have settled on a coarser grid than the last one.
@@ -344,7 +348,7 @@ def _delta_means_something(run: Run) -> Check:
     """At delta >= 1/n a mechanism may publish one of n records in the clear."""
     name = "Delta is below 1/n for every data owner"
     delta = float((run.info.privacy or {})["delta"])
-    sizes = run.info.parties.values()
+    sizes = [*run.info.parties.values()] if run.info.population is None else [run.info.population.largest]
     if unit_of(run) == "client":
         clients = run.info.party_count
         if not delta * clients < 1:

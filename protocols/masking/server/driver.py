@@ -185,13 +185,13 @@ class MaskedServerDriver:
         self._finish(stage.close())
 
     def forget(self, party: str) -> bool:
-        """See :class:`choral.protocols.driver.ServerDriver`. The keys that it sent ahead are lost, and it answers no
-        round for which it sent some: the number of the next is left out, for which all others send keys anew.
+        """See :class:`choral.protocols.driver.ServerDriver`. Keys for the next round, which it may have sent ahead
+        whether or not they came, are lost with it, and it answers no round that it has sent keys for. So the number of
+        that round is left out, and all send keys for the one after it.
         """
         if party not in self.setup.roster or self._session is None:
             return False
-        if self.setup.roster.index(party) in self._following:
-            self.number, self._following = self.number + 1, {}
+        self.number, self._following = self.number + 1, {}
         self._entered.discard(party)
         return True
 

@@ -171,7 +171,7 @@ def test_a_site_that_is_killed_in_a_round_is_in_the_next_one(
     run = Run.load(running.path / "run-killed")
     assert [entry.survivors for entry in run.history] == [0, 3, 2, 3, 3]
     assert run.history[2].dropped == {"south": "no vector came from it"}
-    assert same_weights(run, rehearsed(running.federation, settings, without={2: "south"}))
+    assert same_weights(run, rehearsed(running.federation, settings, without={2: ["south"]}))
     said = capfd.readouterr().err
     assert re.search("going on without south: (it was started anew|was away for 4 s)", said)
     assert "south is back, and goes on" in said
