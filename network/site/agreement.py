@@ -152,8 +152,9 @@ def _may_begin(lines: Sequence[SiteLine], folder: SiteFolder, offer: Offer, now:
     """Approved, and the day has room for it. Raises: OfferRefusedError."""
     approved(lines, offer, now)
     most, today = folder.settings.maxima.jobs_a_day, now.astimezone(UTC).date()
-    if sum(line.event == AGREED and line.when.date() == today for line in lines) >= most:
-        raise OfferRefusedError([f"training was agreed to {most} times today already"])
+    begun = {line.facts["digest"] for line in lines if line.event == AGREED and line.when.date() == today}
+    if len(begun - {offer.digest}) >= most:  # one that was begun goes on, however often: no round is trained twice
+        raise OfferRefusedError([f"{most} other jobs were agreed to today already"])
 
 
 def _refuse(folder: SiteFolder, offer: Offer, reasons: list[str], now: datetime) -> None:

@@ -129,7 +129,12 @@ class SiteFolder:
         """
         from choral.network.site.agreement import agree  # torch is loaded by what it needs
 
-        return agree(self, offer, now)
+        return agree(self.refreshed(), offer, now)
+
+    def refreshed(self) -> SiteFolder:
+        """With site.toml and directory.toml as they are now: what was changed since counts. Raises: as `open`."""
+        now = SiteFolder.open(self.path, coordinator=self.coordinator)
+        return replace(now, identity=self.identity, signing=self.signing, log=self.log)  # which count sessions, lines
 
     def note(self, event: str, **facts: Fact) -> None:
         """Write a line into the log: a round, a drop-out, an error. Raises: SiteError, and then it must not happen."""
@@ -138,10 +143,18 @@ class SiteFolder:
         self.log.append(event, facts)
 
     def pin(self, pinned: Pinned, event: str, **facts: Fact) -> SiteFolder:
-        """Put another directory in the place of this one, with a line of the log before. Raises: as `open`."""
+        """Put another directory in the place of this one, with a line of the log before.
+
+        Raises: SiteError if the file was changed since it was read, or has this site's own name or key; as `open`.
+        """
         _check_own(self.settings, self.identity, pinned)
-        self.log.append(event, facts)
-        pinned.write(self.path / "directory.toml")
+        path = self.path / "directory.toml"
+        with (self.path / "site.toml").open("rb") as file:
+            lock_file(file)
+            if Pinned.read(path).pins != self.pinned.pins:
+                raise SiteError(f"{path} was changed meanwhile", hint="look at it, and try again")
+            self.log.append(event, facts)
+            pinned.write(path)
         return replace(self, pinned=pinned)
 
     def count(self, size: int, *, now: datetime | None = None) -> None:

@@ -46,8 +46,8 @@ def overview(folder: SiteFolder, now: datetime | None = None) -> Iterator[Row]:
         path = folder.path / "tasks" / task
         code = f"SHA-256 {code_of(path)}" if path.is_file() else "a task of Choral" if "." not in task else "missing"
         yield "task", f"{task}, reads {given.data}: {code}"
-    agreed = sum(line.event == AGREED and line.when.date() == today for line in log.entries)
-    yield "today", f"{agreed} of {settings.maxima.jobs_a_day} trainings agreed to"
+    agreed = {line.facts["digest"] for line in log.entries if line.event == AGREED and line.when.date() == today}
+    yield "today", f"{len(agreed)} of {settings.maxima.jobs_a_day} jobs agreed to"
     yield "log", f"{len(log.entries)} lines, all checked; head {log.head}"
     for what in _to_do(folder):
         yield "to do", what

@@ -44,6 +44,12 @@ class Pinned:
     def __post_init__(self) -> None:
         Directory([*self.sites, *self.coordinators])
 
+    @property
+    def pins(self) -> dict[str, str]:
+        """By kind and name."""
+        named = (("sites", self.sites), ("coordinators", self.coordinators))
+        return {f"{kind} {entry.name}": entry.pin for kind, entries in named for entry in entries}
+
     @classmethod
     def read(cls, path: Path) -> Pinned:
         """Raises: ConfigError for a file that cannot be read or a key that is not known; SiteError, CertificateError

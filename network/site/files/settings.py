@@ -87,7 +87,7 @@ class Maxima:
     bytes_a_day: int = 50 << 30
     """Most bytes to and from the coordinator on one day (UTC)."""
     jobs_a_day: int = 10
-    """Most times that training may be agreed to on one day (UTC)."""
+    """Most jobs that may be agreed to on one day (UTC)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -322,6 +322,20 @@ def test_a_ledger_that_was_made_anew_is_found(sites: Sites) -> None:
     assert objections(sites.north, offer()) == ["the ledger of 'visits' is not the one that the site's log tells of"]
 
 
+def test_what_is_changed_while_a_site_runs_counts_from_the_next_offer_on(sites: Sites) -> None:
+    running = sites.north
+    sites.approve(offer())
+    running.agree(offer(), now=NOW)
+    sites.settings(("rounds = 20", "rounds = 19"))
+    with pytest.raises(OfferRefusedError, match="20 rounds, at most 19"):
+        running.agree(offer(), now=NOW)
+    sites.settings(("rounds = 19", "rounds = 20"))
+    sites.north.pin(sites.north.pinned.without("south"), "unpinned")
+    with pytest.raises(OfferRefusedError, match="its parties have 'south', who is not pinned here"):
+        running.agree(offer(), now=NOW)
+    assert running.refreshed().signing is running.signing
+
+
 def test_code_that_changed_since_it_was_approved_does_not_run(sites: Sites) -> None:
     sites.approve(offer())
     (sites.path / "tasks/visits.py").write_text(CODE + "# more\n")
@@ -352,12 +366,14 @@ def test_a_ledger_that_is_damaged_refuses(sites: Sites) -> None:
 
 
 def test_jobs_and_bytes_of_a_day_have_an_end(sites: Sites) -> None:
-    sites.approve(offer())
-    for _ in range(3):
-        sites.north.agree(offer(), now=NOW)
-    with pytest.raises(OfferRefusedError, match="training was agreed to 3 times today already"):
-        sites.north.agree(offer(), now=NOW)
-    sites.north.agree(offer(), now=NOW + timedelta(days=1))
+    jobs = [offer(job=f"job{place}") for place in range(4)]
+    for job in jobs:
+        sites.approve(job)
+    for job in (*jobs[:3], *jobs[:3]):  # one that was begun goes on after a restart
+        sites.north.agree(job, now=NOW)
+    with pytest.raises(OfferRefusedError, match="3 other jobs were agreed to today already"):
+        sites.north.agree(jobs[3], now=NOW)
+    sites.north.agree(jobs[3], now=NOW + timedelta(days=1))
     sites.north.count(600, now=NOW)
     with pytest.raises(OfferRefusedError, match="more than 1000 bytes on 2026-11-29"):
         sites.settings().count(401, now=NOW)  # another process

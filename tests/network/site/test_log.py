@@ -222,6 +222,9 @@ def test_a_directory_changes_with_a_line_of_the_log_or_not_at_all(
         sites.north.pin(without, "unpinned", name="south")
     assert "south" in SiteFolder.open(sites.path).parties
     monkeypatch.undo()
+    stale = SiteFolder.open(sites.path)
     assert "south" not in sites.north.pin(without, "unpinned", name="south").parties
+    with pytest.raises(SiteError, match="was changed meanwhile"):  # or it would come back with another's addition
+        stale.pin(stale.pinned.without("east"), "unpinned", name="east")
     assert "south" not in SiteFolder.open(sites.path).parties
     assert sites.north.log.read().entries[-1].event == "unpinned"
