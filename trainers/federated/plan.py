@@ -89,7 +89,7 @@ class Plan:
         census = census_of(parties, participation=participation, privacy=privacy, min_classes=task.min_classes)
         check_held_out(task.held_out, task.evaluate_party, parties, private=privacy is not None)
         by_record = isinstance(privacy, Privacy)
-        arithmetic = Arithmetic(resolve_device(compute.device), compute.precision, compile=compute.compile)
+        device = resolve_device(compute.device)
         initial = Weights.read(task.start) if task.start is not None else None
         check_arithmetic(compute.precision, compute.compile, private=by_record, reads_records=algorithm.needs_loss)
         checks.check_participation(algorithm, participation, len(parties))
@@ -113,7 +113,7 @@ class Plan:
             compute=compute,
             keep=keep,
             initial=initial,
-            arithmetic=arithmetic,
+            arithmetic=Arithmetic(device, compute.precision, compile=compute.compile),
         )
 
     @property

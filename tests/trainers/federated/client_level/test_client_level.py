@@ -145,7 +145,10 @@ def test_a_resumed_run_goes_on_with_its_clip_and_its_ledger(task: Any, tmp_path:
     ledger.write_bytes(b"\n".join(ledger.read_bytes().splitlines()[:3]) + b"\n")
     with pytest.raises(LedgerError, match="the clients' ledger holds 1 rounds"):
         federate(**task(rounds=6), privacy=privacy, out=tmp_path / "run", resume=True)
-    assert audit(tmp_path / "run").verdict == "unverified"
+    found = audit(tmp_path / "run")
+    assert found.checks[0].finding.startswith("clients: the ledger holds 1 steps, run.json claims 6")
+    assert found.checks[0].verdict == "unverified"
+    assert found.verdict == "violated"  # the manifest that the parties signed has another ledger
 
 
 def test_a_ledger_for_the_life_of_the_clients_stops_a_second_run(task: Any, tmp_path: Path) -> None:
