@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from choral.network.errors import OfferRefusedError
 from choral.network.site.approvals import approvals
 from choral.network.site.budget import ledger_facts, open_ledger
-from choral.network.site.files.log import AGREED, LONGEST_FACT, REFUSED, Fact, SiteLine
+from choral.network.site.files.log import AGREED, Fact, SiteLine
 from choral.network.site.files.settings import DataSet, Maxima
 from choral.network.site.objections import objections, policy_of
 from choral.network.site.offer import Offer
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
 
 CLOCK_SLACK = timedelta(minutes=5)
-MOST_REFUSALS = 200  # lines of the log on one day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def agree(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Agre
     except OfferRefusedError as error:
         cheap = objections(folder, offer, budget=False)  # which a coordinator may have computed as often as it likes
         reasons = list(dict.fromkeys([*error.reasons, *cheap]))
-        _refuse(folder, offer, reasons, now)
+        folder.refused(reasons, now, digest=offer.digest, job=offer.job, coordinator=offer.coordinator)
         raise OfferRefusedError(reasons, hint=f"`choral site review {offer.digest[:16]}` shows the offer") from None
 
 
@@ -155,14 +154,3 @@ def _may_begin(lines: Sequence[SiteLine], folder: SiteFolder, offer: Offer, now:
     begun = {line.facts["digest"] for line in lines if line.event == AGREED and line.when.date() == today}
     if len(begun - {offer.digest}) >= most:  # one that was begun goes on, however often: no round is trained twice
         raise OfferRefusedError([f"{most} other jobs were agreed to today already"])
-
-
-def _refuse(folder: SiteFolder, offer: Offer, reasons: list[str], now: datetime) -> None:
-    """Write the refusal down, once a day for the same reasons and 200 times in all."""
-    facts: dict[str, Fact] = {
-        "digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator, "reasons": "; ".join(reasons)
-    }  # fmt: skip
-    cut, today = str(facts["reasons"])[:LONGEST_FACT], f"{now.astimezone(UTC):%Y-%m-%d}"
-    said = [line.facts for line in folder.log.read().entries if line.event == REFUSED and line.at[:10] == today]
-    if len(said) < MOST_REFUSALS and not any((was["digest"], was["reasons"]) == (offer.digest, cut) for was in said):
-        folder.log.append(REFUSED, facts, now)

@@ -14,7 +14,7 @@ north/
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from choral.locks import lock_file
 from choral.network.errors import OfferRefusedError, SiteError
 from choral.network.site.approvals import KeptOffers
 from choral.network.site.files.directory import Pinned
-from choral.network.site.files.log import AGREED, APPROVED, BEGUN, REFUSED, REVOKED, Fact, SiteLog
+from choral.network.site.files.log import AGREED, APPROVED, BEGUN, LONGEST_FACT, REFUSED, REVOKED, Fact, SiteLog
 from choral.network.site.files.private import check_private, write_private
 from choral.network.site.files.settings import SiteSettings, read_site
 from choral.network.site.files.template import SITE_TOML
@@ -39,6 +39,7 @@ from choral.protocols.crypto.identity import Identity
 if TYPE_CHECKING:
     from choral.network.site.agreement import Agreement
 
+MOST_REFUSALS = 200  # lines of the log on one day
 FOLDERS = ("tasks", "ledgers", "jobs", "approved", "state")
 
 
@@ -131,6 +132,16 @@ class SiteFolder:
 
         return agree(self.refreshed(), offer, now)
 
+    def refused(self, reasons: Sequence[str], now: datetime, **facts: str) -> None:
+        """Write a refusal down, once a day for the same offer and reasons and 200 times in all. Raises: SiteError."""
+        said = {**facts, "reasons": "; ".join(reasons)[:LONGEST_FACT]}
+        lines = self.log.read().entries
+        today = [
+            line.facts for line in lines if line.event == REFUSED and line.at[:10] == f"{now.astimezone(UTC):%Y-%m-%d}"
+        ]
+        if said not in today and len(today) < MOST_REFUSALS:
+            self.log.append(REFUSED, dict(said), now)
+
     def refreshed(self) -> SiteFolder:
         """With site.toml and directory.toml as they are now: what was changed since counts. Raises: as `open`."""
         now = SiteFolder.open(self.path, coordinator=self.coordinator)
@@ -162,7 +173,8 @@ class SiteFolder:
 
         Raises: OfferRefusedError if the day (UTC) has had as many as are allowed; SiteError.
         """
-        today, most = f"{(now or datetime.now(UTC)).astimezone(UTC):%Y-%m-%d}", self.settings.maxima.bytes_a_day
+        now = now or datetime.now(UTC)
+        today, most = f"{now.astimezone(UTC):%Y-%m-%d}", self.settings.maxima.bytes_a_day
         path = self.path / "state" / "bytes-today"
         try:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
@@ -172,7 +184,8 @@ class SiteFolder:
                     raise SiteError(f"{path} cannot be read", hint="remove it: the day's bytes are then counted anew")
                 total = (int(counted) if day == today else 0) + size
                 if total > most:
-                    raise OfferRefusedError([f"more than {most} bytes on {today}"])
+                    self.refused(why := [f"more than {most} bytes on {today}"], now, coordinator=self.coordinator)
+                    raise OfferRefusedError(why)
                 os.pwrite(file.fileno(), f"{today} {total:020d}\n".encode(), 0)
         except OSError as error:
             raise SiteError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None

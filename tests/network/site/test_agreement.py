@@ -11,9 +11,9 @@ import pytest
 from site_folders import CODE, NAMES, NOW, Sites, offer, terms
 
 from choral.network import Offer, OfferRefusedError, SiteError, SiteFolder
-from choral.network.site.agreement import MOST_REFUSALS
 from choral.network.site.approvals import revoke
 from choral.network.site.budget import ledger_facts
+from choral.network.site.folder import MOST_REFUSALS
 from choral.network.site.objections import objections, policy_of
 from choral.privacy import AdaptiveClip, ClientPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.privacy.accounting.events import PlannedEvents, PoissonSampledGaussian, ReleasePlan
@@ -378,6 +378,11 @@ def test_jobs_and_bytes_of_a_day_have_an_end(sites: Sites) -> None:
     with pytest.raises(OfferRefusedError, match="more than 1000 bytes on 2026-11-29"):
         sites.settings().count(401, now=NOW)  # another process
     sites.north.count(400, now=NOW)
+    for _ in range(2):
+        with pytest.raises(OfferRefusedError):
+            sites.north.count(1, now=NOW)
+    refused = [line.facts for line in sites.north.log.read().entries if line.event == "refused"]
+    assert refused[1:] == [{"coordinator": "hub", "reasons": "more than 1000 bytes on 2026-11-29"}]  # once a day
     sites.north.count(1000, now=NOW + timedelta(days=1))
 
 
