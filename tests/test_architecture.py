@@ -37,7 +37,6 @@ FILES_IN_A_FOLDER, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 14, 400, 60
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 MANY_ARGUMENTS: dict[str, int] = {
-    "audits/attacks/inversion.py:inversion_audit": 11,
     "audits/attacks/score_audit.py:audit_scores": 11,
     "audits/comparison/comparison.py:compare": 12,
     "trainers/local_steps/resident_model.py:__init__": 13,

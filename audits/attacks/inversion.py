@@ -41,6 +41,7 @@ _SEES = {
     "sum": "the sum of all parties' updates, which the masked sum opens",
     "sum with noise": "the same sum of clipped updates with client-level noise",
 }
+LEVEL = 0.01
 _ASSUMPTIONS = (
     "Each party trains one step of gradient descent on one record; the adversary knows model, learning rate and label.",
     "Pictures and unrelated pictures are drawn alike, so that a blind guess is equally near to both.",
@@ -89,7 +90,6 @@ def inversion_audit(
     privacy: ClientPrivacy | None = None,
     learning_rate: float = 0.1,
     iterations: int = 300,
-    level: float = 0.01,
     seed: int = 0,
 ) -> InversionAudit:
     """Attack the update of one party out of ``parties``, in the four ways in which it may be seen.
@@ -98,8 +98,7 @@ def inversion_audit(
         takes the input itself, the attack is exact; otherwise it optimises for ``iterations`` steps.
     inputs: shape (n, ...), each with height * width values in [0, 1]; labels: shape (n,). shape: (height, width).
     privacy: of the sum with noise; default epsilon 8, delta 1e-5, clipping norm 1, noise inside the secure sum, for one
-    round. seed: which records are drawn. level: the significance below which a picture counts as nearer to its
-    original.
+    round. seed: which records are drawn. A picture counts as nearer to its original below a significance of LEVEL.
 
     Raises: DataError for inputs of another shape, outside [0, 1] or too few; ConfigError for a setting out of range.
     """
@@ -131,9 +130,9 @@ def inversion_audit(
         shape=shape,
         batch=1,
         trials=trials,
-        level=level,
+        level=LEVEL,
         truth=tuple(truth[0].ravel().tolist()),
-        views=tuple(rebuilt[name].view(name, level) for name in _SEES),
+        views=tuple(rebuilt[name].view(name, LEVEL) for name in _SEES),
         assumptions=_ASSUMPTIONS,
     )
 
