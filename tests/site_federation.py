@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from choral.jobs.serving import serve
+from choral.jobs.serving import offer_ahead, serve
 from choral.jobs.settings import Arm, ServeSettings, Settings, SitesSettings, SumSettings
 from choral.network import Offer, SiteFolder, TransportError, make_identity
-from choral.network.errors import OfferRefusedError, PeerLostError
+from choral.network.errors import PeerLostError
 from choral.network.host.host import SiteHost
 from choral.network.host.training_code import coordinator_task
 from choral.network.site.approvals import approve
@@ -44,7 +44,7 @@ def loss(model, batch):
     return nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1].float(), reduction="none")
 
 
-def task(training, place=None):
+def task(training, place=None, held=None):
     def build(dataset):
         model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
         optimizer = torch.optim.SGD(model.parameters(), lr=training.learning_rate)
@@ -64,12 +64,21 @@ def task(training, place=None):
     def evaluate(model):
         return float(next(model.parameters()).sum())
 
-    return Task(build=build, fit=fit, evaluate=evaluate, loss=loss)
+    def right(model, dataset):
+        points, labels = dataset.tensors
+        outputs = model(points)
+        found = float(((outputs > 0) == (labels > 0)).float().mean())
+        return {"accuracy": found, "loss": float(criterion(outputs, labels))}
+
+    held = {"here": held} if held is not None else None
+    return Task(build=build, fit=fit, evaluate=evaluate, loss=loss, held_out=held, evaluate_party=right)
 
 
 def site(data, training, seed):
     table = torch.from_numpy(np.load(data))
-    return task(training, Path(data).parent), TensorDataset(table[:, :6].contiguous(), table[:, 6].long())
+    dataset = TensorDataset(table[:, :6].contiguous(), table[:, 6].long())
+    held = TensorDataset(*(tensor[: len(table) // 2] for tensor in dataset.tensors))
+    return task(training, Path(data).parent, held), dataset
 
 
 def coordinator(training, seed):
@@ -325,21 +334,4 @@ def approved_at(federation: Federation, name: str, offer: Offer) -> None:
 
 def offer_for(federation: Federation, settings: Settings) -> Offer:
     """The offer that the coordinator will make."""
-    from choral.jobs.serving import coordinators_task, offer_of, plan_of
-    from choral.trainers.federated.session import Session
-
-    task, example, code = coordinators_task(settings)
-    plan = plan_of(settings, task, example, tuple(federation.keys), out=None, resume=False)
-    found: list[Offer] = []
-
-    class Looking:
-        def engine(self, session: Session) -> Any:
-            found.append(offer_of(settings, session.terms, tuple(federation.keys), coordinator="hub", code=code))
-            raise OfferRefusedError(["only looking"])
-
-    try:
-        with Session.open(plan, Looking()):
-            pass
-    except OfferRefusedError:
-        pass
-    return found[0]
+    return offer_ahead(settings, federation.keys, coordinator="hub")

@@ -59,6 +59,10 @@ _CAVEATS_GAP = (
     "A gap to the least value of the objective is computed on the training records and published without noise. No ε"
     " here covers that: do it for public data only.",
 )
+_CAVEATS_SITES = (
+    "The parties are at sites of their own. How many records they have was agreed on beforehand, and not counted here.",
+    "Each site keeps the ledger of its data, and it alone can recompute what was spent: this folder has none of them.",
+)
 _CAVEATS_COMPARED = (
     "Each interval is at 95 % by itself, without correction for looking at several configurations, and takes seeds to"
     " be near normal, which few seeds cannot show.",
@@ -287,6 +291,17 @@ def no_claim(kind: str, secure_sum: Mapping[str, object] | None) -> str:
 def units_of(infos: Sequence[RunInfo]) -> set[str]:
     """Whose presence the promises of these runs hide: "record", "client"; empty if none promises anything."""
     return {str(info.privacy.get("unit", "record")) for info in infos if info.privacy is not None}
+
+
+def site_caveats(info: RunInfo) -> tuple[str, ...]:
+    """What qualifies a run whose parties were at sites of their own; nothing for another."""
+    if not info.sites:
+        return ()
+    metrics = [release["what"] for release in info.releases if release.get("channel") == "site metrics"]
+    return (
+        *(_CAVEATS_SITES if info.privacy is not None else _CAVEATS_SITES[:1]),
+        *(f"After each round this is released, and no privacy promise covers it: {what}." for what in metrics),
+    )
 
 
 def caveats(units: Set[str], *, compared: bool, metrics: Sequence[str] = ()) -> tuple[str, ...]:

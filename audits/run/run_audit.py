@@ -16,7 +16,7 @@ from choral.audits.budgets.consistency import books_checks
 from choral.audits.budgets.participation import ParticipationSummary, participation_checks, participation_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
-from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, units_of
+from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, site_caveats, units_of
 from choral.audits.findings.evidence import InversionAudit, Probe, ScoreAudit
 from choral.audits.findings.schema import (
     FORMAT_VERSION,
@@ -179,7 +179,7 @@ def audit(
         run=_facts(run),
         manifest=manifest,
         not_run=(*not_run(attacks, probe, inversion, transcript), *([] if manifest else [UNBOUND])),
-        caveats=caveats(units_of([info]), compared=False),
+        caveats=(*site_caveats(info), *caveats(units_of([info]), compared=False)),
         versions=dict(info.versions),
     )
 

@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from choral.errors import ConfigError
 from choral.network.coordinator.sites import Carrier, Say, Sites, Waits
 from choral.network.host.messages import ExchangeEnded
 from choral.network.site.offer import Offer
 from choral.protocols.driver import NeedsVector, ServerDriver, Trip
+from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSpec
+from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.federated.terms.site_metrics import CHANNEL
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.transcript import Transcript
 
@@ -34,6 +39,7 @@ class RemoteSites:
     """What a session is given for parties that are at sites (`Elsewhere`).
 
     propose: the offer, given the terms of the training. keys: the sites' public keys, by name. say: as in `Sites`.
+    metrics: of the sites' own evaluations, whose sums are released.
     """
 
     def __init__(
@@ -44,9 +50,10 @@ class RemoteSites:
         keys: Mapping[str, bytes],
         waits: Waits,
         say: Say,
+        metrics: tuple[str, ...] = (),
     ) -> None:
         self._carrier, self._propose, self.keys = carrier, propose, keys
-        self._waits, self._say = waits, say
+        self._waits, self._say, self.metrics = waits, say, metrics
         self.sites: Sites | None = None
 
     def engine(self, session: Session) -> RemoteEngine:
@@ -64,7 +71,11 @@ class RemoteEngine:
         plan, terms = session.plan, session.terms
         sums: dict[SumSpec, RemoteSum] = {}
         self._channels: dict[str, RemoteChannel] = {}
-        for channel, codec in session.codecs.items():
+        self._metrics, self._exchange = terms.metrics, 0
+        codecs = dict(session.codecs)
+        if terms.metrics:
+            codecs[CHANNEL] = terms.codec(CHANNEL, tuple(plan.census.names))
+        for channel, codec in codecs.items():
             spec = replace(codec.spec, directory=len(plan.parties), terms=terms.digest)
             if spec not in sums:
                 driver = plan.secure_sum.server_driver(spec, directory=keys)
@@ -87,11 +98,27 @@ class RemoteEngine:
 
     def answer(self, told: Told, parties: RoundParties, summing: RemoteRound) -> None:
         """Raises: what the driver does."""
-        del told  # which the round has
+        self._exchange = told.exchange
         summing.collect()
         present = self._sites.present
         parties.lost |= {name: "vector" for name in parties.names if name not in present}
         parties.silent |= {name for name in parties.names if name not in summing.sent}
+
+    def judged(self, number: int, weights: torch.Tensor) -> Mapping[str, float]:
+        """The mean over all records that the sites hold out; nothing where too few of them answer."""
+        if not self._metrics:
+            return {}
+        channel = self._channels[CHANNEL]
+        told = Told.of(Exchange(channel=CHANNEL, weights=weights), number, self._exchange + 1)
+        try:
+            summing = channel.begin(told, self._sites.names)
+            summing.collect()
+            mean = channel.codec.decode(summing.finish())
+        except TooFewSurvivorsError as error:
+            self._sites.say(f"no sum of the sites' own evaluations of round {number}: {error}")
+            return {}
+        values = mean.value.tolist()
+        return {f"{name} at the sites": value for name, value in zip(self._metrics, values, strict=True)}
 
 
 class RemoteSum:
@@ -126,14 +153,15 @@ class RemoteChannel:
     """One channel's exchanges in a session (`OpenChannel`)."""
 
     def __init__(self, name: str, summing: RemoteSum, codec: Codec, terms: bytes) -> None:
-        self._name, self.summing, self._codec, self._terms = name, summing, codec, terms
+        self._name, self.summing, self.codec, self._terms = name, summing, codec, terms
 
-    def begin(self, told: Told, parties: RoundParties) -> RemoteRound:
-        """Raises: TooFewSurvivorsError; what begins to pay for the sum."""
+    def begin(self, told: Told, parties: RoundParties | tuple[str, ...]) -> RemoteRound:
+        """parties: who was selected. Raises: TooFewSurvivorsError; what begins to pay for the sum."""
         summing, sites = self.summing, self.summing.sites
-        self._codec.begin(sites.present, told.digest)
+        names = parties if isinstance(parties, tuple) else parties.names
+        self.codec.begin(sites.present, told.digest)
         summing.transcript.begin_sum(told.exchange + 1, self._name, session=summing.place, told=told.bytes_down)
-        return RemoteRound(self._name, summing, told, self._terms, lost=set(parties.names) - set(sites.present))
+        return RemoteRound(self._name, summing, told, self._terms, lost=set(names) - set(sites.present))
 
 
 class RemoteRound:

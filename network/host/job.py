@@ -165,7 +165,7 @@ class SiteJob:
         drivers: dict[SumSpec, PartyDriver] = {}
         roster = self._agreement.offer.parties
         found = {}
-        for channel in own.algorithm.channels(own.federation):
+        for channel in own.channels:
             spec = replace(own.codec(channel, roster).spec, directory=len(roster), terms=own.digest)
             found[channel] = self._driver(spec, drivers)
         return found

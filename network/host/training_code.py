@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.abc import InspectLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -44,7 +45,8 @@ def embedded_part(name: str, number: int, parts: int, split: Split, training: Tr
     task, parties = _embedded(name, split, training, seed)
     if len(parties) != parts:
         raise OfferRefusedError([f"the data is part {number} of {parts}, and the job splits it in {len(parties)}"])
-    return task, parties[number - 1]
+    held = list((task.held_out or {}).values())
+    return replace(task, held_out={"here": held[number - 1]} if len(held) == parts else None), parties[number - 1]
 
 
 def embedded_example(name: str, split: Split, training: Training, seed: int) -> Loaded:

@@ -105,6 +105,8 @@ def _consistent(terms: TrainingTerms, offer: Offer) -> Iterator[str]:
         yield f"its terms are of {federation.length} parameters, and the shapes say otherwise"
     if federation.value_bound != terms.encoding.value_bound:
         yield "its terms have two bounds of an update's coordinate"
+    if bool(terms.metrics) != (offer.metrics != "none"):
+        yield "its terms have sums of the sites' own evaluations that it does not speak of, or the other way round"
     asked = terms.privacy or {}
     if (terms.shares is not None) != (asked.get("noise") == "distributed" and asked.get("unit") != CLIENT):
         yield "its terms have a plan of noise in shares and no promise of it, or the other way round"

@@ -28,6 +28,7 @@ from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.describe import settings_of
 
 MOST_ROUNDS = 1 << 31
+MOST_METRICS = 16
 _KEYS = {"algorithm", "releases", "federation", "encoding", "privacy", "shapes", "rounds", "code"}
 _ENCODING = ("value_bound", "value_bits", "weights")
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
 
     Raises: OfferError for a key or value that is not as `TrainingTerms.record` writes it.
     """
-    if set(record) - {"shares"} != _KEYS:
+    if set(record) - {"shares", "metrics"} != _KEYS:
         raise OfferError(f"its terms have the keys {sorted(record)!s:.300}, expected {sorted(_KEYS)}")
     rounds, code, shapes = record["rounds"], record["code"], record["shapes"]
     if type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS or not isinstance(code, str):
@@ -52,6 +53,7 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
         rounds=rounds,
         code=code,
         shares=_shares_of(record["shares"]) if "shares" in record else None,
+        metrics=_metrics_of(record["metrics"]) if "metrics" in record else (),
     )
     _check_federation(terms.federation)
     promise_of(terms.privacy, terms.federation.parties)
@@ -149,6 +151,14 @@ def _shares_of(record: Any) -> SharesPlan:
     terms = record.get("terms") if isinstance(record, dict) else None
     made = _made("plan of noise in shares", SharesTerms, terms)
     return _made("plan of noise in shares", SharesPlan, {**record, "terms": made})
+
+
+def _metrics_of(listed: Any) -> tuple[str, ...]:
+    if not isinstance(listed, list) or not 1 <= len(listed) <= MOST_METRICS or len(set(map(str, listed))) < len(listed):
+        raise OfferError(f"its terms have no list of 1 to {MOST_METRICS} names of evaluations")
+    if any(not isinstance(name, str) or not 1 <= len(name) <= 64 for name in listed):
+        raise OfferError("its terms have a name of an evaluation that is none")
+    return tuple(listed)
 
 
 def _shapes_of(listed: Any) -> dict[str, tuple[int, ...]]:

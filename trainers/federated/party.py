@@ -47,6 +47,7 @@ from choral.trainers.federated.failures import beyond, nothing_made
 from choral.trainers.federated.record_shares.checks import in_shares
 from choral.trainers.federated.record_shares.own_process import check_drivers, own_plan
 from choral.trainers.federated.terms.clients import check_sums, clients_of
+from choral.trainers.federated.terms.site_metrics import CHANNEL, Judge, judge_of
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.trained_for import PartyMemory, TrainedFor
 from choral.trainers.federated.terms.training_terms import TrainingTerms
@@ -87,6 +88,8 @@ class TrainingParty:
 
     error: ChoralError | None = None
     """Why its latest exchange failed, for its owner alone; None if it did not."""
+    judge: Judge | None = None
+    """What it says of a model by the records that it holds out, where the terms have that summed."""
     store: Callable[[PartyStates], None] | None = None
     """Keeps its states where a restart finds them, before what depends on them is sent. None: there is no restart."""
 
@@ -266,11 +269,24 @@ class TrainingParty:
         if self._drivers[told.ask.channel] is not driver:
             raise FaultyServerError(f"{self.name!r} was told an exchange of another sum than it is asked a vector for")
         self._kept = dict(list((self._kept | dict(told.ask.new)).items())[-_MOST_KEPT:])
+        if self.judge is not None and told.ask.channel == CHANNEL:
+            return self._judged(told, self.judge)
         with caller_keeps_generators():
             made = list(trainer.do([(self.name, self.order(told))], told.ask.weights, told.number))  # 1., 2.
         if [name for name, _ in made] != [self.name]:
             raise nothing_made(trainer, self.name)
         return self.answer(made[0][1])
+
+    def _judged(self, told: Told, judge: Judge) -> Encoded | None:
+        """What its own evaluation says, in the place of training; None if that fails."""
+        self.error, self._pending = None, None
+        self._trained_for.write(told.number, told.exchange)
+        try:
+            return self._codecs[CHANNEL].encode(judge(told.ask.weights))
+        except Exception as error:
+            self.error = raised_by(error, f"the evaluation at party {self.name!r}")
+            _log.warning("round %d: %s (%s)", told.number, self.error, self.error.hint)
+            return None
 
 
 def own_party(
@@ -320,11 +336,13 @@ def own_party(
         clients=clients_of(terms, privacy, ledger, name),
     )
     check_drivers(own.shares, sums := drivers(own))
-    check_sums(own.clients, sums)
-    return TrainingParty(
+    check_sums(own.clients, {channel: driver for channel, driver in sums.items() if channel != CHANNEL})
+    judge = judge_of(task, own.metrics, resident.model, resident.layout, compute.seed, cap)
+    weights = {CHANNEL: len(judge.records)} if judge else {}
+    party = TrainingParty(
         name,
         own,
-        {channel: own.party_codec(channel, examples) for channel in own.algorithm.channels(own.federation)},
+        {channel: own.party_codec(channel, weights.get(channel, examples)) for channel in own.channels},
         examples=examples,
         ledger=None if own.clients else ledger,
         state=memory.state if memory else None,
@@ -333,6 +351,8 @@ def own_party(
         receipts=open_receipts(receipts, name, own.text, own.digest, ledger) if receipts else None,
         trained_for=(memory or PartyMemory()).trained_for.bound(name, own.digest),
     )
+    party.judge = judge
+    return party
 
 
 def _own_resident(

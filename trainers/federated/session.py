@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 import torch
 
-from choral.errors import ConfigError
 from choral.privacy import PrivacyEngine
 from choral.protocols.interface import Step
 from choral.protocols.tap import watched_by
@@ -42,9 +41,9 @@ from choral.trainers.federated.plan import Plan
 from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import Sums, check_promises
+from choral.trainers.federated.terms.site_metrics import metrics_releases
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
-from choral.trainers.federated.virtual_parties import DistantParties
 from choral.trainers.local_steps.batch_gradients import ShareSteps
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
@@ -99,10 +98,7 @@ class Session:
         Raises: ConfigError for terms that the sums refuse, or for ledgers that several processes cannot keep;
             RunFolderError, LedgerError, ProcessError; what building the model does.
         """
-        if (elsewhere is None) is isinstance(plan.parties, DistantParties):
-            raise ConfigError("parties that are elsewhere go with what reaches them, and only they do")
-        if elsewhere is not None:
-            check_distant(plan)
+        check_distant(plan, elsewhere)
         ranks = RankGroup.join() if elsewhere is None else None
         if ranks is not None:
             check_processes(plan.privacy)
@@ -188,9 +184,10 @@ class Session:
         self._resident.layout.write(self.weights)
         seconds, joules = time.perf_counter() - self._started, self._meter.take()
         spent = self._ledgers.spent()
+        theirs = {} if self._distant is None or outcome.failed else self._distant.judged(outcome.number, self.weights)
         entry = RoundRecord(
             round=outcome.number,
-            metrics=self._evaluated(),
+            metrics={**self._evaluated(), **theirs},
             seconds=seconds,
             survivors=outcome.survivors,
             bytes_up=outcome.bytes_up,
@@ -238,6 +235,7 @@ class Session:
             shapes=layout.shapes,
             rounds=plan.rounds,
             code=code_of(plan.task),
+            metrics=() if self._elsewhere is None else self._elsewhere.metrics,
         )
         self.codecs = self._make_codecs(plan.algorithm.channels(federation))
         self._open_sums()
@@ -319,6 +317,7 @@ class Session:
             parameters=self._resident.layout.length,
             secure_sum={"name": plan.secure_sum.name, **self._stated(self.sums[last].session.statement)},
             fixed_point=self._last_codec.fixed_point,
+            releases=(*plan.info.releases, *metrics_releases(self.terms.metrics)),
             meters=self._meter.meters,
         )
         self._recorder.begin(info)

@@ -35,8 +35,10 @@ class ServeFlags:
     """TOML file with the settings."""
     directory: Path
     """The sites' pinned certificates, as `choral site directory` writes it."""
-    out: Path
+    out: Path | None = None
     """Run folder; must be new or empty, unless --resume."""
+    offer: Path | None = None
+    """Write the offer of the job to this file, for sites to review, and do nothing else."""
     resume: bool = False
     """Continue the run that the folder holds."""
     quiet: bool = False
@@ -64,7 +66,7 @@ class JoinFlags:
 
 def serve(words: list[str]) -> int:
     given = read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
-    default = ServeFlags(config=tyro.MISSING, directory=tyro.MISSING, out=tyro.MISSING, settings=given)
+    default = ServeFlags(config=tyro.MISSING, directory=tyro.MISSING, settings=given)
     wanted = parse("serve", words, ServeFlags, default)
     settings = wanted.settings
     if not settings.serve.job:
@@ -83,6 +85,14 @@ def serve(words: list[str]) -> int:
     identity = CertifiedIdentity.load(chosen.identity.parent, chosen.identity.stem)
     sites = Pinned.read(wanted.directory).sites
     keys = {certificate.name: certificate.public_key for certificate in sites}
+
+    if wanted.offer is not None:
+        offer = serving.offer_ahead(settings, keys, coordinator=identity.name)
+        wanted.offer.write_bytes(offer.message())
+        print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
+        return 0
+    if wanted.out is None:
+        raise ConfigError("no run folder", hint="give --out DIR, or --offer FILE")
 
     def say(text: str) -> None:
         if not wanted.quiet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,7 +64,37 @@ def remote_of(
     def propose(terms: TrainingTerms) -> Offer:
         return offer_of(settings, terms, names, coordinator=coordinator, code=code)
 
-    return RemoteSites(carrier, propose, keys=keys, waits=waits_of(settings), say=say)
+    metrics = settings.metrics if settings.sites.metrics != "none" else ()
+    return RemoteSites(carrier, propose, keys=keys, waits=waits_of(settings), say=say, metrics=metrics)
+
+
+class _Made(Exception):
+    """The offer is made, and nothing else is to be done."""
+
+
+def offer_ahead(settings: Settings, keys: Mapping[str, bytes], *, coordinator: str) -> Offer:
+    """The offer that `serve` will make, for sites that want to look at it before.
+
+    Raises: ConfigError; as `Plan.of`.
+    """
+    from choral.trainers.federated.session import Session
+
+    task, example, code = coordinators_task(settings)
+    names, metrics = tuple(keys), settings.metrics if settings.sites.metrics != "none" else ()
+    plan = plan_of(settings, task, example, names, out=None, resume=False)
+    offers: list[Offer] = []
+
+    class Looking:
+        def __init__(self) -> None:
+            self.metrics = metrics
+
+        def engine(self, session: Session) -> Any:
+            offers.append(offer_of(settings, session.terms, names, coordinator=coordinator, code=code))
+            raise _Made
+
+    with contextlib.suppress(_Made), Session.open(plan, Looking()):
+        pass
+    return offers[0]
 
 
 def waits_of(settings: Settings) -> Waits:
@@ -107,8 +138,6 @@ def plan_of(
             "sites.records and sites.largest are not set: what sites count for is agreed on, and never counted",
             hint="[sites] records = 1200, largest = 400: of all sites together, and the most that one may have",
         )
-    if settings.sites.metrics != "none":
-        raise ConfigError("sites.metrics: sums of the sites' own evaluations are not made by this version")
     if settings.evaluation.per_party:
         raise ConfigError("evaluation.per_party needs each party's records, which stay at its site")
     arm = Arm(private=settings.privacy.epsilon is not None)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from site_federation import (
     SIZES,
     Direct,
     Federation,
     algorithm,
     private_sites,
+    records_of,
     rehearsed,
     same_weights,
     served,
 )
 
+from choral.audits import audit
 from choral.jobs.settings import PrivacySettings, SumSettings
 from choral.privacy import Ledger
+from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers import Run
 from choral.trainers.task.settings import Training
 
@@ -89,4 +95,37 @@ def test_each_site_pays_from_its_own_ledger_before_it_sends(
         ledger = Ledger(tmp_path / site / "ledgers" / "points.jsonl", holder=site)
         assert len(ledger.events if unit == "record" else ledger.releases) >= 2
         assert 0 < ledger.epsilon(delta) <= 4.0
-    assert Run.load(tmp_path / "run").info.privacy == run.info.privacy
+    found = audit(Run.load(tmp_path / "run"))  # which has no ledger of theirs to verify it by
+    verdicts = {budget.holder: budget.verdict for budget in found.budgets}
+    assert verdicts == ({"clients": "holds"} if unit == "client" else dict.fromkeys(federation.names, "unverified"))
+    assert found.verdict == ("holds" if unit == "client" else "unverified")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_sums_of_the_sites_own_evaluations_are_a_declared_release(name: str, tmp_path: Path) -> None:
+    """The mean over all held-out records, as if they were in one place; and training is as it is without."""
+    federation = Federation(tmp_path)
+    settings = federation.settings(algorithm=algorithm(name), metrics=("accuracy", "loss"))
+    settings = replace(settings, sites=replace(settings.sites, metrics="in the clear, no epsilon"))
+    with pytest.raises(TooFewSurvivorsError, match="0 of 3 sites took the job"):
+        served(Direct(federation), settings)  # which their site.toml does not allow
+    for site in federation.names:
+        federation.configure(site, ("[maxima]", 'metrics = "in the clear, no epsilon"\n[maxima]'))
+    run, _ = served(Direct(federation), settings, out=tmp_path / "run")
+    assert same_weights(run, rehearsed(federation, settings))
+    release = run.info.releases[-1]
+    assert release["channel"] == "site metrics"
+    assert release["source"] == "data"
+    assert "in the clear, no epsilon" in release["what"]
+    held = [records_of(site)[: len(records_of(site)) // 2] for site in federation.names]
+    points, labels = (torch.from_numpy(part) for part in (np.concatenate(held)[:, :6], np.concatenate(held)[:, 6]))
+    outputs = points @ run.state["0.weight"][0] + run.state["0.bias"]
+    right = float(((outputs > 0) == (labels > 0)).float().mean())
+    assert run.metrics["accuracy at the sites"] == pytest.approx(right, abs=1e-6)
+    loss = float(torch.nn.functional.binary_cross_entropy_with_logits(outputs, labels))
+    assert run.metrics["loss at the sites"] == pytest.approx(loss, abs=1e-5)
+    found = audit(Run.load(tmp_path / "run"))
+    assert found.verdict == "holds"
+    said = " ".join(found.caveats)
+    assert "no privacy promise covers it: accuracy, loss of each party's held-out records" in said
+    assert "records they have was agreed on beforehand, and not counted here" in said

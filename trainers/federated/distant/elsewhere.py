@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip
 from choral.protocols.interface import SumRound
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.round_parties import RoundParties
+from choral.trainers.federated.virtual_parties import DistantParties
 
 if TYPE_CHECKING:
     from choral.trainers.federated.plan import Plan
@@ -43,17 +46,30 @@ class DistantEngine(Engine, Protocol):
         """The sums of a round by channel, among those who are there. Raises: TooFewSurvivorsError."""
         ...
 
+    def judged(self, number: int, weights: torch.Tensor) -> Mapping[str, float]:
+        """What the parties say of the model after a round, as a mean over all their held-out records; or nothing."""
+        ...
+
 
 class Elsewhere(Protocol):
-    """What a session is given for its parties if they are elsewhere."""
+    """What a session is given for its parties if they are elsewhere.
+
+    metrics: of their own evaluations, whose sums are released in the clear after each round.
+    """
+
+    metrics: tuple[str, ...]
 
     def engine(self, session: Session) -> DistantEngine:
         """Called once, when the session has its terms, its codecs and its model."""
         ...
 
 
-def check_distant(plan: Plan) -> None:
+def check_distant(plan: Plan, elsewhere: Elsewhere | None) -> None:
     """Raises: ConfigError for what can only be rehearsed, and for what needs the parties' records here."""
+    if (elsewhere is None) is isinstance(plan.parties, DistantParties):
+        raise ConfigError("parties that are elsewhere go with what reaches them, and only they do")
+    if elsewhere is None:
+        return
     rule = plan.participation
     simulated = {"availability", "device", "deadline", "dropouts", "clock"}
     usual = Participation()

@@ -14,6 +14,7 @@ from choral.privacy import ClientPrivacyEngine, SharesPlan
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.codec import ClientCodec, Encoding, PartyCodec, WeightedCodec, own_codec
 from choral.trainers.federated.record_shares.codec import SharesCodec
+from choral.trainers.federated.terms.site_metrics import CHANNEL, metrics_codec
 
 _PURPOSE = b"choral training terms 1"
 
@@ -25,8 +26,8 @@ class TrainingTerms:
     federation, encoding: with the bounds and the cap of weights, which are agreed on, not read off anybody's counts.
     privacy: the promise asked, as a run's record has it. shapes: of the model's parameters. rounds: at most. code: what
     is run (:func:`~choral.trainers.federated.terms.task_code.code_of`). shares: the plan of noise in shares, where the
-    promise is of it. clients: of a promise to clients, what keeps it on this side, with a ledger of its own; no part of
-    what is agreed on.
+    promise is of it. metrics: of the parties' own evaluations, whose sums are released in the clear. clients: of a
+    promise to clients, what keeps it on this side, with a ledger of its own; no part of what is agreed on.
     """
 
     algorithm: Algorithm
@@ -37,13 +38,15 @@ class TrainingTerms:
     rounds: int
     code: str
     shares: SharesPlan | None = None
+    metrics: tuple[str, ...] = ()
     clients: ClientPrivacyEngine | None = field(default=None, repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
         """As JSON: what a party is asked to agree to. What it accepts of a sum (its policy) is its own matter."""
         encoding = self.encoding
-        in_shares = {} if self.shares is None else {"shares": asdict(self.shares)}
-        return in_shares | {
+        more: dict[str, Any] = {} if self.shares is None else {"shares": asdict(self.shares)}
+        more |= {"metrics": list(self.metrics)} if self.metrics else {}
+        return more | {
             "algorithm": self.algorithm.record(),
             "releases": [asdict(release) for release in self.algorithm.releases],
             "federation": asdict(self.federation),
@@ -60,6 +63,8 @@ class TrainingTerms:
 
     def codec(self, channel: str, roster: tuple[str, ...] = ()) -> WeightedCodec | SharesCodec | ClientCodec:
         """Both halves of the mean of a channel, from what was agreed on alone. roster: of a sum."""
+        if channel == CHANNEL:
+            return metrics_codec(self.metrics, self.encoding, self.federation.largest, roster)
         if self.clients is not None:
             return ClientCodec(roster, self.clients)
         if self.shares is not None:
@@ -69,9 +74,14 @@ class TrainingTerms:
 
     def party_codec(self, channel: str, examples: int) -> PartyCodec:
         """The half of a party in a process of its own, with so many records."""
-        if self.clients is not None:
+        if self.clients is not None and channel != CHANNEL:
             return own_codec(self.clients)
         return self.codec(channel).party(examples)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Of the algorithm, and of the parties' own evaluations if those are summed."""
+        return (*self.algorithm.channels(self.federation), *([CHANNEL] if self.metrics else []))
 
     @cached_property
     def text(self) -> bytes:
