@@ -438,6 +438,22 @@ def test_a_task_of_choral_trains_on_its_own_part(sites: Sites) -> None:
     assert found == "its training code is of choral 9.9, and choral 0.1.0 runs here"
 
 
+def test_code_in_a_file_reads_a_path_and_a_task_of_choral_its_part(sites: Sites) -> None:
+    """Neither is given the other's data, whatever site.toml says."""
+    digits = offer(task="digits", code="choral 0.1.0")
+    (found,) = objections(sites.settings(('[tasks."visits.py"]', "[tasks.digits]")), digits)
+    assert found == "the data of a task of Choral is a part of its own, and 'digits' has a path here"
+    north = sites.settings(("[tasks.digits]", '[tasks."visits.py"]'), ('path = "visits.csv"', 'part = "party 1 of 2"'))
+    assert objections(north, offer()) == [
+        "training code in a file reads a path, and the data of 'visits.py' has none here"
+    ]
+
+
+def test_code_that_is_not_there_is_not_run(sites: Sites) -> None:
+    (sites.path / "tasks/visits.py").unlink()
+    assert objections(sites.north, offer()) == ["no training code 'visits.py' is installed here"]
+
+
 def test_the_policy_of_one_sum_is_what_the_site_computed_itself(sites: Sites) -> None:
     sites.approve(offer())
     agreed = sites.north.agree(offer(), now=NOW)
