@@ -15,10 +15,9 @@ from choral.network.site.approvals import code_of
 from choral.network.site.budget import budget_objection
 from choral.network.site.files.settings import DataSet
 from choral.network.site.offer import Offer
-from choral.network.site.terms import masks_of, promise_of, sum_of, terms_of
+from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
-from choral.protocols.interface import SumSpec
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
 from choral.trainers.federated.terms.task_code import version_here
@@ -161,13 +160,11 @@ def _sum(folder: SiteFolder, offer: Offer) -> Iterator[str]:
             return
         if not isinstance(summing, Masked | Homomorphic):
             return
-        masks = masks_of(summing)
-        if masks.cohort == "random" and policy.cohort != "random":
+        if summing.cohort == "random" and policy.cohort != "random":
             yield "it takes the coordinator's word that it draws rosters at random; this site expects it to choose them"
         if folder.settings.name not in offer.parties or set(policy.directory) != set(offer.parties):
             return  # which is said already
-        spec = SumSpec(parties=offer.parties, length=1, bound=1, directory=len(offer.parties))
-        policy.check(masks.setup(spec, session=bytes(16)), folder.settings.name)
+        policy.check(setup_of(summing, offer.parties), folder.settings.name)
     except ChoralError as error:
         yield str(error)
 

@@ -60,7 +60,7 @@ def offered(folder: SiteFolder, now: datetime | None = None) -> Iterator[Row]:
         approval = found.get(offer.digest)
         why = "not approved" if approval is None else approval.refusal(now or datetime.now(UTC))
         state = why or f"approved until {approval.until}" if approval is not None else why
-        yield offer.digest[:16], f"{offer.job}, by {offer.coordinator}: {state}"
+        yield offer.digest[:12], f"{offer.job}, by {offer.coordinator}: {state}"
     if not folder.offers.all():
         yield "none", "no job was offered yet"
 

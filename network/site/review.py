@@ -19,9 +19,11 @@ from choral.network.site.approvals import Approval, approvals
 from choral.network.site.budget import DataBudget, budget_of, open_ledger
 from choral.network.site.objections import objections
 from choral.network.site.offer import Offer
-from choral.network.site.terms import promise_of, terms_of
+from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
+from choral.protocols.homomorphic.front import Homomorphic
+from choral.protocols.masking.masked import Masked
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def review(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Rev
     except ChoralError as error:
         rows.append(("terms", f"cannot be shown: {error}"))
     rows += [
-        ("secure sum", ", ".join(f"{key} {plainly(value)}" for key, value in offer.secure_sum.items())),
+        ("secure sum", _sum(offer)),
         ("sites", ", ".join(offer.parties)),
         ("evaluation", "nothing of it becomes known" if offer.metrics == "none" else f"summed, {offer.metrics}"),
         ("settings", plainly(json.dumps(dict(offer.settings), sort_keys=True))),
@@ -138,6 +140,23 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
         return
     yield "privacy", _promise(asked)
     yield from _spending(budget)
+
+
+def _sum(offer: Offer) -> str:
+    said = ", ".join(f"{key} {plainly(value)}" for key, value in offer.secure_sum.items())
+    try:
+        summing = sum_of(offer.secure_sum)
+        if not isinstance(summing, Masked | Homomorphic):
+            return f"{said}: the coordinator sees what each site sends"
+        if isinstance(summing, Homomorphic) and summing.key == "shared":
+            return f"{said}: every site has the key of all that is sent"
+        setup = setup_of(summing, offer.parties)
+    except ChoralError as error:
+        return f"{said}: {error}"
+    return (
+        f"{said}: over all {len(setup.roster)} sites, opened for the sum of {setup.min_survivors} or more, "
+        f"{setup.corrupt} corrupt; {setup.threshold} together can reconstruct a secret of one"
+    )
 
 
 def _promise(asked: Privacy | ClientPrivacy | None) -> str:

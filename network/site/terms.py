@@ -18,8 +18,9 @@ from choral.network.site.offer import alike
 from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
-from choral.protocols.interface import SecureSum
+from choral.protocols.interface import SecureSum, SumSpec
 from choral.protocols.masking.masked import Masked
+from choral.protocols.masking.messages import SumSetup
 from choral.protocols.plain import Plain
 from choral.trainers.algorithms import KINDS
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
@@ -113,6 +114,12 @@ def masks_of(secure_sum: Masked | Homomorphic) -> Masked:
         server=secure_sum.server or "malicious",
         cohort=secure_sum.cohort,
     )
+
+
+def setup_of(secure_sum: Masked | Homomorphic, parties: tuple[str, ...]) -> SumSetup:
+    """What the parties would sign of a sum over all of them, but for the vector. Raises: SpecError."""
+    spec = SumSpec(parties=parties, length=1, bound=1, directory=len(parties))
+    return masks_of(secure_sum).setup(spec, session=bytes(16))
 
 
 def _record(record: Mapping[str, Any]) -> Privacy:

@@ -21,6 +21,7 @@ from choral.network.site.overview import offered, overview
 from choral.network.site.review import review, visible
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.events import PlannedEvents, PoissonSampledGaussian, ReleasePlan
+from choral.protocols import Homomorphic, Masked, Plain
 
 
 def said(capsys: Any, *words: str, code: int = 0) -> str:
@@ -195,6 +196,8 @@ def test_a_review_says_what_would_run_be_released_and_spent(sites: Sites) -> Non
     assert rows["model"] == "7 parameters in 2 tensors"
     assert rows["values"] == "up to 16 in 28 bits; a site counts for as many as its records, at most 256"
     assert rows["data"] == "visits: visits.csv, 200 records"
+    opened = "over all 4 sites, opened for the sum of 3 or more, 1 corrupt; 3 together can reconstruct a secret of one"
+    assert rows["secure sum"].endswith(opened)
     assert rows["evaluation"] == "nothing of it becomes known"
     assert "kind masked, min_survivors 3, corrupt 1, dropouts by default, server malicious" in rows["secure sum"]
     assert rows["privacy"].startswith(
@@ -279,6 +282,9 @@ def test_reviews_of_other_promises(sites: Sites) -> None:
     rows = shown(sites, offer(terms=terms(privacy=private)))
     assert rows["privacy"] == "epsilon 1 at delta 1e-05 for each site; clipping norm 1.0; noise is each site's share"
     assert "noise multiplier" in rows[""]
+    assert "the coordinator sees what each" in shown(sites, offer(summing=Plain()))["secure sum"]
+    assert "every site has the key" in shown(sites, offer(summing=Homomorphic(key="shared")))["secure sum"]
+    assert "expected 2 <= min_survivors <= 4" in shown(sites, offer(summing=Masked(min_survivors=5)))["secure sum"]
     broken = replace(offer(), terms={"rounds": 1})
     assert shown(sites, broken)["terms"].startswith("cannot be shown: its terms have the keys")
 
