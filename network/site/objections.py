@@ -118,12 +118,8 @@ def _job(folder: SiteFolder, terms: TrainingTerms) -> Iterator[str]:
     if terms.algorithm.kind not in settings.job.algorithms:
         yield f"the algorithm {terms.algorithm.kind} is not among {', '.join(settings.job.algorithms)}"
     noisy = terms.shares is not None or (terms.privacy or {}).get("unit") == CLIENT  # all that is summed
-    beyond = (
-        []
-        if noisy
-        else [release for release in terms.algorithm.releases if release.source not in settings.job.releases]
-    )
-    if beyond:
+    beyond = [release for release in terms.algorithm.releases if release.source not in settings.job.releases]
+    if beyond and not noisy:
         what = ", ".join(f"{release.what!r} ({release.source})" for release in beyond)
         yield f"it releases {what}; this site allows what is of {', '.join(settings.job.releases) or 'nothing'}"
     if terms.rounds > settings.maxima.rounds:

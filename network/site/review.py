@@ -64,7 +64,7 @@ def review(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Rev
     rows += [
         ("secure sum", _sum(offer)),
         ("sites", ", ".join(offer.parties)),
-        ("evaluation", "nothing of it becomes known" if offer.metrics == "none" else f"summed, {offer.metrics}"),
+        ("evaluation", _evaluation(offer)),
         ("settings", plainly(json.dumps(dict(offer.settings), sort_keys=True))),
     ]
     return Review(
@@ -140,6 +140,13 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
         return
     yield "privacy", _promise(asked)
     yield from _spending(budget)
+
+
+def _evaluation(offer: Offer) -> str:
+    names = offer.terms.get("metrics", [])
+    if offer.metrics == "none" and not names:
+        return "nothing of the site's own becomes known"
+    return f"{plainly(names)} of the site's own records: summed over the sites, {offer.metrics}"
 
 
 def _sum(offer: Offer) -> str:

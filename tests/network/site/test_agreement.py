@@ -118,7 +118,14 @@ WEAKER: dict[str, tuple[dict[str, Any], str]] = {
     "releases of data": ({"terms": terms(algorithm=FSVRG(step=0.1))}, "this site allows what is of fit, derived"),
     "releases": ({"record": {"releases": RELEASES}}, "its terms say other releases than they are here"),
     "a setting that it has not": ({"record": {"algorithm": {"kind": "fedavg", "mu": 1}}}, "its algorithm cannot be"),
-    "metrics": ({"metrics": "in the clear, no epsilon"}, "metrics 'in the clear, no epsilon' would become known"),
+    "metrics": (
+        {"metrics": "in the clear, no epsilon", "terms": terms(metrics=("accuracy",))},
+        "metrics 'in the clear, no epsilon' would become known",
+    ),
+    "metrics that it does not speak of": (
+        {"terms": terms(metrics=("accuracy",))},
+        "sums of the sites' own evaluations",
+    ),
     "code": ({"code": "0" * 64}, "its training code 'visits.py' has another SHA-256 than the file that is installed"),
     "version": ({"terms": terms(code="choral 0.0.1")}, "the coordinator runs 'choral 0.0.1', and choral 0.1.0 runs"),
     "task": ({"task": "other.py"}, "no training code 'other.py' is installed here"),

@@ -198,7 +198,7 @@ def test_a_review_says_what_would_run_be_released_and_spent(sites: Sites) -> Non
     assert rows["data"] == "visits: visits.csv, 200 records"
     opened = "over all 4 sites, opened for the sum of 3 or more, 1 corrupt; 3 together can reconstruct a secret of one"
     assert rows["secure sum"].endswith(opened)
-    assert rows["evaluation"] == "nothing of it becomes known"
+    assert rows["evaluation"] == "nothing of the site's own becomes known"
     assert "kind masked, min_survivors 3, corrupt 1, dropouts by default, server malicious" in rows["secure sum"]
     assert rows["privacy"].startswith(
         "epsilon 1 at delta 1e-05 for each record, zero out one record; clipping norm 1.0;"
@@ -282,6 +282,10 @@ def test_reviews_of_other_promises(sites: Sites) -> None:
     rows = shown(sites, offer(terms=terms(privacy=private)))
     assert rows["privacy"] == "epsilon 1 at delta 1e-05 for each site; clipping norm 1.0; noise is each site's share"
     assert "noise multiplier" in rows[""]
+    summed = offer(metrics="in the clear, no epsilon", terms=terms(metrics=("accuracy", "loss")))
+    assert shown(sites, summed)["evaluation"] == (
+        "['accuracy', 'loss'] of the site's own records: summed over the sites, in the clear, no epsilon"
+    )
     assert "the coordinator sees what each" in shown(sites, offer(summing=Plain()))["secure sum"]
     assert "every site has the key" in shown(sites, offer(summing=Homomorphic(key="shared")))["secure sum"]
     assert "expected 2 <= min_survivors <= 4" in shown(sites, offer(summing=Masked(min_survivors=5)))["secure sum"]
