@@ -14,6 +14,7 @@ from choral.audits.findings.schema import Check, Verdict
 
 if TYPE_CHECKING:
     from choral.privacy import Ledger
+    from choral.privacy.accounting.events import RecordEvent
     from choral.privacy.ledgers.spent import Spent
     from choral.trainers.run_folder.run import Run
 
@@ -72,7 +73,7 @@ def _rates_agree(run: Run) -> list[Check]:
     for name in owners_of(run):
         ledger, records = ledger_of(run, name), run.info.parties.get(name, 0)
         records = run.info.total_examples if run.info.kind == "centralized" else records
-        for event in ledger.events if ledger is not None else ():
+        for event in _own_events(run, ledger):
             if not isinstance(event, PoissonSampledGaussian) or event.sample_rate == 1.0:
                 continue
             counted += 1
@@ -87,6 +88,14 @@ def _rates_agree(run: Run) -> list[Check]:
     finding = _first(list(dict.fromkeys(found))) or "Every rate is the batch size over the number of records."
     name = "Sampling rates fit the numbers of records"
     return [Check(name=name, verdict="violated" if found else "holds", finding=finding)]
+
+
+def _own_events(run: Run, ledger: Ledger | None) -> tuple[RecordEvent, ...]:
+    """This run's: of a ledger for the life of the data, those of the latest plan, before which others stand."""
+    if ledger is None or run.info.ledgers == "run":
+        return ledger.events if ledger is not None else ()
+    latest = ledger.segments[-1][1] if ledger.segments else ()
+    return tuple(event for event in ledger.events[len(ledger.events) - len(latest) :])
 
 
 def _history_agrees(run: Run) -> Check:

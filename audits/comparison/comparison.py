@@ -12,6 +12,7 @@ import msgspec
 
 from choral.audits.comparison.arms import arm_of, budget_curves, check_runs, difference_of
 from choral.audits.comparison.checks import comparison_checks, weights_match
+from choral.audits.comparison.composition import composed
 from choral.audits.comparison.fairness import fairness_metric, fairness_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
@@ -25,6 +26,7 @@ from choral.audits.findings.schema import (
     ArmResult,
     BudgetCurve,
     Check,
+    Composed,
     FailedRuns,
     NotRun,
     Reference,
@@ -50,8 +52,9 @@ class Comparison(
 
     metric: which evaluation arms are judged by. baseline: the arm that differences are to. references: levels to hold
     metrics against. made: when, in UTC. level: of every interval. failed: what was to be compared and could not be
-    trained. matches: final weights under different secure sums, per seed. costs: rounds, bytes, seconds, energy and
-    money, with the prices used; None where the runs did not record what they need.
+    trained. composed: what all private trainings that are shown cost together. matches: final weights under different
+    secure sums, per seed. costs: rounds, bytes, seconds, energy and money, with the prices used; None where the runs
+    did not record what they need.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -65,6 +68,7 @@ class Comparison(
     arms: tuple[ArmResult, ...]
     failed: tuple[FailedRuns, ...] = ()
     budgets: tuple[BudgetCurve, ...] = ()
+    composed: tuple[Composed, ...] = ()
     checks: tuple[Check, ...]
     matches: tuple[WeightsMatch, ...] = ()
     costs: Costs | None = None
@@ -197,6 +201,7 @@ def _compared(
         baseline=base,
         arms=tuple(rows),
         budgets=budget_curves({name: list(budgets[name]) for name in _ordered(budgets)}, metrics[0]) if budgets else (),
+        composed=composed(arms, budgets),
         checks=comparison_checks(arms, budgets, rows, metrics[0], books) + ((verdict,) if verdict else ()),
         matches=matches,
         not_run=tuple(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from choral.audits.findings.schema import Claim
+from choral.audits.findings.schema import Claim, Composed
 from choral.audits.findings.text import cost, is_gap, power
 from choral.errors import DataError
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
@@ -302,6 +302,22 @@ def site_caveats(info: RunInfo) -> tuple[str, ...]:
         *(_CAVEATS_SITES if info.privacy is not None else _CAVEATS_SITES[:1]),
         *(f"After each round this is released, and no privacy promise covers it: {what}." for what in metrics),
     )
+
+
+def composed_words(found: Composed) -> str:
+    """Which epsilon is for whom: of one model, and of all that a report shows."""
+    each, delta = found.unit, power(found.delta)
+    one = f"For a reader of one model: ε = {cost(found.single)} at most for each {each}, as its own row says."
+    if found.runs == 1:
+        return one
+    seen = f"For a reader of this whole report, which shows {found.runs} trainings on the same {each}s"
+    if found.epsilon is None:
+        return (
+            f"{one} {seen}: more, and it is not known how much, for not every ledger is there, or they do not add up."
+        )
+    owner = "" if found.owner in ("clients", "pooled") else f" of {found.owner}, which has the most"
+    total = f"ε = {cost(found.epsilon)} at δ = {delta} for each {each}{owner}, all of them composed"
+    return f"{one} {seen}: {total}. Trainings that were made for attacks are not among them."
 
 
 def caveats(units: Set[str], *, compared: bool, metrics: Sequence[str] = ()) -> tuple[str, ...]:

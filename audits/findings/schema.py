@@ -300,6 +300,22 @@ class BudgetCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     points: tuple[BudgetPoint, ...]
 
 
+class Composed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all private trainings that a report shows cost together, for whoever reads all of it.
+
+    unit: whose presence it is of. runs: trainings on the same records. single: the most that one of them cost, for who
+    reads one model. epsilon: of all at ``delta``, for the data owner with the most (``owner``); None where not every
+    ledger is there, or they are of unlike neighbour relations.
+    """
+
+    unit: str
+    runs: int
+    delta: float
+    single: float
+    owner: str = ""
+    epsilon: float | None = None
+
+
 class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Two secure sums, one seed: the largest difference of any final weight.
 

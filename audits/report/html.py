@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits.costs.costs import Costs
 from choral.audits.findings import text
-from choral.audits.findings.claims import no_claim
+from choral.audits.findings.claims import composed_words, no_claim
 from choral.audits.findings.evidence import Bound, ScoreAudit
 from choral.audits.findings.schema import ORDER, ArmResult, BudgetPoint, WeightsMatch
 from choral.audits.findings.tally import beyond_attack, every_check, tally
@@ -189,6 +189,7 @@ def _environment() -> Environment:
         money=text.money,
         energy=text.energy,
         no_claim=no_claim,
+        composed_words=composed_words,
         words=_WORDS,
         spread_words=_SPREAD_WORDS,
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from choral.audits.findings.claims import composed_words
 from choral.audits.findings.text import (
     amount,
     at_least,
@@ -88,6 +89,7 @@ def comparison_markdown(report: Comparison) -> str:
         ),
         _fairness(report),
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
+        *(_safe(composed_words(each)) for each in report.composed),
         "### Evidence",
         _evidence(report),
         "### What was checked between the configurations",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from choral.audits.findings.claims import composed_words
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
 from choral.audits.findings.verdict import said
@@ -37,6 +38,8 @@ def print_comparison(report: Comparison, console: Console | None = None) -> None
         what = "" if not each.left and len(each.runs) == 1 else f" ({', '.join(each.runs)})"
         console.print(Text.assemble(("FAILED  ", "bold red"), f"{each.arm}{what}. ", (f"{each.reason}.", "dim")))
     console.print(Text(legend(report), style="dim"))
+    for total in report.composed:
+        console.print(Text(composed_words(total)))
     _print_fairness(report, console)
     for check in report.checks:
         _print_check(check, console)

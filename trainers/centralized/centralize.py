@@ -86,7 +86,7 @@ def centralize(
     info = msgspec.structs.replace(info, schedule=changing.record())
     with (
         workers_of(data_parallel, on) as workers,
-        Recorder.open(keep.out if workers.first else None, info, resume=keep.resume) as recorder,
+        Recorder.open(keep.out if workers.first else None, info, resume=keep.resume, ledgers=keep.ledgers) as recorder,
     ):
         run = _train(job, info, recorder, workers, keep.on_round)
         seal(run)

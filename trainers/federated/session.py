@@ -108,7 +108,7 @@ class Session:
                 return
         with (
             led(ranks) as share,
-            Recorder.open(plan.keep.out, plan.info, resume=plan.keep.resume) as recorder,
+            Recorder.open(plan.keep.out, plan.info, resume=plan.keep.resume, ledgers=plan.keep.ledgers) as recorder,
             Transcript(plan.keep.folder, plan.keep.transcript, recorder.sealed) as transcript,
             watched_by((sent := SentMessages(transcript.watcher, heard=plan.has_receipts)).watcher),
         ):

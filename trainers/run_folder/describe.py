@@ -47,6 +47,7 @@ def describe(
         start=start.record() if start else None,
         tuning=dict(keep.tuning) if keep.tuning is not None else None,
         versions=versions(),
+        ledgers="run" if keep.ledgers is None else "data",
     )
 
 

@@ -102,6 +102,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     per_party: the final model on the records that each party held out, where that was asked for; without noise.
     transcript: the head of the transcript's chain; None if none was recorded.
     dropped: rounds in which a party's training failed, by party.
+    ledgers: whose life they have: the run's, or the data's, of which the folder has copies as they were in the end.
     weights: what a party counts for in a mean by examples: its "examples", or "equal" to every other.
     """
 
@@ -137,6 +138,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     transcript: Sealed | None = None
     dropped: dict[str, int] = {}
     weights: Literal["examples", "equal"] = "examples"
+    ledgers: Literal["run", "data"] = "run"
 
     @property
     def party_count(self) -> int:

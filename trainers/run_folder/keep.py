@@ -20,6 +20,9 @@ class Keep:
     """out, resume: keep the run in a folder as it goes, and continue it there. config: settings to record in it.
     tuning: the ``record`` of :func:`choral.trainers.centralized.tuning`, if that chose the settings: kept in run.json,
         and billed.
+    ledgers: a folder of ledgers for the life of the data, one for each data owner, by name: what all runs that name it
+        have spent counts, and a run that would pass its promise is refused. A copy of each, as it was when the run
+        ended, is put into ``out``. By default each run has ledgers of its own, in ``out``.
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
     on_round: called with each completed round.
@@ -31,6 +34,7 @@ class Keep:
     resume: bool = False
     config: Mapping[str, Any] | None = None
     tuning: Mapping[str, Any] | None = None
+    ledgers: str | Path | None = None
     transcript: Detail | None = None
     on_round: OnRound | None = None
 
@@ -39,6 +43,10 @@ class Keep:
             arguments.instance(self.out, "out", (str, Path), "the path of a folder")
             if self.out == "":
                 raise ConfigError("out is empty, expected the path of a folder", hint="None keeps the run in memory")
+        if self.ledgers is not None:
+            arguments.instance(self.ledgers, "ledgers", (str, Path), "the path of a folder")
+            if self.ledgers == "" or Path(self.ledgers).is_file():
+                raise ConfigError(f"ledgers is {str(self.ledgers)!r}, expected a folder", hint="it holds NAME.jsonl")
         arguments.flag(self.resume, "resume")
         if self.resume and self.out is None:
             raise ConfigError("resume needs the folder of the run", hint="give out=FOLDER")

@@ -38,18 +38,23 @@ class Recorder:
         history: list[RoundRecord],
         state: dict[str, torch.Tensor],
         claim: BinaryIO | None = None,
+        lasting: Path | None = None,
     ) -> None:
         self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
+        self._lasting = lasting
         self._ledgers: dict[str, Ledger] = {}
         self._best: dict[str, torch.Tensor] = {}  # of the best round, in a run without a folder
 
     @classmethod
-    def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool) -> Self:
-        """Raises: RunFolderError if another process writes to ``out``, if it holds anything and ``resume`` is off, or
+    def open(cls, out: str | Path | None, info: RunInfo, *, resume: bool, ledgers: str | Path | None = None) -> Self:
+        """ledgers: a folder of those that outlive the run.
+
+        Raises: RunFolderError if another process writes to ``out``, if it holds anything and ``resume`` is off, or
         if its settings could not be read back; ConfigError if the run that it holds was started with other settings.
         """
+        lasting = None if ledgers is None else Path(ledgers)
         if out is None:
-            return cls(None, info, [], {})
+            return cls(None, info, [], {}, lasting=lasting)
         folder, info = Path(out), folders.as_read_back(info)
         if not resume:
             folders.check_empty(folder)
@@ -61,10 +66,10 @@ class Recorder:
                 if info.rounds > old.rounds:  # what was said of its last round is of an earlier one now
                     old = msgspec.structs.replace(old, rounds=info.rounds, ended="", per_party=None)
                 state, last = folders.read_weights(folder)
-                return cls(folder, old, list(folders.read_history(folder, last)), state, claim)
+                return cls(folder, old, list(folders.read_history(folder, last)), state, claim, lasting)
             if not (folder / "run.json").is_file():
                 folders.check_empty(folder)
-            return cls(folder, info, [], {}, claim)
+            return cls(folder, info, [], {}, claim, lasting)
         except BaseException:
             claim.close()
             raise
@@ -94,6 +99,10 @@ class Recorder:
 
     @property
     def ledger_folder(self) -> Path | None:
+        """Where data owners' ledgers are; None, in memory. Those that outlive the run have a folder of their own."""
+        if self._lasting is not None:
+            self._lasting.mkdir(parents=True, exist_ok=True)
+            return self._lasting
         return self._folder / "ledger" if self._folder else None
 
     def draws(self) -> int:
@@ -115,9 +124,22 @@ class Recorder:
         return int.from_bytes(found, "little")
 
     def keep(self, ledgers: Mapping[str, Ledger]) -> None:
-        """Let a run without a folder carry what its ledgers hold, by data owner."""
-        if self._folder is None:
-            self._ledgers |= ledgers
+        """Let a run without a folder carry what its ledgers hold, by data owner; and one with a folder, where they
+        outlive it, put copies there.
+        """
+        self._ledgers |= ledgers
+
+    def copy_ledgers(self) -> None:
+        """Of ledgers that outlive the run, put what they hold now into its folder, until it is sealed.
+
+        Raises: LedgerError.
+        """
+        if self._folder is None or self._lasting is None or (self._folder / "manifest.json").exists():
+            return
+        (self._folder / "ledger").mkdir(exist_ok=True)
+        for name, ledger in self._ledgers.items():
+            if content := ledger.written():
+                folders.replace_file(folders.ledger_file(self._folder / "ledger", name), content)
 
     def begin(self, info: RunInfo) -> None:
         """Write the folder's run.json, and drop what was written beyond the last complete round.
@@ -212,14 +234,20 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._claim:
-            self._claim.close()
+        try:
+            self.copy_ledgers()  # of a run that broke off, too
+        finally:
+            if self._claim:
+                self._claim.close()
 
     def end(self, reason: str, spent: Mapping[str, Spent]) -> Run:
         """Close the run at its last complete round. spent: by the ledgers, the round that was cut short included."""
+        if self._lasting is not None and self._info.ended:  # others have spent since
+            return self.run()
         self._info = msgspec.structs.replace(self._info, ended=reason, spent=dict(spent))
         if self._folder:
             folders.write_info(self._folder, self._info)
+        self.copy_ledgers()
         return self.run()
 
     def finish(self, per_party: PerParty | None) -> Run:
@@ -228,10 +256,12 @@ class Recorder:
             self._info = msgspec.structs.replace(self._info, per_party=per_party)
             if self._folder:
                 folders.write_info(self._folder, self._info)
+        self.copy_ledgers()
         return self.run()
 
     def run(self) -> Run:
-        ledgers = {name: content for name, ledger in self._ledgers.items() if (content := ledger.written())}
+        kept = self._ledgers if self._folder is None else {}
+        ledgers = {name: content for name, ledger in kept.items() if (content := ledger.written())}
         history = tuple(self._history)
         best = folders.read_best(self._folder, best_of(history)) if self._folder else self._best
         return Run(info=self._info, history=history, state=self._state, folder=self._folder, ledgers=ledgers, best=best)

@@ -53,7 +53,12 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
         "schedule",
         "sites",
     )
-    _compare(old, new, (*fields, *_COMPUTED, "participation", "weights"), {*old.config, *new.config} - _SHARED_KEYS)
+    _compare(
+        old,
+        new,
+        (*fields, *_COMPUTED, "participation", "weights", "ledgers"),
+        {*old.config, *new.config} - _SHARED_KEYS,
+    )
 
 
 def check_complete(old: RunInfo, new: RunInfo) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | verify | export | budget | site``.
+"""The command line: ``choral compare | train | audit | verify | ledger | export | budget | site``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
@@ -36,6 +36,8 @@ commands:
                              train with sites at their own machines: be their coordinator
   join SITE                  be a site: connect to a coordinator, and train what was approved here
   verify FILE...             hold receipts, manifests, reports and run folders against what was signed of them
+  ledger show|sum|head FILE...
+                             what was spent, what it comes to together, whether a ledger was put back
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
   site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
@@ -177,6 +179,12 @@ def _site(words: list[str]) -> int:
     return site(words)
 
 
+def _ledger(words: list[str]) -> int:
+    from choral.cli.ledger import ledger
+
+    return ledger(words)
+
+
 def _verify(words: list[str]) -> int:
     from choral.verify import main as verify  # which needs nothing else of Choral
 
@@ -191,6 +199,7 @@ _COMMANDS: dict[str, Command] = {
     "train": _train,
     "audit": _audit,
     "verify": _verify,
+    "ledger": _ledger,
     "export": _export,
     "serve": _serve,
     "join": _join,

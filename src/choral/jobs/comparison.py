@@ -213,6 +213,12 @@ def _check(settings: Settings) -> None:
             "there is nothing to compare: no [arms.NAME] in the settings", hint="see examples/digits.toml"
         )
     read_prices(settings.prices, settings.price)
+    if settings.ledgers is not None:
+        raise ConfigError(
+            "ledgers are for the life of the data, and a comparison trains the same records many times",
+            hint="leave ledgers out: each run then has its own, and the report says what all of them cost together;"
+            " train the configuration that you choose with `choral train --ledgers FOLDER`",
+        )
     if settings.seeds < 1:
         raise ConfigError(f"expected seeds >= 1, got {settings.seeds}", hint="3 to 5 give an interval")
     for epsilon in settings.epsilons:

@@ -205,6 +205,8 @@ class Settings:
     participation: Participation = field(default_factory=Participation)
     transcript: Literal["none", "digests", "messages", "rehearsal"] = "none"
     """What is recorded of what the server saw; a rehearsal also keeps each party's update IN THE CLEAR."""
+    ledgers: Path | None = None
+    """Folder of ledgers for the life of the data, one for each data owner: `train` counts what all runs have spent."""
     epsilons: tuple[float, ...] = ()
     """Budgets at which `compare` trains private configurations, for the budget-against-accuracy curve.
 

@@ -199,7 +199,8 @@ def keep_of(settings: Settings, arm: Arm, *, out: Path | None = None, **options:
 
     config = {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")}
     seen = None if settings.transcript == "none" or out is None or arm.centralized else settings.transcript
-    return Keep(out=out, config=config, transcript=seen, **options)
+    ledgers = settings.ledgers if arm.private else None
+    return Keep(out=out, config=config, transcript=seen, ledgers=ledgers, **options)
 
 
 def tuned(settings: Settings, arm: Arm, seed: int, out: Path, resume: bool) -> tuple[Settings, dict[str, Any] | None]:
