@@ -49,7 +49,6 @@ from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter
-from choral.trainers.run_folder.evidence.manifest import NAME
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal, SentMessages
 from choral.trainers.run_folder.evidence.sealing import seal
 from choral.trainers.run_folder.info import RoundRecord, RunFolderError
@@ -331,8 +330,7 @@ class Session:
 
     def _open_receipts(self) -> Rehearsal | None:
         folder, terms = self.plan.keep.folder, self.terms
-        over = self._last <= self._recorder.completed and folder is not None and (folder / NAME).is_file()
-        if folder is None or not self.plan.has_receipts or over:
+        if folder is None or not self.plan.has_receipts or self._recorder.is_sealed(self.plan.task.evaluate_party):
             return None
         return Rehearsal(
             folder,

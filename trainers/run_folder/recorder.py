@@ -21,6 +21,7 @@ from choral.trainers.run_folder.resume import check_complete, check_same
 from choral.trainers.run_folder.run import Run
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.per_party import PerParty
+from choral.trainers.task.task import EvaluateParty
 
 
 class Recorder:
@@ -250,11 +251,17 @@ class Recorder:
         self.copy_ledgers()
         return self.run()
 
+    def is_sealed(self, evaluate_party: EvaluateParty | None) -> bool:
+        """Whether the run's manifest is there, and nothing of the run is to change."""
+        awaits = evaluate_party is not None and self._info.per_party is None
+        return not awaits and self._folder is not None and (self._folder / "manifest.json").is_file()
+
     def finish(self, per_party: PerParty | None) -> Run:
         """Record what the model after the last round is worth at each party, where that was asked for."""
-        if per_party is not None:
+        if per_party is not None and per_party != self._info.per_party:
             self._info = msgspec.structs.replace(self._info, per_party=per_party)
             if self._folder:
+                (self._folder / "manifest.json").unlink(missing_ok=True)  # it is of run.json as it was
                 folders.write_info(self._folder, self._info)
         self.copy_ledgers()
         return self.run()

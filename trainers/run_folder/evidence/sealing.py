@@ -28,7 +28,7 @@ def seal(run: Run, rehearsal: Rehearsal | None = None) -> None:
         if (path := ledger_file(folder / "ledger", name)).is_file():
             ledgers[name] = Ledger(path, holder=name)
     coordinator = Identity(secrets.token_bytes(32))
-    known = _by_rehearsal(rehearsal) if rehearsal else _by_files(folder)
+    known = _by_rehearsal(rehearsal) if rehearsal and rehearsal.receipts else _by_files(folder)
     sealing = Sealing(
         run=known.run or secrets.token_hex(16),
         info=run.info,
