@@ -242,7 +242,7 @@ def test_train_one_arm_and_centralized(config, tmp_path, capsys):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "audit", "export", "budget"])
+@pytest.mark.parametrize("command", ["compare", "train", "audit", "verify", "ledger", "export", "budget"])
 def test_help(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out

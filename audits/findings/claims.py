@@ -312,9 +312,7 @@ def composed_words(found: Composed) -> str:
         return one
     seen = f"For a reader of this whole report, which shows {found.runs} trainings on the same {each}s"
     if found.epsilon is None:
-        return (
-            f"{one} {seen}: more, and it is not known how much, for not every ledger is there, or they do not add up."
-        )
+        return f"{one} {seen}: more, and unknown, for not every ledger is there, or they do not add up."
     owner = "" if found.owner in ("clients", "pooled") else f" of {found.owner}, which has the most"
     total = f"ε = {cost(found.epsilon)} at δ = {delta} for each {each}{owner}, all of them composed"
     return f"{one} {seen}: {total}. Trainings that were made for attacks are not among them."
