@@ -26,12 +26,12 @@ from choral.audits.findings.schema import (
     ArmResult,
     BudgetCurve,
     Check,
-    Composed,
     FailedRuns,
     NotRun,
     Reference,
     WeightsMatch,
 )
+from choral.audits.findings.whole import Composed
 from choral.audits.report.storage import read_report, save_report
 from choral.audits.run.arm_audit import Rows, audited, ledger_rows
 from choral.audits.run.signed_checks import UNBOUND, cited_manifest

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
-from choral.audits.findings.schema import Composed
+from choral.audits.findings.whole import Composed
 
 if TYPE_CHECKING:
     from choral.privacy import Ledger

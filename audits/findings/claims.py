@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from choral.audits.findings.schema import Claim, Composed
+from choral.audits.findings.schema import Claim
 from choral.audits.findings.text import cost, is_gap, power
+from choral.audits.findings.whole import Composed
 from choral.errors import DataError
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT, relation_of, stated
 from choral.privacy.ledgers.spent import Spent, group_pair

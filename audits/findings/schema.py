@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from choral.audits.findings.evidence import Probe, ScoreAudit
+from choral.audits.findings.whole import CitedManifest
 from choral.errors import ChoralError
 
 FORMAT = "choral-report"
@@ -184,17 +185,6 @@ class NotRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     would_show: str
 
 
-class CitedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run's manifest, as a report cites it. sha256: of its file. signed: by how many, its writer among them; gone:
-    parties that did not. rehearsal: one process made all keys; signatures say just that the files belong together."""
-
-    sha256: str
-    run: str
-    signed: int
-    gone: tuple[str, ...] = ()
-    rehearsal: bool
-
-
 class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The evidence for one arm: what :func:`choral.audits.audit` finds in its runs, nothing trained, and attacks.
 
@@ -298,22 +288,6 @@ class BudgetCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     arm: str
     unit: str = "record"
     points: tuple[BudgetPoint, ...]
-
-
-class Composed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all private trainings that a report shows cost together, for whoever reads all of it.
-
-    unit: whose presence it is of. runs: trainings on the same records. single: the most that one of them cost, for who
-    reads one model. epsilon: of all at ``delta``, for the data owner with the most (``owner``); None where not every
-    ledger is there, or they are of unlike neighbour relations.
-    """
-
-    unit: str
-    runs: int
-    delta: float
-    single: float
-    owner: str = ""
-    epsilon: float | None = None
 
 
 class WeightsMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -22,7 +22,6 @@ from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
     Check,
-    CitedManifest,
     NotRun,
     OwnerBudget,
     RunFacts,
@@ -33,6 +32,7 @@ from choral.audits.findings.schema import (
 from choral.audits.findings.statistics import data_owners_of, spreads
 from choral.audits.findings.text import power
 from choral.audits.findings.verdict import evidence_checks, not_run, verdict_sentence, worst
+from choral.audits.findings.whole import CitedManifest
 from choral.audits.report.storage import read_report, save_report
 from choral.audits.run.signed_checks import UNBOUND, cited_manifest, signed_checks
 from choral.audits.transcripts.transcript_audit import TranscriptAudit, transcript_audit, transcript_gone

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from choral.audits.budgets.budgets import ledger_of
-from choral.audits.findings.schema import Check, CitedManifest, NotRun, Verdict
+from choral.audits.findings.schema import Check, NotRun, Verdict
+from choral.audits.findings.whole import CitedManifest
 from choral.verify import Evidence
 
 if TYPE_CHECKING:
