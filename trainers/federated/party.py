@@ -317,15 +317,7 @@ def own_party(
         1/n, a sum that does not hide noise), more records than the cap, or a plan of other terms; PrivacyError for a
         plan, or a sum of which it demands too little, that breaks it; DataError, LedgerError; what ``build`` does.
     """
-    if (privacy is None) != (ledger is None):
-        raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
-    examples, compute = check_party(name, dataset, task.min_classes), compute or Compute()
-    if examples > (cap := terms.federation.largest):
-        raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
-    check_fits(terms.algorithm, privacy, task.loss)
-    check_weights(terms.algorithm, privacy, terms.encoding.weights)
-    if isinstance(privacy, Privacy):
-        check_delta(privacy, {name: examples})
+    examples, compute = _own_examples(name, dataset, task, terms, privacy, ledger), compute or Compute()
     resident = _own_resident(name, dataset, task, terms, privacy, ledger, compute)
     own = replace(
         terms,
@@ -336,13 +328,12 @@ def own_party(
         clients=clients_of(terms, privacy, ledger, name),
     )
     check_drivers(own.shares, sums := drivers(own))
-    check_sums(own.clients, {channel: driver for channel, driver in sums.items() if channel != CHANNEL})
-    judge = judge_of(task, own.metrics, resident.model, resident.layout, compute.seed, cap)
-    weights = {CHANNEL: len(judge.records)} if judge else {}
+    check_sums(own.clients, sums)
+    judge = judge_of(task, own.metrics, resident, terms.federation.largest)
     party = TrainingParty(
         name,
         own,
-        {channel: own.party_codec(channel, weights.get(channel, examples)) for channel in own.channels},
+        own.party_codecs(examples, judged=judge.examples if judge else 0),
         examples=examples,
         ledger=None if own.clients else ledger,
         state=memory.state if memory else None,
@@ -353,6 +344,27 @@ def own_party(
     )
     party.judge = judge
     return party
+
+
+def _own_examples(
+    name: str,
+    dataset: Any,
+    task: Task,
+    terms: TrainingTerms,
+    privacy: Privacy | ClientPrivacy | None,
+    ledger: Ledger | None,
+) -> int:
+    """How many records it has, if all that is known beforehand fits together. Raises: as :func:`own_party`."""
+    if (privacy is None) != (ledger is None):
+        raise ConfigError("privacy and its ledger go together", hint="a promise that nobody remembers is none")
+    examples = check_party(name, dataset, task.min_classes)
+    if examples > (cap := terms.federation.largest):
+        raise ConfigError(f"{examples} records weigh more than the cap of {cap} that was agreed on")
+    check_fits(terms.algorithm, privacy, task.loss)
+    check_weights(terms.algorithm, privacy, terms.encoding.weights)
+    if isinstance(privacy, Privacy):
+        check_delta(privacy, {name: examples})
+    return examples
 
 
 def _own_resident(

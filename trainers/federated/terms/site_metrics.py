@@ -8,7 +8,7 @@ by name, and a party that was not asked for them at the beginning is never asked
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from choral.trainers.federated.codec import Encoding, WeightedCodec
 from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.task import EvaluateParty, Task, TaskError
+
+if TYPE_CHECKING:
+    from choral.trainers.local_steps.resident_model import Resident
 
 CHANNEL = "site metrics"
 IN_THE_CLEAR = "in the clear, no epsilon"
@@ -52,6 +55,10 @@ class Judge:
     layout: Layout
     seed: int
 
+    @property
+    def examples(self) -> int:
+        return len(self.records)
+
     def __call__(self, weights: torch.Tensor) -> torch.Tensor:
         """float32, shape (metrics,)."""
         self.layout.write(weights)
@@ -61,9 +68,7 @@ class Judge:
         return torch.tensor([found[name] for name in self.metrics], dtype=torch.float32)
 
 
-def judge_of(
-    task: Task, metrics: tuple[str, ...], model: nn.Module, layout: Layout, seed: int, most: int
-) -> Judge | None:
+def judge_of(task: Task, metrics: tuple[str, ...], resident: Resident, most: int) -> Judge | None:
     """None where nothing was agreed on. most: records that a party may have.
 
     Raises: ConfigError for a task that holds out no records here, or more than were agreed on.
@@ -76,4 +81,11 @@ def judge_of(
             "sums of the parties' own evaluations were asked for, and the task holds out no records here",
             hint="give Task(held_out={NAME: dataset}, evaluate_party=f) with f(model, dataset)",
         )
-    return Judge(metrics=metrics, evaluate=evaluate, records=held[0], model=model, layout=layout, seed=seed)
+    return Judge(
+        metrics=metrics,
+        evaluate=evaluate,
+        records=held[0],
+        model=resident.model,
+        layout=resident.layout,
+        seed=resident.seed,
+    )

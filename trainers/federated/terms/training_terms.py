@@ -72,11 +72,15 @@ class TrainingTerms:
         made = self.algorithm.channels(self.federation)[channel]
         return WeightedCodec(made, self.encoding, cap=self.federation.largest, roster=roster)
 
-    def party_codec(self, channel: str, examples: int) -> PartyCodec:
-        """The half of a party in a process of its own, with so many records."""
-        if self.clients is not None and channel != CHANNEL:
-            return own_codec(self.clients)
-        return self.codec(channel).party(examples)
+    def party_codecs(self, examples: int, *, judged: int = 0) -> dict[str, PartyCodec]:
+        """By channel, the half of a party in a process of its own, with so many records, and held-out ones to judge."""
+        weight = {CHANNEL: judged}
+        return {
+            channel: self.codec(channel).party(weight.get(channel, examples))
+            if self.clients is None or channel == CHANNEL
+            else own_codec(self.clients)
+            for channel in self.channels
+        }
 
     @property
     def channels(self) -> tuple[str, ...]:
