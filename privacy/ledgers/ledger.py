@@ -46,6 +46,7 @@ from choral.privacy.ledgers.ledger_file import (
     Verified,
     created,
     extend,
+    filter_of,
     unit_of,
     verified,
 )
@@ -248,12 +249,15 @@ class Ledger:
             self._check_unit(unit_of(entry))
         if self._asked is None or self._asked_delta is None:
             raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
-        header = Header(
+        rule, orders = filter_of(plan, self._asked_delta)
+        header = self._header or Header(
             format=FORMAT,
             holder=self._asked,
             delta=self._asked_delta,
             unit=self._asked_unit,
             neighbours=self.neighbours,
+            filter=rule,
+            orders=orders,
         )
         try:
             lines(GENESIS, (header, *entries))

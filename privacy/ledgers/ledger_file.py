@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from choral.errors import ConfigError
 from choral.locks import sync_folder
 from choral.privacy.accounting.events import (
     CLIENT_UNIT,
@@ -19,21 +20,30 @@ from choral.privacy.accounting.events import (
     Event,
     ReleasePlan,
 )
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.privacy.errors import LedgerError
 from choral.privacy.ledgers.hash_chain import GENESIS, BrokenChainError, ChainedLine, follow
 
 FORMAT = "choral ledger 1"
+FILTER = "renyi mixture 1"
+"""The rule of :mod:`choral.privacy.accounting.filters`; one that fixes other orders or weights has another name."""
 RESTORE = "Nothing was spent. Restore the file from a backup; an empty ledger would forget what was released."
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="header"):
-    """The first line: whose ledger this is, and what its numbers are about."""
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, tag="header"):
+    """The first line: whose ledger this is, and what its numbers are about.
+
+    filter, orders: the rule that decides on what is added to the first plan, and the Renyi orders that it fixed by that
+    plan's promise; empty where no plan came first, and in ledgers of earlier versions.
+    """
 
     format: str
     holder: str
     delta: float
     unit: str
     neighbours: str
+    filter: str = ""
+    orders: tuple[int, ...] = ()
 
 
 _DECODER: msgspec.json.Decoder[ChainedLine[Header | ReleasePlan | Event]] = msgspec.json.Decoder(
@@ -45,6 +55,16 @@ def unit_of(entry: ReleasePlan | Event) -> str:
     """Return whose presence an entry is about."""
     event = entry.parts[0].event if isinstance(entry, ReleasePlan) else entry
     return CLIENT_UNIT if isinstance(event, ClientRelease) else UNIT
+
+
+def filter_of(first: ReleasePlan | Event | None, delta: float) -> tuple[str, tuple[int, ...]]:
+    """What a header says of the filter, by the first entry; ("", ()) if that is no plan."""
+    if not isinstance(first, ReleasePlan):
+        return "", ()
+    try:
+        return FILTER, PrivacyFilter(first.epsilon, delta).orders
+    except ConfigError:  # a promise that no filter has been made for
+        return "", ()
 
 
 def extend(file: int, end: int, line: bytes) -> None:
@@ -121,4 +141,10 @@ def verified(content: bytes, name: str, known: Verified = _NOTHING) -> Verified:
     except BrokenChainError as error:
         what = "not a line of a ledger" if error.undecoded else "the chain of hashes is broken"
         raise LedgerError(f"{name}, line {error.number}: {what}", hint=RESTORE) from error
+    said = (header.filter, header.orders) if header is not None else ("", ())
+    if header is not None and said != ("", ()) and said != filter_of(entries[0] if entries else None, header.delta):
+        raise LedgerError(
+            f"{name} was begun under another filter than this Choral decides by: {said[0]!r:.80}",
+            hint="Go on with the version of Choral that began it.",
+        )
     return Verified(content, header, tuple(entries), head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.client_level import epsilon as client_epsilon
 from choral.privacy.accounting.events import ClientRelease, PlannedEvents, PoissonSampledGaussian, ReleasePlan, Search
 from choral.privacy.accounting.filters import PrivacyFilter
+from choral.privacy.ledgers.hash_chain import GENESIS, lines
+from choral.privacy.ledgers.ledger_file import FILTER
 from choral.privacy.ledgers.plans import guarantee
 
 DELTA = 1e-3
@@ -291,3 +294,49 @@ def test_a_second_plan_for_clients_counts_who_was_there() -> None:
 def test_a_plan_of_nothing_or_of_two_units_is_refused(bad: Callable[[], Any]) -> None:
     with pytest.raises(ConfigError):
         bad()
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The header changed, all hashes fresh."""
+    entries = [json.loads(line)["entry"] for line in path.read_bytes().splitlines()]
+    change(entries[0])
+    path.write_bytes(lines(GENESIS, entries)[0])
+
+
+def test_the_header_names_the_filter_and_orders_that_the_first_promise_fixed(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    planned(path)
+    rule = PrivacyFilter(3.0, DELTA)
+    header = json.loads(path.read_bytes().splitlines()[0])["entry"]
+    assert (header["filter"], header["orders"]) == (FILTER, list(rule.orders))
+    more = ReleasePlan(epsilon=9.0, parts=(PlannedEvents(event=EVENT, times=1),))
+    ledger = Ledger(path)
+    ledger.bind("data", DELTA)
+    ledger.append(EVENT, after=1, plan=more)  # under a larger promise, whose orders are its own
+    assert Ledger(path).written() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda h: h["orders"].append(4000), lambda h: h.update(filter="renyi mixture 2"), lambda h: h.pop("orders")],
+)
+def test_a_ledger_begun_under_another_filter_is_refused(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    """What was decided by other orders would be decided otherwise now: a filter's orders are fixed for ever."""
+    path = tmp_path / "data.jsonl"
+    planned(path)
+    rewritten(path, change)
+    with pytest.raises(LedgerError, match="begun under another filter than this Choral decides by"):
+        Ledger(path)
+
+
+def test_a_ledger_of_before_headers_named_a_filter_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    planned(path)
+    rewritten(path, lambda header: (header.pop("filter"), header.pop("orders")))
+    ledger = Ledger(path)
+    ledger.bind("data", DELTA)
+    ledger.append(EVENT, after=1)
+    assert len(Ledger(path).events) == 2
+    assert b"filter" not in path.read_bytes().splitlines()[0]
