@@ -162,9 +162,9 @@ def test_only_a_vector_with_noise_is_sent() -> None:
 
 def test_too_few_survivors_are_refused_before_and_after() -> None:
     made = codec()
-    made.begin(PARTIES[:4])
+    made.begin(PARTIES[:4], bytes(32))
     with pytest.raises(TooFewSurvivorsError, match="3 of 5 parties are left, and the noise is sized for 4"):
-        made.begin(PARTIES[:3])
+        made.begin(PARTIES[:3], bytes(32))
     opened = SumResult(total=np.zeros(12, np.int64), survivors=PARTIES[:3], bytes_up={}, bytes_down={})
     with pytest.raises(TooFewSurvivorsError, match="3 of 5"):
         made.decode(opened)
