@@ -1,14 +1,16 @@
 """What a step of noise in shares takes, and what it tells: its time by the number of records drawn, padded and not.
 
-One party of 144 records of digits' size (64 features, 2,410 parameters), q = 64 / 1,437; the numbers drawn are set, in
-turn. One JSON line for each: the median of the processor time of a step, and its standard error. Then what a party's
-answers would cost if its counts were known, one draw of them for each size of a party, and the bits of a value.
+First what a step takes beside the gradients: the masked sum of ten parties, all of them and the server in this process.
+Then one party of 144 records of digits' size (64 features, 2,410 parameters), q = 64 / 1,437; the numbers drawn are
+set, in turn. One JSON line for each: the median of the processor time of a step, and its standard error. Then what a
+party's answers would cost if its counts were known, one draw of them for each size of a party, and the bits of a value.
 
-    python benchmarks/noise_in_shares.py    # the figures of docs/noise-in-shares.md; a minute on one core
+    python benchmarks/noise_in_shares.py [--sum]    # the figures of docs/noise-in-shares.md; a minute on one core
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from typing import Any
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral.privacy import Ledger, PoissonSampledGaussian, Privacy, SharesParty, SharesPlan, SharesTerms, plan_shares
 from choral.privacy.accounting import record_level
 from choral.privacy.record_shares import party as party_module
+from choral.protocols import Masked, SumSpec
 
 DELTA = 1e-5
 DRAWN, STEPS, WARM = (0, 6, 20), 1500, 40
@@ -74,9 +77,37 @@ def epsilon_of_known_counts(records: int, steps: int) -> float:
     return record_level.epsilon(events, DELTA)
 
 
+def masked_sum(length: int, rounds: int = 60) -> dict[str, Any]:
+    """Return the processor time of one sum of ten parties in milliseconds: least and median of `rounds`."""
+    names = tuple(f"party-{place:02d}" for place in range(10))
+    bound = plan_of(4.0, 300).bound
+    session = Masked(corrupt=1, dropouts=1, min_survivors=9).open(SumSpec(parties=names, length=length, bound=bound))
+    draws = np.random.default_rng(length)
+    vectors = {name: draws.integers(-bound, bound, length, endpoint=True) for name in names}
+    spent = []
+    for number in range(rounds + 10):
+        begun = time.process_time()
+        summing = session.begin()
+        for name in names:
+            summing.submit(name, vectors[name])
+        total = summing.finish().total
+        if number >= 10:
+            spent.append(1e3 * (time.process_time() - begun))
+        if not np.array_equal(total, sum(vectors.values())):
+            raise ArithmeticError("the sum is wrong")
+    return {"length": length, "least": round(min(spent), 1), "median": round(float(np.median(spent)), 1)}
+
+
 def main() -> None:
     """Print the lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sum", action="store_true", help="the masked sum alone")
     torch.set_num_threads(1)
+    sums_alone = parser.parse_args().sum
+    for length in (2410, 10_000):
+        print(json.dumps({"masked_sum_of_ten": masked_sum(length)}), flush=True)
+    if sums_alone:
+        return
     torch.manual_seed(0)
     for padded in (True, False):
         print(json.dumps(times(padded=padded)), flush=True)
