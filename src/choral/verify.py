@@ -158,8 +158,8 @@ class Evidence:
                 self.check(name, who, key, b"choral manifest 1\n" + body, signatures[who], pin=bool(who))
             self.wrong(f"{name}: {who} has not signed", when=who not in signatures and who not in said["gone"])
         self.manifests[sha(raw)] = said
-        gone = f"gone, without a signature: {', '.join(said['gone']) or 'none'}"
-        self.said.append(f"{name}: run {said['run']}, {said['completed']} rounds, signed by {len(signatures)}; {gone}")
+        gone, signed = ", ".join(said["gone"]) or "none", len(signatures.keys() & signers)
+        self.said.append(f"{name}: run {said['run']}, {said['completed']} rounds, signed by {signed}; gone: {gone}")
 
     def compare(self, *, whole: bool) -> None:
         rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
