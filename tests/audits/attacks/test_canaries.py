@@ -81,9 +81,9 @@ def test_a_federation_with_too_little_noise_is_caught(monkeypatch: pytest.Monkey
     assert found.finding == "violated", found.sentence
 
 
-def _begin_for_nothing(self: client.ClientPrivacyEngine) -> client.ClientRound:
+def _begin_for_nothing(self: client.ClientPrivacyEngine, seed: bytes | None = None) -> client.ClientRound:
     """The ledger is not asked, so that the cheat comes as far as the model."""
-    return client.ClientRound(self, self.scheme.signs(self._source(32)), self._source)
+    return client.ClientRound(self, self.scheme.signs(seed or self._source(32)), self._source)
 
 
 def test_canary_clients_through_masked_sums_with_noise_inside() -> None:
