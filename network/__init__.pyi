@@ -15,6 +15,7 @@ from choral.network.errors import SiteError as SiteError
 from choral.network.errors import TransportError as TransportError
 from choral.network.errors import UnknownPeerError as UnknownPeerError
 from choral.network.errors import WrongPeerError as WrongPeerError
+from choral.network.host.host import SiteHost as SiteHost
 from choral.network.site.agreement import Agreement as Agreement
 from choral.network.site.folder import SiteFolder as SiteFolder
 from choral.network.site.offer import Offer as Offer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -13,12 +14,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from choral.jobs.serving import offer_ahead, serve
-from choral.jobs.settings import Arm, ServeSettings, Settings, SitesSettings, SumSettings
+from choral.jobs.settings import Arm, ServeSettings, Settings, SitesSettings, SumSettings, to_json
 from choral.network import Offer, SiteFolder, TransportError, make_identity
 from choral.network.errors import PeerLostError
 from choral.network.host.host import SiteHost
 from choral.network.host.training_code import coordinator_task
 from choral.network.site.approvals import approve
+from choral.network.site.files.directory import Pinned
 from choral.trainers import Run, federate
 from choral.trainers.task.settings import AlgorithmSettings, Split, Training
 
@@ -116,6 +118,21 @@ unit = "UNIT"
 noise = ["local", "distributed", "central"]
 colluders = 0
 """
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedprox": {"mu": 0.1},
+    "scaffold": {},
+    "fedadam": {},
+    "fedyogi": {},
+    "fednova": {},
+    "fedsgd": {"batch_size": 20},
+    "fsvrg": {},
+    "dane": {"mu": 0.1},
+    "gd": {},
+    "cocoa": {"ridge": 0.1},
+}
 
 
 def records_of(name: str) -> np.ndarray[Any, Any]:
@@ -335,3 +352,24 @@ def approved_at(federation: Federation, name: str, offer: Offer) -> None:
 def offer_for(federation: Federation, settings: Settings) -> Offer:
     """The offer that the coordinator will make."""
     return offer_ahead(settings, federation.keys, coordinator="hub")
+
+
+def toml_of(settings: Settings) -> str:
+    """The settings that differ from the usual ones, as a job file."""
+    usual, given = to_json(Settings()), to_json(settings)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in given.items() if not isinstance(value, dict)
+             and value != usual[key]]  # fmt: skip
+    for table, values in given.items():
+        if isinstance(values, dict) and values != usual[table]:
+            plain = {key: value for key, value in values.items() if value != usual[table].get(key)}
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
+    return "\n".join(lines) + "\n"
+
+
+def write_directory(federation: Federation) -> Path:
+    """The coordinator's directory.toml."""
+    pinned = Pinned()
+    for certificate in federation.certificates.values():
+        pinned = pinned.with_(certificate)
+    pinned.write(federation.path / "directory.toml")
+    return federation.path / "directory.toml"

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
-from choral.jobs.settings import Arm, Settings, Unit, to_json
+from choral.jobs.settings import Arm, Settings, SitesSettings, Unit, to_json
 
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
@@ -197,7 +197,9 @@ def keep_of(settings: Settings, arm: Arm, *, out: Path | None = None, **options:
     """Where and what is kept of an arm. options: further fields of `Keep`."""
     from choral.trainers import Keep
 
-    config = {key: value for key, value in to_json(settings).items() if key not in ("prices", "price")}
+    # Where and how long a coordinator waits may be another when a run goes on; what sites agreed to may not.
+    apart = {"prices", "price", "serve", *(() if settings.sites != SitesSettings() else ("sites",))}
+    config = {key: value for key, value in to_json(settings).items() if key not in apart}
     seen = None if settings.transcript == "none" or out is None or arm.centralized else settings.transcript
     ledgers = settings.ledgers if arm.private else None
     return Keep(out=out, config=config, transcript=seen, ledgers=ledgers, **options)

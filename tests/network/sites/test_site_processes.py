@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -14,13 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from site_federation import Federation, algorithm, approved_at, offer_for, rehearsed, same_weights
+from site_federation import (
+    ALGORITHMS,
+    Federation,
+    algorithm,
+    approved_at,
+    offer_for,
+    rehearsed,
+    same_weights,
+    toml_of,
+    write_directory,
+)
 
 from choral.cli.command_line import main
-from choral.jobs.settings import Settings, to_json
-from choral.network.site.files.directory import Pinned
+from choral.jobs.settings import Settings, SumSettings
 from choral.trainers import Participation, Run
 from choral.trainers.task.settings import Training
 
@@ -37,10 +46,7 @@ class Processes:
         self.federation = Federation(path, port=port)
         self.path, self.port = path, port
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
-        pinned = Pinned()
-        for certificate in self.federation.certificates.values():
-            pinned = pinned.with_(certificate)
-        pinned.write(path / "directory.toml")
+        write_directory(self.federation)
         for name in self.federation.names:
             self.start(name)
 
@@ -95,18 +101,6 @@ class Processes:
     def settings(self, **changed: object) -> Settings:
         made = self.federation.settings(**changed)
         return replace(made, serve=replace(made.serve, wait=PATIENT, training=PATIENT, step=20.0, away=4.0))
-
-
-def toml_of(settings: Settings) -> str:
-    """The settings that differ from the usual ones, as a job file."""
-    usual, given = to_json(Settings()), to_json(settings)
-    lines = [f"{key} = {json.dumps(value)}" for key, value in given.items() if not isinstance(value, dict)
-             and value != usual[key]]  # fmt: skip
-    for table, values in given.items():
-        if isinstance(values, dict) and values != usual[table]:
-            plain = {key: value for key, value in values.items() if value != usual[table].get(key)}
-            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +185,17 @@ def test_a_coordinator_that_is_killed_in_a_round_gives_it_up_and_goes_on(running
     assert run.history[2].failed == "the coordinator was stopped in this round"
     assert run.history[2].metrics == run.history[1].metrics
     assert [entry.failed for entry in run.history[3:]] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "homomorphic"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_and_sum_over_real_sockets(name: str, kind: Any, running: Processes) -> None:
+    settings = running.settings(
+        algorithm=algorithm(name, **ALGORITHMS[name]),
+        secure_sum=SumSettings(kind=kind),
+        training=Training(rounds=2, batch_size=8, learning_rate=0.1),
+    )
+    job = f"{name}-{kind}"
+    assert main([*running.job(job, settings), "--quiet"]) == 0
+    assert same_weights(Run.load(running.path / f"run-{job}"), rehearsed(running.federation, settings))

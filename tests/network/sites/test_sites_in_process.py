@@ -10,37 +10,30 @@ import numpy as np
 import pytest
 import torch
 from site_federation import (
+    ALGORITHMS,
     SIZES,
     Direct,
     Federation,
     algorithm,
+    offer_for,
     private_sites,
     records_of,
     rehearsed,
     same_weights,
     served,
+    toml_of,
+    write_directory,
 )
 
 from choral.audits import audit
-from choral.jobs.settings import PrivacySettings, SumSettings
+from choral.cli.command_line import main
+from choral.errors import ConfigError
+from choral.jobs.settings import Evaluation, PrivacySettings, ServeSettings, SitesSettings, SumSettings
+from choral.network import Offer
 from choral.privacy import Ledger
 from choral.protocols.errors import TooFewSurvivorsError
-from choral.trainers import Run
+from choral.trainers import Participation, Run
 from choral.trainers.task.settings import Training
-
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "fedavg": {},
-    "fedprox": {"mu": 0.1},
-    "scaffold": {},
-    "fedadam": {},
-    "fedyogi": {},
-    "fednova": {},
-    "fedsgd": {"batch_size": 20},
-    "fsvrg": {},
-    "dane": {"mu": 0.1},
-    "gd": {},
-    "cocoa": {"ridge": 0.1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +122,54 @@ def test_sums_of_the_sites_own_evaluations_are_a_declared_release(name: str, tmp
     said = " ".join(found.caveats)
     assert "no privacy promise covers it: accuracy, loss of each party's held-out records" in said
     assert "records they have was agreed on beforehand, and not counted here" in said
+
+
+def test_the_offer_can_be_written_ahead(open_sites: Federation, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = open_sites.settings()
+    job, path = open_sites.path / "ahead.toml", open_sites.path / "ahead.offer"
+    job.write_text(toml_of(settings))
+    words = ["serve", str(job), "--directory", str(write_directory(open_sites))]
+    words += ["--serve.identity", str(open_sites.path / "hub" / "hub.crt")]
+    assert main([*words, "--offer", str(path)]) == 0
+    named = replace(settings, serve=replace(settings.serve, job="ahead"))
+    assert Offer.read(path.read_bytes()).digest == offer_for(open_sites, named).digest
+    assert "next, at each site: choral site review" in capsys.readouterr().out
+    assert main(words) == 2
+    assert "give --out DIR, or --offer FILE" in capsys.readouterr().err
+    assert main([*words[:4], "--out", str(open_sites.path / "no-run")]) == 2
+    assert "serve.identity is not set" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_other_waits_and_not_with_other_numbers(open_sites: Federation, tmp_path: Path) -> None:
+    settings = open_sites.settings(training=Training(rounds=1, batch_size=8, learning_rate=0.1))
+    served(Direct(open_sites), settings, out=tmp_path / "run")
+    longer = replace(settings, training=replace(settings.training, rounds=2))
+    patient = replace(longer, serve=replace(settings.serve, wait=1.0, port=9000))
+    run, _ = served(Direct(open_sites), patient, out=tmp_path / "run", resume=True)
+    assert [entry.survivors for entry in run.history] == [0, 3, 3]
+    assert same_weights(run, rehearsed(open_sites, longer))
+    more = replace(longer, sites=replace(settings.sites, records=1000, largest=900))
+    with pytest.raises(ConfigError, match="cannot resume"):
+        served(Direct(open_sites), more, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sites": SitesSettings()}, "sites.records and sites.largest are not set"),
+        ({"sites": SitesSettings(records=2, largest=40)}, "3 parties of at most 40 records with 2 in total cannot be"),
+        ({"participation": Participation(cohort=2)}, "all of them are asked in every round"),
+        ({"participation": Participation(deadline=3.0)}, "participation.deadline rehearses what happens by itself"),
+        ({"transcript": "rehearsal"}, "which a server of parties elsewhere never sees"),
+        ({"evaluation": Evaluation(per_party=True)}, "needs each party's records"),
+        ({"serve": ServeSettings(quorum=1)}, "serve.quorum is 1, expected at least 2"),
+        ({"serve": ServeSettings(training=0.0)}, "serve.training is 0.0, expected seconds above 0"),
+    ],
+)
+def test_what_cannot_be_with_sites_is_refused_before_anybody_is_asked(
+    changed: dict[str, Any], words: str, open_sites: Federation, tmp_path: Path
+) -> None:
+    carrier = Direct(open_sites, approving=False)
+    with pytest.raises(ConfigError, match=words):
+        served(carrier, open_sites.settings(**changed), out=tmp_path / "run")
+    assert carrier.asked == {}
