@@ -34,6 +34,11 @@ def site_task(code: Path, digest: str, data: Path, training: Training, seed: int
     return _called(code, raw, "site", data, training, seed)
 
 
+def code_digest(code: Path) -> str:
+    """SHA-256 of a file of training code, in hexadecimal. Raises: ConfigError."""
+    return hashlib.sha256(_read(code)).hexdigest()
+
+
 def coordinator_task(code: Path, training: Training, seed: int) -> tuple[Loaded, str]:
     """The task, the example, and the SHA-256 of the file. Raises: ConfigError, TaskError."""
     raw = _read(code)

@@ -209,7 +209,7 @@ class Hub:
     def _forget(self, name: str, session: Asking, error: TransportError) -> None:
         if name in self._sessions and self._sessions[name][0] is session:
             del self._sessions[name]
-            log.warning("lost a site: %s", error)
+            log.log(logging.DEBUG if self._closed else logging.WARNING, "lost a site: %s", error)
             self._wake()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

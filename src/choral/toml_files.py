@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +73,28 @@ def check_keys(
                 f"{path}: {prefix}{key} is {value!r}, expected one of {', '.join(choices)}",
                 hint=f"did you mean {near[0]!r}?" if near else "one of these words, in quotation marks",
             )
+
+
+def toml_of(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
+    """A table as TOML: plain values first, then a section for each table in it. What is None is left out.
+
+    table: strings, numbers, truth values, lists of those, and tables of all of it by name.
+    """
+    plain = {key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)}
+    lines = [f"[{'.'.join(map(_key, path))}]"] if path and plain else []
+    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    parts = ["\n".join(lines) + "\n"] if lines else []
+    parts += [toml_of(value, (*path, key)) for key, value in table.items() if isinstance(value, Mapping)]
+    return "\n".join(part for part in parts if part)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _value(value: Any) -> str:
+    """JSON says it as TOML does, but for characters beyond 16 bits, which are left as they are, and for `del`."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _choices(kind: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | verify | ledger | export | budget | site``.
+"""The command line: ``choral compare | train | audit | verify | ledger | serve | join | poc | export | budget | site``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
@@ -20,7 +20,7 @@ from choral.failures import failure_of, place_of
 
 Command = Callable[[list[str]], int]
 
-_TRAIN = ("compare", "train", "serve")
+_TRAIN = ("compare", "train", "serve", "poc")
 
 _HELP = """\
 usage: choral COMMAND [options]
@@ -36,6 +36,7 @@ commands:
                              train with sites at their own machines: be their coordinator
   join SITE                  be a site: connect to a coordinator, and train what was approved here
   verify FILE...             hold receipts, manifests, reports and run folders against what was signed of them
+  poc CONFIG --out DIR       rehearse that: keys, site folders and all processes on this machine, to the report
   ledger show|sum|head FILE...
                              what was spent, what it comes to together, whether a ledger was put back
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
@@ -156,6 +157,12 @@ def _join(words: list[str]) -> int:
     return join(words)
 
 
+def _poc(words: list[str]) -> int:
+    from choral.cli.poc import poc
+
+    return poc(words)
+
+
 def _budget(words: list[str]) -> int:
     wanted = parse("budget", words, BudgetFlags)
     from choral.privacy.accounting.budget import budget
@@ -203,6 +210,7 @@ _COMMANDS: dict[str, Command] = {
     "export": _export,
     "serve": _serve,
     "join": _join,
+    "poc": _poc,
     "budget": _budget,
     "site": _site,
 }

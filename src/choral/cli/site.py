@@ -83,6 +83,14 @@ class InitFlags:
 class ShowFlags(_Place):
     """What is set, spent and pinned, and what is still to do. Changes nothing."""
 
+    pin: bool = False
+    """Only the certificate's pin, as it is read out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListFlags(_Place):
+    """Whose certificates are pinned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PinFlags(_Place):
@@ -173,6 +181,9 @@ def _init(words: list[str]) -> int:
 def _show(words: list[str]) -> int:
     wanted = parse("site show", words, ShowFlags)
     folder = _open(wanted)
+    if wanted.pin:
+        print(in_groups(folder.identity.certificate.pin))
+        return 0
     from choral.network.site.overview import overview
 
     _print(*overview(folder))
@@ -184,7 +195,7 @@ def _directory(words: list[str]) -> int:
         print(DIRECTORY_HELP, end="")
         return 0
     if not words or words[0].startswith("-"):
-        pinned = _open(parse("site directory", words, ShowFlags)).pinned
+        pinned = _open(parse("site directory", words, ListFlags)).pinned
         for kind in ("coordinators", "sites"):
             for entry in getattr(pinned, kind):
                 _print((entry.name, f"{kind.removesuffix('s')}, {in_groups(entry.pin)}"))
