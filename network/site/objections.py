@@ -147,14 +147,12 @@ def _sum(folder: SiteFolder, offer: Offer) -> Iterator[str]:
     """Make the setup that would be signed over everybody, and hold it against the policy as the driver does again."""
     try:
         summing = sum_of(offer.secure_sum)
-        if summing.name not in folder.settings.sum.kinds:
+        if summing.name not in folder.settings.sum.kinds or not isinstance(summing, Masked | Homomorphic):
             yield f"the secure sum is {summing.name}, which is not among {', '.join(folder.settings.sum.kinds)}"
             return
         policy = policy_of(folder, offer)
         if isinstance(summing, Homomorphic) and summing.key == "shared":
             yield from _shared_key(policy, summing, len(offer.parties))
-            return
-        if not isinstance(summing, Masked | Homomorphic):
             return
         if summing.cohort == "random" and policy.cohort != "random":
             yield "it takes the coordinator's word that it draws rosters at random; this site expects it to choose them"
