@@ -12,7 +12,7 @@ from site_folders import NOW, Sites, offer, terms
 from choral.network import Offer, OfferError, OfferRefusedError, SiteError
 from choral.network.site.approvals import MOST_KEPT
 from choral.network.site.objections import objections
-from choral.network.site.offer import LARGEST_OFFER
+from choral.network.site.offer import LARGEST_OFFER, alike
 from choral.network.site.review import review
 from choral.network.site.terms import sum_record, terms_of
 from choral.privacy import Ledger, Privacy, SharesTerms, plan_shares
@@ -42,6 +42,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no shapes": ({"shapes": []}, "no shapes of parameters"),
     "a shape twice": ({"shapes": [["w", [7]], ["w", [7]]]}, "no shapes of parameters"),
     "a shape of nothing": ({"shapes": [["w", [0]]]}, "no shapes of parameters"),
+    "no metrics": ({"metrics": []}, "no list of 1 to"),
+    "metrics as text": ({"metrics": "accuracy"}, "no list of 1 to"),
+    "a metric twice": ({"metrics": ["accuracy", "accuracy"]}, "no list of 1 to"),
+    "a metric without a name": ({"metrics": [""]}, "a name of an evaluation that is none"),
+    "a metric that is a number": ({"metrics": [1]}, "a name of an evaluation that is none"),
     "nobody": ({"federation": {**terms().record()["federation"], "parties": 0}}, "out of range"),
     "more than floats count": ({"federation": {**terms().record()["federation"], "examples": 1 << 53}}, "out of range"),
 }
@@ -52,6 +57,13 @@ def test_terms_that_nobody_writes_are_named(what: str) -> None:
     changed, message = WRONG[what]
     with pytest.raises(OfferError, match=message):
         terms_of({**terms().record(), **changed})
+
+
+def test_what_is_alike_is_so_all_the_way_down() -> None:
+    assert alike((1, {"a": (2,)}), [1, {"a": [2]}])
+    assert alike({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    for given, read in (([1], [True]), ({"a": 1}, {"a": 1.0}), ([[0]], [[False]]), ({"a": 1}, {}), ([1], [1, 1])):
+        assert not alike(given, read)
 
 
 def test_an_offer_has_a_largest_size_when_made_and_when_read() -> None:
