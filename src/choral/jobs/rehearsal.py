@@ -65,7 +65,7 @@ class RehearsedSites:
 def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | None, data: Path | None) -> RehearsedSites:
     """Make all folders, and approve the job everywhere. Nothing is left behind if that cannot be done.
 
-    job: its name. sites: how many there are of a task that comes with Choral. data: of another one, a folder with a
+    job: its name, if the settings have none. sites: how many there are of a task that comes with Choral. data: of another one, a folder with a
     file or folder for each site, which is named after it.
     Raises: ConfigError, SiteError, as `serve`.
     """
@@ -86,7 +86,7 @@ def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | Non
             records=sum(counts) if shares.records is None else shares.records,
             largest=max(counts) if shares.largest is None else shares.largest,
         ),
-        serve=replace(settings.serve, job=job, identity=(path / HUB / f"{HUB}.crt").absolute(), host=HOST),
+        serve=replace(settings.serve, job=settings.serve.job or job, identity=(path / HUB / f"{HUB}.crt").absolute(), host=HOST),
     )
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -115,7 +115,7 @@ def reopen_rehearsal(settings: Settings, path: Path) -> RehearsedSites:
         serve=kept.serve,
         split=replace(settings.split, parties=kept.split.parties),
     )
-    if to_json(wanted) != to_json(kept):
+    if wanted != kept:
         raise ConfigError(f"{path} holds a rehearsal of another job", hint=f"compare with {job}, or give a new folder")
     names = tuple(certificate.name for certificate in Pinned.read(path / "directory.toml").sites)
     rehearsal, port = RehearsedSites(path=path, names=names), _free_port()
