@@ -65,8 +65,8 @@ class RehearsedSites:
 def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | None, data: Path | None) -> RehearsedSites:
     """Make all folders, and approve the job everywhere. Nothing is left behind if that cannot be done.
 
-    job: its name, if the settings have none. sites: how many there are of a task that comes with Choral. data: of another one, a folder with a
-    file or folder for each site, which is named after it.
+    job: its name, if the settings have none. sites: how many there are of a task that comes with Choral. data: of
+    another one, a folder with a file or folder for each site, which is named after it.
     Raises: ConfigError, SiteError, as `serve`.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -86,7 +86,12 @@ def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | Non
             records=sum(counts) if shares.records is None else shares.records,
             largest=max(counts) if shares.largest is None else shares.largest,
         ),
-        serve=replace(settings.serve, job=settings.serve.job or job, identity=(path / HUB / f"{HUB}.crt").absolute(), host=HOST),
+        serve=replace(
+            settings.serve,
+            job=settings.serve.job or job,
+            identity=(path / HUB / f"{HUB}.crt").absolute(),
+            host=HOST,
+        ),
     )
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
