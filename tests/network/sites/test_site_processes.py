@@ -2,105 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from site_federation import (
     ALGORITHMS,
-    Federation,
     algorithm,
-    approved_at,
-    offer_for,
     rehearsed,
     same_weights,
-    toml_of,
-    write_directory,
 )
+from site_processes import ENVIRONMENT, PATIENT, Processes, until
 
 from choral.cli.command_line import main
-from choral.jobs.settings import Settings, SumSettings
+from choral.jobs.settings import SumSettings
 from choral.trainers import Participation, Run
 from choral.trainers.task.settings import Training
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-PATIENT = 120.0  # seconds until anything that is waited for must have come
-
-
-class Processes:
-    """The sites' processes, and what of the coordinator is on disk."""
-
-    def __init__(self, path: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.federation = Federation(path, port=port)
-        self.path, self.port = path, port
-        self.sites: dict[str, subprocess.Popen[bytes]] = {}
-        write_directory(self.federation)
-        for name in self.federation.names:
-            self.start(name)
-
-    def start(self, name: str) -> None:
-        words = [sys.executable, "-m", "choral", "join", str(self.path / name)]
-        with (self.path / f"{name}.log").open("ab") as log:
-            self.sites[name] = subprocess.Popen(words, stdout=log, stderr=log, env=ENVIRONMENT)
-
-    def kill(self, name: str) -> None:
-        self.sites[name].kill()
-        self.sites[name].wait()
-
-    def close(self) -> None:
-        for process in self.sites.values():
-            process.kill()
-            process.wait()
-
-    def log(self, name: str) -> str:
-        return (self.path / f"{name}.log").read_text()
-
-    def job(self, name: str, settings: Settings, *, approve: bool = True) -> list[str]:
-        """Write a job file, have it approved, and give the words of its command."""
-        named = replace(settings, serve=replace(settings.serve, job=name))
-        if approve:
-            offer = offer_for(self.federation, named)
-            for site in self.federation.names:
-                approved_at(self.federation, site, offer)
-        job = self.path / f"{name}.toml"
-        job.write_text(toml_of(named))
-        out, directory = self.path / f"run-{name}", self.path / "directory.toml"
-        return [
-            "serve", str(job), "--out", str(out), "--directory", str(directory),
-            "--serve.identity", str(self.path / "hub" / "hub.crt"),
-            "--serve.host", "127.0.0.1", "--serve.port", str(self.port),
-        ]  # fmt: skip
-
-    @contextmanager
-    def paused(self, name: str, number: int) -> Iterator[None]:
-        """The site's training stops in that round, for as long."""
-        (self.path / name / "state" / "in-fit").unlink(missing_ok=True)
-        path = self.path / name / "state" / f"pause-{number}"
-        path.touch(0o600)
-        try:
-            yield
-        finally:
-            path.unlink()
-
-    def in_fit(self, name: str) -> str:
-        path = self.path / name / "state" / "in-fit"
-        return path.read_text() if path.exists() else ""
-
-    def settings(self, **changed: object) -> Settings:
-        made = self.federation.settings(**changed)
-        return replace(made, serve=replace(made.serve, wait=PATIENT, training=PATIENT, step=20.0, away=4.0))
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +30,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     made = Processes(tmp_path_factory.mktemp("sites"))
     yield made
     made.close()
-
-
-def until(found: object, what: str) -> None:
-    end = time.monotonic() + PATIENT
-    while not found():  # type: ignore[operator]
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kind", ["fedavg", "dane"])

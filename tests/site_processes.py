@@ -1,0 +1,104 @@
+"""Real processes of sites by `choral join`, and the words of a coordinator's `choral serve`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from site_federation import Federation, approved_at, offer_for, toml_of, write_directory
+
+from choral.jobs.settings import Settings
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+PATIENT = 120.0  # seconds until anything that is waited for must have come
+
+
+class Processes:
+    """The sites' processes, and what of the coordinator is on disk.
+
+    prefix: words before those of each site's command. environment: of the sites' processes. running: start them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] = ENVIRONMENT,
+        running: bool = True,
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.federation = Federation(path, port=port)
+        self.path, self.port = path, port
+        self.sites: dict[str, subprocess.Popen[bytes]] = {}
+        write_directory(self.federation)
+        self._prefix, self._environment = prefix, environment
+        for name in self.federation.names if running else ():
+            self.start(name)
+
+    def start(self, name: str) -> None:
+        words = [*self._prefix, sys.executable, "-m", "choral", "join", str(self.path / name)]
+        with (self.path / f"{name}.log").open("ab") as log:
+            self.sites[name] = subprocess.Popen(words, stdout=log, stderr=log, env=self._environment, cwd=self.path)
+
+    def kill(self, name: str) -> None:
+        self.sites[name].kill()
+        self.sites[name].wait()
+
+    def close(self) -> None:
+        for process in self.sites.values():
+            process.kill()
+            process.wait()
+
+    def log(self, name: str) -> str:
+        return (self.path / f"{name}.log").read_text()
+
+    def job(self, name: str, settings: Settings, *, approve: bool = True) -> list[str]:
+        """Write a job file, have it approved, and give the words of its command."""
+        named = replace(settings, serve=replace(settings.serve, job=name))
+        if approve:
+            offer = offer_for(self.federation, named)
+            for site in self.federation.names:
+                approved_at(self.federation, site, offer)
+        job = self.path / f"{name}.toml"
+        job.write_text(toml_of(named))
+        out, directory = self.path / f"run-{name}", self.path / "directory.toml"
+        return [
+            "serve", str(job), "--out", str(out), "--directory", str(directory),
+            "--serve.identity", str(self.path / "hub" / "hub.crt"),
+            "--serve.host", "127.0.0.1", "--serve.port", str(self.port),
+        ]  # fmt: skip
+
+    @contextmanager
+    def paused(self, name: str, number: int) -> Iterator[None]:
+        """The site's training stops in that round, for as long."""
+        (self.path / name / "state" / "in-fit").unlink(missing_ok=True)
+        path = self.path / name / "state" / f"pause-{number}"
+        path.touch(0o600)
+        try:
+            yield
+        finally:
+            path.unlink()
+
+    def in_fit(self, name: str) -> str:
+        path = self.path / name / "state" / "in-fit"
+        return path.read_text() if path.exists() else ""
+
+    def settings(self, **changed: object) -> Settings:
+        made = self.federation.settings(**changed)
+        return replace(made, serve=replace(made.serve, wait=PATIENT, training=PATIENT, step=20.0, away=4.0))
+
+
+def until(found: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENT
+    while not found():
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.02)
