@@ -69,8 +69,8 @@ def approve_both(federation: Federation, first: Settings, second: Settings) -> N
 
 
 def test_a_job_does_not_go_on_after_another_has_spent_meanwhile(federation: Federation, tmp_path: Path) -> None:
-    """The first is stopped after its first round, the second runs, the first would go on: what it promised, that all jobs
-    together come to no more than 1 when it ends, is no longer so. No site pays or trains for it.
+    """The first is stopped after its first round, the second runs, the first would go on: what it promised, that all
+    jobs together come to no more than 1 when it ends, is no longer so. No site pays or trains for it.
     """
     first, second = job(federation, "first", 1.0), job(federation, "second", 2.0)
     approve_both(federation, first, second)
@@ -103,7 +103,7 @@ def test_a_job_does_not_go_on_after_another_has_spent_meanwhile(federation: Fede
     reasons = [line.facts["reason"] for line in federation.site("north").log.read().entries if line.event == "out"]
     assert "somebody else has spent from it" in str(reasons[0])
     mine.start("north")  # made anew, it says so before it begins
-    with pytest.raises(OfferRefusedError, match="the budget epsilon=1 at delta=0.001 is spent"):
+    with pytest.raises(OfferRefusedError, match=r"the budget epsilon=1 at delta=0\.001 is spent"):
         federation.site("north").agree(offer_for(federation, first))
 
 

@@ -221,11 +221,11 @@ def test_default_dropouts_leave_room_for_the_colluders_of_all() -> None:
 
 def test_settings_say_how_a_cohort_is_made() -> None:
     from choral.jobs.settings import Arm, Settings, SumSettings
-    from choral.jobs.training import _secure_sum
+    from choral.jobs.training import secure_sum_of
 
     for kind, made in (("masked", Masked), ("homomorphic", Homomorphic)):
         chosen = SumSettings(kind=kind, cohort="random", corrupt=3)  # type: ignore[arg-type]
-        found = _secure_sum(Settings(secure_sum=chosen), Arm())
+        found = secure_sum_of(Settings(secure_sum=chosen), Arm())
         assert found == made(cohort="random", corrupt=3)
 
 
