@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # binds the default group when imported: during a run it would keep its threads until exit
 from torch import nn
 from torch.utils.data import DataLoader
 
