@@ -31,7 +31,7 @@ def overview(folder: SiteFolder, now: datetime | None = None) -> Iterator[Row]:
     yield "pin", " ".join(wrap(certificate.pin, 4))
     for name, hub in settings.coordinators.items():
         proxy = f" by the proxy {_without_password(hub.proxy)}" if hub.proxy else ""
-        yield "coordinator", f"{name} at {hub.address}{proxy}"
+        yield "coordinator", f"{name} at {hub.address or 'this machine, by an engine'}{proxy}"
     yield "sites", ", ".join(entry.name for entry in folder.pinned.sites) or "nobody is pinned"
     total, job = settings.sum, settings.job
     yield (

@@ -30,10 +30,10 @@ PART = re.compile(r"party ([1-9][0-9]{0,4}) of ([1-9][0-9]{0,4})")
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorSettings:
-    """A coordinator that this site connects to. Its certificate is pinned in directory.toml under the same name."""
+    """A coordinator that this site answers. Its certificate is pinned in directory.toml under the same name."""
 
-    address: str
-    """Where it listens, as host:port."""
+    address: str = ""
+    """Where it listens, as host:port; empty where an engine brings its requests (`choral join --local`)."""
     proxy: str = ""
     """An HTTP proxy on the way out, as http://host:port; empty for none."""
 

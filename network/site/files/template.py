@@ -8,7 +8,7 @@ name = "NAME"
 
 # Whom this site connects to; pin its certificate by `choral site directory add FILE.crt --coordinator --pin PIN`.
 # [coordinators.hub]
-# address = "hub.example.org:8443"
+# address = "hub.example.org:8443"            # left out where an engine brings its requests
 # proxy = "http://proxy.example.org:3128"     # if the way out is by a proxy
 
 [sum]                                 # the weakest secure sum that this site sends its vector into

@@ -12,13 +12,16 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from choral.cli.arguments import parse
 from choral.errors import ConfigError
 from choral.jobs.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from choral.network import SiteFolder, SiteHost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,9 @@ class JoinFlags:
 
     It runs until it is stopped, and connects again whenever the connection is lost. What it refuses and why stands in
     the site's own log; the coordinator learns that it was refused.
+
+    With --local it connects nowhere: an engine on this machine, NVFlare or Flower, brings the coordinator's requests
+    to a socket.
     """
 
     site: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SITE")]
@@ -60,6 +66,10 @@ class JoinFlags:
     """Which coordinator of site.toml, where it has several."""
     patience: float | None = None
     """Give up after so many seconds in a row without a connection; by default never."""
+    local: Path | None = None
+    """Answer at this socket, in a folder that this user alone can write to, and connect nowhere."""
+    engine_user: str = ""
+    """Which other user of this machine may use the socket: the one that the engine runs as. By default none."""
     quiet: bool = False
     """Only what is refused, and errors."""
 
@@ -140,6 +150,8 @@ def join(words: list[str]) -> int:
             "site.toml names no coordinator, or several", hint="set [coordinators.NAME], or give --coordinator NAME"
         )
     asked, host = folder.settings.coordinators[folder.coordinator], SiteHost(folder)
+    if wanted.local is not None:
+        return _local(folder, host, wanted.local, wanted.engine_user)
 
     def handler(request: Request) -> bytes:
         reply = host.handle(request.body, sender=request.sender)
@@ -159,6 +171,37 @@ def join(words: list[str]) -> int:
         signal.signal(signal.SIGTERM, lambda *_: link.stop())
     asyncio.run(link.run(patience=wanted.patience))
     return 0
+
+
+def _local(folder: SiteFolder, host: SiteHost, path: Path, engine_user: str) -> int:
+    """Raises: ConfigError for a user that there is not; SiteError."""
+    from choral.network.door.sealed import OVERHEAD, unsealed
+    from choral.network.door.server import DoorServer
+
+    site, coordinator = folder.settings.name, folder.coordinator
+    public = folder.hub_directory[coordinator].public_key
+
+    def handle(raw: memoryview) -> bytes:
+        return host.handle(unsealed(raw, public, coordinator=coordinator, site=site), sender=coordinator)
+
+    user = _user(engine_user) if engine_user else None
+    with DoorServer(path, handle, request_limit=lambda: host.request_limit + OVERHEAD, user=user) as door:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, lambda *_: door.stop())
+        logging.getLogger("choral.network").info("%s answers at %s for %s", site, door.path, coordinator)
+        door.serve()
+    return 0
+
+
+def _user(name: str) -> int:
+    """Raises: ConfigError."""
+    import pwd
+
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(f"there is no user {name!a:.80} on this machine", hint="as `id NAME` knows it") from None
 
 
 def _address(text: str) -> tuple[str, int]:
