@@ -23,7 +23,7 @@ _LOOK = 1.0
 _SAY_WAITING = 10.0
 
 
-class Engine(Protocol):
+class EngineAdapter(Protocol):
     """What an engine's adapter does, at the coordinator."""
 
     def carry(
@@ -42,7 +42,7 @@ class Engine(Protocol):
 class EngineCarrier:
     """See the module. identity: the coordinator's, which sites have pinned. names: of the sites. It has one caller."""
 
-    def __init__(self, engine: Engine, identity: CertifiedIdentity, names: Iterable[str]) -> None:
+    def __init__(self, engine: EngineAdapter, identity: CertifiedIdentity, names: Iterable[str]) -> None:
         self._engine, self._coordinator, self._names = engine, identity.name, frozenset(names)
         self._seed = ECC.import_key(identity.key_path.read_bytes()).seed
         self._lost: set[str] = set()
