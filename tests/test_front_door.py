@@ -124,7 +124,7 @@ def _interrupted(_: list[str]) -> int:
     ("edit", "message", "hint"),
     [
         ('task = "digit"', "no task 'digit'", "did you mean 'digits'?"),
-        ('task = "visits.csv"', "'visits.csv', a file of data", "federation_from_csv"),
+        ('task = "visits.csv"', "'visits.csv', a file of data", "choral init --data"),
         ('task = "."', "'.', a folder", "Python file"),
         ('[secure_sum]\nkind = "mask"', "secure_sum.kind is 'mask', expected one of plain, masked", "'masked'?"),
         ('[arms.b]\nsecure_sum = "homomorph"', "arms.b.secure_sum is 'homomorph'", "did you mean 'homomorphic'?"),

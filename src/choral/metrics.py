@@ -2,5 +2,5 @@
 
 
 def is_falling(metric: str) -> bool:
-    """Whether less is better, by the last word of its name: error, loss or gap."""
-    return metric.split(" ")[-1].lower() in ("error", "loss", "gap")
+    """Whether less is better, by the last word of its name: error, loss, deviance or gap."""
+    return metric.split(" ")[-1].lower() in ("error", "loss", "deviance", "gap")

@@ -19,7 +19,7 @@ from choral.trainers.task.task import Built, Task
 
 @dataclass(frozen=True, kw_only=True)
 class DataTable:
-    """features: shape (n, ...); labels: integers, shape (n,); keys: strings, shape (n,), or None."""
+    """features: shape (n, ...); labels: integers, (n,), or numbers, (n, 1); keys: strings, (n,), or None."""
 
     features: torch.Tensor
     labels: torch.Tensor

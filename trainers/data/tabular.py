@@ -1,68 +1,83 @@
-"""A CSV file with a column that says whose each row is, or any dataset with such keys, as a federation in one line."""
+"""A table with a column that says whose each row is, or any dataset with such keys, as a federation in one line."""
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from choral.errors import ConfigError, DataError
+from choral.trainers.data.columns import Codebook, Encoder
 from choral.trainers.data.partition import key_split
+from choral.trainers.data.table_files import Opened, open_frame, open_table
+from choral.trainers.task.settings import LabelKind
 
 
 def federation_from_csv(
     path: str | Path,
-    key: str,
+    key: str | Sequence[str],
     label: str,
     *,
+    kind: LabelKind = "class",
     features: Sequence[str] | None = None,
+    codebook: Codebook | None = None,
     delimiter: str = ",",
     min_records: int = 1,
 ) -> dict[str, TensorDataset]:
     """One party per value of ``key``: ``federate(task, federation_from_csv("visits.csv", "hospital", "died"), ...)``.
 
-    path: CSV with a header, UTF-8. label: column of finite numbers; whole ones throughout become int64 classes, else
-    float32 targets, shape (n,). features: columns of finite numbers, float32, shape (n, columns); by default all but
-    key and label, in the file's order. Parties with fewer than ``min_records`` rows are left out.
+    path: CSV with a header, UTF-8; or Parquet, if it ends in .parquet. key: a column, or several. label: a column that
+    is a class (int64), or a number or a count (float32), shape (n,). features: by default all columns but key and
+    label; float32, shape (n, width), the numbers in the table's order, then what the codebook's categories become.
+    Parties with fewer than ``min_records`` rows are left out.
 
     Raises: ConfigError for a column that is missing, named twice or used twice; DataError naming line and column for a
     file that cannot be read or has no rows, for rows with too few or too many fields, for empty keys, and for values
     that are empty, not numbers or not finite. No message holds a value of the file.
     """
-    path = Path(path)
-    rows = _rows(path, delimiter)
-    header = next(rows, (0, []))[1]
-    wanted = _columns(path, header, key, label, features)
-    keys: list[str] = []
-    values: list[list[float]] = []
-    for line, row in rows:
-        if not row:
-            continue  # a blank line
-        if len(row) != len(header):
-            raise DataError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}")
-        owner = row[header.index(key)].strip()
-        if not owner:
-            raise DataError(f"{path}, line {line}: the key column {key!r} is empty", hint="every row needs a party")
-        keys.append(owner)
-        values.append([_number(row[header.index(name)], f"{path}, line {line}, column {name!r}") for name in wanted])
-    if not values:
-        raise DataError(f"{path} has a header and no rows", hint="the first line names the columns")
-    table = np.array(values)
-    inputs = torch.from_numpy(table[:, :-1]).float()
-    if not torch.isfinite(inputs).all():
-        raise DataError(f"{path}: a feature is beyond the range of float32", hint="rescale it")
-    targets = torch.from_numpy(table[:, -1])
-    whole = bool((targets == targets.round()).all()) and bool((targets.abs() < 2**53).all())
-    targets = targets.long() if whole else targets.float()
-    return {
-        name: TensorDataset(inputs[at], targets[at]) for name, at in key_split(keys, min_records=min_records).items()
-    }
+    opened = open_table(path, delimiter=delimiter)
+    return _federation(opened, str(path), key, label, kind, features, codebook, min_records)
+
+
+def federation_from_frame(
+    frame: Any,
+    key: str | Sequence[str],
+    label: str,
+    *,
+    kind: LabelKind = "class",
+    features: Sequence[str] | None = None,
+    codebook: Codebook | None = None,
+    min_records: int = 1,
+) -> dict[str, TensorDataset]:
+    """:func:`federation_from_csv` of a data frame of pandas, polars or pyarrow; null and NaN are missing values.
+
+    Raises: as that does; ConfigError without narwhals (``pip install "choral[frames]"``).
+    """
+    return _federation(open_frame(frame), "the data frame", key, label, kind, features, codebook, min_records)
+
+
+def _federation(
+    opened: Opened,
+    source: str,
+    key: str | Sequence[str],
+    label: str,
+    kind: LabelKind,
+    features: Sequence[str] | None,
+    codebook: Codebook | None,
+    min_records: int,
+) -> dict[str, TensorDataset]:
+    header, rows = opened
+    keys = (key,) if isinstance(key, str) else tuple(key)
+    if not keys:
+        raise ConfigError("key names no column", hint="the column that says whose each row is")
+    if features is not None and not features:
+        raise ConfigError(f"{source}: features is empty", hint="at least one feature is needed; None takes all")
+    encoder = Encoder.of(header, source, keys=keys, label=label, features=features, kind=kind, codebook=codebook)
+    table = encoder.table(rows, source)
+    shares = key_split(table.owners if table.owners is not None else (), min_records=min_records)
+    return {name: TensorDataset(table.features[at], table.labels[at]) for name, at in shares.items()}
 
 
 def federation_from_dataset(
@@ -94,45 +109,3 @@ def federation_from_dataset(
     if isinstance(dataset, TensorDataset):
         return {name: TensorDataset(*(tensor[at] for tensor in dataset.tensors)) for name, at in shares.items()}
     return {name: Subset(dataset, at.tolist()) for name, at in shares.items()}
-
-
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of each row. Raises: DataError if the file cannot be read as UTF-8 CSV."""
-    if len(delimiter) != 1:
-        raise ConfigError(f"expected one character as delimiter, got {len(delimiter)}", hint='e.g. "," or ";"')
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            for row in reader:
-                yield reader.line_num, row
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", hint="give a CSV file with a header") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not valid CSV in UTF-8: {type(error).__name__}") from None
-
-
-def _columns(path: Path, header: list[str], key: str, label: str, features: Sequence[str] | None) -> list[str]:
-    """The columns to read, the label last."""
-    if not header:
-        raise DataError(f"{path} is empty", hint="the first line names the columns")
-    if len(set(header)) != len(header):
-        raise ConfigError(f"{path} has two columns of one name", hint="give each column a name of its own")
-    chosen = [name for name in header if name not in (key, label)] if features is None else list(features)
-    for name in (key, label, *chosen):
-        if name not in header:
-            raise ConfigError(f"{path} has no column {name!r}", hint=f"its columns: {', '.join(header[:20])}")
-    if key == label or len(set(chosen)) != len(chosen) or {key, label} & set(chosen):
-        raise ConfigError("key, label and features must be different columns")
-    if not chosen:
-        raise ConfigError(f"{path} has no column besides key and label", hint="at least one feature is needed")
-    return [*chosen, label]
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise DataError(f"{where}: {'empty' if not text.strip() else 'not a number'}", hint="encode it first") from None
-    if not math.isfinite(value):
-        raise DataError(f"{where}: not finite", hint="fill in or leave out such rows")
-    return value

@@ -73,6 +73,61 @@ class Training:
             raise ConfigError(f"expected training.hidden >= 0, got {self.hidden}", hint="0 is a linear model")
 
 
+LabelKind = Literal["class", "number", "count"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Your own table in the place of a task: a CSV or Parquet file with a record a row. `choral init` writes this part.
+
+    What is said of columns here must be known without looking at the records, as a codebook says it: what is read off
+    the records is a release of its own, which no epsilon below would count.
+    """
+
+    path: Path | None = None
+    """CSV file with a header, in UTF-8, or Parquet file (.parquet)."""
+    key: str | tuple[str, ...] = ()
+    """Column, or columns, that say whose a row is: each value is a party. Without it, split deals the rows out."""
+    label: str = ""
+    """Column that is to be predicted."""
+    kind: LabelKind = "class"
+    """What the label is: one of a few classes, a number (squared error), or a count of events (Poisson)."""
+    classes: tuple[str, ...] = ()
+    """Classes of the label, as the file writes them; without them the label must be 0, 1, 2, ..."""
+    features: tuple[str, ...] = ()
+    """Columns to learn from; by default all but key and label."""
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns of words, each with all its words; a last word "*" stands for any other."""
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Least and greatest value of a column of numbers: it is scaled to -1 ... 1, and what is beyond is cut off."""
+    bounds_from: Literal["public", "records"] = "public"
+    """Where bounds, categories and classes come from. With "records" nothing is trained with differential privacy."""
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns of numbers that may lack a value, each with the words for it, such as "" or "NA"; one more feature says
+    that it lacks. A value that lacks in another column is an error, which names its line."""
+    delimiter: str = ","
+    """Between the fields of a CSV file."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,) if isinstance(self.key, str) else tuple(self.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model of a table of your own; its hidden layer is training.hidden wide. Other tasks bring their own."""
+
+    kind: Literal["linear", "mlp", "table"] | None = None
+    """linear; mlp: one hidden layer; table: that, with a learnt vector for each word of a category. By default linear
+    where training.hidden is 0, else mlp."""
+    embedding: int = 8
+    """Of table: the most numbers that a word becomes."""
+
+    def __post_init__(self) -> None:
+        if self.embedding < 1:
+            raise ConfigError(f"expected model.embedding >= 1, got {self.embedding}", hint="8 is usual")
+
+
 Kind = Literal[
     "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fedsgd", "fsvrg", "dane", "gd", "cocoa"
 ]

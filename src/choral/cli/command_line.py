@@ -1,4 +1,4 @@
-"""The command line: ``choral compare | train | audit | verify | ledger | serve | join | poc | export | budget | site``.
+"""The command line: ``choral init | compare | train | audit | verify | ledger | serve | join | poc | ...``.
 
 Exit codes: 0 done (for `audit` and `compare`: no violation found), 1 a claim was found violated or not verifiable,
 2 wrong usage, bad input, an error in the user's own code, or a run that had to stop. Ctrl-C ends with 130 and keeps
@@ -28,6 +28,7 @@ usage: choral COMMAND [options]
 Train PyTorch models on data that may not be seen, and say what that costs.
 
 commands:
+  init --data FILE           write settings for a table of your own: CSV or Parquet, by flags or by questions
   compare CONFIG --out DIR   train every configuration of a TOML file; accuracy, epsilon, bytes and time side by side
   train CONFIG --out DIR     train one configuration: federated (default), or --centralized on pooled data
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
@@ -44,6 +45,7 @@ commands:
   site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
 
 Start here:  choral compare examples/digits.toml --out runs/digits
+Your data:   choral init --data visits.csv --key hospital --label died
 Details:     choral COMMAND --help
 Tracebacks:  choral COMMAND ... --debug
 
@@ -127,6 +129,12 @@ def _compare(words: list[str]) -> int:
     return compare(words)
 
 
+def _init(words: list[str]) -> int:
+    from choral.cli.init import init
+
+    return init(words)
+
+
 def _train(words: list[str]) -> int:
     from choral.cli.train import train
 
@@ -202,6 +210,7 @@ def _verify(words: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Command] = {
+    "init": _init,
     "compare": _compare,
     "train": _train,
     "audit": _audit,

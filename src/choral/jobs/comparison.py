@@ -275,7 +275,7 @@ def _open(settings: Settings, out: Path, resume: bool) -> None:
     wanted = to_json(settings)
     known: dict[str, Any] = {}
     if resume and record.is_file():
-        old = _read_record(record)
+        old = to_json(Settings()) | _read_record(record)  # made before some key was there, it had what is the default
         known = old.get("arms") or {}
         fixed = (old.keys() | wanted.keys()) - _MAY_CHANGE - {"arms"}
         changed = [each for key in sorted(fixed) for each in differences(old.get(key), wanted.get(key), key)]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
+from choral.jobs.serving import refuse_table
 from choral.jobs.settings import Settings, read_settings, to_json
 from choral.toml_files import toml_of
 
@@ -76,6 +77,7 @@ def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | Non
             "secure_sum.kind is plain: the coordinator would see each update, and sites send into no such sum",
             hint='[secure_sum] kind = "masked"',
         )
+    refuse_table(settings)
     settings, places = _with_sites(settings, sites, data)
     shares = settings.sites
     counts = [int(place["records"]) for place in places.values()]

@@ -110,12 +110,22 @@ def coordinators_task(settings: Settings) -> tuple[Task, Any, str]:
     from choral.trainers.data import TASKS
     from choral.trainers.federated.terms.task_code import version_here
 
+    refuse_table(settings)
     if settings.task in TASKS:
         task, example = embedded_example(settings.task, settings.split, settings.training, settings.seed)
         return task, example, version_here()
     (task, example), digest = coordinator_task(Path(settings.task), settings.training, settings.seed)
     check_example(example)
     return task, example, digest
+
+
+def refuse_table(settings: Settings) -> None:
+    """Raises: ConfigError for [data], which a site has and no coordinator."""
+    if settings.data.path is not None:
+        raise ConfigError(
+            "[data] names a table here, and a site has its own, which no coordinator chooses",
+            hint="take a task file with site(data, training, seed) and coordinator(training, seed): docs/sites.md",
+        )
 
 
 def plan_of(

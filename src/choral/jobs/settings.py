@@ -12,7 +12,7 @@ from choral.audits.costs.prices import PriceSettings
 from choral.errors import ConfigError
 from choral.toml_files import read_toml
 from choral.trainers.federated.participation import Participation
-from choral.trainers.task.settings import AlgorithmSettings, Split, Training
+from choral.trainers.task.settings import AlgorithmSettings, DataSettings, ModelSettings, Split, Training
 
 Unit = Literal["record", "client"]
 Neighbours = Literal["zero out one record", "replace one record"]
@@ -194,6 +194,8 @@ class Settings:
     load(split, training, seed) -> Task."""
     metrics: tuple[str, ...] = ("accuracy",)
     """What of the task's evaluation is compared; configurations are judged by the first. A "... gap" has a log axis."""
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
     data_dir: Path | None = None
     """Folder of the data sets; by default they are fetched, checked by hash, and kept in ~/.cache/choral."""
     seed: int = 0

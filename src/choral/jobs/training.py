@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, SitesSettings, Unit, to_json
+from choral.trainers.task.settings import ModelSettings
 
 if TYPE_CHECKING:
     from choral.privacy import ClientPrivacy, Privacy
@@ -32,6 +33,13 @@ def load_task(settings: Settings, seed: int) -> Task:
     from choral.trainers import Task
     from choral.trainers.data import TASKS
 
+    if settings.data.path is not None:
+        return _own_task(settings, seed)
+    if settings.model != ModelSettings():
+        raise ConfigError(
+            f"[model] is for a table of your own, and the task is {settings.task!r}",
+            hint="[data] path names the table; training.hidden is the width of other tasks' hidden layer",
+        )
     if settings.task in TASKS:
         return TASKS[settings.task](settings.split, settings.training, seed, settings.data_dir)
     path = Path(settings.task)
@@ -41,6 +49,18 @@ def load_task(settings: Settings, seed: int) -> Task:
         if not isinstance(task, Task):
             raise ConfigError(f"load in {settings.task} returned {type(task).__name__}; expected choral.trainers.Task")
         _tasks[key] = task
+    return _tasks[key]
+
+
+def _own_task(settings: Settings, seed: int) -> Task:
+    """The task of a table, which is read once in a process for one seed, split and training."""
+    from choral.trainers.data.own_table import own_task
+
+    if settings.task != Settings.task:
+        raise ConfigError(f"data.path names a table, and task names {settings.task!r}", hint="leave out one of the two")
+    key = json.dumps([*map(to_json, (settings.data, settings.model, settings.split, settings.training)), seed])
+    if key not in _tasks:
+        _tasks[key] = own_task(settings.data, settings.model, settings.split, settings.training, seed)
     return _tasks[key]
 
 
@@ -72,8 +92,8 @@ def _refuse_no_task(path: Path, known: list[str]) -> None:
     if path.suffix.lower() in (".csv", ".tsv", ".parquet", ".json", ".xlsx"):
         raise ConfigError(
             f"task is {str(path)!r}, a file of data",
-            hint="a task is a Python file with load(split, training, seed) -> Task, which may call"
-            " choral.trainers.data.federation_from_csv(PATH, key=..., label=...); see docs/data.md",
+            hint="`choral init --data FILE --key COLUMN --label COLUMN` writes settings for it, with [data] path, key"
+            " and label in the place of task",
         )
     if path.is_dir():
         raise ConfigError(f"task is {str(path)!r}, a folder", hint="name a Python file in it")
@@ -269,11 +289,13 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
     """The promise of a private arm. Raises: ConfigError for a setting out of range."""
     from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
     from choral.privacy.accounting.events import NEIGHBOURS
+    from choral.trainers.data.own_table import check_public
 
     if epsilon is None:
         raise ConfigError("a private arm needs a budget", hint="set privacy.epsilon")
     if arm.centralized and unit_of(settings, arm) == "client":
         raise ConfigError("a centralized arm has no clients", hint='leave out unit = "client"')
+    check_public(settings.data)
     chosen = settings.privacy
     if unit_of(settings, arm) == "record":
         in_shares = chosen.noise == "distributed" and not arm.centralized and algorithm_of(settings, arm).in_shares

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from flat_arguments import federate
@@ -97,13 +98,14 @@ def test_the_lines_of_the_guide_run(tmp_path, monkeypatch):
     user = {"x": [[0.5]], "y": [1]}
     Path("femnist/data/train/a.json").write_text(json.dumps({"users": ["u"], "user_data": {"u": user}}))
     visits = TensorDataset(torch.tensor([[61.0], [44.0], [47.0]]), torch.tensor([0, 1, 1]))
-    names = {"visits": visits, "hospitals": ["north", "south", "north"]}
+    names = {"pandas": pandas, "visits": visits, "hospitals": ["north", "south", "north"]}
     lines = [line for line in code.splitlines() if line.startswith("parties = ")]
     found = []
     for line in lines:
         exec("from choral.trainers.data import *\n" + line, names)  # noqa: S102
         found.append(list(names["parties"]))
-    assert found == [["east, upper", "north", "south"], ["north", "south"], ["age 40 on", "age 60 on"], ["u"]]
+    hospitals = ["east, upper", "north", "south"]
+    assert found == [hospitals, hospitals, hospitals, ["north", "south"], ["age 40 on", "age 60 on"], ["u"]]
 
 
 class TestCsv:
@@ -118,7 +120,7 @@ class TestCsv:
 
     def test_real_targets_other_delimiter_chosen_columns(self, csv_of):
         path = csv_of("\ufeff" + VISITS.replace(",", ";"))
-        parties = federation_from_csv(path, "hospital", "pressure", features=["age"], delimiter=";")
+        parties = federation_from_csv(path, "hospital", "pressure", kind="number", features=["age"], delimiter=";")
         features, targets = parties["south"].tensors
         assert (features.tolist(), targets.tolist(), targets.dtype) == ([[70], [39]], [-2, 3], torch.float32)
 
