@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Basis = Literal["measured", "modelled"]
 GB = 1e9
 KWH = 3.6e6  # joules
+DAY = 86_400.0
 _RAW, _STORAGE = "raw data moved to the cloud", "storage"
 
 
@@ -73,7 +74,26 @@ def mean(values: Sequence[float]) -> float:
 
 
 def training_seconds(runs: Sequence[Run]) -> float:
-    return mean([run.info.processes * math.fsum(entry.seconds for entry in run.history) for run in runs])
+    """Of one run, all rounds and parties together: processor time of the training alone, which a busy machine does not
+    lengthen; on an accelerator, and in the runs of earlier versions, by the clock.
+    """
+    return mean([run.info.processes * math.fsum(trained(run, entry) for entry in run.history) for run in runs])
+
+
+def trained(run: Run, entry: RoundRecord) -> float:
+    """Seconds of a round's training."""
+    if entry.times is None:
+        return entry.seconds
+    return entry.times.training if run.info.device == "cuda" else entry.times.training_processor
+
+
+def summed(run: Run, entry: RoundRecord) -> float:
+    """Seconds of a round beside its training: encoding, secure sum and server, all parties' parts one after another."""
+    if entry.times is None:
+        return 0.0
+    if run.info.device == "cuda":
+        return max(entry.seconds - entry.times.training, 0.0)
+    return max(entry.times.processor - entry.times.training_processor, 0.0)
 
 
 def _measured_joules(runs: Sequence[Run]) -> float | None:
@@ -89,10 +109,13 @@ def _cloud_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     largest = mean([max(run.info.raw_bytes.values()) for run in runs])
     compute, joules = training_seconds(runs), _measured_joules(runs)
     busy, basis = accelerator_seconds(runs, compute, prices)
-    how = "wall clock of training, on an accelerator"
+    how = "training by the clock, on an accelerator"
     if basis == "modelled":
         how = f"{compute:.3g} s measured on {runs[0].info.device}, over a speed-up of {prices['accelerator_speedup']:g}"
     metered = joules is not None and basis == "measured"
+    paid = busy * prices["accelerators"] / together(prices)
+    if prices["accelerators"] > 1:
+        how += f"; {prices['accelerators']:g} of them, worth {together(prices):.3g} of one"
     items = (
         Item(
             name=_RAW,
@@ -113,23 +136,32 @@ def _cloud_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
         ),
         Item(
             name="accelerator",
-            quantity=busy / 3600,
+            quantity=paid / 3600,
             unit="hours",
             basis=basis,
             how=how,
-            usd=busy / 3600 * prices["accelerator_hour"],
-            joules=joules if metered else busy * prices["accelerator_watts"],
+            usd=paid / 3600 * prices["accelerator_hour"],
+            joules=joules if metered else paid * prices["accelerator_watts"],
         ),
     )
-    return _bill(
-        name, runs, items, up=largest, down=0.0, seconds=8e-6 * largest / prices["party_mbps"] + busy, metered=metered
-    )
+    seconds = 8e-6 * largest / prices["party_mbps"] + busy / together(prices)
+    return _bill(name, runs, items, up=largest, down=0.0, seconds=seconds, metered=metered)
 
 
 def accelerator_seconds(runs: Sequence[Run], compute: float, prices: Prices) -> tuple[float, Basis]:
     if runs[0].info.device == "cuda":
         return compute, "measured"
     return compute / prices["accelerator_speedup"], "modelled"
+
+
+def together(prices: Prices) -> float:
+    """What the accelerators are worth together, of one alone: more of them never take longer."""
+    return 1.0 + (prices["accelerators"] - 1.0) * prices["accelerator_efficiency"]
+
+
+def between_rounds(prices: Prices) -> float:
+    """Seconds from the beginning of a round to that of the next, at least; 0 where they follow on one another."""
+    return DAY / prices["rounds_per_day"] if prices["rounds_per_day"] else 0.0
 
 
 def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
@@ -139,8 +171,11 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     compute, joules = training_seconds(runs), _measured_joules(runs)
     rounds = runs[0].history[-1].round
     first = float((info.start or {}).get("bytes", 0))
-    turn = mean([math.fsum(entry.seconds / max(_selected(run, entry), 1) for entry in run.history) for run in runs])
-    clock = federated_seconds(rounds, info.processes * turn, up, down + first, prices)
+    turn = mean(
+        [math.fsum(trained(run, entry) / max(_selected(run, entry), 1) for entry in run.history) for run in runs]
+    )
+    sums = mean([math.fsum(summed(run, entry) for entry in run.history) for run in runs])
+    clock = federated_seconds(rounds, info.processes * turn + sums, up, down + first, prices)
     metered = joules is not None
     spent = compute * prices["device_watts"] if joules is None else joules
     meter = "" if metered else f", at {prices['device_watts']:g} W"
@@ -166,7 +201,15 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
         ),
         *_initial_weights(first * len(info.parties), prices),
     )
-    return _bill(name, runs, items, up=up, down=down + first, seconds=clock, metered=metered)
+    return _bill(
+        name,
+        runs,
+        items,
+        up=up,
+        down=down + first,
+        seconds=max(clock, rounds * between_rounds(prices)),
+        metered=metered,
+    )
 
 
 def _traffic(runs: Sequence[Run], prices: Prices) -> tuple[Item, Item]:
@@ -237,7 +280,8 @@ def _tuning_item(runs: Sequence[Run], items: Sequence[Item]) -> Item | None:
         return None
     seconds = math.fsum(tuning["seconds"] for tuning in tunings) / len(runs)
     tries = sum(len(tuning["tries"]) for tuning in tunings) / len(runs)
-    share = seconds / compute if (compute := training_seconds(runs)) else 0.0
+    own = mean([run.info.processes * math.fsum(entry.seconds for entry in run.history) for run in runs])
+    share = seconds / own if own else 0.0
     again = [item for item in items if item.name not in (_RAW, _STORAGE)]
     return Item(
         name="tuning",

@@ -36,7 +36,12 @@ class PriceSettings:
     accelerator_hour: float | None = None
     """USD per accelerator-hour in the cloud."""
     accelerator_speedup: float | None = None
-    """How many times faster an accelerator trains than the measured device; used where none was measured."""
+    """How many times faster an accelerator trains than one core of the measured device; used where none was measured.
+    """
+    accelerators: float | None = None
+    """How many accelerators train together in the cloud."""
+    accelerator_efficiency: float | None = None
+    """What each accelerator beyond the first adds, of one alone, 0 to 1."""
     accelerator_watts: float | None = None
     """Power of an accelerator at work, in W; used where it was not measured."""
     storage_gb_month: float | None = None
@@ -55,6 +60,8 @@ class PriceSettings:
     """Times per round that all parties wait for the server."""
     round_trip_seconds: float | None = None
     """Seconds of one such wait."""
+    rounds_per_day: float | None = None
+    """How many rounds a day the parties take part in, 0 where one follows on the other at once."""
     server_hour: float | None = None
     """USD per hour of the federation's server."""
     server_watts: float | None = None
@@ -71,7 +78,11 @@ class PriceSettings:
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(PriceSettings))
-_POSITIVE = ("accelerator_speedup", "party_mbps")  # something is divided by these
+_POSITIVE = (
+    "accelerator_speedup",
+    "accelerators",
+    "party_mbps",
+)  # something is divided by these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +157,6 @@ def _check(key: str, value: float, where: str) -> None:
     if not (math.isfinite(value) and value >= 0) or (value == 0 and key in _POSITIVE):
         least = "> 0" if key in _POSITIVE else ">= 0"
         raise ConfigError(f"{where}{key} is {value}, expected a finite number {least}")
+    if (key == "accelerator_efficiency" and value > 1) or (key == "accelerators" and value < 1):
+        expected = "at most 1" if key == "accelerator_efficiency" else "at least 1"
+        raise ConfigError(f"{where}{key} is {value}, expected {expected}")

@@ -17,9 +17,9 @@ from choral.trainers.centralized.data_parallel import Workers, own_device, worke
 from choral.trainers.local_steps.resident_model import initial_model, resolve_device
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, check_tuned, describe
-from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.energy import EnergyMeter, Stopwatch
 from choral.trainers.run_folder.evidence.sealing import seal
-from choral.trainers.run_folder.info import RoundRecord, RunInfo
+from choral.trainers.run_folder.info import RoundRecord, RoundTimes, RunInfo
 from choral.trainers.run_folder.keep import Keep, OnRound
 from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engines, rounds_paid_for
 from choral.trainers.run_folder.recorder import Recorder
@@ -124,14 +124,18 @@ def _train(job: _Job, info: RunInfo, recorder: Recorder, workers: Workers, on_ro
     pooled.divide(workers)
     for number in range(recorder.completed + 1, last_round + 1):
         started, _ = time.perf_counter(), meter.take()
-        pooled.train(number, job.schedule.factor(number, info.rounds), engines.get(POOLED))
+        with (training := Stopwatch()):
+            pooled.train(number, job.schedule.factor(number, info.rounds), engines.get(POOLED))
         seconds, joules = time.perf_counter() - started, meter.take()
         spent = {name: engine.spent() for name, engine in engines.items()}
+        with (evaluating := Stopwatch()):
+            metrics = evaluated(task.evaluate, model, seed)
         entry = RoundRecord(
             round=number,
-            metrics=evaluated(task.evaluate, model, seed),
+            metrics=metrics,
             epsilon=spent[POOLED].epsilon if spent else None,
             **{**NOTHING, "seconds": seconds, "survivors": len(task.parties), "joules": joules},
+            times=_times(training, evaluating) if workers.size == 1 else None,
         )
         recorder.add(entry, model, spent, pooled.optimizer, AlgorithmState(clips=clips_of(engines)))
         if on_round and workers.first:
@@ -139,6 +143,16 @@ def _train(job: _Job, info: RunInfo, recorder: Recorder, workers: Workers, on_ro
     if recorder.completed < info.rounds:
         return recorder.end(reason, {name: engine.spent() for name, engine in engines.items()})
     return recorder.finish(per_party_of(*held, model, task.parties))
+
+
+def _times(training: Stopwatch, evaluation: Stopwatch) -> RoundTimes:
+    return RoundTimes(
+        training=training.seconds,
+        server=0.0,
+        evaluation=evaluation.seconds,
+        processor=training.processor,
+        training_processor=training.processor,
+    )
 
 
 class _Pooled:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,11 +15,16 @@ from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.failures import kind_of
 from choral.trainers.federated.round_parties import RoundParties
 from choral.trainers.run_folder.algorithm_state import State
+from choral.trainers.run_folder.energy import Stopwatch
 from choral.trainers.run_folder.evidence.receipts import Asked, Summed
+from choral.trainers.run_folder.info import RoundTimes
 from choral.trainers.task.task import DivergedError
 
 if TYPE_CHECKING:
     from choral.trainers.federated.session import Session
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 @dataclass
@@ -29,7 +34,8 @@ class RoundOutcome:
     server, parties: the algorithm's states to keep; None if it failed. selected: parties it began with. survivors: of
     its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed, without a sum that failed. start,
     seconds: simulated. failed: why it was given up. errors: of the parties whose training failed, in words for the user
-    alone. silent: who sent no vector, of parties elsewhere. interrupted: whether it failed as the server was stopped.
+    alone. silent: who sent no vector, of parties elsewhere. training, server_step: how long they took. interrupted:
+    whether it failed as the server was stopped.
     """
 
     number: int
@@ -45,6 +51,8 @@ class RoundOutcome:
     failed: ChoralError | None = None
     errors: dict[str, ChoralError] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
+    training: Stopwatch = field(default_factory=Stopwatch)
+    server_step: Stopwatch = field(default_factory=Stopwatch)
     interrupted: bool = False
 
     @property
@@ -52,6 +60,16 @@ class RoundOutcome:
         """Whose training failed, and how, in words that hold nothing of data or code."""
         silent = dict.fromkeys(sorted(self.silent), "no vector came from it")
         return silent | {name: kind_of(error) for name, error in self.errors.items()}
+
+    def times(self, whole: Stopwatch, evaluation: Stopwatch) -> RoundTimes:
+        """whole: of the round without its evaluation."""
+        return RoundTimes(
+            training=self.training.seconds,
+            server=self.server_step.seconds,
+            evaluation=evaluation.seconds,
+            processor=whole.processor,
+            training_processor=self.training.processor,
+        )
 
 
 class Steps:
@@ -79,7 +97,7 @@ def one_round(session: Session, number: int) -> RoundOutcome:
     """
     parties = session.select(number)
     outcome = RoundOutcome(number, session.weights, len(parties.names), session.next_start, errors=parties.errors)
-    outcome.silent = parties.silent
+    outcome.silent, outcome.training = parties.silent, parties.training
     try:
         _exchanges(session, parties, outcome)
     except DisputedSharesError:
@@ -91,11 +109,19 @@ def one_round(session: Session, number: int) -> RoundOutcome:
     return outcome
 
 
+def _timed(watch: Stopwatch, call: Callable[[_Given], _Made], given: _Given) -> _Made:
+    with watch:
+        return call(given)
+
+
 def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -> None:
     sums: Mapping[str, Any] = session.sums_over(parties.names)
     server = session.server_view()
     steps, mean = Steps(session.plan.algorithm.round(server, session.weights)), None
-    while (ask := steps.advance(mean)) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice
+    watch = outcome.server_step
+    while (
+        ask := _timed(watch, steps.advance, mean)
+    ) is not None:  # FedAvg asks once, DANE twice, FSVRG twice and at first thrice
         codec = session.codecs[ask.channel]
         parties.begin_sum(session.dropouts(parties))
         told = Told.of(ask, parties.number, parties.sums)
@@ -109,7 +135,7 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
         outcome.survivors = len(result.survivors)
         outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
         outcome.bytes_down += max(result.bytes_down.values()) + told.bytes_down
-        mean = codec.decode(result)
+        mean = _timed(watch, codec.decode, result)
     if not torch.isfinite(steps.weights).all():
         raise DivergedError(
             f"the server's step diverged in round {outcome.number}: the weights are not finite",

@@ -22,6 +22,7 @@ from choral.trainers.federated.participation import Participation, stream
 from choral.trainers.federated.party import TrainingParty
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.algorithm_state import State
+from choral.trainers.run_folder.energy import Stopwatch
 from choral.trainers.run_folder.transcript import Transcript
 from choral.trainers.task.seeding import caller_keeps_generators
 
@@ -32,7 +33,7 @@ class RoundParties:
 
     lost: who dropped out, at a step of the sum at hand. sums: made so far. errors: of those whose training failed.
     silent: of those elsewhere, who sent no vector; why, nobody here knows. answered: who sent a vector into the sum at
-    hand. states: each party's own, as it would be kept if the round ended here.
+    hand. states: each party's own, as it would be kept if the round ended here. training: how long it took.
     """
 
     number: int
@@ -45,6 +46,7 @@ class RoundParties:
     errors: dict[str, ChoralError] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
     answered: dict[str, TrainingParty] = field(default_factory=dict)
+    training: Stopwatch = field(default_factory=Stopwatch)
 
     def begin_sum(self, losses: Mapping[str, Step]) -> None:
         """Who drops out in it, beside those who did before and do not come at all.
@@ -147,7 +149,7 @@ class PartiesHere:
                 yield name, party.order(told)
 
         with caller_keeps_generators():
-            for name, done in self.trainer.do(orders(), ask.weights, parties.number):
+            for name, done in parties.training.over(self.trainer.do(orders(), ask.weights, parties.number)):
                 party = working.pop(name)
                 encoded = party.answer(done)
                 if party.error is not None:

@@ -10,7 +10,6 @@ Rank 0 of several processes is the federation; on the others there are no rounds
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,7 +47,7 @@ from choral.trainers.local_steps.batch_gradients import ShareSteps
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
-from choral.trainers.run_folder.energy import EnergyMeter
+from choral.trainers.run_folder.energy import EnergyMeter, Stopwatch
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal, SentMessages
 from choral.trainers.run_folder.evidence.sealing import seal
 from choral.trainers.run_folder.info import RoundRecord, RunFolderError
@@ -120,7 +119,7 @@ class Session:
         if self._over:
             return
         for number in range(self._recorder.completed + 1, self._last + 1):
-            self._started, _ = time.perf_counter(), self._meter.take()
+            self._round, _ = Stopwatch().start(), self._meter.take()
             yield number
 
     def select(self, number: int) -> RoundParties:
@@ -181,12 +180,14 @@ class Session:
             self._state.server, self._state.parties = outcome.server, outcome.parties
             self._succeeded += 1
         self._resident.layout.write(self.weights)
-        seconds, joules = time.perf_counter() - self._started, self._meter.take()
+        seconds, joules = self._round.stop().seconds, self._meter.take()
         spent = self._ledgers.spent()
         theirs = {} if self._distant is None or outcome.failed else self._distant.judged(outcome.number, self.weights)
+        with (evaluating := Stopwatch()):
+            metrics = {**self._evaluated(), **theirs}
         entry = RoundRecord(
             round=outcome.number,
-            metrics={**self._evaluated(), **theirs},
+            metrics=metrics,
             seconds=seconds,
             survivors=outcome.survivors,
             bytes_up=outcome.bytes_up,
@@ -200,6 +201,7 @@ class Session:
             largest=codec.largest if not outcome.failed else None,
             simulated_start=outcome.start if rule.timed else None,
             simulated_seconds=outcome.seconds if rule.timed else None,
+            times=None if self._ranks or self._distant else outcome.times(self._round, evaluating),
         )
         self._state.clips = {} if self._ranks is not None else clips_of(self._ledgers.engines)  # others keep theirs
         self._recorder.add(

@@ -1,19 +1,57 @@
-"""Energy as the machine's own meters count it: processor packages (RAPL) and NVIDIA boards (NVML).
+"""Time, and energy as the machine's own meters count it: processor packages (RAPL) and NVIDIA boards (NVML).
 
-Both count everything that the machine does meanwhile, other processes included, and neither counts memory chips, disks
-or losses of the power supply. Where no meter can be read nothing is made up: the reading is None.
+Both meters count everything that the machine does meanwhile, other processes included, and neither counts memory
+chips, disks or losses of the power supply. Where no meter can be read nothing is made up: the reading is None.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 RAPL = Path("/sys/class/powercap")
+_Item = TypeVar("_Item")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by the clock, and of this process's processors, while it runs; a context manager, to be used again."""
+
+    seconds: float = 0.0
+    processor: float = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Stopwatch:
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def stop(self) -> Stopwatch:
+        self.seconds += time.perf_counter() - self._began[0]
+        self.processor += time.process_time() - self._began[1]
+        return self
+
+    def over(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """The items; the time in which they are made counts, and what is done with them does not."""
+        iterator = iter(items)
+        while True:
+            with self:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
 class EnergyMeter:

@@ -23,6 +23,22 @@ class RunFolderError(ChoralError):
 _KEYS = {"selected": "asked"}  # in history.jsonl, since version 1
 
 
+class RoundTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a round's time went, in seconds. training: the parties' training, one party after another, by the clock.
+
+    server: the server's own arithmetic by the clock, decoding and the algorithm's step. evaluation: by the clock; it is
+    no part of the round's seconds. What is left of these is the secure sum with the parties' encoding.
+    processor, training_processor: of the round, and of its training, in processor time of this process, all threads
+    together, which other programs on the machine lengthen least.
+    """
+
+    training: float
+    server: float
+    evaluation: float
+    processor: float
+    training_processor: float
+
+
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_KEYS):
     """One line of the history. Round 0 is the initial model, before any training.
 
@@ -37,6 +53,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         simulated_seconds: of the round in the world that participation describes, None where it has no time.
     dropped: parties that were there and whose training failed, and how; what raised it is for the log alone.
     largest: the largest absolute coordinate that a party sent, None where the server does not see it.
+    times: None where other processes trained, and in the runs of earlier versions.
     """
 
     round: int
@@ -54,6 +71,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     simulated_seconds: float | None = None
     dropped: dict[str, str] = {}
     largest: float | None = None
+    times: RoundTimes | None = None
 
 
 class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

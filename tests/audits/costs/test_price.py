@@ -10,17 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from choral.audits import Comparison, compare
 from choral.audits.costs.bills import accelerator_seconds, bill, training_seconds
 from choral.audits.costs.costs import Costs, costs_of
-from choral.audits.costs.crossover import Workload, examples_to_be_cheaper, examples_to_be_faster, workload
+from choral.audits.costs.crossover import (
+    Workload,
+    cloud_seconds,
+    examples_to_be_cheaper,
+    examples_to_be_faster,
+    workload,
+)
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
 from choral.audits.report.charts.price_figures import crossover_figure, log_ticks
 from choral.cli.command_line import main
 from choral.errors import ConfigError
 from choral.trainers import Run
+from choral.trainers.run_folder.info import RoundTimes
 
 MakeRun = Callable[..., Run]
 PRICES = read_prices()
@@ -40,7 +48,7 @@ def test_the_shipped_table_is_complete_dated_and_sourced() -> None:
     assert set(table) == {"as_of", *KEYS}
     assert tuple(PRICES.entries) == KEYS
     for key, price in PRICES.entries.items():
-        assert price.value > 0, key
+        assert price.value > 0 or key == "rounds_per_day", key
         assert price.unit, key
         checked = "check before use" in price.source and price.page
         assert checked or "assumption" in price.source or "memory" in price.source or key == "round_trips", key
@@ -69,8 +77,13 @@ def test_every_price_is_a_flag_of_every_command(key: str, tmp_path: Path, capsys
         assert re.search(f"price.{key} is -1.0, expected a finite number >", capsys.readouterr().err), words
         assert main([*words, flag, "dear"]) == 2
         assert "float" in capsys.readouterr().err.lower()
-    assert main(["audit", "nowhere", flag, "7.5"]) == 2
+    assert main(["audit", "nowhere", flag, "0.75" if key == "accelerator_efficiency" else "7.5"]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def with_times(run: Run, times: RoundTimes) -> Run:
+    history = [msgspec.structs.replace(entry, times=times if entry.round else None) for entry in run.history]
+    return dataclasses.replace(run, history=tuple(history))
 
 
 def test_a_pooled_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
@@ -85,6 +98,23 @@ def test_a_pooled_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
     assert [item.basis for item in made.items] == ["measured", "modelled", "modelled"]
     assert made.bytes_up == max(run.info.raw_bytes.values())
     assert made.seconds == pytest.approx(made.bytes_up * 8 / 20e6 + busy)
+
+
+def test_eight_accelerators_and_a_round_a_day(make_run: MakeRun) -> None:
+    """Eight at an efficiency of one half are worth 4.5 of one, and are paid for as eight; nights are not paid for."""
+    prices = read_prices(
+        changes=PriceSettings(accelerators=8.0, accelerator_efficiency=0.5, rounds_per_day=1.0, accelerator_speedup=2.0)
+    )
+    one, eight = (bill("cloud", [make_run("cloud")], each) for each in (PRICES, prices))
+    assert one is not None
+    assert eight is not None
+    assert eight.items[2].quantity == pytest.approx(20 * 0.21 / 2 / 3600 * 8 / 4.5)
+    assert eight.seconds == pytest.approx(eight.bytes_up * 8 / 20e6 + 20 * 0.21 / 2 / 4.5)
+    daily, once = (bill("f", [make_run("federated-masked")], each) for each in (prices, PRICES))
+    assert daily is not None
+    assert once is not None
+    assert daily.seconds == 20 * 86_400
+    assert daily.usd == once.usd
 
 
 def test_an_accelerator_that_was_there_is_measured(make_run: MakeRun) -> None:
@@ -181,7 +211,7 @@ def cloud_usd(n: float, m: float, r: float) -> float:
     return n * m * (r / 1e9 * (0.09 + 0.023) + WORK.rounds * WORK.accelerator_seconds / 3600 * 1.006)
 
 
-def cloud_seconds(n: float, m: float, r: float) -> float:
+def pooled_seconds(n: float, m: float, r: float) -> float:
     return m * r * 8 / 20e6 + n * m * WORK.rounds * WORK.accelerator_seconds
 
 
@@ -194,10 +224,10 @@ def test_at_the_crossover_both_cost_the_same(parties: float, size: float) -> Non
     assert federation_usd(parties, 2 * m) < cloud_usd(parties, 2 * m, size)
     faster = examples_to_be_faster(WORK, PRICES, parties, size)
     if faster is None:
-        assert federation_seconds(1e12) > cloud_seconds(parties, 1e12, size)
+        assert federation_seconds(1e12) > pooled_seconds(parties, 1e12, size)
     else:
-        assert federation_seconds(faster) == pytest.approx(cloud_seconds(parties, faster, size), rel=1e-9)
-        assert federation_seconds(2 * faster) < cloud_seconds(parties, 2 * faster, size)
+        assert federation_seconds(faster) == pytest.approx(pooled_seconds(parties, faster, size), rel=1e-9)
+        assert federation_seconds(2 * faster) < pooled_seconds(parties, 2 * faster, size)
 
 
 def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
@@ -233,6 +263,122 @@ def test_what_was_not_recorded_leaves_no_work_to_compare(missing: str, make_run:
     change = {"rounds": first, "sizes": {"raw_bytes": {}}, "examples": nobody}.get(missing, {})
     cloud = make_run("cloud", **(first if missing == "passes in the cloud" else {}))
     assert workload("f", [make_run("federated", **change)], "c", [cloud], PRICES) is None
+
+
+def _other_program(work: Workload, price: dict[str, float], n: float, m: float, r: float) -> dict[str, float]:
+    """Both sides of one point by walking through the job, written from the words of docs/price.md alone."""
+    gigabyte, hour = 10**9, 3600
+    # The cloud: move the data, keep it, train on k accelerators that wait for one another.
+    moved = n * m * r / gigabyte
+    worth = 1 + (price["accelerators"] - 1) * price["accelerator_efficiency"]
+    alone = n * m * (work.cloud_rounds or work.rounds) * work.accelerator_seconds
+    cloud_usd = moved * price["party_egress_gb"] + moved * price["storage_gb_month"] * price["storage_months"]
+    cloud_usd += alone / worth * price["accelerators"] / hour * price["accelerator_hour"]
+    cloud_time = m * r * 8 / (price["party_mbps"] * 10**6) + alone / worth
+    # The federation: round by round.
+    usd = time = 0.0
+    for _ in range(work.rounds):
+        busy = price["round_trips"] * price["round_trip_seconds"] + work.sum_seconds
+        busy += (work.up_bytes + work.down_bytes) * 8 / (price["party_mbps"] * 10**6)
+        busy += m * work.device_seconds
+        day = 24 * hour / price["rounds_per_day"] if price["rounds_per_day"] else 0
+        time += day if day > busy else busy
+        there = n * work.selected
+        usd += there * work.up_bytes / gigabyte * price["party_egress_gb"]
+        usd += there * work.down_bytes / gigabyte * price["server_egress_gb"]
+        usd += there * m * work.device_seconds * price["device_watts"] / 1000 / hour * price["kwh"]
+        usd += busy / hour * price["server_hour"]
+    return {"cloud usd": cloud_usd, "cloud seconds": cloud_time, "usd": usd, "seconds": time}
+
+
+def _drawn(random: np.random.Generator) -> tuple[Workload, Prices]:
+    def log(low: float, high: float) -> float:
+        return float(10 ** random.uniform(np.log10(low), np.log10(high)))
+
+    work = Workload(
+        federated="f", cloud="c", parties=10, examples=100.0, record_bytes=100.0, rounds=int(random.integers(1, 60)),
+        up_bytes=log(1e3, 1e8), down_bytes=log(1e3, 1e8), device_seconds=log(1e-6, 1e-1), accelerator_basis="modelled",
+        accelerator_seconds=log(1e-8, 1e-2), selected=float(random.choice([0.05, 1.0])),
+        cloud_rounds=int(random.integers(1, 60)), sum_seconds=log(1e-3, 10.0), model_bytes=1e4,
+    )  # fmt: skip
+    accelerators = float(random.choice([1.0, 8.0, 64.0]))
+    changes = {key: PRICES[key] * log(0.3, 3.0) for key in KEYS}
+    changes |= {"accelerator_efficiency": float(random.uniform(0.3, 1.0)), "accelerators": accelerators}
+    changes |= {"rounds_per_day": float(random.choice([0.0, 1.0, 24.0]))}
+    return work, read_prices(changes=PriceSettings(**changes))
+
+
+def test_crossovers_of_random_workloads_are_where_another_program_sees_the_winner_change() -> None:
+    random, found = np.random.default_rng(7), 0
+    for _ in range(50):
+        work, prices = _drawn(random)
+        price = {key: prices[key] for key in KEYS}
+        n, r = float(10 ** random.uniform(0.5, 6)), float(10 ** random.uniform(1, 7))
+        for solve, kind in ((examples_to_be_cheaper, "usd"), (examples_to_be_faster, "seconds")):
+            m = solve(work, prices, n, r)
+            for factor in (0.9, 1.1) if m is not None else (1e3, 1e12):
+                both = _other_program(work, price, n, (m or 1.0) * factor, r)
+                assert (both[kind] < both[f"cloud {kind}"]) == (m is not None and factor > 1), (kind, m, factor)
+            found += m is not None
+    assert 50 < found < 100  # some workloads have no crossover
+
+
+def test_more_accelerators_never_raise_time_and_larger_records_never_favour_the_cloud() -> None:
+    random = np.random.default_rng(8)
+    for _ in range(30):
+        work, prices = _drawn(random)
+        changed = dict(prices.entries)
+        times = []
+        for count in (1.0, 2.0, 8.0, 64.0):
+            changed["accelerators"] = msgspec.structs.replace(changed["accelerators"], value=count)
+            times.append(cloud_seconds(work, dataclasses.replace(prices, entries=changed), 1e3, 1e3, 1e3))
+        assert times == sorted(times, reverse=True)
+        points = [examples_to_be_cheaper(work, prices, 1e3, size) for size in (10.0, 1e3, 1e5, 1e7)]
+        numbers = [math.inf if point is None else point for point in points]
+        assert numbers == sorted(numbers, reverse=True)
+
+
+def test_time_for_the_sum_is_no_time_for_training(make_run: MakeRun) -> None:
+    """It is a cost per round: counted as training it would grow with the examples, and move the crossover."""
+    times = RoundTimes(training=0.05, server=0.001, evaluation=0.002, processor=0.2, training_processor=0.06)
+    run = with_times(make_run("federated-masked"), times)
+    found = workload("f", [run], "c", [make_run("cloud")], PRICES)
+    assert found is not None
+    assert found.device_seconds * 20 * sum(run.info.parties.values()) == pytest.approx(20 * 0.06)
+    assert found.sum_seconds == pytest.approx(0.14)
+    assert (found.cloud_rounds, found.model_bytes) == (20, 4.0 * run.info.parameters)
+    made = bill("f", [run], PRICES)
+    assert made is not None
+    assert made.seconds == pytest.approx(20 * 5 * 0.2 + 8 * 20 * 48_600 / 20e6 + 20 * 0.06 / 10 + 20 * 0.14)
+    assert made.compute_seconds == pytest.approx(20 * 0.06)
+
+
+def test_a_busy_machine_changes_no_price(make_run: MakeRun) -> None:
+    """The clock of a round runs five times as long; its processor time does not."""
+    quiet = RoundTimes(training=0.06, server=0.001, evaluation=0.002, processor=0.2, training_processor=0.06)
+    busy = msgspec.structs.replace(quiet, training=0.3, server=0.005, evaluation=0.01)
+    costs = []
+    for times, factor in ((quiet, 1.0), (busy, 5.0)):
+        arms = {}
+        for name in ("cloud", "federated-masked"):
+            run = with_times(make_run(name), times)
+            history = [msgspec.structs.replace(entry, seconds=factor * entry.seconds) for entry in run.history]
+            arms[name] = [dataclasses.replace(run, history=tuple(history))]
+        costs.append(costs_of(arms, PRICES))
+    assert costs[0] == costs[1]
+
+
+def test_the_digits_point_of_the_secure_sum() -> None:
+    """What was drawn at 50,779 examples, a hundred parties' crossover in time, when sums were counted as training."""
+    right = Workload(
+        federated="federated-masked", cloud="cloud", parties=10, examples=143.8, record_bytes=264.0, rounds=20,
+        up_bytes=14_380.0, down_bytes=13_300.0, device_seconds=2.4e-5, accelerator_seconds=6.3e-7,
+        accelerator_basis="modelled", sum_seconds=0.018,
+    )  # fmt: skip
+    wrong = msgspec.structs.replace(right, sum_seconds=0.0, device_seconds=right.device_seconds + 0.018 / 1438)
+    apart, mixed = (examples_to_be_faster(work, PRICES, 100, 264.0) for work in (right, wrong))
+    assert apart is not None
+    assert mixed is None or mixed > 1.3 * apart
 
 
 def test_distribution_may_never_pay() -> None:

@@ -64,7 +64,7 @@ def many(job):
 
 def rounds_of(run: Run) -> list[dict[str, Any]]:
     """The history without what the machine's clock and meters say."""
-    return [msgspec.to_builtins(entry) | {"seconds": 0.0, "joules": None} for entry in run.history]
+    return [msgspec.to_builtins(entry) | {"seconds": 0.0, "joules": None, "times": None} for entry in run.history]
 
 
 def same(run: Run, other: Run) -> bool:
