@@ -339,7 +339,8 @@ def served(
         offer = offer_for(carrier.federation, settings)
         for name in carrier.federation.names:
             approved_at(carrier.federation, name, offer)
-    run = serve(settings, carrier, carrier.federation.keys, coordinator="hub", out=out, resume=resume, say=said.append)
+    hub = carrier.federation.hub
+    run = serve(settings, carrier, carrier.federation.keys, coordinator=hub, out=out, resume=resume, say=said.append)
     return run, said
 
 

@@ -75,7 +75,7 @@ def evidence_of(run: Run) -> Evidence:
         evidence.problems = [each for each in evidence.problems if not each.startswith("no receipt and no manifest")]
     for manifest in evidence.manifests.values():
         for party, about in manifest["parties"].items():
-            if about["receipts"] and (manifest["run"], party) not in evidence.heads:
+            if manifest["rehearsal"] and about["receipts"] and (manifest["run"], party) not in evidence.heads:
                 evidence.wrong(f"the receipts of {party}, which the manifest names, are missing")
     return evidence
 
@@ -121,7 +121,8 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
     for said in evidence.rounds:
         rounds.setdefault(said["round"], []).append(said)
         led, ledger = said["ledger"], ledgers.get(said["party"])
-        if led and (ledger is None or _head(ledger, led["events"][1]) != led["after"]):
+        away = said["party"] in run.info.sites  # with its ledger
+        if led and not away and (ledger is None or _head(ledger, led["events"][1]) != led["after"]):
             found.append(f"the ledger of {said['party']} is not the one of its receipt of round {said['round']}")
     for entry in run.history[1:]:
         here = rounds.get(entry.round, [])

@@ -10,16 +10,19 @@ A round is :func:`~choral.trainers.federated.one_round.one_round`, unchanged. He
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from Crypto.PublicKey import ECC
 
 from choral.errors import ConfigError
 from choral.network.coordinator.sites import Carrier, Say, Sites, Waits
 from choral.network.host.messages import ExchangeEnded
 from choral.network.site.offer import Offer
+from choral.network.transport.certificates import CertifiedIdentity
+from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import NeedsVector, ServerDriver, Trip
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSpec
@@ -29,6 +32,10 @@ from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.round_parties import RoundParties
 from choral.trainers.federated.terms.site_metrics import CHANNEL
 from choral.trainers.federated.terms.training_terms import TrainingTerms
+from choral.trainers.run_folder.evidence.manifest import Owned
+from choral.trainers.run_folder.evidence.receipts import model_digest
+from choral.trainers.run_folder.evidence.sealing import Signatories
+from choral.trainers.run_folder.evidence.signed_lines import signed_by
 from choral.trainers.run_folder.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ class RemoteSites:
     """What a session is given for parties that are at sites (`Elsewhere`).
 
     propose: the offer, given the terms of the training. keys: the sites' public keys, by name. say: as in `Sites`.
-    metrics: of the sites' own evaluations, whose sums are released.
+    metrics: of the sites' own evaluations, whose sums are released. coordinator: who writes the run's manifest; sites
+    sign none of another key than the one that they have pinned.
     """
 
     def __init__(
@@ -50,25 +58,36 @@ class RemoteSites:
         keys: Mapping[str, bytes],
         waits: Waits,
         say: Say,
+        coordinator: CertifiedIdentity,
         metrics: tuple[str, ...] = (),
     ) -> None:
         self._carrier, self._propose, self.keys = carrier, propose, keys
         self._waits, self._say, self.metrics = waits, say, metrics
+        self._identity = Identity(ECC.import_key(coordinator.key_path.read_bytes()).seed)
         self.sites: Sites | None = None
+        self._remote: RemoteEngine | None = None
 
     def engine(self, session: Session) -> RemoteEngine:
         length = max(codec.spec.length for codec in session.codecs.values())
         offer = self._propose(session.terms)
         self.sites = Sites(self._carrier, offer, self._waits, self._say, length=length)
-        return RemoteEngine(self.sites, self.keys, session)
+        self._remote = RemoteEngine(self.sites, self.keys, session, self._identity)
+        return self._remote
+
+    def end(self, session: Session) -> None:
+        """The run is over: the sites are told which model came of it, and say what they have of its receipts."""
+        if self._remote is not None and not session.sealed:
+            self._remote.end(session.completed, session.weights)
 
 
 class RemoteEngine:
     """See the module, and :class:`~choral.trainers.federated.distant.elsewhere.DistantEngine`."""
 
-    def __init__(self, sites: Sites, keys: Mapping[str, bytes], session: Session) -> None:
-        self._sites, self._begun = sites, False
+    def __init__(self, sites: Sites, keys: Mapping[str, bytes], session: Session, identity: Identity) -> None:
+        self._sites, self._begun, self._keys, self._identity = sites, False, keys, identity
+        self._ended: Signatories | None = None
         plan, terms = session.plan, session.terms
+        self._terms = terms
         sums: dict[SumSpec, RemoteSum] = {}
         self._channels: dict[str, RemoteChannel] = {}
         self._metrics, self._exchange = terms.metrics, 0
@@ -119,6 +138,35 @@ class RemoteEngine:
             return {}
         values = mean.value.tolist()
         return {f"{name} at the sites": value for name, value in zip(self._metrics, values, strict=True)}
+
+    def end(self, number: int, weights: torch.Tensor) -> None:
+        """No round comes after that one, and these are the weights in the end."""
+        model = model_digest(weights)
+        over = self._sites.end(model, number)
+        self._ended = Signatories(
+            run=self._sites.offer.digest,
+            coordinator=self._identity,
+            owned={
+                name: Owned(keys=over[name].keys, receipts=over[name].receipts, head=over[name].head)
+                for name in self._sites.names
+                if name in over and over[name].keys[-1] == self._keys[name].hex()
+            },
+            sign=self._signatures,
+            model=model,
+            terms=self._terms.digest.hex(),
+        )
+
+    def signatories(self) -> Signatories | None:
+        """Who was there in the end."""
+        return self._ended
+
+    def _signatures(self, body: bytes, names: Sequence[str]) -> dict[str, str]:
+        """Those that hold under the keys of the directory."""
+        found = self._sites.sign(body, names)
+        for name in [each for each in names if each not in found]:
+            self._sites.say(f"{name} has not signed the run's manifest; who runs it knows why")
+        keys = {name: self._keys[name].hex() for name in found}
+        return {name: each for name, each in found.items() if signed_by("manifest", body, each, keys[name])}
 
 
 class RemoteSum:

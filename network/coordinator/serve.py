@@ -55,8 +55,7 @@ def serve(plan: Plan, remote: RemoteSites) -> Run:
             _write(folder, Progress(number, dict(sites.past)))
             before = Progress()
             session.keep(outcome)
-        if remote.sites is not None:
-            remote.sites.end()
+        remote.end(session)
     return session.run
 
 

@@ -18,10 +18,13 @@ from choral.network.host.messages import (
     EndJob,
     ExchangeEnded,
     FromSite,
+    JobOver,
     JobRefused,
     JobTaken,
     JobUnknown,
     ProposeJob,
+    RunSigned,
+    SignRun,
     StepTaken,
     TakeStep,
     TellAgain,
@@ -127,13 +130,9 @@ class Sites:
 
         Raises: TooFewSurvivorsError if they have not come when the time is over.
         """
-        self.out.clear()
-        for name in sorted(self.there):  # who has connected again may have been started anew
-            if self.carrier.calls(name) != self._calls.get(name):
-                self.there.discard(name)
         end = time.monotonic() + self.waits.sites
         wanted = len(self.names) if all_of_them else fewest
-        self._offer()
+        self._take_in()
         while len(self._here()) < wanted:
             left = end - time.monotonic()
             missing = [name for name in self.names if name not in self._here()]
@@ -162,6 +161,13 @@ class Sites:
             )
         for name in sorted(self.there - here):
             self.leave(name, "is not connected")
+
+    def _take_in(self) -> None:
+        self.out.clear()
+        for name in sorted(self.there):  # who has connected again may have been started anew
+            if self.carrier.calls(name) != self._calls.get(name):
+                self.there.discard(name)
+        self._offer()
 
     def _here(self) -> set[str]:
         return self.there & self.carrier.connected
@@ -260,10 +266,23 @@ class Sites:
         elif name in trip.waiting:
             self.leave(name, "it sent no vector" if trip.step == "vector" else "it had no answer")
 
-    def end(self) -> None:
-        """Tell those who are there that no more is coming; who does not hear it forgets the job by itself."""
-        requests = {name: written(EndJob(self.offer.digest, self.past.get(name))) for name in sorted(self._here())}
-        self._ask(requests, self.waits.step)
+    def end(self, model: str, completed: int) -> dict[str, JobOver]:
+        """Tell those who are there, or come within a while, that no more is coming; others forget it by themselves.
+
+        model: digest of the one that came of the last round. Returns what those who answer have of the job's receipts.
+        """
+        if missing := [name for name in self.names if name not in self.carrier.connected]:
+            self.carrier.wait_for(missing, timeout=self.waits.away)
+        self._take_in()
+        ended = {name: EndJob(self.offer.digest, self.past.get(name), completed, model) for name in self._here()}
+        replies = self._ask({name: written(each) for name, each in ended.items()}, self.waits.step)
+        return {name: reply for name, reply in replies.items() if isinstance(reply, JobOver)}
+
+    def sign(self, manifest: bytes, names: Iterable[str]) -> dict[str, str]:
+        """The signatures of those who sign it. Why another does not, its own log says."""
+        request = written(SignRun(self.offer.digest, manifest))
+        replies = self._ask({name: request for name in names if name in self.carrier.connected}, self.waits.step)
+        return {name: reply.signature for name, reply in replies.items() if isinstance(reply, RunSigned)}
 
     def _ask(self, requests: Mapping[str, bytes], seconds: float) -> dict[str, FromSite]:
         """The replies of those who have one; the others are out."""

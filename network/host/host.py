@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from choral.errors import ChoralError
 from choral.network.errors import SiteError
+from choral.network.host.evidence import signed, stated
 from choral.network.host.job import SiteJob
 from choral.network.host.messages import (
     EndJob,
@@ -24,7 +25,7 @@ from choral.network.host.messages import (
     JobTaken,
     JobUnknown,
     ProposeJob,
-    StepTaken,
+    SignRun,
     TakeStep,
     ToSite,
     largest_offer,
@@ -73,6 +74,8 @@ class SiteHost:
             raise SiteError(f"{sender!a:.80} is not the coordinator that this site is open for")
         if isinstance(asked, ProposeJob):
             return self._take(Offer.read(asked.offer))
+        if isinstance(asked, SignRun):
+            return signed(self._folder.refreshed(), asked)
         with self._lock:
             job = self._jobs.pop(asked.job, None)
             if job is None:
@@ -108,11 +111,11 @@ class SiteHost:
         return taken
 
     def _end(self, job: SiteJob, asked: EndJob) -> FromSite:
-        job.end(asked.past)
+        job.end(asked.past, asked.model, completed=asked.completed)
         with self._lock:
             self._jobs.pop(job.digest, None)
         log.info("job %s is over", job.digest[:16])
-        return StepTaken()
+        return stated(self._folder, job.digest)
 
 
 def _limit_of(job: SiteJob) -> int:

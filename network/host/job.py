@@ -139,11 +139,11 @@ class SiteJob:
                     return TellAgain()
             return StepTaken(self.party.handle(asked.channel, asked.message))
 
-    def end(self, past: ExchangeEnded | None) -> None:
-        """No message comes after this one."""
+    def end(self, past: ExchangeEnded | None, model: str, *, completed: int) -> None:
+        """No message comes after this one. model: digest of the one that came of round ``completed``."""
         with self._lock:
             self._ended(past)
-            self.party.leave()
+            self.party.leave(model, completed=completed)
 
     def _ended(self, past: ExchangeEnded | None) -> None:
         """How the latest exchange ended; what the algorithm has the party remember depends on it."""

@@ -3,7 +3,8 @@
     request       what for                                                            reply
     ProposeJob    a job, as an offer                                                  JobTaken, JobRefused
     TakeStep      one message of a sum; with it, if it is new, the exchange of it     StepTaken, TellAgain, JobUnknown
-    EndJob        nothing more is coming                                              StepTaken
+    EndJob        nothing more is coming; the model that came of the last round       JobOver
+    SignRun       the run's manifest, to be signed                                    RunSigned
 
 Every request has the offer's digest, so that none is taken for another job's. A request may come twice: the drivers
 give the same bytes the same answer, and the rest changes nothing the second time.
@@ -53,8 +54,19 @@ class TakeStep(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class EndJob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """model: digest of the one that came of round ``completed``, as receipts have it."""
+
     job: Digest
-    past: ExchangeEnded | None = None
+    past: ExchangeEnded | None
+    completed: Count
+    model: Digest
+
+
+class SignRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """manifest: what is to be signed, as it will stand in the file."""
+
+    job: Digest
+    manifest: bytes
 
 
 class JobTaken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -78,12 +90,24 @@ class StepTaken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     parts: Annotated[tuple[bytes, ...], Meta(max_length=1 << 16)] = ()
 
 
+class JobOver(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """What the site has of the job's receipts: their number, the digest of the last, the keys that signed them."""
+
+    receipts: Count
+    head: Digest
+    keys: Annotated[tuple[Digest, ...], Meta(min_length=1, max_length=64)]
+
+
+class RunSigned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+
+
 class TellAgain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
     """The exchange goes on from tensors that this site has not, for it was started anew: it wants them told."""
 
 
-ToSite = ProposeJob | TakeStep | EndJob
-FromSite = JobTaken | JobRefused | JobUnknown | StepTaken | TellAgain
+ToSite = ProposeJob | TakeStep | EndJob | SignRun
+FromSite = JobTaken | JobRefused | JobUnknown | StepTaken | TellAgain | JobOver | RunSigned
 _to_site: msgspec.msgpack.Decoder[ToSite] = msgspec.msgpack.Decoder(ToSite)
 _from_site: msgspec.msgpack.Decoder[FromSite] = msgspec.msgpack.Decoder(FromSite)
 T = TypeVar("T")

@@ -3,8 +3,7 @@
     python verify.py FILE_OR_FOLDER... [--keys KEYS]          (or: choral verify ...)
 
 KEYS: public keys that you know by another way, names with 64 hexadecimal digits as JSON or TOML, or a site's
-directory.toml. Without them keys come from the files, which shows that these belong together, not who made them.
-Exit code: 0 holds, 1 something does not hold or cannot be verified, 2 wrong usage or unreadable files.
+directory.toml. Exit code: 0 holds, 1 something does not hold or cannot be verified, 2 wrong usage, unreadable files.
 
 A receipt (a line of receipts/NAME.jsonl) is what one party signed of one round, a manifest (manifest.json) what all
 signed of a run. Checked are all signatures, with the survivors' own on who was summed, model and terms; that no two
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-KINDS = ("manifest.json", "receipts/*.jsonl", "ledger/*.jsonl", "run.json", "history.jsonl", "*.safetensors")
+KINDS = ("manifest.json", "receipts/*.jsonl", "ledger/*.jsonl", "run.json", "sites.json", "history*", "*.safetensors")
 CANNOT = """What no signature can show, and so is not shown here:
 - that others added the noise that they promised, or trained as they said; a party knows this of itself alone;
 - that data were real; anything of a run, round, party or file that is not given here, or was never written down;
@@ -158,8 +157,9 @@ class Evidence:
                 self.check(name, who, key, b"choral manifest 1\n" + body, signatures[who], pin=bool(who))
             self.wrong(f"{name}: {who} has not signed", when=who not in signatures and who not in said["gone"])
         self.manifests[sha(raw)] = said
-        gone, signed = ", ".join(said["gone"]) or "none", len(signatures.keys() & signers)
-        self.said.append(f"{name}: run {said['run']}, {said['completed']} rounds, signed by {signed}; gone: {gone}")
+        by = [each for each, key in (self.pinned or {}).items() if key == said["coordinator"]] or ["a key not pinned"]
+        run, gone = f"run {said['run']}, {said['completed']} rounds", ", ".join(said["gone"]) or "none"
+        self.said.append(f"{name}, by {by[0]}: {run}, signed by {len(signatures.keys() & signers)}; gone: {gone}")
 
     def compare(self, *, whole: bool) -> None:
         rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -204,7 +204,7 @@ class Evidence:
 
     def compare_manifest(self, said: dict[str, Any], *, whole: bool) -> None:
         lost = sorted(set(said["files"]) - set(self.files))
-        lost += [party for party in said["parties"] if (said["run"], party) not in self.heads]
+        lost += [each for each in said["parties"] if (said["run"], each) not in self.heads and said["rehearsal"]]
         self.wrong(f"signed for, and missing here: {', '.join(lost)}", when=whole and bool(lost))
         for (run, party), found in self.heads.items():
             mine = said["parties"].get(party, {}) if run == said["run"] else {}

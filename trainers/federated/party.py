@@ -235,9 +235,11 @@ class TrainingParty:
         self._told = told
         self._receipts.hear(told.number, Asked(told.exchange, told.ask.channel, told.digest), told.ask.weights)
 
-    def leave(self, weights: torch.Tensor | None = None) -> None:
-        """No round is to come: the last one's receipt is written. weights: the model that came of it, if told."""
-        self._receipts.close(weights)
+    def leave(self, model: str = "", *, completed: int = 0) -> None:
+        """No round is to come: the last one's receipt is written. model: digest of the one that came of round
+        ``completed``, if the party was told.
+        """
+        self._receipts.close(model, completed=completed)
 
     def handle(self, channel: str, raw: bytes) -> tuple[bytes, ...]:
         """Take one message of the sum of that channel; what to send back. Where a vector is asked for, train first.

@@ -27,6 +27,7 @@ from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
 from choral.trainers.federated.checks import check_ranks
 from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of
 from choral.trainers.federated.distant.elsewhere import (
+    DistantEngine,
     Elsewhere,
     Engine,
     OpenChannel,
@@ -69,6 +70,7 @@ class Session:
     run: Run
     weights: torch.Tensor
     receipts: Rehearsal | None = None
+    _distant: DistantEngine | None = None
 
     def __init__(
         self,
@@ -144,6 +146,16 @@ class Session:
         if self.receipts:
             self.receipts.begin(number, found.names, self.weights)
         return found
+
+    @property
+    def completed(self) -> int:
+        """The last round that is recorded."""
+        return self._recorder.completed
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the run was over before, and its manifest is there."""
+        return self._recorder.is_sealed(None)
 
     @property
     def next_start(self) -> float:
@@ -361,7 +373,7 @@ class Session:
 
     def _sealed(self) -> Run:
         """The same, with its manifest."""
-        seal(run := self._closed(), self.receipts)
+        seal(run := self._closed(), self.receipts, self._distant.signatories() if self._distant else None)
         return run
 
 

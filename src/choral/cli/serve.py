@@ -114,7 +114,7 @@ def serve(words: list[str]) -> int:
             settings,
             hub,
             keys,
-            coordinator=identity.name,
+            coordinator=identity,
             out=wanted.out,
             resume=wanted.resume,
             say=say,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from choral.network.coordinator.remote import RemoteSites
     from choral.network.coordinator.sites import Carrier, Waits
     from choral.network.site.offer import Offer
+    from choral.network.transport.certificates import CertifiedIdentity
     from choral.trainers import RoundRecord, Run, Task
     from choral.trainers.federated.plan import Plan
     from choral.trainers.federated.terms.training_terms import TrainingTerms
@@ -29,13 +30,14 @@ def serve(
     carrier: Carrier,
     keys: Mapping[str, bytes],
     *,
-    coordinator: str,
+    coordinator: CertifiedIdentity,
     out: Path | None,
     resume: bool = False,
     say: Callable[[str], None],
     on_round: Callable[[RoundRecord], None] | None = None,
 ) -> Run:
-    """Train with the sites of the directory. keys: their public keys, by name. say: is told who is missing.
+    """Train with the sites of the directory. keys: their public keys, by name. coordinator: whom sites have pinned, and
+    who signs the run's manifest. say: is told who is missing.
 
     Raises: ConfigError; as `federate`.
     """
@@ -52,7 +54,7 @@ def remote_of(
     carrier: Carrier,
     keys: Mapping[str, bytes],
     *,
-    coordinator: str,
+    coordinator: CertifiedIdentity,
     code: str,
     say: Callable[[str], None],
 ) -> RemoteSites:
@@ -62,10 +64,12 @@ def remote_of(
     names = tuple(keys)
 
     def propose(terms: TrainingTerms) -> Offer:
-        return offer_of(settings, terms, names, coordinator=coordinator, code=code)
+        return offer_of(settings, terms, names, coordinator=coordinator.name, code=code)
 
     metrics = settings.metrics if settings.sites.metrics != "none" else ()
-    return RemoteSites(carrier, propose, keys=keys, waits=waits_of(settings), say=say, metrics=metrics)
+    return RemoteSites(
+        carrier, propose, keys=keys, waits=waits_of(settings), say=say, coordinator=coordinator, metrics=metrics
+    )
 
 
 class _Made(Exception):

@@ -111,7 +111,9 @@ def test_a_run_through_doors_has_the_weights_of_federate_bit_by_bit(tmp_path: Pa
         approved_at(federation, name, offer)
     with doors(federation, place) as found:
         carrier = EngineCarrier(Threads(found), federation.hub, federation.names)
-        run = serve(settings, carrier, federation.keys, coordinator="hub", out=tmp_path / "run", say=lambda _: None)
+        run = serve(
+            settings, carrier, federation.keys, coordinator=federation.hub, out=tmp_path / "run", say=lambda _: None
+        )
     assert [entry.survivors for entry in run.history] == [0, 3, 3, 3]
     assert same_weights(run, rehearsed(federation, settings))
 

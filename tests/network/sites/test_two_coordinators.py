@@ -11,7 +11,7 @@ from site_federation import Direct, Federation, approved_at, offer_for, private_
 
 from choral.jobs.serving import offer_ahead, serve
 from choral.jobs.settings import PrivacySettings, Settings
-from choral.network import OfferRefusedError, SiteFolder, make_identity
+from choral.network import CertifiedIdentity, OfferRefusedError, SiteFolder, make_identity
 from choral.network.host.host import SiteHost
 from choral.network.site.budget import open_ledger, spent_of
 from choral.protocols import TooFewSurvivorsError
@@ -44,6 +44,10 @@ def federation(tmp_path: Path) -> Federation:
         folder = made.site(name)
         folder.pinned.with_(other, coordinator=True).write(folder.path / "directory.toml")
     return made
+
+
+def other_hub(federation: Federation) -> CertifiedIdentity:
+    return CertifiedIdentity.load(federation.path / "other", "other")
 
 
 def job(federation: Federation, name: str, epsilon: float) -> Settings:
@@ -85,13 +89,13 @@ def test_a_job_does_not_go_on_after_another_has_spent_meanwhile(federation: Fede
 
     def serve_first(*, resume: bool) -> Run:
         return serve(
-            first, mine, federation.keys, coordinator="hub", out=tmp_path / "run", resume=resume,
+            first, mine, federation.keys, coordinator=federation.hub, out=tmp_path / "run", resume=resume,
             say=lambda _: None, on_round=None if resume else stop,
         )  # fmt: skip
 
     with pytest.raises(Stopped):
         serve_first(resume=False)
-    serve(second, others, federation.keys, coordinator="other", out=None, say=lambda _: None)
+    serve(second, others, federation.keys, coordinator=other_hub(federation), out=None, say=lambda _: None)
     assert [books(federation, name)[:2] for name in federation.names] == [(4, 4)] * 3
     run = serve_first(resume=True)
     assert [entry.survivors for entry in run.history] == [0, 3, 0, 0]
@@ -115,7 +119,7 @@ def test_two_at_once_never_spend_more_than_is_promised(federation: Federation) -
     with ThreadPoolExecutor(2) as pool:
         done = [
             pool.submit(serve, settings, carrier, federation.keys, coordinator=hub, out=None, say=lambda _: None)
-            for settings, carrier, hub in ((first, mine, "hub"), (second, others, "other"))
+            for settings, carrier, hub in ((first, mine, federation.hub), (second, others, other_hub(federation)))
         ]
         ended = [each.exception(120) for each in done]
     assert all(error is None or isinstance(error, TooFewSurvivorsError) for error in ended), ended

@@ -23,6 +23,7 @@ from choral.trainers.federated.virtual_parties import DistantParties
 if TYPE_CHECKING:
     from choral.trainers.federated.plan import Plan
     from choral.trainers.federated.session import Session
+    from choral.trainers.run_folder.evidence.sealing import Signatories
 
 
 class OpenChannel(Protocol):
@@ -48,6 +49,10 @@ class DistantEngine(Engine, Protocol):
 
     def judged(self, number: int, weights: torch.Tensor) -> Mapping[str, float]:
         """What the parties say of the model after a round, as a mean over all their held-out records; or nothing."""
+        ...
+
+    def signatories(self) -> Signatories | None:
+        """Who signs the run's manifest; None where that is nobody."""
         ...
 
 

@@ -10,17 +10,18 @@
     ledgers      by data owner: head, number of events, and what all of them cost
     parties      by name: the keys that signed its receipts, in their order; number and last digest of its receipts
     coordinator  the key of whoever wrote the manifest, whose signature has an empty name
-    gone         parties that have not signed; sites, whose receipts are with them, among them
+    gone         parties that have not signed
     code         version of Choral, and a digest of its source
 
 A party signs what it has compared with its own: number and head of its receipts, head and events of its ledger. Whoever
 was not there in the end is named in `gone`. Of a run on pooled data, or of one with more parties than a rehearsal keeps
-receipts of, the coordinator alone signs.
+receipts of, the coordinator alone signs. Receipts and ledger of a site are with it: the manifest has their number and
+head, and the head holds where the site's ledger stood.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -54,7 +55,8 @@ class Owned:
 
 @dataclass(frozen=True, kw_only=True)
 class Sealing:
-    """What a manifest tells beside the files. owned, identities: of the parties; who has no identity here is gone.
+    """What a manifest tells beside the files. owned: of the parties. sign: asks those who are named, each of whom
+    compares it with what it owns; who is not in the answer is gone. None: all are.
 
     spent: what the ledgers cost. model: digest of the one that came of the last round. metrics: of the last round.
     """
@@ -65,7 +67,7 @@ class Sealing:
     spent: Mapping[str, Spent]
     ledgers: Mapping[str, Ledger]
     owned: Mapping[str, Owned]
-    identities: Mapping[str, Identity]
+    sign: Callable[[bytes, Sequence[str]], Mapping[str, str]] | None = None
     model: str = ""
     terms: str = ""
 
@@ -102,14 +104,23 @@ def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, reh
             for name, own in sealing.owned.items()
         },
         "coordinator": coordinator.public.hex(),
-        "gone": [name for name in (*sealing.owned, *info.sites) if name not in sealing.identities],
+        "gone": [],
         "code": code(),
     }
-    body = body_of(said)
-    signatures = {"": sign("manifest", body, coordinator)}
-    for name, identity in sealing.identities.items():
-        signatures[name] = countersign(body, name, sealing.owned[name], identity)
+    body, signatures = _signed(said, sealing)
+    signatures = {"": sign("manifest", body, coordinator), **signatures}
     replace_file(folder / NAME, b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
+
+
+def _signed(said: dict[str, Any], sealing: Sealing) -> tuple[bytes, dict[str, str]]:
+    """The words, and whose signatures they have: who does not sign is named in them, so the others are asked again."""
+    everybody, there = dict.fromkeys((*sealing.owned, *sealing.info.sites)), list(sealing.owned)
+    while True:
+        body = body_of({**said, "gone": [name for name in everybody if name not in there]})
+        found = sealing.sign(body, there) if there and sealing.sign else {}
+        if all(name in found for name in there):
+            return body, {name: found[name] for name in there}
+        there = [name for name in there if name in found]
 
 
 def countersign(body: bytes, party: str, own: Owned, identity: Identity) -> str:

@@ -52,8 +52,9 @@ class PartyReceipts:
         if self._file is None:
             return
         if self._notes is None or self._notes.number != number:
-            self.close(weights)
-            self._notes = RoundNotes(self._file.who.party, number, model_digest(weights), at(self._ledger))
+            given = model_digest(weights)
+            self.close(given, completed=number - 1)
+            self._notes = RoundNotes(self._file.who.party, number, given, at(self._ledger))
         self._asked, self._vector = asked, False
 
     def send(self, answers: tuple[bytes, ...], *, vector: bool = False) -> tuple[bytes, ...]:
@@ -77,11 +78,13 @@ class PartyReceipts:
         """The round failed, as the coordinator says."""
         self._failed = why
 
-    def close(self, weights: torch.Tensor | None) -> None:
-        """Write the receipt of the latest round. weights: the model that came of it, if the party was told."""
+    def close(self, model: str, *, completed: int) -> None:
+        """Write the receipt of the latest round. model: digest of the one that came of round ``completed``, if the
+        party was told; of one that it was away in, that says nothing of the round that it was in last.
+        """
         if self._file is None or self._notes is None:
             return
-        ledger, came = self._ledger, None if weights is None else model_digest(weights)
+        ledger, came = self._ledger, model if model and completed == self._notes.number else None
         cost = spent_on(ledger, ledger.delta) if ledger is not None and ledger.delta else None
         end = RoundEnd(
             came=came,

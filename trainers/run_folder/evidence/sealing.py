@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from choral.privacy import Ledger
 from choral.protocols.crypto.identity import Identity
-from choral.trainers.run_folder.evidence.manifest import NAME, Owned, Sealing, write_manifest
+from choral.trainers.run_folder.evidence.manifest import NAME, Owned, Sealing, countersign, write_manifest
 from choral.trainers.run_folder.evidence.receipts import FOLDER, at, read
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal
 from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.run_folder.run import Run
 
 
-def seal(run: Run, rehearsal: Rehearsal | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Signatories:
+    """Parties elsewhere, at the end of a run. run: its name in their receipts. coordinator: who writes the manifest.
+
+    owned: what those who are there say of their receipts. sign: asks them. model, terms: as in `Sealing`.
+    """
+
+    run: str
+    coordinator: Identity
+    owned: Mapping[str, Owned]
+    sign: Callable[[bytes, Sequence[str]], Mapping[str, str]]
+    model: str
+    terms: str
+
+
+def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | None = None) -> None:
     """Write the manifest of a run that is over, into its folder; one that is there stays as it is.
 
-    rehearsal: the parties of a process that played them all, who sign. Raises: EvidenceError, LedgerError.
+    rehearsal: the parties of a process that played them all, who sign. elsewhere: those of a run with sites.
+    Raises: EvidenceError, LedgerError.
     """
     folder = run.folder
     if folder is None or (folder / NAME).exists():
@@ -27,8 +45,11 @@ def seal(run: Run, rehearsal: Rehearsal | None = None) -> None:
     for name in run.info.spent:
         if (path := ledger_file(folder / "ledger", name)).is_file():
             ledgers[name] = Ledger(path, holder=name)
-    coordinator = Identity(secrets.token_bytes(32))
-    known = _by_rehearsal(rehearsal) if rehearsal and rehearsal.receipts else _by_files(folder)
+    coordinator = elsewhere.coordinator if elsewhere else Identity(secrets.token_bytes(32))
+    if elsewhere is not None:
+        known = _Known(elsewhere.run, elsewhere.model, elsewhere.terms, dict(elsewhere.owned), elsewhere.sign)
+    else:
+        known = _by_rehearsal(rehearsal) if rehearsal and rehearsal.receipts else _by_files(folder)
     sealing = Sealing(
         run=known.run or secrets.token_hex(16),
         info=run.info,
@@ -36,7 +57,7 @@ def seal(run: Run, rehearsal: Rehearsal | None = None) -> None:
         spent=run.info.spent,
         ledgers=ledgers,
         owned=known.owned,
-        identities=rehearsal.identities if rehearsal else {},
+        sign=known.sign,
         model=known.model,
         terms=known.terms,
     )
@@ -50,6 +71,7 @@ class _Known(NamedTuple):
     model: str
     terms: str
     owned: dict[str, Owned]
+    sign: Callable[[bytes, Sequence[str]], Mapping[str, str]] | None = None
 
 
 def _by_rehearsal(rehearsal: Rehearsal) -> _Known:
@@ -58,7 +80,11 @@ def _by_rehearsal(rehearsal: Rehearsal) -> _Known:
         ledger = at(rehearsal.ledgers.get(name))
         owned[name] = Owned(keys=tuple(file.keys), receipts=file.count, head=file.head, ledger=ledger)
     _, model, terms = max(file.latest for file in rehearsal.receipts.values())
-    return _Known(rehearsal.run, model, terms, owned)
+
+    def sign(body: bytes, names: Sequence[str]) -> dict[str, str]:
+        return {name: countersign(body, name, owned[name], rehearsal.identities[name]) for name in names}
+
+    return _Known(rehearsal.run, model, terms, owned, sign)
 
 
 def _by_files(folder: Path) -> _Known:
