@@ -16,6 +16,7 @@ from choral.audits.comparison.composition import composed
 from choral.audits.comparison.fairness import fairness_metric, fairness_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
+from choral.audits.costs.target import costs_to_target
 from choral.audits.findings.claims import caveats, merged_versions, units_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.audits.findings.schema import (
@@ -126,6 +127,7 @@ def compare(
     references: Mapping[str, Mapping[str, float]] | None = None,
     title: str = TITLE,
     prices: Prices | None = None,
+    target: float | None = None,
     attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
     probes: Mapping[str, Probe] | None = None,
     failed: Mapping[str, str] | None = None,
@@ -142,6 +144,7 @@ def compare(
         drawn on a logarithmic axis; "accuracy" and "test error" are shares.
     references: metric -> name -> level, drawn across its curves: what always the same answer gets, for instance.
     prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
+    target: level of ``metric`` whose cost is asked; by default 95 % of what the baseline gained.
     attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
         -> why an attack on it could not be carried out, which leaves the arm unverified.
     not_trained: arms, or runs of them, that were to be compared and failed; they are rows with a reason.
@@ -162,7 +165,9 @@ def compare(
     base, books = _baseline(ready, baseline), ledger_rows()
     audits = _audits(ready, books, attacks or {}, probes or {}, failed or {})
     found = _compared(ready, budgets or {}, _rows(ready, base, metrics, audits), books, base=base, metrics=metrics)
-    costs = costs_of(ready, prices or read_prices())
+    table = prices or read_prices()
+    if (costs := costs_of(ready, table)) is not None:
+        costs = msgspec.structs.replace(costs, target=costs_to_target(ready, metric, base, table, target))
     return msgspec.structs.replace(found, title=title, references=levels, failed=tuple(not_trained), costs=costs)
 
 

@@ -10,13 +10,17 @@ import msgspec
 from choral.audits.costs.bills import Bill, bill
 from choral.audits.costs.crossover import CrossoverLine, Workload, crossover, workload
 from choral.audits.costs.prices import Price, Prices
+from choral.audits.costs.target import Target
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bills of all arms, the crossover where there is a cloud and a federation, and the prices used."""
+    """Bills of all arms, the crossover where there is a cloud and a federation, and the prices used.
+
+    target: what each run cost until it was as good as stated, or as 95 % of the baseline; None of a single run.
+    """
 
     as_of: str
     origin: str
@@ -24,6 +28,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bills: tuple[Bill, ...]
     workload: Workload | None = None
     crossover: tuple[CrossoverLine, ...] = ()
+    target: Target | None = None
 
 
 def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from choral.audits.costs.bills import mean
 from choral.audits.costs.costs import Costs
 from choral.audits.findings import text
 from choral.audits.findings.claims import composed_words, no_claim
@@ -196,6 +197,7 @@ def _environment() -> Environment:
     environment.filters["plain"] = _plain
     environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
     environment.filters["json_digest"] = lambda report: sha256(as_json(report)).hexdigest()
+    environment.filters["mean_of"] = lambda items, name: mean([getattr(item, name) for item in items])
     environment.filters["words"] = lambda key: str(key).replace("_", " ")
     return environment
 

@@ -16,6 +16,7 @@ _SHARED_KEYS = {
     "evaluation",
     "title",
     "seeds",
+    "target",
     "device",
     "epsilons",
     "arms",

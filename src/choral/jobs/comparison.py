@@ -105,6 +105,7 @@ def run_comparison(
         references=_tried(lambda: _references(settings), levels, troubles),
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),
+        target=settings.target,
         not_trained=_failed_runs(settings, failed, arms, out),
         **evidence_of(settings, list(arms), out),
     )
@@ -219,6 +220,8 @@ def _check(settings: Settings) -> None:
             hint="leave ledgers out: each run then has its own, and the report says what all of them cost together;"
             " train the configuration that you choose with `choral train --ledgers FOLDER`",
         )
+    if settings.target is not None and not math.isfinite(settings.target):
+        raise ConfigError(f"target is {settings.target}, expected a finite number", hint="a level of the first metric")
     if settings.seeds < 1:
         raise ConfigError(f"expected seeds >= 1, got {settings.seeds}", hint="3 to 5 give an interval")
     for epsilon in settings.epsilons:

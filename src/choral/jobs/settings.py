@@ -194,6 +194,9 @@ class Settings:
     load(split, training, seed) -> Task."""
     metrics: tuple[str, ...] = ("accuracy",)
     """What of the task's evaluation is compared; configurations are judged by the first. A "... gap" has a log axis."""
+    target: float | None = None
+    """Level of the first metric whose cost is asked: rounds, bytes, time and money until a configuration reaches it.
+    By default 95 % of what the baseline gained over the untrained model."""
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     data_dir: Path | None = None
