@@ -12,6 +12,16 @@ from choral.trainers.algorithms import FedProx as FedProx
 from choral.trainers.algorithms import FedSGD as FedSGD
 from choral.trainers.algorithms import FedYogi as FedYogi
 from choral.trainers.algorithms import Scaffold as Scaffold
+from choral.trainers.analytics.cells import Categories as Categories
+from choral.trainers.analytics.cells import Histogram as Histogram
+from choral.trainers.analytics.cells import Table as Table
+from choral.trainers.analytics.estimates import Estimated as Estimated
+from choral.trainers.analytics.federated_statistics import federated_statistics as federated_statistics
+from choral.trainers.analytics.moments import Count as Count
+from choral.trainers.analytics.moments import Covariance as Covariance
+from choral.trainers.analytics.moments import Mean as Mean
+from choral.trainers.analytics.quantiles import Quantiles as Quantiles
+from choral.trainers.analytics.result import FederatedStatistics as FederatedStatistics
 from choral.trainers.centralized.centralize import centralize as centralize
 from choral.trainers.centralized.data_parallel import WorkersError as WorkersError
 from choral.trainers.centralized.tuning import Tuned as Tuned

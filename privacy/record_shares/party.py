@@ -160,6 +160,26 @@ class SharesParty:
             )
         return vector
 
+    def add(self, total: npt.NDArray[np.float64]) -> None:
+        """Make the next step's vector of `total`, in the place of a pass over a wrapped loader: of a sum of something
+        else than gradients. It is paid for here, before its noise is drawn.
+
+        total: the sum of the records' contributions, float64, shape (plan.terms.length,). **Whoever calls this answers
+        for it that each of at most plan.terms.most_records records contributes a vector of norm at most plan.clip**,
+        and that each is taken with probability plan.terms.rate: sampling is not done here.
+        Raises: PrivacyError (another shape or type, or a plan that samples), BudgetExceededError, LedgerError.
+        """
+        if self.plan.terms.rate != 1:
+            raise PrivacyError(
+                "the plan draws records at random, and a total is of all of them",
+                hint="Plan with batch_size = records.",
+            )
+        shape = (self.plan.terms.length,)
+        if total.shape != shape or total.dtype != np.float64:
+            raise PrivacyError(f"total has shape {total.shape} and type {total.dtype}, expected float64 and {shape}")
+        self._vector = None
+        self._make(total)
+
     def _refuse_spent(self) -> None:
         if self.steps_left < 1:
             raise BudgetExceededError(

@@ -35,5 +35,6 @@ from choral.trainers import Task as Task
 from choral.trainers import TaskError as TaskError
 from choral.trainers import centralize as centralize
 from choral.trainers import federate as federate
+from choral.trainers import federated_statistics as federated_statistics
 
 __version__: str

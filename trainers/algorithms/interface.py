@@ -1,7 +1,7 @@
 """The interface between a federated algorithm, the secure sum, and whoever computes at the parties.
 
 An algorithm is a frozen configuration with three short methods. For each round `round` is a generator at the server:
-it yields an :class:`Exchange` for every secure sum that it wants, is sent the :class:`Mean` of what the parties
+it yields an :class:`Exchange` for every secure sum that it wants, is sent the :class:`ExchangeMean` of what the parties
 answered, and returns the next weights. At a party, `work` says what to compute (data, one of the classes of
 :data:`Work`) and `answer` what is sent of the result, one flat vector:
 
@@ -9,7 +9,7 @@ answered, and returns the next weights. At a party, `work` says what to compute 
     party:   work(party, exchange)           -> Train(pull=mu)             what the trainer is to do
     trainer: do([(name, work), ...])         -> Done(vector=w_k - w)     the whole cohort at once, or one by one
     party:   answer(party, exchange, done)   -> vector, shape (length,)  into the secure sum
-    server:  mean = (yield ...)              -> Mean(value, weight)
+    server:  mean = (yield ...)              -> ExchangeMean(value, weight)
 
 So an algorithm knows nothing of models, an engine nothing of algorithms, and neither of protocols. The objective is
 f(w) = sum_k (n_k / n) F_k(w), F_k the mean loss of party k's n_k records.
@@ -80,7 +80,7 @@ class FederationInfo:
     weight: int
 
 
-class Mean(NamedTuple):
+class ExchangeMean(NamedTuple):
     """What the server learns from one exchange: the weighted mean, float64, shape (length,), and the total weight."""
 
     value: torch.Tensor
@@ -251,7 +251,7 @@ class LocalTrainer(Protocol):
         ...
 
 
-Rounds = Generator[Exchange, Mean, torch.Tensor]
+Rounds = Generator[Exchange, ExchangeMean, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

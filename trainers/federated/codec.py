@@ -23,7 +23,7 @@ from choral.privacy import ClientPrivacyEngine, ClientRound, FixedPoint
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
 from choral.protocols.masking.policy import Policy, check_policy
-from choral.trainers.algorithms.interface import Channel, Mean
+from choral.trainers.algorithms.interface import Channel, ExchangeMean
 from choral.trainers.task import arguments
 
 
@@ -131,7 +131,7 @@ class Codec(Protocol):
         """What a party sent beside its integers."""
         ...
 
-    def decode(self, result: SumResult) -> Mean: ...
+    def decode(self, result: SumResult) -> ExchangeMean: ...
 
 
 def fixed_point_of(channel: Channel, encoding: Encoding, cap: int) -> FixedPoint:
@@ -238,10 +238,10 @@ class WeightedCodec:
             self.more_bytes = max(self.more_bytes, 12 * int(beyond.count_nonzero()))  # a number and its place
             self._beyond = beyond + (0.0 if self._beyond is None else self._beyond)
 
-    def decode(self, result: SumResult) -> Mean:
+    def decode(self, result: SumResult) -> ExchangeMean:
         """Raises: EncodingError for a weight that so many survivors cannot have: some party made it up."""
         mean, weight = self._encoding.decode(result.total, len(result.survivors))
-        return Mean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
+        return ExchangeMean(mean if self._beyond is None else mean + self._beyond.to(mean) / weight, weight)
 
 
 class ClientPartyCodec:
@@ -355,10 +355,10 @@ class ClientCodec:
     def take(self, encoded: Encoded) -> None:
         """There is nothing beside the integers."""
 
-    def decode(self, result: SumResult) -> Mean:
+    def decode(self, result: SumResult) -> ExchangeMean:
         survivors = len(result.survivors)
         mean = begun(self._round).decode(result.total, survivors)
-        return Mean(mean, self._privacy_engine.divisor(survivors))
+        return ExchangeMean(mean, self._privacy_engine.divisor(survivors))
 
 
 def cap_of(largest: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from choral.errors import ChoralError
 from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
-from choral.trainers.algorithms.interface import Exchange, Mean, Rounds
+from choral.trainers.algorithms.interface import Exchange, ExchangeMean, Rounds
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.failures import kind_of
 from choral.trainers.federated.round_parties import RoundParties
@@ -79,7 +79,7 @@ class Steps:
         self._steps = steps
         self.weights = torch.empty(0)
 
-    def advance(self, mean: Mean | None) -> Exchange | None:
+    def advance(self, mean: ExchangeMean | None) -> Exchange | None:
         """The next exchange, given the mean of the one before; None once it has asked all that it wants to know."""
         try:
             return next(self._steps) if mean is None else self._steps.send(mean)

@@ -31,6 +31,7 @@ commands:
   init --data FILE           write settings for a table of your own: CSV or Parquet, by flags or by questions
   compare CONFIG --out DIR   train every configuration of a TOML file; accuracy, epsilon, bytes and time side by side
   train CONFIG --out DIR     train one configuration: federated (default), or --centralized on pooled data
+  stats CONFIG               statistics of the parties' records in one secure sum, exact or with noise
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
                              or a model of your own: --scores FILE, --model FILE.py, --probe
   serve CONFIG --directory FILE --out DIR
@@ -141,6 +142,12 @@ def _train(words: list[str]) -> int:
     return train(words)
 
 
+def _stats(words: list[str]) -> int:
+    from choral.cli.stats import stats
+
+    return stats(words)
+
+
 def _audit(words: list[str]) -> int:
     from choral.cli.audit import audit
 
@@ -213,6 +220,7 @@ _COMMANDS: dict[str, Command] = {
     "init": _init,
     "compare": _compare,
     "train": _train,
+    "stats": _stats,
     "audit": _audit,
     "verify": _verify,
     "ledger": _ledger,

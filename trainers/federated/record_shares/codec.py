@@ -18,7 +18,7 @@ from choral.errors import ConfigError
 from choral.privacy import PrivacyError, SharesPlan, refuse_weak_sum
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
-from choral.trainers.algorithms.interface import Mean
+from choral.trainers.algorithms.interface import ExchangeMean
 from choral.trainers.federated.codec import Encoded
 
 
@@ -113,11 +113,11 @@ class SharesCodec:
     def take(self, encoded: Encoded) -> None:
         """There is nothing beside the integers."""
 
-    def decode(self, result: SumResult) -> Mean:
+    def decode(self, result: SumResult) -> ExchangeMean:
         """Raises: TooFewSurvivorsError for a sum over fewer parties than the noise is sized for."""
         self._refuse_few(result.survivors)
         mean = self.plan.mean(np.asarray(result.total))
-        return Mean(torch.from_numpy(mean), self.plan.terms.batch_size)
+        return ExchangeMean(torch.from_numpy(mean), self.plan.terms.batch_size)
 
     def _refuse_few(self, left: tuple[str, ...]) -> None:
         needed = self.plan.honest + self.plan.colluders
