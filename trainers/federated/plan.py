@@ -13,16 +13,17 @@ from typing import Any, Self
 
 import msgspec
 
-from choral.privacy import ClientPrivacy, Privacy
+from choral.privacy import ClientPrivacy, Privacy, PrivacyEngine
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms import algorithm_named
-from choral.trainers.algorithms.interface import Algorithm
+from choral.trainers.algorithms.interface import Algorithm, LocalTrainer
+from choral.trainers.engines.fastest import Fastest
 from choral.trainers.federated import checks
 from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.record_shares import checks as shares
 from choral.trainers.federated.virtual_parties import Census, DistantParties, census_of
-from choral.trainers.local_steps.resident_model import resolve_device
+from choral.trainers.local_steps.resident_model import Resident, resolve_device
 from choral.trainers.run_folder.describe import check_tuned, describe
 from choral.trainers.run_folder.evidence.rehearsal import MOST_PARTIES
 from choral.trainers.run_folder.info import RunInfo
@@ -162,3 +163,25 @@ class Plan:
         """The fewest that a round begins with: no sum is over fewer, so they stand for every cohort."""
         names = self.census.names
         return tuple(names[: self.participation.fewest(len(names))])
+
+
+def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:
+    """The resident model of this process, and who computes at its parties."""
+    task, compute, census = plan.task, plan.compute, plan.census
+    resident = Resident(
+        build=task.build,
+        fit=task.fit,
+        datasets=census.datasets,
+        privacy_engines=engines,
+        seed=compute.seed,
+        device=plan.arithmetic.device,
+        loss=task.loss,
+        start=plan.initial,
+        first=census.names[0],
+        seats=census.seats,
+        arithmetic=plan.arithmetic,
+        schedule=task.schedule,
+        rounds=plan.rounds,
+    )
+    made: LocalTrainer = compute.engine(resident) if compute.engine else Fastest(resident)
+    return resident, made

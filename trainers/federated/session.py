@@ -18,11 +18,9 @@ from typing import Any
 import msgspec
 import torch
 
-from choral.privacy import PrivacyEngine
 from choral.protocols.interface import Step
 from choral.protocols.tap import watched_by
 from choral.trainers.algorithms.interface import Channel, FederationInfo, LocalTrainer, Server
-from choral.trainers.engines.fastest import Fastest
 from choral.trainers.engines.sharded import RankGroup, RankSetup, Sharded, led
 from choral.trainers.federated.checks import check_ranks
 from choral.trainers.federated.codec import Codec, WeightedCodec, cap_of
@@ -37,7 +35,7 @@ from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
-from choral.trainers.federated.plan import Plan
+from choral.trainers.federated.plan import Plan, trainer_of
 from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import Sums, check_promises
@@ -45,7 +43,6 @@ from choral.trainers.federated.terms.site_metrics import metrics_releases
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.local_steps.batch_gradients import ShareSteps
-from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, settings_of
 from choral.trainers.run_folder.energy import EnergyMeter, Stopwatch
@@ -383,28 +380,6 @@ class _Follower(Session):
     def __init__(self, plan: Plan, ranks: RankGroup) -> None:
         self.plan, self._over = plan, True
         self.run = ranks.follow(lambda told: trainer_of(plan, engines_here(plan, ranks, told))[1])
-
-
-def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:
-    """The resident model of this process, and who computes at its parties."""
-    task, compute, census = plan.task, plan.compute, plan.census
-    resident = Resident(
-        build=task.build,
-        fit=task.fit,
-        datasets=census.datasets,
-        privacy_engines=engines,
-        seed=compute.seed,
-        device=plan.arithmetic.device,
-        loss=task.loss,
-        start=plan.initial,
-        first=census.names[0],
-        seats=census.seats,
-        arithmetic=plan.arithmetic,
-        schedule=task.schedule,
-        rounds=plan.rounds,
-    )
-    made: LocalTrainer = compute.engine(resident) if compute.engine else Fastest(resident)
-    return resident, made
 
 
 def _failed_in_a_row(history: Sequence[RoundRecord]) -> int:
