@@ -50,7 +50,9 @@ def _realised(run: Run, honest: int, colluders: int) -> float | None:
         ledger = ledger_of(run, next(iter(owners_of(run))))
     except LedgerError:
         return None  # it is damaged, which is found where ledgers are looked at
-    events = ledger.events if ledger is not None else ()
+    if ledger is None:
+        return None
+    events = ledger.events
     if not events or not all(isinstance(event, PoissonSampledShares) for event in events):
         return None
     each, total = int((run.info.algorithm or {}).get("steps_per_round", 1)), sum(event.steps for event in events)
@@ -60,4 +62,4 @@ def _realised(run: Run, honest: int, colluders: int) -> float | None:
             shares[max(entry.survivors - colluders, honest)] += each
     shares[honest] += max(total - shares.total(), 0)
     counted = [msgspec.structs.replace(events[0], honest=n, steps=steps) for n, steps in shares.items() if steps]
-    return record_level.epsilon(counted, float((run.info.privacy or {})["delta"]))
+    return record_level.epsilon(counted, float((run.info.privacy or {})["delta"]), neighbours=ledger.neighbours)

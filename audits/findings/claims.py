@@ -94,7 +94,7 @@ def sentence_parts(info: RunInfo) -> tuple[str, str]:
             "The cloud itself holds the raw data and has to be trusted with it.",
         )
     unit = next((spent.unit for spent in info.spent.values()), "record")
-    if unit == "record" and (info.privacy or {}).get("noise") == "distributed":
+    if unit == "record" and _in_shares(info):
         return _shares_parts(info)
     if unit == "record":
         return (
@@ -102,6 +102,12 @@ def sentence_parts(info: RunInfo) -> tuple[str, str]:
             "Each party adds its own noise before anything leaves it.",
         )
     return _client_parts(info)
+
+
+def _in_shares(info: RunInfo) -> bool:
+    """Whether the promise is of records, and each party adds a share of the noise."""
+    promise = info.privacy or {}
+    return promise.get("noise") == "distributed" and promise.get("unit", "record") == "record"
 
 
 def _shares_parts(info: RunInfo) -> tuple[str, str]:
@@ -134,10 +140,8 @@ def _answers(info: RunInfo) -> str:
     rows = (info.fixed_point or {}).get("rows")
     if rows is None:
         return "nothing here says how that was kept from it"
-    return (
-        f"no answer waits for a fixed time; every step of every party is padded to {int(rows)} rows, the most that one"
-        " may draw"
-    )
+    padded = "every site, by its own program, pads each step" if info.sites else "every step of every party is padded"
+    return f"no answer waits for a fixed time; {padded} to {int(rows)} rows, the most that one may draw"
 
 
 def _client_parts(info: RunInfo) -> tuple[str, str]:
@@ -301,6 +305,7 @@ def site_caveats(info: RunInfo) -> tuple[str, ...]:
     metrics = [release["what"] for release in info.releases if release.get("channel") == "site metrics"]
     return (
         *(_CAVEATS_SITES if info.privacy is not None else _CAVEATS_SITES[:1]),
+        *((_shares_parts(info)[1],) if _in_shares(info) else ()),
         *(f"After each round this is released, and no privacy promise covers it: {what}." for what in metrics),
     )
 

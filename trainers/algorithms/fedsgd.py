@@ -50,14 +50,15 @@ GRADIENT = Release(channel="update", what="sum of grad f_i(w_t) over the records
 @dataclass(frozen=True, kw_only=True)
 class FedSGD(Algorithm):
     """batch_size: B, records that a step draws on average at all parties together. steps_per_round: secure sums, each
-    with a step of the server, in a round. learning_rate: the server's. optimizer: the server's, "sgd" with `momentum`,
-    or "adam" with `beta1`, `beta2` and `tau`.
+    with a step of the server, in a round. learning_rate: the server's, which the task's schedule multiplies.
+    optimizer: the server's, "sgd" with `momentum`, or "adam" with `beta1`, `beta2` and `tau`.
     """
 
     kind = "fedsgd"
     releases = (GRADIENT,)
     needs_loss = True
     in_shares = True
+    paced = True
     remembers = True
     batch_size: int = 64
     steps_per_round: int = 10
@@ -80,12 +81,17 @@ class FedSGD(Algorithm):
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         """Raises: ConfigError for a batch of more records than there are."""
+        rate = self.learning_rate * server.pace
         self.rate_of(server.federation.examples)
         for step in range(self.steps_per_round):
             new = {"step": torch.tensor(step)}
             ask = Exchange(channel="update", weights=weights, new=new, moved=step > 0)
-            weights = updated(weights, -self.learning_rate * self._direction(server, (yield ask).value))
+            weights = updated(weights, -rate * self._direction(server, (yield ask).value))
         return weights
+
+    def share_steps(self, examples: int) -> tuple[int, int]:
+        self.rate_of(examples)
+        return self.batch_size, self.steps_per_round
 
     def rate_of(self, examples: int) -> float:
         """q, for so many records. Raises: ConfigError for a batch of more than there are."""

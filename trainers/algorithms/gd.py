@@ -4,7 +4,10 @@ A round: every party contributes n_k grad F_k(w); the server steps w <- w - rate
 A party's full batch in one step of FedAvg is the same.
 
 What a round releases: the weighted sum of the parties' gradients. They are read from the records outside the training
-loop, so record-level privacy refuses this algorithm; client-level privacy clips each party's gradient as a whole.
+loop, so each party's own noise does not cover them. ``Privacy(noise="distributed")`` does: each record's gradient is
+clipped, each party adds a share of the noise to their sum, and the divisor is n, whoever survived; it is FedSGD with
+every record in every step (q = 1), and the ridge, of weights that all know, costs nothing. Client-level privacy clips
+each party's gradient as a whole.
 """
 
 from __future__ import annotations
@@ -32,11 +35,15 @@ GRADIENT = Release(channel="gradient", what="grad F_k(w_t), the gradient of the 
 
 @dataclass(frozen=True, kw_only=True)
 class GD(Algorithm):
-    """rate: step size. ridge: lambda of the term lambda/2 |w|^2 that is added to the objective."""
+    """rate: step size, which the task's schedule multiplies. ridge: lambda of the term lambda/2 |w|^2 that is added to
+    the objective.
+    """
 
     kind = "gd"
     releases = (Release(channel="update", what=GRADIENT.what, source="data"),)
     needs_loss = True
+    in_shares = True
+    paced = True
     rate: float = 0.1
     ridge: float = 0.0
 
@@ -46,7 +53,10 @@ class GD(Algorithm):
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         mean = yield Exchange(channel="update", weights=weights)
-        return updated(weights, -self.rate * (mean.value + self.ridge * weights.to(mean.value)))
+        return updated(weights, -self.rate * server.pace * (mean.value + self.ridge * weights.to(mean.value)))
+
+    def share_steps(self, examples: int) -> tuple[int, int]:
+        return examples, 1
 
     def work(self, party: Party, ask: Exchange) -> Work:
         return Gradient()

@@ -108,11 +108,15 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The server's view of one round. state: its own tensors, kept from round to round and in the run's folder."""
+    """The server's view of one round. state: its own tensors, kept from round to round and in the run's folder.
+
+    pace: what the task's schedule multiplies learning rates by in this round.
+    """
 
     federation: FederationInfo
     number: int
     state: MutableMapping[str, torch.Tensor]
+    pace: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,10 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """The gradient of F_k at the exchange's weights."""
+    """The gradient of F_k at the exchange's weights.
+
+    Where the party adds noise in shares: the vector of its next step, int64, of all of its records.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +267,14 @@ class Algorithm:
 
     kind: the name in settings and in run.json. needs_loss: uses the gradients of single records or of all, so the
     task must have a `loss`. in_shares: all that is released is sums of single records' gradients at weights that were
-    told, one step at a time, so that noise may be added in shares. remembers: server or parties keep tensors between
-    rounds. keeps: parties do.
+    told, one step at a time, so that noise may be added in shares. paced: the server's learning rate follows the task's
+    schedule. remembers: server or parties keep tensors between rounds. keeps: parties do.
     """
 
     kind: ClassVar[str]
     needs_loss: ClassVar[bool] = False
     in_shares: ClassVar[bool] = False
+    paced: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     client_hint: ClassVar[str] = "use FedAvg, FedProx, FedAdam or FedYogi"
@@ -284,6 +292,12 @@ class Algorithm:
     def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         """The kinds of exchange, in the order of a round."""
         return {"update": Channel(length=federation.length)}
+
+    def share_steps(self, examples: int) -> tuple[int, int]:
+        """Where noise may be added in shares: B, the records that a step draws on average of so many of all parties
+        together, and how many steps a round has. Raises: ConfigError for a B that does not fit.
+        """
+        raise NotImplementedError
 
     def round(self, server: Server, weights: torch.Tensor) -> Rounds:
         """The server's part. weights: float32, shape (d,); so is what it returns."""

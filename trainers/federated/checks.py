@@ -77,11 +77,11 @@ def check_privacy(privacy: Privacy | ClientPrivacy | None, examples: Mapping[str
 
 
 def check_schedule(algorithm: Algorithm, schedule: Schedule | None) -> None:
-    """Raises: ConfigError for learning rates that change, of an algorithm that has none of fit's."""
-    if schedule is not None and not schedule.constant and algorithm.needs_loss:
+    """Raises: ConfigError for learning rates that change, of an algorithm that has none which would."""
+    if schedule is not None and not schedule.constant and algorithm.needs_loss and not algorithm.paced:
         raise ConfigError(
             f"the schedule is of the learning rate of fit, which {algorithm.kind} does not call",
-            hint="leave the schedule out, or use FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova",
+            hint="leave the schedule out, or use FedSGD, GD, FedAvg, FedProx, SCAFFOLD, FedAdam, FedYogi or FedNova",
         )
 
 

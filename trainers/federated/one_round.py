@@ -116,7 +116,7 @@ def _timed(watch: Stopwatch, call: Callable[[_Given], _Made], given: _Given) -> 
 
 def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -> None:
     sums: Mapping[str, Any] = session.sums_over(parties.names)
-    server = session.server_view()
+    server = session.server_view(outcome.number)
     steps, mean = Steps(session.plan.algorithm.round(server, session.weights)), None
     watch = outcome.server_step
     while (

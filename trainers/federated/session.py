@@ -169,9 +169,10 @@ class Session:
         rule = self.plan.participation
         return self.sums if rule.everybody else self._sums.open_for(selected, rule, self.sums)
 
-    def server_view(self) -> Server:
-        """The server's, with a copy of its state."""
-        return Server(federation=self.terms.federation, number=self._succeeded + 1, state=dict(self._state.server))
+    def server_view(self, number: int) -> Server:
+        """The server's of round `number`, with a copy of its state."""
+        federation, pace = self.terms.federation, self._resident.rate_factor(number)
+        return Server(federation=federation, number=self._succeeded + 1, state=dict(self._state.server), pace=pace)
 
     def dropouts(self, parties: RoundParties) -> dict[str, Step]:
         """Who is to drop out in the round's next sum, and where, as participation rehearses it."""

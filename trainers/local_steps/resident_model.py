@@ -218,6 +218,8 @@ class Resident:
                 hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
         seat = self.seat(party)
+        if self.shares and isinstance(work, Gradient):
+            work = Batch(rate=1.0, step=0)
         if isinstance(work, Batch):
             return Done(vector=batch_of(self, party, seat, self.loss, work, weights, round_number))
         reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)

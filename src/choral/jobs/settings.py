@@ -38,7 +38,7 @@ class PrivacySettings:
     """The most records that one person holds, if known: what they are promised together is then printed."""
     noise: Literal["distributed", "local", "central"] = "distributed"
     """Who adds the noise: of clients, each a share, each all of it, or the server. Of records, each party a share with
-    algorithm fedsgd, which takes no other; with other algorithms each party all of its own, whatever is said here."""
+    algorithms fedsgd and gd, which take no other; with others each party all of its own, whatever is said here."""
     clip: float = 1.0
     """Clipping norm of a client's whole update; where it starts with quantile."""
     quantile: float | None = None

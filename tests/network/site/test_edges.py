@@ -156,5 +156,8 @@ def test_noise_in_shares_goes_on_with_its_own_plan_alone(sites: Sites) -> None:
         ledger.append(plan.event, after=place, plan=None if place else whole)
     steps = FedSGD(batch_size=40, steps_per_round=2)
     assert objections(north, offer(terms=terms(algorithm=steps, privacy=privacy, shares=plan))) == []
+    shown = review(sites.north, offer(terms=terms(algorithm=steps, privacy=privacy, shares=plan)), NOW).rows
+    assert ("noise", "sized for 2 honest sites of 3 in a sum, the fewest") in shown
+    assert any(f"computed on {constants.rows} rows, padded" in words for _, words in shown)
     other = replace(plan, noise_multiplier=plan.noise_multiplier * 1.01)
     assert len(objections(north, offer(terms=terms(algorithm=steps, privacy=privacy, shares=other)))) == 1

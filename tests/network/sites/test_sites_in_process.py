@@ -61,6 +61,7 @@ def test_the_weights_are_those_of_federate_bit_by_bit(name: str, kind: Any, open
     [
         ("record", "fedavg", {"noise": "local"}),
         ("record", "fedsgd", {"noise": "distributed"}),
+        ("record", "gd", {"noise": "distributed"}),
         ("client", "fedavg", {"noise": "distributed", "colluders": 0, "min_survivors": 2}),
         ("client", "dane", {"noise": "local"}),
         ("client", "fedavg", {"noise": "central"}),
@@ -71,7 +72,7 @@ def test_each_site_pays_from_its_own_ledger_before_it_sends(
 ) -> None:
     federation = private_sites(tmp_path, unit)
     delta = 1e-3 if unit == "record" else 0.2
-    in_shares = name == "fedsgd"
+    in_shares = name in ("fedsgd", "gd")
     terms = {"min_survivors": 3, "corrupt": 1, "dropouts": 0} if in_shares else {"min_survivors": 2}
     for site in federation.names:
         edits = [("minimum_cohort = 2", "minimum_cohort = 3"), ("corrupt = 0", "corrupt = 1")] if in_shares else []
@@ -92,6 +93,8 @@ def test_each_site_pays_from_its_own_ledger_before_it_sends(
     verdicts = {budget.holder: budget.verdict for budget in found.budgets}
     assert verdicts == ({"clients": "holds"} if unit == "client" else dict.fromkeys(federation.names, "unverified"))
     assert found.verdict == ("holds" if unit == "client" else "unverified")
+    padded = "no answer waits for a fixed time; every site, by its own program, pads each step to"
+    assert any(padded in caveat for caveat in found.caveats) == in_shares
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])

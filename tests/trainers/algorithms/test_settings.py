@@ -48,8 +48,8 @@ def test_the_command_line_trains_one(tmp_path, capsys):
     assert main([*words, "--algorithm.kind", "scaffold", "--algorithm.server-rate", "0.9"]) == 0
     assert Run.load(tmp_path / "run").info.algorithm == Scaffold(server_rate=0.9).record()
     words[3] = str(tmp_path / "other")
-    assert main([*words, "--algorithm.kind", "gd", "--privacy.epsilon", "4"]) == 2
-    assert "gd also releases" in capsys.readouterr().err
+    assert main([*words, "--algorithm.kind", "dane", "--privacy.epsilon", "4"]) == 2
+    assert "dane also releases" in capsys.readouterr().err
 
 
 def test_weight_decay_is_the_ridge_of_algorithms_that_have_one():

@@ -153,9 +153,9 @@ REFUSALS: list[tuple[Callable[[], Any], type[ChoralError], str]] = [
         "dane has several sums in a round",
     ),
     (
-        lambda: plan(task=task(loss=loss, schedule=Schedule(kind="cosine")), algorithm="gd"),
+        lambda: plan(task=task(loss=loss, schedule=Schedule(kind="cosine")), algorithm=DANE()),
         ConfigError,
-        "the schedule is of the learning rate of fit, which gd does not call",
+        "the schedule is of the learning rate of fit, which dane does not call",
     ),
     (lambda: plan(keep=Keep(tuning={"grid": {}}), privacy=RECORD), ConfigError, "tuning with privacy"),
     (

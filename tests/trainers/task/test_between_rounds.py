@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral.errors import ConfigError
 from choral.trainers import Epochs, FedProx, Schedule, TaskError, tune
-from choral.trainers.algorithms import GD
+from choral.trainers.algorithms import DANE
 from choral.trainers.engines import Cohort, Direct
 from choral.trainers.local_steps.logistic_regression import ClosedForm
 from choral.trainers.task.task import Task
@@ -280,11 +280,11 @@ def test_numbers_of_a_dataset_that_change_are_told_once(job, parties, train, cap
 
 def test_a_schedule_that_nothing_would_follow_is_refused(job):
     schedule = Schedule(kind="step", decay=0.5, every=1)
-    with pytest.raises(ConfigError, match="gd does not call"):
+    with pytest.raises(ConfigError, match="dane does not call"):
         federate(
             **job(loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")),
             schedule=schedule,
-            algorithm=GD(),
+            algorithm=DANE(),
         )
 
     def own(model, optimizer, loader):

@@ -11,14 +11,13 @@ from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.plain_numbers import as_integer
 from choral.protocols.interface import SecureSum, SumSpec
-from choral.trainers.algorithms.fedsgd import FedSGD
 from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.federated.participation import Participation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_FEDSGD = "use FedSGD(batch_size=..., steps_per_round=...), whose parties make one step between two sums"
+_FEDSGD = "use FedSGD(batch_size=..., steps_per_round=...) or GD(), whose parties make one step between two sums"
 
 
 def in_shares(privacy: Privacy | ClientPrivacy | None) -> TypeGuard[Privacy]:
@@ -26,15 +25,10 @@ def in_shares(privacy: Privacy | ClientPrivacy | None) -> TypeGuard[Privacy]:
     return isinstance(privacy, Privacy) and privacy.noise == "distributed"
 
 
-def check_algorithm(algorithm: Algorithm) -> FedSGD:
-    """The algorithm, if it makes one step between two sums. Raises: ConfigError for all others, with the reason."""
-    if algorithm.in_shares and isinstance(algorithm, FedSGD):
-        return algorithm
-    if algorithm.kind == "gd":
-        raise ConfigError(
-            'gd with noise="distributed": its gradient is not clipped per record',
-            hint="FedSGD(batch_size=N, steps_per_round=1), N the records of all parties, is gd with clipping",
-        )
+def check_algorithm(algorithm: Algorithm) -> None:
+    """Raises: ConfigError, with the reason, unless its parties make one step between two sums."""
+    if algorithm.in_shares:
+        return
     raise ConfigError(
         f'{algorithm.kind} with noise="distributed": its parties make several steps between two sums, each of which'
         " follows the party's own share of the noise of the one before; shares are enough only where all of a step's"

@@ -14,7 +14,6 @@ from choral.privacy import Ledger, LedgerError, Privacy, SharesPlan, SharesTerms
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.privacy.ledgers.spending import spent_by_records
-from choral.trainers.algorithms.fedsgd import FedSGD
 from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.record_shares.checks import check_algorithm, fewest_survivors, in_shares
 from choral.trainers.federated.record_shares.codec import SharesCodec
@@ -33,7 +32,6 @@ class ShareLedgers:
 
     job: Plan
     privacy: Privacy
-    algorithm: FedSGD
     ledgers: Mapping[str, Ledger]
     recorder: Recorder
 
@@ -43,7 +41,7 @@ class ShareLedgers:
         privacy = job.privacy
         if not in_shares(privacy):
             return None
-        algorithm = check_algorithm(job.algorithm)
+        check_algorithm(job.algorithm)
         folder = recorder.ledger_folder
         if folder is None:
             notice_memory(Ledger(), "out=FOLDER")
@@ -52,15 +50,15 @@ class ShareLedgers:
             ledgers[name] = Ledger(ledger_file(folder, name) if folder else None, holder=name)
             ledgers[name].bind(name, privacy.delta, neighbours=privacy.neighbours)
         recorder.keep(ledgers)
-        return cls(job=job, privacy=privacy, algorithm=algorithm, ledgers=ledgers, recorder=recorder)
+        return cls(job=job, privacy=privacy, ledgers=ledgers, recorder=recorder)
 
     @classmethod
     def elsewhere(cls, job: Plan, recorder: Recorder) -> ShareLedgers | None:
         """Of parties that keep their own ledgers, where nothing is known of them here. Raises: ConfigError."""
         if not in_shares(job.privacy):
             return None
-        algorithm = check_algorithm(job.algorithm)
-        return cls(job=job, privacy=job.privacy, algorithm=algorithm, ledgers={}, recorder=recorder)
+        check_algorithm(job.algorithm)
+        return cls(job=job, privacy=job.privacy, ledgers={}, recorder=recorder)
 
     def spent(self) -> dict[str, Spent]:
         """What each party's data has spent."""
@@ -74,6 +72,7 @@ class ShareLedgers:
         """
         last, reason = rounds, ""
         completed, known = self.recorder.completed, self.recorder.spent
+        _, steps_per_round = self.job.algorithm.share_steps(self.job.census.total)
         for name, ledger in self.ledgers.items():
             steps = sum(event.steps for event in ledger.events)
             if name in known and steps < known[name].steps:
@@ -82,7 +81,7 @@ class ShareLedgers:
                     hint="put back the ledger file that belongs to this run",
                 )
             left = passes_left(ledger, self.privacy.epsilon) if steps else None
-            paid = completed + (left or 0) // self.algorithm.steps_per_round
+            paid = completed + (left or 0) // steps_per_round
             if steps and paid < last:
                 last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
         return last, reason
@@ -90,11 +89,11 @@ class ShareLedgers:
     def plan(self, length: int) -> SharesPlan:
         """From the public constants of the job. length: of a gradient. Raises: as :func:`plan_shares`."""
         census = self.job.census
-        self.algorithm.rate_of(census.total)
+        batch_size, steps = self.job.algorithm.share_steps(census.total)
         terms = SharesTerms(
             records=census.total,
-            batch_size=self.algorithm.batch_size,
-            steps=self.job.rounds * self.algorithm.steps_per_round,
+            batch_size=batch_size,
+            steps=self.job.rounds * steps,
             parties=len(census.names),
             min_survivors=fewest_survivors(self.job.secure_sum, self.job.participation, census.names),
             length=length,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesPlan, refuse_weak_sum
+from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
 from choral.protocols.driver import PartyDriver
 from choral.protocols.masking.parameters import colluding
 from choral.protocols.masking.policy import Policy
@@ -41,14 +42,17 @@ def own_plan(
             'noise="distributed" without a plan in the training terms',
             hint="TrainingTerms(shares=plan_shares(privacy, SharesTerms(...))), the same at all parties",
         )
-    steps, federation = check_algorithm(terms.algorithm), terms.federation
+    federation = terms.federation
+    check_algorithm(terms.algorithm)
+    batch_size, steps = terms.algorithm.share_steps(federation.examples)
     agreed = {
         "records": federation.examples,
         "parties": federation.parties,
         "most_records": federation.largest,
         "length": resident.length,
-        "batch_size": steps.batch_size,
-        "steps": terms.rounds * steps.steps_per_round,
+        "batch_size": batch_size,
+        "steps": terms.rounds * steps,
+        "failure": SECURE_SUM_FAILURE,
     }
     for key, value in agreed.items():
         if getattr(plan.terms, key) != value:

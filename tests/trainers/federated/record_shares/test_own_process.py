@@ -83,9 +83,18 @@ def test_a_plan_that_breaks_the_partys_promise_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("records", 87), ("parties", 4), ("most_records", 41), ("length", 8), ("batch_size", 8), ("steps", 7)],
+    [
+        ("records", 87),
+        ("parties", 4),
+        ("most_records", 41),
+        ("length", 8),
+        ("batch_size", 8),
+        ("steps", 7),
+        ("failure", 0.0),
+    ],
 )
-def test_a_plan_of_other_constants_than_the_terms_is_refused(name: str, value: int, tmp_path: Path) -> None:
+def test_a_plan_of_other_constants_than_the_terms_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    """Nor may a server leave out of delta what the secure sum fails with."""
     plan = program.plan_of()
     other = replace(plan, terms=replace(plan.terms, **{name: value}))
     with pytest.raises(ConfigError, match=rf"the plan of the noise has {name} = {value}, and the training terms"):

@@ -57,18 +57,15 @@ def test_several_local_steps_are_refused_with_the_reason(task: Make, algorithm: 
     assert "FedSGD" in str(error.value.hint)
 
 
-def test_dual_ascent_and_the_whole_gradient_are_refused_by_name(task: Make) -> None:
+def test_dual_ascent_is_refused_by_name(task: Make) -> None:
     with pytest.raises(ConfigError, match=r"^cocoa with .*several local steps"):
         planned(task(), algorithm=CoCoA(ridge=0.1))
-    with pytest.raises(ConfigError, match=r"^gd with .*not clipped per record") as error:
-        planned(task(), algorithm=GD())
-    assert "FedSGD(batch_size=N, steps_per_round=1)" in str(error.value.hint)
-    planned(task(), algorithm=FedSGD(batch_size=160, steps_per_round=1))  # which is that, with clipping
 
 
-def test_noise_of_each_partys_own_is_refused_for_federated_sgd(task: Make) -> None:
-    with pytest.raises(ConfigError, match="fedsgd also releases") as error:
-        planned(task(), privacy=Privacy(4.0, 1e-4))
+@pytest.mark.parametrize("algorithm", [FedSGD(), GD()], ids=lambda algorithm: algorithm.kind)
+def test_noise_of_each_partys_own_is_refused_where_it_would_not_cover_the_sums(task: Make, algorithm: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{algorithm.kind} also releases") as error:
+        planned(task(), algorithm=algorithm, privacy=Privacy(4.0, 1e-4))
     assert 'noise="distributed"' in str(error.value.hint)
 
 

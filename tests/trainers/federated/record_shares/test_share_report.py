@@ -36,8 +36,8 @@ def fit(model: Any, optimizer: Any, loader: Any) -> None:
 
 def in_shares(task: Make, out: Path, **changes: Any) -> Run:
     promise = Privacy(4.0, 1e-4, noise="distributed")
-    given: dict[str, Any] = {"secure_sum": MASKED, "participation": None} | changes
-    return federate(task(), rounds=2, algorithm=STEPS, privacy=promise, keep=Keep(out=out), **given)
+    given: dict[str, Any] = {"secure_sum": MASKED, "participation": None, "privacy": promise} | changes
+    return federate(task(), rounds=2, algorithm=STEPS, keep=Keep(out=out), **given)
 
 
 def own(task: Make, out: Path) -> Run:
@@ -88,6 +88,19 @@ def test_the_realised_figure_is_of_who_survived_and_never_above_the_promise(task
     assert trust.realised <= fewer.info.spent["north"].epsilon + 1e-9
     if opened and all(entry.survivors == 4 for entry in opened):
         assert trust.realised == pytest.approx(fewer.info.spent["north"].epsilon)
+
+
+def test_the_realised_figure_is_for_the_neighbours_that_are_promised(task: Make, tmp_path: Path) -> None:
+    """One record replaced costs more than one zeroed out, and so does what was realised."""
+    promise = Privacy(4.0, 1e-4, noise="distributed", neighbours="replace one record")
+    run = in_shares(task, tmp_path / "run", privacy=promise)
+    ledger = Ledger(tmp_path / "run" / "ledger" / "north.jsonl", holder="north")
+    events = [msgspec.structs.replace(ledger.events[0], honest=4, steps=6)]
+    known = record_level.epsilon(events, 1e-4, neighbours="replace one record")
+    assert known > record_level.epsilon(events, 1e-4) + 0.5
+    trust = shares_trust([run])
+    assert trust is not None
+    assert trust.realised == pytest.approx(known)
 
 
 def test_a_plain_sum_is_said_to_trust_its_server(task: Make, tmp_path: Path) -> None:
