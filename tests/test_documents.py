@@ -35,7 +35,7 @@ from choral.network.site.files.settings import read_site
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 SLOW = {"docs/client-level.md", "docs/report.md"}
-SKETCHES = 4  # at most, in all pages together
+SKETCHES = 5  # at most, in all pages together
 
 SMALLER = {
     "compare": "--seeds 1 --training.rounds 1 --epsilons 8 --audit.canaries 0 --audit.no-probe --workers 1",
