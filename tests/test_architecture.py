@@ -28,6 +28,7 @@ LEAVES = {
     "choral.locks",
     "choral.metrics",
     "choral.nested",
+    "choral.progress",
     "choral.toml_files",
     "choral.verify",
 }

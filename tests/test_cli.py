@@ -250,7 +250,7 @@ def test_help(command, capsys):
 
 
 def test_help_explains_flags(capsys):
-    main(["compare", "--help"])
+    main(["compare", "--help-all"])
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert "--privacy.epsilon" in text
     assert "Budget of each data owner for the whole run" in text

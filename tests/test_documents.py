@@ -335,7 +335,7 @@ def trains(words: list[str]) -> bool:
 def run_choral(words: list[str], where: str) -> None:
     if "--help" in words or any(flag in " ".join(words) for flag in PARSED):
         with contextlib.redirect_stdout(io.StringIO()):
-            assert main([*words, "--help"]) == 0, where
+            assert main([*words, "--help-all"]) == 0, where
         return
     if trains(words):
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)

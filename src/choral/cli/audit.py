@@ -12,6 +12,7 @@ import tyro
 from choral.audits.costs.prices import PriceSettings, read_prices
 from choral.audits.report.storage import put_verifier
 from choral.cli.arguments import parse
+from choral.cli.report import print_json
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class AuditFlags:
     price: PriceSettings = field(default_factory=PriceSettings)
     schema: bool = False
     """Print the JSON Schema of report.json and do nothing else."""
+    json: bool = False
+    """Print the report as JSON, in the place of the table."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -102,7 +105,9 @@ def audit(words: list[str]) -> int:
     if wanted.markdown is not None and wanted.markdown.suffix != ".md":
         raise ConfigError(f"the summary is Markdown, not {wanted.markdown.name!r}", hint="end its name in .md")
     result = _report(wanted)
-    if not wanted.quiet:
+    if wanted.json:
+        print_json(result)
+    elif not wanted.quiet:
         result.print()  # first: a folder that cannot be written to must not hide the verdict
     folder = wanted.out or wanted.run
     if folder is not None:
@@ -110,7 +115,7 @@ def audit(words: list[str]) -> int:
         result.save(folder / "report.json")
         result.save(folder / "report.html")
         put_verifier(folder)
-        if not wanted.quiet:
+        if not wanted.quiet and not wanted.json:
             print(f"report: {folder / 'report.html'}")
     if wanted.markdown is not None:
         result.save(wanted.markdown)
@@ -131,7 +136,7 @@ def _report(wanted: AuditFlags) -> Audit:
         return audit_evidence(f"Audit of {named}", attacks=attacks, probe=probe)
     inversion = None
     if wanted.inversion:
-        from choral.cli.audit_evidence import invert_update
+        from choral.jobs.audit_evidence import invert_update
 
         inversion = invert_update(run, wanted.run, task=wanted.task, data_dir=wanted.data_dir)
     return audit(run, prices=prices, attacks=attacks, probe=probe, inversion=inversion)
@@ -140,7 +145,7 @@ def _report(wanted: AuditFlags) -> Audit:
 def _probe(wanted: AuditFlags, run: Run | None) -> Probe | None:
     if not wanted.probe:
         return None
-    from choral.cli.audit_evidence import probe_trainer
+    from choral.jobs.audit_evidence import probe_trainer
 
     return probe_trainer(
         run, epsilon=wanted.epsilon, delta=wanted.delta, confidence=wanted.confidence, wrap=wanted.wrap

@@ -7,13 +7,13 @@ every completed round.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from choral.cli.arguments import ArgumentsError, debug, parse, want_tracebacks
+from choral.cli.arguments import ArgumentsError, debug, want_tracebacks
+from choral.cli.short_help import SHORT
 from choral.doors import command_line
 from choral.errors import ConfigError
 from choral.failures import failure_of, place_of
@@ -34,6 +34,7 @@ commands:
   stats CONFIG               statistics of the parties' records in one secure sum, exact or with noise
   audit DIR                  hold what a finished run claims against its ledgers and what the server saw;
                              or a model of your own: --scores FILE, --model FILE.py, --probe
+  report DIR                 draw the report of a folder again, from its report.json
   serve CONFIG --directory FILE --out DIR
                              train with sites at their own machines: be their coordinator
   join SITE                  be a site: connect to a coordinator, and train what was approved here
@@ -47,37 +48,12 @@ commands:
 
 Start here:  choral compare examples/digits.toml --out runs/digits
 Your data:   choral init --data visits.csv --key hospital --label died
-Details:     choral COMMAND --help
+Details:     choral COMMAND --help, and --help-all for every flag
 Tracebacks:  choral COMMAND ... --debug
 
 exit codes: 0 done / no violation found, 1 claim violated or not verifiable (audit, compare), 2 bad input, an error in
             your own code, or a run that had to stop, 130 Ctrl-C
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetFlags:
-    """Noise, cost, length or batch size of DP-SGD with Poisson sampling.
-
-    Give all but one of --epsilon, --noise-multiplier, --sample-rate and --steps (or --epochs): the answer is the least
-    noise, the epsilon, the largest sample rate or the most steps that keep the promise.
-    Unit: one record; how many there are is public. Accountant: PLD, cross-checked by RDP.
-    """
-
-    delta: float
-    """Probability outside the promise; well below 1 / number of records."""
-    sample_rate: float | None = None
-    """Expected batch size over number of records."""
-    steps: int | None = None
-    """Noisy steps in all."""
-    epochs: float | None = None
-    """Passes over the data, in the place of steps: a sample rate q takes epochs / q steps."""
-    epsilon: float | None = None
-    """The promise wanted."""
-    noise_multiplier: float | None = None
-    """Noise standard deviation over clipping norm."""
-    neighbours: Literal["zero out one record", "replace one record"] = "zero out one record"
-    """What one record may be changed to unnoticed: to an empty one, or, with more noise, to any other."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,9 +76,15 @@ def _run(words: list[str]) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         if not words or words[0] not in _COMMANDS:
+            near = difflib.get_close_matches("".join(words[:1]), _COMMANDS, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"unknown command {''.join(words[:1])!r}", hint=f"one of: {', '.join(_COMMANDS)}; see choral --help"
+                f"unknown command {''.join(words[:1])!r}",
+                hint=f"{meant}one of: {', '.join(_COMMANDS)}; see choral --help",
             )
+        if words[0] in SHORT and {"-h", "--help"} & {*words}:
+            print(SHORT[words[0]], end="")
+            return 0
         return _COMMANDS[words[0]](words[1:])
     except ArgumentsError as stop:  # already printed
         return stop.code
@@ -179,20 +161,15 @@ def _poc(words: list[str]) -> int:
 
 
 def _budget(words: list[str]) -> int:
-    wanted = parse("budget", words, BudgetFlags)
-    from choral.privacy.accounting.budget import budget
+    from choral.cli.budget import budget
 
-    answer = budget(
-        epsilon=wanted.epsilon,
-        noise_multiplier=wanted.noise_multiplier,
-        delta=wanted.delta,
-        sample_rate=wanted.sample_rate,
-        steps=wanted.steps,
-        epochs=wanted.epochs,
-        neighbours=wanted.neighbours,
-    )
-    print(answer)
-    return 0
+    return budget(words)
+
+
+def _report(words: list[str]) -> int:
+    from choral.cli.report import report
+
+    return report(words)
 
 
 def _site(words: list[str]) -> int:
@@ -210,6 +187,8 @@ def _ledger(words: list[str]) -> int:
 def _verify(words: list[str]) -> int:
     from choral.verify import main as verify  # which needs nothing else of Choral
 
+    if not words:
+        raise ConfigError("FILE is not given", hint="receipts, manifests, reports or run folders; choral verify --help")
     try:
         return verify(words)
     except SystemExit as stop:  # of its own parser, which has said everything
@@ -229,5 +208,6 @@ _COMMANDS: dict[str, Command] = {
     "join": _join,
     "poc": _poc,
     "budget": _budget,
+    "report": _report,
     "site": _site,
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -37,6 +38,8 @@ class LedgerFlags:
     """With head: receipts, manifests, or run folders that hold both."""
     delta: float | None = None
     """With sum: at which delta; by default the ledgers' largest."""
+    json: bool = False
+    """With show or sum: print the numbers as JSON."""
 
 
 def ledger(words: list[str]) -> int:
@@ -45,7 +48,12 @@ def ledger(words: list[str]) -> int:
         raise ConfigError("--against belongs to head", hint="choral ledger head FILE --against RECEIPTS")
     if wanted.delta is not None and wanted.action != "sum":
         raise ConfigError("--delta belongs to sum", hint="each ledger states its own")
+    if wanted.json and wanted.action == "head":
+        raise ConfigError("--json belongs to show and sum", hint="a head is one line: the digest, then the events")
     ledgers = [_opened(path) for path in _paths(wanted.files)]
+    if wanted.json:
+        print(json.dumps(_numbers(ledgers, wanted), indent=1))
+        return 0
     if wanted.action == "sum":
         print(_sum(ledgers, wanted.delta))
         return 0
@@ -101,9 +109,36 @@ def _in_words(said: str) -> str:
     return f"{kind}: {rest.removesuffix(')').replace('=', ' ')}"
 
 
-def _sum(ledgers: Sequence[Ledger], delta: float | None) -> str:
-    """Raises: ConfigError for ledgers that do not add up."""
-    from choral.privacy.accounting.budget import at_least, shown
+def _numbers(ledgers: Sequence[Ledger], wanted: LedgerFlags) -> Any:
+    """What is printed, as plain JSON data."""
+    from choral.privacy.ledgers.plans import guarantee
+
+    if wanted.action == "sum":
+        total, at = _total(ledgers, wanted.delta)
+        return {
+            "ledgers": len(ledgers),
+            "releases": sum(len(_events(each)) for each in ledgers),
+            "epsilon": total,
+            "delta": at,
+            "unit": str(ledgers[0].unit),
+            "holders": sorted({str(each.holder) for each in ledgers}),
+        }
+    return [
+        {
+            "file": str(each.path),
+            "holder": each.holder,
+            "unit": each.unit,
+            "delta": each.delta,
+            "releases": len(_events(each)),
+            "epsilon": each.epsilon(float(each.delta or 0.0)),
+            "guaranteed": guarantee(each),
+        }
+        for each in ledgers
+    ]
+
+
+def _total(ledgers: Sequence[Ledger], delta: float | None) -> tuple[float, float]:
+    """Epsilon of all, and at which delta. Raises: ConfigError for ledgers that do not add up."""
     from choral.privacy.accounting.events import relation_of
     from choral.privacy.ledgers.plans import fixed_cost
 
@@ -111,10 +146,18 @@ def _sum(ledgers: Sequence[Ledger], delta: float | None) -> str:
     if len(kinds) > 1:
         said = "; ".join(f"each {unit}, {relation}" for unit, relation in sorted(kinds))
         raise ConfigError(f"these ledgers do not add up: {said}", hint="sum those of one unit and one relation")
-    ((unit, relation),) = kinds
+    ((_, relation),) = kinds
     at = delta if delta is not None else max(float(each.delta or 0.0) for each in ledgers)
     events = [event for each in ledgers for event in _events(each)]
-    total = fixed_cost(events, at, relation)  # type: ignore[arg-type]
+    return fixed_cost(events, at, relation), at  # type: ignore[arg-type]
+
+
+def _sum(ledgers: Sequence[Ledger], delta: float | None) -> str:
+    """Raises: ConfigError for ledgers that do not add up."""
+    from choral.privacy.accounting.budget import at_least, shown
+
+    total, at = _total(ledgers, delta)
+    events, unit = [event for each in ledgers for event in _events(each)], ledgers[0].unit
     holders = sorted({str(each.holder) for each in ledgers})
     whose = f"{unit} of {holders[0]}" if len(holders) == 1 else f"{unit} that is in all of {', '.join(holders)}"
     return (

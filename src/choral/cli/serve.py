@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from choral.cli.arguments import parse
+from choral.cli.arguments import config_first, parse
 from choral.errors import ConfigError
 from choral.jobs.settings import Settings, read_settings
 
@@ -44,6 +45,8 @@ class ServeFlags:
     """Write the offer of the job to this file, for sites to review, and do nothing else."""
     resume: bool = False
     """Continue the run that the folder holds."""
+    json: bool = False
+    """Print what came of it as JSON, in the place of the summary."""
     quiet: bool = False
     """No progress and no summary, only errors."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -78,6 +81,7 @@ def serve(words: list[str]) -> int:
     given = read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
     default = ServeFlags(config=tyro.MISSING, directory=tyro.MISSING, settings=given)
     wanted = parse("serve", words, ServeFlags, default)
+    config_first(words, wanted.config, "serve")
     settings = wanted.settings
     if not settings.serve.job:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
@@ -120,7 +124,11 @@ def serve(words: list[str]) -> int:
             say=say,
             on_round=lambda entry: say(_line(entry.round, entry.metrics, entry.survivors, entry.failed)),
         )
-    if not wanted.quiet:
+    if wanted.json:
+        from choral.cli.train import summary
+
+        print(json.dumps(summary(run, "federated", wanted.out), indent=1))
+    elif not wanted.quiet:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         print(f"{run.history[-1].round} rounds with {len(keys)} sites, {metrics}")
         if run.info.ended:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from choral.cli.arguments import debug, parse
+from choral.cli.arguments import config_first, debug, parse
 from choral.errors import ConfigError
 from choral.failures import Failure
-from choral.jobs import comparison as comparisons
-from choral.jobs import training as jobs
-from choral.jobs.planned_runs import rounds_to_go
 from choral.jobs.settings import Arm, Settings, read_settings
-from choral.trainers import RoundRecord
+from choral.progress import progress
+
+if TYPE_CHECKING:
+    from choral.trainers import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,8 @@ class CompareFlags:
     """Continue in a folder that an earlier, interrupted comparison left."""
     workers: int | None = None
     """Runs trained side by side, each in its own process; by default one per core."""
+    json: bool = False
+    """Print the report as JSON, in the place of the table."""
     quiet: bool = False
     """No progress and no table, only errors."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -68,6 +69,8 @@ class TrainFlags:
     """Pool the data: the cloud baseline."""
     resume: bool = False
     """Continue the run that the folder holds."""
+    json: bool = False
+    """Print what came of it as JSON, in the place of the summary."""
     quiet: bool = False
     """No progress and no summary, only errors."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -77,17 +80,24 @@ def compare(words: list[str]) -> int:
     wanted = parse(
         "compare", words, CompareFlags, CompareFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
     )
+    config_first(words, wanted.config, "compare")
+    from choral.cli.report import print_json
+    from choral.jobs import comparison as comparisons
+    from choral.jobs.planned_runs import rounds_to_go
+
     settings = wanted.settings
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "compare under torchrun: it starts processes of its own, a run in each",
             hint="choose how many by --workers; torchrun is for choral train",
         )
-    with _progress(rounds_to_go(settings, wanted.out), wanted.quiet) as tick:
+    with progress(rounds_to_go(settings, wanted.out), settings.training.rounds, quiet=wanted.quiet) as tick:
         outcome = comparisons.run_comparison(
             settings, wanted.out, resume=wanted.resume, workers=wanted.workers, tick=tick
         )
-    if not wanted.quiet:
+    if wanted.json:
+        print_json(outcome.comparison)
+    elif not wanted.quiet:
         outcome.comparison.print()
         if not outcome.troubles:
             print(f"report: {wanted.out / 'report.html'}")
@@ -112,11 +122,14 @@ def train(words: list[str]) -> int:
     wanted = parse(
         "train", words, TrainFlags, TrainFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
     )
+    config_first(words, wanted.config, "train")
+    from choral.jobs import training as jobs
+
     settings = wanted.settings
     name, arm = _arm(wanted)
     jobs.forget_tasks()
     quiet = wanted.quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-    with _progress(settings.training.rounds, quiet) as tick:
+    with progress(settings.training.rounds, settings.training.rounds, quiet=quiet) as tick:
         run = jobs.train(
             settings,
             arm,
@@ -126,7 +139,9 @@ def train(words: list[str]) -> int:
             resume=wanted.resume,
             on_round=lambda entry: tick(name, entry),
         )
-    if not quiet:
+    if wanted.json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summary(run, name, wanted.out), indent=1))
+    elif not quiet:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in run.metrics.items())
         spent = run.spent
         promise = f"; {spent.in_words} (worst data owner)" if spent else ""
@@ -135,6 +150,18 @@ def train(words: list[str]) -> int:
             print(f"note: {run.info.ended}")
         print(f"run folder: {wanted.out}   next: choral audit {shlex.quote(str(wanted.out))}")
     return 0
+
+
+def summary(run: Run, name: str, folder: Path) -> dict[str, Any]:
+    """What is printed of a run, as plain JSON data."""
+    return {
+        "configuration": name,
+        "folder": str(folder),
+        "rounds": run.history[-1].round,
+        "metrics": run.metrics,
+        "spent": {owner: msgspec.to_builtins(spent) for owner, spent in run.info.spent.items()},
+        "ended": run.info.ended,
+    }
 
 
 def _arm(wanted: TrainFlags) -> tuple[str, Arm]:
@@ -153,26 +180,3 @@ def _arm(wanted: TrainFlags) -> tuple[str, Arm]:
 def _settings(words: list[str]) -> Settings:
     """The TOML file's settings, when the first word is its path, as the flags' defaults."""
     return read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, RoundRecord], None]]:
-    """A bar over all rounds on a terminal; nothing in a pipe or with --quiet."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rounds"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("starting", total=total)
-
-        def tick(label: str, entry: RoundRecord) -> None:
-            first = next(iter(entry.metrics.items()))
-            gone = f", without {', '.join(entry.dropped)}" if entry.dropped else ""
-            bar.update(task, advance=1, description=f"{label}: {first[0]} {first[1]:.3f}{gone}")
-
-        yield tick

@@ -1,0 +1,66 @@
+"""The command ``choral report``: a report that was saved, drawn and printed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import tyro
+
+from choral.cli.arguments import parse
+from choral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from choral.audits import Audit, Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Draw report.html again from the report.json of a folder, and print the table. Nothing is trained or audited."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder with a report.json, of `choral compare` or `choral audit`; or the file itself."""
+    out: Path | None = None
+    """File to draw: .html, .md, or .svg (curves of a comparison); by default report.html beside report.json."""
+    json: bool = False
+    """Print the report as JSON, and nothing else."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def report(words: list[str]) -> int:
+    """Return the exit code that the command which made the report ended with."""
+    wanted = parse("report", words, ReportFlags)
+    file = wanted.folder / "report.json" if wanted.folder.is_dir() else wanted.folder
+    found = _read(file)
+    drawn = found.save(wanted.out or file.with_suffix(".html"))
+    if wanted.json:
+        print_json(found)
+    elif not wanted.quiet:
+        found.print()
+        print(f"report: {drawn}")
+    return found.exit_code
+
+
+def print_json(report: Audit | Comparison) -> None:
+    """What report.json holds."""
+    from choral.audits.report.storage import as_json
+
+    print(as_json(report).decode(), end="")
+
+
+def _read(file: Path) -> Audit | Comparison:
+    """Raises: ConfigError where there is no report; ReportError for one that cannot be read."""
+    from choral.audits import Audit, Comparison
+
+    try:
+        kind = msgspec.json.decode(file.read_bytes()).get("kind")
+    except OSError:
+        made = file.parent / "run.json"
+        hint = f"choral audit {file.parent} makes one" if made.is_file() else "choral compare and choral audit make one"
+        raise ConfigError(f"no report at {file}", hint=hint) from None
+    except (msgspec.MsgspecError, AttributeError):
+        raise ConfigError(f"{file} is no report", hint="it was edited, or is another file") from None
+    return Comparison.load(file) if kind == "comparison" else Audit.load(file)
