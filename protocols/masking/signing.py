@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
 
@@ -17,9 +17,20 @@ def digest(label: str, *parts: bytes | int) -> bytes:
     """SHA-256 of the label and the parts, each with its length in front: no two lists of parts collide. 32 bytes."""
     framed = [_framed(label)]
     for part in parts:
-        raw = part.to_bytes(8, "little") if isinstance(part, int) else part
-        framed += len(raw).to_bytes(8, "little"), raw
+        framed += (_number(part),) if isinstance(part, int) else (_length(len(part)), part)
     return hashlib.sha256(b"".join(framed)).digest()
+
+
+@lru_cache(maxsize=1 << 12)
+def _length(size: int) -> bytes:
+    """In front of a part of so many bytes."""
+    return size.to_bytes(8, "little")
+
+
+@lru_cache(maxsize=1 << 12)
+def _number(value: int) -> bytes:
+    """A number, such as a party's place or a round's, as a part with its length in front; none is secret."""
+    return _length(8) + value.to_bytes(8, "little")
 
 
 @cache
@@ -109,11 +120,11 @@ class Signatures:
     _LIMIT = 1 << 16
 
     def __init__(self) -> None:
-        self._accepted: set[bytes] = set()
-        self._before: set[bytes] = set()
+        self._accepted: set[tuple[bytes, bytes, bytes]] = set()
+        self._before: set[tuple[bytes, bytes, bytes]] = set()
 
     def valid(self, public: bytes, message: bytes, signature: bytes) -> bool:
-        key = digest("accepted", public, message, signature)
+        key = (public, message, signature)
         if key in self._accepted or key in self._before:
             return True
         if not ed25519_verify(public, message, signature):
