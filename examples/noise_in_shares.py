@@ -3,8 +3,8 @@
     python examples/noise_in_shares.py digits --epsilons 1 2 4 8    # ten parties, 8 honest survivors
     python examples/noise_in_shares.py adult --epsilons 0.5 1       # twenty parties, 18 honest survivors
 
-Digits: each configuration has the batch size and learning rate that `benchmarks/tune_digits.py` chose for it at that
-budget, alike for all and on other, public pictures: no record of the digits was looked at. Adult: one setting for all,
+Digits: each configuration has the settings that `benchmarks/tune_digits.py --wide` chose for it at that budget, alike
+for all and on other, public pictures: no record of the digits was looked at. Adult: one setting for all,
 which nobody tuned. Shares are through `Plain`, which ends with the weights of `Masked` to the bit where draws and noise
 are the same. Their noise is sized for the worst case; here nobody drops out, so that it is larger than need be, by 12 %
 of ten parties and 5 % of twenty.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from statistics import mean, stdev
 from typing import Any
@@ -21,44 +22,71 @@ from typing import Any
 import torch
 
 from choral import Compute, Participation, Plain, Privacy, centralize, federate
-from choral.trainers import FedSGD, Run, Split, Task, Training
+from choral.protocols import SecureSum
+from choral.trainers import FedSGD, Run, Schedule, Split, Task, Training
 from choral.trainers.data import TASKS
 
 DELTA, DATA = 1e-5, os.environ.get("CHORAL_DATA")
-PARTIES = {"digits": 10, "adult": 20}
-PASSES = {"digits": 20, "adult": 5}
-CHOSEN = {  # batch size of all parties together, and learning rate, at each budget
-    "cloud": {1.0: (256, 2.0), 2.0: (128, 1.0), 4.0: (128, 2.0), 8.0: (128, 4.0)},
-    "shares": {1.0: (256, 2.0), 2.0: (256, 2.0), 4.0: (64, 1.0), 8.0: (128, 2.0)},
-    "own": {1.0: (256, 0.5), 2.0: (128, 0.25), 4.0: (256, 1.0), 8.0: (256, 1.0)},
+PARTIES, HIDDEN = {"digits": 10, "adult": 20}, {"digits": 32, "adult": 0}  # 0 is a linear model
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """How one configuration is trained at one budget. batch_size: of all parties together. clip: of a record."""
+
+    batch_size: int
+    learning_rate: float
+    passes: int
+    cosine: bool
+    clip: float
+
+
+DIGITS = {
+    "cloud": {
+        1.0: Chosen(64, 0.083, 40, True, 3.0),
+        2.0: Chosen(512, 1.333, 40, True, 3.0),
+    },
+    "shares": {
+        1.0: Chosen(128, 0.167, 40, True, 3.0),
+        2.0: Chosen(128, 0.333, 40, True, 3.0),
+    },
+    "own": {
+        1.0: Chosen(256, 0.167, 40, True, 3.0),
+    },
 }
-ADULT = (1024, 1.0)  # of all configurations, at each budget
+ADULT = Chosen(1024, 1.0, 5, False, 1.0)  # of all configurations, at each budget
 
 
-def loaded(name: str, batch: int, rate: float, seed: int) -> Task:
-    """The task, split unevenly by label. hidden: 32 for the digits, a linear model for incomes."""
-    training = Training(rounds=PASSES[name], batch_size=batch, learning_rate=rate, hidden=32 if name == "digits" else 0)
+def loaded(name: str, batch_size: int, chosen: Chosen, seed: int) -> Task:
+    """The task, split unevenly by label."""
+    training = Training(
+        rounds=chosen.passes, batch_size=batch_size, learning_rate=chosen.learning_rate, hidden=HIDDEN[name]
+    )
     task = TASKS[name](Split(parties=PARTIES[name], alpha=0.5), training, seed, DATA)
-    return dataclasses.replace(task, min_classes=1)  # some of twenty parties know one class alone
+    schedule = Schedule(kind="cosine" if chosen.cosine else "constant")
+    return dataclasses.replace(task, min_classes=1, schedule=schedule)  # some of twenty parties know one class alone
 
 
-def trained(arm: str, epsilon: float, seed: int, name: str = "digits") -> Run:
+def trained(arm: str, epsilon: float, seed: int, name: str = "digits", secure_sum: SecureSum | None = None) -> Run:
     """One run. cloud: DP-SGD on pooled records. shares: such batches over all parties, one may drop out and one
-    collude. own: FedAvg whose parties add all of their noise.
+    collude. own: FedAvg whose parties add all of their noise. secure_sum: of shares; by default Plain.
     """
-    batch, rate = CHOSEN[arm][epsilon] if name == "digits" else ADULT
-    task = loaded(name, round(batch / PARTIES[name]) if arm == "own" else batch, rate, seed)
-    common: dict[str, Any] = {"rounds": PASSES[name], "compute": Compute(seed=seed, device="cpu")}
+    chosen = DIGITS[arm][epsilon] if name == "digits" else ADULT
+    batch_size = round(chosen.batch_size / PARTIES[name]) if arm == "own" else chosen.batch_size
+    task = loaded(name, batch_size, chosen, seed)
+    common: dict[str, Any] = {"rounds": chosen.passes, "compute": Compute(seed=seed, device="cpu")}
+    promise = Privacy(epsilon, DELTA, max_grad_norm=chosen.clip)
     if arm == "cloud":
-        return centralize(task, privacy=Privacy(epsilon, DELTA), **common)
+        return centralize(task, privacy=promise, **common)
     if arm == "own":
-        return federate(task, privacy=Privacy(epsilon, DELTA), secure_sum=Plain(), **common)
+        return federate(task, privacy=promise, secure_sum=Plain(), **common)
     records = sum(len(dataset) for dataset in task.parties.values())
+    steps = math.ceil(records / batch_size)
     return federate(
         task,
-        algorithm=FedSGD(batch_size=batch, steps_per_round=round(records / batch), learning_rate=rate),
-        privacy=Privacy(epsilon, DELTA, noise="distributed", colluders=1),
-        secure_sum=Plain(),
+        algorithm=FedSGD(batch_size=batch_size, steps_per_round=steps, learning_rate=chosen.learning_rate),
+        privacy=dataclasses.replace(promise, noise="distributed", colluders=1),
+        secure_sum=secure_sum or Plain(),
         participation=Participation(least=PARTIES[name] - 1),
         **common,
     )
@@ -69,7 +97,7 @@ def main() -> None:
     parser.add_argument("task", choices=list(PARTIES), nargs="?", default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
-    parser.add_argument("--arms", nargs="+", choices=list(CHOSEN), default=list(CHOSEN))
+    parser.add_argument("--arms", nargs="+", choices=list(DIGITS), default=list(DIGITS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     for epsilon in given.epsilons:
