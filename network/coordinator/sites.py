@@ -26,6 +26,7 @@ from choral.network.host.messages import (
     RunSigned,
     SignRun,
     StepTaken,
+    StillBusy,
     TakeStep,
     TellAgain,
     largest_reply,
@@ -253,6 +254,9 @@ class Sites:
         if isinstance(reply, JobUnknown):
             self.there.discard(name)
             self.leave(name, "it was started anew")
+            return
+        if isinstance(reply, StillBusy):
+            self.leave(name, "it is still at work for an earlier round")
             return
         if not isinstance(reply, StepTaken):
             self.strange.add(name)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from choral.errors import ChoralError
-from choral.network.errors import SiteError
+from choral.network.errors import BusyError, SiteError
 from choral.network.host.evidence import signed, stated
 from choral.network.host.job import SiteJob
 from choral.network.host.messages import (
@@ -26,6 +27,7 @@ from choral.network.host.messages import (
     JobUnknown,
     ProposeJob,
     SignRun,
+    StillBusy,
     TakeStep,
     ToSite,
     largest_offer,
@@ -38,6 +40,7 @@ from choral.network.site.offer import Offer
 from choral.trainers.engines.exchange_messages import largest_told
 
 if TYPE_CHECKING:
+    from choral.network.site.agreement import Agreement
     from choral.network.site.folder import SiteFolder
 
 log = logging.getLogger("choral.network")
@@ -64,6 +67,9 @@ class SiteHost:
             reply = written(self._answer(read_request(raw, limit=self.request_limit), sender))
             self._folder.count(len(reply))
             return reply
+        except BusyError as error:
+            log.info("out of a round of %s: %s", sender, error)
+            return written(StillBusy())
         except ChoralError as error:
             log.warning("refused %s: %s (%s)", sender, error, error.hint)
             return written(JobRefused())
@@ -88,7 +94,7 @@ class SiteHost:
     def _take(self, offer: Offer) -> FromSite:
         with self._taking:
             if offer.digest not in self._jobs:
-                job = SiteJob(self._folder, self._folder.agree(offer))
+                job = self._made(offer, self._folder.agree(offer))
                 log.info("agreed to job %s (%s)", offer.job, offer.digest[:16])
                 with self._lock:
                     self._jobs[offer.digest] = job
@@ -96,10 +102,21 @@ class SiteHost:
                         del self._jobs[next(iter(self._jobs))]
             return JobTaken(offer.digest, self._jobs[offer.digest].made)
 
+    def _made(self, offer: Offer, agreement: Agreement) -> SiteJob:
+        """Raises: as `SiteJob`, when a line of the log says why."""
+        try:
+            return SiteJob(self._folder, agreement)
+        except ChoralError as error:
+            facts = {"digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator}
+            self._folder.refused([str(error)], datetime.now(UTC), **facts)
+            raise
+
     def _step(self, job: SiteJob, asked: TakeStep) -> FromSite:
         before = job.party.trained_for
         try:
             taken = job.step(asked)
+        except BusyError:
+            raise
         except ChoralError as error:
             self._folder.note("out", digest=job.digest, round=before[0], reason=f"{type(error).__name__}: {error}")
             raise

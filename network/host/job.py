@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from choral.errors import ChoralError
-from choral.network.errors import OfferRefusedError, SiteError
+from choral.network.errors import BusyError, OfferRefusedError, SiteError
 from choral.network.host.messages import ExchangeEnded, StepTaken, TakeStep, TellAgain
 from choral.network.host.training_code import Loaded, embedded_part, site_task
 from choral.network.site.files.log import Fact
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 
 _PARTS = ("now", "pending", "before")
+_BUSY = "it is still at work on an earlier message"
 
 
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +82,7 @@ class SiteJob:
         receipts.parent.mkdir(mode=0o700, exist_ok=True)
         receipts.touch(mode=0o600)
         self.made, self._lock = secrets.token_bytes(8), threading.Lock()
+        self._doing = b""  # the message at hand
         settings = settings_in(offer.settings)
         task, dataset = _loaded(agreement, settings)
         chosen = settings.training
@@ -126,10 +128,16 @@ class SiteJob:
     def step(self, asked: TakeStep) -> StepTaken | TellAgain:
         """One message of a sum, and before it the exchange that it is of.
 
-        Raises: OfferRefusedError if the approval was revoked or is over; what the party does: ProtocolError,
+        Training takes as long as it takes. The message that asked for it, if it comes again, waits for its answer;
+        another is of a later round, for the coordinator has given this one up, and is not kept waiting.
+
+        Raises: BusyError; OfferRefusedError if the approval was revoked or is over; what the party does: ProtocolError,
             BudgetExceededError, LedgerError. It is then out of this round.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=self._doing in (b"", asked.message)):
+            raise BusyError(_BUSY)
+        try:
+            self._doing = asked.message
             self._agreement.check(self._folder)
             self._ended(asked.past)
             if asked.told:
@@ -138,12 +146,22 @@ class SiteJob:
                 except NotToldError:
                     return TellAgain()
             return StepTaken(self.party.handle(asked.channel, asked.message))
+        finally:
+            self._doing = b""
+            self._lock.release()
 
     def end(self, past: ExchangeEnded | None, model: str, *, completed: int) -> None:
-        """No message comes after this one. model: digest of the one that came of round ``completed``."""
-        with self._lock:
+        """No message comes after this one. model: digest of the one that came of round ``completed``.
+
+        Raises: BusyError.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(_BUSY)
+        try:
             self._ended(past)
             self.party.leave(model, completed=completed)
+        finally:
+            self._lock.release()
 
     def _ended(self, past: ExchangeEnded | None) -> None:
         """How the latest exchange ended; what the algorithm has the party remember depends on it."""

@@ -2,7 +2,8 @@
 
     request       what for                                                            reply
     ProposeJob    a job, as an offer                                                  JobTaken, JobRefused
-    TakeStep      one message of a sum; with it, if it is new, the exchange of it     StepTaken, TellAgain, JobUnknown
+    TakeStep      one message of a sum; with it, if it is new, the exchange of it     StepTaken, TellAgain, StillBusy,
+                                                                                      JobUnknown
     EndJob        nothing more is coming; the model that came of the last round       JobOver
     SignRun       the run's manifest, to be signed                                    RunSigned
 
@@ -102,12 +103,16 @@ class RunSigned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
 
 
+class StillBusy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """It is at work on an earlier message, for which nobody waits any longer. It is out of this round, no more."""
+
+
 class TellAgain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
     """The exchange goes on from tensors that this site has not, for it was started anew: it wants them told."""
 
 
 ToSite = ProposeJob | TakeStep | EndJob | SignRun
-FromSite = JobTaken | JobRefused | JobUnknown | StepTaken | TellAgain | JobOver | RunSigned
+FromSite = JobTaken | JobRefused | JobUnknown | StepTaken | StillBusy | TellAgain | JobOver | RunSigned
 _to_site: msgspec.msgpack.Decoder[ToSite] = msgspec.msgpack.Decoder(ToSite)
 _from_site: msgspec.msgpack.Decoder[FromSite] = msgspec.msgpack.Decoder(FromSite)
 T = TypeVar("T")

@@ -17,10 +17,11 @@ import msgspec
 from choral.errors import ChoralError
 from choral.network.site.files.log import Fact, SiteLine
 from choral.network.site.files.settings import DataSet, ledger_of
-from choral.privacy import ClientPrivacy, Ledger, LedgerError, Privacy
+from choral.privacy import BudgetExceededError, ClientPrivacy, Ledger, LedgerError, Privacy
+from choral.privacy.accounting.budget import at_least
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, Event
 from choral.privacy.ledgers.ledger_file import RESTORE
-from choral.privacy.ledgers.plans import RemainingBudget, guarantee
+from choral.privacy.ledgers.plans import RemainingBudget, guarantee, passes_left
 from choral.trainers.federated.terms.clients import clients_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 
@@ -106,6 +107,13 @@ def budget_of(
     noise, unfinished = None, remaining.unfinished()
     goes_on = sum(left for part, left in unfinished if _is_of(part.event, data, terms, settings)) or None
     if isinstance(privacy, ClientPrivacy):
+        if privacy.noise != "central" and not remaining.empty and not passes_left(ledger, privacy.epsilon):
+            raise BudgetExceededError(
+                "noise of clients must be the same at all sites, so it is made for data of which nothing was spent;"
+                f" of this, epsilon {at_least(spent)} was",
+                hint="promise less the first time and plan all rounds in one job, or trust the coordinator with central"
+                " noise",
+            )
         if (engine := clients_of(terms, privacy, ledger, str(ledger.holder))) is not None:
             noise = engine.ratio
     elif goes_on is not None:

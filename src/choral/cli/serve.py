@@ -91,12 +91,8 @@ def serve(words: list[str]) -> int:
     from choral.network.site.files.directory import Pinned
 
     chosen = settings.serve
-    if chosen.identity is None:
-        raise ConfigError(
-            "serve.identity is not set: the coordinator's certificate, which sites pin",
-            hint="choral.network.make_identity(FOLDER, NAME) makes one; then --serve.identity FOLDER/NAME.crt",
-        )
-    identity = CertifiedIdentity.load(chosen.identity.parent, chosen.identity.stem)
+    certificate = chosen.identity or _beside(wanted.directory)
+    identity = CertifiedIdentity.load(certificate.parent, certificate.stem)
     sites = Pinned.read(wanted.directory).sites
     keys = {certificate.name: certificate.public_key for certificate in sites}
 
@@ -135,6 +131,18 @@ def serve(words: list[str]) -> int:
             print(f"note: {run.info.ended}")
         print(f"run folder: {wanted.out}   next: choral audit {shlex.quote(str(wanted.out))}")
     return 0
+
+
+def _beside(directory: Path) -> Path:
+    """The certificate whose key lies beside the directory, as `choral site init` makes them. Raises: ConfigError."""
+    keys = sorted(directory.absolute().parent.glob("*.key"))
+    if len(keys) != 1:
+        raise ConfigError(
+            f"serve.identity is not set, and beside {directory} there are {len(keys)} keys, expected one",
+            hint="`choral site init hub` makes the coordinator's folder: its key, its certificate, directory.toml;"
+            " or give --serve.identity FOLDER/NAME.crt",
+        )
+    return keys[0].with_suffix(".crt")
 
 
 def _line(number: int, metrics: dict[str, float], survivors: int, failed: str) -> str:

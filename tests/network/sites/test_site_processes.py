@@ -8,19 +8,25 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from site_federation import (
     ALGORITHMS,
+    Federation,
     algorithm,
     rehearsed,
     same_weights,
+    toml_of,
+    write_directory,
 )
 from site_processes import ENVIRONMENT, PATIENT, Processes, until
 
 from choral.cli.command_line import main
 from choral.jobs.settings import SumSettings
+from choral.network import Offer
+from choral.network.site.files.directory import Pinned
 from choral.trainers import Participation, Run
 from choral.trainers.task.settings import Training
 
@@ -114,3 +120,21 @@ def test_every_algorithm_and_sum_over_real_sockets(name: str, kind: Any, running
     job = f"{name}-{kind}"
     assert main([*running.job(job, settings), "--quiet"]) == 0
     assert same_weights(Run.load(running.path / f"run-{job}"), rehearsed(running.federation, settings))
+
+
+def test_the_key_that_lies_beside_the_directory_is_the_coordinators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `choral site init hub` makes both; nothing is guessed where there are none, or two."""
+    sites = Federation(tmp_path)
+    job = tmp_path / "job.toml"
+    job.write_text(toml_of(sites.settings()))
+    assert main(["site", "init", "centre", "--folder", str(tmp_path / "centre")]) == 0
+    pinned = Pinned.read(write_directory(sites))
+    pinned.write(tmp_path / "centre" / "directory.toml")
+    offer = ["serve", str(job), "--offer", str(tmp_path / "job.offer"), "--directory"]
+    assert main([*offer, str(tmp_path / "centre" / "directory.toml")]) == 0
+    assert Offer.read((tmp_path / "job.offer").read_bytes()).coordinator == "centre"
+    capsys.readouterr()
+    assert main([*offer, str(tmp_path / "directory.toml")]) == 2
+    assert "there are 0 keys, expected one" in capsys.readouterr().err
