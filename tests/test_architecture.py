@@ -51,8 +51,8 @@ def modules() -> dict[str, Path]:
     """Every shipped module by its full name."""
     front = ROOT / "src/choral"
     paths = {("choral", *path.relative_to(front).with_suffix("").parts): path for path in front.glob("*.py")}
-    for path in front.glob("*/*.py"):
-        if path.parent.name not in ROOMS:
+    for path in front.rglob("*.py"):
+        if path.relative_to(front).parts[0] not in ROOMS:
             paths["choral", *path.relative_to(front).with_suffix("").parts] = path
     for room in ROOMS:
         paths |= {("choral", *p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / room).rglob("*.py")}

@@ -14,9 +14,9 @@ import pytest
 
 from choral.cli.arguments import flags_of
 from choral.cli.command_line import main
-from choral.cli.poc import PocFlags
-from choral.cli.serve import ServeFlags
 from choral.cli.short_help import SHORT
+from choral.cli.sites.poc import PocFlags
+from choral.cli.sites.serve import ServeFlags
 from choral.cli.train import CompareFlags, TrainFlags
 
 DIGITS = "examples/digits.toml"

@@ -143,19 +143,19 @@ def _export(words: list[str]) -> int:
 
 
 def _serve(words: list[str]) -> int:
-    from choral.cli.serve import serve
+    from choral.cli.sites.serve import serve
 
     return serve(words)
 
 
 def _join(words: list[str]) -> int:
-    from choral.cli.serve import join
+    from choral.cli.sites.serve import join
 
     return join(words)
 
 
 def _poc(words: list[str]) -> int:
-    from choral.cli.poc import poc
+    from choral.cli.sites.poc import poc
 
     return poc(words)
 
@@ -173,7 +173,7 @@ def _report(words: list[str]) -> int:
 
 
 def _site(words: list[str]) -> int:
-    from choral.cli.site import site
+    from choral.cli.sites.site import site
 
     return site(words)
 

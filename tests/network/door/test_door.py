@@ -144,7 +144,7 @@ def test_the_site_process_answers_at_its_door_and_takes_it_away_when_it_ends(tmp
 
 
 def test_who_joins_without_an_address_must_have_a_door(tmp_path: Path) -> None:
-    from choral.cli.serve import join
+    from choral.cli.sites.serve import join
 
     federation = Federation(tmp_path)
     federation.configure("north", ('address = "127.0.0.1:8443"', ""))
