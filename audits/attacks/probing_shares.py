@@ -16,19 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from torch import nn
 from torch.utils.data import DataLoader
 
 from choral.audits.attacks.canaries import flip_coins
-from choral.audits.attacks.probing import QUIET, ProbeRecords, Seen, canary_count, judged
+from choral.audits.attacks.probing import canary_count, judged
 from choral.audits.findings.evidence import Probe
+from choral.audits.probes.records import ProbeLayout, ProbeRecords
+from choral.audits.probes.seen import Seen
+from choral.audits.probes.twins import twins
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan, SharesTerms, plan_shares
 from choral.privacy.ledgers.memory_notice import no_notice
 from choral.privacy.ledgers.spending import spent_by_records
 
 MakeParty = Callable[[Privacy, SharesPlan, str, Ledger], SharesParty]
-_RATE, _STEPS, _LEAST = 0.4, 12, 1000
+_RATE, _STEPS = 0.4, 12
 
 
 def probe_shares(
@@ -54,10 +56,10 @@ def probe_shares(
             f'the promise is Privacy(noise="{privacy.noise}"), of noise that each party adds for itself',
             hint="choral.audits.probe is for that",
         )
-    canaries = canary_count(privacy.epsilon, privacy.delta, confidence)
+    canaries = canary_count(privacy.epsilon, privacy.delta, confidence) // 2  # of as many parties, time for half
     with no_notice():
-        seen = [_opened(privacy, parties, min_survivors, make or _party, canaries) for _ in range(2)]
-    return judged(seen[0], seen[1], privacy.delta, confidence)
+        seen = twins(lambda: _opened(privacy, parties, min_survivors, make or _party, canaries))
+    return judged(seen, privacy.delta, confidence)
 
 
 def _party(privacy: Privacy, plan: SharesPlan, name: str, ledger: Ledger) -> SharesParty:
@@ -65,42 +67,41 @@ def _party(privacy: Privacy, plan: SharesPlan, name: str, ledger: Ledger) -> Sha
 
 
 def _opened(privacy: Privacy, parties: int, survivors: int, make: MakeParty, canaries: int) -> Seen:
-    """One training on fresh coins: the sums, without what colluders sent; shape (steps, width), in clipping norms."""
-    width, each = canaries + QUIET, -(-max(_LEAST, 2 * canaries) // survivors)
+    """One training on fresh coins: the sums, without what colluders sent, in clipping norms."""
     honest = survivors - privacy.colluders
-    inside = flip_coins(canaries)
+    each = -(-canaries // max(honest, 1))
+    layout, inside = ProbeLayout.of(canaries), flip_coins(canaries)
     terms = SharesTerms(
         records=parties * each,
         batch_size=int(_RATE * parties * each),
         steps=_STEPS,
         parties=parties,
         min_survivors=survivors,
-        length=width,
+        length=layout.length,
         most_records=each,
     )
     plan = plan_shares(privacy, terms)
     ledgers = [Ledger() for _ in range(survivors)]
     wrapped = []
     for place, ledger in enumerate(ledgers):
-        model = nn.Linear(width, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        coins = inside[place::survivors] if place < honest else inside[:0]
-        records = ProbeRecords(each, width, coins, plan.clip, first=place, stride=survivors)
+        first = place if place < honest else survivors * each  # a colluder's records are no secret: none is a canary
+        records = ProbeRecords(each, layout, inside, plan.clip, first=first, stride=honest)
         party = make(privacy, plan, f"probe {place}", ledger)
-        wrapped.append((party, *party.wrap(model, DataLoader(records))))
-    released, drawn = np.zeros((_STEPS, width)), np.zeros(_STEPS, dtype=np.int64)
+        wrapped.append((party, *party.wrap(layout.model(), DataLoader(records))))
+    released, drawn = np.zeros((_STEPS, layout.length)), np.zeros((_STEPS, honest * each), dtype=np.int64)
     for step in range(_STEPS):
         vectors = []
         for place, (party, model, optimizer, loader) in enumerate(wrapped):
+            rows = []
             for x in loader:
                 optimizer.zero_grad()
                 model(x).mean().backward()
                 optimizer.step()
-                drawn[step] += optimizer.drawn if place < honest else 0
+                rows.append(x[:, 0].long().numpy())
+            if place < honest:
+                np.add.at(drawn[step], np.concatenate(rows)[: optimizer.drawn], 1)
             vectors.append(party.take())
         opened, known = np.sum(vectors, axis=0), np.sum(vectors[honest:], axis=0)
         released[step] = (opened - known) * 2.0**-plan.grid.coarse
     spent = spent_by_records(ledgers[0], privacy.delta)
-    shown = np.array([place % survivors < honest for place in range(canaries)])
-    order = np.concatenate([np.flatnonzero(shown), np.arange(canaries, width)])
-    return Seen(released[:, order], drawn, inside[shown], spent, honest * each)
+    return Seen(layout, released, drawn, inside, spent)

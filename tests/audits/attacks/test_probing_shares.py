@@ -25,7 +25,7 @@ def test_the_honest_steps_pass() -> None:
     assert not any(check.violated for check in found.checks)
     noise = found.checks[0]
     assert noise.observed == pytest.approx(noise.expected, rel=0.03)
-    assert found.canaries.attack == "probe records with a coordinate each"
+    assert found.canaries.attack == "gradients of probe records in every step"
 
 
 def scaled(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
