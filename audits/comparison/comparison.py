@@ -17,6 +17,7 @@ from choral.audits.comparison.fairness import fairness_metric, fairness_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.costs.target import costs_to_target
+from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, merged_versions, units_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.audits.findings.schema import (
@@ -157,6 +158,13 @@ def compare(
     Raises: ConfigError for no arms, an arm without runs, an interrupted run, runs of one arm with unlike settings, an
         unknown baseline or metric; DataError for a metric that is not finite.
     """
+    door.check_arms(arms)
+    door.check_arms(budgets, "budgets")
+    door.check_levels(references)
+    door.check_on_arms(attacks, probes)
+    texts = {"metric": metric, "title": title} | ({} if baseline is None else {"baseline": baseline})
+    door.check_comparison(texts, also, failed, not_trained)
+    door.check_prices(prices)
     if not arms:
         raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
     metrics = (metric, *also)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from choral.errors import ConfigError
+from choral.trainers.task import arguments
 
 TABLE = Path(__file__).with_name("prices.toml")
 
@@ -154,6 +155,8 @@ def _entries(table: Mapping[str, object], path: Path, known: Mapping[str, Price]
 
 
 def _check(key: str, value: float, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{where}{key} is {arguments.shown(value)}, expected a number")
     if not (math.isfinite(value) and value >= 0) or (value == 0 and key in _POSITIVE):
         least = "> 0" if key in _POSITIVE else ">= 0"
         raise ConfigError(f"{where}{key} is {value}, expected a finite number {least}")

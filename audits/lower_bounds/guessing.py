@@ -45,7 +45,8 @@ class FixedShares:
     shares: tuple[float, ...] = DEFAULT_SHARES
 
     def __post_init__(self) -> None:
-        if not self.shares or not all(0.0 < share <= 1.0 for share in self.shares):
+        numbers = isinstance(self.shares, tuple) and all(isinstance(share, int | float) for share in self.shares)
+        if not numbers or not self.shares or not all(0.0 < share <= 1.0 for share in self.shares):
             raise ConfigError(f"shares are {self.shares}, expected one or more in (0, 1]", hint="0.1 guesses a tenth")
 
     @property

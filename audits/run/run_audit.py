@@ -16,6 +16,7 @@ from choral.audits.budgets.consistency import books_checks
 from choral.audits.budgets.participation import ParticipationSummary, participation_checks, participation_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
+from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, site_caveats, units_of
 from choral.audits.findings.evidence import InversionAudit, Probe, ScoreAudit
 from choral.audits.findings.schema import (
@@ -143,6 +144,7 @@ def audit(
     Raises: RunFolderError for a folder that is missing, incomplete or damaged; LedgerError for a ledger that is;
         DataError for a metric or cost that is not finite; ConfigError for a run without any history.
     """
+    door.check_audit(run, attacks, probe, inversion, prices)
     run = _readable(run)
     budgets = owner_budgets(run)
     accountants, participation, transcript = accountants_of(run), participation_of(run), transcript_audit(run)
@@ -197,6 +199,7 @@ def audit_evidence(
     """
     from choral.trainers.run_folder.info import versions
 
+    door.check_evidence(attacks, probe, inversion)
     if not (attacks or probe or inversion):
         raise ConfigError("there is nothing to report", hint="give scores, a probe or an inversion")
     checks = evidence_checks(attacks, probe, inversion)

@@ -44,9 +44,9 @@ def relation_of(words: str) -> str:
 def check_relation(words: str, unit: str = UNIT) -> None:
     """Raise ConfigError unless a new promise for this unit may state these neighbours."""
     offered = [each for each in RELATIONS[unit] if each != ADD_OR_REMOVE]
-    if words not in offered:
+    if not isinstance(words, str) or words not in offered:
         hint = "Take one of these, word for word."
-        if words == ADD_OR_REMOVE:
+        if isinstance(words, str) and words == ADD_OR_REMOVE:
             hint = "The number of records is public: the noise shows it. Take one of these, word for word."
         raise ConfigError(f"neighbours is {words!r:.80}, expected {' or '.join(map(repr, offered))}", hint=hint)
 

@@ -105,8 +105,8 @@ class ClientPrivacy:
             ("noise", ("distributed", "local", "central")),
             ("mechanism", ("discrete_gaussian", "skellam")),
         ):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+            if not isinstance(value := getattr(self, name), str) or value not in known:
+                raise ConfigError(f"{name} is {value!r:.80}, expected one of {', '.join(known)}")
         if isinstance(self.colluders, bool) or not isinstance(self.colluders, int) or self.colluders < 0:
             raise ConfigError(f"colluders is {self.colluders}, expected an integer >= 0")
         self._check_cohorts()

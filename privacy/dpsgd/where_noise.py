@@ -12,7 +12,7 @@ Where = Literal["local", "distributed"]
 
 def check_noise(noise: str, colluders: int, max_grad_norm: ClippingNorm) -> None:
     """Raise ConfigError unless these go together in a promise."""
-    if noise not in get_args(Where):
+    if not isinstance(noise, str) or noise not in get_args(Where):
         raise ConfigError(f"noise is {noise!r:.80}, expected one of {', '.join(get_args(Where))}")
     check_colluders(colluders)
     if noise == "distributed" and isinstance(max_grad_norm, AdaptiveClip):

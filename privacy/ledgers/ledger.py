@@ -69,6 +69,8 @@ class Ledger:
     def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
         if path is not None and not isinstance(path, str | Path):
             raise ConfigError(f"path is a {type(path).__name__}, expected that of a file, or None")
+        if holder is not None and not isinstance(holder, str):
+            raise ConfigError(f"holder is a {type(holder).__name__}, expected the data owner's name, or None")
         self.path = None if path is None else Path(path)
         self._asked = holder
         self._asked_delta: float | None = None

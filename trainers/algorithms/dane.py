@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 
-from choral.errors import ConfigError
 from choral.trainers.algorithms.gd import GRADIENT
 from choral.trainers.algorithms.interface import (
     Algorithm,
@@ -42,6 +41,7 @@ from choral.trainers.algorithms.interface import (
     check_positive,
     updated,
 )
+from choral.trainers.task import arguments
 
 CHANGE = Release(channel="update", what="w_k - w_t, the change by the local minimisation", source="data")
 
@@ -69,8 +69,7 @@ class DANE(Algorithm):
         check_positive(self, "eta", "step", "passes")
         check_not_negative(self, "mu", "ridge")
         for name, known in (("solver", ("newton", "svrg")), ("mean", ("examples", "parties"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{self.kind}: {name} is {getattr(self, name)!r}, expected {' or '.join(known)}")
+            arguments.one_of(getattr(self, name), f"{self.kind}: {name}", known)
 
     def channels(self, federation: FederationInfo) -> dict[str, Channel]:
         return {

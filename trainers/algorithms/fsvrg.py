@@ -26,7 +26,6 @@ from typing import Literal
 
 import torch
 
-from choral.errors import ConfigError
 from choral.trainers.algorithms.gd import GRADIENT
 from choral.trainers.algorithms.interface import (
     Algorithm,
@@ -46,6 +45,7 @@ from choral.trainers.algorithms.interface import (
     check_positive,
     updated,
 )
+from choral.trainers.task import arguments
 
 COUNTS = Release(
     channel="counts",
@@ -79,8 +79,9 @@ class FSVRG(Algorithm):
     def __post_init__(self) -> None:
         check_positive(self, "step", "passes", "gradient_scale")
         check_not_negative(self, "ridge")
-        if self.mean not in ("examples", "parties"):
-            raise ConfigError(f"{self.kind}: mean is {self.mean!r}, expected 'examples' or 'parties'")
+        arguments.one_of(self.mean, f"{self.kind}: mean", ("examples", "parties"))
+        for name in ("scaled", "over_examples"):
+            arguments.flag(getattr(self, name), f"{self.kind}: {name}")
 
     @property
     def by_records(self) -> bool:

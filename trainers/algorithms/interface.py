@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 
 from choral.errors import ConfigError
+from choral.trainers.task import arguments
 
 Source = Literal["fit", "derived", "data"]
 
@@ -322,7 +323,8 @@ def updated(weights: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 
 
 def check_positive(algorithm: Algorithm, *names: str) -> None:
-    """Raises: ConfigError unless these hyper-parameters are finite and above 0."""
+    """Raises: ConfigError unless all hyper-parameters are numbers, as declared, and these are finite and above 0."""
+    arguments.own_numbers(algorithm, type(algorithm).__name__)
     for name in names:
         if not 0 < getattr(algorithm, name) < float("inf"):
             raise ConfigError(
@@ -332,7 +334,8 @@ def check_positive(algorithm: Algorithm, *names: str) -> None:
 
 
 def check_not_negative(algorithm: Algorithm, *names: str) -> None:
-    """Raises: ConfigError unless these hyper-parameters are finite and at least 0."""
+    """Raises: as :func:`check_positive`, of these unless they are finite and at least 0."""
+    arguments.own_numbers(algorithm, type(algorithm).__name__)
     for name in names:
         if not 0 <= getattr(algorithm, name) < float("inf"):
             raise ConfigError(
@@ -342,7 +345,8 @@ def check_not_negative(algorithm: Algorithm, *names: str) -> None:
 
 
 def check_below_one(algorithm: Algorithm, *names: str) -> None:
-    """Raises: ConfigError unless these hyper-parameters, such as the decay of a moment, are in [0, 1)."""
+    """Raises: as :func:`check_positive`, of these, such as the decay of a moment, unless they are in [0, 1)."""
+    arguments.own_numbers(algorithm, type(algorithm).__name__)
     for name in names:
         if not 0 <= getattr(algorithm, name) < 1:
             raise ConfigError(f"{algorithm.kind}: {name} is {getattr(algorithm, name)}, expected 0 <= {name} < 1")

@@ -28,7 +28,7 @@ from choral.trainers.task import arguments
 from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.evaluation import evaluated
-from choral.trainers.task.flat_vector import Layout
+from choral.trainers.task.flat_vector import Layout, all_finite
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.per_party import check_held_out, per_party_of
@@ -71,6 +71,9 @@ def centralize(
     compute, keep = Compute() if compute is None else compute, Keep() if keep is None else keep
     for value, name, kind in ((task, "task", Task), (compute, "compute", Compute), (keep, "keep", Keep)):
         arguments.instance(value, name, kind, f"{kind.__name__}(...)")
+    if privacy is not None:
+        hint = "ClientPrivacy protects the parties of a federation; pooled data has none"
+        arguments.instance(privacy, "privacy", Privacy, hint)
     parties = parties_of(task, parties)
     rounds = arguments.whole_number(rounds, "rounds", 1, "20 is a start")
     changing = task.schedule or Schedule()
@@ -198,7 +201,7 @@ class _Pooled:
         self._groups.check(self.optimizer, _PLACE)
         self._attributes.settle(_PLACE, takes_round=takes_round(fit))
         self._told = self._told or self._watched.tell(_PLACE)
-        if not torch.isfinite(self.layout.read()).all():
+        if not all_finite(self.layout.read()):
             raise DivergedError(
                 f"training on {_PLACE} diverged in round {number}: the weights are not finite",
                 hint="lower the learning rate; the last good round is kept",

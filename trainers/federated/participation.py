@@ -260,8 +260,7 @@ class Participation:
             ("clock", Clock),
         ):
             arguments.instance(getattr(self, name), f"participation.{name}", kind, f"{kind.__name__}(...)")
-        if self.draw not in ("system", "seed"):
-            raise ConfigError(f"expected participation.draw 'system' or 'seed', got {self.draw!r}", hint="system")
+        arguments.one_of(self.draw, "participation.draw", ("system", "seed"))
         if self.cohort is not None and self.rate is not None:
             raise ConfigError("participation takes a cohort or a rate, not both", hint="leave one of them out")
         if self.rate is not None and not 0 < self.rate <= 1:

@@ -32,11 +32,6 @@ def open_privacy_engines(
     """
     if privacy is None:
         return {}
-    if not isinstance(privacy, Privacy):
-        raise ConfigError(
-            f"privacy is a {type(privacy).__name__}, expected Privacy",
-            hint="ClientPrivacy protects the parties of a federation; pooled data has none",
-        )
     check_own_ledger(privacy)
     check_delta(privacy, examples)
     if folder is None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from choral.errors import ConfigError
+from choral.trainers.task import arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Schedule:
     """Rounds in which the factor first rises in equal steps to 1."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "cosine", "step"):
-            raise ConfigError(f"schedule.kind is {self.kind!r}, expected 'constant', 'cosine' or 'step'")
+        arguments.one_of(self.kind, "schedule.kind", ("constant", "cosine", "step"))
+        arguments.own_numbers(self, "Schedule")
         if not (0 <= self.final <= 1 and 0 < self.decay <= 1 and self.every >= 1 and self.warmup >= 0):
             raise ConfigError(
                 "expected 0 <= schedule.final <= 1, 0 < decay <= 1, every >= 1, warmup >= 0; got"

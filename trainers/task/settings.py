@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from choral.errors import ConfigError
+from choral.trainers.task import arguments
 from choral.trainers.task.learning_rate import Schedule
 
 
@@ -31,6 +32,9 @@ class Split:
     """Deal the records out again at random, to each party as many as it has: unequal, but IID."""
 
     def __post_init__(self) -> None:
+        arguments.one_of(self.kind, "split.kind", ("dirichlet", "key", "shards", "iid"))
+        arguments.own_numbers(self, "Split")
+        arguments.flag(self.reshuffle, "split.reshuffle")
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"expected 0 < split.test_fraction < 1, got {self.test_fraction:g}", hint="e.g. 0.2")
         if self.parties < 1:
@@ -62,6 +66,9 @@ class Training:
     """Weights to start from (.safetensors), of the same model; by default the seed makes them."""
 
     def __post_init__(self) -> None:
+        arguments.own_numbers(self, "Training")
+        arguments.flag(self.compile, "training.compile")
+        arguments.instance(self.schedule, "training.schedule", Schedule, "Schedule(kind=...)")
         for name in ("rounds", "local_epochs", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"expected training.{name} >= 1, got {value}", hint="whole numbers from 1")

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,9 +265,12 @@ def check_party(name: str, dataset: Any, min_classes: int) -> int:
         raise ConfigError(
             f"party name {name[:40]!r} is too long or not printable", hint="ledgers are files of that name"
         )
-    if not isinstance(dataset, Sized):
-        raise DataError(f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset")
-    examples = len(dataset)
+    try:
+        examples = len(dataset)
+    except TypeError:  # of what has no length, and of a tensor that is a number
+        raise DataError(
+            f"party {name!r} has a dataset without a length", hint="give it a map-style torch dataset"
+        ) from None
     if not examples:
         raise DataError(f"party {name!r} has no records", hint="leave it out, or change the split")
     labels = labels_of(dataset)
