@@ -18,6 +18,7 @@ from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.energy import Stopwatch
 from choral.trainers.run_folder.evidence.receipts import Asked, Summed
 from choral.trainers.run_folder.info import RoundTimes
+from choral.trainers.task.flat_vector import all_finite
 from choral.trainers.task.task import DivergedError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
         outcome.bytes_up += max(result.bytes_up.values()) + codec.more_bytes
         outcome.bytes_down += max(result.bytes_down.values()) + told.bytes_down
         mean = _timed(watch, codec.decode, result)
-    if not torch.isfinite(steps.weights).all():
+    if not all_finite(steps.weights):
         raise DivergedError(
             f"the server's step diverged in round {outcome.number}: the weights are not finite",
             hint="lower the learning rates; the last good round is kept",

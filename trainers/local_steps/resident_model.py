@@ -7,7 +7,6 @@ deepcopy, which is slow and trains the original where a forward closes over its 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from choral.trainers.local_steps.record_gradients import Records
 from choral.trainers.run_folder.info import RunFolderError
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.device_batches import OnDevice
-from choral.trainers.task.flat_vector import Layout
+from choral.trainers.task.flat_vector import Layout, all_finite
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import Schedule
 from choral.trainers.task.seeding import Generator, forget_workers, generators_of, reseed, seeded
@@ -282,7 +281,7 @@ class Resident:
                 hint="train the model, optimizer and loader that fit is given, in place, not a copy; with"
                 " drop_last=True a small party has no batch at all",
             )
-        if steps.astray > 0.0 and torch.isfinite(change).all():
+        if steps.astray > 0.0 and all_finite(change):
             lost = "what the algorithm or the schedule says of each step is not in the change"
             if self.privacy_engines:
                 lost = "what was changed has no noise"
@@ -344,8 +343,7 @@ def attempted(make: Callable[[], Done], party: str, round_number: int) -> Done |
 
 def refuse_diverged(vector: torch.Tensor, party: str, round_number: int) -> None:
     """Raises: DivergedError naming the party, if not all of `vector` is finite."""
-    # One number beyond floats makes the sum such a number; a sum may also be one for being large.
-    if not math.isfinite(float(vector.sum())) and not torch.isfinite(vector).all():
+    if not all_finite(vector):
         raise DivergedError(
             f"training at party {party!r} diverged in round {round_number}: its weights are not finite",
             hint="lower the learning rate; the last good round is kept",

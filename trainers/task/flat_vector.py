@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -52,3 +53,11 @@ class Layout:
 
 def shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def all_finite(vector: torch.Tensor) -> bool:
+    """Whether no coordinate is infinite or NaN: either makes the sum so, and a sum takes a twentieth of the time.
+
+    A sum may also be infinite for being large; then each coordinate is looked at.
+    """
+    return math.isfinite(float(vector.sum())) or bool(torch.isfinite(vector).all())
