@@ -21,6 +21,7 @@ from choral.audits.comparison.comparison import Comparison as Comparison
 from choral.audits.comparison.comparison import compare as compare
 from choral.audits.costs.prices import PriceSettings as PriceSettings
 from choral.audits.costs.prices import read_prices as read_prices
+from choral.audits.findings.door import ArmEvidence as ArmEvidence
 from choral.audits.findings.schema import ReportError as ReportError
 from choral.audits.lower_bounds.guessing import FixedShares as FixedShares
 from choral.audits.lower_bounds.guessing import SampleSplit as SampleSplit

@@ -39,7 +39,6 @@ LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 MANY_ARGUMENTS: dict[str, int] = {
     "audits/attacks/score_audit.py:audit_scores": 11,
-    "audits/comparison/comparison.py:compare": 12,
     "trainers/local_steps/resident_model.py:__init__": 13,
     "trainers/local_steps/sparse_kernels.py:walk": 12,  # of a kernel, whose arguments are arrays and numbers
     "trainers/local_steps/sparse_kernels_numba.py:walk": 12,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import choral
 from choral import Task, audit, centralize, compare, federate
-from choral.audits import PriceSettings
+from choral.audits import ArmEvidence, PriceSettings
 from choral.errors import ChoralError
 from choral.trainers import Epochs, Run, Schedule, Split, Training
 from choral.trainers.algorithms import KINDS
@@ -65,6 +66,7 @@ GIVEN: dict[Any, dict[str, Any]] = {
 }
 GROUPS = (
     *GIVEN,
+    ArmEvidence,
     *(choral.Compute, choral.Encoding, choral.Keep, choral.Participation, Availability, Clock, Device, Dropouts),
     *(choral.Masked, choral.Homomorphic, choral.Plain, Epochs, Schedule, Split, Training, PriceSettings),
     *KINDS.values(),
@@ -118,9 +120,10 @@ def test_comparisons_and_audits_refuse_in_words(runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize("listed", [False, True])
 def test_what_a_mapping_of_comparisons_holds_is_looked_at(runs: dict[str, Run], name: str, listed: bool) -> None:
     for what, value in WRONG.items():
-        held = [value] if listed else value
-        good = {"references": ("none", "mapping"), "probes": ("none",), "failed": ("text",)}.get(name, ())
-        if what in good and not listed:
+        if not listed and (name, what) in (("references", "mapping"), ("failed", "text")):
             continue
+        given = {name: {"fed": [value] if listed else value}}
+        call: Any = ArmEvidence if name in ("attacks", "probes", "failed") else partial(compare, metric="x")
+        more = {} if call is ArmEvidence else {"arms": runs}
         with pytest.raises(ChoralError):
-            compare(**{"arms": runs, "metric": "x", name: {"fed": held}})
+            call(**{**more, **given})

@@ -19,7 +19,7 @@ from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.costs.target import costs_to_target
 from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, merged_versions, units_of
-from choral.audits.findings.evidence import Probe, ScoreAudit
+from choral.audits.findings.door import ArmEvidence
 from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
@@ -129,10 +129,7 @@ def compare(
     title: str = TITLE,
     prices: Prices | None = None,
     target: float | None = None,
-    attacks: Mapping[str, Sequence[ScoreAudit]] | None = None,
-    probes: Mapping[str, Probe] | None = None,
-    failed: Mapping[str, str] | None = None,
-    not_trained: Sequence[FailedRuns] = (),
+    evidence: ArmEvidence | None = None,
 ) -> Comparison:
     """Compare arms, each one run or several that differ in their seed.
 
@@ -146,9 +143,7 @@ def compare(
     references: metric -> name -> level, drawn across its curves: what always the same answer gets, for instance.
     prices: what costs are computed with (:func:`choral.audits.read_prices`); by default the shipped table.
     target: level of ``metric`` whose cost is asked; by default 95 % of what the baseline gained.
-    attacks, probes: name -> evidence that was gathered on an arm, as :func:`choral.audits.audit` takes it. failed: name
-        -> why an attack on it could not be carried out, which leaves the arm unverified.
-    not_trained: arms, or runs of them, that were to be compared and failed; they are rows with a reason.
+    evidence: attacks and probes that were made of the arms, and what could not be made or trained.
 
     Every run in ``arms`` is audited as :func:`choral.audits.audit` does, except that a ledger or transcript that does
     not verify makes its arm violated instead of raising, and an audit that breaks off leaves its arm unverified.
@@ -159,11 +154,10 @@ def compare(
         unknown baseline or metric; DataError for a metric that is not finite.
     """
     door.check_arms(arms)
-    door.check_arms(budgets, "budgets")
-    door.check_levels(references)
-    door.check_on_arms(attacks, probes)
+    door.check_arms({} if budgets is None else budgets, "budgets")
+    door.check_levels({} if references is None else references)
     texts = {"metric": metric, "title": title} | ({} if baseline is None else {"baseline": baseline})
-    door.check_comparison(texts, also, failed, not_trained)
+    door.check_comparison(texts, also, target, evidence)
     door.check_prices(prices)
     if not arms:
         raise ConfigError("nothing to compare: no arms", hint='give at least one, as in compare({"cloud": run})')
@@ -171,22 +165,20 @@ def compare(
     levels = _references(references or {}, metrics)
     ready = {name: check_runs(name, _as_list(arms[name]), metrics) for name in _ordered(arms)}
     base, books = _baseline(ready, baseline), ledger_rows()
-    audits = _audits(ready, books, attacks or {}, probes or {}, failed or {})
+    gathered = evidence or ArmEvidence()
+    audits = _audits(ready, books, gathered)
     found = _compared(ready, budgets or {}, _rows(ready, base, metrics, audits), books, base=base, metrics=metrics)
     table = prices or read_prices()
     if (costs := costs_of(ready, table)) is not None:
         costs = msgspec.structs.replace(costs, target=costs_to_target(ready, metric, base, table, target))
-    return msgspec.structs.replace(found, title=title, references=levels, failed=tuple(not_trained), costs=costs)
+    return msgspec.structs.replace(
+        found, title=title, references=levels, failed=tuple(gathered.not_trained), costs=costs
+    )
 
 
-def _audits(
-    arms: Mapping[str, Sequence[Run]],
-    books: Rows,
-    attacks: Mapping[str, Sequence[ScoreAudit]],
-    probes: Mapping[str, Probe],
-    failed: Mapping[str, str],
-) -> dict[str, ArmAudit]:
+def _audits(arms: Mapping[str, Sequence[Run]], books: Rows, evidence: ArmEvidence) -> dict[str, ArmAudit]:
     """The audit of each arm. Raises: ConfigError for evidence on what is no arm."""
+    attacks, probes, failed = evidence.attacks, evidence.probes, evidence.failed
     if strange := sorted({*attacks, *probes, *failed} - arms.keys()):
         raise ConfigError(f"evidence on {strange[0]!r}, which is no arm", hint=f"name one of: {', '.join(arms)}")
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +52,46 @@ def check_levels(references: Any) -> None:
             arguments.number(level, f"references[{metric!r:.80}][{name!r:.80}]", "the level that the line is drawn at")
 
 
-def check_comparison(texts: Mapping[str, Any], also: Any, failed: Any, not_trained: Any) -> None:
+def check_comparison(texts: Mapping[str, Any], also: Any, target: Any, evidence: Any) -> None:
     """texts: by name. Raises: ConfigError for other types."""
     for name, text in texts.items():
         arguments.instance(text, name, str, f'{name}="..."')
     _listed(also, "also", str, 'names of metrics, as in also=["loss"]')
-    for arm, why in _mapped(failed, "failed", "reasons").items():
-        arguments.instance(why, f"failed[{arm!r:.80}]", str, "why the attack could not be carried out")
-    _listed(not_trained, "not_trained", FailedRuns, "what the training of it raised, as choral compare lists it")
+    if target is not None:
+        arguments.number(target, "target", "a level of the metric")
+    if evidence is not None:
+        arguments.instance(evidence, "evidence", ArmEvidence, "ArmEvidence(attacks={name: [...]}, probes={name: ...})")
 
 
-def check_on_arms(attacks: Any, probes: Any) -> None:
-    """Evidence by the name of the configuration that it is on. Raises: ConfigError for other types."""
-    for arm, found in _mapped(attacks, "attacks", "lists of scores").items():
-        check_evidence(found, None, None, f"[{arm!r:.80}]")
-    for arm, probe in _mapped(probes, "probes", "probes").items():
-        if probe is not None:
+@dataclass(frozen=True, kw_only=True)
+class ArmEvidence:
+    """What was gathered on the configurations that are compared.
+
+    attacks, probes: by the name of one, as :func:`choral.audits.audit` takes them. failed: by name, why an attack on it
+    could not be carried out, which leaves it unverified. not_trained: configurations, or runs of them, that were to be
+    compared and failed; they are rows with a reason.
+
+    Raises: ConfigError for values of other types.
+    """
+
+    attacks: Mapping[str, Sequence[ScoreAudit]] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    not_trained: Sequence[FailedRuns] = ()
+
+    def __post_init__(self) -> None:
+        for arm, found in _mapped(self.attacks, "attacks", "lists of scores").items():
+            check_evidence(found, None, None, f"[{arm!r:.80}]")
+        for arm, probe in _mapped(self.probes, "probes", "probes").items():
             arguments.instance(probe, f"probes[{arm!r:.80}]", Probe, "the Probe that the attack returned")
+        for arm, why in _mapped(self.failed, "failed", "reasons").items():
+            arguments.instance(why, f"failed[{arm!r:.80}]", str, "why the attack could not be carried out")
+        _listed(
+            self.not_trained, "not_trained", FailedRuns, "what the training of it raised, as choral compare lists it"
+        )
 
 
 def _mapped(value: Any, name: str, of: str) -> Mapping[str, Any]:
-    """Empty for None."""
-    if value is None:
-        return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(
             f"{name} is {arguments.shown(value)}, expected a mapping of names to {of}", hint='as in {"cloud": ...}'

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from choral.audits.findings.door import ArmEvidence
 from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.errors import ConfigError
 from choral.failures import failure_of
@@ -206,15 +207,12 @@ def _with_records(dataset: Any, more: list[tuple[torch.Tensor, torch.Tensor]]) -
     return ConcatDataset([dataset, TensorDataset(features, labels)])
 
 
-def evidence_of(settings: Settings, names: Sequence[str], out: Path) -> dict[str, Any]:
-    """The arguments attacks, probes and failed of ``compare``, of the arms that it is given."""
+def evidence_of(settings: Settings, names: Sequence[str], out: Path) -> ArmEvidence:
+    """Attacks and probes for ``compare``, of the arms that it is given, and why some could not be made."""
     found = {name: read_attempt(settings, name, out) for name in names if attacked(settings, settings.arms[name])}
     probes, unprobed = probes_of(settings, names)
     failed = {name: each.failed for name, each in found.items() if each.failed}
     for name, reason in unprobed.items():
         failed[name] = f"{failed[name]} {reason}" if name in failed else reason
-    return {
-        "attacks": {name: [each.result] for name, each in found.items() if each.result is not None},
-        "failed": failed,
-        "probes": probes,
-    }
+    attacks = {name: [each.result] for name, each in found.items() if each.result is not None}
+    return ArmEvidence(attacks=attacks, probes=probes, failed=failed)

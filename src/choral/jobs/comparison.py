@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -106,8 +106,7 @@ def run_comparison(
         title=settings.title,
         prices=read_prices(settings.prices, settings.price),
         target=settings.target,
-        not_trained=_failed_runs(settings, failed, arms, out),
-        **evidence_of(settings, list(arms), out),
+        evidence=replace(evidence_of(settings, list(arms), out), not_trained=_failed_runs(settings, failed, arms, out)),
     )
     for name in ("report.json", "report.html"):
         _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Masked, Privacy, audit
-from choral.audits import Comparison, compare
+from choral.audits import ArmEvidence, Comparison, compare
 from choral.audits.report.html import comparison_page
 from choral.audits.report.markdown import comparison_markdown
 from choral.errors import ConfigError
@@ -185,12 +185,12 @@ def test_an_arm_that_fails_otherwise_is_not_said_to_have_been_attacked(
 ) -> None:
     shutil.rmtree(tmp_path / "dp-0" / "ledger")
     tried = {"cloud": [evidence.attack("no claim", claimed=None)]}
-    page = comparison_page(compare(real, attacks=tried))
+    page = comparison_page(compare(real, evidence=ArmEvidence(attacks=tried)))
     assert "<small>not tried</small>" in page
     assert "<small>failed</small>" not in page
     spoil_claim(tmp_path / "dp-1")
     real["federated-dp"][1] = Run.load(tmp_path / "dp-1")
-    report = compare(real, attacks=tried, failed={"federated-dp": "The records are texts."})
+    report = compare(real, evidence=ArmEvidence(attacks=tried, failed={"federated-dp": "The records are texts."}))
     assert found_on(report, "federated-dp").verdict == "violated"
     assert "<small>failed</small>" in comparison_page(report)
 
@@ -198,8 +198,10 @@ def test_an_arm_that_fails_otherwise_is_not_said_to_have_been_attacked(
 def test_attacks_and_probes_stand_by_their_arm(real: Arms, evidence: SimpleNamespace) -> None:
     report = compare(
         real,
-        attacks={"cloud": [evidence.attack("no claim", claimed=None)], "federated-dp": [evidence.attack()]},
-        probes={"federated-dp": evidence.probe(violated=False)},
+        evidence=ArmEvidence(
+            attacks={"cloud": [evidence.attack("no claim", claimed=None)], "federated-dp": [evidence.attack()]},
+            probes={"federated-dp": evidence.probe(violated=False)},
+        ),
     )
     assert report.exit_code == 0
     assert "at least ε\u00a0=\u00a00.40" in found_on(report, "cloud").sentence
@@ -213,7 +215,7 @@ def test_attacks_and_probes_stand_by_their_arm(real: Arms, evidence: SimpleNames
 
 
 def test_an_attack_on_some_arms_leaves_the_others_listed_as_not_tried(real: Arms, evidence: SimpleNamespace) -> None:
-    report = compare(real, attacks={"federated-dp": [evidence.attack()]})
+    report = compare(real, evidence=ArmEvidence(attacks={"federated-dp": [evidence.attack()]}))
     assert "One-run audit with canaries" in [entry.name for entry in found_on(report, "cloud").not_run]
     assert "not tried" in comparison_page(report)
     assert "canaries attacked 1 of 2 configurations" in comparison_page(report)
@@ -231,7 +233,7 @@ def test_an_attack_on_some_arms_leaves_the_others_listed_as_not_tried(real: Arms
 def test_evidence_against_an_arm_decides_its_verdict_and_the_exit_code(
     real: Arms, evidence: SimpleNamespace, given: Callable, verdict: str
 ) -> None:
-    report = compare(real, **given(evidence))
+    report = compare(real, evidence=ArmEvidence(**given(evidence)))
     assert found_on(report, "federated-dp").verdict == verdict
     assert report.exit_code == 1
     assert comparison_page(report)
@@ -240,7 +242,7 @@ def test_evidence_against_an_arm_decides_its_verdict_and_the_exit_code(
 
 def test_evidence_on_no_arm_is_refused(real: Arms, evidence: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="evidence on 'clowd', which is no arm"):
-        compare(real, attacks={"clowd": [evidence.attack()]})
+        compare(real, evidence=ArmEvidence(attacks={"clowd": [evidence.attack()]}))
 
 
 def test_a_violated_check_between_the_arms_is_no_pass_either(real: Arms, job) -> None:
