@@ -17,6 +17,7 @@ from choral.audits.comparison.fairness import fairness_metric, fairness_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.costs.target import costs_to_target
+from choral.audits.costs.winners import winner_maps
 from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, merged_versions, units_of
 from choral.audits.findings.door import ArmEvidence
@@ -170,7 +171,8 @@ def compare(
     found = _compared(ready, budgets or {}, _rows(ready, base, metrics, audits), books, base=base, metrics=metrics)
     table = prices or read_prices()
     if (costs := costs_of(ready, table)) is not None:
-        costs = msgspec.structs.replace(costs, target=costs_to_target(ready, metric, base, table, target))
+        level = costs_to_target(ready, metric, base, table, target)
+        costs = msgspec.structs.replace(costs, target=level, maps=winner_maps(ready, level, table))
     return msgspec.structs.replace(
         found, title=title, references=levels, failed=tuple(gathered.not_trained), costs=costs
     )

@@ -11,6 +11,7 @@ from choral.audits.costs.bills import Bill, bill
 from choral.audits.costs.crossover import CrossoverLine, Workload, crossover, workload
 from choral.audits.costs.prices import Price, Prices
 from choral.audits.costs.target import Target
+from choral.audits.costs.winners import WinnerMap
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bills of all arms, the crossover where there is a cloud and a federation, and the prices used.
 
-    target: what each run cost until it was as good as stated, or as 95 % of the baseline; None of a single run.
+    target: what each run cost until it was as good as stated, or as 95 % of the baseline; None of a single run. maps:
+    who wins, over parties and sizes of records, at equal accuracy and privacy.
     """
 
     as_of: str
@@ -29,6 +31,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     workload: Workload | None = None
     crossover: tuple[CrossoverLine, ...] = ()
     target: Target | None = None
+    maps: tuple[WinnerMap, ...] = ()
 
 
 def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:

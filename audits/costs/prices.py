@@ -78,6 +78,7 @@ class PriceSettings:
                 _check(field.name, value, "price.")
 
 
+POSITIVE_COUNTS = ("accelerators",)  # at least 1
 KEYS = tuple(field.name for field in dataclasses.fields(PriceSettings))
 _POSITIVE = (
     "accelerator_speedup",
@@ -160,6 +161,6 @@ def _check(key: str, value: float, where: str) -> None:
     if not (math.isfinite(value) and value >= 0) or (value == 0 and key in _POSITIVE):
         least = "> 0" if key in _POSITIVE else ">= 0"
         raise ConfigError(f"{where}{key} is {value}, expected a finite number {least}")
-    if (key == "accelerator_efficiency" and value > 1) or (key == "accelerators" and value < 1):
+    if (key == "accelerator_efficiency" and value > 1) or (key in POSITIVE_COUNTS and value < 1):
         expected = "at most 1" if key == "accelerator_efficiency" else "at least 1"
         raise ConfigError(f"{where}{key} is {value}, expected {expected}")

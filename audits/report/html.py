@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from choral.audits.costs.bills import mean
-from choral.audits.costs.costs import Costs
 from choral.audits.findings import text
 from choral.audits.findings.claims import composed_words, no_claim
 from choral.audits.findings.evidence import Bound, ScoreAudit
@@ -19,7 +18,9 @@ from choral.audits.findings.schema import ORDER, ArmResult, BudgetPoint, Weights
 from choral.audits.findings.tally import beyond_attack, every_check, tally
 from choral.audits.findings.verdict import FAILED
 from choral.audits.report.charts import evidence_figures, figures, price_figures
+from choral.audits.report.charts.price_figures import crossovers
 from choral.audits.report.charts.svg import arm_classes
+from choral.audits.report.charts.winner_figures import winners
 from choral.audits.report.shares_gain import shares_gain
 from choral.audits.report.storage import as_json
 
@@ -71,6 +72,7 @@ def comparison_page(report: Comparison) -> str:
             by_bytes=price_figures.progress_figure(report.arms, report.metric, colours, "bytes"),
             by_seconds=price_figures.progress_figure(report.arms, report.metric, colours, "seconds"),
             crossovers=crossovers(report.costs),
+            winners=winners(report.costs),
             budget=figures.budget_figure(report.budgets, references[:2], report.metric, colours)
             if report.budgets
             else None,
@@ -145,16 +147,6 @@ def audit_lead(report: Audit) -> str:
         first, last = text.score(trace.values[0], trace.name), text.score(trace.values[-1], trace.name)
         said += f" Its {trace.name} went from {first} to {last}."
     return said
-
-
-def crossovers(costs: Costs | None) -> list[tuple[str, figures.Figure]]:
-    """The drawings of money and of time, where there is a cloud and a federation to set against each other."""
-    if costs is None or costs.workload is None:
-        return []
-    return [
-        (word, price_figures.crossover_figure(costs.workload, costs.crossover, kind))
-        for word, kind in (("cheaper", "usd"), ("faster", "seconds"))
-    ]
 
 
 def _settings_text(config: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from choral.audits.costs.costs import Costs
 from choral.audits.costs.crossover import CrossoverLine, Workload
 from choral.audits.findings.schema import ArmResult
 from choral.audits.findings.text import amount, score
@@ -15,6 +16,14 @@ from choral.audits.report.charts.svg import LABEL_GAP, Chart, log_ticks, shorten
 QUESTION = "Acceleration against large-scale distribution"
 LEAST, MOST = 1.0, 1e9  # examples per party that are drawn; a line below runs along the edge
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def crossovers(costs: Costs | None) -> list[tuple[str, Figure]]:
+    """The drawings of money and of time, where there is a cloud and a federation to set against each other."""
+    if costs is None or costs.workload is None:
+        return []
+    kinds = (("cheaper", "usd"), ("faster", "seconds"))
+    return [(word, crossover_figure(costs.workload, costs.crossover, kind)) for word, kind in kinds]
 
 
 def crossover_figure(work: Workload, lines: Sequence[CrossoverLine], kind: str) -> Figure:

@@ -1,0 +1,101 @@
+"""The question of the slides as one picture: who wins over parties and record sizes, with the data sets as dots."""
+
+from __future__ import annotations
+
+import math
+
+from choral.audits.costs.costs import Costs
+from choral.audits.costs.winners import DATA_SETS, WinnerMap
+from choral.audits.report.charts.figures import NARROW, WIDE, Figure
+from choral.audits.report.charts.svg import Chart, spread
+
+QUESTION = "Specialised hardware, or massive distribution?"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def winner_sentence(found: WinnerMap) -> str:
+    """What the picture says, for its caption and its alternative text."""
+    of = "money" if found.kind == "usd" else "time"
+    privacy = "without differential privacy" if found.epsilon is None else f"at ε = {found.epsilon:g} for each record"
+    pace = ", with one round a day" if found.daily else ""
+    if found.rounds is None or found.cloud_rounds is None:
+        other, only = (found.federated, found.cloud) if found.rounds is None else (found.cloud, found.federated)
+        return (
+            f"By {of}, {privacy}{pace}: {other} never reached the level in all seeds, {only} did and wins everywhere."
+        )
+    cells = sum(len(row) for row in found.distribution)
+    loose = sum(not firm for row in found.firm for firm in row)
+    said = (
+        f"By {of}, {privacy}{pace}: distribution ({found.federated}, {found.rounds:.3g} rounds) wins"
+        f" {100 * found.share:.0f} % of the cells against {found.cloud} ({found.cloud_rounds:.3g} rounds)."
+    )
+    if not loose:
+        return f"{said} No cell changes its winner when one price is doubled or halved."
+    most = ", ".join(key.replace("_", " ") for key in list(found.flips)[:3])
+    return f"{said} {100 * loose / cells:.0f} % change theirs when one price is doubled or halved, most by: {most}."
+
+
+def winners(costs: Costs | None) -> list[tuple[str, Figure]]:
+    """(what it says, drawing) of every map of who wins."""
+    maps = costs.maps if costs is not None else ()
+    return [(winner_sentence(found), winner_figure(found, f"winner-{place}")) for place, found in enumerate(maps)]
+
+
+def winner_figure(found: WinnerMap, identity: str) -> Figure:
+    title, said = QUESTION, winner_sentence(found)
+    return Figure(
+        wide=_map(found, wide=True).render(f"{identity}-wide", title, said),
+        narrow=_map(found, wide=False).render(f"{identity}-narrow", title, said),
+    )
+
+
+def _map(found: WinnerMap, *, wide: bool) -> Chart:
+    across, up = [math.log10(n) for n in found.parties], [math.log10(ratio) for ratio in found.ratios]
+    half_x, half_y = (across[1] - across[0]) / 2, (up[1] - up[0]) / 2
+    x, y = (across[0] - half_x, across[-1] + half_x), (up[0] - half_y, up[-1] + half_y)
+    if wide:
+        chart = Chart(width=WIDE, height=430, left=62, right=200, top=34, bottom=50, x=x, y=y)
+    else:
+        chart = Chart(width=NARROW, height=380, left=52, right=10, top=94, bottom=50, x=x, y=y)
+    for row, place in enumerate(up):
+        for column, at in enumerate(across):
+            if found.distribution[row][column]:
+                _cell(chart, at, place, half_x, half_y, "1" if found.firm[row][column] else ".45")
+            elif not found.firm[row][column]:
+                _cell(chart, at, place, half_x, half_y, ".15")
+    chart.grid(range(math.ceil(y[0]), math.floor(y[1]) + 1, 2), _decade, "bytes of a record over those of the model")
+    chart.steps(range(1, 7, 1 if wide else 2), _decade, "parties")
+    heights = [chart.up(math.log10(data.ratio)) for data in DATA_SETS]
+    for parties in {data.parties for data in DATA_SETS}:  # names one above the other do not touch
+        here = [(data, at) for data, at in zip(DATA_SETS, heights, strict=True) if data.parties == parties]
+        left = chart.across(math.log10(parties))
+        for (data, at), beside in zip(here, spread([at for _, at in here], 0, chart.height), strict=True):
+            chart.dot(left, at, 0, 4)
+            chart.text(left + 8, beside + 4, data.name, "name arm-0")
+    _key(chart, wide)
+    return chart
+
+
+def _cell(chart: Chart, x: float, y: float, half_x: float, half_y: float, opacity: str) -> None:
+    left, top = chart.across(x - half_x), chart.up(y + half_y)
+    width, height = chart.across(x + half_x) - left, chart.up(y - half_y) - top
+    chart.add(
+        f'<rect x="{left:.1f}" y="{top:.1f}" width="{width + 0.3:.1f}" height="{height + 0.3:.1f}"'
+        f' class="cell arm-1" fill-opacity="{opacity}"/>'
+    )
+
+
+def _key(chart: Chart, wide: bool) -> None:
+    words = (("1", "distribution"), (".45", "distribution, by a price"), (".15", "cloud, by a price"), ("0", "cloud"))
+    for place, (opacity, name) in enumerate(words):
+        left = chart.width - chart.right + 14 if wide else chart.left + (place % 2) * (chart.width - chart.left) / 2
+        top = chart.top + 22 * place if wide else 12 + 22 * (place // 2)
+        chart.add(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="14" height="14" class="cell arm-1"'
+            f' fill-opacity="{opacity}"/><rect x="{left:.1f}" y="{top:.1f}" width="14" height="14" class="frame"/>'
+        )
+        chart.text(left + 20, top + 11, name, "tick")
+
+
+def _decade(value: float) -> str:
+    return "1" if value == 0 else f"10{str(round(value)).translate(_RAISED)}" if value != 1 else "10"
