@@ -5,15 +5,16 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from choral.protocols import argument_checks as checks
+from choral.protocols.contributors import ContributorSession
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import PartyDriver, Patience, Randomness, ServerDriver, Store
 from choral.protocols.errors import SpecError
-from choral.protocols.interface import SumSpec, check_spec
+from choral.protocols.interface import SumSession, SumSpec, check_spec
 from choral.protocols.masking import messages
 from choral.protocols.masking.in_process import MaskedSession
 from choral.protocols.masking.parameters import (
@@ -116,6 +117,8 @@ class Masked(DriverFactory):
     cohort: of a roster that is not everybody. "chosen": the server may have picked it to have all colluders in it.
         "random": it is taken on trust that the server drew it at random (*semi-honest in the choice of the cohort*),
         and a fraction, the default too, becomes what such a draw has but for 2^-40. Signed by the parties and stated.
+    contributors: publish no coordinate to which fewer parties contribute, at least corrupt + 2: they are counted first,
+        in a sum of their own whose result is a release (:mod:`choral.protocols.contributors`). In rehearsals alone.
 
     Guarantee: what ``server`` and up to ``corrupt`` parties see together is independent of the other survivors' vectors
     but for their sum, under the assumptions of docs/secure-sums.md. Unit: one vector of one round. The sum itself may
@@ -130,12 +133,15 @@ class Masked(DriverFactory):
     dropouts: int | float | None = None
     server: Literal["semi-honest", "malicious"] = "malicious"
     cohort: Literal["chosen", "random"] = "chosen"
+    contributors: int | None = None
 
     def __post_init__(self) -> None:
         checks.one_of(self.server, "server", SERVERS)
         checks.one_of(self.cohort, "cohort", DRAWS)
         smallest = checks.optional(self.min_survivors, "min_survivors", 2, messages.MAX_PARTIES)
         object.__setattr__(self, "min_survivors", smallest)
+        least = checks.optional(self.contributors, "contributors", 2, messages.MAX_PARTIES)
+        object.__setattr__(self, "contributors", least)
         for name in ("corrupt", "dropouts"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.share(value, name))
@@ -182,6 +188,7 @@ class Masked(DriverFactory):
 
     def setup(self, spec: SumSpec, *, session: bytes) -> messages.SumSetup:
         """The terms that every party signs. session: 16 fresh random bytes. Raises: SpecError."""
+        self._refuse_contributors()
         n = len(spec.parties)
         chosen = self.parameters(n, spec.population)
         left = n - chosen.dropouts
@@ -238,16 +245,41 @@ class Masked(DriverFactory):
             terms=spec.terms,
         )
 
-    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> MaskedSession:
+    def open(self, spec: SumSpec, *, policy: Policy | None = None) -> SumSession:
         """policy: the parties' own terms, by default those of :meth:`policy`. Its directory is filled in here, where
         identities are made.
 
         Raises: SpecError; PolicyError where the parties refuse.
         """
-        return MaskedSession(self, spec, policy)
+        if self.contributors is None:
+            return MaskedSession(self, spec, policy)
+        check_spec(spec)
 
-    def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:  # noqa: ARG002
+        def adding(over: SumSpec) -> SumSession:
+            """Opened over all of them or not at all."""
+            everyone = replace(self, contributors=None, min_survivors=len(over.parties), dropouts=0)
+            return MaskedSession(everyone, over, policy)
+
+        def counting(over: SumSpec) -> SumSession:
+            own = None if policy is None else replace(policy, encoding=over.encoding, wraps_at=over.wraps_at)
+            return MaskedSession(replace(self, contributors=None), over, own)
+
+        corrupt = self.parameters(len(spec.parties), spec.population).corrupt
+        return ContributorSession(spec, self.contributors, corrupt=corrupt, counting=counting, adding=adding)
+
+    def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:
+        del spec
+        self._refuse_contributors()
         return MaskedPartyDriver
 
+    def _refuse_contributors(self) -> None:
+        if self.contributors is not None:
+            raise SpecError(
+                "contributors of parties in processes of their own: two sums in the place of one, which a rehearsal in"
+                " one process alone makes",
+                hint="leave contributors out, or rehearse with federate",
+            )
+
     def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
+        self._refuse_contributors()
         return partial(MaskedServerDriver, self, spec)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy import stats
 
 from choral.errors import ConfigError
@@ -24,7 +25,8 @@ from choral.trainers.run_folder.keep import Keep
 from choral.trainers.run_folder.owner_privacy import check_delta, check_own_ledger
 from choral.trainers.task import arguments
 from choral.trainers.task.learning_rate import Schedule
-from choral.trainers.task.task import Loss, Task, TaskError
+from choral.trainers.task.seeding import caller_keeps_generators
+from choral.trainers.task.task import Loss, Task, TaskError, checked_build
 
 FAILS = 2.0**-100  # of a round with secret cohorts, for want of clients: less than double precision can tell of delta
 _PROBE = FederationInfo(parties=2, length=7, examples=2, largest=2, value_bound=1.0, weight=2)
@@ -265,4 +267,43 @@ def _check_size(participation: Participation, rate: float, clients: int) -> None
             f"of {clients} clients, each drawn with probability {rate:g}, fewer than the {least} of"
             " participation.least may be there: a round that fails would tell that few were drawn",
             hint="give least=2, and a rate with which some 75 clients or more are expected",
+        )
+
+
+def check_contributors(
+    secure_sum: SecureSum,
+    algorithm: Algorithm,
+    privacy: Privacy | ClientPrivacy | None,
+    keep: Keep,
+    task: Task,
+    datasets: Mapping[str, Any],
+) -> None:
+    """Of a sum that counts contributors: is a coordinate that no record of a party touches zero in what it sends?
+
+    Raises: ConfigError for noise; for algorithms whose parties send more than the change of their own training; for an
+    optimizer that moves weights without data; and for a transcript, which knows one sum in an exchange.
+    """
+    if getattr(secure_sum, "contributors", None) is None:
+        return
+    if privacy is not None:
+        raise ConfigError(
+            "contributors with differential privacy: noise is not zero anywhere, so every party contributes to all",
+            hint="leave contributors out; client-level noise hides whether one party contributes",
+        )
+    if algorithm.kind not in ("fedavg", "fedprox", "fedadam", "fedyogi"):
+        raise ConfigError(
+            f"contributors with {algorithm.kind}: its parties send what is not zero where they have no data",
+            hint="use fedavg, fedprox, fedadam or fedyogi, whose parties send the change of their own training",
+        )
+    if keep.transcript is not None:
+        raise ConfigError("contributors with a transcript: it would tell of two sums in the place of one")
+    if (dataset := next(iter(datasets.values()), None)) is None:
+        return
+    # Where one party alone has data, all would seem to contribute, and what the others add is known.
+    with caller_keeps_generators(), torch.random.fork_rng(devices=[]):
+        _, optimizer, _ = checked_build(task.build, dataset)
+    if any(group.get("weight_decay") for group in optimizer.param_groups):
+        raise ConfigError(
+            "contributors with weight decay: every party moves every weight, whether it has data there or not",
+            hint="train without weight_decay, or leave contributors out",
         )

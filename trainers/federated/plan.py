@@ -99,8 +99,8 @@ class Plan:
         check_tuned(keep.tuning, private=privacy is not None)
         checks.check_privacy(privacy, census.examples, len(parties))
         checks.check_secret_cohorts(privacy, participation, secure_sum, keep, len(parties), checks.sums_of(algorithm))
-        if shares.in_shares(privacy):
-            shares.check_shares(privacy, secure_sum, participation, census.names)
+        checks.check_contributors(secure_sum, algorithm, privacy, keep, task, census.datasets)
+        shares.check_shares(privacy, secure_sum, participation, census.names)
         return cls(
             task=task,
             parties=parties,

@@ -77,6 +77,9 @@ class SumSettings:
     """Parties that may vanish in a round; by default as many."""
     server: Literal["semi-honest", "malicious"] | None = None
     """What the server may do: look at everything, or also lie. By default it may lie; with a shared key it must not."""
+    contributors: int | None = None
+    """Of a masked sum: leave out coordinates to which fewer parties contribute. How many do is then known to all. In
+    rehearsals alone, without noise and weight decay."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate; a party with a larger one drops out, but for a plain sum."""
     value_bits: int = 28

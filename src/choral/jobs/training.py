@@ -361,7 +361,7 @@ def secure_sum_of(settings: Settings, arm: Arm) -> SecureSum:
     terms: dict[str, Any] = {name: getattr(chosen, name) for name in ("min_survivors", "corrupt", "dropouts", "cohort")}
     if kind == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
-    return Masked(server=chosen.server or "malicious", **terms)
+    return Masked(server=chosen.server or "malicious", contributors=chosen.contributors, **terms)
 
 
 def unit_of(settings: Settings, arm: Arm) -> Unit:

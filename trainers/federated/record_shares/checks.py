@@ -67,8 +67,18 @@ def check_rounds(participation: Participation, parties: int) -> None:
         )
 
 
-def check_shares(privacy: Privacy, secure_sum: SecureSum, participation: Participation, parties: Sequence[str]) -> None:
-    """All but the algorithm, which is checked where others are. Raises: ConfigError; what opening the sum does."""
+def check_shares(
+    privacy: Privacy | ClientPrivacy | None,
+    secure_sum: SecureSum,
+    participation: Participation,
+    parties: Sequence[str],
+) -> None:
+    """All but the algorithm, which is checked where others are; of another promise nothing.
+
+    Raises: ConfigError; what opening the sum does.
+    """
+    if not in_shares(privacy):
+        return
     check_sum(privacy, secure_sum)
     check_rounds(participation, len(parties))
     fewest = fewest_survivors(secure_sum, participation, parties)

@@ -1,0 +1,85 @@
+"""A training whose sums leave out what fewer than t parties contribute to; what does not go with it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from choral import ClientPrivacy, ConfigError, Keep, Masked, Privacy, Task, audit, federate
+
+SUMS = Masked(corrupt=1, dropouts=1, min_survivors=3, contributors=3)
+
+
+def parties() -> dict[str, TensorDataset]:
+    """Feature 0 is a's alone, 1 is of three, 2 of all five."""
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for at, name in enumerate("abcde"):
+        features = torch.randn(40, 3, generator=generator)
+        features[:, 0] *= at == 0
+        features[:, 1] *= at < 3
+        made[name] = TensorDataset(features, (features.sum(dim=1) > 0).long())
+    return made
+
+
+def task(**options: Any) -> Task:
+    def build(dataset: Any) -> Any:
+        model = nn.Linear(3, 2, bias=False)
+        nn.init.zeros_(model.weight)
+        return model, torch.optim.SGD(model.parameters(), lr=0.5, **options), DataLoader(dataset, batch_size=10)
+
+    def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+        for batch, target in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch), target).backward()
+            optimizer.step()
+
+    return Task(build=build, fit=fit, evaluate=lambda model: 0.0)
+
+
+def test_what_one_party_alone_has_does_not_move_the_model() -> None:
+    bare = federate(task(), parties(), rounds=2, secure_sum=Masked(corrupt=1, dropouts=1, min_survivors=3))
+    kept = federate(task(), parties(), rounds=2, secure_sum=SUMS)
+    assert bare.state["weight"][:, 0].abs().min() > 1e-3  # 5 times this is a's own change of it
+    assert kept.state["weight"][:, 0].tolist() == [0.0, 0.0]
+    # Which a itself still trained with, in each round from zero; so the others differ a little from the second on.
+    assert kept.state["weight"][:, 1:].abs().min() > 1e-3
+    first = federate(task(), parties(), rounds=1, secure_sum=Masked(corrupt=1, dropouts=1, min_survivors=3))
+    again = federate(task(), parties(), rounds=1, secure_sum=SUMS)
+    assert torch.equal(first.state["weight"][:, 1:], again.state["weight"][:, 1:])
+    assert again.info.secure_sum is not None
+    assert again.info.secure_sum["contributors"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"privacy": Privacy(3.0, 1e-4)}, "noise is not zero"),
+        ({"privacy": ClientPrivacy(3.0, 1e-4)}, "noise is not zero"),
+        ({"algorithm": "scaffold"}, "not zero where they have no data"),
+    ],
+)
+def test_what_does_not_go_with_it(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        federate(task(), parties(), rounds=1, secure_sum=SUMS, **options)
+
+
+def test_a_transcript_would_tell_of_two_sums(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transcript"):
+        federate(task(), parties(), rounds=1, secure_sum=SUMS, keep=Keep(out=tmp_path, transcript="digests"))
+
+
+def test_a_run_that_is_kept_has_receipts_of_what_was_published(tmp_path: Path) -> None:
+    run = federate(task(), parties(), rounds=2, secure_sum=SUMS, keep=Keep(out=tmp_path / "run"))
+    assert audit(run).verdict != "violated"
+    assert (tmp_path / "run" / "manifest.json").is_file()
+
+
+def test_weight_decay_would_make_all_contribute() -> None:
+    with pytest.raises(ConfigError, match="weight decay"):
+        federate(task(weight_decay=0.01), parties(), rounds=1, secure_sum=SUMS)
