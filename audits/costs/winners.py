@@ -38,7 +38,7 @@ KINDS: tuple[Literal["usd", "seconds"], ...] = ("usd", "seconds")
 Cells = NDArray[np.bool_]
 
 
-class DataSet(NamedTuple):
+class TaskSize(NamedTuple):
     """parties, record_bytes, parameters: of the task by that name, with its own split and model."""
 
     name: str
@@ -52,12 +52,12 @@ class DataSet(NamedTuple):
         return self.record_bytes / (4.0 * self.parameters)
 
 
-DATA_SETS = (
-    DataSet("digits", 10, 264.0, 2_410),
-    DataSet("adult", 10, 208.0, 1_698),
-    DataSet("comments", 505, 100.0, 834),
-    DataSet("shakespeare", 243, 648.0, 8_041),
-    DataSet("fashion", 10, 3_144.0, 63_786),
+TASK_SIZES = (
+    TaskSize("digits", 10, 264.0, 2_410),
+    TaskSize("adult", 10, 208.0, 1_698),
+    TaskSize("comments", 505, 100.0, 834),
+    TaskSize("shakespeare", 243, 648.0, 8_041),
+    TaskSize("fashion", 10, 3_144.0, 63_786),
 )
 
 

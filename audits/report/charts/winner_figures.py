@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from choral.audits.costs.costs import Costs
-from choral.audits.costs.winners import DATA_SETS, WinnerMap
+from choral.audits.costs.winners import TASK_SIZES, WinnerMap
 from choral.audits.report.charts.figures import NARROW, WIDE, Figure
 from choral.audits.report.charts.svg import Chart, spread
 
@@ -65,9 +65,9 @@ def _map(found: WinnerMap, *, wide: bool) -> Chart:
                 _cell(chart, at, place, half_x, half_y, ".15")
     chart.grid(range(math.ceil(y[0]), math.floor(y[1]) + 1, 2), _decade, "bytes of a record over those of the model")
     chart.steps(range(1, 7, 1 if wide else 2), _decade, "parties")
-    heights = [chart.up(math.log10(data.ratio)) for data in DATA_SETS]
-    for parties in {data.parties for data in DATA_SETS}:  # names one above the other do not touch
-        here = [(data, at) for data, at in zip(DATA_SETS, heights, strict=True) if data.parties == parties]
+    heights = [chart.up(math.log10(data.ratio)) for data in TASK_SIZES]
+    for parties in {data.parties for data in TASK_SIZES}:  # names one above the other do not touch
+        here = [(data, at) for data, at in zip(TASK_SIZES, heights, strict=True) if data.parties == parties]
         left = chart.across(math.log10(parties))
         for (data, at), beside in zip(here, spread([at for _, at in here], 0, chart.height), strict=True):
             chart.dot(left, at, 0, 4)

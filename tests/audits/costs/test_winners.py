@@ -13,7 +13,7 @@ from choral.audits import compare
 from choral.audits.costs.crossover import cloud_seconds, cloud_usd, federation_seconds, federation_usd, workload
 from choral.audits.costs.prices import PriceSettings, read_prices
 from choral.audits.costs.target import costs_to_target
-from choral.audits.costs.winners import DATA_SETS, PARTIES, RATIOS, WinnerMap, winner_maps
+from choral.audits.costs.winners import PARTIES, RATIOS, TASK_SIZES, WinnerMap, winner_maps
 from choral.audits.report.charts.winner_figures import winner_figure, winner_sentence
 from choral.jobs.settings import Settings
 from choral.jobs.training import load_task
@@ -127,7 +127,7 @@ def test_the_picture_has_its_cells_dots_and_words(arms: dict[str, list[Run]]) ->
         for cell, firm in zip(*pair, strict=True)
     )
     assert drawing.count('class="cell arm-1"') == shown + 4  # with the key
-    assert all(f">{data.name}<" in drawing for data in DATA_SETS)
+    assert all(f">{data.name}<" in drawing for data in TASK_SIZES)
     assert "Specialised hardware, or massive distribution?" in drawing
     assert "nan" not in drawing
     page = compare({name: runs[0] for name, runs in arms.items()})
@@ -142,4 +142,4 @@ def test_the_dot_of_the_embedded_data_set_is_true() -> None:
     model, _, _ = task.build(next(iter(task.parties.values())))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(raw_bytes(dataset) for dataset in task.parties.values()) / examples
-    assert DATA_SETS[0] == ("digits", len(task.parties), size, parameters)
+    assert TASK_SIZES[0] == ("digits", len(task.parties), size, parameters)
