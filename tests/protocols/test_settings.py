@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]
         Masked,
         {},
         [
-            *fields("min_survivors", bad=[*NUMBERS, 0, 1]),
+            *fields("min_survivors", "contributors", bad=[*NUMBERS, 0, 1]),
             *fields("corrupt", "dropouts", bad=SHARES),
             *fields("server", "cohort", bad=[*WORDS, "everyone"]),
         ],
