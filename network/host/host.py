@@ -15,8 +15,12 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import torch
+
 from choral.errors import ChoralError
+from choral.network.door.trained import WANTED, Trained
 from choral.network.errors import BusyError, SiteError
+from choral.network.host.engine_training import wanted_weights
 from choral.network.host.evidence import signed, stated
 from choral.network.host.job import SiteJob
 from choral.network.host.messages import (
@@ -60,11 +64,14 @@ class SiteHost:
         """Bytes of the largest request that is read now: an offer, or a step of the largest job that was agreed to."""
         return max(map(_limit_of, list(self._jobs.values())), default=largest_offer())
 
-    def handle(self, raw: bytes | memoryview, *, sender: str) -> bytes:
-        """sender: the coordinator, as whom the transport authenticated it. Errors of this site's own code pass."""
+    def handle(self, raw: bytes | memoryview, *, sender: str, trained: Trained | None = None) -> bytes:
+        """sender: the coordinator, as whom the transport authenticated it. trained: of a job whose training is done by
+        an engine's process, what it made for this request. Errors of this site's own code pass.
+        """
         try:
             self._folder.count(len(raw))
-            reply = written(self._answer(read_request(raw, limit=self.request_limit), sender))
+            answer = self._answer(read_request(raw, limit=self.request_limit), sender, trained)
+            reply = answer if isinstance(answer, bytes) else written(answer)
             self._folder.count(len(reply))
             return reply
         except BusyError as error:
@@ -74,8 +81,8 @@ class SiteHost:
             log.warning("refused %s: %s (%s)", sender, error, error.hint)
             return written(JobRefused())
 
-    def _answer(self, asked: ToSite, sender: str) -> FromSite:
-        """Raises: ChoralError of any kind, which is a refusal."""
+    def _answer(self, asked: ToSite, sender: str, trained: Trained | None) -> FromSite | bytes:
+        """The bytes are for the engine's process here. Raises: ChoralError of any kind, which is a refusal."""
         if sender != self._folder.coordinator:
             raise SiteError(f"{sender!a:.80} is not the coordinator that this site is open for")
         if isinstance(asked, ProposeJob):
@@ -89,7 +96,7 @@ class SiteHost:
             self._jobs[asked.job] = job  # used latest
         if isinstance(asked, EndJob):
             return self._end(job, asked)
-        return self._step(job, asked)
+        return self._step(job, asked, trained)
 
     def _take(self, offer: Offer) -> FromSite:
         with self._taking:
@@ -111,10 +118,12 @@ class SiteHost:
             self._folder.refused([str(error)], datetime.now(UTC), **facts)
             raise
 
-    def _step(self, job: SiteJob, asked: TakeStep) -> FromSite:
+    def _step(self, job: SiteJob, asked: TakeStep, trained: Trained | None) -> FromSite | bytes:
         before = job.party.trained_for
         try:
-            taken = job.step(asked)
+            taken = job.step(asked, trained)
+            if isinstance(taken, torch.Tensor):
+                return WANTED + wanted_weights(taken)
         except BusyError:
             raise
         except ChoralError as error:

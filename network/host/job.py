@@ -23,7 +23,9 @@ import torch
 from safetensors import SafetensorError
 
 from choral.errors import ChoralError
+from choral.network.door.trained import Trained
 from choral.network.errors import BusyError, OfferRefusedError, SiteError
+from choral.network.host.engine_training import EngineTrainer, PausingDriver, TrainFirstError
 from choral.network.host.messages import ExchangeEnded, StepTaken, TakeStep, TellAgain
 from choral.network.host.training_code import Loaded, embedded_part, site_task
 from choral.network.site.files.log import Fact
@@ -34,10 +36,10 @@ from choral.protocols.driver import PartyDriver
 from choral.protocols.interface import SumSpec
 from choral.trainers.engines.exchange_messages import NotToldError
 from choral.trainers.engines.rank_messages import packed, unpacked
-from choral.trainers.federated.party import PartyStates, own_party
+from choral.trainers.federated.party import PartyStates, TrainingParty, own_party
 from choral.trainers.federated.terms.trained_for import PartyMemory, TrainedFor
 from choral.trainers.federated.terms.training_terms import TrainingTerms
-from choral.trainers.run_folder.evidence.party_receipts import Receipted
+from choral.trainers.run_folder.evidence.party_receipts import Receipted, open_receipts
 from choral.trainers.run_folder.evidence.receipts import receipts_path
 from choral.trainers.task.arithmetic import Compute
 from choral.trainers.task.settings import Split, Training
@@ -83,12 +85,28 @@ class SiteJob:
         receipts.touch(mode=0o600)
         self.made, self._lock = secrets.token_bytes(8), threading.Lock()
         self._doing = b""  # the message at hand
-        settings = settings_in(offer.settings)
+        receipted = Receipted(path=receipts, identity=folder.signing, run=offer.digest)
+        self._engine: EngineTrainer | None = None
+        self.party = self._by_engine(receipted) if offer.by_engine else self._here(receipted)
+        if self.party.examples != agreement.data.records:
+            raise SiteError(
+                f"the data has {self.party.examples} records, and site.toml says {agreement.data.records}",
+                hint="a promise is held against what is said there",
+            )
+        if self.party.terms.digest != agreement.terms.digest:
+            raise OfferRefusedError(["its terms are not those of the model, promise and code that are here"])
+        self.party.store = self._store
+        if (path := self._state / "states").is_file():
+            self.party.states = _states_of(path)
+
+    def _here(self, receipted: Receipted) -> TrainingParty:
+        """A party that trains in this process, by the code that is installed here."""
+        agreement, settings = self._agreement, settings_in(self._agreement.offer.settings)
         task, dataset = _loaded(agreement, settings)
         chosen = settings.training
         private = agreement.privacy is not None and not isinstance(agreement.privacy, ClientPrivacy)
         in_torch = private or chosen.precision != "float32" or chosen.compile
-        self.party = own_party(
+        return own_party(
             self.name,
             dataset,
             replace(task, schedule=chosen.schedule, min_classes=min(task.min_classes, settings.split.min_classes)),
@@ -104,18 +122,24 @@ class SiteJob:
                 engine=None if in_torch else task.engine,
             ),
             memory=self._memory(),
-            receipts=Receipted(path=receipts, identity=folder.signing, run=offer.digest),
+            receipts=receipted,
         )
-        if self.party.examples != agreement.data.records:
-            raise SiteError(
-                f"the data has {self.party.examples} records, and site.toml says {agreement.data.records}",
-                hint="a promise is held against what is said there",
-            )
-        if self.party.terms.digest != agreement.terms.digest:
-            raise OfferRefusedError(["its terms are not those of the model, promise and code that are here"])
-        self.party.store = self._store
-        if (path := self._state / "states").is_file():
-            self.party.states = _states_of(path)
+
+    def _by_engine(self, receipted: Receipted) -> TrainingParty:
+        """A party that is handed what an engine's process trained."""
+        terms, records, memory = self._agreement.terms, self._agreement.data.records, self._memory()
+        self._engine = trainer = EngineTrainer(terms, records)
+        return TrainingParty(
+            self.name,
+            terms,
+            terms.party_codecs(records),
+            examples=records,
+            state=memory.state,
+            trainer=trainer,
+            drivers={channel: PausingDriver(driver, trainer) for channel, driver in self._drivers(terms).items()},
+            receipts=open_receipts(receipted, self.name, terms.text, terms.digest, None),
+            trained_for=memory.trained_for.bound(self.name, terms.digest),
+        )
 
     def books(self) -> dict[str, Fact]:
         """How far the data's ledger has come, for the site's log. Raises: LedgerError."""
@@ -125,8 +149,9 @@ class SiteJob:
     def coordinator(self) -> str:
         return self._agreement.offer.coordinator
 
-    def step(self, asked: TakeStep) -> StepTaken | TellAgain:
-        """One message of a sum, and before it the exchange that it is of.
+    def step(self, asked: TakeStep, trained: Trained | None = None) -> StepTaken | TellAgain | torch.Tensor:
+        """One message of a sum, and before it the exchange that it is of. trained: for it, by an engine's process;
+        where there is none yet and one is wanted, the weights to train from come back, and nothing has changed.
 
         Training takes as long as it takes. The message that asked for it, if it comes again, waits for its answer;
         another is of a later round, for the coordinator has given this one up, and is not kept waiting.
@@ -145,10 +170,23 @@ class SiteJob:
                     self.party.hear(asked.told)
                 except NotToldError:
                     return TellAgain()
-            return StepTaken(self.party.handle(asked.channel, asked.message))
+            return self._handled(asked, trained)
         finally:
             self._doing = b""
             self._lock.release()
+
+    def _handled(self, asked: TakeStep, trained: Trained | None) -> StepTaken | torch.Tensor:
+        if self._engine is None:
+            return StepTaken(self.party.handle(asked.channel, asked.message))
+        self._engine.trained = trained
+        try:
+            return StepTaken(self.party.handle(asked.channel, asked.message))
+        except TrainFirstError as first:
+            told = self.party.heard()
+            self.party.check(first.needs, told)
+            return told.ask.weights
+        finally:
+            self._engine.trained = None
 
     def end(self, past: ExchangeEnded | None, model: str, *, completed: int) -> None:
         """No message comes after this one. model: digest of the one that came of round ``completed``.

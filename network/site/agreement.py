@@ -111,7 +111,7 @@ def _agreed(folder: SiteFolder, offer: Offer, now: datetime) -> Agreement:
         name=task.data,
         data=data,
         path=None if data.path is None else folder.path / data.path,
-        code=None if offer.embedded else folder.path / "tasks" / offer.task,
+        code=None if offer.embedded or offer.by_engine else folder.path / "tasks" / offer.task,
         maxima=folder.settings.maxima,
     )
     facts = {"digest": offer.digest, "job": offer.job, "coordinator": offer.coordinator}

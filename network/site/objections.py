@@ -14,7 +14,7 @@ from choral.errors import ChoralError
 from choral.network.site.approvals import code_of
 from choral.network.site.budget import budget_objection
 from choral.network.site.files.settings import DataSet
-from choral.network.site.offer import Offer
+from choral.network.site.offer import BY_ENGINE, Offer
 from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
 
 CLIENT = "client"
+ALGORITHM = "fedavg"
+"""What a party does whose training is an engine's; what the strategy makes of the mean is derived from that."""
 
 
 def objections(folder: SiteFolder, offer: Offer, *, budget: bool = True) -> list[str]:
@@ -40,7 +42,7 @@ def objections(folder: SiteFolder, offer: Offer, *, budget: bool = True) -> list
     except ChoralError as error:
         return [*found, str(error)]
     found += [*_consistent(terms, offer), *_job(folder, terms), *_size(folder, terms), *_encoding(folder, terms)]
-    found += [*_sum(folder, offer)]
+    found += [*_sum(folder, offer), *_by_engine(offer, terms)]
     task = folder.settings.tasks.get(offer.task)
     if task is not None:
         data, parties = folder.settings.data[task.data], terms.federation.parties
@@ -74,6 +76,11 @@ def _code(folder: SiteFolder, offer: Offer) -> Iterator[str]:
     if offer.task not in folder.settings.tasks:
         yield f"no training code {offer.task!a} is installed here"
         return
+    by_engine = folder.settings.tasks[offer.task].trained_by == "engine"
+    if offer.by_engine or by_engine:
+        if offer.by_engine != by_engine:
+            yield f"{offer.task!a} is trained by {'the engine' if offer.by_engine else 'code'}, and otherwise here"
+        return
     data, path = data_of(folder, offer), folder.path / "tasks" / offer.task
     if offer.embedded:
         if offer.task not in TASKS:
@@ -88,6 +95,19 @@ def _code(folder: SiteFolder, offer: Offer) -> Iterator[str]:
         yield f"its training code {offer.task!a} has another SHA-256 than the file that is installed here"
     elif data is not None and data.path is None:
         yield f"training code in a file reads a path, and the data of {offer.task!a} has none here"
+
+
+def _by_engine(offer: Offer, terms: TrainingTerms) -> Iterator[str]:
+    if not offer.by_engine:
+        return
+    if terms.privacy is not None or terms.shares is not None:
+        yield "it promises privacy, which this site cannot keep where an engine's process trains"
+    if terms.algorithm.kind != ALGORITHM:
+        yield f"an engine's process trains for {ALGORITHM}, and not for {terms.algorithm.kind}"
+    if terms.metrics:
+        yield "the sites' own evaluations are summed only where they are made by approved code"
+    if terms.code.partition(", ")[2] != BY_ENGINE:
+        yield f"its terms speak of other code than the offer: {terms.code!a:.80}"
 
 
 def _metrics(folder: SiteFolder, offer: Offer) -> Iterator[str]:

@@ -25,6 +25,8 @@ from choral.network.transport.certificates import NAME
 LARGEST_OFFER = 1 << 20  # bytes; most of it are the names and shapes of the model's parameters
 MOST_PARTIES = 10_000
 IN_THE_CLEAR = "in the clear, no epsilon"
+BY_ENGINE = "trained by the engine"
+"""In the place of the code's SHA-256: an engine's process trains, by code that the coordinator ships."""
 METRICS = ("none", IN_THE_CLEAR)
 """What becomes known of the sites' own evaluations: nothing; or their sums, which no promise covers."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +39,7 @@ class Offer:
 
     job: its name. coordinator: who proposes it. task: the training code: a file in the site's folder of tasks, or a
     task that comes with Choral. code: the SHA-256 of that file in hexadecimal; "choral VERSION" for a task that comes
-    with it.
+    with it; `BY_ENGINE` where the site's process runs none, and is handed what an engine's process trained.
     settings: training, split, algorithm, privacy and participation as in the job file. terms: the record of the
     training terms that every party signs (`TrainingTerms.record`). secure_sum: its kind and settings. parties: who is
     asked, by name. metrics: what becomes known of the sites' own evaluations, one of `METRICS`.
@@ -58,8 +60,8 @@ class Offer:
     def __post_init__(self) -> None:
         for field, pattern in (("job", NAME), ("coordinator", NAME), ("task", FILE)):
             _check_text(getattr(self, field), field, pattern)
-        if not isinstance(self.code, str) or not (DIGEST.fullmatch(self.code) or self.embedded):
-            raise OfferError("code: expected a SHA-256 in hexadecimal, or 'choral VERSION'")
+        if not isinstance(self.code, str) or not (DIGEST.fullmatch(self.code) or self.embedded or self.by_engine):
+            raise OfferError(f"code: expected a SHA-256 in hexadecimal, 'choral VERSION' or {BY_ENGINE!r}")
         if not isinstance(self.parties, tuple) or not 2 <= len(self.parties) <= MOST_PARTIES:
             raise OfferError(f"parties: expected 2 to {MOST_PARTIES} names")
         for name in self.parties:
@@ -77,6 +79,11 @@ class Offer:
     def embedded(self) -> bool:
         """Whether the training code is a task that comes with Choral, and no file."""
         return bool(re.fullmatch(r"choral [0-9A-Za-z.+-]{1,40}", self.code))
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether an engine's process trains, and the site's process runs no code for it."""
+        return self.code == BY_ENGINE
 
     def message(self) -> bytes:
         """The offer as JSON; `read` gives it back."""

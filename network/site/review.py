@@ -83,6 +83,12 @@ def _standing(approval: Approval | None, now: datetime) -> str:
 
 def _code(folder: SiteFolder, offer: Offer, before: Sequence[Approval]) -> tuple[str, list[str]]:
     """In a line, and as a diff against what was approved last for this task."""
+    if offer.by_engine:
+        return (
+            "this process runs none: an engine's process trains, by code that the coordinator ships and nobody "
+            "approves here. It can read what the engine's user can read",
+            [],
+        )
     if offer.embedded:
         approved = f"; approved last: {before[-1].code}" if before else ""
         return f"the task {offer.task} of {offer.code}{approved}", []

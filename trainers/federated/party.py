@@ -166,7 +166,7 @@ class TrainingParty:
 
     def answer(self, done: Done | Failed) -> Encoded | None:
         """3. What it sends of what was trained, encoded; None if it drops out, and `error` says why."""
-        told = self._heard()
+        told = self.heard()
         codec = self._codecs[told.ask.channel]
         if isinstance(done, Failed):
             self.error = raised_by(done.error, f"training at party {self.name!r}")
@@ -220,7 +220,7 @@ class TrainingParty:
             where = f"round {told.number}, party {self.name!r}, {told.ask.channel}"
             raise beyond(error, vector, where, self.terms.shapes) from None
 
-    def _heard(self) -> Told:
+    def heard(self) -> Told:
         if self._told is None:
             raise FaultyServerError("it asked for a vector, and told no exchange that it would be of")
         return self._told
@@ -266,7 +266,7 @@ class TrainingParty:
         return ()
 
     def _trained(self, needs: NeedsVector, driver: PartyDriver, trainer: LocalTrainer) -> Encoded | None:
-        told = self._heard()
+        told = self.heard()
         self.check(needs, told)
         if self._drivers[told.ask.channel] is not driver:
             raise FaultyServerError(f"{self.name!r} was told an exchange of another sum than it is asked a vector for")

@@ -135,6 +135,10 @@ class TaskSettings:
 
     data: str
     """Name of the data set."""
+    trained_by: Literal["code", "engine"] = "code"
+    """Who trains: this process, by the code; or the process of an engine, by code that the coordinator ships. That one
+    reads the data by itself, and no promise can be kept.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +247,8 @@ def _of_tasks(settings: SiteSettings) -> Iterable[str]:
     for name, task in settings.tasks.items():
         if not FILE.fullmatch(name):
             yield f"tasks.{name!a}: expected the name of a file in tasks/, or of a task of Choral"
+        if task.trained_by == "engine" and (data := settings.data.get(task.data)) and data.promise is not None:
+            yield f"tasks.{name} is trained by an engine, where the promise of data.{task.data} cannot be kept"
         if task.data not in settings.data:
             known = ", ".join(settings.data) or "none"
             yield f"tasks.{name}.data is {task.data!r}, and the data sets are: {known}"

@@ -191,17 +191,12 @@ def join(words: list[str]) -> int:
 
 def _local(folder: SiteFolder, host: SiteHost, path: Path, engine_user: str) -> int:
     """Raises: ConfigError for a user that there is not; SiteError."""
-    from choral.network.door.sealed import OVERHEAD, unsealed
+    from choral.network.door.handling import handler, limit
     from choral.network.door.server import DoorServer
 
-    site, coordinator = folder.settings.name, folder.coordinator
-    public = folder.hub_directory[coordinator].public_key
-
-    def handle(raw: memoryview) -> bytes:
-        return host.handle(unsealed(raw, public, coordinator=coordinator, site=site), sender=coordinator)
-
+    site, coordinator, handle = folder.settings.name, folder.coordinator, handler(folder, host)
     user = _user(engine_user) if engine_user else None
-    with DoorServer(path, handle, request_limit=lambda: host.request_limit + OVERHEAD, user=user) as door:
+    with DoorServer(path, handle, request_limit=lambda: limit(host), user=user) as door:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(number, lambda *_: door.stop())

@@ -1,0 +1,214 @@
+"""A federation whose parties train in Flower's ClientApps: sites with doors, the quickstart's app, a grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from site_federation import Federation, approved, dataset_of, toml_of
+from torch import nn
+from torch.utils.data import DataLoader
+
+from choral.network import SiteHost
+from choral.network.door.handling import handler, limit
+from choral.network.door.server import DoorServer
+from choral.network.flower import secure_sum_mod
+from choral.trainers import Run, Task, federate
+
+ENGINE = ('[tasks."linear.py"]\ndata = "points"', '[tasks.flower-app]\ndata = "points"\ntrained_by = "engine"')
+
+
+def new_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    for points, labels in loader:
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(points), labels.float()).backward()
+        optimizer.step()
+
+
+def built(dataset: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """The order of the records is fixed, so that the training is the same wherever it runs."""
+    model = new_model()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(dataset, batch_size=8)
+
+
+def trained(name: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+    """What a ClientApp does, without Flower: the weights after the training, and the number of records."""
+    model, optimizer, loader = built(dataset_of(name))
+    model.load_state_dict(dict(state))
+    model.train()
+    fit(model, optimizer, loader)
+    return dict(model.state_dict()), len(loader.dataset)
+
+
+def rehearsed(names: Iterable[str], rounds: int, secure_sum: Any, *, without: Mapping[int, str] | None = None) -> Run:
+    """The same by `federate`. without: who is missing, by round."""
+    sizes = {len(dataset_of(name)): name for name in names}
+
+    def failing(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, round: int) -> None:
+        if (without or {}).get(round) == sizes[len(loader.dataset)]:
+            raise RuntimeError("away")
+        fit(model, optimizer, loader)
+
+    task = Task(build=built, fit=failing, evaluate=lambda _: 0.0, start=new_model().state_dict(), min_classes=1)
+    return federate(task, {name: dataset_of(name) for name in names}, rounds=rounds, secure_sum=secure_sum)
+
+
+@dataclasses.dataclass
+class FlowerSites:
+    """Folders of sites and of the coordinator; doors in this process. hosts: by name, as long as doors are open."""
+
+    path: Path
+    place: Path
+    names: tuple[str, ...] = ("north", "south", "east")
+    hosts: dict[str, SiteHost] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from choral.network import SiteFolder
+
+        self.federation = Federation(self.path, names=self.names)
+        for name in self.names:
+            self.federation.configure(name, ENGINE)
+        self.hub = SiteFolder.init(self.path / "coordinator", "hub")
+        pinned = self.hub.pinned
+        for name in self.names:
+            folder = self.federation.site(name)
+            own = folder.pinned.without("hub").with_(self.hub.identity.certificate, coordinator=True)
+            own.write(folder.path / "directory.toml")
+            pinned = pinned.with_(folder.identity.certificate)
+        pinned.write(self.hub.path / "directory.toml")
+
+    def job(self, **changed: Any) -> Path:
+        """The coordinator's job file."""
+        settings = self.federation.settings(**{"task": "flower-app", **changed})
+        path = self.hub.path / "job.toml"
+        path.touch(0o600)
+        path.write_text(toml_of(settings))
+        return path
+
+    def approve(self, offer: Any) -> None:
+        for name in self.names:
+            folder = self.federation.site(name)
+            folder.offers.keep(offer)
+            approved(folder, offer)
+
+    @contextmanager
+    def doors(self) -> Iterator[dict[str, str]]:
+        one = threading.Lock()  # the sites share this process
+        with ExitStack() as stack:
+            found = {}
+            for name in self.names:
+                found[name] = stack.enter_context(self._door(name, one))
+            yield found
+
+    @contextmanager
+    def _door(self, name: str, one: threading.Lock) -> Iterator[str]:
+        folder = self.federation.site(name)
+        self.hosts[name] = host = SiteHost(folder)
+        handle = handler(folder, host)
+
+        def alone(raw: memoryview) -> bytes:
+            with one:
+                return handle(raw)
+
+        (self.place / name).mkdir(exist_ok=True)
+        with DoorServer(self.place / name / "door", alone, request_limit=lambda: limit(host)) as server:
+            thread = threading.Thread(target=server.serve)
+            thread.start()
+            try:
+                yield str(server.path)
+            finally:
+                server.stop()
+                thread.join()
+
+
+@dataclasses.dataclass
+class Node:
+    node_id: int
+    name: str
+
+
+class NodesHere:
+    """Flower's grid, with every ClientApp in this process. app: `(message, context) -> message`, with its mods.
+
+    lost: names whose messages get no reply. seen: every content that went either way. before: is told of each message.
+    """
+
+    def __init__(self, app: Callable[[Any, Any], Any], sockets: Mapping[str, str], *, named: bool = True) -> None:
+        self.app, self.sockets, self.lost, self.seen = app, dict(sockets), set[str](), list[Any]()
+        self.named, self.repeat = named, 1
+        self.before: Callable[[str, Any], Any] = lambda name, message: None
+        self._ids = dict(enumerate(sockets, 100))
+        self._replies: dict[str, Any] = {}
+
+    def get_nodes(self) -> list[Node]:
+        return [Node(number, name if self.named else "") for number, name in self._ids.items() if name not in self.lost]
+
+    def get_node_ids(self) -> list[int]:
+        return [node.node_id for node in self.get_nodes()]
+
+    def push_messages(self, messages: Iterable[Any]) -> list[str]:
+        found = []
+        for number, message in enumerate(messages):
+            name = self._ids[message.metadata.dst_node_id]
+            key = f"{id(message)}-{number}-{len(self.seen)}"
+            message.metadata.__dict__["_message_id" if hasattr(message.metadata, "_message_id") else "message_id"] = key
+            self.seen.append(message.content)
+            found.append(key)
+            if name in self.lost or self.before(name, message) is False:
+                continue
+            for _ in range(self.repeat):
+                reply = self.app(_copied(message), self._context(name))
+            if not reply.has_error():
+                self.seen.append(reply.content)
+            self._replies[key] = reply
+        return found
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
+        return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Any], *, timeout: float | None = None) -> list[Any]:
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
+
+    def _context(self, name: str) -> Any:
+        from flwr.app import Context, RecordDict
+
+        number = list(self.sockets).index(name)
+        own = {"choral-socket": self.sockets[name]} if self.named else {"partition-id": number, "num-partitions": 3}
+        run = {"choral-socket": self.sockets[name].replace(f"{name}/", "{partition-id}/")}
+        return Context(1, 1, own, RecordDict(), run)
+
+
+def _copied(message: Any) -> Any:
+    """As a process of its own has it."""
+    import copy
+
+    return copy.copy(message)
+
+
+def client_app(name_of: Callable[[Any], str], calls: list[str] | None = None) -> Callable[[Any, Any], Any]:
+    """In the shape of Flower's quickstart for PyTorch, with the mod around it."""
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+    def train(message: Any, context: Any) -> Any:
+        name = name_of(context)
+        if calls is not None:
+            calls.append(name)
+        assert message.content["config"]["lr"] == 0.1
+        state = {key: torch.from_numpy(each.numpy().copy()) for key, each in message.content["arrays"].items()}
+        new, examples = trained(name, state)
+        arrays = ArrayRecord({key: Array(tensor.numpy()) for key, tensor in new.items()})
+        metrics = MetricRecord({"train_loss": 0.123456, "num-examples": examples})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return lambda message, context: secure_sum_mod(message, context, train)
