@@ -20,6 +20,7 @@ from choral.network.errors import PeerLostError
 from choral.network.host.host import SiteHost
 from choral.network.host.training_code import coordinator_task
 from choral.network.site.approvals import approve
+from choral.network.site.budget import open_ledger
 from choral.network.site.files.directory import Pinned
 from choral.trainers import Run, federate
 from choral.trainers.task.settings import AlgorithmSettings, Split, Training
@@ -207,6 +208,24 @@ class Federation:
             "serve": ServeSettings(wait=0.2, step=5, training=30, away=0.5),
         }
         return Settings(**{**given, **changed})
+
+
+def counting_code() -> str:
+    """The same code, which notes every step that it computed at a site on that site's disk."""
+    note = """            optimizer.step()
+            if place is not None:
+                with open(place / "state" / "steps", "ab", opener=lambda *given: os.open(*given, 0o600)) as file:
+                    file.write(b"x")
+"""
+    return CODE.replace("            optimizer.step()\n", note)
+
+
+def steps_of(federation: Federation, name: str) -> tuple[int, int]:
+    """Of a site that counts: how many steps it has computed, and how many are on its ledger."""
+    path = federation.path / name / "state" / "steps"
+    ledger = open_ledger(federation.site(name), "points")
+    paid = sum(getattr(event, "steps", 1) for _, events in ledger.segments for event in events)
+    return path.stat().st_size if path.exists() else 0, paid
 
 
 def private_sites(path: Path, unit: str) -> Federation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -250,8 +250,9 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """The settings as plain JSON data."""
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings, enc_hook=str))
+    """The settings as plain JSON data, with those that were left out: msgspec leaves them to the class."""
+    whole = asdict(settings)
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole, enc_hook=str))
     return plain
 
 
