@@ -1,7 +1,7 @@
 """All statistics of a hundred parties in one secure sum: time, traffic, rank errors of quantiles, errors of means.
 
-    python benchmarks/joint_statistics.py            100 parties, 100,000 records, 50 columns, 100 bins, epsilon 1 in all
-    python benchmarks/joint_statistics.py --exact    the same without noise
+    python benchmarks/joint_statistics.py     100 parties, 100,000 records, 50 columns, 100 bins, epsilon 1 in all
+    python benchmarks/joint_statistics.py --exact  the same without noise
 
 Noise is sized for nine parties of ten that survive, a tenth of all being colluders. Time is of all parties and the
 server together, in this process; making the tables is not counted.

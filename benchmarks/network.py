@@ -205,7 +205,7 @@ def tell(wanted: argparse.Namespace, rounds: Rounds, idle: list[float]) -> None:
             1e3 * (min(entry.seconds for entry in rounds.secure[1:]) - min(rounds.bare[1:])), 1
         ),
         "ratio": round(secure / bare, 3),
-        "bytes_ratio": round(sent / (8 * wanted.length * wanted.sites), 3),
+        "bytes_ratio": round(sent / (8 * wanted.length), 3),
     }
     print(json.dumps({**of, **figures, "rounds": len(rounds.bare) - 1, "load": load}))
 
