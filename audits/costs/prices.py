@@ -21,13 +21,15 @@ TABLE = Path(__file__).with_name("prices.toml")
 class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One price, or one assumption that a price is multiplied by. value: in ``unit``, finite and not negative.
 
-    page: address and date of a public page that was read, and what it says; empty where none was.
+    page: address and date of a public page that was read, and what it says; empty where none was. as_of: the date of
+    the figure, empty of an assumption.
     """
 
     value: float
     unit: str
     source: str
     page: str = ""
+    as_of: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,11 @@ from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.crossover import (
     Workload,
     cloud_seconds,
+    cloud_usd,
     examples_to_be_cheaper,
     examples_to_be_faster,
+    federation_seconds,
+    federation_usd,
     workload,
 )
 from choral.audits.costs.prices import KEYS, TABLE, Prices, PriceSettings, read_prices
@@ -51,7 +54,9 @@ def test_the_shipped_table_is_complete_dated_and_sourced() -> None:
         assert price.value > 0 or key == "rounds_per_day", key
         assert price.unit, key
         checked = "check before use" in price.source and price.page
-        assert checked or "assumption" in price.source or "memory" in price.source or key == "round_trips", key
+        assert checked or "assumption" in price.source or key == "round_trips", key
+        assert "memory" not in price.source, key
+        assert bool(price.page) == bool(price.as_of), key
         if price.page:  # an address and a date, or that there is none
             assert re.match(r"https://[^ ,]+", price.page), key
             assert re.search(r"of 20\d\d|without a date", price.page), key
@@ -93,7 +98,7 @@ def test_a_pooled_bill_is_what_its_parts_cost(make_run: MakeRun) -> None:
     raw, busy = sum(run.info.raw_bytes.values()), 20 * 0.21 / 20
     expected = raw / 1e9 * (0.09 + 0.023) + busy / 3600 * 1.006
     assert made.usd == pytest.approx(expected)
-    assert made.joules == pytest.approx(raw * 1.4e-5 + busy * 150)
+    assert made.joules == pytest.approx(raw * 1.4e-5 + busy * 300)
     assert made.energy == "modelled"
     assert [item.basis for item in made.items] == ["measured", "modelled", "modelled"]
     assert made.bytes_up == max(run.info.raw_bytes.values())
@@ -194,20 +199,20 @@ def test_a_run_that_recorded_no_sizes_has_no_bill(make_run: MakeRun) -> None:
     assert only.workload is None
 
 
-def federation_usd(n: float, m: float, asked: float = 1.0) -> float:
+def federated_usd(n: float, m: float, asked: float = 1.0) -> float:
     """The federation's bill, item by item, at n parties of m examples; the oracle of the closed form."""
     n *= asked  # whoever is not asked sends and computes nothing
     wire = n * WORK.rounds * (WORK.up_bytes + WORK.down_bytes) / 1e9 * 0.09
     compute = n * m * WORK.rounds * WORK.device_seconds
-    return wire + compute * 30 / 3.6e6 * 0.165 + federation_seconds(m) / 3600 * 0.096
+    return wire + compute * 30 / 3.6e6 * 0.165 + federated_clock(m) / 3600 * 0.096
 
 
-def federation_seconds(m: float) -> float:
+def federated_clock(m: float) -> float:
     moved = 8 * (WORK.up_bytes + WORK.down_bytes) / 20e6
     return WORK.rounds * (1.0 + moved + m * WORK.device_seconds)
 
 
-def cloud_usd(n: float, m: float, r: float) -> float:
+def pooled_usd(n: float, m: float, r: float) -> float:
     return n * m * (r / 1e9 * (0.09 + 0.023) + WORK.rounds * WORK.accelerator_seconds / 3600 * 1.006)
 
 
@@ -220,21 +225,21 @@ def pooled_seconds(n: float, m: float, r: float) -> float:
 def test_at_the_crossover_both_cost_the_same(parties: float, size: float) -> None:
     m = examples_to_be_cheaper(WORK, PRICES, parties, size)
     assert m is not None
-    assert federation_usd(parties, m) == pytest.approx(cloud_usd(parties, m, size), rel=1e-9)
-    assert federation_usd(parties, 2 * m) < cloud_usd(parties, 2 * m, size)
+    assert federated_usd(parties, m) == pytest.approx(pooled_usd(parties, m, size), rel=1e-9)
+    assert federated_usd(parties, 2 * m) < pooled_usd(parties, 2 * m, size)
     faster = examples_to_be_faster(WORK, PRICES, parties, size)
     if faster is None:
-        assert federation_seconds(1e12) > pooled_seconds(parties, 1e12, size)
+        assert federated_clock(1e12) > pooled_seconds(parties, 1e12, size)
     else:
-        assert federation_seconds(faster) == pytest.approx(pooled_seconds(parties, faster, size), rel=1e-9)
-        assert federation_seconds(2 * faster) < pooled_seconds(parties, 2 * faster, size)
+        assert federated_clock(faster) == pytest.approx(pooled_seconds(parties, faster, size), rel=1e-9)
+        assert federated_clock(2 * faster) < pooled_seconds(parties, 2 * faster, size)
 
 
 def test_the_crossover_of_rounds_that_ask_some(make_run: MakeRun) -> None:
     some = msgspec.structs.replace(WORK, selected=0.1)
     m = examples_to_be_cheaper(some, PRICES, 1000, 264.0)
     assert m is not None
-    assert federation_usd(1000, m, asked=0.1) == pytest.approx(cloud_usd(1000, m, 264.0), rel=1e-9)
+    assert federated_usd(1000, m, asked=0.1) == pytest.approx(pooled_usd(1000, m, 264.0), rel=1e-9)
     runs = {"cloud": [make_run("cloud")], "federated": [asking(make_run("federated"), 2, 6)]}
     costs = costs_of(runs, PRICES)
     assert costs is not None
@@ -379,6 +384,54 @@ def test_the_digits_point_of_the_secure_sum() -> None:
     apart, mixed = (examples_to_be_faster(work, PRICES, 100, 264.0) for work in (right, wrong))
     assert apart is not None
     assert mixed is None or mixed > 1.3 * apart
+
+
+POINTS = [
+    {"n": 10, "m": 144, "r": 264, "R": 9, "Rc": 2, "B": 27361, "td": 2.05e-05, "ta": 7.25e-07, "o": 0.0224},
+    {"n": 1000, "m": 500, "r": 1000000, "R": 20, "Rc": 10, "B": 2000000, "td": 0.01, "ta": 0.0005, "o": 0.5},
+]
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_every_number_of_the_worked_points_is_true(column: int) -> None:
+    """By hand, with the prices typed here; and the functions say the same."""
+    p = POINTS[column]
+    n, m, r, R, Rc, B, td, ta, o = p.values()
+    moved, trained = n * m * r / 1e9 * (0.09 + 0.023), n * m * Rc * ta / 3600 * 1.006
+    wire, energy = n * R * B * 0.09 / 1e9, n * R * m * td * 30 * 0.165 / 3.6e6
+    busy = 5 * 0.2 + 8 * B / 20e6 + o + m * td
+    server, upload, hours = R * busy * 0.096 / 3600, 8 * m * r / 20e6, n * m * Rc * ta
+    page = (Path(__file__).parents[3] / "docs" / "price.md").read_text("utf-8")
+    table = page[page.index("### Two worked points") : page.index("### Devices")]
+    rows = [line.split("|")[2 + column].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    expected = [
+        f"{n}, {m}, {r}",
+        f"{R}, {Rc}; {B}",
+        f"{td:g}, {ta:g}, {o:g}",
+        f"{moved:.3g}, {trained:.3g} USD",
+        f"{wire:.3g}, {energy:.3g}, {server:.3g} USD",
+        f"{moved + trained:.3g}, {wire + energy + server:.3g} USD",
+        f"{upload:.3g}, {hours:.3g} s",
+        f"{busy:.3g} s",
+        f"{upload + hours:.3g}, {R * busy:.3g}, {R * 86400:.3g} s",
+    ]
+    assert rows == expected
+    work = msgspec.structs.replace(
+        WORK,
+        rounds=R,
+        cloud_rounds=Rc,
+        up_bytes=float(B),
+        down_bytes=0.0,
+        device_seconds=td,
+        accelerator_seconds=ta,
+        sum_seconds=o,
+    )
+    daily = read_prices(changes=PriceSettings(rounds_per_day=1.0))
+    assert cloud_usd(work, PRICES, n, m, r) == pytest.approx(moved + trained)
+    assert federation_usd(work, PRICES, n, m) == pytest.approx(wire + energy + server)
+    assert cloud_seconds(work, PRICES, n, m, r) == pytest.approx(upload + hours)
+    assert federation_seconds(work, PRICES, m) == pytest.approx(R * busy)
+    assert federation_seconds(work, daily, m) == R * 86400
 
 
 def test_distribution_may_never_pay() -> None:
