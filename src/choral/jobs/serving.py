@@ -15,6 +15,7 @@ from choral.jobs.training import compute_of, federation_of, keep_of, privacy_of
 if TYPE_CHECKING:
     from choral.network.coordinator.remote import RemoteSites
     from choral.network.coordinator.sites import Carrier, Waits
+    from choral.network.door.carrier import EngineAdapter
     from choral.network.site.offer import Offer
     from choral.network.transport.certificates import CertifiedIdentity
     from choral.trainers import RoundRecord, Run, Task
@@ -47,6 +48,42 @@ def serve(
     plan = plan_of(settings, task, example, tuple(keys), out=out, resume=resume, on_round=on_round)
     remote = remote_of(settings, carrier, keys, coordinator=coordinator, code=code, say=say)
     return serve(plan, remote)
+
+
+def serve_by_engine(
+    engine: EngineAdapter,
+    settings: Settings,
+    folder: Path,
+    *,
+    out: Path,
+    resume: bool = False,
+    say: Callable[[str], None],
+) -> Run:
+    """Train with sites whose messages an engine carries. folder: the coordinator's, as `choral site init` makes it:
+    its key, the sites' certificates, and in tasks/ the training code, which the settings name.
+
+    Raises: SiteError, CertificateError: the folder cannot be used; as `serve`.
+    """
+    from choral.network import SiteFolder
+    from choral.network.door.carrier import EngineCarrier
+    from choral.trainers.data import TASKS
+
+    hub = SiteFolder.open(folder)
+    keys = dict(hub.parties)
+    if not keys:
+        raise ConfigError(f"{folder} has no site in its directory", hint="choral site directory add FILE.crt --pin PIN")
+    if settings.task not in TASKS:
+        settings = dataclasses.replace(settings, task=str(folder / "tasks" / Path(settings.task).name))
+    carrier = EngineCarrier(engine, hub.identity, keys)
+
+    def on_round(entry: RoundRecord) -> None:
+        done = f"came to nothing: {entry.failed}" if entry.failed else f"over {entry.survivors} sites"
+        said = ", ".join(f"{metric} {value:.4f}" for metric, value in entry.metrics.items())
+        say(f"round {entry.round} {done}; {said}")
+
+    return serve(
+        settings, carrier, keys, coordinator=hub.settings.name, out=out, resume=resume, say=say, on_round=on_round
+    )
 
 
 def remote_of(

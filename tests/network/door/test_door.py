@@ -10,18 +10,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from Crypto.PublicKey import ECC
+from site_doors import door, doors
 from site_federation import Federation, approved_at, offer_for, rehearsed, same_weights
 
 from choral.errors import ConfigError
 from choral.jobs.serving import serve
-from choral.network import SiteHost
 from choral.network.door.carrier import EngineCarrier
 from choral.network.door.client import HEAD, LENGTH, MAGIC, OK, relay, replied
 from choral.network.door.sealed import OVERHEAD, sealed, unsealed
@@ -49,20 +48,6 @@ def place() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@contextmanager
-def door(
-    path: Path, handle: Callable[[memoryview], bytes], *, limit: int = 100, user: int | None = None
-) -> Iterator[str]:
-    with DoorServer(path / "door", handle, request_limit=lambda: limit, user=user) as server:
-        thread = threading.Thread(target=server.serve)
-        thread.start()
-        try:
-            yield str(server.path)
-        finally:
-            server.stop()
-            thread.join()
-
-
 class Threads:
     """The least engine: a thread for each site hands the bytes to its door."""
 
@@ -83,24 +68,6 @@ class Threads:
 
     def alive(self, names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if relay(self.doors[name], b"", seconds=1)[:1] == bytes([OK]))
-
-
-@contextmanager
-def doors(federation: Federation, place: Path) -> Iterator[dict[str, str]]:
-    one = threading.Lock()  # the sites share this process, and with it torch's generator
-    with ExitStack() as stack:
-        found = {}
-        for name in federation.names:
-            folder = federation.site(name)
-            host, public = SiteHost(folder), folder.hub_directory["hub"].public_key
-            (place / name).mkdir()
-
-            def handle(raw: memoryview, host: SiteHost = host, public: bytes = public, name: str = name) -> bytes:
-                with one:
-                    return host.handle(unsealed(raw, public, coordinator="hub", site=name), sender="hub")
-
-            found[name] = stack.enter_context(door(place / name, handle, limit=1 << 20))
-        yield found
 
 
 def test_a_run_through_doors_has_the_weights_of_federate_bit_by_bit(tmp_path: Path, place: Path) -> None:

@@ -1,0 +1,158 @@
+"""NVFlare itself: its simulator, and a provisioned deployment under mutual TLS in processes of its own.
+
+Run by `make test-engines`, whose environment has NVFlare; skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from site_federation import approved_at, offer_for, rehearsed, same_weights
+from site_processes import PATIENT, until
+from site_secrets import files_below, found_in, memory_of, secrets_of
+
+from choral.jobs.settings import Settings
+from choral.network import Directory, make_identity
+from choral.network.site.files.directory import Pinned
+from choral.trainers import Participation
+from choral.trainers.task.settings import Training
+
+pytest.importorskip("nvflare", reason="run by `make test-engines`")
+if TYPE_CHECKING:
+    from nvflare_sites import Deployment, DoorSites
+
+JOINED = "Successfully registered client"
+pytestmark = pytest.mark.filterwarnings("default")  # NVFlare's own
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DoorSites]:
+    from nvflare_sites import DoorSites
+
+    made = DoorSites(tmp_path_factory.mktemp("sites"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def deployed(sites: DoorSites) -> Iterator[Deployment]:
+    from nvflare_sites import Deployment
+
+    made = Deployment(sites)
+    yield made
+    made.close()
+
+
+def rounds(sites: DoorSites, number: int, **waits: Any) -> Settings:
+    settings = sites.settings(
+        training=Training(rounds=number, batch_size=8, learning_rate=0.1), participation=Participation(patience=2)
+    )
+    return replace(settings, serve=replace(settings.serve, **waits))
+
+
+def test_two_rounds_in_the_simulator_end_at_the_weights_of_federate(sites: DoorSites, tmp_path: Path) -> None:
+    from nvflare.recipe.sim_env import SimEnv
+
+    from choral.network.nvflare import write_local
+
+    settings = rounds(sites, 2)
+    recipe = sites.recipe("simulated", settings)
+    local = tmp_path / "simulated" / "local"
+    local.mkdir(parents=True)
+    write_local(local, door=sites.door(), coordinator=str(sites.hub), runs=str(tmp_path / "runs"))
+    recipe.execute(SimEnv(clients=list(sites.federation.names), workspace_root=str(tmp_path)))
+    from choral.trainers import Run
+
+    run = Run.load(tmp_path / "runs" / "simulated")
+    assert [entry.survivors for entry in run.history] == [0, 3, 3]
+    assert same_weights(run, rehearsed(sites.federation, settings))
+
+
+def test_a_job_carries_no_code(sites: DoorSites, tmp_path: Path) -> None:
+    sites.recipe("exported", rounds(sites, 2)).export(str(tmp_path))
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names <= {"meta.json", "config_fed_server.json", "config_fed_client.json", ".nvflare_job_export"}
+    client = next(tmp_path.rglob("config_fed_client.json")).read_text()
+    assert "choral.network.nvflare.site.ChoralSite" in client
+
+
+def test_a_deployment_trains_exactly_and_no_record_leaves_a_site(deployed: Deployment, sites: DoorSites) -> None:
+    """A site's process that is killed in a round costs that round, and nothing of NVFlare's."""
+    settings = rounds(sites, 4, step=20.0)
+    secrets = {f"{name}: {what}": secret for name in sites.federation.names
+               for what, secret in secrets_of(sites.federation, name).items()}  # fmt: skip
+    assert len(secrets) == 30
+    with sites.paused("south", 2):
+        number = deployed.submit(sites.recipe("watched", settings))
+        until(lambda: sites.in_fit("south") == "2", "the training of round 2")
+        job = deployed.job_process("server")
+        for process in (job, *(deployed.job_process(name) for name in sites.federation.names)):
+            assert found_in(secrets, memory_of(process)) == set()
+        assert "south: numbers 0" in found_in(secrets, memory_of(sites.sites["south"].pid))
+        sites.kill("south")
+        sites.start("south")
+        sites.wait_for("south")
+    assert deployed.wait(number) == "FINISHED:COMPLETED"
+    run = sites.run("watched")
+    assert [entry.survivors for entry in run.history] == [0, 3, 2, 3, 3]
+    assert same_weights(run, rehearsed(sites.federation, settings, without={2: ["south"]}))
+    assert found_in(secrets, files_below(sites.path / "nvflare")) == set()
+    assert found_in(secrets, files_below(sites.path / "runs")) == set()
+    assert found_in(secrets, files_below(sites.hub)) == set()
+
+
+def test_a_node_that_is_killed_is_missed_and_the_sum_is_exact(deployed: Deployment, sites: DoorSites) -> None:
+    """Its parent and its job's process at once, while it trains: NVFlare's job lives on, and so does the run."""
+    settings = rounds(sites, 4, step=5.0, away=6.0)
+    with sites.paused("south", 2), sites.paused("north", 2):
+        number = deployed.submit(sites.recipe("lost", settings))
+        until(lambda: sites.in_fit("south") == "2", "the training of round 2")
+        deployed.kill("south")
+    begun = time.monotonic()
+    assert deployed.wait(number) == "FINISHED:COMPLETED"
+    assert time.monotonic() - begun < PATIENT / 2  # and not the hour that training may take
+    run = sites.run("lost")
+    assert [entry.survivors for entry in run.history] == [0, 3, 2, 2, 2]
+    assert run.history[2].dropped == {"south": "no vector came from it"}
+    without = {number: ["south"] for number in (2, 3, 4)}
+    assert same_weights(run, rehearsed(sites.federation, settings, without=without))
+    assert max(entry.seconds for entry in run.history[3:]) < 5.0  # one short look a round, not an answer's wait
+    known = deployed.log("south").count(JOINED)
+    deployed.start("south")
+    until(lambda: deployed.log("south").count(JOINED) > known, "the client")
+
+
+def test_who_refuses_says_why_at_home(deployed: Deployment, sites: DoorSites) -> None:
+    """north: nobody approved it; south: terms below its own; east: another coordinator's key is pinned."""
+    settings = rounds(sites, 2, wait=6.0)
+    federation = sites.federation
+    recipe = sites.recipe("refused", settings, approve=False)
+    offer = offer_for(federation, replace(settings, serve=replace(settings.serve, job="refused")))
+    for name in ("south", "east"):
+        approved_at(federation, name, offer)
+    other = make_identity(sites.path / "other", "hub")
+    path = sites.path / "east" / "directory.toml"
+    right = path.read_bytes()
+    pinned = Pinned.read(path)
+    try:
+        federation.configure("south", ("minimum_cohort = 2", "minimum_cohort = 4"))
+        Pinned(sites=pinned.sites, coordinators=Directory([other.certificate])).write(path)
+        sites.kill("east")
+        sites.start("east")
+        sites.wait_for("east")
+        status = deployed.wait(deployed.submit(recipe))
+    finally:
+        path.write_bytes(right)
+        federation.configure("south")
+    assert status == "FINISHED:EXECUTION_EXCEPTION"
+    assert "0 of 3 sites took the job" in deployed.log("server")
+    assert "nobody approved it" in sites.log("north")
+    assert "at least 4" in sites.log("south")
+    assert "its key did not sign for east" in sites.log("east")
+    for reason in ("nobody approved", "at least 4", "did not sign"):
+        assert reason not in deployed.log("server")
