@@ -81,9 +81,7 @@ def serve_by_engine(
         said = ", ".join(f"{metric} {value:.4f}" for metric, value in entry.metrics.items())
         say(f"round {entry.round} {done}; {said}")
 
-    return serve(
-        settings, carrier, keys, coordinator=hub.settings.name, out=out, resume=resume, say=say, on_round=on_round
-    )
+    return serve(settings, carrier, keys, coordinator=hub.identity, out=out, resume=resume, say=say, on_round=on_round)
 
 
 def remote_of(
