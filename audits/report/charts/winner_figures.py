@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 from choral.audits.costs.costs import Costs
 from choral.audits.costs.winners import TASK_SIZES, WinnerMap
@@ -58,11 +59,11 @@ def _map(found: WinnerMap, *, wide: bool) -> Chart:
     else:
         chart = Chart(width=NARROW, height=380, left=52, right=10, top=94, bottom=50, x=x, y=y)
     for row, place in enumerate(up):
-        for column, at in enumerate(across):
-            if found.distribution[row][column]:
-                _cell(chart, at, place, half_x, half_y, "1" if found.firm[row][column] else ".45")
-            elif not found.firm[row][column]:
-                _cell(chart, at, place, half_x, half_y, ".15")
+        shades = [_shade(*cell) for cell in zip(found.distribution[row], found.firm[row], strict=True)]
+        for shade, run in groupby(enumerate(shades), lambda each: each[1]):
+            columns = [column for column, _ in run]
+            if shade != "0":
+                _cells(chart, (across[columns[0]] - half_x, across[columns[-1]] + half_x), place, half_y, shade)
     chart.grid(range(math.ceil(y[0]), math.floor(y[1]) + 1, 2), _decade, "bytes of a record over those of the model")
     chart.steps(range(1, 7, 1 if wide else 2), _decade, "parties")
     heights = [chart.up(math.log10(data.ratio)) for data in TASK_SIZES]
@@ -76,12 +77,17 @@ def _map(found: WinnerMap, *, wide: bool) -> Chart:
     return chart
 
 
-def _cell(chart: Chart, x: float, y: float, half_x: float, half_y: float, opacity: str) -> None:
-    left, top = chart.across(x - half_x), chart.up(y + half_y)
-    width, height = chart.across(x + half_x) - left, chart.up(y - half_y) - top
+def _shade(distribution: bool, firm: bool) -> str:
+    """Opacity of a cell."""
+    return {(True, True): "1", (True, False): ".45", (False, False): ".15", (False, True): "0"}[distribution, firm]
+
+
+def _cells(chart: Chart, x: tuple[float, float], y: float, half_y: float, opacity: str) -> None:
+    """Neighbours in a row that look alike, as one."""
+    left, right, top = chart.across(x[0]), chart.across(x[1]), chart.up(y + half_y)
     chart.add(
-        f'<rect x="{left:.1f}" y="{top:.1f}" width="{width + 0.3:.1f}" height="{height + 0.3:.1f}"'
-        f' class="cell arm-1" fill-opacity="{opacity}"/>'
+        f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left + 0.3:.1f}"'
+        f' height="{chart.up(y - half_y) - top + 0.3:.1f}" class="cell arm-1" fill-opacity="{opacity}"/>'
     )
 
 

@@ -121,12 +121,12 @@ def test_who_never_reached_the_level_wins_nowhere(arms: dict[str, list[Run]]) ->
 def test_the_picture_has_its_cells_dots_and_words(arms: dict[str, list[Run]]) -> None:
     found = maps_of(arms)[0]
     drawing = str(winner_figure(found, "w").wide)
-    shown = sum(
-        cell or not firm
-        for pair in zip(found.distribution, found.firm, strict=True)
-        for cell, firm in zip(*pair, strict=True)
-    )
-    assert drawing.count('class="cell arm-1"') == shown + 4  # with the key
+    runs = 0
+    for row, firm in zip(found.distribution, found.firm, strict=True):
+        looks = list(zip(row, firm, strict=True))
+        changes = [look for place, look in enumerate(looks) if place == 0 or looks[place - 1] != look]
+        runs += sum(look != (False, True) for look in changes)
+    assert drawing.count('class="cell arm-1"') == runs + 4  # with the key
     assert all(f">{data.name}<" in drawing for data in TASK_SIZES)
     assert "Specialised hardware, or massive distribution?" in drawing
     assert "nan" not in drawing

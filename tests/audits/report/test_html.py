@@ -88,7 +88,7 @@ def test_it_fetches_nothing_and_runs_nothing(pages: dict[str, str]) -> None:
 def test_every_picture_has_alt_text(pages: dict[str, str]) -> None:
     for name, html in pages.items():
         pictures = re.findall(r"<svg.*?</svg>", html, re.S)
-        assert len(pictures) == (14 if name == "comparison" else 2)
+        assert len(pictures) == (20 if name == "comparison" else 2)
         for picture in pictures:
             assert 'role="img"' in picture
             for labelled in re.findall(r'aria-labelledby="(.*?)"', picture)[0].split():
