@@ -102,9 +102,9 @@ class RankGroup:
             ) from None
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
-    def begin(self, beginning: RankSetup) -> None:
+    def begin(self, setup: RankSetup) -> None:
         """Tell the other ranks that rounds are coming."""
-        self._tell({"begin": msgspec.to_builtins(beginning)}, {})
+        self._tell({"begin": msgspec.to_builtins(setup)}, {})
 
     def parties_of(self, rank: int, examples: Mapping[str, int]) -> tuple[str, ...]:
         """Who stays at a rank for a whole run."""

@@ -26,6 +26,8 @@ from choral.protocols.errors import (
 from choral.protocols.homomorphic.messages import Ciphertext
 from choral.protocols.masking import messages, signing
 
+BOTH = pytest.mark.parametrize("kind", [Masked(corrupt=1), Homomorphic(corrupt=1)], ids=["masked", "split"])
+"""The shared key's sum has the same attacks in ``tests/protocols/homomorphic/shared/test_shared_drivers.py``."""
 OTHER = RoundTerms(0, b"W" * 32, b"t" * 32)
 TRAINED = RoundTerms(0, b"w" * 32, b"t" * 32)
 
@@ -69,11 +71,12 @@ class TwoModels:
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["keys asked for", "keys rode ahead"])
 @pytest.mark.parametrize("victims", [{"p1"}, {"p0", "p2"}])
+@BOTH
 def test_two_models_are_found_by_whoever_checks_the_confirmations(
-    deployed: Any, monkeypatch: pytest.MonkeyPatch, victims: set[str], ahead: bool
+    deployed: Any, monkeypatch: pytest.MonkeyPatch, kind: Any, victims: set[str], ahead: bool
 ) -> None:
     """The server passes signatures on that it knows to be on another Begin. No honest party reveals a share."""
-    net = deployed(4, kind=Masked(corrupt=1)).open()
+    net = deployed(4, kind=kind).open()
     if ahead:
         net.round()
     TwoModels(net, victims)
@@ -116,8 +119,9 @@ def test_the_masks_are_bound_to_the_begin() -> None:
 
 
 @pytest.mark.parametrize("field", ["exchange", "weights", "terms"])
-def test_a_second_begin_of_a_round_with_anything_else_is_refused(deployed: Any, field: str) -> None:
-    net = deployed().open()
+@BOTH
+def test_a_second_begin_of_a_round_with_anything_else_is_refused(deployed: Any, kind: Any, field: str) -> None:
+    net = deployed(4, kind=kind).open()
     (trip, *_) = [next(net.server.round(TRAINED))]
     raw = trip.outbox["p0"]
     answer = net.parties["p0"].handle(raw)
@@ -127,8 +131,9 @@ def test_a_second_begin_of_a_round_with_anything_else_is_refused(deployed: Any, 
     assert net.parties["p0"].handle(raw) == answer  # and it is still there
 
 
-def test_terms_that_change_after_they_were_signed_are_refused(deployed: Any) -> None:
-    net = deployed(terms=b"t" * 32).open()
+@BOTH
+def test_terms_that_change_after_they_were_signed_are_refused(deployed: Any, kind: Any) -> None:
+    net = deployed(kind=kind, terms=b"t" * 32).open()
     assert net.round(terms=TRAINED).survivors == net.names
     for number in (2, 3):
         with pytest.raises(TooFewSurvivorsError):
@@ -150,9 +155,10 @@ def test_a_setup_for_other_training_terms_is_not_joined(deployed: Any) -> None:
         assert len(net.refused) == 3
 
 
-def test_an_old_session_that_is_revived_is_not_answered(deployed: Any) -> None:
+@BOTH
+def test_an_old_session_that_is_revived_is_not_answered(deployed: Any, kind: Any) -> None:
     """The server keeps session A's messages and driver, opens B with the same identities, and goes on with A."""
-    net = deployed().open()
+    net = deployed(kind=kind).open()
     net.round()
     old = net.server
     net.server = net.kind.server_driver(net.spec, directory=net.directory)
@@ -167,10 +173,11 @@ def test_an_old_session_that_is_revived_is_not_answered(deployed: Any) -> None:
     assert net.round().survivors == net.names
 
 
-def test_a_session_opened_while_a_round_is_open_ends_it(deployed: Any) -> None:
+@BOTH
+def test_a_session_opened_while_a_round_is_open_ends_it(deployed: Any, kind: Any) -> None:
     """Session A's round has its vectors; the server opens B with the same identities minus one, gets the same vectors,
     and finishes both: the difference would be one vector. The round of A is dead when B is joined."""
-    net = deployed(4, kind=Masked(corrupt=1)).open()
+    net = deployed(4, kind=kind).open()
     net.fresh_vectors(1)
     first = net.server
     trips = first.round(TRAINED)
@@ -287,9 +294,10 @@ def test_sums_of_two_purposes_do_not_end_each_other(deployed: Any) -> None:
     assert net.round().survivors == net.names
 
 
-def test_a_begin_that_is_replayed_is_refused(deployed: Any) -> None:
+@BOTH
+def test_a_begin_that_is_replayed_is_refused(deployed: Any, kind: Any) -> None:
     """The same bytes are answered while their round lasts, from the cache, and by name afterwards."""
-    net = deployed().open()
+    net = deployed(kind=kind).open()
     net.round()
     begins = [raw for way, step, name, raw in net.sent if (way, step, name) == ("down", "keys", "p0")]
     assert len(begins) == 1

@@ -188,6 +188,29 @@ def test_the_same_begin_gets_the_same_answer_alone_and_in_a_bundle() -> None:
             again()
 
 
+def test_a_begin_that_is_replayed_after_its_round_is_refused() -> None:
+    """No vector is asked for, encrypted or sent again: not while the next round lasts, and not under other weights."""
+    deployed = Deployment().open()
+    seen: list[bytes] = []
+
+    def remember(way: str, party: str, raw: bytes) -> list[bytes]:
+        if (way, party) == ("down", "p1"):
+            seen.append(raw)
+        return [raw]
+
+    deployed.hook = remember
+    deployed.round()
+    old = list(seen)
+    following = deployed.begin()["p1"]
+    party = deployed.parties["p1"]
+    asked = party.handle(following)
+    for raw in old:
+        with pytest.raises((FaultyServerError, StateUsedError)):
+            party.handle(raw)
+    assert party.handle(following) == asked  # and the round that is under way is still there
+    assert len(party.supply(VECTORS["p1"])) == 1
+
+
 def test_who_declines_sends_nothing_and_answers_the_next_begin() -> None:
     deployed = Deployment().open()
     first = deployed.begin()["p2"]
