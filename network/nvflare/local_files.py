@@ -20,7 +20,7 @@ from typing import Any
 from choral.network.errors import SiteError
 
 FILE = "choral.json"
-SITE, SERVER = "choral.network.nvflare.site.ChoralSite", "choral.jobs.nvflare_job.ChoralServer"
+SITE, SERVER = "choral.network.nvflare.site.ChoralSite", "choral.jobs.engines.nvflare_job.ChoralServer"
 _LOGS = "nvflare.app_common.logging"
 NVFLARES_OWN = [f"{_LOGS}.job_log_streamer.JobLogStreamer", f"{_LOGS}.job_log_receiver.JobLogReceiver"]
 """What NVFlare itself adds to a job: the log of its own process at a site, for the server."""

@@ -37,14 +37,14 @@ def _flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not FLOWER:
         for name, module in recorded_flwr.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, "choral.jobs.flower_strategy", raising=False)
+        monkeypatch.delitem(sys.modules, "choral.jobs.engines.flower_strategy", raising=False)
     else:
         from flwr.supercore.task_identity import TaskIdentity
 
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     yield
     if not FLOWER:
-        sys.modules.pop("choral.jobs.flower_strategy", None)
+        sys.modules.pop("choral.jobs.engines.flower_strategy", None)
         vars(sys.modules["choral.network.flower"]).pop("Secure", None)
 
 
@@ -83,7 +83,7 @@ def started(
 
 def offer_of(strategy: Any, grid: NodesHere, rounds: int) -> Any:
     """The offer that the strategy will make."""
-    from choral.jobs.flower_strategy import shapes_of
+    from choral.jobs.engines.flower_strategy import shapes_of
     from choral.network.flower.grid import FlowerGrid
 
     coordinator = strategy._coordinator

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from choral.errors import ChoralError, ConfigError
-from choral.jobs.flower_job import Coordinator, log
+from choral.jobs.engines.flower_job import Coordinator, log
 from choral.network.coordinator.engine_rounds import EngineRounds, moved
 from choral.network.flower.grid import FlowerGrid
 from choral.network.flower.mod import MODEL, Model, write_model
