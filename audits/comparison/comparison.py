@@ -20,6 +20,7 @@ from choral.audits.costs.target import costs_to_target
 from choral.audits.costs.winners import winner_maps
 from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, merged_versions, units_of
+from choral.audits.findings.context import Context
 from choral.audits.findings.door import ArmEvidence
 from choral.audits.findings.schema import (
     FORMAT_VERSION,
@@ -57,7 +58,8 @@ class Comparison(
     metrics against. made: when, in UTC. level: of every interval. failed: what was to be compared and could not be
     trained. composed: what all private trainings that are shown cost together. matches: final weights under different
     secure sums, per seed. costs: rounds, bytes, seconds, energy and money, with the prices used; None where the runs
-    did not record what they need.
+    did not record what they need. context: what only a human knows, None where nobody stated it. tolerance: by how much
+    of the metric a configuration may be worse than the baseline to be recommended.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -75,6 +77,8 @@ class Comparison(
     checks: tuple[Check, ...]
     matches: tuple[WeightsMatch, ...] = ()
     costs: Costs | None = None
+    context: Context | None = None
+    tolerance: float = 0.05
     not_run: tuple[NotRun, ...] = NOT_RUN
     caveats: tuple[str, ...]
     versions: dict[str, str]
@@ -93,16 +97,28 @@ class Comparison(
         """The one that arms are judged by, and the others."""
         return (self.metric, *(measure.metric for measure in self.arms[0].more))
 
-    def save(self, path: str | Path) -> Path:
+    def stated(self, context: Context | None = None, tolerance: float | None = None) -> Self:
+        """Return the report with what only a human knows, and how much worse a recommended configuration may be.
+
+        Raises: ConfigError (a tolerance that is no number of 0 or more).
+        """
+        wanted = self.tolerance if tolerance is None else tolerance
+        if not (math.isfinite(wanted) and wanted >= 0.0):
+            raise ConfigError(f"tolerance is {wanted}, expected 0 or more of {self.metric}", hint="0.05 is five points")
+        return msgspec.structs.replace(self, context=context or self.context, tolerance=wanted)
+
+    def save(self, path: str | Path, *, full: bool = False) -> Path:
         """Write the report by suffix: ``.json``, one offline ``.html`` file, a ``.md`` summary for a model card, or the
-        curves over rounds alone as ``.svg``.
+        curves over rounds alone as ``.svg``. full: HTML with all details open, which are printed too.
 
         Raises: ConfigError for another suffix.
         """
         from choral.audits.report.html import comparison_drawing, comparison_page
         from choral.audits.report.markdown import comparison_markdown
 
-        return save_report(self, path, comparison_page, comparison_markdown, comparison_drawing)
+        return save_report(
+            self, path, lambda report: comparison_page(report, full=full), comparison_markdown, comparison_drawing
+        )
 
     def print(self, console: Console | None = None) -> None:
         """Print the table to the terminal, or to ``console``."""

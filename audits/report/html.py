@@ -13,14 +13,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from choral.audits.costs.bills import mean
 from choral.audits.findings import text
 from choral.audits.findings.claims import composed_words, no_claim
+from choral.audits.findings.context import CONTEXT_WORDS
 from choral.audits.findings.evidence import Bound, ScoreAudit
 from choral.audits.findings.schema import ORDER, ArmResult, BudgetPoint, WeightsMatch
-from choral.audits.findings.tally import beyond_attack, every_check, tally
+from choral.audits.findings.tally import every_check, tally
 from choral.audits.findings.verdict import FAILED
 from choral.audits.report.charts import evidence_figures, figures, price_figures
 from choral.audits.report.charts.price_figures import crossovers
 from choral.audits.report.charts.svg import arm_classes
 from choral.audits.report.charts.winner_figures import winners
+from choral.audits.report.reader import summary
+from choral.audits.report.reader.glossary import GLOSSARY
+from choral.audits.report.reader.hazards import hazards
 from choral.audits.report.shares_gain import shares_gain
 from choral.audits.report.storage import as_json
 
@@ -37,8 +41,11 @@ _SPREAD_WORDS = {
 }
 
 
-def comparison_page(report: Comparison) -> str:
-    """The comparison as HTML. Every name and title in it is escaped: they come from whoever ran the arms."""
+def comparison_page(report: Comparison, *, full: bool = False) -> str:
+    """The comparison as HTML; full: with all details open.
+
+    Every name and title in it is escaped: they come from whoever ran the arms.
+    """
     colours = _colours(report)
     private = [arm for arm in report.arms if arm.claim]
     references = [
@@ -49,6 +56,13 @@ def comparison_page(report: Comparison) -> str:
         .get_template("comparison.html")
         .render(
             report=report,
+            full=full,
+            page_one=summary.page_one(report),
+            trust_rows=summary.trust_rows(report),
+            releases=summary.releases(report),
+            hazards=hazards(report),
+            context_words=CONTEXT_WORDS,
+            glossary=GLOSSARY,
             colours=colours,
             private=private,
             fair=(fair := [arm for arm in report.arms if arm.fairness]),
@@ -59,7 +73,6 @@ def comparison_page(report: Comparison) -> str:
             lead=lead(report),
             tally=tally(every_check(report)),
             idle=sum(not check.refutable for check in every_check(report)),
-            beyond=beyond_attack(report),
             evidence=(shown := evidence_rows(report.arms)),
             attacked=sum(attack is not None for _, attack, _ in shown),
             probed=any(arm.audit and arm.audit.probe for arm in report.arms),
@@ -183,9 +196,11 @@ def _environment() -> Environment:
         energy=text.energy,
         no_claim=no_claim,
         composed_words=composed_words,
+        plain_reading=summary.plain_reading,
         words=_WORDS,
         spread_words=_SPREAD_WORDS,
     )
+    environment.filters["promises"] = summary.promises
     environment.filters["plain"] = _plain
     environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
     environment.filters["json_digest"] = lambda report: sha256(as_json(report)).hexdigest()
@@ -264,9 +279,10 @@ def cards(report: Comparison) -> list[dict[str, str]]:
     for arm in report.arms:
         if arm.claim and arm.difference:
             where = "pooled" if arm.kind == "centralized" else "distributed"
+            kind = ", in shares" if arm.shares else ", per client" if arm.claim.unit == "client" else ""
             found.append(
                 _cost(
-                    f"Privacy, {where}",
+                    f"Privacy, {where}{kind}",
                     arm,
                     metric,
                     f"{arm.name} at ε\u00a0=\u00a0{text.cost(arm.claim.quoted)} per {arm.claim.unit}",
@@ -280,7 +296,7 @@ def _match_card(matches: tuple[WeightsMatch, ...]) -> dict[str, str]:
     if len(gaps) < len(matches):
         return _card("Secure sum", "differs", f"{matches[0].arm}: the weights cannot be compared")
     if max(gaps) == 0:
-        return _card("Secure sum", "none", f"{matches[0].arm}: not one weight differs")
+        return _card("Secure sum", "costs nothing", f"{matches[0].arm}: not one weight differs")
     return _card("Secure sum", text.power(max(gaps)), f"{matches[0].arm}: largest difference of a weight")
 
 

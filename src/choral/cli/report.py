@@ -24,6 +24,8 @@ class ReportFlags:
     """Folder with a report.json, of `choral compare` or `choral audit`; or the file itself."""
     out: Path | None = None
     """File to draw: .html, .md, or .svg (curves of a comparison); by default report.html beside report.json."""
+    full: bool = False
+    """Open all details in the HTML of a comparison, so that they are printed, too."""
     json: bool = False
     """Print the report as JSON, and nothing else."""
     quiet: bool = False
@@ -35,13 +37,23 @@ def report(words: list[str]) -> int:
     wanted = parse("report", words, ReportFlags)
     file = wanted.folder / "report.json" if wanted.folder.is_dir() else wanted.folder
     found = _read(file)
-    drawn = found.save(wanted.out or file.with_suffix(".html"))
+    drawn = _drawn(found, wanted.out or file.with_suffix(".html"), wanted.full)
     if wanted.json:
         print_json(found)
     elif not wanted.quiet:
         found.print()
         print(f"report: {drawn}")
     return found.exit_code
+
+
+def _drawn(found: Audit | Comparison, path: Path, full: bool) -> Path:
+    from choral.audits import Comparison
+
+    if isinstance(found, Comparison):
+        return found.save(path, full=full)
+    if full:
+        raise ConfigError("--full is of a comparison", hint="leave it out: the audit of one run is printed whole")
+    return found.save(path)
 
 
 def print_json(report: Audit | Comparison) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,7 @@ from choral.jobs.training import (
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
+    from choral.audits.findings.context import Context
     from choral.audits.findings.schema import FailedRuns
     from choral.trainers import Run, Task
 
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 _MAY_CHANGE = {
     "audit",
+    "report",
     "evaluation",
     "metrics",
     "seeds",
@@ -108,10 +110,19 @@ def run_comparison(
         target=settings.target,
         evidence=replace(evidence_of(settings, list(arms), out), not_trained=_failed_runs(settings, failed, arms, out)),
     )
+    comparison = comparison.stated(_context(settings), settings.report.tolerance)
     for name in ("report.json", "report.html"):
         _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]
     _tried(lambda: put_verifier(out), None, troubles)
     return ComparisonOutcome(comparison, {planned.label: failure for planned, failure in failed.items()}, troubles)
+
+
+def _context(settings: Settings) -> Context | None:
+    """What the settings say that only a human knows; None if that is nothing."""
+    from choral.audits.findings.context import Context
+
+    stated = asdict(settings.report.context)
+    return Context(**stated) if any(stated.values()) else None
 
 
 class _NothingTrainedError(ChoralError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -108,6 +109,53 @@ class AuditSettings:
     def __post_init__(self) -> None:
         if self.canaries and self.canaries < 20:
             raise ConfigError(f"expected audit.canaries >= 20, got {self.canaries}", hint="500 can show epsilon of 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContext:
+    """What only a human knows of the data and the model, for the report; what is empty is printed as not stated."""
+
+    purpose: str = ""
+    """What the model is for."""
+    curator: str = ""
+    """Who publishes it."""
+    region: str = ""
+    """Whose data they are, and where."""
+    sector: str = ""
+    """Technology, Healthcare, Education or Government."""
+    recipients: str = ""
+    """Who gets the model, and who the report."""
+    legal_basis: str = ""
+    """The legal basis, as the controller names it."""
+    dpia: str = ""
+    """Reference of the impact assessment."""
+    records_per_person: str = ""
+    """The most records that one person has in the data, in words."""
+    releases: tuple[str, ...] = ()
+    """What else was published of the same records."""
+    justification: str = ""
+    """Why this epsilon."""
+    access: str = ""
+    """Who may read data, ledgers and models."""
+    reviewer: str = ""
+    """Who looks at this again."""
+    review_by: str = ""
+    """And by when."""
+    authors: tuple[str, ...] = ()
+    """Who wrote this table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What the report says beside what was measured."""
+
+    tolerance: float = 0.05
+    """How much worse than the baseline, in the first metric, a configuration may be to be recommended."""
+    context: ReportContext = field(default_factory=ReportContext)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.tolerance < math.inf:
+            raise ConfigError(f"expected report.tolerance >= 0, got {self.tolerance}", hint="0.05 is five points")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +271,7 @@ class Settings:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     secure_sum: SumSettings = field(default_factory=SumSettings)

@@ -1,0 +1,220 @@
+"""Page one of a comparison, the plain reading of epsilon, and who must be trusted, drawn from the report's fields."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from choral.audits.findings import text
+from choral.audits.findings.tally import beyond_attack
+
+if TYPE_CHECKING:
+    from choral.audits.comparison.comparison import Comparison
+    from choral.audits.findings.schema import ArmResult
+
+
+class Recommendation(NamedTuple):
+    """arm: None where none is within the tolerance. sentence: why, and what it costs."""
+
+    arm: ArmResult | None
+    sentence: str
+
+
+def page_one(report: Comparison) -> list[tuple[str, str]]:
+    """Questions of a reader with five minutes, and the answers."""
+    private = [arm for arm in report.arms if arm.claim]
+    answers = [
+        ("What was done", _done(report)),
+        ("On whose data", _whose(report)),
+        ("Recommended", recommended(report).sentence),
+        ("What is promised, against whom", _promised(report, private)),
+        ("What all of it costs", _total(report)),
+        ("What no attack here could have refuted", beyond_attack(report) or _attacked(private)),
+        ("Rehearsal or sites", _where(report)),
+        ("Who signed", _signed(report)),
+    ]
+    return [(question, answer) for question, answer in answers if answer]
+
+
+def recommended(report: Comparison) -> Recommendation:
+    """The cheapest private configuration within the tolerance of the baseline: the least money, or else time.
+
+    Where data can stay with their owners, of those that leave them there.
+    """
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    sound = [arm for arm in report.arms if arm.claim and (arm.audit is None or arm.audit.verdict == "holds")]
+    if not sound:
+        return Recommendation(None, "None: no configuration has a promise whose evidence holds.")
+    sound = [arm for arm in sound if arm.kind == "federated"] or sound
+    worse = {arm.name: _loss(report, arm, base) for arm in sound}
+    allowed = text.width(report.tolerance, report.metric) + (" points" if text.is_percent(report.metric) else "")
+    fit = [arm for arm in sound if worse[arm.name] <= report.tolerance]
+    if not fit:
+        nearest = min(sound, key=lambda arm: worse[arm.name])
+        return Recommendation(
+            None,
+            f"None: no private configuration is within {allowed} of {base.name}, the tolerance of this report. The"
+            f" nearest is {nearest.name} ({_reaches(report, nearest)}).",
+        )
+    bills = {bill.arm: bill.usd for bill in report.costs.bills} if report.costs else {}
+    priced = all(bills.get(arm.name) is not None for arm in fit)
+    cheapest = min(fit, key=lambda arm: (bills[arm.name] or 0.0) if priced else arm.seconds.mean)
+    price = f"{text.money(bills[cheapest.name])} a run" if priced else f"{text.duration(cheapest.seconds.mean)} a run"
+    return Recommendation(
+        cheapest,
+        f"{cheapest.name}: {_reaches(report, cheapest)}, {price}, the cheapest private configuration within {allowed}"
+        f" of {base.name}, which is the tolerance of this report.",
+    )
+
+
+def plain_reading(epsilon: float, delta: float, unit: str) -> list[str]:
+    """What epsilon and delta allow an adversary, in odds and rates."""
+    rate = min(math.exp(min(epsilon, 700.0)) * 0.01 + delta, 1.0)
+    factor = math.exp(min(epsilon, 700.0))
+    times = f"{factor:.3g}" if factor < 100 else f"{factor:,.0f}" if factor < 1e6 else f"10^{math.log10(factor):.0f}"
+    even = 1.0 / (1.0 + math.exp(-min(epsilon, 700.0)))
+    whose = f"whether one {unit}'s data took part" if unit == "client" else "whether one record took part"
+    said = [
+        f"Whoever guesses {whose}, and is wrong about 1 % of those that did not, is right about at most"
+        f" {100 * rate:.3g} % of those that did.",
+        f"What an adversary thought before, as odds, changes by a factor of {times} at most: from even odds to"
+        f" {100 * even:.4g} % certainty.",
+        f"With probability δ = {text.power(delta)} at most, more than that may be learned.",
+    ]
+    if rate >= 0.5:
+        said.append("By itself this is a weak bound: it excludes little. What was measured stands beside it.")
+    return said
+
+
+def promises(private: list[ArmResult]) -> list[tuple[tuple[float, float, str], list[str]]]:
+    """(epsilon, delta, unit) as they are quoted, each once, and the configurations that promise it."""
+    found: dict[tuple[str, float, str], tuple[tuple[float, float, str], list[str]]] = {}
+    for arm in private:
+        if claim := arm.claim:
+            key = (text.cost(claim.quoted), claim.delta, claim.unit)
+            found.setdefault(key, ((claim.quoted, claim.delta, claim.unit), []))[1].append(arm.name)
+    return list(found.values())
+
+
+def trust_rows(report: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """Of each configuration: what the data owner gives away, and what server, other parties and readers may learn."""
+    return [(arm.name, *_trust(arm)) for arm in report.arms]
+
+
+def _trust(arm: ArmResult) -> tuple[str, str, str, str]:
+    claim = arm.claim
+    reader = f"held off by ε = {text.cost(claim.quoted)} for each {claim.unit}" if claim else "no promise"
+    if arm.kind == "centralized":
+        return "hands over all records", "trusted: holds every record", "see nothing", reader
+    name = str((arm.secure_sum or {}).get("name", "plain")).lower()
+    summed = name not in ("", "plain")
+    own = claim is not None and arm.shares is None and claim.unit == "record"
+    sent = "keeps records; sends " + ("updates with its own noise" if own else "updates")
+    if arm.shares is not None:
+        sent = "keeps records; sends updates with a share of the noise"
+    server = "sees sums alone, under the trust of the secure sum" if summed else "sees every update"
+    if own:
+        server += ", and is held off by each party's own noise"
+    others = "see models" + (" and, as many as collude, nothing else" if summed else "")
+    return sent, server, others, reader
+
+
+def releases(report: Comparison) -> list[str]:
+    """What is published of the training or held-out records without noise."""
+    found = [f"The final {report.metric} of every configuration, on the evaluation data, which is taken to be public."]
+    if any(arm.fairness for arm in report.arms):
+        found.append("The final model's worth at each party, on records that it holds out: in the clear.")
+    if any(not arm.claim for arm in report.arms):
+        names = ", ".join(arm.name for arm in report.arms if not arm.claim)
+        found.append(f"The configurations without a promise ({names}): models, curves and sums of the same records.")
+    if report.context is not None and report.context.releases:
+        found += report.context.releases
+    else:
+        found.append("Other releases of the same records: not stated ([report.context] releases).")
+    return found
+
+
+def _loss(report: Comparison, arm: ArmResult, base: ArmResult) -> float:
+    less_is_better = text.is_gap(report.metric) or report.metric.endswith(("error", "loss"))
+    lost = arm.metric.mean - base.metric.mean
+    return lost if less_is_better else -lost
+
+
+def _reaches(report: Comparison, arm: ArmResult) -> str:
+    promise = f" at ε = {text.cost(arm.claim.quoted)} for each {arm.claim.unit}" if arm.claim else ""
+    return f"{report.metric} {text.score(arm.metric.mean, report.metric)}{promise}"
+
+
+def _done(report: Comparison) -> str:
+    seeds = max(len(arm.seeds) for arm in report.arms)
+    return (
+        f"One model of {report.arms[0].parameters:,} parameters was trained in {len(report.arms)} ways, each"
+        f" {seeds} time{'s' if seeds > 1 else ''}, and judged by {report.metric}; {report.baseline} is what the others"
+        " are held against."
+    )
+
+
+def _whose(report: Comparison) -> str:
+    most = max(report.arms, key=lambda arm: arm.parties)
+    said = f"{most.examples:,} records of {most.parties} data owners"
+    stated = report.context
+    if stated is not None and stated.region:
+        said += f"; {stated.region}"
+    return said + ("." if stated is not None and stated.purpose else ". Purpose and people: not stated.")
+
+
+def _promised(report: Comparison, private: list[ArmResult]) -> str:
+    if not private:
+        return "Nothing: no configuration promises differential privacy."
+    chosen = recommended(report).arm
+    arm = chosen if chosen is not None else private[0]
+    if arm.claim is None:
+        return ""
+    return (
+        f"{arm.name}: ε = {text.cost(arm.claim.quoted)}, δ = {text.power(arm.claim.delta)}, for each {arm.claim.unit},"
+        f" against {arm.claim.adversary}."
+    )
+
+
+def _total(report: Comparison) -> str:
+    """For whoever reads the whole report."""
+    parts = []
+    for each in report.composed:
+        total = "unknown" if each.epsilon is None else f"ε = {text.cost(each.epsilon)} at δ = {text.power(each.delta)}"
+        parts.append(f"all {each.runs} private trainings that are shown, for each {each.unit}: {total}")
+    unpromised = [arm.name for arm in report.arms if not arm.claim]
+    if unpromised and parts:
+        parts.append(f"without any bound: {', '.join(unpromised)}")
+    return "; ".join(parts).capitalize() + "." if parts else ""
+
+
+def _attacked(private: list[ArmResult]) -> str:
+    return "Every promise was put to an attack that could have refuted it." if private else ""
+
+
+def _where(report: Comparison) -> str:
+    if any("sites" in str(arm.config.get("where", "")) for arm in report.arms):
+        return "At sites of their own."
+    cited = [each for arm in report.arms for each in arm.manifests]
+    if cited and not any(each.rehearsal for each in cited):
+        return "At sites of their own: each party signed with a key that it alone holds."
+    return (
+        "A rehearsal in one process: every party's data was on one machine, whose owner could read all of it."
+        " What is said of the server holds for the protocol, and was not tried against a real one."
+    )
+
+
+def _signed(report: Comparison) -> str:
+    cited = [each for arm in report.arms for each in arm.manifests]
+    if not cited:
+        return "Nobody: no manifest binds these runs to what is said here."
+    gone = sum(len(each.gone) for each in cited)
+    said = (
+        f"{len(cited)} manifests, by {min(each.signed for each in cited)} to {max(each.signed for each in cited)} keys"
+    )
+    said += f"; {gone} parties did not sign" if gone else ""
+    return said + (
+        ", all made by one process: they prove that the files belong together, and no more."
+        if any(each.rehearsal for each in cited)
+        else "."
+    )

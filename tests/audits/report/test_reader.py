@@ -1,0 +1,118 @@
+"""What a report says first: the recommendation, the plain reading, trust, hazards, and the short printed form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from choral.audits import Comparison, compare
+from choral.audits.findings.context import Context
+from choral.audits.report.html import comparison_page
+from choral.audits.report.reader.hazards import hazards
+from choral.audits.report.reader.summary import page_one, plain_reading, recommended, releases, trust_rows
+from choral.errors import ConfigError
+from choral.trainers import Run
+
+
+@pytest.fixture
+def report(arms: dict[str, list[Run]]) -> Comparison:
+    return compare(arms)
+
+
+def holding(report: Comparison) -> Comparison:
+    """The same, with evidence that holds: the runs of these tests have no ledgers."""
+    arms = [
+        msgspec.structs.replace(arm, audit=msgspec.structs.replace(arm.audit, verdict="holds")) if arm.audit else arm
+        for arm in report.arms
+    ]
+    return msgspec.structs.replace(report, arms=tuple(arms))
+
+
+def test_without_evidence_nothing_is_recommended(report: Comparison) -> None:
+    assert any(arm.claim and arm.audit and arm.audit.verdict != "holds" for arm in report.arms)
+    assert recommended(report).arm is None
+
+
+def test_the_cheapest_within_the_tolerance_is_recommended(report: Comparison) -> None:
+    found = recommended(holding(report).stated(tolerance=0.2))
+    assert found.arm is not None
+    assert found.arm.name == "federated-dp"  # cloud-dp is better, and takes the data away from their owners
+    assert "within 20.0 points of cloud" in found.sentence
+    near = recommended(holding(report).stated(tolerance=0.05))
+    assert near.arm is None
+    assert "The nearest is federated-dp" in near.sentence
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
+def test_a_tolerance_is_a_number(report: Comparison, tolerance: float) -> None:
+    with pytest.raises(ConfigError, match="tolerance"):
+        report.stated(tolerance=tolerance)
+
+
+def test_the_plain_reading_is_the_formula() -> None:
+    said = " ".join(plain_reading(1.0, 1e-5, "record"))
+    assert "at most 2.72 %" in said  # e x 1 % + 1e-5
+    assert "a factor of 2.72" in said
+    assert "73.11 % certainty" in said  # 1 / (1 + e^-1)
+    assert "weak bound" not in said
+    assert "weak bound" in " ".join(plain_reading(8.0, 1e-5, "client"))
+    assert "at most 100 %" in " ".join(plain_reading(900.0, 1e-5, "record"))
+
+
+def test_page_one_says_what_nobody_stated_and_what_somebody_did(report: Comparison) -> None:
+    answers = dict(page_one(report))
+    assert "not stated" in answers["On whose data"]
+    assert "rehearsal" in answers["Rehearsal or sites"]
+    assert answers["Who signed"].startswith("Nobody")
+    stated = report.stated(Context(purpose="Triage", region="Three towns", releases=("Counts by ward",)))
+    assert "Three towns" in dict(page_one(stated))["On whose data"]
+    assert "Counts by ward" in releases(stated)
+    html = comparison_page(stated)
+    assert "Triage" in html
+    assert "Block to sign" in html
+
+
+def test_trust_says_who_sees_updates(report: Comparison) -> None:
+    rows: dict[str, Any] = {name: rest for name, *rest in trust_rows(report)}
+    assert rows["cloud"][1].startswith("trusted")
+    assert rows["federated"][1] == "sees every update"
+    assert "sums alone" in rows["federated-masked"][1]
+    assert "own noise" in rows["federated-dp"][0]
+
+
+def test_a_hazard_is_held_only_if_something_was_looked_at(report: Comparison, evidence: Any) -> None:
+    found = {each.name: each.status for each in hazards(report)}
+    assert found["Implementation of the mechanism"] == "not assessed"
+    assert found["Accounting"] == "not held"  # no ledger is there
+    assert found["Access control"] == "not assessed"
+    assert found["Releases without noise"] == "not held"
+    assert found["Bias"] == "not assessed"
+
+    def probed(violated: bool) -> str:
+        probe = evidence.probe(violated=violated)
+        arms = tuple(
+            msgspec.structs.replace(arm, audit=msgspec.structs.replace(arm.audit, probe=probe)) if arm.claim else arm
+            for arm in report.arms
+        )
+        return {each.name: each.status for each in hazards(msgspec.structs.replace(report, arms=arms))}[
+            "Implementation of the mechanism"
+        ]
+
+    assert probed(False) == "held"
+    assert probed(True) == "not held"
+
+
+def test_details_are_folded_unless_all_is_asked_for(report: Comparison) -> None:
+    short, full = comparison_page(report), comparison_page(report, full=True)
+    assert short.count('<details class="detail" id=') == full.count('<details class="detail" open id=') >= 6
+    assert ".detail:not([open]) { display: none; }" in short
+    for place in ("promised", "plain", "evidence", "trust", "hazards", "glossary", "details"):
+        assert f'href="#{place}"' in short
+        assert f'id="{place}"' in short
+
+
+def test_nothing_says_complies(report: Comparison) -> None:
+    assert "complies" not in comparison_page(report, full=True).lower()
