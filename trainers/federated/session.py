@@ -289,6 +289,7 @@ class Session:
             return dict.fromkeys(channels, codec)
         if self._ledgers.shares:
             in_shares, parties = self._ledgers.shares.begin(federation.length)
+            self._last, self._reason = self._ledgers.shares.within(parties, self._last, self._reason)
             self.terms = replace(self.terms, shares=in_shares.plan)
             self._resident.shares = {name: ShareSteps(party) for name, party in parties.items()}
             return dict.fromkeys(channels, in_shares)

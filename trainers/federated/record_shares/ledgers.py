@@ -68,9 +68,12 @@ class ShareLedgers:
     def rounds_paid_for(self, rounds: int) -> tuple[int, str]:
         """How far the run can go, `rounds` or less, and why no further: a step that was tried again is one less.
 
+        Of a run that has not begun, whatever else its ledgers hold, `within` says so once the plan is known.
         Raises: LedgerError if a ledger holds less than the run has recorded.
         """
         last, reason = rounds, ""
+        if self.recorder.fresh:
+            return last, reason
         completed, known = self.recorder.completed, self.recorder.spent
         _, steps_per_round = self.job.algorithm.share_steps(self.job.census.total)
         for name, ledger in self.ledgers.items():
@@ -83,6 +86,14 @@ class ShareLedgers:
             left = passes_left(ledger, self.privacy.epsilon) if steps else None
             paid = completed + (left or 0) // steps_per_round
             if steps and paid < last:
+                last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
+        return last, reason
+
+    def within(self, parties: Mapping[str, SharesParty], last: int, reason: str) -> tuple[int, str]:
+        """The same of a last round and its reason, by the steps that each party's ledger has left of the plan."""
+        _, steps_per_round = self.job.algorithm.share_steps(self.job.census.total)
+        for name, party in parties.items():
+            if (paid := self.recorder.completed + party.steps_left // steps_per_round) < last:
                 last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
         return last, reason
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
-from choral.privacy import Ledger, LedgerError
+from choral.privacy import BudgetExceededError, Ledger, LedgerError
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers import Dropouts, FedSGD, Run, Task
 
@@ -173,3 +173,34 @@ def test_parties_that_never_uploaded_have_not_paid(task: Make, tmp_path: Path) -
     assert sum(steps.values()) == sum(entry.survivors for entry in run.history) < 20
     assert max(steps.values()) == 4
     assert audit(tmp_path / "run").verdict == "holds"
+
+
+def test_a_new_folder_on_the_same_ledgers_goes_on_with_what_is_left_of_the_plan(task: Make, tmp_path: Path) -> None:
+    """A run was stopped after one of three rounds. Begun again elsewhere, on the ledgers of the data: two are left."""
+    (ledgers := tmp_path / "ledgers").mkdir()
+
+    def stop(entry: Any) -> None:
+        if entry.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumed(task(), tmp_path, keep=Keep(out=tmp_path / "one", ledgers=ledgers, on_round=stop))
+    run = resumed(task(), tmp_path, keep=Keep(out=tmp_path / "two", ledgers=ledgers))
+    assert run.history[-1].round == 2
+    assert "is spent; ended after round 2" in run.info.ended
+    assert run.spent is not None
+    assert run.spent.epsilon <= 4.0
+    north = Ledger(next(ledgers.rglob("north*.jsonl")), holder="north")
+    assert sum(event.steps for event in north.events) == 12
+
+
+def test_another_job_that_does_not_fit_what_its_ledgers_hold_is_refused_by_name(task: Make, tmp_path: Path) -> None:
+    """Nothing is trained or spent: its noise was planned for data of which nothing was spent."""
+    (ledgers := tmp_path / "ledgers").mkdir()
+    resumed(task(), tmp_path, rounds=1, keep=Keep(out=tmp_path / "one", ledgers=ledgers))
+    for epsilon in (4.0, 5.0):
+        other = Privacy(epsilon, 1e-4, noise="distributed")
+        with pytest.raises(BudgetExceededError, match=r"more than the|nothing is left|is spent"):
+            resumed(task(), tmp_path, privacy=other, keep=Keep(out=tmp_path / f"at {epsilon}", ledgers=ledgers))
+    north = Ledger(next(ledgers.rglob("north*.jsonl")), holder="north")
+    assert sum(event.steps for event in north.events) == 4
