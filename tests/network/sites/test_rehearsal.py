@@ -90,7 +90,7 @@ def test_one_command_goes_from_a_job_file_to_the_report(hospitals: Path) -> None
     assert [entry.survivors for entry in run.history] == [0, 3, 3]
     for name in NAMES:
         events = [line.event for line in SiteFolder.open(out / name).log.read().entries]
-        assert events == ["begun", "approved", "agreed", "trained", "trained"]
+        assert events == ["begun", "approved", "agreed", "trained", "trained", "signed"]
     assert read_settings(out / "job.toml", Settings).sites.records == 450
 
 

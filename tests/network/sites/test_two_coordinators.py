@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from site_federation import Direct, Federation, approved_at, offer_for, private_sites
+from dp_accounting.pld import privacy_loss_distribution
+from site_federation import PROMISE, Direct, Federation, approved_at, counting_code, offer_for, steps_of
+from site_rounds import InRound
 
 from choral.jobs.serving import offer_ahead, serve
 from choral.jobs.settings import PrivacySettings, Settings
-from choral.network import CertifiedIdentity, OfferRefusedError, SiteFolder, make_identity
+from choral.network import CertifiedIdentity, Offer, OfferRefusedError, SiteFolder, make_identity
 from choral.network.host.host import SiteHost
-from choral.network.site.budget import open_ledger, spent_of
+from choral.network.site.budget import budget_of, open_ledger, spent_of
+from choral.network.site.terms import promise_of, terms_of
 from choral.protocols import TooFewSurvivorsError
 from choral.trainers import Participation, RoundRecord, Run
 
@@ -26,6 +29,8 @@ class Other(Direct):
         self.hosts[name] = SiteHost(SiteFolder.open(self.federation.path / name, coordinator="other"))
 
     def _one(self, name: str, raw: bytes, limit: int) -> memoryview:
+        if self.before is not None:
+            self.before(name, raw)
         reply = self.hosts[name].handle(raw, sender="other")
         assert len(reply) <= limit
         if self.after is not None:
@@ -35,7 +40,7 @@ class Other(Direct):
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Federation:
-    made = private_sites(tmp_path, "record")
+    made = Federation(tmp_path, promise=PROMISE.replace("UNIT", "record"), code=counting_code())
     other = make_identity(tmp_path / "other", "other").certificate
     for name in made.names:
         made.configure(
@@ -127,3 +132,70 @@ def test_two_at_once_never_spend_more_than_is_promised(federation: Federation) -
         events, trained, spent, promised = books(federation, name)
         assert events >= trained >= 1  # paid for before it is trained
         assert 0 < spent <= 2.0 * (1 + 1e-9) < promised
+
+
+def noise_of(federation: Federation, name: str, offer: Offer) -> float:
+    """The noise multiplier that the officer of a site is shown before the job."""
+    folder, terms = federation.site(name), terms_of(offer.terms)
+    asked = promise_of(terms.privacy, len(federation.names))
+    budget = budget_of(folder.settings.data["points"], open_ledger(folder, "points"), asked, terms, offer.settings)
+    assert budget.noise is not None
+    return budget.noise
+
+
+def at_least(steps: list[tuple[float, float, int]], delta: float) -> float:
+    """A lower bound on the epsilon of Gaussians, of sampling rate, noise and number each, by another accountant."""
+    total = None
+    for rate, noise, number in steps:
+        one = privacy_loss_distribution.from_gaussian_mechanism(
+            noise, sampling_prob=rate, pessimistic_estimate=False, use_connect_dots=False,
+            value_discretization_interval=1e-3,
+        ).self_compose(number)  # fmt: skip
+        total = one if total is None else total.compose(one)
+    assert total is not None
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@pytest.mark.slow
+def test_three_jobs_that_crash_cost_at_least_what_was_computed(federation: Federation, tmp_path: Path) -> None:
+    """Coordinators and sites die together in the second round of each, at another message each time; the first two
+    jobs are gone on with, the third is not.
+    """
+
+    class KilledError(BaseException):
+        pass
+
+    def killed() -> None:
+        raise KilledError
+
+    computed: dict[str, list[tuple[float, float, int]]] = {name: [] for name in federation.names}
+    for place, (title, epsilon) in enumerate([("first", 1.0), ("second", 1.8), ("third", 2.6)]):
+        settings, second = job(federation, title, epsilon), title == "second"
+        hub = other_hub(federation) if second else federation.hub
+        offer = offer_ahead(settings, federation.keys, coordinator=hub.name)
+        before = {name: steps_of(federation, name)[0] for name in federation.names}
+        for name in federation.names:
+            approved_at(federation, name, offer)
+        noises = {name: noise_of(federation, name, offer) for name in federation.names}
+
+        def run(carrier: Direct, *, resume: bool, settings: Settings = settings, hub: CertifiedIdentity = hub) -> None:
+            out = tmp_path / f"run-{settings.serve.job}"
+            serve(settings, carrier, federation.keys, coordinator=hub, out=out, resume=resume, say=lambda _: None)
+
+        carrier = (Other if second else Direct)(federation)
+        crash = InRound(carrier, "east", 2, place + 1, killed, late=place == 0)
+        with pytest.raises(KilledError):
+            run(carrier, resume=False)
+        assert crash.done
+        if title != "third":
+            run((Other if second else Direct)(federation), resume=True)
+        for name in federation.names:
+            steps = steps_of(federation, name)[0] - before[name]
+            computed[name].append((8 / federation.records[name], noises[name], steps))
+    for name in federation.names:
+        steps, paid = steps_of(federation, name)
+        assert 0 < steps <= paid
+        folder = federation.site(name)
+        truth, spent = at_least(computed[name], 1e-3), spent_of(open_ledger(folder, "points"))
+        assert 1.8 < truth <= spent * (1 + 1e-6)
+        assert spent <= 2.6
