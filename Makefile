@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ENGINES = flower nvflare
 
-.PHONY: demo test test-all test-engines test-lowest check coverage mutants clean
+.PHONY: docs demo test test-all test-engines test-lowest check coverage mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -46,6 +46,10 @@ coverage: $(VENV)/.check
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py
 
+# The site, with its notebooks executed; links are checked, and a warning is an error. build/site/index.html is it.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
@@ -69,6 +73,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.torch
 $(VENV)/.check: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,check]"
 	touch $@ $(VENV)/.test $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs,frames,notebooks]"
+	touch $@
 
 .venv-flower/.ready: ENGINE = "flwr[simulation]"
 .venv-nvflare/.ready: ENGINE = nvflare

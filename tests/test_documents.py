@@ -92,8 +92,12 @@ coin = random.Random(1)
 lines = [f"{coin.gauss(0, 1)},{coin.randrange(2)}" for _ in range(200)]
 Path("scores.csv").write_text("score,member\\n" + "\\n".join(lines) + "\\n")
 """
+VISITS = """
+rows = [f"{n % 3},{20 + n % 60},{n % 2}" for n in range(120)]
+Path("visits.csv").write_text("hospital,age,died\\n" + "\\n".join(rows) + "\\n")
+"""
 GIVEN = {
-    "README.md": SCORES,
+    "README.md": SCORES + VISITS,
     "docs/audits.md": SCORES
     + """
 canaries = list(range(100))
@@ -105,10 +109,9 @@ def score(model, canaries):
     return [coin.gauss(0, 1) for _ in canaries]
 """,
     "docs/client-level.md": "parties = {f'phone {n}': visits_of(40) for n in range(200)}",
-    "docs/data.md": """
-from pathlib import Path
-rows = [f"{n % 3},{20 + n % 60},{n % 2}" for n in range(120)]
-Path("visits.csv").write_text("hospital,age,died\\n" + "\\n".join(rows) + "\\n")
+    "docs/data.md": "from pathlib import Path\n"
+    + VISITS
+    + """
 visits = TensorDataset(torch.arange(20.0, 80.0).reshape(-1, 1), torch.arange(60) % 2)
 hospitals = [f"hospital {n % 3}" for n in range(60)]
 import json

@@ -26,9 +26,11 @@ def setup():
 
 def test_every_folder_with_an_init_is_listed(setup):
     found = {"choral": "src/choral"}
-    for path in (ROOT / "src/choral").glob("*/__init__.py"):
-        if path.parent.name not in ROOMS:
-            found[f"choral.{path.parent.name}"] = f"src/choral/{path.parent.name}"
+    front = ROOT / "src/choral"
+    for path in front.rglob("__init__.py"):
+        folder = path.parent.relative_to(front)
+        if folder.parts and folder.parts[0] not in ROOMS:
+            found[".".join(("choral", *folder.parts))] = f"src/choral/{folder.as_posix()}"
     for room in ROOMS:
         for init in (ROOT / room).rglob("__init__.py"):
             folder = init.parent.relative_to(ROOT)
@@ -83,8 +85,8 @@ def test_source_distribution_can_run_its_own_tests(source, tmp_path):
 
 def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    front = [path for kind in ("*.py", "*/*.py") for path in (ROOT / "src/choral").glob(kind)]
-    own = [path.relative_to(ROOT / "src") for path in front if path.parent.name not in ROOMS]
+    front = [path.relative_to(ROOT / "src") for path in (ROOT / "src/choral").rglob("*.py")]
+    own = [path for path in front if path.parts[1] not in ROOMS]
     expected = {path.as_posix() for path in own} | {"choral/py.typed", "choral/__init__.pyi"}
     for room in ROOMS:
         for kind in ("*.py", "*.pyi", "*.html", "prices.toml"):

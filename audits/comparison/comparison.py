@@ -97,6 +97,16 @@ class Comparison(
         """The one that arms are judged by, and the others."""
         return (self.metric, *(measure.metric for measure in self.arms[0].more))
 
+    def __repr__(self) -> str:
+        from choral.audits.report.notebook import comparison_line
+
+        return comparison_line(self)
+
+    def _repr_html_(self) -> str:
+        from choral.audits.report.notebook import comparison_table
+
+        return comparison_table(self)
+
     def stated(self, context: Context | None = None, tolerance: float | None = None) -> Self:
         """Return the report with what only a human knows, and how much worse a recommended configuration may be.
 

@@ -100,6 +100,16 @@ class Audit(
         without evidence is no pass."""
         return 0 if self.verdict == "holds" else 1
 
+    def __repr__(self) -> str:
+        from choral.audits.report.notebook import audit_line
+
+        return audit_line(self)
+
+    def _repr_html_(self) -> str:
+        from choral.audits.report.notebook import audit_table
+
+        return audit_table(self)
+
     def save(self, path: str | Path) -> Path:
         """Write the report by suffix: ``.json``, one offline ``.html`` file, or a ``.md`` summary for a model card.
 

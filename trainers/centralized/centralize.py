@@ -91,7 +91,8 @@ def centralize(
         workers_of(data_parallel, on) as workers,
         Recorder.open(keep.out if workers.first else None, info, resume=keep.resume, ledgers=keep.ledgers) as recorder,
     ):
-        run = _train(job, info, recorder, workers, keep.on_round)
+        with keep.telling(rounds, "cloud") as tell:
+            run = _train(job, info, recorder, workers, tell if workers.first else None)
         seal(run)
         return run
 
@@ -141,7 +142,7 @@ def _train(job: _Job, info: RunInfo, recorder: Recorder, workers: Workers, on_ro
             times=_times(training, evaluating) if workers.size == 1 else None,
         )
         recorder.add(entry, model, spent, pooled.optimizer, AlgorithmState(clips=clips_of(engines)))
-        if on_round and workers.first:
+        if on_round:
             on_round(entry)
     if recorder.completed < info.rounds:
         return recorder.end(reason, {name: engine.spent() for name, engine in engines.items()})

@@ -49,6 +49,7 @@ from choral.trainers.run_folder.energy import EnergyMeter, Stopwatch
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal, SentMessages
 from choral.trainers.run_folder.evidence.sealing import seal
 from choral.trainers.run_folder.info import RoundRecord, RunFolderError
+from choral.trainers.run_folder.keep import OnRound
 from choral.trainers.run_folder.owner_privacy import clips_of
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
@@ -68,6 +69,8 @@ class Session:
     weights: torch.Tensor
     receipts: Rehearsal | None = None
     _distant: DistantEngine | None = None
+
+    tell: OnRound  # of each completed round
 
     def __init__(
         self,
@@ -108,8 +111,10 @@ class Session:
             Recorder.open(plan.keep.out, plan.info, resume=plan.keep.resume, ledgers=plan.keep.ledgers) as recorder,
             Transcript(plan.keep.folder, plan.keep.transcript, recorder.sealed) as transcript,
             watched_by((sent := SentMessages(transcript.watcher, heard=plan.has_receipts)).watcher),
+            plan.keep.telling(plan.rounds, "federated") as tell,
         ):
             session = cls(plan, ranks, recorder, transcript, sent, elsewhere)
+            session.tell = tell
             yield session
             session.run = share(session._sealed())
 
@@ -219,8 +224,7 @@ class Session:
         )
         if self.receipts:
             self.receipts.end(self.weights, entry.failed, spent)
-        if self.plan.keep.on_round:
-            self.plan.keep.on_round(entry)
+        self.tell(entry)
 
     def _prepare(self) -> None:
         """Build the model, open the sums, record the untrained model."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Literal
 
 import msgspec
 
 from choral.errors import ChoralError
+from choral.metrics import is_falling
 from choral.privacy import Spent
 from choral.trainers.task.per_party import PerParty
 
@@ -170,3 +172,17 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _NAMED_PACKAGES}
+
+
+def best_of(history: Sequence[RoundRecord]) -> int:
+    """Return the round whose evaluation was best by the first metric, the earliest of equals; 0 before any evaluation.
+
+    A choice by what ``evaluate`` says: where that reads records that a promise protects, the choice is a release of
+    its own, as every metric is.
+    """
+    if not history:
+        return 0
+    metric = next(iter(history[0].metrics), "")
+    known = [entry for entry in history if metric in entry.metrics]
+    sign = -1.0 if is_falling(metric) else 1.0
+    return max(known, key=lambda entry: (sign * entry.metrics[metric], -entry.round)).round if known else 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from choral.errors import ConfigError
+from choral.progress import progress
 from choral.trainers.run_folder.info import RoundRecord
 from choral.trainers.run_folder.transcript import Detail
 from choral.trainers.task import arguments
@@ -25,7 +27,8 @@ class Keep:
         ended, is put into ``out``. By default each run has ledgers of its own, in ``out``.
     transcript: record what the server sees in ``out``, for the audit: "digests" of the messages, the "messages", or a
         "rehearsal", which also writes down **every party's update in the clear** and is for harmless data only.
-    on_round: called with each completed round.
+    on_round: called with each completed round; several in a tuple. `choral.callbacks` has some.
+    progress: say how far the training is: a bar on a terminal and in a notebook, lines in a log.
 
     Raises: ConfigError for a value of another type, and for resume or a transcript without a folder.
     """
@@ -36,7 +39,8 @@ class Keep:
     tuning: Mapping[str, Any] | None = None
     ledgers: str | Path | None = None
     transcript: Detail | None = None
-    on_round: OnRound | None = None
+    on_round: OnRound | tuple[OnRound, ...] | None = None
+    progress: bool = False
 
     def __post_init__(self) -> None:
         if self.out is not None:
@@ -57,7 +61,23 @@ class Keep:
             arguments.one_of(self.transcript, "transcript", get_args(Detail))
         if self.transcript is not None and self.out is None:
             raise ConfigError("a transcript is kept in the run's folder", hint="give out=FOLDER")
-        arguments.optional_function(self.on_round, "on_round", "entry")
+        for each in self.on_round if isinstance(self.on_round, tuple) else (self.on_round,):
+            arguments.optional_function(each, "on_round", "entry")
+        arguments.flag(self.progress, "progress")
+
+    @contextmanager
+    def telling(self, rounds: int, label: str) -> Iterator[OnRound]:
+        """Yield what is to be called with each completed round of a training of `rounds`."""
+        chosen = self.on_round if isinstance(self.on_round, tuple) else (self.on_round,)
+
+        def tell(entry: RoundRecord) -> None:
+            tick(label, entry)
+            for each in chosen:
+                if each is not None:
+                    each(entry)
+
+        with progress(rounds, rounds, quiet=not self.progress) as tick:
+            yield tell
 
     @property
     def folder(self) -> Path | None:

@@ -15,8 +15,7 @@ from torch import nn
 from choral.privacy import AdaptiveClip, Ledger, Privacy, Spent
 from choral.trainers.run_folder import folder as folders
 from choral.trainers.run_folder.algorithm_state import AlgorithmState, read_algorithm_state, write_algorithm_state
-from choral.trainers.run_folder.best_round import best_of
-from choral.trainers.run_folder.info import RoundRecord, RunFolderError, RunInfo, Sealed
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError, RunInfo, Sealed, best_of
 from choral.trainers.run_folder.resume import check_complete, check_same
 from choral.trainers.run_folder.run import Run
 from choral.trainers.task.flat_vector import Layout
@@ -43,6 +42,7 @@ class Recorder:
     ) -> None:
         self._folder, self._info, self._history, self._state, self._claim = folder, info, history, state, claim
         self._lasting = lasting
+        self._model: nn.Module | None = None  # of the latest round
         self._ledgers: dict[str, Ledger] = {}
         self._best: dict[str, torch.Tensor] = {}  # of the best round, in a run without a folder
 
@@ -216,7 +216,7 @@ class Recorder:
         if self._folder:  # before any of it is kept
             folders.checked_json(entry)
             folders.checked_json(info)
-        self._info = info
+        self._info, self._model = info, model
         self._history.append(entry)
         self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if self._folder:
@@ -273,4 +273,12 @@ class Recorder:
         ledgers = {name: content for name, ledger in kept.items() if (content := ledger.written())}
         history = tuple(self._history)
         best = folders.read_best(self._folder, best_of(history)) if self._folder else self._best
-        return Run(info=self._info, history=history, state=self._state, folder=self._folder, ledgers=ledgers, best=best)
+        return Run(
+            info=self._info,
+            history=history,
+            state=self._state,
+            folder=self._folder,
+            ledgers=ledgers,
+            best=best,
+            architecture=self._model,
+        )

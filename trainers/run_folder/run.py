@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import torch
 
 from choral.errors import ConfigError
 from choral.privacy import Spent
-from choral.trainers.run_folder.best_round import best_of
+from choral.trainers.run_folder import views
 from choral.trainers.run_folder.folder import (
     BEST,
     LAST,
@@ -28,7 +29,7 @@ from choral.trainers.run_folder.folder import (
     replace_file,
     weights_bytes,
 )
-from choral.trainers.run_folder.info import RoundRecord, RunFolderError, RunInfo
+from choral.trainers.run_folder.info import RoundRecord, RunFolderError, RunInfo, best_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,7 @@ class Run:
     ledgers: of a run without a folder, by data owner: the lines of what would be its ledger files, for audits.
     best: the state dict after round `best_round`, the best by the evaluation's first metric; empty where a run of an
         earlier version kept none.
+    architecture: the model that was trained, where the run was made in this process; `model` is a copy of it.
     """
 
     info: RunInfo
@@ -51,6 +53,33 @@ class Run:
     folder: Path | None = None
     ledgers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     best: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    architecture: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return views.in_short(self)
+
+    def _repr_html_(self) -> str:
+        return views.as_html(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """A copy of the trained model, in eval mode, on the CPU. Raises: ConfigError for a run read from a folder."""
+        if self.architecture is None:
+            raise ConfigError(
+                "a run folder holds weights, and no code to make the model",
+                hint="model = build(dataset)[0]; model.load_state_dict(run.state)",
+            )
+        model = copy.deepcopy(self.architecture).cpu()
+        model.load_state_dict(self.state)
+        return model.eval()
+
+    def history_frame(self) -> Any:
+        """The history as a data frame. See :func:`choral.trainers.run_folder.views.history_frame`."""
+        return views.history_frame(self)
+
+    def plot(self, metric: str | None = None, axes: Any = None) -> Any:
+        """Draw a metric over the rounds. See :func:`choral.trainers.run_folder.views.plot`."""
+        return views.plot(self, metric, axes)
 
     @property
     def finished(self) -> bool:

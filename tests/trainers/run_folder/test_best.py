@@ -10,8 +10,7 @@ import torch
 from flat_arguments import federate
 
 from choral.trainers import Run, RunFolderError
-from choral.trainers.run_folder.best_round import best_of
-from choral.trainers.run_folder.info import RoundRecord
+from choral.trainers.run_folder.info import RoundRecord, best_of
 
 SCORES = {"accuracy": [0.1, 0.4, 0.9, 0.7, 0.9, 0.2], "loss": [9.0, 3.0, 0.5, 0.8, 0.5, 4.0]}
 
