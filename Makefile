@@ -29,7 +29,7 @@ check: $(VENV)/.check
 
 # Engines pin versions that the main environment does not have: each has its own, with Choral beside it.
 test-engines: $(ENGINES:%=.venv-%/.ready)
-	for engine in $(ENGINES); do .venv-$$engine/bin/python -m pytest -q -m "not slow" $(ENGINE_TESTS) || exit 1; done
+	for engine in $(ENGINES); do .venv-$$engine/bin/python -m pytest -q -m "not slow" $(ENGINE_TESTS) tests/network/$$engine || exit 1; done
 
 # The lowest versions that pyproject.toml allows, on Python 3.11; they warn of one another, which is not our concern.
 test-lowest: .venv-lowest/.ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from site_federation import Federation, approved, dataset_of, toml_of
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from choral.network import SiteHost
 from choral.network.door.handling import handler, limit
@@ -23,9 +24,28 @@ from choral.trainers import Run, Task, federate
 ENGINE = ('[tasks."linear.py"]\ndata = "points"', '[tasks.flower-app]\ndata = "points"\ntrained_by = "engine"')
 
 
+VISITS = Path(__file__).resolve().parent.parent / "examples" / "flower"
+
+
+def visits_task() -> Any:
+    """The model and the training of the example, whose app runs in a Flower of its own elsewhere."""
+    spec = importlib.util.spec_from_file_location("visits_task", VISITS / "visits" / "task.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def new_model() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    model: nn.Module = visits_task().new_model()
+    return model
+
+
+def built(dataset: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """The order of the records is fixed, so that the training is the same wherever it runs."""
+    model = new_model()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(dataset, batch_size=8)
 
 
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
@@ -35,19 +55,13 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None
         optimizer.step()
 
 
-def built(dataset: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """The order of the records is fixed, so that the training is the same wherever it runs."""
-    model = new_model()
-    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(dataset, batch_size=8)
-
-
 def trained(name: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
     """What a ClientApp does, without Flower: the weights after the training, and the number of records."""
-    model, optimizer, loader = built(dataset_of(name))
+    model, dataset = new_model(), dataset_of(name)
     model.load_state_dict(dict(state))
-    model.train()
-    fit(model, optimizer, loader)
-    return dict(model.state_dict()), len(loader.dataset)
+    points, labels = dataset.tensors
+    visits_task().train(model, TensorDataset(points, labels.float()), 0.1)
+    return dict(model.state_dict()), len(dataset)
 
 
 def rehearsed(names: Iterable[str], rounds: int, secure_sum: Any, *, without: Mapping[int, str] | None = None) -> Run:
