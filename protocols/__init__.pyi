@@ -35,3 +35,4 @@ from choral.protocols.masking.masked import Masked as Masked
 from choral.protocols.masking.parameters import InfeasibleError as InfeasibleError
 from choral.protocols.masking.policy import Policy as Policy
 from choral.protocols.plain import Plain as Plain
+from choral.protocols.robust.grouped import Grouped as Grouped

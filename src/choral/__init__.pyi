@@ -19,6 +19,7 @@ from choral.privacy import PrivacyError as PrivacyError
 from choral.privacy import Spent as Spent
 from choral.privacy import UnsupportedLoaderError as UnsupportedLoaderError
 from choral.privacy import UnsupportedModelError as UnsupportedModelError
+from choral.protocols import Grouped as Grouped
 from choral.protocols import Homomorphic as Homomorphic
 from choral.protocols import Masked as Masked
 from choral.protocols import Plain as Plain

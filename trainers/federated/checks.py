@@ -16,7 +16,7 @@ from scipy import stats
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.client_level.client import check_client_delta
-from choral.protocols import Homomorphic, Masked, Plain
+from choral.protocols import Grouped, Homomorphic, Masked, Plain
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
 from choral.trainers.federated.participation import Participation
@@ -283,6 +283,7 @@ def check_contributors(
     Raises: ConfigError for noise; for algorithms whose parties send more than the change of their own training; for an
     optimizer that moves weights without data; and for a transcript, which knows one sum in an exchange.
     """
+    _check_grouped(secure_sum, algorithm, keep)
     if getattr(secure_sum, "contributors", None) is None:
         return
     if privacy is not None:
@@ -307,3 +308,16 @@ def check_contributors(
             "contributors with weight decay: every party moves every weight, whether it has data there or not",
             hint="train without weight_decay, or leave contributors out",
         )
+
+
+def _check_grouped(secure_sum: SecureSum, algorithm: Algorithm, keep: Keep) -> None:
+    """Raises: ConfigError for algorithms whose sums are no means of like vectors, and for a transcript."""
+    if not isinstance(secure_sum, Grouped):
+        return
+    if algorithm.kind not in ("fedavg", "fedprox", "fedadam", "fedyogi", "gd"):
+        raise ConfigError(
+            f"robust means with {algorithm.kind}: nobody knows what a median of its sums is",
+            hint="use fedavg, fedprox, fedadam, fedyogi or gd",
+        )
+    if keep.transcript is not None:
+        raise ConfigError("robust means with a transcript: it would tell of many sums in the place of one")

@@ -14,6 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from choral.privacy import ClientPrivacy, Privacy, PrivacyEngine
+from choral.protocols import Grouped
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms import algorithm_named
 from choral.trainers.algorithms.interface import Algorithm, LocalTrainer
@@ -149,8 +150,10 @@ class Plan:
 
     @property
     def has_receipts(self) -> bool:
-        """Whether the parties that this process plays leave receipts in the run's folder."""
-        here = not isinstance(self.parties, DistantParties)
+        """Whether the parties that this process plays leave receipts in the run's folder: of sums over all of them, which
+        all sign alike.
+        """
+        here = not isinstance(self.parties, DistantParties) and not isinstance(self.secure_sum, Grouped)
         return here and self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
 
     @property

@@ -81,6 +81,13 @@ class SumSettings:
     contributors: int | None = None
     """Of a masked sum: leave out coordinates to which fewer parties contribute. How many do is then known to all. In
     rehearsals alone, without noise and weight decay."""
+    robust: Literal["median", "trimmed", "geometric"] | None = None
+    """Sum in random groups, and join the groups' means by this rule, which a minority of groups cannot move far. Hides
+    a party among its group alone. In rehearsals alone."""
+    group: int = 5
+    """Of robust: parties in a group, at least."""
+    attackers: float = 0.05
+    """Of robust: the share of the parties that is assumed to poison, for what the report says of it."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate; a party with a larger one drops out, but for a plain sum."""
     value_bits: int = 28

@@ -352,14 +352,21 @@ def algorithm_of(settings: Settings, arm: Arm) -> Algorithm:
 
 
 def secure_sum_of(settings: Settings, arm: Arm) -> SecureSum:
-    from choral.protocols import Homomorphic, Masked, Plain
+    from choral.protocols import Grouped, Plain
 
     chosen = settings.secure_sum
-    kind = arm.secure_sum or chosen.kind
-    if kind == "plain":
-        return Plain()
+    made = Plain() if (arm.secure_sum or chosen.kind) == "plain" else _hiding_sum_of(settings, arm)
+    if chosen.robust is None:
+        return made
+    return Grouped(sums=made, robust=chosen.robust, group=chosen.group, attackers=chosen.attackers)
+
+
+def _hiding_sum_of(settings: Settings, arm: Arm) -> SecureSum:
+    from choral.protocols import Homomorphic, Masked
+
+    chosen = settings.secure_sum
     terms: dict[str, Any] = {name: getattr(chosen, name) for name in ("min_survivors", "corrupt", "dropouts", "cohort")}
-    if kind == "homomorphic":
+    if (arm.secure_sum or chosen.kind) == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
     return Masked(server=chosen.server or "malicious", contributors=chosen.contributors, **terms)
 
