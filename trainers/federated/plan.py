@@ -150,9 +150,7 @@ class Plan:
 
     @property
     def has_receipts(self) -> bool:
-        """Whether the parties that this process plays leave receipts in the run's folder: of sums over all of them, which
-        all sign alike.
-        """
+        """Whether the parties that this process plays leave receipts in the folder: of sums that all sign alike."""
         here = not isinstance(self.parties, DistantParties) and not isinstance(self.secure_sum, Grouped)
         return here and self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
 
