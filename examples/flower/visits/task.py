@@ -24,5 +24,5 @@ def train(model, dataset, lr):
         loss = nn.functional.binary_cross_entropy_with_logits(model(points), labels)
         loss.backward()
         optimizer.step()
-        total += float(loss) * len(labels)
+        total += loss.item() * len(labels)
     return total / len(dataset)
