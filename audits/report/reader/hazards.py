@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
+    from choral.audits.run.run_audit import Audit
 
 Status = Literal["held", "not held", "not assessed"]
 
@@ -25,6 +26,35 @@ class Hazard(NamedTuple):
 def hazards(report: Comparison) -> list[Hazard]:
     """Each hazard, and how it stands here."""
     return [*_of_mechanism(report), *_of_data(report), *_of_use(report)]
+
+
+def run_hazards(report: Audit) -> list[Hazard]:
+    """The same of the audit of one run."""
+    probe, signed = report.probe, report.manifest
+    books: Status = "held" if report.promised and report.verdict == "holds" else "not held"
+    probed: Status = "not assessed" if probe is None else "not held" if probe.violated else "held"
+    person = "For a person with up to" in report.claim or "for each client" in report.claim
+    return [
+        Hazard("Accounting", books, report.sentence),
+        Hazard("Floating point", "held", "noise and sums are integers on a grid; rounding is paid for"),
+        Hazard("Randomness", "held", "from the operating system through a cryptographic stream, never from a seed"),
+        Hazard("Implementation of the mechanism", probed, probe.sentence if probe else "not probed (--probe)"),
+        Hazard("Timing and other side channels", "not assessed", "how long an answer takes was not measured"),
+        Hazard("Unit of privacy", "held" if person else "not assessed", "how many records one person has, if stated"),
+        Hazard("Composition", "not assessed", "this is one run; other releases of the same records add to it"),
+        Hazard("Releases without noise", "not assessed", "what else was published is the curator's to say"),
+        Hazard("Tuning", "not assessed", "values that were chosen on these records are outside of the guarantee"),
+        Hazard("Data collection", "not assessed", "outside of what a program sees"),
+        Hazard("Access control", "not assessed", "who may read data, ledgers and models is not recorded"),
+        Hazard("Bias", "not assessed", "the report of a comparison shows the worst party"),
+        Hazard(
+            "Trust model",
+            "not held" if signed is not None and signed.rehearsal else "not assessed",
+            "a rehearsal: one machine had every party's data"
+            if signed is not None and signed.rehearsal
+            else "that parties are at machines of their own was not checked",
+        ),
+    ]
 
 
 def _of_mechanism(report: Comparison) -> list[Hazard]:

@@ -12,6 +12,7 @@ import tyro
 from choral.audits.costs.prices import PriceSettings, read_prices
 from choral.audits.report.storage import put_verifier
 from choral.cli.arguments import parse
+from choral.cli.exports import print_hazards, write_record
 from choral.cli.report import print_json
 from choral.errors import ConfigError
 
@@ -74,6 +75,12 @@ class AuditFlags:
     """Folder of report.json and report.html; by default the run folder, and none without a run."""
     markdown: Path | None = None
     """File for a summary in Markdown, for a model card."""
+    registry: Path | None = None
+    """File (.yaml) for a draft record of the OpenDP Deployments Registry, of a run with a promise."""
+    context: Path | None = None
+    """With --registry: TOML file of what only people know, with the keys of [report.context]; else the run's own."""
+    hazards: bool = False
+    """Print the hazards of NIST SP 800-226 and how each stands, and nothing else of the table."""
     prices: Path | None = None
     """Price table (TOML) whose entries replace those of the shipped one."""
     price: PriceSettings = field(default_factory=PriceSettings)
@@ -95,9 +102,19 @@ def audit(words: list[str]) -> int:
     if wanted.run is None and wanted.scores is None and wanted.model is None and not wanted.probe:
         hint = "name a run folder, or give --scores FILE, --model FILE.py or --probe"
         raise ConfigError("nothing to audit", hint=hint)
+    if (wanted.registry is not None or wanted.hazards) and wanted.run is None:
+        raise ConfigError("--registry and --hazards are of a run", hint="name the run folder")
+    if wanted.registry is not None and wanted.registry.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"a record is YAML, not {wanted.registry.name!r}", hint="end its name in .yaml")
     if wanted.inversion and wanted.run is None:
         raise ConfigError("--inversion is of a run's model", hint="name the run folder")
-    for flag, other in (("wrap", "probe"), ("task", "inversion"), ("data_dir", "inversion"), ("design", "scores")):
+    for flag, other in (
+        ("wrap", "probe"),
+        ("task", "inversion"),
+        ("data_dir", "inversion"),
+        ("design", "scores"),
+        ("context", "registry"),
+    ):
         if getattr(wanted, flag) is not None and not getattr(wanted, other):
             raise ConfigError(
                 f"--{flag.replace('_', '-')} belongs to --{other}", hint=f"give --{other}, or leave it out"
@@ -107,6 +124,8 @@ def audit(words: list[str]) -> int:
     result = _report(wanted)
     if wanted.json:
         print_json(result)
+    elif wanted.hazards:
+        print_hazards(result)
     elif not wanted.quiet:
         result.print()  # first: a folder that cannot be written to must not hide the verdict
     folder = wanted.out or wanted.run
@@ -119,6 +138,8 @@ def audit(words: list[str]) -> int:
             print(f"report: {folder / 'report.html'}")
     if wanted.markdown is not None:
         result.save(wanted.markdown)
+    if wanted.registry is not None and wanted.run is not None:
+        write_record(wanted.run, wanted.registry, wanted.context)
     return result.exit_code
 
 
