@@ -15,6 +15,7 @@ from choral.errors import ConfigError
 
 if TYPE_CHECKING:
     from choral.audits.findings.context import Context
+    from choral.audits.findings.schema import Claim
     from choral.trainers.run_folder.run import Run
 
 SECTORS = ("Technology", "Healthcare", "Education", "Government")
@@ -26,24 +27,14 @@ def registry_record(run: Run, context: Context, made: str) -> dict[str, Any]:
 
     Raises: ConfigError (the run promises nothing; the context lacks what tier 1 requires, or names another sector).
     """
-    claim = claim_of([run.info])
-    if claim is None:
-        raise ConfigError("the run promises no differential privacy: there is no deployment to register")
-    missing = [name for name in ("purpose", "curator", "region", "authors") if not getattr(context, name)]
-    if missing:
-        raise ConfigError(
-            f"a record of the registry needs {', '.join(missing)}, which no program knows",
-            hint="state them in the settings, table [report.context], or in a file given with --context",
-        )
-    if context.sector and context.sector not in SECTORS:
-        raise ConfigError(f"sector is {context.sector!r}, expected one of {', '.join(SECTORS)}")
+    claim = _promise(run, context)
     info = run.info
     adversary, trust = sentence_parts(info)
     title = str(info.config.get("title") or info.config.get("task") or "model")
     basic = {
         "name": title,
         "data_curators": [{"data_curator_name": context.curator}],
-        "description": f"{info.parameters:,} parameters, trained {info.kind} on the data of {len(info.parties)} parties.",
+        "description": f"{info.parameters:,} parameters, {info.kind} training, {len(info.parties)} parties.",
         "intended_use": context.purpose,
         "data_product_type": "Machine learning model",
         "data_product_region": context.region,
@@ -86,6 +77,22 @@ def registry_record(run: Run, context: Context, made: str) -> dict[str, Any]:
     }  # fmt: skip
     slug = "-".join("".join(c if c.isalnum() and c.isascii() else " " for c in title.lower()).split())[:60]
     return {"url_slug": slug or "model", "deployment": deployment}
+
+
+def _promise(run: Run, context: Context) -> Claim:
+    """What the run promises, if that can be registered. Raises: ConfigError."""
+    claim = claim_of([run.info])
+    if claim is None:
+        raise ConfigError("the run promises no differential privacy: there is no deployment to register")
+    missing = [name for name in ("purpose", "curator", "region", "authors") if not getattr(context, name)]
+    if missing:
+        raise ConfigError(
+            f"a record of the registry needs {', '.join(missing)}, which no program knows",
+            hint="state them in the settings, table [report.context], or in a file given with --context",
+        )
+    if context.sector and context.sector not in SECTORS:
+        raise ConfigError(f"sector is {context.sector!r}, expected one of {', '.join(SECTORS)}")
+    return claim
 
 
 def _mechanisms(run: Run) -> str:

@@ -32,6 +32,15 @@ _DESIGNS = (
 )
 
 
+_BELONGS = (
+    ("wrap", "probe"),
+    ("task", "inversion"),
+    ("data_dir", "inversion"),
+    ("design", "scores"),
+    ("context", "registry"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditFlags:
     """Hold a privacy claim against evidence: a run folder, a file of scores, or your own training.
@@ -108,13 +117,7 @@ def audit(words: list[str]) -> int:
         raise ConfigError(f"a record is YAML, not {wanted.registry.name!r}", hint="end its name in .yaml")
     if wanted.inversion and wanted.run is None:
         raise ConfigError("--inversion is of a run's model", hint="name the run folder")
-    for flag, other in (
-        ("wrap", "probe"),
-        ("task", "inversion"),
-        ("data_dir", "inversion"),
-        ("design", "scores"),
-        ("context", "registry"),
-    ):
+    for flag, other in _BELONGS:
         if getattr(wanted, flag) is not None and not getattr(wanted, other):
             raise ConfigError(
                 f"--{flag.replace('_', '-')} belongs to --{other}", hint=f"give --{other}, or leave it out"
