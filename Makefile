@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 SEEDS  ?= 3
-ENGINE_TESTS = tests/test_engine_environments.py tests/protocols/masking/test_masked.py tests/protocols/test_interface.py tests/test_cli.py
+ENGINE_TESTS = tests/test_engine_environments.py tests/network/door tests/network/nvflare tests/protocols/masking/test_masked.py tests/protocols/test_interface.py tests/test_cli.py
 LOWEST_TESTS = tests/test_packaging.py tests/test_cli.py tests/privacy/dpsgd tests/privacy/accounting tests/protocols tests/trainers/federated \
 	tests/trainers/local_steps tests/audits/report
 OUT    ?= runs/digits

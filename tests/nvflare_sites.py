@@ -72,7 +72,8 @@ class Deployment:
             port = free.getsockname()[1]
         self.names = sites.federation.names
         (self.path / "project.yml").write_text(_project(port, self.names))
-        self.environment = {**ENVIRONMENT, "HOME": str(self.path)}
+        # NVFlare calls a job whose client died running for so long after its end; 15 minutes, if nothing is said.
+        self.environment = {**ENVIRONMENT, "HOME": str(self.path), "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "3"}
         _run([*_nvflare("provision"), "-p", "project.yml", "-w", "made"], self.path, self.environment)
         self.kits = self.path / "made" / "choral" / "prod_00"
         write_local(

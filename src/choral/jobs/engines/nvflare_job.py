@@ -75,11 +75,16 @@ class ChoralRecipe(Recipe):  # type: ignore[misc]
     def __init__(self, settings: str | Path, *, min_clients: int = 2, resume: bool = False) -> None:
         path = Path(settings)
         name = read_settings(path, Settings).serve.job or path.stem
-        made = FedJob(name=name, min_clients=min_clients)
-        made.job = _WithoutCode(job_name=name, min_clients=min_clients)
-        made.to_server(ChoralServer(path.read_text(), name, resume))
-        made.to_clients(ChoralSite(), tasks=["choral"])
-        super().__init__(made)
+        super().__init__(job_of(ChoralServer(path.read_text(), name, resume), ChoralSite(), min_clients=min_clients))
+
+
+def job_of(server: ChoralServer, site: ChoralSite, *, min_clients: int) -> Any:
+    """NVFlare's job of these two, without their code."""
+    made = FedJob(name=server.job, min_clients=min_clients)
+    made.job = _WithoutCode(job_name=server.job, min_clients=min_clients)
+    made.to_server(server)
+    made.to_clients(site, tasks=["choral"])
+    return made
 
 
 class _WithoutCode(FedJobConfig):  # type: ignore[misc]
