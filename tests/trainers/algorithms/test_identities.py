@@ -331,7 +331,7 @@ def test_fednova_of_many_equal_steps_is_fedavg_to_the_rounding_of_one_update(con
     draw = torch.Generator().manual_seed(5)
     parties = {
         name: TensorDataset(torch.randn(40, 6, generator=draw), torch.randint(2, (40,), generator=draw))
-        for name in ("ant", "bee", "cat")
+        for name in ("ant", "bee")
     }
 
     def build(dataset):
@@ -340,10 +340,12 @@ def test_fednova_of_many_equal_steps_is_fedavg_to_the_rounding_of_one_update(con
 
     def fit(model, optimizer, loader):
         (points, labels) = next(iter(loader))
-        for _ in range(4000):
-            optimizer.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(model(points)[:, 0], labels.float()).backward()
-            optimizer.step()
+        weight, bias = model.parameters()
+        with torch.no_grad():  # the slope by hand: autograd would take most of the time
+            for _ in range(4000):
+                wrong = torch.sigmoid(torch.addmv(bias, points, weight[0])) - labels
+                weight.grad, bias.grad = (wrong @ points)[None] / len(points), wrong.mean()[None]
+                optimizer.step()
 
     job = convex(build=build, fit=fit, parties=parties, rounds=1)
     one, other = (federate(**job, algorithm=kind) for kind in (FedAvg(), FedNova(max_steps=4096)))
