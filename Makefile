@@ -63,7 +63,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
@@ -75,7 +75,7 @@ $(VENV)/.check: pyproject.toml $(VENV)/.torch
 	touch $@ $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/.docs: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs,frames,notebooks]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,docs,frames,notebooks]"
 	touch $@
 
 .venv-flower/.ready: ENGINE = "flwr[simulation]"
@@ -83,7 +83,7 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.torch
 .venv-%/.ready: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt torch
-	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt -e . $(ENGINE) pytest hypothesis jsonschema
+	.venv-$*/bin/python -m pip install -q -c constraints-$*.txt -e ".[all]" $(ENGINE) pytest hypothesis jsonschema
 	touch $@
 
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt

@@ -150,3 +150,53 @@ def test_the_version_stands_in_one_place(wheel):
     assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"-{choral.__version__}-" in wheel.name
     assert f"\nversion: {choral.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+WITHOUT = """
+import sys
+for name in ("tenseal", "sklearn", "jinja2", "tyro"):
+    sys.modules[name] = None  # as if it were not installed
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from choral import ConfigError, Homomorphic, Privacy, Task, audit, federate
+
+data = TensorDataset(torch.randn(60, 4), torch.arange(60) % 2)
+
+def build(records):
+    model = torch.nn.Linear(4, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(records, 20)
+
+def fit(model, optimizer, loader):
+    for x, y in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+privacy = Privacy(epsilon=3.0, delta=1e-5)
+fit(*privacy.wrap(*build(data)))
+assert privacy.spent().steps == 3
+task = Task(build=build, fit=fit, evaluate=lambda model: 0.5)
+job = {"task": task, "parties": dict.fromkeys("abc", data), "rounds": 1}
+report = audit(federate(**job, secure_sum="masked"))
+report.save("report.json")
+for refused in (
+    lambda: report.save("report.html"),
+    lambda: federate(**job, secure_sum=Homomorphic(key="shared")),
+):
+    try:
+        refused()
+    except ConfigError as error:
+        assert "is not installed" in str(error) and "pip install" in error.hint
+    else:
+        raise AssertionError("it went on without its package")
+try:
+    import choral.cli
+except SystemExit as stop:
+    assert "choral[cli]" in str(stop)
+else:
+    raise AssertionError("a command line without tyro")
+"""
+
+
+def test_wrapping_and_federating_need_no_extra(tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, check=True)

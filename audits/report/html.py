@@ -8,8 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from choral.audits.costs.bills import mean
 from choral.audits.findings import text
 from choral.audits.findings.claims import composed_words, no_claim
@@ -27,8 +25,11 @@ from choral.audits.report.reader.glossary import GLOSSARY
 from choral.audits.report.reader.hazards import hazards
 from choral.audits.report.shares_gain import shares_gain
 from choral.audits.report.storage import as_json
+from choral.errors import ConfigError
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from choral.audits.comparison.comparison import Comparison
     from choral.audits.run.run_audit import Audit
 
@@ -175,6 +176,14 @@ def _set(value: Any) -> Any:
 
 
 def _environment() -> Environment:
+    """Raises: ConfigError without jinja2."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "reports in HTML are drawn by jinja2, which is not installed",
+            hint='pip install "choral[report]"; or save as .json',
+        ) from None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from choral.errors import ConfigError
 from choral.trainers.data.tables import DataTable, held_out, table_task
 from choral.trainers.task.settings import Split, Training
 from choral.trainers.task.task import Task
@@ -19,7 +20,12 @@ def load(split: Split, training: Training, seed: int) -> Task:
 
 
 def _digits() -> DataTable:
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "the digits come with scikit-learn, which is not installed", hint='pip install "choral[cli]"'
+        ) from None
 
     pixels, labels = load_digits(return_X_y=True)
     return DataTable(features=torch.from_numpy(pixels).float() / 16, labels=torch.from_numpy(labels).long())
