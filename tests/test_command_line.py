@@ -69,7 +69,11 @@ class TestHelp:
         ([DIGITS, "--out", "x", "--privacy.epsilonn", "3"], "unknown flag --privacy.epsilonn", "--privacy.epsilon?"),
         ([DIGITS, "--out", "x", "--privacy.epsilon", "three"], "--privacy.epsilon is 'three', expected a number", ""),
         ([DIGITS, "--out", "x", "--seeds", "2.5"], "--seeds is '2.5', expected a whole number", ""),
-        ([DIGITS, "--out", "x", "--secure-sum.kind", "mask"], "expected one of plain, masked, homo", "mean masked?"),
+        (
+            [DIGITS, "--out", "x", "--secure-sum.kind", "mask"],
+            "expected one of homomorphic, masked, plain",
+            "mean masked?",
+        ),
         ([DIGITS, "--out", "x", "--qqq"], "unknown flag --qqq", "--help-all lists every flag"),
         ([DIGITS], "--out is not given", "Folder for the runs"),
         ([DIGITS, "--out"], "--out needs a value", ""),

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 _BETWEEN_LINES = 30.0  # seconds
@@ -37,7 +38,7 @@ def progress(total: int, rounds: int, *, quiet: bool = False) -> Iterator[Tick]:
         return
     from rich.console import Console
 
-    notebook = Console().is_jupyter
+    notebook = Console().is_jupyter and find_spec("ipywidgets") is not None  # without which rich only warns
     if notebook or sys.stderr.isatty():
         with _bar(total, Console() if notebook else Console(file=sys.stderr)) as tick:
             yield tick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,9 +119,14 @@ class Encoder:
         chosen = [name for name in header if name not in apart] if not features else list(features)
         for name in (*apart, *chosen):
             if name not in header:
-                raise ConfigError(f"{source} has no column {name!r}", hint=f"its columns: {', '.join(header[:20])}")
+                near = difflib.get_close_matches(name, header, n=1)
+                meant = f"did you mean {near[0]!r}? " if near else ""
+                hint = f"{meant}its columns: {', '.join(header[:20])}"
+                raise ConfigError(f"{source} has no column {name!r}", hint=hint)
         if len(set(apart)) < len(apart) or len(set(chosen)) != len(chosen) or set(apart) & set(chosen):
-            raise ConfigError("key, label and features must be different columns")
+            raise ConfigError(
+                "key, label and features must be different columns", hint="a column plays one part, and is named once"
+            )
         if not chosen:
             raise ConfigError(f"{source} has no column besides key and label", hint="at least one feature is needed")
         allowed = (*chosen, label)

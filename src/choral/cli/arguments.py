@@ -116,7 +116,7 @@ def _refusal(command: str, text: str, known: list[str]) -> ConfigError:
         about = about.partition(" ")[2] if name.startswith("--") else about  # without the kind of value
         return ConfigError(f"{name} is not given", hint=about or listed)
     if found := re.match(r"invalid choice '(.*)' for argument '(.+?)'. Expected one of \((.+?),?\)", said):
-        choices = re.findall(r"'([^']*)'", found[3])
+        choices = sorted(each for each in re.findall(r"'([^']*)'", found[3]) if each != "None")
         near = difflib.get_close_matches(found[1], choices, n=1)
         hint = f"did you mean {near[0]}?" if near else listed
         return ConfigError(f"{found[2]} is {found[1]!r}, expected one of {', '.join(choices)}", hint=hint)

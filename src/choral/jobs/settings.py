@@ -300,7 +300,7 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
         path,
         kind,
         example="examples/digits.toml",
-        keys="`choral compare --help` lists every key with its type",
+        keys="`choral compare --help-all` lists every key with its type",
         former=FORMER,
     )
 
