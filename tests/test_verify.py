@@ -260,7 +260,7 @@ def bend_key(lied: Signed) -> None:
         (bend_end, "two views were shown: different came in round 2"),
         (bend_chain, "round 2 did not go on from the model that came of round 1"),
         (bend_vector, "east is said to be in a sum that it has sent nothing to"),
-        (bend_run, "of 2 runs, and were not compared"),
+        (bend_run, "the receipts are of several runs"),
         (bend_key, "the key of east"),
     ],
 )

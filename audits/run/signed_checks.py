@@ -102,6 +102,8 @@ def _of_manifest(run: Run, manifest: dict[str, Any]) -> list[str]:
     found, history = [], run.history[-1]
     if manifest["completed"] != history.round or manifest["metrics"] != history.metrics:
         found.append("the manifest has another last round than the history")
+    if run.info.sites:  # whose receipts, which are compared otherwise, are with them
+        found += _of_sites(run, manifest)
     sealed = run.info.transcript
     if manifest["transcript"] != (None if sealed is None else [sealed.entries, sealed.head]):
         found.append("the manifest has another transcript than run.json")
@@ -111,6 +113,17 @@ def _of_manifest(run: Run, manifest: dict[str, Any]) -> list[str]:
             found.append(f"the manifest has another cost of {name} than run.json")
         elif ledger is None or _head(ledger, about["events"]) != about["head"]:
             found.append(f"the ledger of {name} is not the one whose head was signed: an older copy, cut, or another")
+    return found
+
+
+def _of_sites(run: Run, manifest: dict[str, Any]) -> list[str]:
+    found, claims = [], manifest.get("claims") or {}
+    if unnamed := [name for name in run.info.sites if name not in {*manifest["parties"], *manifest["gone"]}]:
+        found.append(f"the manifest does not speak of {', '.join(unnamed)}")
+    if claims and claims["promise"] != run.info.privacy:
+        found.append("the promise of run.json is not the one that the sites signed")
+    if claims and _model(run, claims["layout"]) != manifest["model"]:
+        found.append("the model is not the one that the sites signed")
     return found
 
 

@@ -154,6 +154,7 @@ class RemoteEngine:
             sign=self._signatures,
             model=model,
             terms=self._terms.digest.hex(),
+            text=self._terms.text.decode(),
         )
 
     def signatories(self) -> Signatories | None:

@@ -13,7 +13,7 @@ from choral.network.errors import SiteError
 from choral.network.host.messages import JobOver, RunSigned, SignRun
 from choral.network.site.files.log import AGREED, SiteLine
 from choral.trainers.federated.terms.task_code import version_here
-from choral.trainers.run_folder.evidence.manifest import FORMAT, VERSION, Owned, countersign
+from choral.trainers.run_folder.evidence.manifest import FORMAT, VERSION, Owned, claims_of, countersign
 from choral.trainers.run_folder.evidence.receipts import read, receipts_path
 from choral.trainers.run_folder.evidence.signed_lines import body_of, content_of
 
@@ -26,7 +26,7 @@ _OTHERS = ("gone", "parties")
 
 def stated(folder: SiteFolder, job: str) -> JobOver:
     """What the coordinator is to write of this site's receipts. Raises: EvidenceError, SiteError."""
-    owned, _ = _owned(folder, job)
+    owned, _, _ = _owned(folder, job)
     return JobOver(owned.receipts, owned.head, owned.keys)
 
 
@@ -40,8 +40,8 @@ def signed(folder: SiteFolder, asked: SignRun) -> RunSigned:
     if not any(_of(line, AGREED, asked.job) and line.facts["coordinator"] == folder.coordinator for line in lines):
         raise SiteError(f"a manifest of {asked.job[:16]}, which was not agreed to with {folder.coordinator!a}")
     said = content_of(asked.manifest)
-    owned, last = _owned(folder, asked.job)
-    if wrong := _unlike(folder, asked.job, said, last):
+    owned, last, claims = _owned(folder, asked.job)
+    if wrong := _unlike(folder, asked.job, said, last, claims):
         raise SiteError(f"the manifest of {asked.job[:16]} is not signed: {wrong}")
     result = sha256(body_of({key: value for key, value in said.items() if key not in _OTHERS})).hexdigest()
     if others := [line for line in lines if _of(line, SIGNED, asked.job) and line.facts["result"] != result]:
@@ -55,17 +55,18 @@ def _of(line: SiteLine, event: str, job: str) -> bool:
     return line.event == event and line.facts.get("digest") == job
 
 
-def _owned(folder: SiteFolder, job: str) -> tuple[Owned, dict[str, Any]]:
-    """What the receipts come to, and the content of the last; every signature is checked."""
+def _owned(folder: SiteFolder, job: str) -> tuple[Owned, dict[str, Any], dict[str, Any]]:
+    """What the receipts come to, the content of the last, and what its terms claim; every signature is checked."""
     path = receipts_path(folder.path, job)
     lines = list(read(path)) if path.is_file() else []
     if not lines:
         raise SiteError(f"there are no receipts of {job[:16]}")
     keys = tuple(dict.fromkeys(str(content["key"]) for content, _ in lines))
-    return Owned(keys=keys, receipts=len(lines), head=lines[-1][1]), lines[-1][0]
+    text = next(str(content["text"]) for content, _ in reversed(lines) if content["kind"] == "terms")
+    return Owned(keys=keys, receipts=len(lines), head=lines[-1][1]), lines[-1][0], claims_of(text)
 
 
-def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, Any]) -> str:
+def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, Any], claims: dict[str, Any]) -> str:
     """What the manifest says otherwise than this site's receipts; "" if nothing."""
     name, hub = folder.settings.name, folder.hub_directory
     number, completed = last.get("round", 0), said.get("completed")
@@ -79,6 +80,7 @@ def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, 
         "run": job,
         "kind": "federated",
         "terms": last["terms"],
+        "claims": claims,
         "coordinator": hub[folder.coordinator].public_key.hex(),
     }
     if last.get("came") and number == completed:

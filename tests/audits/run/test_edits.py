@@ -149,9 +149,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     with pytest.MonkeyPatch.context() as patched:
         from choral.trainers.federated import session
 
-        def sealed(run: Run, rehearsal: Any = None) -> None:
+        def sealed(run: Run, rehearsal: Any = None, elsewhere: Any = None) -> None:
             found["identities"] = rehearsal.identities
-            seal(run, rehearsal)
+            seal(run, rehearsal, elsewhere)
 
         def written(folder: Path, said: Any, coordinator: Identity, *, rehearsal: bool) -> None:
             found["coordinator"] = coordinator
@@ -348,7 +348,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
     "a party's receipts taken away": (lambda z: (z.run / "receipts" / "east.jsonl").unlink(), "missing here: east"),
     "receipts of another run": (
         lambda z: shutil.copy(z.other / "receipts" / "east.jsonl", z.run / "receipts" / "east.jsonl"),
-        "the receipts are of 2 runs",
+        "the receipts are of several runs",
     ),
     "a receipt of another run among them": (
         lambda z: z.receipts(

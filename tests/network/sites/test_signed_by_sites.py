@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from site_federation import Direct, Federation, private_sites, served, write_directory
 from site_rounds import InRound, a_job
 
@@ -102,6 +105,53 @@ def test_a_file_that_the_coordinator_changes_afterwards_is_found(
     assert "the signature of north is not on these words" in capsys.readouterr().out
 
 
+def signed_by_all(federation: Federation, folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """What a coordinator comes to that lies before it asks for signatures: sites cannot see its files."""
+    said = json.loads((folder / "manifest.json").read_bytes())["manifest"]
+    for name in said["files"]:
+        said["files"][name] = sha256((folder / name).read_bytes()).hexdigest()
+    change(said)
+    body = body_of(said)
+    keys = {"": hub_key(federation)} | {name: federation.site(name).signing for name in said["parties"]}
+    signatures = {name: sign("manifest", body, key) for name, key in keys.items()}
+    (folder / "manifest.json").write_bytes(b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
+
+
+def violated(folder: Path) -> str:
+    checks = audit(Run.load(folder)).checks
+    return " ".join(check.finding for check in checks if check.verdict == "violated")
+
+
+def test_files_that_were_false_before_they_were_signed_are_found_where_sites_know_better(
+    private: Federation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another model than the sites were told of, a smaller promise, a site that is left out."""
+    folder = tmp_path / "model"
+    shutil.copytree(private.path / "run", folder)
+    signed_by_all(private, folder, lambda said: None)
+    assert violated(folder) == ""
+    weights = load_file(folder / "model.safetensors")
+    doubled = {name: 2 * each for name, each in weights.items()}
+    save_file(doubled, folder / "model.safetensors", metadata={"round": "3"})
+    signed_by_all(private, folder, lambda said: None)
+    assert main(["verify", str(folder)]) == 1
+    assert "model.safetensors is not the model that came of the last round" in capsys.readouterr().out
+    assert "the model is not the one that the sites signed" in violated(folder)
+
+    folder = tmp_path / "promise"
+    shutil.copytree(private.path / "run", folder)
+    path = folder / "run.json"
+    assert '"epsilon":4.0' in path.read_text().replace(" ", "")
+    path.write_text(re.sub(r'("epsilon": ?)4\.0', r"\g<1>1.0", path.read_text()))
+    signed_by_all(private, folder, lambda said: None)
+    assert "the promise of run.json is not the one that the sites signed" in violated(folder)
+
+    folder = tmp_path / "left-out"
+    shutil.copytree(private.path / "run", folder)
+    signed_by_all(private, folder, lambda said: said["parties"].pop("east"))
+    assert "the manifest does not speak of east" in violated(folder)
+
+
 def hub_key(federation: Federation) -> Identity:
     from Crypto.PublicKey import ECC
 
@@ -114,6 +164,8 @@ LIES: dict[str, tuple[Changed, str]] = {
     "fewer rounds": (lambda said: said.update(completed=2), "of 2 rounds, and there is a receipt of round 3"),
     "no number": (lambda said: said.update(completed=True), "of True rounds"),
     "terms": (lambda said: said.update(terms="2" * 64), "its terms is"),
+    "promise": (lambda said: said["claims"]["promise"].update(epsilon=1.0), "its claims is"),
+    "layout": (lambda said: said["claims"]["layout"].reverse(), "its claims is"),
     "rehearsal": (lambda said: said.update(rehearsal=True), "its rehearsal is True"),
     "an 0 for false": (lambda said: said.update(rehearsal=0), "its rehearsal is 0"),
     "another run": (lambda said: said.update(run="3" * 64), "its run is"),

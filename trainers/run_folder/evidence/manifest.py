@@ -6,6 +6,7 @@
     files        SHA-256 of every file of the folder that is not a receipt, by path: run.json, history, weights, ledgers
     transcript   entries and head of its chain; null if none was recorded
     model, terms of receipts: the model that came of the last round, and the terms of training; empty without receipts
+    claims       by those terms: algorithm, promise, and the names of the model's parameters in the order of its digest
     metrics      the last evaluation
     ledgers      by data owner: head, number of events, and what all of them cost
     parties      by name: the keys that signed its receipts, in their order; number and last digest of its receipts
@@ -21,8 +22,9 @@ head, and the head holds where the site's ledger stood.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -70,6 +72,14 @@ class Sealing:
     sign: Callable[[bytes, Sequence[str]], Mapping[str, str]] | None = None
     model: str = ""
     terms: str = ""
+    claims: Mapping[str, Any] = field(default_factory=dict)
+
+
+def claims_of(text: str) -> dict[str, Any]:
+    """What a manifest repeats of training terms, so that a folder without receipts can be held against it."""
+    record = json.loads(text)
+    layout = [name for name, _ in record["shapes"]]
+    return {"algorithm": record["algorithm"]["kind"], "promise": record["privacy"], "layout": layout}
 
 
 def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, rehearsal: bool) -> None:
@@ -88,6 +98,7 @@ def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, reh
         "transcript": None if info.transcript is None else [info.transcript.entries, info.transcript.head],
         "model": sealing.model,
         "terms": sealing.terms,
+        "claims": dict(sealing.claims),
         "metrics": dict(sealing.last.metrics),
         "ledgers": {
             name: {

@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from choral.privacy import Ledger
 from choral.protocols.crypto.identity import Identity
-from choral.trainers.run_folder.evidence.manifest import NAME, Owned, Sealing, countersign, write_manifest
+from choral.trainers.run_folder.evidence.manifest import NAME, Owned, Sealing, claims_of, countersign, write_manifest
 from choral.trainers.run_folder.evidence.receipts import FOLDER, at, read
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal
 from choral.trainers.run_folder.folder import ledger_file
@@ -21,7 +21,8 @@ from choral.trainers.run_folder.run import Run
 class Signatories:
     """Parties elsewhere, at the end of a run. run: its name in their receipts. coordinator: who writes the manifest.
 
-    owned: what those who are there say of their receipts. sign: asks them. model, terms: as in `Sealing`.
+    owned: what those who are there say of their receipts. sign: asks them. model, terms: as in `Sealing`;
+    text: of the terms.
     """
 
     run: str
@@ -30,6 +31,7 @@ class Signatories:
     sign: Callable[[bytes, Sequence[str]], Mapping[str, str]]
     model: str
     terms: str
+    text: str
 
 
 def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | None = None) -> None:
@@ -48,6 +50,7 @@ def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | 
     coordinator = elsewhere.coordinator if elsewhere else Identity(secrets.token_bytes(32))
     if elsewhere is not None:
         known = _Known(elsewhere.run, elsewhere.model, elsewhere.terms, dict(elsewhere.owned), elsewhere.sign)
+        known = known._replace(claims=claims_of(elsewhere.text))
     else:
         known = _by_rehearsal(rehearsal) if rehearsal and rehearsal.receipts else _by_files(folder)
     sealing = Sealing(
@@ -60,6 +63,7 @@ def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | 
         sign=known.sign,
         model=known.model,
         terms=known.terms,
+        claims=known.claims,
     )
     write_manifest(folder, sealing, coordinator, rehearsal=not run.info.sites)
 
@@ -72,6 +76,7 @@ class _Known(NamedTuple):
     terms: str
     owned: dict[str, Owned]
     sign: Callable[[bytes, Sequence[str]], Mapping[str, str]] | None = None
+    claims: Mapping[str, Any] = {}
 
 
 def _by_rehearsal(rehearsal: Rehearsal) -> _Known:
