@@ -38,7 +38,8 @@ def shares_trust(runs: Sequence[Run]) -> SharesTrust | None:
 
 
 def _realised(run: Run, honest: int, colluders: int) -> float | None:
-    """What the steps on the ledger cost with as many shares as survived; None without a ledger of such steps.
+    """What the steps on the ledger cost with as many shares as survived; None without a ledger of such steps, and of
+    no others: whose shares those of another job were, this run does not know.
 
     A round says who was left at its end: no fewer were at its earlier steps. Steps of no round are as promised.
     """
@@ -53,7 +54,9 @@ def _realised(run: Run, honest: int, colluders: int) -> float | None:
     if ledger is None:
         return None
     events = ledger.events
-    if not events or not all(isinstance(event, PoissonSampledShares) for event in events):
+    if not events or not isinstance(first := events[0], PoissonSampledShares):
+        return None
+    if any(msgspec.structs.replace(event, steps=first.steps) != first for event in events):
         return None
     each, total = int((run.info.algorithm or {}).get("steps_per_round", 1)), sum(event.steps for event in events)
     shares: Counter[int] = Counter()
@@ -61,5 +64,5 @@ def _realised(run: Run, honest: int, colluders: int) -> float | None:
         if entry.round and not entry.failed:
             shares[max(entry.survivors - colluders, honest)] += each
     shares[honest] += max(total - shares.total(), 0)
-    counted = [msgspec.structs.replace(events[0], honest=n, steps=steps) for n, steps in shares.items() if steps]
+    counted = [msgspec.structs.replace(first, honest=n, steps=steps) for n, steps in shares.items() if steps]
     return record_level.epsilon(counted, float((run.info.privacy or {})["delta"]), neighbours=ledger.neighbours)

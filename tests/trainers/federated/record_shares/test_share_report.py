@@ -125,3 +125,14 @@ def test_a_damaged_ledger_gives_no_realised_figure(task: Make, tmp_path: Path) -
     trust = shares_trust([run])
     assert trust is not None
     assert trust.realised is None
+
+
+def test_a_ledger_with_another_jobs_steps_gives_no_realised_figure(task: Make, tmp_path: Path) -> None:
+    run = in_shares(task, tmp_path / "run")
+    ledger = Ledger(tmp_path / "run" / "ledger" / "north.jsonl", holder="north")
+    ledger.bind("north", 1e-4)
+    other = msgspec.structs.replace(ledger.events[0], share=ledger.events[0].share * 2, steps=1)
+    ledger.append(other, after=len(ledger.events))
+    trust = shares_trust([run])
+    assert trust is not None
+    assert trust.realised is None
