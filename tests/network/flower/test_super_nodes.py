@@ -102,8 +102,20 @@ class Flower:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def begin(self) -> None:
+    def begin(self, *, nodes: bool = True) -> None:
+        """nodes: with Flower's own processes, and not the sites' alone."""
         (self.place / "home").mkdir()
+        if nodes:
+            self._super_link()
+        for name in self.sites.names:
+            self.site(name)
+            if nodes:
+                self.run("flwr", "supernode", "register", f"{name}-node.pub", "here", "--name", name)
+                self.node(name)
+        for name in self.sites.names:
+            self.wait_for(f"{name}-site", "answers at")
+
+    def _super_link(self) -> None:
         self._certificates()
         self.start(
             "superlink", "flower-superlink", "--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem",
@@ -115,19 +127,18 @@ class Flower:
             f'root-certificates = "{self.place / "ca.crt"}"\n'
         )
         self._until_open(self.link)
-        for name in self.sites.names:
-            self.run("flwr", "supernode", "register", f"{name}-node.pub", "here", "--name", name)
-            self.node(name)
-        for name in self.sites.names:
-            self.wait_for(f"{name}-site", "answers at")
 
-    def node(self, name: str) -> None:
-        """The machine of a site: its process, and the SuperNode."""
-        door, data = self.place / name / "door", self.sites.path / name / "points.npy"
+    def site(self, name: str) -> None:
+        """The process of a site."""
+        door = self.place / name / "door"
         door.parent.mkdir(exist_ok=True)
         self.start(
             f"{name}-site", sys.executable, "-m", "choral", "join", str(self.sites.path / name), "--local", str(door)
         )
+
+    def node(self, name: str) -> None:
+        """The SuperNode of a site."""
+        door, data = self.place / name / "door", self.sites.path / name / "points.npy"
         self.start(
             f"{name}-node", "flower-supernode", "--root-certificates", "ca.crt",
             "--superlink", f"127.0.0.1:{self.link}", "--auth-supernode-private-key", f"{name}-node",
