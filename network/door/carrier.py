@@ -55,7 +55,8 @@ class EngineCarrier:
         return self._names - self._lost
 
     def calls(self, name: str) -> int:
-        """How often the site was there anew."""
+        """How often the site was there anew. Who was lost may have been started anew meanwhile, and is looked for."""
+        self._look()
         return self._back[name]
 
     def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from site_federation import Federation, approved_at, offer_for, rehearsed, same_
 
 from choral.errors import ConfigError
 from choral.jobs.serving import serve
+from choral.network.door import carrier as carrier_module
 from choral.network.door.carrier import EngineCarrier
 from choral.network.door.client import HEAD, LENGTH, MAGIC, OK, relay, replied
 from choral.network.door.sealed import OVERHEAD, sealed, unsealed
@@ -264,6 +266,8 @@ def test_who_was_lost_is_not_asked_before_it_is_there_again(tmp_path: Path, plac
     assert carrier.calls("north") == 1
     assert carrier.wait_for(["north"], timeout=0.1) == frozenset()
     with door(place / "north", bytes, limit=1000):
+        time.sleep(carrier_module._LOOK)
+        assert carrier.calls("north") == 2  # before anything else of it is asked
         assert carrier.wait_for(["north", "south"], timeout=30, count=1) == {"north"}
         assert carrier.calls("north") == 2
         assert carrier.calls("south") == 1
