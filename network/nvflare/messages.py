@@ -37,7 +37,7 @@ class NVFlareMessages:
         self, outbox: Mapping[str, bytes], *, seconds: float, reply_limit: int
     ) -> Iterator[tuple[str, bytes | TransportError]]:
         """Raises: Aborted."""
-        answers = self._sent(outbox, seconds, reply_limit)
+        answers, calls = self._sent(outbox, seconds, reply_limit)
         waiting, heard = set(outbox), dict.fromkeys(outbox, time.monotonic())
         while waiting:
             try:
@@ -48,6 +48,7 @@ class NVFlareMessages:
                 for name in sorted(waiting):
                     if time.monotonic() - heard[name] > self._away:
                         waiting.discard(name)
+                        calls[name].triggered = True
                         yield name, PeerLostError(f"was away for {self._away:g} s", peer=name)
                 continue
             self._check()
@@ -58,7 +59,7 @@ class NVFlareMessages:
 
     def alive(self, names: frozenset[str]) -> frozenset[str]:
         """Which sites' processes are there. Raises: Aborted."""
-        answers, end = self._sent(dict.fromkeys(names, b""), _LOOK, 1), time.monotonic() + _LOOK
+        (answers, _), end = self._sent(dict.fromkeys(names, b""), _LOOK, 1), time.monotonic() + _LOOK
         found = set()
         for _ in names:
             try:
@@ -70,18 +71,19 @@ class NVFlareMessages:
         self._check()
         return frozenset(found)
 
-    def _sent(self, outbox: Mapping[str, bytes], seconds: float, limit: int) -> Answers:
-        """Where the answers come. A thread for each, which keeps nobody from ending while it waits."""
+    def _sent(self, outbox: Mapping[str, bytes], seconds: float, limit: int) -> tuple[Answers, dict[str, _Call]]:
+        """Where the answers come, and how to give one up. A thread waits for each."""
         answers: Answers = queue.SimpleQueue()
+        calls = {name: _Call(self._context) for name in outbox}
 
         def one(name: str, raw: bytes) -> None:
-            answers.put((name, self._one(name, raw, seconds, limit)))
+            answers.put((name, self._one(name, raw, seconds, limit, calls[name])))
 
         for name, raw in outbox.items():
             threading.Thread(target=one, args=(name, raw), name=f"choral-{name}", daemon=True).start()
-        return answers
+        return answers, calls
 
-    def _one(self, name: str, raw: bytes, seconds: float, limit: int) -> bytes | TransportError:
+    def _one(self, name: str, raw: bytes, seconds: float, limit: int, call: _Call) -> bytes | TransportError:
         if self._engine.get_client_from_name(name) is None:
             return PeerLostError("is not connected to NVFlare's server", peer=name)
         replies = self._engine.send_aux_request(  # 2.9.0 has an error in multicast_aux_requests: nothing is ever sent
@@ -89,7 +91,7 @@ class NVFlareMessages:
             topic=TOPIC,
             request=asked(raw, seconds=seconds, limit=limit),
             timeout=seconds + _ON_THE_WAY,
-            fl_ctx=self._context,
+            fl_ctx=call,
             optional=True,
         )
         return read_reply((replies or {}).get(name), name, seconds)
@@ -98,6 +100,31 @@ class NVFlareMessages:
         signal = self._context.get_run_abort_signal()
         if signal is not None and signal.triggered:
             raise Aborted
+
+
+class _Call:
+    """The context of one request, and the signal that ends it: NVFlare's job process does not end while one waits.
+
+    triggered: it was given up, or the job was aborted.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context, self._given_up = context, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def get_run_abort_signal(self) -> Any:
+        return self
+
+    @property
+    def triggered(self) -> bool:
+        signal = self._context.get_run_abort_signal()
+        return self._given_up or (signal is not None and signal.triggered)
+
+    @triggered.setter
+    def triggered(self, value: bool) -> None:
+        self._given_up = value
 
 
 def read_reply(reply: Any, name: str, seconds: float) -> bytes | TransportError:

@@ -249,6 +249,8 @@ def test_who_is_silent_is_asked_and_lost_before_a_training_would_be_over(monkeyp
     monkeypatch.setattr(module, "_LOOK", 0.2)
     loop, gone, forever = Loop(), threading.Event(), threading.Event()
 
+    given_up = threading.Event()
+
     class Answer(dict[str, Any]):
         def get_return_code(self) -> str:
             return "OK"
@@ -260,7 +262,9 @@ def test_who_is_silent_is_asked_and_lost_before_a_training_would_be_over(monkeyp
         return Answer({"choral.reply": b"\0done"})
 
     def silent(topic: str, request: Any, fl_ctx: Any) -> Any:
-        forever.wait(60)
+        while not fl_ctx.get_run_abort_signal().triggered and not forever.wait(0.01):
+            pass
+        given_up.set()
 
     loop.handlers = {"north": handle, "south": silent}
     begun = time.monotonic()
@@ -268,6 +272,7 @@ def test_who_is_silent_is_asked_and_lost_before_a_training_would_be_over(monkeyp
     assert time.monotonic() - begun < 20
     assert found["north"] == b"\0done"
     assert isinstance(found["south"], PeerLostError)
+    assert given_up.wait(20)  # NVFlare's process could not end before
     forever.set()
 
 
