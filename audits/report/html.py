@@ -180,10 +180,8 @@ def _environment() -> Environment:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ModuleNotFoundError:
-        raise ConfigError(
-            "reports in HTML are drawn by jinja2, which is not installed",
-            hint='pip install "choral[report]"; or save as .json',
-        ) from None
+        hint = 'pip install "choral[report]"; or save as .json'
+        raise ConfigError("HTML is drawn by jinja2, which is not installed", hint=hint) from None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
