@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import os
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ DELTA, DATA = 1e-5, os.environ.get("CHORAL_DATA")
 PARTIES, HIDDEN = {"digits": 10, "adult": 20}, {"digits": 32, "adult": 0}  # 0 is a linear model
 
 
-@dataclasses.dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """How one configuration is trained at one budget. batch_size: of all parties together. clip: of a record.
 
     steps: of federated SGD in a pass; by default the nearest number.
