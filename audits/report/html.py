@@ -176,7 +176,6 @@ def _set(value: Any) -> Any:
 
 
 def _environment() -> Environment:
-    """Raises: ConfigError without jinja2."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ModuleNotFoundError:
