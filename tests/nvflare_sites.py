@@ -22,6 +22,7 @@ from choral.network.nvflare import ChoralRecipe, write_local
 from choral.trainers import Run
 
 ADMIN = "admin@nvidia.com"
+JOINED = "Successfully registered client"
 
 
 class DoorSites(Processes):
@@ -86,6 +87,8 @@ class Deployment:
             self.start("server")
             for name in self.names:
                 self.start(name)
+            for name in self.names:  # who comes later is in no job that has begun
+                until(lambda name=name: JOINED in self.log(name), f"the client of {name}")  # type: ignore[misc]
         except BaseException:
             self.close()
             raise

@@ -26,7 +26,6 @@ pytest.importorskip("nvflare", reason="run by `make test-engines`")
 if TYPE_CHECKING:
     from nvflare_sites import Deployment, DoorSites
 
-JOINED = "Successfully registered client"
 pytestmark = pytest.mark.filterwarnings("default")  # NVFlare's own
 
 
@@ -122,6 +121,8 @@ def test_a_node_that_is_killed_is_missed_and_the_sum_is_exact(deployed: Deployme
     without = {number: ["south"] for number in (2, 3, 4)}
     assert same_weights(run, rehearsed(sites.federation, settings, without=without))
     assert max(entry.seconds for entry in run.history[3:]) < 5.0  # one short look a round, not an answer's wait
+    from nvflare_sites import JOINED
+
     known = deployed.log("south").count(JOINED)
     deployed.start("south")
     until(lambda: deployed.log("south").count(JOINED) > known, "the client")
