@@ -130,7 +130,7 @@ def test_a_node_that_is_killed_is_missed_and_the_sum_is_exact(deployed: Deployme
 
 def test_who_refuses_says_why_at_home(deployed: Deployment, sites: DoorSites) -> None:
     """north: nobody approved it; south: terms below its own; east: another coordinator's key is pinned."""
-    settings = rounds(sites, 2, wait=6.0)
+    settings = replace(rounds(sites, 2, wait=6.0), participation=Participation())
     federation = sites.federation
     recipe = sites.recipe("refused", settings, approve=False)
     offer = offer_for(federation, replace(settings, serve=replace(settings.serve, job="refused")))
