@@ -1,9 +1,9 @@
 """What runs at the coordinator: Flower's own quickstart, and two changed lines."""
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import save_file
 
 from choral.network.flower import Secure  # new
 from visits.task import new_model
@@ -22,4 +22,4 @@ def main(grid: Grid, context: Context) -> None:
         num_rounds=context.run_config["num-server-rounds"],
     )
     if context.run_config["out"]:
-        torch.save(result.arrays.to_torch_state_dict(), context.run_config["out"])
+        save_file(dict(result.arrays.to_torch_state_dict()), context.run_config["out"])

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from flower_federation import VISITS, FlowerSites, rehearsed
+from safetensors.torch import load_file
 from site_federation import records_of, until_tomorrow
 
 from choral.jobs.settings import ServeSettings
@@ -148,7 +149,7 @@ class Flower:
 
     def job(self, rounds: int, **config: str) -> None:
         """`flwr run` of the example."""
-        values = {"job": self.sites.job(serve=PATIENT), "out": self.place / "model.pt", **config}
+        values = {"job": self.sites.job(serve=PATIENT), "out": self.place / "model.safetensors", **config}
         words = " ".join([f"num-server-rounds={rounds}", *(f'{key}="{value}"' for key, value in values.items())])
         app = self.place / "app"
         shutil.copytree(VISITS, app, dirs_exist_ok=True)
@@ -161,8 +162,8 @@ class Flower:
             pytest.fail(self.said("run")[-4000:])
 
     def model(self) -> dict[str, torch.Tensor]:
-        assert (self.place / "model.pt").is_file(), self.said("run")[-4000:]
-        found: dict[str, torch.Tensor] = torch.load(self.place / "model.pt", weights_only=True)
+        assert (self.place / "model.safetensors").is_file(), self.said("run")[-4000:]
+        found: dict[str, torch.Tensor] = load_file(self.place / "model.safetensors")
         return found
 
     def _until_open(self, port: int) -> None:

@@ -168,7 +168,7 @@ def test_digests_that_are_none_or_stand_for_two_are_refused(sites: Sites, capsys
     assert "2020-01-01 is over" in past
     far = said(capsys, "approve", offer().digest, "--until", "2099-01-01", *place, code=2)
     assert "more than ten years away" in far
-    assert "Error parsing --until" in said(capsys, "approve", offer().digest, "--until", "soon", *place, code=2)
+    assert "error parsing --until" in said(capsys, "approve", offer().digest, "--until", "soon", *place, code=2)
 
 
 def test_a_kept_offer_that_was_changed_is_none(sites: Sites) -> None:
