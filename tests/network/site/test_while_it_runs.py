@@ -36,8 +36,11 @@ def test_a_job_whose_approval_is_taken_back_goes_on_without_that_site(tmp_path: 
     carrier.before, carrier.after = before, after
     run, _ = served(carrier, settings)
     assert [entry.survivors for entry in run.history[1:]] == [3, 2, 2]
-    assert replies
-    assert all(b"revoked" not in reply and len(reply) < 40 for reply in replies)
+    *refusals, last = replies
+    assert refusals
+    assert all(b"JobRefused" in reply and len(reply) < 40 for reply in refusals)
+    assert b"JobOver" in last  # what it had signed before, as every site says at the end
+    assert b"revoked" not in last
     lines = federation.site("east").log.read().entries
     assert [line.facts["round"] for line in lines if line.event == "trained"] == [1]
     assert "its approval was revoked" in str([line.facts for line in lines if line.event == "out"])
