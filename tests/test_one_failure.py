@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from choral.audits import Comparison
 from choral.cli.command_line import main
+from choral.jobs.training import load_module
 
 TASK = """
 import os
@@ -184,6 +187,20 @@ def test_a_process_that_dies_takes_its_own_run_along_and_no_other(tmp_path: Path
     assert job.compare("--workers", "2", "--quiet") == 2
     assert "bad, seed 0 failed: a worker process died" in capsys.readouterr().err
     assert [arm["name"] for arm in job.report()["arms"]] == ["cloud", "good"]
+
+
+def test_a_task_file_may_have_dataclasses_with_annotations_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.py"  # and be called as a module of Python is
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "@dataclass\nclass Plan:\n    rounds: int = 3\n    kind: ClassVar[str] = 'x'\n"
+    )
+    for name in ("statistics.py", "own_plan.py"):
+        found = path.rename(tmp_path / name)
+        assert load_module(found, "a task").Plan().rounds == 3
+        path = found
+    assert "own_plan" not in sys.modules
+    assert sys.modules["statistics"] is statistics
 
 
 def test_a_task_file_is_run_and_load_is_called_once(tmp_path: Path, capsys: Any) -> None:

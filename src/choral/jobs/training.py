@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,12 @@ def load_module(path: Path, expected: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file", hint=f"expected {expected}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    there = sys.modules.setdefault(spec.name, module)  # where dataclasses look names of annotations up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if there is module:  # it is nobody's to import by that name
+            sys.modules.pop(spec.name, None)
     return module
 
 
