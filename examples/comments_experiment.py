@@ -24,7 +24,7 @@ from choral import ClientPrivacy, Compute, Masked, compare, federate
 from choral.errors import ChoralError
 from choral.trainers import DivergedError, Training
 from choral.trainers.algorithms import DANE, FSVRG, GD, CoCoA, FedAdam, FedAvg
-from choral.trainers.algorithms.interface import FederationInfo, Mean, Party, Server
+from choral.trainers.algorithms.interface import ExchangeMean, FederationInfo, Party, Server
 from choral.trainers.data.generators import sparse_posts
 from choral.trainers.data.partition import key_split
 from choral.trainers.data.sets.comments import read_comments
@@ -104,7 +104,7 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
                     weight = float(examples[name]) if weighing == "examples" else 1.0
                     mean = mean + weight * algorithm.answer(view(name, number), ask, done).double()
                     total += weight
-                ask = steps.send(Mean(mean / total, total))
+                ask = steps.send(ExchangeMean(mean / total, total))
         except StopIteration as end:
             weights = end.value
         except DivergedError:

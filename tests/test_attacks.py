@@ -106,14 +106,15 @@ def test_an_attempt_that_says_nothing_is_not_taken_for_none(tmp_path, content):
         file.parent.mkdir(exist_ok=True)
         file.write_text('{"failed": "The records are texts."}')
     arms = list(SETTINGS.arms)
-    assert evidence_of(SETTINGS, arms, tmp_path)["failed"] == dict.fromkeys(arms, "The records are texts.")
+    assert evidence_of(SETTINGS, arms, tmp_path).failed == dict.fromkeys(arms, "The records are texts.")
     file.write_text(content)
     found = evidence_of(SETTINGS, arms, tmp_path)
-    assert found["attacks"] == {}
-    assert f"{file.name} is damaged" in found["failed"].pop(arms[-1])
-    assert found["failed"] == dict.fromkeys(arms[:-1], "The records are texts.")
+    assert found.attacks == {}
+    assert f"{file.name} is damaged" in found.failed[arms[-1]]
+    assert {name: found.failed[name] for name in arms[:-1]} == dict.fromkeys(arms[:-1], "The records are texts.")
+    assert len(found.failed) == len(arms)
     file.unlink()
-    assert evidence_of(SETTINGS, arms, tmp_path)["failed"][arms[-1]] == "It was not made."
+    assert evidence_of(SETTINGS, arms, tmp_path).failed[arms[-1]] == "It was not made."
 
 
 @pytest.mark.parametrize(("dropouts", "honest"), [(0, 3), (1, 2)])

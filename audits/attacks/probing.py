@@ -91,7 +91,7 @@ def judged(seen: list[Seen], delta: float, confidence: float) -> Probe:
     checks = (
         noise_checks.noise_size(quiet, claimed),
         noise_checks.noise_by_group(left, claimed),
-        noise_checks.noise_law(together),
+        noise_checks.noise_law(together, first.step),
         noise_reuse(together),
         noise_checks.noise_moved(np.split(everywhere, [len(first.released)])),
         noise_checks.noise_between_groups(left, together),

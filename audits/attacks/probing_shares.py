@@ -104,4 +104,4 @@ def _opened(privacy: Privacy, parties: int, survivors: int, make: MakeParty, can
         opened, known = np.sum(vectors, axis=0), np.sum(vectors[honest:], axis=0)
         released[step] = (opened - known) * 2.0**-plan.grid.coarse
     spent = spent_by_records(ledgers[0], privacy.delta)
-    return Seen(layout, released, drawn, inside, spent)
+    return Seen(layout, released, drawn, inside, spent, 2.0**-plan.grid.coarse)

@@ -21,7 +21,8 @@ class Seen:
     """One training. released: of each step, shape (steps, layout.length), times batch size over clipping norm.
 
     drawn: how often each record was in each step, shape (steps, records), canaries first. inside: the canaries'
-    coins. spent: what the ledger says.
+    coins. spent: what the ledger says. step: between neighbours of the grid that the releases are on, in their unit;
+    0 for floats.
     """
 
     layout: ProbeLayout
@@ -29,6 +30,7 @@ class Seen:
     drawn: npt.NDArray[np.int64]
     inside: npt.NDArray[np.bool_]
     spent: Spent
+    step: float = 0.0
 
     @property
     def loud(self) -> Floats:

@@ -89,6 +89,7 @@ def _child(train: Callable[[], Seen], folder: Path, public: _PublicState, moment
             "drawn": seen.drawn,
             "inside": seen.inside,
             "signs": seen.layout.signs,
+            "step": np.array(seen.step),
         }
         np.savez(folder / "seen.npz", allow_pickle=False, **arrays)
         (folder / "spent.json").write_bytes(msgspec.json.encode(seen.spent))
@@ -100,8 +101,9 @@ def _child(train: Callable[[], Seen], folder: Path, public: _PublicState, moment
 def _read(folder: Path) -> Seen:
     with np.load(folder / "seen.npz", allow_pickle=False) as arrays:
         layout = ProbeLayout(len(arrays["signs"]), arrays["signs"])
-        released, drawn, inside = arrays["released"], arrays["drawn"], arrays["inside"]
-    return Seen(layout, released, drawn, inside, msgspec.json.decode((folder / "spent.json").read_bytes(), type=Spent))
+        released, drawn, inside, step = arrays["released"], arrays["drawn"], arrays["inside"], float(arrays["step"])
+    spent = msgspec.json.decode((folder / "spent.json").read_bytes(), type=Spent)
+    return Seen(layout, released, drawn, inside, spent, step)
 
 
 def _finished(clone: int, patience: float) -> bool:

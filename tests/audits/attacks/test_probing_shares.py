@@ -10,6 +10,7 @@ import pytest
 from Crypto.Cipher import AES
 
 from choral.audits.attacks.probing_shares import probe_shares
+from choral.audits.probes.noise_checks import noise_law
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan
 from choral.privacy.record_shares import party as party_module
@@ -139,3 +140,16 @@ def test_other_promises_have_another_probe() -> None:
         probe_shares(Privacy(2.0, 1e-5), parties=3, min_survivors=3)
     with pytest.raises(ConfigError, match="expected at least 2"):
         probe_shares(PROMISE, parties=3, min_survivors=1)
+
+
+@pytest.mark.parametrize("per_step", [8.0, 11.3, 16.0])
+def test_a_rounded_gaussian_is_one_on_its_grid_and_rounded_heavy_tails_are_not(per_step: float) -> None:
+    """A share's deviation is 8 to 16 steps. Half a step is up to 2.5 % of the law, which 24,000 coordinates tell."""
+    random = np.random.default_rng(4)
+    rounded = np.rint(per_step * random.standard_normal((12, 40_000))) / per_step
+    assert not noise_law(rounded, 1.0 / per_step).violated
+    assert noise_law(rounded).violated or per_step == 16.0
+    heavy = np.rint(per_step * random.standard_t(9, (12, 2_000))) / per_step
+    assert noise_law(heavy, 1.0 / per_step).violated
+    even = np.rint(per_step * 12**0.5 * random.uniform(-0.5, 0.5, (12, 2_000))) / per_step
+    assert noise_law(even, 1.0 / per_step).violated

@@ -67,7 +67,8 @@ def books(federation: Federation, name: str) -> tuple[int, int, float, float]:
     folder = federation.site(name)
     ledger, promise = open_ledger(folder, "points"), folder.settings.data["points"].promise
     assert promise is not None
-    trained = [line for line in folder.log.read().entries if line.event == "trained"]
+    lines = [line for line in folder.log.read().entries if line.event == "trained"]
+    trained = [line for line in lines if not line.facts.get("reason")]  # a line with one says why nothing was trained
     return sum(len(events) for _, events in ledger.segments), len(trained), spent_of(ledger), promise.epsilon
 
 

@@ -198,8 +198,8 @@ def test_each_party_keeps_receipts_under_the_identity_that_the_others_have_pinne
     server.round(1)
     server.round(2)
     for name in NAMES:
-        here.sites[name].party.leave(server.weights)
-        here.sites[name].party.leave(server.weights)  # and nothing more
+        here.sites[name].party.leave(model_digest(server.weights), completed=2)
+        here.sites[name].party.leave(model_digest(server.weights), completed=2)  # and nothing more
     found = {name: [content for content, _ in read(tmp_path / "receipts" / f"{name}.jsonl")] for name in NAMES}
     for name, (terms, first, second) in found.items():
         assert terms["text"] == server.terms.text.decode()

@@ -78,8 +78,10 @@ class Sealing:
 def claims_of(text: str) -> dict[str, Any]:
     """What a manifest repeats of training terms, so that a folder without receipts can be held against it."""
     record = json.loads(text)
-    layout = [name for name, _ in record["shapes"]]
-    return {"algorithm": record["algorithm"]["kind"], "promise": record["privacy"], "layout": layout}
+    layout, promise = [name for name, _ in record["shapes"]], record["privacy"]
+    if promise and (shares := record.get("shares")):  # run.json says with it how few are ever summed
+        promise = {**promise, "min_survivors": shares["terms"]["min_survivors"]}
+    return {"algorithm": record["algorithm"]["kind"], "promise": promise, "layout": layout}
 
 
 def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, rehearsal: bool) -> None:
