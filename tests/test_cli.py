@@ -467,7 +467,7 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_no_worker_outlives_the_command_and_the_rest_resumes(sign, tmp_path):
     two = SMALL.split("[arms")[0].replace("[2, 8]", "[]").replace("rounds = 3", "rounds = 40")
     (tmp_path / "two.toml").write_text(two + "[arms.federated]\nsecure_sum = 'plain'\n[arms.cloud]\ncentralized = true")

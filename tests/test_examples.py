@@ -46,6 +46,7 @@ def test_hospitals(tmp_path):
     assert (tmp_path / "out" / "audit.html").is_file()
 
 
+@pytest.mark.slow
 def test_many_clients(tmp_path):
     printed = run(str(EXAMPLES / "many_clients.py"), str(tmp_path / "out"), cwd=tmp_path)
     accuracy = {line.split()[0]: float(line.split()[2].strip(",")) for line in printed.splitlines()[:3]}
@@ -56,6 +57,7 @@ def test_many_clients(tmp_path):
     assert (tmp_path / "out" / "audit.html").is_file()
 
 
+@pytest.mark.slow
 def test_phones_at_night(tmp_path):
     printed = run(str(EXAMPLES / "phones_at_night.py"), str(tmp_path / "out"), cwd=tmp_path)
     nights = printed.splitlines()[1:]
@@ -68,6 +70,7 @@ def test_phones_at_night(tmp_path):
     assert all(night[:33] in page for night in nights)
 
 
+@pytest.mark.slow
 def test_lightning_autoencoder(tmp_path):
     pytest.importorskip("lightning", reason="the extra lightning is not installed")
     first, last = run(str(EXAMPLES / "lightning_autoencoder.py"), cwd=tmp_path).strip().splitlines()[-2:]

@@ -72,8 +72,8 @@ def noise_by_group(left: dict[str, Floats], claimed: float) -> ProbeCheck:
 def noise_law(quiet: Floats, step: float = 0.0) -> ProbeCheck:
     """Gaussian in the middle (Kolmogorov-Smirnov), the fourth moment (Anscombe and Glynn) and the tail beyond 3.
 
-    step: of the grid that the noise is on. A law on a grid is half a step's probability from every continuous one, which
-    many coordinates tell: each is moved evenly within its step, which makes of a rounded Gaussian nearly a Gaussian.
+    step: of the grid that the noise is on. A law on a grid is half a step's probability from every continuous one,
+    which many coordinates tell: each is moved evenly within its step, and a rounded Gaussian is nearly one again.
     """
     if step:
         quiet = quiet + step * np.random.default_rng(0).uniform(-0.5, 0.5, quiet.shape)

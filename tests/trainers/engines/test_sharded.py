@@ -110,6 +110,7 @@ def test_a_party_that_fails_at_any_rank_drops_out(tmp_path: Path) -> None:
         assert torch.equal(states(tmp_path / "2", "masked")[name], tensor)
 
 
+@pytest.mark.slow
 def test_the_ranks_live_on_after_an_error(alone: Path, tmp_path: Path) -> None:
     finished(start("trials", tmp_path, 2), codes=(0, 0))
 
@@ -134,6 +135,7 @@ def test_what_fails_at_all_of_three_ranks_is_the_runs_error_and_ends_all(tmp_pat
     assert all("ProcessError: rank 0 has gone" in output for output in outputs[1:])
 
 
+@pytest.mark.slow  # the command line under torchrun is in the fast ones
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
