@@ -138,3 +138,12 @@ def test_a_budget_as_json(capsys: Any) -> None:
     words = ["--epsilon", "3", "--delta", "1e-5", "--sample-rate", "0.01", "--steps", "200"]
     assert main(["budget", *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["epsilon"] <= 3
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "serve", "poc", "stats"])
+def test_no_command_overlooks_a_settings_file_behind_the_flags(command: str, tmp_path: Path, capsys: Any) -> None:
+    """It would run with defaults, as if the file said nothing."""
+    needed = {"serve": ["--directory", str(tmp_path / "d.toml")]}.get(command, [])
+    assert main([command, "--out", str(tmp_path / "x"), *needed, DIGITS]) == 2
+    assert f"{DIGITS} must come before the flags" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass
 
 
-class Context(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table ``[report.context]``; what is empty is printed as not stated.
-
-    purpose: what the model is for. curator: who publishes it. region, sector: whose data, of what field. recipients:
-    who gets the model, and who this report. legal_basis, dpia: as the controller names them. records_per_person: the
-    most that one person has in the data, in words. releases: what else was published of the same records, one
-    sentence each. justification: why this epsilon. access: who may read data, ledgers and models. reviewer,
-    review_by: who looks at this again, and when. authors: who wrote this table.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What only a human knows of the data and the model, for the report; what is empty is printed as not stated."""
 
     purpose: str = ""
+    """What the model is for."""
     curator: str = ""
+    """Who publishes it."""
     region: str = ""
+    """Whose data they are, and where."""
     sector: str = ""
+    """Technology, Healthcare, Education or Government."""
     recipients: str = ""
+    """Who gets the model, and who the report."""
     legal_basis: str = ""
+    """The legal basis, as the controller names it."""
     dpia: str = ""
+    """Reference of the impact assessment."""
     records_per_person: str = ""
+    """The most records that one person has in the data, in words."""
     releases: tuple[str, ...] = ()
+    """What else was published of the same records."""
     justification: str = ""
+    """Why this epsilon."""
     access: str = ""
+    """Who may read data, ledgers and models."""
     reviewer: str = ""
+    """Who looks at this again."""
     review_by: str = ""
+    """And by when."""
     authors: tuple[str, ...] = ()
+    """Who wrote this table."""
 
 
 CONTEXT_WORDS = {

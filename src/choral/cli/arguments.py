@@ -8,8 +8,9 @@ import difflib
 import io
 import re
 import textwrap
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -69,10 +70,19 @@ def _written(page: io.TextIOWrapper) -> str:
     return page.read()
 
 
-def config_first(words: list[str], config: object, command: str) -> None:
-    """Raises: ConfigError for a settings file behind the flags, whose defaults it gives."""
-    if words and words[0].startswith("-"):
+def parse_with_config(command: str, words: list[str], kind: type[T], read: Callable[[str], Any], *required: str) -> T:
+    """The flags of a command whose first word is a settings file, and their defaults the settings that it holds.
+
+    kind: with `config` and `settings`. read: the settings of a file, by its path. required: further flags without a
+    default. Raises: as :func:`parse` and ``read``; ConfigError for a file behind the flags, which would not be read.
+    """
+    given = {"settings": read(words[0])} if words and not words[0].startswith("-") else {}
+    missing = dict.fromkeys(("config", *required), tyro.MISSING)
+    wanted = parse(command, words, kind, kind(**missing, **given))
+    if not given:
+        config = wanted.config  # type: ignore[attr-defined]
         raise ConfigError(f"{config} must come before the flags", hint=f"choral {command} {config} --out DIR ...")
+    return wanted
 
 
 def flags_of(kind: type, prefix: str = "") -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,10 +37,10 @@ def write_record(folder: Path, file: Path, stated: Path | None) -> None:
 
 def _context(run: Run, stated: Path | None) -> Context:
     from choral.audits.findings.context import Context
-    from choral.jobs.settings import ReportContext, read_settings
+    from choral.jobs.settings import read_settings
 
     if stated is not None:
-        return Context(**asdict(read_settings(stated, ReportContext)))
+        return read_settings(stated, Context)
     try:
         return msgspec.convert((run.info.config.get("report") or {}).get("context") or {}, Context)
     except (msgspec.ValidationError, AttributeError):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from choral.cli.arguments import parse
+from choral.cli.arguments import parse_with_config
 from choral.jobs.statistics import StatisticsSettings, run_statistics
 from choral.toml_files import read_toml
 
@@ -33,11 +33,7 @@ class StatsFlags:
 
 
 def stats(words: list[str]) -> int:
-    read = StatisticsSettings()
-    if words and not words[0].startswith("-"):
-        keys = "`choral stats --help` lists every key with its type"
-        read = read_toml(words[0], StatisticsSettings, example="examples/hospitals/statistics.toml", keys=keys)
-    wanted = parse("stats", words, StatsFlags, StatsFlags(config=tyro.MISSING, settings=read))
+    wanted = parse_with_config("stats", words, StatsFlags, _read)
     out = wanted.out
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -50,3 +46,8 @@ def stats(words: list[str]) -> int:
         if out is not None:
             print(f"statistics: {out / 'statistics.json'}, {out / 'statistics.html'}")
     return 0
+
+
+def _read(path: str) -> StatisticsSettings:
+    keys = "`choral stats --help` lists every key with its type"
+    return read_toml(path, StatisticsSettings, example="examples/hospitals/statistics.toml", keys=keys)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import tyro
 
-from choral.cli.arguments import config_first, debug, parse
+from choral.cli.arguments import debug, parse_with_config
 from choral.errors import ConfigError
 from choral.failures import Failure
-from choral.jobs.settings import Arm, Settings, read_settings
+from choral.jobs.settings import Arm, Settings, read_job
 from choral.progress import progress
 
 if TYPE_CHECKING:
@@ -77,10 +77,7 @@ class TrainFlags:
 
 
 def compare(words: list[str]) -> int:
-    wanted = parse(
-        "compare", words, CompareFlags, CompareFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
-    )
-    config_first(words, wanted.config, "compare")
+    wanted = parse_with_config("compare", words, CompareFlags, read_job, "out")
     from choral.cli.report import print_json
     from choral.jobs import comparison as comparisons
     from choral.jobs.planned_runs import rounds_to_go
@@ -119,10 +116,7 @@ def _each_once(failed: Mapping[str, Failure]) -> Iterator[tuple[str, Failure]]:
 
 
 def train(words: list[str]) -> int:
-    wanted = parse(
-        "train", words, TrainFlags, TrainFlags(config=tyro.MISSING, out=tyro.MISSING, settings=_settings(words))
-    )
-    config_first(words, wanted.config, "train")
+    wanted = parse_with_config("train", words, TrainFlags, read_job, "out")
     from choral.jobs import training as jobs
 
     settings = wanted.settings
@@ -175,8 +169,3 @@ def _arm(wanted: TrainFlags) -> tuple[str, Arm]:
         known = ", ".join(wanted.settings.arms) or "none"
         raise ConfigError(f"no arm {wanted.arm!r}", hint=f"arms in {wanted.config}: {known}")
     return wanted.arm, wanted.settings.arms[wanted.arm]
-
-
-def _settings(words: list[str]) -> Settings:
-    """The TOML file's settings, when the first word is its path, as the flags' defaults."""
-    return read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()

@@ -10,10 +10,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from choral.audits.findings.context import Context
 from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
 from choral.failures import Failure, failure_of
@@ -35,7 +36,6 @@ from choral.jobs.training import (
 
 if TYPE_CHECKING:
     from choral.audits import Comparison
-    from choral.audits.findings.context import Context
     from choral.audits.findings.schema import FailedRuns
     from choral.trainers import Run, Task
 
@@ -110,19 +110,12 @@ def run_comparison(
         target=settings.target,
         evidence=replace(evidence_of(settings, list(arms), out), not_trained=_failed_runs(settings, failed, arms, out)),
     )
-    comparison = comparison.stated(_context(settings), settings.report.tolerance)
+    stated = settings.report
+    comparison = comparison.stated(stated.context if stated.context != Context() else None, stated.tolerance)
     for name in ("report.json", "report.html"):
         _tried(lambda name=name: comparison.save(out / name), None, troubles)  # type: ignore[misc]
     _tried(lambda: put_verifier(out), None, troubles)
     return ComparisonOutcome(comparison, {planned.label: failure for planned, failure in failed.items()}, troubles)
-
-
-def _context(settings: Settings) -> Context | None:
-    """What the settings say that only a human knows; None if that is nothing."""
-    from choral.audits.findings.context import Context
-
-    stated = asdict(settings.report.context)
-    return Context(**stated) if any(stated.values()) else None
 
 
 class _NothingTrainedError(ChoralError):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from choral.audits.costs.prices import PriceSettings
+from choral.audits.findings.context import Context
 from choral.errors import ConfigError
 from choral.toml_files import read_toml
 from choral.trainers.federated.participation import Participation
@@ -119,46 +120,12 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportContext:
-    """What only a human knows of the data and the model, for the report; what is empty is printed as not stated."""
-
-    purpose: str = ""
-    """What the model is for."""
-    curator: str = ""
-    """Who publishes it."""
-    region: str = ""
-    """Whose data they are, and where."""
-    sector: str = ""
-    """Technology, Healthcare, Education or Government."""
-    recipients: str = ""
-    """Who gets the model, and who the report."""
-    legal_basis: str = ""
-    """The legal basis, as the controller names it."""
-    dpia: str = ""
-    """Reference of the impact assessment."""
-    records_per_person: str = ""
-    """The most records that one person has in the data, in words."""
-    releases: tuple[str, ...] = ()
-    """What else was published of the same records."""
-    justification: str = ""
-    """Why this epsilon."""
-    access: str = ""
-    """Who may read data, ledgers and models."""
-    reviewer: str = ""
-    """Who looks at this again."""
-    review_by: str = ""
-    """And by when."""
-    authors: tuple[str, ...] = ()
-    """Who wrote this table."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What the report says beside what was measured."""
 
     tolerance: float = 0.05
     """How much worse than the baseline, in the first metric, a configuration may be to be recommended."""
-    context: ReportContext = field(default_factory=ReportContext)
+    context: Context = field(default_factory=Context)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tolerance < math.inf:
@@ -303,6 +270,11 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
         keys="`choral compare --help-all` lists every key with its type",
         former=FORMER,
     )
+
+
+def read_job(path: str) -> Settings:
+    """The settings of a job's TOML file. Raises: as :func:`read_settings`."""
+    return read_settings(path, Settings)
 
 
 def to_json(settings: Any) -> dict[str, Any]:

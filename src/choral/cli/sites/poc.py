@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from choral.cli.arguments import config_first, parse
+from choral.cli.arguments import parse_with_config
 from choral.jobs.rehearsal import RehearsedSites, ledger_of, make_rehearsal, reopen_rehearsal
-from choral.jobs.settings import Settings, read_settings
+from choral.jobs.settings import Settings, read_job
 from choral.network.errors import SiteError
 from choral.privacy.accounting.budget import at_least, shown
 
@@ -60,9 +60,7 @@ class PocFlags:
 
 
 def poc(words: list[str]) -> int:
-    given = read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
-    wanted = parse("poc", words, PocFlags, PocFlags(config=tyro.MISSING, out=tyro.MISSING, settings=given))
-    config_first(words, wanted.config, "poc")
+    wanted = parse_with_config("poc", words, PocFlags, read_job, "out")
     if wanted.resume:
         rehearsal = reopen_rehearsal(wanted.settings, wanted.out)
     else:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from choral.cli.arguments import config_first, parse
+from choral.cli.arguments import parse, parse_with_config
 from choral.errors import ConfigError
-from choral.jobs.settings import Settings, read_settings
+from choral.jobs.settings import Settings, read_job
 
 if TYPE_CHECKING:
     from choral.network import SiteFolder, SiteHost
@@ -78,10 +78,7 @@ class JoinFlags:
 
 
 def serve(words: list[str]) -> int:
-    given = read_settings(words[0], Settings) if words and not words[0].startswith("-") else Settings()
-    default = ServeFlags(config=tyro.MISSING, directory=tyro.MISSING, settings=given)
-    wanted = parse("serve", words, ServeFlags, default)
-    config_first(words, wanted.config, "serve")
+    wanted = parse_with_config("serve", words, ServeFlags, read_job, "directory")
     settings = wanted.settings
     if not settings.serve.job:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
