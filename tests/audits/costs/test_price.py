@@ -373,19 +373,6 @@ def test_a_busy_machine_changes_no_price(make_run: MakeRun) -> None:
     assert costs[0] == costs[1]
 
 
-def test_the_digits_point_of_the_secure_sum() -> None:
-    """What was drawn at 50,779 examples, a hundred parties' crossover in time, when sums were counted as training."""
-    right = Workload(
-        federated="federated-masked", cloud="cloud", parties=10, examples=143.8, record_bytes=264.0, rounds=20,
-        up_bytes=14_380.0, down_bytes=13_300.0, device_seconds=2.4e-5, accelerator_seconds=6.3e-7,
-        accelerator_basis="modelled", sum_seconds=0.018,
-    )  # fmt: skip
-    wrong = msgspec.structs.replace(right, sum_seconds=0.0, device_seconds=right.device_seconds + 0.018 / 1438)
-    apart, mixed = (examples_to_be_faster(work, PRICES, 100, 264.0) for work in (right, wrong))
-    assert apart is not None
-    assert mixed is None or mixed > 1.3 * apart
-
-
 POINTS = [
     {"n": 10, "m": 144, "r": 264, "R": 9, "Rc": 2, "B": 27361, "td": 2.05e-05, "ta": 7.25e-07, "o": 0.0224},
     {"n": 1000, "m": 500, "r": 1000000, "R": 20, "Rc": 10, "B": 2000000, "td": 0.01, "ta": 0.0005, "o": 0.5},
