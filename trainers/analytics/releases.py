@@ -68,11 +68,14 @@ class StatisticsRelease:
     # ------------------------------------------------------------------------------------------------- without noise
 
     def exactly(self, contributors: int | None = None) -> OpenedSums:
-        """Open the integers as they are. contributors: leave out what fewer parties contribute to."""
+        """Open the integers as they are. contributors: leave out what fewer parties contribute to.
+
+        Raises: ConfigError for contributors of whom all but one may be corrupt; what the sum raises.
+        """
         dropped = np.zeros(self.packing.length, dtype=bool)
         counts, extra = None, (0, 0)
         if contributors is not None:
-            counted, result = self._contributions()
+            counted, result = self._contributions(contributors)
             counts, extra = counted, traffic_of(result)
             dropped = to_drop(self.packing, counted, contributors)
         cap = cap_of(max(self.records.values()))
@@ -98,7 +101,7 @@ class StatisticsRelease:
             contributors=counts,
         )
 
-    def _contributions(self) -> tuple[Int64Array, SumResult]:
+    def _contributions(self, least: int) -> tuple[Int64Array, SumResult]:
         """How many parties contribute to each coordinate: a release of its own, one bit of each party and coordinate.
 
         Where the coordinates of a statistic are no cells, a party contributes to all of them or to none.
@@ -106,7 +109,13 @@ class StatisticsRelease:
         spec = SumSpec(
             parties=self.names, length=self.packing.length, bound=1, encoding=f"{self.encoding}, contributors"
         )
-        summing = self.secure_sum.open(spec).begin()
+        session = self.secure_sum.open(spec)
+        if least < (needed := int(session.statement.get("corrupt", 0)) + 2):
+            raise ConfigError(
+                f"contributors is {least}, expected at least {needed}: corrupt parties know their own part of a cell",
+                hint="the sum's corrupt parties and two more; fewer corrupt ones (corrupt) need fewer",
+            )
+        summing = session.begin()
         for name, vector in self.vectors.items():
             summing.submit(name, contributes(self.packing, vector))
         result = summing.finish()

@@ -20,8 +20,10 @@ from flower_federation import FlowerSites, NodesHere, client_app, new_model, reh
 from choral.errors import ConfigError
 from choral.jobs.settings import ServeSettings, SumSettings
 from choral.network import make_identity
+from choral.network.coordinator.engine_rounds import EngineRounds
 from choral.protocols import Masked
-from choral.protocols.errors import TooFewSurvivorsError
+from choral.protocols.errors import DisputedSharesError, SpecError, TooFewSurvivorsError
+from choral.trainers import Participation
 
 FLOWER = importlib.util.find_spec("flwr") is not None
 if FLOWER:
@@ -273,6 +275,31 @@ def test_a_job_that_nobody_approved_or_with_weaker_terms_is_refused_and_trains_n
     assert "nobody approved it" in said
     replies = [content["choral"]["bytes"].data for content in grid.seen if set(content) == {"choral"}]
     assert all(b"corrupt" not in each for each in replies)
+
+
+@pytest.mark.parametrize(
+    "error", [DisputedSharesError("north", ["east"], survivors=1, needed=2), SpecError("something else")]
+)
+def test_patience_is_for_rounds_with_too_few_and_for_nothing_else(
+    error: Exception, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a side lies, or the coordinator itself is wrong, the run ends; too few are waited for in the next round."""
+    sites, rounds, real = FlowerSites(tmp_path, place), list[int](), EngineRounds.mean
+
+    def mean(self: EngineRounds, number: int, weights: torch.Tensor) -> Any:
+        rounds.append(number)
+        if number == 1:
+            raise TooFewSurvivorsError("too few", survivors=1, needed=2)
+        if number == 3:
+            raise error
+        return real(self, number, weights)
+
+    monkeypatch.setattr(EngineRounds, "mean", mean)
+    with sites.doors() as sockets:
+        grid = NodesHere(client_app(socket_owner(sites), []), sockets)
+        with pytest.raises(type(error)):
+            started(sites, grid, rounds=4, participation=Participation(patience=3))
+    assert rounds == [1, 2, 3]
 
 
 def test_a_coordinator_with_another_key_reaches_no_site(tmp_path: Path, place: Path) -> None:

@@ -135,6 +135,16 @@ def test_what_one_party_alone_has_is_not_published() -> None:
     assert "how many parties contribute" in found.releases[0]
 
 
+@pytest.mark.parametrize(("corrupt", "least"), [(1, 3), (2, 4)])
+def test_a_cell_needs_two_contributors_beside_the_corrupt_ones(corrupt: int, least: int) -> None:
+    """One honest party and the corrupt ones, who know what they sent: the cell would be that party's."""
+    wanted, secure_sum = {"x": Mean(0, 16)}, Masked(corrupt=corrupt, dropouts=0)
+    with pytest.raises(ConfigError, match=f"expected at least {least}"):
+        federated_statistics(parties_with_rare_cells(), wanted, contributors=least - 1, secure_sum=secure_sum)
+    found = federated_statistics(parties_with_rare_cells(), wanted, contributors=least, secure_sum=secure_sum)
+    assert found["x"]["mean"].value is not None
+
+
 def test_what_is_saved_is_json_and_a_page(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     wanted = {"x": Mean(0, 8), evil: Count(column="x")}

@@ -18,11 +18,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from choral.errors import ChoralError, ConfigError
+from choral.errors import ConfigError
 from choral.jobs.engines.flower_job import Coordinator, log
 from choral.network.coordinator.engine_rounds import EngineRounds, moved
 from choral.network.flower.grid import FlowerGrid
 from choral.network.flower.mod import MODEL, Model, write_model
+from choral.protocols.errors import DisputedSharesError, TooFewSurvivorsError
 from choral.trainers.algorithms.interface import ExchangeMean
 
 AVERAGING = ("FedAvg", "FedAvgM", "FedProx", "FedAdam", "FedAdagrad", "FedYogi")
@@ -102,7 +103,9 @@ class Secure(Strategy):  # type: ignore[misc]  # Flower is not there where types
         try:
             self._mean = self._rounds.mean(server_round, weights)
             self._after = moved(weights, self._mean)
-        except ChoralError as error:
+        except DisputedSharesError:  # one side lies: the next round would not be another one
+            raise
+        except TooFewSurvivorsError as error:
             self._failed += 1
             log.warning("round %d came to nothing: %s", server_round, error)
             if self._failed > self._coordinator.patience:
