@@ -1,7 +1,8 @@
 """The hazards that NIST SP 800-226 (2025-03) names, and which of them a comparison holds off.
 
-*held*: this program does what the hazard asks for, and says where. *not held*: it does not. *not assessed*: nobody
-looked, or only a human can tell. "Held" supports an evaluation; it replaces none.
+*held*: something was looked at that could have shown otherwise, and did not. *not held*: it did. *not assessed*: nobody
+looked, only a human can tell, or it is so by how the program is built, which nothing in a run shows. "Held" supports an
+evaluation; it replaces none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ class Hazard(NamedTuple):
     why: str
 
 
+_FLOATING_POINT = Hazard(
+    "Floating point",
+    "not assessed",
+    "by construction noise and sums are integers on a grid, and rounding is paid for; nothing in a run shows it",
+)
+
+
+def _randomness(probed: Status) -> Hazard:
+    """The probe trains twice from one public state: noise that anybody could draw again repeats itself there."""
+    said = "by construction from the operating system, never from a seed"
+    of = {"held": "; the probe saw no noise come again", "not held": "; the probe found faults", "not assessed": ""}
+    return Hazard("Randomness", probed, said + of[probed])
+
+
 def hazards(report: Comparison) -> list[Hazard]:
     """Each hazard, and how it stands here."""
     return [*_of_mechanism(report), *_of_data(report), *_of_use(report)]
@@ -36,8 +51,8 @@ def run_hazards(report: Audit) -> list[Hazard]:
     person = "For a person with up to" in report.claim or "for each client" in report.claim
     return [
         Hazard("Accounting", books, report.sentence),
-        Hazard("Floating point", "held", "noise and sums are integers on a grid; rounding is paid for"),
-        Hazard("Randomness", "held", "from the operating system through a cryptographic stream, never from a seed"),
+        _FLOATING_POINT,
+        _randomness(probed),
         Hazard("Implementation of the mechanism", probed, probe.sentence if probe else "not probed (--probe)"),
         Hazard("Timing and other side channels", "not assessed", "how long an answer takes was not measured"),
         Hazard("Unit of privacy", "held" if person else "not assessed", "how many records one person has, if stated"),
@@ -75,8 +90,8 @@ def _of_mechanism(report: Comparison) -> list[Hazard]:
         else "the private trainer was not probed ([audit] probe = true)",
     )
     return [
-        Hazard("Floating point", "held", "noise and sums are integers on a grid; rounding is paid for"),
-        Hazard("Randomness", "held", "from the operating system through a cryptographic stream, never from a seed"),
+        _FLOATING_POINT,
+        _randomness(probe.status),
         Hazard("Accounting", books, "every ledger was recomputed by several accountants" if books == "held" else
                "a ledger is missing, or does not support its claim"),
         probe,
@@ -157,8 +172,9 @@ def _of_use(report: Comparison) -> list[Hazard]:
         ),
         Hazard(
             "Interpretation",
-            "held",
-            "unit, neighbours, adversary, ε, δ and what no attack could have refuted stand on the first page",
+            "not assessed",
+            "unit, adversary, ε, δ and what no attack could have refuted stand on the first page; only readers can tell"
+            " how they take it",
         ),
     ]
 

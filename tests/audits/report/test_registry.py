@@ -75,3 +75,4 @@ def test_hazards_of_a_run_are_held_only_where_something_was_looked_at(make_run: 
     assert found["Accounting"] == "not held"  # this run has no ledgers
     assert found["Implementation of the mechanism"] == "not assessed"
     assert found["Access control"] == "not assessed"
+    assert "held" not in found.values()
