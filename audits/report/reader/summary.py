@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from choral.audits.findings import text
 from choral.audits.findings.tally import beyond_attack
+from choral.metrics import is_falling
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
@@ -135,9 +136,8 @@ def releases(report: Comparison) -> list[str]:
 
 
 def _loss(report: Comparison, arm: ArmResult, base: ArmResult) -> float:
-    less_is_better = text.is_gap(report.metric) or report.metric.endswith(("error", "loss"))
     lost = arm.metric.mean - base.metric.mean
-    return lost if less_is_better else -lost
+    return lost if is_falling(report.metric) else -lost
 
 
 def _reaches(report: Comparison, arm: ArmResult) -> str:
@@ -181,11 +181,13 @@ def _total(report: Comparison) -> str:
     parts = []
     for each in report.composed:
         total = "unknown" if each.epsilon is None else f"ε = {text.cost(each.epsilon)} at δ = {text.power(each.delta)}"
-        parts.append(f"all {each.runs} private trainings that are shown, for each {each.unit}: {total}")
+        shown = f"all {each.runs} private trainings that are" if each.runs > 1 else "the private training that is"
+        parts.append(f"{shown} shown, for each {each.unit}: {total}")
     unpromised = [arm.name for arm in report.arms if not arm.claim]
     if unpromised and parts:
         parts.append(f"without any bound: {', '.join(unpromised)}")
-    return "; ".join(parts).capitalize() + "." if parts else ""
+    said = "; ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def _attacked(private: list[ArmResult]) -> str:
@@ -193,8 +195,6 @@ def _attacked(private: list[ArmResult]) -> str:
 
 
 def _where(report: Comparison) -> str:
-    if any("sites" in str(arm.config.get("where", "")) for arm in report.arms):
-        return "At sites of their own."
     cited = [each for arm in report.arms for each in arm.manifests]
     if cited and not any(each.rehearsal for each in cited):
         return "At sites of their own: each party signed with a key that it alone holds."

@@ -10,6 +10,7 @@ import pytest
 
 from choral.audits import Comparison, compare
 from choral.audits.findings.context import Context
+from choral.audits.findings.whole import Composed
 from choral.audits.report.html import comparison_page
 from choral.audits.report.reader.hazards import hazards
 from choral.audits.report.reader.summary import page_one, plain_reading, recommended, releases, trust_rows
@@ -73,6 +74,21 @@ def test_page_one_says_what_nobody_stated_and_what_somebody_did(report: Comparis
     html = comparison_page(stated)
     assert "Triage" in html
     assert "Block to sign" in html
+
+
+def test_what_all_of_it_costs_keeps_names_as_they_are_and_counts_one_as_one(report: Comparison) -> None:
+    plain = tuple(msgspec.structs.replace(arm, name="Cloud of Ours") if not arm.claim else arm for arm in report.arms)
+    one = Composed(unit="record", runs=1, delta=1e-5, single=2.0, owner="party-1", epsilon=2.0)
+    said = dict(page_one(msgspec.structs.replace(report, arms=plain, composed=(one,), baseline="Cloud of Ours")))
+    assert said["What all of it costs"].startswith("The private training that is shown, for each record: ε = 2.00")
+    assert "without any bound: Cloud of Ours" in said["What all of it costs"]
+
+
+@pytest.mark.parametrize(("metric", "fits"), [("accuracy", False), ("deviance", True), ("test error", True)])
+def test_where_less_is_better_less_is_no_loss(report: Comparison, metric: str, fits: bool) -> None:
+    """The private federation's figure is below the cloud's by more than the tolerance."""
+    found = recommended(msgspec.structs.replace(holding(report), metric=metric).stated(tolerance=0.05))
+    assert (found.arm is not None) == fits
 
 
 def test_trust_says_who_sees_updates(report: Comparison) -> None:
