@@ -80,6 +80,9 @@ def test_the_history_as_a_frame_and_as_curves(runs: dict[str, Run]) -> None:
     assert list(frame.index) == [0, 1, 2, 3]
     assert frame.loc[3, "accuracy"] == run.metrics["accuracy"]
     assert frame["bytes_up"].iloc[-1] == run.history[-1].bytes_up
+    times = run.history[-1].times
+    assert times is not None
+    assert frame["seconds of training"].iloc[-1] == times.training
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -46,8 +46,9 @@ def history_frame(run: Run) -> Any:
     rows = []
     for entry in run.history:
         plain = msgspec.to_builtins(entry)
+        times = {f"seconds of {name.replace('_', ' ')}": value for name, value in (plain.pop("times") or {}).items()}
         flat = {name: value for name, value in plain.items() if not isinstance(value, dict | list)}
-        rows.append({"round": entry.round, **entry.metrics, **flat})
+        rows.append({"round": entry.round, **entry.metrics, **flat, **times})
     try:
         import pandas
 
