@@ -10,7 +10,8 @@ What is strict here, beyond calling a library:
 
 Two backends give identical bytes. pycryptodome is always there; OpenSSL, through the ``cryptography`` package, is
 used when that is installed (X25519 and Ed25519 verification 4 to 7 times as fast, sealing 10 times:
-benchmarks/primitives.py).
+benchmarks/primitives.py). Before version 4 pycryptodome adds points of small order wrongly, so that a signer might show
+two verifiers different rosters: it is then no backend, and without OpenSSL this module does not import.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+import Crypto
 from Crypto.Cipher import ChaCha20_Poly1305
-from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key
 from Crypto.Signature import eddsa
 
 from choral.errors import ChoralError
@@ -227,6 +228,8 @@ def _is_acceptable_point(encoded: bytes) -> bool:
 
 
 def _pycryptodome() -> Backend:
+    from Crypto.Protocol.DH import import_x25519_private_key, import_x25519_public_key
+
     def x25519(private: bytes) -> tuple[Callable[[], bytes], Callable[[bytes], bytes]]:
         scalar = import_x25519_private_key(private).d
 
@@ -308,13 +311,18 @@ def _openssl() -> Backend:
 
 def _backends() -> dict[str, Backend]:
     """Every backend that can be had here, the preferred one last."""
-    found = {"pycryptodome": _pycryptodome()}
+    found = {"pycryptodome": _pycryptodome()} if Crypto.version_info[0] >= _SOUND else {}
     try:
         found["openssl"] = _openssl()
     except ImportError:
-        return found
+        if not found:
+            raise ImportError(
+                f"pycryptodome {Crypto.__version__} adds points of small order wrongly, and there is no other"
+                f" library for signatures: install cryptography beside it, or pycryptodome>={_SOUND}"
+            ) from None
     return found
 
 
+_SOUND = 4  # the first version of pycryptodome with right sums of points of small order
 BACKENDS = _backends()
 _backend = list(BACKENDS.values())[-1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import Crypto
 import pytest
 from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
@@ -29,7 +30,7 @@ ALL_BACKENDS = ["pycryptodome", "openssl"]
 @pytest.fixture(params=ALL_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param not in keys.BACKENDS:
-        pytest.skip("the cryptography package is not installed")
+        pytest.skip("not installed, or pycryptodome below 4")
     monkeypatch.setattr(keys, "_backend", keys.BACKENDS[request.param])
     return str(request.param)
 
@@ -234,11 +235,26 @@ def _order_eight_point() -> Any:
     return point
 
 
+sound = pytest.mark.skipif("pycryptodome" not in keys.BACKENDS, reason="the oracle is pycryptodome 4")
+
+
+def test_a_pycryptodome_that_adds_wrongly_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crypto, "version_info", (3, 24, "1"))
+    assert list(keys._backends()) == ["openssl"]
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)  # as if it were not installed
+    with pytest.raises(ImportError, match="install cryptography beside it, or pycryptodome>=4"):
+        keys._backends()
+    monkeypatch.setattr(Crypto, "version_info", (4, 0, "0"))
+    assert list(keys._backends()) == ["pycryptodome"]
+
+
+@sound
 def test_small_order_list_is_complete() -> None:
     torsion = _order_eight_point()
     assert {int((torsion * i).y) for i in range(8)} == keys._SMALL_ORDER_Y
 
 
+@sound
 def test_keys_of_small_order_are_refused(backend: str) -> None:
     """Under the identity as a key, R = identity and S = 0 verify for every message in a lenient library."""
     torsion = _order_eight_point()
@@ -249,6 +265,7 @@ def test_keys_of_small_order_are_refused(backend: str) -> None:
         assert not keys.ed25519_verify(_encode(torsion * i), b"anything", signature)
 
 
+@sound
 def test_no_signer_can_split_cofactored_from_cofactorless_verifiers(backend: str) -> None:
     """R + T with T of order 8: true times the cofactor (pycryptodome's own verifier), false without it (OpenSSL's)."""
     private = eddsa.import_private_key(bytes(range(32)))
@@ -408,6 +425,7 @@ def test_backends_seal_alike(plaintext: bytes, associated_data: bytes) -> None:
         assert found.unseal(key, nonce, next(iter(sealed)), associated_data) == plaintext
 
 
+@sound
 def test_without_cryptography_pycryptodome_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
         if name.split(".")[0] == "cryptography":
