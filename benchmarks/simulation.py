@@ -72,8 +72,7 @@ def engines(job: str, path: Path, device: torch.device, *, compiled: bool) -> di
             datasets=made["parties"],
             privacy_engines={},
             seed=0,
-            device=device,
-            arithmetic=arithmetic,
+            arithmetic=arithmetic or Arithmetic(device),
         )
         for party in made["parties"]:
             made_here.seat(party)

@@ -31,6 +31,7 @@ from choral.trainers.data.sets.comments import read_comments
 from choral.trainers.data.sets.convex import ERROR, GAP, Problem, convex_task, dealt_again
 from choral.trainers.data.sparse_rows import SparseDataset
 from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.task.arithmetic import Arithmetic
 
 CLIPS = (0.1, 0.3, 1.0)
 PRIVATE_STEPS = (0.3, 1, 3, 10)
@@ -78,7 +79,7 @@ def tried(problem, parties, rounds, seed, algorithm, sgd):
     examples = {name: len(data) for name, data in parties.items()}
     cpu = torch.device("cpu")
     job = {"build": task.build, "fit": task.fit, "loss": task.loss, "datasets": parties}
-    resident = Resident(**job, privacy_engines={}, seed=seed, device=cpu)
+    resident = Resident(**job, privacy_engines={}, seed=seed, arithmetic=Arithmetic(cpu))
     trainer, weights = task.engine(resident), resident.layout.read()
     federation = FederationInfo(
         parties=len(parties),

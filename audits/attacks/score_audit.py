@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from choral.audits.attacks.canaries import flip_coins
@@ -25,7 +26,7 @@ from choral.audits.attacks.score_files import Design
 from choral.audits.findings.evidence import Bound, Finding, NullControl, ScoreAudit
 from choral.audits.findings.text import at_least, power
 from choral.audits.lower_bounds import one_run
-from choral.audits.lower_bounds.guessing import FixedShares, Guessing
+from choral.audits.lower_bounds.guessing import FixedShares, Guessing, SampleSplit
 from choral.audits.lower_bounds.roc import Bools, checked_scores, roc
 from choral.errors import ConfigError, DataError
 
@@ -41,8 +42,7 @@ def audit_scores(
     delta: float,
     claimed: float | None = None,
     confidence: float = 0.95,
-    guessing: Guessing | None = None,
-    threshold: float | None = None,
+    guessing: Guessing | float | None = None,
     attack: str = "scores as given",
     unit: str = "record",
     null_draws: int = NULL_DRAWS,
@@ -53,8 +53,9 @@ def audit_scores(
     design: "coins": one training, each canary in by its own fair coin. "runs": each score from its own training.
         "split": records of the training set and fresh ones of the same kind; gives an ROC and no bound.
     delta: of the claim; 0 <= delta < 1. claimed: the epsilon that is claimed at it, for this unit.
-    guessing: for "coins", how many canaries are guessed: ``FixedShares(...)``, fixed in advance, or ``SampleSplit()``.
-    threshold: for "runs", fixed in advance; None chooses it on a random half and judges it on the other.
+    guessing: how a score becomes a guess. "coins": how many canaries are guessed, by ``FixedShares(...)``, fixed in
+        advance, or ``SampleSplit()``. "runs": the threshold, fixed in advance; None chooses it on a random half and
+        judges it on the other.
 
     Raises: DataError for scores that cannot be used (see :func:`choral.audits.lower_bounds.roc.checked_scores`) or
         coins that were not fair; TooFewCanariesError when not even epsilon = 0 could be refuted; ConfigError for a
@@ -62,13 +63,13 @@ def audit_scores(
     """
     values, inside = checked_scores(scores, members)
     check_settings(delta, confidence, claimed, null_draws)
-    _check_design(design, guessing, threshold)
+    plan, threshold = _guessing(design, guessing)
     beta = 1.0 - confidence
     found: tuple[Bound, ...] = ()
     null = None
     if design == "coins":
         _check_fair(inside)
-        found, null = bounds_by_coins(values, inside, guessing or FixedShares(), delta, beta, null_draws)
+        found, null = bounds_by_coins(values, inside, plan, delta, beta, null_draws)
     elif design == "runs":
         found, null = bounds_by_runs(values, inside, threshold, delta, beta, null_draws)
     decisive = found[0] if found else None
@@ -94,11 +95,23 @@ def audit_scores(
     )
 
 
-def _check_design(design: str, guessing: Guessing | None, threshold: float | None) -> None:
+def _guessing(design: str, guessing: Guessing | float | None) -> tuple[Guessing, float | None]:
+    """The guessing by coins, and the threshold of runs where it is fixed.
+
+    Raises: ConfigError for a design that is none, or one that guesses otherwise.
+    """
     if design not in ("coins", "runs", "split"):
         raise ConfigError(f"design is {design!r}, expected 'coins', 'runs' or 'split'", hint="see docs/audits.md")
-    if (guessing is not None and design != "coins") or (threshold is not None and design != "runs"):
-        raise ConfigError(f"guessing belongs to design='coins' and threshold to 'runs', not to {design!r}")
+    number = isinstance(guessing, Real) and not isinstance(guessing, bool) and math.isfinite(guessing)
+    fits = {"coins": isinstance(guessing, FixedShares | SampleSplit), "runs": number, "split": False}[design]
+    if guessing is not None and not fits:
+        raise ConfigError(
+            f"guessing is {guessing!r}, which does not go with design={design!r}",
+            hint="FixedShares(...) or SampleSplit() with 'coins', a finite threshold with 'runs', nothing with 'split'",
+        )
+    if isinstance(guessing, FixedShares | SampleSplit):
+        return guessing, None
+    return FixedShares(), None if guessing is None else float(guessing)
 
 
 def _finding(decisive: Bound | None, claimed: float | None) -> Finding:

@@ -58,6 +58,7 @@ from choral.trainers.run_folder.evidence.party_receipts import PartyReceipts, Re
 from choral.trainers.run_folder.evidence.receipts import Asked
 from choral.trainers.run_folder.owner_privacy import check_delta, engine_for, written
 from choral.trainers.task.arithmetic import Arithmetic, Compute
+from choral.trainers.task.learning_rate import Rates
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, Task, TaskError, check_party, raised_by
 
@@ -381,18 +382,15 @@ def _own_resident(
     engines: dict[str, PrivacyEngine] = {}
     if isinstance(privacy, Privacy) and ledger is not None and not in_shares(privacy):
         engines = {name: engine_for(privacy, name, ledger, terms.rounds)}
-    device = resolve_device(compute.device)
     resident = Resident(
         build=task.build,
         fit=task.fit,
         datasets={name: dataset},
         privacy_engines=engines,
         seed=compute.seed,
-        device=device,
+        arithmetic=Arithmetic(resolve_device(compute.device), compute.precision, compile=compute.compile),
         loss=task.loss,
-        arithmetic=Arithmetic(device, compute.precision, compile=compute.compile),
-        schedule=task.schedule,
-        rounds=terms.rounds,
+        rates=Rates(task.schedule, terms.rounds),
     )
     resident.check_batches()
     return resident

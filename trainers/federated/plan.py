@@ -24,7 +24,7 @@ from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.record_shares import checks as shares
 from choral.trainers.federated.virtual_parties import Census, DistantParties, census_of
-from choral.trainers.local_steps.resident_model import Resident, resolve_device
+from choral.trainers.local_steps.resident_model import Resident, Seating, resolve_device
 from choral.trainers.run_folder.describe import check_tuned, describe
 from choral.trainers.run_folder.evidence.rehearsal import MOST_PARTIES
 from choral.trainers.run_folder.info import RunInfo
@@ -32,6 +32,7 @@ from choral.trainers.run_folder.keep import Keep
 from choral.trainers.task import arguments
 from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic
 from choral.trainers.task.initial_weights import Weights
+from choral.trainers.task.learning_rate import Rates
 from choral.trainers.task.per_party import check_held_out
 from choral.trainers.task.task import Task, parties_of
 
@@ -175,14 +176,11 @@ def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Reside
         datasets=census.datasets,
         privacy_engines=engines,
         seed=compute.seed,
-        device=plan.arithmetic.device,
+        arithmetic=plan.arithmetic,
         loss=task.loss,
         start=plan.initial,
-        first=census.names[0],
-        seats=census.seats,
-        arithmetic=plan.arithmetic,
-        schedule=task.schedule,
-        rounds=plan.rounds,
+        rates=Rates(task.schedule, plan.rounds),
+        seating=Seating(census.names[0], census.seats),
     )
     made: LocalTrainer = compute.engine(resident) if compute.engine else Fastest(resident)
     return resident, made

@@ -30,6 +30,7 @@ from choral.trainers.algorithms.interface import Ascend, Done, Failed, Gradient,
 from choral.trainers.data.sparse_rows import SparseDataset
 from choral.trainers.local_steps import sparse_kernels as kernels
 from choral.trainers.local_steps.resident_model import Resident, attempted
+from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.seeding import seed_of
 from choral.trainers.task.task import TaskError, labels_of
 
@@ -155,7 +156,7 @@ class ClosedForm:
             datasets={party: dataset},
             privacy_engines={},
             seed=known.seed,
-            device=known.device,
+            arithmetic=Arithmetic(known.device),
         )
         weights = torch.linspace(-1, 1, self.length) / self.length**0.5
         [(_, made)] = twin.do([(party, Train(counts=True))], weights, 1)
@@ -270,7 +271,7 @@ class ClosedForm:
                 dual = _array(work.dual).copy()
                 order = _permutations(len(block.labels), work.passes, random)
                 total = work.ridge * work.examples
-                change = self._kernels.ascend(*block.parts, order, start, dual, float(work.slack), total)
+                change = self._kernels.ascend(block.parts, order, start, dual, float(work.slack), total)
                 return change, {"dual": torch.from_numpy(dual)}
         raise TaskError(f"{type(work).__name__} is no work that the closed form knows")
 
@@ -287,7 +288,7 @@ class ClosedForm:
                 drift = drift + _array(work.shift)
             keep = 1.0 - rate * (self._decay + work.pull)
             order = _loader_order(len(block.labels), random)
-            here = here + self._kernels.walk(*block.parts, order, self._batch, here, drift, keep, rate, ones, False)
+            here = here + self._kernels.walk(block.parts, order, self._batch, here, drift, keep, rate, ones, False)
             steps += -(-len(order) // self._batch)
         return here - start, {"steps": steps, "path": rate * steps}
 
@@ -300,7 +301,7 @@ class ClosedForm:
         order = _permutations(len(block.labels), work.passes, random)
         keep, step = 1.0 - work.step * work.pull, float(work.step)
         change: Array = self._kernels.walk(
-            *block.parts, order, 1, start, _array(work.direction), keep, step, scale, True
+            block.parts, order, 1, start, _array(work.direction), keep, step, scale, True
         )
         return change
 

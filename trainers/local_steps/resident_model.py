@@ -41,7 +41,7 @@ from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.flat_vector import Layout, all_finite
 from choral.trainers.task.initial_weights import Weights
-from choral.trainers.task.learning_rate import Schedule
+from choral.trainers.task.learning_rate import CONSTANT, Rates
 from choral.trainers.task.seeding import Generator, forget_workers, generators_of, reseed, seeded
 from choral.trainers.task.task import (
     Build,
@@ -56,6 +56,16 @@ from choral.trainers.task.task import (
     takes_round,
 )
 from choral.trainers.task.user_state import Attributes, Groups, Watched
+
+
+@dataclass(frozen=True)
+class Seating:
+    """first: the party that the model is built with, by default the first one. seats: how many parties keep what they
+    keep, the last ones that had a turn; by default all.
+    """
+
+    first: str | None = None
+    seats: int | None = None
 
 
 @dataclass
@@ -79,9 +89,7 @@ class Resident:
 
     build, fit, loss: the user's functions. datasets: one per party. privacy_engines: one per party for record-level
     differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
-    start from, in the place of the seed's. first: the party that the model is built with, by default the first. seats:
-    how many parties keep theirs, the last ones that had a turn; by default all.
-    arithmetic: of ``fit``; by default float32, not compiled. schedule: of the learning rates, over so many rounds.
+    start from, in the place of the seed's. arithmetic: of ``fit``, and the device of the model and the batches.
     """
 
     def __init__(
@@ -92,35 +100,24 @@ class Resident:
         datasets: Mapping[str, Any],
         privacy_engines: Mapping[str, PrivacyEngine],
         seed: int,
-        device: torch.device,
+        arithmetic: Arithmetic,
         loss: Loss | None = None,
         start: Weights | None = None,
-        first: str | None = None,
-        seats: int | None = None,
-        arithmetic: Arithmetic | None = None,
-        schedule: Schedule | None = None,
-        rounds: int = 1,
+        rates: Rates = CONSTANT,
+        seating: Seating = Seating(),
     ) -> None:
-        self.schedule, self.rounds = schedule or Schedule(), rounds
-        self.build, self.fit, self.loss, self.datasets, self.privacy_engines = (
-            build,
-            fit,
-            loss,
-            datasets,
-            privacy_engines,
-        )
-        self.seed, self.device = seed, device
-        self.arithmetic = arithmetic or Arithmetic(device)
-        self.model = initial_model(build, datasets[next(iter(datasets)) if first is None else first], seed, start).to(
-            device
-        )
+        self.build, self.fit, self.loss, self.rates = build, fit, loss, rates
+        self.datasets, self.privacy_engines = datasets, privacy_engines
+        self.seed, self.arithmetic, self.device = seed, arithmetic, arithmetic.device
+        first = next(iter(datasets)) if seating.first is None else seating.first
+        self.model = initial_model(build, datasets[first], seed, start).to(self.device)
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
         self._attributes, self._told = Attributes(self.model), False
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
-        self.seats = seats
+        self.seats = seating.seats
         self.shares: Mapping[
             str, ShareSteps
         ] = {}  # by party, where noise is added in shares; set before the first step
@@ -133,7 +130,7 @@ class Resident:
 
     def rate_factor(self, round_number: int) -> float:
         """What the schedule multiplies learning rates by."""
-        return self.schedule.factor(round_number, self.rounds)
+        return self.rates.factor(round_number)
 
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
@@ -175,7 +172,7 @@ class Resident:
         if self.privacy_engines:
             model, optimizer, loader = self.privacy_engines[party].wrap(model, optimizer, loader)
             self._training = model
-        watched = bool(self.privacy_engines) or not self.schedule.constant
+        watched = bool(self.privacy_engines) or not self.rates.constant
         with (
             corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
             self.arithmetic.over(model, party, private=bool(self.privacy_engines)),

@@ -27,10 +27,9 @@ def _sigmoid(margin: float) -> float:
 
 
 @_compiled
-def walk(  # type: ignore[no-untyped-def]
-    indptr, indices, values, labels, order, batch, start, drift, keep, step, scale, anchored
-) -> Any:
+def walk(rows, order, batch, start, drift, keep, step, scale, anchored) -> Any:  # type: ignore[no-untyped-def]
     """See :func:`choral.trainers.local_steps.sparse_kernels.walk`."""
+    indptr, indices, values, labels = rows
     steps = (len(order) + batch - 1) // batch
     powers, sums = np.empty(steps + 1), np.empty(steps + 1)  # keep^m, and step (1 + ... + keep^(m-1))
     powers[0], sums[0] = 1.0, 0.0
@@ -68,8 +67,9 @@ def walk(  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def ascend(indptr, indices, values, labels, order, start, dual, slack, total) -> Any:  # type: ignore[no-untyped-def]
+def ascend(rows, order, start, dual, slack, total) -> Any:  # type: ignore[no-untyped-def]
     """See :func:`choral.trainers.local_steps.sparse_kernels.ascend`."""
+    indptr, indices, values, labels = rows
     change = np.zeros_like(start)
     for row in order:
         sign = 2.0 * labels[row] - 1.0

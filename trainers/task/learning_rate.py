@@ -55,3 +55,22 @@ class Schedule:
     def record(self) -> dict[str, Any] | None:
         """For run.json; None for a constant rate."""
         return None if self.constant else asdict(self)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A schedule, by default constant, over the rounds of one run."""
+
+    schedule: Schedule | None
+    rounds: int
+
+    @property
+    def constant(self) -> bool:
+        return self.schedule is None or self.schedule.constant
+
+    def factor(self, number: int) -> float:
+        """What learning rates are multiplied by in round ``number``, from 1."""
+        return 1.0 if self.schedule is None else self.schedule.factor(number, self.rounds)
+
+
+CONSTANT = Rates(None, 1)

@@ -77,7 +77,7 @@ def test_split_records_give_no_bound() -> None:
 
 def test_independent_runs_give_two_sided_bounds() -> None:
     scores, inside = shifted(2000, 3.0)
-    found = audit_scores(scores, inside, design="runs", delta=1e-5, claimed=1.0, threshold=1.5)
+    found = audit_scores(scores, inside, design="runs", delta=1e-5, claimed=1.0, guessing=1.5)
     counts = trials.Counts(**found.bounds[0].counts)
     assert counts.true_positives == int((inside & (scores >= 1.5)).sum())
     assert found.bounds[0].epsilon == trials.clopper_pearson(counts, delta=1e-5)
@@ -258,8 +258,11 @@ def test_audit_training_flips_trains_and_judges() -> None:
         ({"design": "coins", "confidence": 1.0}, "error probability"),
         ({"design": "coins", "claimed": 0.0}, "claimed epsilon"),
         ({"design": "coins", "claimed": math.inf}, "claimed epsilon"),
-        ({"design": "coins", "threshold": 0.5}, "threshold to 'runs'"),
-        ({"design": "runs", "guessing": FixedShares()}, "guessing belongs"),
+        ({"design": "coins", "guessing": 0.5}, "does not go with design='coins'"),
+        ({"design": "runs", "guessing": FixedShares()}, "does not go with design='runs'"),
+        ({"design": "runs", "guessing": math.nan}, "does not go with design='runs'"),
+        ({"design": "runs", "guessing": True}, "does not go with design='runs'"),
+        ({"design": "split", "guessing": 0.5}, "does not go with design='split'"),
         ({"design": "coins", "null_draws": 0}, "null_draws"),
     ],
 )

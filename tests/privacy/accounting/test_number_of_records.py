@@ -61,7 +61,7 @@ def test_the_noise_of_one_step_tells_twenty_records_from_twenty_one(proved_epsil
     assert (scores[RUNS:] <= cut).all()
     assert proved_epsilon(scores[:RUNS], scores[RUNS:], [cut], delta=DELTA, alarm=ALARM) > EPSILON
     found = audit_scores(
-        scores, [1] * RUNS + [0] * RUNS, design="runs", delta=DELTA, claimed=EPSILON, threshold=float(cut)
+        scores, [1] * RUNS + [0] * RUNS, design="runs", delta=DELTA, claimed=EPSILON, guessing=float(cut)
     )
     assert found.finding == "violated"
 

@@ -32,6 +32,7 @@ from choral.trainers.algorithms import (
 from choral.trainers.algorithms.interface import Train
 from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import read_algorithm_state
+from choral.trainers.task.arithmetic import Arithmetic
 
 from .conftest import RATE, build, fit
 
@@ -165,7 +166,7 @@ def test_corrections_come_after_clipping_and_noise(shards):
         datasets=shards,
         privacy_engines={"north": privacy_engine},
         seed=0,
-        device=torch.device("cpu"),
+        arithmetic=Arithmetic(torch.device("cpu")),
     )
     ((_, done),) = resident.do([("north", Train(shift=torch.ones(7)))], resident.layout.read(), 1)
     assert done.steps == privacy_engine.spent().steps == 4

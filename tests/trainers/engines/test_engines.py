@@ -20,7 +20,10 @@ from choral.trainers.algorithms.interface import Done, Failed, Gradient, Train
 from choral.trainers.engines import Cohort, Direct, Fastest, fastest
 from choral.trainers.engines.direct import planned
 from choral.trainers.local_steps.resident_model import Resident, refuse_diverged
+from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.task import TaskError
+
+CPU = Arithmetic(torch.device("cpu"))
 
 SIZES = [23, 10, 9, 41, 30, 17, 8]  # whole batches, short last batches, one batch, fewer than a batch
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -57,7 +60,7 @@ def resident(
         optimizer = torch.optim.SGD(net.parameters(), **({"lr": 0.1 + len(dataset) / 1000} | options))
         return net, optimizer, DataLoader(dataset, **({"batch_size": 10, "shuffle": True} | (loader or {})))
 
-    return Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu"))
+    return Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, arithmetic=CPU)
 
 
 def results(trainer: Any, work: Any, *, round_number: int = 2) -> dict[str, Done]:

@@ -16,6 +16,9 @@ from choral.errors import ConfigError, DataError
 from choral.privacy import BudgetExceededError, EncodingError, UnsupportedLoaderError
 from choral.protocols.errors import ProtocolError
 from choral.trainers import DivergedError, TaskError
+from choral.trainers.task.arithmetic import Arithmetic
+
+CPU = Arithmetic(torch.device("cpu"))
 
 
 def numpy_fedavg(parties, start, rounds, lr, batch_size):
@@ -120,7 +123,12 @@ def test_adam_state_is_fresh_for_each_party(job, parties):
     updates = []
     for before in ("north", "south"):
         resident = Resident(
-            build=build, fit=job()["fit"], datasets=parties, privacy_engines={}, seed=0, device=torch.device("cpu")
+            build=build,
+            fit=job()["fit"],
+            datasets=parties,
+            privacy_engines={},
+            seed=0,
+            arithmetic=CPU,
         )
         weights = resident.layout.read()
         *_, (_, done) = resident.do([(before, Train()), (before, Train()), ("east", Train())], weights, 1)

@@ -16,6 +16,9 @@ from choral.trainers import Epochs
 from choral.trainers.algorithms.interface import Done, Train
 from choral.trainers.engines import Cohort, Direct, Fastest
 from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.task.arithmetic import Arithmetic
+
+CPU = Arithmetic(torch.device("cpu"))
 
 SIZES = [23, 10, 9, 42, 7, 23]
 Job = Callable[[Any], tuple[nn.Module, torch.optim.Optimizer, Any]]
@@ -168,7 +171,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def results(build: Job, fit: Any, engine: Any, make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]) -> Any:
     generator = torch.Generator().manual_seed(5)
     parties = {f"party-{k}": TensorDataset(*make(n, generator)) for k, n in enumerate(SIZES)}
-    resident = Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu"))
+    resident = Resident(build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, arithmetic=CPU)
     trainer = engine(resident)
     weights = resident.layout.read() + 0.05 * torch.linspace(-1, 1, resident.length)
     return trainer, dict(trainer.do([(party, Train()) for party in parties], weights, 2))
@@ -208,7 +211,12 @@ def test_corrections_of_models(model: str) -> None:
         generator = torch.Generator().manual_seed(5)
         parties = {f"party-{k}": TensorDataset(*classes(n, generator)) for k, n in enumerate(SIZES)}
         resident = Resident(
-            build=build, fit=fit, datasets=parties, privacy_engines={}, seed=3, device=torch.device("cpu")
+            build=build,
+            fit=fit,
+            datasets=parties,
+            privacy_engines={},
+            seed=3,
+            arithmetic=CPU,
         )
         weights = resident.layout.read()
         done = engine(resident).do([(party, work) for party in parties], weights, 2)

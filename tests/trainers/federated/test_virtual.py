@@ -16,8 +16,9 @@ from choral.errors import ConfigError, DataError
 from choral.trainers import DANE, GD, FedNova, RunInfo, Scaffold, VirtualParties
 from choral.trainers.federated.participation import Dropouts, Participation
 from choral.trainers.local_steps.logistic_regression import ClosedForm
-from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.local_steps.resident_model import Resident, Seating
 from choral.trainers.run_folder.run import Run
+from choral.trainers.task.arithmetic import Arithmetic
 
 MILLION = 1_000_000
 
@@ -143,9 +144,8 @@ def test_the_closed_form_keeps_as_many_as_have_a_seat():
         datasets=VirtualParties(9, make, 4),
         privacy_engines={},
         seed=0,
-        device=torch.device("cpu"),
-        first="party-0000000",
-        seats=2,
+        arithmetic=Arithmetic(torch.device("cpu")),
+        seating=Seating("party-0000000", 2),
     )
     trainer = ClosedForm(resident, rate=0.1, batch_size=2)
     made.clear()
@@ -214,9 +214,8 @@ def test_seats_are_given_up_from_the_longest_idle(job):
         datasets=VirtualParties(9, made, 8),
         privacy_engines={},
         seed=0,
-        device=torch.device("cpu"),
-        first="party-0000000",
-        seats=2,
+        arithmetic=Arithmetic(torch.device("cpu")),
+        seating=Seating("party-0000000", 2),
     )
     made.numbers.clear()
     for number in (1, 2, 1, 3, 1, 2):  # 3 takes the seat of 2, and 2 comes back

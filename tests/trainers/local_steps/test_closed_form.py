@@ -22,6 +22,7 @@ from choral.trainers.data.sparse_rows import SparseDataset
 from choral.trainers.local_steps import sparse_kernels, sparse_kernels_numba
 from choral.trainers.local_steps.logistic_regression import ClosedForm
 from choral.trainers.local_steps.resident_model import Resident
+from choral.trainers.task.arithmetic import Arithmetic
 
 RATE, BATCH, EPOCHS, DECAY, FEATURES = 0.3, 4, 2, 0.01, 9
 
@@ -58,7 +59,7 @@ def resident(kind: str = "sparse", *, bias: bool = False, **changed: Any) -> Res
         return model, optimizer, DataLoader(dataset, batch_size=BATCH, shuffle=True)
 
     given = {"build": build, "fit": fit, "loss": loss, "datasets": parties(kind), "privacy_engines": {}, "seed": 3}
-    return Resident(**(given | {"device": torch.device("cpu")} | changed))
+    return Resident(**(given | {"arithmetic": Arithmetic(torch.device("cpu"))} | changed))
 
 
 def closed(of: Resident, **changed: Any) -> ClosedForm:
@@ -144,12 +145,12 @@ def test_compiled_loops_as_plain_python(anchored, uncompiled):
     labels, order = random.integers(0, 2, 9).astype(float), np.concatenate([random.permutation(9)] * 2)[:17]
     start, drift, scale = random.normal(size=(3, 20))
     parts = rows.indptr, rows.indices, rows.data, labels
-    found = python.walk(*parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
-    wanted = sparse_kernels.walk(*parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
+    found = python.walk(parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
+    wanted = sparse_kernels.walk(parts, order, 5, start, drift, 0.9, 0.3, scale, anchored)
     np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
     duals = np.full(9, 0.25), np.full(9, 0.25)
-    found = python.ascend(*parts, order, start, duals[0], 0.5, 0.9)
-    wanted = sparse_kernels.ascend(*parts, order, start, duals[1], 0.5, 0.9)
+    found = python.ascend(parts, order, start, duals[0], 0.5, 0.9)
+    wanted = sparse_kernels.ascend(parts, order, start, duals[1], 0.5, 0.9)
     np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(*duals, rtol=1e-10)
     assert np.abs(duals[0] - 0.25).max() > 1e-3

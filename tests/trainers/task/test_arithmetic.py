@@ -257,9 +257,7 @@ def test_fastest_tries_what_is_compiled_and_what_is_not(monkeypatch):
 
     data = {name: TensorDataset(torch.randn(20, 5), torch.arange(20) % 2) for name in ("north", "south")}
     arithmetic = Arithmetic(CPU, compile=True)
-    resident = Resident(
-        build=build, fit=Epochs(), datasets=data, privacy_engines={}, seed=0, device=CPU, arithmetic=arithmetic
-    )
+    resident = Resident(build=build, fit=Epochs(), datasets=data, privacy_engines={}, seed=0, arithmetic=arithmetic)
     trainer = Fastest(resident)
     orders = [(name, fastest_work()) for name in data]
     assert len(list(trainer.do(orders, resident.layout.read(), 1))) == 2
