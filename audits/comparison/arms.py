@@ -11,6 +11,7 @@ import msgspec
 
 from choral.audits.comparison.shares_trust import shares_trust
 from choral.audits.findings.claims import check_costs, claim_of, short_path
+from choral.audits.findings.parameters import lattice_of
 from choral.audits.findings.schema import ArmResult, BudgetCurve, BudgetPoint, Difference, Measure, Point
 from choral.audits.findings.statistics import data_owners_of, difference_interval, mean_interval, spreads
 from choral.audits.findings.text import is_percent
@@ -106,6 +107,7 @@ def arm_of(name: str, runs: Sequence[Run], metric: str, also: Sequence[str] = ()
         seconds=mean_interval([math.fsum(entry.seconds for entry in run.history) for run in runs]),
         survivors=_fewest_survivors(runs) if federated else None,
         secure_sum=msgspec.to_builtins(info.secure_sum),
+        lattice=lattice_of(info.secure_sum),
         curve=_curve(runs, metric),
         more=tuple(
             Measure(

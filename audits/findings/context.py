@@ -13,10 +13,12 @@ class Context:
     """What the model is for."""
     curator: str = ""
     """Who publishes it."""
+    curator_type: str = ""
+    """Government, Industry or Nonprofit."""
     region: str = ""
     """Whose data they are, and where."""
     sector: str = ""
-    """Technology, Healthcare, Education or Government."""
+    """Technology, Healthcare, Education, Government, Energy or Finance."""
     recipients: str = ""
     """Who gets the model, and who the report."""
     legal_basis: str = ""
@@ -42,6 +44,7 @@ class Context:
 CONTEXT_WORDS = {
     "purpose": "What the model is for",
     "curator": "Who publishes it",
+    "curator_type": "What kind of body that is",
     "region": "Whose data, where",
     "sector": "Sector",
     "recipients": "Who gets model and report",

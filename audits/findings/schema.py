@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from choral.audits.findings.evidence import Probe, ScoreAudit
+from choral.audits.findings.parameters import LatticeEstimate, Parameters
 from choral.audits.findings.whole import CitedManifest
 from choral.errors import ChoralError
 
@@ -199,6 +200,7 @@ class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     checks: tuple[Check, ...]
     attacks: tuple[ScoreAudit, ...] = ()
     probe: Probe | None = None
+    parameters: Parameters | None = None
     not_run: tuple[NotRun, ...]
 
 
@@ -245,6 +247,7 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seconds: Estimate
     survivors: int | None = None
     secure_sum: dict[str, Any] | None = None
+    lattice: LatticeEstimate | None = None
     fairness: Fairness | None = None
     audit: ArmAudit | None = None
     manifests: tuple[CitedManifest, ...] = ()
@@ -344,6 +347,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     parameters: int
     examples: dict[str, int]
     secure_sum: dict[str, Any] | None = None
+    lattice: LatticeEstimate | None = None
     privacy: dict[str, float | int | str] | None = None
     config: dict[str, Any] = {}
     randomness: str = RANDOMNESS

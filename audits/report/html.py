@@ -23,6 +23,7 @@ from choral.audits.report.charts.winner_figures import winners
 from choral.audits.report.reader import summary
 from choral.audits.report.reader.glossary import GLOSSARY
 from choral.audits.report.reader.hazards import hazards
+from choral.audits.report.reader.parameters import lattice_words, parameter_rows
 from choral.audits.report.shares_gain import shares_gain
 from choral.audits.report.storage import as_json
 from choral.errors import ConfigError
@@ -202,6 +203,8 @@ def _environment() -> Environment:
         energy=text.energy,
         no_claim=no_claim,
         composed_words=composed_words,
+        parameter_rows=parameter_rows,
+        lattice_words=lattice_words,
         plain_reading=summary.plain_reading,
         words=_WORDS,
         spread_words=_SPREAD_WORDS,

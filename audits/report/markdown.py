@@ -21,11 +21,14 @@ from choral.audits.findings.text import (
     width,
 )
 from choral.audits.findings.verdict import said
+from choral.audits.report.reader.hazards import Hazard, hazards, run_hazards
+from choral.audits.report.reader.parameters import lattice_words, parameter_rows
 from choral.audits.report.shares_gain import shares_gain
 
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
     from choral.audits.findings.evidence import ScoreAudit
+    from choral.audits.findings.parameters import LatticeEstimate, Parameters
     from choral.audits.findings.schema import Check, NotRun
     from choral.audits.run.run_audit import Audit
 
@@ -40,9 +43,12 @@ def audit_markdown(report: Audit) -> str:
         f"**{_safe(report.sentence)}**",
         _safe(report.claim),
         *(_attack(attack) for attack in report.attacks),
+        _parameters([(report.title, report.parameters)]),
+        _lattice([report.run.lattice] if report.run else []),
         "### What was checked",
         _checks(report.checks),
         _not_run(report.not_run),
+        _hazards(run_hazards(report) if report.run else []),
         "### Limits",
         _list(report.caveats),
         _foot(report.made, report.versions),
@@ -90,16 +96,38 @@ def comparison_markdown(report: Comparison) -> str:
         _fairness(report),
         *(f"**{_safe(arm.name)}.** {_safe(arm.claim.sentence)}" for arm in report.arms if arm.claim),
         *(_safe(composed_words(each)) for each in report.composed),
+        _parameters([(arm.name, arm.audit.parameters if arm.audit else None) for arm in report.arms]),
+        _lattice([arm.lattice for arm in report.arms]),
         "### Evidence",
         _evidence(report),
         "### What was checked between the configurations",
         _checks(report.checks),
         _not_run(report.not_run),
+        _hazards(hazards(report)),
         "### Limits",
         _list(report.caveats),
         _foot(report.made, report.versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _parameters(found: Sequence[tuple[str, Parameters | None]]) -> str:
+    """Each promise in the parameters of other definitions."""
+    rows = [
+        (_safe(name), _safe(what), _safe(value)) for name, each in found if each for what, value in parameter_rows(each)
+    ]
+    return f"### In other parameters\n\n{_table(('of', 'parameter', 'value'), rows)}" if rows else ""
+
+
+def _lattice(found: Sequence[LatticeEstimate | None]) -> str:
+    return "\n\n".join(dict.fromkeys(_safe(lattice_words(each)) for each in found if each))
+
+
+def _hazards(found: Sequence[Hazard]) -> str:
+    if not found:
+        return ""
+    lines = _list(f"{each.status}: {each.name}: {each.why}" for each in found)
+    return f"### Hazards that NIST SP 800-226 names\n\n{lines}"
 
 
 def _evidence(report: Comparison) -> str:

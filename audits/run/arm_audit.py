@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 from choral.audits.budgets.accountants import accountants_check, accountants_of
 from choral.audits.budgets.budgets import budget_checks, of_run, owner_budgets, unverifiable
 from choral.audits.budgets.consistency import books_checks
+from choral.audits.budgets.parameters import parameters_of
 from choral.audits.budgets.participation import participation_checks, participation_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
+from choral.audits.findings.parameters import Parameters
 from choral.audits.findings.schema import ArmAudit, Check, OwnerBudget
 from choral.audits.findings.text import at_least
 from choral.audits.findings.verdict import FAILED, evidence_checks, not_run, verdict_sentence, worst
 from choral.audits.run.signed_checks import UNBOUND, cited_manifest, signed_checks
 from choral.audits.transcripts.transcript_audit import CHAINED, TranscriptAudit, transcript_audit, transcript_gone
+from choral.errors import ChoralError
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
@@ -72,11 +75,20 @@ def arm_audit(
         checks=tuple(checks),
         attacks=tuple(attacks),
         probe=probe,
+        parameters=_parameters(runs),
         not_run=(
             *not_run(attacks, probe, None, transcript),
             *([] if all(cited_manifest(run) for run in runs) else [UNBOUND]),
         ),
     )
+
+
+def _parameters(runs: Sequence[Run]) -> Parameters | None:
+    """Of the first seed, whose ledgers may be damaged: then a check says so."""
+    try:
+        return parameters_of(runs[0])
+    except ChoralError:
+        return None
 
 
 def audited(

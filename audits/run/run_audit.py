@@ -13,12 +13,14 @@ import msgspec
 from choral.audits.budgets.accountants import Accountants, accountants_check, accountants_of
 from choral.audits.budgets.budgets import budget_checks, owner_budgets
 from choral.audits.budgets.consistency import books_checks
+from choral.audits.budgets.parameters import parameters_of
 from choral.audits.budgets.participation import ParticipationSummary, participation_checks, participation_of
 from choral.audits.costs.costs import Costs, costs_of
 from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, site_caveats, units_of
 from choral.audits.findings.evidence import InversionAudit, Probe, ScoreAudit
+from choral.audits.findings.parameters import Parameters, lattice_of
 from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
@@ -63,10 +65,10 @@ class Audit(
         "holds". sentence: the verdict in words, with the largest epsilon that a test here could have detected. Both
         speak of the claim and the checks that were made; ``not_run`` lists what was not.
     claim: the promise in words. promised: whether there is one. run: None for a model that was trained elsewhere.
-    budgets, accountants, participation: the ledgers' own audit. spreads: how unlike the data owners are, as run.json
-        says. costs: rounds, bytes, energy, money. transcript: what the server saw ("seen" in JSON). attacks, probe,
-        inversion: evidence from attacks. traces: each metric by round. manifest: of the run, which
-    binds all its files; None without.
+    budgets, accountants, parameters, participation: the ledgers' own audit. spreads: how unlike the data owners are, as
+        run.json says. costs: rounds, bytes, energy, money. transcript: what the server saw ("seen" in JSON). attacks,
+        probe, inversion: evidence from attacks. traces: each metric by round. manifest: of the run, which binds all its
+        files; None without.
     """
 
     format: Literal["choral-report"] = "choral-report"
@@ -84,6 +86,7 @@ class Audit(
     budgets: tuple[OwnerBudget, ...] = ()
     spreads: tuple[Spread, ...] = ()
     accountants: tuple[Accountants, ...] = ()
+    parameters: Parameters | None = None
     participation: ParticipationSummary | None = None
     transcript: TranscriptAudit | None = None
     costs: Costs | None = None
@@ -184,6 +187,7 @@ def audit(
         budgets=budgets,
         spreads=spreads(data_owners_of([run])),
         accountants=accountants,
+        parameters=parameters_of(run),
         participation=participation,
         transcript=transcript,
         costs=costs_of({info.kind: [run]}, prices or read_prices()),
@@ -267,6 +271,7 @@ def _facts(run: Run) -> RunFacts:
         parameters=info.parameters,
         examples=dict(info.parties),
         secure_sum=msgspec.to_builtins(info.secure_sum),
+        lattice=lattice_of(info.secure_sum),
         privacy=info.privacy,
         config=msgspec.to_builtins(info.config),
     )

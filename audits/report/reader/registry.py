@@ -1,7 +1,8 @@
 """A record for the OpenDP Deployments Registry (opendp/deployments-registry-data), of one run.
 
-The registry's own tests check a record; its fields, as of 2026-11, are these. What a program cannot know is taken from
-``[report.context]``; a field that stays unknown says "Not stated." The record is a draft: its board approves it.
+Its fields are those of schemas/deployments-schema.yaml at commit 057e5d81, which the tests hold a record against. What
+a program cannot know is taken from ``[report.context]``; a field that stays unknown says "Not stated." The record is a
+draft: its board approves it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from choral.audits.findings.schema import Claim
     from choral.trainers.run_folder.run import Run
 
-SECTORS = ("Technology", "Healthcare", "Education", "Government")
+SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy", "Finance")
+CURATORS = ("Government", "Industry", "Nonprofit")
 _NOT_STATED = "Not stated."
 
 
@@ -33,7 +35,7 @@ def registry_record(run: Run, context: Context, made: str) -> dict[str, Any]:
     title = str(info.config.get("title") or info.config.get("task") or "model")
     basic = {
         "name": title,
-        "data_curators": [{"data_curator_name": context.curator}],
+        "data_curators": [{"data_curator_name": context.curator, "data_curator_type": context.curator_type}],
         "description": f"{info.parameters:,} parameters, {info.kind} training, {len(info.parties)} parties.",
         "intended_use": context.purpose,
         "data_product_type": "Machine learning model",
@@ -53,16 +55,20 @@ def registry_record(run: Run, context: Context, made: str) -> dict[str, Any]:
         "privacy_loss": {
             "privacy_unit": "Record-level" if claim.unit == "record" else "Client-level",
             "privacy_unit_details": f"Neighbouring datasets: {claim.neighbours}.",
+            "number_of_privacy_units": sum(info.parties.values()) if claim.unit == "record" else info.party_count,
             "privacy_parameters": {"epsilon": round(claim.quoted, 6), "delta": claim.delta},
             "privacy_parameters_details": claim.sentence,
         },
         "deployment_model": {
             "model_name": "Federated" if federated else "Central",
+            "model_name_details": f"{info.kind} training".capitalize() + _summed(info.secure_sum),
             "trust_assumptions": trust,
             "actors": f"Held off: {adversary}.",
             "release_type": "One release",
             "data_source_type": "Static",
             "access_type": "Non-interactive",
+            "data_source_type_details": "The records that the run was started with.",
+            "access_type_details": "The trained model is published; nobody queries the records.",
         },
         "implementation": {
             "preprocessing_and_hyperparameter_tuning": "Not covered by the guarantee, and not recorded.",
@@ -70,6 +76,7 @@ def registry_record(run: Run, context: Context, made: str) -> dict[str, Any]:
             "composition": f"{claim.accountant}, over all steps on a ledger of each data owner.",
             "post_processing": "None recorded.",
             "justification": context.justification or _NOT_STATED,
+            "utility": _utility(run),
             "additional_information": "Made by Choral from a run folder; other releases: "
             + ("; ".join(context.releases) or "not stated") + ".",
         },
@@ -84,7 +91,9 @@ def _promise(run: Run, context: Context) -> Claim:
     claim = claim_of([run.info])
     if claim is None:
         raise ConfigError("the run promises no differential privacy: there is no deployment to register")
-    missing = [name for name in ("purpose", "curator", "region", "authors") if not getattr(context, name)]
+    missing = [
+        name for name in ("purpose", "curator", "curator_type", "region", "authors") if not getattr(context, name)
+    ]
     if missing:
         raise ConfigError(
             f"a record of the registry needs {', '.join(missing)}, which no program knows",
@@ -92,7 +101,20 @@ def _promise(run: Run, context: Context) -> Claim:
         )
     if context.sector and context.sector not in SECTORS:
         raise ConfigError(f"sector is {context.sector!r}, expected one of {', '.join(SECTORS)}")
+    if context.curator_type not in CURATORS:
+        raise ConfigError(f"curator_type is {context.curator_type!r}, expected one of {', '.join(CURATORS)}")
     return claim
+
+
+def _summed(secure_sum: Mapping[str, Any] | None) -> str:
+    return f", updates added up by a {secure_sum.get('name')} sum." if secure_sum else "."
+
+
+def _utility(run: Run) -> str:
+    if not run.history:
+        return _NOT_STATED
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in run.history[-1].metrics.items())
+    return f"On the evaluation data, after the last round: {shown}."
 
 
 def _mechanisms(run: Run) -> str:
