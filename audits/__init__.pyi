@@ -19,6 +19,7 @@ from choral.audits.attacks.shadow_models import coin_members as coin_members
 from choral.audits.attacks.shadow_models import train_shadows as train_shadows
 from choral.audits.comparison.comparison import Comparison as Comparison
 from choral.audits.comparison.comparison import compare as compare
+from choral.audits.costs.job import Job as Job
 from choral.audits.costs.prices import PriceSettings as PriceSettings
 from choral.audits.costs.prices import read_prices as read_prices
 from choral.audits.findings.door import ArmEvidence as ArmEvidence

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import choral
 from choral import Task, audit, centralize, compare, federate
-from choral.audits import ArmEvidence, PriceSettings
+from choral.audits import ArmEvidence, Job, PriceSettings
 from choral.errors import ChoralError
 from choral.trainers import Epochs, Run, Schedule, Split, Training
 from choral.trainers.algorithms import KINDS
@@ -68,7 +68,7 @@ GROUPS = (
     *GIVEN,
     ArmEvidence,
     *(choral.Compute, choral.Encoding, choral.Keep, choral.Participation, Availability, Clock, Device, Dropouts),
-    *(choral.Masked, choral.Homomorphic, choral.Plain, Epochs, Schedule, Split, Training, PriceSettings),
+    *(choral.Masked, choral.Homomorphic, choral.Plain, Epochs, Schedule, Split, Training, PriceSettings, Job),
     *KINDS.values(),
 )
 

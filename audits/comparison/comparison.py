@@ -15,6 +15,7 @@ from choral.audits.comparison.checks import comparison_checks, weights_match
 from choral.audits.comparison.composition import composed
 from choral.audits.comparison.fairness import fairness_metric, fairness_of
 from choral.audits.costs.costs import Costs, costs_of
+from choral.audits.costs.job_bills import job_bills
 from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.costs.target import costs_to_target
 from choral.audits.costs.winners import winner_maps
@@ -198,7 +199,8 @@ def compare(
     table = prices or read_prices()
     if (costs := costs_of(ready, table)) is not None:
         level = costs_to_target(ready, metric, base, table, target)
-        costs = msgspec.structs.replace(costs, target=level, maps=winner_maps(ready, level, table))
+        maps, job = winner_maps(ready, level, table), job_bills(ready, level, table.job, table)
+        costs = msgspec.structs.replace(costs, target=level, maps=maps, job=job)
     return msgspec.structs.replace(
         found, title=title, references=levels, failed=tuple(gathered.not_trained), costs=costs
     )

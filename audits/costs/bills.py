@@ -154,14 +154,44 @@ def accelerator_seconds(runs: Sequence[Run], compute: float, prices: Prices) -> 
     return compute / prices["accelerator_speedup"], "modelled"
 
 
-def together(prices: Prices) -> float:
-    """What the accelerators are worth together, of one alone: more of them never take longer."""
-    return 1.0 + (prices["accelerators"] - 1.0) * prices["accelerator_efficiency"]
+def together(prices: Prices, count: float | None = None) -> float:
+    """What so many accelerators, by default the table's, are worth together, of one: more of them never take longer."""
+    return 1.0 + ((prices["accelerators"] if count is None else count) - 1.0) * prices["accelerator_efficiency"]
 
 
-def between_rounds(prices: Prices) -> float:
-    """Seconds from the beginning of a round to that of the next, at least; 0 where they follow on one another."""
-    return DAY / prices["rounds_per_day"] if prices["rounds_per_day"] else 0.0
+def between_rounds(prices: Prices, period: float = 0.0) -> float:
+    """Seconds from the beginning of a round to that of the next, at least; 0 where they follow on one another.
+
+    period: of the run's own clock, which holds where the price table names no rounds a day.
+    """
+    return DAY / prices["rounds_per_day"] if prices["rounds_per_day"] else period
+
+
+def period_of(run: Run) -> float:
+    """Seconds from round to round by the clock of the run's participation; 0 where each begins when the last ends."""
+    clock = (run.info.participation or {}).get("clock") or {}
+    return float(clock.get("period", 0.0))
+
+
+def _calendar(runs: Sequence[Run], rounds: int, busy: float, prices: Prices) -> tuple[float, Item | None]:
+    """How long all rounds take, and the line that says so where they do not simply follow on one another.
+
+    busy: seconds of all rounds themselves. By the price table's rounds a day; else by the times at which the run's
+    participation had its rounds begin and end, devices and deadlines included.
+    """
+    simulated = [[entry for entry in run.history if entry.simulated_start is not None] for run in runs]
+    if prices["rounds_per_day"]:
+        whole, how = rounds * between_rounds(prices), f"{prices['rounds_per_day']:g} rounds a day, by the price table"
+    elif all(simulated):
+        spans = [(each[-1].simulated_start or 0) - (each[0].simulated_start or 0) for each in simulated]
+        whole = mean(spans) + mean([each[-1].simulated_seconds or 0.0 for each in simulated])
+        period = period_of(runs[0])
+        how = f"by the run's participation, {f'a round every {period / DAY:.3g} days' if period else 'round by round'}"
+        how += f", {100 * share_selected(runs):.3g} % of the parties in a round"
+    else:
+        return busy, None
+    whole = max(whole, busy)
+    return whole, Item(name="calendar", quantity=whole / DAY, unit="days", basis="modelled", how=how)
 
 
 def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
@@ -176,6 +206,7 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
     )
     sums = mean([math.fsum(summed(run, entry) for entry in run.history) for run in runs])
     clock = federated_seconds(rounds, info.processes * turn + sums, up, down + first, prices)
+    whole, calendar = _calendar(runs, rounds, clock, prices)
     metered = joules is not None
     spent = compute * prices["device_watts"] if joules is None else joules
     meter = "" if metered else f", at {prices['device_watts']:g} W"
@@ -200,6 +231,7 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
             joules=clock * prices["server_watts"],
         ),
         *_initial_weights(first * len(info.parties), prices),
+        *([calendar] if calendar else []),
     )
     return _bill(
         name,
@@ -207,7 +239,7 @@ def _federation_bill(name: str, runs: Sequence[Run], prices: Prices) -> Bill:
         items,
         up=up,
         down=down + first,
-        seconds=max(clock, rounds * between_rounds(prices)),
+        seconds=whole,
         metered=metered,
     )
 

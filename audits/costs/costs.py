@@ -9,6 +9,7 @@ import msgspec
 
 from choral.audits.costs.bills import Bill, bill
 from choral.audits.costs.crossover import CrossoverLine, Workload, crossover, workload
+from choral.audits.costs.job_bills import JobBill
 from choral.audits.costs.prices import Price, Prices
 from choral.audits.costs.target import Target
 from choral.audits.costs.winners import WinnerMap
@@ -21,7 +22,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Bills of all arms, the crossover where there is a cloud and a federation, and the prices used.
 
     target: what each run cost until it was as good as stated, or as 95 % of the baseline; None of a single run. maps:
-    who wins, over parties and sizes of records, at equal accuracy and privacy.
+    who wins, over parties and sizes of records, at equal accuracy and privacy. job: bills of the reader's own job.
     """
 
     as_of: str
@@ -32,6 +33,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     crossover: tuple[CrossoverLine, ...] = ()
     target: Target | None = None
     maps: tuple[WinnerMap, ...] = ()
+    job: tuple[JobBill, ...] = ()
 
 
 def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:

@@ -5,12 +5,13 @@ For n parties of m examples of r bytes each, pooled training on k accelerators a
     cloud money       n m (r (egress + storage) + R_c t_a accelerator_hour k / K)
     cloud time        8 m r / line + n m R_c t_a / K
     federation money  n s R (B bandwidth + m t_d energy) + R (w + 8 B / line + o + m t_d) server
-    federation time   R max(w + 8 B / line + o + m t_d, day / rounds a day)
+    federation time   R max(w + 8 B / line + o + m t_d, pause)
 
 R_c and R are the rounds of each side, which differ; t_a and t_d seconds of training per example and round, on an
 accelerator and on a party's device; K = 1 + (k - 1) e what k accelerators are worth together, e their efficiency; B
 bytes per party and round; s the share of the parties that a round selects; w the waits of a round; o what a round takes
-besides its training: encoding, secure sum and server. The server is paid while a round goes on, not until the next one.
+besides its training: encoding, secure sum and server. pause: a day over the rounds a day, or what the run's clock says
+from round to round. The server is paid while a round goes on, not until the next one.
 
 Money is linear in m on both sides, so for every n there is one m above which distribution is cheaper, or none; time is
 linear beyond the point where training fills the time between two rounds. It is a model: it has no salaries, no failed
@@ -32,6 +33,7 @@ from choral.audits.costs.bills import (
     between_rounds,
     federated_seconds,
     mean,
+    period_of,
     share_selected,
     summed,
     together,
@@ -53,7 +55,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rounds, cloud_rounds: of each side; None is as many as the federation's. device_seconds, accelerator_seconds: of
     training, per example and round. sum_seconds: of a round besides its training, all parties one after another.
     up_bytes, down_bytes: sent and received by a party that is selected, per round. selected: the share of the parties
-    that a round selects. model_bytes: of the weights, float32; 0 in the reports of earlier versions.
+    that a round selects. model_bytes: of the weights, float32; 0 in the reports of earlier versions. period: seconds
+    from round to round by the federation's own clock, 0 where they follow on one another.
     """
 
     federated: str
@@ -71,6 +74,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cloud_rounds: int | None = None
     sum_seconds: float = 0.0
     model_bytes: float = 0.0
+    period: float = 0.0
 
     @property
     def passes(self) -> int:
@@ -119,6 +123,7 @@ def workload(
         cloud_rounds=passes,
         sum_seconds=mean([sum(summed(run, entry) for entry in run.history) for run in federation]) / rounds,
         model_bytes=4.0 * first.parameters,
+        period=period_of(federation[0]),
     )
 
 
@@ -145,7 +150,7 @@ def federation_usd(work: Workload, prices: Prices, parties: float, examples: flo
 def federation_seconds(work: Workload, prices: Prices, examples: float) -> float:
     """Of however many parties: they train at the same time."""
     busy = _besides_training(work, prices) + examples * work.device_seconds
-    return work.rounds * max(busy, between_rounds(prices))
+    return work.rounds * max(busy, between_rounds(prices, work.period))
 
 
 def examples_to_be_cheaper(work: Workload, prices: Prices, parties: float, record_bytes: float) -> float | None:
@@ -158,7 +163,7 @@ def examples_to_be_cheaper(work: Workload, prices: Prices, parties: float, recor
 def examples_to_be_faster(work: Workload, prices: Prices, parties: float, record_bytes: float) -> float | None:
     """Examples per party from which the federation takes less time; None if it never does."""
     pooled = cloud_seconds(work, prices, parties, 1.0, record_bytes)
-    between, idle = between_rounds(prices), _besides_training(work, prices)
+    between, idle = between_rounds(prices, work.period), _besides_training(work, prices)
     if pooled and between > idle:  # first while training fits between two rounds
         waited = work.rounds * between / pooled
         if idle + waited * work.device_seconds <= between:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from choral.audits.costs.job import Job
 from choral.errors import ConfigError
 from choral.trainers.task import arguments
 
@@ -91,18 +92,23 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """A complete table. as_of: the date of its list prices, as text. origin: the file, or "shipped table"."""
+    """A complete table. as_of: the date of its list prices, as text. origin: the file, or "shipped table". job: of the
+    reader, whose bill a comparison makes with them.
+    """
 
     as_of: str
     origin: str
     entries: Mapping[str, Price]
+    job: Job | None = None
 
     def __getitem__(self, key: str) -> float:
         return self.entries[key].value
 
 
-def read_prices(path: str | Path | None = None, changes: PriceSettings | None = None) -> Prices:
+def read_prices(path: str | Path | None = None, changes: PriceSettings | None = None, job: Job | None = None) -> Prices:
     """The shipped table, with the entries of the file ``path`` in place of its own, and ``changes`` in place of both.
+
+    job: the reader's own, to whose size a comparison scales its bill, beside that of what was run.
 
     A file holds any of the tables of ``prices.toml``, each with ``value`` and ``source`` (the unit is fixed), and
     optionally ``as_of``.
@@ -119,7 +125,7 @@ def read_prices(path: str | Path | None = None, changes: PriceSettings | None = 
     for key in KEYS:
         if changes is not None and (value := getattr(changes, key)) is not None:
             entries[key] = Price(value=float(value), unit=entries[key].unit, source=f"given as price.{key}")
-    return Prices(as_of=as_of, origin=origin, entries={key: entries[key] for key in KEYS})
+    return Prices(as_of=as_of, origin=origin, entries={key: entries[key] for key in KEYS}, job=job)
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -71,6 +71,12 @@ def costs_to_target(
     return Target(metric=metric, level=chosen, stated=level is not None, arms=reached)
 
 
+def rounds_to(target: Target, name: str) -> float | None:
+    """Of a configuration, in the mean over its seeds; None where one of them never reached the level."""
+    found = [each.round for each in target.arms[name]]
+    return None if any(place is None for place in found) else max(mean([float(place or 0) for place in found]), 1.0)
+
+
 def _reached(name: str, run: Run, metric: str, level: float, falling: bool, prices: Prices) -> Reached:
     there = (
         entry

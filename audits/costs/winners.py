@@ -26,7 +26,7 @@ from choral.audits.costs.crossover import (
     workload,
 )
 from choral.audits.costs.prices import KEYS, POSITIVE_COUNTS, Prices
-from choral.audits.costs.target import Target
+from choral.audits.costs.target import Target, rounds_to
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
@@ -95,9 +95,9 @@ def winner_maps(arms: Mapping[str, Sequence[Run]], target: Target | None, prices
     if target is None:
         return ()
     made = []
-    for cloud, federated, epsilon in _pairs(arms):
+    for cloud, federated, epsilon in equal_pairs(arms):
         work = workload(federated, arms[federated], cloud, arms[cloud], prices)
-        rounds, cloud_rounds = _rounds(target, federated), _rounds(target, cloud)
+        rounds, cloud_rounds = rounds_to(target, federated), rounds_to(target, cloud)
         if work is None or not work.model_bytes or (rounds is None and cloud_rounds is None):
             continue
         nightly, pace = _changed(prices, "rounds_per_day", DAILY), (epsilon, rounds, cloud_rounds)
@@ -106,7 +106,7 @@ def winner_maps(arms: Mapping[str, Sequence[Run]], target: Target | None, prices
     return tuple(made)
 
 
-def _pairs(arms: Mapping[str, Sequence[Run]]) -> list[tuple[str, str, float | None]]:
+def equal_pairs(arms: Mapping[str, Sequence[Run]]) -> list[tuple[str, str, float | None]]:
     """Pooled and federated configurations at equal privacy, one pair without it and one with."""
     pairs: list[tuple[str, str, float | None]] = []
     for private in (False, True):
@@ -135,12 +135,6 @@ def _rank(arms: Mapping[str, Sequence[Run]], name: str) -> tuple[bool, bool]:
 def _promise(arms: Mapping[str, Sequence[Run]], name: str) -> tuple[object, ...]:
     promise = arms[name][0].info.privacy or {}
     return promise.get("epsilon"), promise.get("delta"), promise.get("unit", "record")
-
-
-def _rounds(target: Target, name: str) -> float | None:
-    """To the target; of a configuration of which a seed never reached it, None."""
-    found = [each.round for each in target.arms[name]]
-    return None if any(place is None for place in found) else max(mean([float(place or 0) for place in found]), 1.0)
 
 
 def _map(

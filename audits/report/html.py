@@ -189,18 +189,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    scores, amounts = ("score", "is_percent", "plus_minus", "signed", "width"), ("amount", "power", "cost")
+    said = (*scores, *amounts, "duration", "money", "energy")
+    environment.globals.update({name: getattr(text, name) for name in said})
     environment.globals.update(
-        score=text.score,
-        is_percent=text.is_percent,
-        plus_minus=text.plus_minus,
-        signed=text.signed,
-        width=text.width,
-        amount=text.amount,
-        power=text.power,
-        cost=text.cost,
-        duration=text.duration,
-        money=text.money,
-        energy=text.energy,
+        job_sentence=price_figures.job_sentence,
         no_claim=no_claim,
         composed_words=composed_words,
         parameter_rows=parameter_rows,
@@ -209,8 +202,7 @@ def _environment() -> Environment:
         words=_WORDS,
         spread_words=_SPREAD_WORDS,
     )
-    environment.filters["promises"] = summary.promises
-    environment.filters["plain"] = _plain
+    environment.filters.update(promises=summary.promises, plain=_plain)
     environment.filters["capitalize_first"] = lambda sentence: sentence[:1].upper() + sentence[1:]
     environment.filters["json_digest"] = lambda report: sha256(as_json(report)).hexdigest()
     environment.filters["mean_of"] = lambda items, name: mean([getattr(item, name) for item in items])

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from choral.audits.costs.costs import Costs
 from choral.audits.costs.crossover import CrossoverLine, Workload
+from choral.audits.costs.job_bills import JobBill
 from choral.audits.findings.schema import ArmResult
-from choral.audits.findings.text import amount, score
+from choral.audits.findings.text import amount, duration, money, score
 from choral.audits.report.charts.axes import Axis
 from choral.audits.report.charts.figures import NARROW, WIDE, Figure
 from choral.audits.report.charts.svg import LABEL_GAP, Chart, log_ticks, shortened
@@ -16,6 +17,23 @@ from choral.audits.report.charts.svg import LABEL_GAP, Chart, log_ticks, shorten
 QUESTION = "Acceleration against large-scale distribution"
 LEAST, MOST = 1.0, 1e9  # examples per party that are drawn; a line below runs along the edge
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def job_sentence(job: JobBill) -> str:
+    """The reader's own job, and who wins it."""
+    size = (
+        f"{job.parties:,.0f} parties of {job.records:,.0f} records of {amount(job.record_bytes)}, a model of"
+        f" {job.parameters:,.0f} parameters, {100 * job.taking_part:.3g} % of the parties in a round"
+    )
+    pace = f", a round every {job.pause / 86_400:.3g} days" if job.pause else ""
+    cloud, apart = job.cloud, job.federation
+    cheaper = f"distribution ({apart.arm})" if apart.usd < cloud.usd else f"the cloud ({cloud.arm})"
+    faster = f"distribution ({apart.arm})" if apart.seconds < cloud.seconds else f"the cloud ({cloud.arm})"
+    return (
+        f"{size}{pace}. Cheaper is {cheaper}, {money(min(apart.usd, cloud.usd))} against"
+        f" {money(max(apart.usd, cloud.usd))}; faster is {faster},"
+        f" {duration(min(apart.seconds, cloud.seconds))} against {duration(max(apart.seconds, cloud.seconds))}."
+    )
 
 
 def crossovers(costs: Costs | None) -> list[tuple[str, Figure]]:

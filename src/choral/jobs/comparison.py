@@ -106,7 +106,7 @@ def run_comparison(
         also=settings.metrics[1:],
         references=_tried(lambda: _references(settings), levels, troubles),
         title=settings.title,
-        prices=read_prices(settings.prices, settings.price),
+        prices=read_prices(settings.prices, settings.price, settings.report.job),
         target=settings.target,
         evidence=replace(evidence_of(settings, list(arms), out), not_trained=_failed_runs(settings, failed, arms, out)),
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from choral.audits.costs.job import Job
 from choral.audits.costs.prices import PriceSettings
 from choral.audits.findings.context import Context
 from choral.errors import ConfigError
@@ -126,6 +127,7 @@ class ReportSettings:
     tolerance: float = 0.05
     """How much worse than the baseline, in the first metric, a configuration may be to be recommended."""
     context: Context = field(default_factory=Context)
+    job: Job = field(default_factory=Job)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tolerance < math.inf:
