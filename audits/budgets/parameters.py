@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
-from choral.audits.findings.parameters import AtDelta, Parameters, PersonPair, Renyi
+from choral.audits.findings.parameters import AtDelta, PersonPair, PromiseParameters, Renyi
 from choral.errors import ChoralError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ DELTAS = (1e-5, 1e-6)  # and 1/n^2
 ORDERS = (1.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
-def parameters_of(run: Run) -> Parameters | None:
+def parameters_of(run: Run) -> PromiseParameters | None:
     """Those of the data owner who has spent the most; None without a promise, or without its ledger."""
     ledgers = {name: ledger for name in owners_of(run) if (ledger := ledger_of(run, name)) is not None}
     spent = {name: run.info.spent[name] for name in ledgers if name in run.info.spent}
@@ -30,7 +30,7 @@ def parameters_of(run: Run) -> Parameters | None:
     holder = max(spent, key=lambda name: spent[name].epsilon)
     ledger, cost = ledgers[holder], spent[holder]
     rho = _rho(ledger)
-    return Parameters(
+    return PromiseParameters(
         holder=holder,
         neighbours=ledger.neighbours,
         at=_at_deltas(ledger, sorted({cost.delta, *DELTAS, *_of_all(run, holder)}, reverse=True)),

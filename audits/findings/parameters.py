@@ -29,7 +29,7 @@ class PersonPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     delta: float
 
 
-class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PromiseParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One data owner's ledger, of the owner with the largest epsilon, in the parameters that standards ask for.
 
     at: epsilon at delta 1e-5, 1e-6 and 1/n^2 for n records (or clients). mu: the least of Gaussian DP. rho: the least

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from choral.audits.findings.evidence import Probe, ScoreAudit
-from choral.audits.findings.parameters import LatticeEstimate, Parameters
+from choral.audits.findings.parameters import LatticeEstimate, PromiseParameters
 from choral.audits.findings.whole import CitedManifest
 from choral.errors import ChoralError
 
@@ -200,7 +200,7 @@ class ArmAudit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     checks: tuple[Check, ...]
     attacks: tuple[ScoreAudit, ...] = ()
     probe: Probe | None = None
-    parameters: Parameters | None = None
+    parameters: PromiseParameters | None = None
     not_run: tuple[NotRun, ...]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +23,7 @@ from choral.audits.report.reader import summary
 from choral.audits.report.reader.glossary import GLOSSARY
 from choral.audits.report.reader.hazards import hazards
 from choral.audits.report.reader.parameters import lattice_words, parameter_rows
+from choral.audits.report.settings_shown import settings, settings_text
 from choral.audits.report.shares_gain import shares_gain
 from choral.audits.report.storage import as_json
 from choral.errors import ConfigError
@@ -143,7 +143,7 @@ def audit_page(report: Audit) -> str:
                 for place, attack in enumerate((*report.attacks, *([report.probe.canaries] if report.probe else [])))
             ],
             inversion=evidence_figures.inversion_figure(report.inversion) if report.inversion else None,
-            settings=_settings_text(report.run.config) if report.run and report.run.config else "",
+            settings=settings_text(report.run.config) if report.run and report.run.config else "",
         )
     )
 
@@ -162,18 +162,6 @@ def audit_lead(report: Audit) -> str:
         first, last = text.score(trace.values[0], trace.name), text.score(trace.values[-1], trace.name)
         said += f" Its {trace.name} went from {first} to {last}."
     return said
-
-
-def _settings_text(config: Mapping[str, Any]) -> str:
-    """Without what is not set: null, and empty lists and tables. The JSON holds those too."""
-    return json.dumps(_set(config), indent=2, ensure_ascii=False, sort_keys=True)
-
-
-def _set(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {key: _set(item) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if item is not None and item not in ({}, [])}
-    return value
 
 
 def _environment() -> Environment:
@@ -366,30 +354,3 @@ def statements(arms: tuple[ArmResult, ...]) -> list[tuple[str, dict[str, Any]]]:
         else:
             found.append(([arm.name], arm.secure_sum))
     return [(", ".join(names), statement) for names, statement in found]
-
-
-def settings(arms: tuple[ArmResult, ...]) -> list[tuple[str, str]]:
-    """The first arm's settings, and of others what differs from them; once for all the arms that share it."""
-    first = next((arm.config for arm in arms if arm.config), {})
-    found: dict[str, list[str]] = {}
-    for arm in arms:
-        if arm.config:
-            text = _settings_text(first if arm.config == first else _changed(arm.config, first))
-            found.setdefault(text, []).append(arm.name)
-    if len(found) == 1:
-        return [("all configurations", text) for text in found]
-    return [
-        (", ".join(names) + (", where they differ from the first" if place else ""), text)
-        for place, (text, names) in enumerate(found.items())
-    ]
-
-
-def _changed(config: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are not the same; "not set" for those that are missing."""
-    found: dict[str, Any] = {}
-    for key in dict.fromkeys([*config, *first]):
-        mine, other = config.get(key, "not set"), first.get(key)
-        if mine == other:
-            continue
-        found[key] = _changed(mine, other) if isinstance(mine, Mapping) and isinstance(other, Mapping) else mine
-    return found

@@ -28,7 +28,7 @@ from choral.audits.report.shares_gain import shares_gain
 if TYPE_CHECKING:
     from choral.audits.comparison.comparison import Comparison
     from choral.audits.findings.evidence import ScoreAudit
-    from choral.audits.findings.parameters import LatticeEstimate, Parameters
+    from choral.audits.findings.parameters import LatticeEstimate, PromiseParameters
     from choral.audits.findings.schema import Check, NotRun
     from choral.audits.run.run_audit import Audit
 
@@ -111,7 +111,7 @@ def comparison_markdown(report: Comparison) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _parameters(found: Sequence[tuple[str, Parameters | None]]) -> str:
+def _parameters(found: Sequence[tuple[str, PromiseParameters | None]]) -> str:
     """Each promise in the parameters of other definitions."""
     rows = [
         (_safe(name), _safe(what), _safe(value)) for name, each in found if each for what, value in parameter_rows(each)

@@ -11,7 +11,7 @@ from choral.audits.budgets.consistency import books_checks
 from choral.audits.budgets.parameters import parameters_of
 from choral.audits.budgets.participation import participation_checks, participation_of
 from choral.audits.findings.evidence import Probe, ScoreAudit
-from choral.audits.findings.parameters import Parameters
+from choral.audits.findings.parameters import PromiseParameters
 from choral.audits.findings.schema import ArmAudit, Check, OwnerBudget
 from choral.audits.findings.text import at_least
 from choral.audits.findings.verdict import FAILED, evidence_checks, not_run, verdict_sentence, worst
@@ -83,7 +83,7 @@ def arm_audit(
     )
 
 
-def _parameters(runs: Sequence[Run]) -> Parameters | None:
+def _parameters(runs: Sequence[Run]) -> PromiseParameters | None:
     """Of the first seed, whose ledgers may be damaged: then a check says so."""
     try:
         return parameters_of(runs[0])

@@ -20,7 +20,7 @@ from choral.audits.costs.prices import Prices, read_prices
 from choral.audits.findings import door
 from choral.audits.findings.claims import caveats, check_costs, claim_of, no_claim, short_path, site_caveats, units_of
 from choral.audits.findings.evidence import InversionAudit, Probe, ScoreAudit
-from choral.audits.findings.parameters import Parameters, lattice_of
+from choral.audits.findings.parameters import PromiseParameters, lattice_of
 from choral.audits.findings.schema import (
     FORMAT_VERSION,
     NOT_RUN,
@@ -86,7 +86,7 @@ class Audit(
     budgets: tuple[OwnerBudget, ...] = ()
     spreads: tuple[Spread, ...] = ()
     accountants: tuple[Accountants, ...] = ()
-    parameters: Parameters | None = None
+    parameters: PromiseParameters | None = None
     participation: ParticipationSummary | None = None
     transcript: TranscriptAudit | None = None
     costs: Costs | None = None

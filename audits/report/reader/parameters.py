@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from choral.audits.findings.text import cost, power
 
 if TYPE_CHECKING:
-    from choral.audits.findings.parameters import LatticeEstimate, Parameters
+    from choral.audits.findings.parameters import LatticeEstimate, PromiseParameters
 
 
-def parameter_rows(found: Parameters) -> list[tuple[str, str]]:
+def parameter_rows(found: PromiseParameters) -> list[tuple[str, str]]:
     """(what, how much) of the ledger that cost the most."""
     rows = [(f"ε at δ = {power(each.delta)}", cost(each.epsilon)) for each in found.at]
     if found.rho is not None and found.mu is not None:

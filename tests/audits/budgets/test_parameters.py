@@ -12,7 +12,7 @@ import pytest
 
 from choral.audits import Audit, audit
 from choral.audits.budgets.parameters import parameters_of
-from choral.audits.findings.parameters import Parameters, lattice_of
+from choral.audits.findings.parameters import PromiseParameters, lattice_of
 from choral.audits.report.reader.parameters import lattice_words, parameter_rows
 from choral.privacy import Ledger
 from choral.privacy.accounting.events import ClientRelease, PoissonSampledGaussian, RecordEvent, Search
@@ -34,7 +34,7 @@ def run_of(make_run: Callable[..., Run], folder: Path, event: RecordEvent, **cha
     return Run(info=run.info, history=run.history, state=run.state, folder=folder)
 
 
-def found(run: Run) -> Parameters:
+def found(run: Run) -> PromiseParameters:
     parameters = parameters_of(run)
     assert parameters is not None
     return parameters

@@ -16,7 +16,8 @@ import pytest
 from choral.audits import Comparison, audit, compare
 from choral.audits.report.charts.figures import rounds_figure
 from choral.audits.report.charts.svg import ARM_CLASSES, arm_classes, spread, ticks
-from choral.audits.report.html import audit_page, comparison_page, settings
+from choral.audits.report.html import audit_page, comparison_page
+from choral.audits.report.settings_shown import settings
 from choral.trainers import RoundRecord, Run
 
 MakeRun = Callable[..., Run]
