@@ -28,8 +28,36 @@ def test_public_names_are_what_they_say(package: str) -> None:
         _ = module.nonsense
 
 
-def test_a_promise_and_a_federation_are_named_without_loading_opacus() -> None:
+HEAVY = {
+    "dp_accounting",
+    "opacus",
+    "scipy.stats",
+    "scipy.signal",
+    "scipy.optimize",
+    "numba",
+    "sklearn",
+    "pandas",
+    "tenseal",
+}
+HEAVY |= {"jinja2", "tyro", "matplotlib", "lightning", "transformers", "onnx", "pyarrow", "flwr"}
+
+
+def loaded_by(code: str) -> set[str]:
+    said = "sys.stderr.write('loaded: ' + ' '.join(sys.modules))"
+    whole = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n{said}"
+    ran = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
+    assert ran.stderr.startswith("loaded: "), ran.stderr
+    return set(ran.stderr.split())
+
+
+def test_a_promise_and_a_federation_are_named_without_loading_what_only_training_needs() -> None:
+    """Opacus takes as long as torch, and dp-accounting with scipy's statistics nearly so: they load where they serve."""
     names = "choral.Privacy, choral.ClientPrivacy, choral.CorrelatedPrivacy, choral.federate, choral.compare"
-    promises = "choral.Privacy(epsilon=3.0, delta=1e-5)"
-    code = f"import sys, choral; {names}; {promises}; sys.exit('opacus' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not HEAVY & loaded_by(f"import choral; {names}; choral.Privacy(epsilon=3.0, delta=1e-5)")
+
+
+def test_help_loads_no_torch_and_a_budget_none_either() -> None:
+    command = "from choral.cli import main; main({})"
+    assert not ({*HEAVY, "torch", "numpy"} - {"tyro"}) & loaded_by(command.format(["compare", "--help"]))
+    words = ["budget", "--noise-multiplier", "1", "--delta", "1e-5", "--sample-rate", "0.5", "--steps", "3"]
+    assert not {"torch", "opacus", "numba", "sklearn", "pandas"} & loaded_by(command.format(words))

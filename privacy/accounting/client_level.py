@@ -33,7 +33,6 @@ from importlib.metadata import version
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from dp_accounting.rdp import rdp_privacy_accountant
 
 from choral.privacy.accounting import record_level
 from choral.privacy.accounting import renyi as record_renyi
@@ -140,6 +139,8 @@ def tau(shares: int, variance: float) -> float:
 
 
 def _by_renyi(events: Sequence[ClientRelease], delta: float) -> float:
+    from dp_accounting.rdp import rdp_privacy_accountant  # here, since it takes long to load
+
     orders = tuple(sorted({*_BETWEEN, *map(float, _ORDERS)}))
     total = sum((event.steps * renyi(event, orders) for event in events), np.zeros(len(orders)))
     finite = np.isfinite(total)

@@ -1,18 +1,13 @@
 """Other accountants' numbers for the same releases, and ours held against them: dp-accounting's PLD, and PRV.
 
 For audits, and for each calibration. If two disagree, one is wrong, and :class:`AccountingError` is raised.
+dp-accounting takes nearly as long to load as torch: it is imported where it is asked.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-
-import dp_accounting
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.privacy_accountant import NeighboringRelation
-from dp_accounting.rdp import RdpAccountant
 
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import NEIGHBOURS, REPLACE_ONE, Priced, RecordEvent, Search, replaces
@@ -136,9 +131,12 @@ def _grid_of_others(merged: Merged, grid: float, replace: bool) -> float:
 
 
 def _by_dp_accounting(merged: Merged, delta: float, grid: float, replace: bool) -> float:
-    relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.REPLACE_SPECIAL
     if all(rate == 1.0 for rate, _, _ in merged):
         return discretised(merged, delta, grid, replace).upper
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.privacy_accountant import NeighboringRelation
+
+    relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.REPLACE_SPECIAL
     accountant = PLDAccountant(relation, _grid_of_others(merged, grid, replace))
     for rate, noise, steps in gaussians_as_one(merged):
         accountant.compose(dp_event_of(rate, noise), steps)
@@ -146,14 +144,18 @@ def _by_dp_accounting(merged: Merged, delta: float, grid: float, replace: bool) 
 
 
 def _searches_by_dp_accounting(events: Sequence[Priced], delta: float) -> float:
+    from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
+    from dp_accounting.dp_event import RepeatAndSelectDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant(RENYI_ORDERS)
     with quiet():
         for event in events:
             parts = merge(event.tries if isinstance(event, Search) else (event,))
-            steps = [dp_accounting.SelfComposedDpEvent(dp_event_of(q, s), t) for q, s, t in parts]
-            together = dp_accounting.ComposedDpEvent(steps)
+            steps = [SelfComposedDpEvent(dp_event_of(q, s), t) for q, s, t in parts]
+            together = ComposedDpEvent(steps)
             if isinstance(event, Search):
                 shape = math.inf if event.distribution == "poisson" else event.shape
-                together = dp_event.RepeatAndSelectDpEvent(together, event.mean, shape)
+                together = RepeatAndSelectDpEvent(together, event.mean, shape)
             accountant.compose(together)
     return float(accountant.get_epsilon(delta))

@@ -26,8 +26,6 @@ from functools import lru_cache
 from importlib.metadata import version
 from numbers import Real
 
-import dp_accounting
-
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import NEIGHBOURS, Priced, RecordEvent, Search, as_gaussians, replaces
 from choral.privacy.accounting.merged_steps import Merged, gaussians_as_one, merge, without_search
@@ -189,7 +187,9 @@ def discretised(merged: Merged, delta: float, grid: float, replace: bool) -> pld
     if all(rate == 1.0 for rate, _, _ in merged):  # exact: Balle and Wang 2018, theorem 8
         precision = math.fsum(steps / noise**2 for _, noise, steps in merged)
         distance = 2.0 if replace else 1.0  # of a record from its replacement, or from zero
-        exact = float(dp_accounting.get_epsilon_gaussian(precision**-0.5 / distance, delta))
+        from dp_accounting import get_epsilon_gaussian  # here: dp-accounting takes nearly as long to load as torch
+
+        exact = float(get_epsilon_gaussian(precision**-0.5 / distance, delta))
         return pld.EpsilonBounds(exact * (1.0 - 1e-9), exact, grid)
     # T steps that take every record are exactly one Gaussian of noise / sqrt(T).
     return pld.bounds(gaussians_as_one(merged), delta, grid, replace)

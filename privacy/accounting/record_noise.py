@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
-import dp_accounting
-
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
     PoissonSampledGaussian,
@@ -164,8 +162,10 @@ def _calibrate(
 
 def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: Merged, replace: bool) -> float:
     """Guess the noise by the central limit theorem of Gaussian DP (Bu et al. 2020): a start, never a guarantee."""
+    from dp_accounting import get_sigma_gaussian  # here, since it takes long to load
+
     distance = 2.0 if replace else 1.0
-    mu_squared = dp_accounting.get_sigma_gaussian(target, delta) ** -2
+    mu_squared = get_sigma_gaussian(target, delta) ** -2
     left = mu_squared - sum(t * q * q * math.expm1(min((distance / s) ** 2, 50.0)) for q, s, t in spent)
     guess = distance / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate)))
     return min(max(guess, SMALLEST_NOISE), LARGEST_NOISE / 2)

@@ -11,11 +11,10 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
 import numpy.typing as npt
-from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
@@ -29,7 +28,10 @@ from choral.privacy.accounting.events import (
 from choral.privacy.accounting.merged_steps import Merged, merge, without_search
 from choral.privacy.loss_distributions import replace_one
 
-RENYI_ORDERS = tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
+if TYPE_CHECKING:
+    import dp_accounting  # elsewhere where it is used: it takes nearly as long to load as torch
+
+RENYI_ORDERS = (*(1 + tenth / 10.0 for tenth in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)  # its own
 FEW_ORDERS = tuple(float(order) for order in (*range(2, 65), 128, 256))
 
 
@@ -40,8 +42,15 @@ def by_renyi(events: Sequence[Priced], delta: float, orders: tuple[float, ...], 
         parts = merge(event.tries if isinstance(event, Search) else (event,))
         curve = sum((t * _rdp_of_one_step(q, s, orders, replace) for q, s, t in parts), np.zeros(len(orders)))
         total += best_of(event, orders, curve) if isinstance(event, Search) else curve
+    return epsilon_of_curve(orders, total, delta)
+
+
+def epsilon_of_curve(orders: Sequence[float], curve: npt.NDArray[np.float64], delta: float) -> float:
+    """Return the epsilon at `delta` of Renyi divergences at `orders`, by dp-accounting's conversion."""
+    from dp_accounting.rdp import rdp_privacy_accountant
+
     with quiet():
-        return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+        return float(rdp_privacy_accountant.compute_epsilon(orders, curve, delta)[0])
 
 
 def renyi(
@@ -65,6 +74,8 @@ def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float
     lam = np.asarray(orders, dtype=np.float64)
     own = curve + math.log(search.mean) / (lam - 1.0)
     if search.distribution == "poisson":
+        from dp_accounting.rdp import rdp_privacy_accountant
+
         hats = np.log1p(1.0 / (lam - 1.0))
         deltas = [rdp_privacy_accountant.compute_delta(orders, curve, float(hat))[0] for hat in hats]
         bound = own + search.mean * np.asarray(deltas)
@@ -76,6 +87,8 @@ def best_of(search: Search, orders: Sequence[float], curve: npt.NDArray[np.float
 
 def dp_event_of(rate: float, noise: float) -> dp_accounting.DpEvent:
     """Return one step as an event of dp-accounting's."""
+    import dp_accounting
+
     event = dp_accounting.GaussianDpEvent(noise)
     return event if rate == 1.0 else dp_accounting.PoissonSampledDpEvent(rate, event)
 
@@ -84,14 +97,15 @@ def dp_event_of(rate: float, noise: float) -> dp_accounting.DpEvent:
 def rdp(merged: Merged, delta: float, orders: tuple[float, ...], replace: bool) -> float:
     """Return epsilon by Renyi DP of steps; an upper bound, whatever the orders."""
     total = sum(steps * _rdp_of_one_step(rate, noise, orders, replace) for rate, noise, steps in merged)
-    with quiet():
-        return float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+    return epsilon_of_curve(orders, np.asarray(total), delta)
 
 
 @lru_cache(maxsize=512)
 def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...], replace: bool) -> npt.NDArray[np.float64]:
     if replace:
         return replace_one.renyi(rate, noise, orders)
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant(orders)
     with quiet():
         return np.asarray(accountant.compose(dp_event_of(rate, noise)).rdp)

@@ -27,7 +27,6 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from choral.errors import ConfigError
@@ -135,6 +134,8 @@ def _convolved(a: Floats, b: Floats) -> Floats:
 def _least(
     objective: Callable[[Floats], tuple[float, Floats]], start: Floats, bounds: list[tuple[float, float]]
 ) -> Floats:
+    from scipy.optimize import minimize  # here, since it takes long to load
+
     found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})
     best: Floats = found.x if found.fun <= objective(start)[0] else start
     return best

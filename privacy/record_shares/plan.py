@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
@@ -117,6 +116,8 @@ def rows_of(records: int, rate: Fraction) -> int:
     """Return the least K, up to `records`, with P(Bin(records, rate) >= K) <= CAP_FAILURE; where all may come, all."""
     if rate == 1:
         return records
+    from scipy import stats  # here, since it takes long to load
+
     low, high = 0, records
     while high - low > 1:
         middle = (low + high) // 2

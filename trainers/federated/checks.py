@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
@@ -260,6 +259,8 @@ def check_secret_cohorts(
 
 def _check_size(participation: Participation, rate: float, clients: int) -> None:
     """Raises: ConfigError where a round may have too few clients, which would be seen."""
+    from scipy import stats  # here, since it takes long to load
+
     there = rate * math.prod(1.0 - chance for chance in participation.dropouts.chances)
     least = participation.fewest(clients)
     if float(stats.binom.cdf(least - 1, clients - 1, there)) > FAILS:

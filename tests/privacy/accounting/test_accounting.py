@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from choral.errors import ConfigError
-from choral.privacy.accounting import budget, merged_steps, other_accountants, record_level, record_noise
+from choral.privacy.accounting import budget, merged_steps, other_accountants, record_level, record_noise, renyi
 from choral.privacy.accounting.events import (
     ADD_OR_REMOVE,
     REPLACE_ONE,
@@ -449,3 +449,9 @@ def test_the_examples_in_the_docstring() -> None:
 def test_accounting_imports_no_torch() -> None:
     code = "import sys, choral.privacy.accounting.budget; sys.exit('torch' in sys.modules or 'opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_our_orders_are_those_of_dp_accounting() -> None:
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    assert list(renyi.RENYI_ORDERS) == list(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
