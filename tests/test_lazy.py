@@ -51,7 +51,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_a_promise_and_a_federation_are_named_without_loading_what_only_training_needs() -> None:
-    """Opacus takes as long as torch, and dp-accounting with scipy's statistics nearly so: they load where they serve."""
+    """Opacus takes as long as torch, and dp-accounting nearly so: they load where they serve."""
     names = "choral.Privacy, choral.ClientPrivacy, choral.CorrelatedPrivacy, choral.federate, choral.compare"
     assert not HEAVY & loaded_by(f"import choral; {names}; choral.Privacy(epsilon=3.0, delta=1e-5)")
 
