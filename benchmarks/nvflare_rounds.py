@@ -32,8 +32,9 @@ from nvflare.app_common.decomposers import numpy_decomposers  # noqa: E402
 from nvflare.fuel.utils import fobs  # noqa: E402
 from nvflare.recipe.spec import Recipe  # noqa: E402
 
-from choral.jobs.engines.nvflare_job import ChoralServer, job_of, settings_of  # noqa: E402
+from choral.jobs.engines.nvflare_job import ChoralServer, job_of  # noqa: E402
 from choral.jobs.serving import serve_by_engine  # noqa: E402
+from choral.jobs.settings import parse_job  # noqa: E402
 from choral.network.nvflare.local_files import read_local  # noqa: E402
 from choral.network.nvflare.messages import NVFlareMessages  # noqa: E402
 from choral.network.nvflare.site import ChoralSite  # noqa: E402
@@ -110,7 +111,7 @@ class BareServer(ChoralServer):
                 self._bare(fl_ctx)
                 bare.append(time.perf_counter() - begun)
 
-        settings = settings_of(self.settings, self.job)
+        settings = parse_job(self.settings, self.job)
         messages, hub = NVFlareMessages(fl_ctx), Path(local["coordinator"])
         run = serve_by_engine(messages, settings, hub, out=Path(local["runs"]) / self.job, say=after)
         secure = [entry.seconds for entry in run.history[1:]]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from site_doors import doors
 from site_federation import Federation, approved, dataset_of, toml_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.network import SiteHost
-from choral.network.door.handling import handler, limit
-from choral.network.door.server import DoorServer
 from choral.network.flower import secure_sum_mod
 from choral.trainers import Run, Task, federate
 
@@ -79,12 +76,11 @@ def rehearsed(names: Iterable[str], rounds: int, secure_sum: Any, *, without: Ma
 
 @dataclasses.dataclass
 class FlowerSites:
-    """Folders of sites and of the coordinator; doors in this process. hosts: by name, as long as doors are open."""
+    """Folders of sites and of the coordinator; doors in this process."""
 
     path: Path
     place: Path
     names: tuple[str, ...] = ("north", "south", "east")
-    hosts: dict[str, SiteHost] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from choral.network import SiteFolder
@@ -115,34 +111,8 @@ class FlowerSites:
             folder.offers.keep(offer)
             approved(folder, offer)
 
-    @contextmanager
-    def doors(self) -> Iterator[dict[str, str]]:
-        one = threading.Lock()  # the sites share this process
-        with ExitStack() as stack:
-            found = {}
-            for name in self.names:
-                found[name] = stack.enter_context(self._door(name, one))
-            yield found
-
-    @contextmanager
-    def _door(self, name: str, one: threading.Lock) -> Iterator[str]:
-        folder = self.federation.site(name)
-        self.hosts[name] = host = SiteHost(folder)
-        handle = handler(folder, host)
-
-        def alone(raw: memoryview) -> bytes:
-            with one:
-                return handle(raw)
-
-        (self.place / name).mkdir(exist_ok=True)
-        with DoorServer(self.place / name / "door", alone, request_limit=lambda: limit(host)) as server:
-            thread = threading.Thread(target=server.serve)
-            thread.start()
-            try:
-                yield str(server.path)
-            finally:
-                server.stop()
-                thread.join()
+    def doors(self) -> AbstractContextManager[dict[str, str]]:
+        return doors(self.federation, self.place)
 
 
 @dataclasses.dataclass

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from site_federation import Federation
 
 from choral.network import SiteHost
-from choral.network.door.sealed import unsealed
+from choral.network.door.handling import Handle, handler, limit
 from choral.network.door.server import DoorServer
 from choral.network.site.files.directory import Pinned
 from choral.network.site.files.private import write_private
@@ -31,9 +32,13 @@ def coordinators_folder(federation: Federation) -> Path:
 
 @contextmanager
 def door(
-    path: Path, handle: Callable[[memoryview], bytes], *, limit: int = 100, user: int | None = None
+    path: Path,
+    handle: Callable[[memoryview], bytes],
+    *,
+    limit: Callable[[], int] = lambda: 100,
+    user: int | None = None,
 ) -> Iterator[str]:
-    with DoorServer(path / "door", handle, request_limit=lambda: limit, user=user) as server:
+    with DoorServer(path / "door", handle, request_limit=limit, user=user) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
         try:
@@ -45,17 +50,21 @@ def door(
 
 @contextmanager
 def doors(federation: Federation, place: Path) -> Iterator[dict[str, str]]:
+    """Of all sites, by name: each answers as its own process would."""
     one = threading.Lock()  # the sites share this process, and with it torch's generator
+
+    def alone(handle: Handle, raw: memoryview) -> bytes:
+        with one:
+            return handle(raw)
+
     with ExitStack() as stack:
         found = {}
         for name in federation.names:
             folder = federation.site(name)
-            host, public = SiteHost(folder), folder.hub_directory["hub"].public_key
-            (place / name).mkdir()
+            host = SiteHost(folder)
+            (place / name).mkdir(exist_ok=True)
 
-            def handle(raw: memoryview, host: SiteHost = host, public: bytes = public, name: str = name) -> bytes:
-                with one:
-                    return host.handle(unsealed(raw, public, coordinator="hub", site=name), sender="hub")
-
-            found[name] = stack.enter_context(door(place / name, handle, limit=1 << 20))
+            found[name] = stack.enter_context(
+                door(place / name, partial(alone, handler(folder, host)), limit=partial(limit, host))
+            )
         yield found

@@ -30,20 +30,32 @@ def read_toml(
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte-order mark
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}", hint=f"{example} is one to start from") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8", hint="it is a TOML file: save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="expected a TOML file") from None
+    return parse_toml(text, kind, name=str(path), example=example, keys=keys, former=former)
+
+
+def parse_toml(
+    text: str, kind: type[T], *, name: str, example: str, keys: str, former: Mapping[str, str] | None = None
+) -> T:
+    """The text of such a file, as `read_toml`. name: of the file, in errors.
+
+    Raises: ConfigError naming the file and the key: not TOML, unknown key, wrong type, bad value.
+    """
+    try:
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", hint=f"{example} is one to compare with") from None
-    check_keys(table, kind, str(path), former=former)
+        raise ConfigError(f"{name} is not valid TOML: {error}", hint=f"{example} is one to compare with") from None
+    check_keys(table, kind, name, former=former)
     try:
         return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_cause(error)}", hint=keys) from None
+        raise ConfigError(f"{name}: {_cause(error)}", hint=keys) from None
 
 
 def check_keys(

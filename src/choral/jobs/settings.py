@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +13,7 @@ from choral.audits.costs.job import Job
 from choral.audits.costs.prices import PriceSettings
 from choral.audits.findings.context import Context
 from choral.errors import ConfigError
-from choral.toml_files import read_toml
+from choral.toml_files import parse_toml, read_toml
 from choral.trainers.federated.participation import Participation
 from choral.trainers.task.settings import AlgorithmSettings, DataSettings, ModelSettings, Split, Training
 
@@ -265,13 +265,13 @@ def read_settings(path: str | Path, kind: type[T]) -> T:
 
     Raises: ConfigError naming the file and the key: missing file, not TOML, unknown key, wrong type, bad value.
     """
-    return read_toml(
-        path,
-        kind,
-        example="examples/digits.toml",
-        keys="`choral compare --help-all` lists every key with its type",
-        former=FORMER,
-    )
+    return read_toml(path, kind, example=_EXAMPLE, keys=_KEYS, former=FORMER)
+
+
+def parse_job(text: str, job: str) -> Settings:
+    """The settings of a job file's text, as a job of that name. Raises: ConfigError, as :func:`read_settings`."""
+    found = parse_toml(text, Settings, name=f"{job}.toml", example=_EXAMPLE, keys=_KEYS, former=FORMER)
+    return replace(found, serve=replace(found.serve, job=job))
 
 
 def read_job(path: str) -> Settings:
@@ -286,5 +286,6 @@ def to_json(settings: Any) -> dict[str, Any]:
     return plain
 
 
+_EXAMPLE, _KEYS = "examples/digits.toml", "`choral compare --help-all` lists every key with its type"
 FORMER = {"dropout_rate": "participation.dropouts.vector"}
 """Keys that settings had, and what says the same now."""

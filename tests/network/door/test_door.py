@@ -158,7 +158,7 @@ def test_what_goes_wrong_at_the_door_comes_back_as_an_error_and_never_as_an_exce
         return bytes(raw) * 2
 
     wait = threading.Event()
-    with door(place, handle, limit=10) as path:
+    with door(place, handle, limit=lambda: 10) as path:
         assert replied(relay(path, b"a request"), "north") == b"a requesta request"
         assert isinstance(replied(relay(path, b"more than ten"), "north"), MessageTooLargeError)
         assert isinstance(replied(relay(path, b"x" * 5_000_000), "north"), MessageTooLargeError)
@@ -265,7 +265,7 @@ def test_who_was_lost_is_not_asked_before_it_is_there_again(tmp_path: Path, plac
     assert carrier.connected == {"east"}
     assert carrier.calls("north") == 1
     assert carrier.wait_for(["north"], timeout=0.1) == frozenset()
-    with door(place / "north", bytes, limit=1000):
+    with door(place / "north", bytes, limit=lambda: 1000):
         time.sleep(carrier_module._LOOK)
         assert carrier.calls("north") == 2  # before anything else of it is asked
         assert carrier.wait_for(["north", "south"], timeout=30, count=1) == {"north"}

@@ -24,7 +24,7 @@ from choral.network.transport.certificates import CertifiedIdentity
 
 if TYPE_CHECKING:
     from choral.network.coordinator.engine_rounds import EngineRounds
-    from choral.trainers import RoundRecord, Run
+    from choral.trainers import Run
 
 log = logging.getLogger("flwr")  # what Flower shows of a run
 
@@ -33,6 +33,7 @@ log = logging.getLogger("flwr")  # what Flower shows of a run
 class Coordinator:
     """Who proposes a job, and to whom. keys: the sites' public keys, by name."""
 
+    folder: Path
     settings: Settings
     identity: CertifiedIdentity
     keys: Mapping[str, bytes]
@@ -49,10 +50,10 @@ class Coordinator:
             raise ConfigError(
                 f"{hub.path} has no site in its directory", hint="choral site directory add FILE.crt --pin PIN"
             )
-        if settings.task.endswith(".py"):
-            settings = replace(settings, task=str(hub.path / "tasks" / Path(settings.task).name))
         named = replace(settings.serve, job=settings.serve.job or job.stem)
-        return cls(settings=replace(settings, serve=named), identity=hub.identity, keys=dict(hub.parties))
+        return cls(
+            folder=hub.path, settings=replace(settings, serve=named), identity=hub.identity, keys=dict(hub.parties)
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,22 +118,8 @@ def serve(
 
     Raises: as `choral serve`; SiteError, CertificateError for a folder that cannot be used.
     """
-    from choral.jobs import serving
+    from choral.jobs.serving import serve_by_engine
 
     coordinator = Coordinator.read(Path(job), None if folder is None else Path(folder))
-
-    def on_round(entry: RoundRecord) -> None:
-        done = f"came to nothing: {entry.failed}" if entry.failed else f"{entry.survivors} sites in the sum"
-        said = ", ".join(f"{metric} {value:.4f}" for metric, value in entry.metrics.items())
-        say(f"round {entry.round}: {done}; {said}" if entry.round else f"before training: {said}")
-
-    return serving.serve(
-        coordinator.settings,
-        coordinator.carrier(FlowerGrid(grid, coordinator.names)),
-        coordinator.keys,
-        coordinator=coordinator.identity,
-        out=Path(out),
-        resume=resume,
-        say=say,
-        on_round=on_round,
-    )
+    adapter = FlowerGrid(grid, coordinator.names)
+    return serve_by_engine(adapter, coordinator.settings, coordinator.folder, out=Path(out), resume=resume, say=say)

@@ -6,7 +6,6 @@ are in the folder that the server's own `local/choral.json` names; a job brings 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nvflare.recipe.spec import Recipe
 
 from choral.errors import ChoralError, ConfigError
 from choral.jobs.serving import serve_by_engine
-from choral.jobs.settings import Settings, read_settings
+from choral.jobs.settings import Settings, parse_job, read_settings
 from choral.network.nvflare.local_files import read_local
 from choral.network.nvflare.messages import Aborted, NVFlareMessages
 from choral.network.nvflare.site import ChoralSite
@@ -47,7 +46,7 @@ class ChoralServer(Controller):  # type: ignore[misc]  # NVFlare has no types
             if "coordinator" not in local:
                 raise ConfigError("choral.json of the server names no coordinator", hint='{"coordinator": FOLDER}')
             runs = Path(local["runs"]) if "runs" in local else Path(workspace.get_run_dir(fl_ctx.get_job_id()))
-            settings = settings_of(self.settings, self.job)
+            settings = parse_job(self.settings, self.job)
             run = serve_by_engine(
                 NVFlareMessages(fl_ctx, away=settings.serve.away),
                 settings,
@@ -92,14 +91,3 @@ class _WithoutCode(FedJobConfig):  # type: ignore[misc]
 
     def _get_class_path(self, obj: Any, custom_dir: str) -> str:  # noqa: ARG002
         return f"{type(obj).__module__}.{type(obj).__name__}"
-
-
-def settings_of(text: str, job: str) -> Settings:
-    """The settings of a job file's text, as a job of that name. Raises: ConfigError."""
-    import dataclasses
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{job}.toml"
-        path.write_text(text)
-        settings = read_settings(path, Settings)
-    return dataclasses.replace(settings, serve=dataclasses.replace(settings.serve, job=job))
