@@ -21,6 +21,9 @@ from choral.trainers import Run, Task, federate
 ENGINE = ('[tasks."linear.py"]\ndata = "points"', '[tasks.flower-app]\ndata = "points"\ntrained_by = "engine"')
 
 
+FLOWER = importlib.util.find_spec("flwr") is not None
+ACCURACY = 0.987654321
+"""What every site says of its evaluation."""
 VISITS = Path(__file__).resolve().parent.parent / "examples" / "flower"
 
 
@@ -151,7 +154,7 @@ class NodesHere:
             if name in self.lost or self.before(name, message) is False:
                 continue
             for _ in range(self.repeat):
-                reply = self.app(_copied(message), self._context(name))
+                reply = self.app(_copied(message), self.context(name))
             if not reply.has_error():
                 self.seen.append(reply.content)
             self._replies[key] = reply
@@ -164,7 +167,7 @@ class NodesHere:
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _context(self, name: str) -> Any:
+    def context(self, name: str) -> Any:
         from flwr.app import Context, RecordDict
 
         number = list(self.sockets).index(name)
@@ -182,12 +185,21 @@ def _copied(message: Any) -> Any:
 
 def client_app(name_of: Callable[[Any], str], calls: list[str] | None = None) -> Callable[[Any, Any], Any]:
     """In the shape of Flower's quickstart for PyTorch, with the mod around it."""
+    train = bare_app(name_of, calls)
+    return lambda message, context: secure_sum_mod(message, context, train)
+
+
+def bare_app(name_of: Callable[[Any], str], calls: list[str] | None = None) -> Callable[[Any, Any], Any]:
+    """The same without the mod: what a site trained, in the clear. An evaluation tells what nobody may know."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-    def train(message: Any, context: Any) -> Any:
+    def answer(message: Any, context: Any) -> Any:
         name = name_of(context)
         if calls is not None:
             calls.append(name)
+        if message.metadata.message_type == "evaluate":
+            metrics = MetricRecord({"accuracy": ACCURACY, "num-examples": len(dataset_of(name))})
+            return Message(RecordDict({"metrics": metrics}), reply_to=message)
         assert message.content["config"]["lr"] == 0.1
         state = {key: torch.from_numpy(each.numpy().copy()) for key, each in message.content["arrays"].items()}
         new, examples = trained(name, state)
@@ -195,4 +207,64 @@ def client_app(name_of: Callable[[Any], str], calls: list[str] | None = None) ->
         metrics = MetricRecord({"train_loss": 0.123456, "num-examples": examples})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
-    return lambda message, context: secure_sum_mod(message, context, train)
+    return answer
+
+
+def arrays_of(model: torch.nn.Module) -> Any:
+    from flwr.app import Array, ArrayRecord
+
+    return ArrayRecord({key: Array(tensor.numpy()) for key, tensor in model.state_dict().items()})
+
+
+def config() -> Any:
+    from flwr.app import ConfigRecord
+
+    return ConfigRecord({"lr": 0.1})
+
+
+def started(
+    sites: FlowerSites,
+    grid: NodesHere,
+    inner: Any = None,
+    *,
+    rounds: int = 3,
+    approve: bool = True,
+    evaluate_fn: Any = None,
+    **job: Any,
+) -> Any:
+    from flwr.serverapp.strategy import FedAvg
+
+    from choral.network.flower import Secure
+
+    strategy = Secure(inner or FedAvg(), sites.job(**job))
+    if approve:
+        sites.approve(offer_of(strategy, grid, rounds))
+    return strategy.start(
+        grid, arrays_of(new_model()), num_rounds=rounds, train_config=config(), evaluate_fn=evaluate_fn
+    )
+
+
+def offer_of(strategy: Any, grid: NodesHere, rounds: int) -> Any:
+    """The offer that the strategy will make."""
+    from choral.jobs.engines.flower_strategy import shapes_of
+    from choral.network.flower.grid import FlowerGrid
+
+    coordinator = strategy._coordinator
+    adapter = FlowerGrid(grid, coordinator.names)
+    name = type(strategy._inner).__name__
+    return coordinator.rounds(adapter, shapes_of(arrays_of(new_model())), rounds=rounds, strategy=name).offer
+
+
+def socket_owner(sites: FlowerSites) -> Any:
+    def name_of(context: Any) -> str:
+        if (part := context.node_config.get("partition-id")) is not None:
+            return sites.names[int(part)]
+        return Path(context.node_config["choral-socket"]).parent.name
+
+    return name_of
+
+
+def same(result: Any, run: Any) -> bool:
+    """Bit by bit."""
+    found = {key: torch.from_numpy(each.numpy().copy()) for key, each in result.arrays.items()}
+    return found.keys() == run.state.keys() and all(torch.equal(found[key], run.state[key]) for key in found)

@@ -204,9 +204,15 @@ class Strategy:
 class FedAvg(Strategy):
     arrayrecord_key, configrecord_key, weighted_by_key = "arrays", "config", "num-examples"
 
-    def __init__(self, fraction_train: float = 1.0, min_train_nodes: int = 2, min_available_nodes: int = 2) -> None:
-        self.fraction_train, self.min_train_nodes = fraction_train, min_train_nodes
-        self.min_available_nodes = min_available_nodes
+    def __init__(
+        self,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_available_nodes: int = 2,
+    ) -> None:
+        self.fraction_train, self.fraction_evaluate = fraction_train, fraction_evaluate
+        self.min_train_nodes, self.min_available_nodes = min_train_nodes, min_available_nodes
 
     def summary(self) -> None:
         pass
@@ -229,14 +235,47 @@ class FedAvg(Strategy):
                 arrays[key] = part if key not in arrays else arrays[key] + part
         return ArrayRecord({key: Array(np.asarray(value)) for key, value in arrays.items()}), MetricRecord({})
 
+    def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Message]:
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        nodes = grid.get_node_ids() if self.fraction_evaluate else ()
+        return [Message(record, dst_node_id=each, message_type="evaluate") for each in nodes]
+
+    def aggregate_evaluate(self, server_round: int, replies: Any) -> Any:
+        found = [next(iter(reply.content.metric_records.values())) for reply in replies if not reply.has_error()]
+        return MetricRecord({"accuracy": max(each["accuracy"] for each in found)}) if found else None
+
 
 class FedAdam(FedAvg):
+    eta, beta_1, beta_2, tau = 0.1, 0.9, 0.99, 1e-3
+
+    def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Message]:
+        self.current_arrays = {key: array.numpy() for key, array in arrays.items()}
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round: int, replies: Any) -> tuple[Any, Any]:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is None:
+            return None, metrics
+        change = {key: array.numpy() - self.current_arrays[key] for key, array in arrays.items()}
+        if not hasattr(self, "m_t"):
+            self.m_t, self.v_t = ({key: np.zeros_like(each) for key, each in change.items()} for _ in range(2))
+        self.m_t = {key: self.beta_1 * each + (1 - self.beta_1) * change[key] for key, each in self.m_t.items()}
+        self.v_t = {key: self.beta_2 * each + (1 - self.beta_2) * change[key] ** 2 for key, each in self.v_t.items()}
+        eta = (  # np.float64, and so are the arrays that come of it
+            self.eta
+            * np.sqrt(1 - np.power(self.beta_2, server_round + 1.0))
+            / (1 - np.power(self.beta_1, server_round + 1.0))
+        )
+        new = {
+            key: each + eta * self.m_t[key] / (np.sqrt(self.v_t[key]) + self.tau)
+            for key, each in self.current_arrays.items()
+        }
+        return ArrayRecord({key: Array(np.asarray(each)) for key, each in new.items()}), metrics
+
+
+class FedAvgM(FedAvg):
     def aggregate_train(self, server_round: int, replies: Any) -> tuple[Any, Any]:
         return super().aggregate_train(server_round, replies)
-
-
-class FedAvgM(FedAdam):
-    aggregate_train = FedAdam.aggregate_train
 
 
 class FedMedian(FedAvg):

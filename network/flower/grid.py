@@ -55,10 +55,11 @@ class FlowerGrid:
     def _exchange(
         self, nodes: Mapping[Any, int], asked: Mapping[Any, bytes], seconds: float
     ) -> Iterator[tuple[Any, Any]]:
-        """Each message's reply as it comes. A crashed ClientApp is asked again: a site answers a repetition alike."""
-        end, tries = time.monotonic() + seconds, dict.fromkeys(asked, 1)
-        waiting = self._push(nodes, asked, seconds)
-        pause = _FIRST
+        """Each message's reply as it comes, within seconds of its being sent. A crashed ClientApp is asked again: a
+        site answers a repetition alike.
+        """
+        waiting, tries = self._push(nodes, asked, seconds), dict.fromkeys(asked, 1)
+        end, pause = time.monotonic() + seconds, _FIRST
         while waiting and time.monotonic() < end:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:

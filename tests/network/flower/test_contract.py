@@ -2,111 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recorded_flwr
 import torch
-from flower_federation import FlowerSites, NodesHere, client_app, new_model, rehearsed, trained
+from flower_federation import (
+    FLOWER,
+    FlowerSites,
+    NodesHere,
+    arrays_of,
+    client_app,
+    config,
+    new_model,
+    rehearsed,
+    same,
+    socket_owner,
+    started,
+    trained,
+)
 
-from choral.errors import ConfigError
 from choral.jobs.settings import ServeSettings, SumSettings
 from choral.network import make_identity
 from choral.network.coordinator.engine_rounds import EngineRounds
 from choral.protocols import Masked
 from choral.protocols.errors import DisputedSharesError, SpecError, TooFewSurvivorsError
 from choral.trainers import Participation
-
-FLOWER = importlib.util.find_spec("flwr") is not None
-if FLOWER:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own dependencies, about one another
-        import flwr.app
-        import flwr.serverapp.strategy
-
-
-@pytest.fixture(autouse=True)
-def _flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Flower's modules, for one test."""
-    if not FLOWER:
-        for name, module in recorded_flwr.modules().items():
-            monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.delitem(sys.modules, "choral.jobs.engines.flower_strategy", raising=False)
-    else:
-        from flwr.supercore.task_identity import TaskIdentity
-
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield
-    if not FLOWER:
-        sys.modules.pop("choral.jobs.engines.flower_strategy", None)
-        vars(sys.modules["choral.network.flower"]).pop("Secure", None)
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder with a short path."""
-    path = Path(tempfile.mkdtemp(prefix="flower-"))
-    yield path
-    shutil.rmtree(path)
-
-
-def arrays_of(model: torch.nn.Module) -> Any:
-    from flwr.app import Array, ArrayRecord
-
-    return ArrayRecord({key: Array(tensor.numpy()) for key, tensor in model.state_dict().items()})
-
-
-def config() -> Any:
-    from flwr.app import ConfigRecord
-
-    return ConfigRecord({"lr": 0.1})
-
-
-def started(
-    sites: FlowerSites, grid: NodesHere, inner: Any = None, *, rounds: int = 3, approve: bool = True, **job: Any
-) -> Any:
-    from flwr.serverapp.strategy import FedAvg
-
-    from choral.network.flower import Secure
-
-    strategy = Secure(inner or FedAvg(), sites.job(**job))
-    if approve:
-        sites.approve(offer_of(strategy, grid, rounds))
-    return strategy.start(grid, arrays_of(new_model()), num_rounds=rounds, train_config=config())
-
-
-def offer_of(strategy: Any, grid: NodesHere, rounds: int) -> Any:
-    """The offer that the strategy will make."""
-    from choral.jobs.engines.flower_strategy import shapes_of
-    from choral.network.flower.grid import FlowerGrid
-
-    coordinator = strategy._coordinator
-    adapter = FlowerGrid(grid, coordinator.names)
-    name = type(strategy._inner).__name__
-    return coordinator.rounds(adapter, shapes_of(arrays_of(new_model())), rounds=rounds, strategy=name).offer
-
-
-def socket_owner(sites: FlowerSites) -> Any:
-    def name_of(context: Any) -> str:
-        if (part := context.node_config.get("partition-id")) is not None:
-            return sites.names[int(part)]
-        return Path(context.node_config["choral-socket"]).parent.name
-
-    return name_of
-
-
-def same(result: Any, run: Any) -> bool:
-    """Bit by bit."""
-    found = {key: torch.from_numpy(each.numpy().copy()) for key, each in result.arrays.items()}
-    return found.keys() == run.state.keys() and all(torch.equal(found[key], run.state[key]) for key in found)
 
 
 def test_the_weights_are_those_of_federate_bit_by_bit(tmp_path: Path, place: Path) -> None:
@@ -317,53 +242,11 @@ def test_a_coordinator_with_another_key_reaches_no_site(tmp_path: Path, place: P
     assert calls == []
 
 
-def test_strategies_that_look_at_single_replies_are_refused_by_name(tmp_path: Path, place: Path) -> None:
-    from flwr.serverapp import strategy as flower
-
-    from choral.network.flower import Secure
-
-    job = FlowerSites(tmp_path, place).job()
-
-    class Named(flower.FedAvg):  # type: ignore[misc]
-        """It changes who is asked what, and leaves the averaging as it is."""
-
-    for kind in (
-        flower.FedAvg,
-        flower.FedProx,
-        flower.FedAvgM,
-        flower.FedAdam,
-        flower.FedAdagrad,
-        flower.FedYogi,
-        Named,
-    ):
-        assert Secure(kind(), job)
-    for kind in (flower.FedMedian, flower.Krum):
-        with pytest.raises(ConfigError, match=f"{kind.__name__} looks at single replies"):
-            Secure(kind(), job)
-    with pytest.raises(ConfigError, match=r"str is no strategy"):
-        Secure("FedAvg", job)
-    with pytest.raises(ConfigError, match=r"0.5 of the nodes"):
-        Secure(flower.FedAvg(fraction_train=0.5), job)
-    with pytest.raises(ConfigError, match="waits for 4 nodes"):
-        Secure(flower.FedAvg(min_available_nodes=4), job)
-
-
-def test_arrays_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, place: Path) -> None:
-    import numpy as np
-    from flwr.app import Array, ArrayRecord
-    from flwr.serverapp.strategy import FedAvg
-
-    from choral.network.flower import Secure
-
-    counter = ArrayRecord({"bn.num_batches_tracked": Array(np.zeros((), np.int64))})
-    with pytest.raises(ConfigError, match=r"bn.num_batches_tracked.*int64"):
-        Secure(FedAvg(), FlowerSites(tmp_path, place).job()).start(NodesHere(lambda *_: None, {}), counter)
-
-
 @pytest.mark.skipif(not FLOWER, reason="Flower is not installed: run by `make test-engines`")
 def test_what_was_recorded_is_what_flower_has() -> None:
     import inspect
 
+    import flwr
     from flwr.common.constant import ErrorCode
 
     for path, names in recorded_flwr.SIGNATURES.items():

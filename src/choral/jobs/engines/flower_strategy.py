@@ -117,13 +117,15 @@ class Secure(Strategy):  # type: ignore[misc]  # Flower is not there where types
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the strategy inside makes of the mean; nothing where the round came to nothing."""
+        """What the strategy inside makes of the mean, as float32; nothing where the round came to nothing."""
         del replies  # there are none
         if self._mean is None or self._after is None:
             return None, None
         arrays, metrics = self._inner.aggregate_train(server_round, [self._one(self._mean, self._after)])
-        if arrays is not None:
-            self._completed, self._now = server_round, flat_of(arrays)
+        if arrays is None:
+            return None, metrics
+        arrays = _float32(arrays)  # FedAdam computes in float64
+        self._completed, self._now = server_round, flat_of(arrays)
         return arrays, metrics
 
     def configure_evaluate(
@@ -189,6 +191,10 @@ _ROBUST = "what a robust strategy needs, single updates, is what the sum hides"
 
 def _named(given: Any) -> str:
     return given.__name__ if isinstance(given, type) else type(given).__name__
+
+
+def _float32(arrays: ArrayRecord) -> ArrayRecord:
+    return ArrayRecord({name: Array(each.numpy().astype(np.float32)) for name, each in arrays.items()})
 
 
 def shapes_of(arrays: ArrayRecord) -> dict[str, tuple[int, ...]]:
