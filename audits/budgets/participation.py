@@ -13,6 +13,7 @@ from choral.audits.findings.text import cost
 
 if TYPE_CHECKING:
     from choral.privacy import ClientRelease
+    from choral.privacy.accounting.events import PoissonSampledShares
     from choral.trainers.run_folder.run import Run
 
 
@@ -120,6 +121,8 @@ def _shares_as_charged(run: Run) -> list[Check]:
         for event in ledger.events if ledger is not None else ():
             if not isinstance(event, PoissonSampledShares):
                 found += [f"{name}: run.json says shares, the ledger was charged for noise of another kind"] * said
+            elif not said and _standardised_by(run, event):
+                honest = event.honest
             elif not said:
                 found.append(f"{name}: the ledger was charged for noise in shares, and run.json does not say so")
             elif event.honest != honest:
@@ -139,6 +142,13 @@ def _shares_as_charged(run: Run) -> list[Check]:
             finding=finding,
         )
     ]
+
+
+def _standardised_by(run: Run, event: PoissonSampledShares) -> bool:
+    """Whether this is the one sum, of all records, that run.json says was taken before a training of local noise."""
+    stated = run.info.standardised or {}
+    honest = int(stated.get("min_survivors", 0)) - int(stated.get("colluders", 0))
+    return event.sample_rate == 1.0 and event.steps == 1 and event.honest == honest
 
 
 def _beyond_sum(run: Run) -> list[str]:

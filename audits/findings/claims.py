@@ -96,12 +96,28 @@ def sentence_parts(info: RunInfo) -> tuple[str, str]:
     unit = next((spent.unit for spent in info.spent.values()), "record")
     if unit == "record" and _in_shares(info):
         return _shares_parts(info)
+    if unit == "record" and "min_survivors" in (info.standardised or {}):
+        return _standardised_parts(info)
     if unit == "record":
         return (
             "anyone who sees every message and every model of the training, the server and all other parties included",
             "Each party adds its own noise before anything leaves it.",
         )
     return _client_parts(info)
+
+
+def _standardised_parts(info: RunInfo) -> tuple[str, str]:
+    """The same for local noise, after one sum with noise in shares that features are standardised by."""
+    stated, plain = info.standardised or {}, (info.secure_sum or {}).get("name") == "plain"
+    known, fewest = int(stated.get("colluders", 0)), int(stated["min_survivors"])
+    server = "the server, which saw one sum in parts, excepted" if plain else "the server included"
+    return (
+        f"anyone who sees every message and every model of the training, {server}, together with up to {known} of the"
+        " other parties",
+        "In training each party adds its own noise before anything leaves it. The means and deviations that features"
+        " are standardised by were computed once before, of all records, within the same ε: each party added a share of"
+        f" the noise, sized for {fewest} survivors of which {fewest - known} are honest.",
+    )
 
 
 def _in_shares(info: RunInfo) -> bool:

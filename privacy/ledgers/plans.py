@@ -143,12 +143,16 @@ def guarantee(ledger: Ledger) -> float | None:
 
 @dataclass(frozen=True)
 class RemainingBudget:
-    """What one more plan may cost under a promise of (epsilon, delta), on top of a ledger as it stood."""
+    """What one more plan may cost under a promise of (epsilon, delta), on top of a ledger as it stood.
+
+    beside: what else is of that plan, comes before the rest, and is fixed together with it.
+    """
 
     epsilon: float
     delta: float
     state: LedgerState
     neighbours: str = NEIGHBOURS
+    beside: tuple[PlannedEvents, ...] = ()
 
     @classmethod
     def on(cls, ledger: Ledger, epsilon: float, delta: float) -> RemainingBudget:
@@ -189,7 +193,7 @@ class RemainingBudget:
 
     def plan(self, event: Event, times: int) -> ReleasePlan:
         """Return the plan of so many of this event, to be written in front of the first."""
-        return ReleasePlan(epsilon=self.epsilon, parts=(PlannedEvents(event=event, times=times),))
+        return ReleasePlan(epsilon=self.epsilon, parts=(*self.beside, PlannedEvents(event=event, times=times)))
 
     def noise_multiplier(self, sample_rate: float, steps: int, *, slack: float = _SLACK) -> float:
         """Return the smallest noise multiplier with which `steps` steps more fit in.
@@ -198,7 +202,14 @@ class RemainingBudget:
         """
         self._refuse_if_full()
         return record_noise.noise_multiplier(
-            self.epsilon, self.delta, sample_rate, steps, self._records(), slack=slack, neighbours=self.neighbours
+            self.epsilon,
+            self.delta,
+            sample_rate,
+            steps,
+            self._records(),
+            slack=slack,
+            neighbours=self.neighbours,
+            fixed=self.empty,
         )
 
     def search_noise(self, search: Callable[[float], Search]) -> float:
@@ -233,7 +244,8 @@ class RemainingBudget:
         return tuple(event for part in parts for event in part.whole)
 
     def _records(self) -> tuple[RecordEvent, ...]:
-        return tuple(event for event in self.state.before if not isinstance(event, ClientRelease))
+        beside = (event for part in self.beside for event in part.whole)
+        return tuple(event for event in (*self.state.before, *beside) if not isinstance(event, ClientRelease))
 
     def _refuse_if_full(self) -> None:
         """Raise BudgetExceededError if the filter admits no more, however little it costs."""

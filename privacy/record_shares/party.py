@@ -29,14 +29,14 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, NoReturn
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from choral.privacy.accounting.events import PoissonSampledShares
+from choral.errors import ConfigError
+from choral.privacy.accounting.events import PoissonSampledShares, ReleasePlan
 from choral.privacy.dpsgd.engine import Privacy
 from choral.privacy.dpsgd.poisson_loader import PrivateLoader, refuse_unsupported
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
@@ -56,6 +56,8 @@ class SharesParty:
         privacy: the party's own promise, which the plan is held against. plan: all parties'. holder: whose data it is.
         ledger: what that data has spent before. padded: whether all steps have equally many rows. source: of draws and
             noise; other than the operating system's for tests alone.
+        whole: what the plan's steps are a part of, fixed together under a promise of whole.epsilon: it is written in
+            front of the first step. By default they are all that was fixed.
     Raises: PrivacyError (a plan that breaks the promise), BudgetExceededError (the ledger has no room for it),
         LedgerError, ConfigError.
     """
@@ -69,21 +71,26 @@ class SharesParty:
         ledger: Ledger,
         padded: bool = True,
         source: Source = os_stream,
+        whole: ReleasePlan | None = None,
     ) -> None:
         refuse_broken_promise(privacy, plan)
         ledger.bind(holder, privacy.delta, neighbours=privacy.neighbours)
         self.privacy, self.plan, self.holder, self.ledger, self.padded = privacy, plan, holder, ledger, padded
         self._source = source
         self._vector: Int64Array | None = None
-        remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
+        remaining = RemainingBudget.on(ledger, whole.epsilon if whole else privacy.epsilon, privacy.delta)
         self._known = len(remaining.state.before)
         left = next((left for part, left in remaining.unfinished() if part.event == plan.event), None)
         self.steps_left = plan.terms.steps if left is None else left
         self._announced = None
         if left is None:
             self._refuse_unreserved(remaining)
-            remaining.check([msgspec.structs.replace(plan.event, steps=plan.terms.steps)])
-            self._announced = remaining.plan(plan.event, plan.terms.steps)
+            self._announced = whole or remaining.plan(plan.event, plan.terms.steps)
+            if not any(p.covers(plan.event) and p.times >= plan.terms.steps for p in self._announced.parts):
+                raise ConfigError(
+                    "the steps of this plan are no part of what was fixed", hint="whole=None, or with them"
+                )
+            remaining.check(self._announced.whole)
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise PrivacyError(

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
-from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledShares, stated
+from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledShares, RecordEvent, stated
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
 from choral.privacy.accounting.record_noise import noise_multiplier
 from choral.privacy.dpsgd.clipping import check_clip, norm_of_all
@@ -232,8 +232,10 @@ class SharesPlan:
         return np.asarray(total * (math.ldexp(self.clip, -self.grid.coarse) / self.terms.batch_size))
 
 
-def plan_shares(privacy: Privacy, terms: SharesTerms) -> SharesPlan:
+def plan_shares(privacy: Privacy, terms: SharesTerms, *, beside: Sequence[RecordEvent] = ()) -> SharesPlan:
     """Return the plan with the least noise that keeps the promise, on ledgers where nothing was spent.
+
+    beside: what else is released under the same promise, fixed together with the plan before any of it.
 
     Guarantee: all opened sums together are (epsilon, delta)-DP for every record, against whoever sees them and knows
     what up to `privacy.colluders` parties know; computationally, as the secure sum is.
@@ -254,14 +256,17 @@ def plan_shares(privacy: Privacy, terms: SharesTerms) -> SharesPlan:
         privacy.delta - failures,
         float(terms.rate),
         terms.steps,
+        beside,
         slack=_SLACK,
         neighbours=privacy.neighbours,
+        fixed=True,
     )
     clip = norm_of_all(privacy.max_grad_norm)
     ideal = SharesPlan(terms=terms, clip=clip, colluders=privacy.colluders, noise_multiplier=multiplier)
     wider = multiplier * (1.0 + ideal.event.stretch) * (1.0 + 1e-12)
     plan = SharesPlan(terms=terms, clip=clip, colluders=privacy.colluders, noise_multiplier=wider)
-    if not plan.epsilon(privacy.delta, neighbours=privacy.neighbours) <= privacy.epsilon:
+    whole = [*beside, msgspec.structs.replace(plan.event, steps=terms.steps)]
+    if not record_level.epsilon(whole, privacy.delta, neighbours=privacy.neighbours) <= privacy.epsilon:
         raise AccountingError("the plan costs more than it was calibrated for", hint="Please report these settings.")
     return plan
 

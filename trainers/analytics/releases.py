@@ -16,10 +16,20 @@ import numpy.typing as npt
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine, Ledger, Privacy, SharesParty, SharesTerms
+from choral.privacy import (
+    AdaptiveClip,
+    ClientPrivacy,
+    ClientPrivacyEngine,
+    Ledger,
+    Privacy,
+    SharesParty,
+    SharesPlan,
+    SharesTerms,
+)
+from choral.privacy.accounting.events import ReleasePlan
 from choral.privacy.client_level.central import CentralScheme
 from choral.privacy.record_shares.plan import plan_shares
-from choral.protocols.interface import SecureSum, SumResult, SumSession, SumSpec
+from choral.protocols.interface import SecureSum, SumResult, SumSpec
 from choral.trainers.analytics.grid import Floats, Int64Array
 from choral.trainers.analytics.part import Packing
 from choral.trainers.federated.codec import ClientCodec, cap_of
@@ -123,12 +133,10 @@ class StatisticsRelease:
 
     # ------------------------------------------------------------------------------------------- noise for each record
 
-    def for_records(self, privacy: Privacy, ledgers: Mapping[str, Ledger]) -> OpenedSums:
-        """Add shares of noise: (epsilon, delta)-DP for each record, by :mod:`choral.privacy.record_shares`.
+    def shares_plan(self, privacy: Privacy) -> SharesPlan:
+        """One step that takes every record, of which the packing's unit makes a contribution of norm at most 1.
 
-        Unit: the record. Neighbours: the promise's; an empty record has all values missing, and adds zero everywhere.
-        One step that takes every record, of which the packing's unit makes a contribution of norm at most 1.
-        Raises: ConfigError; BudgetExceededError, LedgerError (nothing was sent); what the sum raises.
+        Raises: ConfigError; what opening the sum does; BudgetExceededError.
         """
         names, rule = self.names, Participation()
         check_shares(privacy, self.secure_sum, rule, names)
@@ -142,12 +150,24 @@ class StatisticsRelease:
             length=self.packing.length,
             most_records=max(self.records.values()),
         )
-        plan = plan_shares(privacy, terms)
-        codec = SharesCodec(names, plan)
+        return plan_shares(privacy, terms)
+
+    def for_records(
+        self, privacy: Privacy, ledgers: Mapping[str, Ledger], wholes: Mapping[str, ReleasePlan] | None = None
+    ) -> OpenedSums:
+        """Add shares of noise: (epsilon, delta)-DP for each record, by :mod:`choral.privacy.record_shares`.
+
+        wholes: by party, what was fixed together with it, under a larger promise.
+        Unit: the record. Neighbours: the promise's; an empty record has all values missing, and adds zero everywhere.
+        Raises: ConfigError; BudgetExceededError, LedgerError (nothing was sent); what the sum raises.
+        """
+        plan = self.shares_plan(privacy)
+        codec = SharesCodec(self.names, plan)
         session = self.secure_sum.open(codec.spec)
         codec.check(session)
+        fixed = wholes or {}
         parties = {
-            name: SharesParty(privacy, plan, holder=name, ledger=ledger, padded=True)
+            name: SharesParty(privacy, plan, holder=name, ledger=ledger, padded=True, whole=fixed.get(name))
             for name, ledger in ledgers.items()
         }
         summing = session.begin()
@@ -156,10 +176,8 @@ class StatisticsRelease:
             summing.submit(name, party.take())
         result = summing.finish()
         codec.decode(result)  # which refuses too few survivors
-        sums = plan.mean(np.asarray(result.total)) * (terms.batch_size / plan.clip)
-        step = math.ldexp(1.0, -plan.grid.coarse)
-        deviation = math.sqrt(len(result.survivors) * (plan.share**2 + step**2 / 12.0))
-        return self._noisy(sums, deviation, session, result)
+        sums, deviation = opened_shares(plan, result)
+        return self._noisy(sums, deviation, session.statement, result)
 
     # -------------------------------------------------------------------------------------------- noise for each party
 
@@ -193,17 +211,24 @@ class StatisticsRelease:
         else:  # each share, and the rounding of each client at random, of variance 1/4 at most
             squared = len(result.survivors) * (float(scheme.share_variance) + 0.25)
             deviation = math.sqrt(squared) / scheme.scale * engine.clip
-        return self._noisy(sums, deviation, session, result)
+        return self._noisy(sums, deviation, session.statement, result)
 
-    def _noisy(self, sums: Floats, deviation: float, session: SumSession, result: SumResult) -> OpenedSums:
+    def _noisy(self, sums: Floats, deviation: float, statement: Mapping[str, Any], result: SumResult) -> OpenedSums:
         """sums, deviation: in units of a record's largest contribution."""
         return OpenedSums(
             total=sums * self.packing.unit,
             noise=deviation * self.packing.unit,
             survivors=result.survivors,
-            statement=session.statement,
+            statement=statement,
             traffic=traffic_of(result),
         )
+
+
+def opened_shares(plan: SharesPlan, result: SumResult) -> tuple[Floats, float]:
+    """An opened sum of shares, and the deviation of its noise, in units of a record's largest contribution."""
+    sums = plan.mean(np.asarray(result.total)) * (plan.terms.batch_size / plan.clip)
+    step = math.ldexp(1.0, -plan.grid.coarse)
+    return sums, math.sqrt(len(result.survivors) * (plan.share**2 + step**2 / 12.0))
 
 
 def traffic_of(result: SumResult) -> tuple[int, int]:

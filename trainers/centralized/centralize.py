@@ -86,7 +86,8 @@ def centralize(
     whole, arithmetic = pool(list(parties.values())), Arithmetic(on, compute.precision, compile=compute.compile)
     job = _Job(replace(task, parties=parties), whole, privacy, changing, initial, arithmetic)
     info = describe("centralized", parties, examples, rounds, compute.seed, arithmetic, privacy, keep, initial)
-    info = msgspec.structs.replace(info, schedule=changing.record())
+    stated = None if task.standardised is None else dict(task.standardised)
+    info = msgspec.structs.replace(info, schedule=changing.record(), standardised=stated)
     with (
         workers_of(data_parallel, on) as workers,
         Recorder.open(keep.out if workers.first else None, info, resume=keep.resume, ledgers=keep.ledgers) as recorder,

@@ -71,6 +71,7 @@ class EncodedTable:
     """features: float32, shape (n, width); the first `numbers` are numbers, then come the categories.
 
     labels: int64 or float32, shape (n,). owners: the key of each row, or None. sizes: how many words a category has.
+    bounded: of each feature, whether it is a number that was scaled to -1 ... 1 by its bounds.
     """
 
     features: torch.Tensor
@@ -78,6 +79,7 @@ class EncodedTable:
     owners: Array | None
     numbers: int
     sizes: tuple[int, ...]
+    bounded: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,10 @@ class Encoder:
             owners=np.concatenate(owners) if self.keys else None,
             numbers=len(self._numbers) + len(self.codebook.missing),
             sizes=tuple(len(words) for words in self._words.values()),
+            bounded=tuple(
+                place < len(self._numbers) and self._numbers[place] in self.codebook.bounds
+                for place in range(features[0].shape[1])
+            ),
         )
 
     def _features(self, rows: Rows) -> Array:

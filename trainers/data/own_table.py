@@ -76,6 +76,7 @@ def own_task(data: DataSettings, model: ModelSettings, split: Split, training: T
         held_out=held_out_of(train, test, split, seed) if data.kind == "class" or data.keys else None,
         evaluate_party=evaluate if data.kind == "class" or data.keys else None,
         references=lambda: _references(data.kind, train.labels, test.labels, measure),
+        bounds=[(-1.0, 1.0) if each else None for each in table.bounded],
     )
 
 

@@ -147,6 +147,7 @@ class Plan:
             weights=self.encoding.weights,
             releases=tuple(asdict(release) for release in self.algorithm.releases),
             sites=self.parties.names if isinstance(self.parties, DistantParties) else (),
+            standardised=None if self.task.standardised is None else dict(self.task.standardised),
         )
 
     @property

@@ -41,6 +41,10 @@ _LOCK = ".lock"
 _SETTINGS = "use finite numbers, texts, lists and dicts in config and in the settings of the algorithm"
 
 
+STANDARDISE = "standardise.json"
+"""Means and deviations that were paid for before the run began."""
+
+
 def ledger_file(folder: Path, holder: str) -> Path:
     """Where a data owner's ledger is in a folder of ledgers."""
     return folder / f"{quote(holder, safe='')}.jsonl"
@@ -252,7 +256,9 @@ def check_empty(folder: Path) -> None:
     """Refuse an output folder that holds anything: a run is never overwritten."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file", hint="name a folder")
-    if folder.is_dir() and any(item.name != _LOCK and item.suffix != ".tmp" for item in folder.iterdir()):
+    first = {STANDARDISE, "ledger"} if (folder / STANDARDISE).is_file() else set()  # which come before the run
+    there = folder.iterdir() if folder.is_dir() else ()
+    if any(item.name not in {_LOCK, *first} and item.suffix != ".tmp" for item in there):
         held = "another run" if (folder / "run.json").exists() else "other files"
         raise RunFolderError(
             f"{folder} already holds {held}",

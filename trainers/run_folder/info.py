@@ -124,6 +124,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dropped: rounds in which a party's training failed, by party.
     ledgers: whose life they have: the run's, or the data's, of which the folder has copies as they were in the end.
     weights: what a party counts for in a mean by examples: its "examples", or "equal" to every other.
+    standardised: whether features were standardised by means and deviations of all parties' records, and how those were
+        computed: share of epsilon; where each party added a share of the noise, min_survivors and colluders.
     """
 
     format: Literal["choral-run"] = "choral-run"
@@ -159,6 +161,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dropped: dict[str, int] = {}
     weights: Literal["examples", "equal"] = "examples"
     ledgers: Literal["run", "data"] = "run"
+    standardised: dict[str, float | int] | None = None
 
     @property
     def party_count(self) -> int:

@@ -53,6 +53,7 @@ def check_same(old: RunInfo, new: RunInfo) -> None:
         "tuning",
         "schedule",
         "sites",
+        "standardised",
     )
     _compare(
         old,

@@ -114,6 +114,18 @@ class DataSettings:
     that it lacks. A value that lacks in another column is an error, which names its line."""
     delimiter: str = ","
     """Between the fields of a CSV file."""
+    standardise: Literal["none", "private"] = "none"
+    """private: centre and scale the features that have bounds by means and deviations of all parties' records, computed
+    once in a secure sum; a private configuration pays for them. Of a task of your own, Task(bounds=...) has the bounds.
+    """
+    standardise_share: float = 0.2
+    """The share of privacy.epsilon that those means and deviations may spend. The training has the rest."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.standardise_share < 1:
+            raise ConfigError(
+                f"expected data.standardise_share between 0 and 1, got {self.standardise_share:g}", hint="0.2 is usual"
+            )
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Task:
     evaluate_party: EvaluateParty | None = None
     engine: Callable[[Any], Any] | None = None
     references: Callable[[], References] | None = None
+    bounds: Sequence[tuple[float, float] | None] | None = None
+    standardised: Mapping[str, float | int] | None = None
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for a function that cannot be called as it will be, and values of other types."""

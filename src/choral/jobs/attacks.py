@@ -16,6 +16,7 @@ from choral.audits.findings.evidence import Probe, ScoreAudit
 from choral.errors import ConfigError
 from choral.failures import failure_of
 from choral.jobs.settings import Arm, Settings
+from choral.jobs.standardising import as_trained
 from choral.jobs.training import federation_of, load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def one_run(
     parties = {host: _with_records(dataset, chosen[host]) for host, dataset in task.parties.items()}
     train = trainer_of(settings, arm, seed, settings.privacy.epsilon if arm.private else None)
     made = train(dataclasses.replace(task, parties=parties), on_round=on_round)
-    model = task.build(task.parties[hosts[0]])[0]
+    model = as_trained(settings, task).build(task.parties[hosts[0]])[0]
     model.load_state_dict(made.state)
     return audit_scores(
         loss_scores(model, canaries),

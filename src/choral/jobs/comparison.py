@@ -22,6 +22,7 @@ from choral.jobs.attacks import evidence_files, evidence_of
 from choral.jobs.planned_runs import PlannedRun, Tick, arm_folder, attacks, on_curve, planned_runs, seeds_of
 from choral.jobs.settings import Arm, Settings, to_json
 from choral.jobs.side_by_side import train_all
+from choral.jobs.standardising import check_standardise
 from choral.jobs.training import (
     check_per_party,
     check_tuning,
@@ -259,6 +260,7 @@ def _check_arm(settings: Settings, arm: Arm, task: Task, seed: int) -> None:
     from choral.trainers.task.per_party import check_held_out
 
     privacy = privacy_of(settings, arm, settings.privacy.epsilon) if arm.private else None
+    check_standardise(settings, task, privacy)
     if not arm.centralized:
         Plan.of(**federation_of(settings, arm, task, privacy), compute=compute_of(settings, seed))
         return

@@ -21,6 +21,7 @@ def task_of(run: Run, folder: Path, *, task: Path | None, data_dir: Path | None,
     in_python: what does the same for a run that was not made by the command line, for the hint.
     Raises: ConfigError for a run without settings, of another version's, or of a Python file that was not named.
     """
+    from choral.jobs.standardising import as_trained
     from choral.jobs.training import load_task
     from choral.trainers.data import TASKS
 
@@ -38,4 +39,4 @@ def task_of(run: Run, folder: Path, *, task: Path | None, data_dir: Path | None,
             hint="if you trust it, name it: --task FILE.py",
         )
     settings = dataclasses.replace(settings, task=settings.task if task is None else str(task), data_dir=data_dir)
-    return load_task(settings, run.info.seed)
+    return as_trained(settings, load_task(settings, run.info.seed))

@@ -160,6 +160,8 @@ def coordinators_task(settings: Settings) -> tuple[Task, Any, str]:
 
 def refuse_table(settings: Settings) -> None:
     """Raises: ConfigError for [data], which a site has and no coordinator."""
+    if settings.data.standardise != "none":
+        raise ConfigError("data.standardise is for rehearsals so far", hint="leave it out")
     if settings.data.path is not None:
         raise ConfigError(
             "[data] names a table here, and a site has its own, which no coordinator chooses",

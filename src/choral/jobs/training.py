@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, SitesSettings, Unit, to_json
+from choral.jobs.standardising import standardised
 from choral.trainers.task.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
     by_record = privacy is not None and not isinstance(privacy, ClientPrivacy)
     in_torch = by_record or settings.training.precision != "float32" or settings.training.compile
 
-    def run(task: Task, **options: Any) -> Run:
-        keep = keep_of(settings, arm, **options)
+    def train(task: Task, keep: Keep) -> Run:
         if arm.centralized:
             parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun sets it
             return centralize(
@@ -177,6 +177,14 @@ def trainer_of(settings: Settings, arm: Arm, seed: int, epsilon: float | None) -
         return federate(
             **federation_of(settings, arm, task, privacy), compute=compute_of(settings, seed, engine), keep=keep
         )
+
+    def run(task: Task, **options: Any) -> Run:
+        def federation() -> dict[str, Any]:
+            return federation_of(settings, arm, task, privacy)
+
+        with standardised(settings, arm, task, privacy, federation, options) as (prepared, ledgers):
+            keep = keep_of(settings, arm, **options)
+            return train(prepared, keep if ledgers is None else dataclasses.replace(keep, ledgers=ledgers))
 
     return run
 

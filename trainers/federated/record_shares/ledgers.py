@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from choral.privacy import Ledger, LedgerError, Privacy, SharesPlan, SharesTerms, Spent, plan_shares
+from choral.privacy.accounting.events import ClientRelease, RecordEvent
 from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.plans import passes_left
 from choral.privacy.ledgers.spending import spent_by_records
@@ -99,18 +100,16 @@ class ShareLedgers:
 
     def plan(self, length: int) -> SharesPlan:
         """From the public constants of the job. length: of a gradient. Raises: as :func:`plan_shares`."""
-        census = self.job.census
-        batch_size, steps = self.job.algorithm.share_steps(census.total)
-        terms = SharesTerms(
-            records=census.total,
-            batch_size=batch_size,
-            steps=self.job.rounds * steps,
-            parties=len(census.names),
-            min_survivors=fewest_survivors(self.job.secure_sum, self.job.participation, census.names),
-            length=length,
-            most_records=cap_of(census.largest) if isinstance(self.job.parties, DistantParties) else census.largest,
-        )
-        return plan_shares(self.privacy, terms)
+        terms = shares_terms(self.job, length)
+        return plan_shares(self.privacy, terms, beside=self._beside())
+
+    def _beside(self) -> tuple[RecordEvent, ...]:
+        """What was fixed together with this training, and released before it: of all parties the same."""
+        for ledger in self.ledgers.values():
+            latest = ledger.segments[-1][0] if ledger.segments else None
+            if latest is not None and latest.epsilon == self.privacy.epsilon:
+                return tuple(part.event for part in latest.parts[:-1] if not isinstance(part.event, ClientRelease))
+        return ()
 
     def begin(self, length: int) -> tuple[SharesCodec, dict[str, SharesParty]]:
         """What the server holds, and every party, each of which computes the plan's cost anew for its own ledger.
@@ -124,3 +123,18 @@ class ShareLedgers:
         to_come = self.ledgers.items() if self.recorder.completed < self.job.rounds else ()
         parties = {name: SharesParty(self.privacy, plan, holder=name, ledger=ledger) for name, ledger in to_come}
         return SharesCodec(tuple(self.job.census.names), plan), parties
+
+
+def shares_terms(job: Plan, length: int) -> SharesTerms:
+    """The public constants of a job. length: of a gradient. Raises: ConfigError."""
+    census = job.census
+    batch_size, steps = job.algorithm.share_steps(census.total)
+    return SharesTerms(
+        records=census.total,
+        batch_size=batch_size,
+        steps=job.rounds * steps,
+        parties=len(census.names),
+        min_survivors=fewest_survivors(job.secure_sum, job.participation, census.names),
+        length=length,
+        most_records=cap_of(census.largest) if isinstance(job.parties, DistantParties) else census.largest,
+    )
