@@ -14,7 +14,7 @@ sized for h). What it picks is then trained by Choral itself, on the digits, for
 
     CHORAL_DATA=DIR python benchmarks/tune_digits.py                  # JSON lines; three minutes of one core
     CHORAL_DATA=DIR python benchmarks/tune_digits.py --unit client    # of whole parties, at the headline budget alone
-    CHORAL_DATA=DIR python benchmarks/tune_digits.py --wide           # a wider grid, at epsilon 1; twenty minutes
+    CHORAL_DATA=DIR python benchmarks/tune_digits.py --wide --epsilons 1 2 4 8    # a wider grid; twenty minutes each
 
 `--wide` also tries 512 records a batch, 40 passes, a rate that falls by a cosine, and other clipping norms; rates are
 then those of a clipping norm of 1, and are divided by the norm. It leaves out h = 6, which is the TOML file's.
@@ -197,12 +197,11 @@ def narrow(unit: str) -> None:
             print(json.dumps(line | {"table": [[round(x, 1) for x in row] for row in table.tolist()]}), flush=True)
 
 
-def wide() -> None:
-    """At the smallest budget: of each configuration the best, and the next three."""
+def wide(epsilon: float) -> None:
+    """At one budget: of each configuration the best, and the next three."""
     settings = list(product(CLIPS, (False, True), WIDE_RATES))
     clips, cosine, rates = (torch.tensor(column) for column in zip(*settings, strict=True))
     runs = Runs(rates=rates / clips, clips=clips, cosine=cosine)
-    epsilon = min(BUDGETS)
     for arm in ("cloud-dp", "federated-dp-shares, h = 8", "federated-dp"):
         found = []
         for batch, passes in product(WIDE_BATCHES, WIDE_PASSES):
@@ -220,10 +219,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--unit", choices=["record", "client"], default="record", help="of the promises")
     parser.add_argument("--wide", action="store_true", help="the wide grid, of records")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=list(BUDGETS), help="budgets of the wide grid")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    wide() if given.wide else narrow(given.unit)
+    if not given.wide:
+        narrow(given.unit)
+        return
+    for epsilon in given.epsilons:
+        torch.manual_seed(0)  # each budget by itself: the same whichever others are asked for
+        wide(epsilon)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
 import Crypto
@@ -52,14 +53,14 @@ class Backend:
     """One library's primitives, unchecked: the public functions of this module do the checks for both.
 
     ``x25519`` loads a private key, for its public key and to agree with others', which may raise ValueError or give 32
-    zero bytes on a small-order point. ``verify`` is only called with a
+    zero bytes on a small-order point. ``signer`` loads an Ed25519 seed, to sign with. ``verify`` is only called with a
     canonical key that is not of small order and with S < L. ``unseal`` raises ValueError when the tag does not fit.
     """
 
     name: str
     x25519: Callable[[bytes], tuple[Callable[[], bytes], Callable[[bytes], bytes]]]
     ed25519_public: Callable[[bytes], bytes]
-    sign: Callable[[bytes, bytes], bytes]
+    signer: Callable[[bytes], Callable[[bytes], bytes]]
     verify: Callable[[bytes, bytes, bytes], bool]
     seal: Callable[[bytes, bytes, bytes, bytes], bytes]
     unseal: Callable[[bytes, bytes, bytes, bytes], bytes]
@@ -132,10 +133,30 @@ def ed25519_public(seed: bytes) -> bytes:
     return _backend.ed25519_public(seed)
 
 
+class SigningKey:
+    """An Ed25519 seed, loaded once for many signatures: loading costs as much as one. Raises: SpecError for a length
+    other than 32 bytes.
+    """
+
+    __slots__ = ("sign",)
+
+    sign: Callable[[bytes], bytes]
+    """The 64-byte deterministic signature of RFC 8032 (PureEdDSA, no context) of a message."""
+
+    def __init__(self, seed: bytes) -> None:
+        _expect(seed, KEY_BYTES, "an Ed25519 seed")
+        self.sign = _backend.signer(seed)
+
+    def __repr__(self) -> str:
+        return "<SigningKey>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise SpecError("a private key is never copied or serialised")
+
+
 def ed25519_sign(seed: bytes, message: bytes) -> bytes:
-    """The 64-byte deterministic signature of RFC 8032 (PureEdDSA, no context)."""
-    _expect(seed, KEY_BYTES, "an Ed25519 seed")
-    return _backend.sign(seed, message)
+    """See :class:`SigningKey`."""
+    return SigningKey(seed).sign(message)
 
 
 def ed25519_verify(public: bytes, message: bytes, signature: bytes) -> bool:
@@ -157,6 +178,8 @@ def hkdf_sha256(secret: bytes, *, salt: bytes, info: bytes, length: int) -> byte
     if not 1 <= length <= 255 * 32:
         raise SpecError(f"expected 1 <= length <= 8160 bytes from HKDF, got {length}")
     key = hmac.digest(salt, secret, "sha256")  # an empty salt pads to the 32 zero bytes that RFC 5869 asks for
+    if length <= 32:
+        return hmac.digest(key, info + b"\x01", "sha256")[:length]
     blocks = [b""]
     for counter in range(1, -(-length // 32) + 1):
         blocks.append(hmac.digest(key, blocks[-1] + info + bytes([counter]), "sha256"))
@@ -262,12 +285,16 @@ def _pycryptodome() -> Backend:
         cipher.update(associated_data)
         return bytes(cipher.decrypt_and_verify(sealed[:-TAG_BYTES], sealed[-TAG_BYTES:]))
 
+    def signer(seed: bytes) -> Callable[[bytes], bytes]:
+        key = eddsa.import_private_key(seed)
+        return lambda message: bytes(eddsa.new(key, "rfc8032").sign(message))
+
     generator = eddsa.import_public_key(_GENERATOR).pointQ
     return Backend(
         name="pycryptodome",
         x25519=x25519,
         ed25519_public=lambda seed: bytes(eddsa.import_private_key(seed).public_key().export_key(format="raw")),
-        sign=lambda seed, message: bytes(eddsa.new(eddsa.import_private_key(seed), "rfc8032").sign(message)),
+        signer=signer,
         verify=verify,
         seal=seal,
         unseal=unseal,
@@ -280,9 +307,13 @@ def _openssl() -> Backend:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+    # Loaded public keys: pinned ones come back in every round, and those of a round to each party of this process.
+    ed25519_key = lru_cache(maxsize=_LOADED)(Ed25519PublicKey.from_public_bytes)
+    x25519_key = lru_cache(maxsize=_LOADED)(X25519PublicKey.from_public_bytes)
+
     def verify(public: bytes, message: bytes, signature: bytes) -> bool:
         try:
-            Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+            ed25519_key(public).verify(signature, message)
         except (InvalidSignature, ValueError):
             return False
         return True
@@ -296,13 +327,13 @@ def _openssl() -> Backend:
     def x25519(private: bytes) -> tuple[Callable[[], bytes], Callable[[bytes], bytes]]:
         key = X25519PrivateKey.from_private_bytes(private)  # which computes the public key, too
         public_key = key.public_key().public_bytes_raw
-        return public_key, lambda public: key.exchange(X25519PublicKey.from_public_bytes(public))
+        return public_key, lambda public: key.exchange(x25519_key(public))
 
     return Backend(
         name="openssl",
         x25519=x25519,
         ed25519_public=lambda seed: Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw(),
-        sign=lambda seed, message: Ed25519PrivateKey.from_private_bytes(seed).sign(message),
+        signer=lambda seed: Ed25519PrivateKey.from_private_bytes(seed).sign,
         verify=verify,
         seal=lambda key, nonce, text, associated_data: ChaCha20Poly1305(key).encrypt(nonce, text, associated_data),
         unseal=unseal,
@@ -323,6 +354,7 @@ def _backends() -> dict[str, Backend]:
     return found
 
 
+_LOADED = 1 << 10  # public keys that are kept loaded, of each kind
 _SOUND = 4  # the first version of pycryptodome with right sums of points of small order
 BACKENDS = _backends()
 _backend = list(BACKENDS.values())[-1]

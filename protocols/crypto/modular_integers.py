@@ -7,12 +7,14 @@ two's complement, with one centred lift after the sum.
 Wire format: coordinate ``i`` takes bits ``i * bits`` to ``(i + 1) * bits - 1`` of one little-endian bit string, whose
 bit ``j`` is bit ``j % 8`` (least significant first) of byte ``j // 8``; the last byte is padded with zero bits.
 
-Vectors are processed in chunks of 2^18 coordinates: temporaries stay small and in cache, and every index is a Python
+Vectors are processed in chunks of 2^15 coordinates: temporaries stay small and in cache, and every index is a Python
 or 64-bit integer, so 2^31 coordinates of 64 bits (16 GiB) pass.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -21,8 +23,10 @@ from numpy.typing import NDArray
 
 from choral.protocols.errors import SpecError
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 """Coordinates per chunk; a multiple of 8, so that every chunk starts on a byte."""
+_WHOLE_BYTES = (8, 16, 32, 64)
+"""Widths that numpy has types of: a cast drops the bits above."""
 
 
 class PackingError(SpecError):
@@ -79,15 +83,13 @@ def pack(values: NDArray[Any], bits: int) -> bytes:
     2^bits.
     """
     _check_values(values, bits)
+    if bits in _WHOLE_BYTES:
+        return values.astype(f"<u{bits // 8}").tobytes()
     out = np.empty(packed_bytes(values.size, bits), np.uint8)
-    if bits == 8 * values.dtype.itemsize:
-        out[:] = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-        return out.tobytes()
     for start in range(0, values.size, _CHUNK):
         piece = values[start : start + _CHUNK]
-        packed = _pack_chunk(piece, bits)
-        first = start * bits // 8
-        out[first : first + packed.size] = packed
+        first, size = start * bits // 8, packed_bytes(piece.size, bits)
+        out[first : first + size] = _pack_chunk(piece, bits)[:size]
     return out.tobytes()
 
 
@@ -103,8 +105,8 @@ def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
     if padding and data[-1] >> 8 - padding:
         raise PackingError("the padding bits of a packed vector are not zero")
     dtype = accumulator_dtype(bits)
-    if bits == 8 * dtype.itemsize:
-        return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
+    if bits in _WHOLE_BYTES:
+        return np.frombuffer(data, f"<u{bits // 8}").astype(dtype)
     raw = np.frombuffer(data, np.uint8)
     out = np.empty(length, dtype)
     for start in range(0, length, _CHUNK):
@@ -114,52 +116,67 @@ def unpack(data: bytes, length: int, bits: int) -> NDArray[Any]:
     return out
 
 
-def _group(bits: int, width: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """The fewest values of ``bits`` bits that fill whole words of ``width`` bits, the words, and where each starts."""
+@dataclass(frozen=True)
+class _Layout:
+    """Where values of so many bits stand in words: in groups, the fewest values that fill whole words.
+
+    first, shift: of each place of a group, the word in which it starts, and at which of its bits. lead: of each word,
+    the first place that starts in it; later: the others, as pairs (words, places), in none of which a word is twice.
+    over, back: the places that go on in the next word, and by how many bits they are shifted to the right there.
+    """
+
+    first: NDArray[np.intp]
+    shift: NDArray[Any]
+    lead: NDArray[np.intp]
+    later: tuple[tuple[NDArray[np.intp], NDArray[np.intp]], ...]
+    over: NDArray[np.intp]
+    back: NDArray[Any]
+
+
+@lru_cache(maxsize=128)
+def _layout(bits: int, word: np.dtype[Any]) -> _Layout:
+    width = 8 * word.itemsize
     divisor = gcd(bits, width)
-    values = width // divisor
-    return values, bits // divisor, [divmod(place * bits, width) for place in range(values)]
+    starts = np.arange(width // divisor) * bits
+    first, shift = starts // width, starts % width
+    lead = np.searchsorted(first, np.arange(bits // divisor))
+    rank = np.arange(len(starts)) - lead[first]
+    later = tuple((first[rank == at], np.flatnonzero(rank == at)) for at in range(1, int(rank.max()) + 1))
+    over = np.flatnonzero(shift + bits > width)
+    return _Layout(
+        first, shift.astype(word)[:, None], lead, later, over, back=(width - shift[over]).astype(word)[:, None]
+    )
 
 
 def _pack_chunk(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """Shift and or whole columns: the values at one place of their groups all start at the same bit of a word."""
+    """Shift and or whole rows: the values at one place of their groups all start at the same bit of a word."""
     word = values.dtype
-    width = 8 * word.itemsize
-    group, group_words, places = _group(bits, width)
-    rows = -(-values.size // group)
-    padded = np.zeros(rows * group, word)
-    np.bitwise_and(values, word.type((1 << bits) - 1), out=padded[: values.size])
-    columns = padded.reshape(rows, group)
-    words = np.zeros((group_words, rows), word)
-    column, shifted = np.empty(rows, word), np.empty(rows, word)
-    for place, (first, shift) in enumerate(places):
-        column[:] = columns[:, place]
-        np.left_shift(column, word.type(shift), out=shifted)
-        np.bitwise_or(words[first], shifted, out=words[first])
-        if shift + bits > width:
-            np.right_shift(column, word.type(width - shift), out=shifted)
-            np.bitwise_or(words[first + 1], shifted, out=words[first + 1])
-    packed = np.ascontiguousarray(words.T).astype(word.newbyteorder("<"), copy=False)
-    return packed.view(np.uint8).reshape(-1)[: packed_bytes(values.size, bits)]
+    layout = _layout(bits, word)
+    groups = -(-values.size // len(layout.first))
+    if (rest := groups * len(layout.first) - values.size) > 0:
+        values = np.concatenate([values, np.zeros(rest, word)])
+    placed = np.ascontiguousarray(values.reshape(groups, -1).T) & word.type((1 << bits) - 1)
+    shifted = placed << layout.shift
+    words = shifted[layout.lead]
+    for which, places in layout.later:
+        words[which] |= shifted[places]
+    words[layout.first[layout.over] + 1] |= placed[layout.over] >> layout.back
+    return np.ascontiguousarray(words.T).astype(word.newbyteorder("<"), copy=False).view(np.uint8).reshape(-1)
 
 
 def _unpack_chunk(data: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]:
     word = accumulator_dtype(bits)
-    width = 8 * word.itemsize
-    group, group_words, places = _group(bits, width)
-    rows = -(-count // group)
-    padded = np.zeros(rows * group_words * word.itemsize, np.uint8)
-    padded[: data.size] = data
-    words = np.ascontiguousarray(padded.view(word.newbyteorder("<")).astype(word, copy=False).reshape(rows, -1).T)
-    columns = np.empty((rows, group), word)
-    value, shifted = np.empty(rows, word), np.empty(rows, word)
-    for place, (first, shift) in enumerate(places):
-        np.right_shift(words[first], word.type(shift), out=value)
-        if shift + bits > width:
-            np.left_shift(words[first + 1], word.type(width - shift), out=shifted)
-            np.bitwise_or(value, shifted, out=value)
-        np.bitwise_and(value, word.type((1 << bits) - 1), out=columns[:, place])
-    return columns.reshape(-1)[:count]
+    layout = _layout(bits, word)
+    size = -(-count // len(layout.first)) * len(layout.lead) * word.itemsize
+    if data.size != size:
+        data = np.concatenate([data, np.zeros(size - data.size, np.uint8)])
+    rows = data.view(word.newbyteorder("<")).astype(word, copy=False).reshape(-1, len(layout.lead))
+    words = np.ascontiguousarray(rows.T)
+    values: NDArray[Any] = words[layout.first] >> layout.shift
+    values[layout.over] |= words[layout.first[layout.over] + 1] << layout.back
+    values &= word.type((1 << bits) - 1)
+    found: NDArray[Any] = values.T.reshape(-1)[:count]
+    return found
 
 
 def _check_bits(bits: int) -> int:

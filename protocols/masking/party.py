@@ -34,7 +34,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from choral.protocols.argument_checks import shown
-from choral.protocols.crypto.keys import PrivateKey, ed25519_public
+from choral.protocols.crypto.keys import PrivateKey, SigningKey, ed25519_public
 from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
@@ -137,7 +137,8 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
             own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
         )
         around = neighbours_of(own.index, n, own.setup.neighbours, signing.graph_seed(session))
-        membership = Membership(own.setup, session, own.index, own.identity, own.policy, around, own.current)
+        signer = SigningKey(own.identity)
+        membership = Membership(own.setup, session, own.index, signer, own.policy, around, own.current)
         return Member((membership, 0))
 
 
@@ -160,5 +161,5 @@ class Member(Once[tuple[Membership, int]]):
         keys = Keys(member, number, secret, PrivateKey(secret), PrivateKey(randomness(32)))
         mask, transport = keys.masking.public(), keys.transport.public()
         signed = signing.advertise(member.session, number, member.index, mask, transport)
-        message = messages.Advertise(member.id, number, mask, transport, signing.sign(member.identity, signed))
+        message = messages.Advertise(member.id, number, mask, transport, member.identity.sign(signed))
         return Member((member, number)), Advertised(keys), messages.encode(message)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from choral.protocols.crypto.identity import Identity
+from choral.protocols.crypto.keys import SigningKey
 from choral.protocols.crypto.single_use import Current
 from choral.protocols.driver import Agreed, Answer, NeedsVector, Randomness, Replies, Store, used
 from choral.protocols.errors import SERVER, FaultyServerError, MessageError, SpecError
@@ -151,7 +152,7 @@ class MaskedPartyDriver:
         index = setup.roster.index(self.name)
         around = neighbours_of(index, len(setup.roster), setup.neighbours, signing.graph_seed(session))
         policy = self._policy_for(setup)
-        membership = Membership(setup, session, index, self._identity.seed, policy, around, current)
+        membership = Membership(setup, session, index, SigningKey(self._identity.seed), policy, around, current)
         self._hold(setup, raw)
         self._membership, self._member, self._last = membership, Member((membership, last)), last
 
@@ -173,17 +174,17 @@ class MaskedPartyDriver:
             self._check_live()
             return known
         answer: Answer = ()
-        for part in self._parts(raw):
-            answer = self._take(self._read(part), part, key)
+        message = self._read(raw)
+        if isinstance(message, messages.Bundle):
+            for part in message.parts:
+                answer = self._take(self._read(part), part, key)
+        else:
+            answer = self._take(message, raw, key)
         self._replies.put(key, answer)
         return answer
 
     def _read(self, raw: bytes) -> Any:
         return read(self.known, raw, sender=SERVER, limit=len(raw))
-
-    def _parts(self, raw: bytes) -> tuple[bytes, ...]:
-        message = self._read(raw)
-        return message.parts if isinstance(message, messages.Bundle) else (raw,)
 
     def _limit(self) -> int:
         """No message that this party may be sent is longer."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from choral.protocols.crypto.keys import PrivateKey, SealError, WeakKeyError, seal, unseal
+from choral.protocols.crypto.keys import PrivateKey, SealError, SigningKey, WeakKeyError, seal, unseal
 from choral.protocols.crypto.shamir import split
 from choral.protocols.crypto.single_use import Current, Once
 from choral.protocols.driver import Randomness
@@ -31,7 +31,7 @@ class Membership:
     setup: messages.SumSetup
     session: bytes
     index: int
-    identity: bytes
+    identity: SigningKey
     policy: Policy
     neighbours: tuple[int, ...]
     current: Current
@@ -266,8 +266,7 @@ class Uploaded(Once[_Waiting]):
         signed = signing.confirm(member.session, number, me, message.bitmap, member.current.begun)
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
-        signature = signing.sign(member.identity, signed)
-        return state, messages.encode(messages.Confirm(member.id, number, signature, unopened))
+        return state, messages.encode(messages.Confirm(member.id, number, member.identity.sign(signed), unopened))
 
 
 def survivors_of(member: Membership, bitmap: bytes) -> frozenset[int]:

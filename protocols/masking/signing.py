@@ -40,6 +40,12 @@ def _framed(label: str) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
+@lru_cache(maxsize=1 << 8)
+def _of_round(label: str, session: bytes, number: int) -> bytes:
+    """What the digests of this kind begin with in one round: ``digest(label, session, number, ...)``."""
+    return b"".join((_framed(label), _length(len(session)), session, _number(number)))
+
+
 def setup_digest(setup: bytes) -> bytes:
     """Of the encoded SumSetup: covers the roster and every parameter."""
     return digest("setup", setup)
@@ -86,7 +92,8 @@ def seed_commitment(session: bytes, number: int, party: int, seed: bytes) -> byt
 
 def share_hash(session: bytes, number: int, kind: str, dealer: int, holder: int, share: bytes) -> bytes:
     """A commitment to one share; hiding, for the share is uniform in a field of 2^256 elements to others."""
-    return digest(f"share/{kind}", session, number, dealer, holder, share)
+    framed = (_of_round(f"share/{kind}", session, number), _number(dealer), _number(holder), _length(len(share)), share)
+    return hashlib.sha256(b"".join(framed)).digest()
 
 
 def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int, begun: bytes = NO_BEGIN) -> bytes:

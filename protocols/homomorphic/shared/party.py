@@ -44,7 +44,6 @@ from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
 from choral.protocols.masking.party_round import NONCE, Membership, survivors_of
-from choral.protocols.masking.signing import sign
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
 from choral.protocols.wire_format import Message, encode, read
 
@@ -71,7 +70,7 @@ class _Entered:
 
     def signature(self) -> bytes:
         member = self.member
-        return sign(member.identity, terms.confirm(member.session, member.index, self.commitment))
+        return member.identity.sign(terms.confirm(member.session, member.index, self.commitment))
 
     def signed(self, place: int, commitment: bytes, signature: bytes) -> bool:
         message = terms.confirm(self.member.session, place, commitment)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import hashlib
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -290,7 +292,16 @@ def test_non_canonical_keys_are_refused(backend: str, y: int, sign: int) -> None
 @given(seed=st.binary(min_size=32, max_size=32), message=st.binary(max_size=200))
 def test_backends_sign_alike(seed: bytes, message: bytes) -> None:
     assert len({found.ed25519_public(seed) for found in keys.BACKENDS.values()}) == 1
-    assert len({found.sign(seed, message) for found in keys.BACKENDS.values()}) == 1
+    assert len({found.signer(seed)(message) for found in keys.BACKENDS.values()}) == 1
+
+
+@pytest.mark.parametrize("kind", [keys.PrivateKey, keys.SigningKey])
+def test_a_loaded_key_is_neither_copied_nor_shown(backend: str, kind: type) -> None:
+    loaded = kind(bytes(range(32)))
+    for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(SpecError, match="never copied"):
+            copying(loaded)
+    assert repr(loaded) == f"<{kind.__name__}>"
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])

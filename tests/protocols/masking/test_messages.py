@@ -13,7 +13,7 @@ import pytest
 from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import MessageError
-from choral.protocols.masking import messages
+from choral.protocols.masking import messages, signing
 from choral.protocols.wire_format import claims_to_be
 
 VERSION = bytes([messages.VERSION])
@@ -263,3 +263,10 @@ def test_the_longest_vector_has_five_pieces_and_fits_the_envelope() -> None:
     raw = messages.encode(messages.Upload(ID, 2**32 - 1, (bytes(70_000),) * 5))
     assert len(raw) <= messages.limit(messages.Upload, 350_000)
     SumSpec(parties=("a", "b"), length=2**31, bound=2**61)
+
+
+def test_a_share_is_hashed_as_every_digest_is() -> None:
+    """What is kept of a round, so as not to be framed anew for each share, changes no hash."""
+    for kind, place in (("seed", 0), ("key", 300), ("seed", 9)):
+        parts = (b"s" * 32, 7 + place, place, place + 1, bytes([place % 251]) * 33)
+        assert signing.share_hash(*parts[:2], kind, *parts[2:]) == signing.digest(f"share/{kind}", *parts)
