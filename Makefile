@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ENGINES = flower nvflare
 
-.PHONY: docs demo test test-all test-engines test-lowest check coverage mutants clean
+.PHONY: docs demo test test-all test-engines test-lowest check coverage mutants gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -45,6 +45,13 @@ coverage: $(VENV)/.check
 # Which lines does no test miss? 300 changes at random, by a fixed seed; about an hour on one core.
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py
+
+# What wants a GPU, in eight minutes at most, without a network: docs/gpu.md. GPU="--device cpu --small" rehearses it.
+GPU    ?= --device cuda
+WHEELS ?= wheels
+gpu:
+	[ ! -d $(WHEELS) ] || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu $(WHEELS)/*.whl
+	PYTHONPATH=src:build/gpu:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py $(GPU)
 
 # The site, with its notebooks executed; links are checked, and a warning is an error. build/site/index.html is it.
 docs: $(VENV)/.docs
