@@ -56,6 +56,8 @@ def imported(node: ast.AST) -> Iterator[str]:
         elif isinstance(child, ast.ImportFrom) and child.module:
             assert child.level == 0, "imports say where a name is from"
             for alias in child.names:
+                if (child.module, alias.name) == ("choral", "__version__"):
+                    continue  # a text, there before anything else of the front door
                 full = f"{child.module}.{alias.name}"
                 yield full if full in modules() else child.module
         elif isinstance(child, ast.Import):

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from choral import __version__
 from choral.errors import ChoralError
 from choral.metrics import is_falling
 from choral.privacy import Spent
 from choral.trainers.task.per_party import PerParty
 
 FORMAT_VERSION = 1
-_NAMED_PACKAGES = ("choral", "torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
+_NAMED_PACKAGES = ("torch", "opacus", "dp-accounting", "numpy", "pycryptodome")
 
 
 class RunFolderError(ChoralError):
@@ -173,8 +174,9 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _NAMED_PACKAGES}
+    """Versions of Python, Choral (which may run uninstalled) and the packages that numbers depend on."""
+    own = {"python": platform.python_version(), "choral": __version__}
+    return own | {name: metadata.version(name) for name in _NAMED_PACKAGES}
 
 
 def best_of(history: Sequence[RoundRecord]) -> int:
