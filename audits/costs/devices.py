@@ -27,7 +27,7 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     page: str = ""
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of a party. speed: times one core of the measured machine. mbps: in either direction. rounds_per_day: 0 if it is
     always there.
     """
@@ -41,7 +41,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     page: str = ""
 
 
-class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ReferenceDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Peaks of the board that the price table's ``accelerator_speedup`` stands for, in Tflop/s."""
 
     float32: float
@@ -52,9 +52,9 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class DeviceTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of ``devices.toml``."""
 
-    reference: Reference
+    reference: ReferenceDevice
     accelerators: dict[str, Accelerator]
-    devices: dict[str, Device]
+    devices: dict[str, DeviceClass]
 
 
 @cache
@@ -68,7 +68,7 @@ def accelerator(name: str) -> Accelerator:
     return _named(device_table().accelerators, name, "report.job.accelerator")
 
 
-def device(name: str) -> Device:
+def device(name: str) -> DeviceClass:
     """Raises: ConfigError for a name that the table lacks."""
     return _named(device_table().devices, name, "report.job.devices")
 

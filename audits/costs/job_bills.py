@@ -16,7 +16,7 @@ import msgspec
 
 from choral.audits.costs.bills import DAY, GB, KWH, Bill, Item, together
 from choral.audits.costs.crossover import Workload, workload
-from choral.audits.costs.devices import Accelerator, Device, accelerator, device, speedup
+from choral.audits.costs.devices import Accelerator, DeviceClass, accelerator, device, speedup
 from choral.audits.costs.job import Job
 from choral.audits.costs.prices import Prices
 from choral.audits.costs.target import Target, rounds_to
@@ -133,7 +133,7 @@ def _sized(work: Workload, job: Job, prices: Prices, rounds: float | None, cloud
     )
 
 
-def _pause(job: Job, devices: Sequence[Device], work: Workload, prices: Prices) -> float:
+def _pause(job: Job, devices: Sequence[DeviceClass], work: Workload, prices: Prices) -> float:
     """Seconds from round to round: the job's own, or of the slowest class, or of prices and the run's clock."""
     a_day = job.rounds_per_day
     if a_day is None:
