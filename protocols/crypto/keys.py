@@ -354,7 +354,7 @@ def _backends() -> dict[str, Backend]:
     return found
 
 
-_LOADED = 1 << 10  # public keys that are kept loaded, of each kind
+_LOADED = 1 << 7  # public keys that are kept loaded, of each kind
 _SOUND = 4  # the first version of pycryptodome with right sums of points of small order
 BACKENDS = _backends()
 _backend = list(BACKENDS.values())[-1]

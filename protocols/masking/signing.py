@@ -40,7 +40,7 @@ def _framed(label: str) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-@lru_cache(maxsize=1 << 8)
+@lru_cache(maxsize=1 << 4)
 def _of_round(label: str, session: bytes, number: int) -> bytes:
     """What the digests of this kind begin with in one round: ``digest(label, session, number, ...)``."""
     return b"".join((_framed(label), _length(len(session)), session, _number(number)))
