@@ -362,7 +362,8 @@ def test_nothing_that_a_party_keeps_opens_a_packet_of_a_past_round(network: Make
     ready = states["p0"].receive(stage.close()[1]["p0"])
     for kept in (ready, net.members["p0"]):
         assert not {transport, channel} & everything_in(kept, set())
-    assert net.identities["p0"] in everything_in(net.members["p0"], set())  # the search does find what is there
+    [(membership, _)] = net.members["p0"]._content
+    assert membership.session in everything_in(net.members["p0"], set())  # the search does find what is there
     net.round(VECTORS)
     second = sent_up(net, "advertise")["p0"]
     assert len({first.mask, first.transport, second.mask, second.transport}) == 4
