@@ -27,6 +27,7 @@ from choral.network.door.trained import Trained
 from choral.network.errors import BusyError, OfferRefusedError, SiteError
 from choral.network.host.engine_training import EngineTrainer, PausingDriver, TrainFirstError
 from choral.network.host.messages import ExchangeEnded, StepTaken, TakeStep, TellAgain
+from choral.network.host.statistics_job import statistics_party
 from choral.network.host.training_code import Loaded, embedded_part, site_task
 from choral.network.site.files.log import Fact
 from choral.network.site.files.private import write_private
@@ -34,6 +35,7 @@ from choral.network.site.files.settings import PART
 from choral.privacy import ClientPrivacy
 from choral.protocols.driver import PartyDriver
 from choral.protocols.interface import SumSpec
+from choral.trainers.analytics.terms import StatisticsTerms, of_counts
 from choral.trainers.engines.exchange_messages import NotToldError
 from choral.trainers.engines.rank_messages import packed, unpacked
 from choral.trainers.federated.party import PartyStates, TrainingParty, own_party
@@ -87,7 +89,7 @@ class SiteJob:
         self._doing = b""  # the message at hand
         receipted = Receipted(path=receipts, identity=folder.signing, run=offer.digest)
         self._engine: EngineTrainer | None = None
-        self.party = self._by_engine(receipted) if offer.by_engine else self._here(receipted)
+        self.party = self._by_engine(receipted) if offer.by_engine else self._own(receipted)
         if self.party.examples != agreement.data.records:
             raise SiteError(
                 f"the data has {self.party.examples} records, and site.toml says {agreement.data.records}",
@@ -98,6 +100,22 @@ class SiteJob:
         self.party.store = self._store
         if (path := self._state / "states").is_file():
             self.party.states = _states_of(path)
+
+    def _own(self, receipted: Receipted) -> TrainingParty:
+        """A party of this process: of a training, or of statistics."""
+        agreement = self._agreement
+        if not isinstance(agreement.terms, StatisticsTerms):
+            return self._here(receipted)
+        settings, memory = agreement.offer.settings, self._memory()
+        return statistics_party(
+            self.name,
+            agreement,
+            agreement.terms,
+            lambda: _loaded(agreement, settings_in(settings))[1],
+            self._drivers,
+            memory,
+            receipted,
+        )
 
     def _here(self, receipted: Receipted) -> TrainingParty:
         """A party that trains in this process, by the code that is installed here."""
@@ -223,10 +241,10 @@ class SiteJob:
         found = {}
         for channel in own.channels:
             spec = replace(own.codec(channel, roster).spec, directory=len(roster), terms=own.digest)
-            found[channel] = self._driver(spec, drivers)
+            found[channel] = self._driver(spec, drivers, own)
         return found
 
-    def _driver(self, spec: SumSpec, drivers: dict[SumSpec, PartyDriver]) -> PartyDriver:
+    def _driver(self, spec: SumSpec, drivers: dict[SumSpec, PartyDriver], own: TrainingTerms) -> PartyDriver:
         """One for each sum, which channels that look alike share."""
         if spec in drivers:
             return drivers[spec]
@@ -235,7 +253,7 @@ class SiteJob:
             spec,
             name=self.name,
             identity=self._folder.signing,
-            policy=self._agreement.policy_for(spec),
+            policy=self._agreement.policy_for(spec, everybody=of_counts(own)),
             store=lambda raw: write_private(path, raw),
             state=path.read_bytes() if path.is_file() else None,
             purpose=f"{self.digest} {len(drivers)}",

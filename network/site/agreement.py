@@ -62,10 +62,14 @@ class Agreement:
         """
         return {} if self.ledger is None else ledger_facts(self.name, self.ledger)
 
-    def policy_for(self, spec: SumSpec) -> Policy:
-        """The policy of the sum that this site expects, `spec` being what it computed from the terms by itself."""
+    def policy_for(self, spec: SumSpec, *, everybody: bool = False) -> Policy:
+        """The policy of the sum that this site expects, `spec` being what it computed from the terms by itself.
+
+        everybody: it may be opened over all parties alone.
+        """
         return replace(
             self.policy,
+            minimum_cohort=len(spec.parties) if everybody else self.policy.minimum_cohort,
             encoding=spec.encoding,
             terms=spec.terms,
             maximum_bound=spec.bound,

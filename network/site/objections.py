@@ -14,12 +14,13 @@ from choral.errors import ChoralError
 from choral.network.site.approvals import code_of
 from choral.network.site.budget import budget_objection
 from choral.network.site.files.settings import DataSet
-from choral.network.site.offer import BY_ENGINE, Offer
+from choral.network.site.offer import BY_ENGINE, STATISTICS, Offer
 from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
+from choral.trainers.analytics.terms import StatisticsTerms
 from choral.trainers.federated.terms.task_code import version_here
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 
@@ -82,7 +83,12 @@ def _code(folder: SiteFolder, offer: Offer) -> Iterator[str]:
             yield f"{offer.task!a} is trained by {'the engine' if offer.by_engine else 'code'}, and otherwise here"
         return
     data, path = data_of(folder, offer), folder.path / "tasks" / offer.task
-    if offer.embedded:
+    if offer.task == STATISTICS:
+        if offer.code != version_here():
+            yield f"its statistics are of {offer.code}, and {version_here()} runs here"
+        if data is not None and data.path is None:
+            yield "statistics are of a CSV file, and the data has no path here"
+    elif offer.embedded:
         if offer.task not in TASKS:
             yield f"Choral has no task {offer.task!a}"
         elif offer.code != version_here():
@@ -129,6 +135,8 @@ def _consistent(terms: TrainingTerms, offer: Offer) -> Iterator[str]:
     asked = terms.privacy or {}
     if (terms.shares is not None) != (asked.get("noise") == "distributed" and asked.get("unit") != CLIENT):
         yield "its terms have a plan of noise in shares and no promise of it, or the other way round"
+    if offer.task == STATISTICS and not isinstance(terms, StatisticsTerms):
+        yield f"it is of {STATISTICS}, and its terms are of a training"
     if terms.code.partition(",")[0] != version_here():  # the task's source is compared when the party is made
         yield f"the coordinator runs {terms.code!a:.60}, and {version_here()} runs here"
 

@@ -27,6 +27,8 @@ MOST_PARTIES = 10_000
 IN_THE_CLEAR = "in the clear, no epsilon"
 BY_ENGINE = "trained by the engine"
 """In the place of the code's SHA-256: an engine's process trains, by code that the coordinator ships."""
+STATISTICS = "statistics"
+"""In the place of the training code's name: none is run, and Choral computes statistics of a CSV file."""
 METRICS = ("none", IN_THE_CLEAR)
 """What becomes known of the sites' own evaluations: nothing; or their sums, which no promise covers."""
 DIGEST = re.compile(r"[0-9a-f]{64}")

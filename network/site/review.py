@@ -24,6 +24,7 @@ from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.masking.masked import Masked
+from choral.trainers.analytics.terms import StatisticsTerms
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 
 if TYPE_CHECKING:
@@ -123,12 +124,17 @@ def _text(raw: bytes) -> str:
 
 def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterator[Row]:
     record = terms.algorithm.record()
+    if isinstance(terms, StatisticsTerms):
+        record = {key: value for key, value in record.items() if key != "statistics"}
+        for name, each in terms.sums.statistics.items():
+            yield "statistic", f"{plainly(name)}: {plainly(json.dumps(dict(each), sort_keys=True))}"
     settings = ", ".join(f"{key} {plainly(value)}" for key, value in record.items() if key != "kind")
     yield "algorithm", f"{record['kind']}{f' ({settings})' if settings else ''}, {terms.rounds} rounds at most"
     for release in terms.algorithm.releases:
         how_often = "once" if release.once else "every round"
         yield "releases", f"{release.what} ({release.source}), {how_often}"
-    yield "model", f"{terms.federation.length} parameters in {len(terms.shapes)} tensors"
+    if not isinstance(terms, StatisticsTerms):
+        yield "model", f"{terms.federation.length} parameters in {len(terms.shapes)} tensors"
     encoding, largest = terms.encoding, terms.federation.largest
     weight = f"as many as its records, at most {largest}" if encoding.weights == "examples" else "as much as any other"
     yield "values", f"up to {encoding.value_bound:g} in {encoding.value_bits} bits; a site counts for {weight}"

@@ -24,6 +24,7 @@ from choral.protocols.masking.messages import SumSetup
 from choral.protocols.plain import Plain
 from choral.trainers.algorithms import KINDS
 from choral.trainers.algorithms.interface import Algorithm, FederationInfo
+from choral.trainers.analytics.terms import StatisticsSums, StatisticsTerms
 from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.describe import settings_of
@@ -42,11 +43,17 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
     """
     if set(record) - {"shares", "metrics"} != _KEYS:
         raise OfferError(f"its terms have the keys {sorted(record)!s:.300}, expected {sorted(_KEYS)}")
-    rounds, code, shapes = record["rounds"], record["code"], record["shapes"]
+    rounds, code, shapes, algorithm = (
+        record["rounds"],
+        record["code"],
+        record["shapes"],
+        algorithm_of(record["algorithm"]),
+    )
     if type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS or not isinstance(code, str):
         raise OfferError("its terms have no number of rounds, or do not say what code is run")
-    terms = TrainingTerms(
-        algorithm=algorithm_of(record["algorithm"]),
+    kind = StatisticsTerms if isinstance(algorithm, StatisticsSums) else TrainingTerms
+    terms = kind(
+        algorithm=algorithm,
         federation=_made("federation", FederationInfo, record["federation"]),
         encoding=_made("encoding", Encoding, record["encoding"]),
         privacy=record["privacy"],
@@ -62,12 +69,21 @@ def terms_of(record: Mapping[str, Any]) -> TrainingTerms:
     for key in ("algorithm", "releases", "federation", "encoding", "shapes", "shares"):
         if not alike(record.get(key), said.get(key)):
             raise OfferError(f"its terms say other {key} than they are here: {record[key]!s:.200}")
+    if isinstance(terms, StatisticsTerms):
+        try:
+            terms.check()
+        except ChoralError as error:
+            raise OfferError(f"its statistics cannot be read: {error!s:.200}") from None
     return terms
 
 
 def algorithm_of(record: Any) -> Algorithm:
     """Raises: OfferError for an algorithm that is not known, or a setting that it does not have or refuses."""
-    kind = KINDS.get(str(record.get("kind"))) if isinstance(record, dict) else None
+    kind = (
+        (KINDS | {StatisticsSums.kind: StatisticsSums}).get(str(record.get("kind")))
+        if isinstance(record, dict)
+        else None
+    )
     if kind is None:
         raise OfferError(f"its terms have no algorithm that is known here: {record!s:.80}")
     return _made("algorithm", kind, {name: value for name, value in record.items() if name != "kind"})

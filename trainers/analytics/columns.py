@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,3 +75,29 @@ def places(columns: Columns, name: str, values: tuple[Any, ...]) -> npt.NDArray[
     found = np.fromiter((known.get(value, len(values)) for value in plain), np.int64, len(plain))
     found[missing] = -1
     return found
+
+
+def read_columns(path: Path, delimiter: str = ",") -> dict[str, list[Any]]:
+    """Return the columns of a CSV file by name: numbers where every field that is not empty is one, else words.
+
+    An empty field is missing. Raises: DataError naming the file and the line, and no value.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file, delimiter=delimiter, strict=True)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", hint="give a CSV file with a header") from None
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8 with a header: {type(error).__name__}") from None
+    rows = [row for row in rows if row]
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise DataError(f"{path}, record {number - 1}: {len(row)} fields, the header has {len(header)}")
+    return {name: _column([row[at].strip() for row in rows]) for at, name in enumerate(header)}
+
+
+def _column(fields: list[str]) -> list[Any]:
+    try:
+        return [float(text) if text else float("nan") for text in fields]
+    except ValueError:
+        return fields

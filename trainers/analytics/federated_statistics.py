@@ -94,6 +94,34 @@ def federated_statistics(
     )
 
 
+def of_sites(
+    packing: Packing, opened: OpenedSums, privacy: Privacy | None, *, parties: int, contributors: int | None
+) -> FederatedStatistics:
+    """The result of parties at their own sites, whose ledgers are theirs. opened: by their coordinator."""
+    if privacy is None:
+        claim = "Exact, without noise: no differential privacy, whoever sees the totals learns them."
+    else:
+        claim = (
+            f"Differentially private for each record ({privacy.neighbours}), against the server and whoever sees the"
+            f" result, with what up to {privacy.colluders} of the sites know: epsilon {privacy.epsilon:g} at delta"
+            f" {privacy.delta:g}. What each site's data has spent in all, its own ledger says."
+        )
+    name, corrupt = opened.statement["name"], opened.statement["corrupt"]
+    word = "" if contributors is None else " That rests on the coordinator, who tells the sites the counts."
+    return FederatedStatistics(
+        estimates=packing.read(opened.total, opened.noise),
+        claim=f"{claim} The sites' vectors were hidden by a {name} sum that withstands {corrupt} corrupt sites.",
+        releases=tuple(f"{each}{word}" for each in _releases(opened, contributors)),
+        survivors=opened.survivors,
+        parties=parties,
+        spent={},
+        secure_sum=str(name),
+        left_out=opened.left_out,
+        bytes_up=opened.traffic[0],
+        bytes_down=opened.traffic[1],
+    )
+
+
 def _release(
     parties: Mapping[str, Any], statistics: Mapping[str, Statistic], secure_sum: SecureSum, *, noisy: bool
 ) -> StatisticsRelease:

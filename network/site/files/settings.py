@@ -20,7 +20,18 @@ from choral.toml_files import read_toml
 
 Kind = Literal["masked", "homomorphic"]
 Algorithm = Literal[
-    "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fednova", "fedsgd", "fsvrg", "dane", "gd", "cocoa"
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fedadam",
+    "fedyogi",
+    "fednova",
+    "fedsgd",
+    "fsvrg",
+    "dane",
+    "gd",
+    "cocoa",
+    "statistics",
 ]
 Noise = Literal["local", "distributed", "central"]
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

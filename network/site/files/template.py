@@ -21,7 +21,7 @@ value_bound = 16.0                    # largest coordinate of an update
 maximum_weight = 1048576              # most records that any site may count for
 
 [job]                                 # what may be trained here
-algorithms = ["fedavg", "fedprox"]
+algorithms = ["fedavg", "fedprox"]    # "statistics": also `choral stats`, of the data of [tasks.statistics]
 releases = ["fit", "derived"]         # "data": also values that are read from the records without noise
 metrics = "none"                      # or "in the clear, no epsilon": sums of the sites' own evaluations
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,10 +13,16 @@ from choral.cli.arguments import parse_with_config
 from choral.jobs.statistics import StatisticsSettings, run_statistics
 from choral.toml_files import read_toml
 
+if TYPE_CHECKING:
+    from choral.trainers.analytics.result import FederatedStatistics
+
 
 @dataclass(frozen=True, kw_only=True)
 class StatsFlags:
     """Count, mean, variance, covariance, histogram, quantiles, tables of parties' records, in one secure sum.
+
+    With --directory the parties are sites at their own machines, whose people approve the offer (--offer writes it).
+    They compute from the CSV file that their site.toml has under [tasks.statistics].
 
     With privacy.epsilon: noise in shares for each record (or, privacy.unit client, for each party), paid for in the
     parties' ledgers. Without: exact. With --out: statistics.json, statistics.html and the ledgers.
@@ -27,6 +34,10 @@ class StatsFlags:
     """TOML file with the settings, e.g. examples/hospitals/statistics.toml."""
     out: Path | None = None
     """Folder for the results."""
+    directory: Path | None = None
+    """The sites' pinned certificates, as `choral site directory` writes it."""
+    offer: Path | None = None
+    """With --directory: write the offer to this file, for sites to review, and do nothing else."""
     quiet: bool = False
     """Print nothing but errors."""
     settings: Annotated[StatisticsSettings, tyro.conf.arg(name="")] = field(default_factory=StatisticsSettings)
@@ -37,7 +48,12 @@ def stats(words: list[str]) -> int:
     out = wanted.out
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    found = run_statistics(wanted.settings, base=wanted.config.parent, out=out)
+    if wanted.directory is not None:
+        found = _at_sites(wanted, wanted.directory)
+    else:
+        found = run_statistics(wanted.settings, base=wanted.config.parent, out=out)
+    if found is None:
+        return 0
     if out is not None:
         found.save(out / "statistics.json")
         found.save(out / "statistics.html")
@@ -46,6 +62,32 @@ def stats(words: list[str]) -> int:
         if out is not None:
             print(f"statistics: {out / 'statistics.json'}, {out / 'statistics.html'}")
     return 0
+
+
+def _at_sites(wanted: StatsFlags, directory: Path) -> FederatedStatistics | None:
+    """None where the offer alone was asked for. Raises: as `choral serve`."""
+    from choral.cli.sites.serve import coordinator_of
+    from choral.jobs.sites.statistics import serve_statistics, statistics_offer
+    from choral.network import BlockingHub
+
+    settings = wanted.settings
+    if not settings.serve.job:
+        settings = replace(settings, serve=replace(settings.serve, job=wanted.config.stem))
+    identity, sites = coordinator_of(settings.serve, directory)
+    keys = {certificate.name: certificate.public_key for certificate in sites}
+    if wanted.offer is not None:
+        offer = statistics_offer(settings, tuple(keys), coordinator=identity.name)
+        wanted.offer.write_bytes(offer.message())
+        print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
+        return None
+
+    def say(text: str) -> None:
+        if not wanted.quiet:
+            print(f"choral: {text}", file=sys.stderr, flush=True)
+
+    with BlockingHub(identity, sites, host=settings.serve.host, port=settings.serve.port) as hub:
+        say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
+        return serve_statistics(settings, hub, keys, coordinator=identity.name, say=say)
 
 
 def _read(path: str) -> StatisticsSettings:

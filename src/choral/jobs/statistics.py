@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from choral.errors import ConfigError, DataError
-from choral.jobs.settings import Arm, PrivacySettings, Settings, SumSettings
+from choral.errors import ConfigError
+from choral.jobs.settings import Arm, PrivacySettings, ServeSettings, Settings, SitesSettings, SumSettings
 from choral.trainers.task.settings import AlgorithmSettings, Split
 
 if TYPE_CHECKING:
@@ -71,6 +70,10 @@ class StatisticsSettings:
     """Without noise: what fewer parties contribute to is left out. How many contribute is then released."""
     statistics: dict[str, StatisticSettings] = field(default_factory=dict)
     """What is computed, by name."""
+    sites: SitesSettings = field(default_factory=SitesSettings)
+    """With --directory: what is agreed on of the sites."""
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    """With --directory: where the coordinator listens, and how long it waits."""
 
 
 def run_statistics(settings: StatisticsSettings, *, base: Path, out: Path | None) -> FederatedStatistics:
@@ -81,8 +84,7 @@ def run_statistics(settings: StatisticsSettings, *, base: Path, out: Path | None
     from choral.jobs.training import privacy_of, secure_sum_of
     from choral.trainers import federated_statistics
 
-    job = Settings(privacy=settings.privacy, secure_sum=settings.secure_sum, algorithm=AlgorithmSettings(kind="fedsgd"))
-    epsilon = settings.privacy.epsilon
+    job, epsilon = job_of(settings), settings.privacy.epsilon
     ledgers = settings.ledgers or (out / "ledger" if out is not None and epsilon is not None else None)
     return federated_statistics(
         _parties(settings, base),
@@ -91,6 +93,18 @@ def run_statistics(settings: StatisticsSettings, *, base: Path, out: Path | None
         secure_sum=secure_sum_of(job, Arm()),
         ledgers=ledgers,
         contributors=settings.contributors,
+    )
+
+
+def job_of(settings: StatisticsSettings) -> Settings:
+    """What of them a training job has too."""
+    algorithm = AlgorithmSettings(kind="fedsgd")
+    return Settings(
+        privacy=settings.privacy,
+        secure_sum=settings.secure_sum,
+        algorithm=algorithm,
+        sites=settings.sites,
+        serve=settings.serve,
     )
 
 
@@ -124,6 +138,7 @@ def statistic_of(name: str, settings: StatisticSettings) -> Statistic:
 
 def _parties(settings: StatisticsSettings, base: Path) -> dict[str, Any]:
     from choral.jobs.training import load_task
+    from choral.trainers.analytics.columns import read_columns
 
     if bool(settings.parties) == (settings.task is not None):
         raise ConfigError("expected either parties or a task", hint='[parties] with NAME = "FILE.csv" for each')
@@ -131,29 +146,3 @@ def _parties(settings: StatisticsSettings, base: Path) -> dict[str, Any]:
         job = Settings(task=settings.task, split=settings.split, data_dir=settings.data_dir)
         return dict(load_task(job, settings.seed).parties)
     return {name: read_columns(base / path, settings.delimiter) for name, path in settings.parties.items()}
-
-
-def read_columns(path: Path, delimiter: str = ",") -> dict[str, list[Any]]:
-    """Return the columns of a CSV file by name: numbers where every field that is not empty is one, else words.
-
-    An empty field is missing. Raises: DataError naming the file and the line, and no value.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = csv.reader(file, delimiter=delimiter, strict=True)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", hint="give a CSV file with a header") from None
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8 with a header: {type(error).__name__}") from None
-    rows = [row for row in rows if row]
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise DataError(f"{path}, record {number - 1}: {len(row)} fields, the header has {len(header)}")
-    return {name: _column([row[at].strip() for row in rows]) for at, name in enumerate(header)}
-
-
-def _column(fields: list[str]) -> list[Any]:
-    try:
-        return [float(text) if text else float("nan") for text in fields]
-    except ValueError:
-        return fields

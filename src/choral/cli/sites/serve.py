@@ -19,10 +19,11 @@ import tyro
 
 from choral.cli.arguments import parse, parse_with_config
 from choral.errors import ConfigError
-from choral.jobs.settings import Settings, read_job
+from choral.jobs.settings import ServeSettings, Settings, read_job
 
 if TYPE_CHECKING:
-    from choral.network import SiteFolder, SiteHost
+    from choral.network import CertifiedIdentity, SiteFolder, SiteHost
+    from choral.network.transport.directory import Directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +85,10 @@ def serve(words: list[str]) -> int:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
         settings = dataclasses.replace(settings, serve=named)
     from choral.jobs import serving
-    from choral.network import BlockingHub, CertifiedIdentity
-    from choral.network.site.files.directory import Pinned
+    from choral.network import BlockingHub
 
     chosen = settings.serve
-    certificate = chosen.identity or _beside(wanted.directory)
-    identity = CertifiedIdentity.load(certificate.parent, certificate.stem)
-    sites = Pinned.read(wanted.directory).sites
+    identity, sites = coordinator_of(chosen, wanted.directory)
     keys = {certificate.name: certificate.public_key for certificate in sites}
 
     if wanted.offer is not None:
@@ -128,6 +126,15 @@ def serve(words: list[str]) -> int:
             print(f"note: {run.info.ended}")
         print(f"run folder: {wanted.out}   next: choral audit {shlex.quote(str(wanted.out))}")
     return 0
+
+
+def coordinator_of(chosen: ServeSettings, directory: Path) -> tuple[CertifiedIdentity, Directory]:
+    """The coordinator's identity, and its sites' certificates. Raises: ConfigError, SiteError, CertificateError."""
+    from choral.network import CertifiedIdentity
+    from choral.network.site.files.directory import Pinned
+
+    certificate = chosen.identity or _beside(directory)
+    return CertifiedIdentity.load(certificate.parent, certificate.stem), Pinned.read(directory).sites
 
 
 def _beside(directory: Path) -> Path:

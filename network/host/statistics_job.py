@@ -1,0 +1,88 @@
+"""A site's party of statistics: its records as the statistics' columns, its share of the noise, its ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from choral.errors import ConfigError
+from choral.network.errors import OfferRefusedError, SiteError
+from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesParty
+from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
+from choral.protocols.driver import PartyDriver
+from choral.trainers.analytics.columns import columns_of, read_columns
+from choral.trainers.analytics.terms import StatisticsParty, StatisticsTerms, statistic_of
+from choral.trainers.federated.record_shares.own_process import check_drivers
+from choral.trainers.federated.terms.trained_for import PartyMemory
+from choral.trainers.federated.terms.training_terms import TrainingTerms
+from choral.trainers.run_folder.evidence.party_receipts import Receipted, open_receipts
+
+if TYPE_CHECKING:
+    from choral.network.site.agreement import Agreement
+
+
+def statistics_party(
+    name: str,
+    agreement: Agreement,
+    terms: StatisticsTerms,
+    dataset: Callable[[], Any],
+    drivers: Callable[[TrainingTerms], Mapping[str, PartyDriver]],
+    memory: PartyMemory,
+    receipted: Receipted,
+) -> StatisticsParty:
+    """dataset: what the training code makes of the data; where there is none, the data is a CSV file.
+
+    Raises: DataError for records that lack a column; PrivacyError, BudgetExceededError, LedgerError, ConfigError for a
+        plan that breaks the site's promise, or a sum of which it demands too little.
+    """
+    by_code = agreement.code is not None or agreement.path is None
+    found = dataset() if by_code else read_columns(agreement.path)  # type: ignore[arg-type]
+    wanted = frozenset(
+        column for key, record in terms.sums.statistics.items() for column in statistic_of(record).columns(str(key))
+    )
+    columns = columns_of(found, name, wanted)
+    examples = len(next(iter(columns.values())))
+    if not 1 <= examples <= terms.federation.largest:
+        raise SiteError(f"{examples} records, and the job is for 1 to {terms.federation.largest} of one site")
+    shares = _shares(agreement, terms, name)
+    sums = drivers(terms)
+    check_drivers(terms.shares, sums)
+    return StatisticsParty(
+        name,
+        terms,
+        terms.packing.sums(columns),
+        examples=examples,
+        drivers=sums,
+        shares=shares,
+        receipts=open_receipts(receipted, name, terms.text, terms.digest, agreement.ledger),
+        trained_for=memory.trained_for.bound(name, terms.digest),
+    )
+
+
+def _shares(agreement: Agreement, terms: StatisticsTerms, name: str) -> SharesParty | None:
+    """This site's share of the noise, the plan held against its own promise, and against the terms."""
+    privacy, ledger, plan = agreement.privacy, agreement.ledger, terms.shares
+    if privacy is None:
+        return None
+    if plan is None or ledger is None or isinstance(privacy, ClientPrivacy):
+        raise OfferRefusedError(["statistics with privacy are of records, with noise in shares"])
+    federation = terms.federation
+    agreed = {
+        "records": federation.examples,
+        "batch_size": federation.examples,
+        "steps": 1,
+        "parties": federation.parties,
+        "most_records": federation.largest,
+        "length": federation.length,
+        "failure": SECURE_SUM_FAILURE,
+    }
+    for key, value in agreed.items():
+        if getattr(plan.terms, key) != value:
+            raise ConfigError(f"the plan of the noise has {key} = {getattr(plan.terms, key)}, and the terms {value}")
+    return _share(privacy, ledger, terms, name)
+
+
+def _share(privacy: Privacy, ledger: Ledger, terms: StatisticsTerms, name: str) -> SharesParty:
+    if terms.shares is None:
+        raise ConfigError("terms without a plan of noise")
+    return SharesParty(privacy, terms.shares, holder=name, ledger=ledger, padded=True)

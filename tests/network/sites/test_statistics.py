@@ -1,0 +1,258 @@
+"""Statistics with sites: the same numbers as in one process, their ledgers, what a site refuses, real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from site_federation import NO_PROMISE, PROMISE, Direct, Federation, approved_at, private_sites, records_of
+from site_processes import ENVIRONMENT, Processes
+
+from choral import Masked, federated_statistics
+from choral.errors import ConfigError
+from choral.jobs.settings import PrivacySettings, ServeSettings, SitesSettings, SumSettings
+from choral.jobs.sites.statistics import serve_statistics, statistics_offer
+from choral.jobs.statistics import StatisticSettings, StatisticsSettings, statistic_of
+from choral.network import Offer
+from choral.network.errors import OfferError
+from choral.network.site.budget import open_ledger
+from choral.network.site.objections import objections
+from choral.network.site.review import review
+from choral.network.site.terms import terms_of
+from choral.privacy.accounting.events import PoissonSampledShares
+from choral.protocols.errors import FaultyServerError, TooFewSurvivorsError
+from choral.trainers import Covariance
+from choral.trainers.algorithms.interface import Exchange
+from choral.trainers.analytics.terms import StatisticsParty, StatisticsTerms
+from choral.trainers.engines.exchange_messages import Told
+
+NAMES = ("north", "south", "east")
+ASKED = {
+    "0": StatisticSettings(kind="mean", low=-4, high=4),
+    "label": StatisticSettings(kind="categories", values=(0, 1)),
+    "both": StatisticSettings(kind="covariance", columns={"1": (-4, 4), "0": (-5, 5)}),
+    "1": StatisticSettings(kind="quantiles", shares=(0.5,), low=-4, high=4, bins=64),
+}
+RARE = {"rare": StatisticSettings(kind="categories", values=("x", "y"))}
+
+
+def with_files(federation: Federation, *, strict: bool = False) -> Federation:
+    """Each site's records as a CSV file, with a column that one site alone has a word in."""
+    stricter = [("minimum_cohort = 2", "minimum_cohort = 3"), ("corrupt = 0", "corrupt = 1")] if strict else []
+    for name in federation.names:
+        federation.configure(
+            name,
+            *stricter,
+            ('path = "points.npy"', 'path = "points.csv"'),
+            ('[tasks."linear.py"]', "[tasks.statistics]"),
+            ('"cocoa"\n', '"cocoa", "statistics"\n'),
+        )
+        write_table(federation.path / name / "points.csv", name)
+    return federation
+
+
+def write_table(path: Path, name: str) -> None:
+    table = records_of(name)
+    lines = ["0,1,2,3,4,5,label,rare"]
+    for at, row in enumerate(table.tolist()):
+        word = "x" if name == "north" and at == 0 else "y"
+        lines.append(",".join([*(f"{value:.9g}" for value in row[:6]), f"{row[6]:.0f}", word]))
+    path.touch(0o600)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def settings_of(federation: Federation, **changed: Any) -> StatisticsSettings:
+    given: dict[str, Any] = {
+        "statistics": ASKED,
+        "secure_sum": SumSettings(kind="masked", corrupt=0, min_survivors=2),
+        "sites": SitesSettings(records=sum(federation.records.values()), largest=max(federation.records.values())),
+        "serve": ServeSettings(wait=0.2, step=5, training=30, away=0.5),
+    }
+    return StatisticsSettings(**{**given, **changed})
+
+
+PRIVATE = PrivacySettings(epsilon=4.0, delta=1e-3)
+SHARED = SumSettings(kind="masked", corrupt=1, min_survivors=3)
+
+
+def computed(federation: Federation, settings: StatisticsSettings, carrier: Direct | None = None) -> Any:
+    offer = statistics_offer(settings, federation.names, coordinator="hub")
+    for name in federation.names:
+        approved_at(federation, name, offer)
+    carrier = carrier or Direct(federation)
+    return serve_statistics(settings, carrier, federation.keys, coordinator="hub", say=lambda _: None)
+
+
+def test_without_noise_sites_find_what_one_process_does(tmp_path: Path) -> None:
+    federation = with_files(Federation(tmp_path, promise=NO_PROMISE))
+    found = computed(federation, settings_of(federation))
+    parties = {
+        name: {**{str(at): np.float64(records_of(name)[:, at]) for at in range(2)}, "label": records_of(name)[:, 6]}
+        for name in federation.names
+    }
+    parties = {  # as they stand in the files
+        name: {key: np.array([float(f"{value:.9g}") for value in column]) for key, column in table.items()}
+        for name, table in parties.items()
+    }
+    wanted = {name: statistic_of(name, each) for name, each in ASKED.items()}
+    wanted["both"] = Covariance({"0": (-5, 5), "1": (-4, 4)})  # sites agree on no order but that of the names
+    assert found.estimates == federated_statistics(parties, wanted, secure_sum=Masked(corrupt=0)).estimates
+    assert "sum that withstands 0 corrupt sites" in found.claim
+    assert "ehearsal" not in found.claim
+    log = federation.site("north").log.read().entries
+    assert [line.event for line in log if line.event == "trained"] == ["trained"]
+
+
+def test_with_noise_each_sites_ledger_pays_once(tmp_path: Path) -> None:
+    federation = with_files(private_sites(tmp_path, "record"), strict=True)
+    settings = settings_of(federation, privacy=PRIVATE, secure_sum=SHARED)
+    found = computed(federation, settings)
+    exact = np.concatenate([records_of(name) for name in federation.names])
+    mean = found["0"]["mean"]
+    assert abs(mean.value - exact[:, 0].mean()) < 6 * mean.noise
+    assert 0.05 < mean.noise < 2.0
+    for name in federation.names:
+        (event,) = open_ledger(federation.site(name), "points").events
+        assert isinstance(event, PoissonSampledShares)
+        assert (event.honest, event.parties, event.sample_rate) == (2, 3, 1.0)
+        assert 3.9 < open_ledger(federation.site(name), "points").epsilon(1e-3) <= 4.0
+        assert any("ledger_head" in line.facts for line in federation.site(name).log.read().entries)
+    with pytest.raises(TooFewSurvivorsError):  # the same again: nothing is left of what it asks for
+        computed(federation, replace(settings, title="again"))
+    assert all(len(open_ledger(federation.site(name), "points").events) == 1 for name in federation.names)
+
+
+def test_a_cell_of_one_site_is_left_out_by_the_sites(tmp_path: Path) -> None:
+    federation = with_files(Federation(tmp_path, promise=NO_PROMISE))
+    settings = settings_of(federation, statistics=RARE, contributors=2)
+    found = computed(federation, settings)
+    assert found["rare"]["count x"].value is None
+    assert found.left_out == 2  # and one more, from which it could be computed
+    assert "rests on the coordinator" in found.releases[0]
+    without = computed(federation, settings_of(federation, statistics=RARE))
+    assert without["rare"]["count x"].value == 1.0
+    lost = Direct(federation)
+    lost.stop("east")
+    with pytest.raises(TooFewSurvivorsError):  # counted over all, or not at all
+        computed(federation, replace(settings, title="other"), lost)
+
+
+def test_counts_that_a_party_contradicts_are_refused() -> None:
+    settings = StatisticsSettings(
+        statistics=RARE,
+        contributors=2,
+        secure_sum=SumSettings(kind="masked", corrupt=0, min_survivors=3),
+        sites=SitesSettings(records=30, largest=16),
+    )
+    terms = terms_of(statistics_offer(settings, NAMES, coordinator="hub").terms)
+    assert isinstance(terms, StatisticsTerms)
+    party = StatisticsParty("north", terms, np.array([0, 5, 0]), examples=5, drivers={}, shares=None)
+
+    def told(counts: list[float], number: int = 1) -> Told:
+        return Told.of(Exchange(channel="sums", weights=torch.tensor(counts)), 1, number)
+
+    assert party._made(told([1, 3, 0])).tolist() == [0, 0, 0]
+    assert party._made(told([2, 3, 0])).tolist() == [0, 5, 0]
+    for lie in ([3, 3, 0], [0, 0, 0], [0, float("nan"), 0], [0, 4, 0]):
+        with pytest.raises(FaultyServerError, match="counts"):
+            party._made(told(lie))
+    with pytest.raises(FaultyServerError, match="counts"):
+        party._made(told([0, 3, 0], number=0))
+
+
+def edited(offer: Offer, **changed: Any) -> Offer:
+    raw = json.loads(offer.message())
+    for key, value in changed.items():
+        raw["terms"][key] = {**raw["terms"][key], **value} if isinstance(value, dict) else value
+    return Offer.read(json.dumps(raw).encode())
+
+
+def test_what_a_site_does_not_agree_to(tmp_path: Path) -> None:
+    federation = with_files(private_sites(tmp_path, "record"), strict=True)
+    folder = federation.site("north")
+    good = statistics_offer(
+        settings_of(federation, privacy=PRIVATE, secure_sum=SHARED), federation.names, coordinator="hub"
+    )
+    assert objections(folder, good) == []
+    shown = dict(review(folder, good).rows)
+    assert '"kind": "quantiles"' in shown["statistic"]
+    assert "model" not in shown
+    exact = statistics_offer(settings_of(federation), federation.names, coordinator="hub")
+    assert any("a promise only" in reason for reason in objections(folder, exact))
+    much = settings_of(federation, privacy=replace(PRIVATE, epsilon=9.0), secure_sum=SHARED)
+    assert any(
+        "at most 8" in r for r in objections(folder, statistics_offer(much, federation.names, coordinator="hub"))
+    )
+    federation.configure(
+        "north", ('path = "points.npy"', 'path = "points.csv"'), ('[tasks."linear.py"]', "[tasks.statistics]")
+    )
+    assert any("algorithm statistics" in reason for reason in objections(federation.site("north"), good))
+    for changed in (
+        {"algorithm": {"statistics": {"0": {"kind": "maximum"}}}},
+        {"algorithm": {"statistics": {"0": {"kind": "mean", "low": 1, "high": 0}}}},
+        {"algorithm": {"statistics": {}}},
+        {"algorithm": {"contributors": 2}},
+        {"rounds": 2},
+    ):
+        with pytest.raises(OfferError, match=r"statistics|other (algorithm|releases)"):
+            terms_of(edited(good, **changed).terms)
+
+
+def test_what_a_coordinator_cannot_ask_for(tmp_path: Path) -> None:
+    federation = with_files(Federation(tmp_path, promise=PROMISE.replace("UNIT", "record")))
+    for changed, said in (
+        ({"sites": SitesSettings()}, "agreed on"),
+        ({"secure_sum": SumSettings(kind="plain")}, "plain sum"),
+        ({"parties": {"north": Path("north.csv")}}, "rehearsals"),
+        ({"privacy": PrivacySettings(epsilon=4.0, unit="client")}, "unit"),
+        ({"privacy": PRIVATE, "secure_sum": SHARED, "contributors": 2}, "contributors with noise"),
+        ({"privacy": PRIVATE}, "withstands 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            statistics_offer(settings_of(federation, **changed), federation.names, coordinator="hub")
+
+
+def test_a_command_and_three_processes(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, running=False)
+    federation = with_files(processes.federation)
+    settings = tmp_path / "stats.toml"
+    settings.write_text(
+        f"""
+[secure_sum]
+kind = "masked"
+corrupt = 0
+min_survivors = 3
+[sites]
+records = {sum(federation.records.values())}
+largest = {max(federation.records.values())}
+[serve]
+identity = "{tmp_path}/hub/hub.crt"
+host = "127.0.0.1"
+port = {processes.port}
+[statistics.0]
+kind = "mean"
+low = -4
+high = 4
+"""
+    )
+    words = [sys.executable, "-m", "choral", "stats", str(settings), "--directory", str(tmp_path / "directory.toml")]
+    offer = tmp_path / "offer.json"
+    subprocess.run([*words, "--offer", str(offer)], check=True, env=ENVIRONMENT, capture_output=True)
+    try:
+        for name in federation.names:
+            approved_at(federation, name, Offer.read(offer.read_bytes()))
+            processes.start(name)
+        subprocess.run([*words, "--out", str(tmp_path / "out")], check=True, env=ENVIRONMENT, timeout=120)
+    finally:
+        processes.close()
+    found = json.loads((tmp_path / "out" / "statistics.json").read_bytes())
+    exact = np.concatenate([records_of(name) for name in federation.names])[:, 0]
+    assert found["estimates"]["0"]["mean"]["value"] == pytest.approx(exact.mean(), abs=1e-5)
+    assert found["survivors"] == list(federation.names)
