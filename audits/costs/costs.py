@@ -10,6 +10,7 @@ import msgspec
 from choral.audits.costs.bills import Bill, bill
 from choral.audits.costs.crossover import CrossoverLine, Workload, crossover, workload
 from choral.audits.costs.job_bills import JobBill
+from choral.audits.costs.on_device import OnDevice
 from choral.audits.costs.prices import Price, Prices
 from choral.audits.costs.target import Target
 from choral.audits.costs.winners import WinnerMap
@@ -23,6 +24,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     target: what each run cost until it was as good as stated, or as 95 % of the baseline; None of a single run. maps:
     who wins, over parties and sizes of records, at equal accuracy and privacy. job: bills of the reader's own job.
+    on_device: what inference, a local epoch and the full data ask of one core, None where nobody measured it.
     """
 
     as_of: str
@@ -34,6 +36,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     target: Target | None = None
     maps: tuple[WinnerMap, ...] = ()
     job: tuple[JobBill, ...] = ()
+    on_device: OnDevice | None = None
 
 
 def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:

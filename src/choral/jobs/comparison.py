@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from choral.audits.findings.context import Context
 from choral.differences import differences, in_short
 from choral.errors import ChoralError, ConfigError
@@ -21,7 +23,7 @@ from choral.failures import Failure, failure_of
 from choral.jobs.attacks import evidence_files, evidence_of
 from choral.jobs.planned_runs import PlannedRun, Tick, arm_folder, attacks, on_curve, planned_runs, seeds_of
 from choral.jobs.settings import Arm, Settings, to_json
-from choral.jobs.side_by_side import train_all
+from choral.jobs.side_by_side import on_device, train_all
 from choral.jobs.standardising import check_standardise
 from choral.jobs.training import (
     check_per_party,
@@ -111,6 +113,10 @@ def run_comparison(
         target=settings.target,
         evidence=replace(evidence_of(settings, list(arms), out), not_trained=_failed_runs(settings, failed, arms, out)),
     )
+    measured = _tried(lambda: on_device(settings, out), None, troubles)
+    if measured is not None and comparison.costs is not None:
+        costs = msgspec.structs.replace(comparison.costs, on_device=measured)
+        comparison = msgspec.structs.replace(comparison, costs=costs)
     stated = settings.report
     comparison = comparison.stated(stated.context if stated.context != Context() else None, stated.tolerance)
     for name in ("report.json", "report.html"):

@@ -126,6 +126,9 @@ class ReportSettings:
 
     tolerance: float = 0.05
     """How much worse than the baseline, in the first metric, a configuration may be to be recommended."""
+    on_device: Literal["no", "pt2", "onnx"] = "no"
+    """Also time, on one core, the exported model's inference, one local epoch, and one on the full data, as a device
+    would have to do: the model as a .pt2 file, or as that and as ONNX (needs the extra choral[onnx]). Some seconds."""
     context: Context = field(default_factory=Context)
     job: Job = field(default_factory=Job)
 

@@ -1,7 +1,11 @@
-"""Runs trained side by side in worker processes. One that fails, or takes its process along, costs no other."""
+"""Runs trained side by side in worker processes. One that fails, or takes its process along, costs no other.
+
+Also the figures of one core for a report, which are measured in a process of their own.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import queue
@@ -13,14 +17,20 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from choral.doors import enter_by_command_line
+from choral.errors import ConfigError
 from choral.failures import Failure
 from choral.jobs.planned_runs import PlannedRun, Tick, train_planned
 from choral.jobs.settings import Settings
 
 if TYPE_CHECKING:
+    from choral.audits.costs.on_device import OnDevice
     from choral.trainers import RoundRecord
 
+ON_DEVICE = {"pt2": (".pt2",), "onnx": (".onnx", ".pt2")}
+ON_DEVICE_FILE = "on-device.json"
 _DIED = Failure(
     "a worker process died", "out of memory? use fewer --workers; --resume tries it again", "its process died", ""
 )
@@ -106,3 +116,36 @@ def _end_with_parent() -> None:
 
 def _train_in_worker(settings: Settings, planned: PlannedRun, out: Path, resume: bool) -> Failure | None:
     return train_planned(settings, planned, out, resume, lambda label, entry: _ticks.put((label, entry)))
+
+
+def on_device(settings: Settings, out: Path) -> OnDevice | None:
+    """What ``report.on_device`` asks for, from ``out`` where it was measured before; None where nothing is asked.
+
+    Raises: ConfigError for a damaged file; what training and export raise.
+    """
+    from choral.audits.costs.on_device import OnDevice
+    from choral.trainers.run_folder.folder import replace_file
+
+    wanted, file = settings.report.on_device, out / ON_DEVICE_FILE
+    if wanted == "no":
+        return None
+    if file.is_file():
+        try:
+            found = msgspec.json.decode(file.read_bytes(), type=OnDevice, strict=True)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{file} is damaged: {error}", hint="delete it: it is measured anew") from None
+        if {each.kind for each in found.exported} >= set(ON_DEVICE[wanted]):
+            return found
+    plain = dataclasses.replace(settings, device="cpu")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_measured, plain).result()
+    replace_file(file, msgspec.json.encode(found))
+    return found
+
+
+def _measured(settings: Settings) -> OnDevice:
+    from choral.audits.costs.on_device import capped, measure
+    from choral.jobs.training import load_task
+
+    capped()
+    return measure(load_task(settings, settings.seed), ON_DEVICE[settings.report.on_device])
