@@ -72,7 +72,7 @@ def measure(task: Task, kinds: Sequence[str] = (".pt2",), repeats: int = 3) -> O
     from choral.trainers.task.task import raw_bytes
 
     imported = _peak_mib()
-    ordered: Any = sorted(task.parties.values(), key=len)  # type: ignore[arg-type]
+    ordered: Any = sorted(task.parties.values(), key=len)
     party = ordered[len(ordered) // 2]
     pooled: Any = torch.utils.data.ConcatDataset(ordered)
     epochs = []

@@ -8,32 +8,35 @@ from itertools import groupby
 from choral.audits.costs.costs import Costs
 from choral.audits.costs.winners import TASK_SIZES, WinnerMap
 from choral.audits.report.charts.figures import NARROW, WIDE, Figure
-from choral.audits.report.charts.svg import Chart, spread
+from choral.audits.report.charts.svg import Chart
 
 QUESTION = "Specialised hardware, or massive distribution?"
+LINE, LETTER = 16.0, 8.0  # of a name in the drawing, in pixels
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def winner_sentence(found: WinnerMap) -> str:
-    """What the picture says, for its caption and its alternative text."""
+    """What the picture says, in one sentence, for its caption and its alternative text."""
     of = "money" if found.kind == "usd" else "time"
     privacy = "without differential privacy" if found.epsilon is None else f"at ε = {found.epsilon:g} for each record"
     pace = ", with one round a day" if found.daily else ""
     if found.rounds is None or found.cloud_rounds is None:
         other, only = (found.federated, found.cloud) if found.rounds is None else (found.cloud, found.federated)
         return (
-            f"By {of}, {privacy}{pace}: {other} never reached the level in all seeds, {only} did and wins everywhere."
+            f"By {of}, {privacy}{pace}, {other} never reached the level in all seeds, {only} did and wins everywhere."
         )
     cells = sum(len(row) for row in found.distribution)
     loose = sum(not firm for row in found.firm for firm in row)
     said = (
-        f"By {of}, {privacy}{pace}: distribution ({found.federated}, {found.rounds:.3g} rounds) wins"
-        f" {100 * found.share:.0f} % of the cells against {found.cloud} ({found.cloud_rounds:.3g} rounds)."
+        f"By {of}, {privacy}{pace}, distribution ({found.federated}, {found.rounds:.3g} rounds) wins"
+        f" {100 * found.share:.0f} % of the cells against {found.cloud} ({found.cloud_rounds:.3g} rounds), and"
     )
     if not loose:
-        return f"{said} No cell changes its winner when one price is doubled or halved."
+        return f"{said} none changes its winner when one price is doubled or halved."
     most = ", ".join(key.replace("_", " ") for key in list(found.flips)[:3])
-    return f"{said} {100 * loose / cells:.0f} % change theirs when one price is doubled or halved, most by: {most}."
+    return (
+        f"{said} {100 * loose / cells:.0f} % change their winner when one price is doubled or halved, most by {most}."
+    )
 
 
 def winners(costs: Costs | None) -> list[tuple[str, Figure]]:
@@ -66,15 +69,28 @@ def _map(found: WinnerMap, *, wide: bool) -> Chart:
                 _cells(chart, (across[columns[0]] - half_x, across[columns[-1]] + half_x), place, half_y, shade)
     chart.grid(range(math.ceil(y[0]), math.floor(y[1]) + 1, 2), _decade, "bytes of a record over those of the model")
     chart.steps(range(1, 7, 1 if wide else 2), _decade, "parties")
-    heights = [chart.up(math.log10(data.ratio)) for data in TASK_SIZES]
-    for parties in {data.parties for data in TASK_SIZES}:  # names one above the other do not touch
-        here = [(data, at) for data, at in zip(TASK_SIZES, heights, strict=True) if data.parties == parties]
-        left = chart.across(math.log10(parties))
-        for (data, at), beside in zip(here, spread([at for _, at in here], 0, chart.height), strict=True):
-            chart.dot(left, at, 0, 4)
-            chart.text(left + 8, beside + 4, data.name, "name arm-0")
+    _data_sets(chart)
     _key(chart, wide)
     return chart
+
+
+def _data_sets(chart: Chart) -> None:
+    """A dot for each; those that all but coincide share a name's line, and names that would touch are moved down."""
+    names: list[tuple[float, float, str]] = []
+    for data in sorted(TASK_SIZES, key=lambda each: (each.parties, -each.ratio)):
+        left, at = chart.across(math.log10(data.parties)), chart.up(math.log10(data.ratio))
+        chart.dot(left, at, 0, 4)
+        if names and names[-1][0] == left and at - names[-1][1] < LINE / 2:
+            names[-1] = (left, names[-1][1], f"{names[-1][2]}, {data.name}")
+        else:
+            names.append((left, at, data.name))
+    placed: list[tuple[float, float, str]] = []
+    for left, at, name in sorted(names, key=lambda each: each[1]):
+        for x, y, other in placed:
+            if abs(y - at) < LINE and x < left + LETTER * len(name) and left < x + LETTER * len(other):
+                at = y + LINE
+        placed.append((left, at, name))
+        chart.text(left + 8, at + 4, name, "name arm-0")
 
 
 def _shade(distribution: bool, firm: bool) -> str:

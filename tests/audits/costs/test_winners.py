@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import msgspec
@@ -127,7 +128,12 @@ def test_the_picture_has_its_cells_dots_and_words(arms: dict[str, list[Run]]) ->
         changes = [look for place, look in enumerate(looks) if place == 0 or looks[place - 1] != look]
         runs += sum(look != (False, True) for look in changes)
     assert drawing.count('class="cell arm-1"') == runs + 4  # with the key
-    assert all(f">{data.name}<" in drawing for data in TASK_SIZES)
+    for data in TASK_SIZES:
+        assert re.search(rf'class="name arm-0"[^>]*>[a-z, ]*\b{data.name}\b', drawing), data.name
+    assert drawing.count('class="dot arm-0"') == len(TASK_SIZES)
+    said = winner_sentence(found)
+    assert said.count(". ") == 0, "one sentence"
+    assert said.endswith(".")
     assert "Specialised hardware, or massive distribution?" in drawing
     assert "nan" not in drawing
     page = compare({name: runs[0] for name, runs in arms.items()})
