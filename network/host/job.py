@@ -262,8 +262,11 @@ class SiteJob:
 
     def _store(self, states: PartyStates) -> None:
         there = {part: found for part in _PARTS if (found := getattr(states, part)) is not None}
+        path = self._state / "states"
+        if not there and not path.exists():
+            return  # of an algorithm that has it remember nothing
         tensors = {f"{part}/{name}": tensor for part, found in there.items() for name, tensor in found.items()}
-        write_private(self._state / "states", packed({"parts": list(there)}, tensors).numpy().tobytes())
+        write_private(path, packed({"parts": list(there)}, tensors).numpy().tobytes())
 
 
 def _states_of(path: Path) -> PartyStates:
