@@ -301,7 +301,7 @@ def signed_anew(said: dict[str, Any]) -> bytes:
 
 def test_a_rehearsals_signatures_are_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *map(str, Signed(tmp_path, rehearsal=True).written())]) == 0
-    assert "A rehearsal: one process played all parties and made their keys itself." in capsys.readouterr().out
+    assert "A rehearsal: one machine played all parties, and one operator made their keys." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import msgspec
 
 class CitedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run's manifest, as a report cites it. sha256: of its file. signed: by how many, its writer among them; gone:
-    parties that did not. rehearsal: one process made all keys; signatures say just that the files belong together."""
+    parties that did not. rehearsal: one operator made all keys; signatures say just that the files belong together."""
 
     sha256: str
     run: str

@@ -95,7 +95,7 @@ def _told(evidence: Evidence) -> str:
         gone = f", without {', '.join(cited.gone)}" if cited.gone else ""
         said += f"; a manifest that {cited.signed} signed{gone} (SHA-256 {cited.sha256[:16]}…)"
     rehearsed = cited.rehearsal if cited else any(each["rehearsal"] for each in evidence.rounds)
-    return said + ("; a rehearsal, whose keys one process made." if rehearsed else ".")
+    return said + ("; a rehearsal, whose keys one operator made." if rehearsed else ".")
 
 
 def _of_manifest(run: Run, manifest: dict[str, Any]) -> list[str]:

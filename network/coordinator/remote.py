@@ -47,7 +47,7 @@ class RemoteSites:
 
     propose: the offer, given the terms of the training. keys: the sites' public keys, by name. say: as in `Sites`.
     metrics: of the sites' own evaluations, whose sums are released. coordinator: who writes the run's manifest; sites
-    sign none of another key than the one that they have pinned.
+    sign none of another key than the one that they have pinned. rehearsal: one operator runs the sites as well.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class RemoteSites:
         say: Say,
         coordinator: CertifiedIdentity,
         metrics: tuple[str, ...] = (),
+        rehearsal: bool = False,
     ) -> None:
+        self._rehearsal = rehearsal
         self._carrier, self._propose, self.keys = carrier, propose, keys
         self._waits, self._say, self.metrics = waits, say, metrics
         self._identity = Identity(ECC.import_key(coordinator.key_path.read_bytes()).seed)
@@ -71,7 +73,7 @@ class RemoteSites:
         length = max(codec.spec.length for codec in session.codecs.values())
         offer = self._propose(session.terms)
         self.sites = Sites(self._carrier, offer, self._waits, self._say, length=length)
-        self._remote = RemoteEngine(self.sites, self.keys, session, self._identity)
+        self._remote = RemoteEngine(self.sites, self.keys, session, self._identity, rehearsal=self._rehearsal)
         return self._remote
 
     def end(self, session: Session) -> None:
@@ -83,7 +85,10 @@ class RemoteSites:
 class RemoteEngine:
     """See the module, and :class:`~choral.trainers.federated.distant.elsewhere.DistantEngine`."""
 
-    def __init__(self, sites: Sites, keys: Mapping[str, bytes], session: Session, identity: Identity) -> None:
+    def __init__(
+        self, sites: Sites, keys: Mapping[str, bytes], session: Session, identity: Identity, *, rehearsal: bool
+    ) -> None:
+        self._rehearsal = rehearsal
         self._sites, self._begun, self._keys, self._identity = sites, False, keys, identity
         self._ended: Signatories | None = None
         plan, terms = session.plan, session.terms
@@ -155,6 +160,7 @@ class RemoteEngine:
             model=model,
             terms=self._terms.digest.hex(),
             text=self._terms.text.decode(),
+            rehearsal=self._rehearsal,
         )
 
     def signatories(self) -> Signatories | None:

@@ -76,7 +76,7 @@ def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, 
     known = {
         "format": FORMAT,
         "version": VERSION,
-        "rehearsal": False,
+        "rehearsal": folder.settings.rehearsal,
         "run": job,
         "kind": "federated",
         "terms": last["terms"],

@@ -87,7 +87,8 @@ class SiteJob:
         receipts.touch(mode=0o600)
         self.made, self._lock = secrets.token_bytes(8), threading.Lock()
         self._doing = b""  # the message at hand
-        receipted = Receipted(path=receipts, identity=folder.signing, run=offer.digest)
+        rehearsed = folder.settings.rehearsal
+        receipted = Receipted(path=receipts, identity=folder.signing, run=offer.digest, rehearsal=rehearsed)
         self._engine: EngineTrainer | None = None
         self.party = self._by_engine(receipted) if offer.by_engine else self._own(receipted)
         if self.party.examples != agreement.data.records:

@@ -25,7 +25,7 @@ KINDS = ("manifest.json", "receipts/*.jsonl", "ledger/*.jsonl", "run.json", "sit
 CANNOT = """What no signature can show, and so is not shown here:
 - that others added the noise that they promised, or trained as they said; a party knows this of itself alone;
 - that data were real; anything of a run, round, party or file that is not given here, or was never written down;
-- who made the files, if keys are not pinned by --keys, or in a rehearsal, where one process made all keys."""
+- who made the files, if keys are not pinned by --keys, or in a rehearsal, where one operator made all keys."""
 
 P, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
 D = -121665 * pow(121666, -1, P) % P
@@ -276,7 +276,7 @@ def report(given: Path | list[Path], keys: dict[str, str] | None) -> int:
         evidence.take(path.name if isinstance(given, list) else path.relative_to(given).as_posix(), path.read_bytes())
     evidence.compare(whole=not isinstance(given, list))
     played = any(each["rehearsal"] for each in (*evidence.rounds, *evidence.manifests.values()))
-    made = ["A rehearsal: one process played all parties and made their keys itself."] if played else []
+    made = ["A rehearsal: one machine played all parties, and one operator made their keys."] if played else []
     found = [f"DOES NOT HOLD: {each}" for each in evidence.problems] or ["Holds: no contradiction was found."]
     print("\n".join((*evidence.said, *made, *found, "", CANNOT)))
     return 1 if evidence.problems else 0

@@ -159,6 +159,9 @@ class SiteSettings:
     """
 
     name: str
+    rehearsal: bool = False
+    """Whoever wrote this runs all sites and the coordinator: receipts say so, and no manifest is signed that does not.
+    """
     coordinators: dict[str, CoordinatorSettings] = field(default_factory=dict)
     sum: SumPolicy = field(default_factory=SumPolicy)
     job: JobPolicy = field(default_factory=JobPolicy)

@@ -13,6 +13,7 @@ Everything is as at real sites but for one thing: one user made all keys and all
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Mapping
@@ -93,6 +94,7 @@ def make_rehearsal(settings: Settings, path: Path, *, job: str, sites: int | Non
             job=settings.serve.job or job,
             identity=(path / HUB / f"{HUB}.crt").absolute(),
             host=HOST,
+            rehearsal=True,
         ),
     )
     made = not path.exists()
@@ -134,6 +136,24 @@ def reopen_rehearsal(settings: Settings, path: Path) -> RehearsedSites:
         for offer in folder.offers.all():
             _approve(folder, offer)
     return rehearsal
+
+
+def gather_receipts(rehearsal: RehearsedSites) -> None:
+    """Copy the sites' receipts of the run into its folder, where those of a rehearsal in one process are.
+
+    Between real sites nobody could: each has its own.
+    """
+    from choral.trainers.run_folder.evidence.manifest import NAME
+    from choral.trainers.run_folder.evidence.receipts import receipts_path
+
+    if not (manifest := rehearsal.run / NAME).is_file():
+        return
+    job = json.loads(manifest.read_bytes())["manifest"]["run"]
+    for name in rehearsal.names:
+        if (theirs := receipts_path(rehearsal.site(name), job)).is_file():
+            target = receipts_path(rehearsal.run, name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(theirs, target)
 
 
 def ledger_of(rehearsal: RehearsedSites, name: str) -> tuple[float, float] | None:
@@ -241,6 +261,7 @@ def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int) ->
     encoding, federation = terms.encoding, terms.federation
     return {
         "name": name,
+        "rehearsal": True,
         "coordinators": {HUB: {"address": f"{HOST}:{port}"}},
         "sum": {
             **_sum_table(offer),

@@ -103,7 +103,14 @@ def remote_of(
 
     metrics = settings.metrics if settings.sites.metrics != "none" else ()
     return RemoteSites(
-        carrier, propose, keys=keys, waits=waits_of(settings), say=say, coordinator=coordinator, metrics=metrics
+        carrier,
+        propose,
+        keys=keys,
+        waits=waits_of(settings),
+        say=say,
+        coordinator=coordinator,
+        metrics=metrics,
+        rehearsal=settings.serve.rehearsal,
     )
 
 

@@ -171,6 +171,8 @@ class ServeSettings:
     """For every other answer."""
     away: float = 20.0
     """For a site whose connection broke to come back; the round goes on without it then."""
+    rehearsal: bool = False
+    """Whoever serves runs all the sites too, as `choral poc` does: the manifest says so, and other sites sign none."""
 
 
 @dataclass(frozen=True, kw_only=True)

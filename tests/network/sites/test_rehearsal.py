@@ -92,6 +92,14 @@ def test_one_command_goes_from_a_job_file_to_the_report(hospitals: Path) -> None
         events = [line.event for line in SiteFolder.open(out / name).log.read().entries]
         assert events == ["begun", "approved", "agreed", "trained", "trained", "signed"]
     assert read_settings(out / "job.toml", Settings).sites.records == 450
+    verified = subprocess.run(
+        [sys.executable, "-m", "choral", "verify", str(out / "run")], capture_output=True, text=True, check=False
+    )
+    assert verified.returncode == 0, verified.stdout
+    assert "2 rounds, signed by 4; gone: none" in verified.stdout
+    assert "A rehearsal: one machine played all parties, and one operator made their keys." in verified.stdout
+    assert verified.stdout.count("took part in") == 6  # the sites' receipts are beside the manifest
+    assert "a rehearsal, whose keys one operator made" in (out / "run" / "report.json").read_text()
 
 
 @pytest.mark.slow

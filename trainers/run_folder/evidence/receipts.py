@@ -6,7 +6,7 @@ The first line tells the terms of training in full, whose digest the parties sig
 they change. Every other line is of one round. All carry the SHA-256 of the line before, and the party's signature:
 
     kind       "terms" or "round"
-    run        the coordinator's name of the run; rehearsal: whether one process played all parties
+    run        the coordinator's name of the run; rehearsal: whether one operator played all parties
     party, key its name and public key
     round      its number; given: digest of the model that it was given; came: of the one that came of the round, null
                where the party was not told; failed: why the coordinator gave the round up, empty if it did not
@@ -20,7 +20,7 @@ they change. Every other line is of one round. All carry the SHA-256 of the line
 
 **What a receipt proves**: that whoever holds the key signed it, and (signatures of a sum) that the named survivors
 signed the same set of survivors, model, exchange and terms in the same session. That is consistency. It does not prove
-that others added noise, nor that data were what they seem. In a rehearsal one process made all the keys: then the
+that others added noise, nor that data were what they seem. In a rehearsal one operator made all the keys: then the
 signatures only prove that the files belong together.
 
 A receipt is written when its round is over: with the next round's model, or when the party leaves. A party that is

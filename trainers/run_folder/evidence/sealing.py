@@ -20,6 +20,7 @@ from choral.trainers.run_folder.run import Run
 @dataclass(frozen=True, kw_only=True)
 class Signatories:
     """Parties elsewhere, at the end of a run. run: its name in their receipts. coordinator: who writes the manifest.
+    rehearsal: one operator has all their keys, and they say so as well.
 
     owned: what those who are there say of their receipts. sign: asks them. model, terms: as in `Sealing`;
     text: of the terms.
@@ -32,6 +33,7 @@ class Signatories:
     model: str
     terms: str
     text: str
+    rehearsal: bool = False
 
 
 def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | None = None) -> None:
@@ -65,7 +67,7 @@ def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | 
         terms=known.terms,
         claims=known.claims,
     )
-    write_manifest(folder, sealing, coordinator, rehearsal=not run.info.sites)
+    write_manifest(folder, sealing, coordinator, rehearsal=elsewhere.rehearsal if elsewhere else not run.info.sites)
 
 
 class _Known(NamedTuple):

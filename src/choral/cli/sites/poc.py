@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 
 from choral.cli.arguments import parse_with_config
-from choral.jobs.rehearsal import RehearsedSites, ledger_of, make_rehearsal, reopen_rehearsal
+from choral.jobs.rehearsal import RehearsedSites, gather_receipts, ledger_of, make_rehearsal, reopen_rehearsal
 from choral.jobs.settings import Settings, read_job
 from choral.network.errors import SiteError
 from choral.privacy.accounting.budget import at_least, shown
@@ -84,6 +84,7 @@ def _report(rehearsal: RehearsedSites, *, quiet: bool) -> int:
     from choral.audits import audit
     from choral.trainers import Run
 
+    gather_receipts(rehearsal)
     result = audit(Run.load(rehearsal.run))
     for name in ("report.json", "report.html"):
         result.save(rehearsal.run / name)
