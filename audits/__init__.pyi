@@ -1,6 +1,7 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
 from choral.audits.attacks.client_canaries import audit_clients as audit_clients
+from choral.audits.attacks.gradient_canaries import GradientCanaries as GradientCanaries
 from choral.audits.attacks.inversion import inversion_audit as inversion_audit
 from choral.audits.attacks.membership import confidences as confidences
 from choral.audits.attacks.membership import lira_offline as lira_offline

@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from choral.jobs import attacks
 from choral.jobs import training as jobs
-from choral.jobs.attacks import attempt_file, evidence_of, one_run
+from choral.jobs.attacks import attempt_file, evidence_of, one_run, white_box
 from choral.jobs.settings import Arm, AuditSettings, PrivacySettings, Settings, SumSettings, Tune
 from choral.privacy.record_shares import party as party_module
 from choral.trainers.task.settings import AlgorithmSettings, Split, Training
@@ -136,3 +136,65 @@ def test_noise_in_shares_is_probed_over_as_few_honest_parties_as_its_sum_may_hav
     noise = attacks.probes_of(settings, ["shares"])[0]["shares"].checks[0]
     assert noise.violated
     assert (noise.observed / noise.expected) ** 2 == pytest.approx(honest / 4, rel=0.05)
+
+
+PRIVATE = dataclasses.replace(
+    SETTINGS,
+    training=Training(rounds=4, hidden=8, batch_size=64),
+    audit=AuditSettings(white_box=200),
+    privacy=PrivacySettings(epsilon=8.0),
+    arms={
+        "cloud": Arm(centralized=True),
+        "cloud-dp": Arm(centralized=True, private=True),
+        "federated-dp": Arm(private=True, secure_sum="plain"),
+        "shares": Arm(private=True, algorithm=AlgorithmSettings(kind="fedsgd", batch_size=64)),
+        "clients": Arm(private=True, unit="client", secure_sum="plain"),
+    },
+)
+
+
+def test_canary_gradients_are_looked_for_in_every_step_of_what_a_data_owner_releases(tmp_path):
+    """At epsilon 8 the area is .8 and more; of 200 it is above .65 once in 10,000 times by guessing."""
+    found = evidence_of(PRIVATE, list(PRIVATE.arms), tmp_path)
+    assert found.failed == {}
+    assert sorted(found.attacks) == ["cloud-dp", "federated-dp"]  # of shares the probe attacks the sums
+    for name, holder in (("cloud-dp", "the pooled data"), ("federated-dp", "party-")):
+        (one,) = found.attacks[name]
+        assert holder in one.attack
+        assert one.roc.auc.value > 0.65
+        assert 7.9 < one.claimed <= 8.0
+        assert one.decisive == "one run"  # the bound on an assumption stands beside it, and never decides
+        white = one.bounds[-1]
+        assert white.method == "white-box separation"
+        assert "normal" in white.assumptions[0]
+        assert white.refuting.auc > one.roc.auc.value
+
+
+def test_without_noise_every_canary_gradient_is_told(monkeypatch):
+    from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+
+    honest = PrivateOptimizer._independent_noise
+    monkeypatch.setattr(PrivateOptimizer, "_independent_noise", lambda *given: 0.0 * honest(*given))
+    found = white_box(dataclasses.replace(PRIVATE, privacy=PrivacySettings(epsilon=2.0)), "cloud-dp")
+    assert found.roc.auc.value > 0.99
+    assert found.finding == "violated"
+
+
+def test_records_of_another_kind_leave_the_configuration_unverified(monkeypatch, tmp_path):
+    task = jobs.load_task(PRIVATE, 0)
+    texts = {name: [("a text", 1)] * len(data) for name, data in task.parties.items()}
+    monkeypatch.setattr(attacks, "load_task", lambda *_: dataclasses.replace(task, parties=texts))
+    found = evidence_of(PRIVATE, ["federated-dp"], tmp_path)
+    assert "Canary gradients" in found.failed["federated-dp"]
+    assert found.attacks == {}
+
+
+def test_clients_are_attacked_where_the_promise_is_theirs(tmp_path):
+    settings = dataclasses.replace(PRIVATE, audit=AuditSettings(clients=30))
+    assert [name for name, arm in settings.arms.items() if attacks.attacked(settings, arm)] == ["clients"]
+    attacks.attempt(settings, "clients", tmp_path, tmp_path / "run", lambda _: None)
+    assert attacks.evidence_files("clients", tmp_path) == [attempt_file(settings, "clients", tmp_path)]
+    (found,) = evidence_of(settings, ["clients"], tmp_path).attacks["clients"]
+    assert (found.unit, found.scores, found.finding) == ("client", 30, "not violated")
+    assert found.claimed <= 8.0
+    assert "canary clients" in found.attack

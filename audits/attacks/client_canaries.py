@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from choral.audits.attacks.canaries import VISIBLE, directions, with_canary_clients
-from choral.audits.attacks.score_audit import audit_training
+from choral.audits.attacks.canaries import VISIBLE, directions, flip_coins, with_canary_clients
+from choral.audits.attacks.score_audit import audit_scores, audit_training
 
 if TYPE_CHECKING:
-    import torch
-
     from choral.audits.findings.evidence import ScoreAudit
     from choral.audits.lower_bounds.guessing import Guessing
     from choral.privacy import ClientPrivacy
     from choral.trainers.run_folder.run import Run
     from choral.trainers.task.arithmetic import Compute
     from choral.trainers.task.task import Task
+
+ATTACK = "canary clients in gradient space, against the final model"
 
 
 def audit_clients(
@@ -43,32 +43,66 @@ def audit_clients(
 
     Raises: TooFewCanariesError before any training; what ``federate`` and ``audit_scores`` raise.
     """
-    from choral.privacy import AdaptiveClip
     from choral.trainers import Compute, federate
-    from choral.trainers.local_steps.resident_model import initial_model
-    from choral.trainers.task.flat_vector import Layout
 
     compute = Compute() if compute is None else compute
-    model = initial_model(task.build, next(iter(parties.values())), compute.seed)
-    layout = Layout(model)
-    before = layout.read()
-    clip = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else privacy.clip
-    updates = directions(canaries, layout.length)
+    marks = ClientMarks(task, parties, privacy, canaries, compute.seed)
     runs: list[Run] = []
 
-    def train(chosen: list[Any]) -> torch.Tensor:
-        inside = np.isin(np.arange(canaries), chosen)
-        job = with_canary_clients(task.build, task.fit, parties, VISIBLE * float(clip) * updates, inside)
-        watched = replace(task, build=job["build"], fit=job["fit"])
-        runs.append(federate(watched, job["parties"], rounds=rounds, privacy=privacy, compute=compute, **federation))
-        model.load_state_dict(runs[0].state)
-        return layout.read() - before
-
-    def score(change: torch.Tensor, _: Sequence[Any]) -> npt.NDArray[np.float64]:
-        return (updates.double() @ change.cpu().double()).numpy()
+    def train(chosen: list[Any]) -> Run:
+        watched = marks.task(np.isin(np.arange(canaries), chosen))
+        runs.append(federate(watched, rounds=rounds, privacy=privacy, compute=compute, **federation))
+        return runs[0]
 
     found = audit_training(
-        train, score, range(canaries), delta=privacy.delta, claimed=privacy.epsilon, confidence=confidence,
-        unit="client", guessing=guessing, attack="canary clients in gradient space",
+        train, lambda run, _: marks.scores(run), range(canaries), delta=privacy.delta, claimed=privacy.epsilon,
+        confidence=confidence, unit="client", guessing=guessing, attack=ATTACK,
     )  # fmt: skip
     return runs[0], found
+
+
+def attack_clients(
+    task: Task, privacy: ClientPrivacy, canaries: int, seed: int, train: Callable[[Task], Run]
+) -> ScoreAudit:
+    """The same for a federation that is trained by `train`, of the task that it is given: whether or not so many
+    canaries could refute its claim, which the result says."""
+    marks, inside = ClientMarks(task, task.parties, privacy, canaries, seed), flip_coins(canaries)
+    run = train(marks.task(inside))
+    claimed = run.spent.epsilon if run.spent else privacy.epsilon
+    return audit_scores(
+        marks.scores(run), inside, design="coins", delta=privacy.delta, claimed=claimed, unit="client", attack=ATTACK
+    )
+
+
+class ClientMarks:
+    """Secret directions for canary clients, the task with such clients, and how far a final model went along each."""
+
+    def __init__(
+        self, task: Task, parties: Mapping[str, Any], privacy: ClientPrivacy, canaries: int, seed: int
+    ) -> None:
+        from choral.privacy import AdaptiveClip
+        from choral.trainers.local_steps.resident_model import initial_model
+        from choral.trainers.task.flat_vector import Layout
+        from choral.trainers.task.initial_weights import Weights
+
+        self._task, self._parties = task, parties
+        start = Weights.read(task.start) if task.start is not None else None
+        self._model = initial_model(task.build, next(iter(parties.values())), seed, start)
+        self._layout = Layout(self._model)
+        self._before = self._layout.read()
+        clip = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else privacy.clip
+        self._directions, self._length = directions(canaries, self._layout.length), VISIBLE * float(clip)
+
+    def task(self, inside: npt.NDArray[np.bool_]) -> Task:
+        """With one client more for each coin: its direction, or zero. Nobody holds records of canaries out."""
+        task = self._task
+        job = with_canary_clients(task.build, task.fit, self._parties, self._length * self._directions, inside)
+        return replace(
+            task, build=job["build"], fit=job["fit"], parties=job["parties"], engine=None, held_out=None,
+            evaluate_party=None,
+        )  # fmt: skip
+
+    def scores(self, run: Run) -> npt.NDArray[np.float64]:
+        self._model.load_state_dict(dict(run.state))
+        change = self._layout.read() - self._before
+        return np.asarray((self._directions.double() @ change.cpu().double()).numpy())

@@ -78,7 +78,7 @@ class GradientCanaries:
             scores, self.inside, design="coins", delta=spent.delta, claimed=spent.epsilon, confidence=confidence,
             attack="canary gradients in every step",
         )  # fmt: skip
-        white = white_box_bound(scores, self.inside, delta=spent.delta, confidence=confidence)
+        white = white_box_bound(scores, self.inside, delta=spent.delta, confidence=confidence, claimed=spent.epsilon)
         return msgspec.structs.replace(found, bounds=(*found.bounds, white))
 
 

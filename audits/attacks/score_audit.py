@@ -24,7 +24,7 @@ from choral.audits.attacks.score_bounds import (
 )
 from choral.audits.attacks.score_files import Design
 from choral.audits.findings.evidence import Bound, Finding, NullControl, ScoreAudit
-from choral.audits.findings.text import at_least, power
+from choral.audits.findings.text import at_least, power, would_have_refuted
 from choral.audits.lower_bounds import one_run
 from choral.audits.lower_bounds.guessing import FixedShares, Guessing, SampleSplit
 from choral.audits.lower_bounds.roc import Bools, checked_scores, roc
@@ -69,9 +69,9 @@ def audit_scores(
     null = None
     if design == "coins":
         _check_fair(inside)
-        found, null = bounds_by_coins(values, inside, plan, delta, beta, null_draws)
+        found, null = bounds_by_coins(values, inside, plan, delta, beta, null_draws, claimed)
     elif design == "runs":
-        found, null = bounds_by_runs(values, inside, threshold, delta, beta, null_draws)
+        found, null = bounds_by_runs(values, inside, threshold, delta, beta, null_draws, claimed)
     decisive = found[0] if found else None
     if decisive and decisive.ceiling == 0.0:
         said = f"{len(values)} canaries are too few: not even epsilon = 0 could be refuted"
@@ -230,7 +230,8 @@ def _sentence(finding: Finding, bound: Bound | None, claimed: float | None, unit
     if finding == "violated":
         return f"Violated {sure}: training costs at least ε = {least} ({at}), and {claimed:.4g} was claimed."
     if finding == "not violated":
-        return f"No violation of ε = {claimed:.4g} found ({at}): the lower bound is {least} {sure}; {reach}."
+        said = f"No violation of ε = {claimed:.4g} found ({at}): the lower bound is {least} {sure}; {reach}"
+        return f"{said}{would_have_refuted(bound)}."
     return f"Training costs at least ε = {least} {sure} ({at}); {reach}. No claim was given."
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 import numpy as np
 
 from choral.audits.findings.evidence import Bound, NullControl
 from choral.audits.lower_bounds import one_run, trade_off, trials
 from choral.audits.lower_bounds.guessing import Guessing, GuessingOutcome, LowerBound, shuffled, stream_of
+from choral.audits.lower_bounds.refuting import Refutes, by_guesses, by_trials
 from choral.audits.lower_bounds.roc import Bools, Floats, curve
 from choral.audits.lower_bounds.trials import Counts, rate_interval
 from choral.errors import DataError
@@ -38,17 +40,23 @@ class TooFewCanariesError(DataError):
 
 
 def bounds_by_coins(
-    values: Floats, inside: Bools, plan: Guessing, delta: float, beta: float, null_draws: int
+    values: Floats, inside: Bools, plan: Guessing, delta: float, beta: float, null_draws: int, claimed: float | None
 ) -> _Bounded:
-    found = _one_run_bounds(values, inside, plan, delta, beta)
+    found = _one_run_bounds(values, inside, plan, delta, beta, claimed)
     null = null_control(lambda coins: _one_run(values, coins, plan, delta, beta).epsilon, values, beta, null_draws)
     return found, null
 
 
 def bounds_by_runs(
-    values: Floats, inside: Bools, threshold: float | None, delta: float, beta: float, null_draws: int
+    values: Floats,
+    inside: Bools,
+    threshold: float | None,
+    delta: float,
+    beta: float,
+    null_draws: int,
+    claimed: float | None,
 ) -> _Bounded:
-    found = _two_sided_bounds(values, inside, threshold, delta, beta)
+    found = _two_sided_bounds(values, inside, threshold, delta, beta, claimed)
     null = null_control(
         lambda coins: trials.clopper_pearson(_counts(values, coins, threshold, delta), delta=delta, beta=beta),
         values, beta, null_draws, count=int(inside.sum()),
@@ -94,8 +102,12 @@ def _one_run(scores: Floats, members: Bools, plan: Guessing, delta: float, beta:
     return plan.run(scores, members, partial(plain_bound, delta), beta)
 
 
-def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float) -> tuple[Bound, ...]:
-    def bound(method: str, compute: LowerBound, assumptions: tuple[str, ...], reference: str) -> Bound:
+def _one_run_bounds(
+    scores: Floats, members: Bools, plan: Guessing, delta: float, beta: float, claimed: float | None
+) -> tuple[Bound, ...]:
+    def bound(
+        method: str, compute: LowerBound, refutes: Refutes, assumptions: tuple[str, ...], reference: str
+    ) -> Bound:
         made = plan.run(scores, members, compute, beta)
         return Bound(
             method=method,
@@ -109,17 +121,23 @@ def _one_run_bounds(scores: Floats, members: Bools, plan: Guessing, delta: float
             tried=made.tried,
             assumptions=assumptions,
             reference=reference,
+            refuting=None if claimed is None else by_guesses(plan.tests(len(scores), beta), refutes),
         )
 
-    found = [bound(ONE_RUN, partial(plain_bound, delta), (_COINS,), _ONE_RUN_REFERENCE)]
+    def passes(canaries: int, guesses: int, right: int, part: float) -> bool:
+        return one_run.p_value(claimed or 0.0, canaries, guesses, right, delta) <= part
+
+    found = [bound(ONE_RUN, partial(plain_bound, delta), passes, (_COINS,), _ONE_RUN_REFERENCE)]
     if delta > 0.0:
+        mu = 0.0 if claimed is None else trade_off.mu_of_epsilon(claimed, delta)
         gaussian = "Training is Gaussian-private for some mu: its trade-off curve is that of two shifted normals."
-        found.append(bound(FDP, partial(_gaussian, delta), (_COINS, gaussian), _FDP_REFERENCE))
+        within = partial(trade_off.refuted, mu)
+        found.append(bound(FDP, partial(_gaussian, delta), within, (_COINS, gaussian), _FDP_REFERENCE))
     return tuple(found)
 
 
 def _two_sided_bounds(
-    scores: Floats, members: Bools, threshold: float | None, delta: float, beta: float
+    scores: Floats, members: Bools, threshold: float | None, delta: float, beta: float, claimed: float | None
 ) -> tuple[Bound, ...]:
     counts = _counts(scores, members, threshold, delta)
     chosen = (
@@ -148,9 +166,22 @@ def _two_sided_bounds(
             tried=1,
             assumptions=assumptions,
             reference=reference,
+            refuting=None
+            if claimed is None
+            else by_trials(counts.members, partial(_would, compute, counts, delta, beta, claimed)),
         )
         for name, key, compute, assumptions, reference in rows
     )
+
+
+def _would(
+    compute: Callable[..., float], counts: Counts, delta: float, beta: float, claimed: float, true_positives: int
+) -> bool:
+    """Whether so many true positives, at the false positives that there were, put the bound above the claim."""
+    other = msgspec.structs.replace(
+        counts, true_positives=true_positives, false_negatives=counts.members - true_positives
+    )
+    return compute(other, delta=delta, beta=beta) > claimed
 
 
 def _counts(scores: Floats, members: Bools, threshold: float | None, delta: float) -> Counts:

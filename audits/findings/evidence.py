@@ -22,6 +22,15 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     level: float
 
 
+class Refuting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What would have contradicted the claim. counts: the fewest, of the names in `Bound.counts`; {} where the bound
+    counts nothing. auc: the area under the curve of normal scores that reach it; None where none is computed.
+    """
+
+    counts: dict[str, int]
+    auc: float | None
+
+
 class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A lower bound on epsilon at `delta`. It is evidence against a smaller claim, and never proof of privacy.
 
@@ -34,6 +43,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         tests. thresholds: how they were chosen, in words. tried: how many bounds share the error probability
         (Bonferroni); 1 without correction.
     assumptions: what must be true besides, one sentence each. reference: paper and theorem.
+    refuting: what would have put this bound above the claim; None without a claim, or if nothing could have.
     """
 
     method: str
@@ -47,6 +57,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tried: int
     assumptions: tuple[str, ...]
     reference: str
+    refuting: Refuting | None = None
 
 
 class RocPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

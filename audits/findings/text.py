@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from choral.metrics import is_falling
 
 if TYPE_CHECKING:
+    from choral.audits.findings.evidence import Bound
     from choral.audits.findings.schema import PartyMeasureName
 
 MINUS = "−"
@@ -126,3 +127,25 @@ def energy(joules: float) -> str:
         if joules >= size:
             return f"{joules / size:.3g}{NBSP}{unit}"
     return f"{joules:.3g}{NBSP}J"
+
+
+def refuting_words(bound: Bound) -> str:
+    """What would have put a bound above the claim: "at least 196 of 200 right (AUC 0.97)"; "" if nothing could."""
+    if bound.refuting is None:
+        return ""
+    counts, auc = bound.refuting.counts, bound.refuting.auc
+    said = []
+    if "right" in counts:
+        said.append(f"{counts['right']:,} of {counts['guesses']:,} right")
+    if "true_positives" in counts:
+        members = bound.counts["true_positives"] + bound.counts["false_negatives"]
+        said.append(f"{counts['true_positives']:,} of {members:,} true positives")
+    if auc is not None:
+        said.append(f"AUC {auc:.3f}" if auc < 0.9995 else "AUC 1")
+    return ", ".join(said)
+
+
+def would_have_refuted(bound: Bound) -> str:
+    """The same as the end of a sentence."""
+    words = refuting_words(bound)
+    return f", and would have refuted it from {words}" if words else ""

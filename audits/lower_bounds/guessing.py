@@ -67,6 +67,11 @@ class FixedShares:
         best, guesses = max(found)
         return GuessingOutcome(best, len(ordered), -guesses, right(ordered, -guesses), len(counts))
 
+    def tests(self, canaries: int, beta: float) -> list[tuple[int, int, float]]:
+        """(canaries, guesses, error probability) of each bound that is computed."""
+        counts = self.counts(canaries)
+        return [(canaries, r, beta / len(counts)) for r in counts]
+
     def ceiling(self, canaries: int, bound: LowerBound, beta: float) -> float:
         counts = self.counts(canaries)
         return max(bound(canaries, r, r, beta / len(counts)) for r in counts)
@@ -89,6 +94,10 @@ class SampleSplit:
         counts = [one_run.guesses_of(len(trial), share) for share in self.grid]
         best = int(np.argmax([bound(len(trial), r, right(trial, r), beta) for r in counts]))
         return FixedShares((self.grid[best],)).run(scores[second], members[second], bound, beta)
+
+    def tests(self, canaries: int, beta: float) -> list[tuple[int, int, float]]:
+        """The same; of all shares that the first half may choose."""
+        return [(canaries // 2, one_run.guesses_of(canaries // 2, share), beta) for share in self.grid]
 
     def ceiling(self, canaries: int, bound: LowerBound, beta: float) -> float:
         return max(FixedShares((share,)).ceiling(canaries // 2, bound, beta) for share in self.grid)

@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 from scipy.special import nctdtr
 
 from choral.audits.findings.evidence import Bound
+from choral.audits.lower_bounds.refuting import by_separation
 from choral.audits.lower_bounds.trade_off import LARGEST_MU, epsilon_of_mu
 from choral.errors import ConfigError
 
@@ -49,7 +50,14 @@ def separation(scores: npt.ArrayLike, members: npt.ArrayLike, confidence: float 
     return float(brentq(lambda mu: float(nctdtr(free, mu * root, t)) - confidence, 0.0, t / root + 1.0))
 
 
-def white_box_bound(scores: npt.ArrayLike, members: npt.ArrayLike, *, delta: float, confidence: float = 0.95) -> Bound:
+def white_box_bound(
+    scores: npt.ArrayLike,
+    members: npt.ArrayLike,
+    *,
+    delta: float,
+    confidence: float = 0.95,
+    claimed: float | None = None,
+) -> Bound:
     """The bound as evidence, to stand beside the one that decides. Raises: ConfigError."""
     inside = np.asarray(members, dtype=np.bool_)
     mu = separation(scores, members, confidence)
@@ -65,6 +73,9 @@ def white_box_bound(scores: npt.ArrayLike, members: npt.ArrayLike, *, delta: flo
         tried=1,
         assumptions=(LAW,),
         reference="noncentral t; Dong, Roth, Su 2022, corollary 2.13",
+        refuting=None
+        if claimed is None
+        else by_separation(int(inside.sum()), int((~inside).sum()), claimed, delta, confidence),
     )
 
 

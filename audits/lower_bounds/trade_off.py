@@ -72,3 +72,14 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
         return float(ndtr(mu / 2.0 - epsilon / mu)) - subtracted > delta
 
     return largest_rejected(above, 32.0 * LARGEST_EPSILON)
+
+
+def mu_of_epsilon(epsilon: float, delta: float) -> float:
+    """The largest mu, up to `LARGEST_MU`, that costs at most this epsilon at delta. Raises: ConfigError (delta)."""
+    low, high = 0.0, LARGEST_MU
+    if epsilon_of_mu(high, delta) <= epsilon:
+        return high
+    while high - low > 1e-9:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if epsilon_of_mu(middle, delta) <= epsilon else (low, middle)
+    return low

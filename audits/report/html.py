@@ -184,6 +184,7 @@ def _environment() -> Environment:
         job_sentence=price_figures.job_sentence,
         no_claim=no_claim,
         composed_words=composed_words,
+        refuting_words=text.refuting_words,
         parameter_rows=parameter_rows,
         lattice_words=lattice_words,
         plain_reading=summary.plain_reading,

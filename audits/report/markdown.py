@@ -16,6 +16,7 @@ from choral.audits.findings.text import (
     party_words,
     plus_minus,
     power,
+    refuting_words,
     score,
     signed,
     width,
@@ -176,13 +177,14 @@ def _attack(attack: ScoreAudit) -> str:
             _safe(bound.method),
             at_least(bound.epsilon),
             f"{bound.ceiling:.3g}",
+            refuting_words(bound),
             power(bound.delta),
             f"{100 * bound.confidence:g} % ({bound.kind})",
             ", ".join(f"{_safe(name)} {count:,}" for name, count in bound.counts.items()),
         )
         for bound in attack.bounds
     ]
-    heads = ("method", "ε at least", "could have shown up to", "δ", "confidence", "counts")
+    heads = ("method", "ε at least", "could have shown up to", "refutes from", "δ", "confidence", "counts")
     auc = attack.roc.auc
     said = (
         f"{attack.scores:,} scores, {attack.members:,} of members. AUC {auc.value:.3f}"

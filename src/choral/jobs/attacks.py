@@ -1,4 +1,4 @@
-"""Attacks that a comparison makes on its own arms: one more training of each, with canary records."""
+"""Attacks that a comparison makes on its own arms: one more training of each, with canaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from choral.errors import ConfigError
 from choral.failures import failure_of
 from choral.jobs.settings import Arm, Settings
 from choral.jobs.standardising import as_trained
-from choral.jobs.training import federation_of, load_task, privacy_of, trainer_of, tuned, unit_of, with_overrides
+from choral.jobs.training import (
+    federation_of,
+    load_task,
+    privacy_of,
+    task_of,
+    trainer_of,
+    tuned,
+    unit_of,
+    with_overrides,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +43,23 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def attacked(settings: Settings, arm: Arm) -> bool:
-    """Whether the settings ask for canaries in this arm. They are records: a promise for each client is not tested."""
-    return settings.audit.canaries > 0 and not (arm.private and unit_of(settings, arm) == "client")
+    """Whether the settings ask for one more training of this arm, with canaries: records, or clients where each of them
+    has the promise. Where every released step is attacked, the final model alone tells less, and is not."""
+    return _canaries(settings, arm) > 0
+
+
+def _canaries(settings: Settings, arm: Arm) -> int:
+    if _of_clients(settings, arm):
+        return settings.audit.clients
+    return 0 if seen_in_every_step(settings, arm) else settings.audit.canaries
+
+
+def _of_clients(settings: Settings, arm: Arm) -> bool:
+    return arm.private and unit_of(settings, arm) == "client"
 
 
 def attempt_file(settings: Settings, name: str, out: Path) -> Path:
-    return out / "evidence" / f"{quote(name, safe='')}-{settings.audit.canaries}-canaries.json"
+    return out / "evidence" / f"{quote(name, safe='')}-{_canaries(settings, settings.arms[name])}-canaries.json"
 
 
 def evidence_files(name: str, out: Path) -> list[Path]:
@@ -102,6 +122,8 @@ def one_run(
     from choral.audits.attacks.canaries import flip_coins, loss_scores, record_canaries
     from choral.audits.attacks.score_audit import audit_scores
 
+    if _of_clients(settings, settings.arms[name]):
+        return client_attack(settings, name, on_round)
     arm, seed, count = settings.arms[name], settings.seed, settings.audit.canaries
     settings = tuned(with_overrides(settings, arm), arm, seed, run, resume=True)[0]
     task = load_task(settings, seed)
@@ -215,5 +237,105 @@ def evidence_of(settings: Settings, names: Sequence[str], out: Path) -> ArmEvide
     failed = {name: each.failed for name, each in found.items() if each.failed}
     for name, reason in unprobed.items():
         failed[name] = f"{failed[name]} {reason}" if name in failed else reason
-    attacks = {name: [each.result] for name, each in found.items() if each.result is not None}
+    attacks: dict[str, list[ScoreAudit]] = {}
+    for name in names:
+        if seen_in_every_step(settings, settings.arms[name]):
+            try:
+                attacks[name] = [white_box(settings, name)]
+            except Exception as error:  # of the user's code, too; the arm is unverified then
+                failed[name] = f"{failed.get(name, '')} Canary gradients: {failure_of(error).reason}.".strip()
+    for name, each in found.items():
+        if each.result is not None:
+            attacks.setdefault(name, []).append(each.result)
     return ArmEvidence(attacks=attacks, probes=probes, failed=failed)
+
+
+def seen_in_every_step(settings: Settings, arm: Arm) -> bool:
+    """Whether the settings ask for canary gradients in this arm: noise for each record, all of it the data owner's own.
+
+    Of noise in shares, sums are attacked by the probe.
+    """
+    if not (settings.audit.white_box and arm.private and unit_of(settings, arm) == "record"):
+        return False
+    promise: Any = privacy_of(settings, arm, settings.privacy.epsilon)
+    return bool(promise.noise == "local")
+
+
+def white_box(settings: Settings, name: str) -> ScoreAudit:
+    """Train one data owner's part of the arm once, with canary gradients beside its records, and look at every step.
+
+    The pooled data, or the largest party alone: a canary's gradient depends on no weight, so what others add to the
+    model between its steps changes nothing that is looked at. Sample rate, clipping norm, passes and budget are the
+    arm's own, the records of its own data; the batch is larger in proportion to the canaries.
+
+    Raises: ConfigError if the records are not (float tensor, class), or the loader has no batch size; what training
+        raises.
+    """
+    from torch.utils.data import DataLoader
+
+    from choral.audits.attacks.gradient_canaries import GradientCanaries
+    from choral.privacy.ledgers.memory_notice import no_notice
+    from choral.trainers.task.task import call, checked_build
+
+    arm = settings.arms[name]
+    own = with_overrides(settings, arm)
+    task, training = task_of(own, load_task(own, own.seed)), own.training
+    holder, data = _largest(task, pooled=arm.centralized)
+    inputs, labels = _tensors(data)
+    built, plain, loader = checked_build(task.build, data)
+    if not isinstance(size := getattr(loader, "batch_size", None), int):
+        raise ConfigError("the loader has no batch size", hint="leave audit.white_box out")
+    beside = GradientCanaries(built, inputs, labels, canaries=own.audit.white_box)
+    own_optimizer: Any = type(plain)
+    optimizer = own_optimizer(beside.model.parameters(), **plain.defaults)
+    beside.watch(optimizer)
+    batch = min(max(round(size * len(beside.dataset) / len(inputs)), 1), len(beside.dataset))
+    promise: Any = privacy_of(own, arm, own.privacy.epsilon)
+    private = dataclasses.replace(promise, epochs=training.rounds * training.local_epochs)
+    with no_notice():
+        parts = private.wrap(beside.model, optimizer, DataLoader(beside.dataset, batch, shuffle=True))
+        for number in range(1, training.rounds + 1):
+            call(task.fit, parts[0], parts[1], parts[2], number)
+    found = beside.audit(private.spent(), batch_size=batch, clip=float(own.privacy.max_grad_norm))
+    return msgspec.structs.replace(found, attack=f"{found.attack} of {holder}")
+
+
+def client_attack(settings: Settings, name: str, on_round: Callable[[RoundRecord], None] | None) -> ScoreAudit:
+    """Train the arm once with canary clients beside its own, at the first seed and the headline budget.
+
+    Sums are plain: the integers that are added up, noise included, are those of every other sum.
+    """
+    from choral.audits.attacks.client_canaries import attack_clients
+
+    arm = dataclasses.replace(settings.arms[name], secure_sum="plain")
+    own = with_overrides(settings, arm)
+    promise: Any = privacy_of(own, arm, own.privacy.epsilon)
+    train = trainer_of(own, arm, own.seed, own.privacy.epsilon)
+    task = load_task(own, own.seed)
+    return attack_clients(task, promise, own.audit.clients, own.seed, lambda made: train(made, on_round=on_round))
+
+
+def _largest(task: Task, *, pooled: bool) -> tuple[str, Any]:
+    from torch.utils.data import ConcatDataset
+
+    if pooled:
+        return "the pooled data", ConcatDataset(list(task.parties.values()))
+    name = max(task.parties, key=lambda each: len(task.parties[each]))
+    return name, task.parties[name]
+
+
+def _tensors(data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All records, as float inputs and classes. Raises: ConfigError for others."""
+    import torch
+
+    records = [data[index] for index in range(len(data))]
+    pair = records[0] if isinstance(records[0], tuple | list) and len(records[0]) == 2 else (None, None)
+    if not (isinstance(pair[0], torch.Tensor) and pair[0].is_floating_point()):
+        raise ConfigError(
+            "canary gradients stand beside records that are (float tensor, class), and these are not",
+            hint="leave audit.white_box out",
+        )
+    labels = torch.stack([torch.as_tensor(label) for _, label in records])
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ConfigError("canary gradients need classes, and these labels are none", hint="leave audit.white_box out")
+    return torch.stack([features for features, _ in records]), labels

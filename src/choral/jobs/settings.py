@@ -111,13 +111,19 @@ class AuditSettings:
     """Attacks that `compare` makes on its configurations; that it audits their runs goes without saying."""
 
     canaries: int = 0
-    """Canary records in one more training of each configuration, for a lower bound on epsilon; each in by a coin."""
+    """Canary records in one more training of each configuration, for a lower bound on epsilon; each in by a coin. Not
+    in those that white_box attacks."""
+    white_box: int = 0
+    """Canary gradients in a data owner's private training, which are looked for in every step that it releases."""
+    clients: int = 0
+    """Canary clients in one more training of each configuration whose promise is for each client; each in by a coin."""
     probe: bool = False
     """Also run private configurations' trainer on probe records; hold noise, sampling and clipping to its ledger."""
 
     def __post_init__(self) -> None:
-        if self.canaries and self.canaries < 20:
-            raise ConfigError(f"expected audit.canaries >= 20, got {self.canaries}", hint="500 can show epsilon of 4")
+        for name in ("canaries", "white_box", "clients"):
+            if (count := getattr(self, name)) and count < 20:
+                raise ConfigError(f"expected audit.{name} >= 20, got {count}", hint="500 can show epsilon of 4")
 
 
 @dataclass(frozen=True, kw_only=True)

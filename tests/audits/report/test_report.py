@@ -120,7 +120,7 @@ def test_markdown_for_a_model_card(make_run: MakeRun, tmp_path: Path, evidence: 
         name: report.save(tmp_path / f"{name}.md").read_text() for name, report in reports(make_run, evidence).items()
     }
     assert "**No violation found; the strongest test" in found["audit"]
-    assert "| one-run | 0.4 | 3.7 | 10⁻⁵ | 95 % (confidence) |" in found["audit"]
+    assert "| one-run | 0.4 | 3.7 |  | 10⁻⁵ | 95 % (confidence) |" in found["audit"]
     assert "What was not audited" in found["audit"]
     assert "| federated-dp |" in found["comparison"]
     assert "differentially private for each record" in found["comparison"]
