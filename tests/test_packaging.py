@@ -89,7 +89,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     own = [path for path in front if path.parts[1] not in ROOMS]
     expected = {path.as_posix() for path in own} | {"choral/py.typed", "choral/__init__.pyi"}
     for room in ROOMS:
-        for kind in ("*.py", "*.pyi", "*.html", "prices.toml"):
+        for kind in ("*.py", "*.pyi", "*.html", "*.toml"):
             expected |= {f"choral/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(kind)}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,8 @@ class ExportFlags:
     """Python file with load(split, training, seed), if the run was of such a task: never taken from the run folder."""
     data_dir: Path | None = None
     """Folder of the data sets, for an embedded task that needs one."""
+    json: bool = False
+    """Print what was written and how it was checked as JSON, and nothing else."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -45,7 +48,19 @@ def export(words: list[str]) -> int:
     )  # fmt: skip
     model, _, loader = checked_build(task.build, next(iter(task.parties.values())))
     done = write(model, run.state, _inputs_of(next(iter(loader))), wanted.out)
-    if not wanted.quiet:
+    if wanted.json:
+        print(
+            json.dumps(
+                {
+                    "file": str(done.path),
+                    "round": run.history[-1].round,
+                    "max_difference": done.max_difference,
+                    "batches": done.batches,
+                },
+                indent=1,
+            )
+        )
+    elif not wanted.quiet:
         sizes = ", ".join(map(str, done.batches))
         print(f"{done.path}: round {run.history[-1].round}; largest difference {done.max_difference:.2g}")
         print(f"checked against the model for batches of {sizes} records")

@@ -86,6 +86,7 @@ for each site, one report.
   --sites N                      of a task that comes with Choral (default 3)
   --data DIR                     for a task file: a file or folder for each site
   --resume                       go on with the rehearsal in the folder
+  --json                         print audit and sites' spending as JSON
   --quiet                        no progress and no summary
 
 {_MATTER}

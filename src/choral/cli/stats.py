@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ class StatsFlags:
     """The sites' pinned certificates, as `choral site directory` writes it."""
     offer: Path | None = None
     """With --directory: write the offer to this file, for sites to review, and do nothing else."""
+    json: bool = False
+    """Print the statistics as JSON, as in statistics.json, and nothing else."""
     quiet: bool = False
     """Print nothing but errors."""
     settings: Annotated[StatisticsSettings, tyro.conf.arg(name="")] = field(default_factory=StatisticsSettings)
@@ -57,7 +60,9 @@ def stats(words: list[str]) -> int:
     if out is not None:
         found.save(out / "statistics.json")
         found.save(out / "statistics.html")
-    if not wanted.quiet:
+    if wanted.json:
+        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+    elif not wanted.quiet:
         print(found.table())
         if out is not None:
             print(f"statistics: {out / 'statistics.json'}, {out / 'statistics.html'}")

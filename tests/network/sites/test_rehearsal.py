@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from choral.jobs.rehearsal import make_rehearsal
+from choral.cli.sites.poc import _report
+from choral.jobs.rehearsal import RehearsedSites, make_rehearsal
 from choral.jobs.settings import Settings, SumSettings, read_settings
 from choral.network import SiteFolder
 from choral.toml_files import toml_of
@@ -72,7 +74,7 @@ def said_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} was not said:\n{said}")
 
 
-def test_one_command_goes_from_a_job_file_to_the_report(hospitals: Path) -> None:
+def test_one_command_goes_from_a_job_file_to_the_report(hospitals: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = poc(hospitals, "job.toml", "--data", "data", "--out", "out", "--training.rounds", "2")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -100,6 +102,11 @@ def test_one_command_goes_from_a_job_file_to_the_report(hospitals: Path) -> None
     assert "A rehearsal: one machine played all parties, and one operator made their keys." in verified.stdout
     assert verified.stdout.count("took part in") == 6  # the sites' receipts are beside the manifest
     assert "a rehearsal, whose keys one operator made" in (out / "run" / "report.json").read_text()
+    assert _report(RehearsedSites(path=out, names=NAMES), quiet=True, as_json=True) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["report"] == json.loads((out / "run" / "report.json").read_text())
+    assert all(2.0 < site["epsilon"] <= site["promised"] == 3.0 for site in figures["sites"].values())
+    assert set(figures["sites"]) == set(NAMES)
 
 
 @pytest.mark.slow

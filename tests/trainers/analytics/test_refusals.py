@@ -216,5 +216,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is spent" in capsys.readouterr().err
     bad = tmp_path / "bad.toml"
     bad.write_text(CONFIG.replace("low = 0\n", "", 1))
+    exact = tmp_path / "exact.toml"
+    exact.write_text(CONFIG.replace("epsilon = 4.0\ndelta = 1e-4\n", ""))
+    assert main(["stats", str(exact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimates"]["age"]["mean"]["value"] == pytest.approx(44.5, abs=3.0)
     assert main(["stats", str(bad), "--quiet"]) == 2
     assert "statistics.age.low is not set" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 
 import pytest
@@ -188,6 +189,11 @@ def test_the_command(tmp_path, capsys):
     assert main(["train", str(tmp_path / "small.toml"), "--out", str(run), "--quiet"]) == 0
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert "model.onnx: round 1; largest difference" in capsys.readouterr().out
+    assert main(["export", str(run), "--out", str(tmp_path / "model.pt2"), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (written["file"], written["round"]) == (str(tmp_path / "model.pt2"), 1)
+    assert 0.0 <= written["max_difference"] < 1e-4
+    assert 1 in written["batches"]
     state = federate_state(run)
     pixels = torch.rand(4, 64)
     want = torch.tanh(pixels @ state["0.weight"].T + state["0.bias"]) @ state["2.weight"].T + state["2.bias"]

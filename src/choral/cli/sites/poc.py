@@ -6,6 +6,7 @@ them is mutual TLS. They end with this command, whatever ends it.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -54,6 +55,8 @@ class PocFlags:
     """For training code in a file: a folder with a file or a folder for each site, named after the site."""
     resume: bool = False
     """Go on with the rehearsal that the folder holds."""
+    json: bool = False
+    """Print the coordinator's audit and what each site spent by its own ledger as JSON, in the place of the summary."""
     quiet: bool = False
     """No progress and no summary, only errors."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -67,21 +70,23 @@ def poc(words: list[str]) -> int:
         rehearsal = make_rehearsal(
             wanted.settings, wanted.out, job=wanted.config.stem, sites=wanted.sites, data=wanted.data
         )
-    if not wanted.quiet:
+    quiet = wanted.quiet or wanted.json
+    if not quiet:
         _say(f"made keys, folders and approvals of {', '.join(rehearsal.names)} in {rehearsal.path}")
-    if code := _run(rehearsal, resume=wanted.resume, quiet=wanted.quiet):
+    if code := _run(rehearsal, resume=wanted.resume, quiet=quiet):
         return code
-    code = _report(rehearsal, quiet=wanted.quiet)
-    if not wanted.quiet:
+    code = _report(rehearsal, quiet=quiet, as_json=wanted.json)
+    if not quiet:
         print(f"report: {rehearsal.run / 'report.html'}")
         print(f"a site's own log: choral site log --site {shlex.quote(str(rehearsal.site(rehearsal.names[0])))}")
         print(f"\n{_SAYS}")
     return code
 
 
-def _report(rehearsal: RehearsedSites, *, quiet: bool) -> int:
+def _report(rehearsal: RehearsedSites, *, quiet: bool, as_json: bool) -> int:
     """The coordinator's audit, and beside it what it never sees: the sites' ledgers. 1 if a claim is violated."""
     from choral.audits import audit
+    from choral.audits.report.storage import as_json as encoded
     from choral.trainers import Run
 
     gather_receipts(rehearsal)
@@ -89,6 +94,10 @@ def _report(rehearsal: RehearsedSites, *, quiet: bool) -> int:
     for name in ("report.json", "report.html"):
         result.save(rehearsal.run / name)
     spent = {name: ledger_of(rehearsal, name) for name in rehearsal.names}
+    if as_json:
+        sites = {name: cost and {"epsilon": cost[0], "promised": cost[1]} for name, cost in spent.items()}
+        folder = str(rehearsal.run)
+        print(json.dumps({"folder": folder, "sites": sites, "report": json.loads(encoded(result))}, indent=1))
     if not quiet:
         result.print()
         for name, cost in spent.items():
