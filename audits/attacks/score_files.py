@@ -51,7 +51,7 @@ def read_score_file(path: str | Path) -> ScoreFile:
     if path.suffix not in (".csv", ".json"):
         raise ConfigError(f"cannot read scores from {path.name!r}", hint="end the name in .csv or .json")
     if not path.is_file():
-        raise DataError(f"no file of scores at {path}")
+        raise DataError(f"no file of scores at {path}", hint='expected CSV with the header "score,member", or JSON')
     if path.stat().st_size > _LARGEST:
         raise DataError(f"{path} is larger than 1 GiB", hint="score fewer canaries")
     raw = path.read_bytes()

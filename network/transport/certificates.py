@@ -93,7 +93,8 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise CertificateError(
             "expected a name of 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit: "
-            f"{name!a:.80}"
+            f"{name!a:.80}",
+            hint="a name is no path: such as north, or st-mary.2",
         )
     return name
 

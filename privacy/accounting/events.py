@@ -19,6 +19,7 @@ from choral.privacy.accounting.matrix_strategies import Strategy
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
 from choral.privacy.noise.share_rounding import widening
 
+_RATE = "The expected batch size over the number of records, such as 64 / 6400 = 0.01."
 _MOST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
 
 UNIT = "record"
@@ -80,7 +81,7 @@ class PoissonSampledGaussian(
     def __post_init__(self) -> None:
         _make_plain(self, ("sample_rate", "noise_multiplier"), ("steps",))
         if not 0.0 < self.sample_rate <= 1.0:
-            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
+            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1", hint=_RATE)
         if not self.noise_multiplier > 0.0:
             raise ConfigError(f"noise_multiplier is {self.noise_multiplier}, expected a finite number > 0")
 
@@ -154,7 +155,7 @@ class PoissonSampledShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
             ("honest", "parties", "length", "steps"),
         )
         if not 0.0 < self.sample_rate <= 1.0:
-            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
+            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1", hint=_RATE)
         if not self.share > 0.0:
             raise ConfigError(f"share is {self.share}, expected a finite number > 0")
         if not self.honest <= self.parties:
@@ -318,7 +319,7 @@ class SampledClientRelease(ClientRelease, frozen=True, kw_only=True, forbid_unkn
         super().__post_init__()
         _make_plain(self, ("sample_rate",), ())
         if not 0.0 < self.sample_rate <= 1.0:
-            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1")
+            raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1", hint=_RATE)
         if self.mechanism != "gaussian" or self.shares != 1 or self.settles:
             raise ConfigError("secret cohorts have Gaussian noise, all of it the server's")
 

@@ -6,6 +6,7 @@ hold data values, so a report gets no more than its kind and its place.
 
 from __future__ import annotations
 
+import errno
 import os
 import sysconfig
 import traceback
@@ -15,6 +16,15 @@ from types import FrameType, TracebackType
 
 from choral.errors import ChoralError
 
+_OF_SYSTEMS = {
+    errno.ENOSPC: "make room on that disk, or name a place on another; what was complete before is kept",
+    errno.EDQUOT: "your quota is used up: make room, or name another place; what was complete before is kept",
+    errno.EACCES: "this user may not: name a place of your own",
+    errno.EPERM: "this user may not: name a place of your own",
+    errno.EROFS: "nothing can be written there: name another place",
+    errno.ENOTDIR: "a part of that path is a file: name another place",
+    errno.ENOENT: "name a path in a folder that is there, and can be written to",
+}
 _LONGEST = 400  # characters of an error's own text
 _LIBRARIES = tuple(
     os.path.realpath(folder) + os.sep
@@ -57,7 +67,8 @@ def failure_of(error: BaseException) -> Failure:
         )
     if isinstance(error, OSError):
         said = error.strerror or kind
-        return Failure(str(error) or kind, "", f"{kind}: {said}", trace)
+        file = f"{error.filename}: " if error.filename else ""
+        return Failure(f"{file}{said}", _OF_SYSTEMS.get(error.errno or 0, ""), f"{kind}: {said}", trace)
     return Failure(
         f"stopped by {kind}{said}, which is of no file of yours",
         "--debug shows the whole traceback; it belongs into a bug report",

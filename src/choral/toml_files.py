@@ -36,7 +36,8 @@ def read_toml(
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8", hint="it is a TOML file: save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="expected a TOML file") from None
+        why = error.strerror or type(error).__name__
+        raise ConfigError(f"cannot read {path}: {why}", hint="expected a TOML file") from None
     return parse_toml(text, kind, name=str(path), example=example, keys=keys, former=former)
 
 
@@ -50,7 +51,12 @@ def parse_toml(
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}", hint=f"{example} is one to compare with") from None
+        hint = f"{example} is one to compare with"
+        if name.lower().endswith((".csv", ".parquet")):
+            hint = f"settings for a table of your own are written by: choral init --data {name}"
+        elif "Cannot overwrite a value" in str(error):
+            hint = "a key stands twice in one table; leave one of the two out"
+        raise ConfigError(f"{name} is not valid TOML: {error}", hint=hint) from None
     check_keys(table, kind, name, former=former)
     try:
         return msgspec.convert(table, kind, dec_hook=lambda wanted, value: wanted(value))

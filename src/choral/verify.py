@@ -291,8 +291,13 @@ def main(words: list[str] | None = None) -> int:
     try:
         keys = pinned_keys(given.keys) if given.keys else None
         return max(report(group, keys) for group in (*filter(Path.is_dir, given.files), loose) if group)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        print(f"cannot be read: {error!r}", file=sys.stderr)
+    except OSError as error:
+        print(f"choral: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        print("  hint: name receipts, a manifest, or the folder of a run that holds them", file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        print(f"choral: what is given cannot be read: {error!r:.200}", file=sys.stderr)
+        print("  hint: --keys takes a site's directory.toml; the other files are as a run wrote them", file=sys.stderr)
         return 2
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from choral.doors import worded
 from choral.errors import ConfigError, DataError
 from choral.trainers.task.settings import LabelKind
 
@@ -112,7 +113,8 @@ class Encoder:
         """Raises: ConfigError for columns that `source` lacks, has twice, or that are given two parts to play."""
         book = codebook or Codebook()
         if len(set(header)) != len(header):
-            raise ConfigError(f"{source} has two columns of one name", hint="give each column a name of its own")
+            twice = next(name for number, name in enumerate(header) if name in header[:number])
+            raise ConfigError(f"{source} has two columns named {twice!r}", hint="give each column a name of its own")
         if kind not in ("class", "number", "count"):
             raise ConfigError(f"kind is {kind!r}, expected class, number or count", hint="of the label")
         if book.classes and kind != "class":
@@ -124,10 +126,17 @@ class Encoder:
                 near = difflib.get_close_matches(name, header, n=1)
                 meant = f"did you mean {near[0]!r}? " if near else ""
                 hint = f"{meant}its columns: {', '.join(header[:20])}"
+                if len(header) == 1 and (mark := next((each for each in ";\t|" if each in header[0]), "")):
+                    hint = f"its one column is {header[0]!r:.80}: the delimiter seems to be {mark!r}, " + worded(
+                        command=f"--delimiter {mark!r}", python=f"delimiter={mark!r}"
+                    )
                 raise ConfigError(f"{source} has no column {name!r}", hint=hint)
         if len(set(apart)) < len(apart) or len(set(chosen)) != len(chosen) or set(apart) & set(chosen):
+            named = [*apart, *chosen]
+            twice = next(name for number, name in enumerate(named) if name in named[:number])
             raise ConfigError(
-                "key, label and features must be different columns", hint="a column plays one part, and is named once"
+                f"{twice!r} is named twice: key, label and features must be different columns",
+                hint="a column plays one part; leave the label and the key out of the features",
             )
         if not chosen:
             raise ConfigError(f"{source} has no column besides key and label", hint="at least one feature is needed")

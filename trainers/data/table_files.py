@@ -15,6 +15,7 @@ from choral.errors import ConfigError, DataError
 from choral.trainers.data.columns import Rows, Values
 
 _PIECE = 20_000  # rows
+_OTHERS = (".xlsx", ".xls", ".ods", ".json", ".jsonl", ".feather", ".sav", ".dta", ".sas7bdat", ".zip", ".gz", ".h5")
 Opened = tuple[list[str], Iterator[Rows]]
 
 
@@ -27,6 +28,10 @@ def open_table(path: str | Path, *, delimiter: str = ",") -> Opened:
     path = Path(path)
     if path.suffix.lower() in (".parquet", ".pq"):
         return _open_parquet(path)
+    if path.suffix.lower() in _OTHERS:
+        raise DataError(
+            f"{path} is neither CSV nor Parquet", hint="save it as CSV in UTF-8, with a header, or as Parquet"
+        )
     if len(delimiter) != 1:
         raise ConfigError(f"expected one character as delimiter, got {len(delimiter)}", hint='e.g. "," or ";"')
     rows = _csv_rows(path, delimiter)
@@ -85,11 +90,11 @@ def _open_parquet(path: Path) -> Opened:
         ) from None
     try:
         frame = parquet.read_table(path)
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(
-            f"cannot read {path} as Parquet: {type(error).__name__}",
-            hint=f"a path is looked for from {Path.cwd()}",
-        ) from None
+    except arrow.ArrowException:
+        raise DataError(f"{path} is not a Parquet file", hint="write it again as Parquet, or save it as CSV") from None
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise DataError(f"cannot read {path}: {why}", hint=f"a path is looked for from {Path.cwd()}") from None
     return open_frame(frame, str(path))
 
 

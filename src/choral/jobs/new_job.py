@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from choral.errors import ConfigError, DataError
+from choral.privacy.accounting.record_level import check_target
 from choral.trainers.task.settings import LabelKind
 
 if TYPE_CHECKING:
     from choral.trainers.data.columns import Values
 
 MOST_WORDS, MOST_CLASSES = 50, 20
+_DATE = re.compile(r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})([T ][\d:.+Z-]*)?$")
 _LACKING = {"", "na", "n/a", "nan", "null", "none", "?"}
 
 
@@ -63,6 +66,8 @@ class Column:
     @property
     def useless(self) -> str:
         """Why the column is left out of the features, if it is."""
+        if not self.number and self.words and all(_DATE.match(word) for word in self.words):
+            return "dates: put a number in their place, such as days since a visit"
         if not self.number and len(self.words) > MOST_WORDS:
             return f"more than {MOST_WORDS} different words"
         if self.number and not math.isfinite(self.least):
@@ -131,13 +136,23 @@ class NewJob:
         public: bool,
     ) -> NewJob:
         """Raises: as :func:`survey`; ConfigError for a label that is not of its kind."""
+        check_target(epsilon, 1e-5)
         found = survey(data, keys, label, delimiter)
+        if keys and len(found.parties) < 2:
+            raise DataError(
+                f"{data}: all rows are of one party by {' and '.join(keys)}",
+                hint="a federation has two or more: take another column, or --key - to deal rows out at random",
+            )
         column = found.columns[label]
         few = len(column.words) <= MOST_CLASSES and (column.whole or not column.number)
         chosen: LabelKind = kind or ("class" if few or not column.number else "number")
         if column.missing:
             raise DataError(
                 f"{data}: some rows have no {label!r}", hint="leave them out of the file: they say nothing of the label"
+            )
+        if len(column.words) < 2:
+            raise DataError(
+                f"{data}: the label {label!r} is the same in every row", hint="there is nothing to learn: take another"
             )
         if chosen == "class" and not few:
             raise ConfigError(

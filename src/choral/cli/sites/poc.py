@@ -25,6 +25,7 @@ import tyro
 from choral.cli.arguments import parse_with_config
 from choral.jobs.rehearsal import RehearsedSites, gather_receipts, ledger_of, make_rehearsal, reopen_rehearsal
 from choral.jobs.settings import Settings, read_job
+from choral.locks import refuse_without_locks
 from choral.network.errors import SiteError
 from choral.privacy.accounting.budget import at_least, shown
 
@@ -64,6 +65,7 @@ class PocFlags:
 
 def poc(words: list[str]) -> int:
     wanted = parse_with_config("poc", words, PocFlags, read_job, "out")
+    refuse_without_locks(str(wanted.out))
     if wanted.resume:
         rehearsal = reopen_rehearsal(wanted.settings, wanted.out)
     else:

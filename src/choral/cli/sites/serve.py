@@ -139,6 +139,11 @@ def coordinator_of(chosen: ServeSettings, directory: Path) -> tuple[CertifiedIde
 
 def _beside(directory: Path) -> Path:
     """The certificate whose key lies beside the directory, as `choral site init` makes them. Raises: ConfigError."""
+    if not directory.is_file():
+        raise ConfigError(
+            f"no such file: {directory}",
+            hint="the coordinator keeps it: `choral site init hub`, then `choral site directory add`",
+        )
     keys = sorted(directory.absolute().parent.glob("*.key"))
     if len(keys) != 1:
         raise ConfigError(
