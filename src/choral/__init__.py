@@ -11,6 +11,6 @@ from __future__ import annotations
 
 from choral.lazy import exports
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = exports(__name__, __file__)

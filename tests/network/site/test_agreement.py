@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from site_folders import CODE, NAMES, NOW, Sites, offer, terms
 
+from choral import __version__
 from choral.network import Offer, OfferRefusedError, SiteError, SiteFolder
 from choral.network.site.approvals import revoke
 from choral.network.site.budget import ledger_facts
@@ -127,10 +128,13 @@ WEAKER: dict[str, tuple[dict[str, Any], str]] = {
         "sums of the sites' own evaluations",
     ),
     "code": ({"code": "0" * 64}, "its training code 'visits.py' has another SHA-256 than the file that is installed"),
-    "version": ({"terms": terms(code="choral 0.0.1")}, "the coordinator runs 'choral 0.0.1', and choral 0.1.0 runs"),
+    "version": (
+        {"terms": terms(code="choral 0.0.1")},
+        f"the coordinator runs 'choral 0.0.1', and choral {__version__} runs",
+    ),
     "task": ({"task": "other.py"}, "no training code 'other.py' is installed here"),
     "embedded code": (
-        {"code": "choral 0.1.0"},
+        {"code": f"choral {__version__}"},
         "Choral has no task 'visits.py'",
     ),
     "strangers": (
@@ -433,7 +437,7 @@ def test_data_without_a_promise_takes_jobs_without_one(sites: Sites) -> None:
 
 
 def test_a_task_of_choral_trains_on_its_own_part(sites: Sites) -> None:
-    digits = offer(task="digits", code="choral 0.1.0")
+    digits = offer(task="digits", code=f"choral {__version__}")
     (found,) = objections(sites.north, digits)
     assert found == "no training code 'digits' is installed here"
     north = sites.settings(('path = "visits.csv"', 'part = "party 3 of 10"'), ('[tasks."visits.py"]', "[tasks.digits]"))
@@ -442,12 +446,12 @@ def test_a_task_of_choral_trains_on_its_own_part(sites: Sites) -> None:
     agreed = north.agree(digits, now=NOW)
     assert (agreed.path, agreed.code, agreed.data.part) == (None, None, "party 3 of 10")
     (found,) = objections(north, offer(task="digits", code="choral 9.9"))
-    assert found == "its training code is of choral 9.9, and choral 0.1.0 runs here"
+    assert found == f"its training code is of choral 9.9, and choral {__version__} runs here"
 
 
 def test_code_in_a_file_reads_a_path_and_a_task_of_choral_its_part(sites: Sites) -> None:
     """Neither is given the other's data, whatever site.toml says."""
-    digits = offer(task="digits", code="choral 0.1.0")
+    digits = offer(task="digits", code=f"choral {__version__}")
     (found,) = objections(sites.settings(('[tasks."visits.py"]', "[tasks.digits]")), digits)
     assert found == "the data of a task of Choral is a part of its own, and 'digits' has a path here"
     north = sites.settings(("[tasks.digits]", '[tasks."visits.py"]'), ('path = "visits.csv"', 'part = "party 1 of 2"'))

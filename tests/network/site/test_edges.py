@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from site_folders import NOW, Sites, offer, terms
 
+from choral import __version__
 from choral.network import Offer, OfferError, OfferRefusedError, SiteError
 from choral.network.site.approvals import MOST_KEPT
 from choral.network.site.objections import objections
@@ -107,8 +108,8 @@ def test_a_long_diff_says_that_it_is_cut(sites: Sites) -> None:
 
 
 def test_a_review_of_a_task_of_choral_says_so(sites: Sites) -> None:
-    given = replace(offer(), task="digits", code="choral 0.1.0")
-    assert dict(review(sites.north, given, NOW).rows)["code"] == "the task digits of choral 0.1.0"
+    given = replace(offer(), task="digits", code=f"choral {__version__}")
+    assert dict(review(sites.north, given, NOW).rows)["code"] == f"the task digits of choral {__version__}"
 
 
 # -------------------------------------------------------------------------------------------------------------- budgets

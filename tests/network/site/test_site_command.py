@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from site_folders import CODE, NOW, SETTINGS, Sites, offer, terms
 
+from choral import __version__
 from choral.cli.command_line import main
 from choral.network import SiteError, SiteFolder, make_identity
 from choral.network.site.approvals import MOST_KEPT, approve
@@ -275,7 +276,7 @@ def test_reviews_of_other_promises(sites: Sites) -> None:
     private = ClientPrivacy(1.0, 1e-5)
     rows = shown(sites, offer(terms=terms(privacy=None)))
     assert rows["privacy"] == "none is promised"
-    digits = replace(offer(), task="digits", code="choral 0.1.0")
+    digits = replace(offer(), task="digits", code=f"choral {__version__}")
     assert shown(sites, digits)["data"] == "none: this training code may read no data set here"
     north = sites.settings(("max_grad_norm = 1.0", "unit = 'client'\nnoise = ['distributed']"))
     assert north.settings.data["visits"].promise is not None
