@@ -67,8 +67,8 @@ def failure_of(error: BaseException) -> Failure:
         )
     if isinstance(error, OSError):
         said = error.strerror or kind
-        file = f"{error.filename}: " if error.filename else ""
-        return Failure(f"{file}{said}", _OF_SYSTEMS.get(error.errno or 0, ""), f"{kind}: {said}", trace)
+        named = f"{error.filename}: " if error.filename else ""
+        return Failure(f"{named}{said}", _OF_SYSTEMS.get(error.errno or 0, ""), f"{kind}: {said}", trace)
     return Failure(
         f"stopped by {kind}{said}, which is of no file of yours",
         "--debug shows the whole traceback; it belongs into a bug report",
