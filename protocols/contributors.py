@@ -79,7 +79,7 @@ class ContributorSession:
         }
 
     def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> SumRound:
-        """Both sums of a round. lost: as in the interface; who is lost after its vector was counted ends the round."""
+        """Both sums of a round. lost: as in the interface; who drops out once its vector counts ends the round."""
         self.number += 1
         return _ContributorRound(self, lost, terms)
 

@@ -191,8 +191,8 @@ class SumSession(Protocol):
         ...
 
     def begin(self, lost: Mapping[str, Step] | None = None, terms: RoundTerms | None = None) -> SumRound:
-        """lost: to rehearse failures, who vanishes and the first step that it no longer takes. Who is lost at its
-        vector or before must not be submitted; who is lost after it is in the sum.
+        """lost: to rehearse failures, who vanishes and the first step that it no longer takes. Who drops out
+        at its vector or before must not be submitted; who drops out after it is in the sum.
         terms: what the round is computed from, which all parties of it must see alike; None, a sum without training.
 
         Raises: SpecError for a party or step that is none; TooFewSurvivorsError where too few are left to go on.

@@ -73,7 +73,9 @@ def rehearsed(names: Iterable[str], rounds: int, secure_sum: Any, *, without: Ma
             raise RuntimeError("away")
         fit(model, optimizer, loader)
 
-    task = Task(build=built, fit=failing, evaluate=lambda _: 0.0, start=new_model().state_dict(), min_classes=1)
+    task = Task(
+        build=built, fit=failing, evaluate=lambda _: 0.0, initial_weights=new_model().state_dict(), min_classes=1
+    )
     return federate(task, {name: dataset_of(name) for name in names}, rounds=rounds, secure_sum=secure_sum)
 
 

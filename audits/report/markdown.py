@@ -1,4 +1,4 @@
-"""A summary in Markdown, to be pasted into a model card. Names come from whoever ran the arms: they are escaped."""
+"""A summary in Markdown, to be pasted into a model card. Names come from whoever trained: they are escaped."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def audit_markdown(report: Audit) -> str:
 
 
 def comparison_markdown(report: Comparison) -> str:
-    """The arms, the promises, checks, and what was not run."""
+    """The configurations, the promises, checks, and what was not run."""
     bills = {bill.arm: bill for bill in report.costs.bills} if report.costs else {}
     rows = [
         (

@@ -80,7 +80,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console
 
 
 def _print_evidence(arm: ArmResult, console: Console) -> None:
-    """The verdict on one arm, and each of its checks that does not hold."""
+    """The verdict on one configuration, and each of its checks that does not hold."""
     if arm.audit is None:
         return
     runs = "1 run" if arm.audit.runs == 1 else f"{arm.audit.runs} runs"
@@ -92,7 +92,7 @@ def _print_evidence(arm: ArmResult, console: Console) -> None:
 
 
 def _print_fairness(report: Comparison, console: Console) -> None:
-    """The worst party of each arm, and the standard deviation over parties; an arm a line, so that none is broken."""
+    """The worst party of each configuration, and the standard deviation over parties; one to a line."""
     from rich.text import Text
 
     said, metric = [], ""

@@ -1,4 +1,4 @@
-"""Every kind of sum through the seam, as trainers use them."""
+"""Every kind of sum through the interface, as trainers use them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ S_k = diag(phi^j / phi_k^j), 1 where n_k^j = 0; A = diag(K / omega^j), 1 where o
 
 The counts come first, once, as whole numbers through the secure sum: n_k^j, whether it is not 0, and n_k. S_k is then
 local. Counts and S are defined for linear models (one torch.nn.Linear); scaled=False is for any model, S = A = I.
-If some parties are lost while the counts are summed, phi and omega are of those that were there.
+If some parties drop out while the counts are summed, phi and omega are of those that were there.
 
 What a run releases: once, the sums of the counts; per round, the weighted sums of the gradients, and of the updates.
 All three are read from the records outside the training loop, so record-level privacy refuses this algorithm: its

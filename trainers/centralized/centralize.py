@@ -82,7 +82,7 @@ def centralize(
     _check_parallel(data_parallel, privacy, keep)
     check_arithmetic(compute.precision, compute.compile, private=privacy is not None, reads_records=False)
     on = own_device(resolve_device(compute.device)) if data_parallel else resolve_device(compute.device)
-    initial = Weights.read(task.start) if task.start is not None else None
+    initial = Weights.read(task.initial_weights) if task.initial_weights is not None else None
     whole, arithmetic = pool(list(parties.values())), Arithmetic(on, compute.precision, compile=compute.compile)
     job = _Job(replace(task, parties=parties), whole, privacy, changing, initial, arithmetic)
     info = describe("centralized", parties, examples, rounds, compute.seed, arithmetic, privacy, keep, initial)

@@ -93,7 +93,7 @@ class Plan:
         check_held_out(task.held_out, task.evaluate_party, parties, private=privacy is not None)
         by_record = isinstance(privacy, Privacy)
         device = resolve_device(compute.device)
-        initial = Weights.read(task.start) if task.start is not None else None
+        initial = Weights.read(task.initial_weights) if task.initial_weights is not None else None
         check_arithmetic(compute.precision, compute.compile, private=by_record, reads_records=algorithm.needs_loss)
         checks.check_participation(algorithm, participation, len(parties))
         checks.check_patience(algorithm, participation, privacy, secure_sum.name)
@@ -179,7 +179,7 @@ def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Reside
         seed=compute.seed,
         arithmetic=plan.arithmetic,
         loss=task.loss,
-        start=plan.initial,
+        initial=plan.initial,
         rates=Rates(task.schedule, plan.rounds),
         seating=Seating(census.names[0], census.seats),
     )

@@ -88,8 +88,8 @@ class Resident:
     """The resident model of this process, and the seats of the parties that have had a turn: a LocalTrainer.
 
     build, fit, loss: the user's functions. datasets: one per party. privacy_engines: one per party for record-level
-    differential privacy, empty without. seed: decides initial weights and data order, never noise. start: weights to
-    start from, in the place of the seed's. arithmetic: of ``fit``, and the device of the model and the batches.
+    differential privacy, empty without. seed: decides initial weights and data order, never noise. initial: weights
+    to start from, in the place of the seed's. arithmetic: of ``fit``, and the device of the model and the batches.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Resident:
         seed: int,
         arithmetic: Arithmetic,
         loss: Loss | None = None,
-        start: Weights | None = None,
+        initial: Weights | None = None,
         rates: Rates = CONSTANT,
         seating: Seating = Seating(),
     ) -> None:
@@ -110,7 +110,7 @@ class Resident:
         self.datasets, self.privacy_engines = datasets, privacy_engines
         self.seed, self.arithmetic, self.device = seed, arithmetic, arithmetic.device
         first = next(iter(datasets)) if seating.first is None else seating.first
-        self.model = initial_model(build, datasets[first], seed, start).to(self.device)
+        self.model = initial_model(build, datasets[first], seed, initial).to(self.device)
         self.layout = Layout(self.model)
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
@@ -353,16 +353,16 @@ def _fixed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_buffers(), *frozen]
 
 
-def initial_model(build: Build, dataset: Any, seed: int, start: Weights | None = None) -> nn.Module:
-    """The model that ``build`` makes for this seed: the same initial weights for every arm of a comparison.
+def initial_model(build: Build, dataset: Any, seed: int, initial: Weights | None = None) -> nn.Module:
+    """The model that ``build`` makes for this seed: the same initial weights for every configuration of a comparison.
 
-    start: weights in the place of those that the seed decides. Raises: what checked_build does; InitialWeightsError.
+    initial: weights in the place of those that the seed decides. Raises: what checked_build does; InitialWeightsError.
     """
     with seeded(seed, 0, "initial weights"):
         reseed(generators_of(build), seed, 0, "initial weights")
         model = checked_build(build, dataset)[0]
-    if start:
-        start.load_into(model)
+    if initial:
+        initial.load_into(model)
     return model
 
 

@@ -27,7 +27,7 @@ def describe(
     arithmetic: Arithmetic,
     privacy: Privacy | ClientPrivacy | None,
     keep: Keep,
-    start: Weights | None,
+    initial: Weights | None,
     population: Population | None = None,
 ) -> RunInfo:
     """What is known of a run before its model is built. population: in the place of the parties' own numbers."""
@@ -44,7 +44,7 @@ def describe(
         privacy=settings_of(privacy, len(parties)),
         raw_bytes={} if population else {name: raw_bytes(dataset) for name, dataset in parties.items()},
         config=dict(keep.config or {}),
-        start=start.record() if start else None,
+        start=initial.record() if initial else None,
         tuning=dict(keep.tuning) if keep.tuning is not None else None,
         versions=versions(),
         ledgers="run" if keep.ledgers is None else "data",

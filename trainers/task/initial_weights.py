@@ -17,7 +17,7 @@ from torch import nn
 from choral.errors import ChoralError
 from choral.trainers.task.lora import adapter_names
 
-Start = Mapping[str, torch.Tensor] | str | Path
+InitialWeights = Mapping[str, torch.Tensor] | str | Path
 
 
 class InitialWeightsError(ChoralError):
@@ -37,30 +37,30 @@ class Weights:
         return sum(tensor.nbytes for tensor in self.state.values())
 
     @classmethod
-    def read(cls, start: Start) -> Self:
+    def read(cls, given: InitialWeights) -> Self:
         """Nothing is unpickled: a file must be .safetensors.
 
         Raises: InitialWeightsError if the file is missing, of another kind or damaged, or if the mapping is not one of
             names to tensors.
         """
-        if isinstance(start, str | Path):
-            content = _bytes_of(Path(start))
+        if isinstance(given, str | Path):
+            content = _bytes_of(Path(given))
             try:
-                return cls(load_safetensors(content), Path(start).name, hashlib.sha256(content).hexdigest())
+                return cls(load_safetensors(content), Path(given).name, hashlib.sha256(content).hexdigest())
             except (SafetensorError, ValueError, KeyError) as error:
-                raise InitialWeightsError(f"{start} is damaged: {error}", hint="fetch or save it again") from None
-        if not isinstance(start, Mapping):
+                raise InitialWeightsError(f"{given} is damaged: {error}", hint="fetch or save it again") from None
+        if not isinstance(given, Mapping):
             raise InitialWeightsError(
-                f"start is a {type(start).__name__}; expected a state dict, or the path of a .safetensors file",
+                f"initial_weights is a {type(given).__name__}; expected a state dict or a path to .safetensors",
                 hint="give model.state_dict()",
             )
-        for name, tensor in start.items():
+        for name, tensor in given.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise InitialWeightsError(
-                    f"start[{name!r}] is a {type(tensor).__name__}; expected names to tensors",
+                    f"initial_weights[{name!r}] is a {type(tensor).__name__}; expected names to tensors",
                     hint="give the state dict itself, not a checkpoint around it",
                 )
-        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in start.items()}
+        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in given.items()}
         return cls(state, "mapping", hashlib.sha256(save_safetensors(state)).hexdigest())
 
     def record(self) -> dict[str, str | int]:

@@ -20,7 +20,7 @@ from choral import nested
 from choral.doors import worded
 from choral.errors import ChoralError, ConfigError, DataError
 from choral.trainers.task import arguments
-from choral.trainers.task.initial_weights import Start
+from choral.trainers.task.initial_weights import InitialWeights
 from choral.trainers.task.learning_rate import Schedule
 
 _LONGEST_NAME = 200
@@ -43,8 +43,8 @@ class Task:
 
     parties: name -> map-style dataset; may be given to the call that trains instead. min_classes: fewest classes among
         a party's labels, where these can be read cheaply.
-    start: weights to start from, in the place of those that ``build`` and the seed make: a state dict, or the path of a
-        .safetensors file. schedule: of the optimizer's learning rates from round to round.
+    initial_weights: to start from, in the place of those that ``build`` and the seed make: a state dict, or the path of
+        a .safetensors file. schedule: of the optimizer's learning rates from round to round.
     fit: ``fit(model, optimizer, loader)``; a parameter ``round``, if it has one, is the number of the round, from 1.
     loss: ``loss(model, batch) -> losses``, one per record, shape (n,); only algorithms that need gradients call it.
     held_out: the records that each party keeps back, disjoint from ``parties``; evaluate_party: ``evaluate`` on such a
@@ -60,7 +60,7 @@ class Task:
     evaluate: Evaluate
     parties: Mapping[str, Any] = field(default_factory=dict)
     loss: Loss | None = None
-    start: Start | None = None
+    initial_weights: InitialWeights | None = None
     schedule: Schedule | None = None
     min_classes: int = 2
     held_out: Mapping[str, Any] | None = None

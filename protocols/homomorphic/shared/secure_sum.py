@@ -45,7 +45,7 @@ class SharedSession(RehearsedSession):
     """See :class:`choral.protocols.interface.SumSession`: exact sums of integers (BFV), or sums of ``floats`` (CKKS).
 
     A round has no keys or shares of its own, and nobody confirms; "unmasking" is what one survivor does, so another is
-    asked where the first is lost.
+    asked where the first drops out.
 
     min_survivors: fewer vectors than this are never summed; 2 to n, by default a majority. policy: the parties' own
     terms, by default what spec and ``min_survivors`` say, and never what the setup says.

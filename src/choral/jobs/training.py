@@ -210,7 +210,7 @@ def task_of(settings: Settings, task: Task) -> Task:
     per_party = settings.evaluation.per_party
     return dataclasses.replace(
         task,
-        start=settings.training.start,
+        initial_weights=settings.training.start,
         schedule=settings.training.schedule,
         min_classes=min(task.min_classes, settings.split.min_classes),
         held_out=task.held_out if per_party else None,

@@ -1,4 +1,4 @@
-"""Sites and coordinators that are lost at each message of a round, and come back; between them are function calls."""
+"""Sites and coordinators that drop out at each message of a round, and come back; between them are function calls."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from scipy import stats
 
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip, PoissonSampledGaussian, Privacy, PrivacyError
-from choral.privacy.accounting import other_accountants
-from choral.privacy.accounting import record_level as accounting
+from choral.privacy.accounting import other_accountants, record_level
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT
 from choral.privacy.errors import AccountingError
 from choral.privacy.record_shares import plan as plan_module
@@ -56,7 +55,7 @@ def test_the_plan_costs_what_is_promised_and_no_less_than_a_thousandth_of_it(rel
     cost = plan.epsilon(DELTA, neighbours=relation)
     assert 0.998 <= cost <= 1.0
     whole = msgspec.structs.replace(plan.event, steps=300)
-    assert cost <= accounting.epsilon_rdp([whole], DELTA, neighbours=relation)
+    assert cost <= record_level.epsilon_rdp([whole], DELTA, neighbours=relation)
     # From the figures alone: dp-accounting's own code, at delta less the failures.
     rate, sigma = 64 / 1437, plan.noise_multiplier / (1 + plan.event.stretch)
     ideal = PoissonSampledGaussian(sample_rate=rate, noise_multiplier=sigma, steps=300)
@@ -126,7 +125,7 @@ def test_realised_figures_are_of_the_survivors_and_below_the_promise() -> None:
     full, mixed = plan.realised([10] * 300, DELTA), plan.realised([9, 10] * 150, DELTA)
     assert full < mixed < worst
     nine = msgspec.structs.replace(plan.event, honest=9, steps=300)
-    assert full == accounting.epsilon([nine], DELTA)
+    assert full == record_level.epsilon([nine], DELTA)
     assert plan.realised([10] * 100, DELTA) < full
     for count in (8, 11):
         with pytest.raises(ConfigError, match="9 to 10"):

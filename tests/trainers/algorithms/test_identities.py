@@ -95,7 +95,7 @@ def test_resumed_equals_uninterrupted(convex, tmp_path, kind):
     """Moments, control variates, counts and dual variables come back with the weights."""
     algorithm = DANE(mu=0.5) if kind == "dane" else KINDS[kind]()
     job = convex(rounds=4) | {"algorithm": algorithm}
-    # Some parties are lost, other ones in each round, so that what is kept of those that were there matters.
+    # Some parties drop out, other ones in each round, so that what is kept of those that were there matters.
     job |= {"dropout_rate": 0.3, "secure_sum": Plain()}
     whole = federate(**job)
     assert min(entry.survivors for entry in whole.history[1:]) < 4

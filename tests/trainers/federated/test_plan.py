@@ -132,7 +132,7 @@ REFUSALS: list[tuple[Callable[[], Any], type[ChoralError], str]] = [
     ),
     (lambda: plan(task=task(held_out=HELD)), ConfigError, "evaluate_party is not given"),
     (lambda: plan(compute=Compute(device="tpu")), TaskError, "device 'tpu' is not available here"),
-    (lambda: plan(task=task(start="weights.pt")), InitialWeightsError, "not a .safetensors file"),
+    (lambda: plan(task=task(initial_weights="weights.pt")), InitialWeightsError, "not a .safetensors file"),
     (lambda: plan(compute=Compute(precision="fp16")), ConfigError, "expected precision 'float32' or 'bf16'"),  # type: ignore[arg-type]
     (lambda: plan(compute=Compute(compile=True), privacy=RECORD), ConfigError, "compile with record-level privacy"),
     (

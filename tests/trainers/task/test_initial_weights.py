@@ -37,7 +37,7 @@ def test_round_0_is_the_start(job, pretrained, tmp_path, trainer, kind):
         first.update({name: tensor.clone() for name, tensor in model.state_dict().items() if name not in first})
         return 1.0
 
-    run = trainer(**job(evaluate=evaluate, rounds=1), start=start, out=tmp_path / "run")
+    run = trainer(**job(evaluate=evaluate, rounds=1), initial_weights=start, out=tmp_path / "run")
     assert all(torch.equal(first[name], pretrained[name]) for name in pretrained)
     assert not torch.equal(run.state["weight"], pretrained["weight"])
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["start"]
@@ -57,18 +57,18 @@ def test_a_mapping_and_its_file_have_one_hash(pretrained, tmp_path):
 def test_a_run_goes_on_in_another(job, tmp_path):
     """The weights of a run folder are a start like any other, and training from them continues the descent."""
     first = federate(**job(rounds=2), out=tmp_path / "first")
-    second = federate(**job(rounds=2), start=tmp_path / "first" / "model.safetensors")
+    second = federate(**job(rounds=2), initial_weights=tmp_path / "first" / "model.safetensors")
     assert second.history[0].metrics == first.metrics
     assert not torch.equal(second.state["weight"], first.state["weight"])
 
 
 def test_another_start_is_refused_on_resume(job, pretrained, tmp_path):
-    federate(**job(), start=pretrained, out=tmp_path / "run")
+    federate(**job(), initial_weights=pretrained, out=tmp_path / "run")
     with pytest.raises(ConfigError, match=r"start(\.sha256)? was"):
         federate(**job(), out=tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match=r"start(\.sha256)? was"):
-        federate(**job(), start=pretrained | {"bias": torch.ones(2)}, out=tmp_path / "run", resume=True)
-    assert federate(**job(), start=pretrained, out=tmp_path / "run", resume=True).finished
+        federate(**job(), initial_weights=pretrained | {"bias": torch.ones(2)}, out=tmp_path / "run", resume=True)
+    assert federate(**job(), initial_weights=pretrained, out=tmp_path / "run", resume=True).finished
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_another_start_is_refused_on_resume(job, pretrained, tmp_path):
         (lambda s: s | {"bias": torch.tensor([1.0, float("inf")])}, "infinite"),
         (lambda s: {"epoch": 3, "model": s}, "expected names to tensors"),
         (lambda s: {3: torch.ones(2)}, "expected names to tensors"),
-        (lambda s: [s], "start is a list"),
+        (lambda s: [s], "initial_weights is a list"),
         (lambda s: "gone.safetensors", "no such file"),
         (lambda s: "base.pt", "may run code"),
     ],
@@ -93,7 +93,7 @@ def test_another_start_is_refused_on_resume(job, pretrained, tmp_path):
 @pytest.mark.parametrize("trainer", [federate, centralize])
 def test_other_weights_are_refused(job, pretrained, tmp_path, trainer, change, message):
     with pytest.raises(InitialWeightsError, match=message):
-        trainer(**job(), start=change(dict(pretrained)), out=tmp_path / "run")
+        trainer(**job(), initial_weights=change(dict(pretrained)), out=tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -161,8 +161,10 @@ def base():
 def test_only_what_trains_is_sent(job, base, tmp_path, build, trainable, private):
     """Vectors of the sum and bytes on the wire shrink with the trainable part; the folder holds the whole model."""
     privacy = Privacy(epsilon=4.0, delta=1e-3) if private else None
-    whole = federate(**job(build=two_layers(frozen=False), rounds=1), start=base, secure_sum=Masked())
-    run = federate(**job(build=build, rounds=2), start=base, secure_sum=Masked(), privacy=privacy, out=tmp_path / "run")
+    whole = federate(**job(build=two_layers(frozen=False), rounds=1), initial_weights=base, secure_sum=Masked())
+    run = federate(
+        **job(build=build, rounds=2), initial_weights=base, secure_sum=Masked(), privacy=privacy, out=tmp_path / "run"
+    )
     assert whole.info.parameters == 5 * 30 + 30 + 62
     assert run.info.parameters == trainable
     full, part = whole.history[1], run.history[1]
@@ -184,8 +186,8 @@ def test_the_vector_of_the_sum_is_as_long_as_what_trains(job, base, monkeypatch)
 
     opened, real = [], Plain.open
     monkeypatch.setattr(Plain, "open", lambda self, spec: opened.append(spec) or real(self, spec))
-    federate(**job(build=two_layers(frozen=True), rounds=1), start=base)
-    federate(**job(build=adapted, rounds=1), start=base)
+    federate(**job(build=two_layers(frozen=True), rounds=1), initial_weights=base)
+    federate(**job(build=adapted, rounds=1), initial_weights=base)
     assert [spec.length for spec in opened] == [62 + 1, 67 + 1]
 
 

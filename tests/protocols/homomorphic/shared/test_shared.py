@@ -1,4 +1,4 @@
-"""The shared-key sum through the seam: exact, dropouts, refusals, bytes, statement; and the same in floats."""
+"""The shared-key sum through the interface: exact, dropouts, refusals, bytes, statement; and the same in floats."""
 
 from __future__ import annotations
 

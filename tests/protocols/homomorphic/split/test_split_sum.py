@@ -1,4 +1,4 @@
-"""The split-key sum through the seam: parties, dropouts, rounds; and a search for keys in all that is sent."""
+"""The split-key sum through the interface: parties, dropouts, rounds; and a search for keys in all that is sent."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_too_few_survivors_are_refused_before_and_after() -> None:
 
 
 def test_four_of_ten_dropped_out_and_nothing_is_opened_or_paid_for(task: Make) -> None:
-    """40 per cent are lost before their vector, by a seed for which it is so."""
+    """40 per cent drop out before their vector, by a seed for which it is so."""
     parties = {f"p{n}": dataset for n, dataset in enumerate([*task().parties.values()] * 2)}
     lossy = Participation(dropouts=Dropouts(vector=0.4), draw="seed")
     opened: list[Any] = []

@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_between_rounds_goes_on_to_its_end(task: Make, tm
 
 
 def test_steps_whose_sum_was_not_opened_are_paid_for(task: Make, tmp_path: Path) -> None:
-    """Two of five are lost after their vectors, so that the masked sum opens nothing: all have paid for the attempt."""
+    """Two of five drop out after their vectors, so that the masked sum opens nothing: all have paid for the attempt."""
     lossy = Participation(dropouts=Dropouts(confirmation=0.9), draw="seed", patience=3)
     with pytest.raises(TooFewSurvivorsError):
         resumed(
