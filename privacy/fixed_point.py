@@ -76,18 +76,21 @@ class FixedPoint:
             raise EncodingError(f"weight is {weight}, expected an integer from 1 to {self.max_weight}")
         if isinstance(update, torch.Tensor) and update.is_cuda:
             return self._encode_tensor(update, weight)
+        given = update
         if isinstance(update, torch.Tensor):
             update = update.detach().cpu().to(torch.float64 if update.is_floating_point() else update.dtype).numpy()
         if update.ndim != 1 or update.dtype.kind != "f":
             raise EncodingError(f"update has shape {update.shape} and type {update.dtype}, expected one float vector")
         values = update.astype(np.float64, copy=False)
         # No absolute values, which would be one more vector; NaN goes through both.
-        self._check_range(max(float(values.max(initial=0.0)), -float(values.min(initial=0.0))))
+        largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
+        self._check_range(largest)
         encoded = np.empty(len(values) + 1, dtype=np.int64)
-        whole = values / self.step
+        own = given.dtype not in (torch.float64, np.float64)  # then these are a copy, and no second one is needed
+        whole = np.divide(values, self.step, out=values if own else None)
         np.rint(whole, out=whole)
-        np.minimum(whole, self._largest, out=whole)  # past it by a rounding of the division at most
-        np.maximum(whole, -self._largest, out=whole)
+        if largest / self.step > self._largest:  # by a rounding of the division, which keeps the order, at most
+            np.clip(whole, -self._largest, self._largest, out=whole)
         encoded[:-1] = whole
         encoded[:-1] *= int(weight)
         encoded[-1] = weight

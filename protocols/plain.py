@@ -125,11 +125,11 @@ class PlainRound:
         values = checked(vector, self._spec.length, self._spec.bound, self._spec.weight_bound)
         if is_tensor(values):
             values = values.cpu().numpy()
-        residues = words(values, self._spec.modulus_bits)
         if watched():  # packing only says what is known: the bytes, by formula, and these residues
-            show("up", party, pack(residues, self._spec.modulus_bits))
+            show("up", party, pack(words(values, self._spec.modulus_bits), self._spec.modulus_bits))
         self._bytes_up[party] = packed_bytes(self._spec.length, self._spec.modulus_bits)
-        self._sum += residues
+        same = self._sum.itemsize == values.itemsize  # then the residues need no memory of their own
+        self._sum += values.view(self._sum.dtype) if same else words(values, self._spec.modulus_bits)
 
     def finish(self) -> SumResult:
         """Raises: TooFewSurvivorsError when nobody submitted; StateUsedError the second time."""

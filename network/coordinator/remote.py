@@ -214,7 +214,7 @@ class RemoteChannel:
         """parties: who was selected. Raises: TooFewSurvivorsError; what begins to pay for the sum."""
         summing, sites = self.summing, self.summing.sites
         names = parties if isinstance(parties, tuple) else parties.names
-        self.codec.begin(sites.present, told.digest)
+        self.codec.begin(sites.present, lambda: told.digest)
         summing.transcript.begin_sum(told.exchange + 1, self._name, session=summing.place, told=told.bytes_down)
         return RemoteRound(self._name, summing, told, self._terms, lost=set(names) - set(sites.present))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +25,16 @@ CODER = FixedPoint(bound=2.0, value_bits=16, max_weight=1000)
     bits=st.integers(2, 48),
 )
 def test_weighted_mean_is_within_the_error_bound(parties: list[tuple[int, list[float]]], bits: int) -> None:
-    coder = FixedPoint(bound=2.0, value_bits=bits, max_weight=1000)
-    encoded = [coder.encode(np.array(values), weight) for weight, values in parties]
-    assert all(np.abs(e).max() <= coder.integer_bound for e in encoded)
-    mean, weight = coder.decode(np.sum(encoded, axis=0))
+    codec = FixedPoint(bound=2.0, value_bits=bits, max_weight=1000)
+    encoded = [codec.encode(np.array(values), weight) for weight, values in parties]
+    assert all(np.abs(e).max() <= codec.integer_bound for e in encoded)
+    mean, weight = codec.decode(np.sum(encoded, axis=0))
     exact = [
         math.fsum(w * v[i] for w, v in parties) / sum(w for w, _ in parties) for i in range(5)
     ]  # correctly rounded sums
     assert weight == sum(w for w, _ in parties)
     assert mean.dtype == torch.float64
-    assert np.abs(mean.numpy() - exact).max() <= coder.error_bound * (1 + 1e-9) + 1e-15
+    assert np.abs(mean.numpy() - exact).max() <= codec.error_bound * (1 + 1e-9) + 1e-15
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -45,9 +46,9 @@ def test_takes_every_float_type(dtype: torch.dtype) -> None:
 
 
 def test_rounds_half_to_even() -> None:
-    coder = FixedPoint(bound=127.0, value_bits=8, max_weight=1)
-    assert coder.step == 1.0
-    assert coder.encode(np.array([0.5, 1.5, 2.5, -0.5, -1.5]), 1)[:-1].tolist() == [0, 2, 2, 0, -2]
+    codec = FixedPoint(bound=127.0, value_bits=8, max_weight=1)
+    assert codec.step == 1.0
+    assert codec.encode(np.array([0.5, 1.5, 2.5, -0.5, -1.5]), 1)[:-1].tolist() == [0, 2, 2, 0, -2]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,18 @@ def test_decode_refuses_a_weight_that_so_many_parties_cannot_have(weight: int) -
         CODER.decode(np.array([0, 1]), 0)
     for possible in (3, 3000):
         assert CODER.decode(np.array([0, possible]), 3)[1] == possible
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.dtype(">f8")])
+def test_the_update_itself_stays_as_it_is(kind: Any) -> None:
+    """Of what is no float64 of this machine a copy is made, and worked on in place; of nothing else."""
+    given = np.linspace(-2, 2, 101).astype(kind)
+    whole = CODER.encode(given, 3)
+    assert np.array_equal(given, np.linspace(-2, 2, 101).astype(kind))
+    if given.dtype.isnative:
+        update = torch.from_numpy(given)
+        assert np.array_equal(CODER.encode(update, 3), whole)
+        assert np.array_equal(update, np.linspace(-2, 2, 101).astype(kind))
 
 
 @pytest.mark.parametrize(

@@ -198,10 +198,10 @@ class StatisticsRelease:
         session = self.secure_sum.open(codec.spec)
         codec.check(session)
         summing = session.begin()
-        codec.begin(names, self.digest)
+        codec.begin(names, lambda: self.digest)
         for name, vector in self.vectors.items():
             client = codec.party(self.records[name])
-            client.pay(self.digest)
+            client.pay(lambda: self.digest)
             summing.submit(name, client.encode(torch.from_numpy(vector / self.packing.unit)).vector)
         result = summing.finish()
         sums = codec.decode(result).value.numpy() * len(result.survivors)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 import msgspec
@@ -46,11 +47,18 @@ class Told:
     number: int
     exchange: int
     ask: Exchange
-    digest: bytes
 
     @classmethod
     def of(cls, ask: Exchange, number: int, exchange: int) -> Told:
-        return cls(number, exchange, ask, digest_of(ask, number))
+        return cls(number, exchange, ask)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of what a party computes from. Hashed once, when it is first asked for: not in a sum where nobody signs it.
+
+        Whoever signs or keeps it asks before anybody trains.
+        """
+        return digest_of(self.ask, self.number)
 
     @property
     def bytes_down(self) -> int:

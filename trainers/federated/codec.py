@@ -72,10 +72,10 @@ class Encoded(NamedTuple):
 class PartyCodec(Protocol):
     """One party's half, for one kind of vector."""
 
-    def pay(self, exchange: bytes) -> None:
+    def pay(self, exchange: Callable[[], bytes]) -> None:
         """Before anything is trained: what the exchange costs is written down, on disk, where that is its matter.
 
-        exchange: the digest of what the party was told.
+        exchange: gives the digest of what the party was told, which is hashed only where somebody asks for it.
         Raises: BudgetExceededError, LedgerError.
         """
         ...
@@ -119,8 +119,8 @@ class Codec(Protocol):
         """Raises: ConfigError if the secure sum may do what this codec's promise excludes."""
         ...
 
-    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
-        """exchange: the digest of what every party was told."""
+    def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
+        """exchange: gives the digest of what every party was told."""
         ...
 
     def party(self, examples: int) -> PartyCodec:
@@ -158,7 +158,7 @@ class WeightedPartyCodec:
     weight: int
     in_clear: bool = False
 
-    def pay(self, exchange: bytes) -> None:
+    def pay(self, exchange: Callable[[], bytes]) -> None:
         """Without noise here there is nothing to pay for."""
 
     def encode(self, update: torch.Tensor) -> Encoded:
@@ -225,7 +225,7 @@ class WeightedCodec:
     def largest(self) -> float | None:
         return self._largest if self._in_clear else None
 
-    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
+    def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
         """Nothing is paid for here, whoever is present."""
         del present, exchange
         self._beyond, self._largest, self.more_bytes = None, 0.0, 0
@@ -258,8 +258,8 @@ class ClientPartyCodec:
         self._begin, self._length = begin, length
         self._round: ClientRound | None = None
 
-    def pay(self, exchange: bytes) -> None:
-        self._round = self._begin(exchange)
+    def pay(self, exchange: Callable[[], bytes]) -> None:
+        self._round = self._begin(exchange())
 
     def encode(self, update: torch.Tensor) -> Encoded:
         """Raises: ConfigError where nothing was paid for: each payment is for one vector."""
@@ -339,7 +339,7 @@ class ClientCodec:
                 hint=f"give both min_survivors={self._privacy_engine.min_survivors}",
             )
 
-    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
+    def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
         """Raises: TooFewSurvivorsError before anything is paid or sent; and as :meth:`ClientPrivacyEngine.begin`."""
         needed = self._privacy_engine.min_survivors
         if len(present) < needed:
@@ -349,7 +349,7 @@ class ClientCodec:
                 needed=needed,
                 missing=tuple(name for name in self._parties if name not in present),
             )
-        self._round = self._privacy_engine.begin(rotation_seed(exchange))
+        self._round = self._privacy_engine.begin(rotation_seed(exchange()))
 
     def party(self, examples: int) -> ClientPartyCodec:
         del examples  # all weigh alike

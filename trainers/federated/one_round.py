@@ -126,11 +126,12 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
         codec = session.codecs[ask.channel]
         parties.begin_sum(session.dropouts(parties))
         told = Told.of(ask, parties.number, parties.sums)
+        asked = Asked(told.exchange, ask.channel, told.digest) if session.receipts else None
         summing = sums[ask.channel].begin(told, parties)
         session.engine.answer(told, parties, summing)
         result = summing.finish()
-        if session.receipts:
-            asked, summed = Asked(told.exchange, ask.channel, told.digest), Summed(parties.names, result.survivors)
+        if session.receipts and asked:
+            summed = Summed(parties.names, result.survivors)
             session.receipts.add(asked, sums[ask.channel].session, summed, parties.sending)
         parties.end_sum(result.survivors)
         outcome.survivors = len(result.survivors)

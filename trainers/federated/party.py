@@ -151,7 +151,7 @@ class TrainingParty:
         self._trained_for.write(told.number, told.exchange)
         if told.exchange == 0:
             self._before = self.state
-        self._codecs[told.ask.channel].pay(told.digest)
+        self._codecs[told.ask.channel].pay(lambda: told.digest)
         self._view = Party(
             name=self.name,
             examples=self.examples,

@@ -137,7 +137,7 @@ class PartiesHere:
         """
         ask, present = told.ask, parties.sending
         codec = self.codecs[ask.channel]
-        codec.begin(present, told.digest)
+        codec.begin(present, lambda: told.digest)
         working: dict[str, TrainingParty] = {}
         errors: dict[str, ChoralError] = {}
 

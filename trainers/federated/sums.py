@@ -19,21 +19,23 @@ from choral.trainers.run_folder.transcript import Transcript
 @dataclass(frozen=True, kw_only=True)
 class OpenSum:
     """The session of one kind of vector. place: among the sessions that the transcript tells of. terms: the digest of
-    the training terms.
+    the training terms. plain: the sum shows the server every vector, and nothing is signed.
     """
 
     session: SumSession
     place: int
     transcript: Transcript
     terms: bytes
+    plain: bool
 
     def begin(self, told: Told, parties: RoundParties) -> SumRound:
         """The round's next sum, among all who were selected, less those who are to drop out.
 
-        They sign the digest of what they are told: that they see the same. Raises: as the session.
+        They sign the digest of what they are told: that they see the same; in a plain sum nobody does.
+        Raises: as the session.
         """
         self.transcript.begin_sum(told.exchange + 1, told.ask.channel, session=self.place, told=told.bytes_down)
-        return self.session.begin(parties.lost, told.terms(self.terms))
+        return self.session.begin(parties.lost, None if self.plain else told.terms(self.terms))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,11 @@ class Sums:
             if spec not in by_spec:
                 place = self.transcript.open_session(self.secure_sum.name, spec)
                 by_spec[spec] = OpenSum(
-                    session=self._opened(spec), place=place, transcript=self.transcript, terms=self.terms
+                    session=self._opened(spec),
+                    place=place,
+                    transcript=self.transcript,
+                    terms=self.terms,
+                    plain=self.secure_sum.name == "plain",
                 )
             sessions[name] = by_spec[spec]
             codec.check(sessions[name].session)

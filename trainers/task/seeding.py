@@ -16,7 +16,7 @@ import hashlib
 import random
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,7 +31,24 @@ _FOREIGN = ("torch", "numpy", "random", "choral", "builtins", "scipy", "pandas",
 _MOST = 64  # entries of a container that are looked at: a table of records is not
 _OBJECTS = 4096
 
-_kept: ContextVar[bool] = ContextVar("_kept", default=False)
+
+class _Caller:
+    """Where numpy's and Python's generators were before they were first seeded."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Any, Any] | None = None
+
+    def note(self) -> None:
+        if self._found is None:
+            self._found = random.getstate(), np.random.get_state()
+
+    def put_back(self) -> None:
+        if self._found is not None:
+            random.setstate(self._found[0])
+            np.random.set_state(self._found[1])
+
+
+_caller: ContextVar[_Caller | None] = ContextVar("_caller", default=None)
 
 
 def seed_of(seed: int, round_number: int, purpose: str) -> int:
@@ -43,15 +60,19 @@ def seed_of(seed: int, round_number: int, purpose: str) -> int:
 @contextmanager
 def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
     """torch's, numpy's and Python's generators seeded from (seed, round, purpose), and put back afterwards."""
-    number = seed_of(seed, round_number, purpose)
-    with _torch_seeded(number), nullcontext() if _kept.get() else _put_back():
-        token = _kept.set(False)  # one within this one puts back what is seeded here
-        np.random.seed(number & 0xFFFF_FFFF)
-        random.seed(number)
+    number, outer = seed_of(seed, round_number, purpose), _caller.get()
+    caller = outer or _Caller()
+    with _torch_seeded(number):
+        caller.note()
+        token = _caller.set(None)  # one within this one puts back what is seeded here
         try:
+            np.random.seed(number & 0xFFFF_FFFF)
+            random.seed(number)
             yield
         finally:
-            _kept.reset(token)
+            _caller.reset(token)
+            if outer is None:
+                caller.put_back()
 
 
 @contextmanager
@@ -63,25 +84,16 @@ def torch_seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def caller_keeps_generators() -> Iterator[None]:
-    """Put numpy's and Python's generators back afterwards. Around many parties, as it takes a tenth of a small one's
-    time; `seeded` directly within leaves it to this.
+    """Put numpy's and Python's generators back afterwards, if they were seeded. Around many parties, as it takes a
+    tenth of a small one's time; `seeded` directly within leaves it to this.
     """
-    with _put_back():
-        token = _kept.set(True)
-        try:
-            yield
-        finally:
-            _kept.reset(token)
-
-
-@contextmanager
-def _put_back() -> Iterator[None]:
-    own, numbers = random.getstate(), np.random.get_state()
+    caller = _Caller()
+    token = _caller.set(caller)
     try:
         yield
     finally:
-        random.setstate(own)
-        np.random.set_state(numbers)
+        _caller.reset(token)
+        caller.put_back()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -279,7 +280,7 @@ class Coordinator:
                 self.ways.ask(name, b"T" + mine.message())
             driver = self.sums[ask.channel]
             codec = self.terms.codec(ask.channel, NAMES)
-            codec.begin(NAMES, told.digest)
+            codec.begin(NAMES, partial(getattr, told, "digest"))
             self.pass_on(ask.channel, driver.round(told.terms(self.terms.digest)))
             assert driver.result is not None
             self.survivors.append(driver.result.survivors)

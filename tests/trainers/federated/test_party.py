@@ -347,7 +347,7 @@ def test_a_failure_is_a_dropout_and_what_the_party_remembers_counts_only_if_it_s
 
 
 class Beyond:
-    def pay(self, exchange: bytes) -> None: ...
+    def pay(self, exchange: Any) -> None: ...
 
     def encode(self, update: torch.Tensor) -> Any:
         raise EncodingError("the largest coordinate is 17, expected at most the bound 16")
@@ -421,6 +421,31 @@ def test_a_channel_that_was_not_agreed_on_is_refused(tmp_path: Path) -> None:
         site.party.hear(Told.of(strange, 1, 0).message())
     with pytest.raises(MessageError, match="no sum of channel 'gradient'"):
         site.party.handle("gradient", b"")
+
+
+@pytest.mark.parametrize(("kind", "kept", "hashed"), [(Plain(), False, 0), (Plain(), True, 2), (Masked(), False, 2)])
+def test_what_a_round_is_computed_from_is_hashed_once_before_anybody_trains_and_only_if_somebody_signs_it(
+    kind: Any, kept: bool, hashed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order: list[str] = []
+
+    def hashing(*given: Any) -> bytes:
+        order.append("hashed")
+        return digest_of(*given)
+
+    def fit(*given: Any) -> None:
+        order.append("trained")
+        program.TASK.fit(*given)
+
+    monkeypatch.setattr("choral.trainers.engines.exchange_messages.digest_of", hashing)
+    federate(
+        replace(program.TASK, fit=fit),
+        {name: program.dataset_of(name) for name in NAMES},
+        rounds=2,
+        secure_sum=kind,
+        keep=Keep(out=tmp_path / "run") if kept else None,
+    )
+    assert order == ["hashed"] * (hashed > 0) + ["trained"] * 3 + ["hashed"] * (hashed > 1) + ["trained"] * 3
 
 
 # ------------------------------------------------------------------------------------------- trained for, over restarts

@@ -7,7 +7,7 @@ survived.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class SharesPartyCodec:
 
     length: int
 
-    def pay(self, exchange: bytes) -> None:
+    def pay(self, exchange: Callable[[], bytes]) -> None:
         """A step is paid for where its vector is made, before the noise is drawn."""
 
     def encode(self, update: torch.Tensor) -> Encoded:
@@ -101,7 +101,7 @@ class SharesCodec:
             corrupt=int(stated.get("corrupt", 0)),
         )
 
-    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
+    def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
         """Raises: TooFewSurvivorsError before anything is computed, paid for or sent."""
         del exchange
         self._refuse_few(present)
