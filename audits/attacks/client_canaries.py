@@ -86,8 +86,8 @@ class ClientMarks:
         from choral.trainers.task.initial_weights import Weights
 
         self._task, self._parties = task, parties
-        start = Weights.read(task.start) if task.start is not None else None
-        self._model = initial_model(task.build, next(iter(parties.values())), seed, start)
+        initial = Weights.read(task.initial_weights) if task.initial_weights is not None else None
+        self._model = initial_model(task.build, next(iter(parties.values())), seed, initial)
         self._layout = Layout(self._model)
         self._before = self._layout.read()
         clip = privacy.clip.start if isinstance(privacy.clip, AdaptiveClip) else privacy.clip

@@ -12,7 +12,7 @@ that its own contribution contradicts, and no more can be known at one party alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -147,14 +147,14 @@ class ExactCodec:
     def check(self, session: SumSession) -> None:
         """Any sum will do."""
 
-    def begin(self, present: tuple[str, ...], exchange: bytes) -> None:
+    def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
         """Nothing is paid for."""
 
     def party(self, examples: int) -> ExactCodec:
         del examples
         return self
 
-    def pay(self, exchange: bytes) -> None:
+    def pay(self, exchange: Callable[[], bytes]) -> None:
         """Nothing is paid for."""
 
     def encode(self, update: torch.Tensor) -> Encoded:
