@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "network" / "flower"), str(ROOT / "examples" / "flower")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "flower" / "app")]
 
 TIMED = """
 import time
@@ -42,27 +42,10 @@ def seconds_of(path: Path) -> list[float]:
 
 def sites_of(path: Path, place: Path) -> Any:
     from flower_federation import FlowerSites
-    from test_super_nodes import Flower
+    from flower_nodes import Flower
 
     (path / "sites").mkdir()
     return Flower(FlowerSites(path / "sites", place), place)
-
-
-def approve_all(flower: Any, job: str, rounds: int) -> Path:
-    """The job file, once every site has approved its offer."""
-    from visits.task import new_model
-
-    from choral.jobs.engines.flower_job import Coordinator
-    from choral.jobs.settings import ServeSettings
-    from choral.network.flower.grid import FlowerGrid
-
-    serve = ServeSettings(wait=240, step=90, training=120, job=job)
-    path: Path = flower.sites.job(serve=serve)
-    coordinator = Coordinator.read(path, None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in new_model().state_dict().items()}
-    adapter = FlowerGrid(None, coordinator.names)
-    flower.sites.approve(coordinator.rounds(adapter, shapes, rounds=rounds, strategy="FedAvg").offer)
-    return path
 
 
 def simulated(flower: Any, times: Path, rounds: int, job: Path | None) -> list[float]:
@@ -106,7 +89,7 @@ def simulated(flower: Any, times: Path, rounds: int, job: Path | None) -> list[f
 def on_nodes(flower: Any, times: Path, rounds: int, job: Path | None) -> list[float]:
     """One run of `flwr run`."""
     app = flower.place / f"app-{'secure' if job else 'bare'}"
-    shutil.copytree(ROOT / "examples" / "flower", app, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "examples" / "flower" / "app", app, dirs_exist_ok=True)
     server, client = app / "visits" / "server_app.py", app / "visits" / "client_app.py"
     said = server.read_text().replace("app = ServerApp()", f"TIMES = {str(times)!r}\n{TIMED}\napp = ServerApp()")
     said = said.replace("        grid=grid,\n", "        grid=grid, evaluate_fn=timed,\n")
@@ -134,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         flower.begin(nodes=wanted.nodes)
         for number in range(wanted.repeats):
-            job = approve_all(flower, f"bench-{number}", wanted.rounds)
+            job = flower.job(f"bench-{number}", wanted.rounds, approve=flower.sites.names)
             found["bare"] += run(flower, place / "times", wanted.rounds, None)[1:]
             first, *later = run(flower, place / "times", wanted.rounds, job)
             found["secure, first"].append(first)

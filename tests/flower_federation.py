@@ -24,7 +24,7 @@ ENGINE = ('[tasks."linear.py"]\ndata = "points"', '[tasks.flower-app]\ndata = "p
 FLOWER = importlib.util.find_spec("flwr") is not None
 ACCURACY = 0.987654321
 """What every site says of its evaluation."""
-VISITS = Path(__file__).resolve().parent.parent / "examples" / "flower"
+VISITS = Path(__file__).resolve().parent.parent / "examples" / "flower" / "app"
 
 
 def visits_task() -> Any:

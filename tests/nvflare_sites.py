@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from site_doors import coordinators_folder
-from site_processes import ENVIRONMENT, Processes, until
+from site_processes import ENVIRONMENT, Processes, below, until
+from site_taps import Tap
 
 from choral.jobs.settings import Settings
 from choral.network.door.client import OK, relay
@@ -50,6 +50,11 @@ class DoorSites(Processes):
     def wait_for(self, name: str) -> None:
         until(lambda: relay(self.door(name), b"", seconds=1)[:1] == bytes([OK]), f"the door of {name}")
 
+    def start_anew(self, name: str) -> None:
+        self.kill(name)
+        self.start(name)
+        self.wait_for(name)
+
     def close(self) -> None:
         super().close()
         shutil.rmtree(self.doors)
@@ -80,8 +85,9 @@ class Deployment:
         write_local(
             self.kits / "server" / "local", coordinator=str(sites.hub), runs=str(sites.path / "runs"), only=True
         )
-        for name in self.names:
-            write_local(self.kits / name / "local", door=sites.door(name), only=True)
+        self.taps = {name: Tap(sites.doors / f"{name}.tap", sites.door(name)) for name in self.names}
+        for name, tap in self.taps.items():
+            write_local(self.kits / name / "local", door=tap.path, only=True)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             self.start("server")
@@ -104,7 +110,7 @@ class Deployment:
 
     def kill(self, name: str) -> None:
         """The machine is gone: the parent and its job's process at once."""
-        for number in (*_below(self.processes[name].pid), self.processes[name].pid):
+        for number in (*below(self.processes[name].pid), self.processes[name].pid):
             os.kill(number, signal.SIGKILL)
         self.processes[name].wait()
 
@@ -112,14 +118,15 @@ class Deployment:
         for name in self.processes:
             if self.processes[name].poll() is None:
                 self.kill(name)
+        for tap in self.taps.values():
+            tap.close()
 
     def log(self, name: str) -> str:
         return (self.path / f"{name}.log").read_text()
 
     def job_process(self, name: str) -> int:
         """The process that runs the job at a participant."""
-        (found,) = _below(self.processes[name].pid)
-        return found
+        return below(self.processes[name].pid)[0]
 
     def submit(self, recipe: ChoralRecipe) -> str:
         """Returns the job's number. In a process of its own, for NVFlare keeps connections."""
@@ -148,17 +155,6 @@ def _run(words: Sequence[str], where: Path, environment: Mapping[str, str]) -> s
 
 def _nvflare(*words: str) -> list[str]:
     return [sys.executable, "-m", "nvflare.cli", *words]
-
-
-def _below(parent: int) -> list[int]:
-    """The children of a process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(entry.name))
-    return found
 
 
 def _project(port: int, names: Sequence[str]) -> str:

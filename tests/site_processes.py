@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from site_federation import Federation, approved_at, offer_for, toml_of, write_directory
 
 from choral.jobs.settings import Settings
+from choral.network import Directory, make_identity
+from choral.network.site.files.directory import Pinned
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 PATIENT = 120.0  # seconds until anything that is waited for must have come
@@ -102,3 +105,36 @@ def until(found: Callable[[], object], what: str) -> None:
     while not found():
         assert time.monotonic() < end, f"{what} did not come"
         time.sleep(0.02)
+
+
+def below(parent: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(above, []).append(int(entry.name))
+    found, waiting = [], [parent]
+    while waiting:
+        found += (next_ones := children.get(waiting.pop(), []))
+        waiting += next_ones
+    return found
+
+
+@contextmanager
+def pinned_wrong(federation: Federation, name: str, other: str) -> Iterator[None]:
+    """The site has pinned another key for that site, or for its coordinator. Its process is to be started anew."""
+    path = federation.path / name / "directory.toml"
+    right, pinned = path.read_bytes(), Pinned.read(path)
+    wrong = make_identity(federation.path / f"not-{other}", other).certificate
+    sites, coordinators = (
+        Directory([wrong if each.name == other else each for each in known])
+        for known in (pinned.sites, pinned.coordinators)
+    )
+    Pinned(sites=sites, coordinators=coordinators).write(path)
+    try:
+        yield
+    finally:
+        path.write_bytes(right)
+        shutil.rmtree(federation.path / f"not-{other}")

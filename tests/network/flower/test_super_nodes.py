@@ -1,4 +1,4 @@
-"""Flower itself: a SuperLink and three SuperNodes with TLS and node authentication run the example, and one is killed.
+"""Flower itself: a SuperLink and three SuperNodes with TLS and node authentication run the example.
 
 Run by `make test-engines`, where Flower is installed. Sites are processes of their own, as `choral join --local` makes
 them, each beside its SuperNode.
@@ -6,211 +6,60 @@ them, each beside its SuperNode.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
+import itertools
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from flower_federation import VISITS, FlowerSites, rehearsed
-from safetensors.torch import load_file
-from site_federation import records_of, until_tomorrow
+from flower_federation import ENGINE, VISITS, FlowerSites, new_model, rehearsed
+from flower_nodes import PATIENT, Flower
+from site_federation import approved_at, offer_for, toml_of, until_tomorrow
+from site_federation import rehearsed as rehearsed_job
+from site_processes import below, pinned_wrong, until
+from site_secrets import files_below, found_in, memory_of, secrets_of
+from site_taps import STEPS
 
-from choral.jobs.settings import ServeSettings
+from choral.network.site.files.private import write_private
 from choral.protocols import Masked
+from choral.trainers import Run
+from choral.trainers.task.settings import Training
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None, reason="Flower is not installed: run by `make test-engines`"
 )
-BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parents[3]
-PATIENT = ServeSettings(wait=240, step=90, training=120)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@dataclass
-class Flower:
-    """A SuperLink, a SuperNode and a site's process for each site. place: a folder with a short path."""
-
-    sites: FlowerSites
-    place: Path
-    link: int = field(default_factory=free_port)
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        return {
-            **os.environ,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONPATH": ":".join(path for path in paths if path),
-            "FLWR_HOME": str(self.place / "home"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-        }
-
-    def run(self, *words: str, seconds: float = 120) -> str:
-        done = subprocess.run(
-            words,
-            env=dict(self.environment),
-            cwd=self.place,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def start(self, name: str, *words: str) -> None:
-        log = (self.place / f"{name}.log").open("ab")
-        self.running[name] = subprocess.Popen(
-            words, env=dict(self.environment), cwd=self.place, stdout=log, stderr=log, start_new_session=True
-        )
-        log.close()
-
-    def said(self, name: str) -> str:
-        path = self.place / f"{name}.log"
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def wait_for(self, name: str, text: str, *, times: int = 1, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
-        while self.said(name).count(text) < times:
-            assert time.monotonic() < end, f"{name} did not say {text!r}: {self.said(name)[-3000:]}"
-            assert self.running[name].poll() is None or self.said(name).count(text) >= times, self.said(name)[-3000:]
-            time.sleep(0.05)
-
-    def kill(self, name: str) -> None:
-        """With all that it started, as a machine that is switched off."""
-        if (process := self.running.pop(name, None)) is not None:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def begin(self, *, nodes: bool = True) -> None:
-        """nodes: with Flower's own processes, and not the sites' alone."""
-        (self.place / "home").mkdir()
-        if nodes:
-            self._super_link()
-        for name in self.sites.names:
-            self.site(name)
-            if nodes:
-                self.run("flwr", "supernode", "register", f"{name}-node.pub", "here", "--name", name)
-                self.node(name)
-        for name in self.sites.names:
-            self.wait_for(f"{name}-site", "answers at")
-
-    def _super_link(self) -> None:
-        self._certificates()
-        self.start(
-            "superlink", "flower-superlink", "--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem",
-            "--ssl-keyfile", "server.key", "--enable-supernode-auth", "--host", "127.0.0.1", "--port", str(self.link),
-            "--disable-runtime-dependency-installation",
-        )  # fmt: skip
-        (self.place / "home" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.link}"\n'
-            f'root-certificates = "{self.place / "ca.crt"}"\n'
-        )
-        self._until_open(self.link)
-
-    def site(self, name: str) -> None:
-        """The process of a site."""
-        door = self.place / name / "door"
-        door.parent.mkdir(exist_ok=True)
-        self.start(
-            f"{name}-site", sys.executable, "-m", "choral", "join", str(self.sites.path / name), "--local", str(door)
-        )
-
-    def node(self, name: str) -> None:
-        """The SuperNode of a site."""
-        door, data = self.place / name / "door", self.sites.path / name / "points.npy"
-        self.start(
-            f"{name}-node", "flower-supernode", "--root-certificates", "ca.crt",
-            "--superlink", f"127.0.0.1:{self.link}", "--auth-supernode-private-key", f"{name}-node",
-            "--node-config", f'choral-socket="{door}" data="{data}"',
-            "--port", str(free_port()),
-        )  # fmt: skip
-
-    def job(self, rounds: int, **config: str) -> None:
-        """`flwr run` of the example."""
-        values = {"job": self.sites.job(serve=PATIENT), "out": self.place / "model.safetensors", **config}
-        words = " ".join([f"num-server-rounds={rounds}", *(f'{key}="{value}"' for key, value in values.items())])
-        app = self.place / "app"
-        shutil.copytree(VISITS, app, dirs_exist_ok=True)
-        self.start("run", "flwr", "run", str(app), "here", "--stream", "--run-config", words)
-
-    def over(self, seconds: float = 400) -> None:
-        try:
-            self.running["run"].wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(self.said("run")[-4000:])
-
-    def model(self) -> dict[str, torch.Tensor]:
-        assert (self.place / "model.safetensors").is_file(), self.said("run")[-4000:]
-        found: dict[str, torch.Tensor] = load_file(self.place / "model.safetensors")
-        return found
-
-    def _until_open(self, port: int) -> None:
-        end = time.monotonic() + 120
-        while True:
-            with socket.socket() as trying:
-                if trying.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            assert time.monotonic() < end, self.said("superlink")[-3000:]
-            time.sleep(0.2)
-
-    def _certificates(self) -> None:
-        self.run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.crt",
-                 "-subj", "/O=CA", "-days", "30")  # fmt: skip
-        self.run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out", "server.csr",
-                 "-subj", "/CN=localhost")  # fmt: skip
-        (self.place / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        self.run("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-                 "-days", "30", "-extfile", "san", "-out", "server.pem")  # fmt: skip
-        for name in self.sites.names:
-            self.run("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", f"{name}-node")
-
-
-@pytest.fixture
-def flower(tmp_path: Path) -> Iterator[Flower]:
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
     place = Path(tempfile.mkdtemp(prefix="fl-"))
-    sites = FlowerSites(tmp_path, place)
-    made = Flower(sites, place)
+    made = Flower(FlowerSites(tmp_path_factory.mktemp("sites"), place), place, tapped=True)
     try:
         made.begin()
         yield made
     finally:
         for name in list(made.running):
             made.kill(name)
+        for tap in made.taps.values():
+            tap.close()
         shutil.rmtree(place, ignore_errors=True)
 
 
-def approve_what_comes(flower: Flower) -> None:
+def approve_what_comes(flower: Flower, job: str) -> None:
     """As an officer does at each site: the offer is looked at once it was made, and approved."""
-    end = time.monotonic() + 240
     for name in flower.sites.names:
         folder = flower.sites.federation.site(name)
-        while not (offers := folder.offers.all()):
-            assert time.monotonic() < end, flower.said("run")[-3000:]
-            time.sleep(0.2)
+        until(lambda folder=folder: [each for each in folder.offers.all() if each.job == job], "the offer")  # type: ignore[misc]
+        (offer,) = (each for each in folder.offers.all() if each.job == job)
         flower.run(
-            sys.executable, "-m", "choral", "site", "approve", offers[-1].digest, "--site", str(folder.path),
+            sys.executable, "-m", "choral", "site", "approve", offer.digest, "--site", str(folder.path),
             "--until", f"{until_tomorrow()}",
         )  # fmt: skip
 
@@ -219,17 +68,175 @@ def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_two_rounds_and_one_node_killed(flower: Flower) -> None:
+def lost(flower: Flower, name: str) -> None:
+    """The machine is switched off."""
+    flower.kill(f"{name}-node")
+    flower.kill(f"{name}-site")
+
+
+def test_who_refuses_says_why_at_home_and_nowhere_else(flower: Flower) -> None:
+    """north: nobody approved it; south: terms below its own; east: it has pinned another key of the coordinator."""
+    federation = flower.sites.federation
+    try:
+        federation.configure("south", ENGINE, ("minimum_cohort = 2", "minimum_cohort = 4"))
+        with pinned_wrong(federation, "east", "hub"):
+            flower.site_anew("east")
+            flower.submit("refused", 1, approve=["south", "east"], wait=60)
+            flower.over("refused")
+    finally:
+        federation.configure("south", ENGINE)
+        flower.site_anew("east")
+    assert "0 of 3 sites took the job" in flower.said("refused")
+    said = flower.said("refused") + flower.said("superlink")
+    reasons = {"north": "nobody approved it", "south": "at least 4", "east": "its key did not sign for east"}
+    for name, reason in reasons.items():
+        assert reason in flower.said(f"{name}-site")
+        assert reason not in said
+
+
+def test_another_sites_key_that_is_not_the_pinned_one_is_refused_by_who_pinned_it(flower: Flower) -> None:
+    """north has pinned another key for south: it goes into no sum with it, and the others go on."""
+    try:
+        with pinned_wrong(flower.sites.federation, "north", "south"):
+            flower.site_anew("north")
+            flower.submit("pins", 1, approve=flower.sites.names)
+            flower.over("pins")
+    finally:
+        flower.site_anew("north")
+    assert same(flower.model("pins"), rehearsed(flower.sites.names, 1, Masked(), without={1: "north"}).state)
+    reason = "the Hello of south is not signed by south's pinned identity"
+    assert reason in flower.said("north-site")
+    assert "going on without north: refused" in flower.said("pins")
+    assert reason not in flower.said("pins") + flower.said("superlink")
+
+
+SERVER = """
+from flwr.serverapp import ServerApp
+
+from choral.network.flower import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    serve(grid, context.run_config["job"], out=context.run_config["out"])
+"""
+CLIENT = """
+from flwr.clientapp import ClientApp
+
+from choral.network.flower import secure_sum_mod
+
+app = ClientApp(mods=[secure_sum_mod])
+
+
+@app.train()
+def train(message, context):
+    raise RuntimeError("the site's process trains")
+"""
+
+
+def test_a_whole_job_goes_over_flower_trained_by_the_sites_processes(flower: Flower) -> None:
+    """The second way of docs/flower.md: by code that is installed at the sites, and none that Flower ships."""
+    federation, out = flower.sites.federation, flower.place / "run"
+    app = flower.place / "serving"
+    shutil.copytree(VISITS, app)
+    (app / "visits" / "server_app.py").write_text(SERVER)
+    (app / "visits" / "client_app.py").write_text(CLIENT)
+    settings = federation.settings(training=Training(rounds=2, batch_size=8, learning_rate=0.1))
+    settings = replace(settings, serve=replace(PATIENT, job="whole"))
+    job = flower.sites.hub.path / "whole.toml"
+    write_private(job, toml_of(settings).encode())
+    write_private(flower.sites.hub.path / "tasks" / "linear.py", federation.code.encode())
+    try:
+        for name in federation.names:
+            federation.configure(name)
+            approved_at(federation, name, offer_for(federation, settings))
+        flower.submit_app("whole", app, f'job="{job}" out="{out}"')
+        flower.over("whole")
+    finally:
+        for name in federation.names:
+            federation.configure(name, ENGINE)
+    assert (out / "run.json").is_file(), flower.said("whole")[-4000:]
+    run = Run.load(out)
+    assert [entry.survivors for entry in run.history] == [0, 3, 3]
+    assert same(run.state, rehearsed_job(federation, settings).state)
+
+
+def test_two_rounds_and_one_node_killed_and_no_record_at_the_coordinator(flower: Flower) -> None:
     """Unapproved at first; then round 1 with all; in round 2 one machine is switched off when it has its order."""
-    flower.job(2)
-    approve_what_comes(flower)
-    flower.wait_for("run", "[ROUND 2/2]")
-    flower.kill("east-node")
-    flower.kill("east-site")
-    flower.over()
-    assert same(flower.model(), rehearsed(flower.sites.names, 2, Masked(), without={2: "east"}).state)
-    canary = records_of("north")[0].tobytes()
-    for name in ("run", "superlink"):
-        assert canary not in (flower.place / f"{name}.log").read_bytes()
-    for path in (flower.place / "home").rglob("*"):
-        assert not path.is_file() or canary not in path.read_bytes()
+    orders = itertools.count(1)
+    flower.taps["east"].before = lambda kind: (
+        lost(flower, "east") or False if kind == "deliveries" and next(orders) == 2 else None
+    )
+    flower.submit("killed", 2)
+    approve_what_comes(flower, "killed")
+    flower.wait_for("killed", "[ROUND 2/2]")
+    secrets = {f"{name}: {what}": secret for name in flower.sites.names
+               for what, secret in secrets_of(flower.sites.federation, name).items()}  # fmt: skip
+    few = {name: secret for name, secret in secrets.items() if name in ("north: key", "north: numbers 0")}
+    weights = {"weights": new_model().state_dict()["0.weight"].numpy().tobytes()}
+    link = flower.running["superlink"].pid
+    coordinator = [link, *below(link)]
+    assert any(b"flwr-serverapp" in Path(f"/proc/{number}/cmdline").read_bytes() for number in coordinator)
+    for number in coordinator:
+        assert found_in(few, memory_of(number)) == set()
+    assert any(found_in(weights, memory_of(number)) for number in coordinator)  # what is there is found
+    assert "north: key" in found_in(few, memory_of(flower.running["north-site"].pid))
+    flower.over("killed")
+    flower.taps["east"].before = lambda kind: None
+    assert same(flower.model("killed"), rehearsed(flower.sites.names, 2, Masked(), without={2: "east"}).state)
+    assert found_in(secrets, files_below(flower.place / "home")) == set()
+    assert found_in(secrets, files_below(flower.sites.hub.path)) == set()
+    for name in ("killed", "superlink"):
+        assert found_in(secrets, iter([(flower.place / f"{name}.log").read_bytes()])) == set()
+
+
+@pytest.mark.slow
+def test_a_node_killed_at_each_step_of_a_round(flower: Flower) -> None:
+    """In each round at another step, after a whole one; it is back for the next. Killed before its vector was sent it
+    is in no sum of that round, and later it is: the weights are exact.
+    """
+    steps, killed, back = list(STEPS), list[str](), threading.Lock()
+    begun = threading.Event()
+
+    def east(kind: str) -> bool | None:
+        if not begun.is_set() or not steps or kind != steps[0] or len(killed) + len(steps) > len(STEPS):
+            return None
+        killed.append(kind)
+        lost(flower, "east")
+        return False
+
+    def north(kind: str) -> None:
+        """It holds the last step of a round up until east is there again."""
+        if kind != "confirmations":
+            return
+        with back:
+            if not begun.is_set():
+                begun.set()
+                return
+            if steps:
+                until(lambda: len(killed) + len(steps) > len(STEPS), f"the death at {steps[0]}")
+                start_again(flower, "east")
+                del steps[0]
+
+    if "east-site" not in flower.running:
+        start_again(flower, "east")
+    flower.taps["east"].before, flower.taps["north"].before = east, north
+    flower.submit("steps", 1 + len(STEPS), approve=flower.sites.names)
+    flower.over("steps", 1500)
+    assert killed == list(STEPS)
+    without = {2: "east", 3: "east"}
+    assert same(flower.model("steps"), rehearsed(flower.sites.names, 1 + len(STEPS), Masked(), without=without).state)
+
+
+def start_again(flower: Flower, name: str) -> None:
+    """Site and node, until Flower knows of it."""
+    flower.site_anew(name)
+    before = flower.said("superlink").count(ACTIVATED)
+    flower.node(name)
+    flower.wait_for("superlink", ACTIVATED, times=before + 1)
+    time.sleep(3)
+
+
+ACTIVATED = "activate-node"

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from site_federation import approved_at, offer_for, rehearsed, same_weights
-from site_processes import PATIENT, until
+from site_processes import PATIENT, pinned_wrong, until
 from site_secrets import files_below, found_in, memory_of, secrets_of
+from site_taps import STEPS
 
 from choral.jobs.settings import Settings
-from choral.network import Directory, make_identity
-from choral.network.site.files.directory import Pinned
 from choral.trainers import Participation
 from choral.trainers.task.settings import Training
 
@@ -93,9 +92,7 @@ def test_a_deployment_trains_exactly_and_no_record_leaves_a_site(deployed: Deplo
         for process in (deployed.job_process("server"), deployed.job_process("south")):
             assert found_in(few, memory_of(process)) == set()
         assert found_in(few, memory_of(sites.sites["south"].pid)) == set(few)
-        sites.kill("south")
-        sites.start("south")
-        sites.wait_for("south")
+        sites.start_anew("south")
     assert deployed.wait(number) == "FINISHED:COMPLETED"
     run = sites.run("watched")
     assert [entry.survivors for entry in run.history] == [0, 3, 2, 3, 3]
@@ -105,24 +102,38 @@ def test_a_deployment_trains_exactly_and_no_record_leaves_a_site(deployed: Deplo
     assert found_in(secrets, files_below(sites.hub)) == set()
 
 
-def test_a_node_that_is_killed_is_missed_and_the_sum_is_exact(deployed: Deployment, sites: DoorSites) -> None:
-    """Its parent and its job's process at once, while it trains: NVFlare's job lives on, and so does the run."""
-    settings = rounds(sites, 4, step=5.0, away=6.0)
-    with sites.paused("south", 2), sites.paused("north", 2):
-        number = deployed.submit(sites.recipe("lost", settings))
-        until(lambda: sites.in_fit("south") == "2", "the training of round 2")
-        deployed.kill("south")
-    begun = time.monotonic()
-    assert deployed.wait(number) == "FINISHED:COMPLETED"
-    assert time.monotonic() - begun < PATIENT  # and not for as long as training may take
-    run = sites.run("lost")
-    assert [entry.survivors for entry in run.history] == [0, 3, 2, 2, 2]
-    assert run.history[2].dropped == {"south": "no vector came from it"}
-    without = {number: ["south"] for number in (2, 3, 4)}
-    assert same_weights(run, rehearsed(sites.federation, settings, without=without))
-    assert max(entry.seconds for entry in run.history[3:]) < 5.0  # one short look a round, not an answer's wait
+@pytest.mark.parametrize("step", STEPS)
+def test_a_node_that_is_killed_at_a_step_is_missed_and_the_sum_is_exact(
+    deployed: Deployment, sites: DoorSites, step: str
+) -> None:
+    """Its parent and its job's process at once, in round 2, when it has that request: NVFlare's job lives on, and so
+    does the run. Its vector is in the sum of that round where it was sent before.
+    """
     from nvflare_sites import JOINED
 
+    settings = rounds(sites, 4, step=5.0, away=6.0)
+    seen, killed = list[str](), list[float]()
+
+    def before(kind: str) -> bool | None:
+        seen.append(kind)
+        if kind != step or seen.count(step) != 2:
+            return None
+        deployed.kill("south")
+        killed.append(time.monotonic())
+        return False
+
+    deployed.taps["south"].before = before
+    try:
+        assert deployed.wait(deployed.submit(sites.recipe(f"lost-at-{step}", settings))) == "FINISHED:COMPLETED"
+    finally:
+        deployed.taps["south"].before = lambda kind: None
+    assert time.monotonic() - killed[0] < PATIENT  # and not for as long as training may take
+    run = sites.run(f"lost-at-{step}")
+    sent = step in ("survivors", "confirmations")
+    assert [entry.survivors for entry in run.history] == [0, 3, 3 if sent else 2, 2, 2]
+    without = {number: ["south"] for number in ((3, 4) if sent else (2, 3, 4))}
+    assert same_weights(run, rehearsed(sites.federation, settings, without=without))
+    assert max(entry.seconds for entry in run.history[3:]) < 5.0  # one short look a round, not an answer's wait
     known = deployed.log("south").count(JOINED)
     deployed.start("south")
     until(lambda: deployed.log("south").count(JOINED) > known, "the client")
@@ -136,20 +147,14 @@ def test_who_refuses_says_why_at_home(deployed: Deployment, sites: DoorSites) ->
     offer = offer_for(federation, replace(settings, serve=replace(settings.serve, job="refused")))
     for name in ("south", "east"):
         approved_at(federation, name, offer)
-    other = make_identity(sites.path / "other", "hub")
-    path = sites.path / "east" / "directory.toml"
-    right = path.read_bytes()
-    pinned = Pinned.read(path)
     try:
         federation.configure("south", ("minimum_cohort = 2", "minimum_cohort = 4"))
-        Pinned(sites=pinned.sites, coordinators=Directory([other.certificate])).write(path)
-        sites.kill("east")
-        sites.start("east")
-        sites.wait_for("east")
-        status = deployed.wait(deployed.submit(recipe))
+        with pinned_wrong(federation, "east", "hub"):
+            sites.start_anew("east")
+            status = deployed.wait(deployed.submit(recipe))
     finally:
-        path.write_bytes(right)
         federation.configure("south")
+        sites.start_anew("east")
     assert status == "FINISHED:EXECUTION_EXCEPTION"
     assert "0 of 3 sites took the job" in deployed.log("server")
     assert "nobody approved it" in sites.log("north")
@@ -157,3 +162,24 @@ def test_who_refuses_says_why_at_home(deployed: Deployment, sites: DoorSites) ->
     assert "its key did not sign for east" in sites.log("east")
     for reason in ("nobody approved", "at least 4", "did not sign"):
         assert reason not in deployed.log("server")
+
+
+def test_another_sites_key_that_is_not_the_pinned_one_is_refused_by_who_pinned_it(
+    deployed: Deployment, sites: DoorSites
+) -> None:
+    """north has pinned another key for south: it goes into no sum with it, and the others go on."""
+    settings = rounds(sites, 1)
+    try:
+        with pinned_wrong(sites.federation, "north", "south"):
+            sites.start_anew("north")
+            assert deployed.wait(deployed.submit(sites.recipe("pins", settings))) == "FINISHED:COMPLETED"
+    finally:
+        sites.start_anew("north")
+    run = sites.run("pins")
+    assert run.history[1].survivors == 2
+    assert "north" in run.history[1].dropped
+    assert same_weights(run, rehearsed(sites.federation, settings, without={1: ["north"]}))
+    reason = "the Hello of south is not signed by south's pinned identity"
+    assert reason in sites.log("north")
+    assert reason not in deployed.log("server")
+    assert "going on without north: refused" in deployed.log("server")

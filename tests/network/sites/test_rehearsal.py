@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from readme_steps import run_steps, steps_of
 
 from choral.cli.sites.poc import _report
 from choral.jobs.rehearsal import RehearsedSites, make_rehearsal
@@ -150,23 +151,14 @@ def test_the_ten_steps_of_the_readme_lead_to_the_report(hospitals: Path, tmp_pat
         text = (folder / name).read_text()
         assert "8443" in text
         (folder / name).write_text(text.replace("8443", port))
-    blocks = re.findall(r"```console\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.S)
-    lines = [line.removeprefix("$ ") for block in blocks[1:] for line in block.splitlines()]
+    lines = steps_of(EXAMPLE / "README.md")
     assert len(lines) > 25
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
-        cwd=folder,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "to do" not in done.stdout.partition("hub/hub.crt")[2]
-    assert "10 rounds with 3 sites" in done.stdout
+    said = run_steps(lines[1:], folder, ENVIRONMENT, seconds=500)
+    assert "to do" not in said.partition("hub/hub.crt")[2]
+    assert "10 rounds with 3 sites" in said
     assert (folder / "run" / "report.html").is_file()
-    assert "spent of epsilon 3" in done.stdout
-    assert "agreed: digest" in done.stdout
+    assert "spent of epsilon 3" in said
+    assert "agreed: digest" in said
 
 
 def test_what_cannot_be_rehearsed_is_refused_and_leaves_nothing_behind(hospitals: Path, tmp_path: Path) -> None:
