@@ -111,7 +111,7 @@ def test_a_node_that_is_killed_at_a_step_is_missed_and_the_sum_is_exact(
     """
     from nvflare_sites import JOINED
 
-    settings = rounds(sites, 4, step=5.0, away=6.0)
+    settings = rounds(sites, 4, step=20.0, away=6.0)
     seen, killed = list[str](), list[float]()
 
     def before(kind: str) -> bool | None:
