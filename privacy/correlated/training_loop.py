@@ -42,9 +42,9 @@ MECHANISMS: tuple[Mechanism, ...] = ("buffered", "banded", "tree")
 _KINDS = {"buffered": Buffered | Banded, "banded": Banded, "tree": Tree}
 
 
-_UNPROVED = "nothing is proved of it where a record takes part several times and a party may drop out in between"
+_UNPROVED = "not proved, of a record that takes part several times where a party may drop out in between"
 _NO_SHARES = {
-    "banded": "it is not built, and a party that drops out leaves noise that later steps do not take back",
+    "banded": "it is not built; what is proved of it is of batches that are fixed in advance, and of no Poisson draws",
     "buffered": _UNPROVED,
     "tree": _UNPROVED,
 }

@@ -418,7 +418,11 @@ def test_one_data_owner_alone_cannot_train_on_a_promise_of_shares(problem: Any) 
 
 @pytest.mark.parametrize(
     ("mechanism", "reason"),
-    [("banded", "leaves noise that later steps"), ("buffered", "nothing is proved"), ("tree", "nothing is proved")],
+    [
+        ("banded", "it is not built; .* fixed in advance, and of no Poisson draws"),
+        ("buffered", "not proved, of a record that takes part several times where a party may drop out"),
+        ("tree", "not proved, of a record that takes part several times where a party may drop out"),
+    ],
 )
 def test_correlated_noise_in_shares_is_refused_by_name(mechanism: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=f'{mechanism} correlated noise with noise="distributed": .*{reason}'):
