@@ -259,6 +259,20 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def test_every_page_is_found_from_the_first_one_and_from_the_menu() -> None:
+    """A link from docs/index.md, an entry in the site's menu, and the room's chapters in the page on architecture."""
+    first, menu = ((ROOT / name).read_text() for name in ("docs/index.md", "mkdocs.yml"))
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name}" in first, page.name
+        assert f" {page.name}\n" in menu, page.name
+    rooms = (ROOT / "docs/architecture.md").read_text()
+    for folder in ("src/choral", "privacy", "protocols", "trainers", "network", "audits"):
+        for init in (ROOT / folder).glob("**/__init__.py"):
+            chapter = init.parent.relative_to(ROOT / folder)
+            if chapter.parts and not (ROOT / folder / chapter.parts[0]).is_symlink():
+                assert f"`{chapter.as_posix()}/`" in rooms, f"{folder}/{chapter}"
+
+
 def test_every_block_is_run_or_a_sketch_with_a_reason() -> None:
     every = [block for page in PAGES for block in blocks(page)]
     assert len(every) > 40
