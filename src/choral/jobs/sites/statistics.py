@@ -14,7 +14,8 @@ from choral.jobs.training import privacy_of, secure_sum_of
 if TYPE_CHECKING:
     from choral.network.coordinator.sites import Carrier
     from choral.network.site.offer import Offer
-    from choral.privacy import Privacy
+    from choral.privacy import Privacy, SharesPlan
+    from choral.protocols import Homomorphic, Masked
     from choral.protocols.interface import SecureSum
     from choral.trainers.analytics.part import Statistic
     from choral.trainers.analytics.result import FederatedStatistics
@@ -79,8 +80,6 @@ def terms_of_statistics(
     contributors: int | None = None,
 ) -> StatisticsTerms:
     """What all sites hold alike. Raises: ConfigError; BudgetExceededError."""
-    from choral.network.site.terms import setup_of
-    from choral.privacy import SharesTerms, plan_shares
     from choral.protocols import Homomorphic, Masked
     from choral.trainers.algorithms.interface import FederationInfo
     from choral.trainers.analytics.federated_statistics import packing_of
@@ -97,26 +96,10 @@ def terms_of_statistics(
     if not isinstance(secure_sum, Masked | Homomorphic):
         raise ConfigError("sites send into no plain sum", hint='[secure_sum] kind = "masked"')
     length = packing_of(statistics, sites.records, noisy=privacy is not None).length
-    largest, encoding, plan = cap_of(sites.largest), Encoding(), None
+    largest, encoding = cap_of(sites.largest), Encoding()
+    plan = None
     if privacy is not None:
-        setup = setup_of(secure_sum, names)
-        if setup.corrupt < privacy.colluders:
-            raise ConfigError(
-                f"the sum withstands {setup.corrupt} corrupt sites, and the noise {privacy.colluders} colluders",
-                hint=f"secure_sum.corrupt = {privacy.colluders}, or more",
-            )
-        plan = plan_shares(
-            privacy,
-            SharesTerms(
-                records=sites.records,
-                batch_size=sites.records,
-                steps=1,
-                parties=len(names),
-                min_survivors=setup.min_survivors,
-                length=length,
-                most_records=largest,
-            ),
-        )
+        plan = _shares_plan(privacy, secure_sum, names, records=sites.records, length=length, most=largest)
     terms = StatisticsTerms(
         algorithm=StatisticsSums(
             statistics={name: record_of(each) for name, each in statistics.items()}, contributors=contributors
@@ -138,6 +121,37 @@ def terms_of_statistics(
     )
     terms.check()
     return terms
+
+
+def _shares_plan(
+    privacy: Privacy,
+    secure_sum: Masked | Homomorphic,
+    names: tuple[str, ...],
+    *,
+    records: int,
+    length: int,
+    most: int,
+) -> SharesPlan:
+    """Of the noise that the sites add up, each its share. Raises: ConfigError for a sum that withstands too few."""
+    from choral.network.site.terms import setup_of
+    from choral.privacy import SharesTerms, plan_shares
+
+    setup = setup_of(secure_sum, names)
+    if setup.corrupt < privacy.colluders:
+        raise ConfigError(
+            f"the sum withstands {setup.corrupt} corrupt sites, and the noise {privacy.colluders} colluders",
+            hint=f"secure_sum.corrupt = {privacy.colluders}, or more",
+        )
+    terms = SharesTerms(
+        records=records,
+        batch_size=records,
+        steps=1,
+        parties=len(names),
+        min_survivors=setup.min_survivors,
+        length=length,
+        most_records=most,
+    )
+    return plan_shares(privacy, terms)
 
 
 def _sum(settings: StatisticsSettings, names: tuple[str, ...]) -> SecureSum:
