@@ -2,7 +2,7 @@
 
     python benchmarks/on_device.py [--task digits] [--data-dir DIR] [--repeats 5]
 
-One JSON line: the fields of `choral.audits.costs.on_device.OnDevice`, whose figures a comparison's report has with
+One JSON line: the fields of `choral.audits.costs.on_device.OneCore`, whose figures a comparison's report has with
 `report.on_device`. The process is bound to one core and one thread, as a small device has it; times are processor time,
 medians of the repeats; of pairs the first is the median party's, the second that of all parties together.
 """

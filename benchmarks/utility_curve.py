@@ -1,6 +1,7 @@
 """What privacy costs over the number of parties n and of honest survivors h, at one epsilon: predicted, and measured.
 
-    CHORAL_DATA=DIR python benchmarks/utility_curve.py [--epsilon 2] [--seeds 0 1 2 3 4] [--points 10,8 own,10]
+    python benchmarks/utility_curve.py [--epsilon 2] [--seeds 0 1 2 3] [--points 10,8 own,10] > curve.jsonl
+    python benchmarks/utility_curve.py --draw curve.jsonl docs/utility-curve.svg
 
 Digits, of which every configuration trains on the same 1,438 records, split among n parties: batches of 128 of all
 parties together, twenty passes, one learning rate for all that nobody tuned. The cloud's DP-SGD needs a noise
@@ -19,8 +20,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -28,6 +29,8 @@ import numpy as np
 import torch
 
 from choral import Compute, Participation, Plain, Privacy, centralize, federate
+from choral.audits.report import html
+from choral.audits.report.charts.svg import Chart
 from choral.privacy.accounting.record_noise import noise_multiplier
 from choral.trainers import FedSGD, Run, Split, Task, Training
 from choral.trainers.data import TASKS
@@ -39,7 +42,7 @@ POINTS = ("4,2", "10,8", "10,4", "20,18", "20,10", "40,38", "own,4", "own,10", "
 
 def loaded(parties: int, batch_size: int, seed: int) -> Task:
     training = Training(rounds=PASSES, batch_size=batch_size, learning_rate=RATE, hidden=32)
-    task = TASKS["digits"](Split(parties=parties, alpha=1000.0), training, seed, os.environ.get("CHORAL_DATA"))
+    task = TASKS["digits"](Split(parties=parties, alpha=1000.0), training, seed, None)
     return dataclasses.replace(task, min_classes=1)
 
 
@@ -89,12 +92,48 @@ def scored(runs: Sequence[Run]) -> dict[str, float]:
     return {"accuracy": round(mean(found), 2), "error": round(error, 2)}
 
 
+def draw(lines: Path, file: Path) -> None:
+    """The curve, and the points with two standard errors, as one SVG file."""
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    curve = [(math.log(line["cloud"]), line["accuracy"]) for line in found if "cloud" in line]
+    chart = Chart(
+        width=760, height=400, left=52, right=30, top=34, bottom=50, x=(curve[0][0], curve[-1][0]), y=(40, 100)
+    )
+    chart.grid(range(40, 101, 10), lambda value: f"{value:g} %", "accuracy, digits at one epsilon")
+    chart.steps([x for x, _ in curve], lambda x: f"{math.exp(x):.2g}", "noise of a sum over the pooled training's own")
+    chart.line(curve, 2)
+    chart.text(chart.left + 8, chart.up(curve[0][1]) + 20, "the cloud: predicted", "name arm-2")
+    points = sorted((each for each in found if "parties" in each), key=lambda each: float(each["over_cloud"]))
+    for row, line in enumerate(points):
+        x, place = chart.across(math.log(line["over_cloud"])), 4 if line["honest"] else 1
+        low, high = (chart.up(line["accuracy"] + side * 2 * line["error"]) for side in (-1, 1))
+        chart.rule(x, low, x, high, f"whisker arm-{place}")
+        chart.dot(x, chart.up(line["accuracy"]), place)
+        if line["honest"]:  # their dots are close together
+            chart.text(
+                x, chart.top + 8 + 14 * (row % 3), f"{line['parties']}, {line['honest']}", "name arm-4", "middle"
+            )
+        else:
+            chart.text(x - 7, low + 12, f"n = {line['parties']}, own noise", "name arm-1", "end")
+    chart.text(chart.left + 8, chart.top + 22, "shares: n, h", "name arm-4")
+    style = (Path(html.__file__).parent / "drawing.html").read_text("utf-8").split("#}", 1)[1]
+    said = "; ".join(f"{n}: {y:g} %" for n, y in ((f"{math.exp(x):.2g} times", y) for x, y in curve))
+    drawn = chart.render("utility", "Accuracy over the noise of a sum: the cloud's curve, and federations", said)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 440" width="800" height="440"><style>'
+    page = f'<rect width="100%" height="100%" style="fill: var(--paper)"/><g transform="translate(20 20)">{drawn}</g>'
+    file.write_text(f"{head}{style}svg {{ font-family: system-ui, sans-serif; }}</style>{page}</svg>\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--epsilon", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--points", nargs="+", default=list(POINTS), help="n,h of shares, or own,n")
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("LINES", "SVG"))
     given = parser.parse_args()
+    if given.draw:
+        draw(*given.draw)
+        return
     torch.set_num_threads(1)
     records = records_of(loaded(10, BATCH, 0))
     own = multiplier(given.epsilon, records)

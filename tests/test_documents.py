@@ -368,7 +368,7 @@ def read_toml(block: Block, space: dict[str, Any]) -> None:
         Path("visits.csv").touch()
         assert read_site(file).name == "north"
         return
-    if block.page == "docs/price.md":
+    if block.page == "docs/price.md" and "[report" not in block.text:
         read_prices(file)
     else:
         read_settings(file, Settings)

@@ -10,7 +10,7 @@ import msgspec
 from choral.audits.costs.bills import Bill, bill
 from choral.audits.costs.crossover import CrossoverLine, Workload, crossover, workload
 from choral.audits.costs.job_bills import JobBill
-from choral.audits.costs.on_device import OnDevice
+from choral.audits.costs.on_device import OneCore
 from choral.audits.costs.prices import Price, Prices
 from choral.audits.costs.target import Target
 from choral.audits.costs.winners import WinnerMap
@@ -36,7 +36,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     target: Target | None = None
     maps: tuple[WinnerMap, ...] = ()
     job: tuple[JobBill, ...] = ()
-    on_device: OnDevice | None = None
+    on_device: OneCore | None = None
 
 
 def costs_of(arms: Mapping[str, Sequence[Run]], prices: Prices) -> Costs | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCH, CALLS = 64, 20
 
 
-class Exported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExportedTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One file of the model. size: in bytes. single: seconds of one example alone. batch: of each of 64 together."""
 
     kind: str
@@ -37,7 +37,7 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     batch: float
 
 
-class OnDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OneCore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One core's figures. examples, data_bytes, epoch_seconds: of the median party, and of all parties together.
 
     epoch_seconds: of one call of the task's own fit. peak_mib: of the process at its end, 0 where the system does not
@@ -45,7 +45,7 @@ class OnDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     parameters: int
-    exported: tuple[Exported, ...]
+    exported: tuple[ExportedTimes, ...]
     examples: tuple[int, int]
     data_bytes: tuple[int, int]
     epoch_seconds: tuple[float, float]
@@ -62,7 +62,7 @@ def capped() -> None:
     torch.set_num_threads(1)
 
 
-def measure(task: Task, kinds: Sequence[str] = (".pt2",), repeats: int = 3) -> OnDevice:
+def measure(task: Task, kinds: Sequence[str] = (".pt2",), repeats: int = 3) -> OneCore:
     """The figures of a task. kinds: files to export, ``.pt2`` or ``.onnx``.
 
     Raises: ConfigError for batches that do not begin with the inputs' tensor; what training and export raise.
@@ -87,7 +87,7 @@ def measure(task: Task, kinds: Sequence[str] = (".pt2",), repeats: int = 3) -> O
             "report.on_device knows models of one tensor, which comes first in a batch",
             hint="leave report.on_device out, and use `choral export` with your own inputs",
         )
-    return OnDevice(
+    return OneCore(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         exported=tuple(_exported(model, batch[0][:1], kind, repeats) for kind in kinds),
         examples=(len(party), len(pooled)),
@@ -98,7 +98,7 @@ def measure(task: Task, kinds: Sequence[str] = (".pt2",), repeats: int = 3) -> O
     )
 
 
-def _exported(model: torch.nn.Module, one: torch.Tensor, kind: str, repeats: int) -> Exported:
+def _exported(model: torch.nn.Module, one: torch.Tensor, kind: str, repeats: int) -> ExportedTimes:
     import torch
 
     from choral.trainers.run_folder.export import export
@@ -109,7 +109,7 @@ def _exported(model: torch.nn.Module, one: torch.Tensor, kind: str, repeats: int
         infer = _by_onnxruntime(file) if kind == ".onnx" else torch.export.load(file).module()
         many = one.repeat(BATCH, *(1,) * (one.ndim - 1))
         alone, together = (_seconds(partial(_often, infer, given), repeats) / CALLS for given in (one, many))
-        return Exported(kind=kind, size=file.stat().st_size, single=alone, batch=together / BATCH)
+        return ExportedTimes(kind=kind, size=file.stat().st_size, single=alone, batch=together / BATCH)
 
 
 def _by_onnxruntime(file: Path) -> Callable[[torch.Tensor], object]:

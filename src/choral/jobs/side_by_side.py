@@ -26,7 +26,7 @@ from choral.jobs.planned_runs import PlannedRun, Tick, train_planned
 from choral.jobs.settings import Settings
 
 if TYPE_CHECKING:
-    from choral.audits.costs.on_device import OnDevice
+    from choral.audits.costs.on_device import OneCore
     from choral.trainers import RoundRecord
 
 ON_DEVICE = {"pt2": (".pt2",), "onnx": (".onnx", ".pt2")}
@@ -118,12 +118,12 @@ def _train_in_worker(settings: Settings, planned: PlannedRun, out: Path, resume:
     return train_planned(settings, planned, out, resume, lambda label, entry: _ticks.put((label, entry)))
 
 
-def on_device(settings: Settings, out: Path) -> OnDevice | None:
+def on_device(settings: Settings, out: Path) -> OneCore | None:
     """What ``report.on_device`` asks for, from ``out`` where it was measured before; None where nothing is asked.
 
     Raises: ConfigError for a damaged file; what training and export raise.
     """
-    from choral.audits.costs.on_device import OnDevice
+    from choral.audits.costs.on_device import OneCore
     from choral.trainers.run_folder.folder import replace_file
 
     wanted, file = settings.report.on_device, out / ON_DEVICE_FILE
@@ -131,7 +131,7 @@ def on_device(settings: Settings, out: Path) -> OnDevice | None:
         return None
     if file.is_file():
         try:
-            found = msgspec.json.decode(file.read_bytes(), type=OnDevice, strict=True)
+            found = msgspec.json.decode(file.read_bytes(), type=OneCore, strict=True)
         except msgspec.DecodeError as error:
             raise ConfigError(f"{file} is damaged: {error}", hint="delete it: it is measured anew") from None
         if {each.kind for each in found.exported} >= set(ON_DEVICE[wanted]):
@@ -143,7 +143,7 @@ def on_device(settings: Settings, out: Path) -> OnDevice | None:
     return found
 
 
-def _measured(settings: Settings) -> OnDevice:
+def _measured(settings: Settings) -> OneCore:
     from choral.audits.costs.on_device import capped, measure
     from choral.jobs.training import load_task
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from choral.audits import Comparison, compare
-from choral.audits.costs.on_device import OnDevice, measure
+from choral.audits.costs.on_device import OneCore, measure
 from choral.errors import ConfigError
 from choral.jobs.settings import ReportSettings, Settings
 from choral.jobs.side_by_side import ON_DEVICE_FILE, on_device
@@ -27,13 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> OnDevice:
+def found(folder: Path) -> OneCore:
     measured = on_device(SETTINGS, folder)
     assert measured is not None
     return measured
 
 
-def test_it_is_the_digits_on_one_core(found: OnDevice) -> None:
+def test_it_is_the_digits_on_one_core(found: OneCore) -> None:
     assert found.parameters == 2410
     assert found.examples[1] == 1438
     assert found.data_bytes[1] == 1438 * 264
@@ -46,7 +46,7 @@ def test_it_is_the_digits_on_one_core(found: OnDevice) -> None:
     assert found.peak_mib > found.imports_mib > 20
 
 
-def test_it_is_measured_once_and_a_damaged_file_is_said(found: OnDevice, folder: Path, tmp_path: Path) -> None:
+def test_it_is_measured_once_and_a_damaged_file_is_said(found: OneCore, folder: Path, tmp_path: Path) -> None:
     marked = msgspec.structs.replace(found, parameters=7)
     (folder / ON_DEVICE_FILE).write_bytes(msgspec.json.encode(marked))
     assert on_device(SETTINGS, folder) == marked
@@ -56,7 +56,7 @@ def test_it_is_measured_once_and_a_damaged_file_is_said(found: OnDevice, folder:
     assert on_device(Settings(), tmp_path) is None
 
 
-def test_the_report_says_it(found: OnDevice, make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_report_says_it(found: OneCore, make_run: Callable[..., Run], tmp_path: Path) -> None:
     report = compare({"cloud": make_run("cloud"), "federated": make_run("federated")})
     assert report.costs is not None
     whole = msgspec.structs.replace(report, costs=msgspec.structs.replace(report.costs, on_device=found))
