@@ -36,6 +36,7 @@ from choral.privacy import ClientPrivacy
 from choral.protocols.driver import PartyDriver
 from choral.protocols.interface import SumSpec
 from choral.trainers.analytics.terms import StatisticsTerms, of_counts
+from choral.trainers.data.standardised import Standardisation, standardised_task
 from choral.trainers.engines.exchange_messages import NotToldError
 from choral.trainers.engines.rank_messages import packed, unpacked
 from choral.trainers.federated.party import PartyStates, TrainingParty, own_party
@@ -61,6 +62,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     training: Training
     split: Split
+    standardise: Standardisation | None = None
 
 
 def settings_in(settings: Mapping[str, Any]) -> TrainingSettings:
@@ -112,7 +114,7 @@ class SiteJob:
             self.name,
             agreement,
             agreement.terms,
-            lambda: _loaded(agreement, settings_in(settings))[1],
+            lambda: _loaded(agreement, settings_in(settings)),
             self._drivers,
             memory,
             receipted,
@@ -122,6 +124,8 @@ class SiteJob:
         """A party that trains in this process, by the code that is installed here."""
         agreement, settings = self._agreement, settings_in(self._agreement.offer.settings)
         task, dataset = _loaded(agreement, settings)
+        if settings.standardise is not None:
+            task = standardised_task(task, settings.standardise)
         chosen = settings.training
         private = agreement.privacy is not None and not isinstance(agreement.privacy, ClientPrivacy)
         in_torch = private or chosen.precision != "float32" or chosen.compile

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.network.errors import OfferRefusedError, SiteError
-from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesParty
+from choral.network.host.training_code import Loaded
+from choral.network.site.terms import follows_of
+from choral.privacy import ClientPrivacy, SharesParty
+from choral.privacy.dpsgd.joint_plan import joint_plan
 from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
 from choral.protocols.driver import PartyDriver
 from choral.trainers.analytics.columns import columns_of, read_columns
@@ -16,6 +19,8 @@ from choral.trainers.federated.record_shares.own_process import check_drivers
 from choral.trainers.federated.terms.trained_for import PartyMemory
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.evidence.party_receipts import Receipted, open_receipts
+from choral.trainers.task.seeding import seeded
+from choral.trainers.task.task import Task, checked_build
 
 if TYPE_CHECKING:
     from choral.network.site.agreement import Agreement
@@ -25,18 +30,21 @@ def statistics_party(
     name: str,
     agreement: Agreement,
     terms: StatisticsTerms,
-    dataset: Callable[[], Any],
+    loaded: Callable[[], Loaded],
     drivers: Callable[[TrainingTerms], Mapping[str, PartyDriver]],
     memory: PartyMemory,
     receipted: Receipted,
 ) -> StatisticsParty:
-    """dataset: what the training code makes of the data; where there is none, the data is a CSV file.
+    """loaded: what the training code makes of the data; where there is none, the data is a CSV file.
 
     Raises: DataError for records that lack a column; PrivacyError, BudgetExceededError, LedgerError, ConfigError for a
         plan that breaks the site's promise, or a sum of which it demands too little.
     """
-    by_code = agreement.code is not None or agreement.path is None
-    found = dataset() if by_code else read_columns(agreement.path)  # type: ignore[arg-type]
+    task: Task | None = None
+    if agreement.code is not None or agreement.path is None:
+        task, found = loaded()
+    else:
+        found = read_columns(agreement.path)
     wanted = frozenset(
         column for key, record in terms.sums.statistics.items() for column in statistic_of(record).columns(str(key))
     )
@@ -44,7 +52,7 @@ def statistics_party(
     examples = len(next(iter(columns.values())))
     if not 1 <= examples <= terms.federation.largest:
         raise SiteError(f"{examples} records, and the job is for 1 to {terms.federation.largest} of one site")
-    shares = _shares(agreement, terms, name)
+    shares = _shares(agreement, terms, name, task, found)
     sums = drivers(terms)
     check_drivers(terms.shares, sums)
     return StatisticsParty(
@@ -59,7 +67,9 @@ def statistics_party(
     )
 
 
-def _shares(agreement: Agreement, terms: StatisticsTerms, name: str) -> SharesParty | None:
+def _shares(
+    agreement: Agreement, terms: StatisticsTerms, name: str, task: Task | None, dataset: Any
+) -> SharesParty | None:
     """This site's share of the noise, the plan held against its own promise, and against the terms."""
     privacy, ledger, plan = agreement.privacy, agreement.ledger, terms.shares
     if privacy is None:
@@ -79,10 +89,13 @@ def _shares(agreement: Agreement, terms: StatisticsTerms, name: str) -> SharesPa
     for key, value in agreed.items():
         if getattr(plan.terms, key) != value:
             raise ConfigError(f"the plan of the noise has {key} = {getattr(plan.terms, key)}, and the terms {value}")
-    return _share(privacy, ledger, terms, name)
-
-
-def _share(privacy: Privacy, ledger: Ledger, terms: StatisticsTerms, name: str) -> SharesParty:
-    if terms.shares is None:
-        raise ConfigError("terms without a plan of noise")
-    return SharesParty(privacy, terms.shares, holder=name, ledger=ledger, padded=True)
+    whole = None
+    if (follows := follows_of(agreement.offer, federation.parties)) is not None:
+        if task is None:
+            raise OfferRefusedError(["a training follows, and no training code is named"])
+        promise, rounds = follows
+        with seeded(0, 0, "what follows"):
+            loader = checked_build(task.build, dataset)[2]
+        passes = rounds * promise.epochs
+        whole = joint_plan(promise, loader, holder=name, ledger=ledger, passes=passes, beside=plan.event)
+    return SharesParty(privacy, plan, holder=name, ledger=ledger, padded=True, whole=whole)

@@ -7,15 +7,15 @@ refused. All are made, so that who reviews an offer sees all that is wrong with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from choral.errors import ChoralError
 from choral.network.site.approvals import code_of
 from choral.network.site.budget import budget_objection
 from choral.network.site.files.settings import DataSet
 from choral.network.site.offer import BY_ENGINE, STATISTICS, Offer
-from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
+from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.masking.masked import Masked
@@ -23,6 +23,7 @@ from choral.protocols.masking.policy import Policy
 from choral.trainers.analytics.terms import StatisticsTerms
 from choral.trainers.federated.terms.task_code import version_here
 from choral.trainers.federated.terms.training_terms import TrainingTerms
+from choral.trainers.run_folder.describe import settings_of
 
 if TYPE_CHECKING:
     from choral.network.site.folder import SiteFolder
@@ -47,7 +48,7 @@ def objections(folder: SiteFolder, offer: Offer, *, budget: bool = True) -> list
     task = folder.settings.tasks.get(offer.task)
     if task is not None:
         data, parties = folder.settings.data[task.data], terms.federation.parties
-        found += [*_privacy(data, terms, parties), *_records(data, terms)]
+        found += [*_privacy(data, terms, parties), *_records(data, terms), *_follows(folder, data, offer, terms)]
         if budget and not found:
             asked = promise_of(terms.privacy, parties)
             found += filter(None, [budget_objection(folder, task.data, asked, terms, offer.settings)])
@@ -220,10 +221,14 @@ def policy_of(folder: SiteFolder, offer: Offer) -> Policy:
 
 
 def _privacy(data: DataSet, terms: TrainingTerms, parties: int) -> Iterator[str]:
+    return _promised(data, terms.privacy, parties)
+
+
+def _promised(data: DataSet, record: Mapping[str, Any] | None, parties: int) -> Iterator[str]:
     promise = data.promise
     if promise is None:
         return  # the site takes jobs without, and so with any
-    asked = promise_of(terms.privacy, parties)
+    asked = promise_of(record, parties)
     if asked is None:
         yield "it promises no privacy, and the data may be used with a promise only"
         return
@@ -244,6 +249,24 @@ def _privacy(data: DataSet, terms: TrainingTerms, parties: int) -> Iterator[str]
         yield f"{asked.noise} noise, which is not among {', '.join(promise.noise)}"
     if asked.noise == "distributed" and asked.colluders < promise.colluders:
         yield f"noise in shares against {asked.colluders} colluders, at least {promise.colluders}"
+
+
+def _follows(folder: SiteFolder, data: DataSet, offer: Offer, terms: TrainingTerms) -> Iterator[str]:
+    """The training that statistics are fixed together with, by the same limits."""
+    try:
+        follows = follows_of(offer, terms.federation.parties)
+    except ChoralError as error:
+        yield str(error)
+        return
+    if follows is None:
+        return
+    promise, rounds = follows
+    if not isinstance(terms, StatisticsTerms):
+        yield "a training is to follow, and it is a training itself"
+    if rounds > folder.settings.maxima.rounds:
+        yield f"{rounds} rounds to follow, at most {folder.settings.maxima.rounds}"
+    record = settings_of(promise, terms.federation.parties)
+    yield from (f"{said}, of what is to follow" for said in _promised(data, record, terms.federation.parties))
 
 
 def _records(data: DataSet, terms: TrainingTerms) -> Iterator[str]:

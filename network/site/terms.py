@@ -14,7 +14,7 @@ import msgspec
 
 from choral.errors import ChoralError
 from choral.network.errors import OfferError
-from choral.network.site.offer import alike
+from choral.network.site.offer import Offer, alike
 from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
@@ -101,6 +101,24 @@ def promise_of(record: Mapping[str, Any] | None, parties: int) -> Privacy | Clie
     if said != dict(record):
         raise OfferError("its terms have a promise that sites cannot hold: only what a job file says can be offered")
     return made
+
+
+def follows_of(offer: Offer, parties: int) -> tuple[Privacy, int] | None:
+    """The training that statistics are offered together with: its promise for records, and its rounds; None without.
+
+    Raises: OfferError for another promise, or one that cannot be read.
+    """
+    record = offer.settings.get("followed_by")
+    if record is None:
+        return None
+    if not isinstance(record, dict) or set(record) != {"privacy", "rounds"}:
+        raise OfferError("what is to follow its statistics cannot be read")
+    promise, rounds = promise_of(record["privacy"], parties), record["rounds"]
+    if not isinstance(promise, Privacy) or promise.noise != "local" or type(rounds) is not int:
+        raise OfferError("what is to follow its statistics is no training with each site's own noise")
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise OfferError("what is to follow its statistics has no number of rounds")
+    return promise, rounds
 
 
 def sum_of(record: Mapping[str, Any]) -> SecureSum:

@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 from choral.errors import ConfigError
 from choral.jobs.serving import refuse_table
 from choral.jobs.settings import Settings, read_settings, to_json
+from choral.jobs.standardising import wanted
 from choral.toml_files import toml_of
 
 if TYPE_CHECKING:
     from choral.network import Offer, SiteFolder
+    from choral.trainers.data.standardised import Standardisation
 
 HUB, HOST = "hub", "127.0.0.1"
 BY, DATA = "choral poc", "records"
@@ -223,18 +225,48 @@ def _lay_out(settings: Settings, rehearsal: RehearsedSites, places: Mapping[str,
         everybody = everybody.with_(certificate)
     everybody.write(rehearsal.directory)
     keys = {name: certificate.public_key for name, certificate in certificates.items()}
-    offer = offer_ahead(settings, keys, coordinator=HUB)
+    first = offer_ahead(settings, keys, coordinator=HUB)
+    offer = offer_ahead(settings, keys, coordinator=HUB, by=_stand_in(settings)) if wanted(settings) else first
     for name in rehearsal.names:
         site = rehearsal.site(name)
         everybody.without(name).with_(hub, coordinator=True).write(site / "directory.toml")
         if not offer.embedded:
             write_private(site / "tasks" / offer.task, Path(settings.task).read_bytes())
-        table = _site_table(name, offer, places[name], settings.serve.port)
+        table = _site_table(name, offer, places[name], settings.serve.port, first=first is not offer)
         write_private(site / "site.toml", (_WRITTEN + toml_of(table)).encode())
+        folder = _opened(rehearsal, name)
+        folder.offers.keep(first)
+        _approve(folder, first)
+    return rehearsal
+
+
+def approve_training(rehearsal: RehearsedSites) -> bool:
+    """Approve the training of a job whose means and deviations are there now, everywhere; whether there are any.
+
+    Raises: ConfigError if a site would refuse all the same.
+    """
+    from choral.jobs.serving import offer_ahead
+    from choral.jobs.sites.standardising import found_in
+    from choral.network.site.files.directory import Pinned
+
+    settings = read_settings(rehearsal.job, Settings)
+    if (by := found_in(settings, rehearsal.run)) is None:
+        return False
+    keys = {each.name: each.public_key for each in Pinned.read(rehearsal.directory).sites}
+    offer = offer_ahead(settings, keys, coordinator=HUB, by=by)
+    for name in rehearsal.names:
         folder = _opened(rehearsal, name)
         folder.offers.keep(offer)
         _approve(folder, offer)
-    return rehearsal
+    return True
+
+
+def _stand_in(settings: Settings) -> Standardisation:
+    """In the place of what is not known yet: a site's terms do not depend on it."""
+    from choral.jobs.serving import coordinators_task
+    from choral.trainers.data.standardised import Standardisation, bounds_of_features
+
+    return Standardisation.none(len(bounds_of_features(coordinators_task(settings)[0])))
 
 
 def _opened(rehearsal: RehearsedSites, name: str) -> SiteFolder:
@@ -253,8 +285,8 @@ def _approve(folder: SiteFolder, offer: Offer) -> None:
     approve(folder, offer, (datetime.now(UTC) + _APPROVED_FOR).date(), by=BY)
 
 
-def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int) -> dict[str, Any]:
-    """A site.toml that agrees with the offer, and with nothing weaker."""
+def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int, *, first: bool) -> dict[str, Any]:
+    """A site.toml that agrees with the offer, and with nothing weaker. first: with one of statistics before it, too."""
     from choral.network.site.terms import terms_of
 
     terms = terms_of(offer.terms)
@@ -270,12 +302,12 @@ def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int) ->
             "maximum_weight": federation.largest,
         },
         "job": {
-            "algorithms": [terms.algorithm.kind],
+            "algorithms": [terms.algorithm.kind, *(["statistics"] if first else [])],
             "releases": sorted({"fit", "derived", *(release.source for release in terms.algorithm.releases)}),
             "metrics": offer.metrics,
         },
         "maxima": {"rounds": terms.rounds, "parameters": federation.length, "jobs_a_day": 1000},
-        "data": {DATA: {**place, **_promise_table(offer)}},
+        "data": {DATA: {**place, **_promise_table(offer, shares=first)}},
         "tasks": {offer.task: {"data": DATA}},
     }
 
@@ -304,7 +336,7 @@ def _sum_table(offer: Offer) -> dict[str, Any]:
     }
 
 
-def _promise_table(offer: Offer) -> dict[str, Any]:
+def _promise_table(offer: Offer, *, shares: bool) -> dict[str, Any]:
     from choral.network.site.objections import clip_of
     from choral.network.site.terms import promise_of
     from choral.privacy import Privacy
@@ -316,7 +348,7 @@ def _promise_table(offer: Offer) -> dict[str, Any]:
         "epsilon": promise.epsilon,
         "delta": promise.delta,
         "max_grad_norm": clip_of(promise),
-        "noise": [promise.noise],
+        "noise": [promise.noise, *(["distributed"] if shares else [])],
         "colluders": promise.colluders,
     }
     if isinstance(promise, Privacy):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, to_json
+from choral.jobs.sites.standardising import compute, found_in, said_of, scales_offer
+from choral.jobs.standardising import wanted
 from choral.jobs.training import compute_of, federation_of, keep_of, privacy_of
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from choral.network.site.offer import Offer
     from choral.network.transport.certificates import CertifiedIdentity
     from choral.trainers import RoundRecord, Run, Task
+    from choral.trainers.data.standardised import Standardisation
     from choral.trainers.federated.plan import Plan
     from choral.trainers.federated.terms.training_terms import TrainingTerms
 
@@ -45,9 +48,24 @@ def serve(
     from choral.network.coordinator.serve import serve
 
     task, example, code = coordinators_task(settings)
+    task = standardised_here(settings, task, by := found_in(settings, out))
     plan = plan_of(settings, task, example, tuple(keys), out=out, resume=resume, on_round=on_round)
-    remote = remote_of(settings, carrier, keys, coordinator=coordinator, code=code, say=say)
+    remote = remote_of(settings, carrier, keys, coordinator=coordinator, code=code, say=say, by=by)
     return serve(plan, remote)
+
+
+def standardise(
+    settings: Settings,
+    carrier: Carrier,
+    keys: Mapping[str, bytes],
+    *,
+    coordinator: CertifiedIdentity,
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Compute the means and deviations that the training is to have, into ``out``. Raises: as :func:`compute`."""
+    task, _, code = coordinators_task(settings)
+    compute(settings, task, carrier, keys, coordinator=coordinator.name, code=code, out=out, say=say)
 
 
 def serve_by_engine(
@@ -76,12 +94,26 @@ def serve_by_engine(
         settings = dataclasses.replace(settings, task=str(folder / "tasks" / Path(settings.task).name))
     carrier = EngineCarrier(engine, hub.identity, keys)
 
+    if wanted(settings) and found_in(settings, out) is None:  # the training's offer is approved while it is waited for
+        standardise(settings, carrier, keys, coordinator=hub.identity, out=out, say=say)
+
     def on_round(entry: RoundRecord) -> None:
         done = f"came to nothing: {entry.failed}" if entry.failed else f"over {entry.survivors} sites"
         said = ", ".join(f"{metric} {value:.4f}" for metric, value in entry.metrics.items())
         say(f"round {entry.round} {done}; {said}")
 
     return serve(settings, carrier, keys, coordinator=hub.identity, out=out, resume=resume, say=say, on_round=on_round)
+
+
+def standardised_here(settings: Settings, task: Task, by: Standardisation | None) -> Task:
+    """Raises: ConfigError where means and deviations are wanted, and are not there yet."""
+    if not wanted(settings):
+        return task
+    if by is None:
+        raise ConfigError("the means and deviations that data.standardise wants are not there", hint="choral serve")
+    from choral.trainers.data.standardised import standardised_task
+
+    return standardised_task(task, by)
 
 
 def remote_of(
@@ -92,6 +124,7 @@ def remote_of(
     coordinator: CertifiedIdentity,
     code: str,
     say: Callable[[str], None],
+    by: Standardisation | None = None,
 ) -> RemoteSites:
     """Who has the sites answer. Raises: ConfigError."""
     from choral.network.coordinator.remote import RemoteSites
@@ -99,7 +132,7 @@ def remote_of(
     names = tuple(keys)
 
     def propose(terms: TrainingTerms) -> Offer:
-        return offer_of(settings, terms, names, coordinator=coordinator.name, code=code)
+        return offer_of(settings, terms, names, coordinator=coordinator.name, code=code, by=by)
 
     metrics = settings.metrics if settings.sites.metrics != "none" else ()
     return RemoteSites(
@@ -118,14 +151,20 @@ class _Made(Exception):
     """The offer is made, and nothing else is to be done."""
 
 
-def offer_ahead(settings: Settings, keys: Mapping[str, bytes], *, coordinator: str) -> Offer:
-    """The offer that `serve` will make, for sites that want to look at it before.
+def offer_ahead(
+    settings: Settings, keys: Mapping[str, bytes], *, coordinator: str, by: Standardisation | None = None
+) -> Offer:
+    """The offer that `serve` will make, for sites that want to look at it before. by: of a job that standardises; None,
+    and it is that of the means and deviations.
 
     Raises: ConfigError; as `Plan.of`.
     """
     from choral.trainers.federated.session import Session
 
     task, example, code = coordinators_task(settings)
+    if wanted(settings) and by is None:
+        return scales_offer(settings, task, tuple(keys), coordinator=coordinator, code=code)[0]
+    task = standardised_here(settings, task, by)
     names, metrics = tuple(keys), settings.metrics if settings.sites.metrics != "none" else ()
     plan = plan_of(settings, task, example, names, out=None, resume=False)
     offers: list[Offer] = []
@@ -135,7 +174,7 @@ def offer_ahead(settings: Settings, keys: Mapping[str, bytes], *, coordinator: s
             self.metrics = metrics
 
         def engine(self, session: Session) -> Any:
-            offers.append(offer_of(settings, session.terms, names, coordinator=coordinator, code=code))
+            offers.append(offer_of(settings, session.terms, names, coordinator=coordinator, code=code, by=by))
             raise _Made
 
     with contextlib.suppress(_Made), Session.open(plan, Looking()):
@@ -167,8 +206,6 @@ def coordinators_task(settings: Settings) -> tuple[Task, Any, str]:
 
 def refuse_table(settings: Settings) -> None:
     """Raises: ConfigError for [data], which a site has and no coordinator."""
-    if settings.data.standardise != "none":
-        raise ConfigError("data.standardise is for rehearsals so far", hint="leave it out")
     if settings.data.path is not None:
         raise ConfigError(
             "[data] names a table here, and a site has its own, which no coordinator chooses",
@@ -210,7 +247,15 @@ def plan_of(
     )
 
 
-def offer_of(settings: Settings, terms: TrainingTerms, names: tuple[str, ...], *, coordinator: str, code: str) -> Offer:
+def offer_of(
+    settings: Settings,
+    terms: TrainingTerms,
+    names: tuple[str, ...],
+    *,
+    coordinator: str,
+    code: str,
+    by: Standardisation | None = None,
+) -> Offer:
     """What the sites are asked to agree to. Raises: OfferError."""
     from choral.jobs.training import secure_sum_of
     from choral.network.site.offer import Offer
@@ -222,7 +267,7 @@ def offer_of(settings: Settings, terms: TrainingTerms, names: tuple[str, ...], *
         coordinator=coordinator,
         task=Path(settings.task).name,
         code=code,
-        settings={name: plain[name] for name in OFFERED},
+        settings={name: plain[name] for name in OFFERED} | ({} if by is None else {"standardise": said_of(by)}),
         terms=terms.record(),
         secure_sum=sum_record(secure_sum_of(settings, Arm())),
         parties=names,

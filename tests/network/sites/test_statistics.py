@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from site_federation import NO_PROMISE, PROMISE, Direct, Federation, approved_at, private_sites, records_of
+from site_federation import CODE, NO_PROMISE, PROMISE, Direct, Federation, approved_at, private_sites, records_of
 from site_processes import ENVIRONMENT, Processes
 
 from choral import Masked, federated_statistics
+from choral.audits import audit
 from choral.errors import ConfigError
+from choral.jobs.serving import offer_ahead, serve, standardise
 from choral.jobs.settings import PrivacySettings, ServeSettings, SitesSettings, SumSettings
+from choral.jobs.sites.standardising import found_in
 from choral.jobs.sites.statistics import serve_statistics, statistics_offer
 from choral.jobs.statistics import StatisticSettings, StatisticsSettings, statistic_of
 from choral.network import Offer
@@ -32,6 +35,7 @@ from choral.trainers import Covariance
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.analytics.terms import StatisticsParty, StatisticsTerms
 from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.task.settings import DataSettings
 
 NAMES = ("north", "south", "east")
 ASKED = {
@@ -217,6 +221,71 @@ def test_what_a_coordinator_cannot_ask_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             statistics_offer(settings_of(federation, **changed), federation.names, coordinator="hub")
+
+
+def test_means_and_deviations_then_the_training_on_one_plan(tmp_path: Path) -> None:
+    """Two offers, each approved; the second has the numbers, and a site trains by them on the plan of the first."""
+    code = CODE.replace("evaluate_party=right)", "evaluate_party=right, bounds=[(-4, 4)] * 5 + [None])")
+    federation = Federation(tmp_path, promise=PROMISE.replace("UNIT", "record"), code=code)
+    for name in federation.names:
+        federation.configure(
+            name,
+            ("minimum_cohort = 2", "minimum_cohort = 3"),
+            ("corrupt = 0", "corrupt = 1"),
+            ('"cocoa"\n', '"cocoa", "statistics"\n'),
+        )
+    settings = federation.settings(
+        data=DataSettings(standardise="private"),
+        privacy=PrivacySettings(epsilon=4.0, delta=1e-3),
+        secure_sum=SHARED,
+    )
+    out, carrier, keys = tmp_path / "run", Direct(federation), federation.keys
+    first = offer_ahead(settings, keys, coordinator="hub")
+    assert first.settings["followed_by"]["rounds"] == 3
+    for name in federation.names:
+        approved_at(federation, name, first)
+    standardise(settings, carrier, keys, coordinator=federation.hub, out=out, say=lambda _: None)
+    for name in federation.names:
+        ((plan, events),) = open_ledger(federation.site(name), "points").segments
+        assert plan is not None
+        assert ([part.times for part in plan.parts], len(events)) == ([1, 3], 1)
+        assert plan.epsilon == 4.0
+    by = found_in(settings, out)
+    assert by is not None
+    assert by.means[5] == 0.0
+    for name in federation.names:
+        approved_at(federation, name, offer_ahead(settings, keys, coordinator="hub", by=by))
+    run = serve(settings, carrier, keys, coordinator=federation.hub, out=out, say=lambda _: None)
+    assert run.history[-1].round == 3
+    assert run.state["means"].tolist() == pytest.approx(by.means)
+    assert run.info.standardised == {"share": 0.2, "min_survivors": 3, "colluders": 1}
+    for name in federation.names:
+        ((plan, events),) = open_ledger(federation.site(name), "points").segments
+        assert plan is not None
+        assert events == (plan.parts[0].event, *[plan.parts[1].event] * 3)
+        assert open_ledger(federation.site(name), "points").epsilon(1e-3) <= 4.0
+    assert audit(run).verdict != "violated"
+
+
+@pytest.mark.parametrize(
+    ("follows", "said"),
+    [
+        ({"privacy": {"epsilon": 9.0}}, "epsilon 9, at most 8, of what is to follow"),
+        ({"rounds": 1000}, "1000 rounds to follow, at most 100"),
+        ({"rounds": 0}, "no number of rounds"),
+        ({"more": 1}, "cannot be read"),
+    ],
+)
+def test_what_is_to_follow_is_held_against_the_same_limits(tmp_path: Path, follows: Any, said: str) -> None:
+    code = CODE.replace("evaluate_party=right)", "evaluate_party=right, bounds=[(-4, 4)] * 6)")
+    federation = Federation(tmp_path, promise=PROMISE.replace("UNIT", "record"), code=code)
+    data, privacy = DataSettings(standardise="private"), PrivacySettings(epsilon=4.0, delta=1e-3)
+    settings = federation.settings(data=data, privacy=privacy, secure_sum=SHARED)
+    raw = json.loads(offer_ahead(settings, federation.keys, coordinator="hub").message())
+    followed = raw["settings"]["followed_by"]
+    for key, value in follows.items():
+        followed[key] = {**followed[key], **value} if isinstance(value, dict) else value
+    assert any(said in reason for reason in objections(federation.site("north"), Offer.read(json.dumps(raw).encode())))
 
 
 def test_a_command_and_three_processes(tmp_path: Path) -> None:

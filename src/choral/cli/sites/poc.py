@@ -23,7 +23,14 @@ from typing import Annotated, Any
 import tyro
 
 from choral.cli.arguments import parse_with_config
-from choral.jobs.rehearsal import RehearsedSites, gather_receipts, ledger_of, make_rehearsal, reopen_rehearsal
+from choral.jobs.rehearsal import (
+    RehearsedSites,
+    approve_training,
+    gather_receipts,
+    ledger_of,
+    make_rehearsal,
+    reopen_rehearsal,
+)
 from choral.jobs.settings import Settings, read_job
 from choral.locks import refuse_without_locks
 from choral.network.errors import SiteError
@@ -117,14 +124,24 @@ def _run(rehearsal: RehearsedSites, *, resume: bool, quiet: bool) -> int:
             with rehearsal.log(name).open("ab") as log:
                 words = ["join", str(rehearsal.site(name)), "--patience", str(_PATIENCE)]
                 children[name] = _started(words, stdout=log, stderr=log)
-        coordinator = children[""] = _started(serve)
-        while (code := coordinator.poll()) is None:
-            if gone := [name for name in rehearsal.names if children[name].poll() is not None]:
-                raise _ended(rehearsal, gone[0], children[gone[0]].returncode)
-            time.sleep(0.1)
+        if not (rehearsal.run / "run.json").exists():
+            approve_training(rehearsal)  # of a rehearsal that was stopped before it
+        code = _served(rehearsal, children, serve)
+        if not code and not (rehearsal.run / "run.json").exists() and approve_training(rehearsal):
+            code = _served(rehearsal, children, serve)  # once more: the first time means and deviations were computed
     if code:
         for name in rehearsal.names:
             _say(f"the end of {rehearsal.log(name)}:\n{_tail(rehearsal.log(name))}")
+    return code
+
+
+def _served(rehearsal: RehearsedSites, children: dict[str, subprocess.Popen[bytes]], words: list[str]) -> int:
+    """The coordinator's exit code. Raises: SiteError."""
+    coordinator = children[""] = _started(words)
+    while (code := coordinator.poll()) is None:
+        if gone := [name for name in rehearsal.names if children[name].poll() is not None]:
+            raise _ended(rehearsal, gone[0], children[gone[0]].returncode)
+        time.sleep(0.1)
     return code
 
 

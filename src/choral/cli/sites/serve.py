@@ -85,6 +85,8 @@ def serve(words: list[str]) -> int:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
         settings = dataclasses.replace(settings, serve=named)
     from choral.jobs import serving
+    from choral.jobs.sites import standardising
+    from choral.jobs.standardising import wanted as to_standardise
     from choral.network import BlockingHub
 
     chosen = settings.serve
@@ -92,7 +94,8 @@ def serve(words: list[str]) -> int:
     keys = {certificate.name: certificate.public_key for certificate in sites}
 
     if wanted.offer is not None:
-        offer = serving.offer_ahead(settings, keys, coordinator=identity.name)
+        by = standardising.found_in(settings, wanted.out)
+        offer = serving.offer_ahead(settings, keys, coordinator=identity.name, by=by)
         wanted.offer.write_bytes(offer.message())
         print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
         return 0
@@ -105,6 +108,10 @@ def serve(words: list[str]) -> int:
 
     with BlockingHub(identity, sites, host=chosen.host, port=chosen.port) as hub:
         say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
+        if to_standardise(settings) and standardising.found_in(settings, wanted.out) is None:
+            serving.standardise(settings, hub, keys, coordinator=identity, out=wanted.out, say=say)
+            say(f"means and deviations: {wanted.out}/standardise.json   next: --offer, to be approved, then this again")
+            return 0
         run = serving.serve(
             settings,
             hub,
