@@ -40,7 +40,7 @@ from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
-from choral.protocols.masking.party_round import Advertised, Keys, Membership, expect
+from choral.protocols.masking.party_round import Advertised, Keys, Membership, expect, from_server
 from choral.protocols.masking.policy import Policy, check_policy
 
 
@@ -98,9 +98,7 @@ class Joining(Once[_Own]):
         own = self._take()
         own.current.check_live()
         n = len(own.setup.roster)
-        message = expect(messages.to_party(hellos, limit=messages.limit(messages.Hellos, n)), messages.Hellos)
-        if message.session != own.setup.session:
-            raise FaultyServerError("the Hellos are of another session")
+        message = from_server(messages.Hellos, hellos, own.setup.session, messages.limit(messages.Hellos, n))
         if len(message.hellos) != n:
             raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
         expected = signing.commitment(own.setup_digest, own.index, own.nonce)
@@ -124,9 +122,7 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
         own, hellos = self._take()
         own.current.check_live()
         n = len(own.setup.roster)
-        message = expect(messages.to_party(reveals, limit=messages.limit(messages.Reveals, n)), messages.Reveals)
-        if message.session != own.setup.session:
-            raise FaultyServerError("the nonces are of another session")
+        message = from_server(messages.Reveals, reveals, own.setup.session, messages.limit(messages.Reveals, n))
         if len(message.nonces) != n:
             raise FaultyServerError(f"expected {n} nonces, one per party, got {len(message.nonces)}")
         for party, (entry, nonce) in enumerate(zip(hellos.hellos, message.nonces, strict=True)):

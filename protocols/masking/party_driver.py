@@ -25,7 +25,7 @@ answered before. Nothing that is stored helps who steals it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.keys import SigningKey
@@ -104,6 +104,11 @@ class MaskedPartyDriver:
 
     known: Any = messages.ToParty  # whatever the server may send in this protocol
     waits: Any = Ready  # the state that takes a vector
+    # What opens a session, for which state; and whether it may come again when the session is open.
+    opens: ClassVar[dict[Any, tuple[Any, bool]]] = {
+        messages.Hellos: (Joining, False),
+        messages.Reveals: (Revealing, True),
+    }
 
     def __init__(self, context: PartyContext) -> None:
         identity, self._purpose = context.identity, context.purpose
@@ -114,7 +119,7 @@ class MaskedPartyDriver:
         self._joined: dict[bytes, None] = {}
         self._setup: messages.SumSetup | None = None
         self._raw_setup = b""
-        self._opening: Joining | Revealing | None = None
+        self._opening: Any = None  # the state of a session that is being opened
         self._membership: Membership | None = None
         self._member: Member | None = None
         self._early: tuple[int, Advertised, bytes] | None = None
@@ -201,7 +206,7 @@ class MaskedPartyDriver:
         """One message, its kind deciding which state it is for."""
         if isinstance(message, messages.SumSetup):
             return self._join(message, raw)
-        if isinstance(message, messages.Hellos | messages.Reveals):
+        if type(message) in self.opens:
             return self._open(message, raw)
         if isinstance(message, messages.Bundle):
             raise MessageError("the server", "a bundle holds no bundle")
@@ -268,23 +273,23 @@ class MaskedPartyDriver:
             del self._joined[next(iter(self._joined))]
         return (hello,)
 
-    def _open(self, message: messages.Hellos | messages.Reveals, raw: bytes) -> Answer:
-        kind = type(message).__name__
-        if self._setup is None or message.session != self._setup.session:
-            raise FaultyServerError(f"the {kind} are of another session")
-        opening = self._opening
-        if isinstance(message, messages.Hellos) and isinstance(opening, Joining):
+    def _open(self, message: Any, raw: bytes) -> Answer:
+        kind, setup = type(message), self._setup
+        if setup is None or message.session != setup.session:
+            raise FaultyServerError(f"its {kind.__name__} is of another session")
+        waiting, again = self.opens[kind]
+        if isinstance(opening := self._opening, waiting):
+            self._opening = None
+            return self._opened(setup, opening, raw)
+        if again and self._membership is not None:
+            return ()  # until a party is heard in the open session, each Begin brings it along
+        raise used(f"its {kind.__name__} was not waited for: that step was taken")
+
+    def _opened(self, setup: messages.SumSetup, opening: Any, raw: bytes) -> Answer:  # noqa: ARG002
+        """What the state that waited for this message answers; the state after it is kept."""
+        if isinstance(opening, Joining):
             self._opening, reveal = opening.reveal(raw)
             return (reveal,)
-        if isinstance(message, messages.Reveals) and isinstance(opening, Revealing):
-            self._opening = None
-            return self._revealed(self._setup, opening, raw)
-        if isinstance(message, messages.Reveals) and self._membership is not None:
-            return ()  # until a party is heard in the open session, each Begin brings them along
-        raise used(f"its {kind} were not waited for: that step was taken")
-
-    def _revealed(self, setup: messages.SumSetup, opening: Revealing, raw: bytes) -> Answer:  # noqa: ARG002
-        """Everybody's nonces are there."""
         member = opening.enter(raw)
         (membership, _), *_ = tuple(member._content)
         self._membership, self._member = membership, member

@@ -15,7 +15,7 @@ from choral.protocols.homomorphic.shared import ckks
 from choral.protocols.homomorphic.shared.secure_sum import SharedSession
 from choral.protocols.homomorphic.shared.setup import Floats
 from choral.protocols.in_process import NO_TRAINING, DriverRound
-from choral.protocols.interface import Losses, SumSpec
+from choral.protocols.interface import Losses, SumResult, SumSpec
 from choral.protocols.wire_format import MAX_PARTIES
 
 
@@ -47,18 +47,15 @@ class FloatSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FloatResult:
+class FloatResult(SumResult):
     """One round's outcome, as the surviving parties have it and nobody else may.
 
     total: float64, shape (length,), within ``error_bound`` of the sum over ``survivors`` in each coordinate, but for a
-    probability of 2^-64 over the encryption's errors. bytes_up, bytes_down: on the wire per party.
+    probability of 2^-64 over the encryption's errors.
     """
 
-    total: NDArray[np.float64]
+    total: NDArray[np.float64]  # type: ignore[assignment]
     error_bound: float
-    survivors: tuple[str, ...]
-    bytes_up: Mapping[str, int]
-    bytes_down: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +110,7 @@ class FloatRound(DriverRound):
 
     _session: FloatSession
 
-    def finish(self) -> FloatResult:  # type: ignore[override]
+    def finish(self) -> FloatResult:
         """Every survivor gets the encrypted sum and opens it for itself; they all have the same total.
 
         Raises: TooFewSurvivorsError; GarbledSumError; StateUsedError the second time.

@@ -17,7 +17,7 @@ before the last that it encrypted for.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tenseal.sealapi as sealapi
@@ -43,11 +43,9 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership, survivors_of
+from choral.protocols.masking.party_round import NONCE, Membership, from_server, survivors_of
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
-from choral.protocols.wire_format import Message, encode, read
-
-M = TypeVar("M", bound=Message)
+from choral.protocols.wire_format import encode, read
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,42 +85,35 @@ class Chain:
     last: int
 
 
-def _from_server(kind: type[M], raw: bytes, entries: int, session: bytes) -> M:
-    """Raises: MessageError; FaultyServerError for one of another session, or of the same under another key."""
-    message: M = read(kind, raw, sender=SERVER, limit=key_messages.limit(kind, entries))
-    if getattr(message, "session", b"") != session:
-        raise FaultyServerError(f"the {kind.__name__} is of another session, or under another key than this party's")
-    return message
+def _from_server(kind: type[Any], raw: bytes, session: bytes, entries: int, *, number: int = 0) -> Any:
+    """As in the masked sum. A session and its key are one name once the key is there."""
+    most = key_messages.limit(kind, entries)
+    return from_server(kind, raw, session, most, number=number, known=key_messages.ToParty)
 
 
-class KeyAgreement(Once[tuple[bytes, Plan]]):
-    """Has a private key for this session; waits for everybody's public one."""
+def meet(
+    revealing: party.Revealing, reveals: bytes, private: bytes, plan: Plan, *, randomness: Randomness
+) -> tuple[Waiting | ConfirmingKey, bytes | None]:
+    """Enter the session. The dealer then deals the key, and so confirms it. private: of this party's public key.
 
-    def meet(
-        self, revealing: party.Revealing, reveals: bytes, *, randomness: Randomness
-    ) -> tuple[Waiting | ConfirmingKey, bytes | None]:
-        """Enter the session. The dealer then deals the key, and so confirms it.
-
-        Raises: FaultyPartyOrServerError, FaultyServerError as :meth:`choral.protocols.masking.party.Revealing.enter`;
-        FaultyPartyError for a public key of small order.
-        """
-        private, plan = self._take()
-        member, _ = revealing.enter(reveals)._take()
-        publics = read(messages.Reveals, reveals, sender=SERVER, limit=len(reveals)).nonces
-        if member.index != DEALER:
-            return Waiting(_Entered(member, plan, private, publics)), None
-        entered = _Entered(member, plan, private, publics, randomness(32))
-        sealed = []
-        for place, name in enumerate(member.setup.roster):
-            if place != DEALER:
-                try:
-                    key = entered.shared(place, place)
-                except WeakKeyError:
-                    raise FaultyPartyError(name, "its public key is of small order") from None
-                data = terms.seal_data(member.session, place, entered.commitment)
-                sealed.append(seal(key, NONCE, entered.seed, data))
-        deal = key_messages.KeyDeal(member.setup.session, entered.commitment, tuple(sealed), entered.signature())
-        return ConfirmingKey(entered), encode(deal)
+    Raises: FaultyPartyOrServerError, FaultyServerError as :meth:`choral.protocols.masking.party.Revealing.enter`;
+    FaultyPartyError for a public key of small order.
+    """
+    member, _ = revealing.enter(reveals)._take()
+    publics = read(messages.Reveals, reveals, sender=SERVER, limit=len(reveals)).nonces
+    if member.index != DEALER:
+        return Waiting(_Entered(member, plan, private, publics)), None
+    entered = _Entered(member, plan, private, publics, randomness(32))
+    sealed = []
+    for place, name in enumerate(member.setup.roster):
+        if place != DEALER:
+            try:
+                key = entered.shared(place, place)
+            except WeakKeyError:
+                raise FaultyPartyError(name, "its public key is of small order") from None
+            sealed.append(seal(key, NONCE, entered.seed, terms.seal_data(member.session, place, entered.commitment)))
+    deal = key_messages.KeyDeal(member.setup.session, entered.commitment, tuple(sealed), entered.signature())
+    return ConfirmingKey(entered), encode(deal)
 
 
 class Waiting(Once[_Entered]):
@@ -137,7 +128,7 @@ class Waiting(Once[_Entered]):
         entered = self._take()
         member = entered.member
         dealer = member.setup.roster[DEALER]
-        message = _from_server(key_messages.KeyDeal, deal, 1, member.setup.session)
+        message = _from_server(key_messages.KeyDeal, deal, member.setup.session, 1)
         if not entered.signed(DEALER, message.commitment, message.signature):
             raise FaultyPartyOrServerError(dealer, "the key is not signed by the dealer's pinned identity")
         try:
@@ -159,7 +150,7 @@ class ConfirmingKey(Once[_Entered]):
         """Raises: KeyDisputeError when somebody holds another key; FaultyServerError for a missing or forged one."""
         entered = self._take()
         member, n = entered.member, len(entered.member.setup.roster)
-        message = _from_server(key_messages.KeyConfirmations, confirmations, n, member.setup.session)
+        message = _from_server(key_messages.KeyConfirmations, confirmations, member.setup.session, n)
         if len(message.entries) != n:
             raise FaultyServerError(f"expected {n} confirmations, one per party, got {len(message.entries)}")
         for place, entry in enumerate(message.entries):
@@ -251,9 +242,7 @@ def _decrypted(chain: Chain, key: RingKey, encrypted: bytes) -> tuple[NDArray[An
     setup, size = chain.member.setup, plan.parameters.full_bytes
     blocks = terms.blocks_of(plan, setup.length)
     most = blocks * size + len(setup.roster) // 8 + 1
-    message = _from_server(key_messages.EncryptedSum, encrypted, most, chain.member.id)
-    if message.round != number:
-        raise FaultyServerError(f"the sum is of round {message.round}, not {number}")
+    message = _from_server(key_messages.EncryptedSum, encrypted, chain.member.id, most, number=number)
     survivors = survivors_of(chain.member, message.survivors)
     body = memoryview(messages.from_pieces(message.ciphertexts) or b"")
     if len(body) != blocks * size:

@@ -15,12 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 from choral.protocols.crypto.keys import x25519_public
-from choral.protocols.driver import Answer, used
+from choral.protocols.driver import Answer
 from choral.protocols.errors import FaultyServerError
 from choral.protocols.homomorphic.shared import key_messages
 from choral.protocols.homomorphic.shared import setup as terms
 from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyConfirmations, KeyDeal, limit
-from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, KeyAgreement, Waiting
+from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, Waiting, meet
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
 from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, needed
@@ -37,10 +37,10 @@ class SharedPartyDriver(MaskedPartyDriver):
 
     known = key_messages.ToParty
     waits = Holder
+    opens = MaskedPartyDriver.opens | {KeyDeal: (Waiting, False), KeyConfirmations: (ConfirmingKey, True)}
 
     def __init__(self, context: PartyContext, *, floats: terms.Floats | None = None) -> None:
         self._floats, self._private = floats, b""
-        self._keying: Waiting | ConfirmingKey | None = None
         self._holder: Holder | None = None
         self.total: tuple[Any, tuple[str, ...]] | None = None
         super().__init__(context)
@@ -58,7 +58,7 @@ class SharedPartyDriver(MaskedPartyDriver):
 
     def _hold(self, setup: messages.SumSetup, raw: bytes) -> None:
         super()._hold(setup, raw)
-        self._keying = self._holder = None
+        self._holder = None
 
     def _limit(self) -> int:
         setup, most = self._setup, super()._limit()
@@ -69,34 +69,21 @@ class SharedPartyDriver(MaskedPartyDriver):
         parts = limit(KeyConfirmations, n) + messages.limit(messages.Begin)
         return max(most, limit(EncryptedSum, size), limit(KeyDeal, 1), messages.limit(messages.Bundle, parts))
 
-    def _take(self, message: Any, raw: bytes, key: bytes) -> Answer:
-        if isinstance(message, KeyDeal | KeyConfirmations):
-            return self._hand_out(message, raw)
-        return super()._take(message, raw, key)
-
-    def _revealed(self, setup: messages.SumSetup, opening: Revealing, raw: bytes) -> Answer:
+    def _opened(self, setup: messages.SumSetup, opening: Any, raw: bytes) -> Answer:
         """The session is open once the key is handed out."""
-        agreement = KeyAgreement((self._private, terms.plan_of(len(setup.roster), setup, self._floats)))
-        self._private = b""
-        self._keying, deal = agreement.meet(opening, raw, randomness=self._randomness)
-        return () if deal is None else (deal,)
-
-    def _hand_out(self, message: KeyDeal | KeyConfirmations, raw: bytes) -> Answer:
-        kind, keying = type(message).__name__, self._keying
-        if self._setup is None or message.session != self._setup.session:
-            raise FaultyServerError(f"the {kind} is of another session")
-        if isinstance(message, KeyDeal) and isinstance(keying, Waiting):
-            self._keying = None
-            self._keying, confirm = keying.receive(raw)
-            return (confirm,)
-        if isinstance(message, KeyConfirmations) and isinstance(keying, ConfirmingKey):
-            self._keying = None
-            self._holder = keying.enter(raw)
+        answer: bytes | None = None
+        if isinstance(opening, Revealing):
+            private, self._private = self._private, b""
+            plan = terms.plan_of(len(setup.roster), setup, self._floats)
+            self._opening, answer = meet(opening, raw, private, plan, randomness=self._randomness)
+        elif isinstance(opening, Waiting):
+            self._opening, answer = opening.receive(raw)
+        elif isinstance(opening, ConfirmingKey):
+            self._holder = opening.enter(raw)
             self._membership = self._holder.member
-            return ()
-        if isinstance(message, KeyConfirmations) and self._holder is not None:
-            return ()  # until a party is heard in the open session, each Begin brings them along
-        raise used(f"its {kind} was not waited for: that step was taken")
+        else:
+            return super()._opened(setup, opening, raw)
+        return () if answer is None else (answer,)
 
     def _answer(self, begin: messages.Begin) -> tuple[Any, Answer]:
         """A round has no keys to show: a vector is asked for. That it may have been answered is stored first."""

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -63,6 +64,17 @@ class Stream:
         return self.given[-1]
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What a party of its own making brings to :func:`steps.meet`."""
+
+    private: bytes
+    plan: Any
+
+    def meet(self, revealing: Any, reveals: bytes, *, randomness: Any) -> Any:
+        return steps.meet(revealing, reveals, self.private, self.plan, randomness=randomness)
+
+
 class Network:
     """hooks: by ("up" or "down", kind of message), a function (party, bytes) -> bytes on what passes."""
 
@@ -101,7 +113,7 @@ class Network:
 
         identity = self.identities[identity or name]
         state, raw = party.join(setup, name=name, identity=identity, policy=policy, randomness=public)
-        return state, steps.KeyAgreement((private[0], plan)), raw
+        return state, Agreement(private[0], plan), raw
 
     def join(self) -> tuple[Gathering, dict[str, Any], dict[str, bytes]]:
         """The stage, the parties' states and what each is sent: everybody's Hello."""
@@ -123,7 +135,7 @@ class Network:
             revealing[name], reveal = joining[name].reveal(raw)
             gathering.receive(name, self.pass_on("up", "reveal", name, reveal))
         session, reveals = gathering.close()
-        self.states += [*joining.values(), *revealing.values(), *self.agreements.values()]
+        self.states += [*joining.values(), *revealing.values()]
         raws = {name: self.pass_on("down", "reveals", name, raw) for name, raw in reveals.items()}
         return Dealing(session.terms, self.plan), revealing, raws
 
@@ -755,7 +767,7 @@ def test_a_vector_counted_twice_is_seen_where_it_passes_the_bound() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"session": bytes(16)}, FaultyServerError, "another session, or under another key"),
+        ({"session": bytes(16)}, FaultyServerError, "of another session"),
         ({"round": 2}, FaultyServerError, "of round 2, not 1"),
         ({"survivors": b"\x0e"}, FaultyServerError, "this party dropped out, and still asks"),
         ({"survivors": b"\x01"}, TooFewSurvivorsError, "1 of the 2"),
