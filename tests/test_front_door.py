@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,15 @@ def _hint(refused: Any) -> str:
     with pytest.raises(ChoralError) as error:
         refused()
     return error.value.hint
+
+
+def test_a_traceback_ends_with_the_hint() -> None:
+    """What a script or a notebook shows of an error that nobody caught; also after it came from another process."""
+    error = ConfigError("epsilon is 0", hint="Values from 1 to 8 are usual.")
+    for shown in (error, pickle.loads(pickle.dumps(error))):  # noqa: S301
+        assert shown.hint == error.hint
+        assert traceback.format_exception(shown)[-1] == "hint: Values from 1 to 8 are usual.\n"
+    assert traceback.format_exception(ConfigError("no hint"))[-1].endswith("no hint\n")
 
 
 def test_an_algorithm_is_taken_by_its_name() -> None:
