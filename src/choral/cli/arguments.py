@@ -103,7 +103,8 @@ def _refuse_short(words: list[str], known: list[str]) -> None:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
         fits = [flag for flag in known if flag.rpartition(".")[2] == name]
         if word.startswith("--") and fits and name not in fits:
-            meant = " or ".join(f"--{flag}" for flag in fits)
+            nearest = min(flag.count(".") for flag in fits)  # a table of the job before one inside a table
+            meant = " or ".join(f"--{flag}" for flag in fits if flag.count(".") == nearest)
             raise ConfigError(f"unknown flag --{name}", hint=f"did you mean {meant}?")
 
 
