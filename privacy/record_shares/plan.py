@@ -22,7 +22,7 @@ and spent by nobody.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -45,6 +45,7 @@ from choral.privacy.noise.shares import MOST_ROWS, Int64Array, ShareGrid, share_
 
 if TYPE_CHECKING:
     from choral.privacy.dpsgd.engine import Privacy
+    from choral.privacy.ledgers.plans import RemainingBudget
 
 SECURE_SUM_FAILURE = 2.0**-40  # of one opening
 CAP_FAILURE = 2.0**-60  # of one step
@@ -232,10 +233,17 @@ class SharesPlan:
         return np.asarray(total * (math.ldexp(self.clip, -self.grid.coarse) / self.terms.batch_size))
 
 
-def plan_shares(privacy: Privacy, terms: SharesTerms, *, beside: Sequence[RecordEvent] = ()) -> SharesPlan:
-    """Return the plan with the least noise that keeps the promise, on ledgers where nothing was spent.
+def plan_shares(
+    privacy: Privacy,
+    terms: SharesTerms,
+    *,
+    beside: Sequence[RecordEvent] = (),
+    ledgers: Iterable[RemainingBudget] = (),
+) -> SharesPlan:
+    """Return the plan with the least noise that keeps the promise, where nothing was spent and on `ledgers`.
 
     beside: what else is released under the same promise, fixed together with the plan before any of it.
+    ledgers: what parties' ledgers leave for it, where they are known; the noise is that of the one that leaves least.
 
     Guarantee: all opened sums together are (epsilon, delta)-DP for every record, against whoever sees them and knows
     what up to `privacy.colluders` parties know; computationally, as the secure sum is.
@@ -251,7 +259,7 @@ def plan_shares(privacy: Privacy, terms: SharesTerms, *, beside: Sequence[Record
             f"delta, {privacy.delta / 2:.3g}",
             hint="Take fewer steps, or a secure sum of a smaller statistical failure.",
         )
-    multiplier = noise_multiplier(
+    fresh = noise_multiplier(
         privacy.epsilon,
         privacy.delta - failures,
         float(terms.rate),
@@ -261,6 +269,8 @@ def plan_shares(privacy: Privacy, terms: SharesTerms, *, beside: Sequence[Record
         neighbours=privacy.neighbours,
         fixed=True,
     )
+    begun = {ledger.state: ledger for ledger in ledgers if not ledger.empty}
+    multiplier = max([fresh, *(left.noise_multiplier(float(terms.rate), terms.steps) for left in begun.values())])
     clip = norm_of_all(privacy.max_grad_norm)
     ideal = SharesPlan(terms=terms, clip=clip, colluders=privacy.colluders, noise_multiplier=multiplier)
     wider = multiplier * (1.0 + ideal.event.stretch) * (1.0 + 1e-12)

@@ -6,6 +6,7 @@ that was cut short, by dropouts or a kill, has paid for the steps whose vectors 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from choral.privacy import Ledger, LedgerError, Privacy, SharesPlan, SharesTerms, Spent, plan_shares
 from choral.privacy.accounting.events import ClientRelease, RecordEvent
 from choral.privacy.ledgers.memory_notice import notice_memory
-from choral.privacy.ledgers.plans import passes_left
+from choral.privacy.ledgers.plans import RemainingBudget, passes_left
 from choral.privacy.ledgers.spending import spent_by_records
 from choral.trainers.federated.codec import cap_of
 from choral.trainers.federated.record_shares.checks import check_algorithm, fewest_survivors, in_shares
@@ -101,7 +102,15 @@ class ShareLedgers:
     def plan(self, length: int) -> SharesPlan:
         """From the public constants of the job. length: of a gradient. Raises: as :func:`plan_shares`."""
         terms = shares_terms(self.job, length)
-        return plan_shares(self.privacy, terms, beside=self._beside())
+        return plan_shares(self.privacy, terms, beside=self._beside(), ledgers=map(self._left, self.ledgers.values()))
+
+    def _left(self, ledger: Ledger) -> RemainingBudget:
+        """What a ledger leaves for this job: as it stood before the job's own plan, where that was begun."""
+        left = RemainingBudget.on(ledger, self.privacy.epsilon, self.privacy.delta)
+        latest = left.state.latest
+        if latest is None or latest.epsilon != self.privacy.epsilon:
+            return left
+        return dataclasses.replace(left.before_latest(), beside=latest.parts[:-1])
 
     def _beside(self) -> tuple[RecordEvent, ...]:
         """What was fixed together with this training, and released before it: of all parties the same."""

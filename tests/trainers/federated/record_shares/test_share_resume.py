@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from torch import nn
 
-from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
+from choral import ClientPrivacy, Keep, Masked, Participation, Plain, Privacy, audit, federate
 from choral.privacy import BudgetExceededError, Ledger, LedgerError
+from choral.privacy.accounting.filters import PrivacyFilter
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers import Dropouts, FedSGD, Run, Task
 
@@ -60,6 +63,13 @@ def resumed(task: Task, out: Path, **changes: Any) -> Run:
         "keep": Keep(out=out, resume=True),
     }
     return federate(task, **given | changes)
+
+
+def fit(model: Any, optimizer: Any, loader: Any) -> None:
+    for batch, target in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch), target).backward()
+        optimizer.step()
 
 
 def steps_of(folder: Path) -> dict[str, int]:
@@ -195,7 +205,7 @@ def test_a_new_folder_on_the_same_ledgers_goes_on_with_what_is_left_of_the_plan(
 
 
 def test_another_job_that_does_not_fit_what_its_ledgers_hold_is_refused_by_name(task: Make, tmp_path: Path) -> None:
-    """Nothing is trained or spent: its noise was planned for data of which nothing was spent."""
+    """Nothing is trained or spent: a filter counts more for the first job alone."""
     (ledgers := tmp_path / "ledgers").mkdir()
     resumed(task(), tmp_path, rounds=1, keep=Keep(out=tmp_path / "one", ledgers=ledgers))
     for epsilon in (4.0, 5.0):
@@ -204,3 +214,52 @@ def test_another_job_that_does_not_fit_what_its_ledgers_hold_is_refused_by_name(
             resumed(task(), tmp_path, privacy=other, keep=Keep(out=tmp_path / f"at {epsilon}", ledgers=ledgers))
     north = Ledger(next(ledgers.rglob("north*.jsonl")), holder="north")
     assert sum(event.steps for event in north.events) == 4
+
+
+def test_a_second_job_under_a_larger_promise_has_the_noise_that_its_ledgers_ask_for(task: Make, tmp_path: Path) -> None:
+    """Solved by the filter, for the ledger that leaves least; stopped, it goes on with the same plan; then no third."""
+    (ledgers := tmp_path / "ledgers").mkdir()
+    first = resumed(task(), tmp_path, rounds=1, keep=Keep(out=tmp_path / "one", ledgers=ledgers))
+    wider = {"privacy": Privacy(9.0, 1e-4, noise="distributed"), "rounds": 2}
+
+    def stop(entry: Any) -> None:
+        if entry.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumed(task(), tmp_path, keep=Keep(out=tmp_path / "two", ledgers=ledgers, on_round=stop), **wider)
+    again = resumed(task(), tmp_path, keep=Keep(out=tmp_path / "two", ledgers=ledgers, resume=True), **wider)
+    assert again.history[-1].round == 2
+    assert audit(tmp_path / "two").verdict == "holds"
+    assert first.spent is not None
+    assert again.spent is not None
+    assert first.spent.epsilon < again.spent.epsilon <= 9.0
+    for name in ("north", "south"):
+        events = Ledger(next(ledgers.rglob(f"{name}*.jsonl")), holder=name).events
+        assert [event.noise_multiplier for event in events[4:]] == [events[4].noise_multiplier] * 8
+        assert PrivacyFilter(9.0, 1e-4).admits(events)
+        assert not PrivacyFilter(9.0, 1e-4).admits([msgspec.structs.replace(e, share=0.97 * e.share) for e in events])
+    with pytest.raises(BudgetExceededError, match="is spent"):
+        resumed(task(), tmp_path, keep=Keep(out=tmp_path / "three", ledgers=ledgers), **wider | {"rounds": 3})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (Privacy(4.0, 1e-4), Privacy(9.0, 1e-4, noise="distributed"), "noise of another kind"),
+        (ClientPrivacy(4.0, 1e-3), ClientPrivacy(4.0, 1e-3), "is spent"),
+    ],
+    ids=["own noise, then shares", "clients, twice"],
+)
+def test_what_its_ledgers_cannot_carry_is_refused_by_name(
+    task: Make, tmp_path: Path, before: Any, after: Any, words: str
+) -> None:
+    """Before anything is trained, drawn or written."""
+    (ledgers := tmp_path / "ledgers").mkdir()
+    given: dict[str, Any] = {"rounds": 1, "secure_sum": Masked(corrupt=1, dropouts=1, min_survivors=4)}
+    federate(task(fit=fit), privacy=before, keep=Keep(out=tmp_path / "one", ledgers=ledgers), **given)
+    held = {path: path.read_bytes() for path in ledgers.rglob("*.jsonl")}
+    steps = {"algorithm": STEPS} if isinstance(after, Privacy) else {}
+    with pytest.raises(BudgetExceededError, match=words):
+        federate(task(fit=fit), privacy=after, keep=Keep(out=tmp_path / "two", ledgers=ledgers), **given, **steps)
+    assert {path: path.read_bytes() for path in ledgers.rglob("*.jsonl")} == held
