@@ -23,7 +23,7 @@ Reference: per-element thresholds in secure aggregation, arXiv 2508.04285.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,46 @@ if TYPE_CHECKING:
     import torch
 
 Opener = Callable[[SumSpec], SumSession]
+
+
+@dataclass
+class ContributorCount:
+    """Of a round's sums, where one process plays all parties: what a sum of theirs hides nothing of.
+
+    Over all coordinates: moved: to which somebody contributes. one: one party alone; few: fewer than ``least``.
+    shown_one, shown_few: those of them that are not zero in the sum that was opened.
+    """
+
+    least: int
+    moved: int = 0
+    one: int = 0
+    few: int = 0
+    shown_one: int = 0
+    shown_few: int = 0
+    _counts: IntVector | None = field(default=None, repr=False)
+
+    def add(self, vector: Any) -> None:
+        """One party's vector, of numpy or torch, as it sends it, its weight left out."""
+        plain: IntVector = vector.cpu().numpy() if is_tensor(vector) else np.array(vector)
+        found = (plain[:-1] != 0).astype(np.int64)
+        self._counts = found if self._counts is None else self._counts + found
+
+    def end(self, total: IntVector) -> None:
+        """The sum was opened. Raises: nothing; without a vector there is nothing to count."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return
+        shown = np.asarray(total)[:-1] != 0
+        few = (counts > 0) & (counts < self.least)
+        self.moved += int((counts > 0).sum())
+        self.one += int((counts == 1).sum())
+        self.few += int(few.sum())
+        self.shown_one += int((shown & (counts == 1)).sum())
+        self.shown_few += int((shown & few).sum())
+
+    def record(self) -> dict[str, int]:
+        """For the run's history."""
+        return {name: getattr(self, name) for name in ("least", "moved", "one", "few", "shown_one", "shown_few")}
 
 
 class ContributorSession:

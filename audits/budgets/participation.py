@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
+from choral.audits.budgets.contributed import contributor_checks
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import cost
 
@@ -59,7 +60,7 @@ def participation_checks(run: Run, found: ParticipationSummary | None) -> list[C
     """Whether the survivors ever fell below what is claimed, and whether the noise was counted by who survived."""
     if found is None:
         return []
-    checks = []
+    checks = contributor_checks(run)
     name = "No sum was opened over fewer parties than claimed"
     if found.claimed_minimum is not None:
         opened = [entry for entry in run.history if entry.round and not entry.failed]

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from choral.errors import ConfigError, DataError
 from choral.privacy import ClientPrivacy, Ledger, Privacy, Spent
 from choral.privacy.accounting import record_level
@@ -32,12 +34,13 @@ from choral.privacy.ledgers.spending import spent_by_clients, spent_by_records
 from choral.protocols.interface import SecureSum
 from choral.trainers.analytics.columns import columns_of
 from choral.trainers.analytics.part import Packing, Statistic
-from choral.trainers.analytics.releases import OpenedSums, StatisticsRelease
+from choral.trainers.analytics.releases import OpenedSums, StatisticsRelease, contributes
 from choral.trainers.analytics.result import FederatedStatistics
 from choral.trainers.federated.checks import secure_sum_named
 from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.task import arguments
 
+_FEW = 5
 _VALUE_BITS = 20  # of a column's range
 
 
@@ -83,7 +86,7 @@ def federated_statistics(
     return FederatedStatistics(
         estimates=release.packing.read(opened.total, opened.noise),
         claim=_claim(privacy, opened, release, spent),
-        releases=_releases(opened, contributors),
+        releases=(*_releases(opened, contributors), *_shown(release, privacy, contributors)),
         survivors=opened.survivors,
         parties=len(parties),
         spent=spent,
@@ -251,6 +254,21 @@ def _for_a_person(privacy: Privacy, spent: Mapping[str, Spent]) -> str:
     return (
         f"For up to {people} records of one person together: epsilon {epsilon:.4g} at delta {privacy.delta:g}, since"
         " noise and records add up as one Gaussian mechanism."
+    )
+
+
+def _shown(release: StatisticsRelease, privacy: Any, contributors: int | None) -> tuple[str, ...]:
+    """What exact totals give away of single parties, as one process that plays them all can count it."""
+    if privacy is not None or contributors is not None:
+        return ()
+    cells = np.concatenate([np.full(part.length, part.cells) for part in release.packing.parts.values()])
+    counts = np.sum([contributes(release.packing, vector) for vector in release.vectors.values()], axis=0)[cells]
+    few = int(((counts > 0) & (counts < _FEW)).sum())
+    if not few:
+        return ()
+    return (
+        f"Of {int((counts > 0).sum())} cells that are not empty, {int((counts == 1).sum())} are one party's alone and"
+        f" {few} of fewer than {_FEW} parties: there the total is theirs. contributors={_FEW} leaves them out.",
     )
 
 

@@ -36,7 +36,7 @@ class RoundOutcome:
     its last exchange. bytes_up, bytes_down: of each exchange's busiest party, summed, without a sum that failed. start,
     seconds: simulated. failed: why it was given up. errors: of the parties whose training failed, in words for the user
     alone. silent: who sent no vector, of parties elsewhere. training, server_step: how long they took. interrupted:
-    whether it failed as the server was stopped.
+    whether it failed as the server was stopped. contributed: how many coordinates were of few parties, if counted.
     """
 
     number: int
@@ -55,6 +55,7 @@ class RoundOutcome:
     training: Stopwatch = field(default_factory=Stopwatch)
     server_step: Stopwatch = field(default_factory=Stopwatch)
     interrupted: bool = False
+    contributed: dict[str, int] | None = None
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -130,6 +131,9 @@ def _exchanges(session: Session, parties: RoundParties, outcome: RoundOutcome) -
         summing = sums[ask.channel].begin(told, parties)
         session.engine.answer(told, parties, summing)
         result = summing.finish()
+        if parties.contributed is not None:
+            parties.contributed.end(result.total)
+            outcome.contributed = parties.contributed.record()
         if session.receipts and asked:
             summed = Summed(parties.names, result.survivors)
             session.receipts.add(asked, sums[ask.channel].session, summed, parties.sending)

@@ -15,6 +15,7 @@ import msgspec
 
 from choral.privacy import ClientPrivacy, Privacy, PrivacyEngine
 from choral.protocols import Grouped
+from choral.protocols.contributors import ContributorCount
 from choral.protocols.interface import SecureSum
 from choral.trainers.algorithms import algorithm_named
 from choral.trainers.algorithms.interface import Algorithm, LocalTrainer
@@ -35,6 +36,9 @@ from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import Rates
 from choral.trainers.task.per_party import check_held_out
 from choral.trainers.task.task import Task, parties_of
+
+_LEAST = 5  # parties that a coordinate has, where nothing else is said
+_MOST_COUNTED = 1 << 25  # numbers of a round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,18 @@ class Plan:
         """The fewest that a round begins with: no sum is over fewer, so they stand for every cohort."""
         names = self.census.names
         return tuple(names[: self.participation.fewest(len(names))])
+
+
+def contributor_count(plan: Plan, length: int) -> ContributorCount | None:
+    """What counts, in a round, coordinates that few parties contribute to; None where that says nothing (vectors have
+    noise, the server sees each anyway, or they are elsewhere), or would take as long as the sum.
+    """
+    shown = plan.secure_sum.name == "plain" or isinstance(plan.secure_sum, Grouped)
+    if shown or plan.privacy is not None or isinstance(plan.parties, DistantParties):
+        return None
+    if length * min(len(plan.census.names), plan.participation.cohort or 1 << 30) > _MOST_COUNTED:
+        return None
+    return ContributorCount(getattr(plan.secure_sum, "contributors", None) or _LEAST)
 
 
 def trainer_of(plan: Plan, engines: Mapping[str, PrivacyEngine]) -> tuple[Resident, LocalTrainer]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from choral.errors import ChoralError
 from choral.privacy import Ledger
+from choral.protocols.contributors import ContributorCount
 from choral.protocols.interface import STEPS, Losses, Step, SumRound
 from choral.trainers.algorithms.interface import Exchange, LocalTrainer, Work
 from choral.trainers.engines.exchange_messages import Told
@@ -34,6 +35,7 @@ class RoundParties:
     lost: who dropped out, at a step of the sum at hand. sums: made so far. errors: of those whose training failed.
     silent: of those elsewhere, who sent no vector; why, nobody here knows. answered: who sent a vector into the sum at
     hand. states: each party's own, as it would be kept if the round ended here. training: how long it took.
+    contributed: counts who moves what, where that tells of anything.
     """
 
     number: int
@@ -47,6 +49,7 @@ class RoundParties:
     silent: set[str] = field(default_factory=set)
     answered: dict[str, TrainingParty] = field(default_factory=dict)
     training: Stopwatch = field(default_factory=Stopwatch)
+    contributed: ContributorCount | None = None
 
     def begin_sum(self, losses: Mapping[str, Step]) -> None:
         """Who drops out in it, beside those who did before and do not come at all.
@@ -158,6 +161,8 @@ class PartiesHere:
                     continue
                 self.transcript.vector(name, encoded.vector)
                 summing.submit(name, encoded.vector)
+                if parties.contributed is not None:
+                    parties.contributed.add(encoded.vector)
                 codec.take(encoded)
                 parties.answered[name] = party
         if missing := [name for name in present if name not in parties.answered and name not in errors]:

@@ -35,7 +35,7 @@ from choral.trainers.federated.failures import with_reasons
 from choral.trainers.federated.ledgers import Ledgers, engines_here
 from choral.trainers.federated.one_round import RoundOutcome
 from choral.trainers.federated.participation import stream
-from choral.trainers.federated.plan import Plan, trainer_of
+from choral.trainers.federated.plan import Plan, contributor_count, trainer_of
 from choral.trainers.federated.record_shares.checks import check_processes
 from choral.trainers.federated.round_parties import PartiesHere, RoundParties, select
 from choral.trainers.federated.sums import Sums, check_promises
@@ -145,6 +145,7 @@ class Session:
             seed=self.plan.compute.seed,
             states=self._state.parties,
         )
+        found.contributed = contributor_count(self.plan, self.terms.federation.length)
         if self.receipts:
             self.receipts.begin(number, found.names, self.weights)
         return found
@@ -216,6 +217,7 @@ class Session:
             largest=codec.largest if not outcome.failed else None,
             simulated_start=outcome.start if rule.timed else None,
             simulated_seconds=outcome.seconds if rule.timed else None,
+            contributed=outcome.contributed,
             times=None if self._ranks or self._distant else outcome.times(self._round, evaluating),
         )
         self._state.clips = {} if self._ranks is not None else clips_of(self._ledgers.engines)  # others keep theirs

@@ -57,6 +57,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dropped: parties that were there and whose training failed, and how; what raised it is for the log alone.
     largest: the largest absolute coordinate that a party sent, None where the server does not see it.
     times: None where other processes trained, and in the runs of earlier versions.
+    contributed: coordinates that somebody moved, that fewer than `least` did, and which of them the sum shows; None
+        where it was not counted (:class:`choral.protocols.contributors.ContributorCount`).
     """
 
     round: int
@@ -75,6 +77,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dropped: dict[str, str] = {}
     largest: float | None = None
     times: RoundTimes | None = None
+    contributed: dict[str, int] | None = None
 
 
 class Population(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, to_json
 from choral.jobs.sites.standardising import compute, found_in, said_of, scales_offer
+from choral.jobs.sites.waits import waits_of
 from choral.jobs.standardising import wanted
 from choral.jobs.training import compute_of, federation_of, keep_of, privacy_of
 
 if TYPE_CHECKING:
     from choral.network.coordinator.remote import RemoteSites
-    from choral.network.coordinator.sites import Carrier, Waits
+    from choral.network.coordinator.sites import Carrier
     from choral.network.door.carrier import EngineAdapter
     from choral.network.site.offer import Offer
     from choral.network.transport.certificates import CertifiedIdentity
@@ -180,13 +181,6 @@ def offer_ahead(
     with contextlib.suppress(_Made), Session.open(plan, Looking()):
         pass
     return offers[0]
-
-
-def waits_of(settings: Settings) -> Waits:
-    from choral.network.coordinator.sites import Waits
-
-    chosen = settings.serve
-    return Waits(sites=chosen.wait, quorum=chosen.quorum, training=chosen.training, step=chosen.step, away=chosen.away)
 
 
 def coordinators_task(settings: Settings) -> tuple[Task, Any, str]:

@@ -222,3 +222,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["estimates"]["age"]["mean"]["value"] == pytest.approx(44.5, abs=3.0)
     assert main(["stats", str(bad), "--quiet"]) == 2
     assert "statistics.age.low is not set" in capsys.readouterr().err
+
+
+def test_exact_totals_say_how_many_cells_are_one_partys_alone() -> None:
+    parties = {name: {"x": ["both", "both"]} for name in "abcdef"}
+    parties["a"] = {"x": ["both", "mine"]}
+    parties["b"] = {"x": ["both", "ours"]}
+    parties["c"] = {"x": ["ours", "both"]}
+    found = federated_statistics(parties, {"x": Categories(("both", "mine", "ours", "none"))})
+    assert "Of 3 cells that are not empty, 1 are one party's alone and 2 of fewer than 5 parties" in found.releases[0]
+    kept = federated_statistics(parties, {"x": Categories(("both", "mine", "ours", "none"))}, contributors=5)
+    assert not any("alone" in said for said in kept.releases)
+    assert federated_statistics(TWO, {"x": Mean(0, 9)}).releases == ()

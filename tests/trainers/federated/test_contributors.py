@@ -83,3 +83,38 @@ def test_a_run_that_is_kept_has_receipts_of_what_was_published(tmp_path: Path) -
 def test_weight_decay_would_make_all_contribute() -> None:
     with pytest.raises(ConfigError, match="weight decay"):
         federate(task(weight_decay=0.01), parties(), rounds=1, secure_sum=SUMS)
+
+
+def test_the_audit_counts_what_single_parties_would_have_given_away() -> None:
+    """Features 0 (one party) and 1 (three): two weights each in both rounds, of six."""
+    bare = federate(task(), parties(), rounds=2, secure_sum=Masked(corrupt=1, dropouts=1, min_survivors=3))
+    assert [entry.contributed for entry in bare.history[1:]] == [
+        {"least": 5, "moved": 6, "one": 2, "few": 4, "shown_one": 2, "shown_few": 4}
+    ] * 2
+    (said,) = [check for check in audit(bare).checks if check.name.startswith("No coordinate")]
+    assert "4 (33.3%) were published as one party's alone" in said.finding
+    assert not said.refutable
+    kept = federate(task(), parties(), rounds=2, secure_sum=SUMS)
+    assert [entry.contributed for entry in kept.history[1:]] == [
+        {"least": 3, "moved": 6, "one": 2, "few": 2, "shown_one": 0, "shown_few": 0}
+    ] * 2
+    (said,) = [check for check in audit(kept).checks if check.name.startswith("No coordinate")]
+    assert (said.verdict, said.refutable) == ("holds", True)
+    assert "4 were one party's alone and 4 of fewer than 3: 4 of these were left out, 0 published" in said.finding
+    assert federate(task(), parties(), rounds=1).history[1].contributed is None  # a plain sum hides nothing
+    noisy = federate(task(), parties(), rounds=1, secure_sum=Masked(corrupt=1), privacy=Privacy(3.0, 1e-3))
+    assert noisy.history[1].contributed is None
+
+
+def test_a_sum_that_shows_what_it_promised_to_leave_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from choral.protocols import contributors
+
+    monkeypatch.setattr(contributors.np, "where", lambda dropped, nothing, vector: vector if nothing == 0 else nothing)
+    run = federate(task(), parties(), rounds=1, secure_sum=SUMS)
+    monkeypatch.undo()
+    assert np.where([True], 0, 1).tolist() == [0]
+    found = audit(run)
+    assert found.verdict == "violated"
+    assert any("2 published" in check.finding for check in found.checks)

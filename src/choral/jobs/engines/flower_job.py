@@ -73,7 +73,7 @@ class Coordinator:
 
         Raises: ConfigError for settings that say what only code at the sites can keep.
         """
-        from choral.jobs.serving import waits_of
+        from choral.jobs.sites.waits import waits_of
         from choral.jobs.training import secure_sum_of
         from choral.network.coordinator.engine_rounds import EngineJob, EngineRounds
         from choral.trainers import Encoding

@@ -17,6 +17,7 @@ import msgspec
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, to_json
+from choral.jobs.sites.waits import waits_of
 from choral.jobs.standardising import wanted
 from choral.jobs.training import privacy_of, secure_sum_of
 
@@ -85,7 +86,6 @@ def compute(
     say: Callable[[str], None],
 ) -> Standardisation:
     """Have the sites answer, and keep what comes of it. Raises: ConfigError, OfferError; what ends a sum."""
-    from choral.jobs.serving import waits_of
     from choral.network.coordinator.statistics import SitesStatistics
     from choral.trainers.analytics.standardise import read
     from choral.trainers.run_folder.folder import STANDARDISE, check_empty, replace_file

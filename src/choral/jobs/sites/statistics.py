@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, SitesSettings
+from choral.jobs.sites.waits import waits_of
 from choral.jobs.statistics import StatisticsSettings, job_of, statistic_of
 from choral.jobs.training import privacy_of, secure_sum_of
 
@@ -51,7 +52,6 @@ def serve_statistics(
     say: Callable[[str], None],
 ) -> FederatedStatistics:
     """Compute them with the sites of the directory. Raises: ConfigError, OfferError; what ends a sum."""
-    from choral.jobs.serving import waits_of
     from choral.network.coordinator.statistics import SitesStatistics
     from choral.trainers.analytics.federated_statistics import of_sites
 
