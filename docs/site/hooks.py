@@ -37,6 +37,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown.replace("<!-- settings -->", settings()) if "<!-- settings -->" in markdown else markdown
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name things as Sphinx does, :class:`Name`: here the name alone is shown."""
+    return re.sub(r":(?:class|func|meth|mod|attr|data|exc):<code>~?", "<code>", html)
+
+
 def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
     """The notebook as Markdown, and its pictures. Raises: CellExecutionError for a cell that fails."""
     notebook = nbformat.read(path, as_version=4)
@@ -57,8 +62,11 @@ def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
 
 def _shown(output: Any, name: str, pictures: dict[str, bytes]) -> str:
     if output.output_type == "stream":
-        return f"```text\n{output.text.rstrip()}\n```"
+        text = output.text.replace(f"{ROOT}{os.sep}", "").rstrip()  # where it was built is nobody's concern
+        return f"```text\n{text}\n```"
     data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return ""  # a bar, which is there while the cell runs
     if "image/png" in data:
         pictures[name] = base64.b64decode(data["image/png"])
         return f"![A picture drawn by the cell above]({name})"

@@ -56,7 +56,8 @@ class Privacy:
     Mechanism: DP-SGD (Abadi et al. 2016) with Poisson sampling.
 
     Args:
-        epsilon: the most that may be spent, > 0. delta: in (0, 1), below 1/n for n records.
+        epsilon: the most that may be spent, > 0.
+        delta: in (0, 1), below 1/n for n records.
         max_grad_norm: clipping norm C of one record's gradient, > 0; or :class:`PerLayerClip`, or
             :class:`AdaptiveClip`, which follows a quantile of the norms.
         epochs: passes over the data that one call of the training loop makes at most, >= 1.
