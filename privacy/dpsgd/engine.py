@@ -307,7 +307,7 @@ class PrivacyEngine:
         return clip, resumed.noise_multiplier
 
     def spent(self) -> Spent:
-        """Return what this holder's data has spent so far, earlier runs included."""
+        """Return what this data owner's records have spent so far, earlier runs included."""
         return spent_by_records(self.ledger, self.privacy.delta, self.privacy.records_per_person)
 
     @staticmethod

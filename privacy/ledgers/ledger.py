@@ -62,8 +62,8 @@ class Ledger:
         holder: whose data this is. Left out, it is read from the file or set by the first PrivacyEngine that uses it.
 
     Safe under kill -9 and with several writing processes. Copies are the ledger itself.
-    Raises: LedgerError if the file is damaged or belongs to another holder; NoLocksError for a file on a system without
-        file locks.
+    Raises: LedgerError if the file is damaged or belongs to another data owner; NoLocksError for a file on a system
+        without file locks.
     """
 
     def __init__(self, path: str | Path | None = None, *, holder: str | None = None) -> None:
@@ -112,7 +112,7 @@ class Ledger:
 
     @property
     def delta(self) -> float | None:
-        """The delta that the holder's budget is stated at; None before the first event."""
+        """The delta that the data owner's budget is stated at; None before the first event."""
         return self._header.delta if self._header else self._asked_delta
 
     @property
@@ -182,7 +182,7 @@ class Ledger:
     def read(cls, content: bytes, *, holder: str) -> Self:
         """Return a ledger in memory of what :meth:`written` returned.
 
-        Raises: LedgerError if that is damaged, holds no event, or belongs to another holder.
+        Raises: LedgerError if that is damaged, holds no event, or belongs to another data owner.
         """
         ledger = cls()
         found = verified(content, f"the ledger of {holder!r}")
@@ -203,7 +203,7 @@ class Ledger:
         """Declare whose ledger this is, the delta of the budget, its unit and neighbours; the first append writes it.
 
         neighbours: a relation of the unit's; None takes the ledger's own, or the unit's usual one.
-        Raises: LedgerError if the ledger belongs to another holder or states another delta, unit or relation.
+        Raises: LedgerError if the ledger belongs to another data owner or states another delta, unit or relation.
         """
         if unit not in RELATIONS:
             raise ConfigError(f"unit is {unit!r}, expected one of {', '.join(RELATIONS)}")
@@ -239,8 +239,8 @@ class Ledger:
 
         `after` is the number of events the caller knows of. If there are more, somebody else has spent since:
         nothing is written. Nor is an event that could not be read back as it is, whether to a file or in memory.
-        Raises: LedgerError (that, a damaged file, no holder bound, something that is no event or one of another unit,
-        or a failed write).
+        Raises: LedgerError (that, a damaged file, no data owner bound, something that is no event or one of another
+        unit, or a failed write).
         """
         if not isinstance(event, Event):
             raise LedgerError(
@@ -250,7 +250,7 @@ class Ledger:
         for entry in entries:
             self._check_unit(unit_of(entry))
         if self._asked is None or self._asked_delta is None:
-            raise LedgerError("this ledger has no holder yet", hint="Call bind(holder, delta) before the first append.")
+            raise LedgerError("this ledger has no data owner yet", hint="Call bind(holder, delta) before appending.")
         rule, orders = filter_of(plan, self._asked_delta)
         header = self._header or Header(
             format=FORMAT,
@@ -279,7 +279,7 @@ class Ledger:
                 end = self._read(file)
                 self._check_count(after)
                 if self._header != header:
-                    raise LedgerError(f"{self._name} was begun for another holder or delta meanwhile", hint=_ONE_EACH)
+                    raise LedgerError(f"{self._name} was begun for another owner or delta meanwhile", hint=_ONE_EACH)
                 extend(file.fileno(), end, lines(self._head, entries)[0])
                 self._read(file)
         except OSError as error:

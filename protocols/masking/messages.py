@@ -30,10 +30,11 @@ travel as one Bundle), and 5 bytes up more for each packet that does not open.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta
 
+from choral.protocols.errors import SERVER, FaultyServerError
 from choral.protocols.wire_format import ENVELOPE as ENVELOPE
 from choral.protocols.wire_format import MAX_NAME as MAX_NAME
 from choral.protocols.wire_format import MAX_PARTIES as MAX_PARTIES
@@ -41,6 +42,8 @@ from choral.protocols.wire_format import VERSION as VERSION
 from choral.protocols.wire_format import Bytes32, Entry, Index, Name, RoundNumber, SessionId, Signature, read
 from choral.protocols.wire_format import Message as Message
 from choral.protocols.wire_format import encode as encode
+
+M = TypeVar("M", bound=Message)
 
 PIECE = 2**32 - 1
 """Bytes in one piece of a packed vector: the longest byte string of msgpack. 2^31 values of 64 bits are five pieces."""
@@ -342,4 +345,26 @@ def to_server(raw: bytes, *, sender: str, limit: int) -> ToServer:
 def to_party(raw: bytes, *, limit: int) -> ToParty:
     """A message from the server. Raises MessageError, blaming the server, for anything else."""
     message: ToParty = read(ToParty, raw, sender="the server", limit=limit)
+    return message
+
+
+def expect(message: ToParty, kind: type[M]) -> M:
+    """Raises: FaultyServerError for a message of another kind."""
+    if not isinstance(message, kind):
+        raise FaultyServerError(f"expected its {kind.__name__}, got its {type(message).__name__}")
+    return message
+
+
+def from_server(
+    kind: type[Any], raw: bytes, session: bytes, limit: int, *, number: int = 0, known: Any = ToParty
+) -> Any:
+    """The one message that a state waits for. number: of its round. known: whatever may come in this protocol.
+
+    Raises: MessageError; FaultyServerError for any other.
+    """
+    message = expect(read(known, raw, sender=SERVER, limit=limit), kind)
+    if message.session != session:
+        raise FaultyServerError(f"the {kind.__name__} is of another session")
+    if number and message.round != number:
+        raise FaultyServerError(f"the {kind.__name__} is of round {message.round}, not {number}")
     return message

@@ -40,7 +40,7 @@ from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
-from choral.protocols.masking.party_round import Advertised, Keys, Membership, expect, from_server
+from choral.protocols.masking.party_round import Advertised, Keys, Membership
 from choral.protocols.masking.policy import Policy, check_policy
 
 
@@ -74,7 +74,7 @@ def join(
     """
     check_policy(policy)
     message = messages.to_party(setup, limit=messages.limit(messages.SumSetup, len(policy.directory)))
-    message = expect(message, messages.SumSetup)
+    message = messages.expect(message, messages.SumSetup)
     policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
@@ -98,7 +98,8 @@ class Joining(Once[_Own]):
         own = self._take()
         own.current.check_live()
         n = len(own.setup.roster)
-        message = from_server(messages.Hellos, hellos, own.setup.session, messages.limit(messages.Hellos, n))
+        most = messages.limit(messages.Hellos, n)
+        message = messages.from_server(messages.Hellos, hellos, own.setup.session, most)
         if len(message.hellos) != n:
             raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
         expected = signing.commitment(own.setup_digest, own.index, own.nonce)
@@ -122,7 +123,8 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
         own, hellos = self._take()
         own.current.check_live()
         n = len(own.setup.roster)
-        message = from_server(messages.Reveals, reveals, own.setup.session, messages.limit(messages.Reveals, n))
+        most = messages.limit(messages.Reveals, n)
+        message = messages.from_server(messages.Reveals, reveals, own.setup.session, most)
         if len(message.nonces) != n:
             raise FaultyServerError(f"expected {n} nonces, one per party, got {len(message.nonces)}")
         for party, (entry, nonce) in enumerate(zip(hellos.hellos, message.nonces, strict=True)):

@@ -105,10 +105,7 @@ class MaskedPartyDriver:
     known: Any = messages.ToParty  # whatever the server may send in this protocol
     waits: Any = Ready  # the state that takes a vector
     # What opens a session, for which state; and whether it may come again when the session is open.
-    opens: ClassVar[dict[Any, tuple[Any, bool]]] = {
-        messages.Hellos: (Joining, False),
-        messages.Reveals: (Revealing, True),
-    }
+    opens: ClassVar[dict[Any, Any]] = {messages.Hellos: (Joining, False), messages.Reveals: (Revealing, True)}
 
     def __init__(self, context: PartyContext) -> None:
         identity, self._purpose = context.identity, context.purpose

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from choral.protocols.crypto.keys import PrivateKey, SealError, SigningKey, WeakKeyError, seal, unseal
 from choral.protocols.crypto.shamir import split
 from choral.protocols.crypto.single_use import Current, Once
 from choral.protocols.driver import Randomness
-from choral.protocols.errors import SERVER, FaultyPartyError, FaultyServerError, SpecError, TooFewSurvivorsError
+from choral.protocols.errors import FaultyPartyError, FaultyServerError, SpecError, TooFewSurvivorsError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.mask_addition import masked
 from choral.protocols.masking.policy import Policy
 from choral.protocols.masking.signing import NO_BEGIN
 from choral.protocols.own_vector import checked
-from choral.protocols.wire_format import read
 
 NONCE = bytes(12)
 """Fixed, because a sealing key seals one packet: it is derived for one sender, receiver and round's mask key."""
-
-M = TypeVar("M", bound=messages.Message)
 
 
 @dataclass(frozen=True, repr=False)
@@ -361,29 +358,8 @@ def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
         raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
 
 
-def expect(message: messages.ToParty, kind: type[M]) -> M:
-    if not isinstance(message, kind):
-        raise FaultyServerError(f"expected its {kind.__name__}, got its {type(message).__name__}")
-    return message
-
-
-def from_server(
-    kind: type[Any], raw: bytes, session: bytes, limit: int, *, number: int = 0, known: Any = messages.ToParty
-) -> Any:
-    """The one message that a state waits for. number: of its round. known: whatever may come in this protocol.
-
-    Raises: MessageError; FaultyServerError for any other.
-    """
-    message = expect(read(known, raw, sender=SERVER, limit=limit), kind)
-    if message.session != session:
-        raise FaultyServerError(f"the {kind.__name__} is of another session")
-    if number and message.round != number:
-        raise FaultyServerError(f"the {kind.__name__} is of round {message.round}, not {number}")
-    return message
-
-
 def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
-    return from_server(kind, raw, member.id, messages.limit(kind, entries), number=number)
+    return messages.from_server(kind, raw, member.id, messages.limit(kind, entries), number=number)
 
 
 def _check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> None:

@@ -253,7 +253,7 @@ def check_parties(parties: Mapping[str, Any], *, least: int, min_classes: int) -
     if len(parties) < least:
         raise ConfigError(
             f"expected at least {least} parties, got {len(parties)}",
-            hint="for one holder of data use "
+            hint="for one data owner use "
             + worded(command="--centralized (choral train)", python="Privacy.wrap or centralize"),
         )
     return {name: check_party(name, dataset, min_classes) for name, dataset in parties.items()}

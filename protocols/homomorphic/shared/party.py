@@ -43,7 +43,7 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership, from_server, survivors_of
+from choral.protocols.masking.party_round import NONCE, Membership, survivors_of
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
 from choral.protocols.wire_format import encode, read
 
@@ -88,7 +88,7 @@ class Chain:
 def _from_server(kind: type[Any], raw: bytes, session: bytes, entries: int, *, number: int = 0) -> Any:
     """As in the masked sum. A session and its key are one name once the key is there."""
     most = key_messages.limit(kind, entries)
-    return from_server(kind, raw, session, most, number=number, known=key_messages.ToParty)
+    return messages.from_server(kind, raw, session, most, number=number, known=key_messages.ToParty)
 
 
 def meet(

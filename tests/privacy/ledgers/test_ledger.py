@@ -84,7 +84,7 @@ def test_no_file_before_the_first_append(path: Path) -> None:
 
 
 def test_append_needs_a_holder(path: Path) -> None:
-    with pytest.raises(LedgerError, match="no holder"):
+    with pytest.raises(LedgerError, match="no data owner"):
         Ledger(path, holder="a").append(EVENT, after=0)
 
 
@@ -116,7 +116,7 @@ def test_what_a_ledger_is_not_bound_to(bound: dict[str, Any], said: str) -> None
     ledger = Ledger()
     with pytest.raises(ConfigError, match=said):
         ledger.bind(**{"holder": "a", "delta": 1e-5, **bound})
-    with pytest.raises(LedgerError, match="no holder"):
+    with pytest.raises(LedgerError, match="no data owner"):
         ledger.append(EVENT, after=0)
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_another_holder_began_meanwhile_is_not_written_to(path: Path
     second.bind("b", 1e-5)
     first.append(EVENT, after=0)
     before = path.read_bytes()
-    with pytest.raises(LedgerError, match="was begun for another holder or delta meanwhile"):
+    with pytest.raises(LedgerError, match="was begun for another owner or delta meanwhile"):
         second.append(EVENT, after=1)
     assert path.read_bytes() == before
 
