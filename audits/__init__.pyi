@@ -1,8 +1,11 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
 from choral.audits.attacks.client_canaries import audit_clients as audit_clients
+from choral.audits.attacks.exposure import draw_secrets as draw_secrets
+from choral.audits.attacks.exposure import exposure as exposure
 from choral.audits.attacks.gradient_canaries import GradientCanaries as GradientCanaries
 from choral.audits.attacks.inversion import inversion_audit as inversion_audit
+from choral.audits.attacks.membership import bavaria as bavaria
 from choral.audits.attacks.membership import confidences as confidences
 from choral.audits.attacks.membership import lira_offline as lira_offline
 from choral.audits.attacks.membership import lira_online as lira_online
@@ -27,5 +30,6 @@ from choral.audits.findings.door import ArmEvidence as ArmEvidence
 from choral.audits.findings.schema import ReportError as ReportError
 from choral.audits.lower_bounds.guessing import FixedShares as FixedShares
 from choral.audits.lower_bounds.guessing import SampleSplit as SampleSplit
+from choral.audits.probes.clients import probe_clients as probe_clients
 from choral.audits.run.run_audit import Audit as Audit
 from choral.audits.run.run_audit import audit as audit

@@ -1,6 +1,7 @@
 """How much an overfitted model tells of who was in its training: LiRA and RMIA, against an independent implementation.
 
     python benchmarks/membership.py [--data adult|fashion] [--records 4000] [--shadows 64] [--epochs 300] [--seed 0]
+    python benchmarks/membership.py --few [...]
 
 One target and as many shadow models train on halves of the records, drawn by coins, until they know them by heart. All
 attacks are on that one target. Ours: shadows and scores by ``choral.audits``. Independent: shadows on other coins,
@@ -8,6 +9,9 @@ trained and scored by plain numpy, which shares no code with ours: backpropagati
 papers record by record. One JSON line per attack: the area under the curve with DeLong's interval, true-positive rates
 at 1 % and 0.1 % false positives with Clopper-Pearson's, the independent area, that of our scores on the independent
 shadows, and the difference of the first two with a paired bootstrap interval over records (95 % each).
+
+--few: BaVarIA beside LiRA and RMIA with the first 4, 8, 16 and so on of the shadows, whose coins come in pairs of
+opposite ones, so that every record is in half of any of these.
 """
 
 from __future__ import annotations
@@ -155,6 +159,32 @@ def difference(one: Any, other: Any, truth: Any, rng: np.random.Generator, draws
     return float(low), float(high)
 
 
+def with_few(x: torch.Tensor, y: torch.Tensor, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """One line per number of shadows and attack, all on one target."""
+    rng = np.random.default_rng(chosen.seed)
+    half = rng.random((chosen.shadows // 2, chosen.records)) < 0.5
+    known = np.stack([half, ~half], axis=1).reshape(-1, chosen.records)
+    truth = rng.random(chosen.records) < 0.5
+    started = time.process_time()
+    logits = shadow_logits(x, y, np.concatenate([known, truth[None]]), chosen.epochs, chosen.seed)
+    lines: list[dict[str, Any]] = [{"data": chosen.data, "cpu_seconds": time.process_time() - started}]
+    for few in (count for count in (4, 8, 16, 32, 64) if count <= len(known)):
+        some = np.concatenate([logits[:few], logits[-1:]])
+        phi = membership.logit_gap(some[:, : chosen.records], y[: chosen.records])
+        scores = ours(some, y, known[:few]) | {
+            "BaVarIA": membership.bavaria(phi[-1], phi[:-1], known[:few]),
+            "BaVarIA, offline": membership.bavaria(phi[-1], phi[:-1], known[:few], offline=True),
+        }
+        for name, values in scores.items():
+            found = roc(values, truth)
+            line: dict[str, Any] = {"shadows": few, "attack": name}
+            line["auc"] = [found.auc.value, found.auc.low, found.auc.high]
+            for at in found.at:
+                line[f"tpr_at_{100 * at.wanted:g}_percent_fpr"] = at.true_positive_rate.value
+            lines.append(line)
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", choices=("adult", "fashion"), default="adult")
@@ -163,9 +193,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shadows", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of coins, weights and order; nothing here is private")
+    parser.add_argument("--few", action="store_true", help="BaVarIA, LiRA and RMIA by the number of shadows")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     x, y = records(chosen.data, chosen.records, chosen.data_dir)
+    if chosen.few:
+        few = with_few(x, y, chosen)
+        for line in few:
+            print(json.dumps(line))
+        return few
     rng = np.random.default_rng(chosen.seed)
     coins = rng.random((2 * chosen.shadows + 1, chosen.records)) < 0.5
     truth = coins[chosen.shadows]

@@ -7,17 +7,21 @@ shape (k, n). Each shadow's members are drawn by coins that know nothing of the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_ndtr, logsumexp, softmax
+from scipy.optimize import brentq
+from scipy.special import digamma, log_ndtr, logsumexp, polygamma, softmax
+from scipy.stats import t as student
 
 from choral.audits.lower_bounds.roc import Bools, Floats
 from choral.errors import ConfigError, DataError
 
 _LEAST = 2  # shadows on each side of a record
 _FLOOR = 1e-30
+_MOST_FREEDOM = 1e6  # of a prior: beyond, all records have one variance
 
 
 def loss_threshold(logits: Any, labels: Any) -> Floats:
@@ -66,6 +70,56 @@ def lira_offline(target: Floats, shadows: Floats, members: Bools, *, fixed_varia
     _, mean_out, _, spread_out = _moments(target, shadows, members, fixed_variance, offline=True)
     z = (target - mean_out) / spread_out
     return np.asarray(-log_ndtr(-z))
+
+
+def bavaria(target: Floats, shadows: Floats, members: Bools, *, offline: bool = False) -> Floats:
+    """LiRA's likelihood ratio for few shadows: each record's mean and variance on a side have a prior, made of all
+    records', and are integrated out, so that the ratio is of two Student densities.
+
+    Model, of each side: x ~ N(mu, s^2), mu given s^2 ~ N(m, s^2 / k), s^2 ~ inverse gamma (v / 2, v w / 2). m, k, v and
+    w are fitted to all records by moments (k: of their means; v, w: of the logarithms of their variances, as in Smyth
+    2004), so there is nothing to tune. One shadow on a side is enough of most records, and a record without any has its
+    prior. offline: from the side without the record alone, minus the logarithm of the upper tail.
+    Reference: Brännvall, "Exponential-family membership inference" (BaVarIA-t), 2026, for the conjugate prior and the
+    Student predictive; how the prior is fitted is ours. Raises: DataError where no record has two shadows on a side.
+    """
+    _check_shadows(target, shadows, members)
+    outside = _predictive(shadows, ~members)
+    if offline:
+        return np.asarray(-student.logsf(target, *outside))
+    return np.asarray(student.logpdf(target, *_predictive(shadows, members)) - student.logpdf(target, *outside))
+
+
+def _predictive(values: Floats, chosen: Bools) -> tuple[Floats, Floats, Floats]:
+    """Degrees of freedom, location and scale of the next value's Student density, each of shape (n,)."""
+    counts = chosen.sum(axis=0)
+    several = counts >= _LEAST
+    if not several.any():
+        raise DataError("no record has two shadow models on a side, expected some", hint="train more shadow models")
+    means = np.where(chosen, values, 0.0).sum(axis=0) / np.maximum(counts, 1)
+    squares = np.where(chosen, (values - means) ** 2, 0.0).sum(axis=0)
+    freedom, usual = _prior_of_variances(squares[several] / (counts[several] - 1), counts[several] - 1)
+    known = counts > 0
+    centre = float(means[known].mean())
+    between = float(means[known].var()) - usual * float((1.0 / counts[known]).mean())
+    weight = usual / max(between, 1e-6 * usual)  # how many shadows the prior of a mean counts for
+    whole = weight + counts
+    located = (weight * centre + counts * means) / whole
+    total = freedom * usual + squares + weight * counts / whole * (means - centre) ** 2
+    left = freedom + counts
+    return left, located, np.sqrt(total * (whole + 1.0) / (left * whole)) + _FLOOR
+
+
+def _prior_of_variances(found: Floats, freedom: Floats) -> tuple[float, float]:
+    """(v, w): the variances are w times chi-squares of their freedom over inverse chi-squares of v. Smyth 2004,
+    section 6.2: the mean and the variance of their logarithms."""
+    logs = np.log(np.maximum(found, 1e-12 * float(found.mean()) + _FLOOR))
+    logs = logs - digamma(freedom / 2.0) + np.log(freedom / 2.0)
+    apart = float(logs.var(ddof=1)) - float(polygamma(1, freedom / 2.0).mean()) if len(logs) > 1 else 0.0
+    if apart <= float(polygamma(1, _MOST_FREEDOM / 2.0)):
+        return _MOST_FREEDOM, math.exp(float(logs.mean()))
+    half = float(brentq(lambda x: float(polygamma(1, x)) - apart, 1e-6, _MOST_FREEDOM))
+    return 2.0 * half, math.exp(float(logs.mean()) + float(digamma(half)) - math.log(half))
 
 
 def rmia(

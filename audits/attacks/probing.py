@@ -27,12 +27,14 @@ from choral.audits.attacks.score_audit import audit_scores, canaries_needed
 from choral.audits.findings.evidence import Probe, ProbeCheck, ScoreAudit
 from choral.audits.probes import noise_checks, sampling_checks
 from choral.audits.probes.clipping_checks import clipping, fitted, only_drawn
+from choral.audits.probes.correlated import correlated_audit, correlated_checks
 from choral.audits.probes.noise_checks import noise_reuse
 from choral.audits.probes.records import Floats, ProbeLayout, ProbeRecords
 from choral.audits.probes.seen import FALSE_ALARMS, Seen, check
 from choral.audits.probes.twins import twins
 from choral.errors import ConfigError
-from choral.privacy import Privacy
+from choral.privacy import Ledger, Privacy
+from choral.privacy.accounting.events import CorrelatedGaussian
 from choral.privacy.dpsgd.clipping import AdaptiveClip, PerLayerClip, norm_of_all
 from choral.privacy.ledgers.memory_notice import no_notice
 
@@ -65,15 +67,30 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     Chunks of batches are probed as they are asked for; clipping by layer as one norm split evenly; adaptive clipping
     with its norm held still, so that neither its moves nor its count's own noise are seen.
 
-    Raises: ConfigError for correlated noise, which repeats by design, and for a trainer that spends nothing from the
+    Correlated noise is made independent by the strategy that the ledger names, and tested then; batches must be the
+    same in every pass, with each record in one.
+
+    Raises: ConfigError for the tree of correlated noise, and for a trainer that spends nothing from the
         ledger of the promise, or makes no step; what the trainer raises.
     """
-    if type(privacy) is not Privacy:
-        raise ConfigError(f"the probe is for Privacy, whose noise is independent, not for {type(privacy).__name__}")
-    canaries = canary_count(privacy.epsilon, privacy.delta, confidence)
+    canaries, ledgers = canary_count(privacy.epsilon, privacy.delta, confidence), list[Ledger]()
     with no_notice():
-        seen = twins(lambda: _train(privacy, wrap, canaries))
-    return judged(seen, privacy.delta, confidence)
+        seen = twins(lambda: _train(privacy, wrap, canaries, ledgers))
+    if type(privacy) is Privacy:
+        return judged(seen, privacy.delta, confidence)
+    event = next((each for each in ledgers[0].events if isinstance(each, CorrelatedGaussian)), None)
+    if event is None:
+        raise ConfigError(f"the ledger of {type(privacy).__name__} names no strategy of correlated noise")
+    checks = (*correlated_checks(seen, event), _paid_for(seen[0]))
+    audit = correlated_audit(seen[0], event, privacy.delta, confidence)
+    return _found(checks, audit, len(seen[0].released) * len(seen), len(seen[0].released))
+
+
+def _found(checks: tuple[ProbeCheck, ...], audit: ScoreAudit, looked_at: int, steps: int) -> Probe:
+    faults = [each.finding for each in checks if each.violated]
+    faults += [audit.sentence] if audit.finding == "violated" else []
+    said = f"No fault found in {looked_at} steps on probe records. {audit.sentence} {UNSEEN.format(steps=steps)}"
+    return Probe(checks=checks, canaries=audit, violated=bool(faults), sentence=" ".join(faults) or said)
 
 
 def judged(seen: list[Seen], delta: float, confidence: float) -> Probe:
@@ -106,17 +123,7 @@ def judged(seen: list[Seen], delta: float, confidence: float) -> Probe:
         _paid_for(first),
     )
     audit = _canary_audit(first, delta, confidence)
-    faults = [each.finding for each in checks if each.violated]
-    if audit.finding == "violated":
-        faults.append(audit.sentence)
-    unseen = UNSEEN.format(steps=len(first.released))
-    return Probe(
-        checks=checks,
-        canaries=audit,
-        violated=bool(faults),
-        sentence=" ".join(faults)
-        or f"No fault found in {len(drawn)} steps on probe records. {audit.sentence} {unseen}",
-    )
+    return _found(checks, audit, len(drawn), len(first.released))
 
 
 def canary_count(epsilon: float, delta: float, confidence: float) -> int:
@@ -128,7 +135,9 @@ def canary_count(epsilon: float, delta: float, confidence: float) -> int:
     return min(max(needed, _CANARIES), _MOST_CANARIES)
 
 
-def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int) -> Seen:
+def _train(
+    privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: int, ledgers: list[Ledger] | None = None
+) -> Seen:
     """One run of the trainer on fresh coins, over all of its passes."""
     clip, kept, still = norm_of_all(privacy.max_grad_norm), 1.0, privacy.max_grad_norm
     if isinstance(still, AdaptiveClip):  # a norm that moves would hide the scale of the noise
@@ -136,7 +145,10 @@ def _train(privacy: Privacy, wrap: Callable[[Privacy], Wrap] | None, canaries: i
     elif isinstance(still, PerLayerClip):
         still = PerLayerClip(clip)
     passes = min(max(privacy.epochs, _PASSES), _MOST_PASSES)
-    own = dataclasses.replace(privacy, ledger=None, epochs=passes, max_grad_norm=still)
+    ledger = Ledger() if type(privacy) is not Privacy else None
+    own = dataclasses.replace(privacy, ledger=ledger, epochs=passes, max_grad_norm=still)
+    if ledger is not None and ledgers is not None:
+        ledgers.append(ledger)
     layout, records, inside = ProbeLayout.of(canaries), canaries, flip_coins(canaries)
     batch = int(_RATE * records)
     model = layout.model()

@@ -30,17 +30,18 @@ def fitted(seen: list[Seen], noise: float) -> dict[str, Floats]:
     return left
 
 
-def clipping(seen: list[Seen], noise: float) -> ProbeCheck:
+def clipping(seen: list[Seen], noise: float, *, alone: bool = True) -> ProbeCheck:
     """No canary may hold more than the clipping norm and what noise explains: alone, and on average.
 
     The average over all that were drawn, in parts of the schedule, by loudness and by group of parameters. Each is a
     normal variable of a known deviation whose mean is at most 1 if records are clipped (Bonferroni over the tests).
+    alone: False where a step holds several of a record's, as correlated noise mixes them.
     """
     first = seen[0].layout
     parts = np.concatenate([each.layout.projections(each.released) for each in seen])
     loud = np.concatenate([each.loud for each in seen])
     largest = float(np.abs(parts).max())
-    alone = 2.0 * parts.size * float(ndtr(-(largest - 1.0) / noise))
+    single = 2.0 * parts.size * float(ndtr(-(largest - 1.0) / noise)) if alone else 1.0
     tests: list[tuple[str, float, float]] = []  # where, estimated length, its deviation
     released = np.concatenate([each.released for each in seen])
     expected = np.concatenate([each.layout.expected(each.loud) for each in seen])
@@ -58,7 +59,7 @@ def clipping(seen: list[Seen], noise: float) -> ProbeCheck:
         tests.append((f"in the {name}", own * float((k * r).sum()) / size, own * noise / math.sqrt(size)))
     tails = [float(ndtr(-(length - 1.0) / deviation)) for _, length, deviation in tests]
     worst = int(np.argmin(tails))
-    p_value = 2.0 * min(alone, len(tests) * tails[worst])
+    p_value = 2.0 * min(single, len(tests) * tails[worst])
     where, length, _ = tests[worst]
     return check(
         "Every record is clipped",

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from choral.audits.probes.records import ProbeLayout
 from choral.audits.probes.seen import Seen
 from choral.privacy import Spent
 
+Shown = TypeVar("Shown")
 _PATIENCE = 30.0  # seconds beside twice what the first training took
 
 
@@ -51,6 +52,16 @@ def twins(train: Callable[[], Seen]) -> list[Seen]:
     public.restore()
     with _one_clock(moment):
         return [first, train()]
+
+
+def one_after_another(make: Callable[[], Shown]) -> list[Shown]:
+    """The same for what leaves no trace in this process: made twice, with public randomness and clock put back."""
+    public, moment, made = _PublicState(), time.time(), []
+    for _ in range(2):
+        public.restore()
+        with _one_clock(moment):
+            made.append(make())
+    return made
 
 
 class _PublicState:

@@ -182,6 +182,71 @@ def test_one_variance_is_each_sides_own() -> None:
     assert np.abs(found - own).mean() < 0.2 * np.abs(found - wrong).mean()
 
 
+def test_bavaria_is_the_integral_over_mean_and_variance() -> None:
+    """By quadrature over mu and log s^2 of prior times likelihoods, with the prior that was fitted, which is recovered
+    from 20,000 records drawn from a known one."""
+    rng = np.random.default_rng(8)
+    variances = 6.0 * 0.5 / rng.chisquare(6.0, 20_000)
+    means = 1.0 + rng.normal(size=20_000) * np.sqrt(variances / 0.4)
+    shadows = means + rng.normal(size=(6, 20_000)) * np.sqrt(variances)
+    freedom, usual = membership._prior_of_variances(shadows.var(axis=0, ddof=1), np.full(20_000, 5.0))
+    assert freedom == pytest.approx(6.0, rel=0.1)
+    assert usual == pytest.approx(0.5, rel=0.05)
+    few = shadows[:, :300]
+    members = np.arange(6)[:, None] < 3 + 0 * few[0].astype(int)
+    target = means[:300] + rng.normal(size=300)
+    found = membership.bavaria(target, few, members)
+    for i in (0, 1):
+        sides = [integrated(few[rows], i, float(target[i])) for rows in (slice(0, 3), slice(3, 6))]
+        assert found[i] == pytest.approx(math.log(sides[0] / sides[1]), abs=1e-3)
+
+
+def integrated(side: np.ndarray, record: int, at: float) -> float:
+    """The density of the next value of one record, whose side's shadows are these, on a grid of mu and log s^2."""
+    n = len(side)
+    v, w = membership._prior_of_variances(side.var(axis=0, ddof=1), np.full(side.shape[1], n - 1.0))
+    centre, between = side.mean(), side.mean(axis=0).var() - w / n
+    k = w / max(between, 1e-6 * w)
+    mu = np.linspace(-30.0, 32.0, 2001)[:, None]
+    log_s2 = np.linspace(-9.0, 9.0, 301)[None, :]
+    s2 = np.exp(log_s2)
+    log_prior = (
+        stats.invgamma.logpdf(s2, v / 2, scale=v * w / 2) + log_s2 + stats.norm.logpdf(mu, centre, np.sqrt(s2 / k))
+    )
+    log_data = sum(stats.norm.logpdf(x, mu, np.sqrt(s2)) for x in side[:, record])
+    weight = np.exp(log_prior + log_data - (log_prior + log_data).max())
+    return float((weight * stats.norm.pdf(at, mu, np.sqrt(s2))).sum() / weight.sum())
+
+
+def test_bavaria_goes_on_where_lira_has_too_few_shadows() -> None:
+    """Of 400 records and four shadows on coins, many have one or none on a side. Members are 1.5 deviations up."""
+    rng = np.random.default_rng(9)
+    members = rng.random((4, 400)) < 0.5
+    truth = rng.random(400) < 0.5
+    spread = 0.3 + rng.gamma(2.0, size=400)
+    base = 3.0 * rng.normal(size=400)
+    shadows = base + spread * (rng.normal(size=(4, 400)) + 1.5 * members)
+    target = base + spread * (rng.normal(size=400) + 1.5 * truth)
+    with pytest.raises(DataError, match="on one side"):
+        membership.lira_online(target, shadows, members)
+    for offline in (False, True):
+        found = membership.bavaria(target, shadows, members, offline=offline)
+        assert np.isfinite(found).all()
+        assert roc_auc_score(truth, found) > 0.6  # by chance once in 4,000 times
+    with pytest.raises(DataError, match="two shadow models on a side"):
+        membership.bavaria(target, shadows[:1], members[:1])
+
+
+def test_with_many_shadows_bavaria_is_lira() -> None:
+    rng = np.random.default_rng(10)
+    members = np.arange(8000)[:, None] % 2 + 0 * np.arange(50) == 0
+    shadows = rng.normal(size=(8000, 50)) * np.linspace(0.5, 2.0, 50) + members
+    target = rng.normal(size=50)
+    lira = membership.lira_online(target, shadows, members)
+    assert membership.bavaria(target, shadows, members) == pytest.approx(lira, rel=0.02, abs=0.15)  # LiRA's own noise
+    assert stats.spearmanr(membership.bavaria(target, shadows, members), lira).statistic > 0.999
+
+
 def test_scores_do_not_saturate() -> None:
     # Confident logits: a probability of 1 - 1e-40 rounds to 1, and its log-odds to infinity; the gap does not.
     logits = np.array([[100.0, 0.0, -5.0], [0.0, 90.0, 1.0]])

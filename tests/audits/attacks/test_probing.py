@@ -12,8 +12,7 @@ import torch
 from Crypto.Cipher import AES
 
 from choral.audits.attacks.probing import FALSE_ALARMS, noise_reuse, probe
-from choral.errors import ConfigError
-from choral.privacy import AdaptiveClip, CorrelatedPrivacy, PerLayerClip, Privacy
+from choral.privacy import AdaptiveClip, PerLayerClip, Privacy
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.dpsgd import execution_plan
 from choral.privacy.dpsgd import private_optimizer as step
@@ -148,11 +147,6 @@ def _without_privacy(promise: Privacy) -> Any:
         return model, optimizer, loader
 
     return wrap
-
-
-def test_correlated_noise_is_not_probed() -> None:
-    with pytest.raises(ConfigError, match="independent"):
-        probe(CorrelatedPrivacy(epsilon=2.0, delta=1e-5))
 
 
 @pytest.mark.parametrize("kind", [AdaptiveClip(start=0.3, share=0.6), PerLayerClip(0.3)])
