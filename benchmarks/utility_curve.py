@@ -114,7 +114,7 @@ def draw(lines: Path, file: Path) -> None:
                 x, chart.top + 8 + 14 * (row % 3), f"{line['parties']}, {line['honest']}", "name arm-4", "middle"
             )
         else:
-            chart.text(x - 7, low + 12, f"n = {line['parties']}, own noise", "name arm-1", "end")
+            chart.text(x - 7, chart.up(line["accuracy"]) + 6, f"n = {line['parties']}, own noise", "name arm-1", "end")
     chart.text(chart.left + 8, chart.top + 22, "shares: n, h", "name arm-4")
     style = (Path(html.__file__).parent / "drawing.html").read_text("utf-8").split("#}", 1)[1]
     said = "; ".join(f"{n}: {y:g} %" for n, y in ((f"{math.exp(x):.2g} times", y) for x, y in curve))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from choral.audits.costs.bills import DAY
 from choral.audits.costs.costs import Costs
 from choral.audits.costs.crossover import CrossoverLine, Workload
 from choral.audits.costs.job_bills import JobBill
@@ -25,7 +26,9 @@ def job_sentence(job: JobBill) -> str:
         f"{job.parties:,.0f} parties of {job.records:,.0f} records of {amount(job.record_bytes)}, a model of"
         f" {job.parameters:,.0f} parameters, {100 * job.taking_part:.3g} % of the parties in a round"
     )
-    pace = f", a round every {job.pause / 86_400:.3g} days" if job.pause else ""
+    pace = ""
+    if job.pause:
+        pace = ", one round a day" if job.pause == DAY else f", a round every {duration(job.pause)}"
     cloud, apart = job.cloud, job.federation
     cheaper = f"distribution ({apart.arm})" if apart.usd < cloud.usd else f"the cloud ({cloud.arm})"
     faster = f"distribution ({apart.arm})" if apart.seconds < cloud.seconds else f"the cloud ({cloud.arm})"

@@ -112,6 +112,7 @@ def test_a_job_is_billed_at_each_equal_privacy_and_stands_in_the_report(
     assert Comparison.load(report.save(tmp_path / "r.json")).costs == report.costs
     page = report.save(tmp_path / "r.html").read_text("utf-8")
     assert page.count("Your job, ") == 2
+    assert "of the parties in a round, one round a day. " in page
     assert "Cheaper is distribution (federated-masked)" in page
     assert "Google TPU v5e, one chip" in page
     assert "cloud.google.com/tpu/docs/v5e" in page
