@@ -73,7 +73,7 @@ def _rates_agree(run: Run) -> list[Check]:
     for name in owners_of(run):
         ledger, records = ledger_of(run, name), run.info.parties.get(name, 0)
         records = run.info.total_examples if run.info.kind == "centralized" else records
-        for event in _own_events(run, ledger):
+        for event in own_events(run, ledger):
             if not isinstance(event, PoissonSampledGaussian) or event.sample_rate == 1.0:
                 continue
             counted += 1
@@ -90,7 +90,7 @@ def _rates_agree(run: Run) -> list[Check]:
     return [Check(name=name, verdict="violated" if found else "holds", finding=finding)]
 
 
-def _own_events(run: Run, ledger: Ledger | None) -> tuple[RecordEvent, ...]:
+def own_events(run: Run, ledger: Ledger | None) -> tuple[RecordEvent, ...]:
     """This run's: of a ledger for the life of the data, those of the latest plan, before which others stand."""
     if ledger is None or run.info.ledgers == "run":
         return ledger.events if ledger is not None else ()

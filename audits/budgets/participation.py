@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
+from choral.audits.budgets.consistency import own_events
 from choral.audits.budgets.contributed import contributor_checks
 from choral.audits.findings.schema import Check
 from choral.audits.findings.text import cost
@@ -119,7 +120,7 @@ def _shares_as_charged(run: Run) -> list[Check]:
     found, counted = _beyond_sum(run) if said else [], 0
     for name in owners_of(run) if unit_of(run) == "record" else ():
         ledger = ledger_of(run, name)
-        for event in ledger.events if ledger is not None else ():
+        for event in own_events(run, ledger):
             if not isinstance(event, PoissonSampledShares):
                 found += [f"{name}: run.json says shares, the ledger was charged for noise of another kind"] * said
             elif not said and _standardised_by(run, event):

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import msgspec
 
 from choral.errors import ConfigError
 from choral.privacy import Spent
@@ -87,6 +89,27 @@ class FederatedStatistics:
                 for name, found in self.estimates.items()
             },
         }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What :meth:`save` wrote as JSON. Raises: ConfigError for another file."""
+        try:
+            plain = json.loads(Path(path).read_bytes())
+            if plain.pop("format") != FORMAT:
+                raise ValueError
+            made = {
+                name: {
+                    label: Estimated(each["value"], each["noise"], each["sampling"]) for label, each in found.items()
+                }
+                for name, found in plain.pop("estimates").items()
+            }
+            spent = {name: msgspec.convert(each, Spent) for name, each in plain.pop("spent").items()}
+            plain |= {key: tuple(plain[key]) for key in ("releases", "survivors")}
+            return cls(estimates=made, spent=spent, **plain)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError):
+            raise ConfigError(
+                f"{path} holds no statistics", hint="`choral stats --out DIR` writes statistics.json"
+            ) from None
 
     def save(self, path: str | Path) -> Path:
         """Write it as NAME.json or NAME.html. Raises: ConfigError for another ending."""

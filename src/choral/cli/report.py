@@ -15,13 +15,18 @@ from choral.errors import ConfigError
 if TYPE_CHECKING:
     from choral.audits import Audit, Comparison
 
+STATISTICS = "statistics.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
-    """Draw report.html again from the report.json of a folder, and print the table. Nothing is trained or audited."""
+    """Draw report.html again from the report.json of a folder, and print the table. Nothing is trained or audited.
+
+    Of `choral stats`, statistics.html from statistics.json.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder with a report.json, of `choral compare` or `choral audit`; or the file itself."""
+    """Folder with a report.json, of `choral compare` or `choral audit`, or a statistics.json; or the file itself."""
     out: Path | None = None
     """File to draw: .html, .md, or .svg (curves of a comparison); by default report.html beside report.json."""
     full: bool = False
@@ -35,7 +40,9 @@ class ReportFlags:
 def report(words: list[str]) -> int:
     """Return the exit code that the command which made the report ended with."""
     wanted = parse("report", words, ReportFlags)
-    file = wanted.folder / "report.json" if wanted.folder.is_dir() else wanted.folder
+    file = _file(wanted.folder)
+    if file.name == STATISTICS:
+        return _statistics(file, wanted)
     found = _read(file)
     drawn = _drawn(found, wanted.out or file.with_suffix(".html"), wanted.full)
     if wanted.json:
@@ -44,6 +51,27 @@ def report(words: list[str]) -> int:
         found.print()
         print(f"report: {drawn}")
     return found.exit_code
+
+
+def _file(given: Path) -> Path:
+    """The report that is meant: of a folder its report.json, else its statistics.json."""
+    if not given.is_dir():
+        return given
+    found = [given / name for name in ("report.json", STATISTICS)]
+    return found[1] if found[1].is_file() and not found[0].is_file() else found[0]
+
+
+def _statistics(file: Path, wanted: ReportFlags) -> int:
+    from choral.trainers.analytics.result import FederatedStatistics
+
+    found = FederatedStatistics.load(file)
+    drawn = found.save(wanted.out or file.with_suffix(".html"))
+    if wanted.json:
+        print(file.read_text(encoding="utf-8"), end="")
+    elif not wanted.quiet:
+        print(found.table())
+        print(f"report: {drawn}")
+    return 0
 
 
 def _drawn(found: Audit | Comparison, path: Path, full: bool) -> Path:

@@ -234,3 +234,19 @@ def test_exact_totals_say_how_many_cells_are_one_partys_alone() -> None:
     kept = federated_statistics(parties, {"x": Categories(("both", "mine", "ours", "none"))}, contributors=5)
     assert not any("alone" in said for said in kept.releases)
     assert federated_statistics(TWO, {"x": Mean(0, 9)}).releases == ()
+
+
+def test_statistics_are_read_back_drawn_and_printed_by_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parties = {name: {"x": np.arange(50.0) % 4} for name in "abc"}
+    sums = Masked(corrupt=1, min_survivors=3)
+    found = federated_statistics(parties, {"x": Mean(-3, 5)}, privacy=SHARES, secure_sum=sums)
+    found.save(tmp_path / "statistics.json")
+    assert type(found).load(tmp_path / "statistics.json") == found
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "statistics.html").read_text().count("<h2>x</h2>") == 1
+    assert found.table() in capsys.readouterr().out
+    (tmp_path / "statistics.json").write_text('{"format": "choral statistics 2"}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no statistics" in capsys.readouterr().err

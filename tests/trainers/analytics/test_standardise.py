@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, ConfigError, Masked, Privacy, federate
+from choral import BudgetExceededError, ClientPrivacy, ConfigError, Masked, Privacy, federate, federated_statistics
 from choral.audits import audit
 from choral.jobs.settings import Arm, PrivacySettings, Settings, SumSettings
 from choral.jobs.standardising import check_standardise
@@ -24,7 +24,7 @@ from choral.jobs.training import load_task, train
 from choral.privacy import Ledger
 from choral.privacy.accounting.events import PoissonSampledGaussian, PoissonSampledShares
 from choral.privacy.accounting.record_noise import noise_multiplier
-from choral.trainers import FedSGD, Keep, Run, Task
+from choral.trainers import FedSGD, Keep, Mean, Run, Task
 from choral.trainers.analytics.federated_statistics import packing_of
 from choral.trainers.analytics.scales import Scales, shrink
 from choral.trainers.analytics.standardise import pooled_standardisation, standardisation
@@ -215,6 +215,27 @@ def test_what_it_does_not_go_with_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
         DataSettings(standardise_share=1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_after_statistics_composes_on_the_same_ledgers(tmp_path: Path) -> None:
+    """Not fixed together: the filter prices the training on top, within one promise for the life of the data."""
+    columns = {name: {"0": dataset.tensors[0][:, 0].numpy()} for name, dataset in PARTIES.items()}
+    promise = Privacy(0.6, 1e-5, noise="distributed")
+    asked = {"0": Mean(0, 10)}
+    found = federated_statistics(columns, asked, privacy=promise, secure_sum=SUM, ledgers=tmp_path / "books")
+    assert 0.59 < found.spent["a"].epsilon <= 0.6
+    keep = Keep(out=tmp_path / "run", ledgers=tmp_path / "books")
+    run = federate(TASK, rounds=2, privacy=PROMISE, secure_sum=SUM, keep=keep)
+    for name in PARTIES:
+        ledger = Ledger(tmp_path / "books" / f"{name}.jsonl")
+        assert [len(events) for _, events in ledger.segments] == [1, 2]
+        assert ledger.epsilon(1e-5) <= 3.0
+    assert run.spent is not None
+    assert run.spent.guarantee == 3.0
+    found_by_audit = audit(run)
+    assert found_by_audit.verdict != "violated", found_by_audit.checks
+    with pytest.raises(BudgetExceededError):
+        federated_statistics(columns, asked, privacy=promise, secure_sum=SUM, ledgers=tmp_path / "books")
 
 
 # ---------------------------------------------------------------------------------------------------------- as a job
