@@ -3,8 +3,9 @@
     python examples/noise_in_shares.py digits --epsilons 1 2 4 8    # ten parties, 8 honest survivors
     python examples/noise_in_shares.py adult --epsilons 0.5 1       # twenty parties, 18 honest survivors
 
-Digits: each configuration has the settings that `benchmarks/tune_digits.py` chose for it at that budget, at epsilon 1
-out of its wider grid (`--wide`), alike for all and on other, public pictures: no record of the digits was looked at.
+Digits: each configuration has the settings that `benchmarks/tune_digits.py` chose for it at that budget, at epsilon 1,
+and of cloud and shares at 8, out of its wider grid (`--wide`), and on other, public pictures: no record of the digits
+was looked at.
 Adult: one setting for all, which nobody tuned. Shares are through `Plain`, which ends with the weights of `Masked` to
 the bit where draws and noise are the same. Their noise is sized for the worst case; here nobody drops out, so that it
 is larger than need be, by 12 % of ten parties and 5 % of twenty.
@@ -43,14 +44,14 @@ class Chosen(NamedTuple):
     steps: int | None = None
 
 
-WIDE = {  # at epsilon 1, of the wider grid
-    "cloud": Chosen(64, 0.083, 40, True, 3.0),
-    "shares": Chosen(128, 0.167, 40, True, 3.0, steps=12),
-    "own": Chosen(256, 0.167, 40, True, 3.0),
+WIDE = {  # of the wider grid
+    "cloud": {1.0: Chosen(64, 0.083, 40, True, 3.0), 8.0: Chosen(128, 4.0, 40, True, 1.0)},
+    "shares": {1.0: Chosen(128, 0.167, 40, True, 3.0, steps=12), 8.0: Chosen(128, 4.0, 40, True, 1.0, steps=12)},
+    "own": {1.0: Chosen(256, 0.167, 40, True, 3.0)},
 }
 NARROW = {  # batch size and learning rate: twenty passes, a constant rate, clipping norm 1
-    "cloud": {2.0: (128, 1.0), 4.0: (128, 2.0), 8.0: (128, 4.0)},
-    "shares": {2.0: (256, 2.0), 4.0: (64, 1.0), 8.0: (128, 2.0)},
+    "cloud": {2.0: (128, 1.0), 4.0: (128, 2.0)},
+    "shares": {2.0: (256, 2.0), 4.0: (64, 1.0)},
     "own": {2.0: (128, 0.25), 4.0: (256, 1.0), 8.0: (256, 1.0)},
 }
 ADULT = Chosen(1024, 1.0, 5, False, 1.0)  # of all configurations, at each budget
@@ -72,7 +73,7 @@ def trained(arm: str, epsilon: float, seed: int, name: str = "digits", secure_su
     """
     chosen = ADULT
     if name == "digits":
-        chosen = WIDE[arm] if epsilon == 1.0 else Chosen(*NARROW[arm][epsilon], 20, False, 1.0)
+        chosen = WIDE[arm].get(epsilon) or Chosen(*NARROW[arm][epsilon], 20, False, 1.0)
     batch_size = round(chosen.batch_size / PARTIES[name]) if arm == "own" else chosen.batch_size
     task = loaded(name, batch_size, chosen, seed)
     common: dict[str, Any] = {"rounds": chosen.passes, "compute": Compute(seed=seed, device="cpu")}
