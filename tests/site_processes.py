@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +23,51 @@ from choral.network.site.files.directory import Pinned
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 PATIENT = 120.0  # seconds until anything that is waited for must have come
+
+
+class Proxy:
+    """An HTTP proxy that knows CONNECT alone. asked: the first line of each request."""
+
+    def __init__(self) -> None:
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port, self.asked = self._door.getsockname()[1], list[str]()
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                inside, _ = self._door.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(inside,), daemon=True).start()
+
+    def _serve(self, inside: socket.socket) -> None:
+        with contextlib.suppress(OSError), inside:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                if not (part := inside.recv(4096)):
+                    return
+                head += part
+            self.asked.append(head.decode().partition("\r\n")[0])
+            host, _, port = self.asked[-1].split(" ")[1].rpartition(":")
+            with socket.create_connection((host, int(port))) as outside:
+                inside.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=self._pass, args=(outside, inside), daemon=True)
+                back.start()
+                self._pass(inside, outside)
+                back.join()
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := one.recv(1 << 16):
+                other.sendall(part)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._door.close()
 
 
 class Processes:

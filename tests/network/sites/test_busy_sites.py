@@ -15,10 +15,12 @@ import pytest
 from site_federation import Direct, Federation, approved_at, offer_for, private_sites, served
 from site_rounds import a_job
 
+from choral.jobs.serving import serve
 from choral.jobs.settings import PrivacySettings
 from choral.network.errors import OfferRefusedError, RequestTimeoutError
 from choral.network.host.messages import TakeStep, read_request
-from choral.trainers import Participation
+from choral.privacy import Ledger
+from choral.trainers import Participation, RoundRecord
 from choral.trainers.engines.exchange_messages import Told
 
 
@@ -95,3 +97,28 @@ def test_a_second_job_with_noise_of_clients_is_refused_before_anything_is_sent(n
     approved_at(federation, "north", offer := offer_for(federation, more))
     with pytest.raises(OfferRefusedError, match=r"made for data of which nothing was spent; of this, epsilon [34]"):
         federation.site("north").agree(offer)
+
+
+def test_a_job_with_noise_of_clients_is_run_in_two_parts(tmp_path: Path) -> None:
+    """The way to plan two jobs ahead: stopped after two rounds of four, gone on with at sites begun anew."""
+    federation = private_sites(tmp_path, "client")
+    privacy = PrivacySettings(unit="client", epsilon=4.0, delta=1e-3, noise="distributed", colluders=0)
+    settings = a_job(federation, "parts", privacy=privacy)
+    for name in federation.names:
+        approved_at(federation, name, offer_for(federation, settings))
+
+    def stop(entry: RoundRecord) -> None:
+        if entry.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(
+            settings, Direct(federation), federation.keys,
+            coordinator=federation.hub, out=tmp_path / "run", say=lambda _: None, on_round=stop,
+        )  # fmt: skip
+    run, _ = served(Direct(federation), settings, out=tmp_path / "run", resume=True)
+    assert [entry.survivors for entry in run.history] == [0, 3, 3, 3, 3]
+    for name in federation.names:
+        ledger = Ledger(tmp_path / name / "ledgers" / "points.jsonl", holder=name)
+        assert len(ledger.releases) == 4
+        assert ledger.epsilon(1e-3) <= 4.0

@@ -21,7 +21,7 @@ from site_federation import (
     toml_of,
     write_directory,
 )
-from site_processes import ENVIRONMENT, PATIENT, Processes, until
+from site_processes import ENVIRONMENT, PATIENT, Processes, Proxy, until
 
 from choral.cli.command_line import main
 from choral.jobs.settings import SumSettings
@@ -33,9 +33,16 @@ from choral.trainers.task.settings import Training
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    made = Processes(tmp_path_factory.mktemp("sites"))
+    """Three sites; the last one's way out is an HTTP proxy."""
+    made, proxy = Processes(tmp_path_factory.mktemp("sites"), running=False), Proxy()
+    address = f'address = "127.0.0.1:{made.port}"'
+    made.federation.configure("east", (address, f'{address}\nproxy = "http://127.0.0.1:{proxy.port}"'))
+    for name in made.federation.names:
+        made.start(name)
     yield made
     made.close()
+    proxy.close()
+    assert f"CONNECT 127.0.0.1:{made.port} HTTP/1.1" in proxy.asked
 
 
 @pytest.mark.parametrize("kind", ["fedavg", "dane"])
