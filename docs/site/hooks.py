@@ -62,7 +62,8 @@ def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
 
 def _shown(output: Any, name: str, pictures: dict[str, bytes]) -> str:
     if output.output_type == "stream":
-        text = output.text.replace(f"{ROOT}{os.sep}", "").rstrip()  # where it was built is nobody's concern
+        text = re.sub("\x1b\\[[0-9;]*m", "", output.text)  # colours
+        text = text.replace(f"{ROOT}{os.sep}", "").rstrip()  # where it was built is nobody's concern
         return f"```text\n{text}\n```"
     data = output.get("data", {})
     if "application/vnd.jupyter.widget-view+json" in data:
@@ -97,8 +98,8 @@ def _tables(kind: Any, prefix: str, found: list[str]) -> None:
         default = "" if field.default is dataclasses.MISSING or field.default is None else f"`{field.default}`"
         said = " ".join((get_field_docstring(kind, field.name, ()) or "").split()).replace("|", "\\|")
         shown = re.sub(r"<class '([\w.]+)'>", r"\1", str(hint)).replace("typing.", "").replace("pathlib.", "")
-        rows.append(f"| `{field.name}` | `{shown.replace('|', 'or')}` | {default} | {said} |")
+        rows.append(f"| `{field.name}` | {said} | {default} | `{shown.replace('|', 'or')}` |")
     title = f"[{prefix}]" if prefix else "At the top"
-    found.append("\n".join([f"## {title}", "", "| key | type | default | |", "|---|---|---|---|", *rows]))
+    found.append("\n".join([f"## {title}", "", "| key | means | default | type |", "|---|---|---|---|", *rows]))
     for hint, name in parts:
         _tables(hint, name, found)
