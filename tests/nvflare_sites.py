@@ -22,6 +22,7 @@ from choral.network.nvflare import ChoralRecipe, write_local
 from choral.trainers import Run
 
 ADMIN = "admin@nvidia.com"
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "nvflare" / "job.py"
 JOINED = "Successfully registered client"
 
 
@@ -132,6 +133,11 @@ class Deployment:
         """Returns the job's number. In a process of its own, for NVFlare keeps connections."""
         recipe.export(str(self.path / "jobs"))
         return self._admin(f"print('=', session.submit_job({str(self.path / 'jobs' / recipe.name)!r}))")
+
+    def submit_by_example(self, job: str) -> str:
+        """The same by examples/nvflare/job.py, for the job file of that name."""
+        words = [sys.executable, str(EXAMPLE), str(self.sites.path / f"{job}.toml"), "--kit", str(self.kits / ADMIN)]
+        return _run(words, self.path, self.environment).rpartition("job ")[2].split(":")[0]
 
     def wait(self, number: str) -> str:
         """The job's status at its end."""

@@ -32,4 +32,5 @@ if __name__ == "__main__":
         door, coordinator = given.simulate.absolute() / "{site}.sock", given.coordinator.absolute()
         write_local(local, door=str(door), coordinator=str(coordinator), runs=str(Path("runs").absolute()))
         env = SimEnv(clients=given.sites, workspace_root=str(workspace))
-    print(recipe.execute(env).get_status())
+    run = recipe.execute(env)
+    print(f"job {run.get_job_id()}: {run.get_status()}")

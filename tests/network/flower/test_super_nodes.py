@@ -164,32 +164,49 @@ def test_a_whole_job_goes_over_flower_trained_by_the_sites_processes(flower: Flo
 
 
 def test_two_rounds_and_one_node_killed_and_no_record_at_the_coordinator(flower: Flower) -> None:
-    """Unapproved at first; then round 1 with all; in round 2 one machine is switched off when it has its order."""
-    orders = itertools.count(1)
-    flower.taps["east"].before = lambda kind: (
-        lost(flower, "east") or False if kind == "deliveries" and next(orders) == 2 else None
-    )
+    """Unapproved at first; then round 1 with all; in round 2 one machine is switched off when it has its order, and
+    another one trains only when the coordinator's processes have been searched.
+    """
+    orders, asked, ordered, searched = itertools.count(1), itertools.count(1), threading.Event(), threading.Event()
+
+    def east(kind: str) -> bool | None:
+        if kind != "deliveries" or next(orders) != 2:
+            return None
+        lost(flower, "east")
+        return False
+
+    def north(kind: str) -> None:
+        if kind == "deliveries" and next(asked) == 2:
+            ordered.set()
+            searched.wait(100)
+
+    flower.taps["east"].before, flower.taps["north"].before = east, north
     flower.submit("killed", 2)
     approve_what_comes(flower, "killed")
-    flower.wait_for("killed", "[ROUND 2/2]")
+    assert ordered.wait(240), flower.said("killed")[-4000:]
     secrets = {f"{name}: {what}": secret for name in flower.sites.names
                for what, secret in secrets_of(flower.sites.federation, name).items()}  # fmt: skip
     few = {name: secret for name, secret in secrets.items() if name in ("north: key", "north: numbers 0")}
-    weights = {"weights": new_model().state_dict()["0.weight"].numpy().tobytes()}
-    link = flower.running["superlink"].pid
-    coordinator = [link, *below(link)]
-    assert any(b"flwr-serverapp" in Path(f"/proc/{number}/cmdline").read_bytes() for number in coordinator)
-    for number in coordinator:
-        assert found_in(few, memory_of(number)) == set()
-    assert any(found_in(weights, memory_of(number)) for number in coordinator)  # what is there is found
+    few["weights"] = new_model().state_dict()["0.weight"].numpy().tobytes()
+    found = {number: found_in(few, memory_of(number)) for number in coordinators_processes(flower)}
+    assert set().union(*found.values()) == {"weights"}  # what is there is found
     assert "north: key" in found_in(few, memory_of(flower.running["north-site"].pid))
+    searched.set()
     flower.over("killed")
-    flower.taps["east"].before = lambda kind: None
+    flower.taps["east"].before = flower.taps["north"].before = lambda kind: None
     assert same(flower.model("killed"), rehearsed(flower.sites.names, 2, Masked(), without={2: "east"}).state)
     assert found_in(secrets, files_below(flower.place / "home")) == set()
     assert found_in(secrets, files_below(flower.sites.hub.path)) == set()
     for name in ("killed", "superlink"):
         assert found_in(secrets, iter([(flower.place / f"{name}.log").read_bytes()])) == set()
+
+
+def coordinators_processes(flower: Flower) -> list[int]:
+    """The SuperLink and the ServerApp, which it started."""
+    link = flower.running["superlink"].pid
+    apps = [number for number in below(link) if b"flwr-serverapp" in Path(f"/proc/{number}/cmdline").read_bytes()]
+    assert apps
+    return [link, *apps]
 
 
 @pytest.mark.slow

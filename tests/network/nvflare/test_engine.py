@@ -172,7 +172,8 @@ def test_another_sites_key_that_is_not_the_pinned_one_is_refused_by_who_pinned_i
     try:
         with pinned_wrong(sites.federation, "north", "south"):
             sites.start_anew("north")
-            assert deployed.wait(deployed.submit(sites.recipe("pins", settings))) == "FINISHED:COMPLETED"
+            sites.job("pins", settings)
+            assert deployed.wait(deployed.submit_by_example("pins")) == "FINISHED:COMPLETED"
     finally:
         sites.start_anew("north")
     run = sites.run("pins")
