@@ -410,7 +410,7 @@ def test_every_number_of_the_worked_points_is_true(column: int) -> None:
     busy = 5 * 0.2 + 8 * B / 20e6 + o + m * td
     server, upload, hours = R * busy * 0.096 / 3600, 8 * m * r / 20e6, n * m * Rc * ta
     page = (Path(__file__).parents[3] / "docs" / "price.md").read_text("utf-8")
-    table = page[page.index("### Two worked points") : page.index("### Devices")]
+    table = page[page.index("### Two worked points") : page.index("### Accelerators beyond the first")]
     rows = [line.split("|")[2 + column].strip() for line in table.splitlines() if line.startswith("| ")][1:]
     expected = [
         f"{n}, {m}, {r}",
