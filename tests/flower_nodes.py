@@ -29,7 +29,7 @@ from choral.network.flower.grid import FlowerGrid
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = "answers at"
-PATIENT = ServeSettings(wait=240, step=90, training=120)
+PATIENT = ServeSettings(wait=240, step=90, training=600)
 
 
 def free_port() -> int:
