@@ -1,6 +1,7 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
 from choral.audits.attacks.client_canaries import audit_clients as audit_clients
+from choral.audits.attacks.client_canaries import probe_clients as probe_clients
 from choral.audits.attacks.exposure import draw_secrets as draw_secrets
 from choral.audits.attacks.exposure import exposure as exposure
 from choral.audits.attacks.gradient_canaries import GradientCanaries as GradientCanaries
@@ -30,6 +31,5 @@ from choral.audits.findings.door import ArmEvidence as ArmEvidence
 from choral.audits.findings.schema import ReportError as ReportError
 from choral.audits.lower_bounds.guessing import FixedShares as FixedShares
 from choral.audits.lower_bounds.guessing import SampleSplit as SampleSplit
-from choral.audits.probes.clients import probe_clients as probe_clients
 from choral.audits.run.run_audit import Audit as Audit
 from choral.audits.run.run_audit import audit as audit

@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from choral.audits.attacks.canaries import VISIBLE, directions, flip_coins, with_canary_clients
 from choral.audits.attacks.score_audit import audit_scores, audit_training
+from choral.errors import ConfigError
 
 if TYPE_CHECKING:
-    from choral.audits.findings.evidence import ScoreAudit
+    from choral.audits.findings.evidence import Probe, ScoreAudit
     from choral.audits.lower_bounds.guessing import Guessing
+    from choral.audits.probes.clients import Make
     from choral.privacy import ClientPrivacy
     from choral.trainers.run_folder.run import Run
     from choral.trainers.task.arithmetic import Compute
@@ -106,3 +108,42 @@ class ClientMarks:
         self._model.load_state_dict(dict(run.state))
         change = self._layout.read() - self._before
         return np.asarray((self._directions.double() @ change.cpu().double()).numpy())
+
+
+def probe_clients(
+    privacy: ClientPrivacy,
+    *,
+    clients: int = 20,
+    rounds: int = 24,
+    length: int = 1500,
+    make: Make | None = None,
+    confidence: float = 0.95,
+) -> Probe:
+    """Run the sums of `clients` clients twice on updates made for it, and test what is opened against the ledger.
+
+    make: from promise, clients, length, rounds and ledger to the engine; by default :class:`ClientPrivacyEngine`.
+    Finds: noise of the honest clients that is smaller than the ledger says, anywhere or at any time, not Gaussian, used
+        twice, elsewhere, or made of what anybody can know; updates beyond the clipping norm; sums that nobody paid for.
+    Does not find: what `Probe.sentence` says at its end. The bound by canaries, of as many as there are honest clients,
+        is far below most promises, and finds gross faults alone. An adaptive clip is held still.
+    Raises: ConfigError (too few clients; an update too short for them); what the engine raises.
+    """
+    from choral.audits.findings.evidence import Probe
+    from choral.audits.probes.clients import UNSEEN, client_checks, opened_sums, own_engine
+    from choral.audits.probes.twins import one_after_another
+
+    if clients < 12 or length < 4 * clients or rounds < 4:
+        raise ConfigError(
+            f"{clients} clients, {rounds} rounds and {length} coordinates, expected >= 12, >= 4 and >= 4 per client"
+        )
+    seen = one_after_another(lambda: opened_sums(privacy, clients, rounds, length, make or own_engine, flip_coins))
+    checks, first = client_checks(seen), seen[0]
+    audit = audit_scores(
+        (first.released[:, : len(first.inside)] * first.there).sum(axis=0), first.inside, design="coins",
+        delta=privacy.delta, claimed=first.spent.epsilon, confidence=confidence, unit="client",
+        attack="updates of probe clients in every sum",
+    )  # fmt: skip
+    faults = [each.finding for each in checks if each.violated]
+    faults += [audit.sentence] if audit.finding == "violated" else []
+    said = f"No fault found in {2 * rounds} sums of probe clients. {audit.sentence} {UNSEEN}"
+    return Probe(checks=checks, canaries=audit, violated=bool(faults), sentence=" ".join(faults) or said)

@@ -27,7 +27,7 @@ from choral.audits.attacks.score_audit import audit_scores, canaries_needed
 from choral.audits.findings.evidence import Probe, ProbeCheck, ScoreAudit
 from choral.audits.probes import noise_checks, sampling_checks
 from choral.audits.probes.clipping_checks import clipping, fitted, only_drawn
-from choral.audits.probes.correlated import correlated_audit, correlated_checks
+from choral.audits.probes.correlated import correlated_checks, matched_scores
 from choral.audits.probes.noise_checks import noise_reuse
 from choral.audits.probes.records import Floats, ProbeLayout, ProbeRecords
 from choral.audits.probes.seen import FALSE_ALARMS, Seen, check
@@ -82,7 +82,7 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     if event is None:
         raise ConfigError(f"the ledger of {type(privacy).__name__} names no strategy of correlated noise")
     checks = (*correlated_checks(seen, event), _paid_for(seen[0]))
-    audit = correlated_audit(seen[0], event, privacy.delta, confidence)
+    audit = _canary_audit(seen[0], privacy.delta, confidence, matched_scores(seen[0], event))
     return _found(checks, audit, len(seen[0].released) * len(seen), len(seen[0].released))
 
 
@@ -202,9 +202,9 @@ def _paid_for(seen: Seen) -> ProbeCheck:
     )
 
 
-def _canary_audit(seen: Seen, delta: float, confidence: float) -> ScoreAudit:
+def _canary_audit(seen: Seen, delta: float, confidence: float, scores: Floats | None = None) -> ScoreAudit:
     return audit_scores(
-        seen.layout.projections(seen.released).sum(axis=0),
+        seen.layout.projections(seen.released).sum(axis=0) if scores is None else scores,
         seen.inside,
         design="coins",
         delta=delta,

@@ -16,19 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from choral.audits.attacks.canaries import flip_coins
-from choral.audits.attacks.score_audit import audit_scores
-from choral.audits.findings.evidence import Probe, ProbeCheck
+from choral.audits.findings.evidence import ProbeCheck
 from choral.audits.probes import noise_checks
 from choral.audits.probes.noise_checks import noise_reuse
 from choral.audits.probes.records import LOUDNESS, Floats
 from choral.audits.probes.seen import check, windows
-from choral.audits.probes.twins import one_after_another
-from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine, Ledger, Spent
 
 Make = Callable[[ClientPrivacy, int, int, int, Ledger], ClientPrivacyEngine]
-_UNSEEN = (
+Flip = Callable[[int], npt.NDArray[np.bool_]]
+UNSEEN = (
     "Who is selected, what a client does before it sends its update, and what the secure sum shows beside the sum are"
     " not seen; nor noise that is merely larger than claimed."
 )
@@ -49,33 +46,11 @@ class SeenSums:
         return self.released[:, self.there.shape[1] :]
 
 
-def probe_clients(
-    privacy: ClientPrivacy,
-    *,
-    clients: int = 20,
-    rounds: int = 24,
-    length: int = 1500,
-    make: Make | None = None,
-    confidence: float = 0.95,
-) -> Probe:
-    """Run the sums of `clients` clients twice on updates made for it, and test what is opened against the ledger.
-
-    make: from promise, clients, length, rounds and ledger to the engine; by default :class:`ClientPrivacyEngine`.
-    Finds: noise of the honest clients that is smaller than the ledger says, anywhere or at any time, not Gaussian, used
-        twice, elsewhere, or made of what anybody can know; updates beyond the clipping norm; sums that nobody paid for.
-    Does not find: what `Probe.sentence` says at its end. The bound by canaries, of as many as there are honest clients,
-        is far below most promises, and finds gross faults alone. An adaptive clip is held still.
-    Raises: ConfigError (too few clients; an update too short for them); what the engine raises.
-    """
-    if clients < 12 or length < 4 * clients or rounds < 4:
-        raise ConfigError(
-            f"{clients} clients, {rounds} rounds and {length} coordinates, expected >= 12, >= 4 and >= 4 per client"
-        )
-    seen = one_after_another(lambda: _sums(privacy, clients, rounds, length, make or _engine))
+def client_checks(seen: list[SeenSums]) -> tuple[ProbeCheck, ...]:
     first, quiet = seen[0], [each.quiet for each in seen]
     together = np.concatenate(quiet)
     noise = max(first.spent.noise_multiplier, math.sqrt(float((together**2).mean())))
-    checks = (
+    return (
         noise_checks.noise_size(quiet, first.spent.noise_multiplier),
         noise_checks.noise_law(together, first.step),
         noise_reuse(together),
@@ -83,22 +58,13 @@ def probe_clients(
         _clipped(seen, noise),
         _paid(first),
     )
-    scores = (first.released[:, : len(first.inside)] * first.there).sum(axis=0)
-    audit = audit_scores(
-        scores, first.inside, design="coins", delta=privacy.delta, claimed=first.spent.epsilon, confidence=confidence,
-        unit="client", attack="updates of probe clients in every sum",
-    )  # fmt: skip
-    faults = [each.finding for each in checks if each.violated]
-    faults += [audit.sentence] if audit.finding == "violated" else []
-    said = f"No fault found in {len(together)} sums of probe clients. {audit.sentence} {_UNSEEN}"
-    return Probe(checks=checks, canaries=audit, violated=bool(faults), sentence=" ".join(faults) or said)
 
 
-def _engine(privacy: ClientPrivacy, clients: int, length: int, rounds: int, ledger: Ledger) -> ClientPrivacyEngine:
+def own_engine(privacy: ClientPrivacy, clients: int, length: int, rounds: int, ledger: Ledger) -> ClientPrivacyEngine:
     return ClientPrivacyEngine(privacy, clients=clients, length=length, rounds=rounds, ledger=ledger)
 
 
-def _sums(privacy: ClientPrivacy, clients: int, rounds: int, length: int, make: Make) -> SeenSums:
+def opened_sums(privacy: ClientPrivacy, clients: int, rounds: int, length: int, make: Make, flip: Flip) -> SeenSums:
     """One federation on fresh coins."""
     kept, clip = 1.0, privacy.clip
     if isinstance(clip, AdaptiveClip):
@@ -109,7 +75,7 @@ def _sums(privacy: ClientPrivacy, clients: int, rounds: int, length: int, make: 
     engine = make(dataclasses.replace(privacy, ledger=None), clients, length, rounds, ledger)
     survivors = engine.min_survivors if privacy.noise == "distributed" else 1 if privacy.noise == "local" else clients
     honest = survivors - privacy.colluders if privacy.noise == "distributed" else clients
-    inside = flip_coins(honest)
+    inside = flip(honest)
     updates = np.zeros((honest, length))
     updates[np.arange(honest), np.arange(honest)] = np.resize(LOUDNESS, honest) * inside * engine.clip
     released, there = np.zeros((rounds, length)), np.zeros((rounds, honest), dtype=np.bool_)

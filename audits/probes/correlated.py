@@ -13,11 +13,11 @@ import math
 import numpy as np
 from scipy.linalg import toeplitz
 
-from choral.audits.attacks.score_audit import audit_scores
-from choral.audits.findings.evidence import ProbeCheck, ScoreAudit
+from choral.audits.findings.evidence import ProbeCheck
 from choral.audits.probes import noise_checks
 from choral.audits.probes.clipping_checks import clipping, fitted
 from choral.audits.probes.noise_checks import noise_reuse
+from choral.audits.probes.records import Floats
 from choral.audits.probes.seen import Seen, check
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import CorrelatedGaussian
@@ -77,12 +77,9 @@ def once_a_pass(seen: list[Seen], steps: int) -> ProbeCheck:
     )
 
 
-def correlated_audit(seen: Seen, event: CorrelatedGaussian, delta: float, confidence: float) -> ScoreAudit:
+def matched_scores(seen: Seen, event: CorrelatedGaussian) -> Floats:
     """By a matched filter: each canary's part of every step, weighed by how much of it C mixes into that step."""
     white = whitened(seen, event)
     weights = white.drawn[:, : seen.layout.canaries]
     scores = (seen.layout.projections(white.released) * weights).sum(axis=0)
-    return audit_scores(
-        scores / np.sqrt(np.maximum((weights**2).sum(axis=0), 1e-12)), seen.inside, design="coins", delta=delta,
-        claimed=seen.spent.epsilon, confidence=confidence, attack="gradients of probe records in every step",
-    )  # fmt: skip
+    return np.asarray(scores / np.sqrt(np.maximum((weights**2).sum(axis=0), 1e-12)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from choral.audits.findings import text
 from choral.audits.findings.tally import beyond_attack
+from choral.audits.report.reader.hazards import hazards
 from choral.metrics import is_falling
 
 if TYPE_CHECKING:
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class Recommendation(NamedTuple):
-    """arm: None where none is within the tolerance. sentence: why, and what it costs."""
+    """arm: None where none is within the tolerance. sentence: why, and what it costs. nearest: then, which is."""
 
     arm: ArmResult | None
     sentence: str
+    nearest: ArmResult | None = None
 
 
 def page_one(report: Comparison) -> list[tuple[str, str]]:
@@ -31,6 +33,7 @@ def page_one(report: Comparison) -> list[tuple[str, str]]:
         ("What is promised, against whom", _promised(report, private)),
         ("What all of it costs", _total(report)),
         ("What no attack here could have refuted", beyond_attack(report) or _attacked(private)),
+        ("What nobody looked at", _unassessed(report)),
         ("Rehearsal or sites", _where(report)),
         ("Who signed", _signed(report)),
     ]
@@ -55,17 +58,23 @@ def recommended(report: Comparison) -> Recommendation:
         return Recommendation(
             None,
             f"None: no private configuration is within {allowed} of {base.name}, the tolerance of this report. The"
-            f" nearest is {nearest.name} ({_reaches(report, nearest)}).",
+            f" nearest is {nearest.name} ({_reaches(report, nearest)}, {_price(report, nearest)}).",
+            nearest,
         )
     bills = {bill.arm: bill.usd for bill in report.costs.bills} if report.costs else {}
     priced = all(bills.get(arm.name) is not None for arm in fit)
     cheapest = min(fit, key=lambda arm: (bills[arm.name] or 0.0) if priced else arm.seconds.mean)
-    price = f"{text.money(bills[cheapest.name])} a run" if priced else f"{text.duration(cheapest.seconds.mean)} a run"
+    price = _price(report, cheapest)
     return Recommendation(
         cheapest,
         f"{cheapest.name}: {_reaches(report, cheapest)}, {price}, the cheapest private configuration within {allowed}"
         f" of {base.name}, which is the tolerance of this report.",
     )
+
+
+def _price(report: Comparison, arm: ArmResult) -> str:
+    usd = next((bill.usd for bill in report.costs.bills if bill.arm == arm.name), None) if report.costs else None
+    return f"{text.duration(arm.seconds.mean)} a run" if usd is None else f"{text.money(usd)} a run"
 
 
 def plain_reading(epsilon: float, delta: float, unit: str) -> list[str]:
@@ -166,8 +175,8 @@ def _whose(report: Comparison) -> str:
 def _promised(report: Comparison, private: list[ArmResult]) -> str:
     if not private:
         return "Nothing: no configuration promises differential privacy."
-    chosen = recommended(report).arm
-    arm = chosen if chosen is not None else private[0]
+    found = recommended(report)
+    arm = found.arm or found.nearest or private[0]
     if arm.claim is None:
         return ""
     return (
@@ -192,6 +201,12 @@ def _total(report: Comparison) -> str:
 
 def _attacked(private: list[ArmResult]) -> str:
     return "Every promise was put to an attack that could have refuted it." if private else ""
+
+
+def _unassessed(report: Comparison) -> str:
+    """The hazards below that are not assessed, by name."""
+    names = [each.name for each in hazards(report) if each.status == "not assessed"]
+    return f"{', '.join(names).capitalize()}: see the hazards below." if names else ""
 
 
 def _where(report: Comparison) -> str:

@@ -47,6 +47,15 @@ def test_the_cheapest_within_the_tolerance_is_recommended(report: Comparison) ->
     assert "The nearest is federated-dp" in near.sentence
 
 
+def test_where_none_is_recommended_page_one_is_about_the_nearest_with_its_price(report: Comparison) -> None:
+    near = holding(report).stated(tolerance=0.01)
+    answers = dict(page_one(near))
+    assert "The nearest is federated-dp" in answers["Recommended"]
+    assert "a run)" in answers["Recommended"]
+    assert answers["What is promised, against whom"].startswith("federated-dp: ")
+    assert "timing and other side channels" in answers["What nobody looked at"]
+
+
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
 def test_a_tolerance_is_a_number(report: Comparison, tolerance: float) -> None:
     with pytest.raises(ConfigError, match="tolerance"):
