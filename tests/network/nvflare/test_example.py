@@ -34,7 +34,7 @@ def test_the_steps_of_the_readme_lead_to_a_run_that_the_audit_reads(folder: Path
     assert len(before) > 15
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     steps = steps_of(EXAMPLES / "nvflare" / "README.md")
-    said = run_steps(before + steps, folder, environment, seconds=500)
+    said = run_steps(before + steps, folder, environment, seconds=1500)
     run = Run.load(folder / "runs" / "tumours")
     assert run.finished
     assert [entry.survivors for entry in run.history] == [0] + [3] * 10
