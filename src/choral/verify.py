@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-KINDS = ("manifest.json", "receipts/*.jsonl", "ledger/*.jsonl", "run.json", "sites.json", "history*", "*.safetensors")
+KINDS = (
+    *("manifest.json", "receipts/*.jsonl", "ledger/*.jsonl", "run.json", "sites.json", "standardise.json"),
+    *("history*", "*.safetensors"),
+)
 CANNOT = """What no signature can show, and so is not shown here:
 - that others added the noise that they promised, or trained as they said; a party knows this of itself alone;
 - that data were real; anything of a run, round, party or file that is not given here, or was never written down;
