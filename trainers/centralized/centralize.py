@@ -190,9 +190,10 @@ class _Pooled:
         fit, arithmetic = self._job.task.fit, self._job.arithmetic
         self.model.train()
         self._groups.begin(self.optimizer, factor)
-        reseed(self._generators, self._seed, number, POOLED)
+        seed = self._seed if engine is None else None  # whose batches are sampled in secret
+        reseed(self._generators, seed, number, POOLED)
         forget_workers(self._loader)
-        with seeded(self._seed, number, POOLED), self._workers.averaging(self.layout.parameters):
+        with seeded(seed, number, POOLED), self._workers.averaging(self.layout.parameters):
             arguments = (self._trained, self.optimizer, self._loader)
             if engine is not None:
                 arguments = engine.wrap(*arguments)

@@ -27,14 +27,14 @@ def batch_of(
 ) -> torch.Tensor:
     """What one party computes of a step, float32 or, with its share of the noise, int64; shape (d,).
 
-    What the user's functions draw differs from step to step. Raises: TaskError where others add noise in shares and
-    this party has none to add; as :meth:`ShareSteps.step`.
+    What the user's functions draw differs from step to step; with noise in shares nobody knows it. Raises: TaskError
+    where others add noise in shares and this party has none to add; as :meth:`ShareSteps.step`.
     """
     if resident.shares and party not in resident.shares:
         raise TaskError(f"party {party!r} has no noise to add to the others'", hint="all parties of a run are private")
     purpose = f"{party}|step {work.step}"
-    reseed([*resident.own_generators, *seat.generators], resident.seed, round_number, purpose)
-    with seeded(resident.seed, round_number, purpose):
+    reseed([*resident.own_generators, *seat.generators], resident.training_seed, round_number, purpose)
+    with seeded(resident.training_seed, round_number, purpose):
         if resident.shares:
             resident.layout.write(weights)
             vector = resident.shares[party].step(resident.model, seat.loader, loss, resident.device)

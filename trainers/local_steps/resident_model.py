@@ -128,6 +128,11 @@ class Resident:
     def length(self) -> int:
         return self.layout.length
 
+    @property
+    def training_seed(self) -> int | None:
+        """Of what the user's functions draw in training: the seed; None, and nobody's, where records are sampled."""
+        return None if self.shares or self.privacy_engines else self.seed
+
     def rate_factor(self, round_number: int) -> float:
         """What the schedule multiplies learning rates by."""
         return self.rates.factor(round_number)
@@ -148,7 +153,7 @@ class Resident:
             self._check_privacy_engine(party)
 
             def make(party: str = party, work: Work = work) -> Done:
-                with seeded(self.seed, round_number, party):
+                with seeded(self.training_seed, round_number, party):
                     if isinstance(work, Train):
                         return self._train(party, work, weights, round_number)
                     return self._read(party, work, weights, round_number)
@@ -162,7 +167,7 @@ class Resident:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
         self._check_privacy_engine(party)
         seat = self.seat(party)
-        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
+        reseed([*self.own_generators, *seat.generators], self.training_seed, round_number, party)
         forget_workers(seat.loader)
         self.layout.write(weights)
         seat.optimizer.state.clear()
@@ -218,7 +223,7 @@ class Resident:
             work = Batch(rate=1.0, step=0)
         if isinstance(work, Batch):
             return Done(vector=batch_of(self, party, seat, self.loss, work, weights, round_number))
-        reseed([*self.own_generators, *seat.generators], self.seed, round_number, party)
+        reseed([*self.own_generators, *seat.generators], self.training_seed, round_number, party)
         records = Records(self.model, self.layout, seat.dataset, seat.loader, self.loss, self.device, party)
         match work:
             case Gradient():

@@ -7,6 +7,11 @@
 So a round depends on nothing that was drawn before it, and a run that was killed goes on exactly. All of this decides
 initial weights, the order of data and what the user's own code draws. It is public: noise, keys and masks come from the
 operating system, whose sources (``secrets``, ``random.SystemRandom``) are not touched here.
+
+**Where records are sampled in secret the seed is None**, and so nobody's. Numbers are drawn row by row: a record that
+is drawn moves the rows of those after it, and with them their dropout masks. Known masks would show in the others'
+part of a sum who was drawn, and amplification by sampling rests on that being unknown. Masks that nobody knows are
+the same for each row, whichever that is, and tell nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+import secrets
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,14 +57,16 @@ class _Caller:
 _caller: ContextVar[_Caller | None] = ContextVar("_caller", default=None)
 
 
-def seed_of(seed: int, round_number: int, purpose: str) -> int:
-    """The seed of one purpose in one round: of 63 bits, from SHA-256."""
+def seed_of(seed: int | None, round_number: int, purpose: str) -> int:
+    """The seed of one purpose in one round: 63 bits, from SHA-256; of None another each time, that nobody knows."""
+    if seed is None:
+        return secrets.randbits(63)
     digest = hashlib.sha256(f"{seed}|{round_number}|{purpose}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 @contextmanager
-def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int | None, round_number: int, purpose: str) -> Iterator[None]:
     """torch's, numpy's and Python's generators seeded from (seed, round, purpose), and put back afterwards."""
     number, outer = seed_of(seed, round_number, purpose), _caller.get()
     caller = outer or _Caller()
@@ -66,7 +74,7 @@ def seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
         caller.note()
         token = _caller.set(None)  # one within this one puts back what is seeded here
         try:
-            np.random.seed(number & 0xFFFF_FFFF)
+            np.random.seed(number & 0xFFFF_FFFF if seed is not None else [number & 0xFFFF_FFFF, number >> 32])
             random.seed(number)
             yield
         finally:
@@ -124,7 +132,7 @@ def drawn_since(before: tuple[torch.Tensor, Any, Any]) -> bool:
     return not (torch.equal(before[0], now[0]) and numbers and before[2] == now[2])
 
 
-def reseed(generators: Iterable[Generator], seed: int, round_number: int, purpose: str) -> None:
+def reseed(generators: Iterable[Generator], seed: int | None, round_number: int, purpose: str) -> None:
     """Seed generators of the user's own, each with a number of its own place among them."""
     for place, generator in enumerate(generators):
         number = seed_of(seed, round_number, f"{purpose}|generator {place}")
