@@ -99,7 +99,7 @@ def _opened(privacy: Privacy, parties: int, survivors: int, make: MakeParty, can
                 optimizer.step()
                 rows.append(x[:, 0].long().numpy())
             if place < honest:
-                np.add.at(drawn[step], np.concatenate(rows)[: optimizer.drawn], 1)
+                np.add.at(drawn[step], np.concatenate(rows)[optimizer.taken], 1)
             vectors.append(party.take())
         opened, known = np.sum(vectors, axis=0), np.sum(vectors[honest:], axis=0)
         released[step] = (opened - known) * 2.0**-plan.grid.coarse

@@ -19,6 +19,12 @@ the time of an answer does not tell how many were drawn (docs/noise-in-shares.md
 answers have to be sent at a fixed time after they were asked for. No loss, accuracy or count of a step may leave the
 party.
 
+**Nor does what other records add depend on whether one was drawn**, which amplification by sampling takes for granted.
+A row's gradient may follow its place: dropout draws numbers row by row, and the kernels of a matrix product round
+differently at different rows, which is all that is left where a hostile server's weights cancel. So the records drawn
+are put to places that the operating system draws, among equally many rows: those of the others have one law, whoever
+else is there.
+
 A gradient that is not finite counts as zero, as in :class:`choral.privacy.dpsgd.private_optimizer.PrivateOptimizer`,
 whose checks are made here, too: they raise for models and loops that treat records together.
 """
@@ -140,7 +146,7 @@ class SharesParty:
             optimizer.begin_pass()
 
         def before_batch(rows: int, first: bool, last: bool) -> None:
-            optimizer.drawn = sampler.drawn
+            optimizer.taken = sampler.taken
             optimizer.expect(rows, first=first, last=last)
 
         private_loader = PrivateLoader(
@@ -208,7 +214,7 @@ class SharesParty:
 class ShareOptimizer(PrivateOptimizer):
     """Clips and adds up the gradients of a batch, and hands the sum to `make`; the model stays as it is.
 
-    drawn: how many rows of the batch, from the first, are records that were drawn; the others weigh nothing.
+    taken: which rows of the batch are records that were drawn, shape (rows,); the others weigh nothing.
     """
 
     def __init__(
@@ -219,7 +225,7 @@ class ShareOptimizer(PrivateOptimizer):
         plan: SharesPlan,
         make: Callable[[npt.NDArray[np.float64]], None],
     ) -> None:
-        self.drawn = 0
+        self.taken: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self._shown = 0  # rows of the batch in chunks so far, this one included
         self._make = make
         super().__init__(
@@ -246,7 +252,7 @@ class ShareOptimizer(PrivateOptimizer):
 
     def _are_drawn(self, rows: torch.Tensor) -> torch.Tensor:
         """Which of the rows of this chunk are records that were drawn; a tensor of the same shape and device."""
-        return torch.arange(self._shown - len(rows), self._shown, device=rows.device) < self.drawn
+        return torch.from_numpy(self.taken[self._shown - len(rows) : self._shown]).to(rows.device)
 
     def _release(self, pending: Any) -> None:
         """Let the sum become a vector with noise; no gradient is written to the parameters."""
@@ -262,20 +268,26 @@ def _no_noise(count: int) -> bytes:
 
 
 class _OneStep(Sampler[list[int]]):
-    """The rows of one step: the records drawn, each with probability `rate`, at most `rows`; then the first record.
+    """The rows of one step: the records drawn, each with probability `rate`, at most `rows`, at places that are drawn,
+    too; at the others the first record.
 
-    `drawn` says how many were, after the sampler was asked.
+    `drawn` says how many were, after the sampler was asked, and `taken` at which places.
     """
 
     def __init__(self, size: int, rate: Fraction, rows: int, *, padded: bool, source: Source) -> None:
         self.size, self.rate, self.rows, self.padded, self.source = size, rate, rows, padded, source
         self.drawn = 0
+        self.taken: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
 
     def __len__(self) -> int:
         return 1
 
     def __iter__(self) -> Iterator[list[int]]:
-        places = poisson_sample(self.size, self.rate, self.source)[: self.rows].tolist()
-        self.drawn = len(places)
+        records = poisson_sample(self.size, self.rate, self.source)[: self.rows]
+        self.drawn = len(records)
         filled = self.rows if self.padded else max(self.drawn, 1)
-        yield places + [0] * (filled - self.drawn)
+        words = np.frombuffer(self.source(8 * filled), dtype="<u8")
+        places = np.argsort(words, kind="stable")[: self.drawn]  # each set, in each order, alike
+        self.taken, found = np.zeros(filled, dtype=np.bool_), np.zeros(filled, dtype=np.int64)
+        self.taken[places], found[places] = True, records
+        yield found.tolist()

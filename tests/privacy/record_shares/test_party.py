@@ -232,8 +232,22 @@ def test_draws_have_the_jobs_rate_whoever_many_records_a_party_has(problem: Any,
 
 def test_what_is_drawn_beyond_the_cap_is_dropped_by_place(problem: Any) -> None:
     sampler = party_module._OneStep(50, Fraction(1), 4, padded=True, source=os_stream)
-    assert list(sampler) == [[0, 1, 2, 3]]
+    assert [sorted(rows) for rows in sampler] == [[0, 1, 2, 3]]
     assert sampler.drawn == 4
+
+
+def test_where_a_record_lies_does_not_follow_from_who_else_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of record 7, with record 2 and without: each of six is as likely; a false alarm once in 10^6."""
+    for drawn in ([7], [2, 7], [2, 7, 9]):
+        monkeypatch.setattr(party_module, "poisson_sample", lambda *_, drawn=drawn: np.array(drawn))
+        sampler = party_module._OneStep(50, Fraction(1, 10), 6, padded=True, source=os_stream)
+        counts = np.zeros(6)
+        for _ in range(3000):
+            ((*rows,),) = list(sampler)
+            assert sorted(np.array(rows)[sampler.taken].tolist()) == drawn
+            assert not np.array(rows)[~sampler.taken].any()
+            counts[rows.index(7)] += 1
+        assert stats.chisquare(counts).pvalue > ALARM
 
 
 def test_a_gradient_that_is_not_finite_counts_as_zero_and_nothing_raises(
