@@ -10,11 +10,12 @@ zero: whoever sees when a process answers does not learn from it how many record
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from choral.errors import ConfigError
-from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesPlan, refuse_weak_sum
+from choral.privacy import ClientPrivacy, Ledger, Privacy, PrivacyError, SharesPlan, refuse_weak_sum
 from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
 from choral.protocols.driver import PartyDriver
 from choral.protocols.masking.parameters import colluding
@@ -69,14 +70,26 @@ def own_plan(
 def check_drivers(plan: SharesPlan | None, drivers: Mapping[str, PartyDriver]) -> None:
     """Of noise in shares: is each sum such a one that a vector with a share of the noise alone may go into it?
 
-    Raises: PrivacyError where this party itself does not demand what the noise is sized for; ConfigError where it
-    demands nothing: under a plain sum the server sees every vector.
+    Raises: PrivacyError where this party itself does not demand what the noise is sized for, or what delta counts on;
+    ConfigError where it demands nothing: under a plain sum the server sees every vector.
     """
     if plan is None:
         return
     for driver in drivers.values():
         pinned, least, corrupt = demanded_of(driver)
         refuse_weak_sum(plan, parties=pinned, min_survivors=least, corrupt=corrupt)
+        _refuse_likely_failure(plan, driver)
+
+
+def _refuse_likely_failure(plan: SharesPlan, driver: PartyDriver) -> None:
+    """A sparse graph of masks is taken from the server as soon as it fails no oftener than this party's policy says."""
+    bits = driver.policy.security_bits  # type: ignore[attr-defined]
+    if 2.0**-bits > plan.terms.failure:
+        counted = -math.log2(plan.terms.failure)
+        raise PrivacyError(
+            f"this party joins sums that may fail with probability 2^-{bits}, and delta counts on 2^-{counted:g} each",
+            hint=f"Set security_bits={math.ceil(counted)}, or more, in its own policy.",
+        )
 
 
 def demanded_of(driver: PartyDriver) -> tuple[int, int, int]:

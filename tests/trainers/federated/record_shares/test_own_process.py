@@ -127,6 +127,22 @@ def test_a_sum_of_which_the_party_itself_demands_too_little_is_refused(
         own(tmp_path, drivers)
 
 
+def test_a_sum_that_may_fail_oftener_than_delta_counts_on_is_refused(tmp_path: Path) -> None:
+    """By the party's own policy: up to its bits it would take a sparse graph of masks that the server proposes."""
+
+    def drivers(terms: Any, bits: int) -> Any:
+        secure_sum = Masked(corrupt=1, dropouts=0, min_survivors=3)
+        spec = program.specs_of(terms, terms.digest)["update"]
+        directory = {name: program.IDENTITIES[name].public for name in NAMES}
+        policy = replace(secure_sum.policy(spec), directory=directory, security_bits=bits)
+        identity = program.IDENTITIES["north"]
+        return {"update": secure_sum.party_driver(spec, name="north", identity=identity, policy=policy)}
+
+    assert own(tmp_path, lambda terms: drivers(terms, 40)).name == "north"
+    with pytest.raises(PrivacyError, match=r"with probability 2\^-20, and delta counts on 2\^-40"):
+        own(tmp_path, lambda terms: drivers(terms, 20))
+
+
 def test_the_plan_is_among_the_terms_that_all_parties_sign(tmp_path: Path) -> None:
     plan = program.plan_of()
     wider = replace(plan, noise_multiplier=2 * plan.noise_multiplier)
