@@ -111,12 +111,19 @@ def _standardised_parts(info: RunInfo) -> tuple[str, str]:
     stated, plain = info.standardised or {}, (info.secure_sum or {}).get("name") == "plain"
     known, fewest = int(stated.get("colluders", 0)), int(stated["min_survivors"])
     server = "the server, which saw one sum in parts, excepted" if plain else "the server included"
+    rests = (
+        f" The server saw each party's part of it with a share of the noise alone, and has to be trusted with it and to"
+        f" have used no sum of fewer than {fewest} parties."
+        if plain
+        else " That the server saw this sum only rests on the secure sum: on the computational assumptions that it"
+        " states, and on 2^-40, which is within δ."
+    )
     return (
         f"anyone who sees every message and every model of the training, {server}, together with up to {known} of the"
         " other parties",
         "In training each party adds its own noise before anything leaves it. The means and deviations that features"
         " are standardised by were computed once before, of all records, within the same ε: each party added a share of"
-        f" the noise, sized for {fewest} survivors of which {fewest - known} are honest.",
+        f" the noise, sized for {fewest} survivors of which {fewest - known} are honest.{rests}",
     )
 
 

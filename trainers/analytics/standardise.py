@@ -81,9 +81,9 @@ def pooled_standardisation(
     sigma = noise_multiplier(first.epsilon, first.delta, 1.0, 1, neighbours=privacy.neighbours)
     event = PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=sigma, steps=1)
     loader = _built(task, pool(list(task.parties.values())))[2]
-    passes = rounds * privacy.epochs
+    passes, known = rounds * privacy.epochs, len(ledger.events)  # before the plan, which reckons with those
     whole = joint_plan(privacy, loader, holder=POOLED, ledger=ledger, passes=passes, beside=event)
-    ledger.append(event, after=len(ledger.events), plan=whole)
+    ledger.append(event, after=known, plan=whole)
     unit, length = release.packing.unit, release.packing.length
     grid = noise_grid(1.0, length)
     value = np.rint(total / unit / grid) * grid + grid_gaussian(length, sigma, 1.0, grid, os_stream)

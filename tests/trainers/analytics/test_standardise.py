@@ -21,10 +21,12 @@ from choral.audits import audit
 from choral.jobs.settings import Arm, PrivacySettings, Settings, SumSettings
 from choral.jobs.standardising import check_standardise
 from choral.jobs.training import load_task, train
-from choral.privacy import Ledger
+from choral.privacy import Ledger, LedgerError
 from choral.privacy.accounting.events import PoissonSampledGaussian, PoissonSampledShares
 from choral.privacy.accounting.record_noise import noise_multiplier
+from choral.privacy.dpsgd.joint_plan import joint_plan
 from choral.trainers import FedSGD, Keep, Mean, Run, Task
+from choral.trainers.analytics import standardise as standardise_module
 from choral.trainers.analytics.federated_statistics import packing_of
 from choral.trainers.analytics.scales import Scales, shrink
 from choral.trainers.analytics.standardise import pooled_standardisation, standardisation
@@ -167,7 +169,9 @@ def test_one_plan_stands_in_each_ledger_and_is_priced_as_one(tmp_path: Path) -> 
     assert run.spent is not None
     assert run.spent.guarantee is not None
     assert run.spent.guarantee <= 3.0
-    assert audit(run).verdict != "violated"
+    found = audit(run)
+    assert found.verdict != "violated"
+    assert "That the server saw this sum only rests on the secure sum" in str(found.claim)  # as it does not in training
 
 
 def test_with_noise_in_shares_all_parties_have_one_plan(tmp_path: Path) -> None:
@@ -186,6 +190,25 @@ def test_with_noise_in_shares_all_parties_have_one_plan(tmp_path: Path) -> None:
         assert len(set(ledger.events)) == 2
         assert ledger.epsilon(1e-5) <= 3.0
     assert audit(run).verdict != "violated"
+
+
+def test_nothing_is_released_on_a_plan_that_somebody_spent_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process spends from the same ledger while the noise is calibrated."""
+    path = tmp_path / "pooled.jsonl"
+
+    def overtaken(*given: Any, **named: Any) -> Any:
+        whole = joint_plan(*given, **named)
+        other = Ledger(path)
+        other.bind("pooled", PROMISE.delta)
+        other.append(PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=1.5, steps=1), after=0)
+        return whole
+
+    monkeypatch.setattr(standardise_module, "joint_plan", overtaken)
+    with pytest.raises(LedgerError, match="somebody else has spent"):
+        pooled_standardisation(TASK, privacy=PROMISE, share=0.5, rounds=2, ledgers=tmp_path)
+    assert len(Ledger(path).events) == 1
 
 
 def test_the_model_takes_records_as_they_are() -> None:
