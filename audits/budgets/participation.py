@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
 
 
+_EQUAL = 1e-9  # numbers that were written down and read again
+
+
 class ParticipationSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who was planned for, and who took part.
 
@@ -131,6 +134,8 @@ def _shares_as_charged(run: Run) -> list[Check]:
                 found.append(f"{name}: charged for {event.honest} unknown shares, and {honest} are promised")
             elif event.parties < run.info.party_count:
                 found.append(f"{name}: charged for sums of {event.parties} parties, of {run.info.party_count}")
+            elif not _standardised_by(run, event):
+                found += [f"{name}: {why}" for why in _beyond_plan(run, event)]
             counted += event.steps if isinstance(event, PoissonSampledShares) else 0
     if not (counted or found):
         return []
@@ -144,6 +149,19 @@ def _shares_as_charged(run: Run) -> list[Check]:
             finding=finding,
         )
     ]
+
+
+def _beyond_plan(run: Run, event: PoissonSampledShares) -> list[str]:
+    """Where a step was charged for a smaller rate, or for more noise, than run.json says its parties kept to."""
+    algorithm, recorded, found = run.info.algorithm or {}, run.info.fixed_point or {}, []
+    batch, records = algorithm.get("batch_size"), run.info.total_examples
+    rate = batch / records if isinstance(batch, int) and records else 1.0
+    if event.sample_rate < rate * (1.0 - _EQUAL):
+        found.append(f"charged for the rate {event.sample_rate:.6g}, and run.json says {rate:.6g}")
+    share = recorded.get("share")
+    if share is not None and event.share > float(share) * (1.0 + _EQUAL):
+        found.append(f"charged for shares of {event.share:.6g} clipping norms, and run.json says {float(share):.6g}")
+    return found
 
 
 def _standardised_by(run: Run, event: PoissonSampledShares) -> bool:

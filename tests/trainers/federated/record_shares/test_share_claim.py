@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from choral import Keep, Masked, Plain, Privacy, audit, federate
@@ -72,6 +73,29 @@ def test_a_run_that_does_not_say_how_many_rows_its_steps_had_claims_none(task: M
     del info["fixed_point"]["rows"]
     (out / "run.json").write_text(json.dumps(info))
     assert "nothing here says how that was kept from it" in audit(out).claim
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_rate": 0.125}, "charged for the rate 0.125, and run.json says 0.25"),
+        ({"share": 9.0}, "charged for shares of 9 clipping norms, and run.json says"),
+    ],
+)
+def test_a_ledger_of_cheaper_steps_than_were_made_is_found(
+    changes: dict[str, float], said: str, task: Make, tmp_path: Path
+) -> None:
+    """A chain of its own, that costs less: of the same steps at a smaller rate, or with more noise."""
+    for path in (trained(task(), tmp_path / "run") / "ledger").iterdir():
+        events, name = Ledger(path).events, str(Ledger(path).holder)
+        path.unlink()
+        ledger = Ledger(path, holder=name)
+        ledger.bind(name, PROMISE.delta)
+        for after, event in enumerate(events):
+            ledger.append(msgspec.structs.replace(event, **changes), after=after)
+    (check,) = [each for each in audit(tmp_path / "run").checks if each.name.startswith("Noise in shares is counted")]
+    assert check.verdict == "violated"
+    assert said in check.finding
 
 
 def test_without_ledgers_nothing_is_said_of_how_shares_were_counted(task: Make, tmp_path: Path) -> None:
