@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from choral.network.site.approvals import Approval, approvals
 from choral.network.site.budget import DataBudget, budget_of, open_ledger
 from choral.network.site.objections import objections
 from choral.network.site.offer import Offer
-from choral.network.site.terms import promise_of, setup_of, sum_of, terms_of
+from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
 from choral.protocols.homomorphic.front import Homomorphic
@@ -151,6 +151,11 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
         yield "privacy", f"it does not fit: {error}"
         return
     yield "privacy", _promise(asked)
+    if (follows := follows_of(offer, terms.federation.parties)) is not None:
+        promise, rounds = follows
+        budget = replace(budget, asked=promise.epsilon)  # of both: one plan of them is written before the first sum
+        yield "to follow", f"a training of {rounds} rounds at most; both together: {_promise(promise)}"
+        yield "", "both stand on the ledger from this job on: all of it is spent, whether or not the training follows"
     yield from _spending(budget)
     if (plan := terms.shares) is not None:
         yield "noise", f"sized for {plan.honest} honest sites of {plan.terms.min_survivors} in a sum, the fewest"

@@ -25,7 +25,7 @@ from choral.jobs.sites.statistics import serve_statistics, statistics_offer
 from choral.jobs.statistics import StatisticSettings, StatisticsSettings, statistic_of
 from choral.network import Offer
 from choral.network.errors import OfferError
-from choral.network.site.budget import open_ledger
+from choral.network.site.budget import open_ledger, spent_of
 from choral.network.site.objections import objections
 from choral.network.site.review import review
 from choral.network.site.terms import terms_of
@@ -242,6 +242,9 @@ def test_means_and_deviations_then_the_training_on_one_plan(tmp_path: Path) -> N
     out, carrier, keys = tmp_path / "run", Direct(federation), federation.keys
     first = offer_ahead(settings, keys, coordinator="hub")
     assert first.settings["followed_by"]["rounds"] == 3
+    shown = "\n".join(f"{what}: {words}" for what, words in review(federation.site("north"), first).rows)
+    assert "to follow: a training of 3 rounds at most; both together: epsilon 4 at delta" in shown
+    assert "may have come to 4, and" in shown  # which is what the ledger says once the sum is made, below
     for name in federation.names:
         approved_at(federation, name, first)
     standardise(settings, carrier, keys, coordinator=federation.hub, out=out, say=lambda _: None)
@@ -250,6 +253,7 @@ def test_means_and_deviations_then_the_training_on_one_plan(tmp_path: Path) -> N
         assert plan is not None
         assert ([part.times for part in plan.parts], len(events)) == ([1, 3], 1)
         assert plan.epsilon == 4.0
+        assert 3.9 < spent_of(open_ledger(federation.site(name), "points")) <= 4.0
     by = found_in(settings, out)
     assert by is not None
     assert by.means[5] == 0.0
