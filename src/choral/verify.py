@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import ssl
+import struct
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ KINDS = (
 )
 CANNOT = """What no signature can show, and so is not shown here:
 - that others added the noise that they promised, or trained as they said; a party knows this of itself alone;
+- that a model is what came of the sum: its coordinator says so, and has seen it alone;
 - that data were real; anything of a run, round, party or file that is not given here, or was never written down;
 - who made the files, if keys are not pinned by --keys, or in a rehearsal, where one operator made all keys."""
 
@@ -73,6 +75,12 @@ def sha(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # of a key that stands twice, readers take either
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
 def framed(label: bytes, *parts: bytes | int) -> bytes:  # what parties sign in a secure sum
     raw = [each.to_bytes(8, "little") if isinstance(each, int) else each for each in (b"choral/2/" + label, *parts)]
     return hashlib.sha256(b"".join(len(each).to_bytes(8, "little") + each for each in raw)).digest()
@@ -106,12 +114,14 @@ class Evidence:
                 self.take_manifest(name, raw)
             else:
                 self.files[name] = raw
+                if name.endswith(".json"):
+                    json.loads(raw, object_pairs_hook=once)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             self.wrong(f"{name} cannot be read: {error!r:.80}")
 
     def take_receipt(self, where: str, line: bytes, number: int) -> None:
         body, _, rest = line.removeprefix(b'{"receipt":').rpartition(b',"signature":"')
-        said = json.loads(body)
+        said = json.loads(body, object_pairs_hook=once)
         party, key, held = said["party"], said["key"], (said["run"], said["party"])
         self.wrong(f"{where} has another form or version", when=rest[128:] != b'"}' or said["version"] != 1)
         self.check(where, party, key, b"choral receipt 1\n" + body, rest[:128].decode())
@@ -125,9 +135,6 @@ class Evidence:
             self.wrong(f"{where}: not the terms", when=sha(b"choral training terms 1" + text) != said["terms"])
             return
         self.rounds.append(said)
-        if terms := self.texts.get(said["terms"]):
-            other = (said["algorithm"], said["promise"]) != (terms["algorithm"]["kind"], terms["privacy"])
-            self.wrong(f"{where}: algorithm or promise is not that of the terms", when=other)
         for each in said["sums"]:
             self.check_sum(where, said, each)
 
@@ -147,18 +154,21 @@ class Evidence:
             bits = sum(1 << place for place, name in enumerate(roster) if name in alive)
             bitmap = bits.to_bytes(-(-len(roster) // 8), "little")
         for name, signature in each["signatures"].items():
+            self.wrong(f"{where}: {name} is no other survivor", when=name == said["party"] or name not in alive)
             message = framed(b"confirm", session, number, roster.index(name), bitmap, framed(b"begin", begin))
             self.check(where, name, each["keys"][name], message, signature, pin=not said["rehearsal"])
 
     def take_manifest(self, name: str, raw: bytes) -> None:
         body, _, rest = raw.rstrip(b"\n").removeprefix(b'{"manifest":').rpartition(b',"signatures":')
-        said, signatures = json.loads(body), json.loads(rest[:-1])
+        said, signatures = (json.loads(each, object_pairs_hook=once) for each in (body, rest[:-1]))
         self.wrong(f"{name} has another form or version", when=rest[-1:] != b"}" or said["version"] != 1)
-        signers = {"": said["coordinator"]} | {party: each["keys"][-1] for party, each in said["parties"].items()}
+        signers = {party: each["keys"][-1] for party, each in said["parties"].items()} | {"": said["coordinator"]}
         for who, key in signers.items():
             if who in signatures:
                 self.check(name, who, key, b"choral manifest 1\n" + body, signatures[who], pin=bool(who))
             self.wrong(f"{name}: {who} has not signed", when=who not in signatures and who not in said["gone"])
+        known = {signers[who] for who in signers.keys() & signatures} & set((self.pinned or {}).values())
+        self.wrong(f"{name}: nobody whose key you pinned has signed it", when=self.pinned is not None and not known)
         self.manifests[sha(raw)] = said
         by = [each for each, key in (self.pinned or {}).items() if key == said["coordinator"]] or ["a key not pinned"]
         run, gone = f"run {said['run']}, {said['completed']} rounds", ", ".join(said["gone"]) or "none"
@@ -168,12 +178,17 @@ class Evidence:
         rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for said in self.rounds:
             rounds.setdefault((said["run"], said["round"]), []).append(said)
+            if terms := self.texts.get(said["terms"]):  # whatever came first
+                other = (said["algorithm"], said["promise"]) != (terms["algorithm"]["kind"], terms["privacy"])
+                self.wrong(f"{said['party']}: algorithm or promise is not that of the terms", when=other)
         for (run, number), held in sorted(rounds.items()):
             self.compare_round(number, held)
             ends = {said["came"] for said in held if said["came"]}
             other = bool(ends) and not {said["given"] for said in rounds.get((run, number + 1), ())} <= ends
             self.wrong(f"round {number + 1} did not go on from the model that came of round {number}", when=other)
         self.wrong("the receipts are of several runs", when=len({said["run"] for said in self.rounds}) > 1)
+        of_runs = {manifest["run"] for manifest in self.manifests.values()}
+        self.wrong("there are two manifests of one run", when=len(of_runs) < len(self.manifests))
         for manifest in self.manifests.values():
             self.compare_manifest(manifest, whole=whole)
         for name, raw in self.files.items():
@@ -190,7 +205,7 @@ class Evidence:
 
     def compare_round(self, number: int, held: list[dict[str, Any]]) -> None:
         self.wrong(f"two receipts of a party in round {number}", when=len({said["party"] for said in held}) < len(held))
-        for field in ("given", "came", "terms"):
+        for field in ("given", "came", "terms", "algorithm", "promise", "rehearsal"):
             self.views(f"{field} in round {number}", ((said["party"], said[field]) for said in held))
         for place in range(max(len(said["sums"]) for said in held)):
             where = f"sum {place + 1} of round {number}"
@@ -214,10 +229,19 @@ class Evidence:
             self.wrong(f"the receipts of {party} are not those that the manifest names", when=other)
         for each in self.rounds:
             cost, led, where = said["ledgers"].get(each["party"]), each["ledger"], f"round {each['round']}"
-            end = each["round"] == said["completed"] and each["came"] not in (None, said["model"])
+            last = each["round"] == said["completed"]
+            end = last and each["came"] not in (None, said["model"])
             self.wrong(f"the manifest's model is not the one that came of {where}", when=end)
+            other = last and (each["terms"], each["rehearsal"]) != (said["terms"], said["rehearsal"])
+            self.wrong(f"the manifest has other terms than {where}, or calls a rehearsal none", when=other)
+            there = {each["party"]}.union(*(one["roster"] for one in each["sums"])) - {*said["parties"], *said["gone"]}
+            self.wrong(f"in {where}, and not in the manifest: {', '.join(sorted(there))}", when=bool(there))
             beyond = cost and led and (led["events"][1], led["after"] != cost["head"]) > (cost["events"], False)
-            self.wrong(f"{each['party']}, {where}: another ledger than the manifest's", when=bool(beyond))
+            less = cost and led and (led["epsilon"] > cost["epsilon"] or led["delta"] != cost["delta"])
+            self.wrong(f"{each['party']}, {where}: another ledger than the manifest's", when=bool(beyond or less))
+        shown = sum((each["round"], each["came"]) == (said["completed"], said["model"]) for each in self.rounds)
+        by = f"as {shown} receipts have it" if shown else "on the coordinator's word alone"
+        self.said.append(f"the manifest's model {said['model'][:12]}: {by}")
 
     def compare_file(self, name: str, raw: bytes) -> None:
         files = [pair for each in self.manifests.values() for pair in each["files"].items()]
@@ -225,7 +249,7 @@ class Evidence:
         self.wrong(f"{name} is not the file that the manifest names", when=bool(signed) and sha(raw) not in signed)
         for each in self.manifests.values() if name == "model.safetensors" else ():
             order = [pair[0] for pair in self.texts.get(each["terms"], {}).get("shapes", ())]
-            other = weights(raw, order := each.get("claims", {}).get("layout", order)) not in ("", each["model"])
+            other = weights(raw, order := each.get("claims", {}).get("layout", order)) != each["model"]
             self.wrong(f"{name} is not the model that came of the last round", when=bool(order or self.texts) and other)
         if b'"choral-report"' in raw[:200] and raw.startswith(b"{"):
             signed = self.compare_report(name, json.loads(raw))
@@ -237,19 +261,23 @@ class Evidence:
             mine = [self.manifests.get(each["sha256"], {}) for each in arm["manifests"]]
             missing, where = not mine or {} in mine, f"{name}, {arm['name']}"
             self.wrong(f"{where}: the manifests that it rests on are not given here", when=missing)
-            costs = [cost["epsilon"] for each in mine for cost in each.get("ledgers", {}).values()]
+            costs = [(cost["epsilon"], cost["delta"]) for each in mine for cost in each.get("ledgers", {}).values()]
             values = [each.get("metrics", {}).get(report["metric"]) for each in mine]
-            claim = arm["claim"]["epsilon"] if arm["claim"] else 0.0
-            other = (claim, arm["metric"]["values"]) != (max(costs, default=0.0), values)
+            claim = (arm["claim"]["epsilon"], arm["claim"]["delta"]) if arm["claim"] else (0.0, 0.0)
+            other = (claim, arm["metric"]["values"]) != (max(costs, default=(0.0, 0.0)), values)
             self.wrong(f"{where}: epsilon or results are not those of its manifests", when=other and not missing)
         return [each["sha256"] for arm in report.get("arms", ()) for each in arm["manifests"]]
 
 
-def weights(raw: bytes, names: list[str]) -> str:  # a model's digest as receipts have it; "" if not float32
+def weights(raw: bytes, names: list[str]) -> str:  # a model's digest as receipts have it, of float32
     end = 8 + int.from_bytes(raw[:8], "little")
     found = [json.loads(raw[8:end])[name] for name in names]
     parts = [raw[end + each["data_offsets"][0] : end + each["data_offsets"][1]] for each in found]
-    return sha(b"choral model 1\n" + b"".join(parts)) if all(each["dtype"] == "F32" for each in found) else ""
+    for place, each in enumerate(found):
+        if each["dtype"] == "F64":
+            numbers = [number for (number,) in struct.iter_unpack("<d", parts[place])]
+            parts[place] = struct.pack(f"<{len(numbers)}f", *numbers)
+    return sha(b"choral model 1\n" + b"".join(parts)) if {each["dtype"] for each in found} <= {"F32", "F64"} else ""
 
 
 def in_words(said: dict[str, Any]) -> str:
@@ -281,7 +309,8 @@ def report(given: Path | list[Path], keys: dict[str, str] | None) -> int:
     played = any(each["rehearsal"] for each in (*evidence.rounds, *evidence.manifests.values()))
     made = ["A rehearsal: one machine played all parties, and one operator made their keys."] if played else []
     found = [f"DOES NOT HOLD: {each}" for each in evidence.problems] or ["Holds: no contradiction was found."]
-    print("\n".join((*evidence.said, *made, *found, "", CANNOT)))
+    for line in (*evidence.said, *made, *found, "", *CANNOT.split("\n")):  # no name in it writes lines of its own
+        print("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
     return 1 if evidence.problems else 0
 
 
@@ -298,7 +327,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"choral: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
         print("  hint: name receipts, a manifest, or the folder of a run that holds them", file=sys.stderr)
         return 2
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         print(f"choral: what is given cannot be read: {error!r:.200}", file=sys.stderr)
         print("  hint: --keys takes a site's directory.toml; the other files are as a run wrote them", file=sys.stderr)
         return 2

@@ -114,7 +114,7 @@ def read_info(folder: Path) -> RunInfo:
         raise RunFolderError(f"{folder} is not a run folder: no run.json in it", hint=hint)
     try:
         raw = path.read_bytes()
-        version = json.loads(raw).get("version")
+        version = json.loads(raw, object_pairs_hook=_once).get("version")
         if version != FORMAT_VERSION:
             raise RunFolderError(
                 f"{path} is of format version {version}; this Choral reads {FORMAT_VERSION}",
@@ -123,6 +123,12 @@ def read_info(folder: Path) -> RunInfo:
         return msgspec.json.decode(raw, type=RunInfo)
     except (msgspec.DecodeError, ValueError, AttributeError) as error:
         raise RunFolderError(f"{path} is damaged: {error}", hint="restore it, or run again in a new folder") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands in it twice, of which a person reads the first and a program the last")
+    return found
 
 
 def append_round(folder: Path, entry: RoundRecord) -> None:

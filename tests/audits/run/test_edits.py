@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Keep, Masked, audit, centralize, compare, federate
-from choral.audits.run.signed_checks import signed_checks
+from choral.audits.run.signed_checks import _model, signed_checks
 from choral.privacy import Privacy
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.keys import ed25519_verify
-from choral.trainers import Run, Task
+from choral.trainers import Run, RunFolderError, Task
 from choral.trainers.run_folder.evidence import sealing
 from choral.trainers.run_folder.evidence.signed_lines import body_of, line_of, parsed, sign
 from choral.verify import KINDS, Evidence
@@ -89,13 +89,13 @@ class Zoo:
         change(entries)
         path.write_bytes(lines(GENESIS, entries)[0])
 
-    def model(self, name: str = "model.safetensors") -> None:
+    def model(self, name: str = "model.safetensors", *, double: bool = False) -> None:
         path = self.run / name
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         state = load_file(path)
         state["bias"] = state["bias"] + 0.25
-        save_file(state, path, metadata)
+        save_file({key: each.double() if double else each for key, each in state.items()}, path, metadata)
 
     def receipts(self, name: str, change: Callable[[list[bytes]], object]) -> None:
         path = self.run / "receipts" / f"{name}.jsonl"
@@ -115,18 +115,25 @@ class Zoo:
             made.append(line_of(body_of(said | {"key": identity.public.hex()}), identity))
         (self.run / "receipts" / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in made))
 
-    def manifest(self, change: Callable[[dict[str, Any]], object], *, by: tuple[str, ...] | None = ()) -> None:
-        """by: whose keys sign it anew ("" the coordinator's); None, nobody: the signatures stay."""
+    def manifest(
+        self,
+        change: Callable[[dict[str, Any]], object],
+        *,
+        by: tuple[str, ...] | None = (),
+        coordinator: Identity | None = None,
+    ) -> None:
+        """by: whose keys sign it anew ("" the coordinator's, or another's); None, nobody: the signatures stay."""
         path = self.run / "manifest.json"
         body, _, rest = path.read_bytes().rstrip().removeprefix(b'{"manifest":').rpartition(b',"signatures":')
         said, signatures = json.loads(body), json.loads(rest[:-1])
         change(said)
         body = body_of(said)
-        keys = {"": self.coordinator} | self.identities
+        keys = {"": coordinator or self.coordinator} | self.identities
         for name in by or ():
             signatures[name] = sign("manifest", body, keys[name])
         if by:
             signatures = {name: made for name, made in signatures.items() if name not in said["gone"]}
+            signatures = {name: made for name, made in signatures.items() if name in {"", *said["parties"]}}
         path.write_bytes(b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
 
     def rehash(self, *, by: tuple[str, ...] | None, also: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
@@ -337,7 +344,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
         "the signature of north is not on these words",
     ),
     "a signature": (
-        lambda z: z.receipts("east", lambda f: f.__setitem__(1, f[1][:-4] + b'00"}')),
+        lambda z: z.receipts("east", lambda f: f.__setitem__(1, f[1][:-4] + b'ff"}')),
         "the signature of east is not on these words",
     ),
     "a receipt left out": (lambda z: z.receipts("south", lambda f: f.pop(2)), "receipts before it are missing"),
@@ -423,6 +430,35 @@ SIGNED: dict[str, tuple[Edit, str]] = {
         ),
         "south, round 3: another ledger than the manifest's",
     ),
+    "the others called gone, another model of other numbers": (
+        lambda z: (z.model(double=True), z.rehash(by=("", "north"), also=gone("south", "east", "west"))),
+        "model.safetensors is not the model that came of the last round",
+    ),
+    "the others called gone, a longer ledger that is cheaper": (
+        lambda z: (
+            z.ledger("south", lambda e: ([set_to("noise_multiplier", to=9.0)(x) for x in e[2:]], e.append(e[-1]))),
+            z.rehash(
+                by=("", "north"),
+                also=lambda s: (gone("south", "east", "west")(s), s["ledgers"]["south"].update(events=4, epsilon=1.0)),
+            ),
+        ),
+        "south, round 1: another ledger than the manifest's",
+    ),
+    "the others not even called gone": (
+        lambda z: (
+            [(z.run / "receipts" / f"{name}.jsonl").unlink() for name in ("south", "east", "west")],
+            z.rehash(by=("", "north"), also=lambda s: [s["parties"].pop(name) for name in ("south", "east", "west")]),
+        ),
+        "in round 1, and not in the manifest: east, south, west",
+    ),
+    "a party without a name in the coordinator's place": (
+        lambda z: z.manifest(
+            lambda s: s.update(parties={"": {"keys": [STRANGER.public.hex()], "receipts": 0, "head": "0" * 64}}),
+            by=("",),
+            coordinator=STRANGER,
+        ),
+        "manifest.json: the signature of  is not on these words",
+    ),
     "the others' receipts left out with them": (
         lambda z: (
             [(z.run / "receipts" / f"{name}.jsonl").unlink() for name in ("south", "east", "west")],
@@ -459,6 +495,10 @@ def test_an_edit_of_what_was_signed_is_found(edit: Edit, found: str, zoo: Zoo) -
 REPORT: dict[str, tuple[Edit, str]] = {
     "a tenth of the epsilon": (
         lambda z: z.json("report.json", set_to("arms", 1, "claim", "epsilon", to=lambda e: e / 10)),
+        "federated-dp: epsilon or results are not those of its manifests",
+    ),
+    "another delta": (
+        lambda z: z.json("report.json", set_to("arms", 1, "claim", "delta", to=1e-9)),
         "federated-dp: epsilon or results are not those of its manifests",
     ),
     "a better result": (
@@ -544,6 +584,27 @@ def test_what_no_signature_finds_stands_in_the_docs(name: str, zoo: Zoo) -> None
         assert verified(zoo, report=True) == []
     assert verified(zoo) == []
     assert not whole or audited(zoo) == []
+
+
+def test_a_round_more_than_any_receipt_is_of_is_found_by_the_audit(zoo: Zoo) -> None:
+    """By coordinator and one party, who call the others gone; verify.py says on whose word the model then is."""
+    path = zoo.run / "model.safetensors"
+    save_file({key: each + 1 for key, each in load_file(path).items()}, path, {"round": "4"})
+    zoo.history(lambda entries: entries.append(entries[-1] | {"round": 4}))
+    zoo.json("run/run.json", set_to("rounds", to=4))
+    digest = _model(Run.load(zoo.run), ["weight", "bias"])
+    others = gone("south", "east", "west")
+    zoo.rehash(by=("", "north"), also=lambda s: (others(s), s.update(completed=4, model=digest)))
+    assert verified(zoo) == []
+    assert any("round 4 has 4 survivors in the history, 0 by receipts" in each for each in audited(zoo))
+
+
+def test_a_key_that_stands_twice_in_run_json_is_refused(zoo: Zoo) -> None:
+    zoo.text("run.json", '"epsilon":', '"epsilon": 0.1, "epsilon":')
+    zoo.rehash(by=("", "north"), also=gone("south", "east", "west"))
+    assert any("run.json cannot be read: ValueError('a key stands" in each for each in verified(zoo))
+    with pytest.raises(RunFolderError, match="a key stands in it twice"):
+        audited(zoo)
 
 
 def test_the_zoo_has_sixty_edits() -> None:

@@ -175,7 +175,7 @@ class Manifest:
         said, signatures = content_of(body), content_of(rest[:-1])
         if (said.get("format"), said.get("version")) != (FORMAT, VERSION):
             raise EvidenceError(f"{NAME} is of another format or version")
-        keys = {"": said["coordinator"]} | {name: each["keys"][-1] for name, each in said["parties"].items()}
+        keys = {name: each["keys"][-1] for name, each in said["parties"].items()} | {"": said["coordinator"]}
         for name, signature in signatures.items():
             if not signed_by("manifest", body, signature, keys.get(name)):
                 raise EvidenceError(f"{NAME}: the signature of {name or 'the coordinator'} is not on these words")
