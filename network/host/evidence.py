@@ -92,6 +92,9 @@ def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, 
         return f"it is of {completed!a:.20} rounds, and there is a receipt of round {number}"
     if f"choral {said['code'].get('version')}" != version_here():
         return "it is of another version of Choral"
+    parties = {name for offer in folder.offers.all() if offer.digest == job for name in offer.parties}
+    if parties and parties ^ {*said["parties"], *map(str, said["gone"])}:
+        return f"it is of other sites than the job, which is of {', '.join(sorted(parties))}"
     if name in said["gone"] or name in said["ledgers"]:
         return f"it calls {name} gone, or speaks of its ledger"
     return ""

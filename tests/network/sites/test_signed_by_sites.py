@@ -179,7 +179,9 @@ LIES: dict[str, tuple[Changed, str]] = {
     "fewer receipts": (lambda said: said["parties"]["north"].update(receipts=3), "something else of the receipts"),
     "other receipts": (lambda said: said["parties"]["north"].update(head="5" * 64), "something else of the receipts"),
     "another key": (lambda said: said["parties"]["north"].update(keys=["6" * 64]), "something else of the receipts"),
-    "not named": (lambda said: said["parties"].pop("north"), "something else of the receipts"),
+    "not named": (lambda said: said["parties"].pop("north"), "of other sites than the job"),
+    "another not named": (lambda said: said["parties"].pop("south"), "of other sites than the job"),
+    "one more": (lambda said: said["gone"].append("west"), "of other sites than the job"),
     "another result": (lambda said: said["metrics"].update(accuracy=1.0), "another result of .* was signed at"),
     "other files": (lambda said: said["files"].update({"run.json": "7" * 64}), "another result of .* was signed at"),
 }
