@@ -276,7 +276,7 @@ def test_what_cannot_be_written_or_drawn_is_said_after_the_table(
     assert "vs cloud" in printed
     assert "report: " not in printed
     *progress, last = error.splitlines()
-    assert last.startswith("choral: the report is not complete: [Errno 21] Is a directory")
+    assert last == f"choral: the report is not complete: {job.out / 'report.html.tmp'}: Is a directory"
     assert all(": round 1 of 1, " in line for line in progress)
     assert (job.out / "report.json").is_file()
     (job.out / "report.html.tmp").rmdir()

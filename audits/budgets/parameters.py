@@ -74,7 +74,7 @@ def _person(records: int | None, epsilon: float, delta: float) -> PersonPair | N
 
 
 def _rho(ledger: Ledger) -> float | None:
-    """The sum over steps of (sensitivity over noise)^2 / 2; None where it is not of Gaussians alone."""
+    """The sum over steps of (sensitivity over noise)^2 / 2; None where not of Gaussians alone, or not accounted for."""
     from choral.privacy.accounting import client_level
     from choral.privacy.accounting.events import CLIENT_UNIT, Search, as_gaussians, replaces
     from choral.privacy.accounting.merged_steps import merge, without_search
@@ -89,11 +89,15 @@ def _rho(ledger: Ledger) -> float | None:
         events, distance = ledger.events, 2.0 if replaces(ledger.neighbours) else 1.0
     if any(isinstance(event, Search) for event in events):
         return None
-    merged = merge(without_search(as_gaussians(events, 1.0)[0]))
+    try:
+        merged = merge(without_search(as_gaussians(events, 1.0)[0]))
+    except ChoralError:  # more steps, or less noise, than is accounted for
+        return None
     return math.fsum(steps * (distance / noise) ** 2 / 2.0 for _, noise, steps in merged)
 
 
 def _curve(ledger: Ledger) -> tuple[Renyi, ...]:
+    """Of a whole ledger at some orders; none where a part of it is not accounted for."""
     from choral.privacy.accounting import client_level, renyi
     from choral.privacy.accounting.events import CLIENT_UNIT, Search
 
@@ -105,7 +109,10 @@ def _curve(ledger: Ledger) -> tuple[Renyi, ...]:
         for event in ledger.events:
             if isinstance(event, Search):
                 return ()
-            total = total + renyi.renyi(event, ORDERS, neighbours=ledger.neighbours)
+            try:
+                total = total + renyi.renyi(event, ORDERS, neighbours=ledger.neighbours)
+            except ChoralError:
+                return ()
     return tuple(
         Renyi(order=order, divergence=float(value))
         for order, value in zip(ORDERS, total, strict=True)

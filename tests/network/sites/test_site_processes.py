@@ -65,10 +65,10 @@ def test_who_did_not_approve_is_read_as_refused_and_no_more(
     running: Processes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = running.settings()
-    settings = replace(settings, serve=replace(settings.serve, wait=2.0))
+    settings = replace(settings, serve=replace(settings.serve, wait=5.0))
     assert main(running.job("unapproved", settings, approve=False)) == 2
     said = capfd.readouterr().err
-    assert "0 of 3 sites took the job within 2 s, 3 are needed; missing: north (refused)" in said
+    assert "0 of 3 sites took the job within 5 s, 3 are needed; missing: north (refused)" in said
     assert "approved" not in said.replace("have them approve", "")
     assert "nobody approved it" in running.log("north")
 
