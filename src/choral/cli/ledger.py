@@ -39,7 +39,7 @@ class LedgerFlags:
     delta: float | None = None
     """With sum: at which delta; by default the ledgers' largest."""
     json: bool = False
-    """With show or sum: print the numbers as JSON."""
+    """Print the numbers as JSON."""
 
 
 def ledger(words: list[str]) -> int:
@@ -48,10 +48,8 @@ def ledger(words: list[str]) -> int:
         raise ConfigError("--against belongs to head", hint="choral ledger head FILE --against RECEIPTS")
     if wanted.delta is not None and wanted.action != "sum":
         raise ConfigError("--delta belongs to sum", hint="each ledger states its own")
-    if wanted.json and wanted.action == "head":
-        raise ConfigError("--json belongs to show and sum", hint="a head is one line: the digest, then the events")
     ledgers = [_opened(path) for path in _paths(wanted.files)]
-    if wanted.json:
+    if wanted.json and wanted.action != "head":
         print(json.dumps(_numbers(ledgers, wanted), indent=1))
         return 0
     if wanted.action == "sum":
@@ -61,6 +59,10 @@ def ledger(words: list[str]) -> int:
         print("\n\n".join(_shown(each) for each in ledgers))
         return 0
     lines, whole = _heads(ledgers, wanted.against)
+    if wanted.json:
+        heads = [{"file": str(e.path), "holder": e.holder, "head": e.head, "events": len(_events(e))} for e in ledgers]
+        print(json.dumps({"heads": heads, "holds": whole if wanted.against else None, "said": lines}, indent=1))
+        return 0 if whole else 1
     print("\n".join(lines))
     return 0 if whole else 1
 

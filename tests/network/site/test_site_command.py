@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -83,6 +84,9 @@ def test_from_nothing_to_a_site_that_can_take_part(
     (tmp_path / "north/tasks/visits.py").write_text(CODE)
     done = said(capsys, "show", "--site", "north")
     assert "to do" not in done
+    listed = json.loads(said(capsys, "show", "--site", "north", "--json"))
+    assert [heading for heading in listed if heading in done] == list(listed)
+    assert any("0.0000 spent of epsilon 3" in line for lines in listed.values() for line in lines)
     assert "0.0000 spent of epsilon 3 at delta 1e-05 for each record" in done
     assert f"visits.py, reads visits: SHA-256 {offer().code}" in done
     listed = said(capsys, "directory", "--site", "north")
@@ -123,6 +127,8 @@ def test_review_approve_revoke_and_what_the_log_says(sites: Sites, capsys: Any) 
     (sites.path.parent / "offer.json").write_bytes(offer().message())
     assert "no job was offered yet" in said(capsys, "review", *place)
     text = said(capsys, "review", str(sites.path.parent / "offer.json"), *place)
+    as_json = json.loads(said(capsys, "review", str(sites.path.parent / "offer.json"), *place, "--json"))
+    assert (as_json["refused"], [heading for heading in as_json if heading in text][:2]) == ([], list(as_json)[:2])
     assert f"choral site approve {offer().digest[:16]} --until DATE" in text
     assert "not approved" in said(capsys, "review", *place)
     approved = said(capsys, "approve", offer().digest[:16], "--until", until, "--by", "Dr. Who", *place)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -85,6 +86,8 @@ class ShowFlags(_Place):
 
     pin: bool = False
     """Only the certificate's pin, as it is read out."""
+    json: bool = False
+    """Print it as JSON: headings, and the lines under each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,8 @@ class ReviewFlags(_Place):
 
     job: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[JOB]")] = ""
     """A job's name, the beginning of a digest, or a file that the coordinator sent; if left out, all are listed."""
+    json: bool = False
+    """Print it as JSON: headings, and the lines under each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +191,7 @@ def _show(words: list[str]) -> int:
         return 0
     from choral.network.site.overview import overview
 
-    _print(*overview(folder))
+    _print(*overview(folder), as_json=wanted.json)
     return 0
 
 
@@ -254,7 +259,7 @@ def _review(words: list[str]) -> int:
     if not wanted.job:
         from choral.network.site.overview import offered
 
-        _print(*offered(folder))
+        _print(*offered(folder), as_json=wanted.json)
         return 0
     if Path(wanted.job).is_file():
         offer = Offer.read(Path(wanted.job).read_bytes())
@@ -262,6 +267,10 @@ def _review(words: list[str]) -> int:
     else:
         offer = folder.offers.find(wanted.job)
     shown = review(folder, offer)
+    if wanted.json:
+        more = {"code against the last": list(shown.diff), "refused": list(shown.against)}
+        print(json.dumps(_headed(shown.rows) | more, indent=1))
+        return 1 if shown.against else 0
     _print(*shown.rows)
     if shown.diff:
         print()
@@ -339,12 +348,25 @@ def in_groups(pin: str) -> str:
     return " ".join(textwrap.wrap(pin, 4))
 
 
-def _print(*rows: tuple[str, str]) -> None:
+def _print(*rows: tuple[str, str], as_json: bool = False) -> None:
     """What and its words, wrapped at 79 columns; a row without a name goes on with the one before."""
+    if as_json:
+        print(json.dumps(_headed(rows), indent=1))
+        return
     for what, words in rows:
         print(
             textwrap.fill(words, 79, initial_indent=f"{what:<13}", subsequent_indent=" " * 13, break_long_words=False)
         )
+
+
+def _headed(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The lines under each heading."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for what, words in rows:
+        heading = what or heading
+        found.setdefault(heading, []).append(words)
+    return found
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
