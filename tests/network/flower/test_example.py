@@ -41,7 +41,7 @@ def test_the_steps_of_the_readme_lead_to_the_same_model_in_both(folder: Path) ->
     for port, free in ports.items():
         lines = [line.replace(port, free) for line in lines]
     said = run_steps(lines[1:], folder, environment(folder.parent), seconds=1500)
-    assert said.count("north took the job") == 2
+    assert said.count("north took the job") >= 2  # of each job, and the whole log is shown at the end
     assert said.count("may run until") == 6  # two jobs, approved at three sites
     assert "trained: digest" in said  # the log of a site
 
