@@ -30,7 +30,7 @@ def test_the_steps_of_the_readme_lead_to_a_run_that_the_audit_reads(folder: Path
     shutil.copytree(EXAMPLES / "hospitals", folder)
     shutil.copy(EXAMPLES / "nvflare" / "job.py", folder)
     before = steps_of(EXAMPLES / "hospitals" / "README.md")[1:]
-    before = before[: before.index("approve north; approve south; approve east") + 1]
+    before = before[: before.index("approve north first.json; approve south first.json; approve east first.json") + 1]
     assert len(before) > 15
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     steps = steps_of(EXAMPLES / "nvflare" / "README.md")
