@@ -30,7 +30,7 @@ from choral.audits.probes.clipping_checks import clipping, fitted, only_drawn
 from choral.audits.probes.correlated import correlated_checks, matched_scores
 from choral.audits.probes.noise_checks import noise_reuse
 from choral.audits.probes.records import Floats, ProbeLayout, ProbeRecords
-from choral.audits.probes.seen import FALSE_ALARMS, Seen, check
+from choral.audits.probes.seen import FALSE_ALARMS, Seen, paid_for
 from choral.audits.probes.twins import twins
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy
@@ -81,7 +81,7 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     event = next((each for each in ledgers[0].events if isinstance(each, CorrelatedGaussian)), None)
     if event is None:
         raise ConfigError(f"the ledger of {type(privacy).__name__} names no strategy of correlated noise")
-    checks = (*correlated_checks(seen, event), _paid_for(seen[0]))
+    checks = (*correlated_checks(seen, event), paid_for(len(seen[0].released), seen[0].spent.steps, "step"))
     audit = _canary_audit(seen[0], privacy.delta, confidence, matched_scores(seen[0], event))
     return _found(checks, audit, len(seen[0].released) * len(seen), len(seen[0].released))
 
@@ -120,7 +120,7 @@ def judged(seen: list[Seen], delta: float, confidence: float) -> Probe:
         sampling_checks.order(drawn),
         clipping(seen, noise),
         only_drawn(seen, noise),
-        _paid_for(first),
+        paid_for(len(first.released), first.spent.steps, "step"),
     )
     audit = _canary_audit(first, delta, confidence)
     return _found(checks, audit, len(drawn), len(first.released))
@@ -188,18 +188,6 @@ def _gradient(model: nn.Module) -> Floats:
         for p in model.parameters()
     ]
     return np.concatenate(parts)
-
-
-def _paid_for(seen: Seen) -> ProbeCheck:
-    """Every release is in the ledger. Exact."""
-    made, paid = len(seen.released), seen.spent.steps
-    return check(
-        "Every step is in the ledger",
-        0.0 if made > paid else 1.0,
-        f"{made} steps were made, {paid} are paid for.",
-        f"{made} steps were made, and {paid} are paid for.",
-        (float(paid), float(made)),
-    )
 
 
 def _canary_audit(seen: Seen, delta: float, confidence: float, scores: Floats | None = None) -> ScoreAudit:

@@ -20,7 +20,7 @@ from choral.audits.findings.evidence import ProbeCheck
 from choral.audits.probes import noise_checks
 from choral.audits.probes.noise_checks import noise_reuse
 from choral.audits.probes.records import LOUDNESS, Floats
-from choral.audits.probes.seen import check, windows
+from choral.audits.probes.seen import check, paid_for, windows
 from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine, Ledger, Spent
 
 Make = Callable[[ClientPrivacy, int, int, int, Ledger], ClientPrivacyEngine]
@@ -56,7 +56,7 @@ def client_checks(seen: list[SeenSums]) -> tuple[ProbeCheck, ...]:
         noise_reuse(together),
         noise_checks.noise_moved(quiet),
         _clipped(seen, noise),
-        _paid(first),
+        paid_for(len(first.released), first.spent.steps, "sum"),
     )
 
 
@@ -121,15 +121,4 @@ def _clipped(seen: list[SeenSums], noise: float) -> ProbeCheck:
         " not in.",
         (1.0, lengths[0]),
         "Noise is Gaussian of the claimed size.",
-    )
-
-
-def _paid(seen: SeenSums) -> ProbeCheck:
-    made, paid = len(seen.released), seen.spent.steps
-    return check(
-        "Every sum is in the ledger",
-        0.0 if made > paid else 1.0,
-        f"{made} sums were opened, {paid} are paid for.",
-        f"{made} sums were opened, and {paid} are paid for.",
-        (float(paid), float(made)),
     )

@@ -76,3 +76,14 @@ def windows(trainings: Sequence[Sized]) -> Iterator[tuple[str, npt.NDArray[np.in
     parts += [(f"in step {place + 1}", places[place : place + 1]) for place in places]
     for where, part in parts:
         yield where, np.concatenate([part + steps * training for training in range(runs)])
+
+
+def paid_for(made: int, paid: int, what: str) -> ProbeCheck:
+    """Whether every step or sum that was made is in the ledger. Exact."""
+    return check(
+        f"Every {what} is in the ledger",
+        0.0 if made > paid else 1.0,
+        f"{made} {what}s were made, {paid} are paid for.",
+        f"{made} {what}s were made, and {paid} are paid for.",
+        (float(paid), float(made)),
+    )
