@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 def statistics_offer(settings: StatisticsSettings, names: tuple[str, ...], *, coordinator: str) -> Offer:
     """The offer that the sites are asked to agree to. Raises: ConfigError, OfferError."""
-    terms, privacy = _terms(settings, names)
-    del privacy
+    return _offer(settings, names, _terms(settings, names)[0], coordinator)
+
+
+def _offer(settings: StatisticsSettings, names: tuple[str, ...], terms: StatisticsTerms, coordinator: str) -> Offer:
     from choral.network.site.offer import STATISTICS, Offer
     from choral.network.site.terms import sum_record
     from choral.trainers.federated.terms.task_code import version_here
@@ -58,7 +60,7 @@ def serve_statistics(
     names = tuple(keys)
     terms, privacy = _terms(settings, names)
     asked = SitesStatistics(
-        offer=statistics_offer(settings, names, coordinator=coordinator),
+        offer=_offer(settings, names, terms, coordinator),
         terms=terms,
         secure_sum=_sum(settings, names),
         carrier=carrier,
