@@ -246,11 +246,11 @@ def approve_training(rehearsal: RehearsedSites) -> bool:
     Raises: ConfigError if a site would refuse all the same.
     """
     from choral.jobs.serving import offer_ahead
-    from choral.jobs.sites.standardising import found_in
+    from choral.jobs.standardising import kept
     from choral.network.site.files.directory import Pinned
 
     settings = read_settings(rehearsal.job, Settings)
-    if (by := found_in(settings, rehearsal.run)) is None:
+    if (by := kept(settings, rehearsal.run)) is None:
         return False
     keys = {each.name: each.public_key for each in Pinned.read(rehearsal.directory).sites}
     offer = offer_ahead(settings, keys, coordinator=HUB, by=by)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, to_json
-from choral.jobs.sites.standardising import compute, found_in, said_of, scales_offer
+from choral.jobs.sites.standardising import compute, said_of, scales_offer
 from choral.jobs.sites.waits import waits_of
-from choral.jobs.standardising import wanted
+from choral.jobs.standardising import kept, wanted
 from choral.jobs.training import compute_of, federation_of, keep_of, privacy_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def serve(
     from choral.network.coordinator.serve import serve
 
     task, example, code = coordinators_task(settings)
-    task = standardised_here(settings, task, by := found_in(settings, out))
+    task = standardised_here(settings, task, by := kept(settings, out))
     plan = plan_of(settings, task, example, tuple(keys), out=out, resume=resume, on_round=on_round)
     remote = remote_of(settings, carrier, keys, coordinator=coordinator, code=code, say=say, by=by)
     return serve(plan, remote)
@@ -95,7 +95,7 @@ def serve_by_engine(
         settings = dataclasses.replace(settings, task=str(folder / "tasks" / Path(settings.task).name))
     carrier = EngineCarrier(engine, hub.identity, keys)
 
-    if wanted(settings) and found_in(settings, out) is None:  # the training's offer is approved while it is waited for
+    if wanted(settings) and kept(settings, out) is None:  # the training's offer is approved while it is waited for
         standardise(settings, carrier, keys, coordinator=hub.identity, out=out, say=say)
 
     def on_round(entry: RoundRecord) -> None:

@@ -23,6 +23,33 @@ def wanted(settings: Settings) -> bool:
     return settings.data.standardise == "private"
 
 
+def kept(settings: Settings, out: Path | None) -> Standardisation | None:
+    """What was computed for the run in this folder before; None where it is still to be, or is not wanted.
+
+    Raises: RunFolderError for a damaged file.
+    """
+    from choral.trainers.data.standardised import Standardisation
+    from choral.trainers.run_folder.folder import STANDARDISE
+    from choral.trainers.run_folder.info import RunFolderError
+
+    if not wanted(settings) or out is None or not (out / STANDARDISE).is_file():
+        return None
+    try:
+        return msgspec.json.decode((out / STANDARDISE).read_bytes(), type=Standardisation, strict=True)
+    except (msgspec.DecodeError, ConfigError) as error:
+        raise RunFolderError(
+            f"{out / STANDARDISE} is damaged: {error}", hint="what it says was paid for: put back a copy of it"
+        ) from None
+
+
+def keep(by: Standardisation, out: Path) -> None:
+    """In the run's folder, where :func:`kept` finds it."""
+    from choral.trainers.run_folder.folder import STANDARDISE, replace_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / STANDARDISE, msgspec.json.encode(by))
+
+
 def check_standardise(settings: Settings, task: Task, privacy: Any) -> None:
     """Raises: ConfigError for what it does not go together with."""
     if wanted(settings):
@@ -60,8 +87,8 @@ def standardised(
     if not wanted(settings):
         yield task, None
         return
-    from choral.trainers.data.standardised import Standardisation, standardised_task
-    from choral.trainers.run_folder.folder import STANDARDISE, check_empty, replace_file
+    from choral.trainers.data.standardised import standardised_task
+    from choral.trainers.run_folder.folder import STANDARDISE, check_empty
 
     check_standardise(settings, task, privacy)
     out, resume = options.get("out"), bool(options.get("resume"))
@@ -69,8 +96,7 @@ def standardised(
         if (out / STANDARDISE).exists():
             raise ConfigError(f"{out} holds a run that had begun", hint="choose another --out, or --resume")
         check_empty(out)
-    if out is not None and resume and (out / STANDARDISE).is_file():
-        by = msgspec.json.decode((out / STANDARDISE).read_bytes(), type=Standardisation)
+    if resume and (by := kept(settings, out)) is not None:
         yield standardised_task(task, by), None
         return
     with tempfile.TemporaryDirectory() as passing:
@@ -79,7 +105,7 @@ def standardised(
         ledgers.mkdir(parents=True, exist_ok=True)
         by = _computed(settings, arm, task, privacy, federation, ledgers)
         if out is not None:
-            replace_file(out / STANDARDISE, msgspec.json.encode(by))
+            keep(by, out)
             if not any(ledgers.iterdir()):
                 ledgers.rmdir()
         yield standardised_task(task, by), ledgers if out is None and privacy is not None else None

@@ -20,8 +20,8 @@ from choral.audits import audit
 from choral.errors import ConfigError
 from choral.jobs.serving import offer_ahead, serve, standardise
 from choral.jobs.settings import PrivacySettings, ServeSettings, SitesSettings, SumSettings
-from choral.jobs.sites.standardising import found_in
 from choral.jobs.sites.statistics import serve_statistics, statistics_offer
+from choral.jobs.standardising import kept
 from choral.jobs.statistics import StatisticSettings, StatisticsSettings, statistic_of
 from choral.network import Offer
 from choral.network.errors import OfferError
@@ -254,7 +254,7 @@ def test_means_and_deviations_then_the_training_on_one_plan(tmp_path: Path) -> N
         assert ([part.times for part in plan.parts], len(events)) == ([1, 3], 1)
         assert plan.epsilon == 4.0
         assert 3.9 < spent_of(open_ledger(federation.site(name), "points")) <= 4.0
-    by = found_in(settings, out)
+    by = kept(settings, out)
     assert by is not None
     assert by.means[5] == 0.0
     for name in federation.names:

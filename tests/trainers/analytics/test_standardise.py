@@ -25,7 +25,7 @@ from choral.privacy import Ledger, LedgerError
 from choral.privacy.accounting.events import PoissonSampledGaussian, PoissonSampledShares
 from choral.privacy.accounting.record_noise import noise_multiplier
 from choral.privacy.dpsgd.joint_plan import joint_plan
-from choral.trainers import FedSGD, Keep, Mean, Run, Task
+from choral.trainers import FedSGD, Keep, Mean, Run, RunFolderError, Task
 from choral.trainers.analytics import standardise as standardise_module
 from choral.trainers.analytics.federated_statistics import packing_of
 from choral.trainers.analytics.scales import Scales, shrink
@@ -321,8 +321,15 @@ def test_a_job_that_ended_after_the_sum_goes_on_from_it(table: Path, tmp_path: P
     out.mkdir(exist_ok=True)
     run = train(settings, Arm(private=True), seed=0, epsilon=3.0, out=out, resume=True)
     assert run.history[-1].round == 2
+    spent = Ledger(out / "ledger" / "a.jsonl").events
+    for damaged in (b'{"means": [', b'{"means": [0.0], "deviations": [0.0]}'):
+        (out / "standardise.json").write_bytes(damaged)
+        with pytest.raises(RunFolderError, match="is damaged"):
+            train(settings, Arm(private=True), seed=0, epsilon=3.0, out=out, resume=True)
     (out / "standardise.json").unlink()  # what was paid for is lost: nothing is computed anew from the same budget
-    assert Ledger(out / "ledger" / "a.jsonl").epsilon(1e-5) <= 3.0
+    with pytest.raises(BudgetExceededError):
+        train(settings, Arm(private=True), seed=0, epsilon=3.0, out=out, resume=True)
+    assert Ledger(out / "ledger" / "a.jsonl").events == spent
 
 
 def test_a_task_says_its_bounds_before_anything_is_trained(table: Path) -> None:

@@ -84,9 +84,7 @@ def serve(words: list[str]) -> int:
     if not settings.serve.job:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
         settings = dataclasses.replace(settings, serve=named)
-    from choral.jobs import serving
-    from choral.jobs.sites import standardising
-    from choral.jobs.standardising import wanted as to_standardise
+    from choral.jobs import serving, standardising
     from choral.network import BlockingHub
 
     chosen = settings.serve
@@ -94,7 +92,7 @@ def serve(words: list[str]) -> int:
     keys = {certificate.name: certificate.public_key for certificate in sites}
 
     if wanted.offer is not None:
-        by = standardising.found_in(settings, wanted.out)
+        by = standardising.kept(settings, wanted.out)
         offer = serving.offer_ahead(settings, keys, coordinator=identity.name, by=by)
         wanted.offer.write_bytes(offer.message())
         print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
@@ -108,7 +106,7 @@ def serve(words: list[str]) -> int:
 
     with BlockingHub(identity, sites, host=chosen.host, port=chosen.port) as hub:
         say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
-        if to_standardise(settings) and standardising.found_in(settings, wanted.out) is None:
+        if standardising.wanted(settings) and standardising.kept(settings, wanted.out) is None:
             serving.standardise(settings, hub, keys, coordinator=identity, out=wanted.out, say=say)
             say(f"means and deviations: {wanted.out}/standardise.json   next: --offer, to be approved, then this again")
             return 0

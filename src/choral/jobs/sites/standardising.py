@@ -13,12 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, to_json
 from choral.jobs.sites.waits import waits_of
-from choral.jobs.standardising import wanted
+from choral.jobs.standardising import keep
 from choral.jobs.training import privacy_of, secure_sum_of
 
 if TYPE_CHECKING:
@@ -28,16 +26,6 @@ if TYPE_CHECKING:
     from choral.trainers import Task
     from choral.trainers.analytics.terms import StatisticsTerms
     from choral.trainers.data.standardised import Standardisation
-
-
-def found_in(settings: Settings, out: Path | None) -> Standardisation | None:
-    """What an earlier command has kept; None where it is still to be computed, or not wanted."""
-    from choral.trainers.data.standardised import Standardisation
-    from choral.trainers.run_folder.folder import STANDARDISE
-
-    if not wanted(settings) or out is None or not (out / STANDARDISE).is_file():
-        return None
-    return msgspec.json.decode((out / STANDARDISE).read_bytes(), type=Standardisation)
 
 
 def scales_offer(
@@ -88,7 +76,7 @@ def compute(
     """Have the sites answer, and keep what comes of it. Raises: ConfigError, OfferError; what ends a sum."""
     from choral.network.coordinator.statistics import SitesStatistics
     from choral.trainers.analytics.standardise import read
-    from choral.trainers.run_folder.folder import STANDARDISE, check_empty, replace_file
+    from choral.trainers.run_folder.folder import check_empty
 
     check_empty(out)
     offer, terms = scales_offer(settings, task, tuple(keys), coordinator=coordinator, code=code)
@@ -112,8 +100,7 @@ def compute(
             "colluders": plan.colluders,
         },
     )
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / STANDARDISE, msgspec.json.encode(by))
+    keep(by, out)
     return by
 
 
