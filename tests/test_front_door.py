@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flat_arguments import federate
+from small_jobs import PROGRAM, SETTINGS
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral.audits.costs.prices import read_prices
@@ -20,17 +21,12 @@ from choral.errors import ChoralError, ConfigError
 from choral.jobs.settings import Settings, read_settings
 from choral.trainers.algorithms import FedProx
 
-SMALL = """
-device = "cpu"
-[split]
-parties = 3
-alpha = 2.0
-[training]
-rounds = 1
-hidden = 0
-[arms.fed]
+SMALL = (
+    SETTINGS
+    + """[arms.fed]
 secure_sum = "plain"
 """
+)
 
 
 @pytest.fixture
@@ -242,7 +238,6 @@ def test_an_algorithm_is_taken_by_its_name() -> None:
 WITHOUT_LOCKS = """
 import os, signal, socket, sys
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 for name in ("fcntl", "msvcrt", "termios", "resource", "pwd", "grp"):
     sys.modules[name] = None  # as where there is none: importing it fails
 for module, names in {  # what POSIX has and Windows has not
@@ -252,27 +247,10 @@ for module, names in {  # what POSIX has and Windows has not
 }.items():
     for name in names:
         delattr(module, name)
-import choral
+"""
+LOCKING = """
 from choral.locks import NoLocksError
 from choral.privacy import Ledger
-
-data = TensorDataset(torch.randn(60, 4), torch.arange(60) % 2)
-
-def build(records):
-    model = torch.nn.Linear(4, 2)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(records, 20)
-
-def fit(model, optimizer, loader):
-    for x, y in loader:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-privacy = choral.Privacy(3.0, 1e-5)
-fit(*privacy.wrap(*build(data)))
-assert privacy.spent().steps == 3
-task = choral.Task(build=build, fit=fit, evaluate=lambda model: 0.5)
-job = {"task": task, "parties": dict.fromkeys("ab", data), "rounds": 1}
 choral.audit(choral.federate(**job, secure_sum="masked")).save("report.html")
 for needs_a_lock in (
     lambda: Ledger("ledger.jsonl"),
@@ -294,7 +272,7 @@ for words in (["train", sys.argv[1], "--out", "run", "--quiet"], ["poc", sys.arg
 
 def test_without_file_locks_all_works_that_needs_none(config: str, tmp_path: Path) -> None:
     """As on Windows: naming, wrapping, federating and auditing in memory work; what needs a lock says so."""
-    words = [sys.executable, "-c", WITHOUT_LOCKS, config]
+    words = [sys.executable, "-c", WITHOUT_LOCKS + PROGRAM + LOCKING, config]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("this system has no POSIX file locks") == 2, done.stderr

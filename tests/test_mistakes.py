@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_jobs import SETTINGS
 
 from choral.cli.command_line import main
 from choral.failures import failure_of
 
-SMALL = """
-device = "cpu"
-[split]
-parties = 3
-alpha = 2.0
-[training]
-rounds = 1
-hidden = 0
-"""
 HEAD = "hospital,age,sex,died"
 ROWS = [["abc"[n % 3], str(20 + n), "fm"[n % 2], "yes" if n % 5 < 2 else "no"] for n in range(60)]
 
@@ -43,11 +35,11 @@ FILES = {
     "ragged.csv": table([*ROWS[:9], [*ROWS[9], "more"]]),
     "visits.parquet": b"no parquet",
     "visits.xlsx": b"PK\3\4",
-    "small.toml": SMALL.encode(),
-    "open.toml": (SMALL + "[privacy\nepsilon = 3\n").encode(),
-    "twice.toml": (SMALL + "rounds = 2\n").encode(),
-    "key.toml": SMALL.replace("rounds", "round").encode(),
-    "table.toml": SMALL.replace("[training]", "[trainig]").encode(),
+    "small.toml": SETTINGS.encode(),
+    "open.toml": (SETTINGS + "[privacy\nepsilon = 3\n").encode(),
+    "twice.toml": (SETTINGS + "rounds = 2\n").encode(),
+    "key.toml": SETTINGS.replace("rounds", "round").encode(),
+    "table.toml": SETTINGS.replace("[training]", "[trainig]").encode(),
     "full/of things": b"",
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_jobs import PROGRAM
 
 import choral
 
@@ -156,27 +157,9 @@ WITHOUT = """
 import sys
 for name in ("tenseal", "sklearn", "jinja2", "tyro"):
     sys.modules[name] = None  # as if it were not installed
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from choral import ConfigError, Homomorphic, Privacy, Task, audit, federate
-
-data = TensorDataset(torch.randn(60, 4), torch.arange(60) % 2)
-
-def build(records):
-    model = torch.nn.Linear(4, 2)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(records, 20)
-
-def fit(model, optimizer, loader):
-    for x, y in loader:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-privacy = Privacy(epsilon=3.0, delta=1e-5)
-fit(*privacy.wrap(*build(data)))
-assert privacy.spent().steps == 3
-task = Task(build=build, fit=fit, evaluate=lambda model: 0.5)
-job = {"task": task, "parties": dict.fromkeys("abc", data), "rounds": 1}
+"""
+REFUSING = """
+from choral import ConfigError, Homomorphic, audit, federate
 report = audit(federate(**job, secure_sum="masked"))
 report.save("report.json")
 for refused in (
@@ -199,4 +182,4 @@ else:
 
 
 def test_wrapping_and_federating_need_no_extra(tmp_path):
-    subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", WITHOUT + PROGRAM + REFUSING], cwd=tmp_path, check=True)
