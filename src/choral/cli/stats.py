@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,9 +70,8 @@ def stats(words: list[str]) -> int:
 
 def _at_sites(wanted: StatsFlags, directory: Path) -> FederatedStatistics | None:
     """None where the offer alone was asked for. Raises: as `choral serve`."""
-    from choral.cli.sites.serve import coordinator_of
+    from choral.cli.sites.serve import coordinator_of, listening, write_offer
     from choral.jobs.sites.statistics import serve_statistics, statistics_offer
-    from choral.network import BlockingHub
 
     settings = wanted.settings
     if not settings.serve.job:
@@ -81,17 +79,9 @@ def _at_sites(wanted: StatsFlags, directory: Path) -> FederatedStatistics | None
     identity, sites = coordinator_of(settings.serve, directory)
     keys = {certificate.name: certificate.public_key for certificate in sites}
     if wanted.offer is not None:
-        offer = statistics_offer(settings, tuple(keys), coordinator=identity.name)
-        wanted.offer.write_bytes(offer.message())
-        print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
+        write_offer(statistics_offer(settings, tuple(keys), coordinator=identity.name), wanted.offer)
         return None
-
-    def say(text: str) -> None:
-        if not wanted.quiet:
-            print(f"choral: {text}", file=sys.stderr, flush=True)
-
-    with BlockingHub(identity, sites, host=settings.serve.host, port=settings.serve.port) as hub:
-        say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
+    with listening(settings.serve, identity, sites, quiet=wanted.quiet) as (hub, say):
         return serve_statistics(settings, hub, keys, coordinator=identity.name, say=say)
 
 

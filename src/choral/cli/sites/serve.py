@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,8 @@ from choral.errors import ConfigError
 from choral.jobs.settings import ServeSettings, Settings, read_job
 
 if TYPE_CHECKING:
-    from choral.network import CertifiedIdentity, SiteFolder, SiteHost
+    from choral.network import BlockingHub, CertifiedIdentity, SiteFolder, SiteHost
+    from choral.network.site.offer import Offer
     from choral.network.transport.directory import Directory
 
 
@@ -85,7 +87,6 @@ def serve(words: list[str]) -> int:
         named = dataclasses.replace(settings.serve, job=wanted.config.stem)
         settings = dataclasses.replace(settings, serve=named)
     from choral.jobs import serving, standardising
-    from choral.network import BlockingHub
 
     chosen = settings.serve
     identity, sites = coordinator_of(chosen, wanted.directory)
@@ -94,18 +95,12 @@ def serve(words: list[str]) -> int:
     if wanted.offer is not None:
         by = standardising.kept(settings, wanted.out)
         offer = serving.offer_ahead(settings, keys, coordinator=identity.name, by=by)
-        wanted.offer.write_bytes(offer.message())
-        print(f"offer {offer.digest[:16]} of job {offer.job}: {wanted.offer}   next, at each site: choral site review")
+        write_offer(offer, wanted.offer)
         return 0
     if wanted.out is None:
         raise ConfigError("no run folder", hint="give --out DIR, or --offer FILE")
 
-    def say(text: str) -> None:
-        if not wanted.quiet:
-            print(f"choral: {text}", file=sys.stderr, flush=True)
-
-    with BlockingHub(identity, sites, host=chosen.host, port=chosen.port) as hub:
-        say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {', '.join(keys)}")
+    with listening(chosen, identity, sites, quiet=wanted.quiet) as (hub, say):
         if standardising.wanted(settings) and standardising.kept(settings, wanted.out) is None:
             serving.standardise(settings, hub, keys, coordinator=identity, out=wanted.out, say=say)
             say(f"means and deviations: {wanted.out}/standardise.json   next: --offer, to be approved, then this again")
@@ -140,6 +135,29 @@ def coordinator_of(chosen: ServeSettings, directory: Path) -> tuple[CertifiedIde
 
     certificate = chosen.identity or _beside(directory)
     return CertifiedIdentity.load(certificate.parent, certificate.stem), Pinned.read(directory).sites
+
+
+def write_offer(offer: Offer, file: Path) -> None:
+    """For the sites to review; says what is next."""
+    file.write_bytes(offer.message())
+    print(f"offer {offer.digest[:16]} of job {offer.job}: {file}   next, at each site: choral site review")
+
+
+@contextlib.contextmanager
+def listening(
+    chosen: ServeSettings, identity: CertifiedIdentity, sites: Directory, *, quiet: bool
+) -> Iterator[tuple[BlockingHub, Callable[[str], None]]]:
+    """Yield what sites connect to, and what tells the user what happens there, on standard error."""
+    from choral.network import BlockingHub
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"choral: {text}", file=sys.stderr, flush=True)
+
+    with BlockingHub(identity, sites, host=chosen.host, port=chosen.port) as hub:
+        names = ", ".join(certificate.name for certificate in sites)
+        say(f"{identity.name} listens at {hub.address[0]}:{hub.address[1]} for {names}")
+        yield hub, say
 
 
 def _beside(directory: Path) -> Path:
