@@ -113,7 +113,7 @@ class ClientMarks:
 def probe_clients(
     privacy: ClientPrivacy,
     *,
-    clients: int = 20,
+    clients: int | None = None,
     rounds: int = 24,
     length: int = 1500,
     make: Make | None = None,
@@ -121,6 +121,8 @@ def probe_clients(
 ) -> Probe:
     """Run the sums of `clients` clients twice on updates made for it, and test what is opened against the ledger.
 
+    clients: None makes 60 where the server adds the noise, which is then no larger for more of them, and clipping shows
+        better; and 20 else, where one that adds no share of the noise shows better among few.
     make: from promise, clients, length, rounds and ledger to the engine; by default :class:`ClientPrivacyEngine`.
     Finds: noise of the honest clients that is smaller than the ledger says, anywhere or at any time, not Gaussian, used
         twice, elsewhere, or made of what anybody can know; updates beyond the clipping norm; sums that nobody paid for.
@@ -132,6 +134,7 @@ def probe_clients(
     from choral.audits.probes.clients import UNSEEN, client_checks, opened_sums, own_engine
     from choral.audits.probes.twins import one_after_another
 
+    clients = (60 if privacy.noise == "central" else 20) if clients is None else clients
     if clients < 12 or length < 4 * clients or rounds < 4:
         raise ConfigError(
             f"{clients} clients, {rounds} rounds and {length} coordinates, expected >= 12, >= 4 and >= 4 per client"
