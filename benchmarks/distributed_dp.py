@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from choral.privacy import ClientPrivacy, ClientPrivacyEngine, Ledger
-from choral.privacy.client_level.distributed import DistributedScheme, design
+from choral.privacy.client_level.client_noise_shares import DistributedScheme, design
 from choral.privacy.noise.gaussian import os_stream
 
 DATA = Path(os.environ.get("CHORAL_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from choral.network import CertifiedIdentity, Directory, Hub, Limits, Link, Request, make_identity, read_certificate
-from choral.network.transport.directory import tls_context
+from choral.network.transport.pinned_tls import tls_context
 
 LIMITS = Limits(bytes_a_minute=1 << 40, frames_a_minute=1 << 30)
 BARE_BUFFER = 512 * 1024

@@ -16,7 +16,7 @@ from choral.network.errors import TransportError as TransportError
 from choral.network.errors import UnknownPeerError as UnknownPeerError
 from choral.network.errors import WrongPeerError as WrongPeerError
 from choral.network.host.host import SiteHost as SiteHost
-from choral.network.site.agreement import Agreement as Agreement
+from choral.network.site.admission import Agreement as Agreement
 from choral.network.site.folder import SiteFolder as SiteFolder
 from choral.network.site.offer import Offer as Offer
 from choral.network.transport.answering import Request as Request
@@ -25,7 +25,7 @@ from choral.network.transport.certificates import Certificate as Certificate
 from choral.network.transport.certificates import CertifiedIdentity as CertifiedIdentity
 from choral.network.transport.certificates import make_identity as make_identity
 from choral.network.transport.certificates import read_certificate as read_certificate
-from choral.network.transport.directory import Directory as Directory
 from choral.network.transport.hub import Hub as Hub
 from choral.network.transport.limits import Limits as Limits
 from choral.network.transport.link import Link as Link
+from choral.network.transport.pinned_tls import Directory as Directory

@@ -16,8 +16,8 @@ from choral.privacy.client_level.client import ClientPrivacy as ClientPrivacy
 from choral.privacy.client_level.client import ClientPrivacyEngine as ClientPrivacyEngine
 from choral.privacy.client_level.client import ClientRound as ClientRound
 from choral.privacy.correlated.training_loop import CorrelatedPrivacy as CorrelatedPrivacy
-from choral.privacy.dpsgd.clipping import AdaptiveClip as AdaptiveClip
-from choral.privacy.dpsgd.clipping import PerLayerClip as PerLayerClip
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip as AdaptiveClip
+from choral.privacy.dpsgd.clip_settings import PerLayerClip as PerLayerClip
 from choral.privacy.dpsgd.engine import Privacy as Privacy
 from choral.privacy.dpsgd.engine import PrivacyEngine as PrivacyEngine
 from choral.privacy.dpsgd.private_search import SearchResult as SearchResult

@@ -35,7 +35,7 @@ from choral.audits.probes.twins import twins
 from choral.errors import ConfigError
 from choral.privacy import Ledger, Privacy
 from choral.privacy.accounting.events import CorrelatedGaussian
-from choral.privacy.dpsgd.clipping import AdaptiveClip, PerLayerClip, norm_of_all
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, PerLayerClip, norm_of_all
 from choral.privacy.ledgers.memory_notice import no_notice
 
 __all__ = ["FALSE_ALARMS", "canary_count", "judged", "noise_reuse", "probe"]

@@ -44,7 +44,7 @@ from choral.network.site.offer import Offer
 from choral.trainers.engines.exchange_messages import largest_told
 
 if TYPE_CHECKING:
-    from choral.network.site.agreement import Agreement
+    from choral.network.site.admission import Agreement
     from choral.network.site.folder import SiteFolder
 
 log = logging.getLogger("choral.network")

@@ -48,7 +48,7 @@ from choral.trainers.task.arithmetic import Compute
 from choral.trainers.task.settings import Split, Training
 
 if TYPE_CHECKING:
-    from choral.network.site.agreement import Agreement
+    from choral.network.site.admission import Agreement
     from choral.network.site.folder import SiteFolder
 
 

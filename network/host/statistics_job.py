@@ -23,7 +23,7 @@ from choral.trainers.task.seeding import seeded
 from choral.trainers.task.task import Task, checked_build
 
 if TYPE_CHECKING:
-    from choral.network.site.agreement import Agreement
+    from choral.network.site.admission import Agreement
 
 
 def statistics_party(

@@ -33,11 +33,11 @@ from choral.network.site.files.settings import SiteSettings, read_site
 from choral.network.site.files.template import SITE_TOML
 from choral.network.site.offer import Offer
 from choral.network.transport.certificates import CertifiedIdentity, check_name, make_identity
-from choral.network.transport.directory import Directory
+from choral.network.transport.pinned_tls import Directory
 from choral.protocols.crypto.identity import Identity
 
 if TYPE_CHECKING:
-    from choral.network.site.agreement import Agreement
+    from choral.network.site.admission import Agreement
 
 MOST_REFUSALS = 200  # lines of the log on one day
 FOLDERS = ("tasks", "ledgers", "jobs", "approved", "state")
@@ -124,11 +124,11 @@ class SiteFolder:
         return {certificate.name: certificate.public_key for certificate in self.pinned.sites}
 
     def agree(self, offer: Offer, *, now: datetime | None = None) -> Agreement:
-        """Agree to an offer, or refuse; a line of the log says which. See :mod:`choral.network.site.agreement`.
+        """Agree to an offer, or refuse; a line of the log says which. See :mod:`choral.network.site.admission`.
 
         Raises: OfferRefusedError with every reason; SiteError.
         """
-        from choral.network.site.agreement import agree  # torch is loaded by what it needs
+        from choral.network.site.admission import agree  # torch is loaded by what it needs
 
         return agree(self.refreshed(), offer, now)
 

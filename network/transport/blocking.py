@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from choral.network.errors import TransportError
 from choral.network.transport.certificates import CertifiedIdentity
 from choral.network.transport.channel import Buffer
-from choral.network.transport.directory import Directory
 from choral.network.transport.hub import Hub
 from choral.network.transport.limits import Limits
+from choral.network.transport.pinned_tls import Directory
 
 T = TypeVar("T")
 _SAY_WAITING = 10.0  # seconds

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 
 from choral.network.errors import FrameError, PeerLostError, RefusedError, TransportError
-from choral.network.transport.directory import in_words
 from choral.network.transport.frames import FRAME_BYTES, HEADER, Frame, Kind, header, read_header
 from choral.network.transport.limits import Limits, Meter
+from choral.network.transport.pinned_tls import in_words
 
 Buffer = bytes | bytearray | memoryview
 _CLOSING = 2.0  # seconds for an orderly end of TLS

@@ -34,9 +34,9 @@ from choral.network.errors import (
 from choral.network.transport.asking import Asking
 from choral.network.transport.certificates import Certificate, CertifiedIdentity
 from choral.network.transport.channel import Buffer, FrameChannel
-from choral.network.transport.directory import Directory, refusal, tls_context
 from choral.network.transport.frames import ID_BYTES, Kind, unpack_names
 from choral.network.transport.limits import Door, Limits, Meter
+from choral.network.transport.pinned_tls import Directory, refusal, tls_context
 
 log = logging.getLogger("choral.network")
 _READ_AHEAD = 512 * 1024

@@ -26,9 +26,9 @@ from choral.network.errors import (
 from choral.network.transport.answering import Answering, Handler, Works
 from choral.network.transport.certificates import CertifiedIdentity
 from choral.network.transport.channel import FrameChannel, refused
-from choral.network.transport.directory import Directory, refusal, tls_context
 from choral.network.transport.frames import Kind, pack_names
 from choral.network.transport.limits import Limits
+from choral.network.transport.pinned_tls import Directory, refusal, tls_context
 from choral.network.transport.proxy import check_address, check_proxy, dial
 
 log = logging.getLogger("choral.network")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import ClientRelease, SampledClientRelease
-from choral.privacy.client_level.distributed import clipping_factor
+from choral.privacy.client_level.client_noise_shares import clipping_factor
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import Source, grid_gaussian, noise_grid
 
@@ -34,8 +34,8 @@ class CentralScheme:
     """Vectors of `length` coordinates, and noise of `ratio` times the clipping norm that the server adds to their sum.
 
     sample_rate: of the clients, whose cohorts are secret; None, and who is in a sum is known.
-    Has the same methods as :class:`choral.privacy.client_level.distributed.DistributedScheme`. Raises: ConfigError
-    (ratio not > 0).
+    Has the same methods as :class:`choral.privacy.client_level.client_noise_shares.DistributedScheme`.
+    Raises: ConfigError (ratio not > 0).
     """
 
     length: int

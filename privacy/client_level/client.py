@@ -27,9 +27,9 @@ from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, ReleasePlan
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, check_bits, design
+from choral.privacy.client_level.client_noise_shares import DistributedScheme, Int64Array, check_bits, design
 from choral.privacy.client_level.encoder import ClientEncoder
-from choral.privacy.dpsgd.clipping import AdaptiveClip, check_clip
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, check_clip
 from choral.privacy.errors import BudgetExceededError, PrivacyError, TooFewClientsError
 from choral.privacy.ledgers.ledger import Ledger, as_ledger
 from choral.privacy.ledgers.plans import RemainingBudget

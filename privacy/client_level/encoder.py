@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import DistributedScheme, Int64Array, norm_of
-from choral.privacy.dpsgd.clipping import AdaptiveClip
+from choral.privacy.client_level.client_noise_shares import DistributedScheme, Int64Array, norm_of
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import Source
 

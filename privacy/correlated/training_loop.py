@@ -30,7 +30,7 @@ from choral.privacy.accounting.events import CorrelatedGaussian, Event
 from choral.privacy.accounting.matrix_strategies import Banded, Buffered, Strategy, Tree, sensitivity
 from choral.privacy.correlated.factorisation import banded, buffered
 from choral.privacy.correlated.noise_streams import Stream, stream
-from choral.privacy.dpsgd.clipping import AdaptiveClip, norm_of_all
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, norm_of_all
 from choral.privacy.dpsgd.engine import Privacy
 from choral.privacy.dpsgd.execution_plan import CALIBRATION_SLACK, ExecutionPlan
 from choral.privacy.errors import BudgetExceededError, PrivacyError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from choral.privacy.dpsgd.clipping import AdaptiveClip, ClippingNorm, PerLayerClip
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, ClippingNorm, PerLayerClip
 
 # Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
 # 2^-24 * ghost_norms.BLOCK / 2 of the norm, inside the sensitivity.

@@ -20,7 +20,7 @@ from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import NEIGHBOURS, Event, ReleasePlan, check_relation
 from choral.privacy.accounting.plain_numbers import as_integer
 from choral.privacy.dpsgd.checkpoint import Checkpoint, affordable, checkpoint_of, passes_left
-from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, check_clip, check_norm
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, Clipping, ClippingNorm, check_clip, check_norm
 from choral.privacy.dpsgd.execution_plan import (
     CALIBRATION_SLACK,
     ExecutionPlan,

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from choral.privacy.dpsgd.clip_factors import clip_factors
-from choral.privacy.dpsgd.clipping import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.dpsgd.optimizer_wrapper import OptimizerWrapper
 from choral.privacy.dpsgd.unchanged_buffers import UnchangedBuffers
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from choral.errors import ConfigError
-from choral.privacy.dpsgd.clipping import AdaptiveClip, ClippingNorm
+from choral.privacy.dpsgd.clip_settings import AdaptiveClip, ClippingNorm
 
 Where = Literal["local", "distributed"]
 

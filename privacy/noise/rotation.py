@@ -5,7 +5,7 @@ parties share), then the Walsh-Hadamard transform (Ailon and Chazelle 2006; Sure
 orthogonal, so norms and sums are kept; each coordinate of the image is sub-Gaussian with deviation |x| / sqrt(D).
 The seed is public. Nothing about privacy rests on it, nor on the rounding of floats here: the sensitivity that is
 paid for is that of the integer vector, which is measured after the rotation
-(:mod:`choral.privacy.client_level.distributed`).
+(:mod:`choral.privacy.client_level.client_noise_shares`).
 
 The transform of size 2^k is the Kronecker product of transforms of size at most 32, each one matrix product
 (Sylvester's construction: H_mn = H_m (x) H_n), 2 * 32 operations per coordinate in each of ceil(k / 5) passes at the

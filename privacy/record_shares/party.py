@@ -50,7 +50,7 @@ from choral.privacy.errors import BudgetExceededError, PrivacyError, Unsupported
 from choral.privacy.ledgers.ledger import Ledger
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.noise.gaussian import Source, os_stream, poisson_sample
-from choral.privacy.noise.shares import Int64Array, noisy_share
+from choral.privacy.noise.record_noise_shares import Int64Array, noisy_share
 from choral.privacy.per_sample.model import PerSampleModel, with_per_sample_gradients
 from choral.privacy.record_shares.plan import SharesPlan, refuse_broken_promise
 

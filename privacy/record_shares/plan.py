@@ -1,11 +1,12 @@
 """The plan of a training with noise in shares: what is public and fixed before the first step, and what it costs.
 
 In each of T steps every record is drawn with probability q = B / N by its own party; a party sums its drawn records'
-clipped gradients, adds noise of deviation s C, s = sigma / sqrt(h), rounds (:mod:`choral.privacy.noise.shares`) and
-gives the result to a secure sum, which alone is opened, divided by B and used. h, the honest survivors, are the fewest
-parties of an opened sum less the colluders, who know their own shares. So what is opened has, in the worst case, noise
-sigma C of which the adversary knows nothing: the cost is that of DP-SGD with noise multiplier sigma on the pooled
-records (:mod:`choral.privacy.noise.share_rounding` has the theorem), at a delta that is less by what may fail:
+clipped gradients, adds noise of deviation s C, s = sigma / sqrt(h), rounds
+(:mod:`choral.privacy.noise.record_noise_shares`) and gives the result to a secure sum, which alone is opened, divided
+by B and used. h, the honest survivors, are the fewest parties of an opened sum less the colluders, who know their own
+shares. So what is opened has, in the worst case, noise sigma C of which the adversary knows nothing: the cost is that
+of DP-SGD with noise multiplier sigma on the pooled records (:mod:`choral.privacy.noise.share_rounding` has the
+theorem), at a delta that is less by what may fail:
 
 - 2^-40 a sum that is opened, the secure sum's statistical failure (`SharesTerms.failure`); that masks are as good as
   random is a computational assumption on top of it, and so the promise is a computational one;
@@ -38,10 +39,10 @@ from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledShares, RecordEvent, stated
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
 from choral.privacy.accounting.record_noise import noise_multiplier
-from choral.privacy.dpsgd.clipping import check_clip, norm_of_all
+from choral.privacy.dpsgd.clip_settings import check_clip, norm_of_all
 from choral.privacy.dpsgd.where_noise import check_colluders
 from choral.privacy.errors import AccountingError, PrivacyError
-from choral.privacy.noise.shares import MOST_ROWS, Int64Array, ShareGrid, share_grid
+from choral.privacy.noise.record_noise_shares import MOST_ROWS, Int64Array, ShareGrid, share_grid
 
 if TYPE_CHECKING:
     from choral.privacy.dpsgd.engine import Privacy

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from choral.network import CertifiedIdentity, Directory, Hub, Limits, Link, Request, make_identity
-from choral.network.transport.directory import tls_context
 from choral.network.transport.frames import HEADER, Kind, header, pack_names
+from choral.network.transport.pinned_tls import tls_context
 
 QUICK = {"beat": 0.3, "silence": 3.0, "handshake": 2.0, "probe": 0.4, "backoff": (0.02, 0.2)}
 NAMES = ("coordinator", "north", "south", "stranger")

@@ -29,8 +29,8 @@ from choral.network import (
     make_identity,
 )
 from choral.network.transport.certificates import Certificate, parse_certificate, self_signed
-from choral.network.transport.directory import tls_context
 from choral.network.transport.frames import Kind, header, pack_names
+from choral.network.transport.pinned_tls import tls_context
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from choral.privacy import AdaptiveClip, Ledger, PerLayerClip, Privacy, PrivacyError, replace_layers
 from choral.privacy.correlated.training_loop import CorrelatedPrivacy
-from choral.privacy.dpsgd.clipping import ClippingNorm
+from choral.privacy.dpsgd.clip_settings import ClippingNorm
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.per_sample.ghost_norms import Dense, Outer, Sparse
 from choral.privacy.per_sample.model import with_per_sample_gradients

@@ -27,7 +27,7 @@ from choral.protocols.crypto import keys
 from choral.protocols.crypto import mask_stream as stream
 from choral.protocols.crypto.mask_stream_device import _add_with_torch, _rounds
 from choral.protocols.homomorphic import FloatSpec, FloatSum
-from choral.protocols.homomorphic.ring import kernels as ring_kernels
+from choral.protocols.homomorphic.ring import choose_kernels as ring_kernels
 from choral.protocols.homomorphic.shared import seal_files
 from choral.protocols.masking import signing
 

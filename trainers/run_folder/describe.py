@@ -8,7 +8,7 @@ from typing import Any, Literal
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Privacy
 from choral.privacy.accounting.events import NEIGHBOURS
-from choral.privacy.dpsgd.clipping import settings_of as clipping_settings
+from choral.privacy.dpsgd.clip_settings import settings_of as clipping_settings
 from choral.trainers.run_folder.info import Population, RunInfo, versions
 from choral.trainers.run_folder.keep import Keep
 from choral.trainers.task.arithmetic import Arithmetic

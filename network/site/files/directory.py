@@ -13,7 +13,7 @@ from pathlib import Path
 from choral.network.errors import CertificateError, SiteError
 from choral.network.site.files.private import write_private
 from choral.network.transport.certificates import Certificate, read_certificate
-from choral.network.transport.directory import Directory
+from choral.network.transport.pinned_tls import Directory
 from choral.toml_files import read_toml
 
 HEADER = """\

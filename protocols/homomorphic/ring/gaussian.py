@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.crypto.mask_stream import expand
-from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 
 SIGMA = Decimal("6.4")
 """Standard deviation of keys and errors; :mod:`choral.protocols.homomorphic.split.party_and_server` says why."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from choral.protocols.errors import GarbledSumError
 from choral.protocols.homomorphic.ring.arithmetic import LIMB
-from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.split.parameters import SplitParameters
 
 

@@ -77,8 +77,8 @@ from choral.protocols.crypto.single_use import check_process
 from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVectorError, SpecError, StateUsedError
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
 from choral.protocols.homomorphic.ring.arithmetic import balanced
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import sample
-from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.split.decoding import decode
 from choral.protocols.homomorphic.split.parameters import BATCH, SplitParameters
 from choral.protocols.interface import IntVector

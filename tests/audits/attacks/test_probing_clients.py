@@ -12,7 +12,7 @@ import pytest
 from choral.audits import probe_clients
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine
-from choral.privacy.client_level import central, distributed
+from choral.privacy.client_level import central, client_noise_shares
 from choral.privacy.noise.integer_tables import CumulativeTable
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -46,7 +46,7 @@ def holders(of: Callable[[ClientPrivacyEngine], int]) -> Break:
 
 
 def longer(factor: float, where: Any) -> Break:
-    honest = distributed.clipping_factor
+    honest = client_noise_shares.clipping_factor
     return lambda monkeypatch: monkeypatch.setattr(where, "clipping_factor", lambda *given: factor * honest(*given))
 
 

@@ -20,7 +20,7 @@ from choral.privacy.accounting.client_level import epsilon, renyi, settled, tau
 from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import ClientRelease
 from choral.privacy.accounting.filters import PrivacyFilter
-from choral.privacy.client_level.distributed import design, squared_norm_bound
+from choral.privacy.client_level.client_noise_shares import design, squared_norm_bound
 from choral.privacy.errors import AccountingError, BudgetExceededError
 
 D = 1 << 20

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine, Ledger
-from choral.privacy.client_level import central, distributed
+from choral.privacy.client_level import central, client_noise_shares
 from choral.privacy.client_level.client import ClientRound
 
 DELTA = 0.1  # at which the cost is held against what is found
@@ -32,8 +32,8 @@ mechanisms = pytest.mark.parametrize("mechanism", ["discrete_gaussian", "skellam
 
 def lessen(monkeypatch: pytest.MonkeyPatch, cheat: int) -> None:
     """Make all noise of clients and servers `cheat` times smaller than what is calibrated and paid for."""
-    table, gaussian = distributed.table, central.grid_gaussian
-    monkeypatch.setattr(distributed, "table", lambda law, variance: table(law, variance / cheat**2))
+    table, gaussian = client_noise_shares.table, central.grid_gaussian
+    monkeypatch.setattr(client_noise_shares, "table", lambda law, variance: table(law, variance / cheat**2))
     monkeypatch.setattr(central, "grid_gaussian", lambda *args: gaussian(*args) / cheat)
 
 
@@ -159,7 +159,7 @@ def test_zeroing_out_an_update_moves_its_message_by_no_more_than_the_sensitivity
     monkeypatch: pytest.MonkeyPatch, noise: Any, share: float
 ) -> None:
     """Adaptive clipping, too: did the zero update say "short", one that says "long" would be too far from it."""
-    monkeypatch.setattr(distributed, "table", lambda *_: SimpleNamespace(draw=lambda *_: 0, reach=0))
+    monkeypatch.setattr(client_noise_shares, "table", lambda *_: SimpleNamespace(draw=lambda *_: 0, reach=0))
     privacy = ClientPrivacy(epsilon=8.0, delta=1e-3, noise=noise, clip=AdaptiveClip(start=1.0, share=share))
     engine = ClientPrivacyEngine(privacy, clients=20, length=15, rounds=1, ledger=Ledger())
     current = engine.begin()

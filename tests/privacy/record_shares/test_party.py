@@ -31,7 +31,7 @@ from choral.privacy import (
     UnsupportedModelError,
 )
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
-from choral.privacy.noise import shares as noise_shares
+from choral.privacy.noise import record_noise_shares as noise_shares
 from choral.privacy.noise.gaussian import os_stream
 from choral.privacy.per_sample.model import with_per_sample_gradients
 from choral.privacy.record_shares import party as party_module

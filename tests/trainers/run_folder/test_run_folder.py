@@ -21,7 +21,7 @@ from flat_arguments import centralize, federate
 from choral import Homomorphic, Masked, Privacy, Run, audit
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, PerLayerClip
-from choral.privacy.dpsgd.clipping import settings_of
+from choral.privacy.dpsgd.clip_settings import settings_of
 from choral.trainers import RunFolderError
 from choral.trainers.run_folder import folder as folders
 from choral.trainers.run_folder.algorithm_state import read_algorithm_state

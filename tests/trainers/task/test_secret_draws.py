@@ -18,7 +18,7 @@ from choral import Masked, Privacy, centralize, federate
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.accounting.record_level import epsilon
 from choral.privacy.dpsgd import poisson_loader, private_optimizer
-from choral.privacy.noise import shares as noise_shares
+from choral.privacy.noise import record_noise_shares as noise_shares
 from choral.privacy.record_shares import party as party_module
 from choral.trainers import FedSGD, Task
 

@@ -25,7 +25,7 @@ from choral.jobs.settings import ServeSettings, Settings, read_job
 if TYPE_CHECKING:
     from choral.network import BlockingHub, CertifiedIdentity, SiteFolder, SiteHost
     from choral.network.site.offer import Offer
-    from choral.network.transport.directory import Directory
+    from choral.network.transport.pinned_tls import Directory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from scipy.stats import binom, chi2
 from choral.protocols.crypto.mask_stream import expand
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.ring import gaussian
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL, THRESHOLDS, density, sample
-from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split.parameters import TAIL_SIGMAS

@@ -20,8 +20,8 @@ from scipy.stats import chi2
 from choral.protocols.errors import GarbledSumError, InputError, SpecError
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
 from choral.protocols.homomorphic.ring.arithmetic import Kernels
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import TAIL, sample
-from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split import decoding

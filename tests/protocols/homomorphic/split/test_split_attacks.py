@@ -30,7 +30,7 @@ from choral.protocols.errors import (
 )
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
 from choral.protocols.homomorphic.ring import gaussian
-from choral.protocols.homomorphic.ring.kernels import kernels
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.split import party_and_server as split
 from choral.protocols.homomorphic.split.parameters import choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, Encrypted, SplitRound, encrypt

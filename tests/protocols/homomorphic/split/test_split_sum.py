@@ -27,8 +27,8 @@ from choral.protocols.errors import (
     TooFewSurvivorsError,
 )
 from choral.protocols.homomorphic.ring import gaussian
+from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import TAIL
-from choral.protocols.homomorphic.ring.kernels import kernels
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split import decoding
 from choral.protocols.homomorphic.split import party_and_server as split

@@ -13,7 +13,7 @@ from scipy import stats
 
 import choral.privacy
 from choral import Homomorphic, Masked, Participation, Plain, Privacy, federate
-from choral.privacy.noise import shares as noise_shares
+from choral.privacy.noise import record_noise_shares as noise_shares
 from choral.privacy.record_shares import party as party_module
 from choral.trainers import FedSGD, Run, Task
 from choral.trainers.federated.record_shares.codec import SharesCodec

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from choral import Keep, Masked, Privacy, audit, federate
 from choral.privacy import PerLayerClip
-from choral.privacy.noise import shares as noise_shares
+from choral.privacy.noise import record_noise_shares as noise_shares
 from choral.privacy.per_sample import model as per_sample_model
 from choral.privacy.record_shares import party as party_module
 from choral.trainers import GD, FedSGD, Run, Schedule, Task, lora

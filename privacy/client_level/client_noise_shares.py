@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from choral.errors import ConfigError
 from choral.privacy.accounting.events import ClientRelease
-from choral.privacy.dpsgd.clipping import check_clip
+from choral.privacy.dpsgd.clip_settings import check_clip
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import Source
 from choral.privacy.noise.integer_tables import LARGEST_DEVIATION, SMALLEST_VARIANCE, CumulativeTable, Law, table

@@ -11,7 +11,7 @@ from torch import nn
 
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, CorrelatedPrivacy, Ledger, PerLayerClip, Privacy, PrivacyEngine, PrivacyError
-from choral.privacy.dpsgd.clipping import ClippingNorm, norm_of_all
+from choral.privacy.dpsgd.clip_settings import ClippingNorm, norm_of_all
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import os_stream
 from choral.privacy.per_sample.model import with_per_sample_gradients

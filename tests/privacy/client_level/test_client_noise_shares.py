@@ -14,9 +14,9 @@ from scipy.stats import beta
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import client_level
-from choral.privacy.client_level import distributed
+from choral.privacy.client_level import client_noise_shares
 from choral.privacy.client_level.central import CentralScheme
-from choral.privacy.client_level.distributed import DistributedScheme, design
+from choral.privacy.client_level.client_noise_shares import DistributedScheme, design
 from choral.privacy.errors import EncodingError
 from choral.privacy.noise.gaussian import os_stream
 
@@ -66,11 +66,11 @@ def test_rounding_is_tried_again_and_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
     vector, signs = vectors(1, 4096)[0], made.signs(SEED)
     integers = made.encode(vector, 1.0, signs, up, noisy=False)
-    assert len(calls) == distributed.TRIES
+    assert len(calls) == client_noise_shares.TRIES
     assert (integers**2).sum() <= made.sensitivity_squared
     # Without the condition these integers would be far longer than what is paid for.
     out = np.empty(made.padded, np.int64)
-    longest = distributed._round_at_random(np.full(4096, 1e-3), 1.0, up, out)
+    longest = client_noise_shares._round_at_random(np.full(4096, 1e-3), 1.0, up, out)
     assert longest > made.sensitivity_squared
 
 
@@ -87,7 +87,7 @@ def test_rounding_keeps_the_mean() -> None:
     made = scheme(bits=12, length=64, ratio=1.0, mechanism="skellam")
     vector, signs = vectors(1, 64, 0.9)[0], made.signs(SEED)
     draws = np.array([made.encode(vector, 1.0, signs, os_stream, noisy=False) for _ in range(4000)])
-    exact = distributed.rotate(vector, signs) * made.scale
+    exact = client_noise_shares.rotate(vector, signs) * made.scale
     spread = np.maximum(draws.std(0), 0.05) / math.sqrt(len(draws))
     assert (np.abs(draws.mean(0) - exact) / spread).max() < stats.norm.isf(ALARM / 128)
     assert set(np.unique(draws - np.floor(exact))) <= {0.0, 1.0}

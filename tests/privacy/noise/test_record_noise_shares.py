@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from choral.errors import ConfigError
-from choral.privacy.noise import shares
+from choral.privacy.noise import record_noise_shares as shares
 from choral.privacy.noise.gaussian import os_stream
-from choral.privacy.noise.shares import REACH, ShareGrid, noisy_share, share_grid
+from choral.privacy.noise.record_noise_shares import REACH, ShareGrid, noisy_share, share_grid
 
 ALARM = 1e-7
 Source = Callable[[int], bytes]

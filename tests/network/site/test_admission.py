@@ -269,7 +269,7 @@ def test_an_approval_that_is_revoked_meanwhile_does_not_hold(sites: Sites, monke
             revoke(other, given.digest, by="officer", now=NOW)
         return []
 
-    monkeypatch.setattr("choral.network.site.agreement.objections", slow)
+    monkeypatch.setattr("choral.network.site.admission.objections", slow)
     with pytest.raises(OfferRefusedError, match="its approval was revoked"):
         sites.north.agree(offer(), now=NOW)
     assert [line.event for line in sites.north.log.read().entries] == ["begun", "approved", "revoked", "refused"]
