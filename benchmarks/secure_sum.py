@@ -2,6 +2,7 @@
 
     python benchmarks/secure_sum.py --parties 50 --length 100000 --json
     python benchmarks/secure_sum.py --parties 1000 --length 1000000 --dropouts 0.05 --graph sparse --no-peer
+    python benchmarks/secure_sum.py --parties 1000 --opening     # what it takes to open a session in one process
 
 Both sum vectors of 22-bit values. Choral's sum is checked against the plain one; Flower's is a float mean, checked to
 within its quantisation. Times are of one round from key advertisement to the sum: ``seconds`` is wall time, ``cpu`` the
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from flower_secagg import flower_sum
 
+from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.keys import ed25519_public, ed25519_sign, ed25519_verify
 from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.masking import messages
@@ -100,6 +102,25 @@ def open_session(setup: messages.SumSetup, *, shared: bool) -> tuple[Any, dict[s
         gathering.receive(name, raw)
     session, outbox = gathering.close()
     return session, {name: states[name].enter(answer) for name, answer in outbox.items()}
+
+
+def opening(n: int, repeats: int = 3) -> dict[str, Any]:
+    """Processor seconds of sessions of ``n`` parties in this process, each of a new cohort: until all have shown their
+    nonces, and from there until all have entered and sent the keys of their first round.
+    """
+    spec = SumSpec(parties=tuple(f"party {place}" for place in range(n)), length=100, bound=BOUND)
+    spent = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        session = Masked(corrupt=n // 20, dropouts=n // 20).open(spec)
+        opened = time.process_time()
+        trip = next(session.server.round())
+        for party, raw in trip.outbox.items():
+            session.deliver(party, raw, trip)
+        if trip.waiting:
+            raise SystemExit("a party did not enter")
+        spent.append((opened - begun, time.process_time() - opened))
+    return {"parties": n, "opened": [one for one, _ in spent], "entered_with_keys": [two for _, two in spent]}
 
 
 def one_round(session: Any, members: dict[str, Any], gone: set[int], clock: Clock) -> tuple[Any, dict[str, int]]:
@@ -205,7 +226,11 @@ def main() -> None:
     parser.add_argument("--graph", choices=["complete", "sparse"], default="complete")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--no-peer", action="store_true", help="do not run Flower's")
+    parser.add_argument("--opening", action="store_true", help="the opening of a session alone")
     args = parser.parse_args()
+    if args.opening:
+        print(json.dumps(opening(args.parties)))
+        return
     ours = run_choral(args.parties, args.length, args.dropouts, args.graph)
     lines = [ours]
     if not args.no_peer:

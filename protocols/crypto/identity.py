@@ -15,7 +15,7 @@ class Identity:
     together; across restarts each driver's stored public state carries the count on.
     """
 
-    __slots__ = ("_sessions", "seed")
+    __slots__ = ("_public", "_sessions", "seed")
 
     def __init__(self, seed: bytes) -> None:
         """Raises: SpecError for anything else than 32 bytes."""
@@ -23,12 +23,15 @@ class Identity:
             what = f"{len(seed)} bytes" if isinstance(seed, bytes) else shown(seed)
             raise SpecError(f"expected the seed of an identity as {KEY_BYTES} bytes, got {what}")
         self.seed = seed
+        self._public: bytes | None = None
         self._sessions: dict[str, Sessions] = {}
 
     @property
     def public(self) -> bytes:
         """What the others pin."""
-        return ed25519_public(self.seed)
+        if self._public is None:
+            self._public = ed25519_public(self.seed)
+        return self._public
 
     def sessions(self, purpose: str = "") -> Sessions:
         """purpose: what is summed in them, in this party's own words. Sessions of one purpose supersede each other;

@@ -12,7 +12,7 @@ a word w gives j = w mod (i+1) unless w >= floor(2^64 / (i+1)) (i+1), when the n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from choral.protocols.errors import SpecError
 
@@ -28,7 +28,7 @@ def neighbours(n: int, k: int, seed: bytes) -> list[tuple[int, ...]]:
     Raises: SpecError for n < 2, k < 1, odd k with odd n (no such graph), k = 1 (pairs alone cannot hide a sum), or
     another seed length.
     """
-    ring = _ring(n, k, seed)
+    ring = ring_of(n, k, seed)
     if ring is None:
         everyone = range(n)
         return [tuple(other for other in everyone if other != party) for party in everyone]
@@ -41,7 +41,11 @@ def neighbours(n: int, k: int, seed: bytes) -> list[tuple[int, ...]]:
 
 def neighbours_of(party: int, n: int, k: int, seed: bytes) -> tuple[int, ...]:
     """``neighbours(n, k, seed)[party]``, without building the others'. Raises SpecError unless 0 <= party < n too."""
-    ring = _ring(n, k, seed)
+    return around(party, n, k, ring_of(n, k, seed))
+
+
+def around(party: int, n: int, k: int, ring: Sequence[int] | None) -> tuple[int, ...]:
+    """``neighbours_of`` with the ring of that graph at hand. Raises: SpecError unless 0 <= party < n."""
     if not 0 <= party < n:
         raise SpecError(f"expected a party from 0 to {n - 1}, got {party}")
     if ring is None:
@@ -50,8 +54,8 @@ def neighbours_of(party: int, n: int, k: int, seed: bytes) -> tuple[int, ...]:
     return tuple(sorted(ring[(position + step) % n] for step in _steps(n, k)))
 
 
-def _ring(n: int, k: int, seed: bytes) -> list[int] | None:
-    """The parties in ring order, or None for the complete graph."""
+def ring_of(n: int, k: int, seed: bytes) -> tuple[int, ...] | None:
+    """The parties in ring order, or None for the complete graph. Raises: SpecError as :func:`neighbours` does."""
     if n < 2:
         raise SpecError(f"expected at least 2 parties, got {n}")
     if k < 1 or (k == 1 and n > 2):
@@ -67,7 +71,7 @@ def _ring(n: int, k: int, seed: bytes) -> list[int] | None:
     for last in range(n - 1, 0, -1):  # Knuth, The Art of Computer Programming 2, section 3.4.2, algorithm P
         chosen = _below(last + 1, words)
         order[last], order[chosen] = order[chosen], order[last]
-    return order
+    return tuple(order)
 
 
 def _steps(n: int, k: int) -> tuple[int, ...]:

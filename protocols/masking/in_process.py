@@ -41,7 +41,7 @@ class RehearsedSession(DriverSession):
         """config: whose policy all have if none is given; the sum of the keys', where they are what is masked."""
         check_spec(spec)
         draw = secrets.token_bytes
-        self._config, self._signatures = config, Signatures()
+        self._config, self._signatures = config, Signatures(shared=True)
         identities = {name: Identity(draw(32)) for name in spec.parties}
         # Each party's terms come from the settings, or from whoever runs the rehearsal: never from the setup.
         terms = config.policy(spec) if policy is None else check_policy(policy)

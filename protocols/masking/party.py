@@ -39,7 +39,7 @@ from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
 from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
-from choral.protocols.masking.graph import neighbours_of
+from choral.protocols.masking.graph import around, ring_of
 from choral.protocols.masking.party_round import Advertised, Keys, Membership
 from choral.protocols.masking.policy import Policy, check_policy
 
@@ -73,8 +73,10 @@ def join(
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
     check_policy(policy)
-    message = messages.to_party(setup, limit=messages.limit(messages.SumSetup, len(policy.directory)))
-    message = messages.expect(message, messages.SumSetup)
+    most = messages.limit(messages.SumSetup, len(policy.directory))
+    message: messages.SumSetup = policy.signatures.once(
+        ("setup", setup, most), lambda: messages.expect(messages.to_party(setup, limit=most), messages.SumSetup)
+    )
     policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
@@ -97,22 +99,43 @@ class Joining(Once[_Own]):
         """
         own = self._take()
         own.current.check_live()
-        n = len(own.setup.roster)
-        most = messages.limit(messages.Hellos, n)
-        message = messages.from_server(messages.Hellos, hellos, own.setup.session, most)
-        if len(message.hellos) != n:
-            raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(message.hellos)}")
-        expected = signing.commitment(own.setup_digest, own.index, own.nonce)
-        if message.hellos[own.index].commitment != expected:
+        once, directory = own.policy.signatures.once, own.policy.directory
+        committed = once(("hellos", own.setup, hellos), lambda: _committed(own, hellos))
+        if committed.to[own.index] != signing.commitment(own.setup_digest, own.index, own.nonce):
             raise FaultyServerError("it shows another Hello of this party than it sent")
-        for party, (name, entry) in enumerate(zip(own.setup.roster, message.hellos, strict=True)):
-            signed = signing.hello(own.setup_digest, party, entry.commitment)
-            if not own.policy.signatures.valid(own.policy.directory[name], signed, entry.signature):
-                raise FaultyServerError(f"the Hello of {name} is not signed by {name}'s pinned identity")
-        return Revealing((own, message)), messages.encode(messages.Reveal(own.setup.session, own.nonce))
+        pinned = tuple(directory[name] for name in own.setup.roster)
+        once(("signed", own.setup_digest, hellos, pinned), lambda: _check_signed(own, committed, pinned))
+        return Revealing((own, committed)), messages.encode(messages.Reveal(own.setup.session, own.nonce))
 
 
-class Revealing(Once[tuple[_Own, messages.Hellos]]):
+@dataclass(frozen=True, repr=False)
+class _Committed:
+    """Everybody's commitment, and the signatures on them, in roster order."""
+
+    to: tuple[bytes, ...]
+    signatures: tuple[bytes, ...]
+
+
+def _committed(own: _Own, hellos: bytes) -> _Committed:
+    """Raises: MessageError, FaultyServerError."""
+    n = len(own.setup.roster)
+    most = messages.limit(messages.Hellos, n)
+    found = messages.from_server(messages.Hellos, hellos, own.setup.session, most).hellos
+    if len(found) != n:
+        raise FaultyServerError(f"expected {n} Hellos, one per party, got {len(found)}")
+    return _Committed(tuple(entry.commitment for entry in found), tuple(entry.signature for entry in found))
+
+
+def _check_signed(own: _Own, committed: _Committed, pinned: tuple[bytes, ...]) -> None:
+    """Looks at nothing of this party's own but the keys that it has pinned. Raises: FaultyServerError."""
+    for party, (key, commitment, signature) in enumerate(zip(pinned, committed.to, committed.signatures, strict=True)):
+        signed = signing.hello(own.setup_digest, party, commitment)
+        if not own.policy.signatures.valid(key, signed, signature):
+            name = own.setup.roster[party]
+            raise FaultyServerError(f"the Hello of {name} is not signed by {name}'s pinned identity")
+
+
+class Revealing(Once[tuple[_Own, _Committed]]):
     """Waits for everybody's nonce."""
 
     def enter(self, reveals: bytes) -> Member:
@@ -120,24 +143,31 @@ class Revealing(Once[tuple[_Own, messages.Hellos]]):
 
         Raises: FaultyPartyOrServerError when a nonce is not the one committed to; FaultyServerError.
         """
-        own, hellos = self._take()
+        own, committed = self._take()
         own.current.check_live()
-        n = len(own.setup.roster)
-        most = messages.limit(messages.Reveals, n)
-        message = messages.from_server(messages.Reveals, reveals, own.setup.session, most)
-        if len(message.nonces) != n:
-            raise FaultyServerError(f"expected {n} nonces, one per party, got {len(message.nonces)}")
-        for party, (entry, nonce) in enumerate(zip(hellos.hellos, message.nonces, strict=True)):
-            if signing.commitment(own.setup_digest, party, nonce) != entry.commitment:
-                name = own.setup.roster[party]
-                raise FaultyPartyOrServerError(name, "the nonce is not the one that its Hello committed to")
-        session = signing.session_digest(
-            own.setup_digest, [entry.commitment for entry in hellos.hellos], message.nonces
+        n, k = len(own.setup.roster), own.setup.neighbours
+        session, ring = own.policy.signatures.once(
+            ("reveals", own.setup, own.setup_digest, committed.to, reveals), lambda: _session(own, committed, reveals)
         )
-        around = neighbours_of(own.index, n, own.setup.neighbours, signing.graph_seed(session))
         signer = SigningKey(own.identity)
-        membership = Membership(own.setup, session, own.index, signer, own.policy, around, own.current)
+        peers = around(own.index, n, k, ring)
+        membership = Membership(own.setup, session, own.index, signer, own.policy, peers, own.current)
         return Member((membership, 0))
+
+
+def _session(own: _Own, committed: _Committed, reveals: bytes) -> tuple[bytes, tuple[int, ...] | None]:
+    """The session's digest, and the ring that it gives. Raises: MessageError; as :meth:`Revealing.enter`."""
+    n = len(own.setup.roster)
+    most = messages.limit(messages.Reveals, n)
+    nonces = messages.from_server(messages.Reveals, reveals, own.setup.session, most).nonces
+    if len(nonces) != n:
+        raise FaultyServerError(f"expected {n} nonces, one per party, got {len(nonces)}")
+    for party, (commitment, nonce) in enumerate(zip(committed.to, nonces, strict=True)):
+        if signing.commitment(own.setup_digest, party, nonce) != commitment:
+            name = own.setup.roster[party]
+            raise FaultyPartyOrServerError(name, "the nonce is not the one that its Hello committed to")
+    session = signing.session_digest(own.setup_digest, committed.to, nonces)
+    return session, ring_of(n, own.setup.neighbours, signing.graph_seed(session))
 
 
 class Member(Once[tuple[Membership, int]]):

@@ -25,6 +25,7 @@ answered before. Nothing that is stored helps who steals it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from choral.protocols.crypto.identity import Identity
@@ -35,18 +36,11 @@ from choral.protocols.errors import SERVER, FaultyServerError, MessageError, Spe
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
 from choral.protocols.masking.party import Joining, Member, Revealing, join
-from choral.protocols.masking.party_round import (
-    Advertised,
-    Confirmed,
-    Membership,
-    Ready,
-    SharesSent,
-    Uploaded,
-)
+from choral.protocols.masking.party_round import Advertised, Confirmed, Membership, Ready, SharesSent, Uploaded
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.statement import agreed_of
 from choral.protocols.stored_state import read_stored, setup_of, stored
-from choral.protocols.wire_format import LAST_ROUND, read
+from choral.protocols.wire_format import LAST_ROUND, claims_to_be, read
 
 MOST_JOINED = 1024
 """Setups that a party remembers to have joined: beyond so many, an old one that comes late is joined anew."""
@@ -186,7 +180,11 @@ class MaskedPartyDriver:
         return answer
 
     def _read(self, raw: bytes) -> Any:
-        return read(self.known, raw, sender=SERVER, limit=len(raw))
+        """What opens a session comes to all parties alike, and those of this process read it once."""
+        message = partial(read, self.known, raw, sender=SERVER, limit=len(raw))
+        if any(claims_to_be(kind, raw) for kind in (messages.SumSetup, *self.opens)):
+            return self.policy.signatures.once(("read", self.known, raw), message)
+        return message()
 
     def _limit(self) -> int:
         """No message that this party may be sent is longer."""

@@ -102,7 +102,7 @@ class Policy:
 
     def check(self, setup: SumSetup, name: str) -> None:
         """Raises: PolicyError when ``setup`` is inconsistent, or weaker than this policy allows ``name`` to join."""
-        check_setup(setup, wraps_at=self.wraps_at)
+        self.signatures.once(("safe", setup, self.wraps_at), lambda: check_setup(setup, wraps_at=self.wraps_at))
         strangers = [party for party in setup.roster if party not in self.directory]
         if strangers:
             raise PolicyError(f"the roster has {strangers[0]!r}, whose key is not pinned")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
+
+T = TypeVar("T")
 
 SESSION_BYTES = 16
 NO_BEGIN = bytes(32)
@@ -121,14 +124,20 @@ def seal_data(session: bytes, number: int, sender: int, receiver: int, seed_hash
 class Signatures:
     """Verification that remembers what it accepted, so that one signature is not verified twice.
 
-    In a process that plays many parties they share one of these; each still sees every signature checked.
+    In a process that plays many parties they share one of these; each still sees every signature checked. What opens a
+    session comes to all of them alike, and is read and checked once (:meth:`once`): a thousand parties who each look
+    at a thousand Hellos would look at a million.
     """
 
     _LIMIT = 1 << 16
+    _ALIKE = 16
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        """shared: by several parties of this process; to one alone nothing is sent twice."""
+        self.shared = shared
         self._accepted: set[tuple[bytes, bytes, bytes]] = set()
         self._before: set[tuple[bytes, bytes, bytes]] = set()
+        self._alike: dict[Hashable, Any] = {}
 
     def valid(self, public: bytes, message: bytes, signature: bytes) -> bool:
         key = (public, message, signature)
@@ -141,9 +150,25 @@ class Signatures:
         self._accepted.add(key)
         return True
 
+    def once(self, key: Hashable, check: Callable[[], T]) -> T:
+        """What ``check()`` gives, which is public and never changed; shared, without a second call for the same key.
+
+        key: all that ``check`` looks at, whole and not by its digest, so that whoever asks with this key would have
+        come to the very same by itself: the bytes that came, and the keys that *this* party has pinned. A refusal is
+        never remembered.
+        """
+        if not self.shared:
+            return check()
+        known = self._alike
+        if key not in known:
+            known = {**dict([*known.items()][1 - self._ALIKE :]), key: check()}
+            self._alike = known
+        found: T = known[key]
+        return found
+
     def forget(self) -> None:
         """Keep those that were accepted since this was last called: a round's keys come with the round before."""
-        self._before, self._accepted = self._accepted, set()
+        self._before, self._accepted, self._alike = self._accepted, set(), {}
 
 
 def sign(identity: bytes, message: bytes) -> bytes:

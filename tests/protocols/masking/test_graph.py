@@ -65,8 +65,8 @@ def test_the_documented_stream_and_circulant(n: int, k: int) -> None:
 
 
 def test_the_stream_goes_past_its_first_read() -> None:
-    ring = graph._ring(3000, 4, SEED)
-    assert ring == independent_ring(3000, SEED)
+    ring = graph.ring_of(3000, 4, SEED)
+    assert ring == tuple(independent_ring(3000, SEED))
 
 
 def test_a_golden_graph() -> None:
@@ -81,7 +81,7 @@ def test_every_order_is_equally_likely() -> None:
     A shuffle that draws j below n each time (the usual mistake) scores about 3,000.
     """
     draws = 12_000
-    rings = (graph._ring(4, 2, seed_of(number)) for number in range(draws))
+    rings = (graph.ring_of(4, 2, seed_of(number)) for number in range(draws))
     counts = Counter(tuple(ring) for ring in rings if ring is not None)
     expected = draws / 24
     assert sum((counts[order] - expected) ** 2 / expected for order in permutations(range(4))) < 73.7
