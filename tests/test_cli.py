@@ -242,7 +242,7 @@ def test_train_one_arm_and_centralized(config, tmp_path, capsys):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "audit", "verify", "ledger", "export", "budget"])
+@pytest.mark.parametrize("command", ["compare", "train", "audit", "verify", "ledger", "export", "budget", "sums"])
 def test_help(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -264,7 +264,8 @@ def test_top_level(capsys):
     assert main(["--version"]) == 0
     assert main(["sing"]) == 2
     hint = capsys.readouterr().err.partition("hint: one of: ")[2].partition(";")[0].split(", ")
-    assert set(hint) >= {"compare", "train", "audit", "verify", "ledger", "export", "serve", "join", "budget", "site"}
+    known = {"compare", "train", "audit", "verify", "ledger", "export", "serve", "join", "budget", "sums", "site"}
+    assert set(hint) >= known
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ commands:
                              what was spent, what it comes to together, whether a ledger was put back
   export DIR --out FILE      write a run's model as .onnx or .pt2 for inference, checked for equal outputs
   budget                     how much noise a promise needs, or what a noise is worth
+  sums --parties N           which secure sum when: trips, bytes, whom it withstands
   site COMMAND               a party on its own machine: keys, settings, pinned certificates, approvals, log
 
 Start here:  choral compare examples/digits.toml --out runs/digits
@@ -166,6 +167,12 @@ def _budget(words: list[str]) -> int:
     return budget(words)
 
 
+def _sums(words: list[str]) -> int:
+    from choral.cli.sums import sums
+
+    return sums(words)
+
+
 def _report(words: list[str]) -> int:
     from choral.cli.report import report
 
@@ -208,6 +215,7 @@ _COMMANDS: dict[str, Command] = {
     "join": _join,
     "poc": _poc,
     "budget": _budget,
+    "sums": _sums,
     "report": _report,
     "site": _site,
 }
