@@ -67,7 +67,7 @@ def _line(first: str, *others: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class SumTable:
     """The answer of :func:`which_sum`. bits: of one party's value, its sign included."""
 
     parties: int
@@ -90,7 +90,7 @@ class Table:
         return "\n".join((textwrap.fill(head, WIDTH), "", titles, *map(str, self.rows), "", EXPLAINED, *semi))
 
 
-def which_sum(*, parties: int, corrupt: int, dropouts: int, length: int = 100_000, bits: int = 16) -> Table:
+def which_sum(*, parties: int, corrupt: int, dropouts: int, length: int = 100_000, bits: int = 16) -> SumTable:
     """Every kind of sum for so many parties, of which some collude with the server and some drop out.
 
     parties: 2 to MOST_PARTIES, all in the roster. length: values in a vector; bits: of one value, its sign included.
@@ -112,7 +112,7 @@ def which_sum(*, parties: int, corrupt: int, dropouts: int, length: int = 100_00
         "Homomorphic, shared key": lambda: _shared(spec, n - gone),
     }
     rows = tuple(_row(name, make) for name, make in kinds.items())
-    return Table(parties=n, corrupt=colluding, dropouts=gone, length=spec.length, bits=bits, rows=rows)
+    return SumTable(parties=n, corrupt=colluding, dropouts=gone, length=spec.length, bits=bits, rows=rows)
 
 
 def _row(name: str, make: Callable[[], Row]) -> Row:
