@@ -146,8 +146,8 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
     last = max(rounds, default=0)
     if last == run.history[-1].round and last:
         said = rounds[last][0]
-        terms = evidence.texts.get(said["terms"])
-        if terms and said["came"] != _model(run, [name for name, _ in terms["shapes"]]):
+        shapes = evidence.shapes.get(said["terms"])
+        if shapes and said["came"] != _model(run, [name for name, _ in shapes]):
             found.append(f"the model is not the one that came of round {last} by receipts")
     return found
 

@@ -351,11 +351,11 @@ SIGNED: dict[str, tuple[Edit, str]] = {
     "the last receipt left out": (lambda z: z.receipts("south", lambda f: f.pop()), "south are not those that the man"),
     "the terms left out": (lambda z: z.receipts("south", lambda f: f.pop(0)), "receipts of south are not those"),
     "receipts exchanged": (lambda z: z.receipts("west", swap), "receipts before it are missing"),
-    "receipts twice": (lambda z: z.receipts("west", lambda f: f.append(f[-1])), "two receipts of a party in round 3"),
+    "receipts twice": (lambda z: z.receipts("west", lambda f: f.append(f[-1])), "different receipt of west of round 3"),
     "a party's receipts taken away": (lambda z: (z.run / "receipts" / "east.jsonl").unlink(), "missing here: east"),
     "receipts of another run": (
         lambda z: shutil.copy(z.other / "receipts" / "east.jsonl", z.run / "receipts" / "east.jsonl"),
-        "the receipts are of several runs",
+        "two views were shown: different run of the receipts",
     ),
     "a receipt of another run among them": (
         lambda z: z.receipts(
@@ -365,7 +365,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
     ),
     "north's receipts under another name": (
         lambda z: shutil.copy(z.run / "receipts" / "north.jsonl", z.run / "receipts" / "west.jsonl"),
-        "two receipts of a party in round 1",
+        "different receipt of north of round 1",
     ),
     "a receipt forged by a stranger": (
         lambda z: z.receipt("north", set_to("ledger", "epsilon", to=0.1), identity=STRANGER),
@@ -373,11 +373,11 @@ SIGNED: dict[str, tuple[Edit, str]] = {
     ),
     "a party that changes what it signed": (
         lambda z: z.receipt("north", set_to("given", to="00" * 32)),
-        "two views were shown: different given in round 2",
+        "two views were shown: different model after round 1",
     ),
     "a party that denies having been summed": (
         lambda z: z.receipt("north", set_to("sums", 0, "in_sum", to=False)),
-        "opposite things were said of whether north is in sum 1 of round 2",
+        "two views were shown: different presence of north in sum 1 of round 2",
     ),
     "a party that says another was left out": (
         lambda z: z.receipt("north", set_to("sums", 0, "dropped", to=["west"])),
@@ -389,7 +389,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
     ),
     "survivors' signatures of another round": (
         lambda z: z.receipt("north", lambda said: said["sums"][0].update(begin=said["sums"][0]["begin"][:-2] + "00")),
-        "parties signed another model or terms",
+        "parties signed another session, model or terms",
     ),
     "digests without a signature": (lambda z: (z.model(), z.rehash(by=None)), "is not on these words"),
     "everything, with fresh hashes": (lambda z: (everything_rewritten(z), z.rehash(by=None)), "is not on these words"),
@@ -418,7 +418,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
             z.model(),
             z.rehash(by=("", "north"), also=lambda s: (gone("south", "east", "west")(s), s.update(model="00" * 32))),
         ),
-        "the manifest's model is not the one that came of round 3",
+        "two views were shown: different model after round 3",
     ),
     "the others called gone, cheaper ledgers": (
         lambda z: (
@@ -475,7 +475,7 @@ SIGNED: dict[str, tuple[Edit, str]] = {
             z.receipt("north", set_to("came", to="00" * 32), number=3),
             z.rehash(by=("", "north"), also=lambda s: (gone("south", "east", "west")(s), with_head(z, "north")(s))),
         ),
-        "two views were shown: different came in round 3",
+        "two views were shown: different model after round 3",
     ),
 }
 

@@ -179,7 +179,8 @@ class Manifest:
         for name, signature in signatures.items():
             if not signed_by("manifest", body, signature, keys.get(name)):
                 raise EvidenceError(f"{NAME}: the signature of {name or 'the coordinator'} is not on these words")
-        if missing := [name for name in keys if name not in signatures and name not in said["gone"]]:
+        gone = {*said["gone"]} - {""}  # the coordinator, whose name is empty, never is
+        if missing := [name for name in keys if name not in signatures and name not in gone]:
             raise EvidenceError(f"{NAME}: {missing[0] or 'the coordinator'} has not signed it", hint=_RESTORE)
         return cls(sha256(raw).hexdigest(), said, tuple(signatures))
 
