@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from choral.audits.budgets.budgets import ledger_of
 from choral.audits.findings.schema import Check, NotRun, Verdict
 from choral.audits.findings.whole import CitedManifest
-from choral.verify import Evidence
+from choral.verify import UNREADABLE, Evidence
 
 if TYPE_CHECKING:
     from choral.trainers.run_folder.run import Run
@@ -39,6 +39,13 @@ def cited_manifest(run: Run) -> CitedManifest | None:
 
 def signed_checks(run: Run) -> list[Check]:
     """The checks that apply to this run; none where nothing is signed."""
+    try:
+        return _checks(run)
+    except UNREADABLE as error:  # a text in the place of a number, say: signed by some, and never written by Choral
+        return [Check(name=_SIGNED, verdict="violated", finding=f"What is signed cannot be compared: {error!r:.80}.")]
+
+
+def _checks(run: Run) -> list[Check]:
     from choral.trainers.run_folder.evidence.manifest import NAME, digests
 
     evidence = evidence_of(run)

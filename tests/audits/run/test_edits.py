@@ -607,5 +607,12 @@ def test_a_key_that_stands_twice_in_run_json_is_refused(zoo: Zoo) -> None:
         audited(zoo)
 
 
+@pytest.mark.parametrize("cost", ["4.0", {"epsilon": "4.0"}, None, 7])
+def test_what_is_signed_and_of_another_type_is_no_pass(cost: Any, zoo: Zoo) -> None:
+    others = gone("south", "east", "west")
+    zoo.manifest(lambda s: (others(s), s["ledgers"].update(south=cost)), by=("", "north"))
+    assert audited(zoo)
+
+
 def test_the_zoo_has_sixty_edits() -> None:
     assert len(RUN_JSON) + len(FILES) + len(SIGNED) + len(REPORT) + len(PASSES) >= 60
