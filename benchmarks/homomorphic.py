@@ -1,6 +1,6 @@
 """Homomorphic sums beside TenSEAL's CKKS at NVFlare's defaults, beside the masked sum, and end to end.
 
-    python benchmarks/homomorphic.py [--only speed|crossover|rounds|model] [--length 2000000] [--repeats 5]
+    python benchmarks/homomorphic.py [--only speed|bytes|crossover|rounds|model] [--length 2000000] [--repeats 5]
     python benchmarks/homomorphic.py --only speed --device cuda        # the transform in torch on a GPU as well
 
 One JSON line per figure, on one core, in seconds of processor time. The functions compared take turns and medians are
@@ -8,6 +8,7 @@ given. ``ratio`` is the peer's seconds (or bytes) over ours: above 1 we are bett
 
 speed: bytes per value and values per second to encrypt (to the bytes that are sent) and to add (from them), split and
     shared key, for 20-bit and 16-bit values. ``limit``: the carry room alone, what no exact sum can go below.
+bytes: what a party sends in a round of 50 with 100,000 values, and in one of ten with 2,410, split key over masked.
 crossover: seconds of one party and of the server for a vector, split key beside masked, by the number of parties and
     dropouts. Component times are measured (encrypting, receiving and adding, one mask), the sums of them computed:
     what a masked party does grows with its neighbours, what its server does with dropouts times neighbours.
@@ -117,6 +118,22 @@ def speed(repeats: int, length: int) -> Iterator[Line]:
         }
     yield from shared.exact(peer, repeats, 24)
     yield from shared.floats(peer, repeats, 24)
+
+
+def bytes_up() -> Iterator[Line]:
+    """Of whole rounds in this process, checked against the plain sum."""
+    for n, length, bits in ((50, 100_000, 16), (50, 100_000, 20), (50, 100_000, 22), (10, 2410, 16)):
+        spec, vector, sent = spec_of(n, bits, length), values_of(bits, length), {}
+        for name, config in (("split", Homomorphic()), ("masked", Masked())):
+            summing = config.open(spec).begin()
+            for party in spec.parties:
+                summing.submit(party, vector)
+            result = summing.finish()
+            if not np.array_equal(result.total, n * vector):
+                raise SystemExit(f"the {name} sum is not the plain one")
+            sent[name] = max(result.bytes_up.values())
+        line = {"what": "bytes up, split key over masked", "parties": n, "length": length, "bits": bits}
+        yield {**line, **sent, "ratio": sent["split"] / sent["masked"]}
 
 
 def transform(repeats: int, device: str) -> Line:
@@ -266,7 +283,7 @@ def _model(kind: str) -> Line:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("speed", "crossover", "rounds", "model"))
+    parser.add_argument("--only", choices=("speed", "bytes", "crossover", "rounds", "model"))
     parser.add_argument("--length", type=int, default=2_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="where the torch transform runs, e.g. cuda")
@@ -274,6 +291,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], Iterator[Line]]] = {
         "speed": lambda: speed(arguments.repeats, arguments.length),
+        "bytes": bytes_up,
         "crossover": lambda: crossover(arguments.repeats, arguments.length),
         "rounds": lambda: rounds(arguments.length),
         "model": lambda: (model(kind) for kind in ("split", "shared", "masked")),

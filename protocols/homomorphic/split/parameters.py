@@ -11,6 +11,11 @@ with sqrt(m) sigma: it passes ``error_bound(m)`` = TAIL_SIGMAS sqrt(m) sigma wit
 exp(-TAIL_SIGMAS^2 / 2) < 2^-95 per coefficient, 2^-64 for the longest vector. ``scale_bits`` leaves ``MARGIN_BITS``
 beyond the bound at the largest number of parties, so that a sum whose errors are larger can be told from a true one
 and is refused.
+
+What a vector does not fill. Of the last block only those coefficients travel that hold values (:attr:`tail`), as
+coefficients: a part of a ring-LWE sample says no more than the whole. The sum of keys is small as the sum of errors is,
+and for the same reason: so the masked sum of the keys wraps at ``key_bits``, just above ``error_bound``, and not where
+no sum of any keys could. A sum beyond it does not open.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from functools import cached_property, lru_cache
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.ring.arithmetic import DEGREES, MAX_PRIME_BITS, Ring, largest_primes, ring
-from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL
+from choral.protocols.homomorphic.ring.gaussian import SIGMA
 from choral.protocols.interface import SumSpec
 
 MODULUS_LIMIT = {2048: 53, 4096: 106, 8192: 212}
@@ -40,6 +45,10 @@ BATCH = 8
 """Blocks that are encrypted side by side: with eight float64 numbers a cache line and two vector registers are full."""
 
 MIN_PRIME_BITS = 20
+LEAST_TAIL = 64
+"""Coefficients of the last block that travel at least: so many that garbage among them shows, but for 2^-64."""
+TAIL_STEP = 8
+"""And what their number is a multiple of, so that they end on bytes."""
 _DIGIT_BITS = 52
 MAX_DIGITS = 7
 
@@ -58,7 +67,9 @@ class Digit:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitParameters:
-    """spec: what is summed. degree, prime_bits, prime_count: the ring. slots, slot_bits, scale_bits: see the module."""
+    """spec: what is summed. degree, prime_bits, prime_count: the ring, whose first ``wide`` primes have one bit more.
+    slots, slot_bits, scale_bits: see the module.
+    """
 
     spec: SumSpec
     degree: int
@@ -67,15 +78,21 @@ class SplitParameters:
     slots: int
     slot_bits: int
     scale_bits: int
+    wide: int = 0
 
     @cached_property
     def ring(self) -> Ring:
-        return ring(self.degree, largest_primes(self.prime_bits, self.degree, self.prime_count))
+        return ring(self.degree, _largest(self.degree, self.prime_bits, self.prime_count, self.wide))
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """The bits of each prime, as which its residues travel."""
+        return tuple(self.prime_bits + (row < self.wide) for row in range(self.prime_count))
 
     @property
     def modulus_bits(self) -> int:
         """The bits of q."""
-        return self.prime_bits * self.prime_count
+        return sum(self.widths)
 
     @property
     def block_values(self) -> int:
@@ -85,9 +102,34 @@ class SplitParameters:
     def blocks(self) -> int:
         return -(-self.spec.length // self.block_values)
 
+    @cached_property
+    def tail(self) -> int:
+        """How many coefficients of the last block travel, as coefficients; 0, and it is a block like the others."""
+        used = -(-(self.spec.length - (self.blocks - 1) * self.block_values) // self.slots)
+        used = max(LEAST_TAIL, -(-used // TAIL_STEP) * TAIL_STEP)
+        return used if used < self.degree else 0
+
+    @property
+    def whole(self) -> int:
+        """Blocks that travel whole, and transformed."""
+        return self.blocks - (self.tail > 0)
+
     @property
     def batches(self) -> int:
-        return -(-self.blocks // BATCH)
+        """Of up to BATCH whole blocks; a block that is cut is a batch of its own, the last."""
+        return -(-self.whole // BATCH) + (self.tail > 0)
+
+    def is_cut(self, batch: int) -> bool:
+        """Whether it is the block that is cut."""
+        return self.tail > 0 and batch == self.batches - 1
+
+    def before(self, batch: int) -> int:
+        """Blocks before a batch."""
+        return min(BATCH * batch, self.whole)
+
+    def coefficients(self, batch: int) -> int:
+        """How many of a batch travel."""
+        return self.tail if self.is_cut(batch) else self.degree * self.lanes(batch)
 
     @property
     def block_bytes(self) -> int:
@@ -95,16 +137,26 @@ class SplitParameters:
         return self.degree * self.modulus_bits // 8
 
     @property
+    def ciphertext_bytes(self) -> int:
+        """All of a ciphertext, without the headers of its messages."""
+        return self.whole * self.block_bytes + self.tail * self.modulus_bits // 8
+
+    @property
+    def key_bits(self) -> int:
+        """Of the modulus of the masked sum of keys: as many as a sum within ``error_bound`` needs."""
+        return (2 * self.error_bound(len(self.spec.parties))).bit_length()
+
+    @property
     def message_blocks(self) -> int:
         return max(BATCH, MESSAGE_BYTES // self.block_bytes // BATCH * BATCH)
 
     @property
     def messages(self) -> int:
-        return -(-self.blocks // self.message_blocks)
+        return -(-self.batches // (self.message_blocks // BATCH))
 
     @property
     def bytes_per_value(self) -> float:
-        """Of a long vector's ciphertext; the sum of keys adds a few kilobytes in all."""
+        """Of a long vector's ciphertext; the keys add N ``key_bits`` bits in all."""
         return self.modulus_bits / 8 / self.slots
 
     def words(self, count: int) -> int:
@@ -113,11 +165,11 @@ class SplitParameters:
 
         By the Chernoff-Hoeffding bound fewer than ``count`` of so many are accepted with probability below 2^-100.
         """
-        return _words(min(self.ring.primes) / (1 << self.prime_bits), count)
+        return _words(min(prime / (1 << prime.bit_length()) for prime in self.ring.primes), count)
 
     def lanes(self, batch: int) -> int:
-        """How many blocks lie side by side in a batch: BATCH, but in the last."""
-        return min(BATCH, self.blocks - BATCH * batch)
+        """How many blocks lie side by side in a batch: BATCH, but in the last two, of which one may be cut."""
+        return 1 if self.is_cut(batch) else min(BATCH, self.whole - BATCH * batch)
 
     @property
     def margin_bits(self) -> float:
@@ -142,8 +194,9 @@ class SplitParameters:
     def terms(self) -> str:
         """Everything that two parties must have alike for their ciphertexts to be summed."""
         return (
-            f"split 1: degree {self.degree}, {self.prime_count} primes of {self.prime_bits} bits, sigma {SIGMA},"
-            f" {self.slots} slots of {self.slot_bits} bits over {self.scale_bits}, {self.message_blocks} blocks each,"
+            f"split 2: degree {self.degree}, {self.prime_count} primes of {self.prime_bits} bits, {self.wide} of one"
+            f" more, sigma {SIGMA}, {self.slots} slots of {self.slot_bits} bits over {self.scale_bits},"
+            f" {self.message_blocks} blocks each, {self.tail} coefficients of the last, keys of {self.key_bits} bits,"
             f" length {self.spec.length}, bound {self.spec.bound}, weight bound {self.spec.weight_bound}, encoding"
             f" {self.spec.encoding}"
         )
@@ -152,7 +205,7 @@ class SplitParameters:
 def choose(spec: SumSpec) -> SplitParameters:
     """The fewest bytes on the wire for this vector, keys included, of any ring with as few primes as will do.
 
-    One more prime of fewer bits would save up to 1.3 % of bytes for an eighth more work. The smaller ring among equals.
+    More primes of fewer bits would save up to 1.5 % of bytes for an eighth more work. The smaller ring among equals.
 
     Raises: SpecError when no ring has room for one sum of these values and the errors.
     """
@@ -162,11 +215,7 @@ def choose(spec: SumSpec) -> SplitParameters:
             f"{len(spec.parties)} parties with values up to {spec.bound} do not fit the largest ring",
             hint="use fewer bits per value, a smaller weight cap, or fewer parties",
         )
-    return min(found, key=lambda one: (one.blocks * one.block_bytes + _key_bytes(one), one.degree))
-
-
-def _key_bytes(parameters: SplitParameters) -> float:
-    return parameters.degree * (2 * len(parameters.spec.parties) * TAIL).bit_length() / 8
+    return min(found, key=lambda one: (one.ciphertext_bytes + one.degree * one.key_bits / 8, one.degree))
 
 
 def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
@@ -176,7 +225,7 @@ def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
     for degree in DEGREES:
         for slots in range(1, MODULUS_LIMIT[degree] // slot_bits + 1):
             needed = slots * slot_bits + scale_bits  # q > 2^needed: no sum wraps
-            prime_count, prime_bits = _primes(degree, needed)
+            prime_count, prime_bits, wide = _primes(degree, needed)
             if prime_count:
                 found = SplitParameters(
                     spec=spec,
@@ -186,24 +235,31 @@ def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
                     slots=slots,
                     slot_bits=slot_bits,
                     scale_bits=scale_bits,
+                    wide=wide,
                 )
                 if len(found.digits) <= MAX_DIGITS:
                     yield found
 
 
-def _primes(degree: int, needed: int) -> tuple[int, int]:
-    """The fewest primes whose product passes 2^needed, and their bits, the fewest again; (0, 0) if there are none."""
-    for count in range(-(-needed // MAX_PRIME_BITS), MODULUS_LIMIT[degree] // MIN_PRIME_BITS + 1):
-        for bits in range(max(MIN_PRIME_BITS, -(-needed // count)), MAX_PRIME_BITS + 1):
-            if count * bits > MODULUS_LIMIT[degree]:
-                break
+def _largest(degree: int, bits: int, count: int, wide: int) -> tuple[int, ...]:
+    """``wide`` primes of one bit more, then the rest. Raises: SpecError if there are too few."""
+    return largest_primes(bits + 1, degree, wide) + largest_primes(bits, degree, count - wide)
+
+
+def _primes(degree: int, needed: int) -> tuple[int, int, int]:
+    """The fewest primes whose product passes 2^needed, of the fewest bits in all, spread evenly: how many, their bits,
+    how many have one bit more; (0, 0, 0) if there are none."""
+    limit = MODULUS_LIMIT[degree]
+    for count in range(-(-needed // MAX_PRIME_BITS), limit // MIN_PRIME_BITS + 1):
+        for total in range(max(needed, MIN_PRIME_BITS * count), min(limit, MAX_PRIME_BITS * count) + 1):
+            bits, wide = divmod(total, count)
             try:
-                primes = largest_primes(bits, degree, count)
+                primes = _largest(degree, bits, count, wide)
             except SpecError:
                 continue
             if math.prod(primes) > 1 << needed:
-                return count, bits
-    return 0, 0
+                return count, bits, wide
+    return 0, 0, 0
 
 
 @lru_cache(maxsize=64)

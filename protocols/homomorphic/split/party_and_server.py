@@ -73,10 +73,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from choral.protocols.crypto.mask_stream import expand
+from choral.protocols.crypto.modular_integers import pack, unpack
 from choral.protocols.crypto.single_use import check_process
 from choral.protocols.errors import FaultyPartyError, GarbledSumError, LateVectorError, SpecError, StateUsedError
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
-from choral.protocols.homomorphic.ring.arithmetic import balanced
+from choral.protocols.homomorphic.ring.arithmetic import Kernels, balanced
 from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import sample
 from choral.protocols.homomorphic.split.decoding import decode
@@ -169,17 +170,46 @@ def without_key(vector: IntVector, terms: SplitRound) -> Iterator[NDArray[np.int
 
 
 def residues(body: bytes, index: int, terms: SplitRound) -> Iterator[NDArray[np.int32]]:
-    """What message ``index`` of a ciphertext holds: residues of coefficients, shape (L, N lanes), by batch."""
+    """What message ``index`` of a ciphertext holds: the residues that travel, shape (L, M), by batch."""
     chosen, bulk = terms.parameters, kernels()
     nothing = bulk.transform(chosen.ring, np.zeros(chosen.degree))
-    words, done = np.frombuffer(body, "<u4"), 0
+    primes = np.array(chosen.ring.primes, np.uint32)[:, None]
+    for batch, packed in parts(body, index, terms):
+        sums = np.zeros((chosen.prime_count, chosen.coefficients(batch)), np.uint32)
+        _add(packed, sums, batch, chosen)
+        if chosen.is_cut(batch):
+            yield (sums % primes).view(np.int32)
+        else:
+            yield bulk.remove(chosen.ring, sums.view(np.int32), terms.public(batch), nothing, lanes=chosen.lanes(batch))
+
+
+def parts(body: bytes, index: int, terms: SplitRound) -> Iterator[tuple[int, memoryview]]:
+    """The batches of a message of the right length, packed."""
+    done = 0
     for batch in terms.batches(index):
-        size = chosen.lanes(batch) * chosen.block_bytes // 4
-        sums = np.zeros(chosen.lanes(batch) * chosen.prime_count * chosen.degree, np.uint32)
-        bulk.add(words[done : done + size], chosen.prime_bits, sums)
-        packed = sums.reshape(chosen.prime_count, -1).view(np.int32)
-        yield bulk.remove(chosen.ring, packed, terms.public(batch), nothing, lanes=chosen.lanes(batch))
+        size = terms.parameters.coefficients(batch) * terms.parameters.modulus_bits // 8
+        yield batch, memoryview(body)[done : done + size]
         done += size
+
+
+def _pack(residues: NDArray[np.int32], batch: int, chosen: SplitParameters, bulk: Kernels) -> bytes:
+    """A batch as it travels, prime after prime."""
+    rows = zip(residues, chosen.widths, strict=True)
+    if chosen.is_cut(batch):
+        return b"".join(pack(np.ascontiguousarray(row).view(np.uint32), bits) for row, bits in rows)
+    return b"".join(bulk.pack(row, bits) for row, bits in rows)
+
+
+def _add(packed: memoryview, sums: NDArray[np.uint32], batch: int, chosen: SplitParameters) -> None:
+    """Add a batch as :func:`_pack` packed it to ``sums``, shape (L, M), in place, mod 2^32."""
+    done, bulk = 0, kernels()
+    for row, bits in zip(sums, chosen.widths, strict=True):
+        piece = packed[done : done + row.size * bits // 8]
+        done += len(piece)
+        if chosen.is_cut(batch):
+            row += unpack(bytes(piece), row.size, bits)
+        else:
+            bulk.add(np.frombuffer(piece, "<u4"), bits, row)
 
 
 def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes, process: int) -> Iterator[bytes]:
@@ -194,17 +224,31 @@ def _messages(vector: Any, terms: SplitRound, key: IntVector, seed: bytes, proce
         check_process(process, "a ciphertext's key")
         packed = []
         for batch in terms.batches(index):
-            lanes = chosen.lanes(batch)
-            # The first N samples of the stream are the key.
-            errors = sample(seed, chosen.degree * lanes, offset=chosen.degree * (1 + batch * BATCH))
+            lanes, before = chosen.lanes(batch), chosen.before(batch)
             count = chosen.degree * lanes
-            # Value j N lanes + z of the batch lies in slot j of coefficient z; beyond the vector's end is 0.
-            start = batch * BATCH * chosen.block_values
+            errors = sample(seed, count, offset=chosen.degree * (1 + before))  # of the stream the first N are the key
+            # Value j N lanes + z of the batch lies in slot j of coefficient z. Beyond the vector's end is 0.
+            start = before * chosen.block_values
             piece = vector[start : start + count * chosen.slots]
+            if chosen.is_cut(batch):
+                piece = _spread(piece, chosen)
             digits = bulk.digits(piece, count, chosen.digits, chosen.slot_bits)
             residues = bulk.encrypt(chosen.ring, digits, scales, errors, terms.public(batch), transformed, lanes=lanes)
-            packed.append(bulk.pack(residues.reshape(-1), chosen.prime_bits))
+            if chosen.is_cut(batch):  # back to coefficients, and of those the first
+                zeros = np.zeros_like(residues)
+                residues = bulk.remove(chosen.ring, residues, zeros, zeros, lanes=1)[:, : chosen.tail]
+            packed.append(_pack(residues, batch, chosen, bulk))
         yield messages.encode(Ciphertext(terms.id, terms.number, terms.key, index, b"".join(packed)))
+
+
+def _spread(piece: Any, chosen: SplitParameters) -> Any:
+    """The last values as they lie in a block of which only ``tail`` coefficients are used."""
+    shape = (chosen.slots, chosen.degree)
+    rows = piece.new_zeros(shape) if is_tensor(piece) else np.zeros(shape, np.int64)
+    for j in range(chosen.slots):
+        values = piece[j * chosen.tail : (j + 1) * chosen.tail]
+        rows[j, : len(values)] = values
+    return rows.reshape(-1)
 
 
 def _scales(chosen: SplitParameters) -> NDArray[np.float64]:
@@ -226,8 +270,8 @@ class Collector:
         self._terms = terms
         self._arriving: dict[str, list[bytes]] = {party: [] for party in parties}
         self._included: set[str] = set()
-        self._sums = np.zeros(chosen.blocks * chosen.prime_count * chosen.degree, np.uint32)
-        self._most = (1 << 32 - chosen.prime_bits) - 1
+        self._sums = np.zeros(chosen.prime_count * (chosen.whole * chosen.degree + chosen.tail), np.uint32)
+        self._most = (1 << 32 - max(chosen.widths)) - 1
         self._pending = 0
         self._opened = False
 
@@ -254,7 +298,8 @@ class Collector:
             raise FaultyPartyError(
                 party, f"expected piece {len(arrived)} of {chosen.messages} of its ciphertext, got {message.index}"
             )
-        size = sum(chosen.lanes(batch) for batch in terms.batches(message.index)) * chosen.block_bytes
+        count = sum(chosen.coefficients(batch) for batch in terms.batches(message.index))
+        size = count * chosen.modulus_bits // 8
         if len(message.body) != size:
             raise FaultyPartyError(
                 party, f"expected {size} bytes in piece {message.index} of its ciphertext, got {len(message.body)}"
@@ -283,8 +328,8 @@ class Collector:
         if self._pending == self._most:
             self._settle()
         for index, body in enumerate(self._arriving.pop(party)):
-            for batch, packed in self._parts(index, body):
-                kernels().add(packed, self._terms.parameters.prime_bits, self._sum_of(batch))
+            for batch, packed in parts(body, index, self._terms):
+                _add(packed, self._sum_of(batch), batch, self._terms.parameters)
         self._included.add(party)
         self._pending += 1
 
@@ -305,35 +350,32 @@ class Collector:
         terms, chosen = self._terms, self._terms.parameters
         bulk = kernels()
         transformed = bulk.transform(chosen.ring, keys.astype(np.float64))
-        total = np.empty(chosen.blocks * chosen.block_values, np.int64)
+        total = np.empty(chosen.spec.length, np.int64)
         for batch in range(chosen.batches):
-            lanes = chosen.lanes(batch)
-            sums = self._sum_of(batch).reshape(chosen.prime_count, -1).view(np.int32)
-            opened = bulk.remove(chosen.ring, sums, terms.public(batch), transformed, lanes=lanes)
-            start = batch * BATCH * chosen.block_values
-            total[start : start + lanes * chosen.block_values] = decode(opened, chosen, len(survivors)).reshape(-1)
+            lanes, start = chosen.lanes(batch), chosen.before(batch) * chosen.block_values
+            sums, public = self._sum_of(batch), terms.public(batch)
+            if chosen.is_cut(batch):  # C - NTT^-1(a S), in coefficients
+                masks = bulk.remove(chosen.ring, np.zeros_like(public), public, transformed, lanes=1)
+                sums = sums + masks[:, : chosen.tail].view(np.uint32)
+                opened = (sums % np.array(chosen.ring.primes, np.uint32)[:, None]).view(np.int32)
+            else:
+                opened = bulk.remove(chosen.ring, sums.view(np.int32), public, transformed, lanes=lanes)
+            values = decode(opened, chosen, len(survivors)).reshape(-1)
+            total[start : start + values.size] = values[: chosen.spec.length - start]
         self._sums = np.zeros(0, np.uint32)
-        return total[: chosen.spec.length]
-
-    def _parts(self, index: int, body: bytes) -> Iterator[tuple[int, NDArray[np.uint32]]]:
-        """The batches of a message of the right length, packed."""
-        words = np.frombuffer(body, "<u4")
-        done = 0
-        for batch in self._terms.batches(index):
-            size = self._terms.parameters.lanes(batch) * self._terms.parameters.block_bytes // 4
-            yield batch, words[done : done + size]
-            done += size
+        return total
 
     def _sum_of(self, batch: int) -> NDArray[np.uint32]:
-        """Flat, a view."""
+        """Shape (L, M), a view."""
         chosen = self._terms.parameters
-        block = chosen.prime_count * chosen.degree
-        return self._sums[batch * BATCH * block : (batch * BATCH + chosen.lanes(batch)) * block]
+        start = chosen.prime_count * chosen.degree * chosen.before(batch)
+        size = chosen.prime_count * chosen.coefficients(batch)
+        return self._sums[start : start + size].reshape(chosen.prime_count, -1)
 
     def _settle(self) -> None:
         """Reduce the sums, before they pass 32 bits."""
         chosen = self._terms.parameters
         for batch in range(chosen.batches):
-            rows = self._sum_of(batch).reshape(chosen.prime_count, -1)
+            rows = self._sum_of(batch)
             rows %= np.array(chosen.ring.primes, np.uint32)[:, None]
         self._pending = 1

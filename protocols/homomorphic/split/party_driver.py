@@ -31,12 +31,13 @@ def chosen(spec: SumSpec) -> SplitParameters:
 
 
 def key_spec(parameters: SplitParameters) -> SumSpec:
-    """What the masked sum of the keys adds up: its ``encoding`` binds the signatures on it to the long vector's
-    terms."""
+    """What the masked sum of the keys adds up, mod 2^``key_bits``: its ``encoding`` binds the signatures on it to the
+    long vector's terms."""
     return SumSpec(
         parties=parameters.spec.parties,
         length=parameters.degree,
         bound=TAIL,
+        bits=parameters.key_bits,
         encoding=f"split-key sum, terms {digest('split/terms', parameters.terms().encode()).hex()}",
         directory=parameters.spec.directory,
         terms=parameters.spec.terms,

@@ -130,7 +130,7 @@ class MaskedServerDriver:
         roster = self.spec.parties
         while self._session is None:
             self.setup = self._terms_for(roster)
-            opening = Opening(self.setup, self._directory, self._signatures, wraps_at=self.spec.wraps_at)
+            opening = Opening(self.setup, self._directory, self._signatures, wraps_at=self._spec_for(roster).wraps_at)
             yield self._trip("hello", dict.fromkeys(roster, opening.invitation), opening)
             try:
                 gathering, hellos = opening.close()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from choral.protocols.crypto.modular_integers import unpack
 from choral.protocols.errors import GarbledSumError, InputError, SpecError
 from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
 from choral.protocols.homomorphic.ring.arithmetic import Kernels
@@ -27,8 +28,9 @@ from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
 from choral.protocols.homomorphic.split import decoding
 from choral.protocols.homomorphic.split import parameters as split_parameters
 from choral.protocols.homomorphic.split import party_and_server as split
-from choral.protocols.homomorphic.split.parameters import BATCH, choose
+from choral.protocols.homomorphic.split.parameters import choose
 from choral.protocols.homomorphic.split.party_and_server import Collector, SplitRound, encrypt
+from choral.protocols.homomorphic.split.party_driver import key_spec
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages
 
@@ -44,6 +46,14 @@ def counter(name: str) -> Callable[[int], bytes]:
 def terms_of(parties: int = 3, length: int = 50, bound: int = 1000, number: int = 1, **more: Any) -> SplitRound:
     spec = SumSpec(parties=tuple(f"p{place}" for place in range(parties)), length=length, bound=bound, **more)
     return SplitRound(parameters=choose(spec), session=SESSION, number=number)
+
+
+def filled(terms: SplitRound, blocks: int) -> SplitRound:
+    """The same ring and packing for a vector that fills so many blocks, of which none is cut."""
+    chosen = replace(terms.parameters)
+    chosen = replace(chosen, spec=replace(chosen.spec, length=blocks * chosen.block_values))
+    assert (chosen.blocks, chosen.tail) == (blocks, 0)
+    return replace(terms, parameters=chosen)
 
 
 def total(terms: SplitRound, vectors: Mapping[str, Any], randomness: Callable[[int], bytes]) -> Any:
@@ -62,31 +72,38 @@ def total(terms: SplitRound, vectors: Mapping[str, Any], randomness: Callable[[i
 
 
 def residues_of(raws: Iterable[bytes], terms: SplitRound) -> list[Any]:
-    """The residues in a party's messages: for each batch an array of shape (L, N lanes)."""
+    """The residues in a party's messages: for each batch an array of shape (L, N lanes), of the cut one (L, tail)."""
     chosen = terms.parameters
     out = []
     for index, raw in enumerate(raws):
         body = read_ciphertext(raw, sender="test", body=1 << 24).body
         done = 0
         for batch in terms.batches(index):
-            size = chosen.lanes(batch) * chosen.block_bytes
-            words = np.frombuffer(body[done : done + size], "<u4")
-            rows = np.zeros(chosen.prime_count * chosen.degree * chosen.lanes(batch), np.uint32)
-            kernels().add(words, chosen.prime_bits, rows)
-            out.append(rows.reshape(chosen.prime_count, -1).astype(np.int32))
-            done += size
+            rows = np.zeros((chosen.prime_count, chosen.coefficients(batch)), np.uint32)
+            for row, bits in zip(rows, chosen.widths, strict=True):
+                piece = body[done : done + row.size * bits // 8]
+                done += len(piece)
+                if chosen.is_cut(batch):
+                    row += unpack(piece, row.size, bits)
+                else:
+                    kernels().add(np.frombuffer(piece, "<u4"), bits, row)
+            out.append(rows.astype(np.int32))
         assert done == len(body)
     return out
 
 
 def opened(residues: Sequence[Any], terms: SplitRound, key: Any) -> list[Any]:
-    """c - a s for each batch: residues of errors and message, shape (L, N lanes)."""
+    """c - a s for each batch: residues of errors and message, shape (L, N lanes), of the cut one (L, tail)."""
     chosen = terms.parameters
     transformed = kernels().transform(chosen.ring, key.astype(np.float64))
-    return [
-        kernels().remove(chosen.ring, rows, terms.public(batch), transformed, lanes=chosen.lanes(batch))
-        for batch, rows in enumerate(residues)
-    ]
+    out = []
+    for batch, rows in enumerate(residues):
+        cut, public = chosen.is_cut(batch), terms.public(batch)
+        sums = np.zeros_like(public) if cut else rows
+        found = kernels().remove(chosen.ring, sums, public, transformed, lanes=chosen.lanes(batch))
+        primes = np.array(chosen.ring.primes)[:, None]
+        out.append((rows + found[:, : chosen.tail]) % primes if cut else found)
+    return out
 
 
 def whole(residues: Any, terms: SplitRound) -> list[int]:
@@ -167,16 +184,17 @@ def test_torch_tensors_and_strided_vectors_are_summed_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "blocks"), [(1, 1), (2048, 1), (2049, 2), (8 * 2048, 8), (8 * 2048 + 1, 9), (40_000, 20)]
+    ("length", "blocks", "pieces"),
+    [(1, 1, 1), (2048, 1, 1), (2049, 2, 2), (8 * 2048, 8, 1), (8 * 2048 + 1, 9, 2), (40_000, 20, 4), (40_960, 20, 3)],
 )
-def test_long_vectors_travel_in_pieces(length: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_vectors_travel_in_pieces(length: int, blocks: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With messages of one batch each, so that a short vector has several."""
     monkeypatch.setattr(split_parameters, "MESSAGE_BYTES", 1)
     terms = terms_of(2, length, 2**20)
-    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2)
+    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2, wide=0)
     terms = replace(terms, parameters=slim)
     assert slim.blocks == blocks
-    assert slim.messages == -(-blocks // BATCH)
+    assert slim.messages == pieces
     generator = np.random.default_rng(length)
     vectors = {party: generator.integers(-(2**20), 2**20, length) for party in ("p0", "p1")}
     assert np.array_equal(total(terms, vectors, generator.bytes), sum(vectors.values()))
@@ -195,7 +213,7 @@ def test_a_ciphertext_is_what_the_page_says(length: int, bound: int) -> None:
     assert np.array_equal(encrypted.key, stream[: chosen.degree])
     at, seen = 0, chosen.degree
     for batch, rows in enumerate(opened(residues, terms, encrypted.key)):
-        size = chosen.degree * chosen.lanes(batch)
+        size = chosen.coefficients(batch)
         values = np.zeros(size * chosen.slots, np.int64)
         piece = vector[at : at + values.size]
         values[: piece.size] = piece
@@ -210,37 +228,38 @@ def test_a_ciphertext_is_what_the_page_says(length: int, bound: int) -> None:
 
 
 def test_an_auditor_reads_each_batch_of_a_message_as_the_parties_key_does() -> None:
-    """Over three batches in one message: what is left of them without a key."""
+    """Over four batches in one message, of which the last is cut: what is left of them without a key."""
     terms = terms_of(3, 40_000, 2**20)
-    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2)
+    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2, wide=0)
     terms = replace(terms, parameters=slim)
-    assert (slim.batches, slim.messages) == (3, 1)
+    assert (slim.batches, slim.messages, slim.tail) == (4, 1, 1088)
     encrypted = encrypt(np.arange(40_000), terms, randomness=lambda size: bytes(range(size)))
     (raw,) = encrypted.messages
     found = list(split.residues(read_ciphertext(raw, sender="test", body=1 << 24).body, 0, terms))
     expected = opened(residues_of([raw], terms), terms, np.zeros(slim.degree))
-    assert len(found) == len(expected) == 3
+    assert len(found) == len(expected) == 4
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_every_batch_has_errors_of_its_own() -> None:
-    """Over three batches: the errors are the stream's, place after place, and no block's are another's."""
+    """Over four batches: the errors are the stream's, place after place, and no block's are another's."""
     terms = terms_of(3, 40_000, 2**20)
-    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2)
+    slim = replace(terms.parameters, degree=2048, slots=1, prime_bits=20, prime_count=2, wide=0)
     terms = replace(terms, parameters=slim)
-    assert slim.batches == 3
+    assert (slim.batches, slim.tail) == (4, 1088)
     encrypted = encrypt(np.zeros(40_000, np.int64), terms, randomness=lambda size: bytes(range(size)))
     batches = opened(residues_of(encrypted.messages, terms), terms, encrypted.key)
     errors = [error for rows in batches for error in whole(rows, terms)]
-    assert errors == sample(bytes(range(32)), slim.degree * (1 + slim.blocks))[slim.degree :].tolist()
+    stream = sample(bytes(range(32)), slim.degree * (1 + slim.blocks))[slim.degree :].tolist()
+    assert errors == stream[: slim.whole * slim.degree + slim.tail]
 
 
 def test_keys_and_errors_are_fresh_for_every_ciphertext() -> None:
     """Of the same vector in the same round: no coefficient stream is shared, and with the same seed it would be."""
     import secrets
 
-    terms = terms_of(3, 5000, 2**20)
-    vector = np.zeros(5000, np.int64)
+    terms = filled(terms_of(3, 5000, 2**20), 2)
+    vector = np.zeros(terms.parameters.spec.length, np.int64)
 
     def drawn(randomness: Callable[[int], bytes]) -> Any:
         encrypted = encrypt(vector, terms, randomness=randomness)
@@ -316,13 +335,13 @@ def test_public_randomness_that_runs_out_is_an_error(monkeypatch: pytest.MonkeyP
 def test_the_errors_of_many_parties_stay_within_their_bound(parties: int) -> None:
     """Really encrypted and added: more than fit 32-bit sums without reducing. The largest of 2048 sums of errors lies
     near 3.5 sigma sqrt(n); above 6.5 in one of 2^22 runs."""
-    terms = terms_of(parties, 2048, 2**20)
-    chosen = terms.parameters
+    terms = filled(terms_of(parties, 2048, 2**20), 1)
+    chosen, length = terms.parameters, terms.parameters.spec.length
     generator = np.random.default_rng(parties)
     names = chosen.spec.parties
     collector = Collector(terms, names)
-    assert chosen.prime_bits > 20
-    keys, vectors = np.zeros(chosen.degree, np.int64), np.zeros(2048, np.int64)
+    assert max(chosen.widths) > 20
+    keys, vectors = np.zeros(chosen.degree, np.int64), np.zeros(length, np.int64)
     settled = 0
     original = collector._settle
 
@@ -333,7 +352,7 @@ def test_the_errors_of_many_parties_stay_within_their_bound(parties: int) -> Non
 
     collector._settle = settle  # type: ignore[method-assign]
     for name in names:
-        vector = generator.integers(-(2**20), 2**20 + 1, 2048)
+        vector = generator.integers(-(2**20), 2**20 + 1, length)
         encrypted = encrypt(vector, terms, randomness=generator.bytes)
         for raw in encrypted.messages:
             collector.receive(name, raw)
@@ -357,10 +376,10 @@ def test_the_errors_of_many_parties_stay_within_their_bound(parties: int) -> Non
 def test_the_largest_residues_of_the_most_parties_do_not_overflow(prime_bits: int) -> None:
     """Every bit set in every message: residues that are not even below their primes are added mod p all the same."""
     terms = terms_of(200, 3, 1)
-    chosen = replace(terms.parameters, prime_bits=prime_bits)
+    chosen = replace(terms.parameters, prime_bits=prime_bits, wide=0)
     terms = replace(terms, parameters=chosen)
     collector = Collector(terms, chosen.spec.parties)
-    body = b"\xff" * (chosen.blocks * chosen.block_bytes)
+    body = b"\xff" * chosen.ciphertext_bytes
     names = chosen.spec.parties[: min(200, 3 * collector._most + 2)]
     for name in names:
         collector.receive(name, messages.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body)))
@@ -370,7 +389,7 @@ def test_the_largest_residues_of_the_most_parties_do_not_overflow(prime_bits: in
 
 
 def crafted(terms: SplitRound, errors: Any, key: Any) -> list[bytes]:
-    """A ciphertext of zeros under a key and errors of one's choice; one block."""
+    """A ciphertext of zeros under a key and errors of one's choice; one block, cut or whole."""
     chosen = terms.parameters
     assert chosen.blocks == 1
     bulk = kernels()
@@ -383,13 +402,19 @@ def crafted(terms: SplitRound, errors: Any, key: Any) -> list[bytes]:
         bulk.transform(chosen.ring, key.astype(np.float64)),
         lanes=1,
     )
-    body = bulk.pack(residues.reshape(-1), chosen.prime_bits)
+    if chosen.is_cut(0):
+        nothing = np.zeros_like(residues)
+        residues = bulk.remove(chosen.ring, residues, nothing, nothing, lanes=1)[:, : chosen.tail]
+    body = split._pack(residues, 0, chosen, bulk)
     return [messages.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body))]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_errors_at_their_bound_open_and_beyond_it_do_not(sign: int) -> None:
+@pytest.mark.parametrize("cut", [True, False])
+def test_errors_at_their_bound_open_and_beyond_it_do_not(sign: int, cut: bool) -> None:
     terms = terms_of(2, 100, 1000)
+    terms = terms if cut else filled(terms, 1)
+    assert (terms.parameters.tail > 0) == cut
     bound = terms.parameters.error_bound(2)
     assert bound == 105
     key = np.arange(terms.parameters.degree) % 7 - 3
@@ -459,20 +484,72 @@ def test_no_two_blocks_have_the_same_errors_nor_the_key_for_errors() -> None:
     assert parameters.batches > 2
     terms = SplitRound(parameters=parameters, session=secrets.token_bytes(32), number=1)
     made = encrypt(np.zeros(parameters.spec.length, np.int64), terms, randomness=secrets.token_bytes)
-    bodies = [read_ciphertext(raw, sender="north", body=len(raw)).body for raw in made.messages]
-    words = np.frombuffer(b"".join(bodies), "<u4")
-    bulk, ring = kernels(), parameters.ring
-    key = bulk.transform(ring, made.key.astype(np.float64))
-    seen, done = [made.key], 0
-    for batch in range(parameters.batches):
-        lanes = parameters.lanes(batch)
-        residues = np.zeros(parameters.prime_count * parameters.degree * lanes, np.uint32)
-        size = lanes * parameters.block_bytes // 4
-        bulk.add(words[done : done + size], parameters.prime_bits, residues)
-        done += size
-        sums = residues.view(np.int32).reshape(parameters.prime_count, -1)
-        left = bulk.remove(ring, sums, terms.public(batch), key, lanes=lanes)[0].astype(np.int64)
+    ring = parameters.ring
+    seen = [made.key]
+    for batch, rows in enumerate(opened(residues_of(made.messages, terms), terms, made.key)):
+        lanes, left = parameters.lanes(batch), rows[0].astype(np.int64)
         errors = np.where(left > ring.primes[0] // 2, left - ring.primes[0], left)
         assert np.abs(errors).max() <= TAIL
         seen += list(errors.reshape(-1, lanes).T)
     assert len({one.tobytes() for one in seen}) == parameters.blocks + 1
+
+
+CUT = [(3, 1, 1000), (3, 8192 * 9 + 1, 2**15), (2, 10_000, 2**60), (50, 100_000, 2**15), (5, 40_000, 3)]
+
+
+@pytest.mark.parametrize(("parties", "length", "bound"), CUT)
+def test_of_the_last_block_no_more_travels_than_holds_values(parties: int, length: int, bound: int) -> None:
+    """By the page's formula, and what travels is the beginning of what a whole block would have been."""
+    terms = terms_of(parties, length, bound)
+    chosen = terms.parameters
+    used = -(-(length - chosen.whole * chosen.block_values) // chosen.slots)
+    assert chosen.tail == max(64, -(-used // 8) * 8) < chosen.degree
+    vector = np.random.default_rng(3).integers(-bound, bound, length, endpoint=True)
+    made = encrypt(vector, terms, randomness=lambda size: bytes(range(size)))
+    raws = list(made.messages)
+    bodies = [read_ciphertext(raw, sender="test", body=1 << 24).body for raw in raws]
+    bits = chosen.modulus_bits
+    assert sum(map(len, bodies)) == chosen.ciphertext_bytes
+    assert chosen.ciphertext_bytes == chosen.whole * chosen.degree * bits // 8 + chosen.tail * bits // 8
+    # The block as it would be whole: the same values in the same slots, the rest zero, under the same key and errors.
+    bulk, block = kernels(), np.zeros((chosen.slots, chosen.degree), np.int64)
+    rest = vector[chosen.whole * chosen.block_values :]
+    for j in range(chosen.slots):
+        part = rest[j * chosen.tail : (j + 1) * chosen.tail]
+        block[j, : part.size] = part
+    last = chosen.batches - 1
+    full = bulk.encrypt(
+        chosen.ring,
+        bulk.digits(block.reshape(-1), chosen.degree, chosen.digits, chosen.slot_bits),
+        split._scales(chosen),
+        sample(bytes(range(32)), chosen.degree, offset=chosen.degree * (1 + chosen.whole)),
+        terms.public(last),
+        bulk.transform(chosen.ring, made.key.astype(np.float64)),
+        lanes=1,
+    )
+    nothing = np.zeros_like(full)
+    coefficients = bulk.remove(chosen.ring, full, nothing, nothing, lanes=1)
+    assert np.array_equal(residues_of(raws, terms)[last], coefficients[:, : chosen.tail])
+
+
+def test_garbage_in_a_block_that_is_cut_shows() -> None:
+    """Uniform residues in its 64 coefficients: none of 200 such sums opens. One of them alone may pass for a sum."""
+    terms = terms_of(2, 5, 1000)
+    assert (terms.parameters.blocks, terms.parameters.tail) == (1, 64)
+    generator = np.random.default_rng(4)
+    for _ in range(200):
+        collector = Collector(terms, ("p0", "p1"))
+        body = generator.bytes(terms.parameters.ciphertext_bytes)
+        collector.receive("p0", messages.encode(Ciphertext(terms.id, terms.number, terms.key, 0, body)))
+        collector.include("p0")
+        with pytest.raises(GarbledSumError):
+            collector.open(np.zeros(terms.parameters.degree, np.int64), ["p0"])
+
+
+@pytest.mark.parametrize("parties", [2, 10, 50, 1000])
+def test_the_sum_of_keys_travels_in_as_many_bits_as_its_bound_needs(parties: int) -> None:
+    chosen = terms_of(parties, 5, 1).parameters
+    bound, bits = chosen.error_bound(parties), chosen.key_bits
+    assert -(1 << bits - 1) <= -bound < bound < 1 << bits - 1
+    assert bound >= 1 << bits - 2  # and with one bit less it would not fit
+    assert key_spec(chosen).modulus_bits == bits <= (2 * parties * TAIL).bit_length()

@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 from choral.protocols.errors import SpecError
 from choral.protocols.homomorphic.ring.arithmetic import DEGREES, GROUP, MAX_PRIME_BITS, largest_primes
-from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL
+from choral.protocols.homomorphic.ring.gaussian import SIGMA
 from choral.protocols.homomorphic.split import parameters as split_parameters
 from choral.protocols.homomorphic.split.parameters import (
     BATCH,
@@ -43,22 +43,32 @@ class Shape(NamedTuple):
     cost: float
     degree: int
     slots: int
-    prime_bits: int
+    bits: int
     prime_count: int
 
 
 @lru_cache
 def rings() -> list[tuple[int, int, int, int]]:
-    """Every ring that is allowed: degree, bits of its primes, how many, their product."""
+    """Every ring that is allowed: degree, bits of q, how many primes of as like bits as can be, their product."""
     found = []
     for degree in DEGREES:
-        for bits in range(MIN_PRIME_BITS, MAX_PRIME_BITS + 1):
-            for count in range(1, MODULUS_LIMIT[degree] // bits + 1):
+        for count in range(1, MODULUS_LIMIT[degree] // MIN_PRIME_BITS + 1):
+            for total in range(MIN_PRIME_BITS * count, min(MAX_PRIME_BITS * count, MODULUS_LIMIT[degree]) + 1):
+                widths = [total // count + (place < total % count) for place in range(count)]
                 try:
-                    found.append((degree, bits, count, math.prod(largest_primes(bits, degree, count))))
+                    primes = [largest_primes(bits, degree, widths.count(bits)) for bits in set(widths)]
                 except SpecError:
-                    break
+                    continue
+                found.append((degree, total, count, math.prod(map(math.prod, primes))))
     return found
+
+
+def sent(length: int, degree: int, slots: int, bits: int, parties: int) -> float:
+    """Bytes of a ciphertext, whose last block ends after its last value, and of a key, by the page's rules."""
+    whole, rest = divmod(length, degree * slots)
+    tail = max(64, math.ceil(math.ceil(rest / slots) / 8) * 8) if rest else 0
+    key = (2 * math.ceil(11.6 * 6.4 * math.sqrt(parties))).bit_length()
+    return (whole * degree + min(tail, degree)) * bits / 8 + degree * key / 8
 
 
 def search(spec: SumSpec, *, fewest_primes: bool) -> Shape | None:
@@ -69,7 +79,6 @@ def search(spec: SumSpec, *, fewest_primes: bool) -> Shape | None:
     parties, width = len(spec.parties), (2 * len(spec.parties) * spec.bound).bit_length()
     noise = next(bits for bits in range(1, 64) if 1 << bits >= 11.6 * 6.4 * math.sqrt(parties))
     scale = noise + 1 + MARGIN_BITS
-    key = (2 * parties * TAIL).bit_length() / 8
     own = spec.bound.bit_length() + 1
     found: dict[Any, Any] = {}
     for degree, bits, count, modulus in rings():
@@ -77,8 +86,7 @@ def search(spec: SumSpec, *, fewest_primes: bool) -> Shape | None:
             numbers = 2 * slots if own > 52 else math.ceil(slots / ((52 - own) // width + 1))
             if modulus <= 1 << slots * width + scale or numbers > 7:
                 continue
-            blocks = math.ceil(spec.length / (degree * slots))
-            shape = Shape(blocks * degree * bits * count / 8 + degree * key, degree, slots, bits, count)
+            shape = Shape(sent(spec.length, degree, slots, bits, parties), degree, slots, bits, count)
             place = (degree, slots) if fewest_primes else (degree, slots, bits, count)
             order = (count, bits)
             if place not in found or order < found[place][0]:
@@ -87,8 +95,7 @@ def search(spec: SumSpec, *, fewest_primes: bool) -> Shape | None:
 
 
 def cost(chosen: SplitParameters) -> float:
-    key = (2 * len(chosen.spec.parties) * TAIL).bit_length() / 8
-    return chosen.blocks * chosen.block_bytes + chosen.degree * key
+    return chosen.ciphertext_bytes + chosen.degree * chosen.key_bits / 8
 
 
 @pytest.mark.parametrize(("parties", "bound", "length"), GRID)
@@ -112,9 +119,10 @@ def test_what_a_choice_promises(parties: int, bound: int, length: int) -> None:
     chosen = choose(spec)
     q = chosen.ring.modulus
     assert math.log2(q) <= chosen.modulus_bits <= MODULUS_LIMIT[chosen.degree]
-    assert all(
-        MIN_PRIME_BITS <= prime.bit_length() == chosen.prime_bits <= MAX_PRIME_BITS for prime in chosen.ring.primes
-    )
+    assert [prime.bit_length() for prime in chosen.ring.primes] == list(chosen.widths)
+    assert all(MIN_PRIME_BITS <= bits <= MAX_PRIME_BITS for bits in chosen.widths)
+    assert max(chosen.widths) - min(chosen.widths) <= 1
+    assert (sum(chosen.widths), len(set(chosen.ring.primes))) == (chosen.modulus_bits, chosen.prime_count)
     assert q > 1 << chosen.scale_bits + chosen.slots * chosen.slot_bits
     assert 2 * parties * bound + 1 <= 1 << chosen.slot_bits
     # Room for errors: their bound twice over in each direction.
@@ -124,7 +132,8 @@ def test_what_a_choice_promises(parties: int, bound: int, length: int) -> None:
     assert 1 <= len(chosen.digits) <= MAX_DIGITS
     assert chosen.blocks * chosen.block_values >= length > (chosen.blocks - 1) * chosen.block_values
     assert chosen.message_blocks % BATCH == 0
-    assert chosen.messages * chosen.message_blocks >= chosen.blocks > (chosen.messages - 1) * chosen.message_blocks
+    each = chosen.message_blocks // BATCH
+    assert chosen.messages * each >= chosen.batches > (chosen.messages - 1) * each
     assert chosen.degree % GROUP == 0
     assert sum(chosen.lanes(batch) for batch in range(chosen.batches)) == chosen.blocks
     assert chosen.bytes_per_value == chosen.block_bytes / chosen.block_values
@@ -217,6 +226,7 @@ def test_a_sum_that_may_wrap_is_still_given_room_for_the_exact_one() -> None:
         {"degree": 4096},
         {"prime_bits": 26},
         {"prime_count": 3},
+        {"wide": 1},
         {"slots": 2},
         {"slot_bits": 23},
         {"scale_bits": 11},

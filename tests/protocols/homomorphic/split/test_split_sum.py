@@ -305,6 +305,8 @@ def encodings(key: Any, parameters: Any) -> dict[str, bytes]:
     found["8 bits"] = pack(key.astype(np.uint32) & np.uint32(255), 8)
     found["transformed"] = transformed.tobytes()
     found["transformed residues"] = (transformed % primes).astype(np.uint32).tobytes()
+    for width in range(7, bits):  # modulo fewer bits, too
+        found[f"masked sum's packing, {width} bits"] = pack(key.astype(np.uint32) & np.uint32((1 << width) - 1), width)
     found["packed"] = kernels().pack(
         np.resize((transformed % primes).astype(np.int32).reshape(-1), 2048), parameters.prime_bits
     )
