@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from site_federation import Federation, approved_at, offer_for, toml_of, write_directory
+from site_federation import NO_PROMISE, Federation, approved_at, offer_for, toml_of, write_directory
 
 from choral.jobs.settings import Settings
 from choral.network import Directory, make_identity
@@ -74,6 +74,7 @@ class Processes:
     """The sites' processes, and what of the coordinator is on disk.
 
     prefix: words before those of each site's command. environment: of the sites' processes. running: start them.
+    promise: of their data, as site.toml says it.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class Processes:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] = ENVIRONMENT,
         running: bool = True,
+        promise: str = NO_PROMISE,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.federation = Federation(path, port=port)
+        self.federation = Federation(path, port=port, promise=promise)
         self.path, self.port = path, port
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
         write_directory(self.federation)

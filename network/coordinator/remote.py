@@ -47,8 +47,11 @@ class RemoteSites:
 
     propose: the offer, given the terms of the training. keys: the sites' public keys, by name. say: as in `Sites`.
     metrics: of the sites' own evaluations, whose sums are released. coordinator: who writes the run's manifest; sites
-    sign none of another key than the one that they have pinned. rehearsal: one operator runs the sites as well.
+    sign none of another key than the one that they have pinned. rehearsal: one operator runs the sites as well. begun:
+    the round that they were told of last, by a coordinator that was stopped.
     """
+
+    begun = 0
 
     def __init__(
         self,

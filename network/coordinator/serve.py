@@ -39,6 +39,7 @@ def serve(plan: Plan, remote: RemoteSites) -> Run:
     """Train with sites. Raises: as `federate`; TransportError."""
     folder = plan.keep.folder
     before = _read(folder) if folder is not None and plan.keep.resume else Progress()
+    remote.begun = before.begun
     with Session.open(plan, remote) as session:
         for number in session.rounds_left():
             sites = remote.sites

@@ -17,11 +17,10 @@ import msgspec
 from choral.errors import ChoralError
 from choral.network.site.files.log import Fact, SiteLine
 from choral.network.site.files.settings import DataSet, ledger_of
-from choral.privacy import BudgetExceededError, ClientPrivacy, Ledger, LedgerError, Privacy
-from choral.privacy.accounting.budget import at_least
+from choral.privacy import ClientPrivacy, Ledger, LedgerError, Privacy
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, Event
 from choral.privacy.ledgers.ledger_file import RESTORE
-from choral.privacy.ledgers.plans import RemainingBudget, guarantee, passes_left
+from choral.privacy.ledgers.plans import RemainingBudget, guarantee
 from choral.trainers.federated.terms.clients import clients_of
 from choral.trainers.federated.terms.training_terms import TrainingTerms
 
@@ -80,14 +79,21 @@ class DataBudget:
         return None if self.promised is None else max(0.0, self.promised - max(self.asked or 0.0, self.spent))
 
 
+def begun_here(folder: SiteFolder, digest: str) -> bool:
+    """Whether this site has trained for that job: as `SiteJob` notes it, ahead of any charge."""
+    return (folder.path / "state" / digest / "trained-for").exists()
+
+
 def budget_of(
     data: DataSet,
     ledger: Ledger,
     privacy: Privacy | ClientPrivacy | None,
     terms: TrainingTerms,
     settings: Mapping[str, Any],
+    *,
+    begun: bool = False,
 ) -> DataBudget:
-    """settings: of the offer, whose training has the batch size.
+    """settings: of the offer, whose training has the batch size. begun: whether this site has trained for the job.
 
     Raises: BudgetExceededError if the job does not fit; LedgerError for a ledger of another delta, unit or holder, or
         one that is damaged; ConfigError for a batch size that is none.
@@ -107,15 +113,8 @@ def budget_of(
     noise, unfinished = None, remaining.unfinished()
     goes_on = sum(left for part, left in unfinished if _is_of(part.event, data, terms, settings)) or None
     if isinstance(privacy, ClientPrivacy):
-        if privacy.noise != "central" and not remaining.empty and not passes_left(ledger, privacy.epsilon):
-            raise BudgetExceededError(
-                "noise of clients must be the same at all sites, so it is made for data of which nothing was spent;"
-                f" of this, epsilon {at_least(spent)} was",
-                hint="promise less the first time and plan all rounds in one job, or trust the coordinator with central"
-                " noise",
-            )
-        if (engine := clients_of(terms, privacy, ledger, str(ledger.holder))) is not None:
-            noise = engine.ratio
+        if (engine := clients_of(terms, privacy, ledger, str(ledger.holder), begun=begun)) is not None:
+            noise, goes_on = engine.ratio, engine.rounds if engine.goes_on else None
     elif goes_on is not None:
         pass  # with the noise and the price of then
     elif (plan := terms.shares) is not None:
@@ -132,7 +131,7 @@ def budget_of(
 def _is_of(event: Event, data: DataSet, terms: TrainingTerms, settings: Mapping[str, Any]) -> bool:
     """Whether an earlier plan's event is what this job would make, so that it goes on with that plan."""
     if isinstance(event, ClientRelease):
-        return True  # its engine says how far
+        return False  # its engine says how far
     if terms.shares is not None:
         return event == terms.shares.event
     batch = _batch(settings, data.records)
@@ -151,12 +150,13 @@ def budget_objection(
     privacy: Privacy | ClientPrivacy | None,
     terms: TrainingTerms,
     settings: Mapping[str, Any],
+    begun: bool,
 ) -> str:
     """Why the data set's budget does not admit the job; "" if it does."""
     try:
         ledger = open_ledger(folder, name)
         check_ledger(name, ledger, folder.log.read().entries)
-        budget_of(folder.settings.data[name], ledger, privacy, terms, settings)
+        budget_of(folder.settings.data[name], ledger, privacy, terms, settings, begun=begun)
     except ChoralError as error:
         return str(error)
     return ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ChoralError
 from choral.network.site.approvals import code_of
-from choral.network.site.budget import budget_objection
+from choral.network.site.budget import begun_here, budget_objection
 from choral.network.site.files.settings import DataSet
 from choral.network.site.offer import BY_ENGINE, STATISTICS, Offer
 from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
@@ -51,7 +51,8 @@ def objections(folder: SiteFolder, offer: Offer, *, budget: bool = True) -> list
         found += [*_privacy(data, terms, parties), *_records(data, terms), *_follows(folder, data, offer, terms)]
         if budget and not found:
             asked = promise_of(terms.privacy, parties)
-            found += filter(None, [budget_objection(folder, task.data, asked, terms, offer.settings)])
+            begun = begun_here(folder, offer.digest)
+            found += filter(None, [budget_objection(folder, task.data, asked, terms, offer.settings, begun)])
     return found
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.errors import ChoralError
 from choral.network.site.approvals import Approval, approvals
-from choral.network.site.budget import DataBudget, budget_of, open_ledger
+from choral.network.site.budget import DataBudget, begun_here, budget_of, open_ledger
 from choral.network.site.objections import objections
 from choral.network.site.offer import Offer
 from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
@@ -146,7 +146,8 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
     yield "data", f"{task.data}: {data.path or data.part}, {data.records} records"
     asked = promise_of(terms.privacy, terms.federation.parties)
     try:
-        budget = budget_of(data, open_ledger(folder, task.data), asked, terms, offer.settings)
+        begun = begun_here(folder, offer.digest)
+        budget = budget_of(data, open_ledger(folder, task.data), asked, terms, offer.settings, begun=begun)
     except ChoralError as error:
         yield "privacy", f"it does not fit: {error}"
         return

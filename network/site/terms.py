@@ -174,7 +174,8 @@ def _client(record: Mapping[str, Any]) -> ClientPrivacy:
     if "quantile" in record:
         adaptive = record["quantile"], record["clip_rate"], record["clip_share"]
         clip = AdaptiveClip(start=clip, quantile=adaptive[0], rate=adaptive[1], share=adaptive[2])
-    others = {name: record[name] for name in ("mechanism", "bits", "min_survivors", "colluders") if name in record}
+    known = ("mechanism", "bits", "min_survivors", "colluders", "noise_multiplier")
+    others = {name: record[name] for name in known if name in record}
     return ClientPrivacy(record["epsilon"], record["delta"], clip=clip, noise=record["noise"], **others)
 
 

@@ -20,12 +20,14 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import client_level, record_level
 from choral.privacy.accounting.client_noise import calibrate
 from choral.privacy.accounting.events import CLIENT_UNIT, ClientRelease, ReleasePlan
+from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.client_level.central import CentralScheme
 from choral.privacy.client_level.client_noise_shares import DistributedScheme, Int64Array, check_bits, design
 from choral.privacy.client_level.encoder import ClientEncoder
@@ -74,6 +76,9 @@ class ClientPrivacy:
         mechanism: of integer noise, "discrete_gaussian" or "skellam" (whose shares add up exactly). bits: of a
             coordinate of the sum, 4 to 24; 16 to 20 are usual. Neither matters to central noise.
         sample_rate: of central noise alone: the chance of each client to be in a round's cohort, which is secret.
+        noise_multiplier: the noise of each sum in clipping norms, of all shares that the adversary does not know; None
+            takes the least that epsilon has room for. Given, a plan that does not fit with it is refused. Parties that
+            keep ledgers of their own add the same noise only where it is given, or nothing was spent before.
         ledger: what remembers what these clients have spent, a file or a :class:`Ledger`; None keeps it in the run's
             folder, or where there is none in memory for as long as the run.
     Raises: ConfigError for a value out of range.
@@ -89,6 +94,7 @@ class ClientPrivacy:
     mechanism: Law = "discrete_gaussian"
     bits: int = 20
     sample_rate: float | None = None
+    noise_multiplier: float | None = None
     ledger: Ledger | str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +116,8 @@ class ClientPrivacy:
         if isinstance(self.colluders, bool) or not isinstance(self.colluders, int) or self.colluders < 0:
             raise ConfigError(f"colluders is {self.colluders}, expected an integer >= 0")
         self._check_cohorts()
+        if self.noise_multiplier is not None and not as_float("noise_multiplier", self.noise_multiplier) > 0.0:
+            raise ConfigError(f"noise_multiplier is {self.noise_multiplier!r:.80}, expected a finite number > 0")
         least = self.min_survivors
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least <= self.colluders):
             raise ConfigError(
@@ -166,6 +174,8 @@ class ClientPrivacy:
             plain |= {"mechanism": self.mechanism, "bits": self.bits}
         if self.sample_rate is not None:
             plain |= {"sample_rate": float(self.sample_rate)}
+        if self.noise_multiplier is not None:
+            plain |= {"noise_multiplier": float(self.noise_multiplier)}
         if self.noise == "distributed":
             plain |= {"min_survivors": self.survivors_of(clients), "colluders": self.colluders}
         return plain
@@ -180,6 +190,7 @@ class ClientPrivacyEngine:
         ledger: what these clients have spent before. clip: the present clipping norm of an adaptive promise that is
             resumed. source: of noise and rounding. most: of the clients in one sum, by default all; the modulus has
             room for so many, and no sum of more is decoded. holder: whose ledger it is, where one client keeps its own.
+    goes_on: that no new plan is made, for one on the ledger goes on, or nothing is to come.
     Raises: ConfigError (delta >= 1/n, too few survivors or bits), BudgetExceededError, LedgerError.
     """
 
@@ -220,12 +231,22 @@ class ClientPrivacyEngine:
         remaining = RemainingBudget.on(ledger, privacy.epsilon, privacy.delta)
         self._known = len(remaining.state.before)
         self.ratio, self._announced = self._planned(remaining)
+        self.goes_on = self._announced is None
         self.scheme = self._scheme(self.ratio)
 
     @property
     def holders(self) -> int:
         """Noise shares that no sum that is opened has fewer of, without those of the colluders."""
         return self.min_survivors - self.privacy.colluders if self.privacy.noise == "distributed" else 1
+
+    @property
+    def release(self) -> ClientRelease:
+        """What a sum is charged as before it is made: over the fewest who may survive."""
+        return self.scheme.release(self.holders)
+
+    def least_noise(self, remaining: RemainingBudget, rounds: int) -> float:
+        """The smallest noise multiplier with which so many sums more fit in. Raises: BudgetExceededError."""
+        return remaining.client_ratio(self._release_of, rounds)
 
     def divisor(self, survivors: int) -> float:
         """What a sum over so many is divided by: their number, or where that is secret, the one to be expected."""
@@ -254,7 +275,7 @@ class ClientPrivacyEngine:
                 f"the budget was planned for {self.rounds} rounds, and all are used",
                 hint="Plan more rounds from the start; each then has more noise.",
             )
-        worst = self.scheme.release(self.holders)
+        worst = self.release
         cost = client_level.epsilon([*self.ledger.releases, worst], self.privacy.delta)
         if not cost <= self.privacy.epsilon:
             raise BudgetExceededError(
@@ -277,23 +298,26 @@ class ClientPrivacyEngine:
 
     def _planned(self, remaining: RemainingBudget) -> tuple[float, ReleasePlan | None]:
         """Return the ratio of the noise, and the plan to announce; None where an earlier process's plan goes on."""
-
-        def release(ratio: float) -> ClientRelease:
-            return self._scheme(ratio).release(self.holders)
-
+        given = self.privacy.noise_multiplier
         if not self.rounds:  # nothing is to come: no noise is made, and the scheme only names the encoding
             latest = remaining.state.latest
             times = latest.parts[0].times if latest else 1
             earlier = remaining.before_latest().state.before if latest else ()
             before = [event for event in earlier if isinstance(event, ClientRelease)]
-            return calibrate(self.privacy.epsilon, self.privacy.delta, release, times, before), None
+            return given or calibrate(self.privacy.epsilon, self.privacy.delta, self._release_of, times, before), None
         for part, left in remaining.unfinished():
             if isinstance(part.event, ClientRelease) and left >= self.rounds:
-                ratio = remaining.before_latest().client_ratio(release, part.times)
-                if release(ratio) == part.event:
+                ratio = given or remaining.before_latest().client_ratio(self._release_of, part.times)
+                if self._release_of(ratio) == part.event:
                     return ratio, None
-        ratio = remaining.client_ratio(release, self.rounds)
-        return ratio, remaining.plan(release(ratio), self.rounds)
+        ratio = given or remaining.client_ratio(self._release_of, self.rounds)
+        event = self._release_of(ratio)
+        if given:
+            remaining.check([msgspec.structs.replace(event, steps=self.rounds)])
+        return ratio, remaining.plan(event, self.rounds)
+
+    def _release_of(self, ratio: float) -> ClientRelease:
+        return self._scheme(ratio).release(self.holders)
 
     def _scheme(self, ratio: float) -> DistributedScheme | CentralScheme:
         length = self.length + (1 if self.adaptive else 0)

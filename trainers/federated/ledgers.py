@@ -24,10 +24,14 @@ from choral.trainers.run_folder.recorder import Recorder
 
 
 class Clients:
-    """The one ledger of a federation's clients, and what may still be spent from it."""
+    """The one ledger of a federation's clients, and what may still be spent from it.
 
-    def __init__(self, privacy: ClientPrivacy, ledger: Ledger, recorder: Recorder) -> None:
+    begun: the round that was begun last, where it is never begun again: paid for or not, it is over.
+    """
+
+    def __init__(self, privacy: ClientPrivacy, ledger: Ledger, recorder: Recorder, begun: int = 0) -> None:
         self._privacy, self._ledger, self._recorder = privacy, ledger, recorder
+        self._over = max(recorder.completed, begun)
 
     def spent(self) -> dict[str, Spent]:
         return {HOLDER: spent_by_clients(self._ledger, self._privacy.delta)}
@@ -43,12 +47,12 @@ class Clients:
                 f"the clients' ledger holds {spent.steps} rounds, but the run has recorded {before.steps}",
                 hint="put back the ledger file that belongs to this run",
             )
-        if not self._recorder.completed:
+        if self._recorder.fresh:
             return rounds, ""
         left = passes_left(self._ledger, self._privacy.epsilon)
         if left is None and spent.epsilon >= (1 - 2 * SLACK) * self._privacy.epsilon:
             left = 0
-        paid = rounds if left is None else min(rounds, self._recorder.completed + left // sums)
+        paid = rounds if left is None else min(rounds, self._over + left // sums)
         return paid, "" if paid == rounds else f"the clients' budget is spent; ended after round {paid}"
 
     def codec(
@@ -64,7 +68,7 @@ class Clients:
             self._privacy,
             clients=clients,
             length=length,
-            rounds=max(paid - self._recorder.completed, 0) * sums,
+            rounds=max(paid - self._over, 0) * sums,
             ledger=self._ledger,
             clip=history[-1].clip if history else None,
             most=most,
@@ -72,14 +76,14 @@ class Clients:
         return ClientCodec(roster, privacy_engine)
 
 
-def open_clients(privacy: ClientPrivacy, recorder: Recorder) -> Clients:
+def open_clients(privacy: ClientPrivacy, recorder: Recorder, begun: int = 0) -> Clients:
     """Open the promise's own ledger, else the one in the run's folder, else one in memory. Raises: LedgerError."""
     folder = recorder.ledger_folder
     own = privacy.ledger is not None
     ledger = as_ledger(privacy.ledger) if own else Ledger(ledger_file(folder, HOLDER) if folder else None)
     notice_memory(ledger, "ClientPrivacy(ledger=FILE), or out=FOLDER,")
     recorder.keep({HOLDER: ledger})
-    return Clients(privacy, ledger, recorder)
+    return Clients(privacy, ledger, recorder, begun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +99,9 @@ class Ledgers:
     recorder: Recorder
 
     @classmethod
-    def open(cls, plan: Plan, recorder: Recorder) -> Ledgers:
-        """Raises: LedgerError; RunFolderError if a resumed run's clipping norms are lost."""
-        clients = open_clients(plan.privacy, recorder) if isinstance(plan.privacy, ClientPrivacy) else None
+    def open(cls, plan: Plan, recorder: Recorder, begun: int = 0) -> Ledgers:
+        """begun: as in `Clients`. Raises: LedgerError; RunFolderError if a resumed run's clipping norms are lost."""
+        clients = open_clients(plan.privacy, recorder, begun) if isinstance(plan.privacy, ClientPrivacy) else None
         if isinstance(plan.parties, DistantParties):  # each of which keeps its own
             shares = ShareLedgers.elsewhere(plan, recorder)
             return cls(engines={}, clients=clients, shares=shares, clips={}, recorder=recorder)

@@ -328,7 +328,7 @@ def own_party(
         privacy=settings_of(privacy, terms.federation.parties),
         shapes=resident.layout.shapes,
         code=code_of(task),
-        clients=clients_of(terms, privacy, ledger, name),
+        clients=clients_of(terms, privacy, ledger, name, begun=memory is None or memory.trained_for.begun),
     )
     check_drivers(own.shares, sums := drivers(own))
     check_sums(own.clients, sums)

@@ -83,7 +83,7 @@ class Session:
     ) -> None:
         self.plan, self._ranks, self._recorder, self.transcript = plan, ranks, recorder, transcript
         self._sent, self._elsewhere = sent, elsewhere
-        self._ledgers = Ledgers.open(plan, recorder)
+        self._ledgers = Ledgers.open(plan, recorder, begun=elsewhere.begun if elsewhere else 0)
         self._last, self._reason = self._ledgers.rounds_paid_for(plan.rounds, 1)
         self._over = bool(self._reason) and self._last <= recorder.completed
         if not self._over:

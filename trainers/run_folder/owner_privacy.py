@@ -66,7 +66,7 @@ def rounds_paid_for(privacy_engines: Mapping[str, PrivacyEngine], recorder: Reco
                 f"the ledger of {name!r} holds {spent.steps} noisy steps, but the run has recorded {before.steps}",
                 hint="put back the ledger file that belongs to this run",
             )
-        if not recorder.completed:
+        if recorder.fresh:
             continue
         left = passes_left(privacy_engine.ledger, privacy_engine.privacy.epsilon)
         # Without a plan: privacy engines use a budget to within 0.1 %; what is left below twice that pays for nothing.

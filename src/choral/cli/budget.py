@@ -32,6 +32,8 @@ class BudgetFlags:
     """Noise standard deviation over clipping norm."""
     neighbours: Literal["zero out one record", "replace one record"] = "zero out one record"
     """What one record may be changed to unnoticed: to an empty one, or, with more noise, to any other."""
+    check: bool = False
+    """Also have dp-accounting compute it, as every training does; takes a second more."""
     json: bool = False
     """Print the numbers as JSON."""
 
@@ -49,6 +51,7 @@ def budget(words: list[str]) -> int:
         steps=wanted.steps,
         epochs=wanted.epochs,
         neighbours=wanted.neighbours,
+        check=wanted.check,
     )
     print(json.dumps(asdict(answer), indent=1) if wanted.json else answer)
     return 0

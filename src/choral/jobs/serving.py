@@ -172,7 +172,7 @@ def offer_ahead(
 
     class Looking:
         def __init__(self) -> None:
-            self.metrics = metrics
+            self.metrics, self.begun = metrics, 0
 
         def engine(self, session: Session) -> Any:
             offers.append(offer_of(settings, session.terms, names, coordinator=coordinator, code=code, by=by))

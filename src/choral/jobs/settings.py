@@ -57,6 +57,9 @@ class PrivacySettings:
     """Clients, or parties, whose share of the noise the adversary may know."""
     sample_rate: float | None = None
     """Of central noise for clients: the chance of each to be in a cohort, which a trusted server keeps secret."""
+    noise_multiplier: float | None = None
+    """Of clients: the noise of each sum over the clipping norm. By default the least that epsilon has room for; to be
+    given where sites have spent before, each of whose reviews says what it has room for."""
 
 
 @dataclass(frozen=True, kw_only=True)

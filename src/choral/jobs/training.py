@@ -312,6 +312,11 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
     check_public(settings.data)
     chosen = settings.privacy
     if unit_of(settings, arm) == "record":
+        if chosen.noise_multiplier is not None:
+            raise ConfigError(
+                "privacy.noise_multiplier is for clients, and this arm's unit is the record",
+                hint="leave it out: every data owner has the noise made for what is left on its own ledger",
+            )
         in_shares = chosen.noise == "distributed" and not arm.centralized and algorithm_of(settings, arm).in_shares
         return Privacy(
             epsilon=epsilon,
@@ -340,6 +345,7 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
         else chosen.min_survivors or settings.secure_sum.min_survivors,
         colluders=chosen.colluders,
         sample_rate=chosen.sample_rate,
+        noise_multiplier=chosen.noise_multiplier,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +17,13 @@ from site_federation import Direct, Federation, approved_at, offer_for, private_
 from site_rounds import a_job
 
 from choral.jobs.serving import serve
-from choral.jobs.settings import PrivacySettings
+from choral.jobs.settings import PrivacySettings, Settings
 from choral.network.errors import OfferRefusedError, RequestTimeoutError
 from choral.network.host.messages import TakeStep, read_request
 from choral.privacy import Ledger
+from choral.privacy.accounting.filters import PrivacyFilter
+from choral.privacy.ledgers.plans import guarantee
+from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers import Participation, RoundRecord
 from choral.trainers.engines.exchange_messages import Told
 
@@ -86,23 +90,53 @@ def test_who_still_trains_for_a_round_that_is_over_says_so_at_once(tmp_path: Pat
     assert "going on without south: it is still at work for an earlier round" in said
 
 
-@pytest.mark.parametrize("noise", ["local", "distributed"])
-def test_a_second_job_with_noise_of_clients_is_refused_before_anything_is_sent(noise: Any, tmp_path: Path) -> None:
-    """Its noise must be the same at all sites, and the coordinator does not know what was spent at each."""
+@pytest.mark.parametrize("noise", ["distributed", "central"])
+def test_a_second_job_with_noise_of_clients_spends_from_the_same_ledger(noise: Any, tmp_path: Path) -> None:
+    """What every site adds, or the coordinator, must be what every ledger is charged: so the job names it."""
     federation = private_sites(tmp_path, "client")
     privacy = PrivacySettings(unit="client", epsilon=4.0, delta=1e-3, noise=noise, colluders=0)
     run, _ = served(Direct(federation), a_job(federation, "first", privacy=privacy))
     assert [entry.survivors for entry in run.history] == [0, 3, 3, 3, 3]
-    more = a_job(federation, "second", privacy=replace(privacy, epsilon=8.0))
-    approved_at(federation, "north", offer := offer_for(federation, more))
-    with pytest.raises(OfferRefusedError, match=r"made for data of which nothing was spent; of this, epsilon [34]"):
+    more = replace(privacy, epsilon=8.0)
+    said = refused(federation, a_job(federation, "unnamed", privacy=more), "something was spent must name it")
+    assert re.search(r"of this data epsilon [34]\.\d+ was", said)
+    room = float(re.search(r"For 4 sums it has room for privacy.noise_multiplier = ([0-9.]+)", said)[1])  # type: ignore[index]
+    less = a_job(federation, "less", privacy=replace(more, noise_multiplier=0.97 * room))
+    refused(federation, less, r"would come to epsilon 8\.\d+ in all, more than the 8 promised")
+    named = replace(more, noise_multiplier=room)
+    run, _ = served(Direct(federation), a_job(federation, "second", privacy=named), out=tmp_path / "run")
+    assert [entry.survivors for entry in run.history] == [0, 3, 3, 3, 3]
+    added = {release.share_variance for release in Ledger(tmp_path / "run" / "ledger" / "clients.jsonl").releases}
+    for name in federation.names:
+        ledger = Ledger(tmp_path / name / "ledgers" / "points.jsonl", holder=name)
+        assert len(ledger.releases) == 8
+        assert {release.share_variance for release in ledger.releases[4:]} == added  # no less than is charged
+        assert guarantee(ledger) == 8.0
+        assert 7.9 < PrivacyFilter(8.0, 1e-3).cost(ledger.releases) <= 8.0
+    third = a_job(federation, "third", privacy=named)
+    refused(federation, third, "the budget epsilon=8 at delta=0.001 is spent")
+    with pytest.raises(TooFewSurvivorsError, match=r"missing: north \(refused\), south \(refused\), east \(refused\)"):
+        served(Direct(federation), replace(third, serve=replace(third.serve, wait=0.05)))
+
+
+def refused(federation: Federation, settings: Settings, why: str) -> str:
+    """The reason that a site gives its own people; nothing is trained or charged for."""
+    ledger = federation.path / "north" / "ledgers" / "points.jsonl"
+    before = ledger.read_bytes()
+    approved_at(federation, "north", offer := offer_for(federation, settings))
+    with pytest.raises(OfferRefusedError, match=why) as error:
         federation.site("north").agree(offer)
+    assert ledger.read_bytes() == before
+    return str(error.value)
 
 
-def test_a_job_with_noise_of_clients_is_run_in_two_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [None, 5.0])
+def test_a_job_with_noise_of_clients_is_run_in_two_parts(named: float | None, tmp_path: Path) -> None:
     """The way to plan two jobs ahead: stopped after two rounds of four, gone on with at sites begun anew."""
     federation = private_sites(tmp_path, "client")
-    privacy = PrivacySettings(unit="client", epsilon=4.0, delta=1e-3, noise="distributed", colluders=0)
+    privacy = PrivacySettings(
+        unit="client", epsilon=4.0, delta=1e-3, noise="distributed", colluders=0, noise_multiplier=named
+    )
     settings = a_job(federation, "parts", privacy=privacy)
     for name in federation.names:
         approved_at(federation, name, offer_for(federation, settings))

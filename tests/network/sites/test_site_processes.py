@@ -129,6 +129,16 @@ def test_every_algorithm_and_sum_over_real_sockets(name: str, kind: Any, running
     assert same_weights(Run.load(running.path / f"run-{job}"), rehearsed(running.federation, settings))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read in /proc")
+def test_a_site_that_waits_takes_at_most_400_mb(running: Processes) -> None:
+    """Resident, after the jobs above as before any."""
+    for name, process in running.sites.items():
+        until(lambda name=name: "connected" in running.log(name), "a site that waits")  # type: ignore[misc]
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        assert 50_000 < kib <= 400_000, (name, kib)
+
+
 def test_the_key_that_lies_beside_the_directory_is_the_coordinators(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

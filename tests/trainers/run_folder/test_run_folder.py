@@ -148,6 +148,21 @@ def test_a_round_that_is_repeated_is_paid_for_again(job, stopping_fit, tmp_path)
     assert resumed.info.spent["east"].epsilon < 3.8 < resumed.info.spent["north"].epsilon
 
 
+def test_an_interruption_in_the_first_round_costs_one_round_too(job, tmp_path):
+    """Nothing but the model before the first round is recorded then, and a pass of some parties is gone."""
+
+    def stopping_fit(model, optimizer, loader):
+        job()["fit"](model, optimizer, loader)
+        raise Stop
+
+    privacy = Privacy(epsilon=4.0, delta=1e-3)
+    with pytest.raises(Stop):
+        federate(**job(rounds=3, fit=stopping_fit), privacy=privacy, out=tmp_path / "run")
+    resumed = federate(**job(rounds=3), privacy=privacy, out=tmp_path / "run", resume=True)
+    assert (resumed.finished, resumed.history[-1].round) == (True, 2)
+    assert "budget of north is spent; ended after round 2" in resumed.info.ended
+
+
 def test_an_interruption_in_the_last_round_ends_the_run_at_the_round_before(job, stopping_fit, tmp_path):
     """The parties that had been charged cannot pay for the last round again: the run closes, and says why."""
     privacy = Privacy(epsilon=4.0, delta=1e-3)

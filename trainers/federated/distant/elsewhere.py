@@ -59,10 +59,12 @@ class DistantEngine(Engine, Protocol):
 class Elsewhere(Protocol):
     """What a session is given for its parties if they are elsewhere.
 
-    metrics: of their own evaluations, whose sums are released in the clear after each round.
+    metrics: of their own evaluations, whose sums are released in the clear after each round. begun: the round that they
+    were told of last, before a restart; it is never asked for again.
     """
 
     metrics: tuple[str, ...]
+    begun: int
 
     def engine(self, session: Session) -> DistantEngine:
         """Called once, when the session has its terms, its codecs and its model."""

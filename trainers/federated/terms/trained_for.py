@@ -60,6 +60,11 @@ class TrainedFor:
         return self
 
     @property
+    def begun(self) -> bool:
+        """Whether it was begun, by this process or before a restart: it is noted ahead of any charge."""
+        return self._state is not None or self._last != (0, 0)
+
+    @property
     def last(self) -> tuple[int, int]:
         """The latest round, and the exchange in it."""
         return self._last

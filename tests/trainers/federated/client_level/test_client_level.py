@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from choral import AdaptiveClip, ClientPrivacy, Homomorphic, Masked, Plain, audit
 from choral.errors import ConfigError
-from choral.privacy import BudgetExceededError, Ledger, LedgerError
+from choral.privacy import BudgetExceededError, ClientPrivacyEngine, Ledger, LedgerError
 from choral.protocols.errors import TooFewSurvivorsError
 
 torch.set_num_threads(1)
@@ -119,6 +119,38 @@ def test_a_sum_that_opens_too_early_is_refused(task: Any) -> None:
     with pytest.raises(ConfigError, match="may open sums of 7 clients, but the noise is sized for 8"):
         federate(**task(), privacy=promise(), secure_sum=early)
     federate(**task(rounds=1), privacy=promise(noise="central"), secure_sum=early)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_round_that_is_cut_short_costs_one_round(task: Any, tmp_path: Path, number: int) -> None:
+    class Stopped(BaseException):
+        pass
+
+    def stop(model: Any, optimizer: Any, loader: Any, round: int) -> None:
+        if round == number:
+            raise Stopped
+        task()["fit"](model, optimizer, loader)
+
+    with pytest.raises(Stopped):
+        federate(**task(fit=stop), privacy=promise(), out=tmp_path / "run")
+    resumed = federate(**task(), privacy=promise(), out=tmp_path / "run", resume=True)
+    assert [entry.round for entry in resumed.history] == [0, 1, 2]
+    assert resumed.info.ended == "the clients' budget is spent; ended after round 2"
+    assert resumed.info.spent["clients"].steps == 3
+
+
+def test_noise_that_is_named_is_taken_if_it_fits(task: Any, tmp_path: Path) -> None:
+    least = ClientPrivacyEngine(promise(), clients=12, length=12, rounds=3, ledger=Ledger()).ratio
+    with pytest.raises(BudgetExceededError, match=r"would come to epsilon 5\d\.\d+ in all, more than the 50 promised"):
+        federate(**task(), privacy=promise(noise_multiplier=0.97 * least))
+    run = federate(**task(), privacy=promise(noise_multiplier=2 * least), out=tmp_path / "run")
+    assert run.info.privacy is not None
+    assert run.info.privacy["noise_multiplier"] == 2 * least
+    assert run.info.spent["clients"].epsilon < 25.0
+    assert audit(tmp_path / "run").verdict == "holds"
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), True, "2"):
+        with pytest.raises(ConfigError, match="noise_multiplier is"):
+            promise(noise_multiplier=wrong)
 
 
 def test_a_resumed_run_goes_on_with_its_clip_and_its_ledger(task: Any, tmp_path: Path) -> None:
