@@ -18,9 +18,12 @@ import msgspec
 from choral.doors import worded
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level, record_noise
-from choral.privacy.accounting.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation
-from choral.privacy.accounting.merged_steps import MOST_STEPS, SMALLEST_RATE
+from choral.privacy.accounting.events import NEIGHBOURS, UNIT, PoissonSampledGaussian, check_relation, replaces
+from choral.privacy.accounting.merged_steps import MOST_STEPS, SMALLEST_RATE, merge
+from choral.privacy.accounting.other_accountants import check_others
 from choral.privacy.errors import AccountingError, BudgetExceededError
+
+ACCOUNTANT = "PLD, cross-checked by RDP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Budget:
     noise_multiplier: float
     unit: str = UNIT
     neighbours: str = NEIGHBOURS
-    accountant: str = record_level.ACCOUNTANT
+    accountant: str = ACCOUNTANT
 
     def __str__(self) -> str:
         """The answer in lines. Noise, rate and steps are what was priced, to the last digit; bounds are rounded up."""
@@ -189,13 +192,16 @@ def budget(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     neighbours: str = NEIGHBOURS,
+    check: bool = False,
 ) -> Budget:
     """Solve for the one that is not given of `epsilon`, `noise_multiplier`, `sample_rate` and `steps`.
 
     `epochs`, passes over the data, may stand in the place of `steps`: a sample rate q takes ceil(epochs / q) of them.
     The answer keeps the promise: the least noise, the most steps or the largest sample rate within `epsilon`, with
     few digits, rounded up (noise) or down (rate), so that what is printed may be typed in.
-    Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits).
+    check: also have dp-accounting compute it, which takes nearly as long to load as torch; every training does.
+    Raises: ConfigError (not all but one given, or a number out of range), BudgetExceededError (nothing fits),
+    AccountingError (it was checked, and the two disagree).
     """
     check_relation(neighbours)
     _check_one_unknown(epsilon, noise_multiplier, sample_rate, steps, epochs)
@@ -215,7 +221,9 @@ def budget(
     noise = (
         noise_multiplier
         if noise_multiplier is not None
-        else record_noise.noise_multiplier(_number(epsilon), delta, sample_rate, count, neighbours=neighbours)
+        else record_noise.noise_multiplier(
+            _number(epsilon), delta, sample_rate, count, neighbours=neighbours, others=False
+        )
     )
     if noise_multiplier is None:
         noise = _first(
@@ -226,6 +234,8 @@ def budget(
             sample_rate, at_most, 6, lambda q: _cost(q, noise, count, delta, neighbours), _number(epsilon)
         )
     event = PoissonSampledGaussian(sample_rate=sample_rate, noise_multiplier=noise, steps=count)
+    if check:
+        check_others(merge((event,)), delta, replaces(neighbours))
     return Budget(
         epsilon=record_level.epsilon([event], delta, neighbours=neighbours),
         epsilon_rdp=record_level.epsilon_rdp([event], delta, neighbours=neighbours),
@@ -234,6 +244,7 @@ def budget(
         steps=count,
         noise_multiplier=noise,
         neighbours=neighbours,
+        accountant=record_level.ACCOUNTANT if check else ACCOUNTANT,
     )
 
 

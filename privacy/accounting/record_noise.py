@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from choral.privacy.accounting.events import (
     NEIGHBOURS,
@@ -29,6 +29,7 @@ from choral.privacy.accounting.record_level import (
     epsilon as _cost_of,  # the parameters below carry the function's name, and hide it
 )
 from choral.privacy.errors import AccountingError, BudgetExceededError
+from choral.privacy.loss_distributions.sampled_renyi import gaussian_noise
 
 
 def noise_multiplier(
@@ -41,13 +42,15 @@ def noise_multiplier(
     slack: float = 1e-5,
     neighbours: str = NEIGHBOURS,
     fixed: bool = False,
+    others: bool = True,
 ) -> float:
     """Return the smallest noise multiplier with which `spent` and `steps` more releases cost at most `epsilon`.
 
     What comes after `spent` may have been chosen by what that showed, so that a filter counts all of it
     (:mod:`choral.privacy.accounting.filters`); of a plan that stopped early `spent` has to hold the whole. fixed: that
     everything, `spent` too, was fixed in advance; then it is privacy loss distributions that count, as where nothing
-    was spent.
+    was spent. others: have dp-accounting's PLD compute the result's cost, too, as is right for a training; it takes as
+    long as loading torch.
     Guarantee: the cost of the result never exceeds `epsilon` and is at least (1 - slack) * epsilon; a larger
     `slack` (1e-3 is plenty for training) is answered faster.
     Raises: ConfigError (a number out of range), BudgetExceededError (`spent` leaves too little),
@@ -65,7 +68,12 @@ def noise_multiplier(
     known, delta = as_gaussians(before, delta)
     if any(isinstance(event, Search) for event in known):
         return _calibrate_after_search(epsilon, delta, float(sample_rate), int(steps), known, slack, neighbours)
-    return _calibrate(epsilon, delta, float(sample_rate), int(steps), merge(without_search(known)), slack, replace)
+    found = _calibrate(epsilon, delta, float(sample_rate), int(steps), merge(without_search(known)), slack, replace)
+    if others:
+        _hold_against_others(
+            _together(merge(without_search(known)), float(sample_rate), int(steps), found), delta, replace
+        )
+    return found
 
 
 def search_noise(
@@ -142,11 +150,7 @@ def _calibrate(
     if spent:
         _refuse_spent(target, delta, checked_epsilon(spent, delta, replace), slack)
 
-    def together(noise: float) -> Merged:
-        parts = {(q, s): t for q, s, t in spent}
-        parts[(rate, noise)] = parts.get((rate, noise), 0) + steps
-        return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
-
+    together = partial(_together, spent, rate, steps)
     noise = _clt_guess(target, delta, rate, steps, spent, replace)
     first = next((grid for grid in GRIDS if grid <= 1e-3 * target), GRIDS[-1])
     noise = _search(
@@ -156,16 +160,25 @@ def _calibrate(
     noise = _search(lambda z: discretised(together(z), delta, grid, replace).upper, target, noise, slack=slack)
     if checked_epsilon(together(noise), delta, replace) > target:  # it settled on a coarser grid there
         noise = _search(lambda z: checked_epsilon(together(z), delta, replace), target, noise, slack=slack)
-    check_others(together(noise), delta, replace)
     return noise
+
+
+@lru_cache(maxsize=1024)
+def _hold_against_others(merged: Merged, delta: float, replace: bool) -> None:
+    """Once for parties that are alike. Raises: AccountingError."""
+    check_others(merged, delta, replace)
+
+
+def _together(spent: Merged, rate: float, steps: int, noise: float) -> Merged:
+    parts = {(q, s): t for q, s, t in spent}
+    parts[(rate, noise)] = parts.get((rate, noise), 0) + steps
+    return tuple(sorted((q, s, t) for (q, s), t in parts.items()))
 
 
 def _clt_guess(target: float, delta: float, rate: float, steps: int, spent: Merged, replace: bool) -> float:
     """Guess the noise by the central limit theorem of Gaussian DP (Bu et al. 2020): a start, never a guarantee."""
-    from dp_accounting import get_sigma_gaussian  # here, since it takes long to load
-
     distance = 2.0 if replace else 1.0
-    mu_squared = get_sigma_gaussian(target, delta) ** -2
+    mu_squared = gaussian_noise(target, delta) ** -2
     left = mu_squared - sum(t * q * q * math.expm1(min((distance / s) ** 2, 50.0)) for q, s, t in spent)
     guess = distance / math.sqrt(math.log1p(max(left, 1e-3 * mu_squared) / (steps * rate * rate)))
     return min(max(guess, SMALLEST_NOISE), LARGEST_NOISE / 2)

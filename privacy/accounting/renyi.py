@@ -26,7 +26,7 @@ from choral.privacy.accounting.events import (
     replaces,
 )
 from choral.privacy.accounting.merged_steps import Merged, merge, without_search
-from choral.privacy.loss_distributions import replace_one
+from choral.privacy.loss_distributions import replace_one, sampled_renyi
 
 if TYPE_CHECKING:
     import dp_accounting  # elsewhere where it is used: it takes nearly as long to load as torch
@@ -47,10 +47,7 @@ def by_renyi(events: Sequence[Priced], delta: float, orders: tuple[float, ...], 
 
 def epsilon_of_curve(orders: Sequence[float], curve: npt.NDArray[np.float64], delta: float) -> float:
     """Return the epsilon at `delta` of Renyi divergences at `orders`, by dp-accounting's conversion."""
-    from dp_accounting.rdp import rdp_privacy_accountant
-
-    with quiet():
-        return float(rdp_privacy_accountant.compute_epsilon(orders, curve, delta)[0])
+    return sampled_renyi.epsilon_of(orders, curve, delta)
 
 
 def renyi(
@@ -102,13 +99,7 @@ def rdp(merged: Merged, delta: float, orders: tuple[float, ...], replace: bool) 
 
 @lru_cache(maxsize=512)
 def _rdp_of_one_step(rate: float, noise: float, orders: tuple[float, ...], replace: bool) -> npt.NDArray[np.float64]:
-    if replace:
-        return replace_one.renyi(rate, noise, orders)
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant(orders)
-    with quiet():
-        return np.asarray(accountant.compose(dp_event_of(rate, noise)).rdp)
+    return replace_one.renyi(rate, noise, orders) if replace else sampled_renyi.divergences(rate, noise, orders)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,34 @@ def priced(found: dict[str, float]) -> float:
     return record_level.epsilon([event], found["delta"])
 
 
+PRINTED = {  # while the search computed both directions on every grid, and RDP was dp-accounting's
+    "--epsilon 3 --delta 1e-5 --sample-rate 0.01 --steps 2000": ("0.9304", "3.0000", "3.3510", "2000", "0.01"),
+    "--epsilon 0.5 --delta 1e-5 --sample-rate 0.1 --steps 100": ("7.2137", "0.5000", "0.5514", "100", "0.1"),
+    "--noise-multiplier 1.1 --delta 1e-5 --sample-rate 0.02 --steps 1500": (
+        "1.1000", "4.0227", "4.4128", "1500", "0.02",
+    ),
+    "--epsilon 2 --delta 1e-5 --noise-multiplier 1.3 --steps 500": ("1.3000", "2.0000", "2.2151", "500", "0.0230651"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PRINTED)
+def test_every_digit_is_as_it_was(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", *words.split()]) == 0
+    noise, epsilon, rdp, steps, rate = PRINTED[words]
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"noise multiplier  {noise}",
+        f"epsilon           {epsilon}  (PLD; RDP, the looser bound: {rdp})",
+        "delta             1e-05",
+        f"steps             {steps} at sample rate {rate}, Poisson sampling",
+    ]
+
+
+def test_what_another_accountant_says_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["budget", "--epsilon", "3", "--delta", "1e-5", "--sample-rate", "0.01", "--steps", "2000"]
+    assert main([*words, "--check"]) == 0
+    assert "cross-checked by RDP and dp-accounting" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("epsilon", "rate", "steps"), [(1.0, 0.01, 1000), (8.0, 0.123456789, 77), (0.05, 0.004, 3000), (1e-6, 0.01, 1000)]
 )

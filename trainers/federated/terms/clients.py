@@ -85,9 +85,9 @@ def _left_of(state: LedgerState, epsilon: float, release: ClientRelease) -> int 
 def _unnamed(ledger: Ledger, ratio: float, sums: int) -> BudgetExceededError:
     spent = ledger.epsilon(ledger.delta) if ledger.delta is not None else 0.0
     return BudgetExceededError(
-        "noise of clients must be the same at all of them, who do not know what was spent at each other: a job on data of"
-        f" which something was spent must name it, and of this data epsilon {at_least(spent)} was. For {sums} sums it has"
-        f" room for privacy.noise_multiplier = {at_least(ratio)}, or more",
+        "noise of clients must be the same at all of them, who do not know what was spent at each other: a job on data"
+        f" of which something was spent must name it, and of this data epsilon {at_least(spent)} was. For {sums} sums"
+        f" it has room for privacy.noise_multiplier = {at_least(ratio)}, or more",
         hint="the largest that a client has room for fits all of them",
     )
 
