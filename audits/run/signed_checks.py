@@ -6,6 +6,8 @@ of signatures; here comes what needs the run itself: files, ledgers, history, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choral.audits.budgets.budgets import ledger_of
@@ -21,8 +23,9 @@ UNBOUND = NotRun(
     would_show="whether model, history, settings and ledgers are those that the run ended with: without one nothing"
     " binds them to each other, or to what was audited",
 )
-_SIGNED, _FILES = "What the parties signed is whole, and of one view", "The files are those of the manifest"
-_SAME, _THERE = "Receipts, ledgers, history and model tell the same", "The manifest is there"
+SIGNED, FILES_SAME = "What the parties signed is whole, and of one view", "The files are those of the manifest"
+SAME, THERE = "Receipts, ledgers, history and model tell the same", "The manifest is there"
+CANNOT_COMPARE = "What is signed cannot be compared"
 
 
 def cited_manifest(run: Run) -> CitedManifest | None:
@@ -34,7 +37,7 @@ def cited_manifest(run: Run) -> CitedManifest | None:
         found = Manifest.read(run.folder) if run.folder is not None else None
     except EvidenceError:  # which the checks say
         return None
-    return None if found is None else _cited(found.sha256, found.said)
+    return None if found is None else cited_in(found.sha256, found.said)
 
 
 def signed_checks(run: Run) -> list[Check]:
@@ -42,41 +45,45 @@ def signed_checks(run: Run) -> list[Check]:
     try:
         return _checks(run)
     except UNREADABLE as error:  # a text in the place of a number, say: signed by some, and never written by Choral
-        return [Check(name=_SIGNED, verdict="violated", finding=f"What is signed cannot be compared: {error!r:.80}.")]
+        return [Check(name=SIGNED, verdict="violated", finding=f"{CANNOT_COMPARE}: {error!r:.80}.")]
 
 
 def _checks(run: Run) -> list[Check]:
     from choral.trainers.run_folder.evidence.manifest import NAME, digests
 
-    evidence = evidence_of(run)
+    evidence = evidence_in(run.folder)
     if run.folder is None or not (evidence.heads or evidence.manifests or evidence.problems):
         return []
-    checks = [_check(_SIGNED, evidence.problems, _told(evidence))]
+    checks = [check(SIGNED, evidence.problems, told(evidence))]
     manifest = next(iter(evidence.manifests.values()), None)
     if manifest is None:
         if run.finished and not (run.folder / NAME).exists():
             finding = "There are receipts, and no manifest: it was taken away, or the process ended before it was made."
-            checks.append(Check(name=_THERE, verdict="unverified", finding=finding))
+            checks.append(Check(name=THERE, verdict="unverified", finding=finding))
         return checks
-    found, named = digests(run.folder), manifest["files"]
-    unlike = [f"{name} is another" for name in sorted(named.keys() & found.keys()) if named[name] != found[name]]
-    unlike += [f"{name} is missing" for name in sorted(named.keys() - found.keys())]
-    unlike += [f"{name} was added" for name in sorted(found.keys() - named.keys())]
-    checks.append(_check(_FILES, unlike, f"{len(named)} files, each of the SHA-256 that was signed."))
+    checks.append(file_check(manifest["files"], digests(run.folder)))
     same = [*_of_manifest(run, manifest), *_of_receipts(run, evidence)]
-    checks.append(_check(_SAME, same, "Every figure that stands in two of them is the same in both."))
+    checks.append(check(SAME, same, "Every figure that stands in two of them is the same in both."))
     return checks
 
 
-def evidence_of(run: Run) -> Evidence:
+def file_check(named: Mapping[str, str], found: Mapping[str, str]) -> Check:
+    """The digests of a manifest against those of the files that are there."""
+    unlike = [f"{name} is another" for name in sorted(named.keys() & found.keys()) if named[name] != found[name]]
+    unlike += [f"{name} is missing" for name in sorted(named.keys() - found.keys())]
+    unlike += [f"{name} was added" for name in sorted(found.keys() - named.keys())]
+    return check(FILES_SAME, unlike, f"{len(named)} files, each of the SHA-256 that was signed.")
+
+
+def evidence_in(folder: Path | None) -> Evidence:
     """All that is signed in a run's folder, compared with each other."""
     from choral.protocols.crypto.keys import ed25519_verify
     from choral.trainers.run_folder.evidence.manifest import NAME
     from choral.trainers.run_folder.evidence.receipts import FOLDER
 
     evidence = Evidence(verify=ed25519_verify)
-    if run.folder is not None:
-        for path in (*sorted(run.folder.glob(f"{FOLDER}/*.jsonl")), *run.folder.glob(NAME)):
+    if folder is not None:
+        for path in (*sorted(folder.glob(f"{FOLDER}/*.jsonl")), *folder.glob(NAME)):
             evidence.take(path.name, path.read_bytes())
         evidence.compare(whole=False)
         evidence.problems = [each for each in evidence.problems if not each.startswith("no receipt and no manifest")]
@@ -87,15 +94,15 @@ def evidence_of(run: Run) -> Evidence:
     return evidence
 
 
-def _cited(sha256: str, said: dict[str, Any]) -> CitedManifest:
+def cited_in(sha256: str, said: dict[str, Any]) -> CitedManifest:
     signed = 1 + len(set(said["parties"]) - set(said["gone"]))
     return CitedManifest(
         sha256=sha256, run=said["run"], signed=signed, gone=tuple(said["gone"]), rehearsal=said["rehearsal"]
     )
 
 
-def _told(evidence: Evidence) -> str:
-    cited = next((_cited(*each) for each in evidence.manifests.items()), None)
+def told(evidence: Evidence) -> str:
+    cited = next((cited_in(*each) for each in evidence.manifests.items()), None)
     parties, receipts = len({party for _, party in evidence.heads}), len(evidence.rounds)
     said = f"{receipts} receipts of {parties} parties" if receipts else "No receipts"
     if cited is not None:
@@ -178,7 +185,7 @@ def _head(ledger: Any, events: int) -> str:
         return ""
 
 
-def _check(name: str, found: list[str], same: str) -> Check:
+def check(name: str, found: list[str], same: str) -> Check:
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     verdict: Verdict = "violated" if found else "holds"
     return Check(name=name, verdict=verdict, finding=f"{'; '.join(found[:3])}{more}." if found else same)

@@ -68,7 +68,7 @@ class RemoteSites:
         self._rehearsal = rehearsal
         self._carrier, self._propose, self.keys = carrier, propose, keys
         self._waits, self._say, self.metrics = waits, say, metrics
-        self._identity = Identity(ECC.import_key(coordinator.key_path.read_bytes()).seed)
+        self._identity = identity_of(coordinator)
         self.sites: Sites | None = None
         self._remote: RemoteEngine | None = None
 
@@ -149,34 +149,56 @@ class RemoteEngine:
 
     def end(self, number: int, weights: torch.Tensor) -> None:
         """No round comes after that one, and these are the weights in the end."""
-        model = model_digest(weights)
-        over = self._sites.end(model, number)
-        self._ended = Signatories(
-            run=self._sites.offer.digest,
-            coordinator=self._identity,
-            owned={
-                name: Owned(keys=over[name].keys, receipts=over[name].receipts, head=over[name].head)
-                for name in self._sites.names
-                if name in over and over[name].keys[-1] == self._keys[name].hex()
-            },
-            sign=self._signatures,
-            model=model,
-            terms=self._terms.digest.hex(),
-            text=self._terms.text.decode(),
-            rehearsal=self._rehearsal,
+        ended = model_digest(weights), number
+        self._ended = signatories_of(
+            self._sites, self._keys, self._terms, self._identity, ended, rehearsal=self._rehearsal
         )
 
     def signatories(self) -> Signatories | None:
         """Who was there in the end."""
         return self._ended
 
-    def _signatures(self, body: bytes, names: Sequence[str]) -> dict[str, str]:
-        """Those that hold under the keys of the directory."""
-        found = self._sites.sign(body, names)
+
+def identity_of(coordinator: CertifiedIdentity) -> Identity:
+    """What signs manifests."""
+    return Identity(ECC.import_key(coordinator.key_path.read_bytes()).seed)
+
+
+def signatories_of(
+    sites: Sites,
+    keys: Mapping[str, bytes],
+    terms: TrainingTerms,
+    coordinator: Identity,
+    ended: tuple[str, int],
+    *,
+    rehearsal: bool,
+) -> Signatories:
+    """End a job at the sites, and say who was there, and how they are asked to sign. ended: digest of the model that
+    came of the last round, and the number of that round.
+    """
+    over = sites.end(*ended)
+
+    def sign(body: bytes, names: Sequence[str]) -> dict[str, str]:
+        """The signatures that hold under the keys of the directory."""
+        found = sites.sign(body, names)
         for name in [each for each in names if each not in found]:
-            self._sites.say(f"{name} has not signed the run's manifest; who runs it knows why")
-        keys = {name: self._keys[name].hex() for name in found}
-        return {name: each for name, each in found.items() if signed_by("manifest", body, each, keys[name])}
+            sites.say(f"{name} has not signed the run's manifest; who runs it knows why")
+        return {name: each for name, each in found.items() if signed_by("manifest", body, each, keys[name].hex())}
+
+    return Signatories(
+        run=sites.offer.digest,
+        coordinator=coordinator,
+        owned={
+            name: Owned(keys=over[name].keys, receipts=over[name].receipts, head=over[name].head)
+            for name in sites.names
+            if name in over and over[name].keys[-1] == keys[name].hex()
+        },
+        sign=sign,
+        model=ended[0],
+        terms=terms.digest.hex(),
+        text=terms.text.decode(),
+        rehearsal=rehearsal,
+    )
 
 
 class RemoteSum:

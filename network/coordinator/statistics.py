@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from choral.errors import ConfigError
-from choral.network.coordinator.remote import RemoteChannel, RemoteSum
+from choral.network.coordinator.remote import RemoteChannel, RemoteSum, identity_of, signatories_of
 from choral.network.coordinator.sites import Carrier, Say, Sites, Waits
 from choral.network.site.offer import Offer
 from choral.network.site.terms import setup_of
+from choral.network.transport.certificates import CertifiedIdentity
 from choral.privacy import SharesPlan
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum, SumResult, SumSpec
@@ -23,12 +24,15 @@ from choral.trainers.analytics.releases import OpenedSums, opened_shares, to_dro
 from choral.trainers.analytics.terms import CONTRIBUTORS, SUMS, StatisticsTerms
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.run_folder.evidence.receipts import model_digest
+from choral.trainers.run_folder.evidence.sealing import Signatories
 from choral.trainers.run_folder.transcript import Transcript
 
 
 @dataclass(frozen=True, kw_only=True)
 class SitesStatistics:
-    """What is asked of whom. keys: the sites' public keys, by name."""
+    """What is asked of whom. keys: the sites' public keys, by name. coordinator: writes the manifest; None,
+    there is none. rehearsal: one operator runs the sites as well.
+    """
 
     offer: Offer
     terms: StatisticsTerms
@@ -37,10 +41,12 @@ class SitesStatistics:
     keys: Mapping[str, bytes]
     waits: Waits
     say: Say
+    coordinator: CertifiedIdentity | None = None
+    rehearsal: bool = False
 
-    def opened(self) -> OpenedSums:
-        """Have the sites answer. Raises: TooFewSurvivorsError; ConfigError for a sum that hides nothing; what ends a
-        sum. Nothing is asked a second time: sites answer an exchange once.
+    def opened(self) -> tuple[OpenedSums, Signatories | None]:
+        """Have the sites answer; with it, who signs the manifest. Nothing is asked a second time: sites answer an
+        exchange once. Raises: TooFewSurvivorsError; ConfigError for a sum that hides nothing; what ends a sum.
         """
         if not isinstance(self.secure_sum, Masked | Homomorphic):
             raise ConfigError(f"sites send into no {self.secure_sum.name} sum", hint='kind = "masked"')
@@ -59,10 +65,10 @@ class SitesStatistics:
             weights = torch.from_numpy(counts.astype(np.float32))
             dropped = to_drop(terms.packing, counts, terms.sums.contributors)
         result = self._sum(channels, SUMS, weights, int(counting))
-        sites.end(model_digest(weights), 1)
+        signatories = self._end(sites, (model_digest(weights), 1))
         total, noise = self._read(terms.shares, result, dropped)
         up, down = traffic_of(result)
-        return OpenedSums(
+        opened = OpenedSums(
             total=total,
             noise=noise,
             survivors=result.survivors,
@@ -71,6 +77,14 @@ class SitesStatistics:
             left_out=int(dropped.sum()),
             contributors=counts,
         )
+        return opened, signatories
+
+    def _end(self, sites: Sites, ended: tuple[str, int]) -> Signatories | None:
+        if self.coordinator is None:
+            sites.end(*ended)
+            return None
+        identity = identity_of(self.coordinator)
+        return signatories_of(sites, self.keys, self.terms, identity, ended, rehearsal=self.rehearsal)
 
     def _read(self, plan: SharesPlan | None, result: SumResult, dropped: Any) -> tuple[Any, Any]:
         if plan is None:

@@ -15,6 +15,7 @@ from choral.network.site.files.log import AGREED, SiteLine
 from choral.trainers.federated.terms.task_code import version_here
 from choral.trainers.run_folder.evidence.manifest import FORMAT, VERSION, Owned, claims_of, countersign
 from choral.trainers.run_folder.evidence.receipts import read, receipts_path
+from choral.trainers.run_folder.evidence.sealing import STATISTICS
 from choral.trainers.run_folder.evidence.signed_lines import body_of, content_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, 
         "version": VERSION,
         "rehearsal": folder.settings.rehearsal,
         "run": job,
-        "kind": "federated",
+        "kind": STATISTICS if claims["algorithm"] == STATISTICS else "federated",
         "terms": last["terms"],
         "claims": claims,
         "coordinator": hub[folder.coordinator].public_key.hex(),

@@ -122,6 +122,10 @@ class FederatedStatistics:
             raise ConfigError(f"statistics are saved as .json or .html, not as {path.name!r:.80}")
         return path
 
+    def save_in(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write statistics.json and statistics.html there."""
+        return self.save(Path(folder) / "statistics.json"), self.save(Path(folder) / "statistics.html")
+
 
 def page(found: Mapping[str, Any]) -> str:
     """Statistics as they stand in JSON, as one offline page. Every name in it is escaped."""

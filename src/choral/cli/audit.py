@@ -13,7 +13,7 @@ from choral.audits.costs.prices import PriceSettings, read_prices
 from choral.audits.report.storage import put_verifier
 from choral.cli.arguments import parse
 from choral.cli.exports import print_hazards, write_record
-from choral.cli.report import print_json
+from choral.cli.report import STATISTICS, print_json
 from choral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ _BELONGS = (
 class AuditFlags:
     """Hold a privacy claim against evidence: a run folder, a file of scores, or your own training.
 
-    A run folder is audited without training: ledgers by several accountants, participation, what the server saw, costs.
+    A run folder is audited without training: ledgers by several accountants, participation, what the server saw, costs;
+    a folder of `choral stats` with sites is held against what the sites signed.
     --scores, --model, --probe and --inversion add evidence: the books show what was paid for, only an attack shows what
     leaks. All but --inversion also work without a run.
 
@@ -151,6 +152,8 @@ def _report(wanted: AuditFlags) -> Audit:
     from choral.audits.run.run_audit import audit_evidence
     from choral.trainers import Run
 
+    if wanted.run is not None and _of_statistics(wanted.run):
+        return _statistics(wanted, wanted.run)
     prices = read_prices(wanted.prices, wanted.price)
     run = Run.load(wanted.run) if wanted.run is not None else None
     attacks, probe = _attacks(wanted, run), _probe(wanted, run)
@@ -164,6 +167,20 @@ def _report(wanted: AuditFlags) -> Audit:
 
         inversion = invert_update(run, wanted.run, task=wanted.task, data_dir=wanted.data_dir)
     return audit(run, prices=prices, attacks=attacks, probe=probe, inversion=inversion)
+
+
+def _of_statistics(folder: Path) -> bool:
+    return (folder / STATISTICS).is_file() and not (folder / "run.json").is_file()
+
+
+def _statistics(wanted: AuditFlags, folder: Path) -> Audit:
+    """Raises: ConfigError for what is of a training."""
+    from choral.audits.run.statistics_audit import audit_statistics
+
+    for flag in ("scores", "model", "probe", "inversion", "registry", "hazards"):
+        if getattr(wanted, flag):
+            raise ConfigError(f"--{flag} is of a training, and {folder} holds statistics", hint="leave it out")
+    return audit_statistics(folder)
 
 
 def _probe(wanted: AuditFlags, run: Run | None) -> Probe | None:

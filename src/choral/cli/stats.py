@@ -54,11 +54,10 @@ def stats(words: list[str]) -> int:
         found = _at_sites(wanted, wanted.directory)
     else:
         found = run_statistics(wanted.settings, base=wanted.config.parent, out=out)
+        if out is not None:
+            found.save_in(out)
     if found is None:
         return 0
-    if out is not None:
-        found.save(out / "statistics.json")
-        found.save(out / "statistics.html")
     if wanted.json:
         print(json.dumps(found.to_json(), indent=1, allow_nan=False))
     elif not wanted.quiet:
@@ -82,7 +81,7 @@ def _at_sites(wanted: StatsFlags, directory: Path) -> FederatedStatistics | None
         write_offer(statistics_offer(settings, tuple(keys), coordinator=identity.name), wanted.offer)
         return None
     with listening(settings.serve, identity, sites, quiet=wanted.quiet) as (hub, say):
-        return serve_statistics(settings, hub, keys, coordinator=identity.name, say=say)
+        return serve_statistics(settings, hub, keys, coordinator=identity, say=say, out=wanted.out)
 
 
 def _read(path: str) -> StatisticsSettings:

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from site_federation import Direct, Federation, private_sites, served, write_directory
 from site_rounds import InRound, a_job
+from site_statistics import hub_key, signed_by_all
 
 from choral.audits import audit
 from choral.cli.command_line import main
@@ -22,7 +22,6 @@ from choral.jobs.settings import PrivacySettings, SitesSettings
 from choral.network.errors import PeerLostError, SiteError
 from choral.network.host.evidence import signed
 from choral.network.host.messages import EndJob, SignRun, read_request
-from choral.protocols.crypto.identity import Identity
 from choral.trainers import Participation, Run
 from choral.trainers.run_folder.evidence.manifest import Manifest
 from choral.trainers.run_folder.evidence.receipts import read
@@ -105,18 +104,6 @@ def test_a_file_that_the_coordinator_changes_afterwards_is_found(
     assert "the signature of north is not on these words" in capsys.readouterr().out
 
 
-def signed_by_all(federation: Federation, folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """What a coordinator comes to that lies before it asks for signatures: sites cannot see its files."""
-    said = json.loads((folder / "manifest.json").read_bytes())["manifest"]
-    for name in said["files"]:
-        said["files"][name] = sha256((folder / name).read_bytes()).hexdigest()
-    change(said)
-    body = body_of(said)
-    keys = {"": hub_key(federation)} | {name: federation.site(name).signing for name in said["parties"]}
-    signatures = {name: sign("manifest", body, key) for name, key in keys.items()}
-    (folder / "manifest.json").write_bytes(b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
-
-
 def violated(folder: Path) -> str:
     checks = audit(Run.load(folder)).checks
     return " ".join(check.finding for check in checks if check.verdict == "violated")
@@ -150,12 +137,6 @@ def test_files_that_were_false_before_they_were_signed_are_found_where_sites_kno
     shutil.copytree(private.path / "run", folder)
     signed_by_all(private, folder, lambda said: said["parties"].pop("east"))
     assert "the manifest does not speak of east" in violated(folder)
-
-
-def hub_key(federation: Federation) -> Identity:
-    from Crypto.PublicKey import ECC
-
-    return Identity(ECC.import_key(federation.hub.key_path.read_bytes()).seed)
 
 
 Changed = Callable[[dict[str, Any]], object]

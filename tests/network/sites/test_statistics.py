@@ -14,15 +14,16 @@ import pytest
 import torch
 from site_federation import CODE, NO_PROMISE, PROMISE, Direct, Federation, approved_at, private_sites, records_of
 from site_processes import ENVIRONMENT, Processes
+from site_statistics import ASKED, NAMES, PRIVATE, RARE, SHARED, computed, settings_of, with_files
 
 from choral import Masked, federated_statistics
 from choral.audits import audit
 from choral.errors import ConfigError
 from choral.jobs.serving import offer_ahead, serve, standardise
-from choral.jobs.settings import PrivacySettings, ServeSettings, SitesSettings, SumSettings
-from choral.jobs.sites.statistics import serve_statistics, statistics_offer
+from choral.jobs.settings import PrivacySettings, SitesSettings, SumSettings
+from choral.jobs.sites.statistics import statistics_offer
 from choral.jobs.standardising import kept
-from choral.jobs.statistics import StatisticSettings, StatisticsSettings, statistic_of
+from choral.jobs.statistics import StatisticsSettings, statistic_of
 from choral.network import Offer
 from choral.network.errors import OfferError
 from choral.network.site.budget import open_ledger, spent_of
@@ -36,62 +37,6 @@ from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.analytics.terms import StatisticsParty, StatisticsTerms
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.task.settings import DataSettings
-
-NAMES = ("north", "south", "east")
-ASKED = {
-    "0": StatisticSettings(kind="mean", low=-4, high=4),
-    "label": StatisticSettings(kind="categories", values=(0, 1)),
-    "both": StatisticSettings(kind="covariance", columns={"1": (-4, 4), "0": (-5, 5)}),
-    "1": StatisticSettings(kind="quantiles", shares=(0.5,), low=-4, high=4, bins=64),
-}
-RARE = {"rare": StatisticSettings(kind="categories", values=("x", "y"))}
-
-
-def with_files(federation: Federation, *, strict: bool = False) -> Federation:
-    """Each site's records as a CSV file, with a column that one site alone has a word in."""
-    stricter = [("minimum_cohort = 2", "minimum_cohort = 3"), ("corrupt = 0", "corrupt = 1")] if strict else []
-    for name in federation.names:
-        federation.configure(
-            name,
-            *stricter,
-            ('path = "points.npy"', 'path = "points.csv"'),
-            ('[tasks."linear.py"]', "[tasks.statistics]"),
-            ('"cocoa"\n', '"cocoa", "statistics"\n'),
-        )
-        write_table(federation.path / name / "points.csv", name)
-    return federation
-
-
-def write_table(path: Path, name: str) -> None:
-    table = records_of(name)
-    lines = ["0,1,2,3,4,5,label,rare"]
-    for at, row in enumerate(table.tolist()):
-        word = "x" if name == "north" and at == 0 else "y"
-        lines.append(",".join([*(f"{value:.9g}" for value in row[:6]), f"{row[6]:.0f}", word]))
-    path.touch(0o600)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def settings_of(federation: Federation, **changed: Any) -> StatisticsSettings:
-    given: dict[str, Any] = {
-        "statistics": ASKED,
-        "secure_sum": SumSettings(kind="masked", corrupt=0, min_survivors=2),
-        "sites": SitesSettings(records=sum(federation.records.values()), largest=max(federation.records.values())),
-        "serve": ServeSettings(wait=0.2, step=5, training=30, away=0.5),
-    }
-    return StatisticsSettings(**{**given, **changed})
-
-
-PRIVATE = PrivacySettings(epsilon=4.0, delta=1e-3)
-SHARED = SumSettings(kind="masked", corrupt=1, min_survivors=3)
-
-
-def computed(federation: Federation, settings: StatisticsSettings, carrier: Direct | None = None) -> Any:
-    offer = statistics_offer(settings, federation.names, coordinator="hub")
-    for name in federation.names:
-        approved_at(federation, name, offer)
-    carrier = carrier or Direct(federation)
-    return serve_statistics(settings, carrier, federation.keys, coordinator="hub", say=lambda _: None)
 
 
 def test_without_noise_sites_find_what_one_process_does(tmp_path: Path) -> None:

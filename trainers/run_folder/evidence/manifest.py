@@ -2,7 +2,7 @@
 
     DIR/manifest.json     {"manifest":{...},"signatures":{"":"...","NAME":"..."}}    (:mod:`.signed_lines`)
 
-    run, rehearsal, kind, completed, ended    of the run, as receipts and run.json have it
+    run, rehearsal, kind, completed, ended    of the run, as receipts and run.json have it; "statistics" have one round
     files        SHA-256 of every file of the folder that is not a receipt, by path: run.json, history, weights, ledgers
     transcript   entries and head of its chain; null if none was recorded
     model, terms of receipts: the model that came of the last round, and the terms of training; empty without receipts
@@ -23,7 +23,7 @@ head, and the head holds where the site's ledger stood.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -120,20 +120,31 @@ def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, reh
         "gone": [],
         "code": code(),
     }
-    body, signatures = _signed(said, sealing)
-    signatures = {"": sign("manifest", body, coordinator), **signatures}
-    replace_file(folder / NAME, b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
+    write_signed(folder, said, coordinator, there=sealing.owned, everybody=sealing.info.sites, ask=sealing.sign)
 
 
-def _signed(said: dict[str, Any], sealing: Sealing) -> tuple[bytes, dict[str, str]]:
-    """The words, and whose signatures they have: who does not sign is named in them, so the others are asked again."""
-    everybody, there = dict.fromkeys((*sealing.owned, *sealing.info.sites)), list(sealing.owned)
+def write_signed(
+    folder: Path,
+    said: dict[str, Any],
+    coordinator: Identity,
+    *,
+    there: Iterable[str],
+    everybody: Iterable[str],
+    ask: Callable[[bytes, Sequence[str]], Mapping[str, str]] | None,
+) -> None:
+    """The words of a manifest, with the signatures that they have: who of everybody does not sign is named in them as
+    gone, so the others are asked again. ask: as `Sealing.sign`.
+    """
+    there = list(there)
+    everybody = dict.fromkeys((*there, *everybody))
     while True:
         body = body_of({**said, "gone": [name for name in everybody if name not in there]})
-        found = sealing.sign(body, there) if there and sealing.sign else {}
+        found = ask(body, there) if there and ask else {}
         if all(name in found for name in there):
-            return body, {name: found[name] for name in there}
+            break
         there = [name for name in there if name in found]
+    signatures = {"": sign("manifest", body, coordinator), **{name: found[name] for name in there}}
+    replace_file(folder / NAME, b'{"manifest":' + body + b',"signatures":' + body_of(signatures) + b"}\n")
 
 
 def countersign(body: bytes, party: str, own: Owned, identity: Identity) -> str:
@@ -194,15 +205,16 @@ def digests(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.is_file() and inside.parts[0] not in {RECEIPTS, *_NOT_NAMED} and not path.name.endswith(".tmp"):
-            with path.open("rb") as file:
-                found[inside.as_posix()] = _digest(file)
+            found[inside.as_posix()] = digest_of(path)
     return found
 
 
-def _digest(file: Any) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
     found = sha256()
-    while part := file.read(1 << 20):
-        found.update(part)
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
     return found.hexdigest()
 
 

@@ -10,11 +10,26 @@ from typing import Any, NamedTuple
 
 from choral.privacy import Ledger
 from choral.protocols.crypto.identity import Identity
-from choral.trainers.run_folder.evidence.manifest import NAME, Owned, Sealing, claims_of, countersign, write_manifest
+from choral.trainers.run_folder.evidence.manifest import (
+    FORMAT,
+    NAME,
+    VERSION,
+    Owned,
+    Sealing,
+    claims_of,
+    code,
+    countersign,
+    digest_of,
+    write_manifest,
+    write_signed,
+)
 from choral.trainers.run_folder.evidence.receipts import FOLDER, at, read
 from choral.trainers.run_folder.evidence.rehearsal import Rehearsal
 from choral.trainers.run_folder.folder import ledger_file
 from choral.trainers.run_folder.run import Run
+
+STATISTICS = "statistics"
+"""The kind of a manifest, and of the algorithm in terms, where sites answered statistics and trained nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,38 @@ def seal(run: Run, rehearsal: Rehearsal | None = None, elsewhere: Signatories | 
         claims=known.claims,
     )
     write_manifest(folder, sealing, coordinator, rehearsal=elsewhere.rehearsal if elsewhere else not run.info.sites)
+
+
+def seal_statistics(files: Sequence[Path], elsewhere: Signatories, everybody: Sequence[str]) -> None:
+    """Write the manifest of statistics with sites, beside their files. everybody: the sites of the job.
+
+    What the ledgers cost is with the sites, whose receipts have their heads. Raises: EvidenceError.
+    """
+    said = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rehearsal": elsewhere.rehearsal,
+        "run": elsewhere.run,
+        "kind": STATISTICS,
+        "completed": 1,
+        "ended": "",
+        "files": {path.name: digest_of(path) for path in files},
+        "transcript": None,
+        "model": elsewhere.model,
+        "terms": elsewhere.terms,
+        "claims": claims_of(elsewhere.text),
+        "metrics": {},
+        "ledgers": {},
+        "parties": {
+            name: {"keys": list(own.keys), "receipts": own.receipts, "head": own.head}
+            for name, own in elsewhere.owned.items()
+        },
+        "coordinator": elsewhere.coordinator.public.hex(),
+        "gone": [],
+        "code": code(),
+    }
+    folder, there = files[0].parent, elsewhere.owned
+    write_signed(folder, said, elsewhere.coordinator, there=there, everybody=everybody, ask=elsewhere.sign)
 
 
 class _Known(NamedTuple):

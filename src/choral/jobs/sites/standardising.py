@@ -89,7 +89,7 @@ def compute(
         waits=waits_of(settings),
         say=say,
     )
-    opened, plan = asked.opened(), terms.shares
+    (opened, _), plan = asked.opened(), terms.shares
     if plan is None:
         raise ConfigError("means and deviations without noise")
     by = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
@@ -13,6 +14,7 @@ from choral.jobs.statistics import StatisticsSettings, job_of, statistic_of
 from choral.jobs.training import privacy_of, secure_sum_of
 
 if TYPE_CHECKING:
+    from choral.network import CertifiedIdentity
     from choral.network.coordinator.sites import Carrier
     from choral.network.site.offer import Offer
     from choral.privacy import Privacy, SharesPlan
@@ -50,26 +52,36 @@ def serve_statistics(
     carrier: Carrier,
     keys: Mapping[str, bytes],
     *,
-    coordinator: str,
+    coordinator: CertifiedIdentity,
     say: Callable[[str], None],
+    out: Path | None = None,
 ) -> FederatedStatistics:
-    """Compute them with the sites of the directory. Raises: ConfigError, OfferError; what ends a sum."""
+    """Compute them with the sites of the directory; with ``out``, write them there, and their manifest, which the sites
+    sign. Raises: ConfigError, OfferError; what ends a sum.
+    """
     from choral.network.coordinator.statistics import SitesStatistics
     from choral.trainers.analytics.federated_statistics import of_sites
+    from choral.trainers.run_folder.evidence.sealing import seal_statistics
 
     names = tuple(keys)
     terms, privacy = _terms(settings, names)
     asked = SitesStatistics(
-        offer=_offer(settings, names, terms, coordinator),
+        offer=_offer(settings, names, terms, coordinator.name),
         terms=terms,
         secure_sum=_sum(settings, names),
         carrier=carrier,
         keys=keys,
         waits=waits_of(job_of(settings)),
         say=say,
+        coordinator=None if out is None else coordinator,
+        rehearsal=settings.serve.rehearsal,
     )
-    found = of_sites(terms.packing, asked.opened(), privacy, parties=len(names), contributors=settings.contributors)
-    return replace(found, estimates={name: found.estimates[name] for name in settings.statistics})
+    opened, signatories = asked.opened()
+    found = of_sites(terms.packing, opened, privacy, parties=len(names), contributors=settings.contributors)
+    found = replace(found, estimates={name: found.estimates[name] for name in settings.statistics})
+    if out is not None and signatories is not None:
+        seal_statistics(found.save_in(out), signatories, names)
+    return found
 
 
 def terms_of_statistics(
