@@ -218,18 +218,11 @@ def budget(
         if steps == 0:
             raise _nothing_fits(_number(epsilon), delta, _number(noise_multiplier))
     count = int(_number(steps))
-    noise = (
-        noise_multiplier
-        if noise_multiplier is not None
-        else record_noise.noise_multiplier(
-            _number(epsilon), delta, sample_rate, count, neighbours=neighbours, others=False
-        )
-    )
-    if noise_multiplier is None:
-        noise = _first(
-            noise, at_least, 5, lambda z: _cost(_number(sample_rate), z, count, delta, neighbours), _number(epsilon)
-        )
-    elif not rate_given:
+    if noise_multiplier is not None:
+        noise = noise_multiplier
+    else:
+        noise = _least_noise(_number(epsilon), delta, sample_rate, count, neighbours)
+    if not rate_given:
         sample_rate = _first(
             sample_rate, at_most, 6, lambda q: _cost(q, noise, count, delta, neighbours), _number(epsilon)
         )
@@ -246,6 +239,11 @@ def budget(
         neighbours=neighbours,
         accountant=record_level.ACCOUNTANT if check else ACCOUNTANT,
     )
+
+
+def _least_noise(epsilon: float, delta: float, sample_rate: float, steps: int, neighbours: str) -> float:
+    noise = record_noise.noise_multiplier(epsilon, delta, sample_rate, steps, neighbours=neighbours, others=False)
+    return _first(noise, at_least, 5, lambda z: _cost(sample_rate, z, steps, delta, neighbours), epsilon)
 
 
 def _check_one_unknown(
