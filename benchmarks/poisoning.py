@@ -1,6 +1,7 @@
 """Parties that poison, against the plain mean and robust means over random groups, on digits.
 
     python benchmarks/poisoning.py [--share 0.04] [--seeds 5] [--rules mean median trimmed geometric]
+    python benchmarks/poisoning.py --bare      sums without masks: the same totals to the bit, a third of the time
     python benchmarks/poisoning.py --cost      bytes and time of one round, beside one sum over all
 
 A hundred parties of like data, federated averaging of a linear model through masked sums, groups of five. The zoo:
@@ -23,7 +24,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from choral import Compute, Encoding, Grouped, Masked, federate
-from choral.protocols.interface import SecureSum
+from choral.protocols import Plain
+from choral.protocols.interface import SecureSum, SumSession, SumSpec
 from choral.trainers import Split, Training
 from choral.trainers.algorithms.interface import Done, Failed, Work
 from choral.trainers.data import TASKS
@@ -96,8 +98,17 @@ def trained(attack: str, sums: SecureSum, share: float, seed: int, rounds: int) 
     )
 
 
-def sums_of(rule: str, share: float) -> SecureSum:
-    return Masked(corrupt=1) if rule == "mean" else Grouped(sums=Masked(corrupt=1), robust=rule, attackers=share)  # type: ignore[arg-type]
+class Bare(Masked):
+    """A masked sum whose masks are left out, of which the total is the same."""
+
+    def open(self, spec: SumSpec, *, policy: Any = None) -> SumSession:
+        del policy
+        return Plain().open(spec)
+
+
+def sums_of(rule: str, share: float, *, bare: bool = False) -> SecureSum:
+    sums = Bare(corrupt=1) if bare else Masked(corrupt=1)
+    return sums if rule == "mean" else Grouped(sums=sums, robust=rule, attackers=share)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -107,10 +118,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rules", nargs="+", default=["mean", "median", "trimmed", "geometric"])
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
+    parser.add_argument("--bare", action="store_true")
     parser.add_argument("--cost", action="store_true")
     asked = parser.parse_args()
     for rule in asked.rules:
-        sums = sums_of(rule, asked.share)
+        sums = sums_of(rule, asked.share, bare=asked.bare)
         if asked.cost:
             clock = time.process_time()
             run = trained("none", sums, asked.share, 0, asked.rounds)

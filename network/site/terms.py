@@ -134,7 +134,9 @@ def sum_record(secure_sum: SecureSum) -> dict[str, Any]:
     """What `sum_of` reads. Raises: OfferError for a sum of the user's own."""
     if not isinstance(secure_sum, Plain | Masked | Homomorphic):
         raise OfferError(f"a {type(secure_sum).__name__} cannot be offered: sites know plain, masked and homomorphic")
-    return {"kind": secure_sum.name, **asdict(secure_sum)}
+    fields = asdict(secure_sum)
+    fields.pop("block", None)  # of counts of contributors, which sites of their own refuse
+    return {"kind": secure_sum.name, **fields}
 
 
 def masks_of(secure_sum: Masked | Homomorphic) -> Masked:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.contributors import ContributorSession
@@ -30,7 +30,7 @@ from choral.protocols.masking.parameters import (
     least_threshold,
 )
 from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
-from choral.protocols.masking.policy import DRAWS, Policy
+from choral.protocols.masking.policy import DRAWS, Policy, check_policy
 from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
 
 
@@ -119,6 +119,8 @@ class Masked(DriverFactory):
         and a fraction, the default too, becomes what such a draw has but for 2^-40. Signed by the parties and stated.
     contributors: publish no coordinate to which fewer parties contribute, at least corrupt + 2: they are counted first,
         in a sum of their own whose result is a release (:mod:`choral.protocols.contributors`). In rehearsals alone.
+    block: so many coordinates in a row are counted together, such as the rows of an embedding. A party contributes to a
+        block only where none of them is zero; what it touches in part it leaves out.
 
     Guarantee: what ``server`` and up to ``corrupt`` parties see together is independent of the other survivors' vectors
     but for their sum, under the assumptions of docs/secure-sums.md. Unit: one vector of one round. The sum itself may
@@ -134,6 +136,7 @@ class Masked(DriverFactory):
     server: Literal["semi-honest", "malicious"] = "malicious"
     cohort: Literal["chosen", "random"] = "chosen"
     contributors: int | None = None
+    block: int = 1
 
     def __post_init__(self) -> None:
         checks.one_of(self.server, "server", SERVERS)
@@ -142,6 +145,9 @@ class Masked(DriverFactory):
         object.__setattr__(self, "min_survivors", smallest)
         least = checks.optional(self.contributors, "contributors", 2, messages.MAX_PARTIES)
         object.__setattr__(self, "contributors", least)
+        object.__setattr__(self, "block", checks.whole(self.block, "block", 1, 2**20))
+        if self.block > 1 and least is None:
+            raise SpecError("block without contributors", hint="Masked(contributors=5, block=16) counts by rows of 16")
         for name in ("corrupt", "dropouts"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.share(value, name))
@@ -254,18 +260,31 @@ class Masked(DriverFactory):
         if self.contributors is None:
             return MaskedSession(self, spec, policy)
         check_spec(spec)
+        own = None if policy is None else check_policy(policy)
 
         def adding(over: SumSpec) -> SumSession:
             """Opened over all of them or not at all."""
-            everyone = replace(self, contributors=None, min_survivors=len(over.parties), dropouts=0)
-            return MaskedSession(everyone, over, policy)
+            least = max(len(over.parties), 2 if own is None else own.minimum_cohort)
+            terms = _with(own, encoding=over.encoding, minimum_cohort=least)
+            return MaskedSession(self._of_everyone(over), over, terms)
 
         def counting(over: SumSpec) -> SumSession:
-            own = None if policy is None else replace(policy, encoding=over.encoding, wraps_at=over.wraps_at)
-            return MaskedSession(replace(self, contributors=None), over, own)
+            """Of words of counts, which have nothing to do with the bounds of values."""
+            words = {"maximum_bound": over.bound, "maximum_modulus_bits": over.modulus_bits, "maximum_weight": None}
+            counts = _with(own, encoding=over.encoding, wraps_at=over.wraps_at, **words)
+            return MaskedSession(replace(self, contributors=None, block=1), over, counts)
 
+        # What is refused of the second sum is refused now, before counts are released.
+        setup = self._of_everyone(spec).setup(spec, session=bytes(16))
+        if own is not None:
+            own.check_vector(setup.length, setup.bound, setup.modulus_bits, setup.encoding, setup.weight_bound)
         corrupt = self.parameters(len(spec.parties), spec.population).corrupt
-        return ContributorSession(spec, self.contributors, corrupt=corrupt, counting=counting, adding=adding)
+        return ContributorSession(
+            spec, self.contributors, corrupt=corrupt, counting=counting, adding=adding, block=self.block
+        )
+
+    def _of_everyone(self, over: SumSpec) -> Masked:
+        return replace(self, contributors=None, block=1, min_survivors=len(over.parties), dropouts=0)
 
     def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:
         del spec
@@ -283,3 +302,8 @@ class Masked(DriverFactory):
     def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
         self._refuse_contributors()
         return partial(MaskedServerDriver, self, spec)
+
+
+def _with(own: Policy | None, **terms: Any) -> Policy | None:
+    """A party's own terms, for another vector; None stays what the settings ask for."""
+    return None if own is None else replace(own, **terms)

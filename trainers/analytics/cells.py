@@ -124,6 +124,10 @@ class _CellsPart(Part):
         cell = self._cell_of(columns)
         return np.bincount(cell[cell >= 0], minlength=self.length).astype(np.int64)
 
+    def below(self, total: npt.NDArray[Any], least: float) -> tuple[int, tuple[str, ...]]:
+        few = [self.labels[at] for at in np.flatnonzero(total < least)]
+        return self.length, tuple(f"{word} {label}" for label in few for word in ("count", "share"))
+
     def read(self, total: npt.NDArray[Any], noise: Floats) -> dict[str, Estimated]:
         known = ~np.isinf(noise)
         counts, deviations = total.astype(np.float64), np.where(known, noise, 0.0)

@@ -32,3 +32,12 @@ class Estimated:
 
 
 UNKNOWN = Estimated(None, None, None)
+
+
+def false_publication(threshold: float, most: float, deviation: float) -> float:
+    """P(m + N(0, s^2) >= t): how often a cell of one contributor alone, who counts m at most, passes a threshold t.
+
+    deviation: s, of the noise of the cell's count. The noise is a sum of rounded or discrete Gaussians, whose tails
+    differ from this by less than rounding by half a step moves t.
+    """
+    return 0.5 * math.erfc((threshold - most) / (deviation * math.sqrt(2.0)))

@@ -17,14 +17,16 @@ their weights.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from choral.errors import ConfigError, DataError
-from choral.privacy import ClientPrivacy, Ledger, Privacy, Spent
+from choral.privacy import AdaptiveClip, ClientPrivacy, Ledger, Privacy, Spent
 from choral.privacy.accounting import record_level
 from choral.privacy.accounting.events import PoissonSampledGaussian
 from choral.privacy.client_level.client import HOLDER
@@ -33,6 +35,7 @@ from choral.privacy.ledgers.memory_notice import notice_memory
 from choral.privacy.ledgers.spending import spent_by_clients, spent_by_records
 from choral.protocols.interface import SecureSum
 from choral.trainers.analytics.columns import columns_of
+from choral.trainers.analytics.estimates import UNKNOWN, false_publication
 from choral.trainers.analytics.part import Packing, Statistic
 from choral.trainers.analytics.releases import OpenedSums, StatisticsRelease, contributes
 from choral.trainers.analytics.result import FederatedStatistics
@@ -52,6 +55,7 @@ def federated_statistics(
     secure_sum: SecureSum | str | None = None,
     ledgers: str | Path | Mapping[str, Ledger] | None = None,
     contributors: int | None = None,
+    threshold: float | None = None,
 ) -> FederatedStatistics:
     """Compute statistics over parties that keep their records, in one secure sum.
 
@@ -66,12 +70,15 @@ def federated_statistics(
         clients a folder (clients.jsonl) or ``ClientPrivacy(ledger=...)``. A training on the same ledgers composes.
     contributors: without noise, leave out each cell, and each statistic that has none, to which fewer parties
         contribute. How many contribute to each is counted first, and is a release of its own.
+    threshold: with noise, leave out each cell of a histogram, of categories or of a table whose noisy count of records
+        is below it: post-processing, which costs nothing. The result says how often a cell of one contributor passes.
 
     Guarantee: of one Gaussian mechanism (record_shares), or of ClientPrivacy, for all statistics together.
     Raises: ConfigError, DataError; BudgetExceededError, LedgerError (nothing was sent); ProtocolError.
     """
     check(parties, statistics, privacy, contributors)
     release = _release(parties, statistics, secure_sum_named(secure_sum), noisy=privacy is not None)
+    most = check_threshold(threshold, privacy, release.packing, max(release.records.values()))
     spent: dict[str, Spent] = {}
     if privacy is None:
         opened = release.exactly(contributors)
@@ -83,7 +90,7 @@ def federated_statistics(
         ledger = _clients_ledger(privacy, ledgers)
         opened = release.for_clients(privacy, ledger)
         spent = {HOLDER: spent_by_clients(ledger, privacy.delta)}
-    return FederatedStatistics(
+    found = FederatedStatistics(
         estimates=release.packing.read(opened.total, opened.noise),
         claim=_claim(privacy, opened, release, spent),
         releases=(*_releases(opened, contributors), *_shown(release, privacy, contributors)),
@@ -95,10 +102,17 @@ def federated_statistics(
         bytes_up=opened.traffic[0],
         bytes_down=opened.traffic[1],
     )
+    return found if threshold is None else above(threshold, most, found, release.packing, opened)
 
 
 def of_sites(
-    packing: Packing, opened: OpenedSums, privacy: Privacy | None, *, parties: int, contributors: int | None
+    packing: Packing,
+    opened: OpenedSums,
+    privacy: Privacy | None,
+    *,
+    parties: int,
+    contributors: int | None,
+    threshold: float | None = None,
 ) -> FederatedStatistics:
     """The result of parties at their own sites, whose ledgers are theirs. opened: by their coordinator."""
     if privacy is None:
@@ -109,9 +123,10 @@ def of_sites(
             f" result, with what up to {privacy.colluders} of the sites know: epsilon {privacy.epsilon:g} at delta"
             f" {privacy.delta:g}. What each site's data has spent in all, its own ledger says."
         )
+    most = check_threshold(threshold, privacy, packing, None)
     name, corrupt = opened.statement["name"], opened.statement["corrupt"]
     word = "" if contributors is None else " That rests on the coordinator, who tells the sites the counts."
-    return FederatedStatistics(
+    found = FederatedStatistics(
         estimates=packing.read(opened.total, opened.noise),
         claim=f"{claim} The sites' vectors were hidden by a {name} sum that withstands {corrupt} corrupt sites.",
         releases=tuple(f"{each}{word}" for each in _releases(opened, contributors)),
@@ -122,6 +137,43 @@ def of_sites(
         left_out=opened.left_out,
         bytes_up=opened.traffic[0],
         bytes_down=opened.traffic[1],
+    )
+    return found if threshold is None else above(threshold, most, found, packing, opened)
+
+
+def above(
+    threshold: float,
+    most: Mapping[str, float],
+    found: FederatedStatistics,
+    packing: Packing,
+    opened: OpenedSums,
+) -> FederatedStatistics:
+    """Leave out the cells whose noisy count is below the threshold. most: what one contributor counts in a cell of each
+    statistic.
+    """
+    estimates, chances = dict(found.estimates), dict[str, float]()
+    cells, few = 0, 0
+    for name, part in packing.parts.items():
+        at = packing.places[name]
+        if (judged := part.below(opened.total[at], threshold)) is None:
+            continue
+        count, hidden = judged
+        estimates[name] = {**estimates[name], **dict.fromkeys(hidden, UNKNOWN)}
+        chances[name] = false_publication(threshold, most[name], float(opened.noise[at][0]))
+        cells, few = cells + count, few + len(hidden) // 2
+    worst = max(chances.values(), default=0.0)
+    said = (
+        f"Left out: {few} of {cells} cells, whose count with noise is below {threshold:g}. A cell that has one"
+        f" contributor alone is shown with a probability of about {worst:.2g}. That is no part of epsilon and delta,"
+        " which hold for every cell whether it is shown or not."
+    )
+    return replace(
+        found,
+        estimates=estimates,
+        releases=(*found.releases, said),
+        left_out=few,
+        threshold=threshold,
+        false_publication=chances,
     )
 
 
@@ -182,11 +234,44 @@ def check(parties: Any, statistics: Any, privacy: Privacy | ClientPrivacy | None
     if privacy is not None:
         raise ConfigError(
             "contributors with noise: the cells are public, and whether a record is in one is what the noise hides",
-            hint="leave contributors out; to hide small cells, drop what is within a few standard errors of 0: this"
-            " costs nothing",
+            hint="threshold=... leaves out cells whose noisy count is small, which is post-processing, with no delta",
         )
     if contributors > len(parties):
         raise ConfigError(f"contributors is {contributors} of {len(parties)} parties: nothing would be left")
+
+
+def check_threshold(
+    threshold: float | None, privacy: Privacy | ClientPrivacy | None, packing: Packing, records: int | None
+) -> dict[str, float]:
+    """Return how much one contributor counts at most in a cell of each statistic. records: of the largest party.
+
+    Of a promise for records, that is a person with all of its records; for clients, a client after it was clipped.
+    Raises: ConfigError for a threshold without noise, or one that a contributor alone would reach without any.
+    """
+    if threshold is None:
+        return {}
+    arguments.number(threshold, "threshold", "records that a cell needs with noise, such as 30")
+    if privacy is None:
+        raise ConfigError(
+            "threshold without noise: whoever sees the exact counts sees the small ones too",
+            hint="contributors=... has the parties leave out what few of them contribute to",
+        )
+    most: dict[str, float] = {}
+    for name, at in packing.places.items():
+        if isinstance(privacy, Privacy):
+            most[name] = float(privacy.records_per_person or 1)
+        else:  # all of its norm may be in one cell
+            clip = math.inf if isinstance(privacy.clip, AdaptiveClip) else privacy.clip
+            most[name] = min(clip * float(packing.unit[at].max()), float(records or math.inf))
+    cells = [most[name] for name, part in packing.parts.items() if part.below(np.zeros(part.length), 0.0) is not None]
+    if not cells:
+        raise ConfigError("threshold without a histogram, categories or a table: there are no cells to leave out")
+    if not max(cells) < threshold < math.inf:
+        raise ConfigError(
+            f"threshold is {threshold:g}, and one contributor alone may count {max(cells):g} in a cell",
+            hint="that number and four standard errors of a count: then one in 30,000 such cells is shown",
+        )
+    return most
 
 
 def ledgers_of(given: str | Path | Mapping[str, Ledger] | None, names: tuple[str, ...]) -> dict[str, Ledger]:

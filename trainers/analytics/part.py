@@ -48,6 +48,13 @@ class Part(ABC):
         A coordinate whose noise is infinite was left out.
         """
 
+    def below(self, total: npt.NDArray[Any], least: float) -> tuple[int, tuple[str, ...]] | None:
+        """Return how many cells it shows one by one, and the estimates of those that count fewer than `least`; None
+        where it shows none.
+        """
+        del total, least
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic(ABC):

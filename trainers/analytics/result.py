@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,8 @@ class FederatedStatistics:
 
     claim: what is promised to whom, in words. releases: what became known besides, in words. survivors: the parties in
     the sum, of so many. spent: of each data owner, or of "clients"; empty without noise. left_out: coordinates that too
-    few parties contributed to. bytes_up, bytes_down: of the busiest party.
+    few parties contributed to, or cells that count less than `threshold` with noise. false_publication: by statistic,
+    how often a cell that one contributor alone has passes that threshold. bytes_up, bytes_down: of the busiest party.
     """
 
     estimates: Mapping[str, Mapping[str, Estimated]]
@@ -39,6 +40,8 @@ class FederatedStatistics:
     left_out: int
     bytes_up: int
     bytes_down: int
+    threshold: float | None = None
+    false_publication: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Mapping[str, Estimated]:
         return self.estimates[name]
@@ -78,6 +81,8 @@ class FederatedStatistics:
             "parties": self.parties,
             "survivors": list(self.survivors),
             "left_out": self.left_out,
+            "threshold": self.threshold,
+            "false_publication": dict(self.false_publication),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "spent": {name: spent.to_json() for name, spent in self.spent.items()},

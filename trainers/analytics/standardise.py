@@ -155,7 +155,7 @@ def _plain_sum(secure_sum: SecureSum | None) -> SecureSum:
 
     chosen = secure_sum.sums if isinstance(secure_sum, Grouped) else secure_sum
     if isinstance(chosen, Masked) and chosen.contributors is not None:
-        return replace(chosen, contributors=None)
+        return replace(chosen, contributors=None, block=1)
     return chosen or Plain()
 
 

@@ -290,7 +290,8 @@ def check_contributors(
     if privacy is not None:
         raise ConfigError(
             "contributors with differential privacy: noise is not zero anywhere, so every party contributes to all",
-            hint="leave contributors out; client-level noise hides whether one party contributes",
+            hint="leave contributors out: all coordinates are published whatever the data are, each with noise for a"
+            " whole vector, so which are published tells nothing, and costs no delta (docs/secure-sums.md)",
         )
     if algorithm.kind not in ("fedavg", "fedprox", "fedadam", "fedyogi"):
         raise ConfigError(

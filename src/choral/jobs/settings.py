@@ -86,6 +86,9 @@ class SumSettings:
     contributors: int | None = None
     """Of a masked sum: leave out coordinates to which fewer parties contribute. How many do is then known to all. In
     rehearsals alone, without noise and weight decay."""
+    block: int = 1
+    """Of contributors: so many coordinates in a row are counted together, such as the rows of an embedding; a party
+    leaves out what it touches in part."""
     robust: Literal["median", "trimmed", "geometric"] | None = None
     """Sum in random groups, and join the groups' means by this rule, which a minority of groups cannot move far. Hides
     a party among its group alone. In rehearsals alone."""

@@ -68,6 +68,8 @@ class StatisticsSettings:
     """Folder of ledgers for the life of the data, one for each data owner."""
     contributors: int | None = None
     """Without noise: what fewer parties contribute to is left out. How many contribute is then released."""
+    threshold: float | None = None
+    """With noise: cells whose noisy count of records is below it are left out of the result."""
     statistics: dict[str, StatisticSettings] = field(default_factory=dict)
     """What is computed, by name."""
     sites: SitesSettings = field(default_factory=SitesSettings)
@@ -93,6 +95,7 @@ def run_statistics(settings: StatisticsSettings, *, base: Path, out: Path | None
         secure_sum=secure_sum_of(job, Arm()),
         ledgers=ledgers,
         contributors=settings.contributors,
+        threshold=settings.threshold,
     )
 
 

@@ -388,7 +388,7 @@ def _hiding_sum_of(settings: Settings, arm: Arm) -> SecureSum:
     terms: dict[str, Any] = {name: getattr(chosen, name) for name in ("min_survivors", "corrupt", "dropouts", "cohort")}
     if (arm.secure_sum or chosen.kind) == "homomorphic":
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
-    return Masked(server=chosen.server or "malicious", contributors=chosen.contributors, **terms)
+    return Masked(server=chosen.server or "malicious", contributors=chosen.contributors, block=chosen.block, **terms)
 
 
 def unit_of(settings: Settings, arm: Arm) -> Unit:

@@ -75,6 +75,15 @@ def test_equal_to_the_last_bit_to_plain_arithmetic(records: list[tuple[float, fl
     for first, second, label in ((ages, ages, "age, age"), (ages, stays, "age, stay"), (stays, stays, "stay, stay")):
         value = found["both"][f"covariance {label}"].value
         assert value == pytest.approx(exact_covariance(first, second), rel=1e-14, abs=1e-300)
+    varied = exact_covariance(ages, ages) > 0 and exact_covariance(stays, stays) > 0
+    correlation = found["both"]["correlation age, stay"].value
+    assert correlation == (pytest.approx(np.corrcoef(ages, stays)[0, 1], abs=1e-9) if varied else None)
+    ordered, width = np.sort(ages), 120 / 16384  # the median of bins lies within one of a middle value of records
+    median = found["quartiles"]["quantile 0.5"].value
+    assert median is not None
+    assert ordered[(len(ages) - 1) // 2] - width <= median <= ordered[len(ages) // 2] + width
+    for name, statistic in found.estimates.items():
+        assert not any(word in label for label in statistic for word in ("min", "max", "least", "largest")), name
     counts = np.histogram(ages, [0, 18, 65, 120])[0]
     assert [found["age bins"][f"count {c}"].value for c in ("[0, 18)", "[18, 65)", "[65, 120]")] == counts.tolist()
     for sex in ("f", "m", "other"):

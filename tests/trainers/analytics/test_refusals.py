@@ -60,6 +60,9 @@ def test_statistics_out_of_range(statistic: Any, said: str) -> None:
     [
         ({"privacy": Privacy(1.0, 1e-4)}, "noise"),
         ({"privacy": SHARES, "contributors": 2}, "cells are public"),
+        ({"threshold": 20.0}, "threshold without noise"),
+        ({"privacy": SHARES, "threshold": 20.0}, "no cells to leave out"),
+        ({"privacy": SHARES, "threshold": float("nan")}, "threshold"),
         ({"contributors": 3}, "nothing would be left"),
         ({"contributors": 1}, "contributors >= 2"),
         ({"privacy": SHARES, "ledgers": {"a": Ledger()}}, "no Ledger for 'b'"),
@@ -72,6 +75,16 @@ def test_statistics_out_of_range(statistic: Any, said: str) -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         federated_statistics(TWO, {"x": Mean(0, 8)}, **options)
+
+
+@pytest.mark.parametrize(("people", "threshold"), [(None, 1.0), (4, 4.0), (None, float("inf")), (None, -5.0)])
+def test_a_threshold_is_above_what_one_person_counts(people: int | None, threshold: float) -> None:
+    """Refused before anything is paid for."""
+    promise = Privacy(1.0, 1e-4, noise="distributed", records_per_person=people)
+    ledgers = {name: Ledger() for name in "ab"}
+    with pytest.raises(ConfigError, match=r"one contributor alone may count|threshold"):
+        federated_statistics(TWO, {"x": Histogram([0, 4, 8])}, privacy=promise, threshold=threshold, ledgers=ledgers)
+    assert all(not ledger.events for ledger in ledgers.values())
 
 
 def test_one_party_is_no_federation_and_nothing_is_no_question() -> None:

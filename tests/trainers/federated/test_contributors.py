@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral import ClientPrivacy, ConfigError, Keep, Masked, Privacy, Task, audit, federate
+from choral import ClientPrivacy, ConfigError, Keep, Masked, Participation, Privacy, Task, audit, federate
+from choral.trainers import Training
+from choral.trainers.data.generators import sparse_posts
+from choral.trainers.data.sets.convex import Problem, convex_task
 
 SUMS = Masked(corrupt=1, dropouts=1, min_survivors=3, contributors=3)
 
@@ -104,6 +108,31 @@ def test_the_audit_counts_what_single_parties_would_have_given_away() -> None:
     assert federate(task(), parties(), rounds=1).history[1].contributed is None  # a plain sum hides nothing
     noisy = federate(task(), parties(), rounds=1, secure_sum=Masked(corrupt=1), privacy=Privacy(3.0, 1e-3))
     assert noisy.history[1].contributed is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cohort", [20, 50, 100])
+def test_words_of_single_authors_are_not_published_at_a_bit_a_coordinate_at_most(cohort: int) -> None:
+    """Made-up posts of 1,000 authors, 20,002 words, two rounds. Without the threshold, words of one author are."""
+    made = sparse_posts(parties=1000, seed=0)
+    problem = Problem(made.parties, made.tests, 1e-6)
+    training = Training(learning_rate=0.1, batch_size=20, local_epochs=1, weight_decay=0.0)
+    posts = convex_task(problem, made.parties, training)
+    posts = dataclasses.replace(posts, evaluate=lambda model: 0.0, references=None, min_classes=1)
+    found = {}
+    for least in (None, 5):
+        sums = Masked(corrupt=3, contributors=least)
+        run = federate(posts, rounds=2, secure_sum=sums, participation=Participation(cohort=cohort))
+        found[least] = run.history[1:]
+    for entry in found[None]:
+        assert entry.contributed is not None
+        assert entry.contributed["shown_one"] > 0
+    for entry, bare in zip(found[5], found[None], strict=True):
+        assert entry.contributed is not None
+        assert entry.contributed["one"] > 0
+        assert entry.contributed["shown_one"] == entry.contributed["shown_few"] == 0
+        assert entry.contributed["moved"] > entry.contributed["few"]
+        assert entry.bytes_up + entry.bytes_down < bare.bytes_up + bare.bytes_down + 20_002 / 8
 
 
 def test_a_sum_that_shows_what_it_promised_to_leave_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,11 +60,12 @@ def serve_statistics(
     sign. Raises: ConfigError, OfferError; what ends a sum.
     """
     from choral.network.coordinator.statistics import SitesStatistics
-    from choral.trainers.analytics.federated_statistics import of_sites
+    from choral.trainers.analytics.federated_statistics import check_threshold, of_sites
     from choral.trainers.run_folder.evidence.sealing import seal_statistics
 
     names = tuple(keys)
     terms, privacy = _terms(settings, names)
+    check_threshold(settings.threshold, privacy, terms.packing, None)  # before anything is paid for
     asked = SitesStatistics(
         offer=_offer(settings, names, terms, coordinator.name),
         terms=terms,
@@ -77,7 +78,14 @@ def serve_statistics(
         rehearsal=settings.serve.rehearsal,
     )
     opened, signatories = asked.opened()
-    found = of_sites(terms.packing, opened, privacy, parties=len(names), contributors=settings.contributors)
+    found = of_sites(
+        terms.packing,
+        opened,
+        privacy,
+        parties=len(names),
+        contributors=settings.contributors,
+        threshold=settings.threshold,
+    )
     found = replace(found, estimates={name: found.estimates[name] for name in settings.statistics})
     if out is not None and signatories is not None:
         seal_statistics(found.save_in(out), signatories, names)

@@ -82,6 +82,17 @@ def test_two_flippers_turn_the_mean_around_and_not_the_robust_one(rule: str) -> 
     assert accuracy(dataclasses.replace(SUMS, robust=rule), poisoned=True) > clean - 0.03
 
 
+def test_a_trimmed_mean_withstands_a_quarter_of_the_groups() -> None:
+    """Two of eight groups are spoiled at the most, and two of eight are cut off at either end."""
+    parties = PARTIES | {f"p{at:02}": points(30, at) for at in range(20, 32)}
+    sums = dataclasses.replace(SUMS, robust="trimmed")
+    compute = Compute(engine=lambda resident: Flipping(Direct(resident)))
+    found = federate(TASK, parties, rounds=3, secure_sum=sums, compute=compute)
+    assert found.info.secure_sum is not None
+    assert found.info.secure_sum["groups_withstood"] == 2
+    assert found.metrics["accuracy"] > 0.92
+
+
 def test_it_works_with_noise_at_each_party() -> None:
     assert accuracy(SUMS, poisoned=True, privacy=Privacy(50.0, 1e-3)) > 0.9
 
