@@ -122,6 +122,24 @@ def test_figures_as_json(tmp_path: Path, capsys: Any) -> None:
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/report.html").stat().st_size > 10_000
     assert "no violation found" in capsys.readouterr().out
+    page, made = tmp_path / "run" / "report.html", tmp_path / "run" / "report.json"
+    check, drawn, saved = ["report", str(tmp_path / "run"), "--check"], page.read_bytes(), made.read_bytes()
+    assert main(check) == 0
+    for path, edited, said in (
+        (page, drawn.replace(b"</h1>", b" (held)</h1>", 1), "report.html is not the page that is drawn from"),
+        (page, drawn + b"<script>1</script>", "report.html is not the page that is drawn from"),
+        (made, saved.replace(b'"title"', b'"title": "Another", "title"', 1), "report.json is not as Choral writes it"),
+    ):
+        capsys.readouterr()
+        path.write_bytes(edited)
+        assert main(check) == 1
+        assert said in capsys.readouterr().out
+        page.write_bytes(drawn)
+        made.write_bytes(saved)
+    assert main(check) == 0
+    page.unlink()
+    assert main(check) == 2
+    capsys.readouterr()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "card.md"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format"] == "choral-report"
     assert (tmp_path / "card.md").read_text().startswith("#")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,8 @@ class ReportFlags:
     """File to draw: .html, .md, or .svg (curves of a comparison); by default report.html beside report.json."""
     full: bool = False
     """Open all details in the HTML of a comparison, so that they are printed, too."""
+    check: bool = False
+    """Draw nothing: is the page that is there the one that is drawn from the JSON? Exit code 1 if it is not."""
     json: bool = False
     """Print the report as JSON, and nothing else."""
     quiet: bool = False
@@ -38,9 +41,11 @@ class ReportFlags:
 
 
 def report(words: list[str]) -> int:
-    """Return the exit code that the command which made the report ended with."""
+    """Return the exit code that the command which made the report ended with; with --check, whether the page holds."""
     wanted = parse("report", words, ReportFlags)
     file = _file(wanted.folder)
+    if wanted.check:
+        return _check(file, wanted.out or file.with_suffix(".html"))
     if file.name == STATISTICS:
         return _statistics(file, wanted)
     found = _read(file)
@@ -72,6 +77,32 @@ def _statistics(file: Path, wanted: ReportFlags) -> int:
         print(found.table())
         print(f"report: {drawn}")
     return 0
+
+
+def _check(file: Path, page: Path) -> int:
+    """Hold a page against the one that is drawn of its JSON. Raises: ConfigError for a page that is not there."""
+    from choral.audits import Comparison
+    from choral.trainers import FederatedStatistics
+    from choral.trainers.run_folder.info import versions
+
+    if page.suffix != ".html" or not page.is_file():
+        raise ConfigError(f"no page at {page}", hint="name a report.html, or leave --out out")
+    found = FederatedStatistics.load(file) if file.name == STATISTICS else _read(file)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = [found.save(Path(folder) / "page.html").read_bytes()]
+        if isinstance(found, Comparison):
+            drawn.append(found.save(Path(folder) / "full.html", full=True).read_bytes())
+        same = found.save(Path(folder) / "page.json").read_bytes() == file.read_bytes()
+    wrong = [] if same else [f"{file.name} is not as Choral writes it: it was edited"]
+    wrong += [] if page.read_bytes() in drawn else [f"{page.name} is not the page that is drawn from {file.name}"]
+    for each in wrong:
+        print(f"DOES NOT HOLD: {each}")
+    made = getattr(found, "versions", {}).get("choral")
+    if wrong and made not in (None, versions()["choral"]):
+        print(f"  it was made by Choral {made}, which writes and draws in its own way: check it with that")
+    if not wrong:
+        print(f"Holds: {page.name} is what is drawn from {file.name}, which choral verify holds against manifests.")
+    return 1 if wrong else 0
 
 
 def _drawn(found: Audit | Comparison, path: Path, full: bool) -> Path:
