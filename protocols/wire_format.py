@@ -73,15 +73,18 @@ def read(kind: Any, raw: bytes, *, sender: str, limit: int) -> Any:
     return message
 
 
-def claims_to_be(kind: type[Message], raw: object) -> bool:
-    """Whether these bytes begin as every message of this kind does; whether they are one, :func:`read` says."""
-    return isinstance(raw, bytes) and raw.startswith(_beginning(kind))
+def claims_to_be(kinds: type[Message] | tuple[type[Message], ...], raw: object) -> bool:
+    """Whether these bytes begin as every message of one of the kinds does; whether they are one, :func:`read` says."""
+    return isinstance(raw, bytes) and raw.startswith(_beginnings(kinds))
 
 
 @cache
-def _beginning(kind: type[Message]) -> bytes:
-    fields = [None] * len(kind.__struct_fields__)  # of a byte each
-    return bytes([VERSION]) + _encoder.encode([kind.__struct_config__.tag, *fields])[: -len(fields)]
+def _beginnings(kinds: type[Message] | tuple[type[Message], ...]) -> tuple[bytes, ...]:
+    found = []
+    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+        fields = [None] * len(kind.__struct_fields__)  # of a byte each
+        found.append(bytes([VERSION]) + _encoder.encode([kind.__struct_config__.tag, *fields])[: -len(fields)])
+    return tuple(found)
 
 
 @cache

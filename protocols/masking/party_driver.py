@@ -109,7 +109,7 @@ class MaskedPartyDriver:
         self._replies = Replies(kept=context.repeats)
         self._joined: dict[bytes, None] = {}
         self._setup: messages.SumSetup | None = None
-        self._raw_setup = b""
+        self._raw_setup, self._longest, self._alike = b"", 0, (messages.SumSetup, *self.opens)
         self._opening: Any = None  # the state of a session that is being opened
         self._membership: Membership | None = None
         self._member: Member | None = None
@@ -163,8 +163,9 @@ class MaskedPartyDriver:
         """
         if not isinstance(raw, bytes):
             raise MessageError("the server", f"expected a message as bytes, got a {type(raw).__name__}")
-        if len(raw) > self._limit():
-            raise MessageError("the server", f"expected a message of at most {self._limit()} bytes, got {len(raw)}")
+        self._longest = self._longest or self._limit()
+        if len(raw) > self._longest:
+            raise MessageError("the server", f"expected a message of at most {self._longest} bytes, got {len(raw)}")
         key = Replies.key(raw)
         if (known := self._replies.get(key)) is not None:
             self._check_live()
@@ -182,9 +183,8 @@ class MaskedPartyDriver:
     def _read(self, raw: bytes) -> Any:
         """What opens a session comes to all parties alike, and those of this process read it once."""
         message = partial(read, self.known, raw, sender=SERVER, limit=len(raw))
-        if any(claims_to_be(kind, raw) for kind in (messages.SumSetup, *self.opens)):
-            return self.policy.signatures.once(("read", self.known, raw), message)
-        return message()
+        alike = claims_to_be(self._alike, raw)
+        return self.policy.signatures.once(("read", self.known, raw), message) if alike else message()
 
     def _limit(self) -> int:
         """No message that this party may be sent is longer."""
@@ -238,7 +238,7 @@ class MaskedPartyDriver:
         return self.policy
 
     def _hold(self, setup: messages.SumSetup, raw: bytes) -> None:
-        self._setup, self._raw_setup = setup, raw
+        self._setup, self._raw_setup, self._longest = setup, raw, 0
         self._opening = self._membership = self._member = self._early = self._round = None
         self._last = 0
 

@@ -56,7 +56,7 @@ class Keys:
 
 @dataclass(frozen=True, repr=False)
 class _Shared:
-    """By neighbour that takes part: pairs, mask seeds; channels, X25519 secrets to open its packet; masks, public mask
+    """By neighbour that takes part: pairs, mask seeds; channels, what opens its packet; masks, public mask
     keys. seed: of the self-mask.
     """
 
@@ -150,7 +150,8 @@ class Advertised(Once[Keys]):
             for peer, mask in masks.items()
         }
         channels = {
-            entry.party: agree(opening, entry.transport, setup.roster[entry.party]) for entry in message.entries
+            entry.party: signing.channel(agree(opening, entry.transport, setup.roster[entry.party]), member.session)
+            for entry in message.entries
         }
         seed = randomness(32)
         holders = [*peers, me] if setup.complete else peers
@@ -331,7 +332,7 @@ def _packet(
     session, me = member.session, member.index
     seed_hash = signing.share_hash(session, number, "seed", me, peer, seed_share)
     key_hash = signing.share_hash(session, number, "key", me, peer, key_share)
-    key = signing.seal_key(channel, session, number, me, peer, public)
+    key = signing.seal_key(channel, number, me, peer, public)
     data = signing.seal_data(session, number, me, peer, seed_hash, key_hash)
     return messages.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
 
@@ -339,7 +340,7 @@ def _packet(
 def _open(shared: _Shared, packet: messages.Packet) -> _Held | None:
     """The two shares, or None unless they are what the packet commits to, sealed by its sender for this party."""
     session, me, peer, number = shared.member.session, shared.member.index, packet.party, shared.number
-    key = signing.seal_key(shared.channels[peer], session, number, peer, me, shared.masks[peer])
+    key = signing.seal_key(shared.channels[peer], number, peer, me, shared.masks[peer])
     data = signing.seal_data(session, number, peer, me, packet.seed_hash, packet.key_hash)
     try:
         shares = unseal(key, NONCE, packet.sealed, data)

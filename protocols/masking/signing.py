@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
-from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_sha256
+from choral.protocols.crypto.keys import ed25519_sign, ed25519_verify, hkdf_expand, hkdf_extract, hkdf_sha256
 
 T = TypeVar("T")
 
@@ -21,6 +21,10 @@ def digest(label: str, *parts: bytes | int) -> bytes:
     framed = [_framed(label)]
     for part in parts:
         framed += (_number(part),) if isinstance(part, int) else (_length(len(part)), part)
+    return _hashed(*framed)
+
+
+def _hashed(*framed: bytes) -> bytes:
     return hashlib.sha256(b"".join(framed)).digest()
 
 
@@ -77,7 +81,10 @@ def hello(setup: bytes, party: int, commitment: bytes) -> bytes:
 
 
 def advertise(session: bytes, number: int, party: int, mask: bytes, transport: bytes) -> bytes:
-    return digest("advertise", session, number, party, mask, transport)
+    """``digest("advertise", session, number, party, mask, transport)``; like others below it is made for every pair of
+    parties in every round, and so without a loop."""
+    beginning = _of_round("advertise", session, number)
+    return _hashed(beginning, _number(party), _length(len(mask)), mask, _length(len(transport)), transport)
 
 
 def begun(begin: bytes) -> bytes:
@@ -95,8 +102,8 @@ def seed_commitment(session: bytes, number: int, party: int, seed: bytes) -> byt
 
 def share_hash(session: bytes, number: int, kind: str, dealer: int, holder: int, share: bytes) -> bytes:
     """A commitment to one share; hiding, for the share is uniform in a field of 2^256 elements to others."""
-    framed = (_of_round(f"share/{kind}", session, number), _number(dealer), _number(holder), _length(len(share)), share)
-    return hashlib.sha256(b"".join(framed)).digest()
+    beginning = _of_round(f"share/{kind}", session, number)
+    return _hashed(beginning, _number(dealer), _number(holder), _length(len(share)), share)
 
 
 def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int, begun: bytes = NO_BEGIN) -> bytes:
@@ -104,21 +111,30 @@ def pair_seed(shared: bytes, session: bytes, number: int, one: int, other: int, 
 
     Two that were shown different Begins have different ones: their masks do not cancel, whatever the server does next.
     """
-    info = digest("mask", number, min(one, other), max(one, other), begun)
+    low, high = (one, other) if one < other else (other, one)
+    info = _hashed(_framed("mask"), _number(number), _number(low), _number(high), _length(len(begun)), begun)
     return hkdf_sha256(shared, salt=session, info=info, length=32)
 
 
-def seal_key(shared: bytes, session: bytes, number: int, sender: int, receiver: int, mask: bytes) -> bytes:
+def channel(shared: bytes, session: bytes) -> bytes:
+    """What two parties seal their packets to each other under in one round, extracted from the X25519 secret of their
+    transport keys, both fresh."""
+    return hkdf_extract(shared, session)
+
+
+def seal_key(channel: bytes, number: int, sender: int, receiver: int, mask: bytes) -> bytes:
     """The key for the one packet from ``sender`` to ``receiver`` in this round.
 
-    shared: the X25519 secret of their transport keys of this round, both fresh. The sender's mask key is part of it
-    too, so that the key is fresh whenever the shares in the packet are, whatever the receiver does with its own key.
+    The sender's mask key is part of it too, so that the key is fresh whenever the shares in the packet are, whatever
+    the receiver does with its own key.
     """
-    return hkdf_sha256(shared, salt=session, info=digest("seal", number, sender, receiver, mask), length=32)
+    beginning = (_framed("seal"), _number(number))
+    return hkdf_expand(channel, _hashed(*beginning, _number(sender), _number(receiver), _length(len(mask)), mask), 32)
 
 
 def seal_data(session: bytes, number: int, sender: int, receiver: int, seed_hash: bytes, key_hash: bytes) -> bytes:
-    return digest("packet", session, number, sender, receiver, seed_hash, key_hash)
+    beginning = (_of_round("packet", session, number), _number(sender), _number(receiver))
+    return _hashed(*beginning, _length(len(seed_hash)), seed_hash, _length(len(key_hash)), key_hash)
 
 
 class Signatures:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from choral.protocols import Masked, SumSpec
-from choral.protocols.crypto.keys import ed25519_public
+from choral.protocols.crypto.keys import ed25519_public, hkdf_sha256
 from choral.protocols.crypto.mask_stream import expand
 from choral.protocols.masking import signing
 from choral.protocols.masking.mask_addition import masked, masked_on_device
@@ -140,3 +140,19 @@ def test_what_was_accepted_two_rounds_ago_is_verified_again(monkeypatch: pytest.
     assert not accepted.valid(public, b"y", signature)
     accepted.forget()
     assert not accepted.valid(public, b"x", signature)
+
+
+def test_what_is_hashed_for_every_pair_is_hashed_as_the_page_says() -> None:
+    """Written without a loop, it is the one digest of its label and parts, and the one HKDF of its secret."""
+    s, a, b = (bytes([letter]) * 32 for letter in b"sab")
+    number, one, other = 7, 3, 12
+    assert signing.advertise(s, number, one, a, b) == signing.digest("advertise", s, number, one, a, b)
+    assert signing.seal_data(s, number, one, other, a, b) == signing.digest("packet", s, number, one, other, a, b)
+    hashed = signing.share_hash(s, number, "key", one, other, a + b"!")
+    assert hashed == signing.digest("share/key", s, number, one, other, a + b"!")
+    info = signing.digest("seal", number, one, other, b)
+    sealed = signing.seal_key(signing.channel(a, s), number, one, other, b)
+    assert sealed == hkdf_sha256(a, salt=s, info=info, length=32)
+    for first, second in ((one, other), (other, one)):
+        info = signing.digest("mask", number, one, other, b)
+        assert signing.pair_seed(a, s, number, first, second, b) == hkdf_sha256(a, salt=s, info=info, length=32)
