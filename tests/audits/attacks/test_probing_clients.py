@@ -105,7 +105,9 @@ def test_a_broken_engine_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
     """That a client of distributed noise is clipped too late needs no probe: the encoder itself refuses it."""
     promise, fault = FAULTS[name]
     fault(monkeypatch)
-    found = probe_clients(promise)
+    found = probe_clients(
+        promise, length=4000 if name.endswith("percent less") else 1500
+    )  # chance hides 2 % once in 1e10
     assert any(check.violated for check in found.checks), found.sentence
     assert found.violated
 
