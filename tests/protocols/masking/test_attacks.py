@@ -787,7 +787,7 @@ def test_a_packet_whose_shares_are_not_those_committed_to(network: Make) -> None
                 return sealed
             bad = {"seed_share": seed_share, "key_share": key_share}
             bad[field] = flip(bad[field])
-            key = signing.seal_key(channel, member.session, number, 1, peer, public)
+            key = signing.seal_key(channel, number, 1, peer, public)
             data = signing.seal_data(member.session, number, 1, peer, sealed.seed_hash, sealed.key_hash)
             return with_(
                 sealed, sealed=party_round.seal(key, party_round.NONCE, bad["seed_share"] + bad["key_share"], data)
