@@ -187,12 +187,25 @@ def test_the_parties_sign_which_coordinates_are_left() -> None:
 
 def test_a_policy_of_values_takes_words_of_counts() -> None:
     """Which are larger than any value, and no values."""
-    spec = replace(SPEC, weight_bound=9)
-    policy = replace(FEW.policy(spec), encoding=spec.encoding)
-    summing = FEW.open(spec, policy=policy).begin()
+    spec = replace(SPEC, length=60, weight_bound=9)
+    session = FEW.open(spec, policy=replace(FEW.policy(spec), encoding=spec.encoding))
+    assert session.counting.spec.bound > 2**40  # type: ignore[attr-defined]
+    summing = session.begin()
     for name, vector in only_a().items():
+        summing.submit(name, np.append(np.repeat(vector, [1, 1, 1, 1, 55]), 9))
+    assert summing.finish().total.tolist() == [0, 0, 15, 30, *[0] * 55, 54]
+
+
+def test_the_last_coordinate_stays_the_weight() -> None:
+    """Also where it is dropped itself: what would be last is a value, beyond what a weight may be."""
+    spec = replace(SPEC, length=2000, weight_bound=7)
+    summing = FEW.open(spec).begin()
+    for name in NAMES:
+        vector = np.zeros(2000, dtype=np.int64)
+        vector[3], vector[-1] = 900, name == "a"
         summing.submit(name, vector)
-    assert summing.finish().total.tolist() == [0, 0, 15, 30, 0]
+    total = summing.finish().total
+    assert (total[3], total[-1], int((total != 0).sum())) == (5400, 0, 1)
 
 
 def test_a_policy_that_refuses_the_values_does_so_before_anything_is_counted() -> None:
