@@ -357,11 +357,12 @@ def test_nothing_that_a_party_keeps_opens_a_packet_of_a_past_round(network: Make
     first = sent_up(net, "advertise")["p0"]
     transport = next(secret for secret in drawn if len(secret) == 32 and x25519_public(secret) == first.transport)
     assert transport != next(secret for secret in drawn if len(secret) == 32 and x25519_public(secret) == first.mask)
-    channel = x25519_shared(transport, sent_up(net, "advertise")["p1"].transport)
+    agreed = x25519_shared(transport, sent_up(net, "advertise")["p1"].transport)
+    channel = signing.channel(agreed, net.session.terms.session)
     assert channel in everything_in(states["p0"], set())
     ready = states["p0"].receive(stage.close()[1]["p0"])
     for kept in (ready, net.members["p0"]):
-        assert not {transport, channel} & everything_in(kept, set())
+        assert not {transport, agreed, channel} & everything_in(kept, set())
     [(membership, _)] = net.members["p0"]._content
     assert membership.session in everything_in(net.members["p0"], set())  # the search does find what is there
     net.round(VECTORS)
