@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ENGINES = flower nvflare
 
-.PHONY: docs demo test test-all test-engines test-lowest check coverage mutants gpu clean
+.PHONY: accessibility docs demo test test-all test-engines test-lowest check coverage mutants gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -52,6 +52,11 @@ WHEELS ?= wheels
 gpu:
 	[ ! -d $(WHEELS) ] || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu $(WHEELS)/*.whl
 	PYTHONPATH=src:build/gpu:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py $(GPU)
+
+# The report of the demo against WCAG 2.2, by axe-core from npm in Chromium: desk, phone, dark, print; at most 12 pages.
+accessibility: $(VENV)/.test
+	npm install --no-save --no-audit --no-fund --prefix build/axe axe-core@4.14.1
+	$(BIN)/python tests/accessibility.py build/axe/node_modules/axe-core/axe.min.js $(OUT)/report.html
 
 # The site, with its notebooks executed; links are checked, and a warning is an error. build/site/index.html is it.
 docs: $(VENV)/.docs
