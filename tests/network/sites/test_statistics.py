@@ -61,8 +61,12 @@ def test_without_noise_sites_find_what_one_process_does(tmp_path: Path) -> None:
 
 def test_with_noise_each_sites_ledger_pays_once(tmp_path: Path) -> None:
     federation = with_files(private_sites(tmp_path, "record"), strict=True)
-    settings = settings_of(federation, privacy=PRIVATE, secure_sum=SHARED)
+    settings = settings_of(federation, privacy=PRIVATE, secure_sum=SHARED, threshold=60.0)
     found = computed(federation, settings)
+    shown = [each.value for label, each in found["label"].items() if label.startswith("count")]
+    assert all(value is None or value >= 60.0 for value in shown)
+    assert found.left_out == shown.count(None)
+    assert (found.threshold, set(found.false_publication)) == (60.0, {"label"})
     exact = np.concatenate([records_of(name) for name in federation.names])
     mean = found["0"]["mean"]
     assert abs(mean.value - exact[:, 0].mean()) < 6 * mean.noise
@@ -85,6 +89,8 @@ def test_a_cell_of_one_site_is_left_out_by_the_sites(tmp_path: Path) -> None:
     assert found["rare"]["count x"].value is None
     assert found.left_out == 2  # and one more, from which it could be computed
     assert "rests on the coordinator" in found.releases[0]
+    with pytest.raises(ConfigError, match="threshold without noise"):  # before any site is asked
+        computed(federation, settings_of(federation, statistics=RARE, threshold=5.0))
     without = computed(federation, settings_of(federation, statistics=RARE))
     assert without["rare"]["count x"].value == 1.0
     lost = Direct(federation)
