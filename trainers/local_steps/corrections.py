@@ -45,7 +45,7 @@ def corrected(
             hint="use SGD or Adam, or FedAvg",
         )
     steps = OptimizerSteps()
-    correction = _Correction(optimizer, layout, work, start)
+    correction = _Correction(optimizer, layout, work, start) if work.corrects else None
     watch = _Watch(layout) if watched or work.corrects or work.counts else None
 
     def before(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def corrected(
         steps.path = None if rate is None or steps.path is None else steps.path + rate
         if watch is not None:
             watch.compare()
-        if not work.corrects:
+        if correction is None:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -138,7 +138,8 @@ def sgd_rate(optimizer: torch.optim.Optimizer) -> float | None:
     """The learning rate of plain SGD with a single one, whose step is that rate times the gradient; else None."""
     if type(optimizer) is not torch.optim.SGD:
         return None
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
-    if len(rates) != 1 or any(group["momentum"] or group["maximize"] for group in optimizer.param_groups):
+    groups = optimizer.param_groups
+    rate = groups[0]["lr"]
+    if any(group["momentum"] or group["maximize"] for group in groups) or any(g["lr"] != rate for g in groups[1:]):
         return None
-    return rates.pop()
+    return float(rate)

@@ -49,7 +49,6 @@ from choral.trainers.task.task import (
     Fit,
     Loss,
     TaskError,
-    call,
     check_returned,
     checked_build,
     raised_by,
@@ -107,6 +106,7 @@ class Resident:
         seating: Seating = Seating(),
     ) -> None:
         self.build, self.fit, self.loss, self.rates = build, fit, loss, rates
+        self._takes_round = takes_round(fit)
         self.datasets, self.privacy_engines = datasets, privacy_engines
         self.seed, self.arithmetic, self.device = seed, arithmetic, arithmetic.device
         first = next(iter(datasets)) if seating.first is None else seating.first
@@ -182,14 +182,15 @@ class Resident:
             corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
             self.arithmetic.over(model, party, private=bool(self.privacy_engines)),
         ):
-            returned = call(self.fit, model, optimizer, OnDevice.wrap(loader, self.device), round_number)
+            number = {"round": round_number} if self._takes_round else {}
+            returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device), **number)
         check_returned(returned, (model, self.model), party)
         self.layout.check(self.model, f"party {party!r} after fit")
         self.check_fixed(party)
         change = self.layout.read() - weights
         self._check_trained(party, work, steps, change)
         seat.groups.check(seat.optimizer, f"party {party!r}")
-        self._attributes.settle(f"party {party!r}", takes_round=takes_round(self.fit))
+        self._attributes.settle(f"party {party!r}", takes_round=self._takes_round)
         self._told = self._told or seat.watched.tell(f"party {party!r}")
         return Done(vector=change, steps=steps.count, path=steps.path)
 

@@ -27,7 +27,7 @@ class Groups:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._made = [
-            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+            {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
         self._now = self._made
@@ -37,7 +37,7 @@ class Groups:
         for group, made in zip(optimizer.param_groups, self._made, strict=True):
             for name in group.keys() - made.keys() - {"params"}:
                 del group[name]
-            group.update(copy.deepcopy(made))
+            group.update({name: _copied(value) for name, value in made.items()})
             if factor != 1.0:
                 if "lr" not in group:
                     raise TaskError(
@@ -46,8 +46,7 @@ class Groups:
                     )
                 group["lr"] = group["lr"] * factor
         self._now = [
-            {name: copy.deepcopy(group[name]) for name in _SETTINGS if name in group}
-            for group in optimizer.param_groups
+            {name: _copied(group[name]) for name in _SETTINGS if name in group} for group in optimizer.param_groups
         ]
 
     def check(self, optimizer: torch.optim.Optimizer, party: str) -> None:
@@ -61,6 +60,11 @@ class Groups:
                         hint="give schedule=Schedule(kind=...), or let fit take the number of the round,"
                         " fit(model, optimizer, loader, round), and put it back at its end",
                     )
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; of what cannot change, itself, which is most of it."""
+    return value if isinstance(value, int | float | str | None) else copy.deepcopy(value)
 
 
 class Attributes:
