@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from choral.protocols.errors import MessageError, SpecError
+from choral.protocols.errors import SERVER, MessageError, SpecError
 from choral.protocols.masking import messages
-from choral.protocols.wire_format import LAST_ROUND
+from choral.protocols.wire_format import LAST_ROUND, read
 
 STATE_VERSION = 1
 NO_STATE = "these bytes are no stored state of a party"
@@ -51,10 +51,10 @@ def read_stored(raw: bytes, name: str, purpose: str) -> PublicState:
     return state
 
 
-def setup_of(state: PublicState) -> messages.SumSetup:
-    """The setup of its session. Raises: SpecError."""
+def setup_of(state: PublicState, known: Any = messages.ToParty) -> messages.SumSetup:
+    """The setup of its session. known: whatever the server may send in its protocol. Raises: SpecError."""
     try:
-        setup = messages.to_party(state.setup, limit=len(state.setup))
+        setup = read(known, state.setup, sender=SERVER, limit=len(state.setup))
     except MessageError:
         raise SpecError(
             NO_STATE, hint="its setup is no message of this protocol's version: join a new session"

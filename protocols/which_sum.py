@@ -17,6 +17,8 @@ from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages
+from choral.protocols.masking.ahead.floor import honest_floor
+from choral.protocols.masking.ahead.messages import AheadSetup, roster_limit, survivors_limit
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.messages import SumSetup
 
@@ -27,7 +29,7 @@ trips      of a round in a session, each a message and its answer
 kB up      of the busiest party in a round, at most; kB down without the model
 colluders  parties that may pool what they see with a malicious server
 honest     the fewest honest vectors in a sum that these can have opened
-vectors    how many must come, which is what min_survivors is set to here;
+vectors    how many must come: of those who drop out none does
 last       how many parties must be there to the end of the round"""
 SEMI_HONEST = "*          only if the server follows the protocol; else it reads every vector"
 WIDTH = 80
@@ -108,6 +110,8 @@ def which_sum(*, parties: int, corrupt: int, dropouts: int, length: int = 100_00
     kinds: dict[str, Callable[[], Row]] = {
         "Plain": lambda: _plain(spec),
         "Masked": lambda: _masked(spec, masks()),
+        "Masked, trips=3": lambda: _masked(spec, replace(masks(), trips=3)),
+        "Masked, trips=2": lambda: _two_trips(spec, masks()),
         "Homomorphic, split key": lambda: _split(spec, masks()),
         "Homomorphic, shared key": lambda: _shared(spec, n - gone),
     }
@@ -131,37 +135,44 @@ def _plain(spec: SumSpec) -> Row:
 
 def _masked(spec: SumSpec, config: Masked) -> Row:
     setup = config.setup(spec, session=bytes(16))
-    up, down = _masked_bytes(setup)
+    up, down = _masked_bytes(setup, config.trips)
     return Row(
-        sum="Masked",
-        trips=4,
+        sum="Masked" if config.trips == 4 else f"Masked, trips={config.trips}",
+        trips=config.trips,
         bytes_up=up,
         bytes_down=down,
         corrupt=setup.corrupt,
         server=setup.server,
-        honest=setup.min_survivors - setup.corrupt,
+        honest=setup.floor if isinstance(setup, AheadSetup) else setup.min_survivors - setup.corrupt,
         vectors=setup.min_survivors,
         last=setup.threshold,
     )
 
 
-def _masked_bytes(setup: SumSetup) -> tuple[int, int]:
+def _two_trips(spec: SumSpec, config: Masked) -> Row:
+    """With the largest smallest sum that the dropouts leave room for."""
+    n, least = len(spec.parties), Masked(corrupt=config.corrupt, dropouts=config.dropouts, trips=2)
+    setup = least.setup(spec, session=bytes(16))
+    floor = honest_floor(n, setup.corrupt, setup.threshold, n - setup.dropouts)
+    return _masked(spec, replace(least, min_survivors=floor + setup.corrupt))
+
+
+def _masked_bytes(setup: SumSetup, trips: int) -> tuple[int, int]:
     """Of a round whose keys rode on the one before: :mod:`choral.protocols.masking.messages` has the formulas."""
     k, n, limit = setup.neighbours, len(setup.roster), messages.limit
     vector = packed_bytes(setup.length, setup.modulus_bits)
-    up = (
-        limit(messages.DealtShares, k)
-        + limit(messages.Upload, vector)
-        + limit(messages.Confirm)
-        + limit(messages.Unmask, setup.holders)
+    up = limit(messages.DealtShares, k) + limit(messages.Upload, vector) + limit(messages.Unmask, setup.holders)
+    begin, roster, dealt = limit(messages.Begin), limit(messages.Roster, k), limit(messages.Deliveries, k)
+    survivors, confirmed = limit(messages.Survivors, math.ceil(n / 8)), limit(messages.Confirmations, setup.threshold)
+    if trips == 4:
+        return up + limit(messages.Confirm), limit(messages.Bundle, begin + roster) + dealt + survivors + confirmed
+    up += limit(messages.Advertise)
+    if trips == 3:
+        down = limit(messages.Bundle, begin + dealt) + survivors + limit(messages.Bundle, confirmed + roster)
+        return up + limit(messages.Confirm), down
+    return up + roster_limit(0), limit(messages.Bundle, begin + dealt) + limit(
+        messages.Bundle, survivors_limit(n) + roster
     )
-    down = (
-        limit(messages.Bundle, limit(messages.Begin) + limit(messages.Roster, k))
-        + limit(messages.Deliveries, k)
-        + limit(messages.Survivors, math.ceil(n / 8))
-        + limit(messages.Confirmations, setup.threshold)
-    )
-    return up, down
 
 
 def _split(spec: SumSpec, config: Masked) -> Row:
@@ -169,7 +180,7 @@ def _split(spec: SumSpec, config: Masked) -> Row:
 
     parameters = chosen(spec)
     keys = _masked(key_spec(parameters), config)
-    ciphertext = parameters.blocks * parameters.block_bytes + parameters.messages * messages.ENVELOPE
+    ciphertext = parameters.ciphertext_bytes + parameters.messages * messages.ENVELOPE
     return replace(keys, sum="Homomorphic, split key", bytes_up=(keys.bytes_up or 0) + ciphertext)
 
 

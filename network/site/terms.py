@@ -121,21 +121,28 @@ def follows_of(offer: Offer, parties: int) -> tuple[Privacy, int] | None:
     return promise, rounds
 
 
+FEW_TRIPS = "sums in two or three trips are for rehearsals in one process: sites, and engines, take four"
+
+
 def sum_of(record: Mapping[str, Any]) -> SecureSum:
     """The secure sum: "kind", and the settings of that kind. Raises: OfferError."""
     kinds: dict[str, Callable[..., SecureSum]] = {"plain": Plain, "masked": Masked, "homomorphic": Homomorphic}
     kind = kinds.get(str(record.get("kind")))
     if kind is None:
         raise OfferError(f"its secure sum is of no known kind: {record.get('kind')!s:.80}")
+    if "trips" in record:
+        raise OfferError(FEW_TRIPS)
     return _made("secure sum", kind, {name: value for name, value in record.items() if name != "kind"})
 
 
 def sum_record(secure_sum: SecureSum) -> dict[str, Any]:
-    """What `sum_of` reads. Raises: OfferError for a sum of the user's own."""
+    """What `sum_of` reads. Raises: OfferError for a sum of the user's own, or in two or three trips."""
     if not isinstance(secure_sum, Plain | Masked | Homomorphic):
         raise OfferError(f"a {type(secure_sum).__name__} cannot be offered: sites know plain, masked and homomorphic")
     fields = asdict(secure_sum)
     fields.pop("block", None)  # of counts of contributors, which sites of their own refuse
+    if fields.pop("trips", 4) != 4:
+        raise OfferError(FEW_TRIPS, hint="Masked(trips=4), which is the default")
     return {"kind": secure_sum.name, **fields}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from choral.protocols.crypto.identity import Identity
+from choral.protocols.driver import PartyDriver
 from choral.protocols.in_process import DriverSession
 from choral.protocols.interface import SumSpec, check_spec
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
+from choral.protocols.masking.ahead.floor import stated_ahead
+from choral.protocols.masking.ahead.messages import AheadSetup
+from choral.protocols.masking.party_driver import PartyContext
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
 from choral.protocols.masking.signing import Signatures
@@ -35,7 +37,7 @@ class RehearsedSession(DriverSession):
         spec: SumSpec,
         policy: Policy | None,
         *,
-        party: Callable[[PartyContext], MaskedPartyDriver],
+        party: Callable[[PartyContext], PartyDriver],
         server: Callable[[ServerContext], MaskedServerDriver],
     ) -> None:
         """config: whose policy all have if none is given; the sum of the keys', where they are what is masked."""
@@ -75,5 +77,9 @@ class MaskedSession(RehearsedSession):
     """See :class:`choral.protocols.interface.SumSession`. The keys of a round ride on the last message before it."""
 
     def __init__(self, config: Masked, spec: SumSpec, policy: Policy | None = None) -> None:
-        server = partial(MaskedServerDriver, config, spec)
-        super().__init__(config, spec, policy, party=MaskedPartyDriver, server=server)
+        super().__init__(config, spec, policy, party=config._party(spec), server=config._server(spec))
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        setup, stated = self.server.setup, super().statement
+        return {**stated, **stated_ahead(setup)} if isinstance(setup, AheadSetup) else stated

@@ -16,6 +16,9 @@ from choral.protocols.driver import PartyDriver, Patience, Randomness, ServerDri
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSession, SumSpec, check_spec
 from choral.protocols.masking import messages
+from choral.protocols.masking.ahead.floor import dealt_ahead
+from choral.protocols.masking.ahead.party_driver import AheadPartyDriver
+from choral.protocols.masking.ahead.server_driver import AheadServerDriver
 from choral.protocols.masking.in_process import MaskedSession
 from choral.protocols.masking.parameters import (
     CORRECTNESS_BITS,
@@ -117,6 +120,10 @@ class Masked(DriverFactory):
     cohort: of a roster that is not everybody. "chosen": the server may have picked it to have all colluders in it.
         "random": it is taken on trust that the server drew it at random (*semi-honest in the choice of the cohort*),
         and a fraction, the default too, becomes what such a draw has but for 2^-40. Signed by the parties and stated.
+    trips: of a round. 4; or 3, with keys and shares dealt a round ahead, on a complete graph (up to 64 parties); or 2,
+        without the confirmation of the survivors too. Then the sum that is opened may be over other survivors than
+        any party was shown: so many are asked for that at least ``min_survivors`` are in it, and two honest ones; the
+        setup says how many honest ones at least, its ``floor`` (docs/two-trips.md). ``corrupt`` then costs more.
     contributors: publish no coordinate to which fewer parties contribute, at least corrupt + 2: they are counted first,
         in a sum of their own whose result is a release (:mod:`choral.protocols.contributors`). In rehearsals alone.
     block: so many coordinates in a row are counted together, such as the rows of an embedding. A party contributes to a
@@ -137,6 +144,7 @@ class Masked(DriverFactory):
     cohort: Literal["chosen", "random"] = "chosen"
     contributors: int | None = None
     block: int = 1
+    trips: Literal[2, 3, 4] = 4
 
     def __post_init__(self) -> None:
         checks.one_of(self.server, "server", SERVERS)
@@ -148,6 +156,14 @@ class Masked(DriverFactory):
         object.__setattr__(self, "block", checks.whole(self.block, "block", 1, 2**20))
         if self.block > 1 and least is None:
             raise SpecError("block without contributors", hint="Masked(contributors=5, block=16) counts by rows of 16")
+        object.__setattr__(self, "trips", checks.whole(self.trips, "trips", 2, 4))
+        if self.trips == 2 and self.server != "malicious":
+            raise SpecError(
+                'two trips with server="semi-honest": that server needs no confirmation to be left out',
+                hint='take trips=3, or server="malicious"',
+            )
+        if self.trips != 4 and least is not None:
+            raise SpecError("contributors in two or three trips", hint="leave contributors out, or take trips=4")
         for name in ("corrupt", "dropouts"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.share(value, name))
@@ -211,7 +227,7 @@ class Masked(DriverFactory):
                 hint="expect fewer corrupt parties or fewer dropouts",
             )
         whole = spec.population == n
-        return messages.SumSetup(
+        setup = messages.SumSetup(
             session=session,
             roster=spec.parties,
             length=spec.length,
@@ -231,6 +247,7 @@ class Masked(DriverFactory):
             weight_bound=spec.weight_bound,
             terms=spec.terms,
         )
+        return setup if self.trips == 4 else dealt_ahead(setup, self.trips, self.min_survivors)
 
     def policy(self, spec: SumSpec) -> Policy:
         """What these settings ask of a setup, as a party holds them that was given the settings and the spec.
@@ -289,7 +306,7 @@ class Masked(DriverFactory):
     def _party(self, spec: SumSpec) -> Callable[[PartyContext], PartyDriver]:
         del spec
         self._refuse_contributors()
-        return MaskedPartyDriver
+        return MaskedPartyDriver if self.trips == 4 else partial(AheadPartyDriver, self.trips)
 
     def _refuse_contributors(self) -> None:
         if self.contributors is not None:
@@ -299,9 +316,11 @@ class Masked(DriverFactory):
                 hint="leave contributors out, or rehearse with federate",
             )
 
-    def _server(self, spec: SumSpec) -> Callable[[ServerContext], ServerDriver]:
+    def _server(self, spec: SumSpec) -> Callable[[ServerContext], MaskedServerDriver]:
         self._refuse_contributors()
-        return partial(MaskedServerDriver, self, spec)
+        if self.trips == 4:
+            return partial(MaskedServerDriver, self, spec)
+        return partial(AheadServerDriver, self.trips, self, spec)
 
 
 def _with(own: Policy | None, **terms: Any) -> Policy | None:

@@ -32,16 +32,18 @@ Reference: Bonawitz et al. 2017, figure 4; graph and local thresholds of Bell et
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from choral.protocols.argument_checks import shown
 from choral.protocols.crypto.keys import PrivateKey, SigningKey, ed25519_public
 from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
-from choral.protocols.errors import FaultyPartyOrServerError, FaultyServerError, SpecError
+from choral.protocols.errors import SERVER, FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import around, ring_of
 from choral.protocols.masking.party_round import Advertised, Keys, Membership
 from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.wire_format import read
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,17 +67,20 @@ def join(
     policy: Policy,
     randomness: Randomness,
     sessions: Sessions | None = None,
+    known: Any = messages.ToParty,
 ) -> tuple[Joining, bytes]:
     """Accept the server's terms, or refuse them, having sent nothing.
 
     identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``. sessions: those of this
     identity, of which the one that is joined here is the only live one from now on; None, and there are no others.
+    known: whatever the server may send in this protocol.
     Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
     check_policy(policy)
     most = messages.limit(messages.SumSetup, len(policy.directory))
     message: messages.SumSetup = policy.signatures.once(
-        ("setup", setup, most), lambda: messages.expect(messages.to_party(setup, limit=most), messages.SumSetup)
+        ("setup", known, setup, most),
+        lambda: messages.expect(read(known, setup, sender=SERVER, limit=most), messages.SumSetup),
     )
     policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:

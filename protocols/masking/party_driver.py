@@ -47,11 +47,8 @@ MOST_JOINED = 1024
 
 
 @dataclass(repr=False)
-class _Round:
-    """The round that was begun last. state: the next step's; None once a step has failed, or all is done.
-
-    answer: to its Begin, whenever it comes.
-    """
+class Round:
+    """The round begun last. state: the next step's, None once one has failed or all is done. answer: to its Begin."""
 
     begin: messages.Begin
     begun: bytes
@@ -114,7 +111,7 @@ class MaskedPartyDriver:
         self._membership: Membership | None = None
         self._member: Member | None = None
         self._early: tuple[int, Advertised, bytes] | None = None
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._last = 0
         if context.state is not None:
             self._restore(context.state)
@@ -136,7 +133,7 @@ class MaskedPartyDriver:
         """All of it is checked before any session of the identity ends."""
         state, setup = read_stored(raw, self.name, self._purpose), None
         if state.session:
-            setup = setup_of(state)
+            setup = setup_of(state, self.known)
             self._policy_for(setup).check(setup, self.name)
         current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
         if setup is not None:
@@ -223,7 +220,7 @@ class MaskedPartyDriver:
         self._membership.current.check_live()
         return self._membership
 
-    def _current_round(self, message: Any) -> _Round:
+    def _current_round(self, message: Any) -> Round:
         kind, now = type(message).__name__, self._round
         if now is None:
             raise FaultyServerError(f"it sent its {kind} of round {message.round}, which was not begun")
@@ -258,6 +255,7 @@ class MaskedPartyDriver:
             policy=self._policy_for(setup),
             randomness=self._nonce,
             sessions=self._sessions,
+            known=self.known,
         )
         self._replies.forget()
         self._hold(setup, raw)
@@ -299,7 +297,7 @@ class MaskedPartyDriver:
             if begin != now.begin:
                 raise FaultyServerError(f"it shows two models in round {begin.round}, or other terms")
             return now.answer
-        if begin.round <= self._last and (self._early is None or self._early[0] != begin.round):
+        if begin.round <= self._last and not self._is_prepared(begin.round):
             raise FaultyServerError(f"asked for round {begin.round} after round {self._last}")
         if signed is not None and begin.terms != signed:
             raise FaultyServerError(
@@ -310,8 +308,12 @@ class MaskedPartyDriver:
         self._round = None
         state, answer = self._answer(begin)
         self._early = None
-        self._round = _Round(begin, signing.begun(raw), state, answer)
+        self._round = Round(begin, signing.begun(raw), state, answer)
         return answer
+
+    def _is_prepared(self, number: int) -> bool:
+        """Whether what this party sent ahead is of that round, which it has not answered yet."""
+        return self._early is not None and self._early[0] == number
 
     def _answer(self, begin: messages.Begin) -> tuple[Any, Answer]:
         """What a new Begin leads to: the round's first state, and what is answered."""
@@ -329,7 +331,7 @@ class MaskedPartyDriver:
             self._early = number, advertised, raw
         return self._early[1], self._early[2]
 
-    def _step(self, now: _Round, message: messages.ToParty, raw: bytes, key: bytes) -> Answer:
+    def _step(self, now: Round, message: messages.ToParty, raw: bytes, key: bytes) -> Answer:
         """The state that waits for this kind of message is taken out of the round first: a step that fails is over."""
         state, begin = now.state, now.begin
         if isinstance(message, messages.Roster) and isinstance(state, Advertised):
@@ -366,13 +368,13 @@ class MaskedPartyDriver:
         uploaded, upload = ready.upload(vector)
         return self._supplied(now, uploaded, (upload,))
 
-    def _ready(self) -> tuple[_Round, Any]:
+    def _ready(self) -> tuple[Round, Any]:
         now = self._round
         if now is None or not isinstance(now.state, self.waits):
             raise used("no vector is asked for")
         return now, now.state
 
-    def _supplied(self, now: _Round, state: Any, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    def _supplied(self, now: Round, state: Any, answer: tuple[bytes, ...]) -> tuple[bytes, ...]:
         now.state = state
         self._replies.put(now.asked, answer)
         return answer

@@ -56,21 +56,22 @@ class Keys:
 
 @dataclass(frozen=True, repr=False)
 class _Shared:
-    """By neighbour that takes part: pairs, mask seeds; channels, what opens its packet; masks, public mask
-    keys. seed: of the self-mask.
+    """By neighbour that takes part: agreed, X25519 secrets for masks; channels, what opens its packet; masks, public
+    mask keys. seed: of the self-mask. public: the own mask key.
     """
 
     member: Membership
     number: int
     seed: bytes
     own_share: bytes | None
-    pairs: Mapping[int, bytes]
+    public: bytes
+    agreed: Mapping[int, bytes]
     channels: Mapping[int, bytes]
     masks: Mapping[int, bytes]
 
 
 @dataclass(frozen=True, repr=False)
-class _Held:
+class Held:
     """The two shares that this party holds of one neighbour's secrets; exists until the survivors are known."""
 
     seed_share: bytes
@@ -79,23 +80,27 @@ class _Held:
 
 @dataclass(frozen=True, repr=False)
 class _Masking:
+    """pairs: mask seeds, by neighbour. roster: the digest of who takes part, as this party was shown it."""
+
     member: Membership
     number: int
     seed: bytes
     own_share: bytes | None
     pairs: Mapping[int, bytes]
-    held: Mapping[int, _Held]
+    held: Mapping[int, Held]
+    roster: bytes
 
 
 @dataclass(frozen=True, repr=False)
-class _Waiting:
-    """partners: the neighbours masked with. held: the shares of those whose packet opened, nearly always all."""
+class AwaitingSurvivors:
+    """partners: the neighbours masked with. held: the shares of those whose packet opened. roster: as in _Masking."""
 
     member: Membership
     number: int
     own_share: bytes | None
     partners: frozenset[int]
-    held: Mapping[int, _Held]
+    held: Mapping[int, Held]
+    roster: bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,8 +137,8 @@ class Advertised(Once[Keys]):
         member = keys.member
         member.current.enter(keys.number, begun)
         setup, me = member.setup, member.index
-        message = _in_round(messages.Roster, roster, member, keys.number, setup.neighbours)
-        _check_order([entry.party for entry in message.entries], member.neighbours, "keys")
+        message = in_round(messages.Roster, roster, member, keys.number, setup.neighbours)
+        check_order([entry.party for entry in message.entries], member.neighbours, "keys")
         for entry in message.entries:
             signed = signing.advertise(member.session, keys.number, entry.party, entry.mask, entry.transport)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
@@ -141,14 +146,10 @@ class Advertised(Once[Keys]):
                     f"the keys of {setup.roster[entry.party]} are not signed by its pinned identity for this round"
                 )
         peers = [entry.party for entry in message.entries]
-        _check_holders(member, peers, "to share a secret")
+        check_holders(member, peers, "to share a secret")
         masks = {entry.party: entry.mask for entry in message.entries}
         masking, opening = keys.masking, keys.transport  # gone when this step is done
-        around = (member.session, keys.number, me)
-        pairs = {
-            peer: signing.pair_seed(agree(masking, mask, setup.roster[peer]), *around, peer, begun)
-            for peer, mask in masks.items()
-        }
+        agreed = {peer: agree(masking, mask, setup.roster[peer]) for peer, mask in masks.items()}
         channels = {
             entry.party: signing.channel(agree(opening, entry.transport, setup.roster[entry.party]), member.session)
             for entry in message.entries
@@ -174,15 +175,14 @@ class Advertised(Once[Keys]):
             own_share and signing.share_hash(member.session, keys.number, "seed", me, me, own_share),
             packets,
         )
-        return SharesSent(_Shared(member, keys.number, seed, own_share, pairs, channels, masks)), messages.encode(
-            shares
-        )
+        sent = _Shared(member, keys.number, seed, own_share, public, agreed, channels, masks)
+        return SharesSent(sent), messages.encode(shares)
 
 
 class SharesSent(Once[_Shared]):
     """Has sent its shares; waits for those that its neighbours made for it."""
 
-    def receive(self, deliveries: bytes) -> Ready:
+    def receive(self, deliveries: bytes, *, begun: bytes | None = None) -> Ready:
         """Open the neighbours' packets. Those who sent one are whom this party masks with, whether it opens or not.
 
         A packet that does not open, or holds other shares than were committed to, costs this party nothing: masking
@@ -191,19 +191,26 @@ class SharesSent(Once[_Shared]):
         threshold of signatures. So neither a cheating dealer nor a server that garbles packets can push this party out
         of the sum, and one that deals garbage to too many can only be found unreachable, and named.
 
+        begun: digest of the Begin, where this party dealt before it was shown one.
         Raises: FaultyServerError for a packet of no neighbour; TooFewSurvivorsError for too few packets;
         StateUsedError when a later round has begun.
         """
         shared = self._take()
         member, number = shared.member, shared.number
-        member.current.check(number)
-        message = _in_round(messages.Deliveries, deliveries, member, number, member.setup.neighbours)
-        _check_order([packet.party for packet in message.packets], shared.masks, "packets")
-        _check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
+        if begun is None:
+            member.current.check(number)
+        else:
+            member.current.enter(number, begun)
+        message = in_round(messages.Deliveries, deliveries, member, number, member.setup.neighbours)
+        check_order([packet.party for packet in message.packets], shared.masks, "packets")
+        check_holders(member, [packet.party for packet in message.packets], "to hold this party's shares")
         opened = {packet.party: _open(shared, packet) for packet in message.packets}
         held = {peer: shares for peer, shares in opened.items() if shares is not None}
-        pairs = {peer: shared.pairs[peer] for peer in opened}
-        return Ready(_Masking(member, number, shared.seed, shared.own_share, pairs, held))
+        shown, around = member.current.begun, (member.session, number, member.index)
+        pairs = {peer: signing.pair_seed(shared.agreed[peer], *around, peer, shown) for peer in opened}
+        masks = {peer: shared.masks[peer] for peer in opened} | {member.index: shared.public}
+        roster = signing.roster(member.session, number, shown, masks)
+        return Ready(_Masking(member, number, shared.seed, shared.own_share, pairs, held, roster))
 
 
 class Ready(Once[_Masking]):
@@ -236,11 +243,14 @@ class Ready(Once[_Masking]):
         subtracted = [seed for peer, seed in masking.pairs.items() if peer > me]
         packed = masked(vector, setup.modulus_bits, added, subtracted)
         message = messages.Upload(masking.member.id, masking.number, messages.to_pieces(packed))
-        sent = _Waiting(masking.member, masking.number, masking.own_share, frozenset(masking.pairs), masking.held)
+        partners = frozenset(masking.pairs)
+        sent = AwaitingSurvivors(
+            masking.member, masking.number, masking.own_share, partners, masking.held, masking.roster
+        )
         return Uploaded(sent), messages.encode(message)
 
 
-class Uploaded(Once[_Waiting]):
+class Uploaded(Once[AwaitingSurvivors]):
     """Has sent its masked vector; waits for the set of survivors."""
 
     def confirm(self, survivors: bytes) -> tuple[Confirmed, bytes]:
@@ -253,19 +263,24 @@ class Uploaded(Once[_Waiting]):
         waiting = self._take()
         member, number, me = waiting.member, waiting.number, waiting.member.index
         member.current.check(number)
-        message = _in_round(messages.Survivors, survivors, member, number, -(-len(member.setup.roster) // 8))
+        message = in_round(messages.Survivors, survivors, member, number, -(-len(member.setup.roster) // 8))
         alive = survivors_of(member, message.bitmap)
         for peer in member.neighbours:
             if peer in alive and peer not in waiting.partners:
                 raise FaultyServerError(f"{member.setup.roster[peer]} survives but never shared its secrets with us")
-        _check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
-        reveals = {peer: _choose(held, survived=peer in alive) for peer, held in waiting.held.items()}
+        check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
+        reveals = {peer: choose_share(held, survived=peer in alive) for peer, held in waiting.held.items()}
         if waiting.own_share is not None:
             reveals[me] = ChosenShare(waiting.own_share, survived=True)
         signed = signing.confirm(member.session, number, me, message.bitmap, member.current.begun)
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
         return state, messages.encode(messages.Confirm(member.id, number, member.identity.sign(signed), unopened))
+
+
+def waiting_of(uploaded: Uploaded) -> AwaitingSurvivors:
+    """What a state after another upload than that is made of; this one is used then."""
+    return uploaded._take()
 
 
 def survivors_of(member: Membership, bitmap: bytes) -> frozenset[int]:
@@ -293,9 +308,9 @@ class Confirmed(Once[_Agreed]):
         agreed = self._take()
         member, number = agreed.member, agreed.number
         member.current.check(number)
-        message = _in_round(messages.Confirmations, confirmations, member, number, member.setup.neighbours)
+        message = in_round(messages.Confirmations, confirmations, member, number, member.setup.neighbours)
         signers = [entry.party for entry in message.entries]
-        _check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
+        check_order(signers, [peer for peer in member.neighbours if peer in agreed.survivors], "confirmations")
         for entry in message.entries:
             signed = signing.confirm(member.session, number, entry.party, agreed.bitmap, member.current.begun)
             if not member.policy.signatures.valid(member.key(entry.party), signed, entry.signature):
@@ -304,14 +319,14 @@ class Confirmed(Once[_Agreed]):
                     f"the confirmation of {who} is not on the set shown to this party: the server showed different"
                     " sets, or different models"
                 )
-        _check_holders(member, signers, "to agree on the survivors")
+        check_holders(member, signers, "to agree on the survivors")
         ordered = sorted(agreed.reveals.items())
         seeds = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
         keys = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
         return messages.encode(messages.Unmask(member.id, number, seeds, keys, _riding(following, member, number)))
 
 
-def _choose(held: _Held, *, survived: bool) -> ChosenShare:
+def choose_share(held: Held, *, survived: bool) -> ChosenShare:
     return ChosenShare(held.seed_share if survived else held.key_share, survived)
 
 
@@ -337,7 +352,7 @@ def _packet(
     return messages.Packet(peer, seed_hash, key_hash, seal(key, NONCE, seed_share + key_share, data))
 
 
-def _open(shared: _Shared, packet: messages.Packet) -> _Held | None:
+def _open(shared: _Shared, packet: messages.Packet) -> Held | None:
     """The two shares, or None unless they are what the packet commits to, sealed by its sender for this party."""
     session, me, peer, number = shared.member.session, shared.member.index, packet.party, shared.number
     key = signing.seal_key(shared.channels[peer], number, peer, me, shared.masks[peer])
@@ -346,7 +361,7 @@ def _open(shared: _Shared, packet: messages.Packet) -> _Held | None:
         shares = unseal(key, NONCE, packet.sealed, data)
     except SealError:
         return None
-    held = _Held(shares[:33], shares[33:])
+    held = Held(shares[:33], shares[33:])
     seed_hash = signing.share_hash(session, number, "seed", peer, me, held.seed_share)
     key_hash = signing.share_hash(session, number, "key", peer, me, held.key_share)
     return held if (seed_hash, key_hash) == (packet.seed_hash, packet.key_hash) else None
@@ -359,11 +374,11 @@ def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
         raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
 
 
-def _in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
+def in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
     return messages.from_server(kind, raw, member.id, messages.limit(kind, entries), number=number)
 
 
-def _check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> None:
+def check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> None:
     """Ascending, so that none is there twice, and only those that may be there."""
     if any(one >= other for one, other in pairwise(parties)):
         raise FaultyServerError(f"the {what} are not in ascending order, each once")
@@ -372,7 +387,7 @@ def _check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> N
         raise FaultyServerError(f"it sent {what} of party number {min(strangers)}, which has no place among them")
 
 
-def _check_holders(member: Membership, peers: Sequence[int], what: str) -> None:
+def check_holders(member: Membership, peers: Sequence[int], what: str) -> None:
     """On a complete graph a party is a holder of its own seed too."""
     holders = len(peers) + member.setup.complete
     if holders < member.setup.threshold:

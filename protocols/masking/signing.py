@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
@@ -94,6 +94,17 @@ def begun(begin: bytes) -> bytes:
 
 def confirm(session: bytes, number: int, party: int, bitmap: bytes, begun: bytes = NO_BEGIN) -> bytes:
     return digest("confirm", session, number, party, bitmap, begun)
+
+
+def roster(session: bytes, number: int, begun: bytes, masks: Mapping[int, bytes]) -> bytes:
+    """Of who takes part in a round and with which mask keys, by place, and of its Begin."""
+    listed = b"".join(party.to_bytes(8, "little") + mask for party, mask in sorted(masks.items()))
+    return digest("roster", session, number, begun, listed)
+
+
+def view(session: bytes, number: int, party: int, roster: bytes) -> bytes:
+    """That a party's vector of this round is masked for just this roster. roster: its digest."""
+    return digest("view", session, number, party, roster)
 
 
 def seed_commitment(session: bytes, number: int, party: int, seed: bytes) -> bytes:

@@ -93,6 +93,8 @@ class Grouped:
             )
         if getattr(self.sums, "contributors", None) is not None:
             raise SpecError("groups with contributors: they would be counted in each group", hint="one of the two")
+        if getattr(self.sums, "trips", 4) != 4:
+            raise SpecError("groups with sums in two or three trips", hint="Masked(trips=4), which is the default")
 
     @property
     def name(self) -> str:

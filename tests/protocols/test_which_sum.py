@@ -15,6 +15,8 @@ from choral.protocols.which_sum import WIDTH, Row
 
 SUMS: dict[str, Any] = {
     "Masked": Masked(corrupt=2, dropouts=1, min_survivors=9),
+    "Masked, trips=3": Masked(corrupt=2, dropouts=1, min_survivors=9, trips=3),
+    "Masked, trips=2": Masked(corrupt=2, dropouts=1, min_survivors=9, trips=2),
     "Homomorphic, shared key": Homomorphic(key="shared", min_survivors=9),
 }
 
@@ -50,15 +52,23 @@ def test_bytes_and_trips_are_those_of_a_round(name: str) -> None:
     assert 0.9 * said.bytes_up < up <= 1.005 * said.bytes_up
     assert 0.7 * said.bytes_down < down <= 1.03 * said.bytes_down + 200
     assert len(trips) == said.trips
-    assert session.statement["min_survivors"] == said.vectors
+    assert session.server.setup.min_survivors == said.vectors
 
 
 def test_a_split_key_sends_what_its_page_says() -> None:
-    """Measured there (docs/homomorphic.md): 368 kB, where masks take 285; with the default smallest sum."""
+    """Measured there (docs/homomorphic.md): 315 kB, where masks take 285."""
     found = rows(parties=50, corrupt=5, dropouts=5)
     split, masked = (found[name].bytes_up or 0 for name in ("Homomorphic, split key", "Masked"))
-    assert 368_000 <= split < 369_500
+    assert 314_500 <= split < 315_500
     assert 285_000 <= masked < 286_500
+
+
+def test_two_trips_say_what_they_cost_in_honest_vectors() -> None:
+    found = rows(parties=10, corrupt=3, dropouts=2)
+    few = found["Masked, trips=2"]
+    assert (found["Masked"].honest, found["Masked, trips=3"].honest, few.honest) == (5, 5, 4)
+    assert (few.vectors, few.last, few.trips) == (8, 7, 2)
+    assert "sparse graph" in rows(parties=100, corrupt=10, dropouts=10)["Masked, trips=2"].refused
 
 
 def test_what_cannot_be_had_says_why() -> None:

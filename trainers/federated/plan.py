@@ -156,8 +156,11 @@ class Plan:
 
     @property
     def has_receipts(self) -> bool:
-        """Whether the parties that this process plays leave receipts in the folder: of sums that all sign alike."""
-        here = not isinstance(self.parties, DistantParties) and not isinstance(self.secure_sum, Grouped)
+        """Whether the parties that this process plays leave receipts in the folder: of sums that all sign alike, which
+        nobody does of groups and in two trips.
+        """
+        signed = not isinstance(self.secure_sum, Grouped) and getattr(self.secure_sum, "trips", 4) != 2
+        here = not isinstance(self.parties, DistantParties) and signed
         return here and self.keep.folder is not None and len(self.census.names) <= MOST_PARTIES
 
     @property

@@ -1,1 +1,1 @@
-"""The masked sum with keys and shares dealt a round ahead: what it lets a coalition learn."""
+"""The masked sum with keys and shares dealt a round ahead: three trips, or two without the confirmation."""

@@ -15,7 +15,16 @@ tests/two_trips_search.py holds it against every mixture of views and rosters of
 
 from __future__ import annotations
 
-from choral.protocols.errors import SpecError
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from choral.protocols.errors import PolicyError, SpecError
+from choral.protocols.masking.ahead.messages import AheadSetup, Trips
+from choral.protocols.masking.messages import SumSetup
+from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.statement import COHORT_TRUST
 
 
 def honest_floor(parties: int, corrupt: int, threshold: int, smallest: int) -> int:
@@ -52,3 +61,77 @@ def least_survivors(parties: int, corrupt: int, threshold: int, floor: int = 2) 
         f"no set of survivors of {parties} parties, {corrupt} of them corrupt, has {floor} honest vectors at least",
         hint="expect fewer corrupt parties, or take four trips",
     )
+
+
+def check_floor(setup: AheadSetup, policy: Policy) -> None:
+    """What a party holds of a setup beyond the masked sum's: it believes its own computation.
+
+    Raises: PolicyError for a sparse graph, a floor that is not the one of these numbers, or one below two honest
+    vectors or the policy's smallest sum less its colluders; of two trips for a semi-honest server's threshold.
+    """
+    if not setup.complete:
+        raise PolicyError("shares are dealt a round ahead on a complete graph only, where all mask with all")
+    try:
+        floor = floor_of(setup)
+    except SpecError as error:
+        raise PolicyError(str(error)) from None
+    if setup.floor != floor:
+        raise PolicyError(f"the setup says {setup.floor} honest vectors in a sum at least, and it is {floor}")
+    least = max(2, policy.minimum_cohort - setup.corrupt)
+    if floor < least:
+        raise PolicyError(f"a sum may have {floor} honest vectors, this party accepts {least} at least")
+
+
+def floor_of(setup: AheadSetup) -> int:
+    """Of three trips what the set of survivors leaves, which is confirmed; of two :func:`honest_floor`."""
+    if setup.trips == 3:
+        return setup.min_survivors - setup.corrupt
+    return honest_floor(len(setup.roster), setup.corrupt, setup.threshold, setup.min_survivors)
+
+
+def dealt_ahead(setup: SumSetup, trips: Trips, wanted: int | None) -> AheadSetup:
+    """The terms of a masked sum in two or three trips. wanted: no sum of fewer parties is opened, of two trips neither.
+
+    Raises: SpecError for a sparse graph; for dropouts that leave fewer than the survivors that this takes.
+    """
+    n, corrupt, smallest = len(setup.roster), setup.corrupt, setup.min_survivors
+    if not setup.complete:
+        raise SpecError(
+            f"{trips} trips on a sparse graph, of {n} parties: shares are dealt ahead where all mask with all",
+            hint="take trips=4, or at most 64 parties",
+        )
+    if trips == 2:
+        floor = max(2, (wanted or 2) - corrupt)
+        smallest = max(smallest, least_survivors(n, corrupt, setup.threshold, floor))
+        if smallest > n - setup.dropouts:
+            raise SpecError(
+                f"two trips need {smallest} of {n} survivors for {floor} honest vectors in every sum, and"
+                f" {setup.dropouts} dropouts leave {n - setup.dropouts}",
+                hint="expect fewer dropouts or a smaller sum, or take trips=3",
+            )
+    fields = {name: getattr(setup, name) for name in setup.__struct_fields__}
+    made = AheadSetup(**{**fields, "min_survivors": smallest}, trips=trips)
+    return replace(made, floor=floor_of(made))
+
+
+def stated_ahead(setup: AheadSetup) -> Mapping[str, Any]:
+    """What is said of such a sum beyond, or in the place of, what is said of every masked one.
+
+    min_survivors: over how few parties a sum may be opened at least, which is what noise is sized by; of two trips
+    these are fewer than the parties ask for.
+    """
+    facts = {"trips": setup.trips, "honest_floor": setup.floor}
+    if setup.trips == 3:
+        return facts
+    opened = setup.floor + setup.corrupt
+    return facts | {
+        "min_survivors": opened,
+        "asked_survivors": setup.min_survivors,
+        "trust": (
+            f"The server may do whatever it likes and may collude with up to {setup.corrupt} of {len(setup.roster)}"
+            f" parties: together they learn one sum over at least {setup.floor} of the others, and no single vector of"
+            " theirs. In two trips nobody confirms who is in it: the server may choose that, and leave out more than it"
+            f" says.{COHORT_TRUST[setup.cohort]} Each party trusts its pinned directory of identities, which in this"
+            " in-process run was made by the process itself."
+        ),
+    }

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from choral.protocols import argument_checks as checks
 from choral.protocols.driver import (
+    CollectingStage,
     Patience,
     Randomness,
     RoundTerms,
@@ -35,7 +36,7 @@ from choral.protocols.errors import SpecError, StateUsedError, TooFewSurvivorsEr
 from choral.protocols.interface import SumResult, SumSpec, check_spec
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.server.opening import Opening, ServerSession
-from choral.protocols.masking.server_stages import Outcome, Stage
+from choral.protocols.masking.server_stages import Outcome
 from choral.protocols.masking.signing import Signatures
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ class MaskedServerDriver:
         """Of everything that was agreed on when the session was opened, every party's nonce included: 32 bytes."""
         return self.session.terms.session
 
-    def _trip(self, step: TripStep, outbox: Mapping[str, bytes], stage: Stage, quorum: int | None = None) -> Trip:
+    def _trip(
+        self, step: TripStep, outbox: Mapping[str, bytes], stage: CollectingStage, quorum: int | None = None
+    ) -> Trip:
         if quorum is None:
             quorum = min(self._quorum or self.setup.min_survivors, len(self.setup.roster))
         for party, raw in outbox.items():
@@ -176,7 +179,7 @@ class MaskedServerDriver:
         stage: Any
         stage, outbox = advertising.close()
         self._entered.update(outbox)
-        outbox = {party: raw if party in asked else _bundle(begin, raw) for party, raw in outbox.items()}
+        outbox = {party: raw if party in asked else bundle(begin, raw) for party, raw in outbox.items()}
         steps: tuple[TripStep, ...] = ("shares", "vector", "confirmation", "unmasking")
         for step in steps:
             yield self._trip(step, {party: raw for party, raw in outbox.items() if party not in gone}, stage)
@@ -204,7 +207,7 @@ class MaskedServerDriver:
         return messages.encode(messages.Begin(session, self.number, terms.exchange, terms.weights, terms.terms))
 
     def _with_nonces(self, party: str, begin: bytes) -> bytes:
-        return begin if party in self._entered else _bundle(self._reveals, begin)
+        return begin if party in self._entered else bundle(self._reveals, begin)
 
     def _finish(self, outcome: Outcome) -> None:
         self._following, self.disputes = outcome.following, outcome.disputes
@@ -219,5 +222,5 @@ def among(spec: SumSpec, roster: tuple[str, ...]) -> SumSpec:
     return replace(spec, parties=roster, directory=spec.population)
 
 
-def _bundle(*parts: bytes) -> bytes:
+def bundle(*parts: bytes) -> bytes:
     return messages.encode(messages.Bundle(parts))

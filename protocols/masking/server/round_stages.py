@@ -30,7 +30,11 @@ class RoundStage(Stage):
         super().__init__(setup.roster, session, number, expected, size, seen)
         self._terms = terms
         self._taken = terms.taken
-        self._begun = terms.begun[number]
+
+    @property
+    def _begun(self) -> bytes:
+        """The digest of what its parties were shown; not known yet in stages that run a round ahead."""
+        return self._terms.begun[self._number]
 
     def _check_keys(self, party: int, number: int, keys: messages.Advertise | messages.Following, what: str) -> None:
         """Refuse keys that would make every neighbour that is sent them refuse too. Raises FaultyPartyError."""
@@ -72,7 +76,11 @@ class Advertising(RoundStage):
             message = messages.Roster(self._session, self._number, entries)
             outbox[self._roster[party]] = messages.encode(message)
         keys = {party: entry.mask for party, entry in self._heard.items()}
-        return Sharing(self._terms, self._number, keys, self._seen), outbox
+        return self._sharing(keys), outbox
+
+    def _sharing(self, keys: Mapping[int, bytes]) -> Sharing:
+        """What these parties' shares are collected in."""
+        return Sharing(self._terms, self._number, keys, self._seen)
 
 
 class Sharing(RoundStage):
@@ -112,7 +120,11 @@ class Sharing(RoundStage):
             },
             key_hashes={edge: packet.key_hash for edge, packet in packets.items()},
         )
-        return Uploading(self._terms, self._number, bound, self._seen), outbox
+        return self._uploading(bound), outbox
+
+    def _uploading(self, bound: unmasking.Commitments) -> Uploading:
+        """What vectors are collected in of those who shared."""
+        return Uploading(self._terms, self._number, bound, self._seen)
 
 
 class Uploading(RoundStage):
@@ -141,19 +153,22 @@ class Uploading(RoundStage):
     def _uploads_are_over(self) -> bool:
         return self._closed
 
-    def close(self) -> tuple[Confirming, Outbox]:
+    def close(self) -> tuple[RoundStage, Outbox]:
         """Declare everyone else dropped: from here on their vectors are refused.
 
         Raises TooFewSurvivorsError also when some secret could not be reconstructed by those who are left.
         """
         survivors = self._close(self._terms.setup.min_survivors, "too few sent a vector")
-        terms = self._terms
-        tally = unmasking.Tally(terms.setup, terms.graph, terms.session, self._number, self._bound, self._begun)
+        tally = self._tally()
         tally.check_reachable(survivors, survivors)
         bitmap = messages.to_bitmap(survivors, len(self._roster))
         raw = messages.encode(messages.Survivors(self._session, self._number, bitmap))
         stage = Confirming(self._terms, self._number, survivors, bitmap, tally, self._sum, self._seen)
         return stage, {self._roster[party]: raw for party in survivors}
+
+    def _tally(self) -> unmasking.Tally:
+        terms = self._terms
+        return unmasking.Tally(terms.setup, terms.graph, terms.session, self._number, self._bound, self._begun)
 
 
 class _AfterUploads(RoundStage):
