@@ -1,6 +1,6 @@
 """What the private step costs: time and memory over a plain step and Opacus' own, and the noise generator's rate.
 
-    python benchmarks/dp_step.py [--device cpu|cuda] [--repeats 30]
+    python benchmarks/dp_step.py [--device cpu|cuda] [--repeats 30] [--only cnn transformer linear]
 
 Same model, same records, same optimizer; medians of interleaved repeats in one run, of processor time (on a GPU of the
 clock's). Opacus runs with its hooks and with its ghost clipping, without its secure mode (which needs a package that no
@@ -224,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="the steps of these models, and nothing else")
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "KIND"), help="one measurement, in this process")
     wanted = parser.parse_args()
     device = torch.device(wanted.device)
@@ -232,8 +233,10 @@ def main() -> None:
     if wanted.memory_of:
         print(json.dumps(memory(*wanted.memory_of, device)))
         return
-    for case in CASES:
+    for case in wanted.only or CASES:
         print(json.dumps(step_line(case, wanted.repeats, device)), flush=True)
+    if wanted.only:
+        return
     regrets, flips = [], []
     for t, d, p in SHAPES:
         records = max(4, min(64, (1 << 24) // (d * p), (1 << 24) // (t * (d + p))))
