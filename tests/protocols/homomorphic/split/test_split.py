@@ -532,6 +532,17 @@ def test_of_the_last_block_no_more_travels_than_holds_values(parties: int, lengt
     assert np.array_equal(residues_of(raws, terms)[last], coefficients[:, : chosen.tail])
 
 
+def test_a_tensor_is_spread_over_a_block_that_is_cut_as_an_array_is() -> None:
+    chosen = terms_of(3, 50_000, 2**10).parameters
+    assert 0 < chosen.tail < chosen.degree
+    rest = np.arange(1, 50_000 - chosen.whole * chosen.block_values + 1)
+    spread = split._spread(rest, chosen)
+    assert np.array_equal(split._spread(torch.from_numpy(rest), chosen).numpy(), spread)
+    rows = spread.reshape(chosen.slots, chosen.degree)
+    assert not rows[:, chosen.tail :].any()
+    assert np.array_equal(rows[:, : chosen.tail].reshape(-1)[: rest.size], rest)
+
+
 def test_garbage_in_a_block_that_is_cut_shows() -> None:
     """Uniform residues in its 64 coefficients: none of 200 such sums opens. One of them alone may pass for a sum."""
     terms = terms_of(2, 5, 1000)
