@@ -11,11 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ENGINES = flower nvflare
 
-<<<<<<< HEAD
-.PHONY: accessibility docs demo test test-all test-engines test-lowest check coverage mutants gpu clean
-=======
-.PHONY: docs demo test test-all test-engines test-lowest check coverage mutants gpu benchmarks clean
->>>>>>> 6eb99be (Add make benchmarks: every figure with a peer or a limit in one go, beside the newest flwr, pfl and opacus, into one table)
+.PHONY: accessibility docs demo test test-all test-engines test-lowest check coverage mutants gpu benchmarks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/choral compare examples/digits.toml --out $(OUT) --seeds $(SEEDS) --resume
@@ -57,18 +53,16 @@ gpu:
 	[ ! -d $(WHEELS) ] || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu $(WHEELS)/*.whl
 	PYTHONPATH=src:build/gpu:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py $(GPU)
 
-<<<<<<< HEAD
 # The report of the demo against WCAG 2.2, by axe-core from npm in Chromium: desk, phone, dark, print; at most 12 pages.
 accessibility: $(VENV)/.test
 	npm install --no-save --no-audit --no-fund --prefix build/axe axe-core@4.14.1
 	$(BIN)/python tests/accessibility.py build/axe/node_modules/axe-core/axe.min.js $(OUT)/report.html
-=======
+
 # What has a peer or a limit, beside the newest of the peers, each in an environment of its own: build/benchmarks.jsonl, and
 # the table of docs/benchmarks.md. BENCHMARKS=--small rehearses it, BENCHMARKS="--only opening bytes" does parts of it.
 BENCHMARKS ?=
 benchmarks: $(VENV)/.test .venv-flower/.ready .venv-peers/.ready
 	$(BIN)/python benchmarks/all.py $(BENCHMARKS)
->>>>>>> 6eb99be (Add make benchmarks: every figure with a peer or a limit in one go, beside the newest flwr, pfl and opacus, into one table)
 
 # The site, with its notebooks executed; links are checked, and a warning is an error. build/site/index.html is it.
 docs: $(VENV)/.docs
