@@ -30,7 +30,7 @@ def beyond_attack(report: Comparison) -> str:
         attacks = [*arm.audit.attacks, *([arm.audit.probe.canaries] if arm.audit.probe else [])] if arm.audit else []
         if not any(map(could_refute, attacks)):
             reach = [bound.ceiling for each in attacks for bound in each.bounds if bound.method == each.decisive]
-            most = f"an attack could have shown {max(reach):.2f} at most" if reach else "no attack was run on it"
+            most = f"too weak: they reach {max(reach):.2f}" if reach else "no attack was run on it"
             untested.append(f"{arm.name} at ε\u00a0=\u00a0{cost(arm.claim.quoted if arm.claim else 0.0)} ({most})")
     return f"No attack here could have refuted {'; '.join(untested)}." if untested else ""
 

@@ -286,7 +286,7 @@ def _match_card(matches: tuple[WeightsMatch, ...]) -> dict[str, str]:
     if len(gaps) < len(matches):
         return _card("Secure sum", "differs", f"{matches[0].arm}: the weights cannot be compared")
     if max(gaps) == 0:
-        return _card("Secure sum", "costs nothing", f"{matches[0].arm}: not one weight differs")
+        return _card("Secure sum", "no accuracy lost", f"{matches[0].arm}: not one weight differs")
     return _card("Secure sum", text.power(max(gaps)), f"{matches[0].arm}: largest difference of a weight")
 
 

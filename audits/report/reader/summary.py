@@ -31,11 +31,14 @@ def page_one(report: Comparison) -> list[tuple[str, str]]:
         ("On whose data", _whose(report)),
         ("Recommended", recommended(report).sentence),
         ("What is promised, against whom", _promised(report, private)),
+        ("In plain words", _in_words(report, private)),
+        ("Against whom not", _not_against(report, private)),
         ("What all of it costs", _total(report)),
         ("What no attack here could have refuted", beyond_attack(report) or _attacked(private)),
         ("What nobody looked at", _unassessed(report)),
         ("Rehearsal or sites", _where(report)),
         ("Who signed", _signed(report)),
+        ("Before you sign", _before(report)),
     ]
     return [(question, answer) for question, answer in answers if answer]
 
@@ -68,32 +71,47 @@ def recommended(report: Comparison) -> Recommendation:
     return Recommendation(
         cheapest,
         f"{cheapest.name}: {_reaches(report, cheapest)}, {price}, the cheapest private configuration within {allowed}"
-        f" of {base.name}, which is the tolerance of this report.",
+        f" of {base.name}: who asked for this report chose these {allowed}.",
     )
 
 
 def _price(report: Comparison, arm: ArmResult) -> str:
     usd = next((bill.usd for bill in report.costs.bills if bill.arm == arm.name), None) if report.costs else None
-    return f"{text.duration(arm.seconds.mean)} a run" if usd is None else f"{text.money(usd)} a run"
+    time = f"{text.duration(arm.seconds.mean)} a run"
+    return time if usd is None else f"{text.money(usd)} and {time}"
 
 
 def plain_reading(epsilon: float, delta: float, unit: str) -> list[str]:
     """What epsilon and delta allow an adversary, in odds and rates."""
-    rate = min(math.exp(min(epsilon, 700.0)) * 0.01 + delta, 1.0)
-    factor = math.exp(min(epsilon, 700.0))
-    times = f"{factor:.3g}" if factor < 100 else f"{factor:,.0f}" if factor < 1e6 else f"10^{math.log10(factor):.0f}"
-    even = 1.0 / (1.0 + math.exp(-min(epsilon, 700.0)))
+    rate = _found_of_all(epsilon, delta)
+    times, even = _odds(epsilon)
     whose = f"whether one {unit}'s data took part" if unit == "client" else "whether one record took part"
     said = [
         f"Whoever guesses {whose}, and is wrong about 1 % of those that did not, is right about at most"
         f" {100 * rate:.3g} % of those that did.",
         f"What an adversary thought before, as odds, changes by a factor of {times} at most: from even odds to"
-        f" {100 * even:.4g} % certainty.",
+        f" {even} certainty.",
         f"With probability δ = {text.power(delta)} at most, more than that may be learned.",
     ]
-    if rate >= 0.5:
+    if _is_weak(epsilon, delta):
         said.append("By itself this is a weak bound: it excludes little. What was measured stands beside it.")
     return said
+
+
+def _odds(epsilon: float) -> tuple[str, str]:
+    """By what odds change at most, and how certain that makes who had even ones."""
+    factor = math.exp(min(epsilon, 700.0))
+    times = f"{factor:.3g}" if factor < 100 else f"{factor:,.0f}" if factor < 1e6 else f"10^{math.log10(factor):.0f}"
+    return times, f"{100.0 / (1.0 + math.exp(-min(epsilon, 700.0))):.4g} %"
+
+
+def _found_of_all(epsilon: float, delta: float) -> float:
+    """The most of those who took part that are found by who is wrong about 1 % of the others."""
+    return min(math.exp(min(epsilon, 700.0)) * 0.01 + delta, 1.0)
+
+
+def _is_weak(epsilon: float, delta: float) -> bool:
+    return _found_of_all(epsilon, delta) >= 0.5
 
 
 def promises(private: list[ArmResult]) -> list[tuple[tuple[float, float, str], list[str]]]:
@@ -172,12 +190,18 @@ def _whose(report: Comparison) -> str:
     return said + ("." if stated is not None and stated.purpose else ". Purpose and people: not stated.")
 
 
+def _chosen(report: Comparison, private: list[ArmResult]) -> ArmResult | None:
+    """The configuration that page one speaks of; None if no claim is made."""
+    found = recommended(report)
+    arm = found.arm or found.nearest or (private[0] if private else None)
+    return arm if arm is not None and arm.claim else None
+
+
 def _promised(report: Comparison, private: list[ArmResult]) -> str:
     if not private:
         return "Nothing: no configuration promises differential privacy."
-    found = recommended(report)
-    arm = found.arm or found.nearest or private[0]
-    if arm.claim is None:
+    arm = _chosen(report, private)
+    if arm is None or arm.claim is None:
         return ""
     return (
         f"{arm.name}: ε = {text.cost(arm.claim.quoted)}, δ = {text.power(arm.claim.delta)}, for each {arm.claim.unit},"
@@ -185,16 +209,63 @@ def _promised(report: Comparison, private: list[ArmResult]) -> str:
     )
 
 
+def _in_words(report: Comparison, private: list[ArmResult]) -> str:
+    """What the promise of page one allows: the odds of :func:`plain_reading`, and whether that is weak."""
+    arm = _chosen(report, private)
+    if arm is None or arm.claim is None:
+        return ""
+    claim = arm.claim
+    times, even = _odds(claim.quoted)
+    whose = f"Who guesses whether one {claim.unit} took part"
+    said = f"{whose} may go from even odds to {even} certainty (odds times {times})."
+    if claim.unit == "record":
+        said += " Someone with several records is protected less."
+    return said + (" This is a weak promise." if _is_weak(claim.quoted, claim.delta) else "")
+
+
+def _not_against(report: Comparison, private: list[ArmResult]) -> str:
+    """Of the promise on page one, and of what else was trained on the same records."""
+    arm = _chosen(report, private)
+    if arm is None:
+        return ""
+    found = ["the party that holds a record"]
+    if arm.shares is not None:
+        found.append(f"the server with {arm.shares.colluders + 1} or more other parties")
+    cited = [each for other in report.arms for each in other.manifests]
+    if not cited or any(each.rehearsal for each in cited):
+        found.append("in this rehearsal, whoever owns the machine")
+    unpromised = ", ".join(each.name for each in report.arms if not each.claim)
+    said = f"{'; '.join(found)}."
+    if unpromised:
+        said += f" Nor does it cover the models of {unpromised}."
+    return said[:1].upper() + said[1:]
+
+
+def _before(report: Comparison) -> str:
+    """What only a human can do."""
+    stated = report.context is not None and bool(report.context.purpose)
+    cited = [each for arm in report.arms for each in arm.manifests]
+    todo = [] if stated else ["state purpose and people ([report.context])"]
+    todo.append("have this ε and this tolerance judged by somebody who did not choose them")
+    if any(not arm.claim for arm in report.arms):
+        todo.append("keep in the house what has no bound")
+    if not cited or any(each.rehearsal for each in cited):
+        todo.append("repeat it at sites, each with a key of its own")
+    said = "; ".join(todo)
+    return f"{said[:1].upper()}{said[1:]}. The block to sign is at the end."
+
+
 def _total(report: Comparison) -> str:
     """For whoever reads the whole report."""
-    parts = []
+    parts: list[str] = []
     for each in report.composed:
         total = "unknown" if each.epsilon is None else f"ε = {text.cost(each.epsilon)} at δ = {text.power(each.delta)}"
         shown = f"all {each.runs} private trainings that are" if each.runs > 1 else "the private training that is"
-        parts.append(f"{shown} shown, for each {each.unit}: {total}")
+        counted = " (each seed and each ε of the curves counts)" if each.runs > 1 and not parts else ""
+        parts.append(f"{shown} shown{counted}, for each {each.unit}: {total}")
     unpromised = [arm.name for arm in report.arms if not arm.claim]
     if unpromised and parts:
-        parts.append(f"without any bound: {', '.join(unpromised)}")
+        parts.append("with those without any bound the whole has none")
     said = "; ".join(parts)
     return f"{said[:1].upper()}{said[1:]}." if said else ""
 

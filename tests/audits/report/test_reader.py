@@ -90,7 +90,28 @@ def test_what_all_of_it_costs_keeps_names_as_they_are_and_counts_one_as_one(repo
     one = Composed(unit="record", runs=1, delta=1e-5, single=2.0, owner="party-1", epsilon=2.0)
     said = dict(page_one(msgspec.structs.replace(report, arms=plain, composed=(one,), baseline="Cloud of Ours")))
     assert said["What all of it costs"].startswith("The private training that is shown, for each record: ε = 2.00")
-    assert "without any bound: Cloud of Ours" in said["What all of it costs"]
+    assert said["What all of it costs"].endswith("; with those without any bound the whole has none.")
+    assert "Cloud of Ours" in said["Against whom not"]
+
+
+def test_page_one_says_the_promise_in_words_and_whom_it_does_not_hold_off(report: Comparison) -> None:
+    said = dict(page_one(holding(report)))
+    arm = next(arm for arm in report.arms if arm.claim)
+    assert arm.claim is not None
+    assert "from even odds to" in said["In plain words"]
+    assert ("weak" in said["In plain words"]) == (
+        "weak" in plain_reading(arm.claim.quoted, arm.claim.delta, "record")[-1]
+    )
+    assert "several records" in said["In plain words"]
+    assert "owns the machine" in said["Against whom not"]
+    for plain in (arm.name for arm in report.arms if not arm.claim):
+        assert plain in said["Against whom not"]
+    assert "[report.context]" in said["Before you sign"]
+    stated = dict(page_one(holding(report).stated(Context(purpose="Triage"))))
+    assert "[report.context]" not in stated["Before you sign"]
+    bare = tuple(msgspec.structs.replace(arm, claim=None, audit=None) for arm in report.arms)
+    without = dict(page_one(msgspec.structs.replace(report, arms=bare, composed=())))
+    assert not {"In plain words", "Against whom not"} & set(without)
 
 
 @pytest.mark.parametrize(("metric", "fits"), [("accuracy", False), ("deviance", True), ("test error", True)])
