@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,10 +26,11 @@ from choral.protocols.errors import (
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.masking import messages, signing
+from choral.protocols.masking import mask_addition, messages, party_round, signing
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import honest_floor
 from choral.protocols.masking.messages import encode
+from choral.protocols.masking.server import unmasking
 from choral.protocols.wire_format import read
 
 with_ = msgspec.structs.replace
@@ -212,6 +214,38 @@ def test_a_party_sends_no_more_bytes_than_in_four_trips() -> None:
         most[trips] = max(result.bytes_up.values()), max(result.bytes_down.values())
     assert all(up <= 1.005 * most[4][0] for up, _ in most.values())  # 1.0004 and less; 1.05 was asked for
     assert all(down <= 1.2 * most[4][1] for _, down in most.values())  # of 4 KB, beside the model
+
+
+def test_nor_does_it_compute_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key agreements, signatures verified (each once), and masks expanded, of a round dealt for in the one before."""
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def counted(*given: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(party_round, "agree")
+    count(signing, "ed25519_verify")
+    count(mask_addition, "add_mask")
+    count(unmasking, "add_mask")
+    spec = SumSpec(parties=tuple(f"p{place}" for place in range(7)), length=10, bound=10)
+    found = {}
+    for trips in (2, 3, 4):
+        session = Masked(trips=trips).open(spec)
+        for _ in range(3):
+            counts.clear()
+            summing = session.begin()
+            for name in spec.parties:
+                summing.submit(name, np.ones(10, np.int64))
+            summing.finish()
+        found[trips] = dict(counts)
+    assert found[2] == found[3] == found[4]
+    assert set(found[4]) == {"agree", "ed25519_verify", "add_mask"}
 
 
 # ----------------------------------------------------------------------------------------------------- what it states
