@@ -192,10 +192,10 @@ def in_turn(names: Sequence[str], small: bool, out: Path) -> int:
     """Run the parts, and write their lines in place of their last ones, after each; how many did not end well."""
     failed = 0
     for name in names:
-        part, load, begun = PARTS[name], os.getloadavg()[0], time.monotonic()
+        part, load, at, begun = PARTS[name], os.getloadavg()[0], commit(), time.monotonic()
         lines, trouble = run(part, small)
         known = versions(part.python, PACKAGES) | versions(part.peers, ("flwr", "pfl"))
-        facts = {"part": name, "commit": commit(), "load": round(load, 2), "versions": known}
+        facts = {"part": name, "commit": at, "load": round(load, 2), "versions": known}
         ended = {"ended": "failed" if trouble else "well", "seconds": round(time.monotonic() - begun, 1)}
         told = [{**facts, **line} for line in (*lines, {**ended, "trouble": trouble})]
         write([line for line in lines_of(out) if line["part"] != name] + told, out)
