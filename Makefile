@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2
+	HYPOTHESIS_PROFILE=searching $(BIN)/python -m pytest -q -n 2
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

@@ -9,10 +9,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 # Before torch and numpy are imported, and for the processes that tests start: workers of pytest share the cores, and
 # threads of a pool that wait for one another spin. A test of small matrices took twenty times its own time so.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The examples of properties are the same each time: what fails here failed there. `make test-all` looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("searching")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
@@ -34,6 +34,9 @@ def distances(table: np.ndarray, point: np.ndarray) -> float:
 
 
 @settings(max_examples=40, deadline=None)
+@example(
+    np.array([[0.0, 0.0], [0.0, -357536.0], [2706.0, -6.1e-5]])
+)  # the median lies beside a row, and steps are small
 @given(TABLES)
 def test_no_point_is_nearer_to_all_than_the_geometric_median(table: np.ndarray) -> None:
     """Against another minimiser, started at the mean and at every row."""
@@ -41,7 +44,7 @@ def test_no_point_is_nearer_to_all_than_the_geometric_median(table: np.ndarray) 
     others = [optimize.minimize(lambda p: distances(table, p), start, method="Nelder-Mead").fun for start in
               (table.mean(axis=0), table[0])]  # fmt: skip
     rows = [distances(table, row) for row in table]
-    assert found <= min(*others, *rows) * (1 + 1e-3) + 1e-6
+    assert found <= min(*others, *rows) * (1 + 1e-4) + 1e-6
 
 
 @pytest.mark.parametrize("rule", RULES)
