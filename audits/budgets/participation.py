@@ -27,7 +27,8 @@ class ParticipationSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 
     planned: parties times rounds; realised: survivors over all rounds that were completed. claimed_minimum: the fewest
     parties of a sum that may be opened, by the secure sum and the promise; fewest: the fewest in any round.
-    epsilon_realised: of a client-level ledger, its cost if each sum had as many noise shares as parties survived.
+    epsilon_realised: of a client-level ledger, its cost if each sum had as many noise shares as parties survived, or
+        in two trips as are in it for certain.
     """
 
     rounds: int
@@ -72,6 +73,8 @@ def participation_checks(run: Run, found: ParticipationSummary | None) -> list[C
         said = f"At least {found.fewest} of {found.parties} in every round; {found.claimed_minimum} are claimed."
         if failed := sum(bool(entry.failed) for entry in run.history):
             said += f" {failed} more rounds had too few and opened no sum, as the run records them."
+        if (run.info.secure_sum or {}).get("trips") == 2:
+            said += " Nobody confirms them in two trips."
         if low:
             said = (
                 f"Round {low[0].round} has {low[0].survivors} of {found.parties} parties, {found.claimed_minimum} are"
@@ -202,7 +205,15 @@ def _releases(run: Run) -> tuple[ClientRelease, ...]:
 def _shares_survived(run: Run) -> list[int]:
     """Noise shares that the adversary does not know, by round: those of the survivors that are not colluders."""
     colluders = int((run.info.privacy or {}).get("colluders", 0))
-    return [entry.survivors - colluders for entry in run.history if entry.round and not entry.failed]
+    return [
+        sure_survivors(run, entry.survivors) - colluders for entry in run.history if entry.round and not entry.failed
+    ]
+
+
+def sure_survivors(run: Run, reported: int) -> int:
+    """Of so many survivors of a sum, as many as are in it for certain: in two trips nobody confirms who they are."""
+    stated = run.info.secure_sum or {}
+    return min(reported, int(stated.get("min_survivors", 0))) if stated.get("trips") == 2 else reported
 
 
 def _overcounted(run: Run) -> list[tuple[int, int, int]]:
@@ -243,13 +254,16 @@ def _epsilon_realised(run: Run) -> float | None:
 
 
 def _noise_by_survivors(run: Run, realised: float | None) -> Check:
-    name = "Noise was counted by who survived"
+    name, unconfirmed = "Noise was counted by who survived", (run.info.secure_sum or {}).get("trips") == 2
     if over := _overcounted(run):
         place, charged, survived = over[0]
-        finding = f"Sum {place} was charged for {charged} noise shares, {survived} survived ({len(over)} sums in all)."
+        there = "are in it for certain, in two trips" if unconfirmed else "survived"
+        finding = f"Sum {place} was charged for {charged} noise shares, {survived} {there} ({len(over)} sums in all)."
         if realised is not None:
             promised = float((run.info.privacy or {})["epsilon"])
-            finding += f" By who survived, the cost is ε = {cost(realised)}; {promised:g} were promised."
+            by = "those" if unconfirmed else "who survived"
+            finding += f" By {by}, the cost is ε = {cost(realised)}; {promised:g} were promised."
         return Check(name=name, verdict="violated", finding=finding)
-    finding = f"No sum was charged for more noise shares than parties survived; ε = {cost(realised or 0.0)}."
+    there = "are in it for certain, in two trips" if unconfirmed else "parties survived"
+    finding = f"No sum was charged for more noise shares than {there}; ε = {cost(realised or 0.0)}."
     return Check(name=name, verdict="holds", finding=finding)

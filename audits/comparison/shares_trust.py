@@ -2,7 +2,8 @@
 
 The promise is the worst case: as few honest survivors as a sum may be opened over. Where more survived there was more
 noise, and what that would cost holds **only if who drops out does not depend on what was released**: it stands beside
-the promise with that condition, and nowhere else.
+the promise with that condition, and nowhere else. In two trips nobody confirms who survived: no more are counted there
+than are in a sum for certain.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from choral.audits.budgets.budgets import ledger_of, owners_of, unit_of
+from choral.audits.budgets.participation import sure_survivors
 from choral.audits.findings.schema import SharesTrust
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def _realised(run: Run, honest: int, colluders: int) -> float | None:
     shares: Counter[int] = Counter()
     for entry in run.history:
         if entry.round and not entry.failed:
-            shares[max(entry.survivors - colluders, honest)] += each
+            shares[max(sure_survivors(run, entry.survivors) - colluders, honest)] += each
     shares[honest] += max(total - shares.total(), 0)
     counted = [msgspec.structs.replace(first, honest=n, steps=steps) for n, steps in shares.items() if steps]
     return record_level.epsilon(counted, float((run.info.privacy or {})["delta"]), neighbours=ledger.neighbours)

@@ -188,13 +188,18 @@ def _client_parts(info: RunInfo) -> tuple[str, str]:
     known = promise.get("colluders")
     trust = (
         f"Each client adds a share of the noise, sized for {promise.get('min_survivors')} survivors with"
-        f" {known} colluder{'' if known == 1 else 's'}, and counted by who survived."
+        f" {known} colluder{'' if known == 1 else 's'}, and counted by {_counted(info)}."
     )
     sees = f"anyone who sees every sum and every model, together with up to {known} of the other clients"
     if plain:
         return (sees, f"{trust} The server sees each client's update with its share of the noise alone.")
     rests = "That the server sees sums only rests on the secure sum."
     return (f"{sees}, the server included", f"{trust} {rests}{cohort_trust(info.secure_sum)}")
+
+
+def _counted(info: RunInfo) -> str:
+    two = (info.secure_sum or {}).get("trips") == 2
+    return "the fewest that a sum in two trips may hold, whoever is said to have survived" if two else "who survived"
 
 
 def _secret_cohorts(rate: float) -> tuple[str, str]:

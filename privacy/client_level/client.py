@@ -354,10 +354,11 @@ class ClientRound:
         """See :meth:`ClientEncoder.encode`."""
         return self._client.encode(update)
 
-    def decode(self, total: Int64Array, survivors: int) -> torch.Tensor:
+    def decode(self, total: Int64Array, survivors: int, sure: int | None = None) -> torch.Tensor:
         """Return the noisy mean of the survivors' clipped updates, float64, shape (length,), and move the clip.
 
-        The divisor is the public number of survivors; of secret cohorts the number expected.
+        The divisor is the public number of survivors; of secret cohorts the number expected. sure: how many are in the
+        sum for certain, if that is fewer: those that nobody confirmed are paid for as if they were not.
         Raises: TooFewClientsError (fewer than min_survivors), PrivacyError (a second time), EncodingError (another
         shape or type), LedgerError.
         """
@@ -377,7 +378,8 @@ class ClientRound:
             sums = self._scheme.decode(total, scale, self._signs, self._source)
         else:
             sums = self._scheme.decode(total, 1.0 if engine.adaptive else self.clip, self._signs)
-            shares = survivors - engine.privacy.colluders if engine.privacy.noise == "distributed" else 1
+            there = survivors if sure is None else min(survivors, sure)
+            shares = there - engine.privacy.colluders if engine.privacy.noise == "distributed" else 1
             if shares > engine.holders:
                 engine.append(self._scheme.release(shares, settles=True))
         if engine.adaptive:

@@ -302,6 +302,7 @@ class ClientCodec:
     def __init__(self, parties: tuple[str, ...], privacy_engine: ClientPrivacyEngine) -> None:
         self._parties, self._privacy_engine = parties, privacy_engine
         self._round: ClientRound | None = None
+        self._sure: int | None = None  # survivors, of sums in which nobody confirms them
 
     @property
     def spec(self) -> SumSpec:
@@ -325,19 +326,29 @@ class ClientCodec:
         return self._privacy_engine.clip
 
     def check(self, session: SumSession) -> None:
-        """Noise that is shared out needs a sum that is not opened over fewer clients than it was sized for."""
-        opens = session.statement.get("min_survivors")
-        hides = session.statement.get("name") != "plain"  # with Plain the server sees single vectors anyway
-        if (
-            self._privacy_engine.privacy.noise == "distributed"
-            and hides
-            and (opens is None or opens < self._privacy_engine.min_survivors)
-        ):
+        """Noise that is shared out needs a sum that is not opened over fewer clients than it was sized for.
+
+        It must withstand as many colluders, who know their own shares. In two trips nobody confirms who is in a sum: it
+        is paid for as one over the fewest that it may hold, however many are said to have survived.
+        """
+        stated, engine = session.statement, self._privacy_engine
+        # with Plain the server sees single vectors anyway
+        if engine.privacy.noise != "distributed" or stated.get("name") == "plain":
+            return
+        opens, corrupt = stated.get("min_survivors"), stated.get("corrupt", 0)
+        if opens is None or opens < engine.min_survivors:
             raise ConfigError(
-                f"the secure sum may open sums of {opens} clients, but the noise is sized for"
-                f" {self._privacy_engine.min_survivors}",
-                hint=f"give both min_survivors={self._privacy_engine.min_survivors}",
+                f"the secure sum may open sums of {opens} clients, but the noise is sized for {engine.min_survivors}",
+                hint=f"give both min_survivors={engine.min_survivors}",
             )
+        if corrupt < (colluders := engine.privacy.colluders):
+            raise ConfigError(
+                f"the secure sum withstands {corrupt} corrupt clients, but the noise {colluders} colluders, who know"
+                " their shares",
+                hint=f"give the secure sum corrupt={colluders}, or ClientPrivacy(colluders={corrupt})",
+            )
+        if stated.get("trips") == 2:
+            self._sure = opens if self._sure is None else min(self._sure, opens)
 
     def begin(self, present: tuple[str, ...], exchange: Callable[[], bytes]) -> None:
         """Raises: TooFewSurvivorsError before anything is paid or sent; and as :meth:`ClientPrivacyEngine.begin`."""
@@ -360,7 +371,7 @@ class ClientCodec:
 
     def decode(self, result: SumResult) -> ExchangeMean:
         survivors = len(result.survivors)
-        mean = begun(self._round).decode(result.total, survivors)
+        mean = begun(self._round).decode(result.total, survivors, self._sure)
         return ExchangeMean(mean, self._privacy_engine.divisor(survivors))
 
 

@@ -192,7 +192,7 @@ def test_noise_calibrated_for_all_with_half_of_them_gone_is_caught(
     """The trainer charges, and draws, shares for eight clients, whoever is there."""
     decode = client.ClientRound.decode
     monkeypatch.setattr(
-        client.ClientRound, "decode", lambda self, total, _: decode(self, total, self._engine.clients)
+        client.ClientRound, "decode", lambda self, total, *_: decode(self, total, self._engine.clients)
     )  # fmt: skip
     monkeypatch.setattr(codecs.ClientCodec, "begin", lambda it, *_: setattr(it, "_round", it._privacy_engine.begin()))
     federate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,16 @@ def test_the_realised_figure_is_of_who_survived_and_never_above_the_promise(task
     assert trust.realised <= fewer.info.spent["north"].epsilon + 1e-9
     if opened and all(entry.survivors == 4 for entry in opened):
         assert trust.realised == pytest.approx(fewer.info.spent["north"].epsilon)
+
+
+def test_nothing_is_gained_by_survivors_whom_nobody_confirmed(task: Make, tmp_path: Path) -> None:
+    """In two trips all five may be said to have survived, and four are in the sum for certain."""
+    run = in_shares(task, tmp_path / "run", secure_sum=replace(MASKED, trips=2))
+    assert [entry.survivors for entry in run.history if entry.round] == [5, 5]
+    trust = shares_trust([run])
+    assert trust is not None
+    assert (trust.honest, trust.min_survivors) == (3, 4)
+    assert trust.realised == pytest.approx(run.info.spent["north"].epsilon)
 
 
 def test_the_realised_figure_is_for_the_neighbours_that_are_promised(task: Make, tmp_path: Path) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from flat_arguments import federate
 
 import choral
-from choral import ClientPrivacy, Homomorphic, Masked
+from choral import ClientPrivacy, Homomorphic, Masked, Plain
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, SumSettings
 from choral.jobs.training import secure_sum_of
 from choral.network.site.offer import OfferError
 from choral.network.site.terms import sum_of, sum_record
+from choral.privacy import ClientPrivacyEngine, Ledger
 from choral.protocols import Grouped, SpecError
+from choral.protocols.interface import SumResult
 from choral.trainers import Participation
+from choral.trainers.federated.codec import ClientCodec
 from choral.trainers.federated.record_shares.checks import fewest_survivors
 
 TEN = tuple(f"p{place}" for place in range(10))
@@ -64,6 +70,84 @@ def test_client_level_noise_asks_for_as_many(job: Any, parties: Any) -> None:
     stated = run.info.secure_sum
     assert stated is not None
     assert (stated["min_survivors"], stated["asked_survivors"], stated["honest_floor"]) == (7, 8, 4)
+
+
+EIGHT = TEN[:8]
+LOW = {"corrupt": 1, "dropouts": 3, "min_survivors": 3}
+"""Two honest vectors at least in two trips, of eight that are reported."""
+
+
+def noisy(job: Any, parties: Any, out: Path, **changes: Any) -> choral.Run:
+    promise = ClientPrivacy(8.0, 1e-3, clip=1.0, min_survivors=3, colluders=1)
+    eight = dict.fromkeys(EIGHT, parties["north"])
+    return federate(**job(parties=eight, rounds=2), out=out, **{"privacy": promise} | changes)
+
+
+def noise_was_counted(run: Any) -> tuple[str, str]:
+    (check,) = (each for each in choral.audit(run).checks if each.name == "Noise was counted by who survived")
+    return check.verdict, check.finding
+
+
+def test_survivors_whom_nobody_confirmed_are_not_counted_on(job: Any, parties: Any, tmp_path: Path) -> None:
+    """In two trips the ledger keeps what the floor costs; in three it is settled by who survived, as in four."""
+    two, three = (noisy(job, parties, tmp_path / str(few), secure_sum=Masked(trips=few, **LOW)) for few in (2, 3))
+    stated = two.info.secure_sum
+    assert stated is not None
+    assert (stated["min_survivors"], stated["honest_floor"]) == (3, 2)
+    assert [entry.survivors for entry in two.history if entry.round] == [8, 8]
+    ledgers = [Ledger(tmp_path / few / "ledger" / "clients.jsonl") for few in "23"]
+    assert [(each.shares, each.settles) for each in ledgers[0].releases] == [(2, False), (2, False)]
+    assert [(each.shares, each.settles) for each in ledgers[1].releases] == [(2, False), (7, True)] * 2
+    assert two.spent.epsilon > 1.5 * three.spent.epsilon
+    assert noise_was_counted(two)[0] == "holds"
+    assert "than are in it for certain, in two trips" in noise_was_counted(two)[1]
+    report = choral.audit(two)
+    assert report.participation is not None
+    assert report.participation.epsilon_realised == pytest.approx(two.spent.epsilon)
+    report.save(tmp_path / "audit.html")
+    assert "the fewest that a sum in two trips may hold" in (tmp_path / "audit.html").read_text()
+    assert noise_was_counted(three)[0] == "holds"
+    # A program that settles by who is said to have survived, and says that it took two trips:
+    edited = replace(three, info=msgspec.structs.replace(three.info, secure_sum=stated))
+    verdict, finding = noise_was_counted(edited)
+    assert verdict == "violated"
+    assert "charged for 7 noise shares, 2 are in it for certain, in two trips (2 sums in all)" in finding
+
+
+def test_more_than_the_noise_is_sized_for_is_counted_where_the_sum_is_sure_of_it() -> None:
+    """Seven are asked for, of eight; six are sure to be in; two of their shares the colluders may know."""
+    summing = Masked(trips=2, corrupt=2, dropouts=1, min_survivors=6)
+    promise, ledger = ClientPrivacy(8.0, 1e-3, clip=1.0, min_survivors=4, colluders=2), Ledger(None)
+    engine = ClientPrivacyEngine(promise, clients=8, length=3, rounds=2, ledger=ledger)
+    codec = ClientCodec(EIGHT, engine)
+    session = summing.open(codec.spec)
+    sure = session.statement["min_survivors"]
+    assert 4 < sure < 8
+    codec.check(session)
+    codec.begin(EIGHT, lambda: bytes(32))
+    none = np.zeros(codec.spec.length, np.int64)
+    codec.decode(SumResult(total=none, survivors=EIGHT, bytes_up={}, bytes_down={}))
+    assert [(each.shares, each.settles) for each in ledger.releases] == [(2, False), (sure - 2, True)]
+
+
+def test_noise_counts_on_no_more_colluders_than_the_sum_withstands() -> None:
+    """One colluder of the noise against none of the sum: in two trips as in four; not where it does not matter."""
+    three, four = {"corrupt": 0, "dropouts": 3, "min_survivors": 4}, {"corrupt": 1, "dropouts": 2, "min_survivors": 4}
+    promises = {noise: ClientPrivacy(8.0, 1e-3, clip=1.0, noise=noise) for noise in ("local", "central")}  # type: ignore[arg-type]
+    promises["distributed"] = ClientPrivacy(8.0, 1e-3, clip=1.0, min_survivors=4, colluders=1)
+    for noise, promise in promises.items():
+        codec = ClientCodec(EIGHT, ClientPrivacyEngine(promise, clients=8, length=3, rounds=1, ledger=Ledger(None)))
+        for trips in (2, 4):
+            codec.check(Masked(trips=trips, **four).open(codec.spec))  # type: ignore[arg-type]
+            weak = Masked(trips=trips, **three).open(codec.spec)  # type: ignore[arg-type]
+            if noise != "distributed":
+                codec.check(weak)
+                continue
+            with pytest.raises(ConfigError, match="withstands 0 corrupt clients, but the noise 1 colluders"):
+                codec.check(weak)
+        codec.check(Plain().open(codec.spec))
+    with pytest.raises(ConfigError, match="withstands 0 corrupt clients"):
+        codec.check(Homomorphic(key="shared", min_survivors=4).open(codec.spec))  # any one party opens all of them
 
 
 @pytest.mark.parametrize("trips", [2, 3])
