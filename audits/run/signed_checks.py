@@ -155,7 +155,13 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
         here = rounds.get(entry.round, [])
         survived = sum(bool(said["sums"]) and said["sums"][-1]["in_sum"] for said in here)
         known = here or (rounds and entry.survivors and not run.info.sites)  # which have their receipts themselves
-        if known and (len(here), survived) != (entry.selected, entry.survivors):
+        lost = (entry.selected or 0) - len(here)  # of a site that is killed between its answer and its receipt
+        if known and lost > 0 and run.info.sites:
+            named = {survivors for said in here for survivors in _survivors(said)}
+            agree = named <= {entry.survivors} and survived <= entry.survivors <= survived + lost
+        else:
+            agree = (lost, survived) == (0, entry.survivors)
+        if known and not agree:
             found.append(f"round {entry.round} has {entry.survivors} survivors in the history, {survived} by receipts")
     last = max(rounds, default=0)
     if last == run.history[-1].round and last:
@@ -164,6 +170,15 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
         if shapes and said["came"] != _model(run, [name for name, _ in shapes]):
             found.append(f"the model is not the one that came of round {last} by receipts")
     return found
+
+
+def _survivors(said: dict[str, Any]) -> list[int]:
+    """How many a receipt names as survivors of its round's last sum; empty where it was told nothing of them."""
+    return [
+        len({*each["roster"]} - {*each["dropped"]})
+        for each in said["sums"][-1:]
+        if each["roster"] and each["dropped"] is not None
+    ]
 
 
 def _model(run: Run, names: list[str]) -> str:

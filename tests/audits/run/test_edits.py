@@ -4,6 +4,7 @@ docs/evidence.md as what nothing here can find. One small run, edited in copies.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
@@ -18,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from choral import Keep, Masked, audit, centralize, compare, federate
-from choral.audits.run.signed_checks import _model, signed_checks
+from choral.audits.run.signed_checks import _model, _of_receipts, signed_checks
 from choral.privacy import Privacy
 from choral.privacy.ledgers.hash_chain import GENESIS, lines
 from choral.protocols.crypto.identity import Identity
@@ -597,6 +599,23 @@ def test_a_round_more_than_any_receipt_is_of_is_found_by_the_audit(zoo: Zoo) -> 
     zoo.rehash(by=("", "north"), also=lambda s: (others(s), s.update(completed=4, model=digest)))
     assert verified(zoo) == []
     assert any("round 4 has 4 survivors in the history, 0 by receipts" in each for each in audited(zoo))
+
+
+def test_a_site_that_was_killed_before_it_wrote_its_receipt_is_no_contradiction(zoo: Zoo) -> None:
+    """What is lacking may be one receipt for each party that has none, and no other receipt may say otherwise."""
+    run, evidence = Run.load(zoo.run), Evidence()
+    for path in sorted(zoo.run.glob("receipts/*.jsonl")):
+        evidence.take(path.name, path.read_bytes())
+    assert _of_receipts(run, evidence) == []
+    at = next(each for each in evidence.rounds if each["round"] == 2 and each["sums"][-1]["in_sum"])
+    evidence.rounds.remove(at)
+    assert any("round 2" in each for each in _of_receipts(run, evidence))  # in one process nobody is killed alone
+    at_sites = dataclasses.replace(run, info=msgspec.structs.replace(run.info, sites=tuple(zoo.identities)))
+    assert _of_receipts(at_sites, evidence) == []
+    entry = run.history[2]
+    for survivors in (entry.survivors - 1, entry.survivors + 1):
+        other = [*run.history[:2], msgspec.structs.replace(entry, survivors=survivors), *run.history[3:]]
+        assert any("round 2" in each for each in _of_receipts(dataclasses.replace(at_sites, history=other), evidence))
 
 
 def test_a_key_that_stands_twice_in_run_json_is_refused(zoo: Zoo) -> None:
