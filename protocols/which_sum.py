@@ -17,7 +17,6 @@ from choral.protocols.crypto.modular_integers import packed_bytes
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages
-from choral.protocols.masking.ahead.floor import honest_floor
 from choral.protocols.masking.ahead.messages import AheadSetup, roster_limit, survivors_limit
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.messages import SumSetup
@@ -150,11 +149,8 @@ def _masked(spec: SumSpec, config: Masked) -> Row:
 
 
 def _two_trips(spec: SumSpec, config: Masked) -> Row:
-    """With the largest smallest sum that the dropouts leave room for."""
-    n, least = len(spec.parties), Masked(corrupt=config.corrupt, dropouts=config.dropouts, trips=2)
-    setup = least.setup(spec, session=bytes(16))
-    floor = honest_floor(n, setup.corrupt, setup.threshold, n - setup.dropouts)
-    return _masked(spec, replace(least, min_survivors=floor + setup.corrupt))
+    """With the largest smallest sum that the dropouts leave room for, which is the default."""
+    return _masked(spec, Masked(corrupt=config.corrupt, dropouts=config.dropouts, trips=2))
 
 
 def _masked_bytes(setup: SumSetup, trips: int) -> tuple[int, int]:

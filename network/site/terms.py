@@ -19,6 +19,7 @@ from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, Sha
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum, SumSpec
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.messages import SumSetup
 from choral.protocols.plain import Plain
@@ -160,9 +161,16 @@ def masks_of(secure_sum: Masked | Homomorphic) -> Masked:
 
 
 def setup_of(secure_sum: Masked | Homomorphic, parties: tuple[str, ...]) -> SumSetup:
-    """What the parties would sign of a sum over all of them, but for the vector. Raises: SpecError."""
+    """What the parties would sign of a sum over all of them, but for the vector.
+
+    Its min_survivors are how few a sum is over; in two trips it would have fewer. Raises: SpecError; OfferError for two
+    or three trips.
+    """
     spec = SumSpec(parties=parties, length=1, bound=1, directory=len(parties))
-    return masks_of(secure_sum).setup(spec, session=bytes(16))
+    setup = masks_of(secure_sum).setup(spec, session=bytes(16))
+    if isinstance(setup, AheadSetup):
+        raise OfferError(FEW_TRIPS, hint="Masked(trips=4), which is the default")
+    return setup
 
 
 def _record(record: Mapping[str, Any]) -> Privacy:

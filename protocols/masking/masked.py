@@ -122,8 +122,9 @@ class Masked(DriverFactory):
         and a fraction, the default too, becomes what such a draw has but for 2^-40. Signed by the parties and stated.
     trips: of a round. 4; or 3, with keys and shares dealt a round ahead, on a complete graph (up to 64 parties); or 2,
         without the confirmation of the survivors too. Then the sum that is opened may be over other survivors than
-        any party was shown: so many are asked for that at least ``min_survivors`` are in it, and two honest ones; the
-        setup says how many honest ones at least, its ``floor`` (docs/two-trips.md). ``corrupt`` then costs more.
+        any party was shown: so many are asked for that at least ``min_survivors`` are in it, and two honest ones; by
+        default as many as ``dropouts`` leave (of three parties, two), which costs nothing. The setup says how many
+        honest ones at least, its ``floor`` (docs/two-trips.md). ``corrupt`` then costs more.
     contributors: publish no coordinate to which fewer parties contribute, at least corrupt + 2: they are counted first,
         in a sum of their own whose result is a release (:mod:`choral.protocols.contributors`). In rehearsals alone.
     block: so many coordinates in a row are counted together, such as the rows of an embedding. A party contributes to a
@@ -247,7 +248,10 @@ class Masked(DriverFactory):
             weight_bound=spec.weight_bound,
             terms=spec.terms,
         )
-        return setup if self.trips == 4 else dealt_ahead(setup, self.trips, self.min_survivors)
+        if self.trips == 4:
+            return setup
+        there = n - max(1, chosen.dropouts) if self.dropouts is None else left
+        return dealt_ahead(setup, self.trips, self.min_survivors, there)
 
     def policy(self, spec: SumSpec) -> Policy:
         """What these settings ask of a setup, as a party holds them that was given the settings and the spec.

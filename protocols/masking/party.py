@@ -40,6 +40,8 @@ from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
 from choral.protocols.errors import SERVER, FaultyPartyOrServerError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
+from choral.protocols.masking.ahead.floor import check_floor
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.graph import around, ring_of
 from choral.protocols.masking.party_round import Advertised, Keys, Membership
 from choral.protocols.masking.policy import Policy, check_policy
@@ -74,7 +76,8 @@ def join(
     identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``. sessions: those of this
     identity, of which the one that is joined here is the only live one from now on; None, and there are no others.
     known: whatever the server may send in this protocol.
-    Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
+    Raises: PolicyError for terms weaker than the policy's, or too low a floor of honest vectors; MessageError;
+    SpecError for an identity that is not pinned.
     """
     check_policy(policy)
     most = messages.limit(messages.SumSetup, len(policy.directory))
@@ -83,6 +86,8 @@ def join(
         lambda: messages.expect(read(known, setup, sender=SERVER, limit=most), messages.SumSetup),
     )
     policy.check(message, name)
+    if isinstance(message, AheadSetup):
+        check_floor(message, policy)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
     digest = signing.setup_digest(setup)

@@ -326,6 +326,7 @@ class Session:
             self.sums = self._sums.open(None if rule.everybody else first)
         if not rule.everybody and len(first) < (most := rule.expected(len(names))):
             check_promises(self.sums, len(first), self._sums.open(tuple(names[:most])), most)
+            self._sums.check_between(self.sums, len(first), names[:most])
 
     def _begin_record(self) -> None:
         plan, last = self.plan, list(self.codecs)[-1]

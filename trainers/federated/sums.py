@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from choral.errors import ConfigError
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SecureSum, SumRound, SumSession, SumSpec
+from choral.protocols.masking.ahead.floor import stated_ahead
+from choral.protocols.masking.ahead.messages import AheadSetup
+from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
@@ -94,6 +98,22 @@ class Sums:
         check_promises(fewest, needed, sessions, len(selected))
         return sessions
 
+    def check_between(self, fewest: Mapping[str, OpenSum], few: int, names: Sequence[str]) -> None:
+        """Of masked sums in two trips: whether fewer than all of these parties are promised less than the fewest.
+
+        Where the dropouts are a share of the roster, the floor falls with each one more. Raises: as `open_for` would.
+        """
+        summing = self.secure_sum
+        if not isinstance(summing, Masked) or summing.trips != 2:
+            return
+        for many in range(few + 1, len(names)):
+            spec = SumSpec(parties=tuple(names[:many]), length=1, bound=1, directory=self.parties)
+            setup = summing.setup(spec, session=bytes(16))
+            if isinstance(setup, AheadSetup):
+                states = {"corrupt": setup.corrupt, **stated_ahead(setup)}
+                for channel in fewest.values():
+                    _check_promises(channel.session.statement, few, states, many)
+
     def _opened(self, spec: SumSpec) -> SumSession:
         if self.policy is None:
             return self.secure_sum.open(spec)
@@ -105,12 +125,16 @@ class Sums:
 def check_promises(fewer: Mapping[str, OpenSum], few: int, more: Mapping[str, OpenSum], many: int) -> None:
     """Raises: ConfigError if the sum promises less over many parties than over few, as the run's record tells."""
     for channel, summing in more.items():
-        stated, states = fewer[channel].session.statement, summing.session.statement
-        for promise, choose in (("min_survivors", max), ("corrupt", min)):
-            if states.get(promise, 0) < stated.get(promise, 0):
-                both = choose(stated[promise], states[promise])
-                raise ConfigError(
-                    f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
-                    f" {states[promise]} over {many}",
-                    hint=f"give it {promise}={both}, for both",
-                )
+        _check_promises(fewer[channel].session.statement, few, summing.session.statement, many)
+
+
+def _check_promises(stated: Mapping[str, Any], few: int, states: Mapping[str, Any], many: int) -> None:
+    for promise, choose in (("min_survivors", max), ("corrupt", min)):
+        if states.get(promise, 0) < stated.get(promise, 0):
+            both = choose(stated[promise], states[promise])
+            counted = states.get("trips") == 2 and promise == "min_survivors"
+            raise ConfigError(
+                f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
+                f" {states[promise]} over {many}",
+                hint="give it dropouts as a count, for both" if counted else f"give it {promise}={both}, for both",
+            )

@@ -26,8 +26,10 @@ _SHARED_KEYS = {
     "price",
 }  # of the job, or compared elsewhere
 _COMPUTED = ("precision", "compile")
-_PROMISES = ("server", "corrupt", "min_survivors", "cohort")
-"""Of a secure sum: who is withstood, and how few are ever summed."""
+_PROMISES = ("server", "corrupt", "min_survivors", "cohort", "trips", "honest_floor")
+"""Of a secure sum: who is withstood, how few are ever summed, and whether they are confirmed."""
+_FOUR = {"trips": 4}
+"""What a masked sum has that states none: records of four trips do not say so."""
 
 
 def check_same(old: RunInfo, new: RunInfo) -> None:
@@ -69,6 +71,7 @@ def check_complete(old: RunInfo, new: RunInfo) -> None:
     before, now = old.secure_sum or {}, new.secure_sum or {}
     if any(before.get(key) != now.get(key) for key in ("name", "key")):
         raise ConfigError("cannot resume with another secure sum", hint=_same())
+    before, now = ({**_FOUR, **stated} for stated in (before, now))
     if changed := [key for key in _PROMISES if key in before and before[key] != now.get(key)]:
         raise ConfigError(  # what is recorded is said of all rounds
             f"cannot resume with a secure sum of other terms: {changed[0]} was {before[changed[0]]}, now it is"

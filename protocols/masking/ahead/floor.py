@@ -89,8 +89,9 @@ def floor_of(setup: AheadSetup) -> int:
     return honest_floor(len(setup.roster), setup.corrupt, setup.threshold, setup.min_survivors)
 
 
-def dealt_ahead(setup: SumSetup, trips: Trips, wanted: int | None) -> AheadSetup:
-    """The terms of a masked sum in two or three trips. wanted: no sum of fewer parties is opened, of two trips neither.
+def dealt_ahead(setup: SumSetup, trips: Trips, wanted: int | None, there: int) -> AheadSetup:
+    """The terms of a masked sum in two or three trips. wanted: no sum of fewer parties is opened, of two trips neither;
+    None, and of two trips so many are asked for as will be ``there``, since the floor is highest then.
 
     Raises: SpecError for a sparse graph; for dropouts that leave fewer than the survivors that this takes.
     """
@@ -109,6 +110,8 @@ def dealt_ahead(setup: SumSetup, trips: Trips, wanted: int | None) -> AheadSetup
                 f" {setup.dropouts} dropouts leave {n - setup.dropouts}",
                 hint="expect fewer dropouts or a smaller sum, or take trips=3",
             )
+        if wanted is None:
+            smallest = max(smallest, there)
     fields = {name: getattr(setup, name) for name in setup.__struct_fields__}
     made = AheadSetup(**{**fields, "min_survivors": smallest}, trips=trips)
     return replace(made, floor=floor_of(made))

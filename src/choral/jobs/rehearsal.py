@@ -313,9 +313,8 @@ def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int, *,
 
 
 def _sum_table(offer: Offer) -> dict[str, Any]:
-    from choral.network.site.terms import masks_of, sum_of
+    from choral.network.site.terms import setup_of, sum_of
     from choral.protocols.homomorphic.front import Homomorphic
-    from choral.protocols.interface import SumSpec
     from choral.protocols.masking.masked import Masked
 
     summing, parties = sum_of(offer.secure_sum), len(offer.parties)
@@ -324,8 +323,7 @@ def _sum_table(offer: Offer) -> dict[str, Any]:
         return {"kinds": [summing.name], "corrupt": 0, "minimum_cohort": fewest, "server": "semi-honest"}
     if not isinstance(summing, Masked | Homomorphic):
         raise ConfigError(f"sites send into no {summing.name} sum")
-    spec = SumSpec(parties=offer.parties, length=1, bound=1, directory=parties)
-    setup = masks_of(summing).setup(spec, session=bytes(16))
+    setup = setup_of(summing, offer.parties)
     return {
         "kinds": [summing.name],
         "corrupt": setup.corrupt,

@@ -21,12 +21,13 @@ from choral.protocols.errors import (
     FaultyServerError,
     LateVectorError,
     MessageError,
+    PolicyError,
     ProtocolError,
     SpecError,
     StateUsedError,
     TooFewSurvivorsError,
 )
-from choral.protocols.masking import mask_addition, messages, party_round, signing
+from choral.protocols.masking import mask_addition, messages, party, party_round, signing
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import honest_floor
 from choral.protocols.masking.messages import encode
@@ -270,6 +271,37 @@ def test_no_sum_of_fewer_than_the_smallest_is_opened_in_two_trips_either() -> No
     assert (setup.min_survivors, setup.floor) == (9, 7)
     with pytest.raises(SpecError, match="two trips need 9 of 10 survivors for 6 honest vectors"):
         Masked(corrupt=2, dropouts=2, min_survivors=8, trips=2).setup(spec, session=bytes(16))
+
+
+def test_by_default_as_many_are_asked_for_as_the_dropouts_leave() -> None:
+    """More cost nothing: the rows of the table, the one for thirty with nothing given but the trips."""
+    rows = [({}, 30, 27, 22), ({"corrupt": 3, "dropouts": 3}, 10, 7, 2), ({"corrupt": 3, "dropouts": 1}, 10, 9, 6)]
+    for given, parties, smallest, floor in rows:
+        spec = SumSpec(parties=tuple(f"p{place}" for place in range(parties)), length=1, bound=1)
+        setup: Any = Masked(trips=2, **given).setup(spec, session=bytes(16))  # type: ignore[arg-type]
+        assert (setup.min_survivors, setup.floor) == (smallest, floor)
+        assert setup.min_survivors == parties - setup.dropouts
+
+
+@pytest.mark.parametrize("corrupt", range(4))
+@pytest.mark.parametrize("dropouts", range(4))
+def test_the_floor_of_a_counted_number_of_dropouts_does_not_fall_with_the_parties(corrupt: int, dropouts: int) -> None:
+    floors = []
+    for parties in range(3, 41):
+        threshold = max(2, (parties + corrupt) // 2 + 1)
+        if threshold <= parties - dropouts:
+            floors.append(honest_floor(parties, corrupt, threshold, parties - dropouts))
+    assert floors == sorted(floors)
+    assert floors[-1] > 20
+
+
+def test_states_on_their_own_hold_the_floor_too(net: Network) -> None:
+    """Whoever has the states without the driver is told the same: `join` refuses."""
+    setup: Any = net.server.setup  # type: ignore[attr-defined]
+    given: dict[str, Any] = {"identity": bytes([1]) * 32, "randomness": os.urandom, "known": ahead.ToParty}
+    party.join(encode(setup), name="p0", policy=net.policy, **given)
+    with pytest.raises(PolicyError, match="says 4 honest vectors in a sum at least, and it is 3"):
+        party.join(encode(with_(setup, floor=4)), name="p0", policy=net.policy, **given)
 
 
 def test_what_two_and_three_trips_are_refused_for() -> None:

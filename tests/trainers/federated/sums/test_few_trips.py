@@ -18,9 +18,9 @@ from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, SumSettings
 from choral.jobs.training import secure_sum_of
 from choral.network.site.offer import OfferError
-from choral.network.site.terms import sum_of, sum_record
+from choral.network.site.terms import setup_of, sum_of, sum_record
 from choral.privacy import ClientPrivacyEngine, Ledger
-from choral.protocols import Grouped, SpecError
+from choral.protocols import Grouped, SpecError, SumSpec
 from choral.protocols.interface import SumResult
 from choral.trainers import Participation
 from choral.trainers.federated.codec import ClientCodec
@@ -161,6 +161,42 @@ def test_what_few_trips_are_refused_for(trips: Any, job: Any, tmp_path: Path) ->
     with pytest.raises(OfferError, match="sums in two or three trips are for rehearsals"):
         sum_of({**sum_record(Masked()), "trips": trips})
     assert sum_of(sum_record(Masked(corrupt=1))) == Masked(corrupt=1)
+
+
+def test_a_site_sizes_nothing_by_the_survivors_that_are_asked_for() -> None:
+    """What sites size noise by is v, which a sum in two trips may have fewer than."""
+    assert setup_of(Masked(corrupt=1), TEN).min_survivors == 6
+    with pytest.raises(OfferError, match="sums in two or three trips are for rehearsals"):
+        setup_of(Masked(corrupt=1, trips=2), TEN)
+
+
+@pytest.mark.parametrize(("before", "now"), [(4, 2), (2, 4), (3, 4)])
+def test_a_run_is_resumed_in_as_many_trips(before: Any, now: Any, job: Any, parties: Any, tmp_path: Path) -> None:
+    """With the same smallest sum; only whether the survivors of one are confirmed differs."""
+    five = dict.fromkeys(TEN[:5], parties["north"])
+    sums = {few: Masked(corrupt=1, dropouts=1, min_survivors=4, trips=few) for few in (before, now)}
+    run = federate(**job(parties=five, rounds=1), secure_sum=sums[before], out=tmp_path / "run")
+    stated = run.info.secure_sum
+    assert stated is not None
+    assert stated["min_survivors"] == 4
+    again = job(parties=five, rounds=2)
+    with pytest.raises(ConfigError, match=f"trips was {before}, now it is {now}"):
+        federate(**again, secure_sum=sums[now], out=tmp_path / "run", resume=True)
+    assert len(federate(**again, secure_sum=sums[before], out=tmp_path / "run", resume=True).history) == 3
+
+
+def test_rosters_of_another_size_are_promised_no_less(job: Any, parties: Any) -> None:
+    """A seventh party brings a second dropout, and the floor falls: said before anything is trained, not in a round."""
+    ten = dict.fromkeys(TEN, parties["north"])
+    rule = Participation(cohort=9, least=6)
+    given = job(parties=ten, rounds=1)
+    specs = (SumSpec(parties=TEN[:n], length=1, bound=1) for n in (6, 9))
+    few, many = (Masked(corrupt=1, trips=2).setup(spec, session=bytes(16)) for spec in specs)
+    assert (few.floor, many.floor) == (4, 5)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="promises min_survivors = 5 over 6 parties, and 4 over 7") as error:
+        federate(**given, participation=rule, secure_sum=Masked(corrupt=1, trips=2))
+    assert "dropouts as a count" in str(error.value.hint)
+    federate(**given, participation=rule, secure_sum=Masked(corrupt=1, dropouts=1, trips=2))
 
 
 def test_trips_in_a_settings_file() -> None:
