@@ -31,6 +31,7 @@ Reference: Bonawitz et al. 2017, figure 4; graph and local thresholds of Bell et
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,8 @@ from choral.protocols.argument_checks import shown
 from choral.protocols.crypto.keys import PrivateKey, SigningKey, ed25519_public
 from choral.protocols.crypto.single_use import Current, Once, Sessions
 from choral.protocols.driver import Randomness
-from choral.protocols.errors import SERVER, FaultyPartyOrServerError, FaultyServerError, SpecError
+from choral.protocols.errors import SERVER, FaultyPartyOrServerError, FaultyServerError, PolicyError, SpecError
 from choral.protocols.masking import messages, signing
-from choral.protocols.masking.ahead.floor import check_floor
-from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.graph import around, ring_of
 from choral.protocols.masking.party_round import Advertised, Keys, Membership
 from choral.protocols.masking.policy import Policy, check_policy
@@ -70,14 +69,15 @@ def join(
     randomness: Randomness,
     sessions: Sessions | None = None,
     known: Any = messages.ToParty,
+    further: Callable[[Any, Policy], None] | None = None,
 ) -> tuple[Joining, bytes]:
     """Accept the server's terms, or refuse them, having sent nothing.
 
     identity: the 32-byte Ed25519 seed whose public key the directory pins under ``name``. sessions: those of this
     identity, of which the one that is joined here is the only live one from now on; None, and there are no others.
-    known: whatever the server may send in this protocol.
-    Raises: PolicyError for terms weaker than the policy's, or too low a floor of honest vectors; MessageError;
-    SpecError for an identity that is not pinned.
+    known: whatever the server may send in this protocol. further: refuses what a setup has beyond the masked sum's, as
+    :func:`~choral.protocols.masking.ahead.floor.check_floor` does; without it such a setup is refused.
+    Raises: PolicyError for terms weaker than the policy's; MessageError; SpecError for an identity that is not pinned.
     """
     check_policy(policy)
     most = messages.limit(messages.SumSetup, len(policy.directory))
@@ -86,8 +86,10 @@ def join(
         lambda: messages.expect(read(known, setup, sender=SERVER, limit=most), messages.SumSetup),
     )
     policy.check(message, name)
-    if isinstance(message, AheadSetup):
-        check_floor(message, policy)
+    if further is not None:
+        further(message, policy)
+    elif type(message) is not messages.SumSetup:
+        raise PolicyError("a setup with further terms, which this party was not told how to check")
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
     digest = signing.setup_digest(setup)

@@ -89,11 +89,11 @@ class PartyContext:
 class MaskedPartyDriver:
     """See :class:`choral.protocols.driver.PartyDriver`.
 
-    Raises: SpecError for a stored state of something else; PolicyError where the stored setup is weaker than the policy
-    now is.
+    Raises: SpecError for a stored state of something else; PolicyError where its setup is now weaker than the policy.
     """
 
     known: Any = messages.ToParty  # whatever the server may send in this protocol
+    join: Any = staticmethod(join)  # what accepts a setup
     waits: Any = Ready  # the state that takes a vector
     # What opens a session, for which state; and whether it may come again when the session is open.
     opens: ClassVar[dict[Any, Any]] = {messages.Hellos: (Joining, False), messages.Reveals: (Revealing, True)}
@@ -248,7 +248,7 @@ class MaskedPartyDriver:
         digest = signing.setup_digest(raw)
         if digest in self._joined:
             raise used("this party has joined the session of that setup before, and joins it once")
-        joining, hello = join(
+        joining, hello = self.join(
             raw,
             name=self.name,
             identity=self._identity.seed,

@@ -20,6 +20,7 @@ the round that it advertised keys for; restarted, it has neither keys nor shares
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from choral.protocols.driver import Answer
@@ -28,6 +29,7 @@ from choral.protocols.masking import messages
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import check_floor
 from choral.protocols.masking.ahead.party_round import Signed, upload
+from choral.protocols.masking.party import join
 from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, Round, needed
 from choral.protocols.masking.party_round import Advertised, Confirmed, SharesSent
 from choral.protocols.masking.policy import Policy
@@ -41,6 +43,7 @@ class AheadPartyDriver(MaskedPartyDriver):
     """
 
     known = ahead.ToParty
+    join = staticmethod(partial(join, further=check_floor))
 
     def __init__(self, trips: ahead.Trips, context: PartyContext) -> None:
         self._trips = trips

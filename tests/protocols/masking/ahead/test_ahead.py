@@ -29,7 +29,7 @@ from choral.protocols.errors import (
 )
 from choral.protocols.masking import mask_addition, messages, party, party_round, signing
 from choral.protocols.masking.ahead import messages as ahead
-from choral.protocols.masking.ahead.floor import honest_floor
+from choral.protocols.masking.ahead.floor import check_floor, honest_floor
 from choral.protocols.masking.messages import encode
 from choral.protocols.masking.server import unmasking
 from choral.protocols.wire_format import read
@@ -299,6 +299,9 @@ def test_states_on_their_own_hold_the_floor_too(net: Network) -> None:
     """Whoever has the states without the driver is told the same: `join` refuses."""
     setup: Any = net.server.setup  # type: ignore[attr-defined]
     given: dict[str, Any] = {"identity": bytes([1]) * 32, "randomness": os.urandom, "known": ahead.ToParty}
+    with pytest.raises(PolicyError, match="was not told how to check"):
+        party.join(encode(setup), name="p0", policy=net.policy, **given)
+    given["further"] = check_floor
     party.join(encode(setup), name="p0", policy=net.policy, **given)
     with pytest.raises(PolicyError, match="says 4 honest vectors in a sum at least, and it is 3"):
         party.join(encode(with_(setup, floor=4)), name="p0", policy=net.policy, **given)
