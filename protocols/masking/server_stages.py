@@ -127,6 +127,11 @@ class Stage(ABC):
         self._heard[party] = self._accept(party, message)
         self._seen[kind, party] = fingerprint
 
+    def is_of_round(self, sender: str, raw: bytes) -> bool:
+        """Whether a message is of this stage's session and round. Raises: MessageError."""
+        message: Any = read(self.known, raw, sender=sender, limit=self._limit)
+        return (message.session, getattr(message, "round", 0)) == (self._session, self._number)
+
     @property
     def _uploads_are_over(self) -> bool:
         return False

@@ -10,11 +10,12 @@ Threat model: as in :mod:`choral.protocols.masking.server.opening`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import pairwise
 
 from choral.protocols.driver import CollectingStage
+from choral.protocols.errors import FaultyPartyError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.server.round_stages import Advertising, RoundStage, Sharing, Unmasking, Uploading
@@ -59,9 +60,10 @@ class _Viewing(RoundStage):
     kind = ahead.SignedRoster
     known = ahead.ToServer
 
-    def __init__(self, terms: SessionTerms, number: int, bound: Commitments) -> None:
+    def __init__(self, terms: SessionTerms, number: int, bound: Commitments, signed: Callable[[str], None]) -> None:
+        """signed: is called with each party whose signature was taken."""
         super().__init__(terms, number, sorted(bound.keys), {})
-        self._bound = bound
+        self._bound, self._signed = bound, signed
         self.views: dict[int, ahead.SignedRoster] = {}
 
     @cached_property
@@ -82,24 +84,46 @@ class _Viewing(RoundStage):
         self.views[party] = message
         return message
 
+    def receive(self, sender: str, raw: bytes) -> None:
+        """Raises: what the stage does; then what its vector is refused for, if that came first."""
+        super().receive(sender, raw)
+        self._signed(sender)
+
     def close(self) -> None:
         """What comes from here on is late."""
         self._closed = True
 
 
 class Vectors(Uploading):
-    """Waits for masked vectors, each after its party's signature on the roster, and adds them up as they come."""
+    """Waits for masked vectors, each after its party's signature on the roster, and adds them up as they come.
+
+    A vector that a network brings before the signature is held, one of each party, and counts once that is there.
+    """
 
     known = ahead.ToServer
 
     def __init__(self, terms: SessionTerms, number: int, bound: Commitments, seen: Seen) -> None:
         super().__init__(terms, number, bound, seen)
-        self.viewing = _Viewing(terms, number, bound)
+        self.viewing = _Viewing(terms, number, bound, self._signed)
+        self._early: dict[str, bytes] = {}
+
+    def receive(self, sender: str, raw: bytes) -> None:
+        """Raises: what the stage does."""
+        party = self._places.get(sender) if isinstance(sender, str) else None
+        awaited = party in self._expected and party not in self.viewing.views and not self._closed
+        if not (awaited and claims_to_be(messages.Upload, raw) and self.is_of_round(sender, raw)):
+            super().receive(sender, raw)
+        elif self._early.setdefault(sender, raw) != raw:
+            raise FaultyPartyError(sender, "sent a second Upload, and not the same")
 
     def _accept(self, party: int, message: messages.Upload) -> None:
         if party not in self.viewing.views:
             raise self._fault(party, "sent its vector before its signature on the roster")
         super()._accept(party, message)
+
+    def _signed(self, sender: str) -> None:
+        if (raw := self._early.pop(sender, None)) is not None:
+            self.receive(sender, raw)
 
     def close(self) -> tuple[Unmasking, Outbox]:
         """Declare everyone else dropped: from here on their vectors are refused.
@@ -109,6 +133,7 @@ class Vectors(Uploading):
         """
         survivors = self._close(self._terms.setup.min_survivors, "too few sent a vector")
         self.viewing.close()
+        self._early.clear()
         views, tally = self.viewing.views, self._tally()
         tally.unopened = {party: frozenset(views[party].unopened) for party in survivors}
         tally.check_reachable(survivors, survivors)
@@ -126,7 +151,8 @@ class Vectors(Uploading):
 class Riding:
     """A stage, and what collects the messages that ride along with its own; only the stage is waited for.
 
-    riding: by kind of message. A transport that retries may bring them again, in this trip or the next.
+    riding: by kind of message. A transport that retries may bring them again, in this trip or the next. Those of the
+    stage's own round are its, which knows what was taken in that.
     """
 
     def __init__(self, stage: CollectingStage, riding: Mapping[type[Message], Stage]) -> None:
@@ -143,7 +169,7 @@ class Riding:
     def receive(self, sender: str, raw: bytes) -> None:
         """Raises: what the stage does that the message is for."""
         for kind, collector in self._riding.items():
-            if claims_to_be(kind, raw):
+            if claims_to_be(kind, raw) and collector.is_of_round(sender, raw):
                 collector.receive(sender, raw)
                 return
         self._stage.receive(sender, raw)

@@ -653,8 +653,12 @@ def test_dealing_for_the_next_round_ends_the_one_before(net: Network) -> None:
 def test_a_vector_needs_the_signature_of_its_party_first(net: Network) -> None:
     _, trip = net.until("vector")
     keys, view, vector = net.hand("p0", trip.outbox["p0"])
-    trip.receive("p0", vector)
-    assert "before its signature on the roster" in str(trip.faults["p0"])
+    trip.receive("p0", vector)  # which is held, and not counted
+    assert (trip.faults, "p0" in trip.waiting) == ({}, True)
+    trip.receive("p0", encode(with_(up(vector), round=1)))
+    assert "is of round 1, not 2" in str(trip.faults["p0"])
+    trip.receive("p0", vector[:-1] + bytes([vector[-1] ^ 1]))
+    assert "sent a second Upload, and not the same" in str(trip.faults["p0"])
     trip.receive("p0", encode(with_(up(view), signature=bytes(64))))
     assert "signed another roster" in str(trip.faults["p0"])
     trip.receive("p0", encode(with_(up(view), unopened=(0,))))
@@ -662,9 +666,43 @@ def test_a_vector_needs_the_signature_of_its_party_first(net: Network) -> None:
     trip.receive("p0", encode(with_(up(view), unopened=(3, 2))))
     assert "ascending" in str(trip.faults["p0"])
     assert "p0" in trip.waiting
-    for raw in (keys, view, vector):
+    for raw in (keys, view):
         trip.receive("p0", raw)
     assert "p0" not in trip.waiting
+
+
+def test_a_vector_that_was_held_is_in_the_sum_with_its_signature_alone(net: Network) -> None:
+    """All answers come in the order opposite to the one they were sent in; p3's signature never comes."""
+    trips, trip = net.until("vector")
+    for name, raw in trip.outbox.items():
+        for answer in reversed(net.hand(name, raw)):
+            if name != "p3" or not isinstance(up(answer), ahead.SignedRoster):
+                trip.receive(name, answer)
+    assert (trip.faults, trip.waiting) == ({}, ("p3",))
+    for trip in trips:
+        net.pass_(trip)
+    assert net.server.result.survivors == ("p0", "p1", "p2", "p4")
+    assert (net.server.result.total == sum(net.vector(name) for name in ("p0", "p1", "p2", "p4"))).all()
+
+
+@pytest.mark.parametrize("trips", [2, 3])
+def test_what_is_repeated_a_round_later_is_known_in_its_own_round(trips: Any) -> None:
+    """Keys and shares of a round come again in each of its trips, with those of the next one on the way."""
+    net = Network(Masked(corrupt=1, trips=trips), 5)
+    net.round()
+    dealt = [(name, raw) for _, name, raw in net.sent if isinstance(up(raw), messages.Advertise | messages.DealtShares)]
+    dealt = [(name, raw) for name, raw in dealt if up(raw).round == 2]
+    assert len(dealt) == 10
+    for trip in net.server.round():
+        for name, raw in dealt:
+            trip.receive(name, raw)
+        assert trip.faults == {}
+        net.pass_(trip)
+        for name, raw in dealt:
+            trip.receive(name, raw)
+        assert trip.faults == {}
+    assert net.server.result.survivors == net.spec.parties
+    assert net.server.number == 2
 
 
 def restarted(net: Network, name: str) -> None:
