@@ -89,6 +89,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]
         [
             *fields("min_survivors", "contributors", bad=[*NUMBERS, 0, 1]),
             *fields("block", bad=[*NUMBERS, 0], none=True),
+            *fields("trips", bad=[*NUMBERS, 0, 1, 5], none=False),
             *fields("corrupt", "dropouts", bad=SHARES),
             *fields("server", "cohort", bad=[*WORDS, "everyone"]),
         ],
