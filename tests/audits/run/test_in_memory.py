@@ -45,7 +45,9 @@ JOB: dict[str, Any] = {
 MAKE: dict[str, Any] = {
     "federated": lambda **more: federate(**JOB, privacy=Privacy(3.0, 1e-5), secure_sum=Masked(), **more),
     "pooled": lambda **more: centralize(**JOB, privacy=Privacy(3.0, 1e-5), **more),
-    "clients": lambda **more: federate(**JOB, privacy=ClientPrivacy(8.0, 1e-3), secure_sum=Masked(), **more),
+    "clients": lambda **more: federate(
+        **JOB, privacy=ClientPrivacy(8.0, 1e-3, colluders=0), secure_sum=Masked(), **more
+    ),
 }
 
 

@@ -73,7 +73,7 @@ def test_several_metrics_per_party_keep_their_names(job, held_out):
     assert run.info.per_party.metrics["south"] == {"error": 0.25, "size": 7.0}
 
 
-@pytest.mark.parametrize("privacy", [None, PROMISES[1], ClientPrivacy(epsilon=8.0, delta=1e-3, min_survivors=3)])
+@pytest.mark.parametrize("privacy", [None, PROMISES[1], ClientPrivacy(8.0, 1e-3, min_survivors=3, colluders=0)])
 def test_a_run_killed_before_the_evaluation_is_evaluated_when_it_is_resumed(job, held_out, tmp_path, privacy):
     """The budget is spent by then: nothing may be trained, or planned, again."""
     if isinstance(privacy, ClientPrivacy):
