@@ -23,6 +23,7 @@ from choral.privacy import ClientPrivacy
 from choral.privacy.accounting import client_noise
 from choral.privacy.client_level import central, client
 from choral.protocols import Masked
+from choral.protocols.errors import InputError
 from choral.trainers import Task
 
 WIDTH = 1000
@@ -69,7 +70,10 @@ def test_an_honest_federation_keeps_its_claim() -> None:
 def test_a_federation_that_clips_too_late_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = central.clipping_factor  # not clipping at all is stopped before: integers of that size are refused
     monkeypatch.setattr(central, "clipping_factor", lambda *given: 10.0 * honest(*given))
-    _, found = audit_clients(**JOB, privacy=PROMISE, canaries=100)
+    try:
+        _, found = audit_clients(**JOB, privacy=PROMISE, canaries=100)
+    except InputError:  # so is, about once in a hundred, a client that is clipped at ten times the norm
+        return
     assert found.finding == "violated", found.sentence
 
 
