@@ -297,7 +297,8 @@ _EACH = {
 }
 
 ToServer = Hello | Reveal | Advertise | DealtShares | Upload | Confirm | Unmask
-ToParty = Bundle | SumSetup | Hellos | Reveals | Begin | Roster | Deliveries | Survivors | Confirmations
+AfterSetup = Bundle | Hellos | Reveals | Begin | Roster | Deliveries | Survivors | Confirmations
+ToParty = SumSetup | AfterSetup
 
 
 def limit(kind: type[Message], entries: int = 0) -> int:

@@ -85,11 +85,11 @@ def join(
         ("setup", known, setup, most),
         lambda: messages.expect(read(known, setup, sender=SERVER, limit=most), messages.SumSetup),
     )
-    policy.check(message, name)
     if further is not None:
         further(message, policy)
     elif type(message) is not messages.SumSetup:
         raise PolicyError("a setup with further terms, which this party was not told how to check")
+    policy.check(message, name)
     if ed25519_public(identity) != policy.directory[name]:
         raise SpecError(f"the identity of {name!r} is not the one in its own directory")
     digest = signing.setup_digest(setup)

@@ -93,7 +93,7 @@ class MaskedPartyDriver:
     """
 
     known: Any = messages.ToParty  # whatever the server may send in this protocol
-    join: Any = staticmethod(join)  # what accepts a setup
+    further: Any = None  # what refuses a setup for more than the policy says: see `join`
     waits: Any = Ready  # the state that takes a vector
     # What opens a session, for which state; and whether it may come again when the session is open.
     opens: ClassVar[dict[Any, Any]] = {messages.Hellos: (Joining, False), messages.Reveals: (Revealing, True)}
@@ -134,7 +134,10 @@ class MaskedPartyDriver:
         state, setup = read_stored(raw, self.name, self._purpose), None
         if state.session:
             setup = setup_of(state, self.known)
-            self._policy_for(setup).check(setup, self.name)
+            policy = self._policy_for(setup)
+            if self.further is not None:
+                self.further(setup, policy)
+            policy.check(setup, self.name)
         current = Current(self._sessions, after=state.sessions)  # what another driver went on from it is dead
         if setup is not None:
             self._enter(setup, state.setup, state.session, current, state.last)
@@ -248,7 +251,7 @@ class MaskedPartyDriver:
         digest = signing.setup_digest(raw)
         if digest in self._joined:
             raise used("this party has joined the session of that setup before, and joins it once")
-        joining, hello = self.join(
+        joining, hello = join(
             raw,
             name=self.name,
             identity=self._identity.seed,
@@ -256,6 +259,7 @@ class MaskedPartyDriver:
             randomness=self._nonce,
             sessions=self._sessions,
             known=self.known,
+            further=self.further,
         )
         self._replies.forget()
         self._hold(setup, raw)

@@ -269,9 +269,7 @@ class Uploaded(Once[AwaitingSurvivors]):
             if peer in alive and peer not in waiting.partners:
                 raise FaultyServerError(f"{member.setup.roster[peer]} survives but never shared its secrets with us")
         check_holders(member, [peer for peer in member.neighbours if peer in alive], "to unmask anyone")
-        reveals = {peer: choose_share(held, survived=peer in alive) for peer, held in waiting.held.items()}
-        if waiting.own_share is not None:
-            reveals[me] = ChosenShare(waiting.own_share, survived=True)
+        reveals = chosen_shares(waiting, alive)
         signed = signing.confirm(member.session, number, me, message.bitmap, member.current.begun)
         state = Confirmed(_Agreed(member, number, message.bitmap, alive, reveals))
         unopened = tuple(sorted(waiting.partners - waiting.held.keys()))
@@ -320,14 +318,31 @@ class Confirmed(Once[_Agreed]):
                     " sets, or different models"
                 )
         check_holders(member, signers, "to agree on the survivors")
-        ordered = sorted(agreed.reveals.items())
-        seeds = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
-        keys = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
-        return messages.encode(messages.Unmask(member.id, number, seeds, keys, _riding(following, member, number)))
+        return unmasking(member, number, agreed.reveals, _riding(following, member, number))
 
 
-def choose_share(held: Held, *, survived: bool) -> ChosenShare:
-    return ChosenShare(held.seed_share if survived else held.key_share, survived)
+def chosen_shares(waiting: AwaitingSurvivors, alive: frozenset[int]) -> dict[int, ChosenShare]:
+    """Of each neighbour one share: of its seed if it survived, else of its key."""
+    chosen = {
+        peer: ChosenShare(held.seed_share if peer in alive else held.key_share, peer in alive)
+        for peer, held in waiting.held.items()
+    }
+    if waiting.own_share is not None:
+        chosen[waiting.member.index] = ChosenShare(waiting.own_share, survived=True)
+    return chosen
+
+
+def unmasking(
+    member: Membership,
+    number: int,
+    reveals: Mapping[int, ChosenShare],
+    following: messages.Following | None = None,
+) -> bytes:
+    """The answer that gives these shares out."""
+    ordered = sorted(reveals.items())
+    seeds = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
+    keys = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
+    return messages.encode(messages.Unmask(member.id, number, seeds, keys, following))
 
 
 def _riding(following: bytes | None, member: Membership, number: int) -> messages.Following | None:

@@ -54,18 +54,7 @@ class SignedSurvivors(Message, frozen=True):
 
 
 ToServer = messages.ToServer | SignedRoster
-ToParty = (
-    messages.Bundle
-    | AheadSetup
-    | messages.Hellos
-    | messages.Reveals
-    | messages.Begin
-    | messages.Roster
-    | messages.Deliveries
-    | messages.Survivors
-    | messages.Confirmations
-    | SignedSurvivors
-)
+ToParty = AheadSetup | messages.AfterSetup | SignedSurvivors
 
 
 def roster_limit(neighbours: int) -> int:

@@ -20,7 +20,6 @@ the round that it advertised keys for; restarted, it has neither keys nor shares
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from choral.protocols.driver import Answer
@@ -29,7 +28,6 @@ from choral.protocols.masking import messages
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import check_floor
 from choral.protocols.masking.ahead.party_round import Signed, upload
-from choral.protocols.masking.party import join
 from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, Round, needed
 from choral.protocols.masking.party_round import Advertised, Confirmed, SharesSent
 from choral.protocols.masking.policy import Policy
@@ -43,7 +41,7 @@ class AheadPartyDriver(MaskedPartyDriver):
     """
 
     known = ahead.ToParty
-    join = staticmethod(partial(join, further=check_floor))
+    further = staticmethod(check_floor)
 
     def __init__(self, trips: ahead.Trips, context: PartyContext) -> None:
         self._trips = trips
@@ -52,10 +50,9 @@ class AheadPartyDriver(MaskedPartyDriver):
         super().__init__(context)
 
     def _policy_for(self, setup: messages.SumSetup) -> Policy:
-        """Raises: PolicyError for a setup of other trips, or of too low a floor."""
+        """Raises: PolicyError for a setup of other trips."""
         if not isinstance(setup, ahead.AheadSetup) or setup.trips != self._trips:
             raise PolicyError(f"this party takes part in sums of {self._trips} trips, and this is none")
-        check_floor(setup, self.policy)
         return self.policy
 
     def _hold(self, setup: messages.SumSetup, raw: bytes) -> None:

@@ -20,11 +20,11 @@ from choral.protocols.masking import messages, signing
 from choral.protocols.masking.ahead.messages import SignedRoster, SignedSurvivors, ToParty, survivors_limit
 from choral.protocols.masking.party_round import (
     AwaitingSurvivors,
-    ChosenShare,
     Ready,
     check_holders,
-    choose_share,
+    chosen_shares,
     survivors_of,
+    unmasking,
     waiting_of,
 )
 
@@ -68,10 +68,4 @@ class Signed(Once[AwaitingSurvivors]):
                     " different rosters, or different models"
                 )
         check_holders(member, sorted(alive - {me}), "to unmask anyone")
-        reveals = {peer: choose_share(held, survived=peer in alive) for peer, held in waiting.held.items()}
-        if waiting.own_share is not None:
-            reveals[me] = ChosenShare(waiting.own_share, survived=True)
-        ordered = sorted(reveals.items())
-        seeds = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if reveal.survived)
-        keys = tuple(messages.Revealed(peer, reveal.share) for peer, reveal in ordered if not reveal.survived)
-        return messages.encode(messages.Unmask(member.id, number, seeds, keys, None))
+        return unmasking(member, number, chosen_shares(waiting, alive))

@@ -254,7 +254,6 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
 ) -> None:
     """With a cohort every round is the first of a session of its own, so that place and party are the same again."""
     from choral.protocols.masking.party import Member, join
-    from choral.protocols.masking.party_driver import MaskedPartyDriver
 
     def fixed(name: str) -> Callable[[int], bytes]:
         count = iter(range(9))
@@ -270,9 +269,8 @@ def test_what_a_party_uses_again_in_another_session_is_caught(
         monkeypatch.setattr(Member, "advertise", again)
     else:
         monkeypatch.setattr(
-            MaskedPartyDriver,
-            "join",
-            staticmethod(lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])})),
+            "choral.protocols.masking.party_driver.join",
+            lambda setup, **own: join(setup, **{**own, "randomness": fixed(own["name"])}),
         )
     report = rehearse(job, tmp_path / "run", transcript="messages", cohort=4)
     verdict, finding = check(report, "nonce, commitment")

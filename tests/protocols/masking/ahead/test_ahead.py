@@ -451,15 +451,21 @@ def without_dealers(raw: bytes, *places: int) -> bytes:
     return bundled(*before, with_(deliveries, packets=packets))
 
 
-def test_holders_refuse_whoever_signed_another_roster(net: Network) -> None:
-    """p0 is shown a roster without p1: it has no mask with it; and nobody who was shown all opens its mask."""
+def views_where_p0_is_not_shown_p1(net: Network) -> tuple[dict[str, bytes], int]:
+    """Everybody's signature on the roster that it was shown; and the round."""
     _, trip = net.until("vector")
     trip.outbox["p0"] = without_dealers(trip.outbox["p0"], 1)
-    views = {}
+    views, number = {}, 0
     for name, raw in trip.outbox.items():
         found = [up(answer) for answer in net.hand(name, raw)]
-        views[name] = next(one.signature for one in found if isinstance(one, ahead.SignedRoster))
-        number = next(one.round for one in found if isinstance(one, ahead.SignedRoster))
+        signed = next(one for one in found if isinstance(one, ahead.SignedRoster))
+        views[name], number = signed.signature, signed.round
+    return views, number
+
+
+def test_holders_refuse_whoever_signed_another_roster(net: Network) -> None:
+    """p0 is shown a roster without p1: it has no mask with it; and nobody who was shown all opens its mask."""
+    views, number = views_where_p0_is_not_shown_p1(net)
     for name in ("p1", "p2", "p3"):
         with pytest.raises(FaultyServerError, match="what p0 signed is not the roster shown to this party"):
             net.hand(name, encode(survey(net, views, messages.to_bitmap(range(5), 5), name, number)))
@@ -468,13 +474,7 @@ def test_holders_refuse_whoever_signed_another_roster(net: Network) -> None:
 
 
 def test_nor_does_that_party_answer_for_those_who_were_shown_all(net: Network) -> None:
-    _, trip = net.until("vector")
-    trip.outbox["p0"] = without_dealers(trip.outbox["p0"], 1)
-    views = {}
-    for name, raw in trip.outbox.items():
-        found = [up(answer) for answer in net.hand(name, raw)]
-        views[name] = next(one.signature for one in found if isinstance(one, ahead.SignedRoster))
-        number = next(one.round for one in found if isinstance(one, ahead.SignedRoster))
+    views, number = views_where_p0_is_not_shown_p1(net)
     with pytest.raises(FaultyServerError, match="what p2 signed is not the roster"):
         net.hand("p0", encode(survey(net, views, messages.to_bitmap({0, 2, 3, 4}, 5), "p0", number)))
 
@@ -707,6 +707,14 @@ def test_what_is_repeated_a_round_later_is_known_in_its_own_round(trips: Any) ->
 
 def restarted(net: Network, name: str) -> None:
     net.parties[name] = net.party(name, state=net.stored[name])
+
+
+def test_a_restarted_party_holds_its_setup_against_the_floor_that_it_asks_for_now() -> None:
+    net = Network(TWO, 5)
+    net.round()
+    net.policy = replace(net.policy, minimum_cohort=5)
+    with pytest.raises(PolicyError, match="may have 3 honest vectors, this party accepts 4"):
+        restarted(net, "p2")
 
 
 @pytest.mark.parametrize("step", ["vector", "unmasking"])
