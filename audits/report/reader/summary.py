@@ -231,8 +231,7 @@ def _not_against(report: Comparison, private: list[ArmResult]) -> str:
     found = ["the party that holds a record"]
     if arm.shares is not None:
         found.append(f"the server with {arm.shares.colluders + 1} or more other parties")
-    cited = [each for other in report.arms for each in other.manifests]
-    if not cited or any(each.rehearsal for each in cited):
+    if _is_rehearsal(report):
         found.append("in this rehearsal, whoever owns the machine")
     unpromised = ", ".join(each.name for each in report.arms if not each.claim)
     said = f"{'; '.join(found)}."
@@ -244,12 +243,11 @@ def _not_against(report: Comparison, private: list[ArmResult]) -> str:
 def _before(report: Comparison) -> str:
     """What only a human can do."""
     stated = report.context is not None and bool(report.context.purpose)
-    cited = [each for arm in report.arms for each in arm.manifests]
     todo = [] if stated else ["state purpose and people ([report.context])"]
     todo.append("have this ε and this tolerance judged by somebody who did not choose them")
     if any(not arm.claim for arm in report.arms):
         todo.append("keep in the house what has no bound")
-    if not cited or any(each.rehearsal for each in cited):
+    if _is_rehearsal(report):
         todo.append("repeat it at sites, each with a key of its own")
     said = "; ".join(todo)
     return f"{said[:1].upper()}{said[1:]}. The block to sign is at the end."
@@ -280,9 +278,14 @@ def _unassessed(report: Comparison) -> str:
     return f"{', '.join(names).capitalize()}: see the hazards below." if names else ""
 
 
-def _where(report: Comparison) -> str:
+def _is_rehearsal(report: Comparison) -> bool:
+    """Whether any of it was, or nothing says otherwise."""
     cited = [each for arm in report.arms for each in arm.manifests]
-    if cited and not any(each.rehearsal for each in cited):
+    return not cited or any(each.rehearsal for each in cited)
+
+
+def _where(report: Comparison) -> str:
+    if not _is_rehearsal(report):
         return "At sites of their own: each party signed with a key that it alone holds."
     return (
         "A rehearsal in one process: every party's data was on one machine, whose owner could read all of it."
