@@ -119,13 +119,11 @@ def test_the_noise_is_of_the_size_that_is_stated() -> None:
 def _tail_of_shares(threshold: float, most: float, share: float, step: float, parties: int) -> float:
     """P(most + the sum of `parties` Gaussians of deviation `share`, each rounded to steps, >= threshold): exact."""
     reach = math.ceil(9 * share / step)
-    places = np.arange(-reach, reach + 1)
     one = np.diff(stats.norm.cdf((np.arange(-reach, reach + 2) - 0.5) * step / share))
     law = np.array([1.0])
     for _ in range(parties):
         law = np.convolve(law, one)
     values = (np.arange(len(law)) - parties * reach) * step
-    assert len(one) == len(places)
     return float(law[values >= threshold - most - 1e-9].sum())
 
 
