@@ -12,8 +12,7 @@ from choral.protocols.driver import PartyDriver, ServerDriver
 from choral.protocols.errors import SpecError
 from choral.protocols.interface import SumSession, SumSpec, check_spec
 from choral.protocols.masking.masked import DriverFactory, Masked
-from choral.protocols.masking.party_driver import PartyContext
-from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.policy import PartyContext, Policy
 from choral.protocols.masking.server.driver import ServerContext
 
 Key = Literal["split", "shared"]

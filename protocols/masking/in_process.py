@@ -11,16 +11,19 @@ from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import PartyDriver
 from choral.protocols.in_process import DriverSession
 from choral.protocols.interface import SumSpec, check_spec
+from choral.protocols.masking import messages
 from choral.protocols.masking.ahead.floor import stated_ahead
 from choral.protocols.masking.ahead.messages import AheadSetup
-from choral.protocols.masking.party_driver import PartyContext
-from choral.protocols.masking.policy import Policy, check_policy
+from choral.protocols.masking.parameters import Parameters
+from choral.protocols.masking.policy import COHORT_TRUST, PartyContext, Policy, check_policy
 from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
 from choral.protocols.masking.signing import Signatures
-from choral.protocols.masking.statement import statement_of
 
 if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked
+
+CIPHER_BITS = 128
+"""Of AES-128, X25519, Ed25519 and SHA-256 commitments: no choice of neighbours makes the whole stronger."""
 
 
 class RehearsedSession(DriverSession):
@@ -83,3 +86,41 @@ class MaskedSession(RehearsedSession):
     def statement(self) -> Mapping[str, Any]:
         setup, stated = self.server.setup, super().statement
         return {**stated, **stated_ahead(setup)} if isinstance(setup, AheadSetup) else stated
+
+
+def statement_of(setup: messages.SumSetup, chosen: Parameters) -> Mapping[str, Any]:
+    """JSON-able facts of a session with this setup. chosen: what its threshold and graph achieve."""
+    server = "may do whatever it likes" if setup.server == "malicious" else "follows the protocol"
+    return {
+        "name": "masked",
+        "trust": (
+            f"The server {server} and may collude with up to {setup.corrupt} of {len(setup.roster)} parties:"
+            f" together they learn the sum over the survivors, at least {setup.min_survivors} parties, and no"
+            f" single vector of the others.{COHORT_TRUST[setup.cohort]} Each party trusts its pinned directory of"
+            " identities, which in this in-process run was made by the process itself."
+        ),
+        "server_learns": "the sum over the survivors, who they are, and who dropped out",
+        "server": setup.server,
+        "parties": len(setup.roster),
+        "threshold": setup.threshold,
+        "neighbours": setup.neighbours,
+        "graph": "complete" if setup.complete else "Harary",
+        "corrupt": setup.corrupt,
+        "directory": setup.population,
+        "cohort": setup.cohort,
+        "dropouts": setup.dropouts,
+        "min_survivors": setup.min_survivors,
+        "security_bits": round(min(CIPHER_BITS, chosen.security_bits), 1),
+        "correctness_bits": round(chosen.correctness_bits, 1) if chosen.correctness_bits < CIPHER_BITS else None,
+        "modulus_bits": setup.modulus_bits,
+        "encoding": setup.encoding,
+        "ciphers": {
+            "mask stream": "AES-128-CTR",
+            "key agreement": "X25519",
+            "signatures": "Ed25519",
+            "sealed shares": "ChaCha20-Poly1305",
+            "derivation": "HKDF-SHA-256",
+            "secret sharing": "Shamir over 2^256 + 297",
+        },
+        "protocol_version": messages.VERSION,
+    }

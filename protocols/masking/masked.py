@@ -32,8 +32,8 @@ from choral.protocols.masking.parameters import (
     counted,
     least_threshold,
 )
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
-from choral.protocols.masking.policy import DRAWS, Policy, check_policy
+from choral.protocols.masking.party_driver import MaskedPartyDriver
+from choral.protocols.masking.policy import DRAWS, PartyContext, Policy, check_policy
 from choral.protocols.masking.server.driver import MaskedServerDriver, ServerContext
 
 

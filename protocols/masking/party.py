@@ -42,7 +42,8 @@ from choral.protocols.driver import Randomness
 from choral.protocols.errors import SERVER, FaultyPartyOrServerError, FaultyServerError, PolicyError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import around, ring_of
-from choral.protocols.masking.party_round import Advertised, Keys, Membership
+from choral.protocols.masking.membership import Membership
+from choral.protocols.masking.party_round import Advertised, Keys
 from choral.protocols.masking.policy import Policy, check_policy
 from choral.protocols.wire_format import read
 

@@ -28,17 +28,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from choral.protocols.crypto.identity import Identity
 from choral.protocols.crypto.keys import SigningKey
 from choral.protocols.crypto.single_use import Current
-from choral.protocols.driver import Agreed, Answer, NeedsVector, Randomness, Replies, Store, used
-from choral.protocols.errors import SERVER, FaultyServerError, MessageError, SpecError
+from choral.protocols.driver import Agreed, Answer, NeedsVector, Replies, used
+from choral.protocols.errors import SERVER, FaultyServerError, MessageError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.graph import neighbours_of
+from choral.protocols.masking.membership import Membership, agreed_of
 from choral.protocols.masking.party import Joining, Member, Revealing, join
-from choral.protocols.masking.party_round import Advertised, Confirmed, Membership, Ready, SharesSent, Uploaded
-from choral.protocols.masking.policy import Policy, check_policy
-from choral.protocols.masking.statement import agreed_of
+from choral.protocols.masking.party_round import Advertised, Confirmed, Ready, SharesSent, Uploaded
+from choral.protocols.masking.policy import PartyContext, Policy
 from choral.protocols.stored_state import read_stored, setup_of, stored
 from choral.protocols.wire_format import LAST_ROUND, claims_to_be, read
 
@@ -57,33 +56,6 @@ class Round:
     asked: bytes = b""  # the digest of the message that asked for the vector
     bitmap: bytes = b""  # the set of survivors that was shown here
     confirmed: tuple[messages.Confirmation, ...] = ()  # by others, of just that set; verified
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class PartyContext:
-    """What a party brings along, whichever sum it takes part in.
-
-    name, policy: whose directory pins ``identity``'s public key under that name. store: is given the public state
-    whenever it changes, ahead of what depends on it. state: such a state, of before a restart. purpose: tells this
-    identity's sums apart (:meth:`Identity.sessions`). repeats: whether the transport may ask twice.
-
-    Raises: SpecError for an identity that is not pinned, and for anything else than an identity and a policy.
-    """
-
-    name: str
-    identity: Identity
-    policy: Policy
-    randomness: Randomness
-    store: Store | None = None
-    state: bytes | None = None
-    purpose: str = ""
-    repeats: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.identity, Identity):
-            raise SpecError(f"expected an Identity, got a {type(self.identity).__name__}", hint="Identity(seed)")
-        if check_policy(self.policy).directory.get(self.name) != self.identity.public:
-            raise SpecError(f"the identity of {self.name!r} is not the one in its own directory")
 
 
 class MaskedPartyDriver:

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from choral.protocols.crypto.keys import PrivateKey, SealError, SigningKey, WeakKeyError, seal, unseal
+from choral.protocols.crypto.keys import PrivateKey, SealError, WeakKeyError, seal, unseal
 from choral.protocols.crypto.shamir import split
-from choral.protocols.crypto.single_use import Current, Once
+from choral.protocols.crypto.single_use import Once
 from choral.protocols.driver import Randomness
-from choral.protocols.errors import FaultyPartyError, FaultyServerError, SpecError, TooFewSurvivorsError
+from choral.protocols.errors import FaultyPartyError, FaultyServerError, SpecError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.mask_addition import masked
-from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.membership import Membership, check_holders, check_order, in_round, survivors_of
 from choral.protocols.masking.signing import NO_BEGIN
 from choral.protocols.own_vector import checked
 
 NONCE = bytes(12)
 """Fixed, because a sealing key seals one packet: it is derived for one sender, receiver and round's mask key."""
-
-
-@dataclass(frozen=True, repr=False)
-class Membership:
-    """What a party keeps for a session: no secret but its identity, so that whoever takes it opens no past round."""
-
-    setup: messages.SumSetup
-    session: bytes
-    index: int
-    identity: SigningKey
-    policy: Policy
-    neighbours: tuple[int, ...]
-    current: Current
-
-    @property
-    def id(self) -> bytes:
-        return self.session[: signing.SESSION_BYTES]
-
-    def key(self, party: int) -> bytes:
-        return self.policy.directory[self.setup.roster[party]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -281,18 +260,6 @@ def waiting_of(uploaded: Uploaded) -> AwaitingSurvivors:
     return uploaded._take()
 
 
-def survivors_of(member: Membership, bitmap: bytes) -> frozenset[int]:
-    """Whose vectors the server says are in the sum. Raises: FaultyServerError; TooFewSurvivorsError."""
-    needed, alive = member.setup.min_survivors, messages.from_bitmap(bitmap, len(member.setup.roster))
-    if alive is None:
-        raise FaultyServerError("the set of survivors is no set of the roster's parties")
-    if member.index not in alive:
-        raise FaultyServerError("it says that this party dropped out, and still asks it to help to open the sum")
-    if len(alive) < needed:
-        raise TooFewSurvivorsError("the sum would be over too few", survivors=len(alive), needed=needed)
-    return alive
-
-
 class Confirmed(Once[_Agreed]):
     """Has signed one set of survivors and holds one share per neighbour; waits for the others' signatures."""
 
@@ -387,29 +354,3 @@ def agree(private: PrivateKey, public: bytes, name: str) -> bytes:
         return private.shared(public)
     except WeakKeyError as error:
         raise FaultyPartyError(name, f"signed an unusable key: {error}") from None
-
-
-def in_round(kind: type[Any], raw: bytes, member: Membership, number: int, entries: int) -> Any:
-    return messages.from_server(kind, raw, member.id, messages.limit(kind, entries), number=number)
-
-
-def check_order(parties: Sequence[int], allowed: Iterable[int], what: str) -> None:
-    """Ascending, so that none is there twice, and only those that may be there."""
-    if any(one >= other for one, other in pairwise(parties)):
-        raise FaultyServerError(f"the {what} are not in ascending order, each once")
-    strangers = set(parties).difference(allowed)
-    if strangers:
-        raise FaultyServerError(f"it sent {what} of party number {min(strangers)}, which has no place among them")
-
-
-def check_holders(member: Membership, peers: Sequence[int], what: str) -> None:
-    """On a complete graph a party is a holder of its own seed too."""
-    holders = len(peers) + member.setup.complete
-    if holders < member.setup.threshold:
-        missing = [member.setup.roster[peer] for peer in member.neighbours if peer not in set(peers)]
-        raise TooFewSurvivorsError(
-            f"too few neighbours of {member.setup.roster[member.index]} {what}",
-            survivors=holders,
-            needed=member.setup.threshold,
-            missing=missing,
-        )

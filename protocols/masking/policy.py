@@ -1,4 +1,4 @@
-"""What a party accepts, and what a setup must satisfy whoever asks."""
+"""What a party brings along and accepts, and what a setup must satisfy whoever asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from choral.protocols import argument_checks as checks
+from choral.protocols.crypto.identity import Identity
+from choral.protocols.driver import Randomness, Store
 from choral.protocols.errors import PolicyError, SpecError
 from choral.protocols.masking.messages import MAX_PARTIES, SumSetup
 from choral.protocols.masking.parameters import SECURITY_BITS, SERVERS, achieved, colluding
@@ -14,6 +16,15 @@ from choral.protocols.masking.signing import Signatures
 
 DRAWS = ("chosen", "random")
 """What a party may take for granted of a roster that is not the whole directory."""
+COHORT_TRUST = {
+    "everyone": "",
+    "chosen": " The server chose this roster out of all parties, and so may have put every one that colludes into it.",
+    "random": (
+        " The server is taken to be semi-honest in the choice of the cohort: that it drew the roster at random is taken"
+        " on its word, and one that picks colluders by hand reads single vectors."
+    ),
+}
+"""What is said of each way to make a roster."""
 MOST_PINNED = 1 << 40
 
 
@@ -234,3 +245,30 @@ def _at_least(what: str, value: int, minimum: int) -> None:
 def _at_most(what: str, value: int, maximum: int) -> None:
     if value > maximum:
         raise PolicyError(f"this party accepts {what} of at most {maximum}, the setup says {value}")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PartyContext:
+    """What a party brings along, whichever sum it takes part in.
+
+    name, policy: whose directory pins ``identity``'s public key under that name. store: is given the public state
+    whenever it changes, ahead of what depends on it. state: such a state, of before a restart. purpose: tells this
+    identity's sums apart (:meth:`Identity.sessions`). repeats: whether the transport may ask twice.
+
+    Raises: SpecError for an identity that is not pinned, and for anything else than an identity and a policy.
+    """
+
+    name: str
+    identity: Identity
+    policy: Policy
+    randomness: Randomness
+    store: Store | None = None
+    state: bytes | None = None
+    purpose: str = ""
+    repeats: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.identity, Identity):
+            raise SpecError(f"expected an Identity, got a {type(self.identity).__name__}", hint="Identity(seed)")
+        if check_policy(self.policy).directory.get(self.name) != self.identity.public:
+            raise SpecError(f"the identity of {self.name!r} is not the one in its own directory")

@@ -43,7 +43,8 @@ from choral.protocols.homomorphic.shared.seal import RingKey, ring_of
 from choral.protocols.homomorphic.shared.seal_files import CiphertextError
 from choral.protocols.homomorphic.shared.setup import DEALER, Plan
 from choral.protocols.masking import messages, party
-from choral.protocols.masking.party_round import NONCE, Membership, survivors_of
+from choral.protocols.masking.membership import Membership, survivors_of
+from choral.protocols.masking.party_round import NONCE
 from choral.protocols.own_vector import checked, checked_floats, is_tensor
 from choral.protocols.wire_format import encode, read
 

@@ -23,8 +23,8 @@ from choral.protocols.homomorphic.shared.key_messages import EncryptedSum, KeyCo
 from choral.protocols.homomorphic.shared.party import ConfirmingKey, EncryptedVector, Holder, Waiting, meet
 from choral.protocols.masking import messages
 from choral.protocols.masking.party import Revealing
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, needed
-from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.party_driver import MaskedPartyDriver, needed
+from choral.protocols.masking.policy import PartyContext, Policy
 from choral.protocols.stored_state import stored
 
 

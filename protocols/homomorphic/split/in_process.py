@@ -12,8 +12,7 @@ from choral.protocols.homomorphic.split.party_driver import SplitPartyDriver
 from choral.protocols.homomorphic.split.server_driver import SplitServerDriver
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking.in_process import RehearsedSession
-from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.statement import COHORT_TRUST
+from choral.protocols.masking.policy import COHORT_TRUST, Policy
 
 if TYPE_CHECKING:
     from choral.protocols.masking.masked import Masked

@@ -13,8 +13,8 @@ from choral.protocols.homomorphic.split.parameters import SplitParameters, choos
 from choral.protocols.homomorphic.split.party_and_server import SplitRound, encrypt
 from choral.protocols.interface import SumSpec, check_spec
 from choral.protocols.masking import messages
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext
-from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.party_driver import MaskedPartyDriver
+from choral.protocols.masking.policy import PartyContext, Policy
 from choral.protocols.masking.signing import digest
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from msgspec.structs import replace
 from choral.protocols.errors import PolicyError, SpecError
 from choral.protocols.masking.ahead.messages import AheadSetup, Trips
 from choral.protocols.masking.messages import SumSetup
-from choral.protocols.masking.policy import Policy
-from choral.protocols.masking.statement import COHORT_TRUST
+from choral.protocols.masking.policy import COHORT_TRUST, Policy
 
 
 def honest_floor(parties: int, corrupt: int, threshold: int, smallest: int) -> int:

@@ -28,9 +28,9 @@ from choral.protocols.masking import messages
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import check_floor
 from choral.protocols.masking.ahead.party_round import Signed, upload
-from choral.protocols.masking.party_driver import MaskedPartyDriver, PartyContext, Round, needed
+from choral.protocols.masking.party_driver import MaskedPartyDriver, Round, needed
 from choral.protocols.masking.party_round import Advertised, Confirmed, SharesSent
-from choral.protocols.masking.policy import Policy
+from choral.protocols.masking.policy import PartyContext, Policy
 from choral.protocols.wire_format import LAST_ROUND
 
 

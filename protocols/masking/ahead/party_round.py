@@ -18,15 +18,8 @@ from choral.protocols.crypto.single_use import Once
 from choral.protocols.errors import FaultyServerError
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.ahead.messages import SignedRoster, SignedSurvivors, ToParty, survivors_limit
-from choral.protocols.masking.party_round import (
-    AwaitingSurvivors,
-    Ready,
-    check_holders,
-    chosen_shares,
-    survivors_of,
-    unmasking,
-    waiting_of,
-)
+from choral.protocols.masking.membership import check_holders, survivors_of
+from choral.protocols.masking.party_round import AwaitingSurvivors, Ready, chosen_shares, unmasking, waiting_of
 
 
 def upload(ready: Ready, vector: Any) -> tuple[Signed, bytes, bytes]:
