@@ -110,7 +110,7 @@ class RemoteEngine:
             self._channels[channel] = RemoteChannel(channel, sums[spec], codec, terms.digest)
         self._sums = tuple(sums.values())
         stated = [session.sums[channel].session.statement for channel in session.codecs]
-        self._fewest = max(int(each.get("min_survivors", 2)) for each in stated)
+        self._fewest = max(int(each.get("asked_survivors", each.get("min_survivors", 2))) for each in stated)
 
     def sums_over(self, selected: tuple[str, ...]) -> Mapping[str, RemoteChannel]:
         """Raises: TooFewSurvivorsError."""

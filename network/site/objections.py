@@ -18,6 +18,8 @@ from choral.network.site.offer import BY_ENGINE, STATISTICS, Offer
 from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
+from choral.protocols.masking.ahead.floor import check_floor
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
 from choral.trainers.analytics.terms import StatisticsTerms
@@ -186,9 +188,14 @@ def _sum(folder: SiteFolder, offer: Offer) -> Iterator[str]:
             return
         if summing.cohort == "random" and policy.cohort != "random":
             yield "it takes the coordinator's word that it draws rosters at random; this site expects it to choose them"
+        if isinstance(summing, Masked) and summing.trips not in (taken := folder.settings.sum.trips):
+            yield f"its rounds take {summing.trips} trips, which are not among {', '.join(map(str, taken))}"
         if folder.settings.name not in offer.parties or set(policy.directory) != set(offer.parties):
             return  # which is said already
-        policy.check(setup_of(summing, offer.parties), folder.settings.name)
+        setup = setup_of(summing, offer.parties)
+        if isinstance(setup, AheadSetup):
+            check_floor(setup, policy)
+        policy.check(setup, folder.settings.name)
     except ChoralError as error:
         yield str(error)
 

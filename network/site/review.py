@@ -23,6 +23,8 @@ from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, 
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
 from choral.protocols.homomorphic.front import Homomorphic
+from choral.protocols.masking.ahead.floor import fewest_opened
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.trainers.analytics.terms import StatisticsTerms
 from choral.trainers.federated.terms.training_terms import TrainingTerms
@@ -182,9 +184,21 @@ def _sum(offer: Offer) -> str:
         setup = setup_of(summing, offer.parties)
     except ChoralError as error:
         return f"{said}: {error}"
+    trips = _in_trips(setup) if isinstance(setup, AheadSetup) else ""
     return (
-        f"{said}: over all {len(setup.roster)} sites, opened for the sum of {setup.min_survivors} or more, "
-        f"{setup.corrupt} corrupt; {setup.threshold} together can reconstruct a secret of one"
+        f"{said}: over all {len(setup.roster)} sites, opened for the sum of {fewest_opened(setup)} or more, "
+        f"{setup.corrupt} corrupt; {setup.threshold} together can reconstruct a secret of one{trips}"
+    )
+
+
+def _in_trips(setup: AheadSetup) -> str:
+    """What is different from four trips."""
+    dealt = f"; in {setup.trips} trips: this process holds keys and shares of the next round between rounds"
+    if setup.trips == 3:
+        return dealt
+    return (
+        f"{dealt}. {setup.min_survivors} survivors are asked for, and nobody confirms them: a lying coordinator may"
+        f" leave out others than it says, down to {setup.floor} honest sites, and no receipt names who was in the sum"
     )
 
 

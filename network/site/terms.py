@@ -19,7 +19,6 @@ from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, Sha
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum, SumSpec
-from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.messages import SumSetup
 from choral.protocols.plain import Plain
@@ -122,28 +121,26 @@ def follows_of(offer: Offer, parties: int) -> tuple[Privacy, int] | None:
     return promise, rounds
 
 
-FEW_TRIPS = "sums in two or three trips are for rehearsals in one process: sites, and engines, take four"
-
-
 def sum_of(record: Mapping[str, Any]) -> SecureSum:
     """The secure sum: "kind", and the settings of that kind. Raises: OfferError."""
     kinds: dict[str, Callable[..., SecureSum]] = {"plain": Plain, "masked": Masked, "homomorphic": Homomorphic}
     kind = kinds.get(str(record.get("kind")))
     if kind is None:
         raise OfferError(f"its secure sum is of no known kind: {record.get('kind')!s:.80}")
-    if "trips" in record:
-        raise OfferError(FEW_TRIPS)
     return _made("secure sum", kind, {name: value for name, value in record.items() if name != "kind"})
 
 
 def sum_record(secure_sum: SecureSum) -> dict[str, Any]:
-    """What `sum_of` reads. Raises: OfferError for a sum of the user's own, or in two or three trips."""
+    """What `sum_of` reads. Raises: OfferError for a sum of the user's own.
+
+    Four trips are not said: so every offer has the digest that it had before there were fewer.
+    """
     if not isinstance(secure_sum, Plain | Masked | Homomorphic):
         raise OfferError(f"a {type(secure_sum).__name__} cannot be offered: sites know plain, masked and homomorphic")
     fields = asdict(secure_sum)
     fields.pop("block", None)  # of counts of contributors, which sites of their own refuse
-    if fields.pop("trips", 4) != 4:
-        raise OfferError(FEW_TRIPS, hint="Masked(trips=4), which is the default")
+    if fields.get("trips") == 4:
+        del fields["trips"]
     return {"kind": secure_sum.name, **fields}
 
 
@@ -161,16 +158,13 @@ def masks_of(secure_sum: Masked | Homomorphic) -> Masked:
 
 
 def setup_of(secure_sum: Masked | Homomorphic, parties: tuple[str, ...]) -> SumSetup:
-    """What the parties would sign of a sum over all of them, but for the vector.
+    """What the parties would sign of a sum over all of them, but for the vector. Raises: SpecError.
 
-    Its min_survivors are how few a sum is over; in two trips it would have fewer. Raises: SpecError; OfferError for two
-    or three trips.
+    Over how few parties it may be opened, :func:`~choral.protocols.masking.ahead.floor.fewest_opened` says: in two
+    trips over fewer than its min_survivors, who are asked for.
     """
     spec = SumSpec(parties=parties, length=1, bound=1, directory=len(parties))
-    setup = masks_of(secure_sum).setup(spec, session=bytes(16))
-    if isinstance(setup, AheadSetup):
-        raise OfferError(FEW_TRIPS, hint="Masked(trips=4), which is the default")
-    return setup
+    return masks_of(secure_sum).setup(spec, session=bytes(16))
 
 
 def _record(record: Mapping[str, Any]) -> Privacy:

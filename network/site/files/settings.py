@@ -67,6 +67,9 @@ class SumPolicy:
     """Of a round that asks some sites: the coordinator may have picked every corrupt one, or is trusted to draw."""
     security_bits: int = 40
     """Least statistical security of a sparse graph of masks, in bits."""
+    trips: tuple[Literal[2, 3, 4], ...] = (2, 3, 4)
+    """How many trips a round of a masked sum may take. In two nobody confirms who is in it, and receipts do not name
+    them; minimum_cohort holds all the same."""
     value_bound: float = 16.0
     """Largest absolute value of an update's coordinate that may be sent."""
     value_bits: int = 32
@@ -218,7 +221,8 @@ def _out_of_range(settings: SiteSettings) -> Iterable[str]:
     for what, (value, low, high) in ranges.items():
         if not low <= value <= high:
             yield f"{what} is {value}, expected {low} to {high}"
-    for what, listed in (("sum.kinds", total.kinds), ("job.algorithms", settings.job.algorithms)):
+    listings = (("sum.kinds", total.kinds), ("sum.trips", total.trips), ("job.algorithms", settings.job.algorithms))
+    for what, listed in listings:
         if not listed:
             yield f"{what} is empty: no job could be agreed to"
 

@@ -116,6 +116,14 @@ def dealt_ahead(setup: SumSetup, trips: Trips, wanted: int | None, there: int) -
     return replace(made, floor=floor_of(made))
 
 
+def fewest_opened(setup: SumSetup) -> int:
+    """Over how few parties a sum of this setup may be opened, whatever the server does: what noise is sized by.
+
+    In two trips fewer than its min_survivors, which are what each party asks for.
+    """
+    return setup.floor + setup.corrupt if isinstance(setup, AheadSetup) else setup.min_survivors
+
+
 def stated_ahead(setup: AheadSetup) -> Mapping[str, Any]:
     """What is said of such a sum beyond, or in the place of, what is said of every masked one.
 
@@ -125,9 +133,8 @@ def stated_ahead(setup: AheadSetup) -> Mapping[str, Any]:
     facts = {"trips": setup.trips, "honest_floor": setup.floor}
     if setup.trips == 3:
         return facts
-    opened = setup.floor + setup.corrupt
     return facts | {
-        "min_survivors": opened,
+        "min_survivors": fewest_opened(setup),
         "asked_survivors": setup.min_survivors,
         "trust": (
             f"The server may do whatever it likes and may collude with up to {setup.corrupt} of {len(setup.roster)}"

@@ -91,7 +91,7 @@ class SumSettings:
     leaves out what it touches in part."""
     trips: Literal[2, 3, 4] = 4
     """Of a round of a masked sum. Three deal keys a round ahead; two leave out the survivors' confirmation too, so that
-    a lying server may have fewer honest parties in the sum, which is stated. In rehearsals alone."""
+    a lying server may have fewer honest parties in the sum, which is stated."""
     robust: Literal["median", "trimmed", "geometric"] | None = None
     """Sum in random groups, and join the groups' means by this rule, which a minority of groups cannot move far. Hides
     a party among its group alone. In rehearsals alone."""

@@ -56,11 +56,13 @@ def test_a_site_that_waits_takes_at_most_400_mb(running: Processes) -> None:
         assert 50_000 < kib <= 400_000, (name, kib)
 
 
-@pytest.mark.parametrize("kind", ["fedavg", "dane"])
+@pytest.mark.parametrize(("kind", "trips"), [("fedavg", 4), ("dane", 3)])
 def test_three_processes_train_to_the_weights_of_federate_bit_by_bit(
-    kind: str, running: Processes, capfd: pytest.CaptureFixture[str]
+    kind: str, trips: Any, running: Processes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = running.settings(algorithm=algorithm(kind, **({"mu": 0.1} if kind == "dane" else {})))
+    settings = running.settings(
+        algorithm=algorithm(kind, **({"mu": 0.1} if kind == "dane" else {})), secure_sum=SumSettings(trips=trips)
+    )
     assert main(running.job(kind, settings)) == 0
     said = capfd.readouterr()
     assert "took the job (3 of 3)" in said.err
@@ -84,14 +86,19 @@ def test_who_did_not_approve_is_read_as_refused_and_no_more(
     assert "nobody approved it" in running.log("north")
 
 
+@pytest.mark.parametrize("trips", [4, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_site_that_is_killed_in_a_round_is_in_the_next_one(
-    running: Processes, capfd: pytest.CaptureFixture[str]
+    trips: Any, running: Processes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The sum of round 2 is over the others, exactly; for round 3 no session is opened anew."""
+    """The sum of round 2 is over the others, exactly; for round 3 no session is opened anew. In two and three trips the
+    site has dealt for round 2 before, and all deal anew for round 3.
+    """
     settings = running.settings(
-        training=Training(rounds=4, batch_size=8, learning_rate=0.1), participation=Participation(patience=2)
+        training=Training(rounds=4, batch_size=8, learning_rate=0.1),
+        participation=Participation(patience=2),
+        secure_sum=SumSettings(trips=trips),
     )
-    words = running.job("killed", settings)
+    words = running.job(f"killed-{trips}", settings)
     with ThreadPoolExecutor(1) as pool:
         with running.paused("south", 2), running.paused("north", 2):
             serving = pool.submit(main, words)
@@ -101,7 +108,7 @@ def test_a_site_that_is_killed_in_a_round_is_in_the_next_one(
             running.start("south")
             until(lambda: running.log("south").count("connected to hub") > calls, "the site that was killed")
         assert serving.result(PATIENT) == 0
-    run = Run.load(running.path / "run-killed")
+    run = Run.load(running.path / f"run-killed-{trips}")
     assert [entry.survivors for entry in run.history] == [0, 3, 2, 3, 3]
     assert run.history[2].dropped == {"south": "no vector came from it"}
     assert same_weights(run, rehearsed(running.federation, settings, without={2: ["south"]}))

@@ -157,6 +157,7 @@ def _shares_plan(
     """Of the noise that the sites add up, each its share. Raises: ConfigError for a sum that withstands too few."""
     from choral.network.site.terms import setup_of
     from choral.privacy import SharesTerms, plan_shares
+    from choral.protocols.masking.ahead.floor import fewest_opened
 
     setup = setup_of(secure_sum, names)
     if setup.corrupt < privacy.colluders:
@@ -169,7 +170,7 @@ def _shares_plan(
         batch_size=records,
         steps=1,
         parties=len(names),
-        min_survivors=setup.min_survivors,
+        min_survivors=fewest_opened(setup),
         length=length,
         most_records=most,
     )

@@ -17,8 +17,6 @@ from choral import ClientPrivacy, Homomorphic, Masked, Plain
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, SumSettings
 from choral.jobs.training import secure_sum_of
-from choral.network.site.offer import OfferError
-from choral.network.site.terms import setup_of, sum_of, sum_record
 from choral.privacy import ClientPrivacyEngine, Ledger
 from choral.protocols import Grouped, SpecError, SumSpec
 from choral.protocols.interface import SumResult
@@ -156,18 +154,6 @@ def test_what_few_trips_are_refused_for(trips: Any, job: Any, tmp_path: Path) ->
         federate(**job(), secure_sum=Masked(trips=trips), transcript="messages", out=tmp_path / "run")
     with pytest.raises(SpecError, match="groups with sums in two or three trips"):
         Grouped(sums=Masked(corrupt=1, trips=trips), robust="median", group=5)
-    with pytest.raises(OfferError, match="sums in two or three trips are for rehearsals"):
-        sum_record(Masked(trips=trips))
-    with pytest.raises(OfferError, match="sums in two or three trips are for rehearsals"):
-        sum_of({**sum_record(Masked()), "trips": trips})
-    assert sum_of(sum_record(Masked(corrupt=1))) == Masked(corrupt=1)
-
-
-def test_a_site_sizes_nothing_by_the_survivors_that_are_asked_for() -> None:
-    """What sites size noise by is v, which a sum in two trips may have fewer than."""
-    assert setup_of(Masked(corrupt=1), TEN).min_survivors == 6
-    with pytest.raises(OfferError, match="sums in two or three trips are for rehearsals"):
-        setup_of(Masked(corrupt=1, trips=2), TEN)
 
 
 @pytest.mark.parametrize(("before", "now"), [(4, 2), (2, 4), (3, 4)])
