@@ -5,13 +5,14 @@ Then one party of 144 records of digits' size (64 features, 2,410 parameters), q
 set, in turn. One JSON line for each: the median of the processor time of a step, and its standard error. Then what a
 party's answers would cost if its counts were known, one draw of them for each size of a party, and the bits of a value.
 
-    python benchmarks/noise_in_shares.py [--sum]    # the figures of docs/noise-in-shares.md; a minute on one core
+    python benchmarks/noise_in_shares.py [--sum | --banded]    # the figures of docs/noise-in-shares.md; a minute on one core
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from typing import Any
 from unittest import mock
@@ -21,8 +22,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import Ledger, PoissonSampledGaussian, Privacy, SharesParty, SharesPlan, SharesTerms, plan_shares
+from choral.privacy import (
+    BandedPlan,
+    CorrelatedPrivacy,
+    Ledger,
+    PoissonSampledGaussian,
+    Privacy,
+    SharesParty,
+    SharesPlan,
+    SharesTerms,
+    plan_shares,
+)
 from choral.privacy.accounting import record_level
+from choral.privacy.accounting.matrix_strategies import Banded
 from choral.privacy.record_shares import party as party_module
 from choral.protocols import Masked, SumSpec
 
@@ -98,12 +110,46 @@ def masked_sum(length: int, rounds: int = 60) -> dict[str, Any]:
     return {"length": length, "least": round(min(spent), 1), "median": round(float(np.median(spent)), 1)}
 
 
+def banded() -> None:
+    """Noise in the sum of steps with C of 1, 4 and up to 32 bands, over that of independent noise with secret draws."""
+
+    def in_the_model(plan: SharesPlan) -> float:
+        column = Banded(plan.coefficients if isinstance(plan, BandedPlan) else (1.0,))
+        prefix = np.cumsum(column.inverse(plan.terms.steps))
+        return plan.noise_multiplier * math.sqrt(float(np.cumsum(prefix**2).mean()))
+
+    for records, batch, steps, parties in ((1437, 64, 460, 10), (10_000, 100, 100, 10), (60_000, 600, 1000, 100)):
+        for epsilon in (1.0, 3.0, 8.0):
+            terms = SharesTerms(
+                records=records,
+                batch_size=batch,
+                steps=steps,
+                parties=parties,
+                min_survivors=parties * 9 // 10 + (parties == 100),
+                length=2410,
+                most_records=records // parties + 1,
+            )
+            drawn = plan_shares(Privacy(epsilon, DELTA, noise="distributed"), terms)
+            line: dict[str, float] = {"records": records, "epsilon": epsilon, "bits": drawn.bits}
+            for bands in (1, 4, None):
+                promise = CorrelatedPrivacy(epsilon, DELTA, mechanism="banded", bands=bands, noise="distributed")
+                fixed = plan_shares(promise, terms)
+                line[f"bands {bands or 'up to 32'}"] = round(in_the_model(fixed) / in_the_model(drawn), 2)
+                line[f"bits of {bands or 'up to 32'}"] = fixed.bits
+            print(json.dumps(line), flush=True)
+
+
 def main() -> None:
     """Print the lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sum", action="store_true", help="the masked sum alone")
+    parser.add_argument("--banded", action="store_true", help="what correlated noise gains, alone")
     torch.set_num_threads(1)
-    sums_alone = parser.parse_args().sum
+    asked = parser.parse_args()
+    sums_alone = asked.sum
+    if asked.banded:
+        banded()
+        return
     for length in (2410, 10_000):
         print(json.dumps({"masked_sum_of_ten": masked_sum(length)}), flush=True)
     if sums_alone:
@@ -115,7 +161,7 @@ def main() -> None:
         print(json.dumps({"records": records, "epsilon_if_counts_are_known": epsilon_of_known_counts(records, 300)}))
     for epsilon in (1.0, 2.0, 4.0, 8.0):
         plan = plan_of(epsilon, 300)
-        print(json.dumps({"epsilon": epsilon, "bits": plan.bits, "rows": plan.terms.rows, "share": plan.share}))
+        print(json.dumps({"epsilon": epsilon, "bits": plan.bits, "rows": plan.rows, "share": plan.share}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The public names of this package; `__init__.py` fetches each when it is first used."""
 
+from choral.privacy.accounting.banded_shares import BandedShares as BandedShares
 from choral.privacy.accounting.budget import Budget as Budget
 from choral.privacy.accounting.budget import budget as budget
 from choral.privacy.accounting.budget import sample_rate_within as sample_rate_within
@@ -37,7 +38,8 @@ from choral.privacy.ledgers.spent import Spent as Spent
 from choral.privacy.per_sample.layer_replacement import replace_layers as replace_layers
 from choral.privacy.per_sample.model import unwrap as unwrap
 from choral.privacy.record_shares.party import SharesParty as SharesParty
+from choral.privacy.record_shares.plan import BandedPlan as BandedPlan
 from choral.privacy.record_shares.plan import SharesPlan as SharesPlan
-from choral.privacy.record_shares.plan import SharesTerms as SharesTerms
 from choral.privacy.record_shares.plan import plan_shares as plan_shares
-from choral.privacy.record_shares.plan import refuse_weak_sum as refuse_weak_sum
+from choral.privacy.record_shares.refusals import refuse_weak_sum as refuse_weak_sum
+from choral.privacy.record_shares.terms import SharesTerms as SharesTerms

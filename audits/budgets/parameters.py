@@ -99,14 +99,14 @@ def _rho(ledger: Ledger) -> float | None:
 def _curve(ledger: Ledger) -> tuple[Renyi, ...]:
     """Of a whole ledger at some orders; none where a part of it is not accounted for."""
     from choral.privacy.accounting import client_level, renyi
-    from choral.privacy.accounting.events import CLIENT_UNIT, Search
+    from choral.privacy.accounting.events import CLIENT_UNIT, Search, as_gaussians
 
     total = np.zeros(len(ORDERS))
     if ledger.unit == CLIENT_UNIT:
         for release in client_level.settled(ledger.releases):
             total = total + release.steps * client_level.renyi(release, ORDERS)
     else:
-        for event in ledger.events:
+        for event in as_gaussians(ledger.events, 1.0)[0]:
             if isinstance(event, Search):
                 return ()
             try:

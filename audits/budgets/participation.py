@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
+import math
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +17,7 @@ from choral.audits.findings.text import cost
 
 if TYPE_CHECKING:
     from choral.privacy import ClientRelease
-    from choral.privacy.accounting.events import PoissonSampledShares
+    from choral.privacy.accounting.events import RecordEvent, ShareEvent
     from choral.trainers.run_folder.run import Run
 
 
@@ -118,7 +120,7 @@ def _shares_as_charged(run: Run) -> list[Check]:
 
     Nothing to say where no ledger holds a step: a ledger that is missing is found elsewhere.
     """
-    from choral.privacy.accounting.events import PoissonSampledShares
+    from choral.privacy.accounting.events import ShareEvent
 
     promise = run.info.privacy or {}
     said = unit_of(run) == "record" and promise.get("noise") == "distributed"
@@ -126,8 +128,10 @@ def _shares_as_charged(run: Run) -> list[Check]:
     found, counted = _beyond_sum(run) if said else [], 0
     for name in owners_of(run) if unit_of(run) == "record" else ():
         ledger = ledger_of(run, name)
-        for event in own_events(run, ledger):
-            if not isinstance(event, PoissonSampledShares):
+        events = own_events(run, ledger)
+        found += [f"{name}: {why}" for why in _out_of_order(events)]
+        for event in events:
+            if not isinstance(event, ShareEvent):
                 found += [f"{name}: run.json says shares, the ledger was charged for noise of another kind"] * said
             elif not said and _standardised_by(run, event):
                 honest = event.honest
@@ -139,7 +143,7 @@ def _shares_as_charged(run: Run) -> list[Check]:
                 found.append(f"{name}: charged for sums of {event.parties} parties, of {run.info.party_count}")
             elif not _standardised_by(run, event):
                 found += [f"{name}: {why}" for why in _beyond_plan(run, event)]
-            counted += event.steps if isinstance(event, PoissonSampledShares) else 0
+            counted += event.steps if isinstance(event, ShareEvent) else 0
     if not (counted or found):
         return []
     distinct = list(dict.fromkeys(found))
@@ -154,11 +158,52 @@ def _shares_as_charged(run: Run) -> list[Check]:
     ]
 
 
-def _beyond_plan(run: Run, event: PoissonSampledShares) -> list[str]:
+def _out_of_order(events: Sequence[RecordEvent]) -> list[str]:
+    """Where steps of correlated noise are not numbered as they follow each other, by which records take turns, or a row
+    was made twice or after a later one.
+    """
+    from choral.privacy.accounting.banded_shares import BandedShares
+
+    steps = [event for event in events if isinstance(event, BandedShares)]
+    found = [
+        f"its step {place} was charged as number {event.number} of its plan"
+        for place, event in enumerate(steps, 1)
+        if event.number != place
+    ]
+    found += [
+        f"row {after.row} was made after row {before.row}"
+        for before, after in pairwise(steps)
+        if after.row <= before.row
+    ]
+    return found[:1]
+
+
+def _other_noise(run: Run, event: ShareEvent, every: int) -> list[str]:
+    """Where noise is not correlated as run.json says, or a record was charged to take part less often."""
+    from choral.privacy.accounting.banded_shares import BandedShares
+
+    promise, recorded = run.info.privacy or {}, run.info.fixed_point or {}
+    banded = promise.get("mechanism") == "banded"
+    if not isinstance(event, BandedShares):
+        return ["charged for independent noise, and run.json says that it is correlated"] if banded else []
+    if not banded:
+        return ["charged for correlated noise, and run.json does not say so"]
+    found, bands = [], len(event.coefficients)
+    if event.separation != every or recorded.get("separation") != every:
+        found.append(f"charged for a record every {event.separation} steps, and a pass has {every}")
+    if recorded.get("bands") != bands or promise.get("bands") not in (0, bands):
+        found.append(f"charged for {bands} bands, and run.json says {promise.get('bands') or recorded.get('bands')}")
+    return found
+
+
+def _beyond_plan(run: Run, event: ShareEvent) -> list[str]:
     """Where a step was charged for a smaller rate, or for more noise, than run.json says its parties kept to."""
-    algorithm, recorded, found = run.info.algorithm or {}, run.info.fixed_point or {}, []
+    algorithm, recorded = run.info.algorithm or {}, run.info.fixed_point or {}
     batch, records = algorithm.get("batch_size"), run.info.total_examples
-    rate = batch / records if isinstance(batch, int) and records else 1.0
+    if not isinstance(batch, int) or batch < 1 or not records:
+        batch = records = 1
+    rate = batch / records
+    found = _other_noise(run, event, math.ceil(records / batch))
     if event.sample_rate < rate * (1.0 - _EQUAL):
         found.append(f"charged for the rate {event.sample_rate:.6g}, and run.json says {rate:.6g}")
     share = recorded.get("share")
@@ -167,7 +212,7 @@ def _beyond_plan(run: Run, event: PoissonSampledShares) -> list[str]:
     return found
 
 
-def _standardised_by(run: Run, event: PoissonSampledShares) -> bool:
+def _standardised_by(run: Run, event: ShareEvent) -> bool:
     """Whether this is the one sum, of all records, that run.json says was taken before a training of local noise."""
     stated = run.info.standardised or {}
     honest = int(stated.get("min_survivors", 0)) - int(stated.get("colluders", 0))

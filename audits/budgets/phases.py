@@ -47,6 +47,7 @@ def phases_of(ledger: Ledger) -> tuple[Phase, ...]:
 
 
 def _in_words(event: Event) -> str:
+    from choral.privacy.accounting.banded_shares import BandedShares
     from choral.privacy.accounting.events import (
         ClientRelease,
         CorrelatedGaussian,
@@ -66,4 +67,7 @@ def _in_words(event: Event) -> str:
         return "Poisson-sampled Gaussian"
     if isinstance(event, PoissonSampledShares):
         return f"Poisson-sampled Gaussian in shares, {event.honest} unknown"
+    if isinstance(event, BandedShares):
+        bands, every = len(event.coefficients), event.separation
+        return f"correlated Gaussian, {bands} bands, in shares, {event.honest} unknown; a record every {every} steps"
     return f"search among {event.mean:g} tries in the mean, of each try"

@@ -143,6 +143,8 @@ def _shares_parts(info: RunInfo) -> tuple[str, str]:
         f" worst case, a sum opened over {fewest} parties of which {fewest - known} are honest, whoever dropped out. A"
         " step that was tried again is counted again."
     )
+    if banded := promise.get("mechanism") == "banded":
+        shares += _banded_shares(info)
     if secure_sum.get("name") == "plain":
         return (
             f"outsiders, who see every model of the training, together with {others}; the server is not among them",
@@ -153,8 +155,25 @@ def _shares_parts(info: RunInfo) -> tuple[str, str]:
         "anyone who sees every opened sum and every model of the training, the server included, together with"
         f" {others}",
         f"{shares} That the server sees sums only, and never one party's vector, rests on the secure sum: on the"
-        " computational assumptions that it states, and on 2^-40 for each sum, which is within δ. It also rests on the"
-        f" time of a party's answers, which must not tell how many records it drew: {_answers(info)}.",
+        " computational assumptions that it states, and on 2^-40 for each sum, which is within δ."
+        + ("" if banded else _TIME.format(_answers(info))),
+    )
+
+
+_TIME = (
+    " It also rests on the time of a party's answers, which must not tell how many records it drew: {}."  # of Poisson
+)
+
+
+def _banded_shares(info: RunInfo) -> str:
+    """What holds of fixed batches, and of noise that is correlated over steps."""
+    said = info.fixed_point or {}
+    return (
+        f" Batches are fixed and known: a record takes part in one of every {said.get('separation', '(unknown)')} steps"
+        " of its party, in the same place of each pass, and nothing is claimed for its batch being secret. The noise is"
+        f" correlated over steps by a matrix of {said.get('bands', '(unknown)')} bands; the worst case is that of each"
+        " step by itself, and the colluders are the same in all. What a party remembers of its earlier noise is as"
+        " secret as the noise."
     )
 
 

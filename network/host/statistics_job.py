@@ -11,7 +11,7 @@ from choral.network.host.training_code import Loaded
 from choral.network.site.terms import follows_of
 from choral.privacy import ClientPrivacy, SharesParty
 from choral.privacy.dpsgd.joint_plan import joint_plan
-from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
+from choral.privacy.record_shares.terms import SECURE_SUM_FAILURE
 from choral.protocols.driver import PartyDriver
 from choral.trainers.analytics.columns import columns_of, read_columns
 from choral.trainers.analytics.terms import StatisticsParty, StatisticsTerms, statistic_of

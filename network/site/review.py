@@ -162,7 +162,7 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
     yield from _spending(budget)
     if (plan := terms.shares) is not None:
         yield "noise", f"sized for {plan.honest} honest sites of {plan.terms.min_survivors} in a sum, the fewest"
-        rows = f"each step is computed on {plan.terms.rows} rows, padded, whatever was drawn"
+        rows = f"each step is computed on {plan.rows} rows, padded, whatever was drawn"
         yield "", f"{rows}, so that the time of an answer does not tell; no answer waits for a fixed time"
 
 

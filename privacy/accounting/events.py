@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import msgspec
 
 from choral.errors import ConfigError
+from choral.privacy.accounting.banded_shares import BandedShares, participations
 from choral.privacy.accounting.matrix_strategies import Strategy
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
 from choral.privacy.noise.share_rounding import widening
@@ -246,23 +247,23 @@ def _mean_of(gamma: float, shape: float) -> float:
 
 
 Priced = BaseEvent | Search  # what accountants know
-RecordEvent = Priced | PoissonSampledShares
+ShareEvent = PoissonSampledShares | BandedShares
+RecordEvent = Priced | ShareEvent
 
 
 def as_gaussians(events: Iterable[RecordEvent], delta: float) -> tuple[tuple[Priced, ...], float]:
-    """Return `events` with a Gaussian mechanism in the place of each sum of shares, and the delta that is left.
+    """Return `events` with Gaussian mechanisms in the place of sums of shares, and the delta that is left.
 
     The shares' failures do not depend on the data: unless one comes, what is left is (epsilon, delta - failures)-DP.
     """
-    found: list[Priced] = []
-    for event in events:
-        if isinstance(event, PoissonSampledShares):
-            delta -= event.steps * event.failure
-            multiplier = event.noise_multiplier
-            event = PoissonSampledGaussian(
-                sample_rate=event.sample_rate, noise_multiplier=multiplier, steps=event.steps
-            )
-        found.append(event)
+    known = tuple(events)
+    delta -= math.fsum(event.steps * event.failure for event in known if isinstance(event, ShareEvent))
+    found: list[Priced] = [event for event in known if not isinstance(event, ShareEvent)]
+    sums: list[tuple[ShareEvent, int]] = [*participations(event for event in known if isinstance(event, BandedShares))]
+    sums += [(event, event.steps) for event in known if isinstance(event, PoissonSampledShares)]
+    for each, count in sums:
+        noise = each.noise_multiplier
+        found.append(PoissonSampledGaussian(sample_rate=each.sample_rate, noise_multiplier=noise, steps=count))
     return tuple(found), delta
 
 
@@ -328,7 +329,7 @@ Event = RecordEvent | ClientRelease | SampledClientRelease
 
 
 class PlannedEvents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`times` events like `event`. Of correlated noise: the passes 1 to `times` of one stream."""
+    """`times` events like `event`. Of correlated noise: the first ones, of one stream or of one plan."""
 
     event: Event
     times: int
@@ -342,8 +343,8 @@ class PlannedEvents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         settles = isinstance(self.event, ClientRelease) and self.event.settles
         if settles or (isinstance(self.event, Search) and self.times > 1):
             raise ConfigError("a plan has a search once, and no release that settles another")
-        if isinstance(self.event, CorrelatedGaussian) and self.event.number != 1:
-            raise ConfigError(f"number is {self.event.number}, expected 1: a plan has the passes from the first on")
+        if isinstance(self.event, CorrelatedGaussian | BandedShares) and self.event.number != 1:
+            raise ConfigError(f"number is {self.event.number}, expected 1: a plan has all from the first on")
 
     @property
     def whole(self) -> tuple[Event, ...]:
@@ -356,6 +357,8 @@ class PlannedEvents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def covers(self, event: Event) -> bool:
         """Whether `event` is one of these. Of correlated noise any pass is: an earlier one costs no more."""
+        if isinstance(event, BandedShares):
+            return event.steps == 1 and event.kind == self.event
         if isinstance(event, CorrelatedGaussian):
             event = msgspec.structs.replace(event, number=1)
         return event == self.event

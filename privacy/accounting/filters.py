@@ -29,7 +29,7 @@ The sums rho_j only grow, so (*) at the end implies (*) at every moment before. 
 conversion of Canonne, Kamath and Steinke 2020, proposition 12. Orders and weights are functions of epsilon and delta
 alone, below, and never of a run; whole numbers, so that sampled Gaussians are finite sums and Skellam has a bound.
 
-**Failures** of sums of shares (:class:`choral.privacy.accounting.events.PoissonSampledShares`) are of delta, not of a
+**Failures** of sums of shares (:data:`choral.privacy.accounting.events.ShareEvent`) are of delta, not of a
 divergence. Where the *first* event is of shares, which is settled before anything is released, (*) is held at
 (1 - RESERVE) delta and the failures of all events may come to RESERVE delta: with (*) for what is released unless one
 comes, P(S) - exp(epsilon) Q(S) <= (1 - RESERVE) delta + RESERVE delta. Where the first event is of something else,
@@ -51,9 +51,10 @@ from choral.privacy.accounting.events import (
     NEIGHBOURS,
     ClientRelease,
     Event,
-    PoissonSampledShares,
-    RecordEvent,
+    Priced,
     Search,
+    ShareEvent,
+    as_gaussians,
 )
 
 RESERVE = 1.0 / 16.0  # of delta, for the failures of sums of shares
@@ -89,9 +90,9 @@ class PrivacyFilter:
         rho = _divergences(tuple(events), self.orders, self.neighbours)
         if not events or not np.isfinite(rho).any():
             return math.inf if events else 0.0
-        shares = [event for event in events if isinstance(event, PoissonSampledShares)]
+        shares = [event for event in events if isinstance(event, ShareEvent)]
         failures = math.fsum(event.steps * event.failure for event in shares)
-        if shares and not (isinstance(events[0], PoissonSampledShares) and failures <= RESERVE * self.delta):
+        if shares and not (isinstance(events[0], ShareEvent) and failures <= RESERVE * self.delta):
             return math.inf
         delta = self.delta * (1.0 - RESERVE) if shares else self.delta
         low, high = 0.0, 1.0
@@ -148,20 +149,21 @@ def _divergences(events: tuple[Event, ...], orders: tuple[int, ...], neighbours:
     """The sums of the Renyi divergences of `events` at `orders`, in both directions, shape (orders,)."""
     releases = client_level.settled(event for event in events if isinstance(event, ClientRelease))
     total = sum((event.steps * client_level.renyi(event, orders) for event in releases), np.zeros(len(orders)))
-    for event, times in _counted(event for event in events if not isinstance(event, ClientRelease)).items():
+    records = [event for event in events if not isinstance(event, ClientRelease)]
+    for event, times in _counted(as_gaussians(records, 1.0)[0]).items():
         total = total + times * _of_one(event, orders, neighbours)
     return np.asarray(total)
 
 
-def _counted(events: Iterable[RecordEvent]) -> dict[RecordEvent, int]:
-    counts: dict[RecordEvent, int] = {}
+def _counted(events: Iterable[Priced]) -> dict[Priced, int]:
+    counts: dict[Priced, int] = {}
     for event in events:
         counts[event] = counts.get(event, 0) + 1
     return counts
 
 
 @lru_cache(maxsize=1024)
-def _of_one(event: RecordEvent, orders: tuple[int, ...], neighbours: str) -> _Floats:
+def _of_one(event: Priced, orders: tuple[int, ...], neighbours: str) -> _Floats:
     if not isinstance(event, Search):
         return renyi.renyi(event, orders, neighbours=neighbours)
     every = tuple(sorted({*renyi.RENYI_ORDERS, *map(float, orders)}))  # any order may stand in its theorem

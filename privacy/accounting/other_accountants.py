@@ -53,7 +53,7 @@ def epsilon_by_prv(events: Iterable[RecordEvent], delta: float) -> tuple[float, 
     if not merged:
         return 0.0, 0.0
     _refuse_many(merged)
-    from choral.privacy.accounting.prv import bracket
+    from choral.privacy.loss_distributions.prv import bracket
 
     return bracket(merged, delta)
 

@@ -43,11 +43,6 @@ _KINDS = {"buffered": Buffered | Banded, "banded": Banded, "tree": Tree}
 
 
 _UNPROVED = "not proved, of a record that takes part several times where a party may drop out in between"
-_NO_SHARES = {
-    "banded": "it is not built; what is proved of it is of batches that are fixed in advance, and of no Poisson draws",
-    "buffered": _UNPROVED,
-    "tree": _UNPROVED,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +82,10 @@ class CorrelatedPrivacy(Privacy):
             )
         if not isinstance(self.mechanism, str) or self.mechanism not in MECHANISMS:
             raise ConfigError(f"mechanism is {self.mechanism!r}, expected one of {', '.join(MECHANISMS)}")
-        if self.noise != "local":
+        if self.noise != "local" and self.mechanism != "banded":
             raise ConfigError(
-                f'{self.mechanism} correlated noise with noise="distributed": {_NO_SHARES[self.mechanism]}',
-                hint='Take Privacy(noise="distributed"), whose noise is independent from step to step.',
+                f'{self.mechanism} correlated noise with noise="distributed": {_UNPROVED}',
+                hint='Take mechanism="banded", of which it is; or Privacy(noise="distributed"), of independent noise.',
             )
         if self.bands is None:
             return

@@ -16,6 +16,7 @@ Noise before rounding means that u costs no sensitivity; v does, v sqrt(d) <= 2^
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,21 @@ def noisy_share(
     what is not finite in it counts as zero, and what is beyond rows * C as that. Nothing is raised.
     **A result must be sent once, or never.** Reference: module docstring.
     """
+    return share_with(value, clip, share, grid, rows, lambda here: gaussian(here.stop - here.start, source))
+
+
+def share_with(
+    value: npt.NDArray[np.float64],
+    clip: float,
+    share: float,
+    grid: ShareGrid,
+    rows: int,
+    noise_of: Callable[[slice], npt.NDArray[np.float64]],
+) -> Int64Array:
+    """Return the same with noise that the caller made: `noise_of` some coordinates, over `share`, in a new array.
+
+    Guarantee: none by itself; see who calls it. Shapes and bounds as of :func:`noisy_share`, for noise within REACH.
+    """
     result = np.empty(len(value), dtype=np.int64)
     scale = math.ldexp(1.0 / clip, grid.fine)
     deviation = math.ldexp(share, grid.fine)
@@ -111,7 +127,7 @@ def noisy_share(
         piece = value[start : start + _CHUNK] * scale
         np.nan_to_num(piece, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         np.clip(piece, -most, most, out=piece)
-        noise = gaussian(len(piece), source)
+        noise = noise_of(slice(start, start + len(piece)))
         noise *= deviation
         whole = np.rint(piece, out=piece).astype(np.int64)
         whole += np.floor(np.add(noise, 0.5, out=noise), out=noise).astype(np.int64)

@@ -14,7 +14,7 @@ failed while it trained costs nothing, since nothing was made that could be sent
 whether it is sent, opened, tried again or lost.
 
 **Nothing depends on how many records were drawn.** No record drawn is a batch like any other: work and noise. With
-`padded` every step has plan.terms.rows rows, of which those that no record fills repeat one with weight zero, so that
+`padded` every step has plan.rows rows, of which those that no record fills repeat one with weight zero, so that
 the time of an answer does not tell how many were drawn (docs/noise-in-shares.md says what it would tell). Without,
 answers have to be sent at a fixed time after they were asked for. No loss, accuracy or count of a step may leave the
 party.
@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,7 +43,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from choral.errors import ConfigError
-from choral.privacy.accounting.events import PoissonSampledShares, ReleasePlan
+from choral.privacy.accounting.banded_shares import BandedShares
+from choral.privacy.accounting.events import ReleasePlan, ShareEvent
 from choral.privacy.dpsgd.engine import Privacy
 from choral.privacy.dpsgd.poisson_loader import PrivateLoader, refuse_unsupported
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
@@ -50,9 +52,11 @@ from choral.privacy.errors import BudgetExceededError, PrivacyError, Unsupported
 from choral.privacy.ledgers.ledger import Ledger
 from choral.privacy.ledgers.plans import RemainingBudget
 from choral.privacy.noise.gaussian import Source, os_stream, poisson_sample
-from choral.privacy.noise.record_noise_shares import Int64Array, noisy_share
+from choral.privacy.noise.record_noise_shares import Int64Array, noisy_share, share_with
 from choral.privacy.per_sample.model import PerSampleModel, with_per_sample_gradients
-from choral.privacy.record_shares.plan import SharesPlan, refuse_broken_promise
+from choral.privacy.record_shares.fixed_batches import FixedBatch, NoiseRows
+from choral.privacy.record_shares.plan import BandedPlan, SharesPlan
+from choral.privacy.record_shares.refusals import refuse_broken_promise
 
 
 class SharesParty:
@@ -84,10 +88,12 @@ class SharesParty:
         self.privacy, self.plan, self.holder, self.ledger, self.padded = privacy, plan, holder, ledger, padded
         self._source = source
         self._vector: Int64Array | None = None
+        self._drawn: int | None = None  # the step that a fixed batch was drawn for
         remaining = RemainingBudget.on(ledger, whole.epsilon if whole else privacy.epsilon, privacy.delta)
         self._known = len(remaining.state.before)
         left = next((left for part, left in remaining.unfinished() if part.event == plan.event), None)
         self.steps_left = plan.terms.steps if left is None else left
+        self._noise = self._rows(begun=left is not None)
         self._announced = None
         if left is None:
             self._refuse_unreserved(remaining)
@@ -98,6 +104,19 @@ class SharesParty:
                 )
             remaining.check(self._announced.whole)
 
+    def _rows(self, *, begun: bool) -> NoiseRows | None:
+        """The noise of a plan that correlates it; begun: whether the ledger's latest events are of this plan."""
+        if not isinstance(self.plan, BandedPlan):
+            return None
+        made = self.ledger.segments[-1][1] if begun else ()
+        rows = (event.row for event in made if isinstance(event, BandedShares) and event.kind == self.plan.event)
+        return NoiseRows(self.plan.coefficients, max(rows, default=None))
+
+    @property
+    def last_row(self) -> int | None:
+        """The last row of correlated noise that was made of this plan, by earlier processes, too; None before it."""
+        return self._noise.last if self._noise is not None else None
+
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise PrivacyError(
             "a party with its vector may be neither copied nor written to a file: a vector is sent once",
@@ -106,12 +125,22 @@ class SharesParty:
 
     def _refuse_unreserved(self, remaining: RemainingBudget) -> None:
         before = remaining.state.before
-        if before and not isinstance(before[0], PoissonSampledShares):
+        if before and not isinstance(before[0], ShareEvent):
             raise BudgetExceededError(
                 f"{self.holder}: the ledger began with noise of another kind, and so set nothing of delta aside for "
                 "the failures of secure sums",
                 hint="Noise in shares may be added to a ledger that began with it; other kinds may follow it.",
             )
+
+    def at(self, row: int) -> None:
+        """Say for which row of all parties' sums the next vector is: before each step of correlated noise, of which it
+        is required. Where noise is independent, nothing follows from it.
+
+        row: a number that **all parties of the sum agree on**, larger than those of the sums before. Where it is not
+        the next after this party's last, its noise begins anew. Raises: PrivacyError (a row that was made before).
+        """
+        if self._noise is not None:
+            self._noise.at(row)
 
     def wrap(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[PerSampleModel, ShareOptimizer, PrivateLoader]:
         """Return private versions of the two, and the optimizer that makes vectors instead of moving the model.
@@ -138,7 +167,7 @@ class SharesParty:
                 hint="Freeze the same layers at all parties, and plan for what is left.",
             )
         optimizer = ShareOptimizer(private_model, trained, self.privacy, self.plan, self._make)
-        sampler = _OneStep(records, terms.rate, terms.rows, padded=self.padded, source=self._source)
+        sampler = self._sampler(records)
 
         def before_pass() -> None:
             self._vector = None
@@ -156,9 +185,27 @@ class SharesParty:
             before_batch=before_batch,
             empty_batch=optimizer.step_empty,
             after_pass=optimizer.end_pass,
-            max_physical_batch_size=self.privacy.max_physical_batch_size or terms.rows,
+            max_physical_batch_size=self.privacy.max_physical_batch_size or self.plan.rows,
         )
         return private_model, optimizer, private_loader
+
+    def _sampler(self, records: int) -> _OneStep | FixedBatch:
+        plan = self.plan
+        if not isinstance(plan, BandedPlan):
+            return _OneStep(records, plan.terms.rate, plan.rows, padded=self.padded, source=self._source)
+        return FixedBatch(
+            records,
+            plan.separation,
+            plan.rows,
+            holder=self.holder,
+            padded=self.padded,
+            number=self._drawing,
+        )
+
+    def _drawing(self) -> int:
+        """Which step of the plan a fixed batch is drawn for, from 0; no other step may then be made of it."""
+        self._drawn = self.plan.terms.steps - self.steps_left
+        return self._drawn
 
     def take(self) -> Int64Array:
         """Return the vector of the step just made, for the secure sum: once, and never for two sums.
@@ -182,7 +229,7 @@ class SharesParty:
         and that each is taken with probability plan.terms.rate: sampling is not done here.
         Raises: PrivacyError (another shape or type, or a plan that samples), BudgetExceededError, LedgerError.
         """
-        if self.plan.terms.rate != 1:
+        if self.plan.terms.rate != 1 or self._noise is not None:
             raise PrivacyError(
                 "the plan draws records at random, and a total is of all of them",
                 hint="Plan with batch_size = records.",
@@ -199,16 +246,36 @@ class SharesParty:
                 f"{self.holder}: the plan has {self.plan.terms.steps} steps, tried ones included, and all are used",
                 hint="Plan more steps before the first one, with room for those that are tried again.",
             )
+        if self._noise is not None:
+            self._noise.told()
 
     def _make(self, total: npt.NDArray[np.float64]) -> None:
         """Pay for the step, and make its vector."""
         self._refuse_spent()
-        self.ledger.append(self.plan.event, after=self._known, plan=self._announced)
+        if self._noise is not None and self._drawn != self.plan.terms.steps - self.steps_left:
+            raise PrivacyError(
+                "this batch is of another step than the next one: its records would take part too soon again",
+                hint="Finish a pass over the loader before the next one; do not go through it twice at once.",
+            )
+        self._drawn = None
+        self.ledger.append(self._event(), after=self._known, plan=self._announced)
         self._announced = None
         self._known += 1
         self.steps_left -= 1
-        plan = self.plan
-        self._vector = noisy_share(total, plan.clip, plan.share, plan.grid, plan.terms.rows, self._source)
+        plan, noise = self.plan, self._noise
+        if noise is None:
+            self._vector = noisy_share(total, plan.clip, plan.share, plan.grid, plan.rows, self._source)
+            return
+        row = noise.next(len(total), self._source)
+        self._vector = share_with(total, plan.clip, plan.share, plan.grid, plan.rows, lambda here: row[here].copy())
+
+    def _event(self) -> ShareEvent:
+        """What the next step is charged as; of correlated noise with its number in the plan."""
+        event = self.plan.event
+        if not isinstance(event, BandedShares) or self._noise is None:
+            return event
+        number = self.plan.terms.steps - self.steps_left + 1
+        return msgspec.structs.replace(event, number=number, row=self._noise.told())
 
 
 class ShareOptimizer(PrivateOptimizer):

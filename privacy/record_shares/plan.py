@@ -25,10 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -36,20 +35,28 @@ import numpy.typing as npt
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import record_level
-from choral.privacy.accounting.events import NEIGHBOURS, PoissonSampledShares, RecordEvent, stated
-from choral.privacy.accounting.plain_numbers import as_float, as_integer
+from choral.privacy.accounting.banded_shares import BandedShares
+from choral.privacy.accounting.events import (
+    NEIGHBOURS,
+    PoissonSampledGaussian,
+    PoissonSampledShares,
+    RecordEvent,
+    ShareEvent,
+    stated,
+)
+from choral.privacy.accounting.matrix_strategies import Banded
+from choral.privacy.accounting.plain_numbers import as_float
 from choral.privacy.accounting.record_noise import noise_multiplier
 from choral.privacy.dpsgd.clip_settings import check_clip, norm_of_all
 from choral.privacy.dpsgd.where_noise import check_colluders
-from choral.privacy.errors import AccountingError, PrivacyError
-from choral.privacy.noise.record_noise_shares import MOST_ROWS, Int64Array, ShareGrid, share_grid
+from choral.privacy.errors import AccountingError
+from choral.privacy.noise.record_noise_shares import Int64Array, ShareGrid, share_grid
+from choral.privacy.record_shares.terms import CAP_FAILURE, SharesTerms, separation_of
 
 if TYPE_CHECKING:
     from choral.privacy.dpsgd.engine import Privacy
     from choral.privacy.ledgers.plans import RemainingBudget
 
-SECURE_SUM_FAILURE = 2.0**-40  # of one opening
-CAP_FAILURE = 2.0**-60  # of one step
 REALISED = (
     "if who drops out does not depend on what was opened before; no promise, and not to be spent again except under a "
     "Renyi filter"
@@ -58,74 +65,8 @@ ALSO_ADD_OR_REMOVE = (
     "add or remove one record as well: sampling rate, batch size, steps, clipping norm and noise are constants of the "
     "job, not computed from the number of records"
 )
+MOST_BANDS = 32  # where nothing is said, as for one data owner
 _SLACK = 1e-3  # the share of epsilon that calibration may leave unused
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharesTerms:
-    """The public constants of a job. No server may choose one of them, and every party knows them all.
-
-    Args:
-        records: N. batch_size: B, the number of records that a step draws in the mean, and by which sums are divided.
-        steps: T, sums that are opened at most; one that is tried again counts again.
-        parties: the most in a sum. min_survivors: the fewest in a sum that is opened. length: of a gradient.
-        most_records: the most that one party has.
-        declared: that `records` and `most_records` are constants which somebody declared, and no counts of the data.
-        failure: the secure sum's statistical failure in one opening, added to delta.
-    Raises: ConfigError for a value out of range.
-    """
-
-    records: int
-    batch_size: int
-    steps: int
-    parties: int
-    min_survivors: int
-    length: int
-    most_records: int
-    declared: bool = False
-    failure: float = SECURE_SUM_FAILURE
-
-    def __post_init__(self) -> None:
-        for name in ("records", "batch_size", "steps", "parties", "min_survivors", "length", "most_records"):
-            object.__setattr__(self, name, as_integer(name, getattr(self, name)))
-        object.__setattr__(self, "failure", as_float("failure", self.failure))
-        if not isinstance(self.declared, bool):
-            raise ConfigError(f"declared is {self.declared!r}, expected True or False")
-        if self.batch_size > self.records:
-            raise ConfigError(f"batch_size is {self.batch_size}, expected at most the {self.records} records")
-        if self.min_survivors > self.parties:
-            raise ConfigError(f"min_survivors is {self.min_survivors} of {self.parties} parties, expected at most all")
-        if not 0.0 <= self.failure <= 1e-6:
-            raise ConfigError(f"failure is {self.failure}, expected 0 to 1e-6 for one sum")
-        if self.rows > MOST_ROWS:
-            raise ConfigError(
-                f"a party may draw {self.rows} records in a step, expected at most {MOST_ROWS}",
-                hint="Take smaller batches, or divide large parties.",
-            )
-
-    @property
-    def rate(self) -> Fraction:
-        """q, exactly."""
-        return Fraction(self.batch_size, self.records)
-
-    @cached_property
-    def rows(self) -> int:
-        """The most records that a party uses in one step: more are drawn with probability CAP_FAILURE at most."""
-        return rows_of(self.most_records, self.rate)
-
-
-def rows_of(records: int, rate: Fraction) -> int:
-    """Return the least K, up to `records`, with P(Bin(records, rate) >= K) <= CAP_FAILURE; where all may come, all."""
-    if rate == 1:
-        return records
-    from scipy import stats  # here, since it takes long to load
-
-    low, high = 0, records
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = float(stats.binom.sf(middle - 1, records, float(rate))) <= CAP_FAILURE
-        low, high = (low, middle) if enough else (middle, high)
-    return high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +115,17 @@ class SharesPlan:
     @property
     def bound(self) -> int:
         """The largest absolute value of a coordinate that a party sends, whatever its records."""
-        return self.grid.bound(self.share, self.terms.rows)
+        return self.grid.bound(self.share, self.rows)
+
+    @property
+    def rows(self) -> int:
+        """The most records that a party uses in one step; a step is padded to as many rows."""
+        return self.terms.rows
+
+    @property
+    def failure(self) -> float:
+        """What one step adds to delta."""
+        return self.terms.failure + CAP_FAILURE
 
     @property
     def bits(self) -> int:
@@ -182,11 +133,11 @@ class SharesPlan:
         return (2 * self.terms.parties * self.bound).bit_length()
 
     @cached_property
-    def event(self) -> PoissonSampledShares:
+    def event(self) -> ShareEvent:
         """One step, for a party's ledger; in the worst case."""
         return self._event(self.honest)
 
-    def _event(self, honest: int) -> PoissonSampledShares:
+    def _event(self, honest: int) -> ShareEvent:
         return PoissonSampledShares(
             sample_rate=float(self.terms.rate),
             share=self.share,
@@ -194,8 +145,8 @@ class SharesPlan:
             parties=self.terms.parties,
             deviation=self.grid.deviation(self.share),
             length=self.terms.length,
-            stretch=self.grid.stretch(self.terms.length, self.terms.rows),
-            failure=self.terms.failure + CAP_FAILURE,
+            stretch=self.grid.stretch(self.terms.length, self.rows),
+            failure=self.failure,
             steps=1,
         )
 
@@ -214,9 +165,12 @@ class SharesPlan:
         terms = self.terms
         if not all(terms.min_survivors <= count <= terms.parties for count in survivors):
             raise ConfigError(f"a sum had other than {terms.min_survivors} to {terms.parties} survivors")
-        counted = [(count, len(list(alike))) for count, alike in groupby(sorted(survivors))]
-        events = [msgspec.structs.replace(self._event(n - self.colluders), steps=steps) for n, steps in counted]
-        return record_level.epsilon(events, delta, neighbours=neighbours)
+        return record_level.epsilon(self._of_sums(sorted(survivors)), delta, neighbours=neighbours)
+
+    def _of_sums(self, survivors: Sequence[int]) -> list[RecordEvent]:
+        """What sums over so many parties, the fewest first, are priced as."""
+        counted = [(count, len(list(alike))) for count, alike in groupby(survivors)]
+        return [msgspec.structs.replace(self._event(n - self.colluders), steps=steps) for n, steps in counted]
 
     def neighbours(self, promised: str = NEIGHBOURS) -> str:
         """Return the neighbour relations that hold, in words."""
@@ -232,6 +186,68 @@ class SharesPlan:
                 f"total has shape {total.shape} and type {total.dtype}, expected int64 and ({self.terms.length},)"
             )
         return np.asarray(total * (math.ldexp(self.clip, -self.grid.coarse) / self.terms.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandedPlan(SharesPlan):
+    """The same with fixed batches, and noise that a banded matrix C correlates over steps.
+
+    coefficients: the column of C, Toeplitz: 1, and numbers that do not grow. noise_multiplier: of z, over the clipping
+    norm; a step's own noise is C^-1 z. Each record takes part once in every `separation` steps of its party, and C has
+    at most as many bands: see docs/noise-in-shares.md for the proof, which needs nothing else of who drops out where.
+    """
+
+    coefficients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "coefficients", Banded(self.coefficients).coefficients)
+        if any(later > earlier for earlier, later in pairwise(self.coefficients)):
+            raise ConfigError(f"coefficients are {self.coefficients}, expected numbers that do not grow")
+        super().__post_init__()
+
+    @property
+    def separation(self) -> int:
+        """m: a record takes part in one of so many steps in a row."""
+        return separation_of(self.terms)
+
+    @property
+    def rows(self) -> int:
+        return math.ceil(self.terms.most_records / self.separation)
+
+    @property
+    def failure(self) -> float:
+        return self.terms.failure
+
+    @cached_property
+    def grid(self) -> ShareGrid:
+        """Finer by the sum of the coefficients, which bounds the norm of C: by so much less do shares hide rounding."""
+        return share_grid(self.share / sum(self.coefficients), self.terms.length)
+
+    @property
+    def bound(self) -> int:
+        gain = float(np.abs(Banded(self.coefficients).inverse(self.terms.steps)).sum())  # of the largest z in w
+        return self.grid.bound(self.share * gain, self.rows)
+
+    def _event(self, honest: int) -> BandedShares:
+        return BandedShares(
+            coefficients=self.coefficients,
+            separation=self.separation,
+            share=self.share,
+            honest=honest,
+            parties=self.terms.parties,
+            deviation=self.grid.deviation(self.share / sum(self.coefficients)),
+            length=self.terms.length,
+            stretch=self.grid.stretch(self.terms.length, self.rows),
+            failure=self.failure,
+            number=1,
+            steps=1,
+        )
+
+    def _of_sums(self, survivors: Sequence[int]) -> list[RecordEvent]:
+        """Of the record that took part in the sums of the fewest, whichever they were."""
+        counted = survivors[: math.ceil(len(survivors) / self.separation)]
+        noise = [self._event(count - self.colluders).noise_multiplier for count in counted]
+        return [PoissonSampledGaussian(sample_rate=1.0, noise_multiplier=each, steps=1) for each in noise]
 
 
 def plan_shares(
@@ -253,29 +269,38 @@ def plan_shares(
     """
     refuse_other_promise(privacy)
     record_level.refuse_large_delta(privacy.delta, terms.records)
-    failures = terms.steps * (terms.failure + CAP_FAILURE)
+    coefficients = _coefficients(privacy, terms)
+    failures = terms.steps * (terms.failure + (0.0 if coefficients else CAP_FAILURE))
     if failures > privacy.delta / 2.0:
         raise ConfigError(
             f"{terms.steps} secure sums may fail with probability {failures:.3g} in all, expected at most half of "
             f"delta, {privacy.delta / 2:.3g}",
             hint="Take fewer steps, or a secure sum of a smaller statistical failure.",
         )
+    rate, times, norm = float(terms.rate), terms.steps, 1.0
+    if coefficients:  # each record takes part in so many steps, and moves C x by |c| in each
+        rate, times, norm = 1.0, math.ceil(terms.steps / separation_of(terms)), math.hypot(*coefficients)
     fresh = noise_multiplier(
         privacy.epsilon,
         privacy.delta - failures,
-        float(terms.rate),
-        terms.steps,
+        rate,
+        times,
         beside,
         slack=_SLACK,
         neighbours=privacy.neighbours,
         fixed=True,
     )
     begun = {ledger.state: ledger for ledger in ledgers if not ledger.empty}
-    multiplier = max([fresh, *(left.noise_multiplier(float(terms.rate), terms.steps) for left in begun.values())])
-    clip = norm_of_all(privacy.max_grad_norm)
-    ideal = SharesPlan(terms=terms, clip=clip, colluders=privacy.colluders, noise_multiplier=multiplier)
-    wider = multiplier * (1.0 + ideal.event.stretch) * (1.0 + 1e-12)
-    plan = SharesPlan(terms=terms, clip=clip, colluders=privacy.colluders, noise_multiplier=wider)
+    multiplier = max([fresh, *(left.noise_multiplier(rate, times) for left in begun.values())])
+    given: dict[str, Any] = {
+        "terms": terms,
+        "clip": norm_of_all(privacy.max_grad_norm),
+        "colluders": privacy.colluders,
+        **({"coefficients": coefficients} if coefficients else {}),
+    }
+    kind = BandedPlan if coefficients else SharesPlan
+    ideal = kind(noise_multiplier=multiplier * norm, **given)
+    plan = kind(noise_multiplier=multiplier * norm * (1.0 + ideal.event.stretch) * (1.0 + 1e-12), **given)
     whole = [*beside, msgspec.structs.replace(plan.event, steps=terms.steps)]
     if not record_level.epsilon(whole, privacy.delta, neighbours=privacy.neighbours) <= privacy.epsilon:
         raise AccountingError("the plan costs more than it was calibrated for", hint="Please report these settings.")
@@ -291,48 +316,27 @@ def refuse_other_promise(privacy: Privacy) -> None:
         )
 
 
-def refuse_broken_promise(privacy: Privacy, plan: SharesPlan) -> None:
-    """Raise PrivacyError unless `plan`, wherever it came from, keeps this party's own promise; ConfigError for another
-    kind of promise, or a delta of 1/n and more.
+def bands_of(privacy: Privacy) -> int | None:
+    """How many bands the correlated noise of a promise has, 0 if it leaves that open; None for independent noise."""
+    from choral.privacy.correlated.training_loop import CorrelatedPrivacy  # which loads torch
 
-    The plan is computed again, not believed: the noise of one party is far too little for one, and so it matters to
-    each how many others add theirs.
+    return (privacy.bands or 0) if isinstance(privacy, CorrelatedPrivacy) else None
+
+
+def _coefficients(privacy: Privacy, terms: SharesTerms) -> tuple[float, ...]:
+    """The column of C that is best for the terms, to four decimals, alike on every machine; () for independent noise.
+
+    Raises: ConfigError (every record in every step; more bands than the steps of a pass).
     """
-    refuse_other_promise(privacy)
-    record_level.refuse_large_delta(privacy.delta, plan.terms.records)
-    hint = "The party's own settings decide; no server may weaken them."
-    if plan.clip != norm_of_all(privacy.max_grad_norm):
-        raise PrivacyError(
-            f"the plan clips to {plan.clip:g}, and the promise to {norm_of_all(privacy.max_grad_norm):g}", hint=hint
+    if (bands := bands_of(privacy)) is None:
+        return ()
+    separation = separation_of(terms)
+    if separation == 1:
+        raise ConfigError(
+            "correlated noise in shares, and every record takes part in every step",
+            hint='FedSGD with batches of half the records or fewer; or Privacy(noise="distributed").',
         )
-    if plan.colluders < privacy.colluders:
-        raise PrivacyError(
-            f"the plan withstands {plan.colluders} colluders, and {privacy.colluders} are promised", hint=hint
-        )
-    cost = plan.epsilon(privacy.delta, neighbours=privacy.neighbours)
-    if not cost <= privacy.epsilon:
-        raise PrivacyError(f"the plan costs epsilon {cost:.4g}, and {privacy.epsilon:g} is promised", hint=hint)
+    from choral.privacy.correlated.factorisation import banded
 
-
-def refuse_weak_sum(plan: SharesPlan, *, parties: int, min_survivors: int, corrupt: int) -> None:
-    """Raise PrivacyError unless a secure sum of these figures hides what the plan rests on: asked by each party.
-
-    parties: in the sum. min_survivors: the fewest over which it may be opened. corrupt: parties that it withstands.
-    """
-    if parties > plan.terms.parties:
-        raise PrivacyError(
-            f"the sum is of {parties} parties, and the plan was made for {plan.terms.parties} at most",
-            hint="The rounding, and the bound of a sum, were computed for those: plan again.",
-        )
-    needed = plan.honest + plan.colluders
-    if min_survivors < needed:
-        raise PrivacyError(
-            f"the sum may be opened over {min_survivors} parties, and the noise is sized for {needed}: {plan.honest} "
-            f"honest ones and {plan.colluders} colluders",
-            hint=f"Set min_survivors={needed}, or plan for fewer survivors, with more noise. Nothing was sent.",
-        )
-    if corrupt < plan.colluders:
-        raise PrivacyError(
-            f"the sum withstands {corrupt} corrupt parties, and the noise {plan.colluders} colluders",
-            hint=f"Set corrupt={plan.colluders}: parties that could open a single vector would see it nearly bare.",
-        )
+    best = banded(separation, math.ceil(terms.steps / separation), bands or min(separation, MOST_BANDS))
+    return tuple(round(value, 4) for value in best.coefficients)

@@ -121,4 +121,6 @@ class FedSGD(Algorithm):
         return direction
 
     def work(self, party: Party, ask: Exchange) -> Work:
-        return Batch(rate=self.rate_of(party.federation.examples), step=int(ask["step"]))
+        step = int(ask["step"])
+        row = (party.number - 1) * self.steps_per_round + step
+        return Batch(rate=self.rate_of(party.federation.examples), step=step, row=row)

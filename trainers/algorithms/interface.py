@@ -205,10 +205,12 @@ class Batch:
 
     Their sum over `rate` n_k; or, where the party adds noise in shares, the vector of its next step, int64: there the
     draw is the operating system's, and `rate` and `step` are not used. step: of the round, so that each draws anew.
+    row: of all steps of the run, alike at all parties of a sum, which sign the exchange that it follows from.
     """
 
     rate: float
     step: int
+    row: int
 
 
 Work = Train | Gradient | Batch | Svrg | Minimise | Touch | Ascend

@@ -296,8 +296,8 @@ class Session:
         if self._ledgers.shares:
             in_shares, parties = self._ledgers.shares.begin(federation.length)
             self._last, self._reason = self._ledgers.shares.within(parties, self._last, self._reason)
-            self.terms = replace(self.terms, shares=in_shares.plan)
-            self._resident.shares = {name: ShareSteps(party) for name, party in parties.items()}
+            self.terms, before = replace(self.terms, shares=in_shares.plan), self._ledgers.shares.rows_before(parties)
+            self._resident.shares = {name: ShareSteps(party, before) for name, party in parties.items()}
             return dict.fromkeys(channels, in_shares)
         return {
             name: WeightedCodec(

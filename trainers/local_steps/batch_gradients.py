@@ -37,7 +37,7 @@ def batch_of(
     with seeded(resident.training_seed, round_number, purpose):
         if resident.shares:
             resident.layout.write(weights)
-            vector = resident.shares[party].step(resident.model, seat.loader, loss, resident.device)
+            vector = resident.shares[party].step(resident.model, seat.loader, loss, resident.device, work.row)
         else:
             own = (seat.dataset, seat.loader, loss, resident.device, party)
             draws = torch.Generator().manual_seed(seed_of(resident.seed, round_number, f"{purpose}, draw"))
@@ -47,19 +47,23 @@ def batch_of(
 
 
 class ShareSteps:
-    """A party's private steps. Its model is wrapped at the first."""
+    """A party's private steps. Its model is wrapped at the first. before: rows of all parties' sums before this run's
+    first, so that none comes twice.
+    """
 
-    def __init__(self, party: SharesParty) -> None:
-        self._party = party
+    def __init__(self, party: SharesParty, before: int = 0) -> None:
+        self._party, self._before = party, before
         self._wrapped: tuple[Any, Any, Any] | None = None
 
-    def step(self, model: nn.Module, loader: Any, loss: Loss, device: torch.device) -> torch.Tensor:
+    def step(self, model: nn.Module, loader: Any, loss: Loss, device: torch.device, row: int) -> torch.Tensor:
         """The vector of the party's next step, paid for: int64, shape (d,), to be sent once or never.
 
-        loader: of the party's records; its batch size is not used. Raises: what SharesParty.wrap does for a model or a
-        loader that privacy does not follow; BudgetExceededError; TaskError for a loss that is not one per record.
+        loader: of the party's records; its batch size is not used. row: of all parties' sums. Raises: what
+        SharesParty.wrap does for a model or a loader that privacy does not follow; BudgetExceededError; PrivacyError
+        for a row of correlated noise that was made before; TaskError for a loss that is not one per record.
         """
         model.train()
+        self._party.at(self._before + row)
         if self._wrapped is None:
             self._wrapped = self._party.wrap(model, loader)
         private_model, optimizer, private_loader = self._wrapped

@@ -221,7 +221,7 @@ class Resident:
             )
         seat = self.seat(party)
         if self.shares and isinstance(work, Gradient):
-            work = Batch(rate=1.0, step=0)
+            work = Batch(rate=1.0, step=0, row=round_number)
         if isinstance(work, Batch):
             return Done(vector=batch_of(self, party, seat, self.loss, work, weights, round_number))
         reseed([*self.own_generators, *seat.generators], self.training_seed, round_number, party)

@@ -1,4 +1,4 @@
-"""Correlated noise in shares, which is refused: what is proved of its Gaussian part in docs/noise-in-shares.md.
+"""Banded correlated noise in shares: what is proved of it in docs/noise-in-shares.md, computed.
 
 h(t) of the parties that are left in row t add noise (C^-1 z_i)_t each, C lower triangular with b bands. Of a record
 that takes part in rows at least b apart, with values x_t, the sums know no more than sum x_t^2 (C^T C)_tt / h(t), also
@@ -92,3 +92,64 @@ def test_rounding_is_as_uniform_as_without_correlation_at_a_share_less_by_the_no
                 least = min(least, float(whole @ given @ whole) / bound)
     assert least >= 1.0 - 1e-9
     assert least < 3.0  # no idle bound
+
+
+def blocks(column: npt.NDArray[np.float64], rows: list[int]) -> npt.NDArray[np.float64]:
+    """C of a party that makes these rows and begins anew after each gap: its noise in them is C^-1 z."""
+    c = np.zeros((len(rows), len(rows)))
+    for a, row in enumerate(rows):
+        for b, earlier in enumerate(rows[: a + 1]):
+            if row - earlier == a - b and row - earlier < len(column):  # all rows in between were made
+                c[a, b] = column[row - earlier]
+    return c
+
+
+def told(
+    column: npt.NDArray[np.float64],
+    made: npt.NDArray[np.bool_],
+    opened: npt.NDArray[np.bool_],
+    x: npt.NDArray[np.float64],
+    *,
+    own_count: bool = False,
+) -> float:
+    """What the sums know over what is claimed: parties make rows and begin anew after gaps; some rows are lost.
+
+    own_count: parties take what they made before for the rows before, and never begin anew.
+    """
+    whole = np.zeros((ROWS, ROWS))
+    for i in range(PARTIES):
+        rows = [int(t) for t in np.flatnonzero(made[i])]
+        c = blocks(column, list(range(len(rows))) if own_count else rows)
+        inverse = np.zeros((ROWS, ROWS))
+        inverse[np.ix_(rows, rows)] = np.linalg.inv(c.T @ c)
+        whole += inverse * np.outer(opened[i], opened[i])
+    claimed = float(column @ column) * float(np.sum(x**2 / opened.sum(0)))
+    return float(x @ np.linalg.solve(whole, x)) / claimed
+
+
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_whoever_misses_rows_and_begins_anew_and_whatever_is_lost_no_more_is_told(bands: int) -> None:
+    """300 random columns, rows that parties miss or that are lost after they were made, and records: at most 1."""
+    generator, most = np.random.default_rng(bands), 0.0
+    for _ in range(300):
+        column = np.sort(generator.random(bands))[::-1] + 0.1
+        column /= column[0]
+        made = generator.random((PARTIES, ROWS)) < 0.7
+        opened = made & (generator.random((PARTIES, ROWS)) < 0.8)
+        sure = generator.integers(PARTIES, size=ROWS)
+        made[sure, np.arange(ROWS)] = opened[sure, np.arange(ROWS)] = True
+        x, rows = np.zeros(ROWS), np.arange(generator.integers(bands), ROWS, bands)
+        x[rows] = generator.normal(size=len(rows))
+        most = max(most, told(column, made, opened, x))
+    assert 0.7 < most <= 1.0 + 1e-9
+
+
+def test_parties_that_counted_their_own_vectors_would_tell_more() -> None:
+    """Of five parties four are in rows 0 and 3 alone, a record's: their noise of the two would not be independent."""
+    column = np.array([1.0, 0.9, 0.8])
+    made = np.ones((PARTIES, ROWS), bool)
+    made[1:, [1, 2]] = False
+    x = np.zeros(ROWS)
+    x[[0, 3]] = 1.0
+    assert told(column, made, made, x) <= 1.0
+    assert told(column, made, made, x, own_count=True) > 1.2

@@ -36,7 +36,8 @@ from choral.privacy.noise.gaussian import os_stream
 from choral.privacy.per_sample.model import with_per_sample_gradients
 from choral.privacy.record_shares import party as party_module
 from choral.privacy.record_shares.party import SharesParty
-from choral.privacy.record_shares.plan import SharesPlan, SharesTerms, plan_shares
+from choral.privacy.record_shares.plan import SharesPlan, plan_shares
+from choral.privacy.record_shares.terms import SharesTerms
 
 ALARM = 1e-7
 LENGTH = 6 * 8 + 8 + 8 * 3 + 3
@@ -433,7 +434,6 @@ def test_one_data_owner_alone_cannot_train_on_a_promise_of_shares(problem: Any) 
 @pytest.mark.parametrize(
     ("mechanism", "reason"),
     [
-        ("banded", "it is not built; .* fixed in advance, and of no Poisson draws"),
         ("buffered", "not proved, of a record that takes part several times where a party may drop out"),
         ("tree", "not proved, of a record that takes part several times where a party may drop out"),
     ],

@@ -18,15 +18,9 @@ from choral.privacy.accounting import other_accountants, record_level
 from choral.privacy.accounting.events import REPLACE_ONE, ZERO_OUT
 from choral.privacy.errors import AccountingError
 from choral.privacy.record_shares import plan as plan_module
-from choral.privacy.record_shares.plan import (
-    ALSO_ADD_OR_REMOVE,
-    CAP_FAILURE,
-    SharesTerms,
-    plan_shares,
-    refuse_broken_promise,
-    refuse_weak_sum,
-    rows_of,
-)
+from choral.privacy.record_shares.plan import ALSO_ADD_OR_REMOVE, plan_shares
+from choral.privacy.record_shares.refusals import refuse_broken_promise, refuse_weak_sum
+from choral.privacy.record_shares.terms import CAP_FAILURE, SharesTerms, rows_of
 
 DELTA = 1e-5
 

@@ -163,7 +163,7 @@ def test_parties_are_balanced_by_examples() -> None:
     [
         Train(shift=torch.arange(3.0), pull=0.5),
         Gradient(),
-        Batch(rate=0.25, step=3),
+        Batch(rate=0.25, step=3, row=3),
         Minimise(direction=torch.ones(3), pull=0.5),
         Touch(),
         Svrg(direction=torch.ones(3), step=0.1, shares=torch.rand(3), passes=2),

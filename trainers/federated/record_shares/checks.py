@@ -11,6 +11,7 @@ from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.plain_numbers import as_integer
 from choral.protocols.interface import SecureSum, SumSpec
+from choral.protocols.tap import watched_by
 from choral.trainers.algorithms.interface import Algorithm
 from choral.trainers.federated.participation import Participation
 
@@ -106,7 +107,8 @@ def fewest_survivors(secure_sum: SecureSum, participation: Participation, partie
     """
     if secure_sum.name == "plain":
         return participation.least or len(parties) // 2 + 1
-    stated = secure_sum.open(SumSpec(parties=tuple(parties), length=1, bound=1)).statement.get("min_survivors")
+    with watched_by(None):  # nothing is summed here, and a transcript has the messages of sums
+        stated = secure_sum.open(SumSpec(parties=tuple(parties), length=1, bound=1)).statement.get("min_survivors")
     if stated is None:
         raise ConfigError(
             f"the secure sum {secure_sum.name!r} does not state over how few parties it may be opened",

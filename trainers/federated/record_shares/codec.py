@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from choral.errors import ConfigError
-from choral.privacy import PrivacyError, SharesPlan, refuse_weak_sum
+from choral.privacy import BandedPlan, PrivacyError, SharesPlan, refuse_weak_sum
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSession, SumSpec
 from choral.trainers.algorithms.interface import ExchangeMean
@@ -45,6 +45,10 @@ class SharesPartyCodec:
         """It sends nothing."""
 
 
+def _correlation(plan: BandedPlan) -> dict[str, int]:
+    return {"bands": len(plan.coefficients), "separation": plan.separation}
+
+
 class SharesCodec:
     """The server's half; see :class:`choral.trainers.federated.codec.Codec`."""
 
@@ -63,7 +67,7 @@ class SharesCodec:
             length=plan.terms.length,
             bound=plan.bound,
             encoding=f"shares of noise {plan.share!r} x {plan.clip!r}, h {plan.honest}, grid 2^-{plan.grid.coarse}, up"
-            f" to {plan.terms.rows} records of norm {plan.clip!r}",
+            f" to {plan.rows} records of norm {plan.clip!r}",
         )
 
     @property
@@ -78,7 +82,8 @@ class SharesCodec:
             "error_bound": plan.terms.parties * step / 2.0 / plan.terms.batch_size,
             "noise_multiplier": plan.noise_multiplier,
             "share": plan.share,
-            "rows": plan.terms.rows,
+            "rows": plan.rows,
+            **(_correlation(plan) if isinstance(plan, BandedPlan) else {}),
         }
 
     def check(self, session: SumSession) -> None:

@@ -99,6 +99,14 @@ class ShareLedgers:
                 last, reason = paid, f"the budget of {name} is spent; ended after round {paid}"
         return last, reason
 
+    def rows_before(self, parties: Mapping[str, SharesParty]) -> int:
+        """By how much rows of correlated noise are ahead of the run's steps: those of a round that was cut short do not
+        come again.
+        """
+        _, steps_per_round = self.job.algorithm.share_steps(self.job.census.total)
+        made = [party.last_row for party in parties.values() if party.last_row is not None]
+        return max(made) + 1 - self.recorder.completed * steps_per_round if made else 0
+
     def plan(self, length: int) -> SharesPlan:
         """From the public constants of the job. length: of a gradient. Raises: as :func:`plan_shares`."""
         terms = shares_terms(self.job, length)

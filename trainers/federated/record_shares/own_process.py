@@ -4,7 +4,7 @@ The plan comes with the training terms, which all parties sign. This party compu
 (:class:`~choral.privacy.SharesParty`), compares its public constants with the terms, and joins only a sum whose own
 policy, not the server's word, demands the survivors and withstands the colluders that the noise is sized for.
 
-Every step is computed on equally many rows, plan.terms.rows, of which those that no record fills repeat one with weight
+Every step is computed on equally many rows, plan.rows, of which those that no record fills repeat one with weight
 zero: whoever sees when a process answers does not learn from it how many records it drew.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from choral.errors import ConfigError
 from choral.privacy import ClientPrivacy, Ledger, Privacy, PrivacyError, SharesPlan, refuse_weak_sum
-from choral.privacy.record_shares.plan import SECURE_SUM_FAILURE
+from choral.privacy.record_shares.terms import SECURE_SUM_FAILURE
 from choral.protocols.driver import PartyDriver
 from choral.protocols.masking.parameters import colluding
 from choral.protocols.masking.policy import Policy
