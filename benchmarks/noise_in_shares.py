@@ -5,7 +5,7 @@ Then one party of 144 records of digits' size (64 features, 2,410 parameters), q
 set, in turn. One JSON line for each: the median of the processor time of a step, and its standard error. Then what a
 party's answers would cost if its counts were known, one draw of them for each size of a party, and the bits of a value.
 
-    python benchmarks/noise_in_shares.py [--sum | --banded]    # the figures of docs/noise-in-shares.md; a minute on one core
+    python benchmarks/noise_in_shares.py [--sum | --banded]  # figures of docs/noise-in-shares.md; a minute on one core
 """
 
 from __future__ import annotations

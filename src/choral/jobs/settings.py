@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +17,9 @@ from choral.errors import ConfigError
 from choral.toml_files import parse_toml, read_toml
 from choral.trainers.federated.participation import Participation
 from choral.trainers.task.settings import AlgorithmSettings, DataSettings, ModelSettings, Split, Training
+
+if TYPE_CHECKING:
+    from choral.privacy import Privacy
 
 Unit = Literal["record", "client"]
 Neighbours = Literal["zero out one record", "replace one record"]
@@ -46,8 +50,11 @@ class PrivacySettings:
     """Clipping norm of a client's whole update; where it starts with quantile."""
     quantile: float | None = None
     """Quantile of the clients' norms that the clipping norm follows; None keeps it fixed."""
-    mechanism: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
-    """Law of client-level noise that clients add."""
+    mechanism: Literal["discrete_gaussian", "skellam", "buffered", "banded", "tree"] = "discrete_gaussian"
+    """Law of client-level noise that clients add: discrete_gaussian or skellam. Of records buffered, banded or tree:
+    fixed batches, and noise that is correlated over steps; in shares banded alone. Else their noise is independent."""
+    bands: int | None = None
+    """Of banded noise: 1 to the batches of a pass; by default at most 32."""
     bits: int = 20
     """Bits of a coordinate of the sum with client-level noise."""
     min_survivors: int | None = None
@@ -60,6 +67,26 @@ class PrivacySettings:
     noise_multiplier: float | None = None
     """Of clients: the noise of each sum over the clipping norm. By default the least that epsilon has room for; to be
     given where sites have spent before, each of whose reviews says what it has room for."""
+
+    def for_records(self, given: Mapping[str, Any]) -> Privacy:
+        """The promise, with all else that is given. Raises: ConfigError for bands of other noise, and as it does."""
+        from choral.privacy import CorrelatedPrivacy, Privacy
+
+        if self.mechanism in ("buffered", "banded", "tree"):
+            return CorrelatedPrivacy(**given, mechanism=self.mechanism, bands=self.bands)
+        if self.bands is not None:
+            raise ConfigError(f"privacy.bands = {self.bands} is of banded noise", hint='privacy.mechanism = "banded"')
+        return Privacy(**given)
+
+    @property
+    def client_mechanism(self) -> Literal["discrete_gaussian", "skellam"]:
+        """Raises: ConfigError for noise that only records have."""
+        if self.mechanism in ("discrete_gaussian", "skellam") and self.bands is None:
+            return self.mechanism
+        raise ConfigError(
+            f"privacy.mechanism = {self.mechanism!r} or bands is for records, and this arm's unit is the client",
+            hint='"discrete_gaussian" or "skellam", without bands',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -301,7 +301,7 @@ def with_overrides(settings: Settings, arm: Arm) -> Settings:
 
 def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy | ClientPrivacy:
     """The promise of a private arm. Raises: ConfigError for a setting out of range."""
-    from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy
+    from choral.privacy import AdaptiveClip, ClientPrivacy
     from choral.privacy.accounting.events import NEIGHBOURS
     from choral.trainers.data.own_table import check_public
 
@@ -318,16 +318,17 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
                 hint="leave it out: every data owner has the noise made for what is left on its own ledger",
             )
         in_shares = chosen.noise == "distributed" and not arm.centralized and algorithm_of(settings, arm).in_shares
-        return Privacy(
-            epsilon=epsilon,
-            delta=chosen.delta,
-            max_grad_norm=chosen.max_grad_norm,
-            epochs=settings.training.local_epochs,
-            neighbours=chosen.neighbours,
-            records_per_person=chosen.records_per_person,
-            noise="distributed" if in_shares else "local",
-            colluders=chosen.colluders,
-        )
+        given: dict[str, Any] = {
+            "epsilon": epsilon,
+            "delta": chosen.delta,
+            "max_grad_norm": chosen.max_grad_norm,
+            "epochs": settings.training.local_epochs,
+            "neighbours": chosen.neighbours,
+            "records_per_person": chosen.records_per_person,
+            "noise": "distributed" if in_shares else "local",
+            "colluders": chosen.colluders,
+        }
+        return chosen.for_records(given)
     if chosen.neighbours != NEIGHBOURS:
         raise ConfigError(
             f"privacy.neighbours = {chosen.neighbours!r} is for records, and this arm's unit is the client",
@@ -338,7 +339,7 @@ def privacy_of(settings: Settings, arm: Arm, epsilon: float | None) -> Privacy |
         delta=chosen.delta,
         clip=chosen.clip if chosen.quantile is None else AdaptiveClip(start=chosen.clip, quantile=chosen.quantile),
         noise=chosen.noise,
-        mechanism=chosen.mechanism,
+        mechanism=chosen.client_mechanism,
         bits=chosen.bits,
         min_survivors=None
         if chosen.sample_rate is not None

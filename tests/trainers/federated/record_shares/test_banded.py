@@ -18,6 +18,8 @@ import torch
 from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
 from choral.audits.budgets.participation import participation_checks, participation_of
 from choral.errors import ConfigError
+from choral.jobs.settings import Arm, Settings, parse_job
+from choral.jobs.training import privacy_of
 from choral.privacy import BandedShares, CorrelatedPrivacy, Ledger
 from choral.privacy.record_shares import fixed_batches
 from choral.privacy.record_shares.fixed_batches import NoiseRows, batch_of_step, first_of
@@ -240,3 +242,31 @@ def test_other_correlated_noise_in_shares_is_refused_with_its_reason(mechanism: 
 def test_independent_noise_does_not_ask_for_rows(task: Make, made: dict[int, list[tuple[int, int]]]) -> None:
     private(task(), rounds=1, privacy=Privacy(4.0, 1e-4, noise="distributed"))
     assert not made
+
+
+def settings_of(privacy: dict[str, Any], kind: str = "fedsgd") -> Settings:
+    lines = [f"{key} = {value!r}".replace("'", '"') for key, value in privacy.items()]
+    return parse_job("\n".join(["[algorithm]", f'kind = "{kind}"', "[privacy]", "epsilon = 2.0", *lines]), "digits")
+
+
+def test_settings_say_it_in_the_same_words() -> None:
+    arm = Arm(private=True)
+    made = privacy_of(settings_of({"mechanism": "banded", "bands": 6, "colluders": 2}), arm, 2.0)
+    assert made == CorrelatedPrivacy(2.0, 1e-5, mechanism="banded", bands=6, noise="distributed", colluders=2)
+    alone = privacy_of(settings_of({"mechanism": "buffered"}, kind="fedavg"), arm, 2.0)
+    assert alone == CorrelatedPrivacy(2.0, 1e-5, mechanism="buffered")
+    assert type(privacy_of(settings_of({}), arm, 2.0)) is Privacy
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ({"mechanism": "buffered"}, "buffered correlated noise .*not proved"),
+        ({"bands": 4}, "privacy.bands = 4 is of banded noise"),
+        ({"mechanism": "banded", "unit": "client"}, "for records, and this arm's unit is the client"),
+        ({"bands": 4, "unit": "client"}, "for records, and this arm's unit is the client"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(privacy: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        privacy_of(settings_of(privacy), Arm(private=True), 2.0)
