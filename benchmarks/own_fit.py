@@ -1,11 +1,15 @@
-"""A user's own ``fit`` in a federation, over the same ``fit`` in a bare loop.
+"""A user's own ``fit`` in a federation, over the same ``fit`` in a bare loop, and beside pfl.
 
-Both take one model, one thread and a DataLoader for each party that is made beforehand. The bare loop copies the
-weights in, calls ``fit`` and adds the change to a running sum; the federation does a whole round: it seeds, checks what
-``fit`` left behind, encodes, sums, and keeps a record. In turns, in one process, in processor time; a line of JSON for
-each job with the ratio of the medians.
+Both take one model, one thread and a loader for each party that is made beforehand. The bare loop is federated
+averaging and no more: it copies the weights in, calls ``fit``, adds the change to a running sum and moves the weights
+by the mean; the federation does a whole round: it seeds, checks what ``fit`` left behind, encodes, sums, and keeps a
+record. In turns, in processor time; a line of JSON for each job with the ratio of the medians.
 
-    python benchmarks/own_fit.py [--only cnn|logistic] [--rounds 15] [--scale 1.0]
+A DataLoader takes half of the time of such small models. ``--slices``: a loader that slices the party's tensors in
+order, as pfl's training does, which with ``--peer-python`` takes its turn in a process of its own.
+
+    python benchmarks/own_fit.py [--only cnn|logistic] [--rounds 15] [--scale 1.0] [--slices]
+        [--peer-python PEERS/bin/python]
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bare
+from driven import Driven, timed
 
 from choral import Plain, Task
 from choral.trainers.federated.one_round import one_round
@@ -41,57 +47,81 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None
         optimizer.step()
 
 
-def loop(job: bare.Job, datasets: dict[str, TensorDataset]) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class Slices:
+    """Batches in the order of the records."""
+
+    dataset: TensorDataset
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for first in range(0, len(self.dataset), bare.BATCH):
+            yield tuple(tensor[first : first + bare.BATCH] for tensor in self.dataset.tensors)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // bare.BATCH)
+
+
+def loader_of(dataset: TensorDataset, *, slices: bool) -> Any:
+    return Slices(dataset) if slices else DataLoader(dataset, batch_size=bare.BATCH, shuffle=True)
+
+
+def loop(job: bare.Job, datasets: dict[str, TensorDataset], *, slices: bool) -> Callable[[], Any]:
     model = job.model()
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=bare.RATE)
-    start = [p.detach().clone() for p in parameters]
-    loaders = {name: DataLoader(dataset, batch_size=bare.BATCH, shuffle=True) for name, dataset in datasets.items()}
+    weights = [p.detach().clone() for p in parameters]
+    loaders = {name: loader_of(dataset, slices=slices) for name, dataset in datasets.items()}
+    records = sum(map(len, datasets.values()))
 
-    def once() -> list[torch.Tensor]:
-        total = [torch.zeros_like(p) for p in start]
+    @torch.no_grad()
+    def once() -> None:
+        total = [torch.zeros_like(p) for p in weights]
         for name, loader in loaders.items():
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, start)
-            fit(model, optimizer, loader)
-            with torch.no_grad():
-                torch._foreach_add_(total, torch._foreach_sub(parameters, start), alpha=len(datasets[name]))
-        return total
+            torch._foreach_copy_(parameters, weights)
+            with torch.enable_grad():
+                fit(model, optimizer, loader)
+            torch._foreach_add_(total, torch._foreach_sub(parameters, weights), alpha=len(datasets[name]))
+        torch._foreach_add_(weights, total, alpha=1 / records)
 
     return once
 
 
-def measure(name: str, rounds: int, scale: float, path: Path) -> dict[str, Any]:
-    job = bare.JOBS[name]
-    bare.write_parties(job, scale, path)
+def measure(name: str, arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    job, rounds, slices = bare.JOBS[name], arguments.rounds, arguments.slices
+    bare.write_parties(job, arguments.scale, path)
     datasets = {f"party-{k}": TensorDataset(*pair) for k, pair in enumerate(bare.read_parties(path))}
 
     def build(dataset: TensorDataset) -> Any:
         model = job.model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=bare.RATE)
-        return model, optimizer, DataLoader(dataset, batch_size=bare.BATCH, shuffle=True)
+        return model, torch.optim.SGD(model.parameters(), lr=bare.RATE), loader_of(dataset, slices=slices)
 
     task = Task(build=build, fit=fit, evaluate=lambda _: {"nothing": 0.0}, min_classes=1)
-    once = loop(job, datasets)
-    seconds: dict[str, list[float]] = {"federation": [], "loop": []}
-    with Session.open(Plan.of(task, datasets, rounds=rounds + 1, secure_sum=Plain())) as session:
-        plays: dict[str, Callable[[int], Any]] = {
-            "federation": lambda number: session.keep(one_round(session, number)),
-            "loop": lambda _: once(),
+    once = loop(job, datasets, slices=slices)
+    with ExitStack() as stack:
+        session = stack.enter_context(Session.open(Plan.of(task, datasets, rounds=rounds + 1, secure_sum=Plain())))
+        numbers = session.rounds_left()
+        plays: dict[str, Callable[[], Any]] = {
+            "federation": lambda: timed(lambda: session.keep(one_round(session, next(numbers)))),
+            "loop": lambda: timed(once),
         }
-        for number in session.rounds_left():
-            for play in plays if number % 2 else reversed(plays):
-                started = time.process_time()
-                plays[play](number)
-                seconds[play].append(time.process_time() - started)
-    whole, by_loop = (statistics.median(seconds[play][1:]) for play in plays)  # the first round warms up
-    return {
+        if arguments.peer_python:
+            command = [arguments.peer_python, str(Path(__file__).with_name("peers.py")), "pfl", name, str(path)]
+            pfl = stack.enter_context(Driven(command))
+            pfl.first()
+            plays["pfl"] = pfl.once
+        seconds: dict[str, list[float]] = {play: [] for play in plays}
+        for turn in range(rounds + 1):
+            for play in plays if turn % 2 else reversed(plays):
+                seconds[play].append(sum(plays[play]().cpu))
+    each = {play: statistics.median(found[1:]) / len(datasets) * 1e3 for play, found in seconds.items()}
+    return {  # the first round warms up
         "job": name,
         "parties": len(datasets),
         "rounds": rounds,
-        "loop_ms_per_party": round(by_loop / len(datasets) * 1e3, 3),
-        "federation_ms_per_party": round(whole / len(datasets) * 1e3, 3),
-        "ratio": round(whole / by_loop, 4),
+        "batches": "slices" if slices else "DataLoader",
+        **{f"{play}_ms_per_party": round(found, 3) for play, found in each.items()},
+        "ratio": round(each["federation"] / each["loop"], 4),
+        **({"pfl_ratio": round(each["pfl"] / each["loop"], 4)} if "pfl" in each else {}),
     }
 
 
@@ -100,11 +130,13 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(bare.JOBS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of parties")
+    parser.add_argument("--slices", action="store_true", help="a loader that slices tensors, in order")
+    parser.add_argument("--peer-python", help="interpreter of an environment with pfl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in [args.only] if args.only else bare.JOBS:
-            found = measure(name, args.rounds, args.scale, Path(folder) / f"{name}.safetensors")
+            found = measure(name, args, Path(folder) / f"{name}.safetensors")
             print(json.dumps(found), flush=True)
 
 

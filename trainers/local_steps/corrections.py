@@ -50,8 +50,9 @@ def corrected(
 
     def before(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         steps.count += 1
-        rate = sgd_rate(stepped)
-        steps.path = None if rate is None or steps.path is None else steps.path + rate
+        if steps.path is not None:
+            rate = sgd_rate(stepped)
+            steps.path = None if rate is None else steps.path + rate
         if watch is not None:
             watch.compare()
         if correction is None:
@@ -140,6 +141,7 @@ def sgd_rate(optimizer: torch.optim.Optimizer) -> float | None:
         return None
     groups = optimizer.param_groups
     rate = groups[0]["lr"]
-    if any(group["momentum"] or group["maximize"] for group in groups) or any(g["lr"] != rate for g in groups[1:]):
-        return None
+    for group in groups:  # at every step of every party: no generators
+        if group["momentum"] or group["maximize"] or group["lr"] != rate:
+            return None
     return float(rate)

@@ -172,7 +172,7 @@ class Resident:
         self.layout.write(weights)
         seat.optimizer.state.clear()
         seat.groups.begin(seat.optimizer, self.rate_factor(round_number))
-        self.model.train()
+        self.layout.begin_training(self.model)
         model, optimizer, loader = self._training, seat.optimizer, seat.loader
         if self.privacy_engines:
             model, optimizer, loader = self.privacy_engines[party].wrap(model, optimizer, loader)
@@ -185,10 +185,12 @@ class Resident:
             number = {"round": round_number} if self._takes_round else {}
             returned = self.fit(model, optimizer, OnDevice.wrap(loader, self.device), **number)
         check_returned(returned, (model, self.model), party)
-        self.layout.check(self.model, f"party {party!r} after fit")
-        self.check_fixed(party)
+        if not (same := self.layout.unchanged(self.model)):
+            self.layout.check(self.model, f"party {party!r} after fit")
+        if not same or self.layout.holds_more:
+            self.check_fixed(party)
         change = self.layout.read() - weights
-        self._check_trained(party, work, steps, change)
+        self._check_trained(party, work, steps, change, stale=not same and self.layout.stale(self.model))
         seat.groups.check(seat.optimizer, f"party {party!r}")
         self._attributes.settle(f"party {party!r}", takes_round=self._takes_round)
         self._told = self._told or seat.watched.tell(f"party {party!r}")
@@ -272,8 +274,10 @@ class Resident:
         watched = Watched(dataset, loader)
         return Seat(dataset, optimizer, Groups(optimizer), loader, watched, generators_of(loader, dataset))
 
-    def _check_trained(self, party: str, work: Train, steps: OptimizerSteps, change: torch.Tensor) -> None:
-        if self.layout.stale(self.model):
+    def _check_trained(
+        self, party: str, work: Train, steps: OptimizerSteps, change: torch.Tensor, *, stale: bool
+    ) -> None:
+        if stale:
             raise TaskError(
                 f"fit at party {party!r} replaced a parameter of the model by another of the same name and shape",
                 hint="train the model that fit is given in place",
