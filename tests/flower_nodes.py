@@ -23,7 +23,7 @@ from site_federation import approved_at
 from site_taps import Tap
 
 from choral.jobs.engines.flower_job import Coordinator
-from choral.jobs.settings import ServeSettings
+from choral.jobs.settings import ServeSettings, SumSettings
 from choral.network.flower.grid import FlowerGrid
 
 BIN = Path(sys.executable).parent
@@ -156,9 +156,11 @@ class Flower:
             "--port", str(free_port()),
         )  # fmt: skip
 
-    def job(self, name: str, rounds: int, *, approve: Iterable[str] = (), wait: float = PATIENT.wait) -> Path:
+    def job(
+        self, name: str, rounds: int, *, approve: Iterable[str] = (), wait: float = PATIENT.wait, trips: Any = None
+    ) -> Path:
         """Its file. approve: the sites at which its offer is approved beforehand."""
-        path = self.sites.job(serve=replace(PATIENT, job=name, wait=wait))
+        path = self.sites.job(serve=replace(PATIENT, job=name, wait=wait), secure_sum=SumSettings(trips=trips))
         coordinator = Coordinator.read(path, None)
         shapes = {key: tuple(tensor.shape) for key, tensor in new_model().state_dict().items()}
         adapter = FlowerGrid(None, coordinator.names)

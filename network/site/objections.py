@@ -193,9 +193,16 @@ def _sum(folder: SiteFolder, offer: Offer) -> Iterator[str]:
         if folder.settings.name not in offer.parties or set(policy.directory) != set(offer.parties):
             return  # which is said already
         setup = setup_of(summing, offer.parties)
+    except ChoralError as error:
+        yield str(error)
+        return
+    try:
+        policy.check(setup, folder.settings.name)
+    except ChoralError as error:
+        yield str(error)
+    try:
         if isinstance(setup, AheadSetup):
             check_floor(setup, policy)
-        policy.check(setup, folder.settings.name)
     except ChoralError as error:
         yield str(error)
 

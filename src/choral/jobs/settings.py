@@ -116,9 +116,10 @@ class SumSettings:
     block: int = 1
     """Of contributors: so many coordinates in a row are counted together, such as the rows of an embedding; a party
     leaves out what it touches in part."""
-    trips: Literal[2, 3, 4] = 4
-    """Of a round of a masked sum. Three deal keys a round ahead; two leave out the survivors' confirmation too, so that
-    a lying server may have fewer honest parties in the sum, which is stated."""
+    trips: Literal[2, 3, 4] | None = None
+    """Of a round of a masked sum; by default four, and over Flower two where no sum is smaller for it. Three deal keys
+    a round ahead; two leave out the survivors' confirmation too, so that a lying server may have fewer honest parties
+    in the sum, which is stated."""
     robust: Literal["median", "trimmed", "geometric"] | None = None
     """Sum in random groups, and join the groups' means by this rule, which a minority of groups cannot move far. Hides
     a party among its group alone. In rehearsals alone."""

@@ -388,11 +388,11 @@ def _hiding_sum_of(settings: Settings, arm: Arm) -> SecureSum:
     chosen = settings.secure_sum
     terms: dict[str, Any] = {name: getattr(chosen, name) for name in ("min_survivors", "corrupt", "dropouts", "cohort")}
     if (arm.secure_sum or chosen.kind) == "homomorphic":
-        if chosen.trips != 4:
+        if chosen.trips not in (None, 4):
             raise ConfigError(f"secure_sum.trips = {chosen.trips} is for masked sums", hint="leave it out")
         return Homomorphic(key=chosen.key, server=chosen.server, **terms)
-    own = {name: getattr(chosen, name) for name in ("contributors", "block", "trips")}
-    return Masked(server=chosen.server or "malicious", **own, **terms)
+    own = {name: getattr(chosen, name) for name in ("contributors", "block")}
+    return Masked(server=chosen.server or "malicious", trips=chosen.trips or 4, **own, **terms)
 
 
 def unit_of(settings: Settings, arm: Arm) -> Unit:

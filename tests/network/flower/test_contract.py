@@ -34,11 +34,15 @@ from choral.protocols.errors import DisputedSharesError, SpecError, TooFewSurviv
 from choral.trainers import Participation
 
 
-def test_the_weights_are_those_of_federate_bit_by_bit(tmp_path: Path, place: Path) -> None:
-    sites, calls = FlowerSites(tmp_path, place), list[str]()
+@pytest.mark.parametrize(("trips", "asked"), [(None, 7 + 2 + 2), (2, 7 + 2 + 2), (3, 8 + 3 + 3), (4, 8 + 4 + 4)])
+def test_the_weights_are_those_of_federate_bit_by_bit(tmp_path: Path, place: Path, trips: Any, asked: int) -> None:
+    """asked: requests to each site, of the offer and three rounds, and one when the job ends."""
+    sites, calls, requests = FlowerSites(tmp_path, place), list[str](), list[str]()
     with sites.doors() as sockets:
         grid = NodesHere(client_app(socket_owner(sites), calls), sockets)
-        result = started(sites, grid)
+        grid.before = lambda name, _: requests.append(name)
+        result = started(sites, grid, secure_sum=SumSettings(trips=trips))
+    assert {requests.count(name) for name in sites.names} == {asked + 1}
     assert same(result, rehearsed(sites.names, 3, Masked()))
     assert sorted(calls) == sorted(sites.names * 3)
     log = (tmp_path / "north" / "log.jsonl").read_text()
@@ -158,9 +162,13 @@ def test_nodes_without_names_are_asked_which_part_they_are(tmp_path: Path, place
     assert same(result, rehearsed(sites.names, 1, Masked()))
 
 
-@pytest.mark.parametrize(("message", "without"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 1), (6, 0), (7, 0), (8, 2)])
+LOST = [(2, 0, 0), (2, 1, 1), (2, 3, 1), (2, 4, 1), (2, 5, 1), (2, 6, 0), (2, 7, 2), (2, 8, 0)]
+LOST += [(4, 3, 1), (4, 6, 0), (4, 7, 0), (4, 8, 2)]
+
+
+@pytest.mark.parametrize(("trips", "message", "without"), LOST)
 def test_a_site_that_is_lost_at_a_message_costs_its_part_of_that_round_at_most(
-    tmp_path: Path, place: Path, message: int, without: int
+    tmp_path: Path, place: Path, trips: Any, message: int, without: int
 ) -> None:
     """East gets no reply back once: of the offer, the opening, the keys, the shares, the vector, or of what comes after
     it. without: in which round its vector is missing; 0, in none. It is in the next one."""
@@ -173,7 +181,9 @@ def test_a_site_that_is_lost_at_a_message_costs_its_part_of_that_round_at_most(
     with sites.doors() as sockets:
         grid = NodesHere(client_app(socket_owner(sites)), sockets)
         grid.before = lose
-        result = started(sites, grid, serve=ServeSettings(wait=20, step=0.4, training=0.6))
+        result = started(
+            sites, grid, serve=ServeSettings(wait=20, step=0.4, training=0.6), secure_sum=SumSettings(trips=trips)
+        )
     assert asked.count("east") > message
     assert same(result, rehearsed(sites.names, 3, Masked(), without={without: "east"}))
 

@@ -28,6 +28,7 @@ from site_federation import Federation, approved_at, offer_for, private_sites, s
 from site_federation import rehearsed as rehearsed_job
 
 from choral.errors import ConfigError
+from choral.jobs.engines.default_trips import with_trips
 from choral.jobs.settings import PrivacySettings
 from choral.network.site.budget import open_ledger
 from choral.protocols import Masked
@@ -50,7 +51,7 @@ def test_whole_jobs_go_over_flower_trained_by_the_sites_processes(tmp_path: Path
     job = coordinators_folder(federation) / "visits.toml"
     job.touch(0o600)
     job.write_text(toml_of(settings))
-    offer = offer_for(federation, settings)
+    offer = offer_for(federation, with_trips(settings, federation.names, "flower"))
     for name in federation.names:
         approved_at(federation, name, offer)
 
@@ -61,6 +62,7 @@ def test_whole_jobs_go_over_flower_trained_by_the_sites_processes(tmp_path: Path
         grid = NodesHere(lambda message, context: secure_sum_mod(message, context, trains_nothing), sockets)
         run = serve(grid, job, out=tmp_path / "run")
     assert [entry.survivors for entry in run.history] == [0, 3, 3]
+    assert (run.info.secure_sum or {})["trips"] == 2
     assert all(set(content) == {"choral"} for content in grid.seen)
     if promise:
         assert (run.info.privacy or {})["epsilon"] == 4.0

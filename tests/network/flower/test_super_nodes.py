@@ -27,6 +27,7 @@ from site_processes import below, pinned_wrong, until
 from site_secrets import files_below, found_in, memory_of, secrets_of
 from site_taps import STEPS
 
+from choral.jobs.engines.default_trips import with_trips
 from choral.network.site.files.private import write_private
 from choral.protocols import Masked
 from choral.trainers import Run
@@ -151,7 +152,7 @@ def test_a_whole_job_goes_over_flower_trained_by_the_sites_processes(flower: Flo
     try:
         for name in federation.names:
             federation.configure(name)
-            approved_at(federation, name, offer_for(federation, settings))
+            approved_at(federation, name, offer_for(federation, with_trips(settings, federation.names, "flower")))
         flower.submit_app("whole", app, f'job="{job}" out="{out}"')
         flower.over("whole")
     finally:
@@ -241,7 +242,7 @@ def test_a_node_killed_at_each_step_of_a_round(flower: Flower) -> None:
     if "east-site" not in flower.running:
         start_again(flower, "east")
     flower.taps["east"].before, flower.taps["north"].before = east, north
-    flower.submit("steps", 1 + len(STEPS), approve=flower.sites.names)
+    flower.submit("steps", 1 + len(STEPS), approve=flower.sites.names, trips=4)
     flower.over("steps", 1500)
     assert killed == list(STEPS)
     without = {2: "east", 3: "east"}

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -46,6 +46,8 @@ class ServeFlags:
     """Run folder; must be new or empty, unless --resume."""
     offer: Path | None = None
     """Write the offer of the job to this file, for sites to review, and do nothing else."""
+    engine: Literal["none", "flower", "nvflare"] = "none"
+    """Of --offer: which engine will carry the job. Over Flower sums take two trips, where the settings do not say."""
     resume: bool = False
     """Continue the run that the folder holds."""
     json: bool = False
@@ -93,12 +95,20 @@ def serve(words: list[str]) -> int:
     keys = {certificate.name: certificate.public_key for certificate in sites}
 
     if wanted.offer is not None:
+        from choral.jobs.engines.default_trips import with_trips
+
         by = standardising.kept(settings, wanted.out)
+        settings = with_trips(settings, tuple(keys), wanted.engine)
         offer = serving.offer_ahead(settings, keys, coordinator=identity.name, by=by)
         write_offer(offer, wanted.offer)
         return 0
     if wanted.out is None:
         raise ConfigError("no run folder", hint="give --out DIR, or --offer FILE")
+    if wanted.engine != "none":
+        raise ConfigError(
+            f"--engine {wanted.engine} without --offer: an engine's jobs are started by the engine",
+            hint="give --offer FILE",
+        )
 
     with listening(chosen, identity, sites, quiet=wanted.quiet) as (hub, say):
         if standardising.wanted(settings) and standardising.kept(settings, wanted.out) is None:

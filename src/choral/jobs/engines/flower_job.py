@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ConfigError
+from choral.jobs.engines.default_trips import said_of, with_trips
 from choral.jobs.settings import Arm, Settings, read_settings
 from choral.network.door.carrier import EngineCarrier
 from choral.network.flower.grid import FlowerGrid
@@ -66,6 +67,13 @@ class Coordinator:
     def carrier(self, grid: FlowerGrid) -> EngineCarrier:
         return EngineCarrier(grid, self.identity, self.names)
 
+    def in_trips(self) -> Settings:
+        """The settings, with the trips of a sum over Flower; two that the job file does not ask for are said."""
+        settings = with_trips(self.settings, self.names, "flower")
+        if settings != self.settings and (said := said_of(settings)):
+            say(said)
+        return settings
+
     def rounds(
         self, grid: FlowerGrid, shapes: Mapping[str, tuple[int, ...]], *, rounds: int, strategy: str
     ) -> EngineRounds:
@@ -78,7 +86,8 @@ class Coordinator:
         from choral.network.coordinator.engine_rounds import EngineJob, EngineRounds
         from choral.trainers import Encoding
 
-        settings, sites, chosen = self.settings, self.settings.sites, self.settings.secure_sum
+        settings = self.in_trips()
+        sites, chosen = settings.sites, settings.secure_sum
         if sites.records is None or sites.largest is None:
             raise ConfigError(
                 "sites.records and sites.largest are not set: what sites count for is agreed on, and never counted",
@@ -122,4 +131,4 @@ def serve(
 
     coordinator = Coordinator.read(Path(job), None if folder is None else Path(folder))
     adapter = FlowerGrid(grid, coordinator.names)
-    return serve_by_engine(adapter, coordinator.settings, coordinator.folder, out=Path(out), resume=resume, say=say)
+    return serve_by_engine(adapter, coordinator.in_trips(), coordinator.folder, out=Path(out), resume=resume, say=say)
