@@ -17,7 +17,7 @@ from site_processes import PATIENT, pinned_wrong, until
 from site_secrets import files_below, found_in, memory_of, secrets_of
 from site_taps import STEPS
 
-from choral.jobs.settings import Settings
+from choral.jobs.settings import Settings, SumSettings
 from choral.trainers import Participation
 from choral.trainers.task.settings import Training
 
@@ -53,21 +53,25 @@ def rounds(sites: DoorSites, number: int, **waits: Any) -> Settings:
     return replace(settings, serve=replace(settings.serve, **waits))
 
 
-def test_two_rounds_in_the_simulator_end_at_the_weights_of_federate(sites: DoorSites, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trips", [None, 2, 3])
+def test_two_rounds_in_the_simulator_end_at_the_weights_of_federate(
+    trips: Any, sites: DoorSites, tmp_path: Path
+) -> None:
     from nvflare.recipe.sim_env import SimEnv
 
     from choral.network.nvflare import write_local
 
-    settings = rounds(sites, 2)
-    recipe = sites.recipe("simulated", settings)
-    local = tmp_path / "simulated" / "local"
+    settings, job = replace(rounds(sites, 2), secure_sum=SumSettings(trips=trips)), f"simulated-{trips}"
+    recipe = sites.recipe(job, settings)
+    local = tmp_path / job / "local"
     local.mkdir(parents=True)
     write_local(local, door=sites.door(), coordinator=str(sites.hub), runs=str(tmp_path / "runs"))
     recipe.execute(SimEnv(clients=list(sites.federation.names), workspace_root=str(tmp_path)))
     from choral.trainers import Run
 
-    run = Run.load(tmp_path / "runs" / "simulated")
+    run = Run.load(tmp_path / "runs" / job)
     assert [entry.survivors for entry in run.history] == [0, 3, 3]
+    assert (run.info.secure_sum or {}).get("trips") == trips
     assert same_weights(run, rehearsed(sites.federation, settings))
 
 
@@ -102,21 +106,23 @@ def test_a_deployment_trains_exactly_and_no_record_leaves_a_site(deployed: Deplo
     assert found_in(secrets, files_below(sites.hub)) == set()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("trips", "step"), [*((4, step) for step in STEPS), (2, "deliveries"), (2, "roster")])
 def test_a_node_that_is_killed_at_a_step_is_missed_and_the_sum_is_exact(
-    deployed: Deployment, sites: DoorSites, step: str
+    deployed: Deployment, sites: DoorSites, trips: Any, step: str
 ) -> None:
     """Its parent and its job's process at once, in round 2, when it has that request: NVFlare's job lives on, and so
-    does the run. Its vector is in the sum of that round where it was sent before.
+    does the run. Its vector is in the sum of that round where it was sent before. In two trips it has dealt for the
+    round before it; with the survivors it is sent the keys of the next one, as it was in round 1, after those of that.
     """
     from nvflare_sites import JOINED
 
-    settings = rounds(sites, 4, step=20.0, away=6.0)
-    seen, killed = list[str](), list[float]()
+    settings = replace(rounds(sites, 4, step=20.0, away=6.0), secure_sum=SumSettings(trips=trips))
+    job = f"lost-at-{step}-in-{trips}"
+    seen, killed, times = list[str](), list[float](), 3 if (trips, step) == (2, "roster") else 2
 
     def before(kind: str) -> bool | None:
         seen.append(kind)
-        if kind != step or seen.count(step) != 2:
+        if kind != step or seen.count(step) != times:
             return None
         deployed.kill("south")
         killed.append(time.monotonic())
@@ -124,12 +130,12 @@ def test_a_node_that_is_killed_at_a_step_is_missed_and_the_sum_is_exact(
 
     deployed.taps["south"].before = before
     try:
-        assert deployed.wait(deployed.submit(sites.recipe(f"lost-at-{step}", settings))) == "FINISHED:COMPLETED"
+        assert deployed.wait(deployed.submit(sites.recipe(job, settings))) == "FINISHED:COMPLETED"
     finally:
         deployed.taps["south"].before = lambda kind: None
     assert time.monotonic() - killed[0] < PATIENT  # and not for as long as training may take
-    run = sites.run(f"lost-at-{step}")
-    sent = step in ("survivors", "confirmations")
+    run = sites.run(job)
+    sent = step in (("roster",) if trips == 2 else ("survivors", "confirmations"))
     assert [entry.survivors for entry in run.history] == [0, 3, 3 if sent else 2, 2, 2]
     without = {number: ["south"] for number in ((3, 4) if sent else (2, 3, 4))}
     assert same_weights(run, rehearsed(sites.federation, settings, without=without))
