@@ -1,6 +1,8 @@
 """A secure round of Flower beside a bare one of its own FedAvg, with three sites, in one run.
 
-    python benchmarks/flower_rounds.py [--nodes] [--repeats 3]       where Flower is installed (constraints-flower.txt)
+    python benchmarks/flower_rounds.py [--nodes] [--repeats 3] [--trips 2 4]       where Flower is installed
+
+constraints-flower.txt has its version. --trips: secure runs of each, in turns; else as many as the default is.
 
 By default in Flower's simulation (ray), with the sites in processes of their own; with --nodes, a SuperLink and three
 SuperNodes with TLS and node keys. The model is that of examples/flower, whose training takes milliseconds, so what is
@@ -108,20 +110,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trips", type=int, nargs="+", choices=(2, 3, 4))
     wanted = parser.parse_args(arguments)
     folder, place = Path(tempfile.mkdtemp(prefix="flower-bench-")), Path(tempfile.mkdtemp(prefix="fb-"))
     flower = sites_of(folder, place)
     run = on_nodes if wanted.nodes else simulated
     os.environ["OMP_NUM_THREADS"] = "1"
-    found: dict[str, list[float]] = {"bare": [], "secure, first": [], "secure, later": []}
+    found: dict[str, list[float]] = {"bare": []}
     try:
         flower.begin(nodes=wanted.nodes)
         for number in range(wanted.repeats):
-            job = flower.job(f"bench-{number}", wanted.rounds, approve=flower.sites.names)
             found["bare"] += run(flower, place / "times", wanted.rounds, None)[1:]
-            first, *later = run(flower, place / "times", wanted.rounds, job)
-            found["secure, first"].append(first)
-            found["secure, later"] += later
+            for trips in wanted.trips or [None]:
+                name, of = f"bench-{number}-{trips}", f"secure, {trips} trips" if trips else "secure"
+                job = flower.job(name, wanted.rounds, approve=flower.sites.names, trips=trips)
+                first, *later = run(flower, place / "times", wanted.rounds, job)
+                found.setdefault(f"{of}, first", []).append(first)
+                found.setdefault(f"{of}, later", []).extend(later)
     finally:
         for name in list(flower.running):
             flower.kill(name)
