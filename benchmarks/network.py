@@ -8,8 +8,8 @@ machine. After each secure round of a job (`fit` is one step) the coordinator ma
 weights up, mean. Medians over the rounds after the first, in ms. `secure_minus_bare_ms` is what privacy of the sum
 costs, bytes_ratio what it sends more. --memory: resident MB of coordinator and sites after each round, and of a site
 with no job. --trips: jobs of each, in turns; `ratio_to_first` is over the median of the first of them. --latency-ms: so
-much later does each request reach a site. processor_ms: of all sites, of a round. One JSON line for each figure, with
-the load of the machine.
+much later is each message there, and so twice as much each answer. processor_ms: of all sites, of a round. One JSON
+line for each figure, with the load of the machine.
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ def site(path: Path, seconds: float, latency: float) -> None:
         if bytes(request.body[:4]) == BARE:
             weights = np.frombuffer(request.body[4:], np.float32)
             time.sleep(seconds)
-            return (weights - np.float32(0.1) * (weights.mean() - 2)).astype(np.float32).tobytes()
-        return host.handle(request.body, sender=request.sender)
+            answer = (weights - np.float32(0.1) * (weights.mean() - 2)).astype(np.float32).tobytes()
+        else:
+            answer = host.handle(request.body, sender=request.sender)
+        time.sleep(latency)
+        return answer
 
     name, _, port = folder.settings.coordinators["hub"].address.rpartition(":")
     link = Link(
