@@ -38,7 +38,7 @@ from choral.privacy.accounting.events import CorrelatedGaussian
 from choral.privacy.dpsgd.clip_settings import AdaptiveClip, PerLayerClip, norm_of_all
 from choral.privacy.ledgers.memory_notice import no_notice
 
-__all__ = ["FALSE_ALARMS", "canary_count", "judged", "noise_reuse", "probe"]
+__all__ = ["FALSE_ALARMS", "canary_count", "judged", "judged_correlated", "noise_reuse", "probe"]
 
 Wrap = Callable[[nn.Module, torch.optim.Optimizer, DataLoader[Any]], tuple[Any, Any, Any]]
 
@@ -81,8 +81,13 @@ def probe(privacy: Privacy, *, wrap: Callable[[Privacy], Wrap] | None = None, co
     event = next((each for each in ledgers[0].events if isinstance(each, CorrelatedGaussian)), None)
     if event is None:
         raise ConfigError(f"the ledger of {type(privacy).__name__} names no strategy of correlated noise")
+    return judged_correlated(seen, event, privacy.delta, confidence)
+
+
+def judged_correlated(seen: list[Seen], event: CorrelatedGaussian, delta: float, confidence: float) -> Probe:
+    """What trainings on probe records show, by the strategy and the noise of `event`."""
     checks = (*correlated_checks(seen, event), paid_for(len(seen[0].released), seen[0].spent.steps, "step"))
-    audit = _canary_audit(seen[0], privacy.delta, confidence, matched_scores(seen[0], event))
+    audit = _canary_audit(seen[0], delta, confidence, matched_scores(seen[0], event))
     return _found(checks, audit, len(seen[0].released) * len(seen), len(seen[0].released))
 
 

@@ -20,7 +20,7 @@ from choral.network.site.budget import DataBudget, begun_here, budget_of, open_l
 from choral.network.site.objections import objections
 from choral.network.site.offer import Offer
 from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
-from choral.privacy import ClientPrivacy, Privacy
+from choral.privacy import BandedPlan, ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.masking.ahead.floor import fewest_opened
@@ -162,6 +162,11 @@ def _of_terms(folder: SiteFolder, offer: Offer, terms: TrainingTerms) -> Iterato
     yield from _spending(budget)
     if (plan := terms.shares) is not None:
         yield "noise", f"sized for {plan.honest} honest sites of {plan.terms.min_survivors} in a sum, the fewest"
+        if isinstance(plan, BandedPlan):
+            every, bands = plan.separation, len(plan.coefficients)
+            yield "", f"batches are fixed and known: each record is in one of every {every} steps of its site"
+            yield "", f"noise is correlated over steps by {bands} bands; earlier noise is kept in this process's memory"
+            return
         rows = f"each step is computed on {plan.rows} rows, padded, whatever was drawn"
         yield "", f"{rows}, so that the time of an answer does not tell; no answer waits for a fixed time"
 

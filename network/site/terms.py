@@ -15,7 +15,15 @@ import msgspec
 from choral.errors import ChoralError
 from choral.network.errors import OfferError
 from choral.network.site.offer import Offer, alike
-from choral.privacy import AdaptiveClip, ClientPrivacy, Privacy, SharesPlan, SharesTerms
+from choral.privacy import (
+    AdaptiveClip,
+    BandedPlan,
+    ClientPrivacy,
+    CorrelatedPrivacy,
+    Privacy,
+    SharesPlan,
+    SharesTerms,
+)
 from choral.privacy.accounting.events import NEIGHBOURS
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum, SumSpec
@@ -168,16 +176,20 @@ def setup_of(secure_sum: Masked | Homomorphic, parties: tuple[str, ...]) -> SumS
 
 
 def _record(record: Mapping[str, Any]) -> Privacy:
-    return Privacy(
-        record["epsilon"],
-        record["delta"],
-        max_grad_norm=record["max_grad_norm"],
-        epochs=record.get("epochs", 1),
-        neighbours=record.get("neighbours", NEIGHBOURS),
-        records_per_person=record.get("records_per_person"),
-        noise=record.get("noise", "local"),
-        colluders=record.get("colluders", 1),
-    )
+    given: dict[str, Any] = {
+        "max_grad_norm": record["max_grad_norm"],
+        "epochs": record.get("epochs", 1),
+        "neighbours": record.get("neighbours", NEIGHBOURS),
+        "records_per_person": record.get("records_per_person"),
+        "noise": record.get("noise", "local"),
+        "colluders": record.get("colluders", 1),
+    }
+    if "mechanism" not in record:
+        return Privacy(record["epsilon"], record["delta"], **given)
+    if record.get("noise") != "distributed":
+        raise OfferError("its terms promise correlated noise that is all a site's own, which is for rehearsals alone")
+    bands = record["bands"] or None
+    return CorrelatedPrivacy(record["epsilon"], record["delta"], **given, mechanism=record["mechanism"], bands=bands)
 
 
 def _client(record: Mapping[str, Any]) -> ClientPrivacy:
@@ -202,8 +214,11 @@ def _made(what: str, kind: Callable[..., T], fields: Any) -> T:
 def _shares_of(record: Any) -> SharesPlan:
     """The plan of noise in shares; what it costs is computed anew by the party that keeps to it."""
     terms = record.get("terms") if isinstance(record, dict) else None
-    made = _made("plan of noise in shares", SharesTerms, terms)
-    return _made("plan of noise in shares", SharesPlan, {**record, "terms": made})
+    what = "plan of noise in shares"
+    made = _made(what, SharesTerms, terms)
+    if "coefficients" in record:
+        return _made(what, BandedPlan, {**record, "terms": made})
+    return _made(what, SharesPlan, {**record, "terms": made})
 
 
 def _metrics_of(listed: Any) -> tuple[str, ...]:

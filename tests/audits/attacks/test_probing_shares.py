@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from Crypto.Cipher import AES
 
+from choral.audits.attacks import probing_shares
 from choral.audits.attacks.probing_shares import probe_shares
 from choral.audits.probes.noise_checks import noise_law
+from choral.audits.probes.records import ProbeLayout
 from choral.errors import ConfigError
-from choral.privacy import Ledger, Privacy, SharesParty, SharesPlan
+from choral.privacy import CorrelatedPrivacy, Ledger, Privacy, SharesParty, SharesPlan
+from choral.privacy.record_shares import fixed_batches
 from choral.privacy.record_shares import party as party_module
+from choral.privacy.record_shares.fixed_batches import NoiseRows
 from choral.privacy.record_shares.party import ShareOptimizer
 
 PROMISE = Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=0.7, noise="distributed", colluders=1)
@@ -133,6 +140,104 @@ def test_what_colluders_add_is_not_counted_as_noise(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(party_module, "noisy_share", loud)
     found = probe_shares(PROMISE, parties=PARTIES, min_survivors=SURVIVORS, make=make)
     assert found.checks[0].violated
+
+
+BANDED = CorrelatedPrivacy(
+    epsilon=2.0, delta=1e-5, max_grad_norm=0.7, mechanism="banded", noise="distributed", colluders=1
+)
+
+
+def of_white_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row begins anew: the noise of no step is taken back, and C makes too much of it."""
+    honest = NoiseRows.next
+
+    def anew(self: NoiseRows, count: int, source: Any) -> Any:
+        self._past.clear()
+        return honest(self, count, source)
+
+    monkeypatch.setattr(NoiseRows, "next", anew)
+
+
+def shared_out(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
+    def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+        honest = party_module.share_with
+
+        def less(value: Any, clip: float, share: float, *rest: Any) -> Any:
+            return honest(value, clip, factor * share, *rest)
+
+        monkeypatch.setattr(party_module, "share_with", less)
+
+    return broken
+
+
+def always_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = fixed_batches.batch_of_step
+    monkeypatch.setattr(fixed_batches, "batch_of_step", lambda size, m, first, number: honest(size, m, first, 0))
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SharesParty]:
+    """Coins, signs and noise of fixed seeds: what is found is found each time. How to make a party.
+
+    The two trainings of a probe are copies of one process, and would draw the same; a file tells them apart.
+    """
+    numbers, turn = itertools.count(), list[int]()
+
+    def seed() -> tuple[int, int]:
+        if not turn:
+            try:
+                os.close(os.open(tmp_path / "first", os.O_CREAT | os.O_EXCL))
+                turn.append(0)
+            except FileExistsError:
+                turn.append(1)
+        return turn[0], next(numbers)
+
+    def coins(count: int) -> Any:
+        return np.random.default_rng(seed()).random(count) < 0.5
+
+    def layout(count: int) -> ProbeLayout:
+        return ProbeLayout(count, np.random.default_rng(seed()).choice([-1.0, 1.0], count))
+
+    def make(privacy: Privacy, plan: SharesPlan, name: str, ledger: Ledger) -> SharesParty:
+        return SharesParty(privacy, plan, holder=name, ledger=ledger, source=np.random.default_rng(seed()).bytes)
+
+    monkeypatch.setattr(probing_shares, "flip_coins", coins)
+    monkeypatch.setattr(probing_shares.ProbeLayout, "of", layout)
+    return make
+
+
+def test_the_honest_steps_of_banded_noise_pass(seeded: Callable[..., SharesParty]) -> None:
+    """Three of four survive, and two are honest."""
+    found = probe_shares(BANDED, parties=4, min_survivors=3, make=seeded)
+    assert not any(check.violated for check in found.checks), found.sentence
+    noise = found.checks[0]
+    assert noise.observed == pytest.approx(noise.expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "part"),
+    [
+        pytest.param(
+            shared_out((2 / 4) ** 0.5), "Noise is as large as claimed", 2 / 4, marks=pytest.mark.slow
+        ),  # for all
+        (shared_out((2 / 3) ** 0.5), "Noise is as large as claimed", 2 / 3),  # no margin for the colluder
+        (of_white_noise, "Noise is never used twice", None),  # C mixes neighbouring steps' into one
+        (always_the_first_batch, "Each record takes part once a pass, in the same step", None),
+    ],
+)
+def test_what_is_wrong_with_banded_noise_is_found(
+    broken: Callable[[pytest.MonkeyPatch], None],
+    check: str,
+    part: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    seeded: Callable[..., SharesParty],
+) -> None:
+    broken(monkeypatch)
+    found = probe_shares(BANDED, parties=4, min_survivors=3, make=seeded)
+    assert check in [each.name for each in found.checks if each.violated], found.sentence
+    if part is not None:
+        noise = found.checks[0]
+        assert (noise.observed / noise.expected) ** 2 == pytest.approx(part, rel=0.04)
 
 
 def test_other_promises_have_another_probe() -> None:

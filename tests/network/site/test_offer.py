@@ -15,7 +15,7 @@ from choral.network import Offer, OfferError, SiteFolder
 from choral.network.site.objections import objections
 from choral.network.site.offer import alike
 from choral.network.site.terms import sum_of, sum_record, terms_of
-from choral.privacy import ClientPrivacy, Privacy, SharesTerms, plan_shares
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Privacy, SharesTerms, plan_shares
 from choral.trainers import FedSGD
 
 
@@ -112,6 +112,14 @@ RECORDS = [
         Privacy(1.0, 1e-5, noise="distributed"),
         SharesTerms(records=800, batch_size=64, steps=20, parties=4, min_survivors=3, length=7, most_records=256),
     )),
+    terms(
+        algorithm=FedSGD(),
+        privacy=CorrelatedPrivacy(1.0, 1e-5, mechanism="banded", bands=3, noise="distributed"),
+        shares=plan_shares(
+            CorrelatedPrivacy(1.0, 1e-5, mechanism="banded", bands=3, noise="distributed"),
+            SharesTerms(records=800, batch_size=64, steps=20, parties=4, min_survivors=3, length=7, most_records=256),
+        ),
+    ),
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from choral.privacy import ClientPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
+from choral.privacy import ClientPrivacy, CorrelatedPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.protocols import Masked, SumSpec
 from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import PartyDriver, ServerDriver
@@ -48,13 +48,21 @@ ALGORITHMS = {
     "scaffold": Scaffold(),
     "dane": DANE(mu=0.1),
     "shares": STEPS,
+    "banded": STEPS,
     "clients": FedAvg(),
     "central": FedAvg(),
 }
 PRIVACY = Privacy(epsilon=4.0, delta=1e-3)
 IN_SHARES = Privacy(epsilon=4.0, delta=1e-3, noise="distributed")
 CLIENTS = ClientPrivacy(epsilon=1e6, delta=1e-3, clip=0.05, min_survivors=2, colluders=0)  # hardly any noise
-PROMISES = {"private": PRIVACY, "shares": IN_SHARES, "clients": CLIENTS, "central": replace(CLIENTS, noise="central")}
+BANDED = CorrelatedPrivacy(epsilon=4.0, delta=1e-3, mechanism="banded", bands=3, noise="distributed")
+PROMISES: dict[str, Any] = {
+    "private": PRIVACY,
+    "shares": IN_SHARES,
+    "banded": BANDED,
+    "clients": CLIENTS,
+    "central": replace(CLIENTS, noise="central"),
+}
 IDENTITIES = {name: Identity(bytes([place + 1]) * 32) for place, name in enumerate(NAMES)}
 ROUNDS, SEED = 3, 4
 EPOCHS = Epochs(criterion=nn.functional.binary_cross_entropy_with_logits)
@@ -86,14 +94,14 @@ def privacy_of(kind: str) -> Privacy | ClientPrivacy | None:
 
 
 def sum_of(kind: str) -> Masked:
-    return Masked(corrupt=1, dropouts=0, min_survivors=3) if kind == "shares" else Masked()
+    return Masked(corrupt=1, dropouts=0, min_survivors=3) if kind in ("shares", "banded") else Masked()
 
 
-def plan_of(**changed: Any) -> SharesPlan:
+def plan_of(promise: Privacy = IN_SHARES, **changed: Any) -> SharesPlan:
     """Of the noise in shares: two honest parties of three."""
     numbers = {"records": sum(SIZES.values()), "most_records": cap_of(max(SIZES.values())), "length": 7}
     terms = SharesTerms(batch_size=16, steps=ROUNDS * 2, parties=3, min_survivors=3, **numbers)
-    return plan_shares(replace(IN_SHARES, **changed), terms)
+    return plan_shares(replace(promise, **changed), terms)
 
 
 def terms_of(kind: str) -> TrainingTerms:
@@ -113,7 +121,7 @@ def terms_of(kind: str) -> TrainingTerms:
         shapes={"0.weight": (1, 6), "0.bias": (1,)},
         rounds=ROUNDS,
         code=code_of(TASK),
-        shares=plan_of() if kind == "shares" else None,
+        shares=plan_of(PROMISES[kind]) if kind in ("shares", "banded") else None,
     )
 
 

@@ -18,7 +18,7 @@ from test_party import Here, Processes, first_weights
 
 from choral import Masked, Plain
 from choral.errors import ConfigError
-from choral.privacy import Ledger, PoissonSampledShares, Privacy, PrivacyError
+from choral.privacy import BandedShares, Ledger, PoissonSampledShares, Privacy, PrivacyError
 from choral.privacy.dpsgd.poisson_loader import PrivateLoader
 from choral.trainers.federated.party import TrainingParty, own_party
 
@@ -155,3 +155,43 @@ def test_a_promise_of_another_kind_takes_no_plan(tmp_path: Path) -> None:
     promise = {"privacy": Privacy(epsilon=4.0, delta=1e-3), "ledger": Ledger(tmp_path / "n.jsonl")}
     party = own_party("north", program.dataset_of("north"), program.TASK, terms, lambda _: {}, **promise)
     assert party.terms.shares is None  # so that its digest is not the one that others sign
+
+
+def test_rows_of_banded_noise_go_on_with_the_rounds_and_a_restart_begins_anew(tmp_path: Path) -> None:
+    """All three train two rounds; one begins again on its ledger: new noise, later rows, the next batches."""
+    here = Here("banded", tmp_path)
+    server = Coordinator(here, "banded", first_weights())
+    server.round(1)
+    server.round(2)
+    for name in NAMES:
+        made = Ledger(tmp_path / f"{name}.jsonl").events
+        assert [(event.number, event.row) for event in made if isinstance(event, BandedShares)] == [
+            (1, 0), (2, 1), (3, 2), (4, 3)
+        ]  # fmt: skip
+    again = own_party(
+        "north",
+        program.dataset_of("north"),
+        program.TASK,
+        program.terms_of("banded"),
+        lambda _: {},
+        privacy=program.BANDED,
+        ledger=Ledger(tmp_path / "north.jsonl"),
+    )
+    shares = again._trainer.resident.shares["north"]._party  # type: ignore[union-attr]
+    assert (shares.last_row, shares.steps_left) == (3, 2)
+    for row in (0, 3):
+        with pytest.raises(PrivacyError, match="row 3 was made before"):
+            shares.at(row)
+    shares.at(4)
+
+
+def test_a_plan_of_other_bands_or_of_drawn_batches_is_refused(tmp_path: Path) -> None:
+    """By the party's own promise, whatever the terms say."""
+    for plan, words in (
+        (program.plan_of(program.BANDED, bands=2), "the plan has 2 bands, and 3 are promised"),
+        (program.plan_of(), "drawn at random and independent noise, and the promise of fixed batches"),
+    ):
+        terms = replace(program.terms_of("banded"), shares=plan)
+        promise = {"privacy": program.BANDED, "ledger": Ledger(tmp_path / "n.jsonl")}
+        with pytest.raises(PrivacyError, match=words):
+            own_party("north", program.dataset_of("north"), program.TASK, terms, lambda _: {}, **promise)
