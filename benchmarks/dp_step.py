@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from check_memory import Transformer, resnet
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -36,7 +37,7 @@ from torch import nn
 from choral.privacy.accounting import record_noise
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import gaussian, os_stream
-from choral.privacy.per_sample import ghost_norms
+from choral.privacy.per_sample import ghost_norms, layer_gradients
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 MIB = 1 << 20
@@ -79,6 +80,18 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], torch.Tensor],
     "cnn": ("26k parameters, batch 256", cnn, lambda: torch.randn(256, 1, 28, 28), 256),
     "transformer": ("layer of 55k parameters, batch 64 x 64 tokens", Block, lambda: torch.randint(65, (64, 64)), 64),
     "linear": ("digits, 650 parameters, batch 64", lambda: nn.Linear(64, 10), lambda: torch.randn(64, 64), 64),
+    "deep transformer": (
+        "6 layers, 256 wide, 4.8 M parameters, batch 64 x 32 tokens",
+        Transformer,
+        lambda: torch.randint(100, (64, 32)),
+        64,
+    ),
+    "resnet": (
+        "ResNet18 with GroupNorm, 16 wide, 0.7 M parameters, batch 64 of 32 x 32",
+        resnet,
+        lambda: torch.randn(64, 3, 32, 32),
+        64,
+    ),
 }
 KINDS = ("plain", "choral", "opacus hooks", "opacus ghost")
 WIDTHS = ((64, 64), (256, 64), (256, 256), (1024, 256), (768, 3072))
@@ -192,7 +205,7 @@ def ghost_line(t: int, d: int, p: int, records: int, repeats: int, device: torch
     """Both ways for a linear layer: time of making, norms and weighted sum, and numbers kept until the sum."""
     a, g = torch.randn(records, t, d, device=device), torch.randn(records, t, p, device=device)
     weights = torch.rand(records, dtype=torch.float64)
-    chosen = type(ghost_norms.per_sample(nn.Linear(d, p), a, g)["weight"]).__name__
+    chosen = type(layer_gradients.per_sample(nn.Linear(d, p), a, g)["weight"]).__name__
 
     def dense() -> None:
         rows = ghost_norms.Dense(torch.bmm(g.mT, a).flatten(1), 1.0)

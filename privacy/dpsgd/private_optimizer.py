@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from choral.privacy.dpsgd.clip_factors import clip_factors
+from choral.privacy.dpsgd.clip_factors import clip_factors, clipped_sum
 from choral.privacy.dpsgd.clip_settings import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
 from choral.privacy.dpsgd.optimizer_wrapper import OptimizerWrapper
 from choral.privacy.dpsgd.unchanged_buffers import UnchangedBuffers
@@ -33,6 +33,7 @@ from choral.privacy.record_independence.unsupported_calls import warn_of_clippin
 if TYPE_CHECKING:
     from choral.privacy.per_sample.model import PerSampleModel
 
+_CACHED = 1 << 17  # numbers that are rounded and made noisy at once: they stay in the cache
 _ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
 
 Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
@@ -242,10 +243,8 @@ class PrivateOptimizer(OptimizerWrapper):
         if not finite:
             samples = [g.without(gone) for g in samples]
             self._note_zeroed(gone)
-        sums = [g.weighted_sum(w) for g, w in zip(samples, clip, strict=True)]
-        del samples
         self._model.forget()  # what is not private does not outlive the step
-        chunk = torch.cat([s.to(sums[0].device, torch.float64) for s in sums])
+        chunk = clipped_sum(samples, clip, [p.numel() for p in params])
         before = self._pending
         if before is None:
             self._pending = _Pending(params, chunk, within)
@@ -369,8 +368,9 @@ class PrivateOptimizer(OptimizerWrapper):
             flat = flat * (math.sqrt(1.0 - adaptive.share) / self.max_grad_norm)
             flat = torch.cat([flat, flat.new_tensor([pending.within * math.sqrt(adaptive.share)])])
         grid = noise_grid(self._sensitivity, len(flat))
-        noise = self._noise(len(flat), grid)
-        flat.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(flat.device)).div_(self.expected_batch_size)
+        noise = torch.from_numpy(self._noise(len(flat), grid))
+        for part, n in zip(*(torch.split(v, _CACHED) for v in (flat, noise)), strict=True):
+            part.div_(grid).round_().mul_(grid).add_(n.to(flat.device)).div_(self.expected_batch_size)
         if isinstance(adaptive, AdaptiveClip):
             within = (float(flat[-1]) / math.sqrt(adaptive.share) + 1.0) / 2.0
             flat = flat[:-1] * (self.max_grad_norm / math.sqrt(1.0 - adaptive.share))

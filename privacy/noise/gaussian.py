@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from Crypto.Cipher import AES
 
 from choral.errors import ConfigError
@@ -76,11 +77,22 @@ def gaussian(count: int, source: Source) -> npt.NDArray[np.float64]:
     Not for release as they are: see :func:`grid_gaussian`.
     """
     result = np.empty(count, dtype=np.float64)
-    for start in range(0, count, _CHUNK):
-        size = min(_CHUNK, count - start)
-        half = (size + 1) // 2
+    for _ in _filled(result, source):
+        pass
+    return result
+
+
+def _filled(result: npt.NDArray[np.float64], source: Source) -> Iterator[npt.NDArray[np.float64]]:
+    """Fill `result` with standard Gaussians, a chunk at a time; yield each chunk, while it is in the cache."""
+    most = (min(_CHUNK, len(result)) + 1) // 2
+    radii, angles, bits = np.empty(most), np.empty(most), np.empty(most, dtype=np.uint64)
+    for start in range(0, len(result), _CHUNK):
+        chunk = result[start : start + _CHUNK]
+        half = (len(chunk) + 1) // 2
         words = np.frombuffer(source(16 * half), dtype="<u8")
-        radius = (words[:half].astype(np.float64) + 0.5) * 2.0**-64
+        radius, angle, top = radii[:half], angles[:half], bits[:half]
+        np.add(words[:half], 0.5, out=radius)
+        radius *= 2.0**-64
         far = np.flatnonzero(words[:half] < _FAR)
         if len(far):
             more = np.frombuffer(source(8 * len(far)), dtype="<u8").astype(np.float64)
@@ -88,13 +100,14 @@ def gaussian(count: int, source: Source) -> npt.NDArray[np.float64]:
         np.log(radius, out=radius)
         radius *= -2.0
         np.sqrt(np.maximum(radius, 0.0, out=radius), out=radius)
-        angle = (words[half:] >> np.uint64(11)).astype(np.float64)
-        angle *= 2.0 * math.pi * 2.0**-53
-        result[start : start + half] = radius * np.cos(angle)
-        np.sin(angle, out=angle)
-        angle *= radius
-        result[start + half : start + size] = angle[: size - half]
-    return result
+        np.right_shift(words[half:], np.uint64(11), out=top)
+        np.multiply(top.view(np.int64), 2.0 * math.pi * 2.0**-53, out=angle)
+        cosines, sines = chunk[:half], chunk[half:]
+        torch.cos(torch.from_numpy(angle), out=torch.from_numpy(cosines))  # a third of numpy's time
+        cosines *= radius
+        torch.sin(torch.from_numpy(angle), out=torch.from_numpy(angle))
+        np.multiply(angle[: len(sines)], radius[: len(sines)], out=sines)
+        yield chunk
 
 
 def noise_grid(sensitivity: float, size: int) -> float:
@@ -117,8 +130,10 @@ def grid_gaussian(
     Unit and neighbours: those for which `sensitivity` holds.
     Reference: module docstring.
     """
-    noise = gaussian(count, source)
-    noise *= noise_multiplier * (sensitivity + grid * math.sqrt(count)) / grid
-    np.rint(noise, out=noise)
-    noise *= grid
+    noise = np.empty(count, dtype=np.float64)
+    deviation = noise_multiplier * (sensitivity + grid * math.sqrt(count)) / grid
+    for chunk in _filled(noise, source):
+        chunk *= deviation
+        np.rint(chunk, out=chunk)
+        chunk *= grid
     return noise

@@ -14,7 +14,7 @@ convolutional neural networks with DP"):
 
 - :class:`Dense`: write G_i down, T p d multiplications and p d numbers kept;
 - :class:`Outer`: keep a and g, T (p + d) numbers. The norm is that of the product, or comes from one position, or from
-  the Gram matrices (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications:
+  the Gram matrices (Goodfellow 2015; Li et al. 2022), T^2 (p + d) multiplications, with a bound of their rounding:
 
     |G_i| = |a_i| |g_i|  where T = 1,                                                                              (2)
     |G_i|^2 = sum_{t, s} <a_it, a_is> <g_it, g_is> = <a_i a_i^T, g_i g_i^T>,                                       (3)
@@ -32,14 +32,11 @@ The sums are float64 whichever way is taken: see :func:`weighted_sum`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from choral.privacy.errors import PrivacyError
 
@@ -47,8 +44,13 @@ BLOCK = 1 << 10  # columns whose squares are added in float32
 _WIDE, _COLUMNS = 1 << 18, 1 << 14  # numbers, and columns, widened to float64 at once: fit the second-level cache
 _UNFOLDED = 1 << 18  # numbers of unfolded images made at once, likewise
 _WORK = 1 << 21  # numbers of products or Gram matrices made at once
+FLOAT32_POSITIONS = 64  # so many at most have Gram matrices of float32 products
+_SHORT = 1 << 11  # positions times columns whose products are added in float32
 _FEW = 8  # times fewer numbers in factors than in gradients: from there on factors are faster, too
 _SMALL = 1 << 22  # per-sample gradients, in numbers, that are written down where that is faster: 16 MiB
+
+
+Factors = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]  # of some of the records
 
 
 class PerSample(Protocol):
@@ -104,37 +106,49 @@ class Dense:
 class Outer:
     """Gradients g_i^T a_i of a weight of shape (p, d), times `scale`.
 
-    `factors` gives a, shape (m, T, d), and g, shape (m, T, p), of m records; `sizes` is (T, d, p).
+    `factors` gives a, shape (m, T, d), and g, shape (m, T, p), of m records; `sizes` is (T, d, p). `grams` gives the
+    Gram matrices of both, as :func:`gram` does, where there is a shorter way to them.
     """
 
-    factors: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+    factors: Factors
     records: int
     sizes: tuple[int, int, int]
     scale: float = 1.0
+    grams: Factors | None = None
+
+    @property
+    def by_grams(self) -> bool:
+        """Whether Gram matrices are the shorter way to norms; what they are made of takes longer in float64."""
+        positions, d, p = self.sizes
+        return positions > 1 and (2 if positions <= FLOAT32_POSITIONS else 3) * positions * (d + p) < d * p
 
     def norms(self) -> torch.Tensor:
         positions, d, p = self.sizes
-        if positions == 1:  # (2)
-            found = [norms(a.flatten(1)) * norms(g.flatten(1)) for a, g in self._chunks(d + p)]
-        elif 3 * positions * (d + p) < d * p:  # float64 takes about three times as long
-            found = [_gram_norms(a, g) for a, g in self._chunks(2 * positions**2 + positions * (d + p))]
+        if self.by_grams:
+            parts = self._parts(2 * positions**2 + positions * (d + p))
+            found = [_gram_norms((self.grams or self._grams)(part), self.sizes) for part in parts]
+        elif positions == 1:  # (2)
+            found = [norms(a.flatten(1)) * norms(g.flatten(1)) for a, g in map(self.factors, self._parts(d + p))]
         else:
-            found = [_product_norms(a, g) for a, g in self._chunks(d * p)]
+            found = [_product_norms(a, g) for a, g in map(self.factors, self._parts(d * p))]
         return _joined(found) * self.scale
+
+    def _grams(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        a, g = self.factors(part)
+        return gram(a), gram(g)
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         positions, d, p = self.sizes
-        total, done = None, 0
-        for a, g in self._chunks(positions * (d + p)):
-            a, g = _wide(a), _wide(g)
-            if total is None:
-                total = torch.zeros(p, d, dtype=torch.float64, device=a.device)
-            w = weights[done : done + len(a)].to(a.device) * self.scale
-            total.addmm_((g * w[:, None, None]).flatten(0, 1).T, a.flatten(0, 1))  # (4)
-            done += len(a)
+        total: torch.Tensor | None = None
+        for part in self._parts(positions * (d + p)):
+            a, g = self.factors(part)
+            few, many = (g, a) if p <= d else (a, g)  # the sum with fewer rows is the faster, and the fewer to weigh
+            few = _scaled(few, weights[part] * self.scale).flatten(0, 1).T
+            many = _wide(many).flatten(0, 1)
+            total = few @ many if total is None else total.addmm_(few, many)  # (4)
         if total is None:
             raise PrivacyError("expected the gradients of at least one record")
-        return total.reshape(-1)
+        return (total if p <= d else total.T).reshape(-1)
 
     def dense(self, first: int | None = None) -> torch.Tensor:
         a, g = self.factors(slice(first))
@@ -147,11 +161,11 @@ class Outer:
 
         return Outer(factors, self.records, self.sizes, self.scale)
 
-    def _chunks(self, work: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the factors of some records at a time, where `work` is how many numbers one record takes."""
+    def _parts(self, work: int) -> Iterator[slice]:
+        """Yield some records at a time, where `work` is how many numbers one record takes."""
         step = max(1, _WORK // max(work, 1))
         for start in range(0, self.records, step):
-            yield self.factors(slice(start, min(start + step, self.records)))
+            yield slice(start, min(start + step, self.records))
 
 
 @dataclass(frozen=True)
@@ -199,98 +213,15 @@ def added(parts: list[PerSample]) -> PerSample:
     return Dense(total)
 
 
-def follows(layer: nn.Module) -> bool:
-    """Return whether :func:`per_sample` knows this layer: linear, embedding, convolution with whatever padding."""
-    if type(layer) is nn.Embedding:
-        return not layer.scale_grad_by_freq and not layer.sparse and layer.max_norm is None
-    return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def per_sample(layer: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, PerSample]:
-    """Return the per-sample gradients of a layer's weight and bias, by name.
-
-    layer: one that `follows` is true of. a: its input, a record per row. g: the gradient of the mean of the records'
-    losses in its output.
-    """
-    scale = float(len(a))
-    a, g = single(a), single(g)
-    if isinstance(layer, nn.Embedding):
-        return {"weight": _embedding(layer, a, g, scale)}
-    return _linear(a, g, scale) if isinstance(layer, nn.Linear) else _convolution(layer, a, g, scale)
-
-
-def _linear(a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
-    a, g = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
-    outer = Outer(lambda part: (a[part], g[part]), len(a), (a.shape[1], a.shape[2], g.shape[2]), scale)
-    return {"weight": _cheaper(outer), "bias": Dense(g.sum(1), scale)}  # (1)
-
-
-def _convolution(layer: Any, a: torch.Tensor, g: torch.Tensor, scale: float) -> dict[str, PerSample]:
-    """Return those of a convolution over one, two or three dimensions, once its input is padded as the layer does."""
-    groups, kernel = layer.groups, math.prod(layer.kernel_size)
-    a = _padded(layer, a)
-    g = g.flatten(2)
-    positions, d, p = g.shape[2], a.shape[1] // groups * kernel, g.shape[1] // groups
-
-    def factors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return _unfolded(layer, a[part], groups), g[part].reshape(-1, p, positions).mT
-
-    bias = Dense(g.sum(2), scale)
-    if groups == 1:
-        return {"weight": _cheaper(Outer(factors, len(a), (positions, d, p), scale)), "bias": bias}
-    return {"weight": _written(factors, len(a), groups, (positions, d, p), scale), "bias": bias}
-
-
-def _padded(layer: Any, a: torch.Tensor) -> torch.Tensor:
-    if layer.padding_mode != "zeros":
-        return F.pad(a, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    if isinstance(layer.padding, str):  # "same" may pad the two sides differently
-        sides = layer._reversed_padding_repeated_twice
-    else:
-        sides = [n for n in reversed(layer.padding) for _ in range(2)]
-    return F.pad(a, sides) if any(sides) else a
-
-
-def _unfolded(layer: Any, a: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return what each position of the output sees, shape (records * groups, positions, channels/group * kernel).
-
-    Positions are innermost in memory: the copy is then of whole rows of the image.
-    """
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
-    ):
-        a = a.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    records, channels, *rest = a.shape  # and positions, kernel: of as many dimensions each
-    dims = len(rest) // 2
-    places, kernels = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    a = a.view(records, groups, channels // groups, *rest).permute(0, 1, 2, *kernels, *places)
-    return a.reshape(records * groups, -1, math.prod(rest[:dims])).mT
-
-
-def _embedding(layer: nn.Embedding, tokens: torch.Tensor, g: torch.Tensor, scale: float) -> PerSample:
-    height, records = layer.num_embeddings, len(tokens)
-    place = tokens.reshape(records, -1) + height * torch.arange(records, device=tokens.device)[:, None]
-    g = g.reshape(-1, g.shape[-1])
-    used, inverse = torch.unique(place, return_inverse=True)
-    values = torch.zeros(len(used), g.shape[1], dtype=g.dtype, device=g.device)
-    values.index_add_(0, inverse.reshape(-1), g)  # (5)
-    if layer.padding_idx is not None:
-        real = used % height != layer.padding_idx
-        used, values = used[real], values[real]
-    return Sparse(used // height, used % height, values, records, height, scale)
-
-
-def _cheaper(outer: Outer) -> PerSample:
-    """Write the gradients down now if that is faster and not much larger than what they are made of."""
-    positions, d, p = outer.sizes
+def keeps_factors(records: int, sizes: tuple[int, int, int]) -> bool:
+    """Return whether to keep what gradients of these `sizes` are made of, as faster or much smaller than they are."""
+    positions, d, p = sizes
     kept = positions * (d + p)
-    if positions == 1 or _FEW * kept <= d * p or (outer.records * d * p > _SMALL and kept < d * p):
-        return outer
-    return _written(outer.factors, outer.records, 1, outer.sizes, outer.scale)
+    return positions == 1 or _FEW * kept <= d * p or (records * d * p > _SMALL and kept < d * p)
 
 
-def _written(
-    factors: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+def written(
+    factors: Factors,
     records: int,
     groups: int,
     sizes: tuple[int, int, int],
@@ -309,18 +240,45 @@ def _written(
     return Dense(rows.view(records, -1), scale)
 
 
-def _gram_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return the Gram matrices <row_t, row_s>, shape (records, T, T), float64, of `rows`, shape (records, T, d).
+
+    With up to FLOAT32_POSITIONS positions, a few columns at a time in the rows' own precision: see `_gram_norms`.
+    """
+    positions = rows.shape[1]
+    if rows.dtype is torch.float64 or positions > FLOAT32_POSITIONS:
+        rows = _wide(rows)
+        return torch.bmm(rows, rows.mT)
+    total: torch.Tensor | None = None
+    for part in torch.split(rows, _SHORT // positions, 2):
+        product = _wide(torch.bmm(part, part.mT))
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise PrivacyError("expected rows of one column at least")
+    return total
+
+
+def _gram_norms(grams: tuple[torch.Tensor, torch.Tensor], sizes: tuple[int, int, int]) -> torch.Tensor:
     """Return the norms of g_i^T a_i from Gram matrices, never below the true ones, shape (records,), float64.
 
-    Where the positions' gradients cancel, so do the terms here, and rounding could make the norm too small: float64,
-    and a bound of its error added, sum of terms times (d + p + T^2 + 4) units in the last place.
+    Where the positions' gradients cancel, so do the terms of (3), and rounding could make the norm too small. So a
+    bound of its error is added: an inner product of which m columns at a time are added in float32, u = 2^-24, is off
+    by m u (1 + m u) times the lengths of its rows at most, and by 2^-126 for each column where numbers are too small to
+    be written down. Both matrices together, and the sum over T^2 terms in float64, make (2 m + 8) u + T^2 2^-53 of
+
+        (sum_t |a_it| |g_it|)^2 <= T |G_i|^2  where the positions' gradients are orthogonal,
+
+    and m T <= 2^11 keeps what this adds to the norm of such a record below 1.5e-4 of it; of float64, m = 0.
     """
-    a, g = _wide(a), _wide(g)
-    positions, d, p = a.shape[1], a.shape[2], g.shape[2]
-    squares = (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2)).clamp(min=0.0)  # (3)
-    longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
-    bound: torch.Tensor = (d + p + positions**2 + 4) * 2.0**-53 * longest.square()
-    return (squares + bound).sqrt()
+    positions, d, p = sizes
+    squares = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0.0)  # (3)
+    a, g = (of.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt() for of in grams)
+    longest = (a * g).sum(1).square()
+    columns = _SHORT // positions if positions <= FLOAT32_POSITIONS else 0
+    error = (min(columns, d) + min(columns, p) + 8) * 2.0**-24 if columns else (d + p + 4) * 2.0**-53
+    tiny = 2.0**-126 * (d * g.sum(1).square() + p * a.sum(1).square())
+    result: torch.Tensor = (squares + (error + positions**2 * 2.0**-53) * longest + tiny).sqrt()
+    return result
 
 
 def _product_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -377,6 +335,13 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 def _wide(t: torch.Tensor) -> torch.Tensor:
     """Return `t` in float64, on the CPU if its device has none."""
     return t.double() if t.device.type in ("cpu", "cuda") else t.cpu().double()
+
+
+def _scaled(t: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return `t`, shape (records, T, n), float64, each record times its weight."""
+    wide = _wide(t)
+    weights = weights.to(wide.device)[:, None, None]
+    return wide * weights if wide is t else wide.mul_(weights)
 
 
 def single(t: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Models with per-sample gradients: what is refused, how they are made, and how they are checked.
 
 A wrapped model keeps, for each parameter, what gives the gradient of every record of the batch. For the common kinds
-of layers that is the layer's input and the gradient of its output, or what :mod:`choral.privacy.per_sample.ghost_norms`
-or Opacus' rule makes of them at once; torch is kept from computing the gradients of their parameters, once they have
-been compared in a batch that gave them one. For all other layers it is `grad_sample`, shape (batch, *parameter.shape),
-by Opacus or functorch.
+of layers that is the layer's input and the gradient of its output, or what
+:mod:`choral.privacy.per_sample.layer_gradients` makes of them at once; torch is kept from computing the gradients of
+their parameters, once they have been compared in a batch that gave them one. For all other layers it is `grad_sample`,
+shape (batch, *parameter.shape), by Opacus or functorch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from choral.privacy.errors import PrivacyError, UnsupportedModelError
 from choral.privacy.full_precision import full_precision
-from choral.privacy.per_sample import ghost_norms
+from choral.privacy.per_sample import ghost_norms, layer_gradients
 from choral.privacy.per_sample.layer_replacement import refuse_unsupported
 from choral.privacy.per_sample.layer_use import LayerCall, LayerUse, OutputTap, trainable
 from choral.privacy.record_independence.forward_checks import CheckedModule
@@ -36,9 +36,9 @@ from choral.privacy.record_independence.unsupported_calls import (
 )
 
 _OPACUS_RULES: dict[type[nn.Module], Any] = {
-    kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    kind: GradSampleModule.GRAD_SAMPLERS[kind]
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 }
-_BY_OPACUS_RULE = (nn.LayerNorm, nn.GroupNorm)  # whose input is one tensor
 
 _wrapped: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PerSampleModel]] = weakref.WeakKeyDictionary()
 
@@ -127,8 +127,8 @@ class PerSampleModel(CheckedModule):
 
     def _follows(self, module: nn.Module) -> bool:
         """Return whether the gradients of this layer's parameters are made here, and not by Opacus' hooks."""
-        known = type(module) in _BY_OPACUS_RULE or (
-            ghost_norms.follows(module) and self.GRAD_SAMPLERS.get(type(module)) is _OPACUS_RULES[type(module)]
+        known = (
+            layer_gradients.follows(module) and self.GRAD_SAMPLERS.get(type(module)) is _OPACUS_RULES[type(module)]
         )  # a rule that somebody registered instead comes first
         own = {name for name, p in module._parameters.items() if p is not None}
         return known and own <= {"weight", "bias"} and not any(True for _ in module.children())
@@ -197,22 +197,11 @@ class PerSampleModel(CheckedModule):
                 f"the input of layer {self.name_of(layer)} was changed in place after the layer had used it",
                 hint="Use the variant that is not in place, or clone before.",
             )
-        found: dict[str, ghost_norms.PerSample]
-        if type(layer) in _BY_OPACUS_RULE:
-            rows = self.GRAD_SAMPLERS[type(layer)](
-                layer, [ghost_norms.single(a)], ghost_norms.single(gradient.detach())
-            )
-            found = {
-                name: ghost_norms.Dense(rows[p].flatten(1), float(len(a)))
-                for name, p in layer.named_parameters()
-                if p in rows
-            }
-        else:
-            found = ghost_norms.per_sample(layer, a, gradient.detach())
+        own = {name: p for name, p in layer._parameters.items() if p is not None and any(p is q for q in use.trainable)}
+        found = layer_gradients.per_sample(layer, a, gradient.detach(), own)
         pass_ = torch._C._current_graph_task_id()
-        for name, p in layer.named_parameters():
-            if any(p is q for q in use.trainable):
-                self.uses.setdefault(p, []).append(LayerUse(found[name], pass_))
+        for name, p in own.items():
+            self.uses.setdefault(p, []).append(LayerUse(found[name], pass_))
 
     def _watches(self, module: nn.Module) -> bool:
         return self.hooks_enabled and module.training and torch.is_grad_enabled()

@@ -12,7 +12,7 @@ from torch import nn
 
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
-from choral.privacy.per_sample import ghost_norms
+from choral.privacy.per_sample import convolution_gradients, ghost_norms, layer_gradients
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 
@@ -122,6 +122,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
         images(2, 4, 5, 3),
     ),
     "one dimension": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.GroupNorm(1, 3)), images(2, 8)),
+    "by groups of records": (
+        lambda: nn.Sequential(nn.Conv2d(8, 9, 3, stride=2, padding=(2, 1), dilation=(1, 2)), nn.Conv2d(9, 8, 2)),
+        images(8, 9, 8),
+    ),
+    "by groups of records and channels": (
+        lambda: nn.Sequential(nn.Conv1d(16, 6, 3, padding=1, groups=2, padding_mode="reflect"), nn.GroupNorm(2, 6)),
+        images(16, 7),
+    ),
+    "few positions": (
+        lambda: nn.Sequential(nn.Conv2d(10, 90, 3, padding=1, bias=False)),
+        images(10, 4, 4),
+    ),
+    "few positions, strides": (lambda: nn.Sequential(nn.Conv2d(12, 40, 3, stride=2, padding=1)), images(12, 3, 4)),
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), images(3, 4)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), tokens),
     "padded embedding": (lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=3)), tokens),
@@ -143,6 +156,7 @@ def test_clipped_sums_equal_a_loop_over_records(name: str, way: str, monkeypatch
         monkeypatch.setattr(ghost_norms, "_WORK", 30)  # several chunks
         monkeypatch.setattr(ghost_norms, "_UNFOLDED", 30)
         monkeypatch.setattr(ghost_norms, "_WIDE", 3)
+        monkeypatch.setattr(convolution_gradients, "_GROUPED", 2000)
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     model, x = make(), inputs()
@@ -178,7 +192,7 @@ def test_norms_and_sums_need_no_gradients(positions: int, d: int, p: int) -> Non
     torch.testing.assert_close(outer.dense(4).double(), rows[:4], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("positions", "d", "p"), [(4, 60, 50), (60, 20, 10)])
+@pytest.mark.parametrize(("positions", "d", "p"), [(4, 60, 50), (60, 20, 10), (40, 1100, 90), (66, 500, 420)])
 def test_norms_are_not_too_small_where_positions_cancel(positions: int, d: int, p: int) -> None:
     """Gradients of positions a million times longer than their sum: float32 Gram matrices give a norm of 0 or NaN."""
     torch.manual_seed(2)
@@ -188,6 +202,60 @@ def test_norms_are_not_too_small_where_positions_cancel(positions: int, d: int, 
     rows = 5 * torch.bmm(g.double().mT, a.double()).flatten(1)  # products of 48 bits, differences of 2^-20 of them
     got = outer_of(a, g).norms()
     assert bool((got >= rows.norm(dim=1) * (1 - 1e-6)).all())
+
+
+@pytest.mark.parametrize("positions", [2, 32, 64, 66])
+def test_norms_from_gram_matrices_are_bounds_and_close(positions: int) -> None:
+    """Of float32 products up to 64 positions: above the true norms, by less than 1.5e-4 however positions are added."""
+    torch.manual_seed(4)
+    a, g = torch.randn(3, positions, 600), torch.randn(3, positions, 500)
+    a[1] = a[1, :1]  # the same at all positions
+    g[1] = g[1, :1]
+    a[2], g[2] = 1e-18 * a[2], 1e-18 * g[2]
+    outer = outer_of(a, g)
+    assert outer.by_grams
+    over = outer.norms() / (3 * torch.bmm(g.double().mT, a.double()).flatten(1)).norm(dim=1) - 1.0
+    assert bool((over[:2] > -1e-9).all())
+    assert bool((over[:2] < (1.5e-4 if positions <= 64 else 1e-9)).all())
+    assert float(over[2]) > -1e-9
+
+
+def test_images_of_few_positions_have_gram_matrices_of_pixels() -> None:
+    torch.manual_seed(5)
+    layer = nn.Conv2d(10, 30, 3, padding=1, stride=(1, 2), dilation=(2, 1))
+    a = torch.randn(4, 10, 5, 6)
+    got = convolution_gradients._pixel_grams(layer, convolution_gradients._padded(layer, a))
+    rows = convolution_gradients._unfolded(layer, convolution_gradients._padded(layer, a), 1).double()
+    torch.testing.assert_close(got, rows @ rows.mT, rtol=1e-5, atol=1e-4)
+
+
+def test_a_kind_of_convolution_is_made_as_it_is_cheapest() -> None:
+    def kind(layer: Any, *shape: int) -> Any:
+        a = torch.randn(16, *shape)
+        return layer_gradients.per_sample(layer, a, layer(a).detach(), ("weight",))["weight"]
+
+    grouped: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        honest = convolution_gradients._grouped
+        patch.setattr(convolution_gradients, "_grouped", lambda *given: grouped.append(1) or honest(*given))
+        assert type(kind(nn.Conv2d(16, 16, 3, padding=1), 16, 8, 8)) is ghost_norms.Dense
+        assert grouped == [1]
+        assert type(kind(nn.Conv2d(3, 16, 3, padding=1), 3, 8, 8)) is ghost_norms.Dense  # too few channels
+        few = kind(nn.Conv2d(256, 256, 3, padding=1), 256, 4, 4)
+        assert grouped == [1]
+    assert type(few) is ghost_norms.Outer
+    assert few.grams is not None
+
+
+def test_gradients_nobody_asked_for_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a frozen weight with a trained bias."""
+    made: list[int] = []
+    monkeypatch.setattr(layer_gradients, "_linear_weight", lambda *_: made.append(1))
+    layer = nn.Linear(4, 3)
+    layer.weight.requires_grad_(False)
+    private, optimizer = private_of(nn.Sequential(layer), 1.0, 6)
+    stepped(private, optimizer, torch.randn(6, 4))
+    assert not made
 
 
 def test_the_same_record_weighs_the_same_in_any_batch() -> None:
@@ -223,7 +291,7 @@ def test_torch_does_not_make_the_gradients_that_are_thrown_away() -> None:
 def test_large_layers_keep_factors_and_small_ones_gradients() -> None:
     def kind(d: int, p: int, positions: int, records: int = 64) -> type:
         a, g = torch.zeros(records, positions, d), torch.zeros(records, positions, p)
-        return type(ghost_norms.per_sample(nn.Linear(d, p), a, g)["weight"])
+        return type(layer_gradients.per_sample(nn.Linear(d, p), a, g)["weight"])
 
     assert kind(64, 64, 64) is ghost_norms.Dense
     assert kind(512, 512, 16) is ghost_norms.Outer  # 16 M numbers against 1 M
@@ -308,8 +376,10 @@ def test_wrong_norms_are_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch
 
 
 def test_wrong_sums_are_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ghost_norms._convolution
-    monkeypatch.setattr(ghost_norms, "_convolution", lambda layer, a, g, scale: right(layer, a, g.flip(0), scale))
+    right = layer_gradients.convolution_weight
+    monkeypatch.setattr(
+        layer_gradients, "convolution_weight", lambda layer, a, g, scale: right(layer, a, g.flip(0), scale)
+    )
     private, optimizer = private_of(nn.Sequential(nn.Conv2d(1, 2, 2)), 1.0, 6)
     with pytest.raises(UnsupportedModelError, match=r"parameter 0\.weight: its per-sample gradients"):
         stepped(private, optimizer, torch.randn(6, 1, 5, 5))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.noise.gaussian import os_stream
-from choral.privacy.per_sample import ghost_norms
+from choral.privacy.per_sample import ghost_norms, layer_gradients
 from choral.privacy.per_sample.model import PerSampleModel, with_per_sample_gradients
 
 ROWS, WIDTH, CLASSES = 24, 6, 3
@@ -392,13 +392,13 @@ def test_layers_unfrozen_or_put_into_training_mode_are_looked_at_anew() -> None:
 
 def test_gradients_are_compared_until_there_was_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's wrong gradients behind a zero head are zero, and right, at first; refused as soon as they are not."""
-    right = ghost_norms._linear
+    right = layer_gradients._linear_weight
 
     def wrong(a: torch.Tensor, g: torch.Tensor, scale: float) -> Any:
         found = right(a, g, scale)
-        return {**found, "weight": ghost_norms.Dense(0.86 * found["weight"].dense())} if a.shape[-1] == WIDTH else found
+        return ghost_norms.Dense(0.86 * found.dense()) if a.shape[-1] == WIDTH else found
 
-    monkeypatch.setattr(ghost_norms, "_linear", wrong)
+    monkeypatch.setattr(layer_gradients, "_linear_weight", wrong)
     model = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), zero(nn.Linear(4, CLASSES)))
     private = train(model, 1)
     assert model[2].weight in private.compared
