@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,9 +20,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The examples of properties are the same each time: what fails here failed there. `make test-all` looks for new ones.
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("searching")
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fixed")
+settings.load_profile(PROFILE)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# So is what the operating system's generator gives to a test, and to each fixture: noise, keys, groups. A statistical
+# test that passed once passes again, whatever its rate of false alarms. Processes that a test starts, and
+# `make test-all`, have the real one.
+_urandom, _streams = os.urandom, list[random.Random]()
+
+
+def _from_stream(size: int, /) -> bytes:
+    return _streams[-1].randbytes(size) if _streams else _urandom(size)
+
+
+@contextlib.contextmanager
+def _stream(of: str) -> Iterator[None]:
+    _streams.append(random.Random(of))
+    try:
+        yield
+    finally:
+        _streams[-1:] = []
+
+
+if PROFILE == "fixed":
+    os.urandom = _from_stream
+    random._urandom = _from_stream  # type: ignore[attr-defined]  # of `secrets`, SystemRandom and numpy's default_rng()
+    os.register_at_fork(after_in_child=_streams.clear)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    with _stream(item.nodeid):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    with _stream(f"{request.node.nodeid} {fixturedef.argname} {getattr(request, 'param_index', 0)}"):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
