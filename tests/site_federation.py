@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -278,7 +278,7 @@ class Direct:
         del timeout, count
         return frozenset(names) & self.connected
 
-    def ask(
+    def replies(
         self,
         outbox: Mapping[str, bytes],
         *,
@@ -286,9 +286,9 @@ class Direct:
         reply_limit: int,
         away: float | None = None,
         waiting: Callable[[tuple[str, ...]], None] | None = None,
-    ) -> dict[str, memoryview | TransportError]:
+    ) -> Generator[tuple[str, memoryview | TransportError]]:
         del timeout, away, waiting
-        return {name: self._one(name, raw, reply_limit) for name, raw in outbox.items()}
+        yield from {name: self._one(name, raw, reply_limit) for name, raw in outbox.items()}.items()
 
     def _one(self, name: str, raw: bytes, limit: int) -> memoryview | TransportError:
         self.asked[name] = self.asked.get(name, 0) + 1

@@ -10,6 +10,7 @@ over different sites could be told apart.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -49,15 +50,19 @@ def serve(plan: Plan, remote: RemoteSites) -> Run:
                 outcome = _given_up(session, sites, number)
             else:
                 _resumed(sites, before, number)
-                _write(folder, Progress(number, dict(sites.past)))
+                _keep(folder, number, sites)
                 outcome = one_round(session, number)
                 if outcome.failed:
                     _fail(sites, number)
-            _write(folder, Progress(number, dict(sites.past)))
             before = Progress()
-            session.keep(outcome)
+            session.keep(outcome, ahead=partial(_keep, folder, number, sites))
         remote.end(session)
     return session.run
+
+
+def _keep(folder: Path | None, number: int, sites: Sites) -> None:
+    """The round, before it reaches any site; and how its exchanges ended, before it is complete."""
+    _write(folder, Progress(number, dict(sites.past)))
 
 
 def _resumed(sites: Sites, before: Progress, number: int) -> None:

@@ -8,7 +8,8 @@ of no job: it is offered again, and is in the next round.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,7 +57,7 @@ class Carrier(Protocol):
 
     def wait_for(self, names: Iterable[str], *, timeout: float, count: int | None = None) -> frozenset[str]: ...
 
-    def ask(
+    def replies(
         self,
         outbox: Mapping[str, bytes],
         *,
@@ -64,7 +65,9 @@ class Carrier(Protocol):
         reply_limit: int,
         away: float | None = None,
         waiting: Callable[[tuple[str, ...]], None] | None = None,
-    ) -> Mapping[str, memoryview | TransportError]: ...
+    ) -> Generator[tuple[str, memoryview | TransportError]]:
+        """Ask all at once; each one's reply, or the error that it had, in the order of `outbox`, as they come."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +240,21 @@ class Sites:
         requests = {
             name: self._step(channel, raw, message if name in tell else b"", name) for name, raw in outbox.items()
         }
-        replies = self._ask(requests, seconds)
-        again = [name for name, reply in replies.items() if isinstance(reply, TellAgain)]
-        if again and told is not None:
-            whole = told.message(whole=True)
-            replies |= self._ask({name: self._step(channel, outbox[name], whole, name) for name in again}, seconds)
         if fresh is not None:
             fresh -= tell
-        for name, reply in replies.items():
-            self._take(name, reply, trip)
+        again = []
+        with closing(self._replies(requests, seconds)) as replies:
+            for name, reply in replies:  # the first ones are taken while others are still at work
+                if isinstance(reply, TellAgain) and told is not None:
+                    again.append(name)
+                else:
+                    self._take(name, reply, trip)
+        if again and told is not None:
+            whole = told.message(whole=True)
+            for name, reply in self._ask(
+                {name: self._step(channel, outbox[name], whole, name) for name in again}, seconds
+            ).items():
+                self._take(name, reply, trip)
 
     def _step(self, channel: str, raw: bytes, told: bytes, name: str) -> bytes:
         return written(TakeStep(self.offer.digest, channel, raw, told, self.past.get(name) if told else None))
@@ -290,22 +299,27 @@ class Sites:
 
     def _ask(self, requests: Mapping[str, bytes], seconds: float) -> dict[str, FromSite]:
         """The replies of those who have one; the others are out."""
+        return dict(self._replies(requests, seconds))
+
+    def _replies(self, requests: Mapping[str, bytes], seconds: float) -> Generator[tuple[str, FromSite]]:
+        """As `_ask`, as they come."""
         if not requests:
-            return {}
+            return
         limit = largest_reply(self.length, len(self.names))
-        found = self.carrier.ask(
+        found = self.carrier.replies(
             requests,
             timeout=seconds,
             reply_limit=limit,
             away=min(self.waits.away, seconds),
             waiting=lambda names: self.say(f"waiting for {', '.join(names)}"),
         )
-        replies: dict[str, FromSite] = {}
-        for name, raw in found.items():
-            try:
-                if isinstance(raw, TransportError):
-                    raise raw
-                replies[name] = read_reply(raw, limit=limit)
-            except (TransportError, OfferError) as error:
-                self.leave(name, str(error).removeprefix(f"{name}: "))
-        return replies
+        with closing(found):
+            for name, raw in found:
+                try:
+                    if isinstance(raw, TransportError):
+                        raise raw
+                    reply = read_reply(raw, limit=limit)
+                except (TransportError, OfferError) as error:
+                    self.leave(name, str(error).removeprefix(f"{name}: "))
+                else:
+                    yield name, reply

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -68,7 +68,7 @@ class EngineCarrier:
             time.sleep(min(_LOOK, left))
         return found
 
-    def ask(
+    def replies(
         self,
         outbox: Mapping[str, bytes],
         *,
@@ -76,7 +76,7 @@ class EngineCarrier:
         reply_limit: int,
         away: float | None = None,  # noqa: ARG002  an engine holds no connection that could break
         waiting: Callable[[tuple[str, ...]], None] | None = None,
-    ) -> dict[str, memoryview | TransportError]:
+    ) -> Generator[tuple[str, memoryview | TransportError]]:
         found: dict[str, memoryview | TransportError] = {}
         signed = {
             name: sealed(raw, self._seed, coordinator=self._coordinator, site=name) for name, raw in outbox.items()
@@ -89,7 +89,8 @@ class EngineCarrier:
             found.setdefault(name, RequestTimeoutError(f"did not answer within {timeout:g} s", peer=name))
             if isinstance(found[name], RequestTimeoutError | PeerLostError):
                 self._lost.add(name)
-        return {name: found[name] for name in outbox}
+        for name in outbox:
+            yield name, found[name]
 
     def _look(self) -> None:
         """Whether those who were lost are there again; no more often than once a second."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from choral.network.errors import OfferRefusedError
 from choral.network.site.approvals import approvals
 from choral.network.site.budget import ledger_facts, open_ledger
-from choral.network.site.files.log import AGREED, Fact, SiteLine
+from choral.network.site.files.log import AGREED, Fact, SiteLines
 from choral.network.site.files.settings import DataSet, Maxima
 from choral.network.site.objections import objections, policy_of
 from choral.network.site.offer import Offer
@@ -53,7 +52,7 @@ class Agreement:
 
         Raises: OfferRefusedError; SiteError for a log that cannot be read.
         """
-        approved(folder.log.read().entries, self.offer, now or datetime.now(UTC))
+        approved(folder.log.read(), self.offer, now or datetime.now(UTC))
 
     def books(self) -> dict[str, Fact]:
         """How far the data set's ledger has come, for a line of the site's log; the next job is held against it.
@@ -88,7 +87,7 @@ def agree(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Agre
     now = now or datetime.now(UTC)
     try:
         folder.offers.keep(offer)
-        _may_begin(folder.log.read().entries, folder, offer, now)
+        _may_begin(folder.log.read(), folder, offer, now)
         if against := objections(folder, offer):
             raise OfferRefusedError(against)
         return _agreed(folder, offer, now)
@@ -128,7 +127,7 @@ def _agreed(folder: SiteFolder, offer: Offer, now: datetime) -> Agreement:
     return agreement
 
 
-def approved(lines: Sequence[SiteLine], offer: Offer, now: datetime) -> None:
+def approved(lines: SiteLines, offer: Offer, now: datetime) -> None:
     """Whether a person's approval holds now, by the lines of the log.
 
     A clock that was put back would let approvals live again that are over: none holds before a line that came after it.
@@ -142,7 +141,7 @@ def approved(lines: Sequence[SiteLine], offer: Offer, now: datetime) -> None:
         raise OfferRefusedError([f"nobody approved it{more}"])
     if why := approval.refusal(now):
         raise OfferRefusedError([why])
-    if now < (latest := max(line.when for line in lines[approval.line :])) - CLOCK_SLACK:
+    if now < (latest := max(lines.times[approval.line :])) - CLOCK_SLACK:
         raise OfferRefusedError(
             [
                 f"it is {now:%Y-%m-%d %H:%M} UTC here, and there are lines of {latest:%Y-%m-%d %H:%M} in the log: "
@@ -151,10 +150,10 @@ def approved(lines: Sequence[SiteLine], offer: Offer, now: datetime) -> None:
         )
 
 
-def _may_begin(lines: Sequence[SiteLine], folder: SiteFolder, offer: Offer, now: datetime) -> None:
+def _may_begin(lines: SiteLines, folder: SiteFolder, offer: Offer, now: datetime) -> None:
     """Approved, and the day has room for it. Raises: OfferRefusedError."""
     approved(lines, offer, now)
     most, today = folder.settings.maxima.jobs_a_day, now.astimezone(UTC).date()
-    begun = {line.facts["digest"] for line in lines if line.event == AGREED and line.when.date() == today}
+    begun = {line.facts["digest"] for line in lines.entries if line.event == AGREED and line.when.date() == today}
     if len(begun - {offer.digest}) >= most:  # one that was begun goes on, however often: no round is trained twice
         raise OfferRefusedError([f"{most} other jobs were agreed to today already"])

@@ -7,14 +7,13 @@ changes one would have to sign. An approval is of an offer's digest, so of every
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from choral.network.errors import OfferError, OfferRefusedError, SiteError
-from choral.network.site.files.log import APPROVED, REVOKED, SiteLine
+from choral.network.site.files.log import APPROVED, REVOKED, SiteLines
 from choral.network.site.files.private import write_private
 from choral.network.site.offer import LARGEST_OFFER, Offer
 
@@ -50,13 +49,11 @@ class Approval:
         return ""
 
 
-def approvals(entries: Sequence[SiteLine]) -> dict[str, Approval]:
-    """The latest approval of each digest, in the order of those. entries: of a verified log."""
+def approvals(lines: SiteLines) -> dict[str, Approval]:
+    """The latest approval of each digest, in the order of those. lines: of a verified log."""
     found: dict[str, Approval] = {}
-    for line, entry in enumerate(entries):
+    for line, entry in lines.decisions:
         facts = entry.facts
-        if entry.event not in (APPROVED, REVOKED):
-            continue
         digest = str(facts["digest"])
         if entry.event == APPROVED:
             found.pop(digest, None)
@@ -165,7 +162,7 @@ def approve(folder: SiteFolder, offer: Offer, until: date, *, by: str, now: date
 
 def revoke(folder: SiteFolder, digest: str, *, by: str, now: datetime | None = None) -> Approval:
     """Revoke what was approved. digest: or its beginning. Raises: SiteError if that is none, or more than one."""
-    standing = [approval for approval in approvals(folder.log.read().entries).values() if not approval.revoked]
+    standing = [approval for approval in approvals(folder.log.read()).values() if not approval.revoked]
     found = [approval for approval in standing if approval.digest.startswith(digest)]
     if len(found) != 1:
         raise SiteError(f"{len(found)} approvals of {digest!a:.80} to revoke", hint="`choral site log` lists them")

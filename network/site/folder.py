@@ -13,7 +13,6 @@ north/
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from choral.errors import ConfigError
 from choral.locks import lock_file
 from choral.network.errors import OfferRefusedError, SiteError
 from choral.network.site.approvals import KeptOffers
+from choral.network.site.files.daily_bytes import DailyBytes
 from choral.network.site.files.directory import Pinned
 from choral.network.site.files.log import AGREED, APPROVED, BEGUN, LONGEST_FACT, REFUSED, REVOKED, Fact, SiteLog
 from choral.network.site.files.private import check_private, write_private
@@ -58,6 +58,7 @@ class SiteFolder:
     coordinator: str
     log: SiteLog
     offers: KeptOffers
+    bytes_today: DailyBytes
 
     @staticmethod
     def open(path: str | Path, *, coordinator: str = "") -> SiteFolder:
@@ -86,6 +87,7 @@ class SiteFolder:
             coordinator=_coordinator(settings, coordinator),
             log=SiteLog(folder / "log.jsonl", signing.public, signing),
             offers=KeptOffers(folder / "jobs"),
+            bytes_today=DailyBytes(folder / "state" / "bytes-today"),
         )
 
     @staticmethod
@@ -145,7 +147,9 @@ class SiteFolder:
     def refreshed(self) -> SiteFolder:
         """With site.toml and directory.toml as they are now: what was changed since counts. Raises: as `open`."""
         now = SiteFolder.open(self.path, coordinator=self.coordinator)
-        return replace(now, identity=self.identity, signing=self.signing, log=self.log)  # which count sessions, lines
+        return replace(
+            now, identity=self.identity, signing=self.signing, log=self.log, bytes_today=self.bytes_today
+        )  # which count sessions, lines, bytes
 
     def note(self, event: str, **facts: Fact) -> None:
         """Write a line into the log: a round, a drop-out, an error. Raises: SiteError, and then it must not happen."""
@@ -174,21 +178,10 @@ class SiteFolder:
         Raises: OfferRefusedError if the day (UTC) has had as many as are allowed; SiteError.
         """
         now = now or datetime.now(UTC)
-        today, most = f"{now.astimezone(UTC):%Y-%m-%d}", self.settings.maxima.bytes_a_day
-        path = self.path / "state" / "bytes-today"
-        try:
-            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
-                lock_file(file)
-                day, _, counted = file.read().decode("ascii", "replace").partition(" ")
-                if day and not counted.strip().isdigit():
-                    raise SiteError(f"{path} cannot be read", hint="remove it: the day's bytes are then counted anew")
-                total = (int(counted) if day == today else 0) + size
-                if total > most:
-                    self.refused(why := [f"more than {most} bytes on {today}"], now, coordinator=self.coordinator)
-                    raise OfferRefusedError(why)
-                os.pwrite(file.fileno(), f"{today} {total:020d}\n".encode(), 0)
-        except OSError as error:
-            raise SiteError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
+        today, most = f"{now.astimezone(UTC).date()}", self.settings.maxima.bytes_a_day
+        if not self.bytes_today.add(size, today, most):
+            self.refused(why := [f"more than {most} bytes on {today}"], now, coordinator=self.coordinator)
+            raise OfferRefusedError(why)
 
 
 def _check_own(settings: SiteSettings, identity: CertifiedIdentity, pinned: Pinned) -> None:

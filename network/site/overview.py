@@ -55,7 +55,7 @@ def overview(folder: SiteFolder, now: datetime | None = None) -> Iterator[Row]:
 
 def offered(folder: SiteFolder, now: datetime | None = None) -> Iterator[Row]:
     """The offers that are kept, oldest first, and whether they may run."""
-    found = approvals(folder.log.read().entries)
+    found = approvals(folder.log.read())
     for offer in folder.offers.all():
         approval = found.get(offer.digest)
         why = "not approved" if approval is None else approval.refusal(now or datetime.now(UTC))

@@ -49,8 +49,7 @@ class Review:
 
 def review(folder: SiteFolder, offer: Offer, now: datetime | None = None) -> Review:
     """Raises: SiteError for a log that cannot be read; LedgerError for a ledger that cannot."""
-    lines = folder.log.read().entries
-    found = approvals(lines)
+    found = approvals(folder.log.read())
     before = [approval for approval in found.values() if approval.task == offer.task]
     words, diff = _code(folder, offer, before)
     rows = [

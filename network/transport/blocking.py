@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from choral.network.errors import TransportError
@@ -73,7 +74,39 @@ class BlockingHub:
         timeout, reply_limit, identifiers, away: as for `Hub.request`, to each site. waiting: called every ten seconds,
         in the hub's thread, with the names of those that have neither.
         """
-        return self._run(self._ask(outbox, timeout, reply_limit, identifiers or {}, away, waiting))
+        return dict(
+            self.replies(
+                outbox,
+                timeout=timeout,
+                reply_limit=reply_limit,
+                identifiers=identifiers,
+                away=away,
+                waiting=waiting,
+            )
+        )
+
+    def replies(
+        self,
+        outbox: Mapping[str, Buffer],
+        *,
+        timeout: float,
+        reply_limit: int,
+        identifiers: Mapping[str, bytes] | None = None,
+        away: float | None = None,
+        waiting: Callable[[tuple[str, ...]], None] | None = None,
+    ) -> Generator[tuple[str, memoryview | TransportError]]:
+        """As `ask`, but yield each in the order of `outbox`, as soon as it and those before it are there. All are
+        asked when the first is wanted; whoever closes it gives up on those that it has not yielded.
+        """
+        found: dict[str, Future[memoryview | TransportError]] = {name: Future() for name in outbox}
+        asking = self._ask(outbox, found, timeout, reply_limit, identifiers or {}, away, waiting)
+        whole = asyncio.run_coroutine_threadsafe(asking, self._loop)
+        try:
+            for name, reply in found.items():
+                yield name, reply.result()
+        except BaseException:  # Ctrl-C, too: what was asked is given up
+            whole.cancel()
+            raise
 
     def close(self) -> None:
         if not self._loop.is_closed():
@@ -85,15 +118,16 @@ class BlockingHub:
     async def _ask(
         self,
         outbox: Mapping[str, Buffer],
+        found: Mapping[str, Future[memoryview | TransportError]],
         timeout: float,
         reply_limit: int,
         identifiers: Mapping[str, bytes],
         away: float | None,
         waiting: Callable[[tuple[str, ...]], None] | None,
-    ) -> dict[str, memoryview | TransportError]:
-        async def one(name: str, body: Buffer) -> memoryview | TransportError:
+    ) -> None:
+        async def one(name: str, body: Buffer) -> None:
             try:
-                return await self._hub.request(
+                reply: memoryview | TransportError = await self._hub.request(
                     name,
                     body,
                     timeout=timeout,
@@ -102,7 +136,12 @@ class BlockingHub:
                     away=away,
                 )
             except TransportError as error:
-                return error
+                reply = error
+            except BaseException as error:
+                if not found[name].done():
+                    found[name].set_exception(error)
+                raise
+            found[name].set_result(reply)
 
         tasks = {name: asyncio.create_task(one(name, body)) for name, body in outbox.items()}
         try:
@@ -111,10 +150,10 @@ class BlockingHub:
                 _, left = await asyncio.wait(left, timeout=_SAY_WAITING)
                 if left and waiting is not None:
                     waiting(tuple(name for name, task in tasks.items() if task in left))
-            return {name: task.result() for name, task in tasks.items()}
         finally:
-            for task in tasks.values():
+            for name, task in tasks.items():
                 task.cancel()
+                found[name].cancel()  # of one that was given up before it began
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

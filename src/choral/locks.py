@@ -27,6 +27,24 @@ def lock_file(file: Any, *, exclusive: bool = True, wait: bool = True) -> None:
     fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
 
 
+def lock_descriptor(file: int, what: str) -> None:
+    """Lock a file that stays open, for this process alone, until `unlock_descriptor`. what: for the error.
+
+    Raises: NoLocksError on a system without such locks.
+    """
+    refuse_without_locks(what)
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def unlock_descriptor(file: int) -> None:
+    """Undo `lock_descriptor`."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the folder's entries on disk when this returns, where a system can: Windows opens no folder."""
     if os.name == "nt":

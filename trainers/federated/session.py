@@ -10,7 +10,7 @@ Rank 0 of several processes is the federation; on the others there are no rounds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -185,8 +185,11 @@ class Session:
         random = stream(self.plan.compute.seed, parties.number, f"dropouts {parties.sums}")
         return self.plan.participation.dropouts.draw(parties.names, random)
 
-    def keep(self, outcome: RoundOutcome) -> None:
-        """Evaluate and record a round. Raises: TooFewSurvivorsError if it failed and there is no more patience."""
+    def keep(self, outcome: RoundOutcome, ahead: Callable[[], object] = lambda: None) -> None:
+        """Evaluate and record a round. ahead: called before the round counts as complete.
+
+        Raises: TooFewSurvivorsError if it failed and there is no more patience.
+        """
         rule, codec = self.plan.participation, self._last_codec
         if outcome.failed and not outcome.interrupted and _failed_in_a_row(self._recorder.history) >= rule.patience:
             raise with_reasons(outcome.failed, outcome.errors)
@@ -221,6 +224,7 @@ class Session:
             times=None if self._ranks or self._distant else outcome.times(self._round, evaluating),
         )
         self._state.clips = {} if self._ranks is not None else clips_of(self._ledgers.engines)  # others keep theirs
+        ahead()
         self._recorder.add(
             entry, self._resident.model, spent, algorithm_state=self._state, sealed=self.transcript.sealed
         )

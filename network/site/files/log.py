@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,15 +54,22 @@ _DECODER: msgspec.json.Decoder[ChainedLine[SiteLine]] = msgspec.json.Decoder(Cha
 
 @dataclass(frozen=True)
 class SiteLines:
-    """Whole lines of a log and the digest of the last."""
+    """Whole lines of a log, the digest of each, and when it was written."""
 
     content: bytes = b""
     entries: tuple[SiteLine, ...] = ()
     digests: tuple[str, ...] = ()
+    times: tuple[datetime, ...] = ()
 
     @property
     def head(self) -> str:
         return self.digests[-1] if self.digests else GENESIS
+
+    @cached_property
+    def decisions(self) -> tuple[tuple[int, SiteLine], ...]:
+        """The lines that approve and revoke, each with its number, from 0."""
+        decided = (APPROVED, REVOKED)
+        return tuple((number, entry) for number, entry in enumerate(self.entries) if entry.event in decided)
 
 
 class SiteLog:
@@ -91,7 +99,7 @@ class SiteLog:
         facts: dict[str, Fact],
         now: datetime | None = None,
         *,
-        check: Callable[[tuple[SiteLine, ...]], None] | None = None,
+        check: Callable[[SiteLines], None] | None = None,
     ) -> SiteLine:
         """Sign a line and write it; on return it is on disk. Texts are cut at 2000 characters.
 
@@ -101,15 +109,18 @@ class SiteLog:
         with self._open(write=True) as file:
             known = self._read(file)
             if check is not None:
-                check(known.entries)
+                check(known)
             line = self._signed(known.head, event, facts, now)
-            if sum(other.at[:10] == line.at[:10] for other in known.entries) >= MOST_LINES:
+            if len(known.entries) >= MOST_LINES and _lines_on(line.at[:10], known) >= MOST_LINES:
                 raise SiteError(f"{self.path} has {MOST_LINES} lines of {line.at[:10]}, and takes no more")
             try:
-                extend(file.fileno(), len(known.content), lines(known.head, [line])[0])
+                raw, digest = lines(known.head, [line])
             except UnreadableError as error:
                 raise SiteError(f"{self.path}: {error}", hint=error.hint) from None
-            self._read(file)
+            extend(file.fileno(), len(known.content), raw)
+            self._known = SiteLines(
+                known.content + raw, (*known.entries, line), (*known.digests, digest), (*known.times, line.when)
+            )
         return line
 
     def _signed(self, previous: str, event: str, facts: dict[str, Fact], now: datetime | None) -> SiteLine:
@@ -145,12 +156,13 @@ class SiteLog:
     def _verified(self, content: bytes) -> SiteLines:
         known = self._known if content.startswith(self._known.content) else SiteLines()
         entries, digests, head = list(known.entries), list(known.digests), known.head
+        times = list(known.times)
         first = len(entries) + 1
         try:
             for number, (entry, digest) in enumerate(
                 follow(content[len(known.content) :], _DECODER, head, first), first
             ):
-                self._check(entry, head, number)
+                times.append(self._checked(entry, head, number))
                 entries.append(entry)
                 digests.append(digest)
                 head = digest
@@ -159,9 +171,10 @@ class SiteLog:
             raise SiteError(f"{self.path}, line {error.number}: {what}", hint=_RESTORE) from None
         if not entries:
             raise SiteError(f"{self.path} is empty: it was written when the site was made", hint=_RESTORE)
-        return SiteLines(content, tuple(entries), tuple(digests))
+        return SiteLines(content, tuple(entries), tuple(digests), tuple(times))
 
-    def _check(self, entry: SiteLine, previous: str, number: int) -> None:
+    def _checked(self, entry: SiteLine, previous: str, number: int) -> datetime:
+        """When it was written."""
         message = _signed_bytes(previous, entry.at, entry.event, entry.facts)
         try:
             signature = bytes.fromhex(entry.signature)
@@ -172,6 +185,11 @@ class SiteLog:
             raise SiteError(f"{self.path}, line {number}: it is not signed by this site's key", hint=_RESTORE)
         if (entry.event == BEGUN) != (number == 1) or when.tzinfo is None:
             raise SiteError(f"{self.path}, line {number}: not a line of a site's log", hint=_RESTORE)
+        return when
+
+
+def _lines_on(day: str, known: SiteLines) -> int:
+    return sum(entry.at[:10] == day for entry in known.entries)
 
 
 def _signed_bytes(previous: str, at: str, event: str, facts: dict[str, Fact]) -> bytes:

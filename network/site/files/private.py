@@ -14,17 +14,23 @@ from choral.network.errors import SiteError
 
 def write_private(path: Path, content: bytes) -> None:
     """Put `content` into the file, whole and on disk, or leave it as it was. Raises: SiteError."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    folder = path.absolute().parent
+    draft = f"{folder}/.{path.name}.{secrets.token_hex(8)}"
     try:
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-        sync_folder(path.absolute().parent)
+            try:
+                left = memoryview(content)
+                while left:
+                    left = left[os.write(file, left) :]
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(draft, path)
+        except BaseException:
+            os.unlink(draft)
+            raise
+        sync_folder(folder)
     except OSError as error:
         raise SiteError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None
 

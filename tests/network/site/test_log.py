@@ -197,7 +197,7 @@ def test_approvals_are_what_the_log_says_last(sites: Sites) -> None:
     sites.approve(first)
     sites.approve(second)
     revoke(sites.north, first.digest, by="officer", now=NOW)
-    found = approvals(sites.north.log.read().entries)
+    found = approvals(sites.north.log.read())
     assert {digest: approval.revoked for digest, approval in found.items()} == {
         first.digest: True,
         second.digest: False,

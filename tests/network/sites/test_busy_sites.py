@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from dataclasses import replace
@@ -33,10 +33,13 @@ class InTime(Direct):
 
     pool: ThreadPoolExecutor
 
-    def ask(self, outbox: Mapping[str, bytes], *, timeout: float, reply_limit: int, **_: Any) -> dict[str, Any]:
+    def replies(
+        self, outbox: Mapping[str, bytes], *, timeout: float, reply_limit: int, **_: Any
+    ) -> Generator[tuple[str, Any]]:
         at_work = {name: self.pool.submit(self._one, name, raw, reply_limit) for name, raw in outbox.items()}
         end = time.monotonic() + timeout
-        return {name: self._answer(name, future, end - time.monotonic()) for name, future in at_work.items()}
+        for name, future in at_work.items():
+            yield name, self._answer(name, future, end - time.monotonic())
 
     def _answer(self, name: str, future: Future[Any], seconds: float) -> Any:
         try:

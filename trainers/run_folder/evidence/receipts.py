@@ -34,6 +34,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -71,7 +72,7 @@ class Signatory:
     terms: str
     text: str
 
-    @property
+    @cached_property
     def head(self) -> dict[str, Any]:
         """What every line begins with."""
         return {
@@ -83,7 +84,7 @@ class Signatory:
             "key": self.identity.public.hex(),
         }
 
-    @property
+    @cached_property
     def claims(self) -> dict[str, Any]:
         """What each receipt says of the terms, so that it can be read by itself."""
         record = json.loads(self.text)
@@ -185,6 +186,7 @@ class Receipts:
                 raise EvidenceError(f"{path} holds receipts of another party or run", hint="keep one folder for each")
             self.count, self.head, terms = self.count + 1, head, content["terms"] + content["key"]
             self._remember(content)
+        path.parent.mkdir(exist_ok=True)
         if terms != who.terms + who.identity.public.hex():
             self._append({"kind": "terms", "terms": who.terms, "text": who.text})
 
@@ -205,7 +207,6 @@ class Receipts:
 
     def _append(self, said: Mapping[str, Any]) -> None:
         line = line_of(body_of({**self.who.head, **said, "previous": self.head}), self.who.identity)
-        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("ab") as file:
             file.write(line + b"\n")
             if self._fsync:
