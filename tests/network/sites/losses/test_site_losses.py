@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from site_federation import Direct, Federation, algorithm, private_sites, rehearsed, same_weights, served
 from site_rounds import InRound, a_job
 
 from choral.jobs.settings import PrivacySettings
+from choral.network.coordinator.serve import Progress
 from choral.network.errors import PeerLostError
+from choral.network.host.messages import TakeStep, read_request
 from choral.privacy import Ledger
 from choral.protocols.errors import TooFewSurvivorsError
-from choral.trainers import Participation, Run
+from choral.trainers import Participation, RoundRecord, Run
+from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.run_folder.recorder import Recorder
 
 STEPS = range(4)  # of a round after the first, to each site: shares, vector, confirmation, unmasking
 
@@ -148,3 +153,34 @@ def test_every_training_is_on_the_ledger_whenever_a_site_dies(tmp_path: Path) ->
     assert [entry.survivors for entry in run.history] == [0, 3, 2, 3, 3]
     one = steps[0] // 2  # of a round; the second was trained, and its vector never came
     assert len(Ledger(ledger, holder="south").events) == 4 * one
+
+
+def test_what_the_coordinator_goes_on_from_is_on_disk_before_what_depends_on_it(
+    open_sites: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round, before any site hears of it; how its exchange ended, before the round counts as complete."""
+    carrier, seen = Direct(open_sites), []
+    path, add = tmp_path / "run" / "sites.json", Recorder.add
+
+    def at_disk() -> tuple[int, set[int]]:
+        kept = msgspec.json.decode(path.read_bytes(), type=Progress)
+        return kept.begun, {past.number for past in kept.past.values() if past.survived}
+
+    def before(_: str, raw: bytes) -> None:
+        asked = read_request(raw, limit=1 << 30)
+        if isinstance(asked, TakeStep) and asked.told:
+            number = Told.read(asked.told, length=7, kept={}).number
+            assert at_disk() == (number, {number - 1} if number > 1 else set())
+            seen.append(("told", number))
+
+    def complete(recorder: Recorder, entry: RoundRecord, *given: Any, **named: Any) -> None:
+        if entry.round:
+            assert at_disk() == (entry.round, {entry.round})
+            seen.append(("complete", entry.round))
+        add(recorder, entry, *given, **named)
+
+    carrier.before = before
+    monkeypatch.setattr(Recorder, "add", complete)
+    served(carrier, a_job(open_sites, "on-disk"), out=tmp_path / "run")
+    expected = [(what, number) for number in range(1, 5) for what in ("told", "complete")]
+    assert list(dict.fromkeys(seen)) == expected
