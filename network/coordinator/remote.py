@@ -26,6 +26,8 @@ from choral.protocols.crypto.identity import Identity
 from choral.protocols.driver import NeedsVector, ServerDriver, Trip
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSpec
+from choral.protocols.masking.ahead.floor import fewest_opened
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
@@ -209,13 +211,15 @@ class RemoteSum:
     ) -> None:
         self.sites, self.driver, self._spec, self.transcript = sites, driver, spec, transcript
         self._name, self._channel = name, channel
+        self._least = least_of(driver)  # of all parties, which is stated, and which noise is sized by
         self._members: frozenset[str] = frozenset()
         self.place = 0
 
     def open(self) -> None:
         """Open a session, unless one is open that everybody who is there is in, and can go on with.
 
-        Raises: TooFewSurvivorsError.
+        Raises: TooFewSurvivorsError; also where a sum in two trips of those who are there may be opened over fewer than
+            is stated of all: nobody confirms who is in it, so that nobody would notice.
         """
         present = self.sites.present
         fits = self._members.issuperset(present) and not self.sites.strange & set(present)
@@ -226,7 +230,23 @@ class RemoteSum:
         for trip in self.driver.open():
             self.sites.pass_on(self._channel, trip)
         setup = getattr(self.driver, "setup", None)
-        self._members = frozenset(self._spec.parties if setup is None else setup.roster)
+        roster = self._spec.parties if setup is None else setup.roster
+        if (least := least_of(self.driver)) < self._least:
+            raise TooFewSurvivorsError(
+                f"a sum in two trips of the {len(roster)} sites that are there may be over {least}, and {self._least}"
+                " are stated",
+                survivors=len(roster),
+                needed=len(roster) + 1,
+                missing=tuple(name for name in self._spec.parties if name not in roster),
+                hint="wait for the others, or take trips=3 or 4",
+            )
+        self._members = frozenset(roster)
+
+
+def least_of(driver: ServerDriver) -> int:
+    """Over how few sites a sum in two trips may be opened by the driver's setup; 0 of other sums."""
+    setup = getattr(driver, "setup", None)
+    return fewest_opened(setup) if isinstance(setup, AheadSetup) and setup.trips == 2 else 0
 
 
 class RemoteChannel:

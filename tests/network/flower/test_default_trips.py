@@ -11,7 +11,7 @@ from site_federation import Federation, toml_of, write_directory
 
 from choral.cli.command_line import main
 from choral.jobs.engines.default_trips import with_trips
-from choral.jobs.settings import PrivacySettings, Settings, SumSettings
+from choral.jobs.settings import PrivacySettings, ServeSettings, Settings, SumSettings
 from choral.network import Offer
 from choral.protocols import Masked, SumSpec
 from choral.protocols.masking.ahead.messages import AheadSetup
@@ -79,6 +79,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "noise of records in shares": {
         "privacy": PrivacySettings(epsilon=2.0), "algorithm": AlgorithmSettings(kind="fedsgd", batch_size=20),
     },
+    "rounds that begin without some sites": {"serve": ServeSettings(quorum=4)},
     "a server that only looks": {"secure_sum": SumSettings(server="semi-honest")},
     "a sum that two trips cannot have": {"secure_sum": SumSettings(corrupt=1, dropouts=2, min_survivors=3)},
 }  # fmt: skip

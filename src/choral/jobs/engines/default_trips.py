@@ -26,7 +26,8 @@ def with_trips(settings: Settings, names: Sequence[str], engine: Engine) -> Sett
     chosen = settings.secure_sum
     if chosen.kind != "masked" or chosen.trips is not None:
         return settings
-    few = engine in SLOW and not counts_on_survivors(settings) and none_is_smaller(settings, names)
+    few = engine in SLOW and settings.serve.quorum is None  # with one, a session may be of fewer than is stated of all
+    few = few and not counts_on_survivors(settings) and none_is_smaller(settings, names)
     return replace(settings, secure_sum=replace(chosen, trips=2 if few else 4))
 
 

@@ -18,6 +18,7 @@ from choral.errors import ConfigError
 from choral.jobs.settings import PrivacySettings, Settings, SumSettings
 from choral.network.errors import PeerLostError
 from choral.network.host.messages import StepTaken, read_reply
+from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.masking import messages
 from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.wire_format import read
@@ -123,7 +124,7 @@ def test_a_coordinator_that_is_stopped_at_any_message_goes_on(
     with pytest.raises(Stopped):
         served(carrier, settings, out=tmp_path / "run")
     carrier.before = None
-    with pytest.raises(ConfigError, match=f"trips was {trips}, now it is 4"):
+    with pytest.raises(ConfigError, match=f"trips was {trips}, now it is not set"):
         served(carrier, replace(settings, secure_sum=SumSettings()), out=tmp_path / "run", resume=True)
     run, said = served(carrier, settings, out=tmp_path / "run", resume=True)
     assert [entry.survivors for entry in run.history] == [0, 3, 0, 3, 3]
@@ -203,3 +204,20 @@ def test_noise_that_sites_share_is_paid_for_by_the_floor(tmp_path: Path) -> None
         spent[trips] = run.info.spent["clients"].epsilon
         assert audit(Run.load(tmp_path / str(trips) / "run")).verdict == "holds"
     assert spent[2] > 1.1 * spent[4]
+
+
+def test_a_session_of_fewer_sites_is_not_opened_over_fewer_than_is_stated(tmp_path: Path) -> None:
+    """Of seven, at worst six are in a sum, and so it is stated; of six who are there it would be five."""
+    names = tuple(f"s{place}" for place in range(7))
+    federation = Federation(tmp_path, names=names)
+    carrier = Direct(federation)
+    carrier.stop("s6")
+    settings = in_trips(federation, "fewer", 2, participation=Participation(patience=1))
+    settings = replace(
+        settings,
+        secure_sum=replace(settings.secure_sum, corrupt=0, dropouts=1),
+        serve=replace(settings.serve, quorum=2, wait=0.2),
+        training=replace(settings.training, rounds=2),
+    )
+    with pytest.raises(TooFewSurvivorsError, match="of the 6 sites that are there may be over 5, and 6 are stated"):
+        served(carrier, settings)
