@@ -74,7 +74,7 @@ class RecordedSession:
 
         return next((message for _, message in self.decoded if isinstance(message, SumSetup)), None)
 
-    def of(self, kind: type[Any]) -> Iterator[tuple[SeenMessage, Any]]:
+    def of(self, kind: type[Any] | tuple[type[Any], ...]) -> Iterator[tuple[SeenMessage, Any]]:
         return ((seen, message) for seen, message in self.decoded if isinstance(message, kind))
 
 
@@ -107,15 +107,18 @@ def recorded_sessions(recorded: Recorded) -> list[RecordedSession]:
     return sessions
 
 
-def decode(session: RecordedSession, recorded: Recorded) -> None:
-    """Every message by its protocol's strict decoder; what does not decode is strange."""
+def decode(session: RecordedSession, recorded: Recorded, *, ahead: bool = False) -> None:
+    """Every message by its protocol's strict decoder; what does not decode is strange. ahead: of a masked sum in two or
+    three trips, which has messages more.
+    """
     from choral.protocols.crypto.modular_integers import unpack
-    from choral.protocols.errors import ProtocolError
+    from choral.protocols.errors import SERVER, ProtocolError
     from choral.protocols.homomorphic.messages import Ciphertext, read_ciphertext
     from choral.protocols.masking import messages
-    from choral.protocols.wire_format import claims_to_be
+    from choral.protocols.wire_format import claims_to_be, read
 
     opened, masked_sum = session.opened, session.opened.secure_sum
+    to_server, to_party = _declared_of(ahead)
     roster = set(opened.parties)
     for seen in session.seen:
         raw = recorded.raw(seen.message)
@@ -136,11 +139,11 @@ def decode(session: RecordedSession, recorded: Recorded) -> None:
             if masked_sum == "homomorphic" and seen.way == "up" and claims_to_be(Ciphertext, raw):
                 parts: list[tuple[bytes, Any]] = [(raw, read_ciphertext(raw, sender=seen.party, body=len(raw)))]
             elif seen.way == "up":
-                parts = [(raw, messages.to_server(raw, sender=seen.party, limit=len(raw)))]
+                parts = [(raw, read(to_server, raw, sender=seen.party, limit=len(raw)))]
             else:
-                bundle = messages.to_party(raw, limit=len(raw))
+                bundle = read(to_party, raw, sender=SERVER, limit=len(raw))
                 each = bundle.parts if isinstance(bundle, messages.Bundle) else (raw,)
-                parts = [(part, messages.to_party(part, limit=len(part))) for part in each]
+                parts = [(part, read(to_party, part, sender=SERVER, limit=len(part))) for part in each]
         except ProtocolError as error:
             session.strange.append(f"{said}: {error}")
             continue
@@ -151,14 +154,33 @@ def decode(session: RecordedSession, recorded: Recorded) -> None:
                 session.strange.append(f"{said}: {len(part)} bytes, at most {most} belong to it")
 
 
+def _declared_of(ahead: bool) -> tuple[Any, Any]:
+    """Whatever a party, and the server, may send."""
+    from choral.protocols.masking import messages
+    from choral.protocols.masking.ahead import messages as dealt_ahead
+
+    declared = dealt_ahead if ahead else messages
+    return declared.ToServer, declared.ToParty
+
+
 def _most(setup: messages.SumSetup | None, message: Any) -> int | None:
-    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`."""
+    """The largest size of a message under these terms, by the formulas of :mod:`choral.protocols.masking.messages`, and
+    of those that come ahead.
+    """
     from choral.protocols.crypto.modular_integers import packed_bytes
     from choral.protocols.masking import messages
+    from choral.protocols.masking.ahead import messages as dealt_ahead
 
     if setup is None:
         return None
     n, k = len(setup.roster), setup.neighbours
+    of_ahead: dict[type[Any], int] = {
+        dealt_ahead.AheadSetup: messages.limit(messages.SumSetup, n) + 16,
+        dealt_ahead.SignedRoster: dealt_ahead.roster_limit(k),
+        dealt_ahead.SignedSurvivors: dealt_ahead.survivors_limit(n),
+    }
+    if (most := of_ahead.get(type(message))) is not None:
+        return most
     entries: dict[type[Any], int] = {
         **dict.fromkeys((messages.SumSetup, messages.Hellos, messages.Reveals), n),
         **dict.fromkeys((messages.Roster, messages.DealtShares, messages.Deliveries, messages.Confirm), k),

@@ -67,7 +67,7 @@ def transcript_audit(run: Run) -> TranscriptAudit | None:
         if (run.info.secure_sum or {}).get("key") == "shared":
             session.unread = len(session.seen)  # ciphertexts of SEAL, which nothing here can read
         else:
-            decode(session, recorded)
+            decode(session, recorded, ahead=(run.info.secure_sum or {}).get("trips") in (2, 3))
     statistics = vector_checks(sessions, recorded, LEVEL)
     declared, models = _declared(sessions), _models(sessions)
     checks = [chained, *declared, _sizes(run, sessions), _fresh(sessions), *models, *_survivors(run, sessions)]
@@ -264,6 +264,7 @@ def _models(sessions: Sequence[RecordedSession]) -> list[Check]:
 def _survivors(run: Run, sessions: Sequence[RecordedSession]) -> list[Check]:
     """Everybody was told the same survivors, never fewer than agreed on, and as many as the history says."""
     from choral.protocols.masking import messages
+    from choral.protocols.masking.ahead.messages import SignedSurvivors
 
     name = "Everybody was told the same survivors, and enough of them"
     history = {entry.round: entry.survivors for entry in run.history if entry.round and not entry.failed}
@@ -275,7 +276,7 @@ def _survivors(run: Run, sessions: Sequence[RecordedSession]) -> list[Check]:
     for session in sessions:
         setup = session.setup
         sets: dict[tuple[int, int], set[bytes]] = {}
-        for seen, message in session.of(messages.Survivors):
+        for seen, message in session.of((messages.Survivors, SignedSurvivors)):
             sets.setdefault((seen.sum, seen.round), set()).add(message.bitmap)
             told += 1
         for (place, number), bitmaps in sorted(sets.items()):

@@ -285,11 +285,6 @@ def check_contributors(
     optimizer that moves weights without data; and for a transcript, which knows one sum in an exchange.
     """
     _check_grouped(secure_sum, algorithm, keep)
-    if (trips := getattr(secure_sum, "trips", 4)) != 4 and keep.transcript is not None:
-        raise ConfigError(
-            f"a sum in {trips} trips with a transcript: its audit knows the messages of four",
-            hint="rehearse with trips=4 for the transcript",
-        )
     if getattr(secure_sum, "contributors", None) is None:
         return
     if privacy is not None:

@@ -149,9 +149,7 @@ def test_noise_counts_on_no_more_colluders_than_the_sum_withstands() -> None:
 
 
 @pytest.mark.parametrize("trips", [2, 3])
-def test_what_few_trips_are_refused_for(trips: Any, job: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"a sum in {trips} trips with a transcript"):
-        federate(**job(), secure_sum=Masked(trips=trips), transcript="messages", out=tmp_path / "run")
+def test_what_few_trips_are_refused_for(trips: Any) -> None:
     with pytest.raises(SpecError, match="groups with sums in two or three trips"):
         Grouped(sums=Masked(corrupt=1, trips=trips), robust="median", group=5)
 
