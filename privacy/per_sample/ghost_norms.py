@@ -39,6 +39,7 @@ from typing import Protocol
 import torch
 
 from choral.privacy.errors import PrivacyError
+from choral.privacy.full_precision import exact_float32
 
 BLOCK = 1 << 10  # columns whose squares are added in float32
 _WIDE, _COLUMNS = 1 << 18, 1 << 14  # numbers, and columns, widened to float64 at once: fit the second-level cache
@@ -243,10 +244,11 @@ def written(
 def gram(rows: torch.Tensor) -> torch.Tensor:
     """Return the Gram matrices <row_t, row_s>, shape (records, T, T), float64, of `rows`, shape (records, T, d).
 
-    With up to FLOAT32_POSITIONS positions, a few columns at a time in the rows' own precision: see `_gram_norms`.
+    With up to FLOAT32_POSITIONS positions, a few columns at a time in the rows' own precision: see `_gram_norms`. In
+    float64 where torch was told to round float32.
     """
     positions = rows.shape[1]
-    if rows.dtype is torch.float64 or positions > FLOAT32_POSITIONS:
+    if rows.dtype is torch.float64 or positions > FLOAT32_POSITIONS or not exact_float32(rows.device):
         rows = _wide(rows)
         return torch.bmm(rows, rows.mT)
     total: torch.Tensor | None = None
@@ -284,6 +286,8 @@ def _gram_norms(grams: tuple[torch.Tensor, torch.Tensor], sizes: tuple[int, int,
 def _product_norms(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """Return the norms of g_i^T a_i, not below the true ones for all that float32 rounds in the products."""
     longest = (torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)
+    if not exact_float32(a.device):
+        a, g = _wide(a), _wide(g)
     return norms(torch.bmm(g.mT, a).flatten(1)) + a.shape[1] * 2.0**-24 * _wide(longest)  # (1)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from choral.privacy import UnsupportedModelError
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.full_precision import exact_float32
 from choral.privacy.per_sample import convolution_gradients, ghost_norms, layer_gradients
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
@@ -218,6 +219,33 @@ def test_norms_from_gram_matrices_are_bounds_and_close(positions: int) -> None:
     assert bool((over[:2] > -1e-9).all())
     assert bool((over[:2] < (1.5e-4 if positions <= 64 else 1e-9)).all())
     assert float(over[2]) > -1e-9
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_norms_are_of_wide_products_where_torch_was_told_to_round_float32(precision: str) -> None:
+    """Rounded to bfloat16, as some processors do then, a norm may be 2^-8 too small, and the released row too long."""
+    a, g = torch.randn(3, 8, 40), torch.randn(3, 8, 50)
+    wide = torch.bmm(a.double(), a.double().mT)
+    product = torch.bmm(g.double().mT, a.double()).flatten(1)
+    bound = 8 * 2.0**-24 * (a.norm(dim=2) * g.norm(dim=2)).sum(1).double()
+    assert not torch.equal(ghost_norms.gram(a), wide)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert not exact_float32(a.device)
+        assert torch.equal(ghost_norms.gram(a), wide)
+        found = ghost_norms._product_norms(a, g)
+        assert torch.equal(found, ghost_norms.norms(product) + bound)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert exact_float32(a.device)
+    assert not exact_float32(torch.device("mps"))
+    assert not torch.equal(ghost_norms._product_norms(a, g), found)
+
+
+def test_a_driver_that_rounds_float32_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert not exact_float32(torch.device("cuda"))
 
 
 def test_images_of_few_positions_have_gram_matrices_of_pixels() -> None:
