@@ -64,6 +64,7 @@ class CorrelatedPrivacy(Privacy):
         mechanism: "buffered" (the best for its memory: two float64 for each parameter), "banded" (32 bits for each
             band but one and parameter) or "tree" (32 bits for each level and parameter).
         bands: of "banded" alone: 1 (independent noise) to the steps of a pass; None takes at most 32.
+        noise: "distributed" with "banded" alone, for the parties of FedSGD (:mod:`choral.privacy.record_shares`).
 
     A pass that the loop breaks off, or a process that starts again, ends the correlation: what follows has new noise,
     independent of the old; it takes the place of passes that were planned, and costs no more than they would have. The

@@ -4,6 +4,7 @@
     model, optimizer, loader = party.wrap(model, loader)  # once
 
     model.load_state_dict(weights)  # each step: the server's weights,
+    party.at(row)  # of correlated noise, which row of all parties' sums it is,
     fit(model, optimizer, loader)  # a training loop over one pass of the loader,
     vector = party.take()  # int64, shape (length,), for the secure sum
 

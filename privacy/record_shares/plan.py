@@ -194,7 +194,17 @@ class BandedPlan(SharesPlan):
 
     coefficients: the column of C, Toeplitz: 1, and numbers that do not grow. noise_multiplier: of z, over the clipping
     norm; a step's own noise is C^-1 z. Each record takes part once in every `separation` steps of its party, and C has
-    at most as many bands: see docs/noise-in-shares.md for the proof, which needs nothing else of who drops out where.
+    at most as many bands.
+
+    Guarantee: a record that takes part k times pays for one Gaussian mechanism of multiplier share sqrt(h) / (|c|
+    sqrt(k) (1 + eta)), h the fewest honest parties of any sum, whoever drops out of which and begins anew after it.
+    *Proof* in short (docs/noise-in-shares.md has it all). The noise of the sums has the covariance M = sum of P_i K_i
+    P_i over honest parties i, K_i = (C_i^T C_i)^-1 of the rows that i made, P_i those of them that were opened; C_i is
+    made of blocks of C. Split a record's x into y_i = x_t / |S_t| over the rows t that i is in, S_t the parties of row
+    t. Then x^T M^-1 x <= sum of y_i^T (P_i K_i P_i)^+ y_i <= sum of y_i^T C_i^T C_i y_i, which is at most |c|^2 times
+    the sum of x_t^2 / |S_t|, since rows of the record are as far apart as C has bands, by numbers that all parties of a
+    sum share. Row by row, given those before, that bounds a sum of squared distances along every path, so that parties
+    may drop out, and begin anew, by what was opened. []
     """
 
     coefficients: tuple[float, ...]
@@ -242,6 +252,10 @@ class BandedPlan(SharesPlan):
             number=1,
             steps=1,
         )
+
+    def neighbours(self, promised: str = NEIGHBOURS) -> str:
+        """Return the neighbour relation that holds, in words: a record added would move others to other batches."""
+        return stated(promised)
 
     def _of_sums(self, survivors: Sequence[int]) -> list[RecordEvent]:
         """Of the record that took part in the sums of the fewest, whichever they were."""

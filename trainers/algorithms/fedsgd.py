@@ -15,7 +15,8 @@ post-processing of it.
 
 What a round releases: the sum of the drawn records' gradients, `steps_per_round` times. With
 ``Privacy(noise="distributed")`` each record's is clipped and the sum has noise, to which each party adds a share
-(:mod:`choral.privacy.record_shares`); B is the divisor, never the number of those drawn, nor of who survived. Without
+(:mod:`choral.privacy.record_shares`); B is the divisor, never the number of those drawn, nor of who survived. With
+``CorrelatedPrivacy(mechanism="banded", noise="distributed")`` batches are fixed, each record in one of N / B. Without
 privacy the mean is weighted by the survivors' records: sums over q times the number of records of those in the sum.
 """
 

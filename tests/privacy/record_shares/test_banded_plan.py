@@ -104,6 +104,12 @@ def test_no_noise_that_can_be_drawn_passes_the_bound() -> None:
     assert most <= plan.bound <= 1.01 * most + 3
 
 
+def test_a_record_that_is_added_would_move_others_and_so_nothing_is_said_of_it() -> None:
+    drawn = plan_shares(Privacy(2.0, DELTA, noise="distributed"), terms(declared=True))
+    assert "add or remove one record as well" in drawn.neighbours()
+    assert planned(declared=True).neighbours() == "zero out one record"
+
+
 def test_it_is_written_down_and_read_again() -> None:
     plan = planned()
     fields = dataclasses.asdict(plan)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
-from choral.audits.budgets.participation import participation_checks, participation_of
+from choral.audits.budgets.participation import _out_of_order, participation_checks, participation_of
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, parse_job
 from choral.jobs.training import privacy_of
@@ -212,6 +212,15 @@ def test_a_run_that_says_otherwise_than_its_ledgers_is_found(
     edited = dataclasses.replace(run, info=info)
     checks = participation_checks(edited, participation_of(edited))
     assert any(check.verdict == "violated" and words in check.finding for check in checks), checks
+
+
+def test_steps_out_of_turn_and_rows_made_twice_are_found_on_a_ledger(finished: Path) -> None:
+    (*rest, last) = events_of(finished)["north"]
+    assert _out_of_order([*rest, last]) == []
+    skipped = msgspec.structs.replace(last, number=14)
+    assert _out_of_order([*rest, skipped]) == ["its step 12 was charged as number 14 of its plan"]
+    again = msgspec.structs.replace(last, row=rest[-1].row)
+    assert _out_of_order([*rest, again]) == ["row 10 was made after row 10"]
 
 
 def test_a_plain_sum_takes_it_for_outsiders(task: Make) -> None:
