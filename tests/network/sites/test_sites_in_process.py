@@ -61,6 +61,7 @@ def test_the_weights_are_those_of_federate_bit_by_bit(name: str, kind: Any, open
     [
         ("record", "fedavg", {"noise": "local"}),
         ("record", "fedsgd", {"noise": "distributed"}),
+        ("record", "fedsgd", {"noise": "distributed", "mechanism": "banded", "bands": 3}),
         ("record", "gd", {"noise": "distributed"}),
         ("client", "fedavg", {"noise": "distributed", "colluders": 0, "min_survivors": 2}),
         ("client", "dane", {"noise": "local"}),
@@ -94,7 +95,9 @@ def test_each_site_pays_from_its_own_ledger_before_it_sends(
     assert verdicts == ({"clients": "holds"} if unit == "client" else dict.fromkeys(federation.names, "unverified"))
     assert found.verdict == ("holds" if unit == "client" else "unverified")
     padded = "no answer waits for a fixed time; every site, by its own program, pads each step to"
-    assert any(padded in caveat for caveat in found.caveats) == in_shares
+    banded = "mechanism" in privacy
+    assert any(padded in caveat for caveat in found.caveats) == (in_shares and not banded)
+    assert any("by a matrix of 3 bands" in caveat for caveat in found.caveats) == banded
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
