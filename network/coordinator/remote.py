@@ -28,6 +28,7 @@ from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumResult, SumSpec
 from choral.protocols.masking.ahead.floor import fewest_opened
 from choral.protocols.masking.ahead.messages import AheadSetup
+from choral.protocols.masking.ahead.server_driver import AheadServerDriver
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
@@ -211,7 +212,8 @@ class RemoteSum:
     ) -> None:
         self.sites, self.driver, self._spec, self.transcript = sites, driver, spec, transcript
         self._name, self._channel = name, channel
-        self._least = least_of(driver)  # of all parties, which is stated, and which noise is sized by
+        # Of all parties: what is stated, and what noise is sized by. 0 but in two and three trips.
+        self._least = driver.promised if isinstance(driver, AheadServerDriver) else 0
         self._members: frozenset[str] = frozenset()
         self.place = 0
 
@@ -231,22 +233,16 @@ class RemoteSum:
             self.sites.pass_on(self._channel, trip)
         setup = getattr(self.driver, "setup", None)
         roster = self._spec.parties if setup is None else setup.roster
-        if (least := least_of(self.driver)) < self._least:
+        if isinstance(setup, AheadSetup) and setup.trips == 2 and (least := fewest_opened(setup)) < self._least:
             raise TooFewSurvivorsError(
                 f"a sum in two trips of the {len(roster)} sites that are there may be over {least}, and {self._least}"
                 " are stated",
                 survivors=len(roster),
                 needed=len(roster) + 1,
                 missing=tuple(name for name in self._spec.parties if name not in roster),
-                hint="wait for the others, or take trips=3 or 4",
+                hint=f"wait for the others, state min_survivors={least}, or take trips=3 or 4",
             )
         self._members = frozenset(roster)
-
-
-def least_of(driver: ServerDriver) -> int:
-    """Over how few sites a sum in two trips may be opened by the driver's setup; 0 of other sums."""
-    setup = getattr(driver, "setup", None)
-    return fewest_opened(setup) if isinstance(setup, AheadSetup) and setup.trips == 2 else 0
 
 
 class RemoteChannel:

@@ -18,7 +18,7 @@ from choral.network.transport.certificates import CertifiedIdentity
 from choral.privacy import SharesPlan
 from choral.protocols.homomorphic.front import Homomorphic
 from choral.protocols.interface import SecureSum, SumResult, SumSpec
-from choral.protocols.masking.ahead.floor import fewest_opened
+from choral.protocols.masking.ahead.floor import promised
 from choral.protocols.masking.masked import Masked
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.analytics.releases import OpenedSums, opened_shares, to_drop, traffic_of
@@ -73,7 +73,11 @@ class SitesStatistics:
             total=total,
             noise=noise,
             survivors=result.survivors,
-            statement={"min_survivors": fewest_opened(setup), "corrupt": setup.corrupt, "name": self.secure_sum.name},
+            statement={
+                "min_survivors": promised(setup, self.secure_sum.min_survivors),
+                "corrupt": setup.corrupt,
+                "name": self.secure_sum.name,
+            },
             traffic=(up + extra[0], down + extra[1]),
             left_out=int(dropped.sum()),
             contributors=counts,

@@ -85,7 +85,9 @@ class MaskedSession(RehearsedSession):
     @property
     def statement(self) -> Mapping[str, Any]:
         setup, stated = self.server.setup, super().statement
-        return {**stated, **stated_ahead(setup)} if isinstance(setup, AheadSetup) else stated
+        return (
+            {**stated, **stated_ahead(setup, self._config.min_survivors)} if isinstance(setup, AheadSetup) else stated
+        )
 
 
 def statement_of(setup: messages.SumSetup, chosen: Parameters) -> Mapping[str, Any]:

@@ -110,7 +110,7 @@ class Sums:
             spec = SumSpec(parties=tuple(names[:many]), length=1, bound=1, directory=self.parties)
             setup = summing.setup(spec, session=bytes(16))
             if isinstance(setup, AheadSetup):
-                states = {"corrupt": setup.corrupt, **stated_ahead(setup)}
+                states = {"corrupt": setup.corrupt, **stated_ahead(setup, summing.min_survivors)}
                 for channel in fewest.values():
                     _check_promises(channel.session.statement, few, states, many)
 
@@ -136,5 +136,7 @@ def _check_promises(stated: Mapping[str, Any], few: int, states: Mapping[str, An
             raise ConfigError(
                 f"the secure sum promises {promise} = {stated[promise]} over {few} parties, and"
                 f" {states[promise]} over {many}",
-                hint="give it dropouts as a count, for both" if counted else f"give it {promise}={both}, for both",
+                hint=f"give it min_survivors={min(stated[promise], states[promise])}, for both, or dropouts as a count"
+                if counted
+                else f"give it {promise}={both}, for both",
             )

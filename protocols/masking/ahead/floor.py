@@ -124,8 +124,19 @@ def fewest_opened(setup: SumSetup) -> int:
     return setup.floor + setup.corrupt if isinstance(setup, AheadSetup) else setup.min_survivors
 
 
-def stated_ahead(setup: AheadSetup) -> Mapping[str, Any]:
-    """What is said of such a sum beyond, or in the place of, what is said of every masked one.
+def promised(setup: SumSetup, wanted: int | None) -> int:
+    """Over how few parties no sum is opened, as it is stated of rosters of every size: as many as were wanted, and as
+    leave two honest. None were wanted: what this setup comes to.
+
+    What a setup comes to is more for some rosters than for larger ones, so it promises nothing of another size.
+    """
+    if wanted is None or not isinstance(setup, AheadSetup) or setup.trips != 2:
+        return fewest_opened(setup)
+    return max(wanted, setup.corrupt + 2)
+
+
+def stated_ahead(setup: AheadSetup, wanted: int | None) -> Mapping[str, Any]:
+    """What is said of such a sum beyond, or in the place of, what is said of every masked one. wanted: as `promised`.
 
     min_survivors: over how few parties a sum may be opened at least, which is what noise is sized by; of two trips
     these are fewer than the parties ask for.
@@ -134,7 +145,7 @@ def stated_ahead(setup: AheadSetup) -> Mapping[str, Any]:
     if setup.trips == 3:
         return facts
     return facts | {
-        "min_survivors": fewest_opened(setup),
+        "min_survivors": promised(setup, wanted),
         "asked_survivors": setup.min_survivors,
         "trust": (
             f"The server may do whatever it likes and may collude with up to {setup.corrupt} of {len(setup.roster)}"

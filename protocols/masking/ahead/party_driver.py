@@ -59,17 +59,6 @@ class AheadPartyDriver(MaskedPartyDriver):
         super()._hold(setup, raw)
         self._dealt = None
 
-    def _limit(self) -> int:
-        if (setup := self._setup) is None:
-            return super()._limit()
-        n, k, limit = len(setup.roster), setup.neighbours, messages.limit
-        opening = limit(messages.Reveals, n) + limit(messages.Begin)
-        parts = (
-            opening + limit(messages.Deliveries, k),
-            limit(messages.Roster, k) + max(ahead.survivors_limit(n), limit(messages.Confirmations, k)),
-        )
-        return max(super()._limit(), *(limit(messages.Bundle, part) for part in parts))
-
     def handle(self, raw: bytes) -> Answer:
         """See :class:`choral.protocols.driver.PartyDriver`. Raises: as the masked sum's driver."""
         try:

@@ -23,6 +23,7 @@ from choral.protocols.errors import TooFewSurvivorsError
 from choral.protocols.interface import SumSpec
 from choral.protocols.masking import messages, signing
 from choral.protocols.masking.ahead import messages as ahead
+from choral.protocols.masking.ahead.floor import promised
 from choral.protocols.masking.ahead.server_stages import KeysAhead, Riding, Vectors
 from choral.protocols.masking.server.driver import NO_TRAINING, MaskedServerDriver, ServerContext, bundle
 from choral.protocols.masking.server.round_stages import Sharing, Uploading
@@ -49,6 +50,11 @@ class AheadServerDriver(MaskedServerDriver):
         self._trips = trips
         self._dealt: _Dealt | None = None
         self._asked = 0  # the last round that keys were asked for
+
+    @property
+    def promised(self) -> int:
+        """Over how few parties no sum is opened, as it is stated."""
+        return promised(self.setup, self._config.min_survivors)
 
     def open(self) -> Iterator[Trip]:
         """See :class:`choral.protocols.driver.ServerDriver`."""

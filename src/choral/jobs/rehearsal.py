@@ -315,7 +315,7 @@ def _site_table(name: str, offer: Offer, place: Mapping[str, Any], port: int, *,
 def _sum_table(offer: Offer) -> dict[str, Any]:
     from choral.network.site.terms import setup_of, sum_of
     from choral.protocols.homomorphic.front import Homomorphic
-    from choral.protocols.masking.ahead.floor import fewest_opened
+    from choral.protocols.masking.ahead.floor import promised
     from choral.protocols.masking.masked import Masked
 
     summing, parties = sum_of(offer.secure_sum), len(offer.parties)
@@ -328,7 +328,7 @@ def _sum_table(offer: Offer) -> dict[str, Any]:
     return {
         "kinds": [summing.name],
         "corrupt": setup.corrupt,
-        "minimum_cohort": fewest_opened(setup),
+        "minimum_cohort": promised(setup, summing.min_survivors),
         "minimum_threshold": max(2, setup.threshold),
         "server": setup.server,
         "security_bits": min(40, setup.security_bits),

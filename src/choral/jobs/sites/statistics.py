@@ -157,7 +157,7 @@ def _shares_plan(
     """Of the noise that the sites add up, each its share. Raises: ConfigError for a sum that withstands too few."""
     from choral.network.site.terms import setup_of
     from choral.privacy import SharesTerms, plan_shares
-    from choral.protocols.masking.ahead.floor import fewest_opened
+    from choral.protocols.masking.ahead.floor import promised
 
     setup = setup_of(secure_sum, names)
     if setup.corrupt < privacy.colluders:
@@ -170,7 +170,7 @@ def _shares_plan(
         batch_size=records,
         steps=1,
         parties=len(names),
-        min_survivors=fewest_opened(setup),
+        min_survivors=promised(setup, secure_sum.min_survivors),
         length=length,
         most_records=most,
     )

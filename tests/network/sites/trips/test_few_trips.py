@@ -221,3 +221,7 @@ def test_a_session_of_fewer_sites_is_not_opened_over_fewer_than_is_stated(tmp_pa
     )
     with pytest.raises(TooFewSurvivorsError, match="of the 6 sites that are there may be over 5, and 6 are stated"):
         served(carrier, settings)
+    stated = replace(settings, secure_sum=replace(settings.secure_sum, min_survivors=5))
+    run, _ = served(carrier, replace(stated, serve=replace(stated.serve, job="stated")))
+    assert [entry.survivors for entry in run.history] == [0, 6, 6]
+    assert (run.info.secure_sum or {})["min_survivors"] == 5

@@ -824,3 +824,13 @@ def test_no_coalition_below_the_threshold_opens_a_seed(net: Network) -> None:
     ]
     assert len(set(four)) == 1
     del trips
+
+
+def test_no_bundle_of_a_round_is_longer_than_a_setup_may_be() -> None:
+    """So what a party reads at most, which is as long as a setup, is long enough for all that comes ahead."""
+    for parties in range(2, 65):
+        around, limit = parties - 1, messages.limit
+        begin = limit(messages.Reveals, parties) + limit(messages.Begin) + limit(messages.Deliveries, around)
+        told = max(ahead.survivors_limit(parties), limit(messages.Confirmations, around))
+        for size in (begin, limit(messages.Roster, around) + told):
+            assert limit(messages.Bundle, size) < limit(messages.SumSetup, parties)

@@ -20,6 +20,7 @@ from choral.jobs.training import secure_sum_of
 from choral.privacy import ClientPrivacyEngine, Ledger
 from choral.protocols import Grouped, SpecError, SumSpec
 from choral.protocols.interface import SumResult
+from choral.protocols.masking.ahead.floor import fewest_opened
 from choral.trainers import Participation
 from choral.trainers.federated.codec import ClientCodec
 from choral.trainers.federated.record_shares.checks import fewest_survivors
@@ -179,8 +180,18 @@ def test_rosters_of_another_size_are_promised_no_less(job: Any, parties: Any) ->
     assert (few.floor, many.floor) == (4, 5)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="promises min_survivors = 5 over 6 parties, and 4 over 7") as error:
         federate(**given, participation=rule, secure_sum=Masked(corrupt=1, trips=2))
-    assert "dropouts as a count" in str(error.value.hint)
+    assert error.value.hint == "give it min_survivors=4, for both, or dropouts as a count"
     federate(**given, participation=rule, secure_sum=Masked(corrupt=1, dropouts=1, trips=2))
+
+
+def test_a_smallest_sum_that_is_asked_for_is_what_rosters_of_every_size_are_promised(job: Any, parties: Any) -> None:
+    """At worst five of six are in a sum, and four of seven: four are asked for and stated, and four there are."""
+    ten = dict.fromkeys(TEN, parties["north"])
+    summing = Masked(corrupt=1, dropouts=1, min_survivors=4, trips=2)
+    specs = (SumSpec(parties=TEN[:n], length=1, bound=1, directory=10) for n in (6, 7))
+    assert [fewest_opened(summing.setup(spec, session=bytes(16))) for spec in specs] == [5, 4]
+    run = federate(**job(parties=ten, rounds=1), participation=Participation(cohort=9, least=6), secure_sum=summing)
+    assert (run.info.secure_sum or {})["min_survivors"] == 4
 
 
 def test_trips_in_a_settings_file() -> None:
