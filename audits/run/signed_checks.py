@@ -151,9 +151,11 @@ def _of_receipts(run: Run, evidence: Evidence) -> list[str]:
         away = said["party"] in run.info.sites  # with its ledger
         if led and not away and (ledger is None or _head(ledger, led["events"][1]) != led["after"]):
             found.append(f"the ledger of {said['party']} is not the one of its receipt of round {said['round']}")
+    whole = int((run.info.algorithm or {}).get("steps_per_round", 1))
     for entry in run.history[1:]:
         here = rounds.get(entry.round, [])
-        survived = sum(bool(said["sums"]) and said["sums"][-1]["in_sum"] for said in here)
+        counts = [said for said in here if not entry.failed or len(said["sums"]) >= whole]  # else its last sum failed
+        survived = sum(bool(said["sums"]) and said["sums"][-1]["in_sum"] for said in counts)
         known = here or (rounds and entry.survivors and not run.info.sites)  # which have their receipts themselves
         lost = (entry.selected or 0) - len(here)  # of a site that is killed between its answer and its receipt
         if known and lost > 0 and run.info.sites:

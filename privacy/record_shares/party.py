@@ -230,7 +230,7 @@ class SharesParty:
         and that each is taken with probability plan.terms.rate: sampling is not done here.
         Raises: PrivacyError (another shape or type, or a plan that samples), BudgetExceededError, LedgerError.
         """
-        if self.plan.terms.rate != 1 or self._noise is not None:
+        if self.plan.terms.rate != 1:
             raise PrivacyError(
                 "the plan draws records at random, and a total is of all of them",
                 hint="Plan with batch_size = records.",

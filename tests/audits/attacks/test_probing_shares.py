@@ -219,7 +219,7 @@ def test_the_honest_steps_of_banded_noise_pass(seeded: Callable[..., SharesParty
     [
         pytest.param(
             shared_out((2 / 4) ** 0.5), "Noise is as large as claimed", 2 / 4, marks=pytest.mark.slow
-        ),  # for all
+        ),  # sized for all parties
         (shared_out((2 / 3) ** 0.5), "Noise is as large as claimed", 2 / 3),  # no margin for the colluder
         (of_white_noise, "Noise is never used twice", None),  # C mixes neighbouring steps' into one
         (always_the_first_batch, "Each record takes part once a pass, in the same step", None),

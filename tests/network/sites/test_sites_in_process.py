@@ -61,7 +61,9 @@ def test_the_weights_are_those_of_federate_bit_by_bit(name: str, kind: Any, open
     [
         ("record", "fedavg", {"noise": "local"}),
         ("record", "fedsgd", {"noise": "distributed"}),
-        ("record", "fedsgd", {"noise": "distributed", "mechanism": "banded", "bands": 3}),
+        pytest.param(
+            "record", "fedsgd", {"noise": "distributed", "mechanism": "banded", "bands": 3}, marks=pytest.mark.slow
+        ),
         ("record", "gd", {"noise": "distributed"}),
         ("client", "fedavg", {"noise": "distributed", "colluders": 0, "min_survivors": 2}),
         ("client", "dane", {"noise": "local"}),

@@ -17,6 +17,7 @@ import torch
 
 from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
 from choral.audits.budgets.participation import _out_of_order, participation_checks, participation_of
+from choral.audits.run.signed_checks import _of_receipts, evidence_in
 from choral.errors import ConfigError
 from choral.jobs.settings import Arm, Settings, parse_job
 from choral.jobs.training import privacy_of
@@ -154,6 +155,21 @@ def test_whoever_drops_out_begins_anew_and_the_others_go_on(
     for name, events in events_of(tmp_path / "run").items():
         assert [event.number for event in events] == list(range(1, len(events) + 1)), name
     assert audit(tmp_path / "run").verdict == "holds"
+
+
+def test_a_round_that_failed_after_its_first_sums_is_no_violation(task: Make, tmp_path: Path) -> None:
+    """Receipts of those sums are right. Of a round that came to its end they say who survived, whatever is written."""
+    lossy = Participation(dropouts=Dropouts(keys=0.12), draw="seed", patience=3)
+    private(task(), participation=lossy, keep=Keep(out=tmp_path / "run"))
+    run = Run.load(tmp_path / "run")
+    sums = [len(said["sums"]) for said in evidence_in(run.folder).rounds if run.history[said["round"]].failed]
+    assert 0 < max(sums) < 4
+    assert audit(run).verdict == "holds"
+    whole = private(task(), rounds=1, keep=Keep(out=tmp_path / "whole"))
+    edited = [whole.history[0], msgspec.structs.replace(whole.history[1], survivors=0, failed="too few")]
+    evidence = evidence_in(whole.folder)
+    assert _of_receipts(whole, evidence) == []
+    assert "5 by receipts" in _of_receipts(dataclasses.replace(whole, history=tuple(edited)), evidence)[0]
 
 
 def test_a_killed_run_goes_on_with_the_next_step_and_new_noise(
