@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from choral.network.errors import (
     BusyError,
@@ -15,7 +17,7 @@ from choral.network.errors import (
     TransportError,
 )
 from choral.network.transport.channel import FrameChannel, named
-from choral.network.transport.frames import REPLY, REQUEST, ArrivingMessage, Frame, Kind, unpack
+from choral.network.transport.frames import FRAME_BYTES, REPLY, REQUEST, ArrivingMessage, Frame, Kind, unpack
 
 _UNANSWERED = 64  # requests given up that the other end still owes a word on
 
@@ -57,14 +59,17 @@ class Asking:
         self._last += 1
         stream, pending = self._last, _OpenRequest(reply_limit, asyncio.get_running_loop().create_future())
         self._pending[stream] = pending
-        sending = asyncio.create_task(
-            self._send(stream, pending, REQUEST.pack(identifier, len(body), reply_limit), body)
-        )
+        head, unsent = REQUEST.pack(identifier, len(body), reply_limit), True
+        sending: asyncio.Task[None] | None = None
         try:
+            await self._send(pending, self.channel.begin_message(Kind.REQUEST, stream, head, body))  # in their order
+            if unsent := len(body) > FRAME_BYTES:
+                sending = asyncio.create_task(self._send(pending, self.channel.end_message(stream, body)))
             return await pending.answer
         finally:
-            unsent = not sending.done()
-            sending.cancel()
+            if sending is not None:
+                unsent = not sending.done()
+                sending.cancel()
             if not pending.answer.done() or pending.answer.cancelled():
                 pending.answer.cancel()
                 if pending.message is not None:
@@ -101,9 +106,9 @@ class Asking:
                 pending.answer.set_exception(error)
         self._pending.clear()
 
-    async def _send(self, stream: int, pending: _OpenRequest, head: bytes, body: memoryview) -> None:
+    async def _send(self, pending: _OpenRequest, part: Coroutine[Any, Any, None]) -> None:
         try:
-            await self.channel.send_message(Kind.REQUEST, stream, head, body)
+            await part
         except TransportError as error:
             if not pending.answer.done():
                 pending.answer.set_exception(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 
 from choral.network.errors import FrameError, PeerLostError, RefusedError, TransportError
 from choral.network.transport.frames import FRAME_BYTES, HEADER, Frame, Kind, header, read_header
@@ -12,6 +13,7 @@ from choral.network.transport.pinned_tls import in_words
 
 Buffer = bytes | bytearray | memoryview
 _CLOSING = 2.0  # seconds for an orderly end of TLS
+_HELD = 2 * FRAME_BYTES  # that may wait for the other end before a sender waits, too
 _OVERHEAD = 64  # bytes that a frame costs beside its payload, about
 
 REASONS = {
@@ -40,7 +42,9 @@ class FrameChannel:
         self._lock = asyncio.Lock()
         self._bytes = Meter(limits.bytes_a_minute, limits.bytes_a_minute / 60 + FRAME_BYTES)
         self._frames = Meter(limits.frames_a_minute, limits.frames_a_minute)
-        writer.transport.set_write_buffer_limits(high=2 * FRAME_BYTES)
+        writer.transport.set_write_buffer_limits(high=_HELD)
+        self._until = math.inf  # when the frame that is waited for must be here
+        self._timer: asyncio.TimerHandle | None = None
 
     async def send(self, kind: Kind, stream: int = 0, payload: Buffer = b"") -> None:
         """Write one frame and wait until there is room for another. Never leaves half a frame.
@@ -48,7 +52,7 @@ class FrameChannel:
         Raises:
             PeerLostError: the connection is gone, or the other end took nothing for too long.
         """
-        await self._write([header(kind, stream, len(payload)), payload])
+        await self._write(b"".join((header(kind, stream, len(payload)), payload)))
 
     async def send_message(self, kind: Kind, stream: int, head: bytes, body: memoryview) -> None:
         """Write a message: its head, its bytes as DATA. Frames of others may come in between.
@@ -56,22 +60,33 @@ class FrameChannel:
         Raises:
             PeerLostError: as `send`.
         """
+        await self.begin_message(kind, stream, head, body)
+        await self.end_message(stream, body)
+
+    async def begin_message(self, kind: Kind, stream: int, head: bytes, body: memoryview) -> None:
+        """Its head and its first bytes, which are all of a small one. Raises: as `send`."""
         first = body[:FRAME_BYTES]
         parts: list[Buffer] = [header(kind, stream, len(head)), head]
         if len(first):
             parts += [header(Kind.DATA, stream, len(first)), first]
-        await self._write(parts)
+        await self._write(b"".join(parts))  # of small ones TLS makes one record
+
+    async def end_message(self, stream: int, body: memoryview) -> None:
+        """The rest of its bytes. Raises: as `send`."""
         for start in range(FRAME_BYTES, len(body), FRAME_BYTES):
             await asyncio.sleep(0)  # others have their turn, and an end of the connection is heard of
             await self.send(Kind.DATA, stream, body[start : start + FRAME_BYTES])
 
-    async def _write(self, parts: list[Buffer]) -> None:
+    async def _write(self, raw: bytes) -> None:
         async with self._lock:
-            if self._writer.transport.is_closing():
+            transport = self._writer.transport
+            if transport.is_closing():
                 raise PeerLostError("the connection is closed", peer=self.peer)
             try:
+                self._writer.write(raw)
+                if transport.get_write_buffer_size() < _HELD:
+                    return
                 async with asyncio.timeout(self.limits.silence):
-                    self._writer.writelines(parts)
                     await self._writer.drain()
             except TimeoutError:
                 self.abort()
@@ -87,10 +102,10 @@ class FrameChannel:
             PeerLostError: the connection is gone, or nothing whole came for too long.
             FrameError: the bytes are no frame. Nothing can be read after that.
         """
+        self._expect()
         try:
-            async with asyncio.timeout(self.limits.silence):
-                kind, stream, length = read_header(await self._reader.readexactly(HEADER.size))
-                payload = await self._reader.readexactly(length) if length else b""
+            kind, stream, length = read_header(await self._reader.readexactly(HEADER.size))
+            payload = await self._reader.readexactly(length) if length else b""
         except TimeoutError:
             raise PeerLostError(f"nothing heard for {self.limits.silence:g} s", peer=self.peer) from None
         except asyncio.IncompleteReadError as error:
@@ -98,6 +113,8 @@ class FrameChannel:
             raise PeerLostError(f"hung up {where}".strip(), peer=self.peer) from None
         except OSError as error:
             raise PeerLostError(f"the connection broke ({in_words(error)})", peer=self.peer) from None
+        finally:
+            self._until = math.inf
         self.heard += 1
         wait = self._bytes.take(length + _OVERHEAD)
         if kind is not Kind.DATA:
@@ -105,6 +122,20 @@ class FrameChannel:
         if wait:
             await asyncio.sleep(wait)
         return Frame(kind, stream, payload)
+
+    def _expect(self) -> None:
+        """A frame must be here within `limits.silence`. One timer looks after all of them, for most come at once."""
+        loop = asyncio.get_running_loop()
+        self._until = loop.time() + self.limits.silence
+        if self._timer is None:
+            self._timer = loop.call_at(self._until, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if loop.time() >= self._until:
+            self._reader.set_exception(TimeoutError())
+        elif self._until < math.inf:
+            self._timer = loop.call_at(self._until, self._look, loop)
 
     async def next(self) -> Frame:
         """The next frame that is about a request: beats are taken, probes answered, an end said is an error.
@@ -156,6 +187,9 @@ class FrameChannel:
             self.abort()
 
     def abort(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._writer.transport.abort()
 
 

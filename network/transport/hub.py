@@ -186,6 +186,8 @@ class Hub:
             raise PeerLostError(f"{lost} within {timeout:g} s", peer=name) from None
 
     async def _session_within(self, name: str, away: float | None) -> Asking:
+        if not self._closed and name in self._directory and name in self._sessions:
+            return self._sessions[name][0]
         try:
             async with asyncio.timeout(away):
                 return await self._session(name)
