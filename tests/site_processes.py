@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import warm_python
 from site_federation import NO_PROMISE, Federation, approved_at, offer_for, toml_of, write_directory
 
 from choral.jobs.settings import Settings
@@ -73,7 +75,8 @@ class Proxy:
 class Processes:
     """The sites' processes, and what of the coordinator is on disk.
 
-    prefix: words before those of each site's command. environment: of the sites' processes. running: start them.
+    prefix: words before those of each site's command. environment: of the sites' processes. running: start them. warm:
+    forked where torch is imported already, unless their command or their environment is another than usual.
     promise: of their data, as site.toml says it.
     """
 
@@ -84,6 +87,7 @@ class Processes:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] = ENVIRONMENT,
         running: bool = True,
+        warm: bool = True,
         promise: str = NO_PROMISE,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -93,13 +97,18 @@ class Processes:
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
         write_directory(self.federation)
         self._prefix, self._environment = prefix, environment
+        self._warm = warm and not prefix and environment is ENVIRONMENT
         for name in self.federation.names if running else ():
             self.start(name)
 
     def start(self, name: str) -> None:
-        words = [*self._prefix, sys.executable, "-m", "choral", "join", str(self.path / name)]
+        words = ["-m", "choral", "join", str(self.path / name)]
         with (self.path / f"{name}.log").open("ab") as log:
-            self.sites[name] = subprocess.Popen(words, stdout=log, stderr=log, env=self._environment, cwd=self.path)
+            given: Any = {"stdout": log, "stderr": log, "env": self._environment, "cwd": self.path}
+            if self._warm:
+                self.sites[name] = warm_python.start(words, **given)
+            else:
+                self.sites[name] = subprocess.Popen([*self._prefix, sys.executable, *words], **given)
 
     def kill(self, name: str) -> None:
         self.sites[name].kill()

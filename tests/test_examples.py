@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(*words: str, cwd: Path) -> str:
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=True).stdout
+    done = warm_python.run(list(words), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
 
 
 def test_private_loop_adds_three_lines():

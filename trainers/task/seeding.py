@@ -196,7 +196,7 @@ def _parts(thing: Any) -> Iterator[Any]:
             if name not in ("_iterator", "_parameters", "_buffers"):
                 yield value
         yield from (getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ()))
-        yield from type(thing).__mro__
+        yield from (kind for kind in type(thing).__mro__ if not _foreign(kind.__module__))
 
 
 def _named_by(function: types.FunctionType) -> Iterator[Any]:

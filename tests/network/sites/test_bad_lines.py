@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from site_federation import Federation
 from site_processes import ENVIRONMENT, PATIENT, Processes, until
 
@@ -86,8 +86,8 @@ def test_a_line_that_crawls_breaks_and_stalls_costs_its_site_rounds_and_hangs_no
 
 
 def joined(folder: Path) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "choral", "join", str(folder), "--patience", "1"]
-    return subprocess.Popen(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words = ["-m", "choral", "join", str(folder), "--patience", "1"]
+    return warm_python.start(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_who_is_not_who_was_pinned_reads_why_and_so_does_the_other_end(

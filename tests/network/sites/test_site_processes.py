@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from site_federation import (
     ALGORITHMS,
     Federation,
@@ -47,13 +46,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 @pytest.mark.slow  # 380 MB with torch's CPU build; its CUDA build alone takes 600
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read in /proc")
-def test_a_site_that_waits_takes_at_most_400_mb(running: Processes) -> None:
-    """Resident, before any job: that of a site which waits for its coordinator. It comes first here for this."""
-    for name, process in running.sites.items():
-        until(lambda name=name: "not connected" in running.log(name), "a site that waits")  # type: ignore[misc]
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-        assert 50_000 < kib <= 400_000, (name, kib)
+def test_a_site_that_waits_takes_at_most_400_mb(tmp_path: Path) -> None:
+    """Resident, before any job: that of a site which waits for its coordinator."""
+    running = Processes(tmp_path, warm=False)
+    try:
+        for name, process in running.sites.items():
+            until(lambda name=name: "not connected" in running.log(name), "a site that waits")  # type: ignore[misc]
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+            assert 50_000 < kib <= 400_000, (name, kib)
+    finally:
+        running.close()
 
 
 @pytest.mark.parametrize(("kind", "trips"), [("fedavg", 4), ("dane", 3)])
@@ -121,7 +124,7 @@ def test_a_coordinator_that_is_killed_in_a_round_gives_it_up_and_goes_on(running
     settings = running.settings(training=Training(rounds=4, batch_size=8, learning_rate=0.1))
     words = running.job("stopped", settings)
     with running.paused("east", 2):
-        process = subprocess.Popen([sys.executable, "-m", "choral", *words], env=ENVIRONMENT)
+        process = warm_python.start(["-m", "choral", *words], env=ENVIRONMENT)
         until(lambda: running.in_fit("east") == "2", "the training of round 2")
         process.kill()
         process.wait()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 from site_federation import CODE, NO_PROMISE, PROMISE, Direct, Federation, approved_at, private_sites, records_of
 from site_processes import ENVIRONMENT, Processes
 from site_statistics import ASKED, NAMES, PRIVATE, RARE, SHARED, computed, settings_of, with_files
@@ -266,14 +265,14 @@ low = -4
 high = 4
 """
     )
-    words = [sys.executable, "-m", "choral", "stats", str(settings), "--directory", str(tmp_path / "directory.toml")]
+    words = ["-m", "choral", "stats", str(settings), "--directory", str(tmp_path / "directory.toml")]
     offer = tmp_path / "offer.json"
-    subprocess.run([*words, "--offer", str(offer)], check=True, env=ENVIRONMENT, capture_output=True)
+    warm_python.run([*words, "--offer", str(offer)], check=True, env=ENVIRONMENT, capture_output=True)
     try:
         for name in federation.names:
             approved_at(federation, name, Offer.read(offer.read_bytes()))
             processes.start(name)
-        subprocess.run([*words, "--out", str(tmp_path / "out")], check=True, env=ENVIRONMENT, timeout=120)
+        warm_python.run([*words, "--out", str(tmp_path / "out")], check=True, env=ENVIRONMENT, timeout=120)
     finally:
         processes.close()
     found = json.loads((tmp_path / "out" / "statistics.json").read_bytes())

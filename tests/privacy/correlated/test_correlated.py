@@ -9,8 +9,6 @@ import copy
 import dataclasses
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
+import warm_python
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -275,7 +274,7 @@ _, _, loader = CorrelatedPrivacy(epsilon=3.0, delta=1e-3, ledger={str(path)!r}).
 for batch in loader:
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert warm_python.run(["-c", code], check=False).returncode == -9
     assert [(event.steps, event.number) for event in Ledger(path).events] == [(10, 1)]
 
 

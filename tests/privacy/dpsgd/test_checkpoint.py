@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 
 from choral.errors import ConfigError
 from choral.privacy import (
@@ -126,11 +125,11 @@ for epoch in range(4 if state else 6):
 if state:
     next(iter(loader))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert warm_python.run(["-c", code], check=False).returncode == -9
     state = torch.load(file, weights_only=True)["optimizer"]
     assert len(Ledger(ledger).events) == 2
     assert (state["privacy"]["events"], state["privacy"]["passes_left"], state["state"][0]["step"]) == (1, 5, 10)
-    second = subprocess.run([sys.executable, "-c", code, "resume"], check=False, capture_output=True, text=True)
+    second = warm_python.run(["-c", code, "resume"], check=False, capture_output=True, text=True)
     assert "planned for 4 passes over the data, and all are used" in second.stderr  # the fifth, which it tries
     events = Ledger(ledger).events  # each line verified
     assert [e.steps for e in events] == [10] * 6

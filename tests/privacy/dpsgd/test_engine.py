@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import warm_python
 from torch.utils.data import DataLoader, Dataset
 
 from choral.errors import ConfigError
@@ -262,7 +261,7 @@ _, _, loader = Privacy(epsilon=3.0, delta=1e-3, ledger={str(path)!r}).wrap(
 for batch in loader:
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert warm_python.run(["-c", code], check=False).returncode == -9
     assert [event.steps for event in Ledger(path).events] == [10]
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
@@ -157,7 +157,7 @@ except PrivacyError as error:
 """
     for size, said in ((1, ["wrapped"]), (2, ["torch.distributed runs 2 processes", "its own data"])):
         ranks = [
-            subprocess.Popen([sys.executable, "-c", code, str(rank), str(size)], stdout=subprocess.PIPE, text=True)
+            warm_python.start(["-c", code, str(rank), str(size)], stdout=subprocess.PIPE, text=True)
             for rank in range(size)
         ]
         for heard in [rank.communicate(timeout=120)[0] for rank in ranks]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from flat_arguments import centralize
 
 from choral import Privacy, Run
@@ -76,8 +77,8 @@ def in_two_processes(tmp_path, path, out):
     """Exit codes and errors of both, started with torchrun's variables on the loopback interface."""
     port = str(free_port())
     processes = [
-        subprocess.Popen(
-            [sys.executable, path, str(out), "parallel"],
+        warm_python.start(
+            [path, str(out), "parallel"],
             env=environment(
                 RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
             ),
@@ -143,8 +144,8 @@ def test_the_command_line_under_torchrun(tmp_path):
     """One of the two processes speaks, and the cloud's arm is data-parallel; comparing is for one process."""
     settings = ROOT / "examples" / "digits.toml"
     words = [str(settings), "--arm", "cloud", "--training.rounds", "2", "--out"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "choral"]
-    done = subprocess.run(
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "choral"]
+    done = warm_python.run(
         [*start, "train", *words, str(tmp_path / "two")], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from safetensors.torch import load_file
 
 from choral.trainers import Run
@@ -40,8 +41,8 @@ def start(kind: str, folder: Path, size: int) -> list[subprocess.Popen[str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), kind, str(folder)],
+        warm_python.start(
+            [str(PROGRAM), kind, str(folder)],
             env=environment(rank, size, port) if size > 1 else os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

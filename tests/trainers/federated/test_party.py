@@ -38,6 +38,7 @@ from choral.trainers.task.flat_vector import Layout
 
 PATIENCE = 60.0  # seconds for one answer, on a busy machine
 PRELOADED = ["choral.trainers.federated.federate", "choral.privacy.per_sample.model", "choral.protocols.masking.masked"]
+PRELOADED += ["torch._dynamo"]  # an optimizer's first step imports it
 """What every party's process would take seconds to import: once, in the process that they are forked from."""
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import secrets
-import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -16,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import warm_python
 from flat_arguments import centralize, federate
 
 from choral import Homomorphic, Masked, Privacy, Run, audit
@@ -231,14 +229,14 @@ print(run.spent.epsilon)
 
 def test_killed_process_loses_at_most_the_round_in_progress(tmp_path):
     folder, script = tmp_path / "run", SCRIPT.replace("ROUNDS", "400")
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.DEVNULL)
+    process = warm_python.start(["-c", script, str(folder)], stdout=subprocess.DEVNULL)
     history = folder / "history.jsonl"
     deadline = time.monotonic() + 120
     while not (history.is_file() and len(history.read_bytes().splitlines()) > 4):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     lines = history.read_bytes().splitlines()
     kept = Run.load(folder)
@@ -247,9 +245,7 @@ def test_killed_process_loses_at_most_the_round_in_progress(tmp_path):
     charged = [path.read_bytes().count(b"\n") for path in (folder / "ledger").iterdir()]
     assert min(charged) >= len(kept.history) - 1
     # To go on, the plan must be the same; what was charged before stays charged.
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("ROUNDS", "401"), str(folder)], capture_output=True, text=True
-    )
+    done = warm_python.run(["-c", SCRIPT.replace("ROUNDS", "401"), str(folder)], capture_output=True, text=True)
     assert "cannot resume: rounds was 400, now it is 401" in done.stderr
     assert {path.name: path.read_bytes() for path in (folder / "ledger").iterdir()} == before
 
@@ -378,12 +374,10 @@ def test_a_folder_is_another_processs_for_as_long_as_that_writes(job, tmp_path, 
     answers = []
 
     def ask(_):
-        answers.append(subprocess.run([sys.executable, "-c", ASKING, place, "shared"], input=b"").returncode)
+        answers.append(warm_python.run(["-c", ASKING, place, "shared"], stdin=subprocess.DEVNULL).returncode)
 
     place.parent.mkdir(exist_ok=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", ASKING, place, "shared"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    holder = warm_python.start(["-c", ASKING, place, "shared"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(RunFolderError, match="another process is writing"):
         trainer(**job(rounds=3), out=tmp_path / "run", resume=resume)

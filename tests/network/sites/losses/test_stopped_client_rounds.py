@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from site_federation import PROMISE, Direct, Federation, algorithm, private_sites, served
 from site_processes import ENVIRONMENT, Processes, until
 from site_rounds import InRound, a_job
@@ -74,7 +73,7 @@ def test_a_coordinator_that_is_killed_with_noise_of_clients_loses_that_round_alo
         settings = running.settings(privacy=PRIVACY, training=Training(rounds=4, batch_size=8, learning_rate=0.1))
         words = running.job("killed", settings)
         with running.paused("east", number):
-            process = subprocess.Popen([sys.executable, "-m", "choral", *words], env=ENVIRONMENT)
+            process = warm_python.start(["-m", "choral", *words], env=ENVIRONMENT)
             until(lambda: running.in_fit("east") == str(number), f"the training of round {number}")
             process.kill()
             process.wait()

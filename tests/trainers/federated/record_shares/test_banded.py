@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 from choral import Keep, Masked, Participation, Plain, Privacy, audit, federate
 from choral.audits.budgets.participation import _out_of_order, participation_checks, participation_of
@@ -177,7 +176,7 @@ def test_a_killed_run_goes_on_with_the_next_step_and_new_noise(
 ) -> None:
     """Killed with its sixth row made: rows 0 to 5 do not come again, and steps go on at the seventh."""
     folder = tmp_path / "run"
-    died = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, check=False)
+    died = warm_python.run(["-c", SCRIPT, str(folder)], capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert {len(events) for events in events_of(folder).values()} == {6}
     run = private(task(), keep=Keep(out=folder, resume=True))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import warm_python
 from torch import nn
 
 from choral import ClientPrivacy, Keep, Masked, Participation, Plain, Privacy, audit, federate
@@ -92,9 +91,7 @@ def test_a_killed_process_has_paid_for_every_vector_that_it_made(
     Begun again, the round of those steps is made anew, and one round is missing in the end.
     """
     folder = tmp_path / "run"
-    died = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), where, str(count)], capture_output=True, text=True, check=False
-    )
+    died = warm_python.run(["-c", SCRIPT, str(folder), where, str(count)], capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     made = dict.fromkeys(task().parties, paid)
     if where == "take":  # the third party of the sixth step had paid, and its vector was not yet taken
