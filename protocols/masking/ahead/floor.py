@@ -144,12 +144,15 @@ def stated_ahead(setup: AheadSetup, wanted: int | None) -> Mapping[str, Any]:
     facts = {"trips": setup.trips, "honest_floor": setup.floor}
     if setup.trips == 3:
         return facts
+    fewest = promised(setup, wanted)
+    honest = fewest - setup.corrupt
     return facts | {
-        "min_survivors": promised(setup, wanted),
+        "honest_floor": honest,
+        "min_survivors": fewest,
         "asked_survivors": setup.min_survivors,
         "trust": (
             f"The server may do whatever it likes and may collude with up to {setup.corrupt} of {len(setup.roster)}"
-            f" parties: together they learn one sum over at least {setup.floor} of the others, and no single vector of"
+            f" parties: together they learn one sum over at least {honest} of the others, and no single vector of"
             " theirs. In two trips nobody confirms who is in it: the server may choose that, and leave out more than it"
             f" says.{COHORT_TRUST[setup.cohort]} Each party trusts its pinned directory of identities, which in this"
             " in-process run was made by the process itself."

@@ -191,7 +191,9 @@ def test_a_smallest_sum_that_is_asked_for_is_what_rosters_of_every_size_are_prom
     specs = (SumSpec(parties=TEN[:n], length=1, bound=1, directory=10) for n in (6, 7))
     assert [fewest_opened(summing.setup(spec, session=bytes(16))) for spec in specs] == [5, 4]
     run = federate(**job(parties=ten, rounds=1), participation=Participation(cohort=9, least=6), secure_sum=summing)
-    assert (run.info.secure_sum or {})["min_survivors"] == 4
+    stated = run.info.secure_sum or {}
+    assert (stated["min_survivors"], stated["honest_floor"]) == (4, 3)
+    assert "one sum over at least 3 of the others" in stated["trust"]
 
 
 def test_trips_in_a_settings_file() -> None:
