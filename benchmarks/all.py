@@ -167,7 +167,10 @@ PARTS: dict[str, Part] = {
         ("homomorphic.py", "--only", "speed"), ("--length", "100000", "--repeats", "1"), 300, of_split
     ),
     "step": Part(
-        ("dp_step.py", "--only", "cnn", "transformer", "linear"), ("--only", "linear", "--repeats", "1"), 900, of_step
+        ("dp_step.py", "--only", "cnn", "transformer", "linear", "deep transformer", "resnet"),
+        ("--only", "linear", "--repeats", "1"),
+        1200,
+        of_step,
     ),
     "rounds": Part(
         ("simulation.py", "--peer-python", PEERS),

@@ -25,8 +25,8 @@ vectors for a_it, so that row v of its gradient is
 
     sum over t with token_it = v of g_it.                                                                          (5)
 
-Measured (`python benchmarks/dp_step.py`, its lines "ghost"): Outer is the faster where it keeps up to an eighth of
-Dense's numbers, 8 T (p + d) <= p d, and Dense beyond, up to 3.5 times; there Outer is taken for memory alone.
+Measured (`python benchmarks/dp_step.py`, its lines "ghost"): Outer is the faster where it keeps up to a fifth of
+Dense's numbers, 5 T (p + d) <= p d, and Dense beyond, up to 3.5 times; there Outer is taken for memory alone.
 The sums are float64 whichever way is taken: see :func:`weighted_sum`.
 """
 
@@ -47,8 +47,8 @@ _UNFOLDED = 1 << 18  # numbers of unfolded images made at once, likewise
 _WORK = 1 << 21  # numbers of products or Gram matrices made at once
 FLOAT32_POSITIONS = 64  # so many at most have Gram matrices of float32 products
 _SHORT = 1 << 11  # positions times columns whose products are added in float32
-_FEW = 8  # times fewer numbers in factors than in gradients: from there on factors are faster, too
-_SMALL = 1 << 22  # per-sample gradients, in numbers, that are written down where that is faster: 16 MiB
+_FEW = 5  # times fewer numbers in factors than in gradients: from there on factors are faster, too
+_SMALL = 1 << 21  # per-sample gradients, in numbers, that are written down where that is faster: 8 MiB
 
 
 Factors = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]  # of some of the records
@@ -141,7 +141,7 @@ class Outer:
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         positions, d, p = self.sizes
         total: torch.Tensor | None = None
-        for part in self._parts(positions * (d + p)):
+        for part in self._parts(4 * positions * (d + p)):  # wider copies stay small beside the factors
             a, g = self.factors(part)
             few, many = (g, a) if p <= d else (a, g)  # the sum with fewer rows is the faster, and the fewer to weigh
             few = _scaled(few, weights[part] * self.scale).flatten(0, 1).T
