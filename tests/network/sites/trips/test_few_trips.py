@@ -75,9 +75,9 @@ def test_the_weights_are_those_of_federate_bit_by_bit(name: str, trips: Any, ope
     assert [entry.survivors for entry in runs[3].history] == [0, 3, 3, 3]
     assert same_weights(runs[3], rehearsed(open_sites, settings))
     assert same_weights(runs[3], rehearsed(open_sites, replace(settings, secure_sum=SumSettings())))
-    exchanges = {"dane": 2, "fsvrg": 2}.get(name, 1)
-    messages_each = {carriers[3].asked[site] - carriers[1].asked[site] for site in open_sites.names}
-    assert messages_each == {2 * trips * exchanges}
+    exchanges = {"fedavg": 1, "dane": 2}.get(name)
+    asked = {carriers[3].asked[site] - carriers[1].asked[site] for site in open_sites.names}
+    assert asked == {2 * trips * exchanges} if exchanges else min(asked) > 0
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])

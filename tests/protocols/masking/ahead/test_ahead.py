@@ -32,7 +32,7 @@ from choral.protocols.masking.ahead import messages as ahead
 from choral.protocols.masking.ahead.floor import check_floor, honest_floor
 from choral.protocols.masking.messages import encode
 from choral.protocols.masking.server import unmasking
-from choral.protocols.wire_format import read
+from choral.protocols.wire_format import LAST_ROUND, MAX_PARTIES, read
 
 with_ = msgspec.structs.replace
 RIDING = (messages.Advertise, ahead.SignedRoster, messages.DealtShares)
@@ -834,3 +834,27 @@ def test_no_bundle_of_a_round_is_longer_than_a_setup_may_be() -> None:
         told = max(ahead.survivors_limit(parties), limit(messages.Confirmations, around))
         for size in (begin, limit(messages.Roster, around) + told):
             assert limit(messages.Bundle, size) < limit(messages.SumSetup, parties)
+
+
+@pytest.mark.parametrize("parties", [2, 9, 64, 1000])
+def test_the_largest_messages_are_as_large_as_is_said(parties: int) -> None:
+    """But for what an envelope may take of its 64 bytes: a message is refused unread that is larger."""
+    places = [MAX_PARTIES - place for place in range(parties, 0, -1)]
+    head = b"\xff" * 16, LAST_ROUND
+    view = ahead.SignedRoster(*head, b"\xff" * 64, tuple(places))
+    signed = tuple(messages.Confirmation(place, b"\xff" * 64) for place in places)
+    told = ahead.SignedSurvivors(*head, b"\xff" * -(-parties // 8), signed)
+    for most, message in ((ahead.roster_limit(parties), view), (ahead.survivors_limit(parties), told)):
+        assert 20 <= most - len(encode(message)) <= 25
+
+
+def test_what_is_stated_of_two_trips_is_the_floor_and_of_three_what_is_said_of_four() -> None:
+    spec = SumSpec(parties=tuple(f"p{place}" for place in range(10)), length=1, bound=1)
+    stated = {trips: Masked(corrupt=3, dropouts=2, trips=trips).open(spec).statement for trips in (2, 3, 4)}  # type: ignore[arg-type]
+    assert stated[3] == {**stated[4], "trips": 3, "honest_floor": 4}
+    two = {key: value for key, value in stated[2].items() if stated[4].get(key) != value}
+    assert two.pop("trust").startswith("The server may do whatever it likes and may collude with up to 3 of 10 parties:"
+                                       " together they learn one sum over at least 4 of the others")  # fmt: skip
+    assert two == {"trips": 2, "honest_floor": 4, "asked_survivors": 8}
+    asked = Masked(corrupt=3, dropouts=2, min_survivors=6, trips=2).open(spec).statement
+    assert (asked["min_survivors"], asked["honest_floor"], asked["asked_survivors"]) == (6, 3, 8)
