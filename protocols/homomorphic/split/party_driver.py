@@ -30,9 +30,11 @@ def chosen(spec: SumSpec) -> SplitParameters:
     return choose(spec)
 
 
+@lru_cache(maxsize=16)
 def key_spec(parameters: SplitParameters) -> SumSpec:
     """What the masked sum of the keys adds up, mod 2^``key_bits``: its ``encoding`` binds the signatures on it to the
-    long vector's terms."""
+    long vector's terms. Public, and once for all parties of a process: it goes through all their names.
+    """
     return SumSpec(
         parties=parameters.spec.parties,
         length=parameters.degree,

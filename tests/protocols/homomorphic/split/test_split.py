@@ -564,3 +564,4 @@ def test_the_sum_of_keys_travels_in_as_many_bits_as_its_bound_needs(parties: int
     assert -(1 << bits - 1) <= -bound < bound < 1 << bits - 1
     assert bound >= 1 << bits - 2  # and with one bit less it would not fit
     assert key_spec(chosen).modulus_bits == bits <= (2 * parties * TAIL).bit_length()
+    assert key_spec(chosen) is key_spec(replace(chosen))  # of all parties' names, and so once for all in a process
