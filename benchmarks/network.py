@@ -4,32 +4,36 @@
     python benchmarks/network.py --sites 10 --corrupt 2 --dropouts 1 --trips 4 2 --latency-ms 50 [--repeats 3]
 
 Each site is a process with a folder of its own, made as `choral poc` makes it; between them is mutual TLS on this
-machine. After each secure round of a job (`fit` is one step) the coordinator makes a bare one: weights down, one step,
-weights up, mean. Medians over the rounds after the first, in ms. `secure_minus_bare_ms` is what privacy of the sum
-costs, bytes_ratio what it sends more. --memory: resident MB of coordinator and sites after each round, and of a site
-with no job. --trips: jobs of each, in turns; `ratio_to_first` is over the median of the first of them. --latency-ms: so
-much later is each message there, and so twice as much each answer. processor_ms: of all sites, of a round. One JSON
-line for each figure, with the load of the machine.
+machine. After each secure round of a job (`fit` is one step) the coordinator makes a bare one: weights down, the same
+step by the same code, weights up, mean. Medians over the rounds after the first, in ms. `secure_minus_bare_ms` is what
+privacy of the sum costs, bytes_ratio what it sends more. --memory: resident MB of coordinator and sites after each
+round, and of a site with no job. --trips: jobs of each, in turns; `ratio_to_first` is over the median of the first of
+them. --latency-ms: so much later is each message there, and so twice as much each answer. processor_ms: of all sites,
+of a round. One JSON line for each figure, with the load of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from choral.jobs.rehearsal import RehearsedSites, make_rehearsal
 from choral.jobs.serving import offer_ahead, serve
@@ -102,17 +106,34 @@ def processor_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def site(path: Path, seconds: float, latency: float) -> None:
+def bare_step(folder: SiteFolder) -> Callable[[np.ndarray], bytes]:
+    """Train by the code that is installed there; nothing of Choral's is around it."""
+    (data,) = folder.settings.data.values()
+    if data.path is None:
+        raise SystemExit(f"{folder.path} has no file of data")
+    code = runpy.run_path(str(folder.path / "tasks" / "scale.py"))
+    task, dataset = code["site"](folder.path / data.path, None, 0)
+    model, optimizer, loader = task.build(dataset)
+
+    def step(weights: np.ndarray) -> bytes:
+        with torch.no_grad():
+            model.weight.copy_(torch.from_numpy(weights))
+        task.fit(model, optimizer, loader, 1)
+        made: bytes = model.weight.detach().numpy().tobytes()
+        return made
+
+    return step
+
+
+def site(path: Path, latency: float) -> None:
     """Be a site until this process is ended; and answer bare rounds."""
     folder = SiteFolder.open(path)
-    host = SiteHost(folder)
+    host, bare = SiteHost(folder), functools.cache(lambda: bare_step(folder))
 
     def handler(request: Request) -> bytes:
         time.sleep(latency)
         if bytes(request.body[:4]) == BARE:
-            weights = np.frombuffer(request.body[4:], np.float32)
-            time.sleep(seconds)
-            answer = (weights - np.float32(0.1) * (weights.mean() - 2)).astype(np.float32).tobytes()
+            answer = bare()(np.frombuffer(bytearray(request.body[4:]), np.float32))
         else:
             answer = host.handle(request.body, sender=request.sender)
         time.sleep(latency)
@@ -168,7 +189,7 @@ class Rounds:
 def measure(path: Path, wanted: argparse.Namespace) -> None:
     rehearsal = made(path, wanted)
     settings = read_settings(rehearsal.job, Settings)
-    words = [sys.executable, __file__, "--train-seconds", str(wanted.train_seconds)]
+    words = [sys.executable, __file__]
     words += ["--latency-ms", str(wanted.latency_ms), "--site"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     sites = [subprocess.Popen([*words, str(rehearsal.site(name))], env=environment) for name in rehearsal.names]
@@ -275,7 +296,7 @@ def main() -> None:
     parser.add_argument("--site", type=Path)
     wanted = parser.parse_args()
     if wanted.site is not None:
-        site(wanted.site, wanted.train_seconds, wanted.latency_ms / 1e3)
+        site(wanted.site, wanted.latency_ms / 1e3)
         return
     with tempfile.TemporaryDirectory() as path:
         measure(Path(path), wanted)

@@ -154,7 +154,7 @@ def test_the_ten_steps_of_the_readme_lead_to_the_report(hospitals: Path, tmp_pat
         (folder / name).write_text(text.replace("8443", port))
     lines = steps_of(EXAMPLE / "README.md")
     assert len(lines) > 25
-    said = run_steps(lines[1:], folder, ENVIRONMENT, seconds=900)
+    said = run_steps(lines[1:], folder, ENVIRONMENT, seconds=3000)
     assert "to do" not in said.partition("hub/hub.crt")[2]
     assert "10 rounds with 3 sites" in said
     assert (folder / "run" / "report.html").is_file()
