@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from choral.errors import ConfigError
-from choral.network import FrameError, Limits
+from choral.network import FrameError, Limits, PeerLostError
+from choral.network.transport.channel import FrameChannel
 from choral.network.transport.frames import (
     FRAME_BYTES,
     HEADER,
@@ -160,3 +163,30 @@ def test_a_door_forgets_addresses_that_owe_nothing() -> None:
 def test_limits_that_do_not_fit(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Limits(**wrong)
+
+
+def test_silence_is_counted_while_a_frame_is_waited_for_and_not_between_two(ends: Any) -> None:
+    """One timer looks after all frames: a receiver that takes its time has not lost the other end."""
+
+    async def main() -> None:
+        limits = ends.limits(beat=0.3, silence=1.0)
+        made: asyncio.Future[FrameChannel] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(
+            lambda reader, writer: made.set_result(FrameChannel(reader, writer, limits)), "127.0.0.1", 0
+        )
+        mine = FrameChannel(*await asyncio.open_connection(*server.sockets[0].getsockname()[:2]), limits)
+        other = await made
+        await mine.send(Kind.BEAT)
+        assert (await other.receive()).kind is Kind.BEAT
+        await asyncio.sleep(1.5 * limits.silence)
+        await mine.send(Kind.BEAT)
+        assert (await other.receive()).kind is Kind.BEAT
+        begun = time.monotonic()
+        with pytest.raises(PeerLostError, match="nothing heard for 1 s"):
+            await other.receive()
+        assert time.monotonic() - begun >= limits.silence - 0.01
+        for channel in (mine, other):
+            channel.abort()
+        server.close()
+
+    asyncio.run(main())
