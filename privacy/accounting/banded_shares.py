@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 
 import msgspec
 
@@ -101,9 +102,17 @@ class BandedShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 def participations(events: Iterable[BandedShares]) -> list[tuple[BandedShares, int]]:
     """Return each kind of step once, with how many of them the record is in that is in the most."""
     whole: Counter[BandedShares] = Counter()
-    rest: dict[BandedShares, Counter[int]] = {}
+    rest: dict[BandedShares, Counter[int]] = {}  # by remainder: how many more steps than at the one before
     for event in events:
         passes, more = divmod(event.steps, event.separation)
         whole[event.kind] += passes
-        rest.setdefault(event.kind, Counter()).update((event.number + i) % event.separation for i in range(more))
-    return [(kind, whole[kind] + max(counts.values(), default=0)) for kind, counts in rest.items()]
+        changes, first = rest.setdefault(event.kind, Counter()), event.number % event.separation
+        past = first + more - event.separation  # how many are beyond the last remainder, and so from 0 on
+        changes.update([first])
+        changes.subtract([first + more])
+        if past > 0:
+            changes.update([0])
+            changes.subtract([past])
+    return [
+        (kind, whole[kind] + max(accumulate(changes[at] for at in sorted(changes)))) for kind, changes in rest.items()
+    ]

@@ -66,6 +66,7 @@ ALSO_ADD_OR_REMOVE = (
     "job, not computed from the number of records"
 )
 MOST_BANDS = 32  # where nothing is said, as for one data owner
+MOST_STEPS = 1 << 20  # of banded noise, whose bound is computed from a number for each step
 _SLACK = 1e-3  # the share of epsilon that calibration may leave unused
 
 
@@ -211,6 +212,7 @@ class BandedPlan(SharesPlan):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coefficients", Banded(self.coefficients).coefficients)
+        _refuse_many(self.terms.steps)
         if any(later > earlier for earlier, later in pairwise(self.coefficients)):
             raise ConfigError(f"coefficients are {self.coefficients}, expected numbers that do not grow")
         super().__post_init__()
@@ -337,6 +339,11 @@ def bands_of(privacy: Privacy) -> int | None:
     return (privacy.bands or 0) if isinstance(privacy, CorrelatedPrivacy) else None
 
 
+def _refuse_many(steps: int) -> None:
+    if steps > MOST_STEPS:
+        raise ConfigError(f"steps is {steps}, expected at most {MOST_STEPS} with banded noise", hint="Larger batches.")
+
+
 def _coefficients(privacy: Privacy, terms: SharesTerms) -> tuple[float, ...]:
     """The column of C that is best for the terms, to four decimals, alike on every machine; () for independent noise.
 
@@ -344,6 +351,7 @@ def _coefficients(privacy: Privacy, terms: SharesTerms) -> tuple[float, ...]:
     """
     if (bands := bands_of(privacy)) is None:
         return ()
+    _refuse_many(terms.steps)
     separation = separation_of(terms)
     if separation == 1:
         raise ConfigError(

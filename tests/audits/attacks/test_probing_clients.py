@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from choral.audits import probe_clients
+from choral.audits.attacks import client_canaries
 from choral.errors import ConfigError
 from choral.privacy import AdaptiveClip, ClientPrivacy, ClientPrivacyEngine
 from choral.privacy.client_level import central, client_noise_shares
@@ -120,6 +121,23 @@ HONEST = [
     ClientPrivacy(epsilon=4.0, delta=1e-5, clip=AdaptiveClip(start=2.0)),
     ClientPrivacy(epsilon=4.0, delta=1e-5, noise="central", sample_rate=0.5),
 ]
+
+
+@pytest.mark.parametrize("side", [True, False])
+def test_coins_that_are_all_alike_are_tossed_again(side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in 512 probes of ten honest clients; the bound's confidence makes up for it."""
+    tossed = 2 * [np.full(10, side), np.arange(10) % 3 == 0]  # of two engines
+    monkeypatch.setattr(client_canaries, "flip_coins", lambda count: tossed.pop(0)[:count])
+    held, plain = [], client_canaries.audit_scores
+    monkeypatch.setattr(
+        client_canaries, "audit_scores", lambda *args, **rest: held.append(rest["confidence"]) or plain(*args, **rest)
+    )
+    found = probe_clients(HONEST[0], rounds=4)
+    assert tossed == []
+    assert not found.violated
+    assert held == [1 - 0.05 * (1 - 2**-9)]
+    assert {bound.confidence for bound in found.canaries.bounds} == {0.95}
+    assert "at 95\u00a0% confidence" in found.canaries.sentence
 
 
 @pytest.mark.parametrize("promise", HONEST[:2], ids=["distributed", "central"])

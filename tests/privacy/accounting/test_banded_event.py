@@ -61,6 +61,16 @@ def test_a_record_is_in_the_steps_of_one_remainder_by_brute_force() -> None:
         assert [count for _, count in participations(known)] == [max(counts)]
 
 
+def test_events_of_a_stranger_are_counted_without_walking_their_steps() -> None:
+    """A ledger may come from anybody; each step looked at, these would take a week."""
+    many, m = 10**15, 10**12
+    event = step(m - 3, many + 7, separation=m)  # remainders m - 3 to m - 1, then 0 to 3, in one pass more
+    other = step(2, 10, separation=m)
+    assert participations([event]) == [(event.kind, 1001)]
+    assert participations([event, other]) == [(event.kind, 1002)]
+    assert participations([event, step(4, 10, separation=m)]) == [(event.kind, 1001)]
+
+
 def test_unlike_steps_are_counted_each_for_itself() -> None:
     found = participations([step(1), step(2), step(1, share=3.0), step(6), step(2, share=3.0)])
     assert sorted((event.share, count) for event, count in found) == [(2.0, 2), (3.0, 1)]

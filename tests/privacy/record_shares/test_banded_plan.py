@@ -178,3 +178,13 @@ def test_a_ledger_that_has_spent_asks_for_more_noise() -> None:
     after = plan_shares(promise(), terms(), ledgers=[left])
     assert after.noise_multiplier > 1.02 * planned().noise_multiplier
     SharesParty(promise(), after, holder="a", ledger=ledger)
+
+
+def test_more_steps_than_a_bound_can_be_computed_of_are_refused_before_memory_is() -> None:
+    """What stands in a stranger's offer is such a plan before anybody has agreed to it."""
+    plan = planned()
+    with pytest.raises(ConfigError, match=r"steps is 2147483648, expected at most 1048576"):
+        dataclasses.replace(plan, terms=terms(steps=1 << 31))
+    with pytest.raises(ConfigError, match=r"steps is 2147483648"):
+        planned(steps=1 << 31)
+    assert dataclasses.replace(plan, terms=terms(steps=1 << 20)).bound > 0
