@@ -8,6 +8,7 @@ the command as it is installed must start ``sys.executable`` instead.
     process = warm_python.start(["-m", "choral", "join", folder], stdout=log, env=...)    # as subprocess.Popen
 
 Between test and process is a launcher, a small process that has the pipes, waits, and ends as the process did.
+`make test-all` starts them as users would, and so does every system but Linux.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ _parent = _Parent()
 
 def start(words: list[str], **given: object) -> subprocess.Popen:  # type: ignore[type-arg]
     """As ``subprocess.Popen([sys.executable, *words], ...)``. words: ``-c``, ``-m`` or a file, and arguments."""
+    if not hasattr(os, "pidfd_open") or os.environ.get("HYPOTHESIS_PROFILE", "fixed") != "fixed":
+        return subprocess.Popen([sys.executable, *map(str, words)], **given)  # type: ignore[call-overload]
     command, pid_file = _parent.words(list(map(str, words)))
     return _Process(command, pid_file, **given)
 
