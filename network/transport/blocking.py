@@ -59,47 +59,24 @@ class BlockingHub:
     def change(self, *, directory: Directory | None = None, identity: CertifiedIdentity | None = None) -> None:
         self._run(self._hub.change(directory=directory, identity=identity))
 
-    def ask(
-        self,
-        outbox: Mapping[str, Buffer],
-        *,
-        timeout: float,
-        reply_limit: int,
-        identifiers: Mapping[str, bytes] | None = None,
-        away: float | None = None,
-        waiting: Callable[[tuple[str, ...]], None] | None = None,
-    ) -> dict[str, memoryview | TransportError]:
-        """Ask all sites of `outbox` at once; return each one's reply, or the error that it had, when all have one.
-
-        timeout, reply_limit, identifiers, away: as for `Hub.request`, to each site. waiting: called every ten seconds,
-        in the hub's thread, with the names of those that have neither.
-        """
-        return dict(
-            self.replies(
-                outbox,
-                timeout=timeout,
-                reply_limit=reply_limit,
-                identifiers=identifiers,
-                away=away,
-                waiting=waiting,
-            )
-        )
-
     def replies(
         self,
         outbox: Mapping[str, Buffer],
         *,
         timeout: float,
         reply_limit: int,
-        identifiers: Mapping[str, bytes] | None = None,
         away: float | None = None,
         waiting: Callable[[tuple[str, ...]], None] | None = None,
     ) -> Generator[tuple[str, memoryview | TransportError]]:
-        """As `ask`, but yield each in the order of `outbox`, as soon as it and those before it are there. All are
-        asked when the first is wanted; whoever closes it gives up on those that it has not yielded.
+        """Ask all sites of `outbox` at once; yield each one's reply, or the error that it had, as soon as it and those
+        before it in `outbox` are there. All are asked when the first is wanted; whoever closes it gives up on those
+        that it has not yielded.
+
+        timeout, reply_limit, away: as for `Hub.request`, to each site. waiting: called every ten seconds, in the hub's
+        thread, with the names of those that have neither.
         """
         found: dict[str, Future[memoryview | TransportError]] = {name: Future() for name in outbox}
-        asking = self._ask(outbox, found, timeout, reply_limit, identifiers or {}, away, waiting)
+        asking = self._ask(outbox, found, timeout, reply_limit, away, waiting)
         whole = asyncio.run_coroutine_threadsafe(asking, self._loop)
         try:
             for name, reply in found.items():
@@ -121,7 +98,6 @@ class BlockingHub:
         found: Mapping[str, Future[memoryview | TransportError]],
         timeout: float,
         reply_limit: int,
-        identifiers: Mapping[str, bytes],
         away: float | None,
         waiting: Callable[[tuple[str, ...]], None] | None,
     ) -> None:
@@ -132,7 +108,6 @@ class BlockingHub:
                     body,
                     timeout=timeout,
                     reply_limit=reply_limit,
-                    identifier=identifiers.get(name),
                     away=away,
                 )
             except TransportError as error:

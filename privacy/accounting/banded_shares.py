@@ -22,9 +22,7 @@ import msgspec
 from choral.errors import ConfigError
 from choral.privacy.accounting.matrix_strategies import Banded
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
-from choral.privacy.noise.share_rounding import widening
-
-_MOST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
+from choral.privacy.noise.share_rounding import check_shares
 
 
 class BandedShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="banded_shares"):
@@ -65,18 +63,15 @@ class BandedShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 " at most as many bands as steps",
                 hint="Where a record's rows of C overlap, nothing is proved of noise in shares.",
             )
-        if not self.share > 0.0:
-            raise ConfigError(f"share is {self.share}, expected a finite number > 0")
-        if not self.honest <= self.parties:
-            raise ConfigError(f"honest is {self.honest} of {self.parties} parties, expected at most all")
-        if not (0.0 <= self.stretch < 1.0 and 0.0 <= self.failure < 1.0):
-            raise ConfigError(f"stretch is {self.stretch} and failure {self.failure}, expected >= 0 and below 1")
-        if not widening(self.parties, self.deviation, self.length) <= _MOST_WIDENING:
-            raise ConfigError(
-                f"a share is {self.deviation:g} steps of the grid, too few for {self.parties} parties and"
-                f" {self.length} coordinates to sum up as one Gaussian",
-                hint="Take a finer grid: from 5 steps up there is room for any sum that fits a machine.",
-            )
+        check_shares(
+            share=self.share,
+            honest=self.honest,
+            parties=self.parties,
+            deviation=self.deviation,
+            length=self.length,
+            stretch=self.stretch,
+            failure=self.failure,
+        )
 
     @property
     def kind(self) -> BandedShares:

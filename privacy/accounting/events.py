@@ -18,10 +18,9 @@ from choral.errors import ConfigError
 from choral.privacy.accounting.banded_shares import BandedShares, participations
 from choral.privacy.accounting.matrix_strategies import Strategy
 from choral.privacy.accounting.plain_numbers import as_float, as_integer
-from choral.privacy.noise.share_rounding import widening
+from choral.privacy.noise.share_rounding import check_shares
 
 _RATE = "The expected batch size over the number of records, such as 64 / 6400 = 0.01."
-_MOST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
 
 UNIT = "record"
 ZERO_OUT = "zero out one record"  # one record is replaced by an empty one, which adds zero to every step
@@ -157,18 +156,15 @@ class PoissonSampledShares(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         )
         if not 0.0 < self.sample_rate <= 1.0:
             raise ConfigError(f"sample_rate is {self.sample_rate}, expected 0 < sample_rate <= 1", hint=_RATE)
-        if not self.share > 0.0:
-            raise ConfigError(f"share is {self.share}, expected a finite number > 0")
-        if not self.honest <= self.parties:
-            raise ConfigError(f"honest is {self.honest} of {self.parties} parties, expected at most all")
-        if not (0.0 <= self.stretch < 1.0 and 0.0 <= self.failure < 1.0):
-            raise ConfigError(f"stretch is {self.stretch} and failure {self.failure}, expected >= 0 and below 1")
-        if not widening(self.parties, self.deviation, self.length) <= _MOST_WIDENING:
-            raise ConfigError(
-                f"a share is {self.deviation:g} steps of the grid, too few for {self.parties} parties and"
-                f" {self.length} coordinates to sum up as one Gaussian",
-                hint="Take a finer grid: from 5 steps up there is room for any sum that fits a machine.",
-            )
+        check_shares(
+            share=self.share,
+            honest=self.honest,
+            parties=self.parties,
+            deviation=self.deviation,
+            length=self.length,
+            stretch=self.stretch,
+            failure=self.failure,
+        )
 
     @property
     def noise_multiplier(self) -> float:

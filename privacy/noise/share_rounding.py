@@ -53,6 +53,8 @@ import numpy as np
 
 from choral.errors import ConfigError
 
+_MOST_WIDENING = 2.0**-100  # of epsilon, by the rounding of shares in one step
+
 LEAST_DEVIATION = 1.0  # in grid steps, of a share: (3) holds from here on
 
 
@@ -103,6 +105,27 @@ def widening(honest: int, deviation: float, values: int) -> float:
     """
     found = theta_bound(honest, deviation)
     return -values * math.log1p(-found) if found < 1.0 else math.inf
+
+
+def check_shares(
+    *, share: float, honest: int, parties: int, deviation: float, length: int, stretch: float, failure: float
+) -> None:
+    """Refuse what is no sum of shares that hides its rounding. Names: those of the events that charge for it.
+
+    Raises: ConfigError.
+    """
+    if not share > 0.0:
+        raise ConfigError(f"share is {share}, expected a finite number > 0")
+    if not honest <= parties:
+        raise ConfigError(f"honest is {honest} of {parties} parties, expected at most all")
+    if not (0.0 <= stretch < 1.0 and 0.0 <= failure < 1.0):
+        raise ConfigError(f"stretch is {stretch} and failure {failure}, expected >= 0 and below 1")
+    if not widening(parties, deviation, length) <= _MOST_WIDENING:
+        raise ConfigError(
+            f"a share is {deviation:g} steps of the grid, too few for {parties} parties and"
+            f" {length} coordinates to sum up as one Gaussian",
+            hint="Take a finer grid: from 5 steps up there is room for any sum that fits a machine.",
+        )
 
 
 def _check(honest: int, deviation: float, least: float) -> None:

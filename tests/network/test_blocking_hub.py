@@ -38,7 +38,7 @@ def test_replies_are_taken_as_they_come_and_in_the_order_in_which_they_were_aske
         replies.close()  # gives up on the other: the hub waits for nothing
         may_answer.set()
         with pytest.raises(ConfigError):
-            hub.ask({"north": b""}, timeout=0, reply_limit=1)
+            next(hub.replies({"north": b""}, timeout=0, reply_limit=1))
         for link in links:
             link.stop()
         for thread in threads:

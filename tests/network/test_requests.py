@@ -466,11 +466,11 @@ def test_a_hub_for_code_without_an_event_loop(ends: Any) -> None:
     with BlockingHub(ends.identities["coordinator"], directory, host="127.0.0.1", port=0, limits=ends.limits()) as hub:
         link, thread = site(hub.address)
         assert hub.wait_for(["north", "south"], timeout=10, count=1) == hub.connected == {"north"}
-        replies = hub.ask({"north": b"x", "south": b"y"}, timeout=1, reply_limit=10)
+        replies = dict(hub.replies({"north": b"x", "south": b"y"}, timeout=1, reply_limit=10))
         assert replies["north"] == b"x"
         assert isinstance(replies["south"], PeerLostError)
         hub.change(directory=ends.directory("south"))
-        assert isinstance(hub.ask({"north": b""}, timeout=5, reply_limit=0)["north"], UnknownPeerError)
+        assert isinstance(next(hub.replies({"north": b""}, timeout=5, reply_limit=0))[1], UnknownPeerError)
         link.stop()
         thread.join(10)
         assert not thread.is_alive()

@@ -158,19 +158,4 @@ def test_a_plan_covers_its_steps_by_number_and_its_ledger_is_read_again(tmp_path
 )
 def test_what_is_no_such_step_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        BandedShares(
-            **{
-                "coefficients": COEFFICIENTS,
-                "separation": 5,
-                "share": 2.0,
-                "honest": 4,
-                "parties": 6,
-                "deviation": 10.0,
-                "length": 30,
-                "stretch": 1e-3,
-                "failure": 2.0**-40,
-                "number": 1,
-                "steps": 1,
-            }
-            | changes
-        )
+        step(**changes)

@@ -46,12 +46,14 @@ def test_norms_are_of_wide_products_where_torch_was_told_to_round_float32(precis
     torch.set_float32_matmul_precision(precision)
     try:
         assert not exact_float32(a.device)
+        assert not exact_float32(torch.device("cuda"))
         assert torch.equal(ghost_norms.gram(a), wide)
         found = ghost_norms._product_norms(a, g)
         assert torch.equal(found, ghost_norms.norms(product) + bound)
     finally:
         torch.set_float32_matmul_precision(before)
     assert exact_float32(a.device)
+    assert exact_float32(torch.device("cuda"))
     assert not exact_float32(torch.device("mps"))
     assert not torch.equal(ghost_norms._product_norms(a, g), found)
 
