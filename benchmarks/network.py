@@ -175,7 +175,7 @@ class Rounds:
         start = time.perf_counter()
         body = BARE + self._weights.tobytes()
         outbox = dict.fromkeys(self._names, body)
-        replies = self._hub.ask(outbox, timeout=600, reply_limit=4 * self._wanted.length)
+        replies = dict(self._hub.replies(outbox, timeout=600, reply_limit=4 * self._wanted.length))
         total = np.zeros(self._wanted.length, np.float64)
         for reply in replies.values():
             if isinstance(reply, Exception):
