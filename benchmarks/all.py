@@ -135,7 +135,7 @@ def of_rounds(lines: Sequence[Line]) -> Iterator[Figure]:
         if engine in ("cohort", "federate, plain sum", "resident, the user's own loop"):
             for peer in ("pfl", "flwr"):
                 found = engines.get((job, peer), {"absent": "not there"})
-                theirs = found.get("ratio_to_bare", found.get("absent"))
+                theirs = found["ratio_to_bare"] if "ratio_to_bare" in found else found["absent"]
                 what = f"a round over a bare loop, {job}, {engine}"
                 yield Figure(what, line["ratio_to_bare"], theirs, 1.0, by=peer)
 

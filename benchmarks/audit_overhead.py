@@ -53,7 +53,7 @@ def train(data: Any, epochs: int, private: bool) -> nn.Module:
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return unwrap(model) if private else model
 
@@ -75,7 +75,7 @@ def main() -> None:
             middle = time.process_time()
             canaries = record_canaries(wanted.canaries, (1, 28, 28), 10)
             audit_training(
-                lambda chosen, private=private: train(ConcatDataset([data, Records(chosen)]), wanted.epochs, private),
+                lambda chosen, private=private: train(ConcatDataset([data, Records(chosen)]), wanted.epochs, private),  # type: ignore[misc]
                 loss_scores, canaries, delta=1e-5, claimed=3.0,
             )  # fmt: skip
             ended = time.process_time()

@@ -69,7 +69,7 @@ def read_parties(path: str | Path) -> Parties:
     return list(zip(kept["inputs"], kept["targets"], strict=True))
 
 
-def epoch(model: nn.Module, parameters: list[nn.Parameter], inputs: torch.Tensor, targets: torch.Tensor) -> None:
+def epoch(model: nn.Module, parameters: list[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> None:
     """One party's training."""
     order = torch.randperm(len(targets))
     for first in range(0, len(order), BATCH):
@@ -82,7 +82,7 @@ def epoch(model: nn.Module, parameters: list[nn.Parameter], inputs: torch.Tensor
 
 def bare_loop(model: nn.Module, parties: Parties) -> Callable[[], Any]:
     """A function that does a round: every party from the same weights, and the weighted sum of the changes."""
-    parameters = list(model.parameters())
+    parameters: list[torch.Tensor] = list(model.parameters())
     start = [p.detach().clone() for p in parameters]
 
     def once() -> list[torch.Tensor]:

@@ -65,12 +65,12 @@ def rounds(build: Callable[[Any], Any], shape: tuple[int, ...], classes: int, **
                 bare.turn()
 
         parties = {f"p{number}": made(number) for number in range(PARTIES)}
-        functions = {"build": build, "fit": trainers.Epochs(), "evaluate": lambda _: {"nothing": 0.0}}
+        functions: dict[str, Any] = {"build": build, "fit": trainers.Epochs(), "evaluate": lambda _: {"nothing": 0.0}}
         if hasattr(trainers, "Keep"):
             task, keep = trainers.Task(**functions), trainers.Keep(on_round=on_round)
             trainers.federate(task, parties, rounds=MOST, keep=keep, **options)
         else:  # as it was called before there were tasks
-            trainers.federate(**functions, parties=parties, rounds=MOST, on_round=on_round, **options)
+            trainers.federate(**functions, parties=parties, rounds=MOST, on_round=on_round, **options)  # type: ignore[call-arg]
 
     return run
 
@@ -97,7 +97,7 @@ def encoding() -> None:
     updates = [torch.randn(100_000, generator=torch.Generator().manual_seed(n)) / 100 for n in range(PARTIES)]
     while True:
         for _ in range(IN_A_TURN):
-            codec.decode(sum(codec.encode(update, 20) for update in updates))
+            codec.decode(sum(codec.encode(update, 20) for update in updates))  # type: ignore[arg-type, misc]
         bare.turn()
 
 

@@ -54,11 +54,11 @@ def updates_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
         output = functional_call(model, shaped(model, at), (one[None],))
         return nn.functional.cross_entropy(output, label[None])
 
-    return -RATE * vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+    return -RATE * vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y)  # type: ignore[no-any-return]
 
 
 def clipped(rows: torch.Tensor, clip: float) -> torch.Tensor:
-    return rows * (clip / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
+    return rows * (clip / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)  # type: ignore[no-any-return]
 
 
 def crafted(model: nn.Module, parties: torch.Tensor, y: torch.Tensor, clip: float) -> torch.Tensor:

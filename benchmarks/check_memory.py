@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(self.first(x)).chunk(3, -1)
         x = x + self.o(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v)
-        return x + self.down(F.gelu(self.up(self.second(x))))
+        return x + self.down(F.gelu(self.up(self.second(x))))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.blocks(self.embed(tokens)).mean(1))
+        return self.head(self.blocks(self.embed(tokens)).mean(1))  # type: ignore[no-any-return]
 
 
 class Residual(nn.Module):
@@ -97,13 +97,14 @@ def peak(kind: str, name: str, steps: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    F.cross_entropy(nn.Linear(4, 2)(torch.randn(3, 4)), torch.zeros(3, dtype=torch.int64)).backward()
+    F.cross_entropy(nn.Linear(4, 2)(torch.randn(3, 4)), torch.zeros(3, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
     before = held()
     make, inputs = MODELS[name]
     model, x = make(), inputs()
     y = torch.arange(len(x)) % 10
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    called, optimizer = model, sgd
+    called: nn.Module = model
+    optimizer: torch.optim.Optimizer = sgd
     if kind != "plain":
         called = private = with_per_sample_gradients(model)
         optimizer = PrivateOptimizer(
@@ -118,7 +119,7 @@ def peak(kind: str, name: str, steps: int) -> dict[str, float]:
         if kind != "plain":
             optimizer.expect(len(x))  # type: ignore[attr-defined]
         optimizer.zero_grad()
-        F.cross_entropy(called(x), y).backward()
+        F.cross_entropy(called(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         times.append(time.process_time() - started)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

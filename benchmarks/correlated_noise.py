@@ -79,7 +79,7 @@ def accuracy(privacy: Privacy, learning_rate: float, seed: int) -> float:
     for _ in range(privacy.epochs):
         for inputs, labels in loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), labels).backward()
+            nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         return float((plain(x[test]).argmax(1) == y[test]).float().mean())

@@ -48,14 +48,14 @@ def worker(name: str, rounds: int, processes: int) -> None:
     spent: list[tuple[float, float]] = []
 
     def build(dataset: Any) -> Any:
-        model = make()
+        model = make()  # type: ignore[no-untyped-call]
         return model, torch.optim.SGD(model.parameters(), lr=0.05), DataLoader(dataset, batch, shuffle=True)
 
     def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
         processor, clock = time.process_time(), time.perf_counter()
         for x, y in loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         spent.append((time.process_time() - processor, time.perf_counter() - clock))
 
@@ -95,7 +95,7 @@ def main() -> None:
     for name in given.only:
         goes = [[once(name, given.rounds, count) for count in (1, 2)] for _ in range(given.repeats)]
         one, two = ([statistics.median(go[place][kind] for go in goes) for kind in (0, 1)] for place in (0, 1))
-        parameters = sum(parameter.numel() for parameter in TASKS[name][0]().parameters())
+        parameters = sum(parameter.numel() for parameter in TASKS[name][0]().parameters())  # type: ignore[misc, no-untyped-call]
         line: dict[str, Any] = {"task": name, "parameters": parameters, "batch": TASKS[name][2]}
         for kind, word in enumerate(("processor", "clock")):
             line[word] = {

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,9 @@ def train(arm: ClientPrivacy | None, parties: int, rounds: int, seed: int, data:
     x, y = x[order], torch.nn.functional.one_hot(y[order], 10).float()
     weights = torch.zeros(x.shape[2], 10)
     length = weights.numel()
-    privacy_engine = arm and ClientPrivacyEngine(arm, clients=parties, length=length, rounds=rounds, ledger=Ledger())
+    privacy_engine = None
+    if arm:
+        privacy_engine = ClientPrivacyEngine(arm, clients=parties, length=length, rounds=rounds, ledger=Ledger())
     for _ in range(rounds):
         updates = local_updates(weights, x, y, steps=8, rate=0.5)
         if privacy_engine is None:
@@ -134,7 +137,13 @@ def train(arm: ClientPrivacy | None, parties: int, rounds: int, seed: int, data:
 
 def accuracy(parties: int, rounds: int, seeds: int, every: bool) -> None:
     data = fashion()
-    common = {"epsilon": EPSILON, "delta": DELTA, "clip": CLIP, "min_survivors": parties, "colluders": 0}
+    common: dict[str, Any] = {
+        "epsilon": EPSILON,
+        "delta": DELTA,
+        "clip": CLIP,
+        "min_survivors": parties,
+        "colluders": 0,
+    }
     arms: dict[str, ClientPrivacy | None] = {"no noise": None, "central": ClientPrivacy(**common, noise="central")}
     for mechanism in ("discrete_gaussian", "skellam") if every else ("discrete_gaussian",):
         for bits in (16, 18, 20):

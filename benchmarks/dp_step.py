@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from check_memory import Transformer, resnet
@@ -58,7 +59,7 @@ class Block(nn.Module):
         x = self.embed(tokens)
         x = x + self.o(torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) / 8, -1) @ self.v(x))
         x = x + self.down(torch.relu(self.up(self.norm(x))))
-        return self.head(x.mean(1))
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
 
 
 def cnn() -> nn.Module:
@@ -102,9 +103,10 @@ def step_of(kind: str, make: Callable[[], nn.Module], x: torch.Tensor, y: torch.
     """One training step of this kind on these records; a fresh model."""
     model, records = make().to(x.device), len(x)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": records}
+    settings: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": records}
     criterion = nn.functional.cross_entropy
-    optimizer, before = sgd, (lambda: None)
+    optimizer: torch.optim.Optimizer = sgd
+    before: Callable[[], object] = lambda: None  # noqa: E731
     if kind == "choral":
         model = with_per_sample_gradients(model)
         optimizer = private = PrivateOptimizer(sgd, model, source=os_stream, **settings)
@@ -119,7 +121,7 @@ def step_of(kind: str, make: Callable[[], nn.Module], x: torch.Tensor, y: torch.
     def run() -> None:
         before()
         optimizer.zero_grad()
-        criterion(model(x), y).backward()
+        criterion(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return run
@@ -201,7 +203,7 @@ def step_line(case: str, repeats: int, device: torch.device) -> dict[str, object
     }
 
 
-def ghost_line(t: int, d: int, p: int, records: int, repeats: int, device: torch.device) -> dict[str, object]:
+def ghost_line(t: int, d: int, p: int, records: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """Both ways for a linear layer: time of making, norms and weighted sum, and numbers kept until the sum."""
     a, g = torch.randn(records, t, d, device=device), torch.randn(records, t, p, device=device)
     weights = torch.rand(records, dtype=torch.float64)
@@ -244,7 +246,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook")  # Opacus' hooks; ours do not warn
     if wanted.memory_of:
-        print(json.dumps(memory(*wanted.memory_of, device)))
+        model, kind = wanted.memory_of
+        print(json.dumps(memory(model, kind, device)))
         return
     for case in wanted.only or CASES:
         print(json.dumps(step_line(case, wanted.repeats, device)), flush=True)
@@ -254,7 +257,7 @@ def main() -> None:
     for t, d, p in SHAPES:
         records = max(4, min(64, (1 << 24) // (d * p), (1 << 24) // (t * (d + p))))
         line = ghost_line(t, d, p, records, max(wanted.repeats // 6, 3), device)
-        regrets.append(float(line["chosen over faster"]))  # type: ignore[arg-type]
+        regrets.append(line["chosen over faster"])
         flips += [(line["numbers, outer over dense"], line["outer over dense"])] if t > 1 else []
         print(json.dumps(line), flush=True)
     mean = math.exp(statistics.fmean(map(math.log, regrets)))

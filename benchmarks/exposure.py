@@ -55,7 +55,7 @@ def train(data: TensorDataset, passes: int, privacy: Privacy | None) -> nn.Modul
     for _ in range(passes):
         for x, y in loader:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(trained(x), y).backward()
+            nn.functional.cross_entropy(trained(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return net
 

@@ -26,6 +26,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def measure(task: str, recipe: Recipe, seeds: range, *, validate: bool) -> None:
-    train, test = (records(task, name) for name in ("train", "t10k"))
+    train, test = (tuple(records(task, name)) for name in ("train", "t10k"))
     if validate:
         train, test = (tuple(t[:-HELD_OUT] for t in train), tuple(t[-HELD_OUT:] for t in train))
     scores = []
@@ -135,7 +136,7 @@ def run(
     x, y = train
     model = linear(x.shape[1]) if task == "linear" else cnn()
     averaged = AveragedModel(model)
-    optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
+    sgd = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum)
     ledger = Ledger(folder / f"{task}-{seed}.jsonl")
     privacy = Privacy(
         epsilon=EPSILON,
@@ -148,15 +149,16 @@ def run(
     mean = private_mean(x, recipe, ledger) if recipe.mean_noise else torch.zeros(())
     test = (test[0] - mean, test[1])
     # The "records" are their numbers: a batch is then one gather, not 8,192 small tensors to stack.
-    loader = DataLoader(
-        range(len(x)), recipe.batch_size, shuffle=True, collate_fn=lambda rows: (x[rows] - mean, y[rows])
+    numbers: Any = range(len(x))
+    loader: DataLoader[Any] = DataLoader(
+        numbers, recipe.batch_size, shuffle=True, collate_fn=lambda rows: (x[rows] - mean, y[rows])
     )
-    private, optimizer, loader = privacy.wrap(model, optimizer, loader)
+    private, optimizer, loader = privacy.wrap(model, sgd, loader)
     steps, planned = 0, recipe.epochs * len(loader)
     for epoch in range(recipe.epochs):
         for batch, target in loader:
             optimizer.zero_grad()
-            F.cross_entropy(private(batch), target).backward()
+            F.cross_entropy(private(batch), target).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             steps += 1
             if steps > (1 - recipe.average) * planned:
@@ -192,12 +194,12 @@ def private_mean(x: torch.Tensor, recipe: Recipe, ledger: Ledger) -> torch.Tenso
     ledger.bind("data", DELTA)
     ledger.append(own, after=0, plan=ReleasePlan(epsilon=EPSILON, parts=parts))
     total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for part in x.split(2000):
+    for part in x.split(2000):  # type: ignore[no-untyped-call]
         factors = (NORM / torch.linalg.vector_norm(part.double(), dim=1)).clamp(max=1.0)
         total += factors @ part.double()
     grid = noise_grid(NORM, len(total))
-    noise = grid_gaussian(len(total), noise_multiplier, NORM, grid, os_stream)
-    return ((total.div(grid).round() * grid + torch.from_numpy(noise)) / len(x)).float()
+    drawn = grid_gaussian(len(total), noise_multiplier, NORM, grid, os_stream)
+    return ((total.div(grid).round() * grid + torch.from_numpy(drawn)) / len(x)).float()
 
 
 def recomputed(records: int, recipe: Recipe, noise_multiplier: float, steps: int) -> float:
@@ -234,7 +236,7 @@ def cnn() -> nn.Module:
 @torch.no_grad()
 def accuracy(model: nn.Module, test: tuple[torch.Tensor, ...]) -> float:
     x, y = test
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))  # type: ignore[misc, no-untyped-call]
     return round(100 * right / len(y), 2)
 
 
@@ -249,7 +251,7 @@ def records(task: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     if not path.is_file():
         np.save(path, scatter(images).numpy())
     features = torch.from_numpy(np.load(path))
-    for part in features.split(2000):  # in groups of three channels, each record by itself
+    for part in features.split(2000):  # type: ignore[no-untyped-call]  # in groups of three channels, each record by itself
         part.copy_(F.group_norm(part, 27))
     return features.flatten(1), labels
 

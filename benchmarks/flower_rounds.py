@@ -72,7 +72,7 @@ def simulated(flower: Any, times: Path, rounds: int, job: Path | None) -> list[f
     app.train()(client_app.train)
     server = ServerApp()
 
-    @server.main()
+    @server.main()  # type: ignore[untyped-decorator]
     def main(grid: Any, context: Any) -> None:  # noqa: ARG001
         def timed(number: int, arrays: Any) -> None:  # noqa: ARG001
             with times.open("a") as file:

@@ -87,7 +87,7 @@ def flower_sum(
     mean = compat.arrayrecord_to_parameters(context.state.array_records[MAIN_PARAMS_RECORD], True)
     got = np.load(io.BytesIO(mean.tensors[0]))
     alive = [make() for place, make in enumerate(vectors) if place not in gone]
-    error = np.abs(got - sum(alive) * scale / len(alive)).max() if got.size > 1 else float("nan")
+    largest = np.abs(got - sum(alive) * scale / len(alive)).max() if got.size > 1 else float("nan")
     return {
         "who": "flower",
         "parties": n,
@@ -98,5 +98,5 @@ def flower_sum(
         "cpu": cpu - traffic["carrying"],
         "bytes_up_per_party": traffic["up"] / n,
         "bytes_down_per_party": traffic["down"] / n,
-        "largest_error_of_the_mean": float(error),
+        "largest_error_of_the_mean": float(largest),
     }

@@ -120,7 +120,7 @@ def _masked_sum(device: torch.device, length: int) -> Iterator[Line]:
     begun = time.perf_counter()
     summing = session.begin()
     for party, vector in vectors.items():
-        summing.submit(party, vector)  # type: ignore[arg-type]  # a tensor is masked where it lives
+        summing.submit(party, vector)  # a tensor is masked where it lives
     total = summing.finish().total
     seconds = time.perf_counter() - begun
     if not np.array_equal(np.asarray(total), sum(vectors.values()).cpu().numpy()):  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def federation(device: torch.device, small: bool) -> Iterator[Line]:
     task = TASKS["fashion"](Split(parties=10), Training(batch_size=batch_size // 10, hidden=128), 0, _data())
     if small:
         task = dataclasses.replace(task, parties={name: _first(part, 40) for name, part in task.parties.items()})
-    records = sum(len(part) for part in task.parties.values())  # type: ignore[arg-type]
+    records = sum(len(part) for part in task.parties.values())
     steps = -(-records // batch_size)
     shares = FedSGD(batch_size=batch_size, steps_per_round=steps, learning_rate=0.5, momentum=0.9)
     promise = Privacy(epsilon=3.0, delta=1e-5, max_grad_norm=1.0)

@@ -87,8 +87,8 @@ def speed(repeats: int, length: int) -> Iterator[Line]:
         times = interleaved(
             repeats,
             {
-                "encrypt": lambda vector=vector, terms=terms: encrypted(vector, terms),
-                "add": lambda ours=ours, terms=terms: collect(ours, terms),
+                "encrypt": lambda vector=vector, terms=terms: encrypted(vector, terms),  # type: ignore[misc]
+                "add": lambda ours=ours, terms=terms: collect(ours, terms),  # type: ignore[misc]
                 "peer encrypt": peer.to_bytes,
                 "peer add": peer.add,
             },
@@ -172,17 +172,19 @@ def crossover(repeats: int, length: int) -> Iterator[Line]:
 
         def unpack_and_add(upload: bytes = upload, modulus: int = modulus, total: Any = total) -> None:
             message = messages.to_server(upload, sender="", limit=messages.limit(messages.Upload, len(upload)))
+            assert isinstance(message, messages.Upload)
             packed = messages.from_pieces(message.vector)
+            assert packed is not None
             np.add(total, integers.unpack(packed, length, modulus), out=total)
 
         times = interleaved(
             repeats,
             {
-                "encrypt": lambda terms=terms: encrypted(vector, terms),
-                "collect": lambda pieces=pieces, terms=terms: collect(pieces, terms),
-                "key": lambda key=key, key_bits=key_bits, seeds=seeds: masked(key, key_bits, seeds, []),
-                "pack": lambda modulus=modulus: masked(vector, modulus, [], []),
-                "mask": lambda total=total, seeds=seeds: stream.add_mask(total, seeds[0]),
+                "encrypt": lambda terms=terms: encrypted(vector, terms),  # type: ignore[misc]
+                "collect": lambda pieces=pieces, terms=terms: collect(pieces, terms),  # type: ignore[misc]
+                "key": lambda key=key, key_bits=key_bits, seeds=seeds: masked(key, key_bits, seeds, []),  # type: ignore[misc]
+                "pack": lambda modulus=modulus: masked(vector, modulus, [], []),  # type: ignore[misc]
+                "mask": lambda total=total, seeds=seeds: stream.add_mask(total, seeds[0]),  # type: ignore[misc]
                 "unpack": unpack_and_add,
             },
         )
@@ -255,7 +257,7 @@ def _model(kind: str) -> Line:
     n, bits = 10, 16
     torch.set_num_threads(1)
     spec = spec_of(n, bits, MODEL)
-    config = {"split": Homomorphic(), "shared": Homomorphic(key="shared"), "masked": Masked()}[kind]
+    config: Any = {"split": Homomorphic(), "shared": Homomorphic(key="shared"), "masked": Masked()}[kind]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     session = config.open(spec)
     summing = session.begin()

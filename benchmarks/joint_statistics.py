@@ -24,7 +24,7 @@ SHARES = (0.25, 0.5, 0.75)
 def made_up(records: int, columns: int, seed: int) -> dict[str, np.ndarray]:
     """Columns on [0, 100] of unlike shapes: normal, skewed, with two peaks; and a label."""
     generator = np.random.default_rng(seed)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for at in range(columns):
         kind, centre = at % 3, 30 + 40 * (at / columns)
         if kind == 0:

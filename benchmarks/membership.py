@@ -199,8 +199,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     x, y = records(chosen.data, chosen.records, chosen.data_dir)
     if chosen.few:
         few = with_few(x, y, chosen)
-        for line in few:
-            print(json.dumps(line))
+        for found in few:
+            print(json.dumps(found))
         return few
     rng = np.random.default_rng(chosen.seed)
     coins = rng.random((2 * chosen.shadows + 1, chosen.records)) < 0.5

@@ -43,7 +43,7 @@ from choral.trainers.federated.session import Session
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
     for inputs, targets in loader:
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), targets).backward()
+        F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
@@ -67,7 +67,7 @@ def loader_of(dataset: TensorDataset, *, slices: bool) -> Any:
 
 def loop(job: bare.Job, datasets: dict[str, TensorDataset], *, slices: bool) -> Callable[[], Any]:
     model = job.model()
-    parameters = list(model.parameters())
+    parameters: list[torch.Tensor] = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=bare.RATE)
     weights = [p.detach().clone() for p in parameters]
     loaders = {name: loader_of(dataset, slices=slices) for name, dataset in datasets.items()}

@@ -79,7 +79,7 @@ def masks(repeats: int, length: int) -> Iterator[Line]:
         functions: dict[str, Callable[[], object]] = {"add": plain_add}
         for name, cipher in raw_aes(size).items():
             functions[f"raw {name}"] = cipher
-            functions[f"mask {name}"] = lambda backend=stream.BACKENDS[name], add=add: add(backend)
+            functions[f"mask {name}"] = lambda backend=stream.BACKENDS[name], add=add: add(backend)  # type: ignore[misc]
         seconds = interleaved(repeats, functions)
         for name in stream.BACKENDS:
             ours = seconds[f"mask {name}"]
@@ -154,9 +154,9 @@ def packing(repeats: int, length: int) -> Iterator[Line]:
         seconds = interleaved(
             repeats,
             {
-                "pack": lambda values=values, bits=bits: integers.pack(values, bits),
-                "unpack": lambda packed=packed, bits=bits: integers.unpack(packed, length, bits),
-                "copy": lambda values=values: values.copy(),
+                "pack": lambda values=values, bits=bits: integers.pack(values, bits),  # type: ignore[misc]
+                "unpack": lambda packed=packed, bits=bits: integers.unpack(packed, length, bits),  # type: ignore[misc]
+                "copy": lambda values=values: values.copy(),  # type: ignore[misc]
             },
         )
         for what in ("pack", "unpack"):

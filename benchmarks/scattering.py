@@ -27,7 +27,7 @@ def scatter(images: torch.Tensor, batch: int = 1000) -> torch.Tensor:
         raise ValueError(f"images are {height} x {width}, expected sides that are multiples of 4, at least 8")
     tall, wide = (side + 2 * (1 << SCALES) for side in (height, width))
     phi, psi = _filters(tall, wide)
-    return torch.cat([_scatter(part, phi, psi) for part in images.split(batch)])
+    return torch.cat([_scatter(part, phi, psi) for part in images.split(batch)])  # type: ignore[no-untyped-call]
 
 
 def _scatter(images: torch.Tensor, phi: torch.Tensor, psi: list[torch.Tensor]) -> torch.Tensor:
@@ -58,7 +58,7 @@ def _smooth(spectrum: torch.Tensor, phi: torch.Tensor, level: int) -> torch.Tens
     """Return the low-passed signal at a quarter of the resolution, without the padding."""
     step = 1 << (SCALES - level)
     smooth = torch.fft.ifft2(spectrum * _coarser(phi, level)).real[..., ::step, ::step]
-    return smooth[..., 1:-1, 1:-1]
+    return smooth[..., 1:-1, 1:-1]  # type: ignore[no-any-return]
 
 
 def _coarser(spectrum: torch.Tensor, level: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def _spectrum(signal: npt.NDArray[np.complex128]) -> torch.Tensor:
 def _morlet(tall: int, wide: int, sigma: float, turn: float, xi: float, slant: float) -> npt.NDArray[np.complex128]:
     """Return a Gabor wavelet less the multiple of its envelope that makes the sum zero."""
     wave, envelope = (_gabor(tall, wide, sigma, turn, frequency, slant) for frequency in (xi, 0.0))
-    return wave - wave.sum() / envelope.sum() * envelope
+    return wave - wave.sum() / envelope.sum() * envelope  # type: ignore[no-any-return]
 
 
 def _gabor(tall: int, wide: int, sigma: float, turn: float, xi: float, slant: float) -> npt.NDArray[np.complex128]:

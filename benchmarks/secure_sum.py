@@ -89,7 +89,7 @@ def open_session(setup: messages.SumSetup, *, shared: bool) -> tuple[Any, dict[s
     directory = {name: ed25519_public(identity) for name, identity in identities.items()}
     common = Signatures()
     opening = Opening(setup, directory, common)
-    states = {}
+    states: dict[str, Any] = {}
     for name, identity in identities.items():
         policy = Policy(directory=directory, corrupt=setup.corrupt, signatures=common if shared else Signatures())
         states[name], raw = join(
@@ -112,7 +112,7 @@ def opening(n: int, repeats: int = 3) -> dict[str, Any]:
     spent = []
     for _ in range(repeats):
         begun = time.process_time()
-        session = Masked(corrupt=n // 20, dropouts=n // 20).open(spec)
+        session: Any = Masked(corrupt=n // 20, dropouts=n // 20).open(spec)
         opened = time.process_time()
         trip = next(session.server.round())
         for party, raw in trip.outbox.items():
@@ -145,23 +145,23 @@ def one_round(session: Any, members: dict[str, Any], gone: set[int], clock: Cloc
 
     stage = session.begin(1)
     for name in names:
-        send(stage, name, lambda name=name: members[name].advertise(1, randomness=secrets.token_bytes)[1:])
+        send(stage, name, lambda name=name: members[name].advertise(1, randomness=secrets.token_bytes)[1:])  # type: ignore[misc]
     stage, outbox = close(stage)
     for name, raw in outbox.items():
-        send(stage, name, lambda name=name, raw=raw: states[name].share(raw, randomness=secrets.token_bytes))
+        send(stage, name, lambda name=name, raw=raw: states[name].share(raw, randomness=secrets.token_bytes))  # type: ignore[misc]
     stage, outbox = close(stage)
     for place, name in enumerate(names):
         with clock.on("parties"):
             ready = states[name].receive(outbox[name])
         if place not in gone:
             vector = vector_of(place, length)
-            send(stage, name, lambda ready=ready, vector=vector: ready.upload(vector))
+            send(stage, name, lambda ready=ready, vector=vector: ready.upload(vector))  # type: ignore[misc]
     stage, outbox = close(stage)
     for name, raw in outbox.items():
-        send(stage, name, lambda name=name, raw=raw: states[name].confirm(raw))
+        send(stage, name, lambda name=name, raw=raw: states[name].confirm(raw))  # type: ignore[misc]
     stage, outbox = close(stage)
     for name, raw in outbox.items():
-        send(stage, name, lambda name=name, raw=raw: (None, states[name].unmask(raw)))
+        send(stage, name, lambda name=name, raw=raw: (None, states[name].unmask(raw)))  # type: ignore[misc]
     with clock.on("server"):
         outcome = stage.close()
     return outcome, traffic

@@ -36,7 +36,7 @@ def one_by_one(
         optimizer = sgd(list(model.parameters()))
         for chosen in own:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return models
 

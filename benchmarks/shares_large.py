@@ -82,13 +82,13 @@ def task_of(job: Job, model: Callable[[], nn.Module], parties: dict[str, Any], t
     def fit(model: nn.Module, optimizer: Any, loader: Any) -> None:
         for batch in loader:
             optimizer.zero_grad()
-            loss(model, batch).mean().backward()
+            loss(model, batch).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> float:
         x, y = test
-        right = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+        right = sum(int((model(a).argmax(-1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))  # type: ignore[misc, no-untyped-call]
         return right / y.numel()
 
     return Task(build=build, fit=fit, evaluate=evaluate, parties=parties, loss=loss, schedule=Schedule(kind="cosine"))
@@ -169,7 +169,7 @@ def pretrained(x: torch.Tensor, y: torch.Tensor, *, symbols: int) -> dict[str, t
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for a, b in DataLoader(TensorDataset(x.repeat(6, 1), y.repeat(6, 1)), batch_size=64, shuffle=True):
         optimizer.zero_grad()
-        F.cross_entropy(model(a).transpose(1, 2), b).backward()
+        F.cross_entropy(model(a).transpose(1, 2), b).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model.state_dict()
 
@@ -188,7 +188,7 @@ JOBS = {
 
 def trained(job: Job, task: Task, arm: str, seed: int, secure_sum: SecureSum | None = None, rounds: int = 0) -> Run:
     """One run. rounds: by default as many as passes; of one step each where given."""
-    promise = {"epsilon": job.epsilon, "delta": DELTA, "max_grad_norm": job.clip}
+    promise: dict[str, Any] = {"epsilon": job.epsilon, "delta": DELTA, "max_grad_norm": job.clip}
     common: dict[str, Any] = {"compute": Compute(seed=seed, device="cpu"), "rounds": rounds or job.passes}
     if arm == "cloud":
         return centralize(task, privacy=Privacy(**promise), **common)

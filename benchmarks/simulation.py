@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,12 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def report(
-    name: str, spent: dict[str, list[Spent]], versions: dict[str, str], arguments: argparse.Namespace, *, parties: int
+    name: str,
+    spent: dict[str, list[Spent]],
+    versions: Mapping[str, str],
+    arguments: argparse.Namespace,
+    *,
+    parties: int,
 ) -> None:
     def middle(engine: str, number: Callable[[Spent], float]) -> float:
         return statistics.median(number(one) for one in spent[engine])

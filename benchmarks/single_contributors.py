@@ -69,7 +69,8 @@ class _Session:
 
 class _Round:
     def __init__(self, inner: Any, watched: Watched) -> None:
-        self.inner, self.watched, self.vectors = inner, watched, []
+        self.inner, self.watched = inner, watched
+        self.vectors: list[Any] = []
 
     def needs(self, party: str) -> Any:
         return self.inner.needs(party)
@@ -114,12 +115,13 @@ def main() -> None:
         for least in (None, asked.contributors):
             seen = Seen()
             sums = Masked(corrupt=asked.contributors - 2, contributors=least)
+            watched: Any = Watched(sums, asked.contributors, seen)
             clock = time.process_time()
             run = federate(
                 task,
                 rounds=asked.rounds,
                 algorithm=FedAvg(),
-                secure_sum=Watched(sums, asked.contributors, seen),
+                secure_sum=watched,
                 participation=Participation(cohort=cohort),
             )
             _show(cohort, least, run, seen, time.process_time() - clock)

@@ -35,7 +35,7 @@ SPREAD += [5, 6, 34, 570, 0.02, 0.15, 0.2, 0.07, 0.06, 0.02]
 def visits() -> Any:
     """The example's training code."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "hospitals"))
-    import visits as code  # type: ignore[import-not-found]
+    import visits as code
 
     return code
 

@@ -159,7 +159,7 @@ def averaged(batch: int, passes: int, runs: Runs, epsilon: float, unit: str, see
             for weight, gradient in zip(local, total, strict=True):
                 scale = each["noise"] * (clips if unit == "record" else 0.0)
                 weight -= along(pace, weight) * (gradient + along(scale, gradient) * torch.randn_like(gradient))
-        updates = [(new.unflatten(0, (count, PARTIES)) - old[:, None]) for new, old in zip(local, weights, strict=True)]
+        updates = [(new.unflatten(0, (count, PARTIES)) - old[:, None]) for new, old in zip(local, weights, strict=True)]  # type: ignore[no-untyped-call]
         if unit == "client":
             norms = sum((update.flatten(2) ** 2).sum(2) for update in updates) ** 0.5
             updates = [
@@ -178,7 +178,7 @@ def mean_scores(arm: str, batch: int, passes: int, runs: Runs, epsilon: float) -
         unit = "record" if arm == "federated-dp" else "client"
         return torch.stack([averaged(batch, passes, runs, epsilon, unit, seed) for seed in range(SEEDS)]).mean(0)
     honest = None if arm == "cloud-dp" else int(arm.split("h = ")[1])
-    return pooled(batch, passes, runs.each(SEEDS), epsilon, honest).unflatten(0, (-1, SEEDS)).mean(1)
+    return pooled(batch, passes, runs.each(SEEDS), epsilon, honest).unflatten(0, (-1, SEEDS)).mean(1)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def narrow(unit: str) -> None:

@@ -47,7 +47,7 @@ def loaded(parties: int, batch_size: int, seed: int) -> Task:
 
 
 def records_of(task: Task) -> int:
-    return sum(len(dataset) for dataset in task.parties.values())  # type: ignore[misc]
+    return sum(len(dataset) for dataset in task.parties.values())
 
 
 def multiplier(epsilon: float, records: int) -> float:
