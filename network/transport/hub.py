@@ -36,10 +36,9 @@ from choral.network.transport.certificates import Certificate, CertifiedIdentity
 from choral.network.transport.channel import Buffer, FrameChannel
 from choral.network.transport.frames import ID_BYTES, Kind, unpack_names
 from choral.network.transport.limits import Door, Limits, Meter
-from choral.network.transport.pinned_tls import Directory, refusal, tls_context
+from choral.network.transport.pinned_tls import READ_AHEAD, Directory, refusal, secured, tls_context
 
 log = logging.getLogger("choral.network")
-_READ_AHEAD = 512 * 1024
 _LINES_A_MINUTE = 120  # about connections that were refused
 _EXPIRES_SOON = timedelta(days=30)
 
@@ -77,7 +76,7 @@ class Hub:
             TransportError: the address cannot be listened at.
         """
         try:
-            self._server = await asyncio.start_server(self._connection, host, port, limit=_READ_AHEAD)
+            self._server = await asyncio.start_server(self._connection, host, port, limit=READ_AHEAD)
         except OSError as error:
             raise TransportError(f"cannot listen ({error.strerror})", peer=f"{host}:{port}") from None
         address: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
@@ -214,33 +213,31 @@ class Hub:
             log.log(logging.DEBUG if self._closed else logging.WARNING, "lost a site: %s", error)
             self._wake()
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connection(self, _: asyncio.StreamReader, plain: asyncio.StreamWriter) -> None:
         """One connection from its first byte to its last."""
-        host, port = (writer.get_extra_info("peername") or ("unknown", 0))[:2]
+        host, port = (plain.get_extra_info("peername") or ("unknown", 0))[:2]
         if why := "the hub is closing" if self._closed else self._door.enter(host):
             self._say_refused(f"{host}:{port}", why)
-            writer.transport.abort()
+            plain.transport.abort()
             return
         task = asyncio.current_task()
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         try:
-            found = await self._greet(reader, writer, f"{host}:{port}")
+            found = await self._greet(plain, f"{host}:{port}")
             if found is not None:
                 await self._serve(*found, f"{host}:{port}")
         finally:
             self._door.leave(host)
-            writer.transport.abort()
+            plain.transport.abort()
 
-    async def _greet(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, where: str
-    ) -> tuple[FrameChannel, bytes] | None:
+    async def _greet(self, plain: asyncio.StreamWriter, where: str) -> tuple[FrameChannel, bytes] | None:
         """TLS, certificate, HELLO: the channel and the certificate of a site, or None for whoever was refused."""
         limits, channel = self.limits, None
         try:
             async with asyncio.timeout(limits.handshake):
-                await writer.start_tls(self._context, ssl_handshake_timeout=limits.handshake + 1)
+                reader, writer = await secured(plain, self._context, server=True, seconds=limits.handshake + 1)
                 shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
                 channel = FrameChannel(reader, writer, limits, where)
                 channel.peer = name = self._directory.name_of(shown)

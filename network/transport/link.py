@@ -28,7 +28,7 @@ from choral.network.transport.certificates import CertifiedIdentity
 from choral.network.transport.channel import FrameChannel, refused
 from choral.network.transport.frames import Kind, pack_names
 from choral.network.transport.limits import Limits
-from choral.network.transport.pinned_tls import Directory, refusal, tls_context
+from choral.network.transport.pinned_tls import Directory, refusal, secured, tls_context
 from choral.network.transport.proxy import check_address, check_proxy, dial
 
 log = logging.getLogger("choral.network")
@@ -163,8 +163,8 @@ class Link:
         """One connection from its first byte to its last, which is always an error."""
         try:
             async with asyncio.timeout(self.limits.handshake):
-                streams = await dial(self._address, self._proxy)
-                channel = await self._greet(*streams)
+                plain = await dial(self._address, self._proxy)
+                channel = await self._greet(plain)
         except TimeoutError:
             raise PeerLostError(f"did not greet within {self.limits.handshake:g} s", peer=self.hub) from None
         log.info("connected to %s", self.hub)
@@ -183,10 +183,10 @@ class Link:
             beat.cancel()
             channel.abort()
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FrameChannel:
+    async def _greet(self, plain: asyncio.StreamWriter) -> FrameChannel:
         try:
             try:
-                await writer.start_tls(self._context, ssl_handshake_timeout=self.limits.handshake + 1)
+                reader, writer = await secured(plain, self._context, server=False, seconds=self.limits.handshake + 1)
             except TimeoutError:
                 raise
             except (OSError, EOFError) as error:
@@ -209,7 +209,7 @@ class Link:
             if frame.kind is not Kind.WELCOME:
                 raise FrameError(f"a {frame.kind.name} frame instead of WELCOME", peer=self.hub)
         except BaseException:
-            writer.transport.abort()
+            plain.transport.abort()
             raise
         return channel
 

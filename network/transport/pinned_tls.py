@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ssl
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,9 @@ from datetime import UTC, datetime
 
 from choral.network.errors import CertificateError, UnknownPeerError, WrongPeerError
 from choral.network.transport.certificates import Certificate, CertifiedIdentity, read_certificate
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+READ_AHEAD = 512 * 1024  # bytes
 
 
 class Directory:
@@ -98,6 +102,24 @@ def tls_context(identity: CertifiedIdentity, peers: Iterable[Certificate], *, se
     if pems:
         context.load_verify_locations(cadata=pems)
     return context
+
+
+async def secured(plain: asyncio.StreamWriter, context: ssl.SSLContext, *, server: bool, seconds: float) -> Streams:
+    """The streams over TLS. They are new: what was read of the plain ones is from nobody, and none of it is in them.
+
+    `StreamWriter.start_tls` would go on with the same reader, and give out as the peer's what a proxy sent behind its
+    answer. Raises: OSError, EOFError if the handshake fails.
+    """
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=READ_AHEAD, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport = await loop.start_tls(
+        plain.transport, protocol, context, server_side=server, ssl_handshake_timeout=seconds
+    )
+    if transport is None:
+        raise EOFError
+    protocol.connection_made(transport)  # which `start_tls` leaves to its caller
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 def refusal(error: BaseException) -> str:

@@ -12,9 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from choral.errors import ConfigError
 from choral.network.errors import ProxyError, TransportError
+from choral.network.transport.pinned_tls import READ_AHEAD, Streams
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-_READ_AHEAD = 512 * 1024
 _ANSWER = 8192  # bytes of a proxy's answer that are read
 
 
@@ -43,15 +42,15 @@ def check_proxy(url: str | None) -> None:
         raise ConfigError("proxy: expected http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT")
 
 
-async def dial(address: tuple[str, int], proxy: str | None) -> Streams:
-    """Connect to `address`, through `proxy` if there is one.
+async def dial(address: tuple[str, int], proxy: str | None) -> asyncio.StreamWriter:
+    """Connect to `address`, through `proxy` if there is one. What can be read before TLS is nobody's word.
 
     Raises:
         TransportError: nobody answers there.
         ProxyError: the proxy does not answer, or refuses.
     """
     if proxy is None:
-        return await _open(*address, TransportError, "the coordinator's address")
+        return (await _open(*address, TransportError, "the coordinator's address"))[1]
     parts = urlsplit(proxy)
     reader, writer = await _open(str(parts.hostname), int(parts.port or 0), ProxyError, "the proxy")
     try:
@@ -79,12 +78,12 @@ async def dial(address: tuple[str, int], proxy: str | None) -> Streams:
             peer=_where(proxy),
             hint="whoever runs the proxy must allow CONNECT to the coordinator's host and port",
         )
-    return reader, writer
+    return writer
 
 
 async def _open(host: str, port: int, kind: type[TransportError], what: str) -> Streams:
     try:
-        return await asyncio.open_connection(host, port, limit=_READ_AHEAD)
+        return await asyncio.open_connection(host, port, limit=READ_AHEAD)
     except OSError as error:
         raise kind(
             f"{what} does not answer ({error.strerror or type(error).__name__})", peer=f"{host}:{port}"

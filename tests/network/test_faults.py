@@ -328,6 +328,31 @@ def test_the_way_out_through_a_proxy(ends: Any, user: str, caplog: Any) -> None:
     assert "p@ss" not in caplog.text
 
 
+def test_what_a_proxy_says_behind_its_answer_is_not_the_coordinators(ends: Any) -> None:
+    """Frames in the clear, read before TLS: with the same reader after it, they would be the authenticated hub's."""
+    body, seen = b"of the proxy", list[bytes]()
+
+    def handler(request: Request) -> bytes:
+        seen.append(bytes(request.body))
+        return b"x"
+
+    async def main() -> None:
+        async with ends.hub("north") as (hub, address), ends.middle(address, connect=True) as middle:
+            said = [
+                (Kind.WELCOME, 0, b""),
+                (Kind.REQUEST, 1, REQUEST.pack(bytes(16), len(body), 100)),
+                (Kind.DATA, 1, body),
+            ]
+            for kind, stream, payload in said:
+                middle.answer += HEADER.pack(kind, b"\0\0\0", stream, len(payload)) + payload
+            proxy = f"http://127.0.0.1:{middle.address[1]}"
+            async with ends.link("north", ("hub.example.org", 443), handler, proxy=proxy):
+                assert await hub.request("north", b"of the hub", timeout=20, reply_limit=1) == b"x"
+
+    asyncio.run(main())
+    assert seen == [b"of the hub"]
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
