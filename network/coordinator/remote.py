@@ -230,19 +230,23 @@ class RemoteSum:
         self.place = self.transcript.open_session(self._name, self._spec)
         self._members = frozenset()
         for trip in self.driver.open():
+            self._refuse_fewer()  # before the sites do, who say no more than that
             self.sites.pass_on(self._channel, trip)
         setup = getattr(self.driver, "setup", None)
-        roster = self._spec.parties if setup is None else setup.roster
+        self._members = frozenset(self._spec.parties if setup is None else setup.roster)
+
+    def _refuse_fewer(self) -> None:
+        """Raises: TooFewSurvivorsError."""
+        setup = getattr(self.driver, "setup", None)
         if isinstance(setup, AheadSetup) and setup.trips == 2 and (least := fewest_opened(setup)) < self._least:
             raise TooFewSurvivorsError(
-                f"a sum in two trips of the {len(roster)} sites that are there may be over {least}, and {self._least}"
-                " are stated",
-                survivors=len(roster),
-                needed=len(roster) + 1,
-                missing=tuple(name for name in self._spec.parties if name not in roster),
+                f"a sum in two trips of the {len(setup.roster)} sites that are there may be over {least}, and"
+                f" {self._least} are stated",
+                survivors=len(setup.roster),
+                needed=len(setup.roster) + 1,
+                missing=tuple(name for name in self._spec.parties if name not in setup.roster),
                 hint=f"wait for the others, state min_survivors={least}, or take trips=3 or 4",
             )
-        self._members = frozenset(roster)
 
 
 class RemoteChannel:

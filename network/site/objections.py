@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from choral.errors import ChoralError
@@ -18,7 +19,7 @@ from choral.network.site.offer import BY_ENGINE, STATISTICS, Offer
 from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, terms_of
 from choral.privacy import ClientPrivacy, Privacy
 from choral.protocols.homomorphic.front import Homomorphic
-from choral.protocols.masking.ahead.floor import check_floor
+from choral.protocols.masking.ahead.floor import check_floor, promised
 from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.protocols.masking.policy import Policy
@@ -210,21 +211,28 @@ def _sum(folder: SiteFolder, offer: Offer) -> Iterator[str]:
 def _shared_key(policy: Policy, summing: Homomorphic, parties: int) -> Iterator[str]:
     if policy.server != "semi-honest" or policy.corrupt:
         yield "a shared key withstands no malicious coordinator and no site that works with it; this site expects them"
-    fewest = summing.min_survivors or parties // 2 + 1
+    fewest = smallest_shared(summing, parties)
     if fewest < policy.minimum_cohort:
         yield f"a smallest sum of {fewest}, at least {policy.minimum_cohort}"
 
 
+def smallest_shared(summing: Homomorphic, parties: int) -> int:
+    """The fewest whose sum may be opened under a shared key."""
+    return summing.min_survivors or parties // 2 + 1
+
+
 def policy_of(folder: SiteFolder, offer: Offer) -> Policy:
-    """What this site demands of the sum, with the keys of the offer's parties.
+    """What this site demands of the sum, with the keys of the offer's parties: its own settings, and no less than the
+    offer says, for a person approved that. A coordinator proposes each session's setup when the job runs.
 
     A fraction of corrupt sites is of all that are pinned, counted here: all of them may be among the few of an offer.
+    Raises: OfferError, SpecError.
     """
     settings, pinned = folder.settings.sum, {**folder.parties, folder.settings.name: folder.signing.public}
     corrupt = settings.corrupt
     if isinstance(corrupt, float):
         corrupt = math.ceil(corrupt * len(pinned))
-    return Policy(
+    own = Policy(
         corrupt=corrupt,
         directory={party: pinned[party] for party in offer.parties if party in pinned},
         minimum_cohort=settings.minimum_cohort,
@@ -232,6 +240,19 @@ def policy_of(folder: SiteFolder, offer: Offer) -> Policy:
         security_bits=settings.security_bits,
         server=settings.server,
         cohort=settings.cohort,
+    )
+    summing = sum_of(offer.secure_sum)
+    if not isinstance(summing, Masked | Homomorphic):
+        return own
+    if isinstance(summing, Homomorphic) and summing.key == "shared":
+        return replace(own, minimum_cohort=max(own.minimum_cohort, smallest_shared(summing, len(offer.parties))))
+    setup = setup_of(summing, offer.parties)
+    return replace(
+        own,
+        corrupt=max(corrupt, setup.corrupt),
+        minimum_cohort=max(own.minimum_cohort, promised(setup, summing.min_survivors)),
+        server="malicious" if "malicious" in (own.server, setup.server) else "semi-honest",
+        cohort="chosen" if "chosen" in (own.cohort, summing.cohort) else "random",
     )
 
 

@@ -23,7 +23,7 @@ from choral.network.site.terms import follows_of, promise_of, setup_of, sum_of, 
 from choral.privacy import BandedPlan, ClientPrivacy, Privacy
 from choral.privacy.accounting.budget import at_least, at_most, shown
 from choral.protocols.homomorphic.front import Homomorphic
-from choral.protocols.masking.ahead.floor import fewest_opened
+from choral.protocols.masking.ahead.floor import promised
 from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.protocols.masking.masked import Masked
 from choral.trainers.analytics.terms import StatisticsTerms
@@ -189,8 +189,9 @@ def _sum(offer: Offer) -> str:
     except ChoralError as error:
         return f"{said}: {error}"
     trips = _in_trips(setup) if isinstance(setup, AheadSetup) else ""
+    fewest = promised(setup, summing.min_survivors)
     return (
-        f"{said}: over all {len(setup.roster)} sites, opened for the sum of {fewest_opened(setup)} or more, "
+        f"{said}: over all {len(setup.roster)} sites, opened for the sum of {fewest} or more, "
         f"{setup.corrupt} corrupt; {setup.threshold} together can reconstruct a secret of one{trips}"
     )
 

@@ -79,6 +79,7 @@ class MaskedServerDriver:
         check_spec(spec)
         self._config, self.spec = config, spec
         self.setup = config.setup(spec, session=bytes(16))  # each opening has an identifier of its own
+        self._fewest = self.setup.min_survivors
         unknown = [name for name in spec.parties if name not in context.directory]
         if unknown:
             raise SpecError(f"the directory has no key for {unknown[0]!r}")
@@ -145,9 +146,12 @@ class MaskedServerDriver:
             self._reveals = reveals[roster[0]]
 
     def _terms_for(self, roster: tuple[str, ...]) -> messages.SumSetup:
+        """Of some of the parties: opened over no fewer than is said of all, however few they are."""
         config = self._config
         if roster != self.spec.parties:  # whoever is there is no draw, whatever the roster was
             config = replace(config, cohort="chosen")
+            if config.trips != 2:  # whose floor of each roster its own driver looks at
+                config = replace(config, min_survivors=self._fewest, dropouts=None)
         return config.setup(self._spec_for(roster), session=self._randomness(16))
 
     def _spec_for(self, roster: tuple[str, ...]) -> SumSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date, timedelta
 from typing import Any
@@ -19,6 +20,9 @@ from choral.network.site.objections import objections, policy_of
 from choral.privacy import AdaptiveClip, ClientPrivacy, Ledger, Privacy, SharesPlan, SharesTerms, plan_shares
 from choral.privacy.accounting.events import PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.protocols import Homomorphic, Masked, Plain
+from choral.protocols.errors import PolicyError
+from choral.protocols.masking.ahead.floor import check_floor
+from choral.protocols.masking.ahead.messages import AheadSetup
 from choral.trainers import FSVRG, FedProx, FedSGD, Scaffold
 
 
@@ -475,6 +479,38 @@ def test_the_policy_of_one_sum_is_what_the_site_computed_itself(sites: Sites) ->
     for changed in ({"length": 9}, {"bound": spec.bound + 1}, {"encoding": "other"}, {"terms": bytes(32)}):
         with pytest.raises(Exception, match=r"this party|the setup"):
             policy.check(Masked(corrupt=1, min_survivors=3).setup(replace(spec, **changed), session=bytes(16)), "north")
+
+
+APPROVED: dict[str, tuple[Any, Any]] = {
+    "a smaller sum": (Masked(corrupt=1, min_survivors=4, dropouts=0), Masked(corrupt=1, min_survivors=3)),
+    "fewer corrupt sites": (Masked(corrupt=2, min_survivors=4, dropouts=0), Masked(corrupt=1, min_survivors=4)),
+    "a coordinator that does not lie": (
+        Masked(corrupt=1, min_survivors=3),
+        Masked(corrupt=1, min_survivors=3, server="semi-honest"),
+    ),
+    "two trips of fewer": (
+        Masked(corrupt=0, min_survivors=4, dropouts=0, trips=2),
+        Masked(corrupt=0, min_survivors=3, dropouts=0, trips=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", APPROVED)
+def test_no_session_is_weaker_than_what_was_approved(sites: Sites, what: str) -> None:
+    """A coordinator proposes the setup of each session when the job runs; this site's own settings take either."""
+    path = sites.path / "site.toml"
+    path.write_text(path.read_text().replace("[sum]", '[sum]\ncorrupt = 0\nserver = "semi-honest"'))
+    given = offer(summing=APPROVED[what][0])
+    sites.approve(given)
+    agreed = sites.north.agree(given, now=NOW)
+    spec = replace(agreed.terms.codec("update", NAMES).spec, directory=4, terms=agreed.terms.digest)
+    policy, (approved, weaker) = agreed.policy_for(spec), APPROVED[what]
+    for summing in (approved, weaker):
+        setup = summing.setup(spec, session=bytes(16))
+        with pytest.raises(PolicyError) if summing is weaker else nullcontext():
+            policy.check(setup, "north")
+            if isinstance(setup, AheadSetup):
+                check_floor(setup, policy)
 
 
 def test_the_folder_moves_with_all_that_it_holds(sites: Sites) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from site_federation import Direct, Federation, approved_at, offer_for, private_sites, rehearsed, same_weights, served
 
-from choral.jobs.settings import PrivacySettings, Settings
+from choral.jobs.settings import PrivacySettings, Settings, SumSettings
+from choral.network.coordinator.remote import RemoteSum
 from choral.network.errors import PeerFailedError
 from choral.network.host import messages
 from choral.network.host.host import SiteHost
@@ -30,6 +31,7 @@ from choral.network.host.messages import (
     read_reply,
     written,
 )
+from choral.protocols import Masked
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
@@ -157,6 +159,24 @@ def test_no_round_beyond_those_agreed_on_is_trained(
         served(Direct(open_sites), job(open_sites, "more"))
     assert "it asks 'north' for round 3 of the 2 that were agreed on" in caplog.text
     assert (open_sites.path / "north" / "state" / "in-fit").read_text() == "2"
+
+
+def test_a_session_of_another_smallest_sum_than_was_approved_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A person approved sums of four at least; the coordinator opens its sessions for three, which site.toml allows."""
+    federation, made = Federation(tmp_path, names=("north", "south", "east", "west")), RemoteSum.__init__
+
+    def weaker(summing: RemoteSum, sites: Any, driver: Any, spec: Any, *rest: Any) -> None:
+        driver = Masked(corrupt=1, min_survivors=3).server_driver(spec, directory=federation.keys)
+        made(summing, sites, driver, spec, *rest)
+
+    monkeypatch.setattr(RemoteSum, "__init__", weaker)
+    approved = SumSettings(kind="masked", corrupt=1, min_survivors=4, dropouts=0)
+    with pytest.raises(TooFewSurvivorsError):
+        served(Direct(federation), job(federation, "weaker", secure_sum=approved))
+    assert "this party accepts a smallest sum of at least 4, the setup says 3" in caplog.text
+    assert not (federation.path / "north" / "state" / "in-fit").exists()
 
 
 def test_other_weights_for_one_site_are_seen_before_it_trains(

@@ -632,6 +632,16 @@ def test_those_who_are_present_are_no_draw_whatever_the_roster_was(deployed: Any
     assert net.server.setup.corrupt == 1
 
 
+@pytest.mark.parametrize("kind", [Masked(), Masked(trips=3), Masked(dropouts=1), Homomorphic()])
+def test_of_those_who_are_present_no_fewer_are_summed_than_is_stated_of_all(deployed: Any, kind: Any) -> None:
+    """Of five parties four are the fewest; a setup of four that was made for itself would take three."""
+    net = deployed(5, kind=kind)
+    stated = net.server.setup.min_survivors
+    net.stopped = {"p4"}
+    net.open()
+    assert (len(net.server.setup.roster), net.server.setup.min_survivors) == (4, stated) == (4, 4)
+
+
 def test_pieces_of_a_ciphertext_that_come_again_are_no_fault_and_late_ones_are_late(deployed: Any) -> None:
     """Some of p3's ciphertext is lost, so that its key is not let in; what comes after the survivors is late."""
     net = deployed(4, kind=Homomorphic(corrupt=1), length=40).open()
