@@ -28,10 +28,12 @@ def clip_factors(
     whole = torch.linalg.vector_norm(per_parameter, dim=0)
     gone = ~torch.isfinite(whole)
     if isinstance(setting, PerLayerClip):
-        return [f.masked_fill(gone, 0.0) for f in _layer_factors(setting, per_parameter, names)], 0.0, gone
-    factors = (bound / (whole * (1.0 + _MARGIN))).clamp(max=1.0).masked_fill(gone, 0.0)
-    answers = torch.where(whole <= bound, 1.0, -1.0).masked_fill(gone, 0.0).sum()
-    return [factors] * len(norms), float(answers) if isinstance(setting, AdaptiveClip) else 0.0, gone
+        return [f.masked_fill_(gone, 0.0) for f in _layer_factors(setting, per_parameter, names)], 0.0, gone
+    answers = 0.0
+    if isinstance(setting, AdaptiveClip):
+        answers = float(torch.where(whole <= bound, 1.0, -1.0).masked_fill_(gone, 0.0).sum())
+    factors = (bound / whole.mul_(1.0 + _MARGIN)).clamp_(max=1.0).masked_fill_(gone, 0.0)
+    return [factors] * len(norms), answers, gone
 
 
 def _layer_factors(setting: PerLayerClip, per_parameter: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:

@@ -298,11 +298,13 @@ def norms(rows: torch.Tensor) -> torch.Tensor:
     columns its norm is 0.2 % too small, and the clipped row longer than C. Short blocks lose next to nothing.
     """
     count, columns = rows.shape
+    if columns <= BLOCK:
+        short: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return _wide(short)
     whole = columns // BLOCK * BLOCK
-    parts = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
-    if whole:
-        blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, BLOCK), dim=2)
-        parts = torch.cat([blocks, parts], dim=1)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, BLOCK), dim=2)
+    parts = torch.cat([blocks, rest], dim=1)
     result: torch.Tensor = torch.linalg.vector_norm(_wide(parts), dim=1)
     return result
 
@@ -319,6 +321,8 @@ def weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     columns = _COLUMNS if rows.device.type == "cpu" else 1 << 20
     count = max(_WIDE // max(min(columns, rows.shape[1]), 1), 1) if rows.device.type == "cpu" else len(rows)
     weights = weights.to(rows.device, torch.float64)
+    if len(rows) <= count and rows.shape[1] <= columns:
+        return weights @ rows.double()
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], columns):
         for first in range(0, len(rows), count):

@@ -40,6 +40,8 @@ _OPACUS_RULES: dict[type[nn.Module], Any] = {
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 }
 
+_NOTES = (bool, int, type(None))  # what the wrapper notes of a batch
+
 _wrapped: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PerSampleModel]] = weakref.WeakKeyDictionary()
 
 
@@ -70,6 +72,9 @@ class PerSampleModel(CheckedModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what the plain model has, and the wrapper has not, on the model: its forward would not see it here."""
+        if type(value) in _NOTES and name in self.__dict__:  # as at each step; torch's own way takes ten times as long
+            self.__dict__[name] = value
+            return
         own = not self.__dict__.get("_ready") or name in self.__dict__ or hasattr(type(self), name)
         if own or not hasattr(self._module, name):
             super().__setattr__(name, value)
@@ -338,12 +343,13 @@ class PerSampleModel(CheckedModule):
         for module in self._module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
-        for p in self._module.parameters():
-            p.grad = None
-            if p.requires_grad:
-                p.grad_sample = None
-                p._forward_counter = 0
-                p.__dict__.pop("_current_grad_sample", None)
+            for p in module._parameters.values():
+                if p is not None:
+                    p.grad = None
+                    if p.requires_grad:
+                        p.grad_sample = None
+                        p._forward_counter = 0
+                        p.__dict__.pop("_current_grad_sample", None)
         self.averages.clear()
         self.uses.clear()
         self.astray.clear()

@@ -72,7 +72,8 @@ class CheckedModule(GradSampleModule):  # type: ignore[misc]
     @property
     def checked(self) -> bool:
         """Whether the per-sample gradients of every trainable parameter have been compared with autograd's."""
-        return all(p in self.compared for p in self._module.parameters() if p.requires_grad)
+        parameters = (p for m in self._module.modules() for p in m._parameters.values())
+        return all(p in self.compared for p in parameters if p is not None and p.requires_grad)
 
     @property
     def settled(self) -> bool:
