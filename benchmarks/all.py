@@ -152,6 +152,21 @@ def of_shadows(lines: Sequence[Line]) -> Iterator[Figure]:
         yield Figure(what, line["stacked_s"], line["one_by_one_s"], by="one by one")
 
 
+def of_own_fit(lines: Sequence[Line]) -> Iterator[Figure]:
+    for line in lines:
+        what = f"a round with the user's own fit over it in a bare loop, {line['job']}, {line['batches']}"
+        limit = {"cnn": 1.05, "logistic": 1.1}.get(line["job"], "-")
+        yield Figure(what, line["ratio"], line.get("pfl_ratio", "-"), limit, by="pfl" if "pfl_ratio" in line else "")
+
+
+def of_front_door(lines: Sequence[Line]) -> Iterator[Figure]:
+    for line in lines:
+        limit = 0.7 if line["front door"] == "choral budget" else "-"
+        yield Figure(f"{line['front door']}, s of processor time", line["seconds"], limit=limit)
+        if "beyond_torch" in line:
+            yield Figure("choral.Privacy beyond torch's own import, of that", line["beyond_torch"], limit=0.3)
+
+
 PARTS: dict[str, Part] = {
     "sum of ten": Part(("noise_in_shares.py", "--sum"), (), 60, of_sum),
     "opening": Part(("secure_sum.py", "--opening", "--parties", "1000"), ("--parties", "60"), 120, of_opening),
@@ -179,6 +194,20 @@ PARTS: dict[str, Part] = {
         of_rounds,
         peers=PEERS,
     ),
+    "own fit": Part(
+        ("own_fit.py", "--rounds", "12", "--scale", "0.2"),
+        ("--only", "cnn", "--rounds", "1", "--scale", "0.02"),
+        300,
+        of_own_fit,
+    ),
+    "own fit, slices": Part(
+        ("own_fit.py", "--rounds", "8", "--scale", "0.2", "--slices", "--peer-python", PEERS),
+        ("--only", "cnn", "--rounds", "1", "--scale", "0.02"),
+        300,
+        of_own_fit,
+        peers=PEERS,
+    ),
+    "front door": Part(("front_door.py",), ("--turns", "1"), 120, of_front_door),
     "parties": Part(
         ("parties.py",), ("--parties", "100", "1000", "--cohort", "10", "--rounds", "3"), 300, of_parties
     ),
