@@ -7,10 +7,10 @@ next, and below them ``scale_bits`` for the errors:
     | sum of errors | sum of value 0 | sum of value 1 | ...                 |
 
 Sum of errors. Each error is discrete Gaussian, hence sub-Gaussian with its sigma, and so is a sum of m independent ones
-with sqrt(m) sigma: it passes ``error_bound(m)`` = TAIL_SIGMAS sqrt(m) sigma with probability below 2
-exp(-TAIL_SIGMAS^2 / 2) < 2^-95 per coefficient, 2^-64 for the longest vector. ``scale_bits`` leaves ``MARGIN_BITS``
-beyond the bound at the largest number of parties, so that a sum whose errors are larger can be told from a true one
-and is refused.
+with sqrt(m) sigma: it passes ``error_bound(m)`` = T sqrt(m) sigma with probability at most 2 exp(-T^2 / 2). T, the
+property ``tails``, makes that 2^-64 for all coefficients of vector and keys together: 10.3 to 11.6. ``scale_bits``
+leaves ``MARGIN_BITS`` beyond the bound at the largest number of parties, so that a sum whose errors are larger can be
+told from a true one and is refused.
 
 What a vector does not fill. Of the last block only those coefficients travel that hold values (:attr:`tail`), as
 coefficients: a part of a ring-LWE sample says no more than the whole. The sum of keys is small as the sum of errors is,
@@ -36,7 +36,9 @@ allows at 128 bits, classical, for secrets from the error distribution (56, 111,
 218)."""
 
 SECURITY_BITS = 128
-TAIL_SIGMAS = 11.6
+FAILURE_BITS = 64
+"""A true sum passes the room for its errors, and is refused, with probability at most 2^-FAILURE_BITS."""
+
 MARGIN_BITS = 1
 MESSAGE_BYTES = 1 << 22
 """About how much of a ciphertext travels in one message."""
@@ -132,6 +134,11 @@ class SplitParameters:
         return self.tail if self.is_cut(batch) else self.degree * self.lanes(batch)
 
     @property
+    def tails(self) -> float:
+        """How many times its own sigma a sum of errors, or of keys, keeps within, but for 2^-FAILURE_BITS."""
+        return _tails(self.degree, self.blocks)
+
+    @property
     def block_bytes(self) -> int:
         """One block on the wire; N is a multiple of 8, so blocks end on bytes."""
         return self.degree * self.modulus_bits // 8
@@ -187,9 +194,8 @@ class SplitParameters:
         return tuple(Digit(first=j, count=min(together, self.slots - j)) for j in range(0, self.slots, together))
 
     def error_bound(self, parties: int) -> int:
-        """What the sum of so many errors does not pass, but with probability 2^-95 per coefficient."""
-        # Pr[|e_1 + ... + e_m| > T sqrt(m) sigma] <= 2 exp(-T^2 / 2) = 2^-96 for T = 11.6
-        return math.ceil(TAIL_SIGMAS * float(SIGMA) * math.sqrt(parties))
+        """What the sum of so many errors does not pass in any coefficient, but with probability 2^-FAILURE_BITS."""
+        return math.ceil(self.tails * float(SIGMA) * math.sqrt(parties))
 
     def terms(self) -> str:
         """Everything that two parties must have alike for their ciphertexts to be summed."""
@@ -220,10 +226,11 @@ def choose(spec: SumSpec) -> SplitParameters:
 
 def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
     slot_bits = spec.exact_bits  # a sum that may wrap is added exactly: a carry must not reach the next slot
-    noise = TAIL_SIGMAS * float(SIGMA) * math.sqrt(len(spec.parties))
-    scale_bits = math.ceil(math.log2(noise)) + 1 + MARGIN_BITS  # 2^scale_bits >= 2^(1 + margin) T sqrt(m) sigma
     for degree in DEGREES:
         for slots in range(1, MODULUS_LIMIT[degree] // slot_bits + 1):
+            noise = _tails(degree, -(-spec.length // (degree * slots))) * float(SIGMA) * math.sqrt(len(spec.parties))
+            # 2^scale_bits >= 2^(1 + margin) times what error_bound makes of it
+            scale_bits = math.ceil(math.log2(math.ceil(noise))) + 1 + MARGIN_BITS
             needed = slots * slot_bits + scale_bits  # q > 2^needed: no sum wraps
             prime_count, prime_bits, wide = _primes(degree, needed)
             if prime_count:
@@ -239,6 +246,11 @@ def _candidates(spec: SumSpec) -> Iterator[SplitParameters]:
                 )
                 if len(found.digits) <= MAX_DIGITS:
                     yield found
+
+
+def _tails(degree: int, blocks: int) -> float:
+    # Pr[|e_1 + ... + e_m| > T sqrt(m) sigma] <= 2 exp(-T^2 / 2), in each of so many coefficients, and of the keys
+    return math.sqrt(2.0 * math.log(2.0 ** (FAILURE_BITS + 1) * degree * (blocks + 1)))
 
 
 def _largest(degree: int, bits: int, count: int, wide: int) -> tuple[int, ...]:

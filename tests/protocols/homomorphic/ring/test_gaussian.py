@@ -22,7 +22,6 @@ from choral.protocols.homomorphic.ring.choose_kernels import kernels
 from choral.protocols.homomorphic.ring.gaussian import SIGMA, TAIL, THRESHOLDS, density, sample
 from choral.protocols.homomorphic.ring.kernels_numba import NumbaKernels
 from choral.protocols.homomorphic.ring.kernels_torch import TorchKernels
-from choral.protocols.homomorphic.split.parameters import TAIL_SIGMAS
 
 FALSE_ALARM = 1e-9
 """Of every statistical test here; the seeds are fixed, so each passes always or never."""
@@ -258,13 +257,14 @@ def test_given_the_sum_samples_have_that_distribution(total: int) -> None:
     assert found < bound
 
 
-def test_a_sum_passes_its_bound_with_probability_below_2_to_minus_95() -> None:
+@pytest.mark.parametrize("bits", [77, 96])
+def test_a_sum_passes_its_bound_as_seldom_as_is_said(bits: int) -> None:
     """Exactly, by convolution in whole numbers, for 1, 2, 4 and 8; the bound is sub-Gaussian and holds for all."""
     single = np.array([density()[x] for x in range(-TAIL, TAIL + 1)], object)
     summed, parties = single, 1
     while parties <= 8:
         reach = (summed.size - 1) // 2
-        limit = math.ceil(TAIL_SIGMAS * float(SIGMA) * math.sqrt(parties))
+        limit = math.ceil(math.sqrt(2 * (bits + 1) * math.log(2)) * float(SIGMA) * math.sqrt(parties))
         beyond = Fraction(int(sum(summed[limit + 1 + reach :])) * 2, 1 << 128 * parties)
-        assert beyond < Fraction(1, 1 << 95)
+        assert beyond < Fraction(1, 1 << bits)
         summed, parties = np.convolve(summed, summed), 2 * parties

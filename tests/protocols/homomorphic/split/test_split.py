@@ -416,11 +416,11 @@ def test_errors_at_their_bound_open_and_beyond_it_do_not(sign: int, cut: bool) -
     terms = terms if cut else filled(terms, 1)
     assert (terms.parameters.tail > 0) == cut
     bound = terms.parameters.error_bound(2)
-    assert bound == 105
+    assert bound == 94
     key = np.arange(terms.parameters.degree) % 7 - 3
-    for first, fits in ((52, True), (53, False)):
+    for first, fits in ((47, True), (48, False)):
         collector = Collector(terms, ("p0", "p1"))
-        for name, error in (("p0", 53), ("p1", first)):
+        for name, error in (("p0", 47), ("p1", first)):
             errors = np.zeros(terms.parameters.degree, np.int64)
             errors[17] = sign * error
             collector.receive(name, crafted(terms, errors, key)[0])

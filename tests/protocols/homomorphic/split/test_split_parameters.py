@@ -63,11 +63,17 @@ def rings() -> list[tuple[int, int, int, int]]:
     return found
 
 
+def tails(length: int, degree: int, slots: int) -> float:
+    """T with 2 exp(-T^2 / 2) = 2^-64 over the coefficients of the vector and of the keys, by the page's rules."""
+    coefficients = degree * (math.ceil(length / (degree * slots)) + 1)
+    return math.sqrt(2 * (65 * math.log(2) + math.log(coefficients)))
+
+
 def sent(length: int, degree: int, slots: int, bits: int, parties: int) -> float:
     """Bytes of a ciphertext, whose last block ends after its last value, and of a key, by the page's rules."""
     whole, rest = divmod(length, degree * slots)
     tail = max(64, math.ceil(math.ceil(rest / slots) / 8) * 8) if rest else 0
-    key = (2 * math.ceil(11.6 * 6.4 * math.sqrt(parties))).bit_length()
+    key = (2 * math.ceil(tails(length, degree, slots) * 6.4 * math.sqrt(parties))).bit_length()
     return (whole * degree + min(tail, degree)) * bits / 8 + degree * key / 8
 
 
@@ -77,12 +83,12 @@ def search(spec: SumSpec, *, fewest_primes: bool) -> Shape | None:
     fewest_primes: for a degree and number of slots only the ring with the fewest primes, and of those the smallest.
     """
     parties, width = len(spec.parties), (2 * len(spec.parties) * spec.bound).bit_length()
-    noise = next(bits for bits in range(1, 64) if 1 << bits >= 11.6 * 6.4 * math.sqrt(parties))
-    scale = noise + 1 + MARGIN_BITS
     own = spec.bound.bit_length() + 1
     found: dict[Any, Any] = {}
     for degree, bits, count, modulus in rings():
         for slots in range(1, MODULUS_LIMIT[degree] // width + 1):
+            noise = math.ceil(tails(spec.length, degree, slots) * 6.4 * math.sqrt(parties))
+            scale = next(bits for bits in range(1, 64) if 1 << bits >= noise) + 1 + MARGIN_BITS
             numbers = 2 * slots if own > 52 else math.ceil(slots / ((52 - own) // width + 1))
             if modulus <= 1 << slots * width + scale or numbers > 7:
                 continue
@@ -126,7 +132,7 @@ def test_what_a_choice_promises(parties: int, bound: int, length: int) -> None:
     assert q > 1 << chosen.scale_bits + chosen.slots * chosen.slot_bits
     assert 2 * parties * bound + 1 <= 1 << chosen.slot_bits
     # Room for errors: their bound twice over in each direction.
-    assert chosen.error_bound(parties) >= 11.6 * 6.4 * math.sqrt(parties)
+    assert chosen.error_bound(parties) >= tails(length, chosen.degree, chosen.slots) * 6.4 * math.sqrt(parties)
     assert chosen.error_bound(parties) << MARGIN_BITS <= 1 << chosen.scale_bits - 1
     assert 1 <= MARGIN_BITS <= chosen.margin_bits < MARGIN_BITS + 1
     assert 1 <= len(chosen.digits) <= MAX_DIGITS
@@ -179,10 +185,19 @@ def test_enough_public_words_are_drawn(degree: int) -> None:
     assert chosen.words(chosen.degree) <= chosen.words(chosen.degree * BATCH)
 
 
-def test_the_error_bound_is_passed_with_probability_below_2_to_minus_95() -> None:
-    assert 2 * math.exp(-(split_parameters.TAIL_SIGMAS**2) / 2) < 2.0**-95
-    assert 2**31 * 2.0**-95 <= 2.0**-64
+@pytest.mark.parametrize(("parties", "bound", "length"), [*GRID, (2, 2**61, 2**31)])
+def test_a_true_sum_passes_its_bounds_with_probability_below_2_to_minus_64(
+    parties: int, bound: int, length: int
+) -> None:
+    """By the union bound over every coefficient that travels, and those of the keys; and no wider than needed."""
+    chosen = choose(spec_of(parties, bound, length))
     assert float(SIGMA) == 6.4
+    each = 2 * math.exp(-((chosen.error_bound(parties) / (6.4 * math.sqrt(parties))) ** 2) / 2)
+    travelling = chosen.whole * chosen.degree + chosen.tail + chosen.degree
+    assert travelling * each <= 2.0**-64
+    assert chosen.blocks * chosen.degree + chosen.degree >= travelling
+    assert 10.0 < chosen.tails < 11.6
+    assert chosen.key_bits == math.floor(math.log2(2 * chosen.error_bound(parties))) + 1
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,7 @@ def test_a_million_parties_have_room() -> None:
     chosen = choose(spec_of(1 << 20, 2**20, 10**6))
     assert chosen.margin_bits >= MARGIN_BITS
     assert chosen.slot_bits == 42
-    assert chosen.error_bound(1 << 20) == 76_022
+    assert chosen.error_bound(1 << 20) == math.ceil(chosen.tails * 6.4 * 1024)
 
 
 def test_what_fits_no_ring_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
