@@ -32,9 +32,9 @@ def _noise(group: str, name: str, change: Callable[[PrivateOptimizer, Any, int],
     def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         honest = PrivateOptimizer._independent_noise
 
-        def noise(self: Any, count: int, grid: float) -> Any:
+        def noise(self: Any, count: int, grid: float, whole: int) -> Any:
             self.made = getattr(self, "made", -1) + 1
-            made = np.asarray(change(self, honest(self, count, grid), self.made), dtype=np.float64)
+            made = np.asarray(change(self, honest(self, count, grid, whole), self.made), dtype=np.float64)
             return np.rint(made / grid) * grid
 
         monkeypatch.setattr(PrivateOptimizer, "_independent_noise", noise)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from choral.privacy.dpsgd.clip_settings import AdaptiveClip, ClippingNorm, PerLayerClip
-from choral.privacy.errors import PrivacyError
-from choral.privacy.per_sample.ghost_norms import PerSample
 
 # Norms are of float32 blocks, summed in float64; clipping this much below them keeps their rounding, at most
 # 2^-24 * ghost_norms.BLOCK / 2 of the norm, inside the sensitivity.
@@ -45,21 +43,3 @@ def _layer_factors(setting: PerLayerClip, per_parameter: torch.Tensor, names: Se
         norms = torch.linalg.vector_norm(per_parameter[mine], dim=0)
         factors[layer] = (bound / (norms * (1.0 + _MARGIN))).clamp(max=1.0)
     return [factors[layer] for layer in layers]
-
-
-def clipped_sum(samples: list[PerSample], factors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
-    """Return the sum over records of factor times gradient, of all parameters one after the other, float64.
-
-    `samples` is emptied: what a parameter's gradients are made of is let go as soon as they are summed.
-    """
-    total: torch.Tensor | None = None
-    end = sum(sizes)
-    for factor, size in zip(reversed(factors), reversed(sizes), strict=True):
-        part = samples.pop().weighted_sum(factor)
-        if total is None:
-            total = torch.empty(end, dtype=torch.float64, device=part.device)
-        total[end - size : end] = part
-        end -= size
-    if total is None:
-        raise PrivacyError("expected the gradients of at least one parameter")
-    return total

@@ -6,21 +6,20 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from choral.privacy.dpsgd.clip_factors import clip_factors, clipped_sum
+from choral.privacy.dpsgd.clip_factors import clip_factors
 from choral.privacy.dpsgd.clip_settings import AdaptiveClip, Clipping, ClippingNorm, PerLayerClip
+from choral.privacy.dpsgd.clipped_sum import ClippedSum, clipped_sum, in_pieces
 from choral.privacy.dpsgd.optimizer_wrapper import OptimizerWrapper
 from choral.privacy.dpsgd.unchanged_buffers import UnchangedBuffers
 from choral.privacy.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
@@ -33,7 +32,7 @@ from choral.privacy.record_independence.unsupported_calls import warn_of_clippin
 if TYPE_CHECKING:
     from choral.privacy.per_sample.model import PerSampleModel
 
-_CACHED = 1 << 17  # numbers that are rounded and made noisy at once: they stay in the cache
+_CACHED = 1 << 16  # numbers that are rounded and made noisy at once: they stay in the cache
 _ALL_CHUNKS = "Draw all chunks of a batch, and from one pass at a time."
 
 Noise = Callable[[int, float], npt.NDArray[np.float64]]  # of so many coordinates, multiples of a grid
@@ -52,18 +51,6 @@ class StepPlanner(Protocol):
     def resumed(self, entry: Any) -> tuple[float, float]:
         """Go on as `entry` says; return clipping norm and noise multiplier. Raises: PrivacyError, and its kinds."""
         ...
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """Clipped gradients of the chunks of a batch so far, without noise."""
-
-    params: list[nn.Parameter]
-    total: torch.Tensor  # of all parameters, flat, float64
-    within: float  # how many norms were at most C, less how many were longer
-
-    def __reduce_ex__(self, _: object) -> NoReturn:
-        raise PrivacyError("clipped gradients without noise may be neither copied nor written to a file")
 
 
 class PrivateOptimizer(OptimizerWrapper):
@@ -104,11 +91,11 @@ class PrivateOptimizer(OptimizerWrapper):
         self.expected_batch_size = expected_batch_size
         self._model = model
         self._source = source
-        self._noise = noise or self._independent_noise
+        self._noise = noise
         self._drawn: int | None = None
         self._owing = False  # a batch or chunk was drawn and not stepped
         self._last = True  # the batch, or chunk, just drawn completes its batch
-        self._pending: _Pending | None = None  # of the chunks so far; secret
+        self._pending: ClippedSum | None = None  # of the chunks so far; secret
         self._planned_noise = noise_multiplier
         self.planner: StepPlanner | None = None  # of the budget, for checkpoints
         self._process = os.getpid()
@@ -244,16 +231,9 @@ class PrivateOptimizer(OptimizerWrapper):
             samples = [g.without(gone) for g in samples]
             self._note_zeroed(gone)
         self._model.forget()  # what is not private does not outlive the step
-        chunk = clipped_sum(samples, clip, [p.numel() for p in params])
-        before = self._pending
-        if before is None:
-            self._pending = _Pending(params, chunk, within)
-            return
-        if [id(p) for p in before.params] != [id(p) for p in params]:
-            raise PrivacyError(
-                "parameters were frozen or unfrozen between chunks of one batch", hint="Do so when optimizer.stepped."
-            )
-        self._pending = _Pending(params, before.total.add_(chunk), before.within + within)
+        pieces, before = clipped_sum(samples, clip, [p.numel() for p in params]), self._pending
+        total = ClippedSum(params, pieces, within)
+        self._pending = total if before is None else before.add(total)
 
     def step_empty(self) -> None:
         """Make the step of a batch without records: noise alone. Raises: PrivacyError (a batch had no step)."""
@@ -262,8 +242,9 @@ class PrivateOptimizer(OptimizerWrapper):
         self._drawn = None
         self.max_grad_norm = self.clipping.norm
         params = self.params
-        total = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64, device=params[0].device)
-        self._pending = _Pending(params, total, 0.0)
+        lengths = [sum(p.numel() for p in params[group]) for group in in_pieces([p.numel() for p in params])]
+        pieces = [torch.zeros(length, dtype=torch.float64, device=params[0].device) for length in lengths]
+        self._pending = ClippedSum(params, pieces, 0.0)
         self._settle()
         self._model.forget()
 
@@ -361,34 +342,50 @@ class PrivateOptimizer(OptimizerWrapper):
         names = [parameter_name(self._model, p) for p in self.params] if isinstance(setting, PerLayerClip) else []
         return clip_factors(setting, self.max_grad_norm, [g.norms() for g in samples], names)
 
-    def _release(self, pending: _Pending) -> None:
+    def _release(self, pending: ClippedSum) -> None:
         """Add noise to the clipped sum and leave the result in `p.grad`; move the clipping norm if it adapts."""
-        flat, adaptive = pending.total, self.clipping.setting
+        pieces, adaptive, shrunk = pending.pieces, self.clipping.setting, 1.0
         if isinstance(adaptive, AdaptiveClip):  # one vector of norm 1 at most for each record
-            flat = flat * (math.sqrt(1.0 - adaptive.share) / self.max_grad_norm)
-            flat = torch.cat([flat, flat.new_tensor([pending.within * math.sqrt(adaptive.share)])])
-        grid = noise_grid(self._sensitivity, len(flat))
-        noise = torch.from_numpy(self._noise(len(flat), grid))
-        for part, n in zip(*(torch.split(v, _CACHED) for v in (flat, noise)), strict=True):
-            part.div_(grid).round_().mul_(grid).add_(n.to(flat.device)).div_(self.expected_batch_size)
+            shrunk = math.sqrt(1.0 - adaptive.share) / self.max_grad_norm
+            pieces = [piece * shrunk for piece in pieces]
+            answers = pieces[-1].new_tensor([pending.within * math.sqrt(adaptive.share)])
+            pieces[-1] = torch.cat([pieces[-1], answers])
+        sizes = [p.numel() for p in pending.params]
+        for group, piece in zip(in_pieces(sizes), self._noisy(pieces), strict=True):
+            gradient = piece[: sum(sizes[group])]
+            if isinstance(adaptive, AdaptiveClip):
+                gradient = gradient / shrunk
+            for p, g in zip(pending.params[group], torch.split(gradient, sizes[group]), strict=True):
+                p.grad = g.view(p.shape).to(p.device, p.dtype)
         if isinstance(adaptive, AdaptiveClip):
-            within = (float(flat[-1]) / math.sqrt(adaptive.share) + 1.0) / 2.0
-            flat = flat[:-1] * (self.max_grad_norm / math.sqrt(1.0 - adaptive.share))
+            within = (float(pieces[-1][-1]) / math.sqrt(adaptive.share) + 1.0) / 2.0
             self.clipping.norm = adaptive.moved(self.max_grad_norm, within)
-        for p, g in zip(pending.params, torch.split(flat, [p.numel() for p in pending.params]), strict=True):
-            p.grad = g.view(p.shape).to(p.device, p.dtype)
+
+    def _noisy(self, pieces: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Round each piece, add noise and divide by the expected batch size, in place; yield it, still in the cache."""
+        count, done = sum(map(len, pieces)), 0
+        grid = noise_grid(self._sensitivity, count)
+        given = None if self._noise is None else self._noise(count, grid)
+        for piece in pieces:
+            for part in torch.split(piece, _CACHED):
+                here = slice(done, done := done + len(part))
+                noise = self._independent_noise(len(part), grid, count) if given is None else given[here]
+                part.div_(grid).round_().mul_(grid).add_(torch.from_numpy(noise).to(part.device))
+                part.div_(self.expected_batch_size)
+            yield piece
 
     @property
     def _sensitivity(self) -> float:
         return 1.0 if isinstance(self.clipping.setting, AdaptiveClip) else self.max_grad_norm
 
-    def _independent_noise(self, count: int, grid: float) -> npt.NDArray[np.float64]:
+    def _independent_noise(self, count: int, grid: float, whole: int) -> npt.NDArray[np.float64]:
+        """Return the noise of `count` of `whole` coordinates."""
         if self.noise_multiplier != self._planned_noise:
             raise PrivacyError(
                 f"noise_multiplier was set to {self.noise_multiplier}, but {self._planned_noise} was paid for",
                 hint="Leave it alone; noise schedules are not accounted for.",
             )
-        return grid_gaussian(count, self.noise_multiplier, self._sensitivity, grid, self._source)
+        return grid_gaussian(count, self.noise_multiplier, self._sensitivity, grid, self._source, whole)
 
 
 def _refuse_raw_step(model: weakref.ref[PerSampleModel], optimizer: Optimizer, *_: Any) -> None:

@@ -33,13 +33,17 @@ from choral.errors import ConfigError
 Source = Callable[[int], bytes]
 
 _FAR = np.uint64(1 << 32)  # radii from smaller words are drawn with more bits
-_CHUNK = 1 << 15  # Gaussians made at once: their buffers stay in the second-level cache
+_BLOCK = 1 << 16  # Gaussians whose bytes are drawn at once
+_PAIRS = 1 << 13  # pairs made at once: their buffers stay in the second-level cache
 STRETCH = 2.0**-10  # by how much rounding to the grid may stretch the sensitivity, relative
 
 
 def os_stream(count: int) -> bytes:
     """Return `count` random bytes: an AES-256-CTR keystream under a fresh key from the operating system."""
-    return bytes(AES.new(os.urandom(32), AES.MODE_CTR, nonce=b"").encrypt(bytes(count)))
+    blocks = bytearray(-(-count // 16) * 16)  # become counters from zero on, and their encryption: twice as fast
+    np.frombuffer(blocks, dtype=">u8")[1::2] = np.arange(len(blocks) // 16)  # as pycryptodome's own counter mode
+    AES.new(os.urandom(32), AES.MODE_ECB).encrypt(blocks, output=blocks)
+    return bytes(memoryview(blocks)[:count])
 
 
 def poisson_sample(size: int, rate: Fraction, source: Source) -> npt.NDArray[np.int64]:
@@ -77,37 +81,49 @@ def gaussian(count: int, source: Source) -> npt.NDArray[np.float64]:
     Not for release as they are: see :func:`grid_gaussian`.
     """
     result = np.empty(count, dtype=np.float64)
-    for _ in _filled(result, source):
+    for _ in _filled(result, 1.0, source):
         pass
     return result
 
 
-def _filled(result: npt.NDArray[np.float64], source: Source) -> Iterator[npt.NDArray[np.float64]]:
-    """Fill `result` with standard Gaussians, a chunk at a time; yield each chunk, while it is in the cache."""
-    most = (min(_CHUNK, len(result)) + 1) // 2
+def _filled(result: npt.NDArray[np.float64], deviation: float, source: Source) -> Iterator[npt.NDArray[np.float64]]:
+    """Fill `result` with Gaussians of this deviation, a piece at a time; yield each piece, while it is in the cache."""
+    most = min(_PAIRS, (len(result) + 1) // 2)
     radii, angles, bits = np.empty(most), np.empty(most), np.empty(most, dtype=np.uint64)
-    for start in range(0, len(result), _CHUNK):
-        chunk = result[start : start + _CHUNK]
-        half = (len(chunk) + 1) // 2
+    for start in range(0, len(result), _BLOCK):
+        block = result[start : start + _BLOCK]
+        half = (len(block) + 1) // 2
         words = np.frombuffer(source(16 * half), dtype="<u8")
-        radius, angle, top = radii[:half], angles[:half], bits[:half]
-        np.add(words[:half], 0.5, out=radius)
-        radius *= 2.0**-64
-        far = np.flatnonzero(words[:half] < _FAR)
-        if len(far):
-            more = np.frombuffer(source(8 * len(far)), dtype="<u8").astype(np.float64)
-            radius[far] = (words[far].astype(np.float64) + (more + 0.5) * 2.0**-64) * 2.0**-64
-        np.log(radius, out=radius)
-        radius *= -2.0
-        np.sqrt(np.maximum(radius, 0.0, out=radius), out=radius)
-        np.right_shift(words[half:], np.uint64(11), out=top)
-        np.multiply(top.view(np.int64), 2.0 * math.pi * 2.0**-53, out=angle)
-        cosines, sines = chunk[:half], chunk[half:]
-        torch.cos(torch.from_numpy(angle), out=torch.from_numpy(cosines))  # a third of numpy's time
-        cosines *= radius
-        torch.sin(torch.from_numpy(angle), out=torch.from_numpy(angle))
-        np.multiply(angle[: len(sines)], radius[: len(sines)], out=sines)
-        yield chunk
+        cosines, sines = block[:half], block[half:]
+        for first in range(0, half, _PAIRS):
+            here = slice(first, min(first + _PAIRS, half))
+            count = here.stop - first
+            radius, angle, top = radii[:count], angles[:count], bits[:count]
+            _draw_radii(words[here], radius, deviation, source)
+            np.right_shift(words[half:][here], np.uint64(11), out=top)
+            np.multiply(top.view(np.int64), 2.0 * math.pi * 2.0**-53, out=angle)
+            x, y = cosines[here], sines[here]
+            torch.cos(torch.from_numpy(angle), out=torch.from_numpy(x))  # a third of numpy's time
+            x *= radius
+            yield x
+            torch.sin(torch.from_numpy(angle), out=torch.from_numpy(angle))
+            np.multiply(angle[: len(y)], radius[: len(y)], out=y)
+            yield y
+
+
+def _draw_radii(
+    words: npt.NDArray[np.uint64], radius: npt.NDArray[np.float64], deviation: float, source: Source
+) -> None:
+    """Make radii of `words`, whose law is that of the length of two Gaussians of this deviation."""
+    np.add(words, 0.5, out=radius)
+    radius *= 2.0**-64
+    far = np.flatnonzero(words < _FAR)
+    if len(far):
+        more = np.frombuffer(source(8 * len(far)), dtype="<u8").astype(np.float64)
+        radius[far] = (words[far].astype(np.float64) + (more + 0.5) * 2.0**-64) * 2.0**-64
+    np.log(radius, out=radius)  # of at most 1
+    radius *= -2.0 * deviation**2
+    np.sqrt(radius, out=radius)
 
 
 def noise_grid(sensitivity: float, size: int) -> float:
@@ -120,20 +136,19 @@ def noise_grid(sensitivity: float, size: int) -> float:
 
 
 def grid_gaussian(
-    count: int, noise_multiplier: float, sensitivity: float, grid: float, source: Source
+    count: int, noise_multiplier: float, sensitivity: float, grid: float, source: Source, whole: int | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return Gaussian noise rounded to multiples of `grid`, shape (count,), float64.
+    """Return Gaussian noise rounded to multiples of `grid`, shape (count,), float64; of `whole` coordinates, or all.
 
     Guarantee: added to a value that was itself rounded to `grid`, the release costs no more than the ideal
     Gaussian mechanism with this `noise_multiplier` on values of L2 sensitivity `sensitivity` before rounding;
-    the standard deviation is noise_multiplier * (sensitivity + grid * sqrt(count)).
+    the standard deviation is noise_multiplier * (sensitivity + grid * sqrt(whole)).
     Unit and neighbours: those for which `sensitivity` holds.
     Reference: module docstring.
     """
     noise = np.empty(count, dtype=np.float64)
-    deviation = noise_multiplier * (sensitivity + grid * math.sqrt(count)) / grid
-    for chunk in _filled(noise, source):
-        chunk *= deviation
-        np.rint(chunk, out=chunk)
-        chunk *= grid
+    deviation = noise_multiplier * (sensitivity + grid * math.sqrt(count if whole is None else whole)) / grid
+    for piece in _filled(noise, deviation, source):
+        np.rint(piece, out=piece)
+        piece *= grid
     return noise

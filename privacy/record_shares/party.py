@@ -324,7 +324,7 @@ class ShareOptimizer(PrivateOptimizer):
 
     def _release(self, pending: Any) -> None:
         """Let the sum become a vector with noise; no gradient is written to the parameters."""
-        self._make(pending.total.detach().cpu().numpy())
+        self._make(torch.cat(pending.pieces).cpu().numpy())
 
     def _apply(self) -> None:
         """Nothing is stepped: the server steps, with the opened sum."""

@@ -68,9 +68,9 @@ def test_passes_beyond_the_first_are_looked_at(monkeypatch: pytest.MonkeyPatch) 
 
     honest, made = PrivateOptimizer._independent_noise, []
 
-    def ends(self: PrivateOptimizer, count: int, grid: float) -> object:
+    def ends(self: PrivateOptimizer, count: int, grid: float, whole: int) -> object:
         made.append(os.getpid())
-        return honest(self, count, grid) * (len(made) <= 40)
+        return honest(self, count, grid, whole) * (len(made) <= 40)
 
     monkeypatch.setattr(PrivateOptimizer, "_independent_noise", ends)
     found = probe(Privacy(epsilon=3.0, delta=1e-5, epochs=14))

@@ -35,8 +35,8 @@ def noise_over_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise is divided by the batch size before it is added to the sum, which is divided again."""
     honest = step.grid_gaussian
 
-    def smaller(count: int, noise: float, sensitivity: float, grid: float, source: Any) -> Any:
-        return np.rint(honest(count, noise, sensitivity, grid, source) / 400 / grid) * grid
+    def smaller(count: int, noise: float, sensitivity: float, grid: float, *given: Any) -> Any:
+        return np.rint(honest(count, noise, sensitivity, grid, *given) / 400 / grid) * grid
 
     monkeypatch.setattr(step, "grid_gaussian", smaller)
 
@@ -47,7 +47,7 @@ def _seeded(count: int) -> bytes:
 
 def noise_seeded_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = step.grid_gaussian
-    monkeypatch.setattr(step, "grid_gaussian", lambda *given: honest(*given[:-1], _seeded))
+    monkeypatch.setattr(step, "grid_gaussian", lambda *given: honest(*given[:4], _seeded, *given[5:]))
 
 
 def noise_seeded_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,8 @@ def test_a_count_that_takes_no_share_of_the_sensitivity_is_caught(monkeypatch: p
     """The vector gets noise z, as if the count cost nothing."""
     honest = PrivateOptimizer._independent_noise
 
-    def smaller(self: PrivateOptimizer, count: int, grid: float) -> Any:
-        return honest(self, count, grid) * np.sqrt(1 - self.clipping.setting.share)  # type: ignore[union-attr]
+    def smaller(self: PrivateOptimizer, count: int, grid: float, whole: int) -> Any:
+        return honest(self, count, grid, whole) * np.sqrt(1 - self.clipping.setting.share)  # type: ignore[union-attr]
 
     monkeypatch.setattr(PrivateOptimizer, "_independent_noise", smaller)
     found = probe(Privacy(epsilon=2.0, delta=1e-5, max_grad_norm=AdaptiveClip(start=0.3, share=0.3)))

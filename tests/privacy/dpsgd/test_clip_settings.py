@@ -119,7 +119,7 @@ def test_sums_before_noise_agree_to_float64_whatever_the_chunks(problem: Any, ki
             nn.functional.cross_entropy(private(x), y).backward()
             optimizer.step()
         assert optimizer._pending is not None
-        totals.append(torch.cat([optimizer._pending.total, torch.tensor([optimizer._pending.within])]))
+        totals.append(torch.cat([*optimizer._pending.pieces, torch.tensor([optimizer._pending.within])]))
     torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=1e-12)
 
 
@@ -136,11 +136,11 @@ def test_adaptive_sum_and_count_are_one_vector_no_longer_than_one(problem: Any) 
         assert len(raw) == size
         counts.append((before, optimizer.clipping.norm))
     # p.grad is forgotten after an empty step, so the sum's noise is read off _release itself
-    from choral.privacy.dpsgd.private_optimizer import _Pending
+    from choral.privacy.dpsgd.clipped_sum import ClippedSum
 
     for _ in range(600):
         optimizer.max_grad_norm = 0.5
-        optimizer._release(_Pending(optimizer.params, torch.zeros(size, dtype=torch.float64), 0.0))
+        optimizer._release(ClippedSum(optimizer.params, [torch.zeros(size, dtype=torch.float64)], 0.0))
         updates.append(torch.cat([p.grad.reshape(-1) for p in private.parameters()]))
     z_update = float(torch.stack(updates).std()) / 0.5
     # of the count, through the clipped share: how often it is at or beyond 0 or 1 tells sigma

@@ -13,8 +13,9 @@ from scipy import stats
 from torch import nn
 
 from choral.privacy import BudgetExceededError, Privacy, PrivacyError, UnsupportedModelError, unwrap
-from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer, _Pending
-from choral.privacy.noise.gaussian import os_stream
+from choral.privacy.dpsgd import clipped_sum, private_optimizer
+from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
+from choral.privacy.noise.gaussian import noise_grid, os_stream
 from choral.privacy.per_sample.ghost_norms import Dense
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
@@ -97,7 +98,9 @@ def test_noise_has_the_standard_deviation_that_is_accounted_for(problem: Any) ->
     model, optimizer = optimizer_of(problem.model(), clip=0.5, source=os_stream, noise=1.7, expected=4, lr=0.0)
     draws, before = [], torch.cat([p.reshape(-1) for p in model.parameters()])
     for _ in range(400):
-        optimizer._release(_Pending(optimizer.params, torch.zeros(len(before), dtype=torch.float64), 0.0))
+        optimizer._release(
+            clipped_sum.ClippedSum(optimizer.params, [torch.zeros(len(before), dtype=torch.float64)], 0.0)
+        )
         draws.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy())
     x = np.concatenate(draws).astype(float)
     scale = 1.7 * 0.5 / 4
@@ -107,6 +110,27 @@ def test_noise_has_the_standard_deviation_that_is_accounted_for(problem: Any) ->
     assert stats.chi2.cdf(ratio, count - 1) > ALARM
     assert stats.chi2.cdf(ratio / (1 + 2**-10) ** 2, count - 1) < 1 - ALARM
     assert stats.kstest(x / x.std(), "norm").pvalue > ALARM
+
+
+def test_noise_of_pieces_is_fresh_and_sized_for_the_whole(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may move all coordinates together: the noise of a piece pays for the grid of all of them."""
+    whole, asked = sum(p.numel() for p in problem.model().parameters()), []
+    honest = private_optimizer.grid_gaussian
+
+    def noted(*given: Any) -> np.ndarray:
+        asked.append((given[0], given[3], given[5]))
+        return honest(*given)
+
+    monkeypatch.setattr(private_optimizer, "grid_gaussian", noted)
+    monkeypatch.setattr(clipped_sum, "_PIECE", 40)
+    monkeypatch.setattr(private_optimizer, "_CACHED", 7)
+    _, optimizer = optimizer_of(plain := problem.model(), clip=0.5, source=os_stream, expected=1)
+    before = torch.cat([p.detach().reshape(-1) for p in plain.parameters()])
+    optimizer.step_empty()
+    assert [length for length, _, _ in asked] == [7] * 6 + [6] + [7] * 5
+    assert {(grid, of) for _, grid, of in asked} == {(noise_grid(0.5, whole), whole)}
+    made = before - torch.cat([p.detach().reshape(-1) for p in plain.parameters()])
+    assert len(made.unique()) == whole
 
 
 def test_an_empty_batch_steps_with_noise_alone(problem: Any) -> None:

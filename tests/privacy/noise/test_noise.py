@@ -181,6 +181,13 @@ def test_grid_gaussian_lies_on_the_grid_with_the_variance_it_says() -> None:
     assert ALARM < stats.chi2.cdf(ratio, size - 1) < 1 - ALARM
 
 
+def test_grid_gaussian_of_some_coordinates_pays_for_the_rounding_of_all() -> None:
+    x = grid_gaussian(20_000, 2.0, 1.0, 0.25, os_stream, 400)
+    scale = 2.0 * (1.0 + 0.25 * 20)
+    ratio = (len(x) - 1) * x.var(ddof=1) / (scale**2 + 0.25**2 / 12)
+    assert ALARM < stats.chi2.cdf(ratio, len(x) - 1) < 1 - ALARM
+
+
 def test_release_has_the_same_support_whatever_the_value() -> None:
     """The attack on float noise (Mironov 2012): which values can be reached tells the value. Here all can."""
     grid = 0.25

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from choral.privacy import UnsupportedModelError
+from choral.privacy.dpsgd import clipped_sum, private_optimizer
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.per_sample import convolution_gradients, ghost_norms, layer_gradients
 from choral.privacy.per_sample.model import with_per_sample_gradients
@@ -157,6 +158,8 @@ def test_clipped_sums_equal_a_loop_over_records(name: str, way: str, monkeypatch
         monkeypatch.setattr(ghost_norms, "_UNFOLDED", 30)
         monkeypatch.setattr(ghost_norms, "_WIDE", 3)
         monkeypatch.setattr(convolution_gradients, "_GROUPED", 2000)
+        monkeypatch.setattr(clipped_sum, "_PIECE", 7)
+        monkeypatch.setattr(private_optimizer, "_CACHED", 5)
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     model, x = make(), inputs()

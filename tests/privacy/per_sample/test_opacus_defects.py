@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from choral.privacy import AdaptiveClip, Ledger, Privacy, PrivacyEngine, UnsupportedLoaderError, UnsupportedModelError
 from choral.privacy.accounting import record_level, record_noise
 from choral.privacy.accounting.events import PoissonSampledGaussian
-from choral.privacy.dpsgd.private_optimizer import _Pending
+from choral.privacy.dpsgd.clipped_sum import ClippedSum
 from choral.privacy.per_sample.model import with_per_sample_gradients
 
 PRIVACY = Privacy(epsilon=3.0, delta=1e-3)
@@ -119,7 +119,7 @@ def test_the_count_of_adaptive_clipping_is_accounted_for(problem: Any) -> None:
     released = []
     for _ in range(10):
         wrapped[1].max_grad_norm = 1.0
-        wrapped[1]._release(_Pending(list(model.parameters()), torch.zeros(83, dtype=torch.float64), 0.0))
+        wrapped[1]._release(ClippedSum(list(model.parameters()), [torch.zeros(83, dtype=torch.float64)], 0.0))
         released += [p.grad.reshape(-1) * wrapped[1].expected_batch_size for p in model.parameters()]
     noise = float(torch.cat(released).std())
     assert noise == pytest.approx(charged / math.sqrt(1 - share), rel=0.15)  # false alarms: 1e-9; without, 0.45 off
