@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from choral.errors import ChoralError
+from choral.locks import locked_folder
 from choral.network.door.trained import Trained
 from choral.network.errors import BusyError, OfferRefusedError, SiteError
 from choral.network.host.engine_training import EngineTrainer, PausingDriver, TrainFirstError
@@ -236,8 +237,23 @@ class SiteJob:
 
     def _memory(self) -> PartyMemory:
         path = self._state / "trained-for"
-        state = path.read_bytes() if path.is_file() else None
-        return PartyMemory(trained_for=TrainedFor(lambda raw: write_private(path, raw), state))
+        known = _content_of(path)
+
+        def store(raw: bytes) -> None:
+            """Raises: SiteError where another process of this site has gone on with the job: this one's is an old copy,
+            which would train for an exchange twice, and break the chain of receipts.
+            """
+            nonlocal known
+            with locked_folder(self._state):
+                if _content_of(path) != known:
+                    raise SiteError(
+                        f"another process of this site has trained for job {self.digest[:16]} meanwhile",
+                        hint="one process is the site; end one of them, and start the other anew",
+                    )
+                write_private(path, raw)
+                known = raw
+
+        return PartyMemory(trained_for=TrainedFor(store, known))
 
     def _drivers(self, own: TrainingTerms) -> dict[str, PartyDriver]:
         """Of each channel, of what is summed there by the party's own terms."""
@@ -272,6 +288,10 @@ class SiteJob:
             return  # of an algorithm that has it remember nothing
         tensors = {f"{part}/{name}": tensor for part, found in there.items() for name, tensor in found.items()}
         write_private(path, packed({"parts": list(there)}, tensors).numpy().tobytes())
+
+
+def _content_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _states_of(path: Path) -> PartyStates:

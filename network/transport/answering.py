@@ -13,10 +13,12 @@ from choral.errors import ChoralError
 from choral.network.errors import FrameError, PeerFailedError, TransportError
 from choral.network.transport.channel import Buffer, FrameChannel, named
 from choral.network.transport.frames import REPLY, REQUEST, ArrivingMessage, Frame, Kind, unpack
-from choral.network.transport.limits import Limits
+from choral.network.transport.limits import Limits, Meter
 
 log = logging.getLogger("choral.network")
 _IN_FLIGHT = 64 << 20  # bytes of a refused message that may be on their way when the other end reads so
+_REFUSED = 128  # refused requests whose bytes may be on their way; a hub that hears of it cancels them
+_LINES_A_MINUTE = 120  # about requests that were refused
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Answering:
         self._incoming: dict[int, tuple[ArrivingMessage, bytes, int]] = {}
         self._refused: dict[int, ArrivingMessage] = {}
         self._answers: dict[int, asyncio.Task[None]] = {}
+        self._lines = Meter(_LINES_A_MINUTE, _LINES_A_MINUTE)
 
     async def run(self) -> None:
         """Raises:
@@ -147,12 +150,12 @@ class Answering:
         self._last = frame.stream
         most, limit = self.channel.limits.outstanding, self._request_limit()
         if size > limit:
-            log.warning("refused a request of %d bytes from %s; at most %d are taken", size, self.channel.peer, limit)
+            self._say(f"refused a request of {size} bytes from {self.channel.peer}; at most {limit} are taken")
             await self._refuse(frame.stream, size, "large")
         elif len(self._incoming) + len(self._works) >= most and identifier not in self._works:
-            log.warning("refused a request from %s: %d are at work", self.channel.peer, most)
+            self._say(f"refused a request from {self.channel.peer}: {most} are at work")
             await self._refuse(frame.stream, size, "busy")
-        elif len(self._incoming) >= most:
+        elif len(self._incoming) >= most or len(self._answers) >= 2 * most:  # replies that it does not take
             await self._refuse(frame.stream, size, "busy")
         elif size:
             self._incoming[frame.stream] = ArrivingMessage(size), identifier, reply_limit
@@ -163,7 +166,13 @@ class Answering:
         """Say no. The bytes of the message may be on their way: they are counted, and none is kept."""
         if size:
             self._refused[stream] = ArrivingMessage(size, discard=True)
+        if len(self._refused) > _REFUSED:
+            raise FrameError(f"went on asking after {_REFUSED} refusals", peer=self.channel.peer)
         await self._fail(stream, code)
+
+    def _say(self, what: str) -> None:
+        if self._lines.has(1):
+            log.warning("%s", what)
 
     async def _fail(self, stream: int, code: str) -> None:
         await self.channel.send(Kind.FAILED, stream, code.encode())

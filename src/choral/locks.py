@@ -6,6 +6,8 @@ The module that locks is imported when a lock is needed, and not before: all tha
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,21 @@ def unlock_descriptor(file: int) -> None:
     import fcntl
 
     fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """No other process, or thread, is between these lines with the same folder.
+
+    Raises: NoLocksError on a system without such locks.
+    """
+    refuse_without_locks(str(folder))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock_descriptor(descriptor, str(folder))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from choral.network import (
     Request,
     RequestTimeoutError,
 )
-from choral.network.transport.frames import FRAME_BYTES, HEADER, REPLY, REQUEST, SMALL_BYTES, Kind
+from choral.network.transport.frames import FRAME_BYTES, HEADER, ID_BYTES, REPLY, REQUEST, SMALL_BYTES, Kind
 
 BIG = 64
 
@@ -183,6 +183,45 @@ def test_bytes_of_a_refused_message_are_not_taken_for_ever(ends: Any, until: Any
             await until(lambda: "went on with a message that was refused" in str(link.error), 20)
 
     asyncio.run(main())
+
+
+def test_refusals_fill_neither_the_memory_nor_the_log_of_a_site(ends: Any, until: Any, caplog: Any) -> None:
+    """Each refused request is remembered until its bytes have come, which is never."""
+    many, _ = asks(*((Kind.REQUEST, stream, request(1 << 40, stream)) for stream in range(1, 2000)))
+
+    async def main() -> None:
+        limits = ends.limits(backoff=(5.0, 5.0))
+        async with ends.raw_hub(many) as address, ends.link("north", address, limits=limits) as link:
+            await until(lambda: "went on asking after 128 refusals" in str(link.error), 20)
+
+    with caplog.at_level(logging.WARNING, "choral.network"):
+        asyncio.run(main())
+    assert 1 <= caplog.text.count("refused a request of") <= 120
+
+
+def test_replies_that_a_coordinator_does_not_take_are_few(ends: Any, until: Any) -> None:
+    called, busy = list[int](), list[bytes]()
+
+    def handler(request: Request) -> bytes:
+        called.append(1)
+        return bytes(8 << 20)
+
+    async def script(raw: Any) -> None:
+        for stream in range(1, 21):
+            await raw.send(Kind.REQUEST, stream, REQUEST.pack(stream.to_bytes(ID_BYTES, "big"), 0, 1 << 30))
+            while len(called) < min(stream, 8):
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.03)  # it is done, and its reply waits
+        while True:
+            kind, _, payload = await raw.read()
+            busy.extend([payload] * (kind is Kind.FAILED))
+
+    async def main() -> None:
+        async with ends.raw_hub(script) as address, ends.link("north", address, handler):
+            await until(lambda: len(busy) == 12, 20)
+
+    asyncio.run(main())
+    assert (len(called), set(busy)) == (8, {b"busy"})
 
 
 def test_bytes_and_frames_come_no_faster_than_granted(ends: Any, until: Any) -> None:

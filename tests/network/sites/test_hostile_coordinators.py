@@ -13,7 +13,18 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from site_federation import Direct, Federation, approved_at, offer_for, private_sites, rehearsed, same_weights, served
+from site_federation import (
+    Direct,
+    Federation,
+    approved_at,
+    counting_code,
+    offer_for,
+    private_sites,
+    rehearsed,
+    same_weights,
+    served,
+    steps_of,
+)
 
 from choral.jobs.settings import PrivacySettings, Settings, SumSettings
 from choral.network.coordinator.remote import RemoteSum
@@ -241,6 +252,32 @@ def test_replays_train_nothing(open_sites: Federation) -> None:
 
 def replace_job(asked: TakeStep, digest: str) -> TakeStep:
     return TakeStep(digest, asked.channel, asked.message, b"", None)
+
+
+def test_of_two_processes_of_a_site_one_trains_for_an_exchange(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other has an older copy of what was trained for: its vector would be the second of that exchange, and its
+    receipt would break the chain of the first's.
+    """
+    federation = Federation(tmp_path, code=counting_code())
+    settings, carrier = job(federation, "twice", rounds=1), Direct(federation)
+    offer = offer_for(federation, settings)
+    others = {name: SiteHost(federation.site(name)) for name in federation.names}
+    for name, host in others.items():
+        approved_at(federation, name, offer)
+        reply = host.handle(written(ProposeJob(offer.message())), sender="hub")
+        assert isinstance(read_reply(reply, limit=1 << 20), JobTaken)
+    run, _ = served(carrier, settings)
+    steps = steps_of(federation, "north")
+    receipts = (federation.path / "north" / "receipts" / f"{offer.digest}.jsonl").read_bytes()
+    assert run.history[-1].survivors == 3
+    carrier.hosts = others
+    with pytest.raises(TooFewSurvivorsError, match="too few sent a vector"):
+        served(carrier, settings)
+    assert "another process of this site has trained for job" in caplog.text
+    assert steps_of(federation, "north") == steps
+    assert (federation.path / "north" / "receipts" / f"{offer.digest}.jsonl").read_bytes() == receipts
 
 
 def test_a_site_that_answers_nonsense_is_out_and_the_others_go_on(open_sites: Federation) -> None:
