@@ -13,7 +13,7 @@ from choral.network.errors import SiteError
 from choral.network.host.messages import JobOver, RunSigned, SignRun
 from choral.network.site.files.log import AGREED, SiteLine
 from choral.trainers.federated.terms.task_code import version_here
-from choral.trainers.run_folder.evidence.manifest import FORMAT, VERSION, Owned, claims_of, countersign
+from choral.trainers.run_folder.evidence.manifest import FORMAT, VERSION, Owned, claims_of, countersign, rounds_of
 from choral.trainers.run_folder.evidence.receipts import read, receipts_path
 from choral.trainers.run_folder.evidence.sealing import STATISTICS
 from choral.trainers.run_folder.evidence.signed_lines import body_of, content_of
@@ -41,8 +41,8 @@ def signed(folder: SiteFolder, asked: SignRun) -> RunSigned:
     if not any(_of(line, AGREED, asked.job) and line.facts["coordinator"] == folder.coordinator for line in lines):
         raise SiteError(f"a manifest of {asked.job[:16]}, which was not agreed to with {folder.coordinator!a}")
     said = content_of(asked.manifest)
-    owned, last, claims = _owned(folder, asked.job)
-    if wrong := _unlike(folder, asked.job, said, last, claims):
+    owned, last, terms = _owned(folder, asked.job)
+    if wrong := _unlike(folder, asked.job, said, last, terms):
         raise SiteError(f"the manifest of {asked.job[:16]} is not signed: {wrong}")
     result = sha256(body_of({key: value for key, value in said.items() if key not in _OTHERS})).hexdigest()
     if others := [line for line in lines if _of(line, SIGNED, asked.job) and line.facts["result"] != result]:
@@ -56,21 +56,21 @@ def _of(line: SiteLine, event: str, job: str) -> bool:
     return line.event == event and line.facts.get("digest") == job
 
 
-def _owned(folder: SiteFolder, job: str) -> tuple[Owned, dict[str, Any], dict[str, Any]]:
-    """What the receipts come to, the content of the last, and what its terms claim; every signature is checked."""
+def _owned(folder: SiteFolder, job: str) -> tuple[Owned, dict[str, Any], str]:
+    """What the receipts come to, the content of the last, and the text of its terms; every signature is checked."""
     path = receipts_path(folder.path, job)
     lines = list(read(path)) if path.is_file() else []
     if not lines:
         raise SiteError(f"there are no receipts of {job[:16]}")
     keys = tuple(dict.fromkeys(str(content["key"]) for content, _ in lines))
     text = next(str(content["text"]) for content, _ in reversed(lines) if content["kind"] == "terms")
-    return Owned(keys=keys, receipts=len(lines), head=lines[-1][1]), lines[-1][0], claims_of(text)
+    return Owned(keys=keys, receipts=len(lines), head=lines[-1][1]), lines[-1][0], text
 
 
-def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, Any], claims: dict[str, Any]) -> str:
-    """What the manifest says otherwise than this site's receipts; "" if nothing."""
+def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, Any], terms: str) -> str:
+    """What the manifest says otherwise than this site's receipts; "" if nothing. terms: their text."""
     name, hub = folder.settings.name, folder.hub_directory
-    number, completed = last.get("round", 0), said.get("completed")
+    number, completed, claims, agreed = last.get("round", 0), said.get("completed"), claims_of(terms), rounds_of(terms)
     forms = {"parties": dict, "ledgers": dict, "code": dict, "gone": list}
     if strange := [key for key, form in forms.items() if not isinstance(said.get(key), form)]:
         return f"its {strange[0]} cannot be read"
@@ -91,6 +91,8 @@ def _unlike(folder: SiteFolder, job: str, said: dict[str, Any], last: dict[str, 
             return f"its {key} is {said.get(key)!a:.80}, expected {value!a:.80}"
     if type(completed) is not int or completed < number:
         return f"it is of {completed!a:.20} rounds, and there is a receipt of round {number}"
+    if completed > agreed:  # of a round beyond the last no site would know the model
+        return f"it is of {completed} rounds, and {agreed} were agreed on"
     if f"choral {said['code'].get('version')}" != version_here():
         return "it is of another version of Choral"
     parties = {name for offer in folder.offers.all() if offer.digest == job for name in offer.parties}

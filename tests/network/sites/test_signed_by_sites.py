@@ -143,6 +143,7 @@ Changed = Callable[[dict[str, Any]], object]
 LIES: dict[str, tuple[Changed, str]] = {
     "model": (lambda said: said.update(model="1" * 64), "its model is"),
     "fewer rounds": (lambda said: said.update(completed=2), "of 2 rounds, and there is a receipt of round 3"),
+    "more rounds": (lambda said: said.update(completed=4, model="1" * 64), "of 4 rounds, and 3 were agreed on"),
     "no number": (lambda said: said.update(completed=True), "of True rounds"),
     "terms": (lambda said: said.update(terms="2" * 64), "its terms is"),
     "promise": (lambda said: said["claims"]["promise"].update(epsilon=1.0), "its claims is"),

@@ -84,6 +84,11 @@ def claims_of(text: str) -> dict[str, Any]:
     return {"algorithm": record["algorithm"]["kind"], "promise": promise, "layout": layout}
 
 
+def rounds_of(text: str) -> int:
+    """How many rounds these training terms agree on at most."""
+    return int(json.loads(text)["rounds"])
+
+
 def write_manifest(folder: Path, sealing: Sealing, coordinator: Identity, *, rehearsal: bool) -> None:
     """Raises: EvidenceError for a party that would not sign it."""
     info = sealing.info
