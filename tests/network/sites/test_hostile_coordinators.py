@@ -46,6 +46,7 @@ from choral.protocols import Masked
 from choral.protocols.errors import TooFewSurvivorsError
 from choral.trainers.algorithms.interface import Exchange
 from choral.trainers.engines.exchange_messages import Told
+from choral.trainers.federated import one_round
 from choral.trainers.federated.session import Session
 from choral.trainers.task.settings import Training
 
@@ -170,6 +171,32 @@ def test_no_round_beyond_those_agreed_on_is_trained(
         served(Direct(open_sites), job(open_sites, "more"))
     assert "it asks 'north' for round 3 of the 2 that were agreed on" in caplog.text
     assert (open_sites.path / "north" / "state" / "in-fit").read_text() == "2"
+
+
+def test_no_more_exchanges_of_a_round_than_the_algorithm_has_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The coordinator goes on in the last round that was agreed on, with weights of its own each time."""
+    federation, rounds = Federation(tmp_path, code=counting_code()), Session.rounds_left
+
+    def more(session: Session) -> Iterator[int]:
+        yield from rounds(session)
+        yield 2
+
+    class OfTheFirst(Told):
+        """What the coordinator tells; a site reads it as it is."""
+
+        @classmethod
+        def of(cls, ask: Exchange, number: int, exchange: int) -> Told:
+            del exchange
+            return Told(1, number - 1, ask)
+
+    monkeypatch.setattr(Session, "rounds_left", more)
+    monkeypatch.setattr(one_round, "Told", OfTheFirst)
+    with pytest.raises(TooFewSurvivorsError, match="too few sent a vector"):
+        served(Direct(federation), job(federation, "within", rounds=1))
+    assert "it asks 'north' for exchange 2 of round 1, and a round has 1" in caplog.text
+    assert steps_of(federation, "north")[0] == 5
 
 
 def test_a_session_of_another_smallest_sum_than_was_approved_is_refused(

@@ -83,6 +83,11 @@ class TrainingTerms:
         }
 
     @property
+    def exchanges(self) -> int:
+        """How many a round has at most: those of the algorithm, and the sum of the parties' own evaluations."""
+        return sum(each.sums for each in self.algorithm.channels(self.federation).values()) + bool(self.metrics)
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """Of the algorithm, and of the parties' own evaluations if those are summed."""
         return (*self.algorithm.channels(self.federation), *([CHANNEL] if self.metrics else []))
