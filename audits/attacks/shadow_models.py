@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from choral.audits.attacks.canaries import flip_coins
 from choral.errors import ConfigError, DataError
-from choral.trainers.local_steps.resident_model import resolve_device
+from choral.trainers.task.arithmetic import resolve_device
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Elementwise = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from choral.errors import ConfigError, DataError
 from choral.privacy import Privacy, PrivacyEngine
 from choral.trainers.centralized.data_parallel import Workers, own_device, workers_of
-from choral.trainers.local_steps.resident_model import initial_model, resolve_device
+from choral.trainers.local_steps.resident_model import initial_model
 from choral.trainers.run_folder.algorithm_state import AlgorithmState
 from choral.trainers.run_folder.describe import NOTHING, check_tuned, describe
 from choral.trainers.run_folder.energy import EnergyMeter, Stopwatch
@@ -25,7 +25,7 @@ from choral.trainers.run_folder.owner_privacy import clips_of, open_privacy_engi
 from choral.trainers.run_folder.recorder import Recorder
 from choral.trainers.run_folder.run import Run
 from choral.trainers.task import arguments
-from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic
+from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic, resolve_device
 from choral.trainers.task.device_batches import OnDevice
 from choral.trainers.task.evaluation import evaluated
 from choral.trainers.task.flat_vector import Layout, all_finite

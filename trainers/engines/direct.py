@@ -21,6 +21,7 @@ from choral.trainers.local_steps.corrections import refuse_sparse
 from choral.trainers.local_steps.epochs import Criterion, EpochPlan, Epochs, has_hooks, plan_of
 from choral.trainers.local_steps.resident_model import Resident, attempted
 from choral.trainers.task.arithmetic import Arithmetic
+from choral.trainers.task.flat_vector import several
 from choral.trainers.task.seeding import reseed, seed_of, seeded, torch_seeded
 
 
@@ -62,9 +63,9 @@ class Direct:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; nothing is read ahead."""
-        for party, work in orders:
-            plan = planned(self.resident, party, work, round_number)
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; a few small ones are seated ahead."""
+        plans = ((party, work, planned(self.resident, party, work, round_number)) for party, work in orders)
+        for party, work, plan in several(plans, self.length):
             if plan is None or not isinstance(work, Train):
                 yield from self.resident.do([(party, work)], weights, round_number)
                 continue

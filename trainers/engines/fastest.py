@@ -11,6 +11,7 @@ import torch
 from choral.trainers.algorithms.interface import Done, Failed, LocalTrainer, Work
 from choral.trainers.engines.cohort import Cohort
 from choral.trainers.engines.direct import Direct, planned
+from choral.trainers.local_steps.epochs import Epochs
 from choral.trainers.local_steps.resident_model import Resident
 
 _TRIED = 16  # parties that are trained both ways, once in a run
@@ -45,6 +46,8 @@ class Fastest:
 
     def _choose(self, first: list[tuple[str, Work]], weights: torch.Tensor, round_number: int) -> LocalTrainer:
         compile = self.resident.arithmetic.compile
+        if not isinstance(self.resident.fit, Epochs):
+            return self.resident
         direct, cohort = Direct(self.resident), Cohort(self.resident)
         if len([party for party, work in first if planned(self.resident, party, work, round_number) is not None]) < 2:
             return direct

@@ -219,6 +219,8 @@ class Dropouts:
 
     def draw(self, parties: Sequence[str], random: Generator) -> dict[str, Step]:
         """Who drops out in one sum, and the first step that it does not take."""
+        if not any(self.chances):
+            return {}
         places = lost_at(len(parties), self.chances, random)
         return {
             party: STEPS[place] for party, place in zip(parties, places.tolist(), strict=True) if place < len(STEPS)

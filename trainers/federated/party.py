@@ -51,13 +51,13 @@ from choral.trainers.federated.terms.site_metrics import CHANNEL, Judge, judge_o
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.trained_for import PartyMemory, TrainedFor
 from choral.trainers.federated.terms.training_terms import TrainingTerms
-from choral.trainers.local_steps.resident_model import Resident, resolve_device
+from choral.trainers.local_steps.resident_model import Resident
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.describe import settings_of
 from choral.trainers.run_folder.evidence.party_receipts import PartyReceipts, Receipted, open_receipts
 from choral.trainers.run_folder.evidence.receipts import Asked
 from choral.trainers.run_folder.owner_privacy import check_delta, engine_for, written
-from choral.trainers.task.arithmetic import Arithmetic, Compute
+from choral.trainers.task.arithmetic import Arithmetic, Compute, resolve_device
 from choral.trainers.task.learning_rate import Rates
 from choral.trainers.task.seeding import caller_keeps_generators
 from choral.trainers.task.task import DivergedError, Task, TaskError, check_party, raised_by

@@ -25,13 +25,13 @@ from choral.trainers.federated.codec import Encoding
 from choral.trainers.federated.participation import Participation
 from choral.trainers.federated.record_shares import checks as shares
 from choral.trainers.federated.virtual_parties import Census, DistantParties, census_of
-from choral.trainers.local_steps.resident_model import Resident, Seating, resolve_device
+from choral.trainers.local_steps.resident_model import Resident, Seating
 from choral.trainers.run_folder.describe import check_tuned, describe
 from choral.trainers.run_folder.evidence.rehearsal import MOST_PARTIES
 from choral.trainers.run_folder.info import RunInfo
 from choral.trainers.run_folder.keep import Keep
 from choral.trainers.task import arguments
-from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic
+from choral.trainers.task.arithmetic import Arithmetic, Compute, check_arithmetic, resolve_device
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import Rates
 from choral.trainers.task.per_party import check_held_out

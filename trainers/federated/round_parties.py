@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from choral.errors import ChoralError
 from choral.privacy import Ledger
 from choral.protocols.contributors import ContributorCount
 from choral.protocols.interface import STEPS, Losses, Step, SumRound
-from choral.trainers.algorithms.interface import Done, Exchange, Failed, LocalTrainer, Work
+from choral.trainers.algorithms.interface import Exchange, LocalTrainer, Work
 from choral.trainers.engines.exchange_messages import Told
 from choral.trainers.federated.codec import Codec
 from choral.trainers.federated.failures import all_failed, nothing_made
@@ -26,10 +25,8 @@ from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.run_folder.algorithm_state import State
 from choral.trainers.run_folder.energy import Stopwatch
 from choral.trainers.run_folder.transcript import Transcript
+from choral.trainers.task.flat_vector import several
 from choral.trainers.task.seeding import caller_keeps_generators
-
-_Trained = tuple[str, Done | Failed]
-_TOGETHER, _COORDINATES = 16, 1 << 18  # parties whose changes are kept at a time, and the coordinates of all of these
 
 
 @dataclass
@@ -122,14 +119,6 @@ def select(
     )
 
 
-def _several(trained: Iterator[_Trained], length: int) -> Iterator[_Trained]:
-    """The same, some small ones taken together before they are encoded and summed: code that has just run runs again
-    in a third of the time that it takes after a training.
-    """
-    while together := list(islice(trained, max(1, min(_TOGETHER, _COORDINATES // max(length, 1))))):
-        yield from together
-
-
 @dataclass(frozen=True, kw_only=True)
 class PartiesHere:
     """The parties that this process plays, made when they are selected and let go when they have sent.
@@ -165,7 +154,7 @@ class PartiesHere:
 
         with caller_keeps_generators():
             trained = parties.training.over(self.trainer.do(orders(), ask.weights, parties.number))
-            for name, done in _several(trained, len(ask.weights)):
+            for name, done in several(trained, len(ask.weights)):
                 party = working.pop(name)
                 encoded = party.answer(done)
                 if party.error is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,48 +13,62 @@ from choral.trainers.task.flat_vector import Layout
 from choral.trainers.task.task import TaskError
 
 
-@dataclass
 class OptimizerSteps:
-    """What the optimizer of a party did. count: its steps. path: the sum of their learning rates; None if not SGD.
+    """What the optimizer of a party does in a round, seen by a hook that stays with it.
 
-    astray: the largest change of a weight outside those steps, where that was watched.
+    count: its steps. path: the sum of their learning rates; None if not SGD. astray: the largest change of a weight
+    outside those steps, where that was watched.
     """
 
-    count: int = 0
-    path: float | None = 0.0
-    astray: float = 0.0
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.count, self.astray = 0, 0.0
+        self.path: float | None = 0.0
+        self._optimizer = optimizer
+        self._watch: _Watch | None = None
+        self._correction: _Correction | None = None
+        optimizer.register_step_pre_hook(self._before)
 
+    @contextmanager
+    def corrected(
+        self, layout: Layout, work: Train, start: torch.Tensor, *, watched: bool = False
+    ) -> Iterator[OptimizerSteps]:
+        """Count the optimizer's steps, and before each turn its gradient g into g + shift + pull (w - start).
 
-@contextmanager
-def corrected(
-    optimizer: torch.optim.Optimizer, layout: Layout, work: Train, start: torch.Tensor, *, watched: bool = False
-) -> Iterator[OptimizerSteps]:
-    """Count the optimizer's steps, and before each turn its gradient g into g + shift + pull (w - start).
-
-    With differential privacy this is the optimizer inside the private one, so that g is noisy already, and what is
-    added must be known without the records. A parameter without a gradient has g = 0. A step that evaluates the loss
-    itself (``step(closure)``) is corrected after each evaluation. watched: also see whether anything but these steps
-    moves the weights; it is seen wherever the work says something of the steps.
-    Raises: TaskError for an optimizer that searches along gradients within its step (LBFGS), or for gradients that are
-        sparse, if there is a correction.
-    """
-    if work.corrects and isinstance(optimizer, torch.optim.LBFGS):
-        raise TaskError(
-            "the algorithm corrects each step's gradient, and LBFGS computes gradients within its step",
-            hint="use SGD or Adam, or FedAvg",
-        )
-    steps = OptimizerSteps()
-    correction = _Correction(optimizer, layout, work, start) if work.corrects else None
-    watch = _Watch(layout) if watched or work.corrects or work.counts else None
-
-    def before(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        steps.count += 1
-        if steps.path is not None:
-            rate = sgd_rate(stepped)
-            steps.path = None if rate is None else steps.path + rate
-        if watch is not None:
+        With differential privacy this is the optimizer inside the private one, so that g is noisy already, and what is
+        added must be known without the records. A parameter without a gradient has g = 0. A step that evaluates the
+        loss itself (``step(closure)``) is corrected after each evaluation. watched: also see whether anything but these
+        steps moves the weights; it is seen wherever the work says something of the steps.
+        Raises: TaskError for an optimizer that searches along gradients within its step (LBFGS), or for gradients that
+            are sparse, if there is a correction.
+        """
+        if work.corrects and isinstance(self._optimizer, torch.optim.LBFGS):
+            raise TaskError(
+                "the algorithm corrects each step's gradient, and LBFGS computes gradients within its step",
+                hint="use SGD or Adam, or FedAvg",
+            )
+        self.count, self.path, self.astray = 0, 0.0, 0.0
+        if not (watched or work.corrects or work.counts):
+            yield self
+            return
+        self._correction = _Correction(self._optimizer, layout, work, start) if work.corrects else None
+        self._watch = watch = _Watch(layout)
+        handle = self._optimizer.register_step_post_hook(lambda *_: watch.note())
+        try:
+            yield self
             watch.compare()
-        if correction is None:
+            self.astray = watch.largest
+        finally:
+            handle.remove()
+            self._watch = self._correction = None
+
+    def _before(self, stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self.count += 1
+        if self.path is not None:
+            rate = sgd_rate(stepped)
+            self.path = None if rate is None else self.path + rate
+        if self._watch is not None:
+            self._watch.compare()
+        if (correction := self._correction) is None:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -68,18 +81,6 @@ def corrected(
             return loss
 
         return args[:1], {**kwargs, "closure": evaluated}
-
-    handles = [optimizer.register_step_pre_hook(before)]
-    if watch is not None:
-        handles.append(optimizer.register_step_post_hook(lambda *_: watch.note()))
-    try:
-        yield steps
-        if watch is not None:
-            watch.compare()
-            steps.astray = watch.largest
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Correction:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset, default_collate
 
 from choral.errors import ConfigError
+from choral.trainers.local_steps.corrections import OptimizerSteps
 
 
 class Criterion(Protocol):
@@ -173,8 +174,9 @@ def plan_of(
 
 def _hooked(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the user's code runs within the optimizer's step: hooks, a scheduler's or another replaced ``step``."""
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(hooks) or "step" in vars(optimizer)
+    before = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    theirs = any(not isinstance(holder, OptimizerSteps) for holder in before)  # all but what counts the steps
+    return theirs or bool(optimizer._optimizer_step_post_hooks) or "step" in vars(optimizer)
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -7,15 +7,14 @@ deepcopy, which is slow and trains the original where a forward closes over its 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from choral.doors import worded
 from choral.errors import ChoralError
 from choral.privacy import LedgerError, PrivacyEngine
 from choral.trainers.algorithms.interface import (
@@ -33,16 +32,24 @@ from choral.trainers.algorithms.interface import (
 from choral.trainers.local_steps import linear_models as linear
 from choral.trainers.local_steps import subproblems as gradients
 from choral.trainers.local_steps.batch_gradients import ShareSteps, batch_of
-from choral.trainers.local_steps.corrections import OptimizerSteps, corrected
+from choral.trainers.local_steps.corrections import OptimizerSteps
 from choral.trainers.local_steps.epochs import EpochPlan
 from choral.trainers.local_steps.record_gradients import Records
 from choral.trainers.run_folder.info import RunFolderError
 from choral.trainers.task.arithmetic import Arithmetic
 from choral.trainers.task.device_batches import OnDevice
-from choral.trainers.task.flat_vector import Layout, all_finite
+from choral.trainers.task.flat_vector import Layout, all_finite, several
 from choral.trainers.task.initial_weights import Weights
 from choral.trainers.task.learning_rate import CONSTANT, Rates
-from choral.trainers.task.seeding import Generator, forget_workers, generators_of, reseed, seeded
+from choral.trainers.task.seeding import (
+    Generator,
+    forget_workers,
+    generators_of,
+    reseed,
+    seed_of,
+    seeded,
+    seeded_by,
+)
 from choral.trainers.task.task import (
     Build,
     DivergedError,
@@ -71,7 +78,8 @@ class Seating:
 class Seat:
     """What a party keeps between its turns. plan: its training in tensors where that is known, False where not.
 
-    generators: those that its loader and its dataset have of their own.
+    generators: those that its loader and its dataset have of their own. steps: what its optimizer does, from its first
+    training on.
     """
 
     dataset: Any
@@ -81,6 +89,7 @@ class Seat:
     watched: Watched
     generators: list[Generator]
     plan: EpochPlan | Literal[False] | None = None
+    steps: OptimizerSteps | None = None
 
 
 class Resident:
@@ -115,6 +124,7 @@ class Resident:
         self._training: nn.Module = self.model
         self._by_name = dict(self.model.named_parameters())
         self._attributes, self._told = Attributes(self.model), False
+        self._in_training = False  # all of the model, as the training before left it
         self._fixed = {name: tensor.detach().clone() for name, tensor in _fixed(self.model)}
         self._seats: dict[str, Seat] = {}  # the latest turn last
         self.seats = seating.seats
@@ -140,8 +150,8 @@ class Resident:
     def do(
         self, orders: Iterable[tuple[str, Work]], weights: torch.Tensor, round_number: int
     ) -> Iterator[tuple[str, Done | Failed]]:
-        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; one party after the other, nothing is read
-        ahead.
+        """See :class:`choral.trainers.algorithms.interface.LocalTrainer`; one party after the other, a few small ones
+        seated ahead.
 
         A party fails with DivergedError if a result is NaN or infinite; TaskError if ``fit`` changed the model's shape,
         its buffers or its frozen parameters, trained something else, or if the work needs what the task or the model
@@ -149,37 +159,57 @@ class Resident:
         Raises: TaskError for a private party without a privacy engine, and what `checked_build` does: another
             model than the first party's suits nobody.
         """
-        for party, work in orders:
-            self._check_privacy_engine(party)
-
-            def make(party: str = party, work: Work = work) -> Done:
-                with seeded(self.training_seed, round_number, party):
-                    if isinstance(work, Train):
-                        return self._train(party, work, weights, round_number)
-                    return self._read(party, work, weights, round_number)
-
-            made = self._seated(party) or attempted(make, party, round_number)
+        self._in_training = False
+        for party, work, seat, number in several(self._ready(orders, round_number), self.length):
+            made: Done | Failed
+            if isinstance(seat, Failed):
+                made = seat
+            else:
+                make = partial(self._done, party, work, seat, number, weights, round_number)
+                made = attempted(make, party, round_number)
             if isinstance(made, Failed):
                 self.recover()
             yield party, made
 
-    def _train(self, party: str, work: Train, weights: torch.Tensor, round_number: int) -> Done:
+    def _ready(
+        self, orders: Iterable[tuple[str, Work]], round_number: int
+    ) -> Iterator[tuple[str, Work, Seat | Failed, int]]:
+        """Each with its seat, or why it has none: the user's code raised; and the seed of what it draws."""
+        for party, work in orders:
+            self._check_privacy_engine(party)
+            seat: Seat | Failed
+            try:
+                seat = self.seat(party)
+            except ChoralError:
+                raise
+            except Exception as error:
+                seat = Failed(error=raised_by(error, f"build at party {party!r}"))
+            yield party, work, seat, seed_of(self.training_seed, round_number, party)
+
+    def _done(self, party: str, work: Work, seat: Seat, number: int, weights: torch.Tensor, round_number: int) -> Done:
+        with seeded_by(number, secret=self.training_seed is None):
+            if isinstance(work, Train):
+                return self._train(party, work, seat, weights, round_number)
+            return self._read(party, work, seat, weights, round_number)
+
+    def _train(self, party: str, work: Train, seat: Seat, weights: torch.Tensor, round_number: int) -> Done:
         """Run the user's ``fit`` on one party's data from ``weights``, shape (d,)."""
-        self._check_privacy_engine(party)
-        seat = self.seat(party)
         reseed([*self.own_generators, *seat.generators], self.training_seed, round_number, party)
         forget_workers(seat.loader)
         self.layout.write(weights)
         seat.optimizer.state.clear()
         seat.groups.begin(seat.optimizer, self.rate_factor(round_number))
-        self.layout.begin_training(self.model)
+        if not self._in_training:
+            self.layout.begin_training(self.model)
+        self._in_training = False  # until that is seen
         model, optimizer, loader = self._training, seat.optimizer, seat.loader
         if self.privacy_engines:
             model, optimizer, loader = self.privacy_engines[party].wrap(model, optimizer, loader)
             self._training = model
         watched = bool(self.privacy_engines) or not self.rates.constant
+        steps = seat.steps = seat.steps or OptimizerSteps(seat.optimizer)
         with (
-            corrected(seat.optimizer, self.layout, work, weights, watched=watched) as steps,
+            steps.corrected(self.layout, work, weights, watched=watched),
             self.arithmetic.over(model, party, private=bool(self.privacy_engines)),
         ):
             number = {"round": round_number} if self._takes_round else {}
@@ -189,22 +219,13 @@ class Resident:
             self.layout.check(self.model, f"party {party!r} after fit")
         if not same or self.layout.holds_more:
             self.check_fixed(party)
-        change = self.layout.read() - weights
+        self._in_training = same and self.layout.in_training()
+        change = self.layout.read().sub_(weights)
         self._check_trained(party, work, steps, change, stale=not same and self.layout.stale(self.model))
         seat.groups.check(seat.optimizer, f"party {party!r}")
         self._attributes.settle(f"party {party!r}", takes_round=self._takes_round)
         self._told = self._told or seat.watched.tell(f"party {party!r}")
         return Done(vector=change, steps=steps.count, path=steps.path)
-
-    def _seated(self, party: str) -> Failed | None:
-        """Make the party's seat, unless the user's code raises."""
-        try:
-            self.seat(party)
-        except ChoralError:
-            raise
-        except Exception as error:
-            return Failed(error=raised_by(error, f"build at party {party!r}"))
-        return None
 
     def _check_privacy_engine(self, party: str) -> None:
         """Raises: TaskError where a private party would be trained without a privacy engine; this ends the run."""
@@ -214,14 +235,13 @@ class Resident:
                 hint="all processes must be given the same parties, in the same order and of the same sizes",
             )
 
-    def _read(self, party: str, work: Work, weights: torch.Tensor, round_number: int) -> Done:
+    def _read(self, party: str, work: Work, seat: Seat, weights: torch.Tensor, round_number: int) -> Done:
         """What needs the gradients of records, or their features, rather than ``fit``."""
         if self.loss is None:
             raise TaskError(
                 f"the algorithm needs {type(work).__name__} of party {party!r}, and the task has no loss",
                 hint="give loss(model, batch) -> tensor of one loss per record, shape (n,)",
             )
-        seat = self.seat(party)
         if self.shares and isinstance(work, Gradient):
             work = Batch(rate=1.0, step=0, row=round_number)
         if isinstance(work, Batch):
@@ -261,6 +281,7 @@ class Resident:
 
     def _take_seat(self, party: str) -> Seat:
         # Seeded apart from training: a resumed run takes its seats in a later round.
+        self._in_training = False  # build may have given the resident model itself
         with seeded(self.seed, 0, party):
             reseed(self._building, self.seed, 0, party)
             dataset = self.datasets[party]
@@ -374,19 +395,3 @@ def initial_model(build: Build, dataset: Any, seed: int, initial: Weights | None
     if initial:
         initial.load_into(model)
     return model
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, else MPS, else the CPU. Raises: TaskError if the named device is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
-    kind = name.partition(":")[0]
-    if not there.get(kind, False):
-        raise TaskError(
-            f"device {name!r} is not available here",
-            hint=worded(command="use --device auto or cpu", python="use device='auto' or 'cpu'"),
-        )
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process per device
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return torch.device(name)

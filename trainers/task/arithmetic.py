@@ -10,8 +10,9 @@ float64 (choral.privacy.full_precision), so the sensitivity is what the noise is
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, get_args
@@ -19,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from choral.doors import worded
 from choral.errors import ConfigError
 from choral.trainers.task import arguments
 from choral.trainers.task.device_batches import mapped
@@ -55,6 +57,22 @@ class Compute:
         arguments.optional_function(self.engine, "engine", "resident")
 
 
+def resolve_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, else MPS, else the CPU. Raises: TaskError if the named device is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise TaskError(
+            f"device {name!r} is not available here",
+            hint=worded(command="use --device auto or cpu", python="use device='auto' or 'cpu'"),
+        )
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process per device
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return torch.device(name)
+
+
 class Arithmetic:
     """Of one run. device: where the model is. precision, compile: as :func:`choral.trainers.federated.federate` takes
     them.
@@ -74,16 +92,16 @@ class Arithmetic:
     def plain(self) -> bool:
         return self.precision == "float32" and not self.compile
 
-    @contextmanager
-    def over(self, model: nn.Module, party: str, *, private: bool = False) -> Iterator[None]:
+    def over(self, model: nn.Module, party: str, *, private: bool = False) -> AbstractContextManager[None]:
         """Within: ``model(...)`` is computed so. private: batches may be empty, and then there is no call.
 
         Raises: TaskError for a model whose forward was replaced, or if it was never called, so that nothing was
             computed as asked.
         """
-        if self.plain:
-            yield
-            return
+        return nullcontext() if self.plain else self._over(model, party, private)
+
+    @contextmanager
+    def _over(self, model: nn.Module, party: str, private: bool) -> Iterator[None]:
         if "forward" in vars(model):
             raise TaskError(
                 f"the model's forward at party {party!r} was replaced by another, around which precision and compile"

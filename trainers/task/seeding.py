@@ -22,7 +22,7 @@ import random
 import secrets
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -39,19 +39,29 @@ _OBJECTS = 4096
 
 
 class _Caller:
-    """Where numpy's and Python's generators were before they were first seeded."""
+    """Where the generators were before they were first seeded: torch's, and numpy's and Python's."""
 
     def __init__(self) -> None:
-        self._found: tuple[Any, Any] | None = None
+        self._torch: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._others: tuple[Any, Any] | None = None
 
-    def note(self) -> None:
-        if self._found is None:
-            self._found = random.getstate(), np.random.get_state()
+    def note_torch(self) -> None:
+        if self._torch is None:
+            devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            self._torch = torch.get_rng_state(), devices
+
+    def note_others(self) -> None:
+        if self._others is None:
+            self._others = random.getstate(), np.random.get_state()
 
     def put_back(self) -> None:
-        if self._found is not None:
-            random.setstate(self._found[0])
-            np.random.set_state(self._found[1])
+        if self._torch is not None:
+            torch.set_rng_state(self._torch[0])
+            if self._torch[1]:
+                torch.cuda.set_rng_state_all(self._torch[1])
+        if self._others is not None:
+            random.setstate(self._others[0])
+            np.random.set_state(self._others[1])
 
 
 _caller: ContextVar[_Caller | None] = ContextVar("_caller", default=None)
@@ -65,35 +75,36 @@ def seed_of(seed: int | None, round_number: int, purpose: str) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-@contextmanager
-def seeded(seed: int | None, round_number: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int | None, round_number: int, purpose: str) -> AbstractContextManager[None]:
     """torch's, numpy's and Python's generators seeded from (seed, round, purpose), and put back afterwards."""
-    number, outer = seed_of(seed, round_number, purpose), _caller.get()
-    caller = outer or _Caller()
-    with _torch_seeded(number):
-        caller.note()
-        token = _caller.set(None)  # one within this one puts back what is seeded here
-        try:
-            np.random.seed(number & 0xFFFF_FFFF if seed is not None else [number & 0xFFFF_FFFF, number >> 32])
-            random.seed(number)
-            yield
-        finally:
-            _caller.reset(token)
-            if outer is None:
-                caller.put_back()
+    return seeded_by(seed_of(seed, round_number, purpose), secret=seed is None)
+
+
+@contextmanager
+def seeded_by(number: int, *, secret: bool = False) -> Iterator[None]:
+    """The same, of what :func:`seed_of` gave. secret: it is nobody's, and numpy has all of its bits."""
+    with _PutBack() as caller:
+        caller.note_torch()
+        caller.note_others()
+        _seed_torch(number)
+        np.random.seed([number & 0xFFFF_FFFF, number >> 32] if secret else number & 0xFFFF_FFFF)
+        random.seed(number)
+        yield
 
 
 @contextmanager
 def torch_seeded(seed: int, round_number: int, purpose: str) -> Iterator[None]:
     """torch's alone, for code that is known to draw from no other."""
-    with _torch_seeded(seed_of(seed, round_number, purpose)):
+    with _PutBack() as caller:
+        caller.note_torch()
+        _seed_torch(seed_of(seed, round_number, purpose))
         yield
 
 
 @contextmanager
 def caller_keeps_generators() -> Iterator[None]:
-    """Put numpy's and Python's generators back afterwards, if they were seeded. Around many parties, as it takes a
-    tenth of a small one's time; `seeded` directly within leaves it to this.
+    """Put the generators back afterwards, those that were seeded. Around many parties, as it takes a tenth of a small
+    one's time; `seeded` directly within leaves it to this.
     """
     caller = _Caller()
     token = _caller.set(caller)
@@ -104,20 +115,29 @@ def caller_keeps_generators() -> Iterator[None]:
         caller.put_back()
 
 
-@contextmanager
-def _torch_seeded(number: int) -> Iterator[None]:
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(number)
-            yield
-        return
+class _PutBack:
+    """Afterwards the generators are where they were, unless that is left to whoever keeps them for many parties."""
+
+    def __enter__(self) -> _Caller:
+        self._outer = _caller.get()
+        self._token = _caller.set(None)  # one within this one puts back what is seeded here
+        self._caller = self._outer or _Caller()
+        return self._caller
+
+    def __exit__(self, *_: object) -> None:
+        _caller.reset(self._token)
+        if self._outer is None:
+            self._caller.put_back()
+
+
+@functools.cache
+def _accelerated() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _seed_torch(number: int) -> None:
     # torch.manual_seed also notes the stack for accelerators that are not there, at a tenth of a small party's time.
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(number)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    (torch.manual_seed if _accelerated() else torch.default_generator.manual_seed)(number)
 
 
 def luck() -> tuple[torch.Tensor, Any, Any]:
@@ -166,7 +186,7 @@ def generators_of(*roots: Any) -> list[Generator]:
             if not isinstance(thing, random.SystemRandom) and thing not in (_shared_python, torch.default_generator):
                 found.append(thing)
             continue
-        waiting += reversed(list(_parts(thing)))
+        waiting += reversed([part for part in _parts(thing) if not isinstance(part, _PLAIN)])
     return found
 
 
@@ -196,7 +216,14 @@ def _parts(thing: Any) -> Iterator[Any]:
             if name not in ("_iterator", "_parameters", "_buffers"):
                 yield value
         yield from (getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ()))
-        yield from (kind for kind in type(thing).__mro__ if not _foreign(kind.__module__))
+        kind: Any = type(thing)
+        yield from _own_kinds(kind)
+
+
+@functools.lru_cache(256)
+def _own_kinds(kind: type) -> tuple[type, ...]:
+    """The user's among a class and those that it is derived from."""
+    return tuple(each for each in kind.__mro__ if not _foreign(each.__module__))
 
 
 def _named_by(function: types.FunctionType) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,10 +31,23 @@ class Groups:
             {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
-        self._now = self._made
+        self._begun = [{name: made[name] for name in _SETTINGS if name in made} for made in self._made]
+        self._now = self._begun
+
+    def _as_made(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether every setting is the very one that is kept, and none more is there. Of what can change within, such
+        as a rate in a tensor, a copy is kept, which is never that.
+        """
+        return all(
+            len(group) == len(made) + 1 and all(map(is_, map(group.get, made), made.values()))
+            for group, made in zip(optimizer.param_groups, self._made, strict=False)
+        )
 
     def begin(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
         """Put them back, the learning rates times the round's factor. Raises: TaskError if there is no rate."""
+        if factor == 1.0 and len(optimizer.param_groups) == len(self._made) and self._as_made(optimizer):
+            self._now = self._begun
+            return
         for group, made in zip(optimizer.param_groups, self._made, strict=True):
             for name in group.keys() - made.keys() - {"params"}:
                 del group[name]
@@ -51,6 +65,8 @@ class Groups:
 
     def check(self, optimizer: torch.optim.Optimizer, party: str) -> None:
         """Raises: TaskError for a setting that ``fit`` left changed, but by a scheduler that it made itself."""
+        if self._now is self._begun and self._as_made(optimizer):
+            return
         for group, before in zip(optimizer.param_groups, self._now, strict=False):
             for name, value in before.items():
                 if "initial_lr" not in group and group.get(name) != value:

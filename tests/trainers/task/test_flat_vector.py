@@ -34,6 +34,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a buffer less": lambda m: m[1][1]._buffers.pop("running_mean"),
     "a layer more": lambda m: m[1].append(nn.Linear(4, 4)),
     "another layer": lambda m: m[1].__setitem__(0, nn.ReLU()),
+    "a name in its place": lambda m: setattr(m[1], "_modules", {f"_{n}": c for n, c in m[1]._modules.items()}),
     "a name": lambda m: m[1]._modules.update(zero=m[1]._modules.pop("0")),
 }
 
