@@ -26,7 +26,7 @@ from torch import nn
 
 from choral.privacy.errors import UnsupportedModelError
 from choral.privacy.record_independence import module_state
-from choral.privacy.record_independence.batch_rows import changed, few, run, same_random_numbers, splits, taken, tensors
+from choral.privacy.record_independence.batch_rows import changed, few, same_random_numbers, splits, taken, tensors
 from choral.privacy.record_independence.forward_probes import Point, moved, reseed, shaken, sketch, watched
 from choral.privacy.record_independence.unsupported_calls import refuse_bent
 
@@ -69,7 +69,8 @@ class CheckedForward:
         with watched(self.layers, self.rows, see), same_random_numbers((self.args, self.kwargs), self.model):
             if seed is not None:
                 reseed(seed, self.model)
-            output = run(self.forward, self.args, self.kwargs, take, self.rows, graph=graph)
+            with torch.set_grad_enabled(graph):
+                output = self.forward(*taken(self.args, take, self.rows), **taken(self.kwargs, take, self.rows))
         for place, t in enumerate(_by_record(output, self.rows)):
             found["", "out", place, 0] = PointSketch(sketch(t, self.rows), ())  # which may have no other shape
         return found
