@@ -8,6 +8,7 @@ LOWEST_TESTS = tests/test_packaging.py tests/test_cli.py tests/privacy/dpsgd tes
 	tests/trainers/local_steps tests/audits/report
 OUT    ?= runs/digits
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+unexport PYTHONDONTWRITEBYTECODE  # or each of two workers compiles 300 files of tests, in each run
 
 ENGINES = flower nvflare
 
