@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import random
@@ -22,6 +23,15 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("searching")
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fixed")
 settings.load_profile(PROFILE)
+
+# Modules and tests are there to stay: no collection of garbage goes over them again, and what a test forks copies none.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,3 +111,20 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Module
         return loaded
 
     return load
+
+
+@pytest.fixture
+def looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the model mixes records is looked at in the first of a test's many trainings of one model alone.
+
+    The looks, some fifty forward passes each, are most of such a test; what they find has tests of its own.
+    """
+    from choral.privacy.record_independence import batch_mixing
+
+    look, looked = batch_mixing.refuse_mixing, list[None]()
+
+    def refuse_mixing(subject: batch_mixing.CheckedForward) -> object:
+        looked.append(None)
+        return look(subject) if len(looked) == 1 else (set(), set())
+
+    monkeypatch.setattr(batch_mixing, "refuse_mixing", refuse_mixing)

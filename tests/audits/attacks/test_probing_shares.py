@@ -85,6 +85,7 @@ def batches_of_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
         (batches_of_fixed_size, "Batch sizes vary as Poisson samples do", None),
     ],
 )
+@pytest.mark.usefixtures("looked_at_once")
 def test_what_is_wrong_in_every_party_is_found(
     broken: Callable[[pytest.MonkeyPatch], None], check: str, part: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_what_is_wrong_in_every_party_is_found(
         assert (noise.observed / noise.expected) ** 2 == pytest.approx(part, rel=0.04)
 
 
+@pytest.mark.usefixtures("looked_at_once")
 def test_one_party_that_adds_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among eight honest ones; the others', and what the colluder adds, do not hide it."""
     honest, silent = party_module.noisy_share, []
@@ -121,6 +123,7 @@ def test_one_party_that_adds_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert (noise.observed / noise.expected) ** 2 == pytest.approx(7 / 8, rel=0.04)
 
 
+@pytest.mark.usefixtures("looked_at_once")
 def test_what_colluders_add_is_not_counted_as_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A colluder that adds ten times its share hides nothing: its vector is subtracted."""
     honest, sources = party_module.noisy_share, []
@@ -206,6 +209,7 @@ def seeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Sha
     return make
 
 
+@pytest.mark.usefixtures("looked_at_once")
 def test_the_honest_steps_of_banded_noise_pass(seeded: Callable[..., SharesParty]) -> None:
     """Three of four survive, and two are honest."""
     found = probe_shares(BANDED, parties=4, min_survivors=3, make=seeded)
@@ -225,6 +229,7 @@ def test_the_honest_steps_of_banded_noise_pass(seeded: Callable[..., SharesParty
         (always_the_first_batch, "Each record takes part once a pass, in the same step", None),
     ],
 )
+@pytest.mark.usefixtures("looked_at_once")
 def test_what_is_wrong_with_banded_noise_is_found(
     broken: Callable[[pytest.MonkeyPatch], None],
     check: str,

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from choral.audits import audit_scores
 from choral.privacy import CorrelatedPrivacy, Ledger, Privacy, PrivacyEngine
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 RUNS, BATCH, WIDTH, EPSILON, DELTA, ALARM = 60, 10, 5000, 1.0, 1e-5, 1e-6
 EMPTY = torch.zeros(20, WIDTH)
 ONE_MORE = torch.zeros(21, WIDTH)
