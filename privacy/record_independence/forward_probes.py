@@ -26,6 +26,7 @@ from choral import nested
 _COLUMNS = 256  # numbers kept of each record at a point
 _CALLS = 4  # of a layer in one pass, which are points of their own; later ones count with the last
 _SHAKE = 0.1  # of a parameter's or an input's size
+_NO_GENERATORS = {bool, int, float, str, dict, collections.OrderedDict, set, tuple, list, type(None)}
 
 Point = tuple[str, str, int, int]  # layer ("" for the model), "in" or "out", which tensor, in which call
 See = Callable[[Point, torch.Tensor], None]
@@ -119,27 +120,32 @@ def reseed(seed: int, model: nn.Module) -> None:
     (torch.manual_seed if accelerated else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
     np.random.seed(seed)
-    for value in (value for m in model.modules() for value in m.__dict__.values()):
+    for value in _generators(model):
         if isinstance(value, torch.Generator):
             value.manual_seed(seed)
         elif isinstance(value, random.Random):
             value.seed(seed)
-        elif isinstance(value, np.random.Generator):
+        else:
             value.random(seed + 1)
+
+
+def _generators(model: nn.Module) -> list[Any]:
+    """Those that the model's modules keep. What most attributes are is told first: isinstance is slow for torch's."""
+    kept = (value for m in model.modules() for value in m.__dict__.values() if type(value) not in _NO_GENERATORS)
+    return [value for value in kept if isinstance(value, torch.Generator | random.Random | np.random.Generator)]
 
 
 @contextmanager
 def same_random_numbers(devices: list[int], model: nn.Module | None = None) -> Iterator[None]:
     """Leave random numbers as they were: torch's, Python's, numpy's, and those of generators that `model` keeps."""
     python, old = random.getstate(), np.random.get_state()
-    own = [value for m in (model.modules() if model else ()) for value in m.__dict__.values()]
     restore: list[Callable[[], Any]] = []
-    for g in own:
+    for g in _generators(model) if model else ():
         if isinstance(g, torch.Generator):
             restore.append(partial(g.set_state, g.get_state()))
         elif isinstance(g, random.Random):
             restore.append(partial(g.setstate, g.getstate()))
-        elif isinstance(g, np.random.Generator):
+        else:
             restore.append(partial(setattr, g.bit_generator, "state", g.bit_generator.state))
     with torch.random.fork_rng(devices):
         try:

@@ -55,8 +55,11 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor], *, p
 
 def _flat(batch: Any, packed: bool) -> tuple[list[Any], Rebuild]:
     """Return the leaves, and what makes a batch of as many others."""
+    from torch import Tensor
     from torch.utils import _pytree
 
+    if type(batch) is Tensor:
+        return [batch], lambda changed: changed[0]
     outer, spec = _pytree.tree_flatten(batch, is_leaf=lambda node: not _plain(node))
     inner = [_opened(node, packed) for node in outer]
 
