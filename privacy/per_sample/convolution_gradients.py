@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from choral.privacy.per_sample.ghost_norms import (
     FLOAT32_POSITIONS,
     Dense,
+    Joined,
     Outer,
     PerSample,
     gram,
@@ -48,7 +50,7 @@ def convolution_weight(layer: Any, a: torch.Tensor, g: torch.Tensor, scale: floa
     factors = groups == 1 and keeps_factors(records, (positions, d, p))
     few = positions < _POSITIONS and d * p > _KERNEL
     if not factors and not few and d >= _CHANNELS * kernel and a.device.type == "cpu" and a.dtype is torch.float32:
-        return Dense(_grouped(layer, a, g), scale)
+        return Joined([Dense(rows, scale) for rows in _grouped(layer, a, g)])
     a, g = _padded(layer, a), g.flatten(2)
 
     def unfolded(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,14 +66,14 @@ def convolution_weight(layer: Any, a: torch.Tensor, g: torch.Tensor, scale: floa
     return Outer(unfolded, records, (positions, d, p), scale, grams if fewer else None)
 
 
-def _grouped(layer: Any, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Return the gradients of the weight by convolutions of as many groups as there are records, a record per row."""
+def _grouped(layer: Any, a: torch.Tensor, g: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the gradients of the weight by convolutions of as many groups as records go into one, a record per row."""
     shape, padding = layer.weight.shape, layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):
         a, padding = _padded(layer, a), [0] * len(layer.kernel_size)
-    records, size = len(a), layer.weight.numel()
-    rows, step = a.new_empty(records, size), max(1, _GROUPED // size)
-    for start in range(0, records, step):
+    size = layer.weight.numel()
+    step = max(1, _GROUPED // size)
+    for start in range(0, len(a), step):
         some, theirs = a[start : start + step], g[start : start + step]
         _, found, _ = torch.ops.aten.convolution_backward(
             theirs.reshape(1, -1, *theirs.shape[2:]),
@@ -86,8 +88,7 @@ def _grouped(layer: Any, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
             len(some) * layer.groups,
             [False, True, False],  # the weight's alone
         )
-        rows[start : start + step] = found.view(-1, size)
-    return rows
+        yield found.view(-1, size)
 
 
 def _pixel_grams(layer: Any, a: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,11 @@ from choral.privacy.errors import PrivacyError
 from choral.privacy.full_precision import exact_float32
 
 BLOCK = 1 << 10  # columns whose squares are added in float32
-_WIDE, _COLUMNS = 1 << 18, 1 << 14  # numbers, and columns, widened to float64 at once: fit the second-level cache
+_WIDE, _COLUMNS = 1 << 17, 1 << 13  # numbers, and columns, widened to float64 at once: fit the second-level cache
 _UNFOLDED = 1 << 18  # numbers of unfolded images made at once, likewise
 _WORK = 1 << 21  # numbers of products or Gram matrices made at once
 FLOAT32_POSITIONS = 64  # so many at most have Gram matrices of float32 products
-_SHORT = 1 << 11  # positions times columns whose products are added in float32
+_SHORT = 1 << 13  # positions times columns whose products are added in float32
 _FEW = 5  # times fewer numbers in factors than in gradients: from there on factors are faster, too
 _SMALL = 1 << 21  # per-sample gradients, in numbers, that are written down where that is faster: 8 MiB
 
@@ -101,6 +101,40 @@ class Dense:
 
     def without(self, gone: torch.Tensor) -> PerSample:
         return Dense(_zeroed(self.rows, gone), self.scale)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Gradients of some records, then of others: where they are made so, to join them would be one more copy."""
+
+    parts: list[PerSample]
+
+    @property
+    def records(self) -> int:
+        return sum(part.records for part in self.parts)
+
+    def norms(self) -> torch.Tensor:
+        return torch.cat([part.norms() for part in self.parts])
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        first, *others = zip(self.parts, self._split(weights), strict=True)
+        total = first[0].weighted_sum(first[1])
+        for part, some in others:
+            total += part.weighted_sum(some)
+        return total
+
+    def dense(self, first: int | None = None) -> torch.Tensor:
+        left, rows = self.records if first is None else first, []
+        for part in self.parts:
+            rows.append(part.dense(max(min(left, part.records), 0)))
+            left -= part.records
+        return torch.cat(rows)
+
+    def without(self, gone: torch.Tensor) -> PerSample:
+        return Joined([part.without(some) for part, some in zip(self.parts, self._split(gone), strict=True)])
+
+    def _split(self, of_records: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(of_records, [part.records for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -270,7 +304,7 @@ def _gram_norms(grams: tuple[torch.Tensor, torch.Tensor], sizes: tuple[int, int,
 
         (sum_t |a_it| |g_it|)^2 <= T |G_i|^2  where the positions' gradients are orthogonal,
 
-    and m T <= 2^11 keeps what this adds to the norm of such a record below 1.5e-4 of it; of float64, m = 0.
+    and m T <= 2^13 keeps what this adds to the norm of such a record below 6e-4 of it; of float64, m = 0.
     """
     positions, d, p = sizes
     squares = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0.0)  # (3)
@@ -324,9 +358,11 @@ def weighted_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if len(rows) <= count and rows.shape[1] <= columns:
         return weights @ rows.double()
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    wide = total.new_empty(min(count, len(rows)) * min(columns, rows.shape[1]))
     for start in range(0, rows.shape[1], columns):
         for first in range(0, len(rows), count):
-            block = rows[first : first + count, start : start + columns].double()
+            block = rows[first : first + count, start : start + columns]
+            block = wide[: block.numel()].view(block.shape).copy_(block)
             total[start : start + columns].addmv_(block.T, weights[first : first + count])
     return total
 

@@ -12,12 +12,12 @@ from torch import nn
 from choral.privacy.per_sample import ghost_norms
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerCall:
     """One use of a layer in a forward pass."""
 
     layer: nn.Module
-    a: torch.Tensor
+    a: torch.Tensor | None  # let go in the last backward pass
     version: int  # of `a`, when it was used
     trainable: list[nn.Parameter]
     batch: int  # its number

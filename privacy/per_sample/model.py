@@ -191,6 +191,10 @@ class PerSampleModel(CheckedModule):
             return
         refuse_anomaly_detection()
         layer, a = use.layer, use.a
+        if a is None:
+            raise PrivacyError(
+                "a second backward pass through a graph that was not kept", hint="Compute the loss anew."
+            )
         self._note_use(layer, use.batch, inside=use.inside)
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
@@ -205,6 +209,8 @@ class PerSampleModel(CheckedModule):
         own = {name: p for name, p in layer._parameters.items() if p is not None and any(p is q for q in use.trainable)}
         found = layer_gradients.per_sample(layer, a, gradient.detach(), own)
         pass_ = torch._C._current_graph_task_id()
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            use.a = None  # its memory serves the rest of this pass
         for name, p in own.items():
             self.uses.setdefault(p, []).append(LayerUse(found[name], pass_))
 

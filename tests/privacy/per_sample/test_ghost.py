@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from choral.privacy import UnsupportedModelError
+from choral.privacy import PrivacyError, UnsupportedModelError
 from choral.privacy.dpsgd import clipped_sum, private_optimizer
 from choral.privacy.dpsgd.private_optimizer import PrivateOptimizer
 from choral.privacy.per_sample import convolution_gradients, ghost_norms, layer_gradients
@@ -207,6 +207,20 @@ def test_norms_are_not_too_small_where_positions_cancel(positions: int, d: int, 
     assert bool((got >= rows.norm(dim=1) * (1 - 1e-6)).all())
 
 
+def test_gradients_in_several_parts_are_those_of_one() -> None:
+    rows, weights = torch.randn(9, 30), torch.rand(9, dtype=torch.float64)
+    rows[4, 7] = torch.nan
+    gone = torch.arange(9) == 4
+    one = ghost_norms.Dense(rows, 3.0).without(gone)
+    parts = [ghost_norms.Dense(part, 3.0) for part in torch.split(rows, 4)]
+    several = ghost_norms.Joined(parts).without(gone)  # type: ignore[arg-type]
+    assert several.records == 9
+    torch.testing.assert_close(several.norms(), one.norms(), rtol=0.0, atol=0.0)
+    torch.testing.assert_close(several.weighted_sum(weights), one.weighted_sum(weights), rtol=1e-14, atol=1e-14)
+    for first in (None, 0, 3, 4, 6, 20):
+        assert torch.equal(several.dense(first), one.dense(first))
+
+
 def test_gradients_nobody_asked_for_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a frozen weight with a trained bias."""
     made: list[int] = []
@@ -315,6 +329,16 @@ def test_a_graph_gone_through_twice_is_refused() -> None:
     loss.backward()
     with pytest.raises(Exception, match="two backward passes"):
         optimizer.step()
+
+
+def test_a_graph_that_was_not_kept_is_refused_the_second_time() -> None:
+    """Inputs of layers are let go in the pass, unless the graph is kept; torch itself would allow this sum's."""
+    model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(6, 4)
+    private, _ = first_checked(model, x)
+    loss = private(x).sum(1).mean()
+    loss.backward()
+    with pytest.raises(PrivacyError, match="second backward pass"):
+        loss.backward()
 
 
 def test_an_error_in_forward_leaves_parameters_trainable() -> None:

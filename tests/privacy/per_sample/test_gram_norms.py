@@ -20,7 +20,7 @@ def outer_of(a: torch.Tensor, g: torch.Tensor) -> ghost_norms.Outer:
 
 @pytest.mark.parametrize("positions", [2, 32, 64, 66])
 def test_norms_from_gram_matrices_are_bounds_and_close(positions: int) -> None:
-    """Of float32 products up to 64 positions: above the true norms, by less than 1.5e-4 however positions are added."""
+    """Of float32 products up to 64 positions: above the true norms, by less than 6e-4 however positions are added."""
     torch.manual_seed(4)
     a, g = torch.randn(3, positions, 600), torch.randn(3, positions, 500)
     a[1] = a[1, :1]  # the same at all positions
@@ -30,7 +30,7 @@ def test_norms_from_gram_matrices_are_bounds_and_close(positions: int) -> None:
     assert outer.by_grams
     over = outer.norms() / (3 * torch.bmm(g.double().mT, a.double()).flatten(1)).norm(dim=1) - 1.0
     assert bool((over[:2] > -1e-9).all())
-    assert bool((over[:2] < (1.5e-4 if positions <= 64 else 1e-9)).all())
+    assert bool((over[:2] < (6e-4 if positions <= 64 else 1e-9)).all())
     assert float(over[2]) > -1e-9
 
 
@@ -81,7 +81,7 @@ def test_a_kind_of_convolution_is_made_as_it_is_cheapest() -> None:
     with pytest.MonkeyPatch.context() as patch:
         honest = convolution_gradients._grouped
         patch.setattr(convolution_gradients, "_grouped", lambda *given: grouped.append(1) or honest(*given))
-        assert type(kind(nn.Conv2d(16, 16, 3, padding=1), 16, 8, 8)) is ghost_norms.Dense
+        assert type(kind(nn.Conv2d(16, 16, 3, padding=1), 16, 8, 8)) is ghost_norms.Joined
         assert grouped == [1]
         assert type(kind(nn.Conv2d(3, 16, 3, padding=1), 3, 8, 8)) is ghost_norms.Dense  # too few channels
         few = kind(nn.Conv2d(256, 256, 3, padding=1), 256, 4, 4)
