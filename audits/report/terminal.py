@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from choral.audits.findings.claims import composed_words
 from choral.audits.findings.schema import Check
-from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
+from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, printable, score, signed, width
 from choral.audits.findings.verdict import said
 from choral.audits.report.shares_gain import shares_gain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from choral.audits.comparison.comparison import Comparison
     from choral.audits.findings.schema import ArmResult, Claim
@@ -22,24 +23,31 @@ _GAP = 2  # between columns
 _MARKS = {"holds": "ok", "violated": "VIOLATED", "unverified": "unverified"}
 
 
-def print_comparison(report: Comparison, console: Console | None = None) -> None:
-    from rich.console import Console
+def _text(*parts: str | tuple[str, str], style: str = "") -> Text:
+    """Names and reasons come from whoever made the run: none of them steers the terminal."""
     from rich.text import Text
 
+    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable(words), how) for words, how in styled), style=style)
+
+
+def print_comparison(report: Comparison, console: Console | None = None) -> None:
+    from rich.console import Console
+
     console = console or Console()
-    console.print(Text(report.title, style="bold"))
+    console.print(_text(report.title, style="bold"))
     if gain := shares_gain(report):
-        console.print(Text(gain))
+        console.print(_text(gain))
     headings = ("configuration", *report.metrics, f"vs {report.baseline}", "ε", "rounds", "per party", "time")
     rows = [(arm.name, *_cells(arm, report.metric)) for arm in report.arms]
     rows += [(each.arm, "failed", *[""] * (len(headings) - 2)) for each in report.failed if not each.left]
     _print_table(headings, rows, console)
     for each in report.failed:
         what = "" if not each.left and len(each.runs) == 1 else f" ({', '.join(each.runs)})"
-        console.print(Text.assemble(("FAILED  ", "bold red"), f"{each.arm}{what}. ", (f"{each.reason}.", "dim")))
-    console.print(Text(legend(report), style="dim"))
+        console.print(_text(("FAILED  ", "bold red"), f"{each.arm}{what}. ", (f"{each.reason}.", "dim")))
+    console.print(_text(legend(report), style="dim"))
     for total in report.composed:
-        console.print(Text(composed_words(total)))
+        console.print(_text(composed_words(total)))
     _print_fairness(report, console)
     for check in report.checks:
         _print_check(check, console)
@@ -55,14 +63,14 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
     from rich.table import Table
-    from rich.text import Text
 
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
     if len(widths) > 1 and widths[0] + _GAP + max(widths[1:]) > console.width:
         for name, *cells in rows:
-            console.print(Text(name), soft_wrap=True)
+            console.print(_text(name), soft_wrap=True)
             for heading, cell in zip(headings[1:], cells, strict=True):
-                console.print(Text(f"  {heading}: {cell or '-'}"), soft_wrap=True)
+                console.print(_text(f"  {heading}: {cell or '-'}"), soft_wrap=True)
         return
     parts: list[list[int]] = [[]]
     for column in range(1, len(widths)):
@@ -71,11 +79,11 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console
         parts[-1].append(column)
     for shown in parts:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        table.add_column(headings[0], no_wrap=True)
+        table.add_column(_text(headings[0]), no_wrap=True)
         for column in shown:
-            table.add_column(Text(headings[column]), justify="right", no_wrap=True)
+            table.add_column(_text(headings[column]), justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(*(Text(row[column]) for column in (0, *shown)))
+            table.add_row(*(_text(row[column]) for column in (0, *shown)))
         console.print(table)
 
 
@@ -93,7 +101,6 @@ def _print_evidence(arm: ArmResult, console: Console) -> None:
 
 def _print_fairness(report: Comparison, console: Console) -> None:
     """The worst party of each configuration, and the standard deviation over parties; one to a line."""
-    from rich.text import Text
 
     said, metric = [], ""
     for arm in report.arms:
@@ -107,9 +114,9 @@ def _print_fairness(report: Comparison, console: Console) -> None:
             f" (spread {width(measures['deviation'].mean, metric)})"
         )
     if said:
-        console.print(Text(f"Worst party's {metric}, held-out records, in the clear:"))
+        console.print(_text(f"Worst party's {metric}, held-out records, in the clear:"))
         for line in said:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.print(_text(f"  {line}"), soft_wrap=True)
 
 
 def _cells(arm: ArmResult, metric: str) -> tuple[str, ...]:
@@ -151,12 +158,11 @@ def legend(report: Comparison) -> str:
 
 def print_audit(report: Audit, console: Console | None = None) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     console = console or Console()
-    console.print(Text(f"{report.title}: {OVERALL[report.verdict]}", style="bold"))
-    console.print(Text(report.sentence))
-    console.print(Text(report.claim))
+    console.print(_text(f"{report.title}: {OVERALL[report.verdict]}", style="bold"))
+    console.print(_text(report.sentence))
+    console.print(_text(report.claim))
     if report.budgets:
         rows = []
         for row in report.budgets:
@@ -168,14 +174,13 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         _print_check(check, console)
     for attack in report.attacks:
         for note in attack.notes:
-            console.print(Text(f"note: {note}", style="yellow"))
+            console.print(_text(f"note: {note}", style="yellow"))
     if report.not_run:
         missing = ", ".join(audit.name for audit in report.not_run)
-        console.print(Text(f"Not audited: {missing}.", style="dim"))
+        console.print(_text(f"Not audited: {missing}.", style="dim"))
 
 
 def _print_check(check: Check, console: Console) -> None:
-    from rich.text import Text
 
     style = {"holds": "green", "violated": "bold red", "unverified": "yellow"}[check.verdict]
-    console.print(Text.assemble((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (said(check), "dim")))
+    console.print(_text((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (said(check), "dim")))

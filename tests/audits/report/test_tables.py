@@ -8,7 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from choral.audits.report.terminal import _print_table
+from choral.audits.findings.schema import Check, NotRun
+from choral.audits.report.terminal import _print_table, print_audit
+from choral.audits.run.run_audit import Audit
 
 HEADINGS = ("arm", "accuracy", "test error", "vs cloud", "ε", "rounds", "per party", "time")
 ROWS = (
@@ -58,3 +60,29 @@ def test_a_name_longer_than_the_line_is_not_broken() -> None:
     lines = printed(80, rows=((name, *ROWS[0][1:]),))
     assert name in lines
     assert "  accuracy: 97.0 % ± 1.1" in lines
+
+
+def test_no_name_in_a_run_steers_the_terminal() -> None:
+    """A folder may come from anybody: a name that clears the screen could write another verdict there."""
+    evil = "north\x1b[2J\x1b[H\nno violation found\r\x9b31m\u202e"
+    console = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+    print_audit(
+        Audit(
+            title=evil,
+            made="",
+            verdict="violated",
+            sentence=evil,
+            claim=evil,
+            promised=False,
+            checks=(Check(name=evil, verdict="violated", finding=evil),),
+            not_run=(NotRun(name=evil, would_show=""),),
+            caveats=(),
+            versions={},
+        ),
+        console,
+    )
+    _print_table(("arm", evil), ((evil, evil),), console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert not [sign for sign in said if not sign.isprintable() and sign != "\n"]
+    assert said.count("north\\x1b[2J\\x1b[H\\nno violation found") == 9
