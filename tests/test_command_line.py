@@ -18,6 +18,8 @@ from choral.cli.short_help import SHORT
 from choral.cli.sites.poc import PocFlags
 from choral.cli.sites.serve import ServeFlags
 from choral.cli.train import CompareFlags, TrainFlags
+from choral.privacy import Ledger
+from choral.privacy.accounting.events import PoissonSampledGaussian
 
 DIGITS = "examples/digits.toml"
 FLAGS = {"compare": CompareFlags, "train": TrainFlags, "serve": ServeFlags, "poc": PocFlags}
@@ -96,6 +98,17 @@ def test_a_near_miss_of_a_command_is_named(capsys: Any) -> None:
     assert "did you mean train?" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert "choral: FILE is not given" in capsys.readouterr().err
+
+
+def test_the_holder_of_a_ledger_does_not_steer_the_terminal(tmp_path: Path, capsys: Any) -> None:
+    kept = Ledger(tmp_path / "ledger.jsonl", holder="north\x1b[2J")
+    kept.bind("north\x1b[2J", 1e-5)
+    kept.append(PoissonSampledGaussian(sample_rate=0.5, noise_multiplier=2.0, steps=1), after=0)
+    for action in ("show", "sum", "head"):
+        assert main(["ledger", action, str(tmp_path / "ledger.jsonl")]) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown
+        assert "north\\x1b[2J" in shown
 
 
 def test_figures_as_json(tmp_path: Path, capsys: Any) -> None:

@@ -139,9 +139,9 @@ class TrainingParty:
             raise FaultyServerError(
                 f"it asks {self.name!r} for round {told.number} of the {self.terms.rounds} that were agreed on"
             )
-        if told.exchange >= self.terms.exchanges:
-            asked, most = f"it asks {self.name!r} for exchange {told.exchange + 1}", self.terms.exchanges
-            raise FaultyServerError(f"{asked} of round {told.number}, and a round has {most}: each is a training")
+        if not self.terms.has(told.ask.channel, told.exchange):
+            asked = f"it asks {self.name!r} for exchange {told.exchange + 1} of round {told.number}"
+            raise FaultyServerError(f"{asked}, {told.ask.channel!r}, which no round has there: each is a training")
         if self._trained_for.covers(told.number, told.exchange):
             raise FaultyServerError(
                 f"{self.name!r} has trained for exchange {told.exchange} of round {told.number} or a later one before",

@@ -88,13 +88,20 @@ def _events(ledger: Ledger) -> tuple[object, ...]:
     return ledger.releases if ledger.unit == "client" else ledger.events
 
 
+def _holder(ledger: Ledger) -> str:
+    """As it may be printed on a terminal."""
+    from choral.audits.findings.text import printable
+
+    return printable(str(ledger.holder))
+
+
 def _shown(ledger: Ledger) -> str:
     from choral.privacy.accounting.budget import at_least, shown
     from choral.privacy.accounting.events import stated
     from choral.privacy.ledgers.plans import guarantee
 
     delta = float(ledger.delta or 0.0)
-    lines = [f"{ledger.path}: {ledger.holder}, for each {ledger.unit} ({stated(ledger.neighbours)}), delta {delta:g}"]
+    lines = [f"{ledger.path}: {_holder(ledger)}, for each {ledger.unit} ({stated(ledger.neighbours)}), delta {delta:g}"]
     for number, (plan, events) in enumerate(ledger.segments, 1):
         promised = f"epsilon {plan.epsilon:g} promised" if plan else "events that no plan announced"
         planned = f" of {sum(part.times for part in plan.parts)} planned" if plan else ""
@@ -160,7 +167,7 @@ def _sum(ledgers: Sequence[Ledger], delta: float | None) -> str:
 
     total, at = _total(ledgers, delta)
     events, unit = [event for each in ledgers for event in _events(each)], ledgers[0].unit
-    holders = sorted({str(each.holder) for each in ledgers})
+    holders = sorted({_holder(each) for each in ledgers})
     whose = f"{unit} of {holders[0]}" if len(holders) == 1 else f"{unit} that is in all of {', '.join(holders)}"
     return (
         f"{len(ledgers)} ledgers, {len(events)} releases: epsilon {at_least(total)} at delta {shown(at)} for each"
@@ -173,7 +180,7 @@ def _heads(ledgers: Sequence[Ledger], against: Sequence[Path]) -> tuple[list[str
     evidence, lines, whole = _evidence(against), [], True
     for each in ledgers:
         count = len(_events(each))
-        lines.append(f"{each.head} after {count} events: {each.holder} ({each.path})")
+        lines.append(f"{each.head} after {count} events: {_holder(each)} ({each.path})")
         signed = _signed(evidence, str(each.holder))
         wrong = []
         for where, events, head in signed:

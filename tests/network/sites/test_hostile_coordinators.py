@@ -195,7 +195,7 @@ def test_no_more_exchanges_of_a_round_than_the_algorithm_has_are_trained(
     monkeypatch.setattr(one_round, "Told", OfTheFirst)
     with pytest.raises(TooFewSurvivorsError, match="too few sent a vector"):
         served(Direct(federation), job(federation, "within", rounds=1))
-    assert "it asks 'north' for exchange 2 of round 1, and a round has 1" in caplog.text
+    assert "it asks 'north' for exchange 2 of round 1, 'update', which no round has there" in caplog.text
     assert steps_of(federation, "north")[0] == 5
 
 

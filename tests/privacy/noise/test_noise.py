@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from Crypto.Cipher import AES
 from scipy import stats
 
 from choral.errors import ConfigError
@@ -26,6 +28,22 @@ def test_stream_never_repeats_and_ignores_seeds() -> None:
     assert seeded() != seeded()
     assert len(os_stream(0)) == 0
     assert len(os_stream(1_000_003)) == 1_000_003
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 255, 4096, 1_000_003])
+def test_the_stream_is_aes_in_counter_mode_under_a_key_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """By the library's own counter mode; 1,000,003 bytes take counters of three bytes."""
+    asked: list[int] = []
+
+    def key(size: int) -> bytes:
+        asked.append(size)
+        return bytes(range(size))
+
+    monkeypatch.setattr(os, "urandom", key)
+    assert os_stream(count) == AES.new(bytes(range(32)), AES.MODE_CTR, nonce=b"").encrypt(bytes(count))
+    assert asked == [32]
 
 
 def test_stream_is_uniform() -> None:

@@ -26,12 +26,14 @@ from choral.privacy import AdaptiveClip, ClientPrivacy, EncodingError, Ledger, P
 from choral.privacy.accounting.events import CLIENT_UNIT
 from choral.protocols import Plain
 from choral.protocols.errors import FaultyServerError, MessageError, TooFewSurvivorsError
-from choral.trainers import CoCoA, Compute, Encoding, Epochs, FedProx, Task
+from choral.trainers import FSVRG, CoCoA, Compute, Encoding, Epochs, FedProx, Task
 from choral.trainers.algorithms.interface import Done, Exchange
 from choral.trainers.engines.exchange_messages import Told, digest_of
 from choral.trainers.federated.party import TrainingParty, own_party
+from choral.trainers.federated.terms.site_metrics import CHANNEL
 from choral.trainers.federated.terms.task_code import code_of
 from choral.trainers.federated.terms.trained_for import TrainedFor
+from choral.trainers.federated.terms.training_terms import TrainingTerms
 from choral.trainers.local_steps.resident_model import initial_model
 from choral.trainers.run_folder.evidence.receipts import model_digest, read
 from choral.trainers.task.flat_vector import Layout
@@ -391,6 +393,23 @@ def test_the_digest_is_of_all_that_a_party_computes_from() -> None:
     assert len(digests | {digest_of(ask, 1)}) == len(others) + 1
     same = replace(ask, new={"a": torch.ones(2), "b": torch.zeros(2)}, kept={})  # wherever it has them from
     assert digest_of(same, 1) == digest_of(ask, 1)
+
+
+def test_the_exchanges_of_a_round_come_in_the_order_of_its_algorithm() -> None:
+    """Each is a training at weights of the server's choice: another order would be one more of some kind."""
+    channels = ("counts", "gradient", "update", CHANNEL, "other")
+
+    def had(terms: TrainingTerms) -> list[set[str]]:
+        return [{name for name in channels if terms.has(name, exchange)} for exchange in range(5)]
+
+    plain, dane, shares = (program.terms_of(kind) for kind in ("fedavg", "dane", "shares"))
+    assert had(plain) == [{"update"}, set(), set(), set(), set()]
+    assert had(dane) == [{"gradient"}, {"update"}, set(), set(), set()]
+    assert had(shares) == [{"update"}, {"update"}, set(), set(), set()]  # two steps
+    assert had(replace(dane, metrics=("accuracy",))) == [{"gradient"}, {"update", CHANNEL}, {CHANNEL}, set(), set()]
+    scaled = replace(plain, algorithm=FSVRG(step=0.1))
+    assert had(scaled) == [{"counts", "gradient"}, {"gradient", "update"}, {"update"}, set(), set()]
+    assert not plain.has("update", -1)
 
 
 def test_an_exchange_as_bytes_is_what_it_was_or_is_refused() -> None:

@@ -85,7 +85,22 @@ class TrainingTerms:
     @property
     def exchanges(self) -> int:
         """How many a round has at most: those of the algorithm, and the sum of the parties' own evaluations."""
-        return sum(each.sums for each in self.algorithm.channels(self.federation).values()) + bool(self.metrics)
+        return len(self._orders[0]) + bool(self.metrics)
+
+    def has(self, channel: str, exchange: int) -> bool:
+        """Whether a round's exchange of this number, from 0, may be of that channel. They come in order of the
+        algorithm, with those of once for all or without; then the sum of the parties' own evaluations.
+        """
+        if channel == CHANNEL:
+            return bool(self.metrics) and 1 <= exchange < self.exchanges
+        return any(order[exchange : exchange + 1] == (channel,) for order in self._orders)
+
+    @cached_property
+    def _orders(self) -> tuple[tuple[str, ...], ...]:
+        """The channels of a round, exchange by exchange: with those that are once for the whole run, and without."""
+        made = self.algorithm.channels(self.federation)
+        rest = {name: each for name, each in made.items() if not each.once}
+        return tuple(tuple(name for name, each in some.items() for _ in range(each.sums)) for some in (made, rest))
 
     @property
     def channels(self) -> tuple[str, ...]:
