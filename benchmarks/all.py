@@ -195,13 +195,13 @@ PARTS: dict[str, Part] = {
         peers=PEERS,
     ),
     "own fit": Part(
-        ("own_fit.py", "--rounds", "12", "--scale", "0.2"),
+        ("own_fit.py", "--rounds", "8"),
         ("--only", "cnn", "--rounds", "1", "--scale", "0.02"),
         300,
         of_own_fit,
     ),
     "own fit, slices": Part(
-        ("own_fit.py", "--rounds", "8", "--scale", "0.2", "--slices", "--peer-python", PEERS),
+        ("own_fit.py", "--rounds", "8", "--slices", "--peer-python", PEERS),
         ("--only", "cnn", "--rounds", "1", "--scale", "0.02"),
         300,
         of_own_fit,
