@@ -82,17 +82,12 @@ class TrainingTerms:
             for channel in self.channels
         }
 
-    @property
-    def exchanges(self) -> int:
-        """How many a round has at most: those of the algorithm, and the sum of the parties' own evaluations."""
-        return len(self._orders[0]) + bool(self.metrics)
-
     def has(self, channel: str, exchange: int) -> bool:
         """Whether a round's exchange of this number, from 0, may be of that channel. They come in order of the
         algorithm, with those of once for all or without; then the sum of the parties' own evaluations.
         """
         if channel == CHANNEL:
-            return bool(self.metrics) and 1 <= exchange < self.exchanges
+            return bool(self.metrics) and 1 <= exchange <= len(self._orders[0])
         return any(order[exchange : exchange + 1] == (channel,) for order in self._orders)
 
     @cached_property
