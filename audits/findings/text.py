@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
-from unicodedata import category
 
 from choral.metrics import is_falling
 
@@ -150,8 +149,3 @@ def would_have_refuted(bound: Bound) -> str:
     """The same as the end of a sentence."""
     words = refuting_words(bound)
     return f", and would have refuted it from {words}" if words else ""
-
-
-def printable(text: str) -> str:
-    """What is not printable as what it is, such as \\x1b: a name in a run's folder may come from anybody."""
-    return "".join(sign if sign.isprintable() or category(sign) == "Zs" else ascii(sign)[1:-1] for sign in text)

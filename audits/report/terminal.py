@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from choral.audits.findings.claims import composed_words
 from choral.audits.findings.schema import Check
-from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, printable, score, signed, width
+from choral.audits.findings.text import OVERALL, amount, cost, duration, plus_minus, score, signed, width
 from choral.audits.findings.verdict import said
 from choral.audits.report.shares_gain import shares_gain
+from choral.doors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,7 @@ def _text(*parts: str | tuple[str, str], style: str = "") -> Text:
     from rich.text import Text
 
     styled = [(part, "") if isinstance(part, str) else part for part in parts]
-    return Text.assemble(*((printable(words), how) for words, how in styled), style=style)
+    return Text.assemble(*((visible(words), how) for words, how in styled), style=style)
 
 
 def print_comparison(report: Comparison, console: Console | None = None) -> None:
@@ -64,7 +65,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console
     from rich.cells import cell_len
     from rich.table import Table
 
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
     if len(widths) > 1 and widths[0] + _GAP + max(widths[1:]) > console.width:
         for name, *cells in rows:
@@ -181,6 +182,5 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
 
 
 def _print_check(check: Check, console: Console) -> None:
-
     style = {"holds": "green", "violated": "bold red", "unverified": "yellow"}[check.verdict]
     console.print(_text((f"{_MARKS[check.verdict]}  ", style), (f"{check.name}. ", ""), (said(check), "dim")))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from choral.doors import visible
 from choral.errors import ChoralError
 from choral.network.site.approvals import Approval, approvals
 from choral.network.site.budget import DataBudget, begun_here, budget_of, open_ledger
@@ -236,12 +237,3 @@ def _spending(budget: DataBudget) -> Iterator[Row]:
 def plainly(value: Any) -> str:
     """A value of an offer in few words."""
     return "by default" if value is None else str(value)
-
-
-def visible(text: str) -> str:
-    """Every character as it can be seen: what is not printable is spelt out, as \\x1b or \\u202e."""
-    if text.isprintable():
-        return text
-    return "".join(
-        sign if sign.isprintable() or sign == "\t" else sign.encode("unicode_escape").decode() for sign in text
-    )

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def print_hazards(report: Audit) -> None:
-    from choral.audits.findings.text import printable
     from choral.audits.report.reader.hazards import run_hazards
+    from choral.doors import visible
 
     for each in run_hazards(report):
-        print(printable(f"{each.status:>12}  {each.name}: {each.why}"))
+        print(visible(f"{each.status:>12}  {each.name}: {each.why}"))
 
 
 def write_record(folder: Path, file: Path, stated: Path | None) -> None:

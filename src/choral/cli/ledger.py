@@ -90,9 +90,9 @@ def _events(ledger: Ledger) -> tuple[object, ...]:
 
 def _holder(ledger: Ledger) -> str:
     """As it may be printed on a terminal."""
-    from choral.audits.findings.text import printable
+    from choral.doors import visible
 
-    return printable(str(ledger.holder))
+    return visible(str(ledger.holder))
 
 
 def _shown(ledger: Ledger) -> str:

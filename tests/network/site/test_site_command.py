@@ -17,10 +17,11 @@ from site_folders import CODE, NOW, SETTINGS, Sites, offer, terms
 
 from choral import __version__
 from choral.cli.command_line import main
+from choral.doors import visible
 from choral.network import SiteError, SiteFolder, make_identity
 from choral.network.site.approvals import MOST_KEPT, approve
 from choral.network.site.overview import offered, overview
-from choral.network.site.review import review, visible
+from choral.network.site.review import review
 from choral.privacy import ClientPrivacy, Privacy
 from choral.privacy.accounting.events import PlannedEvents, PoissonSampledGaussian, ReleasePlan
 from choral.protocols import Homomorphic, Masked, Plain

@@ -288,9 +288,9 @@ def _review(words: list[str]) -> int:
 def _approve(words: list[str]) -> int:
     wanted = parse("site approve", words, ApproveFlags)
     folder = _open(wanted)
+    from choral.doors import visible
     from choral.network.site.approvals import approve
     from choral.network.site.offer import check_digest
-    from choral.network.site.review import visible
 
     offer = folder.offers.find(check_digest(wanted.digest))
     approve(folder, offer, wanted.until, by=_who(wanted.by))
@@ -317,7 +317,7 @@ def _revoke(words: list[str]) -> int:
 def _log(words: list[str]) -> int:
     wanted = parse("site log", words, LogFlags)
     folder = _open(wanted)
-    from choral.network.site.review import visible
+    from choral.doors import visible
 
     lines = folder.log.read()
     if wanted.holds and wanted.holds.strip().lower() not in lines.digests:
